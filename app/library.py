@@ -262,7 +262,7 @@ class Library:
                 pack.methods,
                 modified=signature[0].mtime_ns / 1e9,
                 version=pack.version,
-                photo=pack.key(pack.entry_ids[0])[0],
+                photo=pack.key(pack.first_entry)[0],
             )
         except NotAPack as error:  # a manifest.json alone is likely to be of something else
             damaged = any((folder / maps).exists() for maps in (MAPS, FIRST_MAPS))

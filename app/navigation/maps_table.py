@@ -177,6 +177,7 @@ class MapsTable:
             prefix="maps-", dir=scratch().path, ignore_cleanup_errors=True
         )
         self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
+        self._know_rows = pack.know_rows
         self._recent = LRUCache(RECENT)
         with told():
             self._database = connect(Path(self._folder.name))
@@ -209,8 +210,13 @@ class MapsTable:
         ``measure:KEY``. ``label`` and ``predicted`` are keys of the choices or None.
         """
         measures = {f"measure:{key}": self.column(key) for key in self.choices.measures}
+        found = self._at(places, ("m", "entry_id", *_ROW, *measures.values()))
+        self._know_rows(
+            {row[1]: place for row, place in zip(found, places.tolist(), strict=True)},
+            {row[2]: row[0] for row in found},
+        )
         table = pd.DataFrame(
-            self._at(places, ("entry_id", *_ROW, *measures.values())),
+            [row[1:] for row in found],
             columns=["entry_id", *(name.removesuffix("_id") for name in _ROW), *measures],
             dtype=object,
         ).rename(columns={"entry": "entry_id", "image": "image_id"})
@@ -274,9 +280,10 @@ class MapsTable:
     def _entries_of(self, image_id: str) -> pd.DataFrame:
         columns = (*ENTRY, *self._metrics.values())
         found = self.answer(
-            f"SELECT {listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
+            f"SELECT n, m, {listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
-        rows = [_shown(columns, row) for row in found]
+        self._know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
+        rows = [_shown(columns, row[2:]) for row in found]
         table = pd.DataFrame(rows, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
         return table.astype(dict.fromkeys(self._metrics, float))
 
@@ -291,9 +298,11 @@ class MapsTable:
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
         """The method's map of the most probable class of each of these images, by image, the most probable
         first."""
-        query = """SELECT image_id, entry_id FROM maps WHERE method = $1 AND is_first
+        query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
-        return dict(self.answer(query, [method, list(image_ids)]))
+        found = self.answer(query, [method, list(image_ids)])
+        self._know_rows({row[1]: row[2] for row in found}, {row[0]: row[3] for row in found})
+        return {row[0]: row[1] for row in found}
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
         """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
@@ -307,6 +316,10 @@ class MapsTable:
             numbers = ("confidence", "disagreement")
             return known | {name: math.nan for name in numbers if known[name] is None}
         return None
+
+    def title(self, image_id: str) -> str:
+        """What an image is called; its id where the pack has no such image."""
+        return str((self.image(image_id) or {"title": image_id})["title"])
 
     def image_of_map(self, entry_id: str) -> str | None:
         """The image of a map; None of an unknown one."""

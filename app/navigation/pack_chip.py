@@ -70,7 +70,7 @@ def _choose(infos: list[PackInfo], here: str | None) -> None:
 
 def facts(pack: Pack) -> str:
     """What is in the pack, in a few words."""
-    network = (pack.provenance(pack.entry_ids[0])["backbone"] or {}).get("name")
+    network = (pack.provenance(pack.first_entry)["backbone"] or {}).get("name")
     maps, photos = pack.counts
     parts = [_count(photos, "photo"), _count(maps, "map"), _count(len(pack.methods), "method")]
     if pack.metrics:

@@ -171,16 +171,19 @@ def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
     return list(found)
 
 
-def blank_maps(pack: Pack, entry_ids: Iterable[str]) -> str:
-    """A sentence about those of these maps that are constant; "" where none is."""
+def blank_maps(pack: Pack, entry_ids: Iterable[str], title: Callable[[str], str]) -> str:
+    """A sentence about those of these maps that are constant; "" where none is.
+
+    ``title`` says what a photo is called, by its id.
+    """
     names = []
     for entry_id in entry_ids:
         with contextlib.suppress(PackError):  # its picture says so
             found = pack.explanation(entry_id)
             high = found.map.max()
             if found.map.min() == high and not (found.is_mask and high == 1):
-                title = pack.images.at[found.image_id, "title"]
-                names.append(map_name(found.method, found.target_name, title))
+                name = title(found.image_id)
+                names.append(map_name(found.method, found.target_name, name))
     return blank_note(names) if names else ""
 
 

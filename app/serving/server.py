@@ -217,11 +217,11 @@ def serve(
         state.configure(settings)
         if settings.demo:
             pack_offer.make()
+        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
 
         def ready() -> None:
             print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
             sys.stdout.flush()
-            threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
 
         app = application(
             Address(address.host, port), upload_mb, ready, password=password, names=names

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,15 @@ class Store:
 
     Args:
         path: ``NAME.tags.sqlite``; it need not exist.
-        pack: the pack's :func:`identity`.
+        pack: the pack's :func:`identity`, or a function that returns it: it is asked for once there is a
+            file.
 
     Raises (every method):
         TagsError: the file is of another pack or damaged, cannot be written, or stays locked.
     """
 
-    def __init__(self, path: Path, pack: str) -> None:
-        self.path, self.pack = path, pack
+    def __init__(self, path: Path, pack: str | Callable[[], str]) -> None:
+        self.path, self._pack = path, pack
 
     # ------------------------------------------------------------------ reading
 
@@ -274,24 +275,28 @@ class Store:
             return
         with self._opened("ro") as base:
             base.execute("BEGIN")
-            self._check(base)
+            self._check(base, self._identity())
             yield base
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A connection in a transaction of its own; nothing is changed where the block fails."""
         self._there()
+        pack = self._identity()  # nobody has to wait for it
         with self._opened("rwc") as base:
             base.execute("BEGIN IMMEDIATE")
             try:
                 if not base.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    self._create(base)
-                self._check(base)
+                    self._create(base, pack)
+                self._check(base, pack)
                 yield base
                 base.execute("COMMIT")
             finally:
                 if base.in_transaction:
                     base.execute("ROLLBACK")
+
+    def _identity(self) -> str:
+        return self._pack if isinstance(self._pack, str) else self._pack()
 
     def _there(self) -> bool:
         """Whether the file holds something; SQLite leaves an empty one where a first change failed.
@@ -329,16 +334,16 @@ class Store:
             f"back a copy."
         )
 
-    def _create(self, base: sqlite3.Connection) -> None:
+    def _create(self, base: sqlite3.Connection, pack: str) -> None:
         base.execute(f"PRAGMA application_id = {APPLICATION}")
         base.execute(f"PRAGMA user_version = {LAYOUT}")
         for statement in sorted(_SCHEMA, reverse=True):  # tables before their indexes
             base.execute(statement)
-        about = [("pack", self.pack), ("file", secrets.token_hex(8)), ("revision", "0")]
+        about = [("pack", pack), ("file", secrets.token_hex(8)), ("revision", "0")]
         base.executemany("INSERT INTO about VALUES (?, ?)", about)
         base.executemany("INSERT INTO keys VALUES (?, ?)", DEFAULT_KEYS.items())
 
-    def _check(self, base: sqlite3.Connection) -> None:
+    def _check(self, base: sqlite3.Connection, pack: str) -> None:
         (application,) = base.execute("PRAGMA application_id").fetchone()
         (layout,) = base.execute("PRAGMA user_version").fetchone()
         if application == APPLICATION and layout > LAYOUT:
@@ -351,7 +356,7 @@ class Store:
                 f"{self._name} is no tag file of xattn; move it away, and tags can be kept here."
             )
         found = base.execute("SELECT value FROM about WHERE name = 'pack'").fetchone()
-        if found != (self.pack,):
+        if found != (pack,):
             raise TagsError(
                 f"{self._name} holds the tags of a pack of other photos; move it beside that pack, or "
                 f"anywhere else. It was left as it is."

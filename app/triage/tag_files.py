@@ -7,12 +7,15 @@ import secrets
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import streamlit as st
 
 from xattn.app.navigation import maps_table
+from xattn.app.navigation.maps_table import MapsTable
 from xattn.app.triage.store import Store, TagsError, identity
 
 if TYPE_CHECKING:
@@ -25,11 +28,11 @@ PERSON = "_person"  # the session's key of a name that nobody else has
 def store_of(pack: Pack) -> Store:
     """The tag file of a pack: beside its folder; where nothing can be written, in a folder of the viewer's
     own, by what photos the pack has."""
-    known = _identity(pack, f"{pack.id} {pack.version}")
+    known = partial(_identity, maps_table.table(pack))
     beside = _beside(pack)
     if beside is not None and os.access(beside.parent, os.W_OK):
         return Store(beside, known)
-    own = own_folder() / f"{known[:32]}{SUFFIX}"
+    own = own_folder() / f"{known()[:32]}{SUFFIX}"
     with suppress(OSError):  # what cannot be made here is told when it is written to
         own.parent.mkdir(parents=True, exist_ok=True)
         if beside is not None and beside.is_file() and not beside.is_symlink() and not own.exists():
@@ -84,6 +87,11 @@ def _beside(pack: Pack) -> Path | None:
     return None if pack.folder is None else pack.folder.with_name(pack.folder.name + SUFFIX)
 
 
-@st.cache_resource(max_entries=32, show_spinner=False)
-def _identity(_pack: Pack, key: str) -> str:
-    return identity(maps_table.table(_pack).every_image_id())
+_IDENTITIES: WeakKeyDictionary[MapsTable, str] = WeakKeyDictionary()
+
+
+def _identity(table: MapsTable) -> str:
+    """What tells the pack from others. Acts ask for it, so nothing of it may be in a cache of Streamlit."""
+    if (found := _IDENTITIES.get(table)) is None:
+        found = _IDENTITIES[table] = identity(table.every_image_id())
+    return found

@@ -22,7 +22,12 @@ from xattn.packs.writer import save_pack
 
 _shown: list[Any] = []  # the pages of the test that runs
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
-SCREENS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
+SCREENS = [
+    ("wide", "light"),
+    ("narrow", "dark"),
+    pytest.param("wide", "dark", marks=pytest.mark.slow),
+    pytest.param("narrow", "light", marks=pytest.mark.slow),
+]
 
 
 def opened(script: Callable[[], None], **params: str) -> Any:
@@ -81,8 +86,14 @@ def choose_pack(page: Any, name: str) -> None:
         page.get_by_role("heading", name=name, exact=True).wait_for()
 
 
-def choose_option(page: Any, name: str) -> None:
-    """Click an option of the open list. Pointing at it draws it anew, and a press meanwhile is lost."""
+def choose_option(page: Any, box: Any, name: str) -> None:
+    """Open a list and click an option of it.
+
+    The list closes when a run ends, so none may be under way. Pointing at an option draws it anew, and a press
+    meanwhile is lost.
+    """
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    box.click()
     option = page.get_by_role("option", name=name)
     option.hover()
     option.and_(page.locator("[data-focused=true]")).click()

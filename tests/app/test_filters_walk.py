@@ -29,11 +29,10 @@ def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_p
     page.get_by_text("15 maps, filtered from 60", exact=True).wait_for()
     page.get_by_role("button", name="Filters").click()
     assert page.get_by_role("radio", name="Wrong", exact=True).is_checked()
-    page.get_by_role("combobox", name="True class").click()
-    choose_option(page, "hen (")
+    choose_option(page, page.get_by_role("combobox", name="True class"), "hen (")
     page.wait_for_url(re.compile("label=2"))
     page.keyboard.press("Escape")
-    page.get_by_role("option").first.wait_for(state="hidden")  # the list of classes lay over the chart
+    page.get_by_role("option").first.wait_for(state="hidden")  # it lay over the chart
     chips.get_by_role("button", name="true: hen").wait_for()
     bars = page.locator(".st-key-gallery-histogram [data-testid=stVegaLiteChart]")
     bars.scroll_into_view_if_needed()

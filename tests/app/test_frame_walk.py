@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import choose_pack, served
+from conftest import SCREENS, choose_pack, served, shot
 
 from xattn.app.demo import pack_job
 from xattn.app.navigation import bottom_bar
@@ -14,17 +14,19 @@ from xattn.app.pages import PAGES, first_run
 from xattn.app.synthetic_packs import picture, small_pack
 
 
-def test_the_doors_of_the_first_run(tmp_path, open_page):
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_the_doors_of_the_first_run(tmp_path, open_page, size, scheme):
     """The photo goes to Live, the command line is there to copy, and the demo can be asked for."""
     photo = tmp_path / "wren.png"
     picture(1).save(photo)
     (tmp_path / "root").mkdir()
     with served(tmp_path / "root", log=tmp_path / "log") as address:
-        page = open_page(address, "narrow", "dark")
+        page = open_page(address, size, scheme)
         page.get_by_role("heading", name=first_run.AIM).wait_for()
         page.get_by_text(f"xattn explain PHOTOS --output {tmp_path / 'root' / 'first'}").wait_for()
         if pack_job.missing() is None:
             page.get_by_role("button", name="Make the demo pack").wait_for()
+        shot(page, f"first-run-{size}-{scheme}")
         page.locator("input[type=file]").set_input_files(photo)
         page.wait_for_url(re.compile("/live"))
         page.get_by_text("Ready: wren.png.").wait_for()
@@ -41,8 +43,9 @@ def address(tmp_path_factory):
         yield base
 
 
-def test_another_pack_by_the_keyboard(address, open_page):
-    page = open_page(address)
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_another_pack_by_the_keyboard(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
     page.get_by_role("heading", name="pack-9").wait_for()
     page.locator(".st-key-pack-chip button").press("Enter")
     field = page.get_by_role("searchbox", name="Search packs")
@@ -50,6 +53,7 @@ def test_another_pack_by_the_keyboard(address, open_page):
         "() => [...document.querySelectorAll('*')].some(e => e.shadowRoot?.activeElement?.type === 'search')"
     )
     assert page.locator(".pack .thumb").count() == 10
+    shot(page, f"chip-{size}-{scheme}")
     field.fill("pack-3")
     assert page.locator(".pack:visible").count() == 1
     page.keyboard.press("ArrowDown")
@@ -61,8 +65,9 @@ def test_another_pack_by_the_keyboard(address, open_page):
     page.get_by_role("heading", name="pack-9").wait_for()
 
 
-def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
-    page = open_page(address, "narrow")
+@pytest.mark.parametrize("scheme", ["dark", pytest.param("light", marks=pytest.mark.slow)])
+def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page, scheme):
+    page = open_page(address, "narrow", scheme)
     page.locator(".cell .frame.there").first.wait_for()
     bar = page.locator(".st-key-bottom-bar")
     box = bar.bounding_box()
@@ -79,6 +84,8 @@ def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
     page.wait_for_url(re.compile("/mistakes"))
     choose_pack(page, "pack-2")
     bar.get_by_role("button", name="More").click()
+    page.get_by_role("link", name="Train").wait_for()
+    shot(page, f"bar-{scheme}")
     page.get_by_role("link", name="Train").click()
     page.wait_for_url(re.compile(r"/train\?.*pack=pack-2-"))
     page.get_by_role("heading", name="Train a head").wait_for()
@@ -86,13 +93,14 @@ def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
     page.get_by_role("heading", name="pack-2").wait_for()
 
 
-@pytest.mark.parametrize("size", ["wide", "narrow"])
-def test_the_frame_fits_a_long_name_and_every_page(tmp_path, open_page, size):
+@pytest.mark.parametrize(("size", "scheme"), SCREENS)
+def test_the_frame_fits_a_long_name_and_every_page(tmp_path, open_page, size, scheme):
     name = "n01443537_goldfish_swimming_in-a-small_aquarium_of_the_institute_2026-11-27"
     small_pack(tmp_path / "root" / name, 2, ("gradcam",))
     with served(tmp_path / "root", log=tmp_path / "log") as address:
-        page = open_page(address, size)
+        page = open_page(address, size, scheme)
         page.locator(".cell .frame.there").first.wait_for()
+        shot(page, f"long-name-{size}-{scheme}")
         chip = page.locator(".st-key-pack-chip button").bounding_box()
         assert chip["x"] >= 0 and chip["x"] + chip["width"] <= page.viewport_size["width"]
         if size == "wide":

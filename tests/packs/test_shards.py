@@ -67,6 +67,21 @@ def test_both_formats_hold_the_same(tmp_path):
     pd.testing.assert_frame_equal(first.images, second.images, **same)
 
 
+def test_what_is_at_a_known_place_is_found_without_all_ids(tmp_path, monkeypatch):
+    ids = list(Pack(shards(tmp_path / "pack")).entry_ids)
+    monkeypatch.setattr("xattn.packs.sharded.shard_contents.Ids", None)
+    pack = Pack(tmp_path / "pack")
+    assert pack.first_entry == ids[0]
+    pack.know_rows({ids[10]: 10, ids[4]: 5}, {"photo-00003": 3})
+    assert pack.key(ids[10])[0] == "photo-00003"
+    assert pack.explanation(ids[10]).map.shape == (5, 5)
+    assert pack.photo("photo-00003").size == (128, 96)
+    with pytest.raises(PackError, match="changed since it was opened"):
+        pack.key(ids[4])
+    with pytest.raises(TypeError):  # the ids that it cannot make
+        pack.key(ids[11])
+
+
 def test_numbers_of_a_table_are_as_narrow_as_in_the_files(tmp_path):
     table = Pack(shards(tmp_path / "pack")).entries
     assert table.dtypes[["target", "min", "is_mask", "ROAD"]].tolist() == [

@@ -88,6 +88,15 @@ class Contents(ABC):
     def image_ids(self) -> Collection[str]:
         """The ids of the photos, in their order; ``in`` is fast."""
 
+    @property
+    def first_entry(self) -> str:
+        """The id of the first entry."""
+        return self.entry_ids[0]
+
+    @abstractmethod
+    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
+        """Take in the places of some entries and photos among all, by id: they need not be looked for."""
+
     @abstractmethod
     def entries_of(self, image_id: str) -> list[str]:
         """The ids of a photo's entries, in their order; PackError where there is no such photo."""

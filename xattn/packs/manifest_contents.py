@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +51,9 @@ class ManifestContents(Contents):
     @property
     def image_ids(self) -> Collection[str]:
         return self._image_rows.keys()
+
+    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
+        """Nothing: all of them are known."""
 
     def entries_of(self, image_id: str) -> list[str]:
         _row(self._image_rows, image_id, "image")

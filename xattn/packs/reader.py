@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -146,6 +146,19 @@ class Pack:
     def entry_ids(self) -> Sequence[str]:
         """The ids of the entries, in their order."""
         return self._contents.entry_ids
+
+    @property
+    def first_entry(self) -> str:
+        """The id of the first entry; it is there before those of the others are."""
+        return self._contents.first_entry
+
+    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
+        """Say at which places among all some entries and photos are, by id.
+
+        Whoever has read them so spares the pack to read all ids, which of a million takes a second. A
+        place that is not true is found out when the pack reads there.
+        """
+        self._contents.know_rows(entries, images)
 
     @property
     def image_ids(self) -> Collection[str]:

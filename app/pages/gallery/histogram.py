@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import altair as alt
 import pandas as pd
 import streamlit as st
 
@@ -14,6 +13,8 @@ from xattn.app.pages.gallery.widgets import KEY, brush_key, restart
 from xattn.pictures.design import DARK, LIGHT
 
 if TYPE_CHECKING:
+    import altair as alt
+
     from xattn.app.navigation.maps_table import Measure
     from xattn.app.navigation.selection import View
     from xattn.packs.reader import Pack
@@ -49,6 +50,8 @@ def histogram(pack: Pack, view: View, measure: Measure) -> None:
 
 
 def _bars(table: pd.DataFrame, measure: Measure) -> alt.Chart:
+    import altair as alt  # takes its time, and few open the filters
+
     colours = DARK if st.context.theme.type == "dark" else LIGHT
     return (
         alt.Chart(table)

@@ -82,7 +82,7 @@ def page(context: Context) -> None:
             on_turn=_turned,
             on_act=partial(marking.acted, pack, CELLS),
         )
-        if note := blank_maps(pack, shown.index) if view.show != "photo" else "":
+        if note := blank_maps(pack, shown.index, table.title) if view.show != "photo" else "":
             st.caption(plain(note))
         _below(pack, view, found, count)
     if messages or beyond or not seeded:

@@ -297,7 +297,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
         on_open=lambda: _focus(ids),
     )
     legend(pack, ids, shown.look)
-    if note := blank_maps(pack, ids):
+    if note := blank_maps(pack, ids, selection.table(pack).title):
         st.warning(plain(note))
     if shown.missing:
         missing = ", ".join(map(method_title, shown.missing))

@@ -53,7 +53,7 @@ def photo_of(pack: Pack, shown: Shown, side: int = SIDE) -> str:
 
 def file_name(pack: Pack, shown: Shown) -> str:
     """The photo's name."""
-    return str((selection.table(pack).image(shown.image_id) or {})["title"])
+    return selection.table(pack).title(shown.image_id)
 
 
 def aspect(pack: Pack, shown: Shown) -> float:

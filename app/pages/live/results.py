@@ -55,7 +55,7 @@ def outcome(context: Context, run: LiveRun) -> None:
     else:
         pack = context.library.open(run.pack_id)
         _summary(context, run, pack)
-        if note := blank_maps(pack, pack.entries.index):
+        if note := blank_maps(pack, pack.entries.index, pack.images["title"].__getitem__):
             st.warning(plain(note))
         if films.frames(pack):
             _film_of(pack)

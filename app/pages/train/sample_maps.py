@@ -93,7 +93,7 @@ def _maps(pack: Pack) -> None:
                 }
             )
     st.html(legends_html(legends(pack, pack.entries.index, look)))
-    if note := blank_maps(pack, pack.entries.index[steps > 0]):
+    if note := blank_maps(pack, pack.entries.index[steps > 0], pack.images["title"].__getitem__):
         st.warning(plain(note))
     if before and now > 0 and st.button("Both steps in Two runs", key="sample.runs"):
         state.go("runs", pack=pack.id, other=pack.id, by="step 0", by2=f"step {now}")

@@ -381,8 +381,8 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
         page = open_page(f"{address}/train?kind=probe&data={PhotoFolder('birds', 0, (), ()).id}")
         shows = "text => [...document.querySelectorAll('input')].some(i => i.value === text)"
         page.wait_for_function(shows, arg="The 2 folders: tit, wren")
-        page.locator("[data-testid=stSelectbox] input").first.click()
-        choose_option(page, "fish · 8 photos")
+        box = page.locator("[data-testid=stSelectbox] input").first
+        choose_option(page, box, "fish · 8 photos")
         page.wait_for_function(shows, arg="The 2 folders: cod, eel")
         page.close()
 

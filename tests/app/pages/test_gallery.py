@@ -8,14 +8,16 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from conftest import opened
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
 from xattn.app.navigation import pack_chip, screen
 from xattn.app.pages import first_run
-from xattn.app.synthetic_packs import explanation, picture, small_pack
+from xattn.app.synthetic_packs import explanation, million_pack, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
+from xattn.packs.sharded import shard_contents
 from xattn.packs.writer import save_pack
 
 NAMES = [
@@ -407,3 +409,21 @@ def test_frames_of_a_clip_are_told_apart_and_found_by_number(tmp_path, monkeypat
     names = [cell["lines"][-1] for cell in cells(run())]
     assert names == ["w.mp4, frame 3, 0:00.30", "w.mp4, frame 14, 0:01.40"]
     assert len(cells(run(q="frame 14"))) == 1
+
+
+def test_pages_of_a_pack_of_many_files_do_without_all_its_ids(tmp_path, monkeypatch):
+    million_pack(tmp_path / "pack", 40)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
+    monkeypatch.setattr(shard_contents, "Ids", None)
+    assert [info.problem for info in state.library().packs()] == [None]
+    cell = cells(run(sort="confidence"))[0]
+
+    def photo():
+        from xattn.app import state
+        from xattn.app.pages.image.page import page
+
+        [info] = state.library().packs()
+        page(state.Context(state.library(), state.library().open(info.id)))
+
+    page = opened(photo, image=cell["photo"])
+    assert len(cells(page)) == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_FEATURES = 1 << 30  # bytes of a shard's features
 RECENT_ROWS = 48 << 20  # bytes of decoded rows that are kept
+KNOWN_ROWS = 1 << 14  # ids whose rows are kept
 _MAX_HEADER = 100_000_000  # bytes of a safetensors file's header
 
 
@@ -58,6 +59,7 @@ class ShardContents(Contents):
         self._entry_ends = np.cumsum([file.rows for file in self._shards("entries")])
         self._image_ends = np.cumsum([file.rows for file in self._shards("images")])
         self._recent = LRUCache(RECENT_ROWS)
+        self._known_rows = LRUCache(KNOWN_ROWS)
         if files.path is not None:  # elsewhere a question a file takes too long
             self._check_sizes()
 
@@ -71,8 +73,28 @@ class ShardContents(Contents):
     def image_ids(self) -> Collection[str]:
         return self._image_rows
 
+    @property
+    def first_entry(self) -> str:
+        found: str = self._row("entries", 0, self._entry_ends)["entry_id"]
+        self.know_rows({found: 0}, {})
+        return found
+
+    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
+        for kind, rows in (("map", entries), ("image", images)):
+            for id, row in rows.items():
+                self._known_rows.put((kind, id), row, 1)
+
+    def _row_of(self, kind: str, id: str) -> int:
+        """The row of a "map" or an "image"; whoever reads it compares the id."""
+        if isinstance(id, str) and (known := self._known_rows.get((kind, id))) is not None:
+            return int(known)
+        try:
+            return (self._entry_rows if kind == "map" else self._image_rows).row(id)
+        except KeyError:
+            raise no_such(kind) from None
+
     def entries_of(self, image_id: str) -> list[str]:
-        shard, _ = _place(_row(self._image_rows, image_id, "image"), self._image_ends)
+        shard, _ = _place(self._row_of("image", image_id), self._image_ends)
         key = ("ids", shard)
         if (table := self._recent.get(key)) is None:
             table = self._read("entries", shard, ["entry_id", "image_id"])
@@ -81,7 +103,7 @@ class ShardContents(Contents):
         return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
-        i = _row(self._entry_rows, entry_id, "map")
+        i = self._row_of("map", entry_id)
         row = self._row("entries", i, self._entry_ends)
         if row["entry_id"] != entry_id:
             raise _damaged(MANIFEST, "it has changed since it was opened")
@@ -111,7 +133,7 @@ class ShardContents(Contents):
         )
 
     def photo(self, image_id: str) -> PhotoFacts:
-        i = _row(self._image_rows, image_id, "image")
+        i = self._row_of("image", image_id)
         row = self._row("images", i, self._image_ends)
         if row["image_id"] != image_id or len(row["top"]) > MAX_TOP:
             raise _damaged(MANIFEST, "a photo is not what it was")
@@ -341,13 +363,6 @@ def _place(i: int, ends: NDArray[np.int64]) -> tuple[int, int]:
 def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:
     """Which texts equal ``value``; they are not written out."""
     return pc.equal(texts.indices, pa.scalar(pc.index(texts.dictionary, value).as_py(), pa.int32()))
-
-
-def _row(ids: Ids, id: Any, what: str) -> int:
-    try:
-        return ids.row(id)
-    except KeyError:
-        raise no_such(what) from None
 
 
 def _tables() -> ModuleType:
