@@ -72,6 +72,7 @@ outline:2px solid var(--accent);outline-offset:1px}
 [data-testid=stHeader]{padding-inline-end:18rem}
 .st-key-pack-chip{position:fixed;inset:.75rem 1rem auto auto;z-index:999990;width:auto!important}
 .st-key-pack-chip button{min-height:2.25rem;border-radius:1.2rem;max-width:16rem;background:var(--panel)}
+.st-key-pack-chip button div:has(p){min-width:0}
 .st-key-pack-chip button p{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .st-key-bottom-bar,.st-key-screen{display:none}
 [data-testid=stMainBlockContainer]>div>[data-testid=stLayoutWrapper]:has(

@@ -101,8 +101,11 @@ def test_the_frame_fits_a_long_name_and_every_page(tmp_path, open_page, size, sc
         page = open_page(address, size, scheme)
         page.locator(".cell .frame.there").first.wait_for()
         shot(page, f"long-name-{size}-{scheme}")
-        chip = page.locator(".st-key-pack-chip button").bounding_box()
+        button = page.locator(".st-key-pack-chip button")
+        chip = button.bounding_box()
         assert chip["x"] >= 0 and chip["x"] + chip["width"] <= page.viewport_size["width"]
+        for box in [part.bounding_box() for part in button.locator("p, [data-testid]").all()]:
+            assert chip["x"] <= box["x"] and box["x"] + box["width"] <= chip["x"] + chip["width"]
         if size == "wide":
             links = page.get_by_test_id("stTopNavLink").all()
             assert len(links) == len(PAGES)
