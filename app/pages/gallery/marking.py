@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection
     from xattn.packs.reader import Pack
 
+RATED = "_rated"  # the session's key of how often stars were given
 CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
 SHOWN = 3  # tags on a cell
 
@@ -143,7 +144,7 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
         )
         try:
             store = tag_files.store_of(pack)
-            _tagging(pack, store, now)
+            _tagging(pack, person, store, now)
             _keys(pack, store)
         except TagsError as error:
             st.caption(plain(error))
@@ -157,7 +158,7 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
         )
 
 
-def _tagging(pack: Pack, store: Store, now: Sequence[str]) -> None:
+def _tagging(pack: Pack, person: Person, store: Store, now: Sequence[str]) -> None:
     """Tags and stars for the chosen photos."""
     known = dict.fromkeys((*store.keys().values(), *store.counts()))
     st.selectbox(
@@ -179,7 +180,9 @@ def _tagging(pack: Pack, store: Store, now: Sequence[str]) -> None:
             text, key=KEY + key, type="tertiary", on_click=keyboard.press, args=(pack, key, [])
         )
     if now:
-        st.feedback("stars", key=f"{KEY}stars", on_change=_rate, args=(pack, now))
+        # New ones each time: else the browser sends the stars again, and whatever is chosen then has them.
+        times = st.session_state.get(RATED, 0)
+        st.feedback("stars", key=f"{KEY}stars {times}", on_change=_rate, args=(person, now, times))
 
 
 def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
@@ -192,15 +195,18 @@ def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
     keyboard.change(pack, act)
 
 
-def _rate(pack: Pack, ids: Sequence[str]) -> None:
-    stars = st.session_state.pop(f"{KEY}stars", None)
+def _rate(person: Person, ids: Sequence[str], times: int) -> None:
+    stars = st.session_state.get(f"{KEY}stars {times}")
+    if st.session_state.get(RATED, 0) != times:
+        return  # they were taken up, and the browser has not seen it yet
+    st.session_state[RATED] = times + 1
     rating = 0 if stars is None else int(stars) + 1
 
-    def act(store: Store, person: str) -> str:
-        store.set_rating(person, ids, rating)
+    def act(store: Store, name: str) -> str:
+        store.set_rating(name, ids, rating)
         return f"{'★' * rating or 'No rating'}: {photos(len(ids))}"
 
-    keyboard.change(pack, act)
+    person.change(act)
 
 
 def _keys(pack: Pack, store: Store) -> None:

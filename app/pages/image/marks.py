@@ -120,7 +120,7 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         width="stretch",
     )
     key = _holding(f"stars of {image_id}", mark.rating - 1 if mark.rating else None)
-    bar.feedback("stars", key=key, on_change=_rate, args=(person, image_id, key))
+    bar.feedback("stars", key=key, on_change=_rate, args=(person, image_id, mark.rating, key))
     names = [f"{number} {tag}" for number, tag in tags.items()]
     st.caption(plain(" · ".join([*names, "J next", "K previous", "Z undo", "Shift+Z redo"])))
     components.keys(
@@ -162,6 +162,8 @@ def _tag(person: Person, image_id: str, was: Sequence[str], key: str) -> None:
 def _note(person: Person, held: _Held) -> None:
     note = str(st.session_state[held.key] or "")
     held.taken = True
+    if note == held.note:
+        return
 
     def act(store: Store, name: str) -> str | None:
         alone = store.set_note(name, held.image_id, note, held.note)
@@ -178,10 +180,11 @@ def _late_note(person: Person) -> None:
             _note(person, held)
 
 
-def _rate(person: Person, image_id: str, key: str) -> None:
+def _rate(person: Person, image_id: str, was: int, key: str) -> None:
     stars = st.session_state[key]
     rating = 0 if stars is None else int(stars) + 1
-    person.change(lambda store, name: store.set_rating(name, [image_id], rating))
+    if rating != was:
+        person.change(lambda store, name: store.set_rating(name, [image_id], rating))
 
 
 def _pressed(pack: Pack, view: View) -> None:

@@ -188,6 +188,7 @@ def test_a_page_opened_by_its_address_says_nothing_on_the_console(
     """A page below / would first ask for /live/_stcore/health; and no policy is broken."""
     with served(tmp_path, log=tmp_path / "log") as address:
         opened = open_page(f"{address}/{page}")
-        opened.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+        at_rest = "[data-testid=stApp][data-test-script-state=notRunning]"
+        opened.wait_for_selector(at_rest, timeout=120_000)  # Live loads its network
         assert opened.title().endswith("xattn")
         opened.close()  # before the server goes, which the page would report

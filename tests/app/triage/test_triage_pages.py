@@ -11,6 +11,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
+from xattn.app.pages.gallery import marking
 from xattn.app.synthetic_packs import small_pack
 from xattn.app.triage import tag_files
 from xattn.app.triage.journal import Mark
@@ -101,6 +102,22 @@ def test_another_tabs_change_is_seen_at_the_next_run(store):
     assert ids(checked(app.run())) == [photo(5)]
     checked(app.button(key="gallery.clear").click().run())
     assert len(cells(app)) == 8 and "tag" not in app.query_params
+
+
+def test_stars_are_of_the_photos_that_were_chosen_then(pack, store):
+    app = run()
+    chosen = [photo(1)]
+    app.session_state[marking.CHOSEN] = (pack.id, chosen)
+    checked(app.run())
+    app.feedback[0].set_value(2)
+    known = app._tree.get_widget_states()  # what the browser sends from now on
+    checked(app._run(known))
+    chosen[:] = [photo(4)]
+    checked(app._run(known))
+    assert store.marks([photo(1), photo(4)]) == {photo(1): Mark(rating=3)}
+    assert app.feedback[0].value is None
+    checked(app.feedback[0].set_value(4).run())
+    assert store.marks([photo(4)]) == {photo(4): Mark(rating=5)}
 
 
 @pytest.mark.parametrize("name, value", [("rating", "9"), ("rating", "x"), ("note", "perhaps")])
@@ -249,6 +266,16 @@ def test_what_the_browser_has_not_seen_yet_is_not_taken_back(store):
     [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
     assert (tags.value, app.text_area[0].value) == (["look again"], "a note")
     assert app.feedback[0].value == 2
+    app.text_area[0].set_value("another note")
+    app.feedback[0].set_value(0)
+    known = app._tree.get_widget_states()
+    checked(app._run(known))
+    store.set_note("me", photo(1), "")
+    store.set_rating("me", [photo(1)], 5)
+    for _ in range(2):
+        checked(app._run(known))
+    assert store.marks([photo(1)])[photo(1)] == Mark(("look again",), "", 5)
+    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
     checked(tags.set_value(["look again", "a tag of my own"]).run())
     [again] = [widget for widget in app.multiselect if widget.label == "Tags"]
     assert again.id == tags.id  # its list stays open
