@@ -89,14 +89,11 @@ def choose_pack(page: Any, name: str) -> None:
 def choose_option(page: Any, box: Any, name: str) -> None:
     """Open a list and click an option of it.
 
-    The list closes when a run ends, so none may be under way. Pointing at an option draws it anew, and a press
-    meanwhile is lost.
+    The list closes when a run ends, so none may be under way.
     """
     page.locator("[data-test-script-state=notRunning]").wait_for()
     box.click()
-    option = page.get_by_role("option", name=name)
-    option.hover()
-    option.and_(page.locator("[data-focused=true]")).click()
+    bench.pointed_at(page, name).click()
 
 
 @pytest.hookimpl(wrapper=True)
