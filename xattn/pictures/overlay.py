@@ -106,8 +106,10 @@ def overlay(
         # Below the map the photo loses part of its own colour to grey.
         out *= (1 - opacity) ** 2
         out += opacity * (1 - opacity) * grey
-        out += (np.float32(opacity) * _lut(cmap)).astype(np.float32)[_index(values)]
-        out[low] = pixels[low]
+        colours = (np.float32(opacity) * _lut(cmap)).astype(np.float32)
+        out += colours.take(_index(values), axis=0)  # several times as fast as an index
+        if low.any():
+            out[low] = pixels[low]
     elif style == "outline":
         draw_outline(out, signed)
     else:
@@ -115,10 +117,13 @@ def overlay(
         dark *= 1 - opacity
     outside = np.isnan(values)
     if outside.any():
-        out[outside] = dark * grey[outside]
+        flat = out.reshape(-1, 3)
+        at = np.flatnonzero(outside)
+        flat[at] = dark * grey.reshape(-1, 1)[at]
         if not outside.all():
             edge = _frame(~outside, width=max(1, round(max(photo.size) / 400)))
-            out[edge] = 0.45 * out[edge] + 0.55 * 255
+            at = np.flatnonzero(edge)
+            flat[at] = 0.45 * flat[at] + 0.55 * 255
     return Image.fromarray(np.rint(out, out=out).astype(np.uint8))
 
 
