@@ -284,7 +284,11 @@ class MapsTable:
         )
         self._know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
         rows = [_shown(columns, row[2:]) for row in found]
-        table = pd.DataFrame(rows, columns=[*ENTRY, *self._metrics]).set_index("entry_id")
+        ids, *values = zip(*rows, strict=True) if rows else ((),) * len(columns)
+        names = [name for name in (*ENTRY, *self._metrics) if name != "entry_id"]
+        table = pd.DataFrame(
+            dict(zip(names, values, strict=True)), index=pd.Index(ids, name="entry_id")
+        )
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def _kept(self, what: str, image_id: str, read: Callable[[str], Any]) -> Any:

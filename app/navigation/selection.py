@@ -166,12 +166,10 @@ class Selection:
         at = np.flatnonzero(np.isin(self.images, found))
         if not len(at):
             return None, None, 0, len(self.images)
-        beside = [int(at[0]) - 1, int(at[0]) + 1]
-        before, after = (
-            self._table.image_id(self.images[i]) if 0 <= i < len(self.images) else None
-            for i in beside
-        )
-        return before, after, int(at[0]) + 1, len(self.images)
+        here = int(at[0])
+        beside = [i for i in (here - 1, here + 1) if 0 <= i < len(self.images)]
+        ids = dict(zip(beside, self._table.image_ids(self.images[beside]), strict=True))
+        return ids.get(here - 1), ids.get(here + 1), here + 1, len(self.images)
 
 
 def selected(pack: Pack, view: View) -> Selection:

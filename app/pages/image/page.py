@@ -243,13 +243,13 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
 
 def _explained(entries: pd.DataFrame) -> dict[int, str]:
     """Names of the classes that have a map, the most probable first."""
-    ranked = entries.sort_values("probability", ascending=False, kind="stable")
-    return {
-        int(
-            row.target
-        ): f"{short(row.target_name)}  {probability_text(row.probability, row.is_value)}"
-        for row in ranked.drop_duplicates("target").itertuples()
-    }
+    columns = ("target", "target_name", "probability", "is_value")
+    rows = zip(*(entries[column] for column in columns), strict=True)
+    names: dict[int, str] = {}
+    for target, name, probability, is_value in sorted(rows, key=lambda row: -row[2]):
+        if int(target) not in names:
+            names[int(target)] = f"{short(name)}  {probability_text(probability, is_value)}"
+    return names
 
 
 def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
