@@ -98,6 +98,7 @@ class Library:
         self._maps = LRUCache(RECENT_MAPS)
         self._open: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
         self._passing: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
+        self._opening: dict[str, threading.Lock] = {}
         self._infos: dict[str, tuple[Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
         self._scratch: OrderedDict[str, Path] = OrderedDict()
@@ -220,18 +221,21 @@ class Library:
         except OSError:
             raise PackError("It is gone; choose another one, or put it back") from None
         with self._lock:
-            kept = self._open if pack_id in self._open or not passing else self._passing
-            known = kept.get(pack_id)
-            same = known is not None and known[1].files.address == str(folder)
-            if known is not None and same and known[0] == signature:
+            opening = self._opening.setdefault(pack_id, threading.Lock())
+        with opening:  # whoever comes second waits for the first, and need not read it
+            with self._lock:
+                passing = passing and pack_id not in self._open
+                known = self._open.get(pack_id) or self._passing.pop(pack_id, None)
+            pack = None if known is None or known[0] != signature else known[1]
+            if pack is None or pack.files.address != str(folder):
+                pack = Pack(folder, pack_id, name, self._maps)
+            with self._lock:
+                kept = self._passing if passing else self._open
+                kept[pack_id] = (signature, pack)
                 kept.move_to_end(pack_id)
-                return known[1]
-        pack = Pack(folder, pack_id, name, self._maps)
-        with self._lock:
-            kept[pack_id] = (signature, pack)
-            kept.move_to_end(pack_id)
-            while len(kept) > (OPEN_PACKS if kept is self._open else PASSING_PACKS):
-                kept.popitem(last=False)
+                while len(kept) > (PASSING_PACKS if passing else OPEN_PACKS):
+                    kept.popitem(last=False)
+                self._opening.pop(pack_id, None)
         return pack
 
     def _signature(self, folder: Any) -> Signatures:

@@ -11,6 +11,8 @@ import re
 import shutil
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -399,6 +401,24 @@ def test_threads_share_a_library(root):
 
 
 # ---------------------------------------------------------------------- tampering, links
+
+
+def test_a_pack_is_read_once_however_many_ask_for_it_at_once(root, monkeypatch):
+    read = []
+
+    class Slow(Pack):
+        def __init__(self, *arguments):
+            read.append(arguments)
+            time.sleep(0.1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(library_module, "Pack", Slow)
+    library = Library(root)
+    [pack_id] = library.newest()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: library.open(pack_id, passing=n % 2 == 0), range(16)))
+    assert library.packs()[0].problem is None and library.open(pack_id) is found[0]
+    assert len(read) == len(set(map(id, found))) == 1
 
 
 def test_a_changed_byte_spoils_one_map_and_no_other(root):
