@@ -58,19 +58,25 @@ def warm() -> None:
                 _module(name)
             break
     library.packs()  # what the list of packs says of each
+    _freeze()
 
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    """The page ``name``, imported when it is first shown: some imports take seconds.
-
-    Streamlit collects garbage after every run, which delays the page's pictures by a fifth of a second
-    with torch and pandas imported. Objects that exist now live until the end, so they are frozen.
-    """
+    """The page ``name``, imported when it is first shown: some imports take seconds."""
     found = state.imported(PAGES[name].module)
+    _freeze()
+    return found
+
+
+def _freeze() -> None:
+    """Keep what exists now out of the collection of garbage: it lives until the end.
+
+    Streamlit collects after every run, which would delay the page's pictures by a fifth of a second with
+    torch and pandas imported.
+    """
     gc.collect()
     gc.freeze()
-    return found
 
 
 def _run(name: str) -> None:
