@@ -233,8 +233,8 @@ def next_images(page: Any, rounds: int) -> list[float]:
 
 
 def pointed_at(page: Any, name: str | re.Pattern[str]) -> Any:
-    """The option of an open list, with the pointer on it: that draws it anew, and a press meanwhile is
-    lost."""
+    """The option of an open list, with the pointer on it. Hovering redraws the list, and a click
+    during that is lost."""
     option = page.get_by_role("option", name=name).first
     option.hover()
     option = option.and_(page.locator("[data-focused=true]"))

@@ -148,7 +148,9 @@ class Library:
         with self._lock:
             self._scratch[pack_id] = Path(folder).resolve()
             while len(self._scratch) > SCRATCH_PACKS:
-                self._open.pop(self._scratch.popitem(last=False)[0], None)
+                gone, _ = self._scratch.popitem(last=False)
+                self._open.pop(gone, None)
+                self._opening.pop(gone, None)
         return pack_id
 
     def comparisons(self) -> list[ComparisonInfo]:
@@ -216,13 +218,13 @@ class Library:
         )
 
     def _opened(self, pack_id: str, folder: Any, name: str, passing: bool = False) -> Pack:
-        try:
-            signature = self._signature(folder)
-        except OSError:
-            raise PackError("It is gone; choose another one, or put it back") from None
         with self._lock:
             opening = self._opening.setdefault(pack_id, threading.Lock())
         with opening:  # whoever comes second waits for the first, and need not read it
+            try:
+                signature = self._signature(folder)
+            except OSError:
+                raise PackError("It is gone; choose another one, or put it back") from None
             with self._lock:
                 passing = passing and pack_id not in self._open
                 known = self._open.get(pack_id) or self._passing.pop(pack_id, None)
@@ -235,7 +237,6 @@ class Library:
                 kept.move_to_end(pack_id)
                 while len(kept) > (PASSING_PACKS if passing else OPEN_PACKS):
                     kept.popitem(last=False)
-                self._opening.pop(pack_id, None)
         return pack
 
     def _signature(self, folder: Any) -> Signatures:

@@ -70,7 +70,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _freeze() -> None:
-    """Keep what exists now out of the collection of garbage: it lives until the end.
+    """Exclude all objects that exist now from garbage collection: almost all of them stay.
 
     Streamlit collects after every run, which would delay the page's pictures by a fifth of a second with
     torch and pandas imported.

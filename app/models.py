@@ -216,9 +216,9 @@ def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
 
 def _record(pack: Any) -> dict[str, Any]:
     """``{"name", "sha256", "taps", "input_size"}`` of the network behind a pack's first map."""
-    if not len(pack.entry_ids):
+    if not pack.counts[0]:
         raise ModelError("This pack holds no maps, so it says nothing about its model.")
-    provenance = pack.provenance(pack.entry_ids[0])
+    provenance = pack.provenance(pack.first_entry)
     try:
         checked = dict(provenance["protocol"]["backbone"])
         if not isinstance(checked["name"], str) or not isinstance(checked["sha256"], str):

@@ -30,6 +30,7 @@ from xattn.app.navigation.maps_database import (
     scratch,
     told,
 )
+from xattn.packs.contained_files import AGAIN, PackError
 from xattn.pictures.words import metric_about, named_metric
 from xattn.runtime.display_text import visible
 from xattn.runtime.lru_cache import LRUCache
@@ -166,9 +167,10 @@ class MapsTable:
 
     Attributes:
         image_of: (maps,) int32, the place of each map's image.
+        know_rows: told at which places the rows are that were read, see :meth:`Pack.know_rows`.
 
     Raises:
-        PackError: the pack's tables cannot be read, or there is no room for the copy.
+        PackError: the pack's tables cannot be read or do not match, or there is no room for the copy.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -177,13 +179,15 @@ class MapsTable:
             prefix="maps-", dir=scratch().path, ignore_cleanup_errors=True
         )
         self._metrics = {m.key: f"v{i}" for i, m in enumerate(pack.metrics)}
-        self._know_rows = pack.know_rows
+        self.know_rows = pack.know_rows
         self._recent = LRUCache(RECENT)
         with told():
             self._database = connect(Path(self._folder.name))
             self._fill(pack)
             self.choices = self._choices(pack)
             self.image_of = self.numbers("SELECT m FROM places ORDER BY n")
+        if len(self.image_of) != pack.counts[0]:
+            raise PackError(f"The pack's tables of maps and photos do not match; {AGAIN}")
 
     def column(self, measure: str) -> str:
         """The column of a measure of the choices, as SQL writes it."""
@@ -211,7 +215,7 @@ class MapsTable:
         """
         measures = {f"measure:{key}": self.column(key) for key in self.choices.measures}
         found = self._at(places, ("m", "entry_id", *_ROW, *measures.values()))
-        self._know_rows(
+        self.know_rows(
             {row[1]: place for row, place in zip(found, places.tolist(), strict=True)},
             {row[2]: row[0] for row in found},
         )
@@ -282,7 +286,7 @@ class MapsTable:
         found = self.answer(
             f"SELECT n, m, {listed(columns)} FROM maps WHERE image_id = $1 ORDER BY n", [image_id]
         )
-        self._know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
+        self.know_rows({row[2]: row[0] for row in found}, {row[3]: row[1] for row in found})
         rows = [_shown(columns, row[2:]) for row in found]
         ids, *values = zip(*rows, strict=True) if rows else ((),) * len(columns)
         names = [name for name in (*ENTRY, *self._metrics) if name != "entry_id"]
@@ -305,7 +309,7 @@ class MapsTable:
         query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         found = self.answer(query, [method, list(image_ids)])
-        self._know_rows({row[1]: row[2] for row in found}, {row[0]: row[3] for row in found})
+        self.know_rows({row[1]: row[2] for row in found}, {row[0]: row[3] for row in found})
         return {row[0]: row[1] for row in found}
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
@@ -417,7 +421,9 @@ class MapsTable:
 
 def table(pack: Pack) -> MapsTable:
     """The pack's maps as a table; kept for the packs that were used last."""
-    return _table(pack, f"{pack.id} {pack.version}")
+    found: MapsTable = _table(pack, f"{pack.id} {pack.version}")
+    found.know_rows = pack.know_rows  # it may have been opened again since
+    return found
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

@@ -217,7 +217,6 @@ def serve(
         state.configure(settings)
         if settings.demo:
             pack_offer.make()
-        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
 
         def ready() -> None:
             print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
@@ -226,6 +225,8 @@ def serve(
         app = application(
             Address(address.host, port), upload_mb, ready, password=password, names=names
         )
+        # Not before all is imported: modules cannot be imported from two sides at once.
+        threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

@@ -66,7 +66,9 @@ def change(pack: Pack, act: Callable[[Store, str], str | None]) -> bool:
 
 def say() -> None:
     """Tell what was kept: what went wrong stays on the page, the rest is gone in a moment."""
-    for text, wrong in st.session_state.pop(SAID, []):
+    said = st.session_state.get(SAID, [])
+    while said:  # callbacks of earlier runs write into this very list
+        text, wrong = said.pop(0)
         (st.warning if wrong else st.toast)(plain(text))
 
 

@@ -75,8 +75,8 @@ class Store:
 
     Args:
         path: ``NAME.tags.sqlite``; it need not exist.
-        pack: the pack's :func:`identity`, or a function that returns it: it is asked for once there is a
-            file.
+        pack: the pack's :func:`identity`, or a function that returns it, called when the file is read or
+            written.
 
     Raises (every method):
         TagsError: the file is of another pack or damaged, cannot be written, or stays locked.
@@ -282,7 +282,7 @@ class Store:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A connection in a transaction of its own; nothing is changed where the block fails."""
         self._there()
-        pack = self._identity()  # nobody has to wait for it
+        pack = self._identity()  # before the lock, so that nobody waits for it
         with self._opened("rwc") as base:
             base.execute("BEGIN IMMEDIATE")
             try:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import streamlit as st
 
@@ -28,7 +28,7 @@ PERSON = "_person"  # the session's key of a name that nobody else has
 def store_of(pack: Pack) -> Store:
     """The tag file of a pack: beside its folder; where nothing can be written, in a folder of the viewer's
     own, by what photos the pack has."""
-    known = partial(_identity, maps_table.table(pack))
+    known = partial(_identity, pack, ref(maps_table.table(pack)))
     beside = _beside(pack)
     if beside is not None and os.access(beside.parent, os.W_OK):
         return Store(beside, known)
@@ -87,11 +87,14 @@ def _beside(pack: Pack) -> Path | None:
     return None if pack.folder is None else pack.folder.with_name(pack.folder.name + SUFFIX)
 
 
-_IDENTITIES: WeakKeyDictionary[MapsTable, str] = WeakKeyDictionary()
+_IDENTITIES: WeakKeyDictionary[Pack, str] = WeakKeyDictionary()
 
 
-def _identity(table: MapsTable) -> str:
-    """What tells the pack from others. Acts ask for it, so nothing of it may be in a cache of Streamlit."""
-    if (found := _IDENTITIES.get(table)) is None:
-        found = _IDENTITIES[table] = identity(table.every_image_id())
+def _identity(pack: Pack, table: ref[MapsTable]) -> str:
+    """What tells the pack from others. Callbacks ask for it, so it must not use a cache of Streamlit; and a
+    session must not keep the table alive."""
+    if (found := _IDENTITIES.get(pack)) is None:
+        kept = table()
+        found = identity(pack.image_ids if kept is None else kept.every_image_id())
+        _IDENTITIES[pack] = found
     return found

@@ -143,6 +143,16 @@ def test_more_rows_or_row_groups_than_a_shard_has_are_refused(tmp_path):
 # ---------------------------------------------------------------------- page headers
 
 
+def test_a_map_of_a_photo_that_is_not_there_is_damage(tmp_path):
+    maps_table = pytest.importorskip("xattn.app.navigation.maps_table", exc_type=ImportError)
+    folder = make(tmp_path / "pack")
+    table = pq.read_table(folder / ENTRIES)
+    ids = ["another", *table["image_id"].to_pylist()[1:]]
+    pack = Pack(signed(folder, parquet(replaced(table, "image_id", ids))))
+    with pytest.raises(PackError, match="tables of maps and photos do not match"):
+        maps_table.MapsTable(pack)
+
+
 def varint(value: int) -> bytes:
     out = bytearray()
     while value > 127:

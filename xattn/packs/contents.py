@@ -95,7 +95,7 @@ class Contents(ABC):
 
     @abstractmethod
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Take in the places of some entries and photos among all, by id: they need not be looked for."""
+        """See :meth:`xattn.packs.reader.Pack.know_rows`."""
 
     @abstractmethod
     def entries_of(self, image_id: str) -> list[str]:

@@ -149,14 +149,14 @@ class Pack:
 
     @property
     def first_entry(self) -> str:
-        """The id of the first entry; it is there before those of the others are."""
+        """The id of the first entry, found without reading all ids."""
         return self._contents.first_entry
 
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
         """Say at which places among all some entries and photos are, by id.
 
-        Whoever has read them so spares the pack to read all ids, which of a million takes a second. A
-        place that is not true is found out when the pack reads there.
+        This saves the pack from reading all ids, which takes a second for a million. A wrong place of an
+        entry or a photo is an error once the pack reads there.
         """
         self._contents.know_rows(entries, images)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection
     from xattn.packs.reader import Pack
 
-RATED = "_rated"  # the session's key of how often stars were given
+STARS = "_stars"  # the session's key of the :class:`_Stars` of the page
 CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
 SHOWN = 3  # tags on a cell
 
@@ -180,9 +181,59 @@ def _tagging(pack: Pack, person: Person, store: Store, now: Sequence[str]) -> No
             text, key=KEY + key, type="tertiary", on_click=keyboard.press, args=(pack, key, [])
         )
     if now:
-        # New ones each time: else the browser sends the stars again, and whatever is chosen then has them.
-        times = st.session_state.get(RATED, 0)
-        st.feedback("stars", key=f"{KEY}stars {times}", on_change=_rate, args=(person, now, times))
+        _rating(person, now)
+
+
+@dataclass
+class _Stars:
+    """Stars for some photos, to be given once; then there are new ones.
+
+    The browser sends a widget's value with every request: the stars of before would go to the photos
+    that are chosen by then.
+    """
+
+    number: int
+    ids: list[str]
+    given: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{KEY}stars {self.number}"
+
+
+def _rating(person: Person, now: Sequence[str]) -> None:
+    """Stars for the chosen photos, or none."""
+    last: _Stars | None = st.session_state.get(STARS)
+    if last is None:
+        held = _Stars(0, list(now))
+    else:
+        _rate(person, last)  # its callback may have been cut off
+        held = _Stars(last.number + last.given, list(now))
+    st.session_state[STARS] = held
+    row = st.container(horizontal=True, gap="small", vertical_alignment="center")
+    row.feedback("stars", key=held.key, on_change=_rate, args=(person, held))
+    row.button(
+        "No stars",
+        key=f"{KEY}no_stars",
+        type="tertiary",
+        on_click=_give,
+        args=(person, held.ids, 0),
+    )
+
+
+def _rate(person: Person, held: _Stars) -> None:
+    stars = st.session_state.get(held.key)
+    if stars is not None and not held.given:
+        held.given = True
+        _give(person, held.ids, int(stars) + 1)
+
+
+def _give(person: Person, ids: Sequence[str], rating: int) -> None:
+    def act(store: Store, name: str) -> str:
+        store.set_rating(name, ids, rating)
+        return f"{'★' * rating or 'No stars'}: {photos(len(ids))}"
+
+    person.change(act)
 
 
 def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
@@ -193,20 +244,6 @@ def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
         return f"{tag}: {photos(len(ids))}" if on else f"no longer {tag}: {photos(len(ids))}"
 
     keyboard.change(pack, act)
-
-
-def _rate(person: Person, ids: Sequence[str], times: int) -> None:
-    stars = st.session_state.get(f"{KEY}stars {times}")
-    if st.session_state.get(RATED, 0) != times:
-        return  # they were taken up, and the browser has not seen it yet
-    st.session_state[RATED] = times + 1
-    rating = 0 if stars is None else int(stars) + 1
-
-    def act(store: Store, name: str) -> str:
-        store.set_rating(name, ids, rating)
-        return f"{'★' * rating or 'No rating'}: {photos(len(ids))}"
-
-    person.change(act)
 
 
 def _keys(pack: Pack, store: Store) -> None:

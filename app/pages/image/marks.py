@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PRESSED = "image.keys"  # the component of the keys
 BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
-HOLDING = "_holding"  # the session's key of the numbers of the widgets, by what they hold
+REPLACED = "_replaced"  # the session's key of how often each widget was replaced
 HELD = "_note"  # the session's key of the :class:`_Held` of the page's note
 PLACE = (
     "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
@@ -76,12 +76,11 @@ def _place() -> _Place:
 
 @dataclass
 class _Held:
-    """What the field of a note was given, and whether what somebody made of it was taken up."""
+    """What a widget of a photo was given, or what was taken up from it since."""
 
     image_id: str
     key: str
-    note: str
-    taken: bool = False
+    value: Any
 
 
 def marks(pack: Pack, view: View, image_id: str) -> None:
@@ -97,21 +96,23 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         st.warning(plain(error))
         return
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    key = _holding(f"tags of {image_id}", list(mark.tags))
+    held = _Held(image_id, _key(f"tags of {image_id}", list(mark.tags)), list(mark.tags))
     bar.multiselect(
         "Tags",
         list(known),
-        key=key,
+        default=held.value,
+        key=held.key,
         accept_new_options=True,
         placeholder="Choose tags, or type a new one",
         on_change=_tag,
-        args=(person, image_id, mark.tags, key),
+        args=(person, held),
         width=420,
     )
-    held = _Held(image_id, _holding(f"note of {image_id}", mark.note), mark.note)
+    held = _Held(image_id, _key(f"note of {image_id}", mark.note), mark.note)
     st.session_state[HELD] = held
     bar.text_area(
         "Note",
+        held.value,
         key=held.key,
         height=68,
         max_chars=NOTE_LENGTH,
@@ -119,8 +120,9 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         args=(person, held),
         width="stretch",
     )
-    key = _holding(f"stars of {image_id}", mark.rating - 1 if mark.rating else None)
-    bar.feedback("stars", key=key, on_change=_rate, args=(person, image_id, mark.rating, key))
+    stars = mark.rating - 1 if mark.rating else None
+    held = _Held(image_id, _key(f"stars of {image_id}", stars), stars)
+    bar.feedback("stars", key=held.key, default=stars, on_change=_rate, args=(person, held))
     names = [f"{number} {tag}" for number, tag in tags.items()]
     st.caption(plain(" · ".join([*names, "J next", "K previous", "Z undo", "Shift+Z redo"])))
     components.keys(
@@ -130,61 +132,60 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
     )
 
 
-def _holding(what: str, value: object) -> str:
-    """The key of a widget that holds what the tag file has.
+def _key(what: str, value: object) -> str:
+    """The key of the widget that holds what the tag file has.
 
-    What was changed by other ways than the widget has a new one: with the next key or click the browser may
-    still send what the old one held, and that would be taken for a change.
+    A widget is replaced when its value was changed by other ways than itself: the browser may still send
+    what it held before, and that would be taken for a change.
     """
-    numbers: dict[str, int] = st.session_state.setdefault(HOLDING, {})
-    key = f"{what}, {numbers.get(what, 0)}"
+    replaced: dict[str, int] = st.session_state.setdefault(REPLACED, {})
+    key = f"{what}, {replaced.get(what, 0)}"
     if key in st.session_state and not _same(st.session_state[key], value):
-        numbers[what] = numbers.get(what, 0) + 1
-        key = f"{what}, {numbers[what]}"
-    if key not in st.session_state:
-        st.session_state[key] = value
+        replaced[what] = replaced.get(what, 0) + 1
+        key = f"{what}, {replaced[what]}"
     return key
 
 
-def _same(held: object, value: object) -> bool:
-    """Whether a widget holds what the tag file has; tags may be in any order."""
+def _same(held: Any, value: Any) -> bool:
+    """Whether a widget holds what the tag file has, which keeps tags sorted and texts trimmed."""
     if isinstance(held, list) and isinstance(value, list):
-        return set(held) == set(value)
-    return held == value
+        return {" ".join(tag.split()) for tag in held} == set(value)
+    return (held.strip() if isinstance(held, str) else held) == value
 
 
-def _tag(person: Person, image_id: str, was: Sequence[str], key: str) -> None:
-    wanted = list(st.session_state[key])
+def _tag(person: Person, held: _Held) -> None:
+    wanted = list(st.session_state[held.key])
+    was, held.value = held.value, wanted
     add, drop = [t for t in wanted if t not in was], [t for t in was if t not in wanted]
-    person.change(lambda store, name: store.change_tags(name, [image_id], add, drop))
+    if add or drop:
+        person.change(lambda store, name: store.change_tags(name, [held.image_id], add, drop))
 
 
 def _note(person: Person, held: _Held) -> None:
-    note = str(st.session_state[held.key] or "")
-    held.taken = True
-    if note == held.note:
-        return
+    note = str(st.session_state[held.key] or "").strip()
+    was, held.value = held.value, note
 
     def act(store: Store, name: str) -> str | None:
-        alone = store.set_note(name, held.image_id, note, held.note)
+        alone = store.set_note(name, held.image_id, note, was)
         return None if alone else "Somebody else wrote a note meanwhile; both are kept."
 
-    person.change(act)
+    if note != was:
+        person.change(act)
 
 
 def _late_note(person: Person) -> None:
     """Take up a note whose callback ended where it read the session, because a key was pressed next."""
     held: _Held | None = st.session_state.get(HELD)
-    if held is not None and not held.taken and held.key in st.session_state:
-        if st.session_state[held.key] != held.note:
-            _note(person, held)
+    if held is not None and held.key in st.session_state:
+        _note(person, held)
 
 
-def _rate(person: Person, image_id: str, was: int, key: str) -> None:
-    stars = st.session_state[key]
+def _rate(person: Person, held: _Held) -> None:
+    stars = st.session_state[held.key]
+    was, held.value = held.value, stars
     rating = 0 if stars is None else int(stars) + 1
-    if rating != was:
-        person.change(lambda store, name: store.set_rating(name, [image_id], rating))
+    if stars != was:
+        person.change(lambda store, name: store.set_rating(name, [held.image_id], rating))
 
 
 def _pressed(pack: Pack, view: View) -> None:

@@ -12,9 +12,11 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
 from xattn.app.pages.gallery import marking
+from xattn.app.pages.image import marks
 from xattn.app.synthetic_packs import small_pack
 from xattn.app.triage import tag_files
 from xattn.app.triage.journal import Mark
+from xattn.app.triage.keyboard import Person
 from xattn.app.triage.store import Store, identity
 
 HOSTILE = "<b>x</b> $y$ :red[z]"
@@ -118,6 +120,32 @@ def test_stars_are_of_the_photos_that_were_chosen_then(pack, store):
     assert app.feedback[0].value is None
     checked(app.feedback[0].set_value(4).run())
     assert store.marks([photo(4)]) == {photo(4): Mark(rating=5)}
+
+    checked(app.button(key="gallery.no_stars").click().run())
+    assert store.marks([photo(4)]) == {}
+
+
+def test_stars_whose_callback_was_cut_off_are_taken_up_by_the_next_run(pack, store):
+    app = run()
+    app.session_state[marking.CHOSEN] = (pack.id, [photo(4)])
+    app.session_state[marking.STARS] = given = marking._Stars(7, [photo(1)])
+    app.session_state[given.key] = 2
+    checked(app.run())
+    assert store.marks([photo(1), photo(4)]) == {photo(1): Mark(rating=3)}
+    assert app.feedback[0].value is None
+
+
+def test_changes_of_a_photo_come_faster_than_it_is_drawn(store, monkeypatch):
+    held = {name: marks._Held(photo(1), name, value) for name, value in
+            {"stars": None, "note": "", "tags": []}.items()}  # fmt: skip
+    me = Person("me", store, [])
+    for stars, note, tags in ((2, "a", ["x"]), (4, "b", ["x", "y"]), (None, "", ["y"])):
+        monkeypatch.setattr(marks.st, "session_state", {"stars": stars, "note": note, "tags": tags})
+        for change, name in ((marks._rate, "stars"), (marks._note, "note"), (marks._tag, "tags")):
+            change(me, held[name])
+        rating = 0 if stars is None else stars + 1
+        assert store.marks([photo(1)])[photo(1)] == Mark(tuple(tags), note, rating)
+    assert me.said == []
 
 
 @pytest.mark.parametrize("name, value", [("rating", "9"), ("rating", "x"), ("note", "perhaps")])

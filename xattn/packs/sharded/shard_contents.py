@@ -85,7 +85,7 @@ class ShardContents(Contents):
                 self._known_rows.put((kind, id), row, 1)
 
     def _row_of(self, kind: str, id: str) -> int:
-        """The row of a "map" or an "image"; whoever reads it compares the id."""
+        """The row of a "map" or an "image"; callers compare the id there."""
         if isinstance(id, str) and (known := self._known_rows.get((kind, id))) is not None:
             return int(known)
         try:
