@@ -54,11 +54,6 @@ class Person:
         return True
 
 
-def press(pack: Pack, key: str, image_ids: Sequence[str]) -> None:
-    """:meth:`Person.press` of this session's person."""
-    Person.of(pack).press(key, image_ids)
-
-
 def change(pack: Pack, act: Callable[[Store, str], str | None]) -> bool:
     """:meth:`Person.change` of this session's person."""
     return Person.of(pack).change(act)

@@ -400,9 +400,6 @@ def test_threads_share_a_library(root):
     assert wrong == []
 
 
-# ---------------------------------------------------------------------- tampering, links
-
-
 def test_a_pack_is_read_once_however_many_ask_for_it_at_once(root, monkeypatch):
     read = []
 
@@ -419,6 +416,9 @@ def test_a_pack_is_read_once_however_many_ask_for_it_at_once(root, monkeypatch):
         found = list(pool.map(lambda n: library.open(pack_id, passing=n % 2 == 0), range(16)))
     assert library.packs()[0].problem is None and library.open(pack_id) is found[0]
     assert len(read) == len(set(map(id, found))) == 1
+
+
+# ---------------------------------------------------------------------- tampering, links
 
 
 def test_a_changed_byte_spoils_one_map_and_no_other(root):

@@ -140,9 +140,6 @@ def test_more_rows_or_row_groups_than_a_shard_has_are_refused(tmp_path):
         Pack(folder).entry_ids[0]
 
 
-# ---------------------------------------------------------------------- page headers
-
-
 def test_a_map_of_a_photo_that_is_not_there_is_damage(tmp_path):
     maps_table = pytest.importorskip("xattn.app.navigation.maps_table", exc_type=ImportError)
     folder = make(tmp_path / "pack")
@@ -151,6 +148,9 @@ def test_a_map_of_a_photo_that_is_not_there_is_damage(tmp_path):
     pack = Pack(signed(folder, parquet(replaced(table, "image_id", ids))))
     with pytest.raises(PackError, match="tables of maps and photos do not match"):
         maps_table.MapsTable(pack)
+
+
+# ---------------------------------------------------------------------- page headers
 
 
 def varint(value: int) -> bytes:

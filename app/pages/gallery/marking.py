@@ -144,9 +144,8 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
             ),
         )
         try:
-            store = tag_files.store_of(pack)
-            _tagging(pack, person, store, now)
-            _keys(pack, store)
+            _tagging(person, now)
+            _keys(pack, person.store)
         except TagsError as error:
             st.caption(plain(error))
         st.caption(plain(tag_files.place(pack)))
@@ -159,9 +158,9 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
         )
 
 
-def _tagging(pack: Pack, person: Person, store: Store, now: Sequence[str]) -> None:
+def _tagging(person: Person, now: Sequence[str]) -> None:
     """Tags and stars for the chosen photos."""
-    known = dict.fromkeys((*store.keys().values(), *store.counts()))
+    known = dict.fromkeys((*person.store.keys().values(), *person.store.counts()))
     st.selectbox(
         "Tag of the chosen photos",
         list(known),
@@ -174,12 +173,10 @@ def _tagging(pack: Pack, person: Person, store: Store, now: Sequence[str]) -> No
     row = st.container(horizontal=True, gap="small", vertical_alignment="center")
     for text, on in (("Give it", True), ("Take it away", False)):
         row.button(
-            text, key=f"{KEY}tag_{on}", disabled=not now, on_click=_tag, args=(pack, now, on)
+            text, key=f"{KEY}tag_{on}", disabled=not now, on_click=_tag, args=(person, now, on)
         )
     for text, key in (("Undo", "undo"), ("Redo", "redo")):
-        row.button(
-            text, key=KEY + key, type="tertiary", on_click=keyboard.press, args=(pack, key, [])
-        )
+        row.button(text, key=KEY + key, type="tertiary", on_click=person.press, args=(key, []))
     if now:
         _rating(person, now)
 
@@ -236,14 +233,14 @@ def _give(person: Person, ids: Sequence[str], rating: int) -> None:
     person.change(act)
 
 
-def _tag(pack: Pack, ids: Sequence[str], on: bool) -> None:
+def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
     tag = str(st.session_state.get(f"{KEY}tag_name") or "")
 
-    def act(store: Store, person: str) -> str:
-        store.change_tags(person, ids, [tag] if on else [], [] if on else [tag])
+    def act(store: Store, name: str) -> str:
+        store.change_tags(name, ids, [tag] if on else [], [] if on else [tag])
         return f"{tag}: {photos(len(ids))}" if on else f"no longer {tag}: {photos(len(ids))}"
 
-    keyboard.change(pack, act)
+    person.change(act)
 
 
 def _keys(pack: Pack, store: Store) -> None:

@@ -259,12 +259,17 @@ def image(number, **params):
     return checked(app.run())
 
 
+def tags_of(app):
+    [widget] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    return widget
+
+
 def test_a_photo_shows_its_tags_note_and_stars_and_changes_them(store):
     store.change_tags("bob", [photo(1)], ["wrong label"])
     store.set_note("bob", photo(1), "**bold** <b>")
     store.set_rating("bob", [photo(1)], 2)
     app = image(1)
-    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    tags = tags_of(app)
     assert tags.value == ["wrong label"]
     assert app.text_area[0].value == "**bold** <b>"
     assert app.feedback[0].value == 1
@@ -291,7 +296,7 @@ def test_what_the_browser_has_not_seen_yet_is_not_taken_back(store):
     for _ in range(2):
         checked(app._run(known))
     assert store.marks([photo(1)])[photo(1)] == Mark(("look again",), "a note", 3)
-    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    tags = tags_of(app)
     assert (tags.value, app.text_area[0].value) == (["look again"], "a note")
     assert app.feedback[0].value == 2
     app.text_area[0].set_value("another note")
@@ -303,10 +308,9 @@ def test_what_the_browser_has_not_seen_yet_is_not_taken_back(store):
     for _ in range(2):
         checked(app._run(known))
     assert store.marks([photo(1)])[photo(1)] == Mark(("look again",), "", 5)
-    [tags] = [widget for widget in app.multiselect if widget.label == "Tags"]
+    tags = tags_of(app)
     checked(tags.set_value(["look again", "a tag of my own"]).run())
-    [again] = [widget for widget in app.multiselect if widget.label == "Tags"]
-    assert again.id == tags.id  # its list stays open
+    assert tags_of(app).id == tags.id  # its list stays open
 
 
 def test_two_people_writing_a_note_at_once_are_told(store):
