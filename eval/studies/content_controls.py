@@ -29,7 +29,7 @@ from xattn.correlation import spearman
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
-from xattn.eval.studies.control_tasks import digits_right, network, recall_right
+from xattn.eval.studies.control_tasks import RATE, digits_right, network, recall_right
 from xattn.eval.studies.digits import pixels_right
 from xattn.eval.studies.kept import kept_record, kept_values, measure_rows, reported
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
@@ -68,8 +68,8 @@ def study(
     for name in config.explainers:
         create_explainer(name, backbone)
     check_folder(output)
-    # Explainers and seeds of training may be added later.
-    settings = {k: v for k, v in asdict(config).items() if k not in ("explainers", "seeds")}
+    later = ("explainers", "seeds", "digit_rates")  # more of these may be added
+    settings = {k: v for k, v in asdict(config).items() if k not in later}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
     networks = Networks(backbone, photos[: config.fitted])
     free = {row.name: _classified(row, networks, photos, output) for row in FREE}
@@ -96,8 +96,13 @@ def study(
         "compared": len(few),
         "permutations": config.permutations,
         "pixels": kept_values(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
-        "digits": _trained("digits", output, config),
-        "recall": _trained("recall", output, config),
+        "digits": {
+            rate: _trained(
+                output / "digits" / f"{rate:g}", "digits", config.digit_steps, config.seeds, rate
+            )
+            for rate in config.digit_rates
+        },
+        "recall": _trained(output / "recall", "recall", config.recall_steps, config.seeds, RATE),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
     yield from reported(output, [heading, *report(found)])
@@ -237,15 +242,16 @@ def _alike(maps: Tensor, others: Tensor) -> list[float]:
 # ---------------------------------------------------------------------- networks trained with a control
 
 
-def _trained(task: str, output: Path, config: ControlStudyConfig) -> dict[str, list[Measured]]:
+def _trained(
+    output: Path, task: str, steps: int, seeds: int, rate: float
+) -> dict[str, list[Measured]]:
     """What was measured of a task's networks, by name and seed by seed."""
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
-    steps = config.digit_steps if task == "digits" else config.recall_steps
     trained = digits_right if task == "digits" else recall_right
 
     def measure(name: str, seed: int) -> Measured:
-        return trained(network(task, rows[name].mechanism, rows[name].options), steps, seed)
+        return trained(network(task, rows[name].mechanism, rows[name].options), steps, seed, rate)
 
     by_key = {rows[name].key: partial(measure, name) for name in rows}
-    found = measure_rows(output / task, {"steps": steps}, by_key, config.seeds)
+    found = measure_rows(output, {"steps": steps, "rate": rate}, by_key, seeds)
     return {name: found[rows[name].key] for name in rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ControlStudyConfig:
     """Of the weights of queries and keys."""
     digit_steps: int = 440
     """Of a network trained on digits."""
+    digit_rates: tuple[float, ...] = (1e-3,)
+    """Learning rates of networks trained on digits, a table each; bounds are those of the first."""
     recall_steps: int = 500
     """Of a network trained on recall."""
     seeds: int = 1
@@ -49,8 +52,14 @@ class ControlStudyConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name}: got {getattr(self, name)}; give at least {value}")
-        if len(set(self.explainers)) < len(self.explainers):
-            raise ValueError(f"explainers: got {self.explainers}; give each once")
+        for name in ("explainers", "digit_rates"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: got {given}; give each once")
+        if not self.digit_rates or not all(0 < rate < inf for rate in self.digit_rates):
+            raise ValueError(
+                f"digit_rates: got {self.digit_rates}; give one or more above 0, such as 0.001"
+            )
 
     def quick(self) -> ControlStudyConfig:
         """A few photos and steps, to see that all runs: no figure of it means anything."""
@@ -61,6 +70,7 @@ class ControlStudyConfig:
             compared=2,
             permutations=1,
             digit_steps=22,
+            digit_rates=self.digit_rates[:1],
             recall_steps=3,
             seeds=1,
         )

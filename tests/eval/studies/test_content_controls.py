@@ -20,7 +20,7 @@ from xattn.eval.studies.swapped_attention import labelled_photos
 NAMES = ["tench", "goldfish", "great white shark"]
 CONFIG = dataclasses.replace(
     ControlStudyConfig(), photos=6, fitted=3, compared=3, explainers=("rollout", "gradcam"),
-    digit_steps=1, recall_steps=1,
+    digit_steps=1, digit_rates=(1e-3, 3e-3), recall_steps=1,
 )  # fmt: skip
 
 
@@ -54,6 +54,13 @@ def test_every_row_is_in_the_report(done):
         assert any(line.startswith(f"| {name} |") for line in lines), name
     assert any("logistic regression on pixels | 0.9" in line for line in lines)
     assert (output / "report.md").read_text().strip() == "\n".join(lines[:-1]).strip()
+    for rate in ("0.001", "0.003"):
+        at = lines.index(
+            f"\n## Trained with a control: digits, 2 blocks of width 64, learning rate {rate}"
+        )
+        table = lines[at : at + 3 + len(DIGITS) + 1]
+        assert sum(line.startswith("| uniform | 0.500 | 1.0 |") for line in table) == 1
+        assert any("kept" in line for line in table) == (rate == "0.001")  # bounds are the first's
     uniform = next(line for line in lines if line.startswith("| uniform | 2.83"))
     assert "| 1 | 0 |" in uniform  # entropy ln 17, concentration 1, no diversity
 
@@ -131,6 +138,9 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
         ({"photos": 1}, "photos: got 1; give at least 2"),
         ({"compared": 1}, "compared: got 1; give at least 2"),
         ({"explainers": ("rollout", "rollout")}, "explainers: got .*; give each once"),
+        ({"digit_rates": ()}, r"digit_rates: got \(\); give one or more above 0"),
+        ({"digit_rates": (1e-3, 1e-3)}, "digit_rates: got .*; give each once"),
+        ({"digit_rates": (float("nan"),)}, "digit_rates: got .*; give one or more above 0"),
         ({"explainers": ("rolout",)}, "unknown explainer 'rolout'; did you mean"),
     ):
         with pytest.raises(ValueError, match=words):
