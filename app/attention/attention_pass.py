@@ -49,6 +49,19 @@ def keep(cache: OrderedDict[Any, Made], key: Any, make: Callable[[], Made], most
     return cache[key]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What stands in place of the trained attention: a mechanism, and its ``size`` and ``target``, see
+    :class:`~xattn.attention.base.Size`."""
+
+    mechanism: str = TRAINED
+    size: int | None = None
+    target: int | None = None
+
+
+AS_TRAINED = Choice()
+
+
 @dataclass(eq=False)
 class Reading:
     """One image: ``pixels`` that the model saw, and each layer's attention over N tokens.
@@ -164,8 +177,7 @@ def read(
     pack: Pack,
     image_id: str,
     backbone: Backbone,
-    mechanism: str,
-    size: int | None,
+    choice: Choice,
     kept: OrderedDict[Any, Reading],
 ) -> Reading:
     """The reading of an image, from ``kept`` or by a pass.
@@ -176,23 +188,23 @@ def read(
         NoAttention: the model's attention is not from all tokens to all tokens, or there is none.
         ValueError: the mechanism does not run in it. PackError: the photo is gone or damaged.
     """
-    key = (pack.id, pack.version, image_id, backbone.fingerprint, mechanism, size)
-    return keep(kept, key, lambda: _read(pack, image_id, backbone, mechanism, size), KEPT)
+    key = (pack.id, pack.version, image_id, backbone.fingerprint, choice)
+    return keep(kept, key, lambda: _read(pack, image_id, backbone, choice), KEPT)
 
 
-def _read(
-    pack: Pack, image_id: str, backbone: Backbone, mechanism: str, size: int | None
-) -> Reading:
+def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Reading:
     first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
     try:
         with models.turn(), torch.no_grad():
             model = backbone
-            if mechanism != TRAINED:
-                own = offered()[mechanism]
-                options = {**own.options, own.option: size}
-                model = converted_copy(backbone, mechanism, options=options)
+            if choice != AS_TRAINED:
+                own = offered()[choice.mechanism]
+                options = {**own.options, own.option: choice.size}
+                if choice.target is not None:
+                    options["target"] = choice.target
+                model = converted_copy(backbone, choice.mechanism, options=options)
             found = read_attention(model, images[None].to(model.device, model.mean.dtype))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

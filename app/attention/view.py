@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xattn.app.attention.attention_pass import TRAINED, offered, sizes, usual_size
+from xattn.app.attention.attention_pass import (
+    AS_TRAINED,
+    TRAINED,
+    Choice,
+    offered,
+    sizes,
+    usual_size,
+)
 from xattn.app.attention.pictures import SCALES
 from xattn.app.navigation import address
 
@@ -24,21 +31,27 @@ if TYPE_CHECKING:
 
 MEAN = "mean"
 KEY = "attention."  # before the names of the page's widgets
-NAMES = ("mechanism", "size", "layer", "head", "patch", "depth", "scale")
+NAMES = ("mechanism", "size", "target", "layer", "head", "patch", "depth", "scale")
 
 
 @dataclass(frozen=True)
 class View:
     """``head`` is a number or "mean"; ``patch`` "row,column" or a prefix token's slug; ``depth`` the
-    layer up to which rollout goes; ``size`` a converted mechanism's option."""
+    layer up to which rollout goes; ``size`` and ``target`` are options of a converted mechanism."""
 
     mechanism: str = TRAINED
     size: int | None = None
+    target: int | None = None
     layer: int = 0
     head: str = MEAN
     patch: str = "1,1"
     depth: int = 0
     scale: str = "root"
+
+    @property
+    def choice(self) -> Choice:
+        """What stands in place of the trained attention."""
+        return Choice(self.mechanism, self.size, self.target)
 
     def params(self, usual: View) -> dict[str, str]:
         """What differs from the usual view, for a URL."""
@@ -46,30 +59,31 @@ class View:
         return {name: str(value) for name, value, own in pairs if value != own}
 
 
-def mechanism_of(
-    params: Mapping[str, str], grid: tuple[int, int] | None
-) -> tuple[str, int | None, list[str]]:
-    """The mechanism of a URL, its size, and messages; before there is anything to show."""
+def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[Choice, list[str]]:
+    """What a URL puts in place of the trained attention, and messages; before there is anything to show."""
     wanted = params.get("mechanism", TRAINED)
     if wanted == TRAINED:
-        return TRAINED, None, []
+        return AS_TRAINED, []
     if grid is None or not sizes(wanted, grid):
-        return TRAINED, None, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
-    usual = usual_size(wanted, grid)
-    size = params.get("size")
-    if size is None:
-        return wanted, usual, []
-    if size not in map(str, sizes(wanted, grid)):
-        what = offered()[wanted].option
-        return wanted, usual, [f"{what} cannot be {_short(size)} here; {usual} is shown."]
-    return wanted, int(size), []
+        return AS_TRAINED, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
+    own, size, messages = offered()[wanted], usual_size(wanted, grid), []
+    wish = params.get("size", str(size))
+    if wish in map(str, sizes(wanted, grid)):
+        size = int(wish)
+    else:
+        messages.append(f"{own.option} cannot be {_short(wish)} here; {size} is shown.")
+    target = _whole(params.get("target", ""), len(own.targets))
+    if "target" in params and target is None:
+        messages.append(f"There is no region {_short(params['target'])} to look at here.")
+    return Choice(wanted, size, target), messages
 
 
-def usual(reading: Reading, mechanism: str, size: int | None) -> View:
+def usual(reading: Reading, choice: Choice) -> View:
     """What is shown where the URL says nothing: the last layer, from the patch in the middle."""
     last = reading.layers - 1
     middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
-    return View(mechanism, size, last, MEAN, middle, last)
+    own = {name: getattr(choice, name) for name in ("mechanism", "size", "target")}
+    return View(**own, layer=last, patch=middle, depth=last)
 
 
 def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[View, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts, map_rows
-from xattn.app.attention.attention_pass import TRAINED, Reading
+from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Reading
 from xattn.app.attention.pictures import SCALES, alt_text, legend, photo, png, shares
 from xattn.app.attention.view import (
     KEY,
@@ -24,10 +23,10 @@ from xattn.app.attention.view import (
     View,
     arrived,
     change,
+    choice_of,
     chosen,
     current,
     fused,
-    mechanism_of,
     name_of,
     place_of,
     remember,
@@ -48,6 +47,8 @@ from xattn.explainers.attention import NoAttention, layers_text
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
 
+OWN = "Each query's own region"
+
 
 def page(context: Context) -> None:
     """Show the attention of one image of the open pack."""
@@ -59,22 +60,22 @@ def page(context: Context) -> None:
     url = {name: st.query_params[name] for name in NAMES if name in st.query_params}
     new = arrived(pack.id, image_id, url)
     size_grid = attention_pass.grid_of(backbone)
-    mechanism, size, messages = mechanism_of(url if new else current(), size_grid)
+    choice, messages = choice_of(url if new else current(), size_grid)
     kept = st.session_state.setdefault(f"{KEY}kept", OrderedDict())
     try:
         with st.spinner("Reading the attention of this photo …"):
-            seen = attention_pass.read(pack, image_id, backbone, mechanism, size, kept)
+            seen = attention_pass.read(pack, image_id, backbone, choice, kept)
     except NoAttention as error:
         _nothing(backbone.name, error, image_id)
         return
-    start = usual(seen, mechanism, size)
+    start = usual(seen, choice)
     view, wrong = view_of(url if new else current(), start, seen)
     for message in [*messages, *wrong] if new else []:
         st.warning(plain(message))
     settle(pack.id, image_id, view, url if new else None)
     trained = None
-    if view.mechanism != TRAINED:
-        trained = attention_pass.read(pack, image_id, backbone, TRAINED, None, kept)
+    if view.choice != AS_TRAINED:
+        trained = attention_pass.read(pack, image_id, backbone, AS_TRAINED, kept)
     _picker(seen, view, size_grid, _outputs(backbone, seen, trained))
     _notes(seen, trained)
     rows = seen.rows(token_of(view.patch, seen))
@@ -83,7 +84,7 @@ def page(context: Context) -> None:
     map_rows.own_maps(seen, view)
     _rollout(seen, view)
     charts.show(seen, view)
-    remember(image_id, view, replace(start, mechanism=TRAINED, size=None))
+    remember(image_id, view, usual(seen, AS_TRAINED))
 
 
 # ---------------------------------------------------------------------- the top of the page
@@ -227,6 +228,18 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
         else:
             second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
+        if size.targets:
+            regions = [OWN, *map(str.capitalize, size.targets)]
+            first.selectbox(
+                "Looks at",
+                regions,
+                help="The region that each query is nearest to, or one region for all of them.",
+                **_widget(
+                    "target",
+                    OWN if view.target is None else regions[1 + view.target],
+                    lambda at: {"target": None if at == OWN else regions.index(at) - 1},
+                ),
+            )
 
 
 def _widget(
@@ -244,7 +257,7 @@ def _from(size_grid: tuple[int, int], looks: str) -> dict[str, Any]:
 
 def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
     size = None if wanted == TRAINED else attention_pass.usual_size(wanted, size_grid)
-    return {"mechanism": wanted, "size": size}
+    return {"mechanism": wanted, "size": size, "target": None}
 
 
 def _facts(

@@ -77,8 +77,8 @@ class _Reading(SimpleNamespace):
 @target(
     "attention address",
     "query",
-    valid=lambda: [b"mechanism=gna&size=7&layer=3&head=2&patch=3,5&depth=4&scale=root", b"layer=11&head=mean&patch=class-token"],
-    nasty=lambda: [*_NASTY_QUERIES, b"layer=12", b"layer=-1", b"head=3", b"patch=0,0", b"patch=15,1", "patch=１,２".encode(), b"patch=1,1,1", b"size=-1&mechanism=gna", b"size=999999"],
+    valid=lambda: [b"mechanism=gna&size=7&layer=3&head=2&patch=3,5&depth=4&scale=root", b"mechanism=localist&size=64&target=2", b"layer=11&head=mean&patch=class-token"],
+    nasty=lambda: [*_NASTY_QUERIES, b"layer=12", b"layer=-1", b"head=3", b"patch=0,0", b"patch=15,1", "patch=１,２".encode(), b"patch=1,1,1", b"size=-1&mechanism=gna", b"mechanism=localist&target=4", b"size=999999"],
     kind="text",
     says="$",
 )  # fmt: skip

@@ -83,7 +83,8 @@ class Size:
     Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
     the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``per_side``,
     whether it counts patches along a side, not patches; ``options``, the others that the viewer sets;
-    ``dial``, whether it is no number of patches but a strength, which fits every grid and gets a slider.
+    ``dial``, whether it is no number of patches but a strength, which fits every grid and gets a slider;
+    ``targets``, what values 0, 1, ... of an option ``target`` stand for, if the mechanism has one.
     """
 
     option: str
@@ -94,6 +95,7 @@ class Size:
     per_side: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     dial: bool = False
+    targets: tuple[str, ...] = ()
 
 
 class Mechanism(nn.Module, ABC):

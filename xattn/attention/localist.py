@@ -58,6 +58,7 @@ KINDS = ("quadrants", "grid", "slic", "recruited")
         (0, 1, 2, 4, 8, 16, 32, 64),
         16,
         dial=True,
+        targets=("top left", "top right", "bottom left", "bottom right"),
     ),
 )
 class Localist(Mechanism):

@@ -23,12 +23,20 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts
-from xattn.app.attention.attention_pass import KEPT, TRAINED, Reading, keep, prefix_names
+from xattn.app.attention.attention_pass import (
+    AS_TRAINED,
+    KEPT,
+    TRAINED,
+    Choice,
+    Reading,
+    keep,
+    prefix_names,
+)
 from xattn.app.attention.pictures import Colours, png, shares
 from xattn.app.attention.view import (
     MEAN,
     View,
-    mechanism_of,
+    choice_of,
     name_of,
     place_of,
     slug,
@@ -224,18 +232,21 @@ def test_a_browser_may_send_a_widget_that_the_last_run_replaced(pack):
 )
 def test_a_bad_parameter_leaves_what_is_usual_and_says_so(name, value, says):
     seen = made(layers=LAYERS)
-    start = usual(seen, TRAINED, None)
+    start = usual(seen, AS_TRAINED)
     view, messages = view_of({name: value, "scale": "linear"}, start, seen)
     assert view == replace(start, scale="linear")
     assert len(messages) == 1 and says in messages[0]
 
 
 def test_a_mechanism_or_size_that_does_not_fit_leaves_what_is_usual():
-    assert mechanism_of({"mechanism": "nope"}, GRID)[:2] == (TRAINED, None)
-    assert mechanism_of({"mechanism": "gna", "size": "3"}, None)[:2] == (TRAINED, None)
-    assert mechanism_of({"mechanism": "gna"}, (2, 9))[:2] == (TRAINED, None)
-    mechanism, size, messages = mechanism_of({"mechanism": "gna", "size": "5"}, GRID)
-    assert (mechanism, size) == ("gna", 3) and "kernel cannot be '5' here" in messages[0]
+    assert choice_of({"mechanism": "nope"}, GRID)[0] == AS_TRAINED
+    assert choice_of({"mechanism": "gna", "size": "3"}, None)[0] == AS_TRAINED
+    assert choice_of({"mechanism": "gna"}, (2, 9))[0] == AS_TRAINED
+    choice, messages = choice_of({"mechanism": "gna", "size": "5", "target": "0"}, GRID)
+    assert choice == Choice("gna", 3) and "kernel cannot be '5' here" in messages[0]
+    assert messages[1:] == ["There is no region '0' to look at here."]
+    choice, messages = choice_of({"mechanism": "localist", "target": "4"}, GRID)
+    assert choice == Choice("localist", 16) and "no region '4'" in messages[0]
 
 
 def test_messages_stand_on_the_page_and_the_rest_is_shown(pack):
@@ -341,6 +352,28 @@ def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
     assert "Layer 0 has none; it is as trained" in words(app) and not app.exception
 
 
+def box(app, label):
+    return next(found for found in app.selectbox if found.label == label)
+
+
+def test_the_dial_steers_all_queries_to_one_region(pack):
+    app = shown(mechanism="localist", size="64", patch="class-token")
+    box(app, "Looks at").set_value("Bottom left").run()
+    assert address(app)["target"] == "2" and not app.exception
+    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    below = seen.maps[5]["region"][0].flatten() == 2
+    rows = seen.rows(3)[5]
+    assert rows[:, 1:][:, below].sum(1).min() > 0.99  # whatever the query is
+    again = shown(mechanism="localist", size="64", target="2")
+    assert box(again, "Looks at").value == "Bottom left" and not again.warning
+    box(again, "Looks at").set_value("Each query's own region").run()
+    assert "target" not in address(again)
+    box(again, "Looks at").set_value("Top left").run()
+    assert address(again)["target"] == "0"
+    box(again, "Mechanism").set_value(TRAINED).run()
+    assert not again.exception and "target" not in address(again)
+
+
 def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
     torch.manual_seed(1)
     own = converted_copy(backbone, "softmax", options={"rotate": "comrope:form=ap"})
@@ -355,7 +388,7 @@ def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
 
 
 def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
-    seen = attention_pass.read(pack, "photo-1", backbone, TRAINED, None, OrderedDict())
+    seen = attention_pass.read(pack, "photo-1", backbone, AS_TRAINED, OrderedDict())
     _, images = own_rows(pack, backbone, 0, "photo-1")
     assert torch.equal(torch.from_numpy(np.array(seen.pixels)).permute(2, 0, 1) / 255, images)
 
@@ -416,7 +449,7 @@ def test_every_token_has_a_name_in_the_url_and_in_words(prefix):
         place = place_of(token, seen)
         text = slug(seen.prefix[token]) if place is None else f"{place[0] + 1},{place[1] + 1}"
         assert token_of(text, seen) == token
-        assert view_of({"patch": text}, usual(seen, TRAINED, None), seen)[0].patch == text
+        assert view_of({"patch": text}, usual(seen, AS_TRAINED), seen)[0].patch == text
     assert name_of(prefix + 7, seen) == "row 2, column 3"
 
 
@@ -518,18 +551,19 @@ def test_the_root_is_for_shares_only():
 # ---------------------------------------------------------------------- anything in the URL
 
 TEXT = st.text(max_size=12) | st.sampled_from(
-    ["0", "-1", "1,1", "3,5", "mean", "class-token", "gna"]
+    ["0", "-1", "1,1", "3,5", "mean", "class-token", "gna", "localist"]
 )
 PARAMS = st.dictionaries(
-    st.sampled_from(["layer", "head", "patch", "depth", "scale", "mechanism", "size"]), TEXT
+    st.sampled_from(["layer", "head", "patch", "depth", "scale", "mechanism", "size", "target"]),
+    TEXT,
 )
 SEEN = made(prefix=2)
 
 
 @given(PARAMS)
 def test_any_parameters_give_a_view_of_what_is_there(params):
-    mechanism, size, _ = mechanism_of(params, GRID)
-    start = usual(SEEN, mechanism, size)
+    choice, _ = choice_of(params, GRID)
+    start = usual(SEEN, choice)
     view, _ = view_of(params, start, SEEN)
     assert 0 <= view.layer < 3 and 0 <= view.depth < 3
     assert view.head == MEAN or 0 <= int(view.head) < HEADS
