@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from xattn import load_backbone
 from xattn.explainers import create_explainer
 
-GRADIENT = ["gradcam", "gradcam_plusplus", "layercam"]
+GRADIENT = ["gradcam", "gradcam_plusplus", "layercam", "hirescam"]
 NAMES = [*GRADIENT, "scorecam", "ablationcam", "eigencam"]
 KINDS = {"cnn": "test_resnet", "vit": "test_vit2"}
 TARGET = torch.tensor([3, 0])
@@ -78,6 +78,8 @@ def expected(name, backbone, image, target):
         return torch.relu((g.mean((1, 2), keepdim=True) * f).sum(0))
     if name == "layercam":
         return torch.relu((g.relu() * f).sum(0))
+    if name == "hirescam":
+        return torch.relu((g * f).sum(0))
     if name == "gradcam_plusplus":
         weights = []
         for a, d in zip(f, g, strict=True):

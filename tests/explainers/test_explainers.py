@@ -18,7 +18,7 @@ from xattn.explainers import (
 from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 
-CAMS = ["gradcam", "gradcam_plusplus", "layercam", "eigencam", "ablationcam"]
+CAMS = ["gradcam", "gradcam_plusplus", "layercam", "hirescam", "eigencam", "ablationcam"]
 NAMES = ["head", "cam", *CAMS, "random", "centre", "ones"]
 # Tested alike in files of their own, with options that make them fast.
 ELSEWHERE = [

@@ -13,7 +13,15 @@ import xattn
 from xattn import create_explainer, load_backbone
 from xattn.cli import main
 
-CAMS = ["gradcam", "gradcam_plusplus", "layercam", "eigencam", "scorecam", "ablationcam"]
+CAMS = [
+    "gradcam",
+    "gradcam_plusplus",
+    "layercam",
+    "hirescam",
+    "eigencam",
+    "scorecam",
+    "ablationcam",
+]
 # The smallest of each family whose final features are tokens.
 TOKEN_NETWORKS = {
     "levit_128s": {},

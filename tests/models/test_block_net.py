@@ -70,3 +70,20 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_gradient_times_the_gate_of_ninformer_is_hirescam_of_its_gating():
+    torch.manual_seed(0)
+    net = BlockNet("ninformer", dim=16, options={"grid": (4, 4), "token_hidden": 6}).double().eval()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    hires = create_explainer("hirescam", load_backbone(net), layer="blocks.1.gating", relu=False)
+    found = hires.attribute(images, 3)
+    last = net.blocks[1]
+    x = net.blocks[0](net.tokens(images), net.grid)
+    gate = last.gated(last.norm(x)).detach().requires_grad_()
+    added = x.detach() + gate
+    logits = net.classify(added + last.mlp(last.norm(added)))
+    (slope,) = torch.autograd.grad(logits[:, 3].sum(), gate)
+    expected = (gate * slope).sum(-1).unflatten(1, (1, *net.grid))
+    torch.testing.assert_close(found, expected.detach(), check_dtype=False)
+    assert (found < 0).any() and not torch.allclose(found, hires.attribute(images, 4))

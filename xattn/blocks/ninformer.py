@@ -40,6 +40,9 @@ class NinformerBlock(Block):
     """Token mixing by an MLP over the places of a grid, and a gate. Prefix tokens have no place: they are
     neither read nor written by the token MLP, and go through the other parts like any token.
 
+    ``gating`` is the module whose output is (n W + b) o M(n): ``hirescam`` of that layer is the gradient
+    times the gate, which depends on the class.
+
     Args:
         grid: the only one that the block works on; :meth:`at_grid` makes a block for another.
         token_hidden: t, hidden width of the token MLP.
@@ -73,6 +76,9 @@ class NinformerBlock(Block):
         self.token_out = nn.Linear(token_hidden, places)
         self.channel_mlp, self.mlp = (Mlp(dim, wide, drop=dropout) for _ in range(2))
         self.gate = nn.Linear(dim, dim) if gate else None
+        self.gating = (
+            nn.Identity()
+        )  # gives what passes the gate a name, for explainers that read a layer
         self.drop = nn.Dropout(dropout)
 
     def check(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> None:
@@ -92,7 +98,7 @@ class NinformerBlock(Block):
     def gated(self, n: Tensor, prefix: int = 0) -> Tensor:
         """(n W + b) o M(n) of normalised tokens n (B, N, C)."""
         mixed = self.mixed(n, prefix)
-        return mixed if self.gate is None else self.gate(n) * mixed
+        return self.gating(mixed if self.gate is None else self.gate(n) * mixed)
 
     def mixed(self, n: Tensor, prefix: int = 0) -> Tensor:
         """M(n), the mixer's output."""

@@ -18,7 +18,7 @@ from xattn.explainers.eigencam import EigenCam
 from xattn.explainers.gates import Gates
 from xattn.explainers.generic_relevance import GenericRelevance
 from xattn.explainers.grad_eclip import GradEclip
-from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, LayerCam
+from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, HiResCam, LayerCam
 from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
 from xattn.explainers.head import HeadExplainer
 from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradients, SmoothGrad
@@ -53,6 +53,7 @@ __all__ = [
     "GradientShap",
     "GuidedBackprop",
     "HeadExplainer",
+    "HiResCam",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",

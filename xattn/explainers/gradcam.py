@@ -4,6 +4,7 @@
     Grad-CAM++  ReLU( sum_c sum_uv(alpha_c relu(g_c)) f_c )        Chattopadhay et al., arXiv 1710.11063
                 alpha = g^2 / (2 g^2 + sum_ab(f) g^3) = 1 / (2 + sum_ab(f) g), 0 at a pole
     LayerCAM    ReLU( sum_c relu(g_c) f_c )                        Jiang et al., IEEE TIP 2021
+    HiResCAM    ReLU( sum_c g_c f_c )                              Draelos & Carin, arXiv 2011.08891
 
 Grad-CAM++ takes the derivatives of exp(logit), whose common factor drops out. f (B, C, h, w) is the
 layer of :mod:`xattn.explainers.layers`. The ReLU is part of the methods.
@@ -82,3 +83,16 @@ class LayerCam(GradientCam):
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return torch.relu(gradients)
+
+
+@register_explainer("hirescam")
+class HiResCam(GradientCam):
+    """HiResCAM, the layer times its gradient at each place: where only pooling and a linear layer follow,
+    what each place adds to the logit, up to a constant.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return gradients

@@ -48,6 +48,7 @@ METHODS = {
         "Guided backprop", "Gradients of which only positive ones pass each layer"
     ),
     "head": Words("Explanation head", "Maps of a head that was trained to explain this network"),
+    "hirescam": Words("HiResCAM", "Grad-CAM whose weights are not averaged over the photo"),
     "input_x_gradient": Words(
         "Input × gradient", "The pixels, times how much the score depends on them"
     ),
