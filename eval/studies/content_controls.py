@@ -127,7 +127,8 @@ class Networks:
         if row.mechanism is None:
             return self.backbone
         depth = len(self.backbone.model.blocks)  # type: ignore[arg-type]
-        options = {"source": row.source} if row.source == "noise" else {}
+        options: dict[str, Any] = {"source": row.source} if row.source == "noise" else {}
+        options |= {} if row.norm else {"norm": False}
         made = converted(self.backbone, row.mechanism, row.layers(depth), options)
         if row.source in ("mean", "photo"):
             maps = self._of_photos(row.source)

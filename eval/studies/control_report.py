@@ -51,6 +51,7 @@ class Free:
     blocks: Blocks = "all"
     source: str = ""
     bound: Bound = NO_BOUND
+    norm: bool = True
 
     @property
     def name(self) -> str:
@@ -59,7 +60,8 @@ class Free:
         where = {"all": "", "last four": ", last four blocks"}.get(
             self.blocks, ", every second block"
         )
-        return self.mechanism + (f", {self.source}" if self.source else "") + where
+        source = f", {self.source}" if self.source else ""
+        return self.mechanism + source + ("" if self.norm else ", no norm") + where
 
     @property
     def key(self) -> str:
@@ -98,6 +100,7 @@ FREE = (
     Free("non_approximate", bound=FEW),
     Free("taylor", bound=FEW),
     Free("static_embedding", bound=FEW),
+    Free("static_embedding", bound=FEW, norm=False),
     Free("none"),
     Free("static", source="photo", bound=Bound(most=0.08)),
     Free("static", source="mean", bound=Bound(most=0.12)),

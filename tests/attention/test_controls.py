@@ -177,17 +177,26 @@ def test_static_embedding_in_the_first_block_is_standard(network):
     assert torch.allclose(converted_copy(network, "static_embedding", "0")(x), expected, atol=1e-5)
     later = converted_copy(network, "static_embedding", "1")
     assert not torch.allclose(later(x), expected, atol=1e-3)
+    bare = {"norm": False}
+    assert not torch.allclose(
+        converted_copy(network, "static_embedding", "0", bare)(x), expected, atol=1e-3
+    )
+    network.blocks[0].norm1 = torch.nn.Identity()
+    found = converted_copy(network, "static_embedding", "0", bare)(x)
+    assert torch.allclose(found, network(x), atol=1e-5)
 
 
-def test_static_embedding_reads_what_enters_the_first_block(network):
+@pytest.mark.parametrize("norm", [True, False])
+def test_static_embedding_reads_what_enters_the_first_block(network, norm):
     x = images(network)
     seen = []
     network.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
-    twin = converted_copy(network.requires_grad_(), "static_embedding", "2")
+    twin = converted_copy(network.requires_grad_(), "static_embedding", "2", {"norm": norm})
     with record(twin) as calls, torch.no_grad():
         twin(x)
     block = twin.blocks[2]
-    q, k, _ = block.attn.qkv(block.norm1(seen[-1])).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    read = block.norm1(seen[-1]) if norm else seen[-1]
+    q, k, _ = block.attn.qkv(read).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     expected = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
     assert torch.allclose(matrix(calls[2].operator), expected, atol=1e-6)
     twin(x).sum().backward()

@@ -99,10 +99,17 @@ class StaticEmbedding(Mechanism):
 
     In a converted model they are made by the block's own ``norm1`` and ``qkv``. A layer that stands alone
     reads the embedding itself: there it is softmax attention.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        norm: whether ``norm1`` has a part in it; the paper's queries and keys are of the bare embedding.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
+    def __init__(
+        self, dim: int, num_heads: int, norm: bool = True, *, backend: str = "auto"
+    ) -> None:
         super().__init__(dim, num_heads, backend=backend)
+        self.norm = norm
         self.block: list[nn.Module] = []  # in a list, since it is no part of the mechanism
 
     @classmethod
@@ -145,7 +152,7 @@ class StaticEmbedding(Mechanism):
             )
         block: Any = self.block[0]
         layer = block.attn
-        qkv = layer.qkv(block.norm1(x)).unflatten(2, (3, heads, width))
+        qkv = layer.qkv(block.norm1(x) if self.norm else x).unflatten(2, (3, heads, width))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return layer.q_norm(q), layer.k_norm(k)
 
