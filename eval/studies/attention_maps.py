@@ -28,11 +28,12 @@ from xattn.attention.conversion import format_layers, format_mechanism
 from xattn.attention.record import Call
 from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import read_conversion
+from xattn.eval.studies.map_tiles import map_tile
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
-from xattn.pictures.overlay import DIVERGING, overlay
-from xattn.pictures.scales import Legend, make_scale
+from xattn.pictures.overlay import DIVERGING
+from xattn.pictures.scales import Legend
 from xattn.runtime.files import atomic_file, check_folder
 
 SIDE = 224  # pixels of a tile: whole ones for each of 14, 28 or 56 patches
@@ -183,7 +184,7 @@ def _sheet(
     grid = next(iter(maps.values())).shape[2:]
     if "received" in maps:
         before = _received(_calls(dense, pixels)[at], dense.prefix_tokens, grid)
-        cells.append(_cell(tile, "received, as trained", before))
+        cells.append(map_tile(tile, "received, as trained", before))
     for key, values in maps.items():
         cells += _cells(tile, key, values[0], setting)
     columns = math.ceil(len(cells) / math.ceil(len(cells) / COLUMNS))
@@ -228,28 +229,10 @@ def _cells(tile: Image.Image, key: str, values: Tensor, setting: Setting) -> lis
     one_by_one = setting.channels.get(key)
     if one_by_one is None:
         mean = f"mean of {len(values)}, " if len(values) > 1 else ""
-        return [_cell(tile, key, values.mean(0), colours, mean)]
+        return [map_tile(tile, key, values.mean(0), colours, mean)]
     what, numbers = one_by_one
     chosen = range(len(values)) if numbers is None else numbers
-    return [_cell(tile, f"{key}, {what} {i}", values[i], colours) for i in chosen]
-
-
-def _cell(
-    tile: Image.Image, title: str, values: Tensor, colours: str = AMOUNTS.cmap, what: str = ""
-) -> Cell:
-    """A map (h, w) over the photo, patch by patch; without colours if it is the same everywhere."""
-    own = values.double().cpu().numpy()
-    low, high = float(own.min()), float(own.max())
-    if _short(low) == _short(high):
-        return Cell(tile, title, f"{what}{_short(low)} everywhere")
-    scaled = make_scale([(low, high)], colours)(own)
-    patches = Image.fromarray(scaled).resize(tile.size, Image.Resampling.NEAREST)
-    drawn = overlay(tile, np.asarray(patches), cmap=colours)
-    return Cell(drawn, title, f"{what}{_short(low)} to {_short(high)}")
-
-
-def _short(x: float) -> str:
-    return f"{x:.3g}" if abs(x) >= 1 else f"{x:.2g}"
+    return [map_tile(tile, f"{key}, {what} {i}", values[i], colours) for i in chosen]
 
 
 def _caption(

@@ -22,19 +22,21 @@ from torch import Tensor, nn
 
 from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.blocks.shrp import ShrpBlock
+from xattn.eval.studies.block_maps import SHOWN, block_maps, draw
 from xattn.eval.studies.digit_configs import BlockStudyConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
 from xattn.eval.studies.kept import Found, measure_rows, reported, spread
 from xattn.models.block_net import BlockNet
 
 DEFAULTS = BlockStudyConfig()
+DRAWN = ("ninformer", "hyperzzw", "shrp")
 Run = Mapping[str, Any]
 
 
 def study(
     output: str | Path = "runs/study-blocks", config: BlockStudyConfig = DEFAULTS
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines.
+    """Train and measure what is not finished yet, write report.md and maps.png, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
@@ -50,8 +52,10 @@ def study(
         "shrp-no-penalty": partial(measure_shrp, config, 0.0),
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
-    found = measure_rows(output, settings, rows, config.seeds)
+    found = measure_rows(output, {**settings, "digits": SHOWN}, rows, config.seeds)
+    draw({name: found[name][0]["shown"] for name in DRAWN}, output / "maps.png")
     yield from reported(output, [*_report(found, config, pixels_right())])
+    yield f"maps: {output / 'maps.png'}"
 
 
 # ---------------------------------------------------------------------- NiNformer
@@ -83,6 +87,7 @@ def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> dict[s
         "right": right(net),
         "permuted": right(permuted),
         "twice": right(twice),
+        "shown": block_maps(net),
         **_about(net, seconds),
     }
 
@@ -112,7 +117,7 @@ def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> dict[st
             float((block.kernel((15, 15))[:, ::2, ::2] - block.kernel((8, 8))).abs().max())
             for block in _hyper(net)
         ]
-    return {**found, "kernel_gap": max(gaps)} if gaps else found
+    return {**found, "kernel_gap": max(gaps), "shown": block_maps(net)} if gaps else found
 
 
 def _hyper(net: BlockNet) -> list[HyperZZWBlock]:
@@ -139,6 +144,7 @@ def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> dict[st
         "right": right(net),
         "pruned": right(one_head),
         "usage": usage,
+        "shown": block_maps(one_head),
         "parameters_pruned": _size(one_head),
         "share": _size(one_head) / whole,
         "share_of_blocks": _size(one_head.blocks) / blocks,
