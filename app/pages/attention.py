@@ -224,13 +224,15 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
     if view.mechanism != TRAINED and size_grid is not None:
         size = offered[view.mechanism]
         fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
+        if size.targets:
+            second, beside = st.columns(2)
         if size.dial:
             second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
         else:
             second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
         if size.targets:
             regions = [OWN, *map(str.capitalize, size.targets)]
-            first.selectbox(
+            beside.selectbox(
                 "Looks at",
                 regions,
                 help="The region that each query is nearest to, or one region for all of them.",
