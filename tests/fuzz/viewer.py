@@ -86,10 +86,8 @@ def attention_address(folder: Path) -> None:
     params = dict(parse_qsl(text_of(folder / "query")[:100_000], keep_blank_values=True))
     reading: Any = _Reading()
     for grid in (reading.grid, None, (1, 1)):
-        mechanism, size, _ = attention_view.mechanism_of(params, grid)
-    view, _ = attention_view.view_of(
-        params, attention_view.usual(reading, mechanism, size), reading
-    )
+        choice, _ = attention_view.choice_of(params, grid)
+    view, _ = attention_view.view_of(params, attention_view.usual(reading, choice), reading)
     assert 0 <= attention_view.token_of(view.patch, reading) < 197
     assert 0 <= view.layer < 12 and 0 <= view.depth < 12
 
