@@ -81,12 +81,12 @@ def test_lists_and_benchmarks_show_it(toy, capsys):
 
 
 def test_the_attention_page_offers_it(toy):
-    from xattn.app.attention.attention_pass import offered, sizes, usual_size
-    from xattn.app.attention.view import mechanism_of
+    from xattn.app.attention.attention_pass import Choice, offered, sizes, usual_size
+    from xattn.app.attention.view import choice_of
 
     assert offered()["toy"].what == "Toys"
     assert sizes("toy", (3, 5)) == [1, 2, 3] and usual_size("toy", (3, 5)) == 2
-    assert mechanism_of({"mechanism": "toy", "size": "3"}, (3, 5)) == ("toy", 3, [])
+    assert choice_of({"mechanism": "toy", "size": "3"}, (3, 5)) == (Choice("toy", 3), [])
 
 
 def _environment():
