@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts, map_rows
-from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Reading
+from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Choice, Reading
 from xattn.app.attention.pictures import SCALES, alt_text, legend, photo, png, shares
 from xattn.app.attention.view import (
     KEY,
@@ -64,10 +64,13 @@ def page(context: Context) -> None:
     kept = st.session_state.setdefault(f"{KEY}kept", OrderedDict())
     try:
         with st.spinner("Reading the attention of this photo …"):
-            seen = attention_pass.read(pack, image_id, backbone, choice, kept)
+            read = partial(attention_pass.read, pack, image_id, backbone)
+            seen, choice, refused = _fitting(read, choice, kept)
     except NoAttention as error:
         _nothing(backbone.name, error, image_id)
         return
+    if refused:
+        st.warning(plain(refused))
     start = usual(seen, choice)
     view, wrong = view_of(url if new else current(), start, seen)
     for message in [*messages, *wrong] if new else []:
@@ -85,6 +88,21 @@ def page(context: Context) -> None:
     _rollout(seen, view)
     charts.show(seen, view)
     remember(image_id, view, usual(seen, AS_TRAINED))
+
+
+def _fitting(
+    read: Callable[..., Reading], choice: Choice, kept: OrderedDict[Any, Reading]
+) -> tuple[Reading, Choice, str]:
+    """The reading of ``choice``; where its mechanism does not run on this photo, that of the network as
+    trained, and why."""
+    try:
+        return read(choice, kept), choice, ""
+    except NoAttention:
+        raise
+    except ValueError as error:
+        if choice == AS_TRAINED:
+            raise
+        return read(AS_TRAINED, kept), AS_TRAINED, f"{choice.mechanism} does not run here: {error}"
 
 
 # ---------------------------------------------------------------------- the top of the page
@@ -304,7 +322,11 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
     if view.head == MEAN:
         return f"gets {float(masses.amax(1).mean()):.1%}, mean over heads, each with its own"
     own = masses[int(view.head)]
-    return f"{int(own.argmax())}, of 0 to {len(own) - 1}, gets {float(own.max()):.1%}"
+    named = attention_pass.offered()[view.mechanism].targets if view.mechanism != TRAINED else ()
+    best = f"{int(own.argmax())}, of 0 to {len(own) - 1},"
+    if len(named) == len(own):
+        best = named[int(own.argmax())]
+    return f"{best} gets {float(own.max()):.1%}"
 
 
 def _notes(seen: Reading, trained: Reading | None) -> None:

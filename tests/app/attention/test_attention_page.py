@@ -344,7 +344,8 @@ def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
     masses = torch.stack([rows[:, region == b].sum(1) for b in range(4)], 1)
     assert f"gets {masses.amax(1).mean():.1%}, mean over heads" in text
     one = shown(mechanism="localist", size="64", patch="class-token", head="1")
-    assert f"{masses[1].argmax()}, of 0 to 3, gets {masses[1].max():.1%}" in words(one)
+    corner = ("top left", "top right", "bottom left", "bottom right")[masses[1].argmax()]
+    assert f"{corner} gets {masses[1].max():.1%}" in words(one)
     assert [bool(m) for m in seen.maps] == [False] * 4 + [True] * 2  # the last quarter
     dial.set_value(0).run()
     assert "the same class" in words(app) and address(app)["size"] == "0"
@@ -372,6 +373,19 @@ def test_the_dial_steers_all_queries_to_one_region(pack):
     assert address(again)["target"] == "0"
     box(again, "Mechanism").set_value(TRAINED).run()
     assert not again.exception and "target" not in address(again)
+
+
+def test_a_mechanism_that_does_not_run_here_leaves_the_network_as_trained(pack, monkeypatch):
+    torch.manual_seed(0)
+    flat = load_backbone("test_vit", weights=None, input_size=(16, 80))  # a single row of patches
+    monkeypatch.setattr(models, "backbone_of", lambda pack: flat)
+    app = shown(mechanism="localist", size="64", target="2")
+    assert "localist does not run here: sides: got 2 for a grid of 1 x 5 patches" in words(app)
+    assert box(app, "Mechanism").value == TRAINED and "mechanism" not in address(app)
+    box(app, "Mechanism").set_value("localist").run()
+    assert len(app.warning) == 1 and not app.exception
+    box(app, "Head").set_value("1").run()
+    assert not app.warning and not app.exception and address(app)["head"] == "1"
 
 
 def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
@@ -563,6 +577,7 @@ SEEN = made(prefix=2)
 @given(PARAMS)
 def test_any_parameters_give_a_view_of_what_is_there(params):
     choice, _ = choice_of(params, GRID)
+    assert choice.target in ((None, 0, 1, 2, 3) if choice.mechanism == "localist" else (None,))
     start = usual(SEEN, choice)
     view, _ = view_of(params, start, SEEN)
     assert 0 <= view.layer < 3 and 0 <= view.depth < 3
