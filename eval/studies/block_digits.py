@@ -31,6 +31,8 @@ from xattn.models.block_net import BlockNet
 DEFAULTS = BlockStudyConfig()
 DRAWN = ("ninformer", "hyperzzw", "shrp")
 Run = Mapping[str, Any]
+Measured = tuple[dict[str, Any], BlockNet]
+"""Figures of a trained network, and the network whose maps are shown."""
 
 
 def study(
@@ -43,7 +45,7 @@ def study(
     """
     output = Path(output)
     load_digits()
-    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+    measures: dict[str, Callable[[int], Measured]] = {
         "ninformer": partial(measure_ninformer, config, True),
         "ninformer-no-gate": partial(measure_ninformer, config, False),
         "hyperzzw": partial(measure_hyperzzw, config, 2),
@@ -51,11 +53,18 @@ def study(
         "shrp": partial(measure_shrp, config, config.usage_entropy),
         "shrp-no-penalty": partial(measure_shrp, config, 0.0),
     }
+    rows = {name: partial(_with_maps, name, measure) for name, measure in measures.items()}
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, {**settings, "digits": SHOWN}, rows, config.seeds)
     draw({name: found[name][0]["shown"] for name in DRAWN}, output / "maps.png")
     yield from reported(output, [*_report(found, config, pixels_right())])
     yield f"maps: {output / 'maps.png'}"
+
+
+def _with_maps(name: str, measure: Callable[[int], Measured], seed: int) -> dict[str, Any]:
+    """What is measured of a network, with its maps where the picture shows them."""
+    found, net = measure(seed)
+    return {**found, "shown": block_maps(net)} if name in DRAWN and not seed else found
 
 
 # ---------------------------------------------------------------------- NiNformer
@@ -67,7 +76,7 @@ def ninformer(gate: bool = True) -> BlockNet:
     return BlockNet("ninformer", channels=1, options=options)
 
 
-def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> dict[str, Any]:
+def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> Measured:
     """Train it, and test it as it is, on permuted tokens, and on 8 x 8 tokens of digits twice as large."""
     net = ninformer(gate)
     seconds = train(net, Training(config.ninformer_epochs, seed=seed))
@@ -83,13 +92,8 @@ def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> dict[s
     def twice(images: Tensor) -> Tensor:
         return larger(F.interpolate(images, scale_factor=2, mode="bilinear"))
 
-    return {
-        "right": right(net),
-        "permuted": right(permuted),
-        "twice": right(twice),
-        "shown": block_maps(net),
-        **_about(net, seconds),
-    }
+    found = {"right": right(net), "permuted": right(permuted), "twice": right(twice)}
+    return {**found, **_about(net, seconds)}, net
 
 
 # ---------------------------------------------------------------------- HyperZZW
@@ -101,7 +105,7 @@ def hyperzzw(depth: int = 2) -> BlockNet:
     return BlockNet(name, channels=1, patch=1, dim=32, depth=depth, stem="conv")
 
 
-def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> dict[str, Any]:
+def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> Measured:
     """Train it, and compare its kernels at 15 x 15, every second place, with those at 8 x 8."""
     net = hyperzzw(depth)
     extra = None
@@ -117,7 +121,7 @@ def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> dict[st
             float((block.kernel((15, 15))[:, ::2, ::2] - block.kernel((8, 8))).abs().max())
             for block in _hyper(net)
         ]
-    return {**found, "kernel_gap": max(gaps), "shown": block_maps(net)} if gaps else found
+    return ({**found, "kernel_gap": max(gaps)} if gaps else found), net
 
 
 def _hyper(net: BlockNet) -> list[HyperZZWBlock]:
@@ -132,25 +136,25 @@ def shrp() -> BlockNet:
     return BlockNet("shrp", channels=1, depth=3, options={"heads": 8, "hidden": 64})
 
 
-def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> dict[str, Any]:
-    """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer."""
+def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> Measured:
+    """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer;
+    the pruned network is given."""
     net = shrp()
     seconds = train(net, Training(config.shrp_epochs, lr=4e-3, seed=seed, aux=penalty))
     one_head = pruned(net)
     usage = [float(b.usage.max()) for b in net.blocks if isinstance(b, ShrpBlock)]
     whole, blocks = _size(net), _size(net.blocks)
     transformer = 3 * 12 * net.dim**2  # attention and an MLP of 4 C, without biases and norms
-    return {
+    found = {
         "right": right(net),
         "pruned": right(one_head),
         "usage": usage,
-        "shown": block_maps(one_head),
         "parameters_pruned": _size(one_head),
         "share": _size(one_head) / whole,
         "share_of_blocks": _size(one_head.blocks) / blocks,
         "share_of_transformer": _size(one_head.blocks) / transformer,
-        **_about(net, seconds),
     }
+    return {**found, **_about(net, seconds)}, one_head
 
 
 def pruned(net: BlockNet) -> BlockNet:

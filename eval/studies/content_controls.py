@@ -29,7 +29,7 @@ from xattn.correlation import spearman
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
-from xattn.eval.studies.control_tasks import RATE, digits_right, network, recall_right
+from xattn.eval.studies.control_tasks import digits_right, network, recall_right
 from xattn.eval.studies.digits import pixels_right
 from xattn.eval.studies.kept import kept_record, kept_values, measure_rows, reported
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
@@ -98,11 +98,11 @@ def study(
         "pixels": kept_values(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
         "digits": {
             rate: _trained(
-                output / "digits" / f"{rate:g}", "digits", config.digit_steps, config.seeds, rate
+                "digits", {"steps": config.digit_steps, "lr": rate}, config.seeds, output
             )
             for rate in config.digit_rates
         },
-        "recall": _trained(output / "recall", "recall", config.recall_steps, config.seeds, RATE),
+        "recall": _trained("recall", {"steps": config.recall_steps}, config.seeds, output),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
     yield from reported(output, [heading, *report(found)])
@@ -244,15 +244,17 @@ def _alike(maps: Tensor, others: Tensor) -> list[float]:
 
 
 def _trained(
-    output: Path, task: str, steps: int, seeds: int, rate: float
+    task: str, settings: dict[str, Any], seeds: int, output: Path
 ) -> dict[str, list[Measured]]:
     """What was measured of a task's networks, by name and seed by seed."""
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
     trained = digits_right if task == "digits" else recall_right
 
     def measure(name: str, seed: int) -> Measured:
-        return trained(network(task, rows[name].mechanism, rows[name].options), steps, seed, rate)
+        net = network(task, rows[name].mechanism, rows[name].options)
+        return trained(net, seed=seed, **settings)
 
     by_key = {rows[name].key: partial(measure, name) for name in rows}
-    found = measure_rows(output, {"steps": steps, "rate": rate}, by_key, seeds)
+    folder = output / task / f"{settings['lr']:g}" if "lr" in settings else output / task
+    found = measure_rows(folder, settings, by_key, seeds)
     return {name: found[rows[name].key] for name in rows}

@@ -31,7 +31,7 @@ class ControlStudyConfig:
     digit_steps: int = 440
     """Of a network trained on digits."""
     digit_rates: tuple[float, ...] = (1e-3,)
-    """Learning rates of networks trained on digits, a table each; bounds are those of the first."""
+    """Learning rates of networks trained on digits, a table each."""
     recall_steps: int = 500
     """Of a network trained on recall."""
     seeds: int = 1

@@ -182,22 +182,17 @@ def _queries_and_keys(found: Mapping[str, Any]) -> Iterator[str]:
         f"\n## Weights of queries and keys permuted, {found['compared']} photos, {found['permutations']} "
         f"permutations: rank correlations"
     )
-    yield from _table(
-        "explainer",
-        *("size of the mean", "another photo", "expected"),
-        *("mean size", "another photo", "expected"),
-    )
+    titles = ("mean abs(rho)", "another photo", "abs(mean rho)", "another photo")
+    yield from _table("explainer", *titles, "expected of mean abs(rho)")
     for name, values in found["qk"].items():
-        permuted, another = (np.array(values[key]) for key in ("permuted", "another"))
-        cells = []
-        for size in (lambda x: abs(float(x.mean())), lambda x: float(np.abs(x).mean())):
-            verdict = Bound(most=0.15).verdict(size(permuted))
-            cells += [f"{size(permuted):.3f}", f"{size(another):.3f}", verdict]
-        yield f"| `{name}` | {' | '.join(cells)} |"
+        both = [np.array(values[key]) for key in ("permuted", "another")]
+        sizes = [float(np.abs(x).mean()) for x in both]
+        cells = [f"{x:.3f}" for x in [*sizes, *(abs(x.mean()) for x in both)]]
+        yield f"| `{name}` | {' | '.join(cells)} | {Bound(most=0.15).verdict(sizes[0])} |"
 
 
 def _digits(found: Mapping[str, Any]) -> Iterator[str]:
-    for number, (rate, rows) in enumerate(found["digits"].items()):
+    for rate, rows in found["digits"].items():
         yield f"\n## Trained with a control: digits, 2 blocks of width 64, learning rate {rate:g}"
         yield from _table("attention", "right, share", "CPU s", "expected")
         yield f"| logistic regression on pixels | {found['pixels']:.3f} | | |"
@@ -205,7 +200,7 @@ def _digits(found: Mapping[str, Any]) -> Iterator[str]:
             bound = DIGITS[name].bound
             if name == "static, drawn":
                 bound = Bound(least=round(_mean(rows["standard"]) - 0.01, 3))
-            yield _trained_row(name, seeds, NO_BOUND if number else bound)
+            yield _trained_row(name, seeds, bound)
 
 
 def _recall(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:

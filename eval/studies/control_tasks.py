@@ -21,7 +21,7 @@ from xattn.eval.studies.small_training import minimize
 
 PAIRS = VALUES = 8
 TOKENS = {"digits": 16, "recall": 1 + PAIRS}
-BATCH, TESTED, RATE = 128, 2000, 3e-3  # of recall: sequences, and the learning rate
+BATCH, TESTED = 128, 2000  # sequences of recall
 
 
 def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 2) -> nn.Module:
@@ -50,7 +50,7 @@ def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 
     return net
 
 
-def digits_right(net: nn.Module, steps: int, seed: int, lr: float = 1e-3) -> dict[str, float]:
+def digits_right(net: nn.Module, steps: int, seed: int, lr: float) -> dict[str, float]:
     """Train on 1,437 digits: the share right of 360 others, and CPU seconds."""
     seconds = train(net, Training(epochs=max(1, steps // 22), lr=lr, seed=seed))
     return {"right": right(net), "seconds": seconds}
@@ -67,7 +67,7 @@ def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     return tokens.transpose(1, 2)[:, :, None], values.gather(1, asked)[:, 0]
 
 
-def recall_right(net: nn.Module, steps: int, seed: int, lr: float = RATE) -> dict[str, float]:
+def recall_right(net: nn.Module, steps: int, seed: int, lr: float = 3e-3) -> dict[str, float]:
     """Train on fresh sequences, reading the query's token: the share right of 2,000 others, and CPU
     seconds."""
     generator = torch.Generator().manual_seed(seed)

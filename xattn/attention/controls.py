@@ -97,12 +97,12 @@ class Taylor(Based):
 class StaticEmbedding(Mechanism):
     """Queries and keys of the tokens that enter the first block, values of the layer's own.
 
-    In a converted model they are made by the block's own ``norm1`` and ``qkv``. A layer that stands alone
-    reads the embedding itself: there it is softmax attention.
+    In a converted model the block's own ``qkv`` makes them. A layer that stands alone reads the embedding
+    itself: there it is softmax attention.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        norm: whether ``norm1`` has a part in it; the paper's queries and keys are of the bare embedding.
+        norm: in a converted model, whether the block's ``norm1`` goes before; False is the paper's form.
     """
 
     def __init__(

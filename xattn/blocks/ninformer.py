@@ -76,9 +76,8 @@ class NinformerBlock(Block):
         self.token_out = nn.Linear(token_hidden, places)
         self.channel_mlp, self.mlp = (Mlp(dim, wide, drop=dropout) for _ in range(2))
         self.gate = nn.Linear(dim, dim) if gate else None
-        self.gating = (
-            nn.Identity()
-        )  # gives what passes the gate a name, for explainers that read a layer
+        # A name for what passes the gate, so that explainers can read it as a layer.
+        self.gating = nn.Identity()
         self.drop = nn.Dropout(dropout)
 
     def check(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> None:

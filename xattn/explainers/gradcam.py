@@ -87,8 +87,10 @@ class LayerCam(GradientCam):
 
 @register_explainer("hirescam")
 class HiResCam(GradientCam):
-    """HiResCAM, the layer times its gradient at each place: where only pooling and a linear layer follow,
-    what each place adds to the logit, up to a constant.
+    """HiResCAM, the layer times its gradient at each place: (B, 1, h, w).
+
+    Where only average pooling and a linear layer follow and ``relu`` is False, it sums to the logit less
+    its bias, and Grad-CAM is the same map.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from xattn.cli import main
-from xattn.eval.studies import block_digits, digits, exact_rollout
+from xattn.eval.studies import block_digits, block_maps, digits, exact_rollout
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 
 SHORT = ExactRolloutConfig(seeds=1, epochs=1, digits=4)
@@ -17,7 +19,7 @@ SHORT = ExactRolloutConfig(seeds=1, epochs=1, digits=4)
 def few_digits(monkeypatch):
     seen, held_out = digits.load_digits()
     some = (digits.Digits(*(x[:128] for x in seen)), held_out)
-    for module in (digits, exact_rollout, block_digits):
+    for module in (digits, exact_rollout, block_digits, block_maps):
         monkeypatch.setattr(module, "load_digits", lambda: some)
 
 
@@ -82,6 +84,36 @@ def test_the_command_of_blocks_runs_quickly(tmp_path, capsys):
     assert found["parameters"] <= 25_000 and found["kernel_gap"] <= 1e-6
     found = json.loads((tmp_path / "shrp-0.json").read_text())
     assert found["share"] <= 0.4 and len(found["usage"]) == 3
+    for name, maps in {
+        "ninformer": {"gate": 4, "gradient x gate": 4},
+        "hyperzzw": {"context": 8, "score": 8},
+        "shrp": {"received": 4},
+    }.items():
+        shown = json.loads((tmp_path / f"{name}-0.json").read_text())["shown"]
+        assert len(shown["classes"]) == 4 and list(shown["maps"]) == list(maps)
+        for title, side in maps.items():
+            assert np.shape(shown["maps"][title]) == (4, side, side)
+        if name == "shrp":
+            assert np.sum(shown["maps"]["received"][0]) == pytest.approx(1, abs=1e-5)
+    assert "shown" not in json.loads((tmp_path / "ninformer-no-gate-0.json").read_text())
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert len(picture.getcolors(1 << 24)) > 200  # maps in colour, not four grey digits
+
+
+def test_the_picture_says_which_class_and_which_range(tmp_path, monkeypatch):
+    drawn = []
+    sheet = block_maps.contact_sheet_image
+    monkeypatch.setattr(
+        block_maps,
+        "contact_sheet_image",
+        lambda rows, **how: drawn.extend(rows) or sheet(rows, **how),
+    )
+    ramp = torch.linspace(-1, 2, 64).unflatten(0, (4, 4, 4)).tolist()
+    found = {"ninformer": {"classes": [7, 1, 2, 3], "maps": {"gradient x gate": ramp}}}
+    block_maps.draw(found, tmp_path / "maps.png")
+    digit, gate = drawn[0].cells
+    assert (digit.title, gate.title) == ("digit 0", "gradient x gate")
+    assert gate.detail == "class 7; -1 to -0.29"
 
 
 @pytest.mark.parametrize(
