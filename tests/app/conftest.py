@@ -1,99 +1,14 @@
-"""A page by AppTest; a viewer in a process of its own, and a Chromium that fails on any error it sees."""
+"""A Chromium that fails on any error it sees."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-import torch
-from safetensors.torch import save_file
-
-from xattn.app import bench
-from xattn.app.synthetic_packs import picture
-from xattn.backbone import load_backbone
-from xattn.explaining.photos import explain
-from xattn.packs.writer import save_pack
 
 _shown: list[Any] = []  # the pages of the test that runs
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
-SCREENS = [
-    ("wide", "light"),
-    ("narrow", "dark"),
-    pytest.param("wide", "dark", marks=pytest.mark.slow),
-    pytest.param("narrow", "light", marks=pytest.mark.slow),
-]
-
-
-def opened(script: Callable[[], None], **params: str) -> Any:
-    """The ``AppTest`` of a page's script, run once with these parameters in its URL, without an exception."""
-    from streamlit.testing.v1 import AppTest
-
-    page = AppTest.from_function(script, default_timeout=60)
-    for name, value in params.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception, page.exception
-    return page
-
-
-def only(root: Path) -> Any:
-    """The one pack of a root, opened."""
-    from xattn.app.library import Library
-
-    library = Library(root)
-    (info,) = library.packs()
-    return library.open(info.id)
-
-
-@contextmanager
-def served(root: Path, *arguments: str, log: Path) -> Iterator[str]:
-    """The address of ``xattn app root``, which runs until the block ends."""
-    with bench.served(root, log, *arguments) as (address, _):
-        yield address
-
-
-def vit_pack(folder: Path, side: int) -> list[str]:
-    """A pack of two photos in ``folder/root/vit`` by a tiny ViT of ``side`` x ``side`` patches; returns
-    the options by which the viewer is given that network."""
-    pixels = side * 16
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = load_backbone("test_vit", weights=None, input_size=pixels)
-    weights = folder / "vit.safetensors"
-    save_file({k: v.contiguous() for k, v in backbone.model.state_dict().items()}, weights)
-    photos = folder / "photos"
-    photos.mkdir()
-    for i in range(2):
-        picture(i).save(photos / f"photo-{i}.png")
-    save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
-    options = f"--backbone test_vit --weights {weights} --input-size {pixels} --device cpu"
-    return options.split()
-
-
-def choose_pack(page: Any, name: str) -> None:
-    """Open another pack by the chip in the header."""
-    page.locator(".st-key-pack-chip button").click()
-    page.locator(".pack .title").get_by_text(name, exact=True).click()
-    page.wait_for_url(re.compile(rf"pack={name}-"))  # what the next click is sent with
-    page.locator(".st-key-pack-chip").get_by_text(name, exact=True).wait_for()
-    if urlsplit(page.url).path == "/":
-        page.get_by_role("heading", name=name, exact=True).wait_for()
-
-
-def choose_option(page: Any, box: Any, name: str) -> None:
-    """Open a list and click an option of it.
-
-    The list closes when a run ends, so none may be under way.
-    """
-    page.locator("[data-test-script-state=notRunning]").wait_for()
-    box.click()
-    bench.pointed_at(page, name).click()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,16 +20,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             text = " | ".join(page.inner_text("body").split("\n\n"))
             report.sections.append(("Page", f"{page.url}\n{text[:2000]}"))
     return report
-
-
-def shot(page: Any, name: str) -> None:
-    """The page is no wider than its screen; a screenshot goes into the folder that XATTN_SCREENS names."""
-    wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")
-    assert wide <= 0
-    if folder := os.environ.get("XATTN_SCREENS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.wait_for_timeout(800)
-        page.screenshot(path=Path(folder, f"{name}.png"), animations="disabled")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, choose_option, served
+from viewer_pages import SCREENS, choose_option, served
 
 from xattn.app.synthetic_packs import small_pack
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, choose_pack, served, shot
+from viewer_pages import SCREENS, choose_pack, served, shot
 
 from xattn.app.demo import pack_job
 from xattn.app.navigation import bottom_bar

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import choose_pack, served
+from viewer_pages import choose_pack, served
 
 from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.writer import save_pack

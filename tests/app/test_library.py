@@ -22,7 +22,7 @@ from PIL import Image
 
 pytest.importorskip("pandas")
 
-from conftest import only
+from viewer_pages import only
 
 from xattn.app import library as library_module
 from xattn.app.library import Library

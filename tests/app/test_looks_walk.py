@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, served
+from viewer_pages import SCREENS, served
 
 from xattn.app.synthetic_packs import small_pack
 

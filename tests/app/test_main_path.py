@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import choose_pack
+from viewer_pages import choose_pack
 
 from xattn.app import bench, components
 from xattn.app.components import theme

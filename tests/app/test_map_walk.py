@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, served, shot
 from corner_photos import COUNT, photo
+from viewer_pages import SCREENS, served, shot
 
 from xattn.app.synthetic_packs import described
 from xattn.packs.writer import save_pack

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("streamlit")
 
-from conftest import only
+from viewer_pages import only
 
 from xattn.app import models, state
 from xattn.app.library import Library

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import opened
+from viewer_pages import opened
 
 from xattn.app import state
 from xattn.app.main import PAGES

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, choose_option, choose_pack, served, shot, vit_pack
+from viewer_pages import SCREENS, choose_option, choose_pack, served, shot, vit_pack
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack

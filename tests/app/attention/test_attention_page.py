@@ -16,10 +16,10 @@ from PIL import Image
 
 pytest.importorskip("streamlit")
 
-from conftest import opened
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
+from viewer_pages import opened
 
 from xattn.app import models, state
 from xattn.app.attention import attention_pass, charts

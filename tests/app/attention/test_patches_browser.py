@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import served, vit_pack
+from viewer_pages import served, vit_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 

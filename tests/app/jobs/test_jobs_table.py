@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import opened, served
 from fake_jobs import fake_job
 from streamlit.testing.v1 import AppTest
+from viewer_pages import opened, served
 
 from xattn.app import state
 from xattn.app.jobs.jobs import Jobs

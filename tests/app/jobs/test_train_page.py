@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import choose_option, only, opened, served
 from streamlit.testing.v1 import AppTest
 from test_jobs import begun, end_all, ended, photos, stand_in
+from viewer_pages import choose_option, only, opened, served
 
 from xattn.app import state
 from xattn.app.demo import pack_job, pack_offer

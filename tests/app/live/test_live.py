@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 pytest.importorskip("streamlit")
 
-from conftest import opened
 from streamlit.testing.v1 import AppTest
+from viewer_pages import opened
 
 from xattn.app import models, state
 from xattn.app.library import Library

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import only
 from pandas.testing import assert_frame_equal
+from viewer_pages import only
 
 from xattn.app.navigation.maps_table import MapsTable
 from xattn.app.navigation.selection import Selection, defaults

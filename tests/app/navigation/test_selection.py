@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
+from viewer_pages import only
 
 from xattn.app.navigation import maps_database, maps_table, selection
 from xattn.app.navigation.maps_table import SORTS, MapsTable

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import opened
 from streamlit.testing.v1 import AppTest
+from viewer_pages import opened
 
 from xattn.app import state
 from xattn.app.navigation import pack_chip, screen

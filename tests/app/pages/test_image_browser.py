@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, served, shot
+from viewer_pages import SCREENS, served, shot
 
 from xattn.app.synthetic_packs import small_pack
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("streamlit")
 
-from conftest import opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from viewer_pages import opened
 
 from xattn.app import models, state
 from xattn.app.library import Library

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import only
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from viewer_pages import only
 
 from xattn.app.library import Library
 from xattn.app.pictures import rendering

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
-from conftest import served
+from viewer_pages import served
 
 from xattn.app.pages import first_run
 from xattn.app.serving import server, start_page

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from conftest import SCREENS, choose_option, served, shot
+from viewer_pages import SCREENS, choose_option, served, shot
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import small_pack
