@@ -362,7 +362,9 @@ def test_the_dial_steers_all_queries_to_one_region(pack):
     box(app, "Looks at").set_value("Bottom left").run()
     assert address(app)["target"] == "2" and not app.exception
     seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
-    below = seen.maps[5]["region"][0].flatten() == 2
+    region = seen.maps[5]["region"][0]
+    assert region[0, 0] == 0 and region[0, -1] == 1 and region[-1, 0] == 2 and region[-1, -1] == 3
+    below = region.flatten() == 2
     rows = seen.rows(3)[5]
     assert rows[:, 1:][:, below].sum(1).min() > 0.99  # whatever the query is
     again = shown(mechanism="localist", size="64", target="2")
