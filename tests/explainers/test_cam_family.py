@@ -325,3 +325,16 @@ def test_a_layer_that_no_pass_calls_is_named(backbones):
         explainer = create_explainer(name, backbone, layer=backbone.model.unused)
         with pytest.raises(ValueError, match=r"layer: model\.unused .* give a layer inside it"):
             explainer.attribute(torch.rand(1, 3, 64, 64), 0)
+
+
+def test_hirescam_of_what_is_pooled_sums_to_the_logit_and_is_gradcam(backbones, images):
+    backbone = backbones["cnn"]
+    hires, grad = (
+        create_explainer(name, backbone, relu=False).attribute(images, TARGET)
+        for name in ("hirescam", "gradcam")
+    )
+    torch.testing.assert_close(hires, grad)
+    with torch.no_grad():
+        logits = backbone.logits(images).gather(1, TARGET[:, None])[:, 0]
+    bias = backbone.model.get_classifier().bias.detach()[TARGET]
+    torch.testing.assert_close(hires.sum((1, 2, 3)).double(), logits - bias, atol=1e-6, rtol=1e-5)
