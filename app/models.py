@@ -108,7 +108,10 @@ def backbone_of(pack: Any) -> Backbone:
             f"xattn app {_command_options(record)}"
         )
     if problems:
-        raise ModelError(f"The maps of this pack explain {name}. {problems[0]}")
+        raise ModelError(
+            f"The maps of this pack explain {name}. If its weights are a file, start the viewer with "
+            f"it: xattn app {_command_options(record)}. What was tried: {problems[0]}"
+        )
     raise ModelError(
         f"The maps of this pack explain {name}, whose head is no longer below the root; "
         f"put the head's folder back."
