@@ -140,6 +140,7 @@ def test_a_store_that_refuses_is_asked_once(monkeypatch):
 
 
 def test_a_store_that_is_gone_or_silent_is_named(impatient, monkeypatch):
+    monkeypatch.setattr(stores, "PATIENCE", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()  # and never answers
