@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -48,11 +48,6 @@ class View:
     depth: int = 0
     scale: str = "root"
 
-    @property
-    def choice(self) -> Choice:
-        """What stands in place of the trained attention."""
-        return Choice(self.mechanism, self.size, self.target)
-
     def params(self, usual: View) -> dict[str, str]:
         """What differs from the usual view, for a URL."""
         pairs = ((name, getattr(self, name), getattr(usual, name)) for name in NAMES)
@@ -64,11 +59,12 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
     wanted = params.get("mechanism", TRAINED)
     if wanted == TRAINED:
         return AS_TRAINED, []
-    if grid is None or not sizes(wanted, grid):
+    fitting = [] if grid is None else sizes(wanted, grid)
+    if grid is None or not fitting:
         return AS_TRAINED, [f"{_short(wanted)} cannot be shown here; this is trained attention."]
     own, size, messages = offered()[wanted], usual_size(wanted, grid), []
     wish = params.get("size", str(size))
-    if wish in map(str, sizes(wanted, grid)):
+    if wish in map(str, fitting):
         size = int(wish)
     else:
         messages.append(f"{own.option} cannot be {_short(wish)} here; {size} is shown.")
@@ -82,8 +78,7 @@ def usual(reading: Reading, choice: Choice) -> View:
     """What is shown where the URL says nothing: the last layer, from the patch in the middle."""
     last = reading.layers - 1
     middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
-    own = {name: getattr(choice, name) for name in ("mechanism", "size", "target")}
-    return View(**own, layer=last, patch=middle, depth=last)
+    return View(**asdict(choice), layer=last, patch=middle, depth=last)
 
 
 def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[View, list[str]]:

@@ -77,7 +77,7 @@ def page(context: Context) -> None:
         st.warning(plain(message))
     settle(pack.id, image_id, view, url if new else None)
     trained = None
-    if view.choice != AS_TRAINED:
+    if choice != AS_TRAINED:
         trained = attention_pass.read(pack, image_id, backbone, AS_TRAINED, kept)
     _picker(seen, view, size_grid, _outputs(backbone, seen, trained))
     _notes(seen, trained)
@@ -244,11 +244,6 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
         fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
         if size.targets:
             second, beside = st.columns(2)
-        if size.dial:
-            second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
-        else:
-            second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
-        if size.targets:
             regions = [OWN, *map(str.capitalize, size.targets)]
             beside.selectbox(
                 "Looks at",
@@ -260,6 +255,10 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
                     lambda at: {"target": None if at == OWN else regions.index(at) - 1},
                 ),
             )
+        if size.dial:
+            second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
+        else:
+            second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
 
 
 def _widget(
@@ -322,11 +321,10 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
     if view.head == MEAN:
         return f"gets {float(masses.amax(1).mean()):.1%}, mean over heads, each with its own"
     own = masses[int(view.head)]
-    named = attention_pass.offered()[view.mechanism].targets if view.mechanism != TRAINED else ()
-    best = f"{int(own.argmax())}, of 0 to {len(own) - 1},"
-    if len(named) == len(own):
-        best = named[int(own.argmax())]
-    return f"{best} gets {float(own.max()):.1%}"
+    best = int(own.argmax())
+    names = attention_pass.offered()[view.mechanism].targets if view.mechanism != TRAINED else ()
+    name = names[best] if len(names) == len(own) else f"{best}, of 0 to {len(own) - 1},"
+    return f"{name} gets {float(own[best]):.1%}"
 
 
 def _notes(seen: Reading, trained: Reading | None) -> None:

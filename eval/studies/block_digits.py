@@ -121,7 +121,9 @@ def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> Measure
             float((block.kernel((15, 15))[:, ::2, ::2] - block.kernel((8, 8))).abs().max())
             for block in _hyper(net)
         ]
-    return ({**found, "kernel_gap": max(gaps)} if gaps else found), net
+    if gaps:
+        found["kernel_gap"] = max(gaps)
+    return found, net
 
 
 def _hyper(net: BlockNet) -> list[HyperZZWBlock]:

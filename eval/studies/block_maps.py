@@ -17,7 +17,7 @@ from xattn.eval.studies.map_tiles import map_tile
 from xattn.explainers import create_explainer
 from xattn.models.block_net import BlockNet
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
-from xattn.pictures.overlay import DIVERGING
+from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
 from xattn.pictures.scales import Legend
 from xattn.runtime.files import atomic_file
 
@@ -71,10 +71,8 @@ def _tile(ink: Tensor, strength: float = 1.0) -> Image.Image:
 
 def _cell(tile: Image.Image, name: str, title: str, of: Mapping[str, Any], i: int) -> Cell:
     maps: Mapping[str, Sequence[Any]] = of["maps"]
-    cell = map_tile(
-        tile,
-        f"{name}: {title}" if title != GRADIENT else title,
-        torch.tensor(maps[title][i]),
-        *((DIVERGING,) if title == GRADIENT else ()),
-    )
+    heading, colours = f"{name}: {title}", SEQUENTIAL
+    if title == GRADIENT:
+        heading, colours = title, DIVERGING
+    cell = map_tile(tile, heading, torch.tensor(maps[title][i]), colours)
     return Cell(cell.image, cell.title, f"class {of['classes'][i]}; {cell.detail}")

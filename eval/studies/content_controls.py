@@ -98,11 +98,16 @@ def study(
         "pixels": kept_values(output / "pixels.json", lambda: {"right": pixels_right()})["right"],
         "digits": {
             rate: _trained(
-                "digits", {"steps": config.digit_steps, "lr": rate}, config.seeds, output
+                "digits",
+                output / "digits" / f"{rate:g}",
+                {"steps": config.digit_steps, "lr": rate},
+                config.seeds,
             )
             for rate in config.digit_rates
         },
-        "recall": _trained("recall", {"steps": config.recall_steps}, config.seeds, output),
+        "recall": _trained(
+            "recall", output / "recall", {"steps": config.recall_steps}, config.seeds
+        ),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
     yield from reported(output, [heading, *report(found)])
@@ -128,7 +133,8 @@ class Networks:
             return self.backbone
         depth = len(self.backbone.model.blocks)  # type: ignore[arg-type]
         options: dict[str, Any] = {"source": row.source} if row.source == "noise" else {}
-        options |= {} if row.norm else {"norm": False}
+        if not row.norm:
+            options["norm"] = False
         made = converted(self.backbone, row.mechanism, row.layers(depth), options)
         if row.source in ("mean", "photo"):
             maps = self._of_photos(row.source)
@@ -244,7 +250,7 @@ def _alike(maps: Tensor, others: Tensor) -> list[float]:
 
 
 def _trained(
-    task: str, settings: dict[str, Any], seeds: int, output: Path
+    task: str, output: Path, settings: dict[str, Any], seeds: int
 ) -> dict[str, list[Measured]]:
     """What was measured of a task's networks, by name and seed by seed."""
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
@@ -255,6 +261,5 @@ def _trained(
         return trained(net, seed=seed, **settings)
 
     by_key = {rows[name].key: partial(measure, name) for name in rows}
-    folder = output / task / f"{settings['lr']:g}" if "lr" in settings else output / task
-    found = measure_rows(folder, settings, by_key, seeds)
+    found = measure_rows(output, settings, by_key, seeds)
     return {name: found[rows[name].key] for name in rows}
