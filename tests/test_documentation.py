@@ -1,7 +1,6 @@
 """Links between the documentation pages resolve, and the results' index names every page."""
 
 import re
-import runpy
 from itertools import count
 from pathlib import Path
 
@@ -94,9 +93,3 @@ def test_every_mechanism_with_maps_has_a_page_with_a_small_picture_of_them():
         picture = page.with_name(f"{name}.jpg")
         assert picture in {target_of(page, link)[0] for link in links_of(page)}, name
         assert 0 < picture.stat().st_size <= LARGEST, name
-
-
-def test_the_page_of_modules_is_up_to_date():
-    """``python docs/modules.py`` writes it from the code."""
-    writer = runpy.run_path(str(ROOT / "docs" / "modules.py"))
-    assert (ROOT / "docs" / "modules.md").read_text(encoding="utf-8") == writer["page"]()

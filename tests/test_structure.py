@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import runpy
 from pathlib import Path
 
 import pytest
+from module_imports import imports, module_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # Parts, each with the parts it may import from.
@@ -35,10 +35,9 @@ UPWARD = {
 LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 500, 20
 
 
-READER = runpy.run_path(str(ROOT / "docs" / "modules.py"))
-MODULES: dict[str, Path] = READER["module_names"]()
+MODULES = module_names()
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-IMPORTS = {name: READER["imports"](tree, MODULES) - {name} for name, tree in TREES.items()}
+IMPORTS = {name: imports(tree, MODULES) - {name} for name, tree in TREES.items()}
 
 
 def layer(name: str) -> str:
