@@ -477,6 +477,21 @@ def test_dma_that_keeps_all_is_biased_dense_and_with_a_zero_plain():
     assert torch.allclose(layer(q, k, v, GRID, 1), dense(q, k, v))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("window", [1, 3, 29])
+def test_dma_keeps_the_keys_of_the_largest_bias_and_all_prefix_tokens(window, backend):
+    q, k, v = inputs(2)
+    layer = mechanism("dma", {"window": window, "backend": backend})
+    b = layer.key_bias(v[:, :, 2:])
+    bias = torch.full((2, HEADS, 32), -torch.inf, dtype=q.dtype)
+    bias[..., :2] = 0
+    for image in range(2):
+        for head in range(HEADS):
+            for j in sorted(range(30), key=lambda j: b[image, head, j].item())[-window:]:
+                bias[image, head, 2 + j] = b[image, head, j]
+    assert torch.allclose(layer(q, k, v, GRID, 2), dense(q, k, v, bias[:, :, None]))
+
+
 def test_dma_ignores_a_constant_in_the_bias_and_the_order_of_tokens():
     q, k, v = inputs(0)
     layer = mechanism("dma", {"window": 7})

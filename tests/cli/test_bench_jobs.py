@@ -1,23 +1,62 @@
-"""Every job of ``xattn bench`` has a module whose ``bench`` takes what the table gives it."""
+"""Every job of ``xattn bench`` has a module whose ``bench`` is given what the command line asks for."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 
-from xattn.cli.bench import JOBS, Bench, _speed
+from xattn.cli import bench as command
+from xattn.cli.bench import JOBS, Bench
 
 NAMES = get_args(get_args(get_type_hints(Bench, include_extras=True)["job"])[0])
+WAYS = ("published", "growth", "skipped_heads", "causal")
+CASES = [*((job, None) for job in NAMES), *(("attention", way) for way in WAYS)]
+ASKED = {
+    "rounds": 2,
+    "backbones": ("resnet18", "resnet10t"),
+    "batches": (3,),
+    "tokens": (64,),
+    "only": ("dma",),
+    "filter": "softmax",
+    "maps": 500,
+    "plot": Path("times.png"),
+}
+NAMED = {"names": "only", "name": "backbones"}  # the option of an argument by another name
 
 
-@pytest.mark.parametrize("job", NAMES)
-def test_a_job_is_called_with_arguments_that_it_takes(job):
-    module, arguments = JOBS.get(job, ("xattn.eval.bench.speed", _speed))
-    bench = importlib.import_module(module).bench
-    inspect.signature(bench).bind(**arguments(Bench(job=job, aot=True)))
+@pytest.mark.parametrize("job, way", CASES)
+def test_a_job_is_given_all_options_that_it_takes(job, way, monkeypatch):
+    bench, given = None, {}
+
+    def imported(module):
+        nonlocal bench
+        bench = importlib.import_module(module).bench
+
+        def called(**arguments):
+            inspect.signature(bench).bind(**arguments)
+            given.update(arguments)
+            return []
+
+        return SimpleNamespace(bench=called)
+
+    monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=imported))
+    chosen = {"job": job, "aot": job == "kernels"} | ({way: True} if way else {})
+    Bench(**chosen).run()
+    taken = {name: NAMED.get(name, name) for name in inspect.signature(bench).parameters}
+    taken = {name: option for name, option in taken.items() if option in ASKED}
+    if job == "fidelity":  # chooses its micro-batches
+        del taken["batches"]
+    Bench(**chosen, **{option: ASKED[option] for option in taken.values()}).run()
+    wanted = {name: ASKED[option] for name, option in taken.items()}
+    if "name" in wanted:  # one backbone
+        wanted["name"] = wanted["name"][0]
+    assert wanted and {name: given[name] for name in wanted} == wanted
+    assert given.get("job", job) == job
 
 
 def test_the_table_has_no_job_that_cannot_be_asked_for():

@@ -90,6 +90,21 @@ def test_a_true_class_that_one_pack_knows_is_that_of_the_photo(tmp_path):
     assert (known["label"], known["label_name"]) == (1, "great white shark")
 
 
+WOLF, FOX = ((5, "wolf", 0.5), (2, "fox", 0.25)), ((2, "fox", 0.75),)
+
+
+@pytest.mark.parametrize(
+    "tops, wanted", [((WOLF, FOX), WOLF), ((FOX, WOLF), FOX), (((), FOX), FOX), ((WOLF, ()), WOLF)]
+)
+def test_the_first_classes_are_those_of_the_first_pack_that_has_some(tmp_path, tops, wanted):
+    folders = [
+        write(tmp_path / name, [0], (method,), facts=ImageFacts(top))
+        for name, method, top in zip("ab", ("gradcam", "saliency"), tops, strict=True)
+    ]
+    found = merged(*folders, output=tmp_path / "c")
+    assert {found.explanation(id).facts.top for id in found.entry_ids} == {wanted}
+
+
 @pytest.mark.parametrize(
     "change, says",
     [

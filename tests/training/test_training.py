@@ -99,6 +99,23 @@ def test_training_moves_the_head_and_leaves_the_backbone(tmp_path, backbone):
     assert loaded.summary["steps"] == 4
 
 
+def test_dropout_differs_by_step_and_by_seed_and_is_alike_in_every_run(tmp_path, backbone):
+    folder = write_photos(tmp_path / "p", 6)
+
+    def draws(seed):
+        found = []
+        head = create_head("ttame", backbone)
+        head.register_forward_hook(lambda *_: found.append(torch.rand(1).item()))
+        torch.rand(1)  # of the caller's generator, which is no part of it
+        config = TrainConfig(epochs=2, batch_size=3, workers=0, seed=seed)
+        fit(head, backbone, folder, config, progress=False)
+        return found
+
+    first = draws(0)
+    assert len(set(first)) == len(first) == 4
+    assert draws(0) == first and not set(draws(1)) & set(first)
+
+
 def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, backbone):
     folder = write_photos(tmp_path / "p", 5)
     (folder / "broken.jpg").write_bytes(b"not a picture")

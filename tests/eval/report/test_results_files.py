@@ -24,14 +24,14 @@ def results():
     )
 
 
-def made_up(**ad):
-    """Results with given AD values at 100 % and nothing else."""
+def made_up(metric="AD", **given):
+    """Results with given values of ``metric`` at 100 % and nothing else."""
     from xattn.eval import Protocol
 
-    n = len(next(iter(ad.values())))
+    n = len(next(iter(given.values())))
     methods = {
-        name: MethodResult(1, False, np.ones(n, bool), {}, {Column("AD", 1.0): np.array(values)})
-        for name, values in ad.items()
+        name: MethodResult(1, False, np.ones(n, bool), {}, {Column(metric, 1.0): np.array(values)})
+        for name, values in given.items()
     }
     images = [ImageRecord(str(i), 0, "ant", 0.5) for i in range(n)]
     return Results(Protocol(levels=(1.0,), n=n, n_invalid=0), images, methods)
@@ -57,25 +57,20 @@ def test_markdown_has_one_cell_a_column(results):
         format_table(results, "latex")
 
 
-def test_compare_knows_the_better_side_of_each_metric():
+@pytest.mark.parametrize("metric, up", [("AD", False), ("IC", True)])
+def test_compare_knows_the_better_side_of_each_metric(metric, up):
     rng = np.random.default_rng(0)
     hard = rng.uniform(30, 60, 40)
-    results = made_up(good=hard - 5 + rng.normal(size=40), same=hard, ref=hard)
-    (low,) = results.compare("good", "ref")
-    assert low.better and not low.worse and low.hi < 0 and low.diff == pytest.approx(-5, abs=1)
-    (high,) = results.compare("ref", "good")
-    assert high.worse and not high.better
+    results = made_up(metric, low=hard - 5 + rng.normal(size=40), same=hard, ref=hard)
+    (less,) = results.compare("low", "ref")
+    assert less.hi < 0 and less.diff == pytest.approx(-5, abs=1)
+    assert (less.better, less.worse) == ((False, True) if up else (True, False))
+    (more,) = results.compare("ref", "low")
+    assert (more.better, more.worse) == (less.worse, less.better)
     (same,) = results.compare("same", "ref")
     assert not same.better and not same.worse
     with pytest.raises(ValueError, match="'nobody'"):
         results.compare("nobody", "ref")
-
-
-def test_compare_is_better_upwards_for_higher_is_better(results):
-    for d in results.compare("bright", "random"):
-        up = d.metric != "AD"
-        assert d.better == (d.lo > 0 if up else d.hi < 0)
-        assert d.worse == (d.hi < 0 if up else d.lo > 0)
 
 
 def test_a_method_that_does_not_beat_a_sanity_row_is_named():
