@@ -27,6 +27,7 @@ _EXPORTS = {
     "compare": "leaderboard",
     "Column": "metrics.base",
     "Probe": "metrics.base",
+    "Reads": "metrics.base",
     "Request": "metrics.base",
     "Sample": "metrics.base",
     "MaskingProbe": "metrics.masking",
@@ -77,6 +78,7 @@ __all__ = [
     "MetricInfo",
     "Probe",
     "Protocol",
+    "Reads",
     "Request",
     "Results",
     "Row",
@@ -122,7 +124,7 @@ if TYPE_CHECKING:
     )
     from xattn.eval.leaderboard import Comparison, compare
     from xattn.eval.metric_presets import preset
-    from xattn.eval.metrics.base import Column, MetricInfo, Probe, Request, Sample
+    from xattn.eval.metrics.base import Column, MetricInfo, Probe, Reads, Request, Sample
     from xattn.eval.metrics.masking import (
         AverageDrop,
         AverageDropInDeletion,

@@ -97,8 +97,8 @@ def to_latex(
 ) -> str:
     """A ``tabular`` for the package booktabs; with ``caption`` or ``label`` a ``table`` around it.
 
-    Arrows say whether higher or lower is better, a dagger what a head was trained on. The best method of
-    a column is bold; of fewer than eight images none is, and a comment says why.
+    Arrows say whether higher or lower is better, a dagger what is close to a head's training. The best
+    method of a column is bold; of fewer than eight images none is, and a comment says why.
 
     Args:
         columns: keys such as ``"AD@50"``; all by default.

@@ -16,7 +16,7 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
 from xattn.eval.metrics.base import Column, MetricInfo, Probe
-from xattn.eval.metrics.objectives import TRAINED_ON, is_trained_on, objective_of
+from xattn.eval.metrics.objectives import OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
 from xattn.explainers.own import unwrapped
@@ -47,7 +47,7 @@ class ImageRecord(NamedTuple):
 class Row(NamedTuple):
     """One number of the table: mean over ``n`` images with its 95 % bootstrap interval.
 
-    ``trained_on``: the metric is one that the row's head was trained on.
+    ``trained_on``: the metric is close to the training of the row's head.
     """
 
     method: str
@@ -187,10 +187,18 @@ class Results:
                         method.attempts(Column(metric, level)) - interval.n,
                         method.forwards,
                         self.metric_id(Column(metric, level)),
-                        is_trained_on(method.objective, metric),
+                        self.trained_on(name, Column(metric, level)),
                     )
                 )
         return rows
+
+    def trained_on(self, method: str, column: Column) -> bool:
+        """Whether a column is close to what the method's head was trained on.
+
+        See :mod:`xattn.eval.metrics.objectives`.
+        """
+        objective, reads = self._method(method).objective, self.info(column.metric).reads
+        return shared(objective, reads, self.options.get(column.key)).close
 
     def first(self, column: Column) -> str | None:
         """The method with the best mean.
@@ -294,7 +302,7 @@ class Results:
                 lines.append(
                     f"{name}: ties keep more pixels than the level says on {method.tied} images"
                 )
-            if method.objective is not None and method.objective not in TRAINED_ON:
+            if method.objective is not None and method.objective not in OBJECTIVES:
                 lines.append(
                     f"{name}: trained on {method.objective!r}, which this version does not know, so "
                     f"no metric is marked"

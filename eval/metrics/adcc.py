@@ -30,6 +30,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -168,8 +169,14 @@ GROUP = MetricGroup(
     AdccProbe,
     {
         "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
-        "complexity": MetricInfo("mean of the grey map", False, kind="complexity"),
-        "ADCC": MetricInfo("harmonic mean of coherency, 1 - complexity and 1 - AD", True),
+        "complexity": MetricInfo(
+            "mean of the grey map", False, kind="complexity", reads=Reads("area", "the map")
+        ),
+        "ADCC": MetricInfo(
+            "harmonic mean of coherency, 1 - complexity and 1 - AD",
+            True,
+            reads=Reads("class", "the map", "black"),
+        ),
     },
     classes=(Coherency, Complexity, ADCC),
 )

@@ -33,14 +33,34 @@ class Column(NamedTuple):
         return self.metric if self.level is None else f"{self.metric}@{100 * self.level:g}"
 
 
+class Reads(NamedTuple):
+    """What a metric reads of a map or a photo, to compare with what a head's training read.
+
+    Attributes:
+        score: ``"class"``, the class's score of a photo of which parts are hidden, or ``"area"``, how much
+            the map covers.
+        masks: what hides the parts: ``"the map"``, ``"thresholds of the map"``, ``"squares"`` or
+            ``"superpixels"``.
+        fill: what stands there, unless an option of the metric says it.
+    """
+
+    score: str
+    masks: str
+    fill: str = ""
+
+
 class MetricInfo(NamedTuple):
-    """A metric's formula in words, which direction is better, and the range of its values."""
+    """A metric's formula in words, which direction is better, and the range of its values.
+
+    ``reads``: see :mod:`xattn.eval.metrics.objectives`; None for a metric that no training is close to.
+    """
 
     formula: str
     higher_is_better: bool
     low: float = 0.0
     high: float = 1.0
     kind: str = "faithfulness"
+    reads: Reads | None = None
 
     @property
     def digits(self) -> int:

@@ -24,6 +24,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -236,8 +237,16 @@ GROUP = MetricGroup(
     "insertion-deletion",
     InsertionDeletionProbe,
     {
-        "deletion": MetricInfo("area under the score while pixels are removed by rank", False),
-        "insertion": MetricInfo("area under the score while pixels are inserted by rank", True),
+        "deletion": MetricInfo(
+            "area under the score while pixels are removed by rank",
+            False,
+            reads=Reads("class", "thresholds of the map", "black"),
+        ),
+        "insertion": MetricInfo(
+            "area under the score while pixels are inserted by rank",
+            True,
+            reads=Reads("class", "thresholds of the map", "blur"),
+        ),
     },
     classes=(Deletion, Insertion),
     cases=({"steps": 6},),

@@ -22,6 +22,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -176,7 +177,12 @@ GROUP = MetricGroup(
     "pixel-flipping",
     PixelFlippingProbe,
     {
-        "AOPC": MetricInfo("mean over steps of f(x) - f(x_t), patches removed by rank", True, -1),
+        "AOPC": MetricInfo(
+            "mean over steps of f(x) - f(x_t), patches removed by rank",
+            True,
+            -1,
+            reads=Reads("class", "squares", "black"),
+        ),
     },
     classes=(PixelFlipping,),
     cases=({"patch": 5},),

@@ -23,6 +23,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -173,7 +174,13 @@ GROUP = MetricGroup(
     "infidelity",
     InfidelityProbe,
     {
-        "infidelity": MetricInfo("E (I . phi - (f(x) - f(x - I)))^2", False, 0, math.inf),
+        "infidelity": MetricInfo(
+            "E (I . phi - (f(x) - f(x - I)))^2",
+            False,
+            0,
+            math.inf,
+            reads=Reads("class", "squares", "black"),
+        ),
     },
     classes=(Infidelity,),
     cases=({"samples": 5},),

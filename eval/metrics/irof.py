@@ -24,6 +24,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -174,7 +175,10 @@ GROUP = MetricGroup(
     IrofProbe,
     {
         "IROF": MetricInfo(
-            "1 - area under f(x_t) / f(x), superpixels removed by rank", True, -math.inf
+            "1 - area under f(x_t) / f(x), superpixels removed by rank",
+            True,
+            -math.inf,
+            reads=Reads("class", "superpixels", IMAGE_MEAN),
         ),
     },
     classes=(IROF,),

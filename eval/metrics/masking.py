@@ -25,12 +25,14 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
 from xattn.eval.metrics.mean_metric import MeanMetric
 
 METRICS = ("AD", "IC", "ADD", "AG", "drop")
+_READS = Reads("class", "the map", "black")
 
 
 @dataclass(frozen=True)
@@ -202,11 +204,11 @@ GROUP = MetricGroup(
     "masking",
     MaskingProbe,
     {
-        "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100),
-        "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100),
-        "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -math.inf, 100),
-        "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100),
-        "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100),
+        "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100, reads=_READS),
+        "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100, reads=_READS),
+        "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -math.inf, 100, reads=_READS),
+        "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100, reads=_READS),
+        "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100, reads=_READS),
     },
     classes=(AverageDrop, AverageDropInDeletion, AverageGain, IncreaseInConfidence),
 )

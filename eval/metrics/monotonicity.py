@@ -21,6 +21,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -113,6 +114,7 @@ GROUP = MetricGroup(
             "Spearman correlation of |phi| of a patch and the change of f under noise there",
             True,
             -1,
+            reads=Reads("class", "squares", "noise"),
         ),
     },
     classes=(MonotonicityCorrelation,),

@@ -31,6 +31,7 @@ from xattn.eval.metrics.base import (
     MetricGroup,
     MetricInfo,
     Probe,
+    Reads,
     Request,
     Sample,
 )
@@ -156,13 +157,18 @@ def _check_levels(levels: Sequence[float]) -> None:
         raise ValueError(f"levels: got {tuple(levels)}; give removed fractions in (0, 1)")
 
 
+_READS = Reads("class", "thresholds of the map", "imputed")
 GROUP = MetricGroup(
     "road",
     RoadProbe,
     {
-        "ROAD-MoRF": MetricInfo("mean score with the most relevant pixels imputed", False),
-        "ROAD-LeRF": MetricInfo("mean score with the least relevant pixels imputed", True),
-        "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5),
+        "ROAD-MoRF": MetricInfo(
+            "mean score with the most relevant pixels imputed", False, reads=_READS
+        ),
+        "ROAD-LeRF": MetricInfo(
+            "mean score with the least relevant pixels imputed", True, reads=_READS
+        ),
+        "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5, reads=_READS),
     },
     classes=(RoadMoRF, RoadLeRF, RoadCombined),
 )

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
 from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.objectives import is_trained_on
 from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results
 
 MIN_METRICS = 3
@@ -42,7 +41,7 @@ class AggregateRank(NamedTuple):
 
 class Ranking(NamedTuple):
     """The ranks in the order of the methods; ``metrics`` that count, and ``trained_on``, which were left
-    out because a head was trained on them. ``reason``: why there are no ranks, else empty."""
+    out because they are close to a head's training. ``reason``: why there are no ranks, else empty."""
 
     ranks: tuple[AggregateRank, ...]
     metrics: tuple[str, ...]
@@ -61,7 +60,7 @@ class Ranking(NamedTuple):
         ]
         if self.trained_on:
             left = ", ".join(self.trained_on)
-            notes.append(f"aggregate rank: {left} left out, which a head was trained on")
+            notes.append(f"aggregate rank: {left} left out, close to a head's training")
         return notes
 
 
@@ -82,9 +81,8 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     judged = list(dict.fromkeys(c.metric for c in results.judged))
     if len(names) < 2 or len(judged) < MIN_METRICS:
         return None
-    trained = tuple(
-        metric for metric in judged if any(is_trained_on(m.objective, metric) for m in methods)
-    )
+    close = {c.metric for c in results.judged if any(results.trained_on(m, c) for m in names)}
+    trained = tuple(metric for metric in judged if metric in close)
     columns = [c for c in results.judged if c.metric not in trained]
     # (methods, columns, images)
     values = np.array([[m.values[c] for c in columns] for m in methods], dtype=np.float64)
@@ -94,7 +92,7 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     columns = [c for c, good in zip(columns, fits, strict=True) if good]
     metrics = tuple(dict.fromkeys(c.metric for c in columns))
     if len(metrics) < MIN_METRICS:
-        few = f"needs {MIN_METRICS} metrics that every method has and no head was trained on"
+        few = f"needs {MIN_METRICS} metrics that every method has, apart from what heads learn"
         return Ranking((), metrics, trained, f"{few}; there are {len(metrics)}")
     fewest = int(counts[:, fits].min())
     if fewest < MIN_IMAGES:

@@ -23,7 +23,6 @@ from xattn.eval import bootstrap
 from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.objectives import is_trained_on
 from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
@@ -66,9 +65,7 @@ def page_data(
                 "name": name,
                 "sanity": is_baseline(name),
                 "trained": [
-                    c
-                    for c, column in enumerate(columns)
-                    if is_trained_on(method.objective, column.metric)
+                    c for c, column in enumerate(columns) if results.trained_on(name, column)
                 ],
             }
             for name, method in results.methods.items()

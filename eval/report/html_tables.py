@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from xattn.eval.metrics.base import Column, MetricInfo
-from xattn.eval.metrics.objectives import LEGEND, MARK, is_trained_on
+from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import AggregateRank, aggregate_ranks
 from xattn.eval.report.standings import Standing, too_few, wins
 from xattn.eval.results import TOO_FEW, MethodResult, Results, is_baseline
@@ -170,7 +170,7 @@ def _cell(
 
 
 def verdicts(results: Results, table: Sequence[Standing]) -> str:
-    """Who is best where, a line a method, how much of that it was trained on; what ranks mean."""
+    """Who is best where, a line a method, how much of that is close to its training; what ranks mean."""
     said = "".join(
         f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
         for found in wins(results, table)
@@ -187,8 +187,9 @@ def legend(table: Sequence[Standing]) -> tuple[str, str]:
     if not any(s.trained_on and s.n for s in table):
         return "", ""
     return f" <span><b>{MARK}</b> {LEGEND}</span>", (
-        f"<li><b>{MARK}</b> A head does well in what it was trained on: being best there says that "
-        f"training worked. How faithful its maps are is for the other metrics to say.</li>\n"
+        f"<li><b>{MARK}</b> Training of this head read the same score of photos with the same fill or "
+        f"masks: being best there says that training worked. How faithful its maps are is for the other "
+        f"metrics to say.</li>\n"
     )
 
 
@@ -234,9 +235,9 @@ def sanity_table(results: Results, failures: Failures) -> str:
     heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
     body = ""
     for name in results.judged_methods:
-        objective = results.methods[name].objective
+        close = {c.metric for c in columns if results.trained_on(name, c)}
         cells = "".join(
-            f"<td>{_verdict(failures[name], metric, is_trained_on(objective, metric))}</td>"
+            f"<td>{_verdict(failures[name], metric, metric in close)}</td>"
             if any(results.images_of_both(name, name, c) for c in columns if c.metric == metric)
             else "<td>-</td>"
             for metric in metrics

@@ -103,7 +103,7 @@ def _level_with(cells: Sequence[Standing]) -> str:
 
 
 def _marked(s: Standing) -> str:
-    """A method's name, with a dagger in a metric that it was trained on."""
+    """A method's name, with a dagger in a metric close to its training."""
     return f"{s.method} {MARK}" if s.trained_on else s.method
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.metrics.base import Column, MetricInfo
+from xattn.eval.metrics.base import Column, MetricInfo, Reads
 from xattn.eval.protocol import Protocol
 from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.runtime import strict_json
@@ -158,14 +158,16 @@ def _objective(name: str, value: Any) -> str | None:
 def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
     """What a metric from outside the package is; infinite ends of its range are null in the file."""
     low, high = (record[key] for key in ("low", "high"))
+    reads = record.get("reads")
     info = MetricInfo(
         formula=record["formula"],
         higher_is_better=record["higher_is_better"],
         low=-math.inf if low is None else float(low),
         high=math.inf if high is None else float(high),
         kind=record["kind"],
+        reads=None if reads is None else Reads(*reads),
     )
-    texts = (info.formula, info.kind)
+    texts = (info.formula, info.kind, *(info.reads or ()))
     if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
         raise ValueError(f"results: what {metric} is cannot be read; evaluate again")
     return info

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.objectives import TRAINED_ON
+from xattn.eval.metrics.objectives import OBJECTIVES
 from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 
 
@@ -17,7 +17,7 @@ class Standing(NamedTuple):
     ``diff`` = mean(method - first) over images valid in both, with its paired 95 % interval, NaN for
     the first itself, the method with the best mean. ``judged``: these images are enough for a verdict; if
     not, nobody is ``best`` or level with the best. ``level_with_best``: the interval holds zero.
-    ``trained_on``: the metric is one that the method's head was trained on; nobody is left out of the
+    ``trained_on``: the metric is close to the training of the method's head; nobody is left out of the
     comparison for that.
     """
 
@@ -39,7 +39,7 @@ class Standing(NamedTuple):
     def verdict(self, results: Results) -> str:
         """Where the method stands in the column, in words."""
         up = results.info(self.column.metric).higher_is_better
-        trained = ", in what it was trained on" if self.trained_on else ""
+        trained = ", close to its training" if self.trained_on else ""
         if not self.n:
             return "not measured"
         if not self.judged:
@@ -100,9 +100,9 @@ def standings(results: Results) -> list[Standing]:
 
 
 class Wins(NamedTuple):
-    """The columns in which a method is best: those that its head was ``trained_on``, and others.
+    """The columns in which a method is best: those close to what it was ``trained_on``, and others.
 
-    ``is_trained``: the method is a head that was trained on some metrics.
+    ``is_trained``: the method is a head whose objective is known.
     """
 
     method: str
@@ -116,14 +116,14 @@ class Wins(NamedTuple):
 
         >>> own = Column("AD", 0.5), Column("IC", 0.5), Column("AD", 0.15)
         >>> Wins("mine", own, (Column("ROAD"),), True).verdict
-        'best in AD@50/15, IC@50, which it was trained on; and in ROAD, which it was not'
+        'best in AD@50/15, IC@50, close to its training; and in ROAD, apart from it'
         """
         own, others = _named(self.trained_on), _named(self.others)
         if own and others:
-            return f"best in {own}, which it was trained on; and in {others}, which it was not"
+            return f"best in {own}, close to its training; and in {others}, apart from it"
         if own:
-            return f"best only in what it was trained on: {own}"
-        return f"best in {others}" + (", which it was not trained on" if self.is_trained else "")
+            return f"best only close to its training: {own}"
+        return f"best in {others}" + (", apart from its training" if self.is_trained else "")
 
 
 def _named(columns: Sequence[Column]) -> str:
@@ -142,7 +142,7 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
         own = tuple(s.column for s in best if s.trained_on)
         others = tuple(s.column for s in best if not s.trained_on)
         if best:
-            found.append(Wins(name, own, others, method.objective in TRAINED_ON))
+            found.append(Wins(name, own, others, method.objective in OBJECTIVES))
     return found
 
 

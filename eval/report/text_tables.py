@@ -13,7 +13,7 @@ from xattn.eval.results import Results, Row
 def format_table(results: Results, style: str = "text") -> str:
     """One table a level and kind of metric, with 95 % intervals; aggregate ranks; protocol and warnings.
 
-    A dagger stands beside a value in a metric that the row's head was trained on.
+    A dagger stands beside a value in a metric that is close to the training of the row's head.
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.

@@ -74,16 +74,16 @@ class Board:
         return too_few(list(self.standings.values()))
 
     def marked(self, method: str, key: str) -> str:
-        """A method's name, with a dagger if its head was trained on that column's metric."""
+        """A method's name, with a dagger if that column is close to its training."""
         return f"{method} {MARK}" if self.standings[method, key].trained_on else method
 
     def training(self, methods: list[str], keys: list[str]) -> str:
-        """Which of the methods were trained on metrics of these columns, in words; "" if none was."""
+        """Which of these columns are close to the training of a method, in words; "" if none is."""
         said = []
         for name in dict.fromkeys(methods):
             own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
             if own:
-                said.append(f"{name} was trained on {' and '.join(own)}.")
+                said.append(f"The training of {name} is close to {' and '.join(own)}.")
         return " ".join(said)
 
     def info(self, key: str) -> MetricInfo:

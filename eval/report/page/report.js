@@ -14,7 +14,7 @@ const make = (tag, attributes = {}, ...children) =>
   fill(document.createElement(tag), attributes, children);
 const draw = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
-// A dagger after the name of a method in a column that its head was trained on.
+// A dagger after the name of a method in a column that is close to its head's training.
 const named = (m, c) => data.methods[m].name + (data.methods[m].trained.includes(c) ? " †" : "");
 const show = (value) => value === null ? "-" : Number(value.toPrecision(4)).toString();
 
@@ -238,7 +238,7 @@ function scatter() {
     }
     for (const [m, c] of same && xm === ym ? [[xm, xc]] : [[xm, xc], [ym, yc]]) {
       if (data.methods[m].trained.includes(c)) {
-        summary += `${methodNames[m]} was trained on ${data.columns[c].key}. `;
+        summary += `The training of ${methodNames[m]} is close to ${data.columns[c].key}. `;
       }
     }
     const describe = ({ image, a, b }) => {
@@ -316,7 +316,7 @@ function cases() {
       "of equal values the earlier image." +
       (rest > 0 ? ` ${chosenCase.methods.length} of ${data.ranked.length} methods, by mean rank.` : "") +
       (chosenCase.methods.some(([m]) => data.methods[m].trained.includes(chosenCase.column))
-        ? " † was trained on this metric." : "");
+        ? " † its training is close to this metric." : "");
     byId("grid").replaceChildren(...chosenCase.methods.map(([m, best, worst]) =>
       make("article", { class: "card" }, make("h3", { class: "name" }, named(m, chosenCase.column)),
         make("div", { class: "ends" },

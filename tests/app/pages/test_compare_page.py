@@ -164,11 +164,10 @@ def test_a_board_says_what_a_head_was_trained_on(tmp_path):
         and board.marked("random", "AD@50") == "random"
     )
     assert board.marked("gradcam", "ROAD") == "gradcam"
-    assert board.verdict("gradcam", "AD@50").endswith(", in what it was trained on")
-    assert "trained" not in board.verdict("gradcam", "ROAD")
-    assert (
-        board.training(["gradcam", "random"], ["AD@50", "ROAD"]) == "gradcam was trained on AD@50."
-    )
+    assert board.verdict("gradcam", "AD@50").endswith(", close to its training")
+    assert "training" not in board.verdict("gradcam", "ROAD")
+    said = board.training(["gradcam", "random"], ["AD@50", "ROAD"])
+    assert said == "The training of gradcam is close to AD@50."
     assert board.training(["random"], ["AD@50"]) == board.training(["gradcam"], ["ROAD"]) == ""
 
 
@@ -286,18 +285,18 @@ def test_metrics_that_a_head_was_trained_on_are_marked(tmp_path, monkeypatch):
     page = shown(metric="AD@50")
     table = page.dataframe[0].value
     assert list(table.loc[table["†"] == "†", "method"]) == ["gradcam"]
-    assert texts(page).count("† a metric that this head was trained on") == 2, "of both tables"
-    assert "trained on" in "\n".join(m.value for m in page.markdown), "who is best, in words"
+    assert texts(page).count("† close to this head's training") == 2, "of both tables"
+    assert "its training" in "\n".join(m.value for m in page.markdown), "who is best, in words"
     everything = page.dataframe[1].value.set_index("method")
     assert "†" in everything.loc["gradcam", "AD@50 ↓"]
     assert "†" not in everything.loc["gradcam", "ROAD ↑"] + everything.loc["saliency", "AD@50 ↓"]
     other = shown(metric="ROAD")
     assert "†" not in other.dataframe[0].value
-    said = r"gradcam was trained on AD\@50\."
+    said = r"The training of gradcam is close to AD\@50\."
     assert said in texts(shown(part="Photos", sx="AD@50", sy="ROAD"))
     pairs = {"part": "Pairs", "a": "saliency", "b": "gradcam"}
     assert said in texts(shown(**pairs, by="AD@50"))
-    assert "was trained" not in texts(shown(**pairs, by="ROAD"))
+    assert "The training" not in texts(shown(**pairs, by="ROAD"))
 
 
 def test_lower_is_better_turns_the_order(library):

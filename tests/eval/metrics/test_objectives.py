@@ -1,16 +1,20 @@
-"""Which metrics a head was trained on: what its record of training says, and who has such a record."""
+"""Which metrics are close to a head's training: what both declare, and what its record says."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 from xattn import create_head, load_backbone
 from xattn.config import ProbeConfig, TrainConfig
-from xattn.eval import METRICS
-from xattn.eval.metrics.objectives import TRAINED_ON, is_trained_on, objective_of
+from xattn.eval import METRICS, Protocol, create_probe
+from xattn.eval.metrics.objectives import OBJECTIVES, objective_of, shared
+from xattn.eval.metrics.registry import direct_groups
 from xattn.eval.sanity import sanity_rows
 from xattn.explainers import create_explainer
+from xattn.training.objective import masked_logits
 
 WITHOUT = {k: v for k, v in asdict(TrainConfig()).items() if k != "objective"}
 
@@ -26,16 +30,91 @@ def explained(backbone, summary):
     return create_explainer("head", backbone, head)
 
 
-def test_every_metric_of_an_objective_is_in_the_registry():
-    assert {name for names in TRAINED_ON.values() for name in names} <= set(METRICS)
-    for metric in ("deletion", "insertion", "ROAD", "AOPC", "IROF", "pointing"):
-        assert not any(is_trained_on(objective, metric) for objective in TRAINED_ON)
+MASKED = {"AD", "IC", "ADD", "AG", "drop", "ADCC"}
 
 
-def test_every_objective_of_training_says_its_metrics():
+@pytest.mark.parametrize(
+    ("objective", "marked"),
+    [
+        ("masking", MASKED | {"complexity", "deletion", "AOPC", "infidelity"}),
+        ("masking-mean", MASKED | {"complexity", "IROF"}),
+        ("masking-features", MASKED | {"complexity"}),
+        (
+            "outcomes",
+            MASKED | {"deletion", "insertion", "AOPC", "IROF", "infidelity", "monotonicity"},
+        ),
+        ("of a later version", set()),
+        (None, set()),
+    ],
+)
+def test_a_metric_is_close_by_its_score_and_by_its_masks_or_fill(objective, marked):
+    assert {m for m, info in METRICS.items() if shared(objective, info.reads).close} == marked
+
+
+def test_another_fill_takes_a_mark_away_or_gives_one():
+    ad, insertion = METRICS["AD"].reads, METRICS["insertion"].reads
+    assert not shared("outcomes", ad, {"masked_value": "noise"}).close
+    assert shared("outcomes", ad, {"masked_value": "rise"}).close, "a blur, too"
+    assert shared("masking", ad, {"masked_value": "noise"}).close, "the map is still the mask"
+    assert not shared("outcomes", insertion, {"fill": "road"}).close
+    assert shared("masking", insertion, {"fill": "black"}).close
+
+
+def test_the_fill_that_a_metric_declares_is_its_default():
+    for name in direct_groups():
+        probe = create_probe(name, Protocol())
+        for column in probe.columns:
+            options, reads = probe.column_options(column), METRICS[column.metric].reads
+            for option in options.keys() & {"fill", "masked_value"}:
+                assert reads.fill == options[option], column
+
+
+@pytest.mark.parametrize("policy", ["raw_normalize", "renormalize", "normalized"])
+def test_training_shows_the_fill_that_its_objective_declares(backbone, policy):
+    head = create_head("ttame", backbone, mask_policy=policy)
+    head.summary = {"config": {"objective": "masking"}}
+    (fill,) = OBJECTIVES[objective_of(create_explainer("head", backbone, head))].fills
+    images = torch.rand(1, 3, 64, 64)
+    colour = {"black": torch.zeros(3), "mean": torch.tensor(backbone.preprocessing.mean)}[fill]
+    hidden = colour[None, :, None, None].expand_as(images)
+    found = masked_logits(backbone, images, torch.zeros(1, 1, 64, 64), policy)
+    torch.testing.assert_close(found, backbone.logits(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_every_objective_of_training_is_known():
     hint = get_type_hints(TrainConfig)["objective"]
     choices = {c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)}
-    assert {"masking", "outcomes"} <= choices <= set(TRAINED_ON)
+    assert {"masking", "outcomes"} <= choices <= set(OBJECTIVES)
+
+
+def test_the_page_of_metrics_has_what_both_declare():
+    text = (Path(__file__).parents[3] / "docs/metrics.md").read_text()
+    section = text.split("## What a metric shares with a head's training")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| ") and not line.startswith("| :--")
+    ]
+    objectives = {row[0].split("`")[1]: row[2:] for row in rows if row[0].startswith("`")}
+    assert objectives == {
+        name: [", ".join(part) for part in found] for name, found in OBJECTIVES.items()
+    }
+    head = next(row for row in rows if row[0] == "metric")
+    assert [name.strip("`") for name in head[4:]] == list(OBJECTIVES)
+    listed = {m: row[1:] for row in rows if len(row) == len(head) for m in row[0].split(", ")}
+    assert listed.pop("metric") and not any(listed.pop("all others"))
+    said = {}
+    for metric, info in METRICS.items():
+        if info.reads is not None:
+            found = [shared(name, info.reads) for name in OBJECTIVES]
+            cells = [
+                ", ".join(part for part in s._fields if getattr(s, part)) + " †" * s.close
+                for s in found
+            ]
+            fill = info.reads.fill.replace("image-mean", "mean")
+            shown = [c if "score" in c else "" for c in cells]
+            said[metric] = [info.reads.score, info.reads.masks, fill, *shown]
+    assert listed == said
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,10 @@ def test_what_a_head_was_trained_on_is_marked_and_said():
         results.methods[name].objective = "masking"
     source = page(results)
     parsed = Page(source)
-    assert f"{EVIL}: best only in what it was trained on: AD@50" in parsed.text
+    assert f"{EVIL}: best only close to its training: AD@50" in parsed.text
     assert "rival: best in insertion" in parsed.text
-    assert parsed.text.count("† a metric that this head was trained on") == 3, (
-        "legend and two cells"
-    )
-    assert "A head does well in what it was trained on" in parsed.text
+    assert parsed.text.count("† close to this head's training") == 3, "legend and two cells"
+    assert "being best there says that training worked" in parsed.text
     assert [m["trained"] for m in parsed.data["methods"]] == [[0], [], [0]]
     cells = re.findall(r"<td data-kind=0.*?</td>", source)
     assert [("†" in cell, "<i class=dagger></i>" in cell) for cell in cells] == [

@@ -151,8 +151,16 @@ def test_a_dagger_stands_beside_a_metric_that_a_head_was_trained_on():
     _, _, _, *rows = text.split("\n\n")[0].splitlines()
     assert [row.split()[0] for row in rows if "†" in row] == ["mine"]
     assert len({len(row) for row in rows}) == 1 and len({row.rindex("]") for row in rows}) == 1
-    assert "\n† a metric that this head was trained on\n" in text
+    assert "\n† close to this head's training: the same score, and the same fill or masks\n" in text
     assert "†" not in format_table(made_up(gradcam=np.linspace(30, 60, 20)))
+
+
+@pytest.mark.parametrize(("fill", "marked"), [("black", True), ("rise", True), ("noise", False)])
+def test_a_mark_follows_the_fill_that_was_measured(fill, marked):
+    results = made_up(mine=np.linspace(30, 60, 20))
+    results.methods["mine"].objective = "outcomes"
+    results.options["AD@100"] = {"masked_value": fill}
+    assert [row.trained_on for row in results.rows()] == [marked]
 
 
 def test_an_objective_that_is_not_known_is_a_warning():
