@@ -47,15 +47,28 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
         kind = "a control" if entry.control else "needs training"
         assert row[3] == ("training-free" if entry.training_free else kind)
         figures = [float(x) for x in re.findall(r"(?:^|; )(\d+\.\d) %", row[4])]
-        expected = [
+        shown = [
             f for f in accuracy.of(name) if f.size == accuracy.first.size or f.positions == "tile"
         ]
-        assert figures == [figure.right for figure in expected]
+        sparse = [f for f in shown if not f.dense]
+        assert figures == [figure.right for figure in sparse or shown]
+        assert ("dense network" in row[4]) == (len(sparse) not in (0, len(shown)))
         missing = "see xattn study controls" if entry.control else "not measured"
         assert figures or row[4] == missing
     assert any(
         f"{accuracy.first.photos} photos, {accuracy.first.dense:.1f} %" in line for line in lines
     )
+
+
+def test_what_is_the_dense_network_at_its_size_is_not_shown_as_a_result(capsys):
+    rows, _ = table(capsys)
+    accuracy = read_accuracy()
+    dense = {f.mechanism for f in accuracy.first.figures if f.dense}
+    assert dense == {"softmax", "hip", "infllm_v2", "freeswim"}
+    for name in dense - {"softmax"}:
+        assert f"{accuracy.first.dense:.1f} %" not in rows[name][4]
+    assert rows["hip"][4].startswith("79.4 % (keep=96, block=4)")
+    assert rows["infllm_v2"][4].startswith("78.0 % (block=2, stride=1, dense_below=0)")
 
 
 def test_maps_of_all_cases_are_named(mine):

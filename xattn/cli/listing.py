@@ -179,13 +179,22 @@ def _training(entry: Any) -> str:
 
 
 def _shown(accuracy: Any, name: str) -> Iterator[str]:
-    """The figures at the first size, and at others of rows whose positions are tiled for these."""
-    for at in accuracy.sizes:
-        for figure in at.figures:
-            first = at is accuracy.first
-            if figure.mechanism == name and (first or figure.positions == "tile"):
-                where = f", at {at.size} px on {at.photos} photos (as trained {at.dense:.1f} %)"
-                yield figure.text + ("" if first else where)
+    """The figures at the first size, and at others of rows whose positions are tiled for these.
+
+    Those of settings that leave nothing out give way to the others, where there are any.
+    """
+    shown = [
+        (at, figure)
+        for at in accuracy.sizes
+        for figure in at.figures
+        if figure.mechanism == name and (at is accuracy.first or figure.positions == "tile")
+    ]
+    sparse = [(at, figure) for at, figure in shown if not figure.dense]
+    for at, figure in sparse or shown:
+        where = f", at {at.size} px on {at.photos} photos (as trained {at.dense:.1f} %)"
+        yield figure.text + ("" if at is accuracy.first else where)
+    if sparse and len(sparse) < len(shown):
+        yield f"the dense network at {accuracy.first.size} px by default"
 
 
 DETAILS: dict[str, Callable[[], Iterable[str]]] = {

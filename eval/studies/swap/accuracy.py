@@ -18,13 +18,17 @@ FILE = Path(__file__).with_name("accuracy.json")
 
 @dataclass(frozen=True)
 class Figure:
-    """Top-1 accuracy in percent of one row at one size, with its 95 % interval."""
+    """Top-1 accuracy in percent of one row at one size, with its 95 % interval.
+
+    ``dense``: with these options nothing is left out at this size, and every output is that of the network.
+    """
 
     mechanism: str
     options: Mapping[str, Any]
     blocks: str
     positions: str
     trained: bool
+    dense: bool
     size: int
     right: float
     interval: tuple[float, float]
@@ -87,7 +91,7 @@ def _at_size(record: Mapping[str, Any]) -> AtSize:
     figures = tuple(
         Figure(
             row["mechanism"], row["options"], row["blocks"], row["positions"], row["trained"],
-            record["size"], float(row["right"]), (float(row["lo"]), float(row["hi"])),
+            row["dense"], record["size"], float(row["right"]), (float(row["lo"]), float(row["hi"])),
         )
         for row in record["rows"]
     )  # fmt: skip

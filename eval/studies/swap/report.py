@@ -150,6 +150,9 @@ def accuracies(
                     "blocks": swap.blocks_text(depth),
                     "positions": swap.positions,
                     "trained": bool(swap.trained),
+                    "dense": all(
+                        np.allclose(found[n], 1, atol=1e-5) for n in ("same", "patch cosine")
+                    ),
                 }
                 kept.append(row | {k: round(getattr(value, n), 1) for k, n in _KEPT.items()})
         about = {"size": size, "photos": len(dense), "dense": round(100 * mean(dense), 1)}
