@@ -1,0 +1,152 @@
+"""What a network was fitted on, chosen by and scored on: no score is taken on an item that it knows.
+
+    split = Split("positions")
+    train(student, split.fit(photos[::2]))
+    accuracy(student, split.score(photos[1::2]))  # raises if one of them was fitted on
+
+Items are told apart by content: a photo by the bytes of its file, a tensor by its values; seeds and numbers
+stand for what is drawn from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from xattn.photos.base import StoredPhoto
+from xattn.runtime.files import file_sha256, write_json
+
+Part = TypeVar("Part")
+Role = Literal["fitted", "chosen", "scored"]
+
+
+class LeakError(ValueError):
+    """An item is scored by a network that was fitted or chosen on it."""
+
+
+class Split:
+    """The items of one network, or of several that share them, by what they were used for.
+
+    Each method takes a part of the items and gives it back as it is, so that it stands where the part is
+    used. A part is a sequence of items; of a named tuple of columns the first column holds them. With
+    ``items`` a part may also be numbers of these, or a slice.
+
+    Args:
+        study: named in errors.
+        items: what numbers stand for; without it a number is an item itself, such as a seed.
+        overlap: why items may be scored that were fitted on; the record says so.
+
+    >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
+    >>> split.fit([0, 1])
+    [0, 1]
+    >>> split.score(slice(1, None))  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    LeakError: split: demo scores 1 of the items that it was fitted on, such as b.jpg
+    """
+
+    def __init__(
+        self, study: str, items: Sequence[Any] | Tensor | None = None, overlap: str = ""
+    ) -> None:
+        self.study, self.items, self.overlap = study, items, overlap
+        self.folds: list[Split] = []
+        self._names: dict[Role, dict[str, str]] = {"fitted": {}, "chosen": {}, "scored": {}}
+
+    def fit(self, part: Part) -> Part:
+        """Items that weights or statistics are made from."""
+        return self._take("fitted", part)
+
+    def choose(self, part: Part) -> Part:
+        """Items that a setting, a threshold or an epoch is chosen by."""
+        return self._take("chosen", part)
+
+    def score(self, part: Part) -> Part:
+        """Items that are reported on."""
+        return self._take("scored", part)
+
+    def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
+        """The split of another network of the study, which may score what this one was fitted on; the record
+        holds both."""
+        self.folds.append(Split(self.study, items, self.overlap))
+        return self.folds[-1]
+
+    @property
+    def has_scored(self) -> bool:
+        """Whether anything was scored, in a fold or without."""
+        return bool(self._names["scored"]) or any(fold.has_scored for fold in self.folds)
+
+    def record(self) -> dict[str, Any]:
+        """How many items had each use, and a hash of them, as JSON holds it."""
+        found: dict[str, Any] = {
+            role: {"count": len(keys), "sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+            for role, keys in self._names.items()
+            if keys
+        }
+        if self.overlap:
+            found["overlap"] = self.overlap
+        if self.folds:
+            found["folds"] = [fold.record() for fold in self.folds]
+        return found
+
+    def write(self, path: Path) -> None:
+        """Write :meth:`record` as JSON."""
+        write_json(path, {"study": self.study, **self.record()})
+
+    def _take(self, role: Role, part: Part) -> Part:
+        new = {key_of(item): name_of(item) for item in self._items_of(part)}
+        against: tuple[Role, ...] = ("fitted", "chosen") if role == "scored" else ("scored",)
+        for other in () if self.overlap else against:
+            twice = [name for key, name in new.items() if key in self._names[other]]
+            if twice:
+                used = "chosen by" if "chosen" in (role, other) else "fitted on"
+                raise LeakError(
+                    f"split: {self.study} scores {len(twice)} of the items that it was {used}, such as "
+                    f"{twice[0]}; keep the parts apart, and drop copies of a photo"
+                )
+        self._names[role] |= new
+        return part
+
+    def _items_of(self, part: Any) -> Iterable[Any]:
+        rows = part[0] if hasattr(part, "_fields") else part
+        if self.items is None:
+            return rows  # type: ignore[no-any-return]
+        if isinstance(rows, slice):
+            return self.items[rows]
+        return (self.items[int(i)] if isinstance(i, Integral) else i for i in rows)
+
+
+def key_of(item: Any) -> str:
+    """What tells an item from all others, whatever it is called."""
+    if isinstance(item, Tensor):
+        values = item.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        kind = f"{item.dtype} {tuple(item.shape)} ".encode()
+        return hashlib.sha256(kind + values).hexdigest()
+    if isinstance(item, StoredPhoto):
+        item = Path(item.name)
+    if isinstance(item, Path):
+        try:
+            found = item.stat()
+        except OSError:  # in a store, or unreadable: skipped when its turn comes
+            return str(item)
+        return _content(item.resolve(), found.st_size, found.st_mtime_ns)
+    if isinstance(item, Integral):
+        return str(int(item))
+    return str(getattr(item, "sha256", None) or repr(item))
+
+
+def name_of(item: Any) -> str:
+    """What an error calls it."""
+    if isinstance(item, Tensor):
+        return f"a tensor of shape {tuple(item.shape)}"
+    return item.name if isinstance(item, StoredPhoto) else str(getattr(item, "path", item))
+
+
+@cache
+def _content(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)
