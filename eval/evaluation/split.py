@@ -71,8 +71,7 @@ class Split:
         return self._take("scored", part)
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
-        """The split of another network of the study, which may score what this one was fitted on; the record
-        holds both."""
+        """The split of another network of the study, which may score what this one fits; in one record."""
         self.folds.append(Split(self.study, items, self.overlap))
         return self.folds[-1]
 
@@ -84,7 +83,10 @@ class Split:
     def record(self) -> dict[str, Any]:
         """How many items had each use, and a hash of them, as JSON holds it."""
         found: dict[str, Any] = {
-            role: {"count": len(keys), "sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+            role: {
+                "count": len(keys),
+                "sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
+            }
             for role, keys in self._names.items()
             if keys
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.backbone import Backbone
+from xattn.eval.evaluation.split import Split
 from xattn.eval.probing.probe_job import ProbeJob
 from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
 from xattn.heads import AttentiveHead, head_class
@@ -16,11 +17,11 @@ from xattn.photos.base import Photos
 from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos
+from xattn.training import splits
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import ProbeScores, answers, probe
 from xattn.training.run_folder import RUN_FILE
 from xattn.training.sample import SAMPLE_FOLDER, Sample
-from xattn.training.splits import Split, split
 
 
 def run_probes(
@@ -46,7 +47,7 @@ def run_probes(
     backbones, caches = _cache_taps(job, photos, progress)
     features = next(iter(caches.values()))
     labels = read_labels(features.names, job.labels)
-    parts = [split(labels, job.split_seed, fold) for fold in job.folds]
+    parts = [splits.split(labels, job.split_seed, fold) for fold in job.folds]
     say(
         f"{len(labels.used)} photos of {len(labels.names)} classes: "
         f"{', '.join(f'{n} {int((labels.index == i).sum())}' for i, n in enumerate(labels.names))}; "
@@ -76,7 +77,7 @@ def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
     photos = open_photos(job.data)
     labels = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
     for fold in job.folds:  # refused before the features are computed
-        split(labels, job.split_seed, fold)
+        splits.split(labels, job.split_seed, fold)
     if not isinstance(photos, Files):
         return photos, labels, {}
     class_of = {photos.paths[i]: labels.names[labels.index[i]] for i in labels.used}
@@ -142,7 +143,7 @@ class _Training:
         backbone: Backbone,
         features: Features,
         fold: int,
-        part: Split,
+        part: splits.Split,
         seed: int,
         scores: HeadScores,
     ) -> None:
@@ -158,19 +159,21 @@ class _Training:
                 classes=self.sampled,
             )
         index = self.labels.index
+        split = Split(f"probe, {name}", features.names)
         result = probe(
             head,
             features,
             index,
             replace(self.job.config, seed=seed),
-            train=part.train,
-            validation=part.validation,
+            train=split.fit(part.train),
+            validation=split.choose(part.validation),
             output=folder,
             resume=self.resume and (folder / RUN_FILE).is_file(),
             progress=self.progress,
             on_checkpoint=sample,
         )
-        logits = answers(result.head, features, part.test)
+        logits = answers(result.head, features, split.score(part.test))
+        split.write(folder / "split.json")
         scores.tests.append(ProbeScores(logits, index[part.test]))
         scores.seconds += result.seconds
         scores.best_epochs.append(result.best_epoch)

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from xattn.eval.bootstrap import Interval, mean_interval
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.detector import Detector, Kind, detect, train
 from xattn.eval.studies.actions.precision import Matches, match, mean_average_precision
@@ -56,7 +57,7 @@ def study(
         draw_sequences(count, config.length, config.classes, 2 * config.data_seed + part)
         for part, count in enumerate((config.train, config.tests))
     )
-    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+    rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
         kind: partial(measure, kind, learned, tested, config) for kind in get_args(Kind)
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
@@ -65,11 +66,17 @@ def study(
 
 
 def measure(
-    kind: Kind, learned: Sequences, tested: Sequences, config: ActionStudyConfig, seed: int
+    kind: Kind,
+    learned: Sequences,
+    tested: Sequences,
+    config: ActionStudyConfig,
+    split: Split,
+    seed: int,
 ) -> dict[str, Any]:
     """Train a detector, and test it: its ``matches`` as lists, and where it has them the means of its
     weights over time, ``inside`` and ``outside`` of the actions of each sequence."""
-    detector, seconds = train(kind, learned, config, seed)
+    detector, seconds = train(kind, split.fit(learned), config, seed)
+    tested = split.score(tested)
     matches = match(detect(detector, tested), tested.actions, config.classes)
     parameters = sum(p.numel() for p in detector.parameters())
     found: dict[str, Any] = {"seconds": seconds, "parameters": parameters}

@@ -36,6 +36,7 @@ from xattn.correlation import pearson
 from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.study_configs import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.heads.seeded import seeded_head
@@ -45,9 +46,9 @@ from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view, prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.training import splits
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
-from xattn.training.splits import split
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -158,7 +159,7 @@ def _runs(
     tokens = int(np.prod(found.clean.grid))
     left = [run for run in runs if not (output / run.file).is_file()]
     for fold in sorted({run.fold for run in left}):
-        parts = split(classes, 0, fold, config.folds)
+        parts, own = splits.split(classes, 0, fold, config.folds), Split("image", photos)
         heads: dict[Run, AttentiveHead] = {}
         epochs: dict[Run, int] = {}
         for run in (run for run in left if run.fold == fold):
@@ -174,21 +175,24 @@ def _runs(
                 seed=fold,
             )
             done = probe(
-                head, found.clean, classes.index, recipe, train=parts.train,
-                validation=parts.validation, progress=False,
+                head, found.clean, classes.index, recipe, train=own.fit(parts.train),
+                validation=own.choose(parts.validation), progress=False,
             )  # fmt: skip
             heads[run], epochs[run] = head, done.best_epoch + 1
+        tested = own.score(parts.test)
         # One pass through the backbone serves the heads of all methods.
         slopes = [
             pixel_gradients(backbone, photos[i], list(heads.values()), classes.index[i : i + 1])
-            for i in parts.test
+            for i in tested
         ]
+        own.score([Path(name) for name in found.objects.names])
+        own.write(output / f"split-{name}-{kind}-{fold}.json")
         for head, run, by_photo in zip(
             heads.values(), heads, zip(*slopes, strict=True), strict=True
         ):
-            values = measure(head, found, classes.index, parts.test, by_photo)
+            values = measure(head, found, classes.index, tested, by_photo)
             values["names"] = np.array(
-                [f"{photos[i].parent.name}/{photos[i].name}" for i in parts.test]
+                [f"{photos[i].parent.name}/{photos[i].name}" for i in tested]
             )
             with atomic_file(output / run.file) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **values)  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from xattn.attention.conversion import format_layers, format_mechanism
 from xattn.attention.record import Call
 from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import read_conversion
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.map_tiles import map_tile
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
@@ -137,6 +138,7 @@ def study(
         raise ValueError(
             f"distilled: {folders[name]} holds {name}; this study draws {', '.join(names)}"
         )
+    (photo,) = Split("attention maps").score([Path(photo)])
     image = load_image(photo)
     output = Path(output)
     check_folder(output)

@@ -23,6 +23,7 @@ from xattn.attention import Inputs, convert, converted_copy, create_mechanism, r
 from xattn.attention.act import ACT
 from xattn.attention.operator import SoftmaxOperator
 from xattn.backbone import Backbone
+from xattn.eval.evaluation.split import Split
 from xattn.explainers import create_explainer
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
@@ -123,9 +124,10 @@ def study(
     images = torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
     classes = torch.tensor([k for _, k in known], device=backbone.device)
     yield f"{backbone.name}, {len(known)} photos, half of them to search heads with"
-    yield from _sinks(backbone, images, options)
+    yield from _sinks(backbone, Split("sinks, as trained").score(images), options)
     lines: list[str] = []
-    own, rest = (slice(i, None, 2) for i in (0, 1))
+    split = Split("sinks", images)
+    own, rest = split.choose(slice(0, None, 2)), split.score(slice(1, None, 2))
     heads = search_heads(
         backbone, images[own], classes[own], by=by, progress=lines.append, **options
     )

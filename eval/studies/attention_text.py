@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.correlation import pearson
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
 from xattn.eval.studies.study_configs import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
@@ -368,14 +369,17 @@ def _go_on(
     device: str,
     say: Callable[[str], None],
 ) -> None:
+    split = Split("text")
+    train_part, held, dev = split.fit(texts.train), split.choose(texts.held), split.score(texts.dev)
+    split.write(done.path.with_name("split.json"))
     for run in work(config, done.rows):
         if run in done.rows:
             continue
         started = time.perf_counter()
-        model, history = train(run, texts, config, device)
+        model, history = train(run, texts._replace(train=train_part, held=held), config, device)
         row = {
             part: _row(measure(model, sentences, texts.vocabulary, device))
-            for part, sentences in (("held", texts.held), ("dev", texts.dev))
+            for part, sentences in (("held", held), ("dev", dev))
         }
         seconds = round(time.perf_counter() - started, 1)
         done.add(run, {**row, "history": history, "seconds": seconds})

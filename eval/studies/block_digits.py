@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.blocks.shrp import ShrpBlock
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.block_maps import SHOWN, block_maps, draw
 from xattn.eval.studies.digit_configs import BlockStudyConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
@@ -45,7 +46,7 @@ def study(
     """
     output = Path(output)
     load_digits()
-    measures: dict[str, Callable[[int], Measured]] = {
+    measures: dict[str, Callable[[Split, int], Measured]] = {
         "ninformer": partial(measure_ninformer, config, True),
         "ninformer-no-gate": partial(measure_ninformer, config, False),
         "hyperzzw": partial(measure_hyperzzw, config, 2),
@@ -61,10 +62,12 @@ def study(
     yield f"maps: {output / 'maps.png'}"
 
 
-def _with_maps(name: str, measure: Callable[[int], Measured], seed: int) -> dict[str, Any]:
+def _with_maps(
+    name: str, measure: Callable[[Split, int], Measured], split: Split, seed: int
+) -> dict[str, Any]:
     """What is measured of a network, with its maps where the picture shows them."""
-    found, net = measure(seed)
-    return {**found, "shown": block_maps(net)} if name in DRAWN and not seed else found
+    found, net = measure(split, seed)
+    return {**found, "shown": block_maps(net, split)} if name in DRAWN and not seed else found
 
 
 # ---------------------------------------------------------------------- NiNformer
@@ -76,10 +79,10 @@ def ninformer(gate: bool = True) -> BlockNet:
     return BlockNet("ninformer", channels=1, options=options)
 
 
-def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> Measured:
+def measure_ninformer(config: BlockStudyConfig, gate: bool, split: Split, seed: int) -> Measured:
     """Train it, and test it as it is, on permuted tokens, and on 8 x 8 tokens of digits twice as large."""
     net = ninformer(gate)
-    seconds = train(net, Training(config.ninformer_epochs, seed=seed))
+    seconds = train(net, Training(config.ninformer_epochs, seed=seed), split)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
 
     def permuted(images: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def measure_ninformer(config: BlockStudyConfig, gate: bool, seed: int) -> Measur
     def twice(images: Tensor) -> Tensor:
         return larger(F.interpolate(images, scale_factor=2, mode="bilinear"))
 
-    found = {"right": right(net), "permuted": right(permuted), "twice": right(twice)}
+    networks = {"right": net, "permuted": permuted, "twice": twice}
+    found = {name: right(network, split) for name, network in networks.items()}
     return {**found, **_about(net, seconds)}, net
 
 
@@ -105,7 +109,7 @@ def hyperzzw(depth: int = 2) -> BlockNet:
     return BlockNet(name, channels=1, patch=1, dim=32, depth=depth, stem="conv")
 
 
-def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> Measured:
+def measure_hyperzzw(config: BlockStudyConfig, depth: int, split: Split, seed: int) -> Measured:
     """Train it, and compare its kernels at 15 x 15, every second place, with those at 8 x 8."""
     net = hyperzzw(depth)
     extra = None
@@ -114,8 +118,8 @@ def measure_hyperzzw(config: BlockStudyConfig, depth: int, seed: int) -> Measure
         def extra(made: nn.Module) -> Tensor:
             return config.slow_loss * slow_loss(_hyper(net), net.grid)
 
-    seconds = train(net, Training(config.hyperzzw_epochs, seed=seed), extra)
-    found = {"right": right(net), **_about(net, seconds)}
+    seconds = train(net, Training(config.hyperzzw_epochs, seed=seed), split, extra)
+    found = {"right": right(net, split), **_about(net, seconds)}
     with torch.no_grad():
         gaps = [
             float((block.kernel((15, 15))[:, ::2, ::2] - block.kernel((8, 8))).abs().max())
@@ -138,18 +142,18 @@ def shrp() -> BlockNet:
     return BlockNet("shrp", channels=1, depth=3, options={"heads": 8, "hidden": 64})
 
 
-def measure_shrp(config: BlockStudyConfig, penalty: float, seed: int) -> Measured:
+def measure_shrp(config: BlockStudyConfig, penalty: float, split: Split, seed: int) -> Measured:
     """Train it with a penalty on the entropy of usage, and prune it to the most used head of each layer;
     the pruned network is given."""
     net = shrp()
-    seconds = train(net, Training(config.shrp_epochs, lr=4e-3, seed=seed, aux=penalty))
+    seconds = train(net, Training(config.shrp_epochs, lr=4e-3, seed=seed, aux=penalty), split)
     one_head = pruned(net)
     usage = [float(b.usage.max()) for b in net.blocks if isinstance(b, ShrpBlock)]
     whole, blocks = _size(net), _size(net.blocks)
     transformer = 3 * 12 * net.dim**2  # attention and an MLP of 4 C, without biases and norms
     found = {
-        "right": right(net),
-        "pruned": right(one_head),
+        "right": right(net, split),
+        "pruned": right(one_head, split),
         "usage": usage,
         "parameters_pruned": _size(one_head),
         "share": _size(one_head) / whole,

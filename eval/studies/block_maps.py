@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xattn.attention.record import record
 from xattn.backbone import load_backbone
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import load_digits
 from xattn.eval.studies.map_tiles import map_tile
 from xattn.explainers import create_explainer
@@ -36,10 +37,10 @@ def _digits() -> Tensor:
     return held_out.images[first]
 
 
-def block_maps(net: BlockNet) -> dict[str, Any]:
+def block_maps(net: BlockNet, split: Split) -> dict[str, Any]:
     """The classes that ``net`` predicts for the digits that are shown, and its last block's maps of them,
     (n, h, w) by name."""
-    images = _digits()
+    images = split.score(_digits())
     with torch.no_grad(), record(net) as calls:
         classes = net(images).argmax(1)
     maps = {name: values.mean(1) for name, values in calls[-1].maps.items()}

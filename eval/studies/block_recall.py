@@ -27,6 +27,7 @@ from xattn.attention.operator import SoftmaxOperator
 from xattn.attention.recall import Choice, recall
 from xattn.backbone import Backbone, load_conversion, resized
 from xattn.backbone.conversion import read_conversion
+from xattn.eval.evaluation.split import Split
 from xattn.explaining.naming import Source, named_photos
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
@@ -91,7 +92,8 @@ def study(
         if not (network.is_vit and network.knows_grid):
             raise ValueError(f"backbone: {backbone.name} has no patch grid; choose a ViT of timm")
         layers = {setting: _mechanisms(setting, backbone, network) for setting in settings}
-        yield from _table(network, size, [source for _, source in sources], layers, seed)
+        shown = Split("recall").score([source for _, source in sources])
+        yield from _table(network, size, shown, layers, seed)
 
 
 def _mechanisms(setting: str, backbone: Backbone, network: Backbone) -> dict[int, Mechanism]:

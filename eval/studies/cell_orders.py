@@ -27,6 +27,7 @@ from torch import Tensor
 from xattn.backbone import Backbone
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.cell_learning import (
     KINDS,
     Lessons,
@@ -226,8 +227,11 @@ def _measured(photos: Photos, first: Taught, config: OrderStudyConfig) -> Orders
     kept = torch.tensor(enough, device="cpu")
     head = Pointer(photos.backbone, config.cells)
     cells = cells_of(photos, head, first.classes)
-    lessons = Lessons(cells.of(slice(t, None)), weights[t:], kept[t:])
-    tested, orders = cells.of(slice(t)), Orders(photos, first.classes)
+    split = Split("orders", photos.paths)
+    seen, shown = split.fit(slice(t, None)), split.score(slice(t))
+    split.write(photos.output / "split.json")
+    lessons = Lessons(cells.of(seen), weights[seen], kept[seen])
+    tested, orders = cells.of(shown), Orders(photos, first.classes)
     generator = torch.Generator().manual_seed(config.seed)
     orders.add("chance", "chance", torch.rand(t, n, generator=generator, device="cpu").argsort(1))
     mean = lessons.mean_ranks.argsort(descending=True, stable=True).expand(t, -1)

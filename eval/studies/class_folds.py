@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.split import Split
 from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, MethodResult, Results
@@ -136,13 +137,15 @@ def train_and_score(
     max_forward_batch: int = 32,
     seed: int = 0,
     progress: bool = True,
+    split: Split | None = None,
     **record: Any,
 ) -> Results:
     """Train ``heads`` {row: (head, options)} on ``train``, score them on ``held_out``.
 
     Each head has two rows, what it shows by default and its other form (mask or raw scores); each of
     ``explainers`` has one more, :class:`Squashed`. Sanity rows belong to the first head. Runs and
-    results lie in ``folder``; what is finished there is read, not computed again.
+    results lie in ``folder``; what is finished there is read, not computed again. ``split`` is that of a
+    network which was fitted itself.
 
     Raises:
         ValueError: ``folder`` holds results of other settings (``record`` included).
@@ -161,11 +164,13 @@ def train_and_score(
     shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
     methods: dict[str, Any] = {}
     trained = []
+    split = split or Split("class folds")
+    held_out = split.score(held_out)
     for row, (name, options) in heads.items():
         head = seeded_head(name, backbone, seed, **options)
         run = folder / f"run-{row}"
         resume = (run / RUN_FILE).is_file()
-        fit(head, backbone, train, config, output=run, resume=resume, progress=progress)
+        fit(head, backbone, split.fit(train), config, output=run, resume=resume, progress=progress)
         trained.append(head)
         other, words = (
             ("mask", "mask") if head.explain_with == "scores" else ("scores", "raw scores")
@@ -180,6 +185,7 @@ def train_and_score(
         backbone, methods, held_out, max_forward_batch=max_forward_batch, progress=progress
     )
     write_record(folder / "record.json", record)
+    split.write(folder / "split.json")
     write_json(results, done)
     return results
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
+from xattn.eval.evaluation.split import Split
 from xattn.eval.report.results_files import write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Results
@@ -122,8 +123,9 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
     for k in args.only:
         held_out = folds[k]
         seen = sorted(set(range(len(paths))) - set(held_out))
-        probe = fit_probe(features[seen], labels[seen], len(names))
-        right += (probe(features[held_out]).argmax(1) == labels[held_out]).tolist()
+        split = Split("coarse groups", paths)
+        probe = fit_probe(features[split.fit(seen)], labels[seen], len(names))
+        right += (probe(features[split.score(held_out)]).argmax(1) == labels[held_out]).tolist()
         model.get_classifier().load_state_dict(probe.state_dict())
         backbone = load_backbone(model, classes=names)
         if args.channels_last:
@@ -137,6 +139,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
             heads=heads,
             explainers=args.explainers,
             progress=progress,
+            split=split,
         )
         parts.append(part)
     largest = max(groups.count(name) for name in names)

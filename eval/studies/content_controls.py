@@ -26,6 +26,7 @@ from xattn.attention.static_maps import Map
 from xattn.attention.statistics import indicators
 from xattn.backbone import Backbone, converted
 from xattn.correlation import spearman
+from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
@@ -40,6 +41,7 @@ from xattn.runtime.files import check_folder
 AT_ONCE = 50  # photos whose classes a file holds
 DESCRIBED = 4  # photos of which a layer's indicators are the mean
 DEFAULTS = ControlStudyConfig()
+OVERLAP = "static maps are means over photos that are classified, too; they read no label"
 Measured = dict[str, Any]
 
 
@@ -71,7 +73,10 @@ def study(
     later = ("explainers", "seeds", "digit_rates")  # more of these may be added
     settings = {k: v for k, v in asdict(config).items() if k not in later}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
-    networks = Networks(backbone, photos[: config.fitted])
+    split = Split("controls", overlap=OVERLAP)
+    networks = Networks(backbone, split.fit(photos[: config.fitted]))
+    photos = split.score(photos)
+    split.write(output / "split.json")
     free = {row.name: _classified(row, networks, photos, output) for row in FREE}
     few = photos[: config.compared]
     found: Measured = {
@@ -256,9 +261,9 @@ def _trained(
     rows: Mapping[str, Any] = DIGITS if task == "digits" else RECALL
     trained = digits_right if task == "digits" else recall_right
 
-    def measure(name: str, seed: int) -> Measured:
+    def measure(name: str, split: Split, seed: int) -> Measured:
         net = network(task, rows[name].mechanism, rows[name].options)
-        return trained(net, seed=seed, **settings)
+        return trained(net, split, seed=seed, **settings)
 
     by_key = {rows[name].key: partial(measure, name) for name in rows}
     found = measure_rows(output, settings, by_key, seeds)

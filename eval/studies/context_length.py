@@ -23,10 +23,18 @@ from typing import Any, NamedTuple
 import torch
 
 from xattn.attention.conversion import parse_mechanism
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
-from xattn.eval.studies.length.network import LengthNetwork, held_out, made, scores, train
+from xattn.eval.studies.length.network import (
+    LengthNetwork,
+    held_out,
+    made,
+    scores,
+    train,
+    training_seeds,
+)
 from xattn.eval.studies.length.tasks import Recall, Regression, Task
 from xattn.eval.studies.study_configs import LengthStudyConfig
 from xattn.runtime import strict_json
@@ -103,23 +111,25 @@ def _file_name(mechanism: str) -> str:
 
 def _measured(unit: Unit, config: LengthStudyConfig, progress: bool) -> list[Trained]:
     """Scores of all seeds."""
-    lr = _learning_rate(unit, config, progress)
+    split = Split(f"length, {unit}")
+    lr = _learning_rate(unit, config, split, progress)
     found = []
     for seed in range(config.seeds):
         folder = unit.folder / f"seed-{seed}"
         network = made(unit.mechanism, unit.task, seed, config)
-        training = _trained(network, unit, lr, seed, folder, config, progress)
+        training = _trained(network, unit, lr, seed, folder, config, split, progress)
         one = Trained(lr, training["steps"], training["seconds"])
         limit = config.longest.get(parse_mechanism(unit.mechanism)[0])
         for length in config.lengths:
             if limit is not None and length > limit:
                 continue
-            one.scores[length] = _tested(network, unit.task, length, folder, config)
+            one.scores[length] = _tested(network, unit.task, length, folder, config, split)
         found.append(one)
+    split.write(unit.folder / "split.json")
     return found
 
 
-def _learning_rate(unit: Unit, config: LengthStudyConfig, progress: bool) -> float:
+def _learning_rate(unit: Unit, config: LengthStudyConfig, split: Split, progress: bool) -> float:
     """The one with the best validation score."""
     if len(config.learning_rates) == 1:
         return config.learning_rates[0]
@@ -127,11 +137,12 @@ def _learning_rate(unit: Unit, config: LengthStudyConfig, progress: bool) -> flo
     kept: dict[str, float] = {}
     if file.is_file():
         kept = strict_json.read(file, "output", AGAIN)
-    batch = held_out(unit.task, "validation", config.train_length, config)
+    batch = held_out(unit.task, "validation", config.train_length, config, split)
+    seeds = split.fit(training_seeds(SEARCH_SEED, config))
     for lr in config.learning_rates:
         if str(lr) not in kept:
             network = made(unit.mechanism, unit.task, SEARCH_SEED, config)
-            train(network, unit.task, lr, SEARCH_SEED, config, f"{unit}, lr {lr}", progress)
+            train(network, unit.task, lr, seeds, config, f"{unit}, lr {lr}", progress)
             kept[str(lr)] = float(scores(network, unit.task, batch).mean())
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, kept)
@@ -146,6 +157,7 @@ def _trained(
     seed: int,
     folder: Path,
     config: LengthStudyConfig,
+    split: Split,
     progress: bool,
 ) -> dict[str, Any]:
     """Give the network its trained weights; how they were trained."""
@@ -153,8 +165,9 @@ def _trained(
     from safetensors.torch import load, save
 
     weights, file = folder / "model.safetensors", folder / "training.json"
+    seeds = split.fit(training_seeds(seed, config))
     if not file.is_file():  # it is written last
-        training = train(network, unit.task, lr, seed, config, f"{unit}, seed {seed}", progress)
+        training = train(network, unit.task, lr, seeds, config, f"{unit}, seed {seed}", progress)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: x.detach().contiguous() for name, x in network.state_dict().items()}
         with atomic_file(weights) as temporary:
@@ -171,7 +184,12 @@ def _trained(
 
 
 def _tested(
-    network: LengthNetwork, task: Task, length: int, folder: Path, config: LengthStudyConfig
+    network: LengthNetwork,
+    task: Task,
+    length: int,
+    folder: Path,
+    config: LengthStudyConfig,
+    split: Split,
 ) -> dict[str, float]:
     """Mean scores at a length, by form."""
 
@@ -181,7 +199,7 @@ def _tested(
             if form != task.forms()[0] and length == config.train_length:
                 found[form] = found[task.forms()[0]]  # the same sequences
             else:
-                batch = held_out(task, "test", length, config, form)
+                batch = held_out(task, "test", length, config, split, form)
                 found[form] = float(scores(network, task, batch).mean())
         return found
 
@@ -193,10 +211,11 @@ def _baselines(
 ) -> dict[int, dict[str, dict[str, float]]]:
     """By length and form."""
     folder.mkdir(parents=True, exist_ok=True)
+    split = Split(f"length, {task.name}")
 
     def measure(length: int) -> dict[str, dict[str, float]]:
         return {
-            form: task.baselines(held_out(task, "test", length, config, form))
+            form: task.baselines(held_out(task, "test", length, config, split, form))
             for form in task.forms()
         }
 

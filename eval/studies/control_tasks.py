@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from xattn.attention import convert
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import Training, right, train
 from xattn.eval.studies.small_training import minimize
 
@@ -50,10 +51,12 @@ def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 
     return net
 
 
-def digits_right(net: nn.Module, steps: int, seed: int, lr: float) -> dict[str, float]:
+def digits_right(
+    net: nn.Module, split: Split, steps: int, seed: int, lr: float
+) -> dict[str, float]:
     """Train on 1,437 digits: the share right of 360 others, and CPU seconds."""
-    seconds = train(net, Training(epochs=max(1, steps // 22), lr=lr, seed=seed))
-    return {"right": right(net), "seconds": seconds}
+    seconds = train(net, Training(epochs=max(1, steps // 22), lr=lr, seed=seed), split)
+    return {"right": right(net, split), "seconds": seconds}
 
 
 def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -67,10 +70,12 @@ def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     return tokens.transpose(1, 2)[:, :, None], values.gather(1, asked)[:, 0]
 
 
-def recall_right(net: nn.Module, steps: int, seed: int, lr: float = 3e-3) -> dict[str, float]:
+def recall_right(
+    net: nn.Module, split: Split, steps: int, seed: int, lr: float = 3e-3
+) -> dict[str, float]:
     """Train on fresh sequences, reading the query's token: the share right of 2,000 others, and CPU
     seconds."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(*split.fit([seed]))
 
     def losses() -> Iterator[Tensor]:
         for _ in range(steps):
@@ -78,7 +83,8 @@ def recall_right(net: nn.Module, steps: int, seed: int, lr: float = 3e-3) -> dic
             yield F.cross_entropy(net(images)[:, 0], labels)
 
     seconds = minimize(net, losses(), steps, lr, weight_decay=0.0)
-    images, labels = recall_batch(TESTED, torch.Generator().manual_seed(seed + 1000))
+    tests = torch.Generator().manual_seed(*split.score([seed + 1000]))
+    images, labels = recall_batch(TESTED, tests)
     with torch.no_grad():
         share = (net(images)[:, 0].argmax(1) == labels).double().mean()
     return {"right": float(share), "seconds": seconds}

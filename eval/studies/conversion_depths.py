@@ -21,6 +21,7 @@ from xattn.attention.conversion import format_layers, parse_mechanism
 from xattn.backbone import Backbone, load_conversion
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_configs import DepthStudyConfig
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
@@ -106,6 +107,8 @@ def _of_fold(
         return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     own = [photo for i, photo in enumerate(photos) if i % config.folds == fold]
     others = [photo.path for i, photo in enumerate(photos) if i % config.folds != fold]
+    split = Split("depths")
+    own, others = split.score(own), split.fit(others)
     run = folder / stage / "run"
     name, options = parse_mechanism(config.attention)
     if not (run / CONVERSION_FOLDER / WEIGHTS_FILE).is_file():
@@ -118,7 +121,7 @@ def _of_fold(
     network = load_conversion(run / CONVERSION_FOLDER, backbone)
     result = measured(backbone, network, own, config.heads)
     report = json.loads((run / REPORT).read_text(encoding="utf-8"))
-    write_json(file, {**result, "seconds": report["seconds"]})
+    write_json(file, {**result, "seconds": report["seconds"], "split": split.record()})
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 

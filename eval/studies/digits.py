@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.record import Call, record
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.small_training import minimize
 
 
@@ -53,7 +54,9 @@ def load_digits() -> tuple[Digits, Digits]:
 
 def pixels_right() -> float:
     """Share of the test digits that logistic regression on pixels classifies right."""
+    split = Split("digits, pixels")
     seen, held_out = load_digits()
+    seen, held_out = split.fit(seen), split.score(held_out)
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(max_iter=5000).fit(seen.images.flatten(1), seen.labels)
@@ -76,10 +79,11 @@ class Training:
 def train(
     net: nn.Module,
     settings: Training,
+    split: Split,
     extra: Callable[[nn.Module], Tensor] | None = None,
 ) -> float:
     """Train ``net`` on the digits, and give the CPU seconds; ``extra(net)`` is added to each loss."""
-    seen, _ = load_digits()
+    seen = split.fit(load_digits()[0])
     generator = torch.Generator().manual_seed(settings.seed)
     whole = len(seen.labels) - len(seen.labels) % settings.batch_size
 
@@ -102,7 +106,7 @@ def train(
 
 
 @torch.no_grad()
-def right(logits: Callable[[Tensor], Tensor]) -> float:
+def right(logits: Callable[[Tensor], Tensor], split: Split) -> float:
     """Share of the test digits that ``logits`` of their images tells right."""
-    _, held_out = load_digits()
+    held_out = split.score(load_digits()[1])
     return float((logits(held_out.images).argmax(1) == held_out.labels).double().mean())

@@ -22,6 +22,7 @@ from torch import Tensor
 from xattn.backbone import load_backbone
 from xattn.blocks.minimal import RESIDUALS, contributions
 from xattn.correlation import spearman
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digit_configs import ExactRolloutConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
 from xattn.eval.studies.kept import Found, measure_rows, reported, spread
@@ -68,14 +69,14 @@ def network(name: str, residual: str = "average") -> BlockNet:
     return BlockNet("minimal", channels=1, depth=LAYERS, options=options, stem=stem, norm=False)
 
 
-def measure(name: str, config: ExactRolloutConfig, seed: int) -> dict[str, Any]:
+def measure(name: str, config: ExactRolloutConfig, split: Split, seed: int) -> dict[str, Any]:
     """Train the network ``name``, and measure it: accuracy, exactness, correlations with deletion."""
     net = network(name, config.residual)
     settings = Training(config.epochs, config.lr, weight_decay=0.01, seed=seed)
-    seconds = train(net, settings)
-    accuracy = right(net)
+    seconds = train(net, settings, split)
+    accuracy = right(net, split)
     net = net.double()
-    images = load_digits()[1].images[: config.digits].double()
+    images = split.score(load_digits()[1].images[: config.digits]).double()
     with torch.no_grad():
         tokens = net.tokens(images)
         logits = net.classify(net.mixed(tokens))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.face_config import FaceStudyConfig
 from xattn.eval.studies.kept import Found, measure_rows, reported, spread
 from xattn.eval.studies.small_training import minimize
@@ -46,7 +47,7 @@ def study(
     seed = 2 * config.data_seed
     learned = draw_faces(config.train, seed, blends=config.blends, false_labels=config.false_labels)
     tested = draw_faces(config.tests, seed + 1, blends=config.blends, false_labels=0.0)
-    rows: dict[str, Callable[[int], dict[str, Any]]] = {
+    rows: dict[str, Callable[[Split, int], dict[str, Any]]] = {
         f"{streams}{suffix}": partial(measure, streams, bool(suffix), learned, tested, config)
         for suffix in ("", BALANCED)
         for streams in STREAMS
@@ -62,12 +63,14 @@ def measure(
     learned: Faces,
     tested: Faces,
     config: FaceStudyConfig,
+    split: Split,
     seed: int,
 ) -> dict[str, Any]:
     """Train a network, and test it: for each face the class it gives and how sure it is."""
     reliability = {"anchors": config.anchors} if balanced else None
     model = Arbex(len(EXPRESSIONS), POINTS, streams=streams, reliability=reliability)
-    seconds = train(model, learned, config, seed)
+    seconds = train(model, split.fit(learned), config, seed)
+    tested = split.score(tested)
     with torch.no_grad():
         p = model(tested.images, tested.landmarks).softmax(1)
         if balanced:

@@ -25,6 +25,7 @@ from xattn.attention.conversion import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
@@ -134,6 +135,7 @@ def score_row(
     """
     record = {**row.record(backbone, seed), "train": names(train)}
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
+    split = Split(row.label)
 
     def make() -> Explainer:
         if not row.is_head:
@@ -141,13 +143,13 @@ def score_row(
         head, run = row.untrained(backbone, seed), folder / "run"
         photos = random.Random(seed).sample(list(train), row.photos or len(train))
         fit(
-            head, backbone, photos, row.config(seed), table=table,
+            head, backbone, split.fit(photos), row.config(seed), table=table,
             output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
         )  # fmt: skip
         return create_explainer("head", backbone, head, **shared, **row.shown)
 
     return score_explainer(
-        backbone, row.label, make, record, held_out, folder,
+        backbone, row.label, make, record, held_out, folder, split,
         metrics=metrics, precision=precision, max_forward_batch=max_forward_batch, progress=progress,
     )  # fmt: skip
 
@@ -159,6 +161,7 @@ def score_explainer(
     record: Mapping[str, Any],
     held_out: Sequence[Path],
     folder: Path,
+    split: Split,
     *,
     metrics: Sequence[str | Probe] = METRICS,
     precision: str = "float32",
@@ -166,7 +169,7 @@ def score_explainer(
     progress: bool = True,
 ) -> Results:
     """Score the explainer that ``make`` gives on ``held_out``; ``make`` is not called where ``folder`` has
-    the results. ``record`` is what the explainer depends on.
+    the results. ``record`` is what the explainer depends on, ``split`` has what ``make`` fits it on.
 
     Raises:
         ValueError: ``folder`` holds a row of other settings.
@@ -184,12 +187,14 @@ def score_explainer(
         return read_json(done)
     folder.mkdir(parents=True, exist_ok=True)
     write_record(kept, record)
+    held_out = split.score(held_out)
     results = evaluate(
         backbone, {label: make()}, held_out,
         metrics=metrics, protocol=Protocol(precision=precision),
         max_forward_batch=max_forward_batch, progress=progress, state=folder / "state.sqlite",
     )  # fmt: skip
     write_json(results, done)
+    split.write(folder / "split.json")
     return results
 
 

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from xattn.attention.conversion import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
+from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
 from xattn.eval.studies.kept import finished_values
@@ -109,6 +110,9 @@ def measure(
     parts: dict[str, dict[str, list[Values]]] = {
         one.method.label: {check: [] for check in checks} for one in methods
     }
+    split = Split("head sanity")
+    photos = split.score(photos)
+    split.write(folder / "split.json")
     total = len(photos) * len(methods) * len(checks)
     with tqdm(total=total, disable=not progress, desc="check", unit="map") as bar:
         for number, start in enumerate(range(0, len(photos), block)):

@@ -90,11 +90,16 @@ def draw(count: int, examples: int, config: InContextConfig, seed: int) -> Promp
     return Prompts(x, (x @ beta)[..., 0] + noise)
 
 
+def training_seeds(config: InContextConfig) -> list[int]:
+    """Of the prompts of each block of steps."""
+    return [1_000_003 * (config.seed + 1) + i for i in range(-(-config.steps // BLOCK))]
+
+
 def batches(config: InContextConfig, first: int) -> Iterator[Prompts]:
     """The prompts of each step from number ``first`` on."""
-    for block in range(first // BLOCK, -(-config.steps // BLOCK)):
-        seed = 1_000_003 * (config.seed + 1) + block
-        many = draw(BLOCK * config.batch_size, config.examples, config, seed)
+    seeds = training_seeds(config)
+    for block in range(first // BLOCK, len(seeds)):
+        many = draw(BLOCK * config.batch_size, config.examples, config, seeds[block])
         steps = zip(many.x.split(config.batch_size), many.y.split(config.batch_size), strict=True)
         for number, (x, y) in enumerate(steps, block * BLOCK):
             if first <= number < config.steps:

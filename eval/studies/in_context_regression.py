@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.in_context import (
     Circuit,
     InContext,
@@ -27,6 +28,7 @@ from xattn.eval.studies.in_context import (
     gradient_descent,
     risk,
     train,
+    training_seeds,
 )
 from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.theory_configs import InContextConfig
@@ -63,6 +65,8 @@ def study(
     check_folder(output)
     settings = {k: v for k, v in asdict(config).items() if k not in ("tests", "longer", "slack")}
     kept_record(output / "record.json", {"config": settings})
+    split = Split("icl")
+    split.fit(training_seeds(config))
     model = _trained(output, config, progress)
     many = config.heads
     found = circuit(model.kq[:many], model.ov[:many])
@@ -70,8 +74,9 @@ def study(
         f"{many} heads, d = {config.width}, L = {config.examples}, variance of the noise {config.noise:g}, "
         f"{config.steps:,} steps of {config.batch_size} prompts, seed {config.seed}",
         *_circuit_table(found, config),
-        *_error_table(model, config),
+        *_error_table(model, config, split),
     ]
+    split.write(output / "split.json")
     write_text(output / "report.md", "\n".join(lines) + "\n")
     weights = {"kq": model.kq.tolist(), "ov": model.ov.tolist(), "heads": model.heads}
     write_json(output / "circuit.json", weights)
@@ -137,12 +142,15 @@ def _circuit_table(found: Circuit, config: InContextConfig) -> Iterator[str]:
 
 
 @torch.no_grad()
-def errors(model: InContext, config: InContextConfig, examples: int) -> dict[str, float]:
+def errors(
+    model: InContext, config: InContextConfig, examples: int, split: Split
+) -> dict[str, float]:
     """Mean squared errors on the same new prompts, the variance of the noise included."""
     totals: dict[str, float] = {}
     for start in range(0, config.tests, AT_ONCE):
         count = min(AT_ONCE, config.tests - start)
-        prompts = draw(count, examples, config, -1 - config.seed * config.tests - start - examples)
+        (seed,) = split.score([-1 - config.seed * config.tests - start - examples])
+        prompts = draw(count, examples, config, seed)
         target = prompts.y[:, -1]
         several, single = model(prompts)
         best, plain = (best_eta(config, examples, debiased) for debiased in (True, False))
@@ -161,9 +169,9 @@ def errors(model: InContext, config: InContextConfig, examples: int) -> dict[str
     return totals
 
 
-def _error_table(model: InContext, config: InContextConfig) -> Iterator[str]:
+def _error_table(model: InContext, config: InContextConfig, split: Split) -> Iterator[str]:
     lengths = list(dict.fromkeys((config.examples, config.longer)))
-    found = [errors(model, config, examples) for examples in lengths]
+    found = [errors(model, config, examples, split) for examples in lengths]
     yield ""
     yield f"| mean squared error | {' | '.join(f'L = {n}' for n in lengths)} |"
     yield "| :-- |" + " --: |" * len(lengths)

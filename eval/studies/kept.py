@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from xattn.eval.evaluation.split import Split
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json, write_text
 
@@ -59,13 +60,17 @@ Found = dict[str, list[dict[str, Any]]]
 def measure_rows(
     output: Path,
     settings: dict[str, Any],
-    rows: Mapping[str, Callable[[int], dict[str, Any]]],
+    rows: Mapping[str, Callable[[Split, int], dict[str, Any]]],
     seeds: int,
 ) -> Found:
     """Measure every row with every seed; a file in ``output`` keeps each, and is read the next time.
 
+    A row is called with the split that it takes its samples by, and a seed; its file holds what was fitted
+    and scored, too.
+
     Raises:
-        ValueError: ``output`` holds results of other settings, or a damaged file.
+        ValueError: ``output`` holds results of other settings, or a damaged file. RuntimeError: a row that
+            scored nothing by its split.
     """
     check_folder(output)
     kept_record(output / "record.json", settings)
@@ -74,10 +79,14 @@ def measure_rows(
         for seed in range(seeds):
             file = output / f"{name}-{seed}.json"
 
-            def drawn(measure: Any = measure, seed: int = seed) -> Any:
+            def drawn(measure: Any = measure, name: str = name, seed: int = seed) -> Any:
+                split = Split(f"{name}, seed {seed},")
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    return measure(seed)
+                    values = measure(split, seed)
+                if not split.has_scored:
+                    raise RuntimeError(f"{name}: nothing was scored by its split; see Split.score")
+                return {**values, "split": split.record()}
 
             found.setdefault(name, []).append(kept_values(file, drawn))
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xattn.backbone.loading import load_backbone
 from xattn.eval.bootstrap import mean_interval
+from xattn.eval.evaluation.split import Split
 from xattn.explainers.gates import Gates
 from xattn.models.agunet import AGUNet
 from xattn.models.lesions import Samples
@@ -25,46 +26,57 @@ from xattn.runtime.files import atomic_file
 CLASSES = ("no lesion", "lesion")
 
 
-def measure_gates(net: AGUNet, chosen: Samples, tests: Samples) -> dict[str, Any]:
+def measure_gates(net: AGUNet, chosen: Samples, tests: Samples, split: Split) -> dict[str, Any]:
     """Of each level psi inside and outside of the lesion, and for each test with a lesion whether a map's
     largest place lies in it: ``hits`` by map.
 
     Maps: psi and 1 - psi of each level; ``chosen``, the level and sign that hit most lesions of ``chosen``;
     ``gradient``, psi times its gradient; and beside them the mask's probabilities and the image itself.
     """
-    classifier = MaskClassifier(net)
-    backbone = load_backbone(classifier, classes=CLASSES)
-    gradient = Gates(backbone, form="gradient")
-    found: dict[str, Any] = {"levels": []}
-    hits: dict[str, dict[str, list[float]]] = {}
-    for which, group in (("chosen", chosen), ("tests", tests)):
-        kept = group.radii > 0
-        images, masks = group.images[kept], group.masks[kept]
-        with torch.no_grad():
-            levels = [
-                torch.cat(parts)
-                for parts in zip(*(net.outputs(x).gates for x in images.split(50)), strict=True)
-            ]
-            inner = torch.cat([net(x) for x in images.split(50)])
-        up = [F.interpolate(g, images.shape[2:], mode="bilinear") for g in levels]
-        maps = {f"level {i}, argmax": g for i, g in enumerate(up)}
-        maps |= {f"level {i}, argmin": -g for i, g in enumerate(up)}
-        maps["gradient"] = gradient.attribute(images.expand(-1, 3, -1, -1), CLASSES.index("lesion"))
-        maps.update({"mask": inner, "image": images})
-        hits[which] = {name: pointing(values, masks).tolist() for name, values in maps.items()}
-        if which == "tests":
-            found["levels"] = [inside_outside(g, masks) for g in up]
-            found["area"] = masks.flatten(1).mean(1).tolist()
-    psi = [name for name in hits["chosen"] if name.startswith("level")]
-    best = max(psi, key=lambda name: float(np.mean(hits["chosen"][name])))
-    hits["tests"]["chosen"] = hits["tests"][best]
-    return {**found, "best": best, "hits": hits["tests"]}
+    images, masks = _with_lesion(split.choose(chosen))
+    signed = _signed(_levels(net, images))
+    best = max(signed, key=lambda name: float(np.mean(pointing(signed[name], masks).tolist())))
+    images, masks = _with_lesion(split.score(tests))
+    levels = _levels(net, images)
+    gradient = Gates(load_backbone(MaskClassifier(net), classes=CLASSES), form="gradient")
+    maps = _signed(levels)
+    maps["gradient"] = gradient.attribute(images.expand(-1, 3, -1, -1), CLASSES.index("lesion"))
+    with torch.no_grad():
+        maps["mask"] = torch.cat([net(x) for x in images.split(50)])
+    maps["image"] = images
+    hits = {name: pointing(values, masks).tolist() for name, values in maps.items()}
+    return {
+        "levels": [inside_outside(g, masks) for g in levels],
+        "area": masks.flatten(1).mean(1).tolist(),
+        "best": best,
+        "hits": {**hits, "chosen": hits[best]},
+    }
 
 
-def measure_volume_gates(net: AGUNet, chosen: Samples, tests: Samples) -> dict[str, Any]:
+def _with_lesion(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Images and masks of the samples that have one."""
+    kept = samples.radii > 0
+    return samples.images[kept], samples.masks[kept]
+
+
+@torch.no_grad()
+def _levels(net: AGUNet, images: Tensor) -> list[Tensor]:
+    """psi of each level, as large as the images."""
+    parts = zip(*(net.outputs(x).gates for x in images.split(50)), strict=True)
+    return [F.interpolate(torch.cat(g), images.shape[2:], mode="bilinear") for g in parts]
+
+
+def _signed(levels: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Maps that are largest where psi is, and where it is smallest."""
+    maps = {f"level {i}, argmax": g for i, g in enumerate(levels)}
+    return maps | {f"level {i}, argmin": -g for i, g in enumerate(levels)}
+
+
+def measure_volume_gates(
+    net: AGUNet, chosen: Samples, tests: Samples, split: Split
+) -> dict[str, Any]:
     """Whether the largest place of psi times its gradient, by tiles, lies in the lesion: ``hits``."""
-    kept = tests.radii > 0
-    images, masks = tests.images[kept], tests.masks[kept]
+    images, masks = _with_lesion(split.score(tests))
     maps = torch.stack([volume_gates(net, image)[1][None] for image in images])
     return {"hits": {"gradient": pointing(maps, masks).tolist()}}
 

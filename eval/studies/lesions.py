@@ -23,6 +23,7 @@ from torch import Tensor
 from torchmetrics.functional.segmentation import dice_score
 
 from xattn.eval.bootstrap import mean_interval
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import Found, measure_rows, spread, write_report
 from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.lesion_gates import (
@@ -82,7 +83,9 @@ def study(
     yield f"\nreport: {output / 'report.md'}"
 
 
-def measure(output: Path, config: LesionConfig, part: str, name: str, seed: int) -> dict[str, Any]:
+def measure(
+    output: Path, config: LesionConfig, part: str, name: str, split: Split, seed: int
+) -> dict[str, Any]:
     """Train a network, keep it in ``output``, and test it.
 
     Returns:
@@ -99,9 +102,11 @@ def measure(output: Path, config: LesionConfig, part: str, name: str, seed: int)
     net = network(name, volumes)
     with single_thread():
         train = train_volumes if volumes else train_slices
-        seconds = train(net, seen, config, seed)
+        seconds = train(net, split.fit(seen), config, seed)
         predict = predict_volumes if volumes else predict_slices
+        chosen = split.choose(chosen)
         threshold = best_threshold(predict(net, chosen.images), chosen.masks)
+        tests = split.score(tests)
         masks = (predict(net, tests.images) > threshold).float()
         found: dict[str, Any] = {
             "seconds": seconds,
@@ -113,7 +118,7 @@ def measure(output: Path, config: LesionConfig, part: str, name: str, seed: int)
         }
         if net.gates:
             gates = measure_volume_gates if volumes else measure_gates
-            found["gates"] = gates(net, chosen, tests)
+            found["gates"] = gates(net, chosen, tests, split)
     about: dict[str, Any] = {"threshold": threshold, "classes": list(CLASSES), "size": kind.size}
     if volumes:
         about.update(spacing=kind.spacing, tile=TILE)

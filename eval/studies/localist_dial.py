@@ -30,6 +30,7 @@ from xattn.attention.localist import region_masses
 from xattn.attention.regions import recruit, recruited_regions
 from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record, kept_values
 from xattn.eval.studies.study_configs import DialStudyConfig
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
@@ -72,6 +73,9 @@ def study(
     # Turns of the dial may be added later.
     settings = {k: v for k, v in asdict(config).items() if k not in ("betas", "batch_size")}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
+    split = Split("dial")
+    photos = split.score(photos)
+    split.write(output / "split.json")
     lines = [
         f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos; quadrants"
     ]

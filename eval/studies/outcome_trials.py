@@ -213,7 +213,7 @@ def score_trial(
     """
     return score_explainer(
         run.backbone, label, lambda: trial.make(trial, run), trial.record(run), held_out, run.folder,
-        metrics=metrics, precision=precision, max_forward_batch=run.max_forward_batch,
+        run.split, metrics=metrics, precision=precision, max_forward_batch=run.max_forward_batch,
         progress=run.progress,
     )  # fmt: skip
 

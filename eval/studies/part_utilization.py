@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.annotations import Boxes
+from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
@@ -195,9 +196,11 @@ def run(
         for fold in range(study.folds):
             path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
             if not path.is_file():
-                values = _train_and_measure(study, inputs, scenario, fold)
+                split = Split("parts", photos)
+                values = _train_and_measure(study, inputs, scenario, fold, split)
                 with atomic_file(path) as temporary:
                     np.savez(temporary, **values)
+                split.write(output / "splits" / f"{path.stem}.json")
                 yield line(scenario, fold, values)
             with np.load(path) as file:
                 stored.append(dict(file))
@@ -254,16 +257,16 @@ def _inputs(
 
 
 def _train_and_measure(
-    study: PartStudyConfig, inputs: _Inputs, scenario: Scenario, fold: int
+    study: PartStudyConfig, inputs: _Inputs, scenario: Scenario, fold: int, split: Split
 ) -> Values:
     """The values of the head that is trained on one scenario and tested on one fold."""
     rows = inputs.rows
     test, rest = _split(rows.shape[1], study.folds, fold, study.seed)
     seed = study.seed * study.folds + fold
-    parts = np.split(np.random.default_rng(seed).permutation(rest), [len(rest) // 10])
+    few, most = np.split(np.random.default_rng(seed).permutation(rest), [len(rest) // 10])
     validation, train = (
         [int(rows[form, i]) for form, i in training_set(part, scenario, rows[-1] >= 0)]
-        for part in parts
+        for part in (split.choose(few), split.fit(most))
     )
     options: dict[str, Any] = {"hidden": study.hidden} if study.head == "memetector" else {}
     torch.manual_seed(seed)
@@ -278,7 +281,7 @@ def _train_and_measure(
         validation=validation,
         progress=False,
     )
-    return measure(head, inputs.features, rows, inputs.masks, test)
+    return measure(head, inputs.features, rows, inputs.masks, split.score(test))
 
 
 def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.pointer_configs import PointStudyConfig
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.models.point_sets import (
@@ -61,16 +62,17 @@ def network(row: Row, width: int) -> PointerNet:
     )
 
 
-def measure(name: str, config: PointStudyConfig, seed: int) -> dict[str, Any]:
+def measure(name: str, config: PointStudyConfig, split: Split, seed: int) -> dict[str, Any]:
     """Train the network ``name``, and test it: CPU ``seconds`` of both and values by number of points."""
     row = ROWS[name]
     net = network(row, config.width)
-    seconds = train(net, row, config, seed)
+    seconds = train(net, row, config, split, seed)
     start = time.process_time()
     tests: dict[str, Any] = {}
     with single_thread():
         for points in row.tested:
-            samples = draw(row.task, points, config.tests, (TEST_SEED, points))
+            (of_test,) = split.score([(TEST_SEED, points)])
+            samples = draw(row.task, points, config.tests, of_test)
             tests[str(points)] = TESTS[row.task](net, samples, config)
     return {
         "seconds": seconds,
@@ -80,13 +82,14 @@ def measure(name: str, config: PointStudyConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def train(net: PointerNet, row: Row, config: PointStudyConfig, seed: int) -> float:
+def train(net: PointerNet, row: Row, config: PointStudyConfig, split: Split, seed: int) -> float:
     """Train ``net``, and give the CPU seconds, those of the truth included."""
     steps = max(2, config.samples // config.batch_size)
     sizes = np.random.default_rng((seed, 0)).choice(row.trained, steps)
+    seeds = split.fit([(seed, 1 + step) for step in range(steps)])
     losses = (
-        net.loss(*tensors(draw(row.task, points, config.batch_size, (seed, 1 + step))))
-        for step, points in enumerate(sizes.tolist())
+        net.loss(*tensors(draw(row.task, points, config.batch_size, of_step)))
+        for of_step, points in zip(seeds, sizes.tolist(), strict=True)
     )
     return minimize(net, losses, steps, config.lr, weight_decay=0.01, max_norm=2.0)
 

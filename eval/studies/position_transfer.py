@@ -27,6 +27,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, resized
 from xattn.eval.bootstrap import mean_interval, paired_difference
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import AGAIN, kept_record
 from xattn.eval.studies.position_training import (
     ABSOLUTE,
@@ -85,9 +86,12 @@ def study(
     # Encodings and sizes may be added later.
     settings = {k: v for k, v in asdict(config).items() if k not in ("encodings", "sizes")}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
+    split = Split("positions")
+    learned, tested = split.fit(learned), split.score(tested)
     _train(students, teacher, learned, output, config, progress)
     networks = {AS_TRAINED: teacher, **students}
     found = {size: _at(size, networks, tested, output, config) for size in config.sizes}
+    split.write(output / "split.json")
     heading = (
         f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}; trained on {len(learned)} photos at "
         f"{config.size} px for {config.epochs} epochs, tested on {len(tested)} others"

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from xattn.backbone import Backbone
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import mean_interval
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.coarse_groups import fit_probe
 from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.random_scaling import MODELS, scaling
@@ -69,6 +70,10 @@ class Photos:
                 yield head.tokens(self.features.taps(index[start : start + AT_ONCE]))
 
         return LabelledTokens(batches, self.labels[list(index)])
+
+    def split(self) -> Split:
+        """Of one network; its items are the photos by number."""
+        return Split("random features", [Path(name) for name in self.features.names])
 
     def rest(self, fold: Sequence[int]) -> list[int]:
         """The photos to learn from."""
@@ -171,7 +176,8 @@ def _baselines(photos: Photos) -> dict[str, list[float]]:
     for name, x in vectors.items():
         right = {f"{name}, ridge": [0.0] * len(x), f"{name}, logistic": [0.0] * len(x)}
         for fold in photos.folds:
-            seen = photos.rest(fold)
+            split = photos.split()
+            seen, fold = split.fit(photos.rest(fold)), split.score(fold)
             kernel = x.double() @ x.double().mT
             fit = DualRidge(kernel[seen][:, seen]).fit(F.one_hot(photos.labels[seen], classes))
             answers = [kernel[fold][:, seen] @ fit.alpha + fit.intercept]
@@ -213,11 +219,12 @@ def measure(
         "random_feature", photos.backbone, seed, class_names=photos.names, **options
     ).eval()
     assert isinstance(head, RandomFeature)
-    tested = photos.part(head, fold)
+    split = photos.split()
+    tested = photos.part(head, split.score(fold))
     started = time.process_time()
     with warnings.catch_warnings():  # what the class token does is a column of the report
         warnings.simplefilter("ignore")
-        head.solve(photos.part(head, photos.rest(fold)), tested)
+        head.solve(photos.part(head, split.fit(photos.rest(fold))), tested)
     seconds = time.process_time() - started
     right, kept, maps = [], [], []
     with torch.no_grad():
@@ -232,7 +239,7 @@ def measure(
         gaps.append(_gap(head.double(), wide))
     return {
         "seconds": seconds, "right": right, "kept": kept, "maps": maps,
-        "float32": gaps[0], "float64": gaps[1],
+        "float32": gaps[0], "float64": gaps[1], "split": split.record(),
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.heads import Head, load_head
 from xattn.heads.seeded import seeded_head
@@ -135,16 +136,18 @@ def train_on_random_labels(
     say = print if progress else None
     found = outcomes_to_train_on(backbone, photos, table, config, progress=progress, say=say)
     head = seeded_head(trained.name, backbone, config.seed, **trained.options)
+    split = Split("random labels")
     fit(
         head,
         backbone,
-        photos,
+        split.fit(photos),
         config,
         output=output,
         resume=(Path(output) / RUN_FILE).is_file(),
         progress=progress,
         table=RandomOutcomes.of(found, labels, seed),
     )
+    split.write(Path(output) / "split.json")
     return head
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.theory_configs import RandomFeatureConfig
 from xattn.heads.random_attention import features, queries_of, random_weights, with_one
 from xattn.heads.ridge import DualRidge
@@ -84,9 +85,11 @@ def scaling(config: RandomFeatureConfig, seed: int) -> Iterator[dict[str, object
     for model in MODELS:
         kernel = kernel_of(model, x_0, x, most, config.heads, seed)
         for n in config.examples:
-            solver = DualRidge(kernel[:n, :n])
+            split = Split("scaling", range(len(x)))
+            seen, tested = split.fit(slice(n)), split.score(slice(most, None))
+            solver = DualRidge(kernel[seen, seen])
             for name, values in targets.items():
-                fit = solver.fit(values[:n, None])
-                found = kernel[most:, :n] @ fit.alpha + fit.intercept
-                mse = float((found[:, 0] - values[most:]).square().mean())
+                fit = solver.fit(values[seen, None])
+                found = kernel[tested, seen] @ fit.alpha + fit.intercept
+                mse = float((found[:, 0] - values[tested]).square().mean())
                 yield {"model": model, "function": name, "n": n, "mse": mse}

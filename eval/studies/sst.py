@@ -26,11 +26,12 @@ _TOKEN = re.compile(r"\(|\)|[^\s()]+")
 
 
 class Sentence(NamedTuple):
-    """``words`` (T), ``label`` 0 or 1, ``evidence`` (T,) from -1 to 1."""
+    """``words`` (T), ``label`` 0 or 1, ``evidence`` (T,) from -1 to 1, and its file and line."""
 
     words: tuple[str, ...]
     label: int
     evidence: NDArray[np.float64]
+    place: str = ""
 
     @property
     def rationale(self) -> NDArray[np.bool_]:
@@ -100,7 +101,8 @@ def read(path: str | Path) -> list[Sentence]:
         label = phrases[-1].label
         if label != 2:
             sign = 1 if label > 2 else -1
-            found.append(Sentence(words, int(label > 2), _evidence(len(words), phrases, sign)))
+            evidence = _evidence(len(words), phrases, sign)
+            found.append(Sentence(words, int(label > 2), evidence, f"{Path(path).name}:{number}"))
     return found
 
 

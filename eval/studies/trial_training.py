@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.fold_rows import names
 from xattn.eval.studies.trial_heads import EdgeAwareHead, MeanOfHeads, fit_in_closed_form
 from xattn.explainers import Explainer, create_explainer
@@ -44,7 +45,8 @@ SECOND = 1000  # seed of a second table; those of further heads are multiples of
 @dataclass(frozen=True, kw_only=True)
 class TrialRun:
     """What a trial is run on: ``train`` of all ``photos``, which have tables of outcomes in ``tables``; its
-    own ``folder``; and ``settings`` of training that all trials share."""
+    own ``folder``; ``settings`` of training that all trials share; and the ``split``, which has what it was
+    trained on."""
 
     backbone: Backbone
     photos: Sequence[Path]
@@ -55,6 +57,7 @@ class TrialRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_forward_batch: int = 16
     progress: bool = True
+    split: Split = field(default_factory=lambda: Split("a trial"))
 
     def tables_for(self, config: TrainConfig, settings: Mapping[str, Any]) -> Path:
         """The folder of the table of all photos with these masks; fold_rows has the same."""
@@ -98,7 +101,8 @@ class Trial:
 
     def chosen(self, run: TrialRun) -> list[Path]:
         """The photos that it is trained on."""
-        return random.Random(run.seed).sample(list(run.train), self.photos or len(run.train))
+        count = self.photos or len(run.train)
+        return run.split.fit(random.Random(run.seed).sample(list(run.train), count))
 
     def record(self, run: TrialRun) -> dict[str, Any]:
         """What its numbers depend on, beside the backbone and what is scored."""

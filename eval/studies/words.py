@@ -27,6 +27,7 @@ from xattn.backbone import Backbone
 from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS, THINGS
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
+from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
 from xattn.eval.studies.kept import Found, measure_rows, write_report
 from xattn.eval.studies.small_training import minimize
@@ -256,7 +257,13 @@ def _new_head(
 
 
 def measure(
-    found: Material, tap: str, name: str, config: WordStudyConfig, output: Path, seed: int
+    found: Material,
+    tap: str,
+    name: str,
+    config: WordStudyConfig,
+    output: Path,
+    split: Split,
+    seed: int,
 ) -> dict[str, Any]:
     """Train and test a head of each fold, and one of all photos; that of words is kept in ``output``.
 
@@ -267,10 +274,12 @@ def measure(
     labels, features, captions = found.labels.index, found.photos[tap], _tested(found, config)
     right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
     seconds = []
+    paths = [Path(photo) for photo in features.names]
     for seen, fold in _folds(found, config):
+        own = split.fold(paths)
         head = _new_head(found, tap, name, config, seed)
-        seconds.append(train(head, features, labels, seen, config, seed))
-        tokens = read(head, features, fold)
+        seconds.append(train(head, features, labels, own.fit(seen), config, seed))
+        tokens = read(head, features, own.score(fold))
         with torch.no_grad():
             answers = {
                 "matched": matches(head, tokens, captions[fold]),
@@ -279,10 +288,12 @@ def measure(
         for key, logits in answers.items():
             for i, same in zip(fold, (logits.argmax(1) == labels[fold]).tolist(), strict=True):
                 right[key][i] = float(same)
+    own = split.fold(paths)
     head = _new_head(found, tap, name, config, seed)
-    seconds.append(train(head, features, labels, range(len(labels)), config, seed))
+    seconds.append(train(head, features, labels, own.fit(range(len(labels))), config, seed))
     if name == "words":
         save_head(head, output / f"{tap}-words-{seed}")
+    own.score([Path(photo) for photo in found.others[tap].names])
     maps = {kind: measure_maps(found, tap, head, kind) for kind in _kinds(name)}
     return {**right, "seconds": seconds, "maps": maps}
 
@@ -305,8 +316,9 @@ def _frequent(found: Material, config: WordStudyConfig) -> dict[str, list[float]
     labels, captions = found.labels.index, _tested(found, config)
     right = {"matched": [0.0] * len(labels), "all": [0.0] * len(labels)}
     for seen, fold in _folds(found, config):
-        counts = torch.bincount(labels[seen], minlength=captions.shape[1])
-        for i in fold:
+        split = Split("words, the most frequent", next(iter(found.photos.values())).names)
+        counts = torch.bincount(labels[split.fit(seen)], minlength=captions.shape[1])
+        for i in split.score(fold):
             asked = counts.masked_fill(~captions[i], -1)
             right["matched"][i] = float(asked.argmax() == labels[i])
             right["all"][i] = float(counts.argmax() == labels[i])

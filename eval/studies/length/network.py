@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from xattn.attention import create_attention
 from xattn.attention.conversion import parse_mechanism
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.length.tasks import FIXED, Batch, Task
 from xattn.eval.studies.study_configs import LengthStudyConfig
 from xattn.training.distilling import share_of_peak
@@ -100,12 +102,12 @@ def train(
     network: LengthNetwork,
     task: Task,
     lr: float,
-    seed: int,
+    seeds: Sequence[int],
     config: LengthStudyConfig,
     title: str = "",
     progress: bool = True,
 ) -> Training:
-    """Train in place, for ``config.steps`` steps or until ``config.minutes`` of processor time are over.
+    """Train in place, a step for each of ``seeds``, or until ``config.minutes`` of processor time are over.
 
     Raises:
         RuntimeError: a loss that is not finite.
@@ -113,10 +115,10 @@ def train(
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     start, losses = time.process_time(), []
     with tqdm(total=config.steps, desc=title, unit="step", disable=not progress) as bar:
-        for step in range(config.steps):
+        for step, seed in enumerate(seeds):
             for group in optimizer.param_groups:
                 group["lr"] = lr * share_of_peak(step, config.steps)
-            batch = task.draw(config.train_length, config.batch_size, _seed("training", seed, step))
+            batch = task.draw(config.train_length, config.batch_size, seed)
             loss = task.loss(network(batch), batch.targets)
             optimizer.zero_grad()
             loss.backward()
@@ -134,12 +136,19 @@ def train(
     return Training(len(losses), seconds, sum(last) / len(last))
 
 
+def training_seeds(seed: int, config: LengthStudyConfig) -> list[int]:
+    """Of the sequences of each step, for a network of ``seed``."""
+    return [_seed("training", seed, step) for step in range(config.steps)]
+
+
 def held_out(
-    task: Task, stream: str, length: int, config: LengthStudyConfig, form: str = FIXED
+    task: Task, stream: str, length: int, config: LengthStudyConfig, split: Split, form: str = FIXED
 ) -> Batch:
     """Sequences that no network is trained on, the same for all mechanisms and seeds: of the stream "test",
     or of "validation", by which learning rates are chosen."""
-    return task.draw_test(length, config.sequences(length), _seed(stream, 0, length), form)
+    take = split.choose if stream == "validation" else split.score
+    (seed,) = take([_seed(stream, 0, length)])
+    return task.draw_test(length, config.sequences(length), seed, form)
 
 
 @torch.no_grad()

@@ -108,18 +108,25 @@ class Measuring:
                 if values is None:
                     block = block or self._block(some, size)
                     try:
-                        values = self._measured(part, swap, size, block, first)
+                        values = self._measured(part, swap, size, block, first, some)
                     except Unavailable as error:
                         table.notes[key] = str(error)
                         parts.pop(key, None)
                         continue
-                    write_json(file, {"record": record, "values": values})
+                    splits = [self.networks.split(swap, k).record() for k in range(swap.folds)]
+                    write_json(file, {"record": record, "values": values, "splits": splits})
                 if key in parts:
                     parts[key].append(values)
         return {key: _joined(values) for key, values in parts.items() if values}
 
     def _measured(
-        self, part: str, swap: Swap, size: int, block: Block, first: int
+        self,
+        part: str,
+        swap: Swap,
+        size: int,
+        block: Block,
+        first: int,
+        photos: Sequence[Photo],
     ) -> dict[str, list[Any]]:
         """Values of a block whose first photo has the number ``first``; each photo by the network that
         was not trained on it."""
@@ -130,6 +137,7 @@ class Measuring:
             if not at:
                 continue
             network = self.networks.of(swap, size, fold)
+            self.networks.split(swap, fold).score([photos[i] for i in at])
             try:
                 values = PARTS[part](block, at, network)
             except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_photos import Photo
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
@@ -57,6 +58,12 @@ class Networks:
         self.config, self.folder, self.progress = config, folder, progress
         self.depth = len(blocks)
         self._made: dict[Any, Backbone] = {}
+        self._splits: dict[tuple[str, int], Split] = {}
+
+    def split(self, swap: Swap, fold: int) -> Split:
+        """What the network of a row was trained and scored on."""
+        key = swap.key(self.depth), fold
+        return self._splits.setdefault(key, Split(f"swap, {swap.label}"))
 
     def dense(self, size: int, positions: str = "resize") -> Backbone:
         """The network with its own attention for images of ``size``."""
@@ -116,8 +123,8 @@ class Networks:
         record = {"backbone": dense.fingerprint, **swap.record(self.depth)}
         kept_record(folder / "record.json", {**record, **self._training(fold)})
         run = folder / "run"
+        photos = [p.path for p in self.split(swap, fold).fit(self._training_photos(fold))]
         if not (run / CONVERSION_FOLDER / WEIGHTS_FILE).is_file():
-            photos = [photo.path for photo in self._training_photos(fold)]
             distill(
                 dense, swap.mechanism, blocks, dict(swap.options),
                 data=photos, validation=photos[: self.config.measured], config=self.config,

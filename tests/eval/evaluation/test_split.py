@@ -34,7 +34,9 @@ def test_what_was_fitted_or_chosen_on_is_not_scored(first, used, late):
     parts = [(first, ["a", "b"]), ("score", ["b", "c"])]
     (name, part), (then, leak) = reversed(parts) if late else parts
     assert getattr(split, name)(part) is part
-    with pytest.raises(LeakError, match=f"^split: trial scores 1 of the items that it was {used}, such as b"):
+    with pytest.raises(
+        LeakError, match=f"^split: trial scores 1 of the items that it was {used}, such as b"
+    ):
         getattr(split, then)(leak)
 
 

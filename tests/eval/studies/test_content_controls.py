@@ -10,6 +10,7 @@ from small_transformers import tiny
 from xattn import load_backbone
 from xattn.attention import conversion
 from xattn.cli import main
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import content_controls, control_tasks
 from xattn.eval.studies.content_controls import Networks, study
 from xattn.eval.studies.control_configs import ControlStudyConfig
@@ -24,15 +25,18 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 
 
+def untrained(net, split, **_):
+    split.score(["digits"])
+    return {"right": 0.5, "seconds": 1.0}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """Short sequences of training and of tests, and no training on digits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(control_tasks, "BATCH", 8)
         patch.setattr(control_tasks, "TESTED", 20)
-        patch.setattr(
-            content_controls, "digits_right", lambda *_, **__: {"right": 0.5, "seconds": 1.0}
-        )
+        patch.setattr(content_controls, "digits_right", untrained)
         patch.setattr(content_controls, "pixels_right", lambda: 0.967)
         yield
 
@@ -116,7 +120,7 @@ def test_recall_asks_for_the_value_beside_the_key():
 def test_networks_of_both_tasks_train_with_every_control(name):
     torch.manual_seed(0)
     net = network("recall", RECALL[name].mechanism, RECALL[name].options)
-    found = recall_right(net, 2, 0)
+    found = recall_right(net, Split("test"), 2, 0)
     assert 0 <= found["right"] <= 0.5 and found["seconds"] > 0
     digits = network("digits", DIGITS[name].mechanism, DIGITS[name].options)
     logits = digits(torch.rand(2, 1, 8, 8))
@@ -166,5 +170,5 @@ def test_the_command_runs_quickly(photos, backbone, tmp_path, monkeypatch, capsy
 
 def test_digits_train_for_whole_passes():
     torch.manual_seed(0)
-    found = digits_right(network("digits", "uniform", {}), 22, 0, lr=3e-3)
+    found = digits_right(network("digits", "uniform", {}), Split("test"), 22, 0, lr=3e-3)
     assert 0.05 < found["right"] < 0.9 and found["seconds"] > 0

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from xattn.cli import main
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import block_digits, block_maps, digits, exact_rollout
 from xattn.eval.studies.digit_configs import BlockStudyConfig, ExactRolloutConfig
 
@@ -30,10 +31,10 @@ def test_the_split_is_fixed_and_holds_every_class():
 
 
 def test_logits_are_sums_of_contributions_and_heads_differ():
-    found = exact_rollout.measure("symmetric-4-heads", SHORT, 0)
+    found = exact_rollout.measure("symmetric-4-heads", SHORT, Split("test"), 0)
     assert found["error"] < 1e-12 < 1e-4 < found["mean_head_error"]
     assert set(found["correlations"]) == set(exact_rollout.MAPS)
-    found = exact_rollout.measure("cholesky-1-head", SHORT, 0)
+    found = exact_rollout.measure("cholesky-1-head", SHORT, Split("test"), 0)
     assert found["error"] < 1e-12 and found["mean_head_error"] < 1e-12
 
 

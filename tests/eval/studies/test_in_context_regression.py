@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xattn.cli import main
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import in_context_regression
 from xattn.eval.studies.in_context import (
     InContext,
@@ -98,7 +99,7 @@ def test_a_few_hundred_steps_bring_the_heads_to_opposite_signs():
     assert found.omega.prod() < 0 and (found.omega * found.mu > 0).all()
     values = measured(found, config)
     assert all(values[key] < config.slack * limit for key, limit in LIMITS.items()), values
-    scores = errors(model, config, config.examples)
+    scores = errors(model, config, config.examples, Split("test"))
     assert scores["2 heads"] < scores["a single head"] - 0.05
     assert scores["ridge regression with the true variances"] < scores["2 heads"]
 

@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from xattn.cli import main
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import context_length
 from xattn.eval.studies.context_length import study
-from xattn.eval.studies.length.network import ShortConvolution, held_out, made, scores, train
+from xattn.eval.studies.length.network import (
+    ShortConvolution,
+    held_out,
+    made,
+    scores,
+    train,
+    training_seeds,
+)
 from xattn.eval.studies.length.tasks import FIXED, Recall, Regression
 from xattn.eval.studies.study_configs import LengthStudyConfig
 
@@ -101,8 +109,8 @@ def test_training_learns_and_is_repeatable():
     found = []
     for _ in range(2):
         network = made("softmax", task, 3, config)
-        train(network, task, 0.03, 3, config, progress=False)
-        found.append(scores(network, task, held_out(task, "test", 32, config)))
+        train(network, task, 0.03, training_seeds(3, config), config, progress=False)
+        found.append(scores(network, task, held_out(task, "test", 32, config, Split("test"))))
     assert torch.equal(*found) and float(found[0].mean()) < 0.5
 
 
@@ -116,8 +124,10 @@ def test_a_training_that_runs_out_of_time_says_so(tmp_path):
 
 def test_held_out_sequences_are_no_training_sequences():
     task = Recall(2, 32)
-    test = held_out(task, "test", 32, CONFIG, FIXED)
-    assert not torch.equal(test.tokens, held_out(task, "validation", 32, CONFIG).tokens)
+    test = held_out(task, "test", 32, CONFIG, Split("test"), FIXED)
+    assert not torch.equal(
+        test.tokens, held_out(task, "validation", 32, CONFIG, Split("test")).tokens
+    )
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):

@@ -83,7 +83,9 @@ def test_a_stopped_study_goes_on_and_gives_the_same_report(output, monkeypatch):
     (output / "slices-unet-0.json").unlink()
     done = []
     measure = lesions.measure
-    monkeypatch.setattr(lesions, "measure", lambda *args: done.append(args[2:]) or measure(*args))
+    monkeypatch.setattr(
+        lesions, "measure", lambda *args: done.append((*args[2:4], args[-1])) or measure(*args)
+    )
     torch.manual_seed(5)
     config = LesionConfig(**{**vars(SHORT), "parts": ("slices",)})
     list(lesions.study(output, config))

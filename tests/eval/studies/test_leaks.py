@@ -1,0 +1,451 @@
+"""Leaks put back into the studies, one by one: each is refused, and no study goes past its split."""
+
+import ast
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_transformers import tiny
+
+from xattn import load_backbone
+from xattn.config import ProbeConfig, TrainConfig
+from xattn.eval.evaluation.split import LeakError, Split
+from xattn.eval.probing import runner
+from xattn.eval.studies import kept, swapped_attention
+from xattn.eval.studies.action_detection import ActionStudyConfig
+from xattn.eval.studies.control_tasks import network
+from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.eval.studies.length.tasks import Regression
+from xattn.eval.studies.lesion_configs import LesionConfig
+from xattn.eval.studies.pointer_configs import PointStudyConfig
+from xattn.eval.studies.study_configs import (
+    DepthStudyConfig,
+    ImageStudyConfig,
+    LengthStudyConfig,
+    PartStudyConfig,
+    PositionStudyConfig,
+    SwapStudyConfig,
+    TextStudyConfig,
+)
+from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConfig
+from xattn.eval.studies.word_configs import WordStudyConfig
+from xattn.models.agunet import AGUNet
+from xattn.models.lesions import Samples
+from xattn.training import splits
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = ["tench", "goldfish", "great white shark"]
+
+
+class Given(NamedTuple):
+    """What the studies are run on: ``paths`` are 18 photos of noise, in folders of three classes."""
+
+    folder: Path
+    paths: list[Path]
+    vit: object
+    cnn: object
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(18):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        (folder / NAMES[i % 3]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / NAMES[i % 3] / f"{i}.png")
+    (folder / "classes.json").write_text(
+        "{" + ", ".join(f'"{name}": {{"group": "{name[0]}"}}' for name in NAMES) + "}"
+    )
+    torch.manual_seed(0)
+    cnn = load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=3)
+    vit = load_backbone(tiny(grid=(4, 4), num_classes=3).model, classes=NAMES)
+    return folder, sorted(folder.rglob("*.png")), vit, cnn
+
+
+@pytest.fixture
+def given(shared, tmp_path):
+    return Given(*shared, tmp_path)
+
+
+def nothing(*_, **__):
+    """In place of a training."""
+    return 0.0
+
+
+def drawn(seed, count, kind=None):
+    """Images with a lesion, a function of ``seed``."""
+    images = torch.rand(count, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return Samples(images, (images > 0.9).float(), torch.full((count,), 3.0))
+
+
+# ---------------------------------------------------------------- how each study is run
+
+
+def class_folds(m, given):
+    m.fit = m.sanity_rows = nothing
+    config = TrainConfig(epochs=1, batch_size=4, workers=0)
+    m.cross_validate(given.cnn, given.paths, config, given.output, folds=2, progress=False)
+
+
+def rows(m, given):
+    m.FoldRows.load = lambda self: given.cnn
+    m.fit = nothing
+    data = ["--data", str(given.folder), "--folds", "2", "--output", str(given.output)]
+    m.main([*data, "--rows", "ttame", "--metrics", "pixel-flipping"])
+
+
+def trials(m, given):
+    m.OutcomeTrials.load = lambda self: given.cnn
+    folders = ["--output", str(given.output / "out"), "--tables", str(given.output / "tables")]
+    m.main(["--data", str(given.folder), "--folds", "2", "--trials", "distilled", *folders])
+
+
+def coarse_groups(m, given):
+    m.pooled_features = lambda encoder, paths: torch.rand(len(paths), 4)
+    model = SimpleNamespace(reset_classifier=nothing)
+    m.load_backbone = lambda *_: SimpleNamespace(model=model, preprocessing=None)
+    config = TrainConfig("small", epochs=1)
+    m.compare_on_groups(m.Groups(data=given.folder, output=given.output, train=config))
+
+
+def positions(m, given):
+    m._train = nothing
+    config = PositionStudyConfig(encodings=("none",), size=16, sizes=(16,), epochs=1)
+    list(m.study(given.vit, given.folder, output=given.output, config=config))
+
+
+def depths(m, given):
+    m.distill = nothing
+    m.load_conversion = lambda *_: given.vit
+    config = DepthStudyConfig(last=(1,), photos=6)
+    list(m.study(given.vit, given.folder, "folders", given.output, config, progress=False))
+
+
+def swap(m, given):
+    m.distill = nothing
+    m.load_conversion = lambda folder, dense, network: network
+    config = SwapStudyConfig(
+        sizes=(16,),
+        photos=(4,),
+        maps=(0,),
+        fidelity=(0,),
+        rounds=(0,),
+        epochs=1,
+        block=2,
+        workers=0,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swapped_attention, "Networks", m.Networks)
+        some = (swapped_attention.Swap("hedgehog"),)
+        where = given.folder, "folders", given.output
+        list(swapped_attention.study(given.vit, *where, config, some, progress=False))
+
+
+def lesion_gates(m, given):
+    torch.manual_seed(0)
+    m.measure_gates(AGUNet(2, filters=(4, 8)).eval(), drawn(1, 4), drawn(2, 4), Split("lesions"))
+
+
+def lesions(m, given):
+    m.samples, m.train_slices, m.predict_slices = drawn, nothing, lambda net, images: images
+    m.network = lambda *_: AGUNet(2, filters=(4, 8), gates=False)
+    m.measure(given.output, LesionConfig(slices=4, tests=4), "slices", "unet", Split("lesions"), 0)
+
+
+def faces(m, given):
+    m.train = nothing
+    list(m.study(given.output, FaceStudyConfig().quick()))
+
+
+def actions(m, given):
+    m.train = lambda *_: (None, 0.0)
+    list(m.study(given.output, ActionStudyConfig().quick()))
+
+
+def digits(m, given):
+    pytest.importorskip("sklearn", reason="the extra xattn[demo] is not installed")
+    net, split = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), Split("digits")
+    m.train(net, m.Training(1), split)
+    m.right(net, split)
+
+
+def recall(m, given):
+    m.recall_right(network("recall", "uniform", {}), Split("recall"), 1, 0)
+
+
+def pointers(m, given):
+    config = PointStudyConfig(samples=8, batch_size=4, tests=4, width=8)
+    m.measure("hull-set", config, Split("hull-set"), 0)
+
+
+def orders(m, given):
+    m.cells_of = m.Pointer = nothing
+    m._enough = lambda photos, best, classes: [1] * len(best)
+    photos = m.Photos(given.paths, 3, SimpleNamespace(backbone=None), given.output)
+    taught = SimpleNamespace(weights={"p": torch.rand(18, 9)}, classes=None)
+    m._measured(photos, taught, m.OrderStudyConfig(cells=3, target="p"))
+
+
+def random_features(m, given):
+    features = SimpleNamespace(
+        names=[str(path) for path in given.paths],
+        taps=lambda index: SimpleNamespace(maps=[torch.rand(18, 4, 2, 2)], prefix=None),
+    )
+    folds = [list(range(9)), list(range(9, 18))]
+    m._baselines(m.Photos(given.vit, features, torch.arange(18) % 3, NAMES, folds))
+
+
+def scaling(m, given):
+    config = RandomFeatureConfig(heads=2, examples=(8, 16), tests=12, width=4, tokens=3)
+    list(m.scaling(config, 0))
+
+
+def words(m, given):
+    features = SimpleNamespace(names=[str(path) for path in given.paths])
+    labels = SimpleNamespace(index=torch.arange(18) % 3, names=NAMES)
+    found = SimpleNamespace(photos={"head": features}, labels=labels)
+    m._new_head = m.read = nothing
+    m.train = nothing
+    config = WordStudyConfig(folds=2)
+    m.measure(found, "head", "gap", config, given.output, Split("words"), 0)
+
+
+def parts(m, given):
+    m.AttentiveHead, m.create_head, m.probe = object, lambda *_, **__: object(), nothing
+    count = len(given.paths)
+    numbers = np.arange(4 * count).reshape(4, count)
+    inputs = SimpleNamespace(rows=numbers, backbone=None, features=None, labels=None, masks=None)
+    config, split = PartStudyConfig(folds=2, head="abmilp"), Split("parts", given.paths)
+    m._train_and_measure(config, inputs, m.Scenario(1.0, 0.0), 0, split)
+
+
+def image(m, given):
+    m.AttentiveHead, m._attentive = object, lambda kind: SimpleNamespace(default_taps=nothing)
+    m.load_backbone = lambda *_, **__: SimpleNamespace(
+        is_vit=True, depth=1, with_taps=lambda taps: None
+    )
+    m.material = lambda *_: SimpleNamespace(clean=SimpleNamespace(grid=(2, 2)))
+    m.seeded_head = lambda *_, **__: object()
+    m.probe = lambda *_, **__: SimpleNamespace(best_epoch=0)
+    run = m.Run("vit", "abmilp", "none", 0)
+    list(m._runs([run], given.folder, None, given.folder, given.output, ImageStudyConfig()))
+
+
+def sinks(m, given):
+    m._sinks = lambda *_: iter(())
+    m.search_heads = lambda *_, **__: {}
+    list(m.study(given.vit, given.folder, "folders"))
+
+
+def text(m, given):
+    tree = "({} (2 it) (2 is))"
+    for name, count in (("train.txt", 12), ("dev.txt", 3)):
+        lines = [tree.format(4 * (i % 2)) for i in range(count)]
+        (given.output / name).write_text("\n".join(lines))
+    m.train = nothing
+    m.study(TextStudyConfig(), given.output, given.output / "out")
+
+
+def length(m, given):
+    config, split = LengthStudyConfig().quick(), Split("length")
+    config = type(config)(**{**vars(config), "steps": 40})
+    split.fit(m.training_seeds(0, config))
+    m.held_out(Regression(), "validation", 32, config, split)
+    m.held_out(Regression(), "test", 32, config, split)
+
+
+def icl(m, given):
+    m._trained = lambda *_: m.InContext(3, (2, 1), torch.Generator().manual_seed(0))
+    m._plot = nothing
+    config = InContextConfig(width=3, examples=6, longer=9, steps=250, batch_size=8, tests=64)
+    list(m.study(given.output, config, progress=False))
+
+
+class Leak(NamedTuple):
+    """A study's code, what is written in place of a part of it, and how it is run."""
+
+    module: str
+    code: str
+    leak: str
+    run: Callable[[ModuleType, Given], object]
+
+
+NOT_HELD_OUT = "sorted(set(paths) - set(held_out))"
+LEAKS = [
+    Leak("class_folds", NOT_HELD_OUT, "sorted(paths)", class_folds),
+    Leak("class_folds", "split.fit(train)", "split.fit([*train, *held_out])", class_folds),
+    Leak("fold_rows", NOT_HELD_OUT, "sorted(paths)", rows),
+    Leak("outcome_trials", "sorted(set(paths) - set(folds[fold]))", "sorted(paths)", trials),
+    Leak("coarse_groups", " - set(held_out)", "", coarse_groups),
+    Leak("position_transfer", "photos[::2], photos[1::2]", "photos[::2], photos", positions),
+    Leak("conversion_depths", "if i % config.folds != fold", "", depths),
+    Leak("swap.networks", "if i % 2 != fold", "", swap),
+    Leak("lesion_gates", "split.choose(chosen)", "split.choose(tests)", lesion_gates),
+    Leak("lesions", "chosen = split.choose(chosen)", "chosen = split.choose(tests)", lesions),
+    Leak("lesions", "split.fit(seen)", "split.fit(tests)", lesions),
+    Leak("lesions", "samples(which, count, kind)", "samples(0, count, kind)", lesions),
+    Leak("faces", "config.tests, seed + 1,", "config.tests, seed,", faces),
+    Leak("action_detection", "2 * config.data_seed + part", "config.data_seed", actions),
+    Leak("digits", "split.score(load_digits()[1])", "split.score(load_digits()[0])", digits),
+    Leak("control_tasks", "seed + 1000", "seed", recall),
+    Leak("pointer_points", "(TEST_SEED, points)", "(0, 1)", pointers),
+    Leak("cell_orders", "split.fit(slice(t, None))", "split.fit(slice(None))", orders),
+    Leak("random_features", " - set(fold)", "", random_features),
+    Leak("random_scaling", "slice(most, None)", "slice(None)", scaling),
+    Leak("words", " - set(fold)", "", words),
+    Leak("part_utilization", "np.setdiff1d(order, test)", "order", parts),
+    Leak("attention_image", "own.fit(parts.train)", "own.fit(parts.test)", image),
+    Leak("attention_image", "own.choose(parts.validation)", "own.choose(parts.test)", image),
+    Leak("attention_sinks", "slice(1, None, 2)", "slice(None)", sinks),
+    Leak("attention_text", "sst.read(folder / DEV)", "sst.read(folder / TRAIN)", text),
+    Leak("length.network", '"test": 2', '"test": 0', length),
+    Leak("length.network", '"test": 2', '"test": 1', length),
+    Leak("in_context_regression", "-1 - config.seed", "1_000_010 - config.seed", icl),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", LEAKS, ids=lambda leak: f"{leak.module}: {leak.leak or leak.code}")
+def test_a_leak_is_refused(case, given):
+    original = importlib.import_module(f"xattn.eval.studies.{case.module}")
+    source = Path(original.__file__).read_text(encoding="utf-8")
+    assert source.count(case.code) == 1, "the study was changed; put the leak elsewhere"
+    mutant = ModuleType(original.__name__)
+    mutant.__file__ = original.__file__
+    exec(compile(source.replace(case.code, case.leak), original.__file__, "exec"), vars(mutant))
+    with pytest.raises(LeakError, match="^split: .* scores .* of the items that it was"):
+        case.run(mutant, given)
+
+
+def test_a_probe_is_not_tested_on_what_it_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "probe", lambda head, *_, **__: SimpleNamespace(head=head))
+    job = SimpleNamespace(folder=lambda *_: tmp_path, config=ProbeConfig(recipe="small"))
+    labels = SimpleNamespace(index=torch.zeros(4, dtype=torch.long))
+    training = runner._Training(job, tmp_path, labels, {}, False, False)
+    features = SimpleNamespace(names=list("abcd"))
+    for test, used in (([1, 3], "fitted on"), ([2, 3], "chosen by")):
+        part = splits.Split([0, 1], [2], test)
+        with pytest.raises(LeakError, match=f"^split: probe, gap scores 1 .* {used}"):
+            training.train(None, "gap", None, features, 0, part, 0, None)
+
+
+def test_a_row_that_scores_nothing_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^row: nothing was scored by its split"):
+        kept.measure_rows(tmp_path, {}, {"row": lambda split, seed: {"right": 1.0}}, 1)
+    found = kept.measure_rows(tmp_path, {}, {"row": scored}, 1)
+    assert found["row"][0]["split"]["scored"]["count"] == 2
+
+
+def scored(split, seed):
+    return {"right": float(len(split.score([1, 2])))}
+
+
+# ---------------------------------------------------------------- no study goes past its split
+
+STUDIES = ROOT / "eval" / "studies"
+TREES = {
+    str(path.relative_to(ROOT / "eval")): ast.parse(path.read_text(encoding="utf-8"))
+    for path in [*sorted(STUDIES.rglob("*.py")), *sorted((ROOT / "eval" / "probing").glob("*.py"))]
+}
+READERS = {
+    *("list_images", "named_photos", "open_photos", "labelled_photos", "load_digits", "samples"),
+    *("draw_faces", "draw_sequences"),
+}
+TRAINERS = {"xattn.training": "fit", "xattn.training.probe": "probe"}
+TRAINERS |= {"xattn.training.distilling": "distill"}
+BEHIND = {
+    "studies/block_digits.py": "it asks whether the digits are installed",
+    "studies/outcome_trials.py": "fold_rows and TrialRun take them by theirs",
+    "studies/swapped_attention.py": "swap.measuring takes them by those of swap.networks",
+    "studies/study_photos.py": "it lists the photos that studies take by their splits",
+    "studies/trial_objectives.py": "it reads photos that a trial has from TrialRun.split",
+}
+"""Modules that read data without a split of their own."""
+OWN = {
+    "studies/attention_text_report.py": "it tells what attention_text has scored",
+    "studies/context_length.py": "length.network.held_out scores",
+    "studies/random_labels.py": "it trains alone",
+    "studies/swapped_attention.py": "swap.measuring scores",
+    "studies/outcome_trials.py": "fold_rows.score_explainer scores",
+}
+"""Modules of commands that score nothing by a split of theirs, nor by ``measure_rows``, which sees to it."""
+
+
+def called(tree, names):
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in names
+    ]
+
+
+def roles(tree):
+    """The methods of splits that are called."""
+    return {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("fit", "choose", "score")
+        and ast.unparse(node.func.value).split("(")[0].split(".")[-1] in ("split", "own", "Split")
+    }  # fmt: skip
+
+
+def commands():
+    """The modules that a command runs."""
+    found = {name for name, tree in TREES.items() if "__main__" in ast.unparse(tree.body[-1])}
+    for file in ("study.py", "study_tasks.py"):
+        for node in ast.walk(ast.parse((ROOT / "xattn" / "cli" / file).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "xattn.eval.studies":
+                found |= {f"studies/{alias.name}.py" for alias in node.names}
+    return found
+
+
+def test_every_command_scores_by_a_split():
+    listed = commands()
+    assert len(listed) >= 25
+    guarded = {
+        name
+        for name in listed
+        if "score" in roles(TREES[name]) or called(TREES[name], {"measure_rows"})
+    }
+    assert listed - guarded == set(OWN)
+
+
+def test_what_reads_data_takes_it_by_a_split():
+    reading = {name for name, tree in TREES.items() if called(tree, READERS)}
+    assert {name for name in reading if not roles(TREES[name])} == set(BEHIND)
+
+
+def test_what_trains_on_photos_takes_them_by_a_split():
+    trained = set()
+    for name, tree in TREES.items():
+        imported = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if TRAINERS.get(node.module) == alias.name
+        }
+        for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+            if called(function, imported):
+                trained.add(name)
+                assert "fit" in roles(function), f"{name}: {function.name}"
+    assert {"studies/class_folds.py", "studies/swap/networks.py", "probing/runner.py"} <= trained
+
+
+def test_only_the_static_maps_of_controls_may_overlap():
+    made = {
+        (name, keyword.value.id)
+        for name, tree in TREES.items()
+        for call in called(tree, {"Split"})
+        for keyword in call.keywords
+        if keyword.arg == "overlap"
+    }
+    assert made == {("studies/content_controls.py", "OVERLAP")}
