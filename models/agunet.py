@@ -302,22 +302,3 @@ def pool(kind: Literal["max", "avg"], x: Tensor, step: tuple[int, ...]) -> Tenso
         ("avg", 3): F.avg_pool3d,
     }
     return pools[kind, len(step)](x, step, ceil_mode=True)
-
-
-def inflated(net: AGUNet) -> AGUNet:
-    """A 3-D net whose kernels are those of the 2-D ``net`` at their middle, and 0 above and below.
-
-    On depth 1 it computes the same.
-    """
-    if net.dims != 2:
-        raise ValueError("net: it is 3-D already; give a net with dims=2")
-    made = AGUNet(**{**net.settings, "dims": 3}).train(net.training)
-    state = made.state_dict()
-    for name, value in net.state_dict().items():
-        if state[name].ndim == value.ndim:
-            state[name] = value
-        else:
-            state[name].zero_()
-            state[name][:, :, state[name].shape[2] // 2] = value
-    made.load_state_dict(state)
-    return made.to(next(net.parameters()))

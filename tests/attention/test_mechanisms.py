@@ -12,10 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.bands import BandedOperator
 from xattn.attention.base import MECHANISMS
-from xattn.attention.tile_simulator import speedup_bound
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.backend import HAS_TRITON
-from xattn.kernels.block_sparse.box import neighbourhood
 
 ENTRIES = MECHANISMS.entries()
 CASES = [
@@ -601,46 +599,6 @@ def test_agent_biases_fit_other_grids():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# ---------------------------------------------------------------------- the tile simulator
-
-
-def counted(grid, kernel, stride, causal, q_tile, k_tile):
-    """Dense tiles over visited tiles, by looking at every pair of tiles."""
-    low, high, position, _ = neighbourhood(grid, kernel, stride, 1, causal)
-    seen = ((low[:, None] <= position) & (position <= high[:, None])).all(-1)
-    cells = [position.div(torch.tensor(t), rounding_mode="floor") for t in (q_tile, k_tile)]
-    numbers = [c[:, 0] * 1000 + c[:, 1] for c in cells]
-    pairs = {(int(numbers[0][i]), int(numbers[1][j])) for i, j in seen.nonzero()}
-    return len(numbers[0].unique()) * len(numbers[1].unique()) / len(pairs)
-
-
-@pytest.mark.parametrize(
-    "grid, kernel, stride, causal, q_tile, k_tile",
-    [
-        ((12, 10), 3, 1, False, (4, 4), (4, 4)),
-        ((12, 12), 5, 3, False, (3, 4), (2, 4)),
-        ((9, 11), 4, 2, (True, False), (4, 3), (3, 5)),
-    ],
-)
-def test_the_simulator_counts_the_tiles_that_hold_a_visible_key(
-    grid, kernel, stride, causal, q_tile, k_tile
-):
-    found = speedup_bound(grid, kernel, stride, causal=causal, q_tile=q_tile, k_tile=k_tile)
-    assert found.tiles == pytest.approx(counted(grid, kernel, stride, causal, q_tile, k_tile))
-    free = speedup_bound(
-        grid, kernel, stride, causal=causal, q_tile=q_tile, k_tile=k_tile, dynamic=True
-    )
-    assert free.tiles >= found.tiles and free.operations == found.operations
-
-
-def test_aligned_windows_are_perfectly_block_sparse_and_dense_gains_nothing():
-    windows = speedup_bound((16, 16), 8, 8)
-    assert (windows.operations, windows.tiles, windows.efficiency) == (4, 4, 1)
-    assert speedup_bound((16, 16), 16).tiles == 1
-    dilated = speedup_bound((16, 16), 8, 1, 2, q_tile=8, k_tile=8)
-    assert (dilated.operations, dilated.tiles) == (4, 4)  # every residue class is dense in itself
 
 
 # ---------------------------------------------------------------------- contexts of the caller

@@ -1,4 +1,4 @@
-"""Regions of patches, recruitment, and the penalty, step and bound of attention to regions."""
+"""Regions of patches, recruitment, and the bound of attention to regions."""
 
 import math
 from itertools import pairwise
@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xattn.attention import LowRankOperator, SoftmaxOperator
-from xattn.attention.concentration import concentration_bound, group_lasso, group_lasso_step
+from xattn.attention.concentration import concentration_bound
 from xattn.attention.regions import (
     box_regions,
     check_regions,
@@ -112,71 +111,20 @@ def test_recruitment_refuses_what_does_not_fit(points, variance, message):
         recruit(points, variance)
 
 
-# ---------------------------------------------------------------------- penalty and step
-
-REGIONS = torch.tensor([0, 1, 1, 2, 0, 2, 2])
-
-
-def loss_by_hand(a, weights):
-    parts = [a[..., b == REGIONS].square().sum((-2, -1)).sqrt() for b in range(3)]
-    return sum(w * part for w, part in zip(weights, parts, strict=True))
-
-
-def test_the_penalty_is_the_sum_of_the_regions_norms():
-    a = torch.rand(2, 3, 5, 7, dtype=torch.float64).requires_grad_()
-    weights = torch.tensor([1.0, 0.0, 2.0])
-    assert torch.allclose(group_lasso(a, REGIONS, weights), loss_by_hand(a, (1, 0, 2)))
-    assert torch.allclose(group_lasso(a, REGIONS), loss_by_hand(a, (1, 1, 1)))
-    assert torch.autograd.gradcheck(lambda a: group_lasso(a, REGIONS, weights), a)
-    (zero,) = torch.autograd.grad(group_lasso(a * 0, REGIONS).sum(), a)
-    assert (zero == 0).all()
-
-
-def test_the_penalty_of_an_operator_is_that_of_its_matrix(monkeypatch):
-    q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
-    for operator in (SoftmaxOperator(q, k), LowRankOperator(q, k.transpose(-2, -1))):
-        a = operator.rows(torch.arange(7))
-        monkeypatch.setattr("xattn.attention.operator.TILE", 2 * 3 * 7 * 2)  # two rows at a time
-        assert torch.allclose(group_lasso(operator, REGIONS), group_lasso(a, REGIONS))
-
-
-def test_the_step_minimises_its_objective_and_makes_small_regions_zero():
-    a = torch.randn(5, 7, dtype=torch.float64)
-    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    for step in (0.0, 0.3, 1.5, 10.0):
-        z = group_lasso_step(a, REGIONS, step, weights)
-        for b in range(3):
-            norm = a[:, b == REGIONS].norm()
-            left = max(0.0, 1 - step * float(weights[b] / norm))
-            assert torch.allclose(z[:, b == REGIONS], left * a[:, b == REGIONS])
-            assert (z[:, b == REGIONS] == 0).all() == (norm <= step * weights[b])
-
-        def objective(x, step=step):
-            return (x - a).square().sum() / 2 + step * group_lasso(x, REGIONS, weights)
-
-        for seed in range(10):
-            moved = z + 1e-3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
-            assert objective(z) <= objective(moved) + 1e-12
-    assert torch.equal(group_lasso_step(a, REGIONS, 0.0), a)
-    assert (group_lasso_step(a * 0, REGIONS, 1.0) == 0).all()
+# ---------------------------------------------------------------------- the bound
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda a: group_lasso(a, REGIONS[:3]), r"regions: got shape \(3,\)"),
-        (lambda a: group_lasso(a, REGIONS * 2), "regions: region 1 is empty"),
-        (lambda a: group_lasso(a, REGIONS, torch.ones(2)), "weights: got .* give 3"),
-        (lambda a: group_lasso(a, REGIONS, -torch.ones(3)), "weights: got"),
-        (lambda a: group_lasso_step(a, REGIONS, -1.0), "step: got -1.0"),
-        (lambda a: concentration_bound(0, 7, 1.0), "inside: got 0 of 7 keys; give 1 to 6"),
-        (lambda a: concentration_bound(7, 7, 1.0), "inside: got 7"),
-        (lambda a: concentration_bound(3, 7, 1.0, 0.0), "temperature: got 0.0"),
+        (lambda: concentration_bound(0, 7, 1.0), "inside: got 0 of 7 keys; give 1 to 6"),
+        (lambda: concentration_bound(7, 7, 1.0), "inside: got 7"),
+        (lambda: concentration_bound(3, 7, 1.0, 0.0), "temperature: got 0.0"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        call(torch.rand(5, 7))
+        call()
 
 
 # ---------------------------------------------------------------------- bound

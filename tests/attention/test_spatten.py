@@ -18,7 +18,6 @@ from xattn.attention import (
     record,
     revert,
 )
-from xattn.attention.quick_select import quick_select
 from xattn.attention.rounding import rounded
 
 HEADS, WIDTH, DEPTH = 3, 8, 5
@@ -255,21 +254,6 @@ def test_flat_rows_alone_are_computed_again():
 def test_alone_a_layer_is_dense(causal):
     asked = inputs(causal=causal)
     assert torch.allclose(spatten().attend(asked), dense(asked))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_quick_select_gives_the_set_of_topk_and_keeps_ties_in_order(seed):
-    x = np.random.default_rng(seed).integers(0, 9, 40)
-    for k in (0, 1, 7, 39, 40):
-        found = quick_select(x, k, seed)
-        expected = np.sort(np.argsort(-x, kind="stable")[:k])
-        assert np.array_equal(found, expected)
-        largest = torch.tensor(x).topk(k).values.sort().values
-        assert torch.equal(torch.tensor(np.sort(x[found])), largest)
-    with pytest.raises(ValueError, match="k: got 41; give 0 to 40"):
-        quick_select(x, 41)
-    with pytest.raises(ValueError, match="values: give a row of numbers"):
-        quick_select([1.0, np.nan], 1)
 
 
 @pytest.mark.parametrize(
