@@ -8,7 +8,6 @@ A preset is a :class:`~xattn.eval.Protocol` and the probes that go with it:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import Protocol
+from xattn.runtime.names import did_you_mean
 
 Mean = tuple[float, ...] | None
 
@@ -28,8 +28,7 @@ def preset(name: str, mean: Sequence[float] | None = None) -> tuple[Protocol, li
         ValueError: unknown name (with near matches), or a preset that needs ``mean`` without it.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 3, 0.4) or list(PRESETS)
-        raise ValueError(f"preset: unknown preset {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"preset: unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     if mean is None and name in ("rise", "torch-cam", "grad-cam-lib"):
         raise ValueError(
             f"mean: None; preset {name!r} masks normalised images with 0, which is the mean colour: "

@@ -11,7 +11,6 @@ import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xattn.runtime.files import printable
+from xattn.runtime.names import did_you_mean
 
 MOST_LEVELS = 10  # of {"state_dict": ...} around a state dict; in a pickle it may contain itself
 StateDict = dict[str, Tensor]
@@ -167,11 +167,9 @@ def _record(model_name: str) -> PackageWeights:
             f"weights='package' got {model_name!r}, whose tag {tag!r} names timm's own weights; "
             f"use {untagged!r}, or weights='timm' for the tag"
         )
-    near = get_close_matches(model_name, records, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"weights='package' knows no model {model_name!r}; {hint}"
-        f"available: {', '.join(records)}; or use weights='timm' or a file"
+        f"weights='package' knows no model {model_name!r}; use weights='timm' or a file, or "
+        f"{did_you_mean(model_name, records)}"
     )
 
 

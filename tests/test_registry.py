@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from xattn.registry import Registry, options_of
+from xattn.runtime.names import did_you_mean, near_names
 
 
 class Shape:
@@ -90,18 +91,55 @@ def test_late_registration_by_decorator():
     ("name", "expected"),
     [
         ("sqare", "shape: unknown shape 'sqare'; did you mean square?"),
-        ("zzz", "shape: unknown shape 'zzz'; did you mean circle, square?"),
-        ([], "shape: unknown shape []; did you mean circle, square?"),
+        ("zzz", "shape: unknown shape 'zzz'; choose one of circle, square"),
+        ([], "shape: unknown shape []; choose one of circle, square"),
     ],
 )
 def test_an_unknown_name_gets_near_matches(name, expected):
     assert message(shapes().get, name) == message(shapes().entry, name) == expected
 
 
+@pytest.mark.parametrize("typed", ["big_square", "Big-Square", "BIGSQUARE", "big square"])
+def test_a_name_is_found_without_regard_to_case_hyphens_and_underscores(typed):
+    registry = shapes()
+    registry.add(type("Big", (Shape,), {}), Entry("big_square", (4, 4)))
+    assert registry.name(typed) == "big_square" and typed in registry
+    assert registry.entry(typed).corners == (4, 4) and registry.create(typed, 3).side == 3
+
+
+def test_a_plus_is_spelt_out_and_names_that_are_alike_need_the_exact_one():
+    registry = shapes()
+    for name in ("square_plusplus", "two-d", "two_d"):
+        registry.add(type(name, (Shape,), {}), Entry(name))
+    assert registry.name("Square++") == "square_plusplus"
+    assert registry.name("two-d") == "two-d" and registry.name("two_d") == "two_d"
+    text = message(registry.get, "twoD")
+    assert text.startswith("shape: unknown shape 'twoD'; did you mean two")
+
+
+def test_near_names_are_alike_in_letters_or_hold_the_word():
+    names = ["gradcam", "gradcam_plusplus", "kernel_shap", "random"]
+    assert near_names("grad-cm", names) == ["gradcam"]  # not random, which is less like it
+    assert near_names("SHAP", names) == ["kernel_shap"]
+    assert near_names("chefer", names) == [] and near_names("", names) == []
+    assert near_names("Grad_CAM", names, most=1) == ["gradcam"]
+    assert did_you_mean("gradcam", names) == "did you mean gradcam or gradcam_plusplus?"
+    assert (
+        did_you_mean("x", ["a", "b"]) == "choose one of a, b"
+        and did_you_mean("x", [], "no") == "no"
+    )
+
+
+def test_a_registry_may_know_more_of_a_name_that_it_lacks():
+    registry = shapes(hint=lambda name: "a ball is a circle" if name == "ball" else "")
+    assert message(registry.get, "ball") == "shape: unknown shape 'ball'; a ball is a circle"
+    assert "choose one of" in message(registry.get, "zzz")
+
+
 def test_a_registry_without_a_noun_or_without_names():
     registry: Registry[Shape, Entry] = Registry("xattn.nothing", argument="attention training")
     text = message(registry.get, "iat")
-    assert text == "attention training: unknown 'iat'; xattn.nothing has no names yet"
+    assert text == "attention training: unknown 'iat'; it has no names yet"
 
 
 def test_a_name_belongs_to_one_class_which_may_be_reloaded():
@@ -218,7 +256,7 @@ def test_a_broken_package_is_one_warning_and_the_rest_goes_on(packages):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert message(REGISTRY.get, "oval") == f"shape: shape 'oval' cannot be loaded: {reason}"
-        assert "did you mean" in message(REGISTRY.get, "ovl")
+        assert "choose one of circle, square" in message(REGISTRY.get, "ovl")
     assert REGISTRY.failures() == {("a-broken", "oval"): reason}
 
 

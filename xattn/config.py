@@ -211,9 +211,9 @@ class ProbeConfig:
             precision=("no", "fp16", "bf16"),
         )
         if self.attention not in get_args(AttentionTraining):
-            from xattn.training.attention_training import perturbation_class
+            from xattn.training.attention_training import METHODS
 
-            perturbation_class(self.attention)  # registered by others, or unknown
+            object.__setattr__(self, "attention", METHODS.name(self.attention))  # or it is unknown
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@
 
     HEADS.create("mine", backbone, width=3)
 
-A kind's entry is a frozen dataclass with a ``name`` and whatever else is to be known of a thing: its
-paper, test cases, sizes. Installed packages add things through entry points of the registry's group,
-which are read when a name that is not there yet, or the list of names, is asked for.
+Names are found without regard to case, hyphens and underscores, see :mod:`xattn.runtime.names`;
+:meth:`Registry.name` gives the registered form. A kind's entry is a frozen dataclass with a ``name`` and
+whatever else is to be known of a thing: its paper, test cases, sizes. Installed packages add things
+through entry points of the registry's group, which are read when a name that is not there yet, or the
+list of names, is asked for.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import threading
 import warnings
@@ -23,6 +24,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
+from xattn.runtime.names import did_you_mean, same_name
 from xattn.runtime.option_checks import checked
 
 REFUSAL = "{name} does not take that option ({option}); its options: {options}"
@@ -56,6 +58,7 @@ class Registry(Generic[T, E]):
         adopt: ``adopt(name, value)`` registers what an entry point names if it is not registered yet.
         mark: ``mark(cls, entry)`` changes what :meth:`register` has added, for example gives it its name.
         ordered: whether names keep the order of registration; else they are sorted.
+        hint: ``hint(name)`` says more of an unknown name that it knows, else "".
         refusal: the error for an option that is not there, with ``{name}``, ``{option}`` and
             ``{options}``.
     """
@@ -72,12 +75,13 @@ class Registry(Generic[T, E]):
         adopt: Callable[[str, Any], object] | None = None,
         mark: Callable[[Any, Any], object] | None = None,
         ordered: bool = False,
+        hint: Callable[[str], str] = lambda name: "",
         refusal: str = REFUSAL,
     ) -> None:
         self.group, self.base, self.argument, self.noun = group, base, argument, noun
         self.options_argument = options_argument or argument
         self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
-        self._adopt, self._mark = adopt, mark
+        self._adopt, self._mark, self._hint = adopt, mark, hint
         self._found: dict[str, tuple[type[T], E]] = {}  # replaced, never changed
         self._failures: dict[tuple[str, str], str] = {}  # by distribution and name
         self._loaded = False
@@ -151,17 +155,35 @@ class Registry(Generic[T, E]):
     def __contains__(self, name: object) -> bool:
         return self._find(name) is not None
 
-    def get(self, name: str) -> type[T]:
-        """The class of that name.
+    def name(self, name: str) -> str:
+        """The registered form of ``name``.
 
         Raises:
             ValueError: no such name (with near matches), or its package could not be imported.
         """
-        return self._known(name)[0]
+        found = self._find(name)
+        if found is not None:
+            return found
+        reasons = [reason for (_, point), reason in self._failures.items() if point == name]
+        if reasons:
+            what = f"{self.noun} {name!r}".strip()
+            raise ValueError(f"{self.argument}: {what} cannot be loaded: {' and '.join(reasons)}")
+        names = self.names()
+        hint = self._hint(name) or did_you_mean(
+            name, names, None if names else "it has no names yet"
+        )
+        unknown = f"unknown {self.noun}".strip()
+        raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
+
+    def get(self, name: str) -> type[T]:
+        """The class of that name; raises as :meth:`name` does."""
+        known = self.name(name)  # which may load more
+        return self._found[known][0]
 
     def entry(self, name: str) -> E:
-        """The entry of that name; raises as :meth:`get` does."""
-        return self._known(name)[1]
+        """The entry of that name; raises as :meth:`name` does."""
+        known = self.name(name)
+        return self._found[known][1]
 
     def entries(self) -> list[E]:
         """All entries, in the order of :meth:`names`."""
@@ -180,25 +202,13 @@ class Registry(Generic[T, E]):
         """What ``rows`` reads from each entry, all in one mapping that grows with the registry."""
         return Table(self, lambda cls, entry: rows(entry))
 
-    def _find(self, name: object) -> tuple[type[T], E] | None:
+    def _find(self, name: object) -> str | None:
+        """The registered form of ``name``, or None."""
         if not isinstance(name, str):
             return None
         if name not in self._found:
             self.load()
-        return self._found.get(name)
-
-    def _known(self, name: str) -> tuple[type[T], E]:
-        found = self._find(name)
-        if found is not None:
-            return found
-        reasons = [reason for (_, point), reason in self._failures.items() if point == name]
-        if reasons:
-            what = f"{self.noun} {name!r}".strip()
-            raise ValueError(f"{self.argument}: {what} cannot be loaded: {' and '.join(reasons)}")
-        near = near_matches(name, self.names()) or self.names()
-        hint = f"did you mean {', '.join(near)}?" if near else f"{self.group} has no names yet"
-        unknown = f"unknown {self.noun}".strip()
-        raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
+        return same_name(name, self._found)
 
     # ------------------------------------------------------------------ creating
 
@@ -214,9 +224,8 @@ class Registry(Generic[T, E]):
             return
         listed = ", ".join(own) or "none"
         message = self.refusal.format(name=name, option=", ".join(unknown), options=listed)
-        near = near_matches(unknown[0], own)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"{self.options_argument}: {message}{hint}")
+        hint = did_you_mean(unknown[0], own, "")
+        raise ValueError(f"{self.options_argument}: {message}{hint and f'; {hint}'}")
 
     def create(self, name: str, /, *given: Any, **options: Any) -> T:
         """``cls(*given, **options)`` of that name.
@@ -340,11 +349,6 @@ def with_entry(cls: Any, entry: Named) -> None:
     see :mod:`xattn.runtime.option_checks`."""
     cls.entry = entry
     cls.__init__ = checked(cls.__init__)
-
-
-def near_matches(name: object, names: Collection[str]) -> list[str]:
-    """Up to three of ``names`` that ``name`` may have meant."""
-    return difflib.get_close_matches(str(name), names, 3, 0.4)
 
 
 def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None:

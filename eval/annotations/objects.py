@@ -7,7 +7,6 @@ cuts off is gone, and what it pads is background.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -27,6 +26,7 @@ from xattn.eval.interfaces import Classifier
 from xattn.photos.view import View
 from xattn.runtime import strict_json, strict_yaml
 from xattn.runtime.files import printable
+from xattn.runtime.names import did_you_mean
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
@@ -203,8 +203,7 @@ class Boxes(Annotations):
             return self.names[given]
         if given in self.names.values():
             return str(given)
-        near = difflib.get_close_matches(str(given), self.names.values(), 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "names does not have it"
+        hint = did_you_mean(given, list(self.names.values()), "names does not have it")
         raise ValueError(f"annotations: {label}: unknown class {given!r}; {hint}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, Probe
 from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.registry import Registry, Table
+from xattn.runtime.names import same_name
 
 FILES = (
     "masking",
@@ -65,12 +66,20 @@ def _adopt(name: str, value: Any) -> None:
     register(value)
 
 
+def _hint(name: str) -> str:
+    """Of a metric's name, the group that measures it."""
+    column = same_name(name, METRICS)
+    groups = [group.name for group in GROUPS.values() if column in group.metrics]
+    return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
+
+
 REGISTRY: Registry[Probe, MetricGroup] = Registry(
     "xattn.metrics",
     argument="metrics",
     noun="group",
     adopt=_adopt,
     ordered=True,
+    hint=_hint,
     refusal="{name} takes no {option}; it has {options}",
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})

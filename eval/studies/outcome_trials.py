@@ -14,7 +14,6 @@ study of their own, :mod:`~xattn.eval.studies.random_labels`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +61,7 @@ from xattn.heads.evidence import PARTS
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.names import did_you_mean
 from xattn.training.outcome_masks import KINDS
 
 
@@ -184,8 +184,7 @@ def parse_trial(text: str) -> tuple[str, Trial]:
     label, rest = labelled(text)
     name, options = parse_mechanism(rest)
     if name not in TRIALS:
-        near = difflib.get_close_matches(name, TRIALS, 3) or list(TRIALS)
-        raise ValueError(f"trials: got {name!r}; choose among {', '.join(near)}")
+        raise ValueError(f"trials: got {name!r}; {did_you_mean(name, TRIALS)}")
     trial = TRIALS[name]
     return label, replace(
         trial,

@@ -286,7 +286,7 @@ def test_unknown_torchvision_names_taps_and_untraceable_modules_are_refused(tmp_
         load_backbone("torchvision/resnet19", weights=None)
     model = torchvision.models.resnet18(num_classes=2)
     with pytest.raises(
-        ValueError, match=r"taps: 'layer9' is not in the graph; near matches: .*layer"
+        ValueError, match=r"taps: 'layer9' is not in the graph; did you mean .*layer"
     ):
         from_torchvision(model, ["layer9"])
     with pytest.raises(ValueError, match=r"input_size: got \(64, 96\); .* a square"):

@@ -224,7 +224,7 @@ def test_a_device_without_data_is_refused(setup, capsys):
     root, model = setup
     model = [*model[:-1], "meta"]
     assert main(["explain", str(root / "photos"), "--explainer", "cam", *model]) == 2
-    assert "error: device: 'meta' is not available here" in capsys.readouterr().err
+    assert "error: device: got 'meta'; give cpu, cuda or cuda:1" in capsys.readouterr().err
 
 
 def test_a_single_bad_photo_is_one_line_without_a_bar(setup, capsys):

@@ -64,8 +64,11 @@ TARGET = torch.tensor([3, 0, 10, 3, 7])
 
 def test_the_registry_lists_them_all_and_suggests_near_names(pairs):
     assert {*NAMES, *ATTENTION, *ELSEWHERE} <= set(list_explainers())
-    with pytest.raises(ValueError, match=r"unknown explainer 'grad-cam'; did you mean gradcam"):
-        pairs["cnn"].explainer("grad-cam")
+    with pytest.raises(ValueError, match=r"unknown explainer 'gradcamm'; did you mean gradcam"):
+        pairs["cnn"].explainer("gradcamm")
+    for typed in ("grad-cam", "GradCAM", "Grad CAM"):
+        assert pairs["cnn"].explainer(typed).name == "gradcam"
+    assert pairs["cnn"].explainer("Grad-CAM++").name == "gradcam_plusplus"
     with pytest.raises(ValueError, match=r"gradcam does not take that option .*depth"):
         pairs["cnn"].explainer("gradcam", depth=3)
     for name in NAMES:

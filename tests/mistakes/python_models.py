@@ -57,6 +57,29 @@ MISTAKES = [
         ("interpolation: got 'biliner'", "did you mean bilinear"),
     ),
     Mistake(
+        "a file of weights as the network",
+        lambda b: xattn.load_backbone("mine.pth"),
+        (
+            "backbone: mine.pth is a file of weights",
+            "load_backbone('resnet50', weights='mine.pth')",
+        ),
+    ),
+    Mistake(
+        "loaded to a GPU that is not there",
+        lambda b: load(device="cuda:99"),
+        ("device: 'cuda:99' is not available here", "use cpu, or install a PyTorch"),
+    ),
+    Mistake(
+        "a backbone moved to a GPU that is not there",
+        lambda b: b.cnn.to(device="cuda:99"),
+        ("device: 'cuda:99' is not available here", "use cpu, or install a PyTorch"),
+    ),
+    Mistake(
+        "a head moved to a GPU that is not there",
+        lambda b: xattn.create_head("gap", b.cnn).to("cuda:99"),
+        ("device: 'cuda:99' is not available here", "use cpu, or install a PyTorch"),
+    ),
+    Mistake(
         "too few class names",
         lambda b: load(class_names=["cat", "dog"]),
         ("class_names: got 2 names, the model has 5 classes",),
@@ -93,7 +116,7 @@ MISTAKES = [
     Mistake(
         "tap misspelt",
         lambda b: xattn.load_backbone(torchvision.models.resnet18(num_classes=2), taps=["layer9"]),
-        ("taps: 'layer9' is not in the graph", "near matches"),
+        ("taps: 'layer9' is not in the graph", "did you mean"),
     ),
     Mistake(
         "a photo as weights",

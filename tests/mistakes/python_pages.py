@@ -29,7 +29,7 @@ MISTAKES = [
     Mistake(
         "a mechanism that is not there",
         lambda b: convert(vit(), "neighborhood"),
-        ("name: ", "'neighborhood'", "did you mean"),
+        ("name: ", "'neighborhood'", "choose one of act, agent"),
     ),
     Mistake(
         "a CNN converted",
@@ -74,7 +74,7 @@ MISTAKES = [
     Mistake(
         "a metric's column as a group",
         lambda b: create_probe("insertion"),
-        ("metrics: ", "did you mean insertion-deletion"),
+        ("metrics: ", "a column of the group insertion-deletion: give insertion-deletion"),
     ),
     Mistake(
         "another library as a preset",

@@ -56,6 +56,13 @@ MISTAKES = [
     Typed("prune {photo} --output {folder} --resume", ("resume: ", "holds no run")),
     # networks and names
     Typed("explain {photo} --device gpu", ("device: got 'gpu'", "cpu")),
+    Typed("explain {photo} --device cuda:99", ("device: 'cuda:99' is not", "use cpu, or install")),
+    Typed("explain {photo} -b mine.pth", ("backbone: mine.pth is a file", "--weights mine.pth")),
+    Typed(
+        "explain {photo} --explainers randomized_head",
+        ("explainers: ", "of several heads the first"),
+    ),
+    Typed("evaluate {photo} --metrics AD", ("metrics: ", "AD is a column of the group masking")),
     Typed("explain {photo} --device cuda1", ("device: got 'cuda1'; did you mean cuda",)),
     Typed("explain {photo} --mechanism gna --layers 4..11", ("layers: got '4..11'", '"4-11"')),
     Typed("explain {photo} --layers 4-11", ("layers: got 4-11 without --mechanism",)),
@@ -67,7 +74,7 @@ MISTAKES = [
     Typed("compare {photo} --metrics raod", ("metrics: ", "did you mean road")),
     Typed("evaluate {photo} --preset rize", ("preset: unknown 'rize'; did you mean rise?",)),
     Typed("train {photo} --head tame", ("head: ", "ttame")),
-    Typed("probe {photo} --heads efficientprobe", ("heads: ", "efficient_probe")),
+    Typed("probe {photo} --heads efficientprob", ("heads: ", "efficient_probe")),
     # classes of the network
     Typed(f"explain {{photo}} {MODEL} --classes cat", ("class 'cat'", "283 'Persian cat'")),
     Typed(
@@ -75,7 +82,7 @@ MISTAKES = [
     ),
     Typed(
         f"explain {{photo}} {MODEL} --classes n00000000",
-        ("class 'n00000000' is not a WordNet id", "near matches"),
+        ("class 'n00000000' is not a WordNet id", "did you mean"),
     ),
     Typed(f"explain {{photo}} {MODEL} --classes tabbby", ("class 'tabbby'", "tabby")),
 ]

@@ -219,7 +219,7 @@ def test_list_does_not_import_the_packages(monkeypatch):
         ("efficientnet_lite0", "'tf_efficientnet_lite0'"),
         ("efficientnet_lite2.ra_in1k", "'tf_efficientnet_lite2'"),
         ("tf_efficientnet_lite1.in1k", "use 'tf_efficientnet_lite1'"),
-        ("tf_eficientnet_lite0", "did you mean 'tf_efficientnet_lite0'"),
+        ("tf_eficientnet_lite0", "did you mean tf_efficientnet_lite0"),
         ("resnet18", "weights='timm'"),
     ],
 )

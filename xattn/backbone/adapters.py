@@ -8,7 +8,6 @@ maps; nothing is hooked.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from xattn.backbone.preprocessing import Preprocessing, channels_of
+from xattn.runtime.names import did_you_mean
 
 HEAD_POINT = "head_point"
 
@@ -162,8 +162,8 @@ def load_torchvision(
     import torchvision.models as zoo
 
     if name not in zoo.list_models(zoo):
-        near = difflib.get_close_matches(name, zoo.list_models(zoo), 3, 0.3)
-        raise ValueError(f"backbone: torchvision has no classifier {name!r}; {_or(near)}")
+        hint = did_you_mean(name, zoo.list_models(zoo), "see torchvision.models.list_models()")
+        raise ValueError(f"backbone: torchvision has no classifier {name!r}; {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
         if size[0] != size[1]:
@@ -230,10 +230,6 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     return model
 
 
-def _or(near: Sequence[str]) -> str:
-    return f"near matches: {', '.join(near)}" if near else "see torchvision.models.list_models()"
-
-
 class _Shapes(fx.Interpreter):
     """Runs a graph and keeps the shape of every tensor."""
 
@@ -297,9 +293,9 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
     """The node with the path ``tap``, or the last node of the module with that path."""
     found = [n for n, path in names.items() if path == tap or path.startswith(f"{tap}.")]
     if not found:
-        near = difflib.get_close_matches(tap, list(names.values()), 3, 0.3)
-        near = near or list(names.values())[-5:]
-        raise ValueError(f"taps: {tap!r} is not in the graph; near matches: {', '.join(near)}")
+        last = f"its last are {', '.join(list(names.values())[-5:])}"
+        hint = did_you_mean(tap, list(names.values()), last)
+        raise ValueError(f"taps: {tap!r} is not in the graph; {hint}")
     return found[-1]
 
 

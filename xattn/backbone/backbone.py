@@ -36,6 +36,7 @@ from xattn.backbone.taps import (
     wanted_intermediates,
 )
 from xattn.photos.arrays import layout_remedy
+from xattn.runtime.devices import Movable
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
 
@@ -49,7 +50,7 @@ _SETTLED = {
 }
 
 
-class Backbone(nn.Module):
+class Backbone(Movable):
     """A frozen classifier in eval mode. ``backbone(images) -> Taps``; images (B, 3, H, W) in [0, 1].
 
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a

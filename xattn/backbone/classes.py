@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from xattn.runtime.names import did_you_mean, near_names
 
 Task = Literal["multiclass", "multilabel", "binary", "regression"]
 
@@ -145,8 +146,7 @@ def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> 
         ids = wordnet_ids(class_names)
         if text in ids:
             return ids[text]
-        hint = "near matches: " + ", ".join(difflib.get_close_matches(text, ids, 3)) if ids else ""
-        what = hint or f"{model_name} has no ImageNet-1k classes, give names"
+        what = did_you_mean(text, ids, f"{model_name} has no such ImageNet-1k class, give names")
         raise ValueError(f"class {name!r} is not a WordNet id of {model_name}; {what}")
     lowered = [n.lower() for n in class_names]
     wanted = text.lower()
@@ -168,6 +168,6 @@ def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> 
             f"{more}; give the number or the name of one"
         )
     short = {piece.strip(): n for n in lowered for piece in n.split(",")}
-    near = list(dict.fromkeys(short[m] for m in difflib.get_close_matches(wanted, short, 5, 0.6)))
-    hint = f"; near matches: {', '.join(map(repr, near))}" if near else "; give a number or a name"
-    raise ValueError(f"class {name!r} is not a class of {model_name}{hint}")
+    near = list(dict.fromkeys(short[m] for m in near_names(wanted, short, 5)))
+    hint = f"near matches: {', '.join(map(repr, near))}" if near else "give a number or a name"
+    raise ValueError(f"class {name!r} is not a class of {model_name}; {hint}")

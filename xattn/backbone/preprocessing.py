@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from math import isfinite
 from numbers import Real
 from typing import Any
 
 from torch import nn
+
+from xattn.runtime.names import did_you_mean
 
 LARGEST_SIDE = 8192  # pixels of an input
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
@@ -82,11 +83,8 @@ def given_preprocessing(
         changes["crop_pct"] = float(crop)
     if interpolation is not None:
         if interpolation not in INTERPOLATIONS:
-            near = get_close_matches(str(interpolation), INTERPOLATIONS, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"interpolation: got {interpolation!r}; give one of {', '.join(INTERPOLATIONS)}{hint}"
-            )
+            hint = did_you_mean(interpolation, INTERPOLATIONS)
+            raise ValueError(f"interpolation: got {interpolation!r}; {hint}")
         changes["interpolation"] = interpolation
     found = replace(own, **changes)
     if len(found.mean) != len(found.std):  # one was given, of another number of channels

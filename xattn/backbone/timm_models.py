@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from xattn.runtime.names import did_you_mean
+
 SOURCES = ("hf-hub:", "local-dir:")  # of models that timm has saved with their config
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 def create_timm_model(
@@ -44,10 +46,15 @@ def _check_name(name: str) -> None:
     import timm
 
     source = next((s for s in SOURCES if name.startswith(s)), None)
+    if source is None and Path(name).suffix in WEIGHT_FILES:
+        raise ValueError(
+            f"backbone: {name} is a file of weights; name the architecture and give the file as its "
+            f"weights: load_backbone('resnet50', weights={name!r}), or -b resnet50 --weights {name}"
+        )
     if source is None:
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5, 0.5)
-            hint = f"near matches: {', '.join(near)}" if near else 'see xattn list --filter "*"'
+            known = timm.list_models()
+            hint = did_you_mean(name.split(".")[0], known, 'see xattn list --filter "*"', most=5)
             if "/" in name:
                 hint = f"a model of transformers is transformers:{name}"
             raise ValueError(f"backbone: timm has no model {name!r}; {hint}")

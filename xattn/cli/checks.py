@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from xattn.cli.options import did_you_mean
 from xattn.photos import image_names
 from xattn.runtime.files import follow_link
 from xattn.runtime.head_files import local_head
+from xattn.runtime.names import did_you_mean
 from xattn.runtime.stores import StorePath, is_remote, place_of
 
 STORED = ("hfds/", "wds/", "hfids/")
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "meta")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -111,14 +111,14 @@ def check_weights(weights: str) -> None:
         return
     if is_remote(weights, "weights"):
         raise ValueError(f"weights: {weights} lies in a store; copy the file to disk first")
-    hint = did_you_mean(weights, names) or f"give a file of weights, or one of {', '.join(names)}"
+    hint = did_you_mean(weights, names, f"give a file of weights, or one of {', '.join(names)}")
     raise FileNotFoundError(f"weights: no file {weights!r}; {hint}")
 
 
 def check_device(device: str) -> None:
     if re.fullmatch(r"[a-z]+(:\d+)?", device) and device.partition(":")[0] in DEVICES:
         return
-    hint = did_you_mean(device.lower().partition(":")[0], DEVICES[:4]) or "give cpu, cuda or cuda:1"
+    hint = did_you_mean(device.partition(":")[0], DEVICES[:4], "give cpu, cuda or cuda:1")
     raise ValueError(f"device: got {device!r}; {hint}")
 
 
@@ -129,10 +129,10 @@ def check_layers(layers: str | None) -> None:
         )
 
 
-def check_name(argument: str, name: str, names: Collection[str], more: str) -> None:
+def check_name(argument: str, name: str, names: Collection[str]) -> None:
     """Raise a ``ValueError`` with near matches unless ``name`` is one of ``names``."""
     if name not in names:
-        raise ValueError(f"{argument}: unknown {name!r}; {did_you_mean(name, names) or more}")
+        raise ValueError(f"{argument}: unknown {name!r}; {did_you_mean(name, names)}")
 
 
 def check_output(folder: Path) -> None:

@@ -12,7 +12,7 @@ from xattn.cli.checks import check_annotations, check_labels, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import BatchSize, Explainers, MethodArgs, check_known
+from xattn.cli.shared import BatchSize, Explainers, MethodArgs, known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class Compare(MethodArgs):
                 "explainers: 'head' needs one; name heads by --heads (that of --probe is compared "
                 "anyway) and leave 'head' out"
             )
-        check_known("explainers", self.explainers, EXPLAINERS, "all")
-        check_known("metrics", self.metrics, REGISTRY, "all", "direct")
+        explainers = known("explainers", self.explainers, EXPLAINERS, "all")
+        metrics = known("metrics", self.metrics, REGISTRY, "all", "direct")
         check_folder(self.output)
         backbone = self.model.load()
         if not backbone.is_vit:
@@ -78,9 +78,9 @@ class Compare(MethodArgs):
         job = Comparison(
             backbone=backbone,
             heads=heads,
-            explainers=self.explainers,
+            explainers=explainers,
             options=self.options,
-            metrics=self.metrics,
+            metrics=metrics,
             annotations=self.annotations,
             again_limit=self.again_limit or None,
             view=self.view,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from xattn.cli.checks import check_annotations, check_name, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
-from xattn.cli.shared import BatchSize, Explainers, MethodArgs, check_known, first_of
+from xattn.cli.shared import BatchSize, Explainers, MethodArgs, first_of, known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,16 @@ class Evaluate(MethodArgs):
             check_output(self.output)
 
     def run(self) -> None:
-        with self._checked_output() as output:
-            main = self._measure(output.folder)
+        from xattn.eval.metrics.registry import REGISTRY
+        from xattn.explainers.base import EXPLAINERS
+
+        named = replace(
+            self,
+            explainers=known("explainers", self.explainers, EXPLAINERS),
+            metrics=known("metrics", self.metrics, REGISTRY),
+        )
+        with named._checked_output() as output:
+            main = named._measure(output.folder)
         if main:
             place = output.place
             print(f"results: {place / 'results.json'}, {place / 'results.csv'}")
@@ -131,13 +139,9 @@ class Evaluate(MethodArgs):
         return True
 
     def _checked_output(self) -> AbstractContextManager[Output]:
-        """The output folder; names that no registry knows are refused before the network loads."""
+        """The output folder; an unknown preset is refused before the network loads."""
         from xattn.eval.metric_presets import PRESETS
-        from xattn.eval.metrics.registry import REGISTRY
-        from xattn.explainers.base import EXPLAINERS
 
-        check_known("explainers", self.explainers, EXPLAINERS)
-        check_known("metrics", self.metrics, REGISTRY)
         if self.preset is not None:
-            check_name("preset", self.preset, PRESETS, f"choose one of {', '.join(PRESETS)}")
+            check_name("preset", self.preset, PRESETS)
         return output_folder(self.output, "runs/evaluation", self.overwrite, "results.json")

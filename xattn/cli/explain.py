@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
-from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, check_known, first_of
+from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, first_of, known
 
 MOST_PHOTOS = 20_000  # of a pack of format 1, unless it is asked for
 
@@ -89,11 +89,15 @@ class Explain(MethodArgs):
 
     def run(self) -> None:
         from xattn.explainers.base import EXPLAINERS
+
+        names = known("explainers", self.explainers, EXPLAINERS)
+        replace(self, explainers=names)._explain()
+
+    def _explain(self) -> None:
         from xattn.explaining.clips import explain_video
         from xattn.explaining.photos import explain
         from xattn.photos.clip import is_video
 
-        check_known("explainers", self.explainers, EXPLAINERS)
         if self._is_volume_network():
             self._check_format("a volume")
             self._explain_volume()

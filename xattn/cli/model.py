@@ -152,7 +152,7 @@ class BackboneArgs:
         }
 
     def _converted(self, backbone: Any) -> Any:
-        from xattn.attention import list_attention
+        from xattn.attention.base import MECHANISMS
         from xattn.attention.conversion import parse_mechanism
         from xattn.backbone import converted, load_conversion
 
@@ -161,7 +161,7 @@ class BackboneArgs:
                 raise ValueError(f"layers: got {self.layers} without --mechanism; give both")
             return backbone
         name, options = parse_mechanism(self.mechanism)
-        if name not in list_attention() and (Path(self.mechanism).exists() or "/" in name):
+        if name not in MECHANISMS and (Path(self.mechanism).exists() or "/" in name):
             if self.layers is not None:
                 raise ValueError(
                     f"layers: got {self.layers}; {self.mechanism} says itself which layers it converts, "
@@ -183,12 +183,10 @@ def weight_source(source: str, backbone: str) -> str | None:
 def device_name(name: str) -> str:
     import torch
 
+    from xattn.runtime.devices import check_available
+
     if name == "auto":
         local = os.environ.get("LOCAL_RANK", "0")
         return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).cpu()  # "meta" has no data
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {name!r} is not available here ({reason}); use cpu") from None
+    check_available(name)
     return name

@@ -8,16 +8,17 @@ reads, and refuses words that no command takes in one line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from xattn.runtime.names import did_you_mean
 
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -118,7 +119,7 @@ def canonical(name: str, command: type[Any], words: Sequence[str]) -> list[str]:
             return ["--help"]
         if flag not in known:
             help_ = f"xattn {name} --help lists its options"
-            hint = did_you_mean(flag, known) or help_
+            hint = did_you_mean(flag, known, help_)
             raise ValueError(f"option: xattn {name} has no {flag}; {hint}")
         option, earlier = known[flag]
         if option.values == "none":
@@ -161,16 +162,7 @@ def _wanted(option: Option, text: str = "") -> str:
         return f"give {NUMBERS[option.kind]}"
     if typing.get_origin(option.kind) is not Literal:
         return "give one"
-    choices = [str(choice) for choice in option.kind.__args__]
-    near = did_you_mean(text, choices)
-    return near or f"choose one of {', '.join(choices)}"
-
-
-def did_you_mean(word: str, names: Collection[str]) -> str:
-    """A question that names up to three of ``names`` like ``word``; "" if none is."""
-    plain = {name.lstrip("-"): name for name in names}  # dashes are alike in all options
-    near = difflib.get_close_matches(word.lstrip("-"), plain, 3, 0.6)
-    return f"did you mean {' or '.join(plain[name] for name in near)}?" if near else ""
+    return did_you_mean(text, [str(choice) for choice in option.kind.__args__])
 
 
 def _spellings(options: Sequence[Option]) -> Mapping[str, tuple[Option, bool]]:

@@ -12,7 +12,7 @@ import tyro
 from xattn.cli.checks import check_labels, check_output
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import Heads, PhotoArgs, check_known
+from xattn.cli.shared import Heads, PhotoArgs, known
 from xattn.config import ProbeConfig
 
 
@@ -74,16 +74,16 @@ class Probe(PhotoArgs):
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
-        check_known("heads", self.heads, HEADS)
+        heads = known("heads", self.heads, HEADS)
         check_folder(self.output)
-        check_results(self.output, self.heads, self.resume)
+        check_results(self.output, heads, self.resume)
         backbone = self.model.load()
         main = processes(backbone.device)[1] == 0
         job = ProbeJob(
             backbone=backbone,
             data=self.photos,
             labels=self.labels,
-            heads=self.heads,
+            heads=heads,
             options=self.options,
             taps=self.model.taps or None,
             config=self.train,

@@ -113,9 +113,8 @@ def first_of(images: Any, limit: int | None) -> Any:
     return [getattr(photos, "paths", photos)[i] for i in range(min(limit, len(photos)))]
 
 
-def check_known(argument: str, names: Sequence[str], registry: Any, *more: str) -> None:
-    """Refuse names that a registry lacks, before a network is loaded; ``more`` are allowed, too."""
-    for name in names:
-        if name not in more:
-            with saying(argument):
-                registry.get(name)
+def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tuple[str, ...]:
+    """``names`` as a registry writes them; those that it lacks are refused before a network is loaded.
+    ``more`` are allowed, too."""
+    with saying(argument):
+        return tuple(name if name in more else registry.name(name) for name in names)

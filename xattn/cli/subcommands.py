@@ -11,7 +11,8 @@ from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
-from xattn.cli.options import canonical, did_you_mean
+from xattn.cli.options import canonical
+from xattn.runtime.names import did_you_mean
 
 BOX = re.compile(r"[│╭╮╰╯─]+")
 
@@ -38,8 +39,7 @@ def parsed(
         return _read(one_of(commands), ["--help"], prog, description)
     name, *rest = words
     if name not in commands:
-        hint = did_you_mean(name, commands) or f"choose one of {', '.join(commands)}"
-        raise ValueError(f"command: {prog} has no {name!r}; {hint}")
+        raise ValueError(f"command: {prog} has no {name!r}; {did_you_mean(name, commands)}")
     command, place = commands[name], f"{prog} {name}"
     inner: Mapping[str, type[Any]] | None = getattr(command, "COMMANDS", None)
     if inner is not None:

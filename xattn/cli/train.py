@@ -11,7 +11,7 @@ import tyro
 
 from xattn.cli.model import BackboneArgs
 from xattn.cli.options import Also
-from xattn.cli.shared import PhotoArgs, check_known
+from xattn.cli.shared import PhotoArgs, known
 from xattn.config import TrainConfig
 from xattn.runtime.run_files import RUN_FILE, check_run_folder
 
@@ -61,10 +61,9 @@ class Train(PhotoArgs):
         from xattn.heads.seeded import seeded_head
         from xattn.training import fit
 
-        check_known("head", [self.head], HEADS)
-        name, options = self.head, parse_options(self.options)
+        (name,), options = known("head", [self.head], HEADS), parse_options(self.options)
         HEADS.check_options(name, options)
-        if self.fusion != "classifier" or "fusion" in head_options(self.head):
+        if self.fusion != "classifier" or "fusion" in head_options(name):
             options = {"fusion": self.fusion, **options}
         if self.preset is not None:
             from xattn.training.ttame_presets import preset

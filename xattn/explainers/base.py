@@ -383,6 +383,17 @@ def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], t
     return EXPLAINERS.register(ExplainerEntry(name, **about))
 
 
+def _hint(name: str) -> str:
+    """Of the row ``randomized_head`` and its like, how it comes about."""
+    method = name.partition("randomized_")[2]
+    if not method:
+        return ""
+    return (
+        f"it is a row that tables have by themselves: {method} on a network with random weights, of "
+        f"several heads the first; in Python xattn.eval.randomized_explainer makes it of yours"
+    )
+
+
 EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     "xattn.explainers",
     base=Explainer,
@@ -391,6 +402,7 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     given=("backbone", "head", "seed", "max_forward_batch"),
     adopt=adopting(Explainer, register_explainer),
     mark=with_name,
+    hint=_hint,
 )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
 from xattn.backbone import Backbone
+from xattn.runtime.names import near_names
 
 
 def default_layer(backbone: Backbone, method: str) -> nn.Module:
@@ -68,7 +67,7 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
     inner = [name for name in names if name.endswith(f".{layer}")]  # within an adapter
     if len(inner) == 1:
         return names[inner[0]]
-    near = inner or difflib.get_close_matches(layer, names, 4, 0.5)
+    near = inner or near_names(layer, names, 4)
     near = near or [name for name, _ in backbone.model.named_children()]
     raise ValueError(
         f"layer: {backbone.name} has no module {layer!r}; near matches: {', '.join(near[:4])}"

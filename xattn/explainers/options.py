@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xattn.heads import parse_options
+from xattn.runtime.names import same_name
 
 
 def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -21,9 +22,10 @@ def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dic
     for text in given:
         key, equals, value = text.partition("=")
         name, dot, option = key.rpartition(".")  # a head's row may have dots in its name
-        if not dot or name not in names:
+        row = same_name(name, names)
+        if not dot or row is None:
             raise ValueError(
                 f"options: got {text!r}; write name.option=value with a name of {', '.join(names)}"
             )
-        found.setdefault(name, {}).update(parse_options([option + equals + value]))
+        found.setdefault(row, {}).update(parse_options([option + equals + value]))
     return found

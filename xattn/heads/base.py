@@ -25,6 +25,7 @@ from xattn.heads.belonging import check_backbone
 from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime import strict_json
+from xattn.runtime.devices import Movable
 from xattn.runtime.files import atomic_folder
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
 from xattn.runtime.option_checks import checked
@@ -37,7 +38,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class Head(
     Attribution,
-    nn.Module,
+    Movable,
     PyTorchModelHubMixin,
     library_name="xattn",
     tags=["explainability", "image-classification"],

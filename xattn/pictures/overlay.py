@@ -6,7 +6,6 @@ Outside the model's view the photo is dimmed and grey.
 from __future__ import annotations
 
 import base64
-import difflib
 import functools
 import io
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.pictures.highlights import draw_outline, spotlight
+from xattn.runtime.names import did_you_mean
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 SEQUENTIAL, DIVERGING = "inferno", "diverging"
@@ -30,9 +30,8 @@ def _lut(cmap: str) -> NDArray[np.uint8]:
     if cmap == DIVERGING:
         return _diverging()
     if cmap not in matplotlib.colormaps:
-        near = difflib.get_close_matches(cmap, list(matplotlib.colormaps), 3, 0.4)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; see matplotlib.colormaps"
-        raise ValueError(f"cmap: no colour map {cmap!r}{hint}")
+        hint = did_you_mean(cmap, list(matplotlib.colormaps), "see matplotlib.colormaps")
+        raise ValueError(f"cmap: no colour map {cmap!r}; {hint}")
     return np.rint(matplotlib.colormaps[cmap](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
 

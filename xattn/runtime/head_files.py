@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib.util import find_spec
 from pathlib import Path
 
+from xattn.runtime.names import near_names
 from xattn.runtime.stores import StorePath, place_of
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -44,7 +44,7 @@ def local_head(source: str | Path, argument: str = "head") -> Path | None:
         )
     here = path.parent != Path() and path.parent.is_dir()
     if here or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        near = difflib.get_close_matches(str(source), shipped, 3, 0.4) or list(shipped)
+        near = near_names(source, shipped) or list(shipped)
         raise FileNotFoundError(
             f"{argument}: no folder {source}; shipped heads are {', '.join(near) or 'none'}, "
             f"a hub repository is written owner/name"

@@ -364,11 +364,6 @@ class AttentionIVAT(_Differences, AttentionVAT):
         self.norm, self.rescale = _one_of(norm, ("matrix", "row")), rescale
 
 
-def perturbation_class(name: str) -> type[Perturbation]:
-    """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    return METHODS.get(name)
-
-
 def create_perturbation(name: str, **options: Any) -> Perturbation:
     """The method ``name`` of :data:`PERTURBATIONS` with its ``epsilon`` and other options.
 

@@ -8,9 +8,10 @@ branches and one free row a class.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
+
+from xattn.runtime.names import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,5 @@ PRESETS = {
 def preset(name: str) -> Preset:
     """The preset called ``name``; a ``ValueError`` lists similar names if there is none."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 3, 0.3) or list(PRESETS)
-        raise ValueError(f"preset: unknown preset {name!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"preset: unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return PRESETS[name]

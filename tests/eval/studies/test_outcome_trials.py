@@ -89,7 +89,7 @@ def test_a_trial_is_changed_by_its_text():
     assert trial.options["eps"] == 1e-3 and trial.train == {"epochs": 2}
     assert trial.shown == {"passes": 4} and trial.head == {"components": 4}
     assert parse_trial("base") == ("base", TRIALS["base"])
-    with pytest.raises(ValueError, match="trials: got 'on-policy'; choose among on_policy"):
+    with pytest.raises(ValueError, match="trials: got 'on-policy'; did you mean on_policy"):
         parse_trial("on-policy")
 
 

@@ -1,0 +1,72 @@
+"""Names as people type them: "Grad-CAM++" is ``gradcam_plusplus``, and "gradcm" may be ``gradcam``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+LEAST_LIKE, SPREAD = (
+    0.6,
+    0.15,
+)  # difflib's ratio of a near name, and how far it is behind the nearest
+SHORTEST_PART = 3  # letters of a name that stand for the whole of it
+
+
+def plain(name: object) -> str:
+    """``name`` in small letters, without hyphens, underscores, dots and spaces; "+" is "plus".
+
+    >>> plain("Grad-CAM++")
+    'gradcamplusplus'
+    """
+    return re.sub(r"[\W_]", "", str(name).lower().replace("+", "plus"))
+
+
+def same_name(name: object, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that is ``name``, or alike once both are :func:`plain`; None if none or
+    several are.
+
+    >>> same_name("Grad-CAM", ["gradcam", "layercam"])
+    'gradcam'
+    """
+    names = list(names)
+    if name in names:
+        return str(name)
+    alike = [other for other in names if plain(other) == plain(name)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def near_names(name: object, names: Collection[str], most: int = 3) -> list[str]:
+    """Up to ``most`` of ``names`` that ``name`` may have meant, the nearest first.
+
+    >>> near_names("shap", ["kernel_shap", "lime"])
+    ['kernel_shap']
+    """
+    wanted = plain(name)
+    known = {plain(other): other for other in reversed(list(names))}
+    best = difflib.get_close_matches(wanted, known, 1, LEAST_LIKE)
+    near: list[str] = []
+    if best:
+        like = difflib.SequenceMatcher(None, best[0], wanted).ratio()
+        near = difflib.get_close_matches(wanted, known, most, max(LEAST_LIKE, like - SPREAD))
+    near += [p for p in known if _part(wanted, p) and p not in near][::-1]
+    return [known[p] for p in near[:most]]
+
+
+def did_you_mean(
+    name: object, names: Collection[str], otherwise: str | None = None, most: int = 3
+) -> str:
+    """A question that names :func:`near_names`; if none is near, ``otherwise``, or all names.
+
+    >>> did_you_mean("gradcm", ["gradcam", "lime"]), did_you_mean("zzz", ["gradcam", "lime"])
+    ('did you mean gradcam?', 'choose one of gradcam, lime')
+    """
+    near = near_names(name, names, most)
+    if near:
+        return f"did you mean {' or '.join(', '.join(near).rsplit(', ', 1))}?"
+    return f"choose one of {', '.join(names)}" if otherwise is None else otherwise
+
+
+def _part(one: str, other: str) -> bool:
+    short, long = sorted((one, other), key=len)
+    return len(short) >= SHORTEST_PART and short in long
