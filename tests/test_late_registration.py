@@ -55,7 +55,7 @@ def test_a_head():
         assert Gap.name == "gap"
     finally:
         HEADS.remove("toy")
-    with pytest.raises(ValueError, match="^head: unknown head 'toy'; did you mean "):
+    with pytest.raises(ValueError, match="^head: unknown head 'toy'; choose one of "):
         create_head("toy", made("vit"))
 
 
