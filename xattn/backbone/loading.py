@@ -35,7 +35,6 @@ from xattn.backbone.transformers_models import (
     name_of,
 )
 from xattn.backbone.transformers_networks import TransformersNetwork
-from xattn.runtime.devices import check_available
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,6 @@ def load_backbone(
         OSError: weights that cannot be read or downloaded.
     """
     size = _size_of(input_size)
-    if device is not None:
-        check_available(device)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
     if classes is not None and class_names is not None:
