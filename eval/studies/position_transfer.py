@@ -87,8 +87,8 @@ def study(
     settings = {k: v for k, v in asdict(config).items() if k not in ("encodings", "sizes")}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
     split = Split("positions")
-    learned, tested = split.fit(learned), split.score(tested)
-    _train(students, teacher, learned, output, config, progress)
+    tested = split.score(tested)
+    _train(students, teacher, split.fit(learned), output, config, progress)
     networks = {AS_TRAINED: teacher, **students}
     found = {size: _at(size, networks, tested, output, config) for size in config.sizes}
     split.write(output / "split.json")

@@ -285,6 +285,7 @@ LEAKS = [
     Leak("outcome_trials", "sorted(set(paths) - set(folds[fold]))", "sorted(paths)", trials),
     Leak("coarse_groups", " - set(held_out)", "", coarse_groups),
     Leak("position_transfer", "photos[::2], photos[1::2]", "photos[::2], photos", positions),
+    Leak("position_transfer", "split.fit(learned)", "split.fit(photos)", positions),
     Leak("conversion_depths", "if i % config.folds != fold", "", depths),
     Leak("swap.networks", "if i % 2 != fold", "", swap),
     Leak("lesion_gates", "split.choose(chosen)", "split.choose(tests)", lesion_gates),
