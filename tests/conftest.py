@@ -8,8 +8,10 @@ import sys
 import pytest
 
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.waiting import sleep_while_waiting
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+sleep_while_waiting()  # before torch is imported
 keep_memory()  # as the command line does: networks on a CPU are several times faster
 
 

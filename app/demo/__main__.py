@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
-from xattn.app.demo import run
+from xattn.runtime.waiting import sleep_while_waiting
+
+sleep_while_waiting()  # before torch is imported
+from xattn.app.demo import run  # noqa: E402
 
 parser = argparse.ArgumentParser(prog="python -m xattn.app.demo", description=run.__doc__)
 parser.add_argument("--output", type=Path, default=Path("demo-output"))

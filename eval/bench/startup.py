@@ -54,10 +54,13 @@ def bench(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
         yield f"| `{name}` | {wall:.2f} | {processor:.2f} | {limit} |"
 
 
-def seconds_of(words: Sequence[str], folder: str) -> Took:
-    """The time of a program in a process of its own that starts in ``folder``."""
+def seconds_of(words: Sequence[str], folder: str, check: bool = False, **environment: str) -> Took:
+    """The time of a program in a process of its own that starts in ``folder``, with these variables added
+    to its environment; where ``check`` is set, its failure is an error."""
     before, started = os.times(), time.perf_counter()
-    subprocess.run(words, cwd=folder, capture_output=True, check=False)
+    subprocess.run(
+        words, cwd=folder, env={**os.environ, **environment}, capture_output=True, check=check
+    )
     wall, after = time.perf_counter() - started, os.times()
     spent = after.children_user + after.children_system
     return Took(wall, spent - before.children_user - before.children_system)

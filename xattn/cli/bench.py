@@ -35,6 +35,7 @@ class Bench:
             "app",
             "photomap",
             "startup",
+            "load",
             "all",
         ],
         tyro.conf.Positional,
@@ -45,7 +46,7 @@ class Bench:
     training against plain steps; fidelity: metrics against the passes they need; attention: mechanisms
     against dense attention; maps: attention maps against stored ones; pruning: a ViT whose tokens leave;
     kernels: Triton kernels; app: the viewer's pages in Chromium; photomap: its map of 10,000 photos;
-    startup: how long the command line takes to answer."""
+    startup: how long the command line takes to answer; load: what other programs on the machine cost."""
     images: Images = ()
     """A folder of photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are
     made."""
@@ -198,4 +199,5 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     "photomap": ("xattn.app.pages.photomap.bench", lambda o: {"rounds": o.rounds}),
     "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds, "maps": o.maps}),
     "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": min(o.rounds, 10)}),
+    "load": ("xattn.eval.bench.load", lambda o: {"rounds": min(o.rounds, 3)}),
 }

@@ -34,6 +34,7 @@ from xattn.cli.study import Study
 from xattn.cli.subcommands import parsed
 from xattn.cli.train import Train
 from xattn.runtime.version import __version__
+from xattn.runtime.waiting import sleep_while_waiting
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -77,6 +78,7 @@ def _group() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    sleep_while_waiting()  # before torch is imported
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:

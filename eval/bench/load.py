@@ -1,0 +1,65 @@
+"""What other programs on the machine cost the demo: ``xattn bench load``.
+
+The demo runs on a machine that should be quiet, then beside busy loops, one more than there are cores. Its
+processor time should stay the same: a program that shares the machine takes longer, but works no more. The
+second row is OpenMP's own setting, where threads spin while they wait (``xattn.runtime.waiting``).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from xattn.eval.bench.startup import Took, seconds_of
+
+EPOCHS = 2  # of the demo's 40: its other parts stay whole
+BOUND = 1.5  # processor time beside the loops, over that without
+# What GNU's and LLVM's OpenMP do where nothing is set.
+ROWS: dict[str, dict[str, str]] = {
+    "asleep, as xattn sets it": {},
+    "spinning, as OpenMP does": {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"},
+}
+
+
+def bench(rounds: int = 3) -> Iterator[str]:
+    """The lines of the table."""
+    loops = (os.cpu_count() or 1) + 1
+    heads = [f"{kind}, {where}" for where in ("alone", "busy") for kind in ("s", "processor s")]
+    yield f"busy: beside {loops} busy loops on {loops - 1} cores; medians of {rounds}"
+    yield f"| threads wait | {' | '.join(heads)} | ratio of processor s | bound |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: |"
+    for name, environment in ROWS.items():
+        alone, beside = [], []
+        for _ in range(rounds):
+            alone.append(_demo(environment))
+            with busy(loops):
+                beside.append(_demo(environment))
+        pairs = zip(alone, beside, strict=True)
+        ratio = statistics.median(b.processor / a.processor for a, b in pairs)
+        columns = [column for runs in (alone, beside) for column in zip(*runs, strict=True)]
+        medians = " | ".join(f"{statistics.median(column):.0f}" for column in columns)
+        limit = f"{BOUND}{' (missed)' * (ratio > BOUND)}" if not environment else ""
+        yield f"| {name} | {medians} | {ratio:.2f} | {limit} |"
+
+
+@contextmanager
+def busy(loops: int) -> Iterator[None]:
+    """So many processes that do nothing but count, until the block ends."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _demo(environment: dict[str, str]) -> Took:
+    words = [sys.executable, "-m", "xattn.app.demo", "--epochs", str(EPOCHS)]
+    with tempfile.TemporaryDirectory() as empty:
+        return seconds_of(words, empty, check=True, **environment)
