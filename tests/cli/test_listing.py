@@ -1,6 +1,9 @@
 """xattn list attention: what is known of every mechanism, found out or read from where it is kept."""
 
 import re
+import subprocess
+import sys
+from importlib import import_module
 
 import pytest
 
@@ -8,6 +11,7 @@ from xattn.attention import Mechanism, SoftmaxOperator, list_attention, mechanis
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
+from xattn.cli.listing import ADDS, declared, registered
 from xattn.eval.studies.swap.accuracy import read_accuracy
 
 
@@ -82,3 +86,24 @@ def test_kernels_are_those_that_run():
     assert "block_sparse" in described("gna").kernels
     assert {"block_topk", "block_sparse", "softmax"} <= set(described("nsa").kernels)
     assert "causal_product (PyTorch)" in described("hedgehog").kernels
+
+
+@pytest.mark.parametrize("kind", ADDS)
+def test_what_files_declare_is_what_they_register(kind):
+    import_module(f"xattn.{kind}")
+    registry = getattr(import_module(f"xattn.{kind}.base"), kind.upper())
+    own = {
+        n: d for n, d in registered(kind).items() if registry.get(n).__module__.startswith("xattn.")
+    }
+    found = declared(kind)
+    assert found.keys() == own.keys()
+    assert {n: d.split() for n, d in found.items()} == {n: d.split() for n, d in own.items()}
+
+
+def test_lists_of_the_package_own_things_do_not_wait_for_torch():
+    run = f"from xattn.cli import main; import sys; [main(['list', k]) for k in {[*ADDS]}]; "
+    told = subprocess.run(
+        [sys.executable, "-c", run + "assert 'torch' not in sys.modules"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "  gradcam " in told and "  ttame " in told and "  ninformer " in told

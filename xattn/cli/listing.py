@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explainers", "blocks")}
+"""The decorators by which the files of a kind register their classes."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +98,23 @@ def _print_names() -> None:
 
 def head_lines() -> Iterator[str]:
     """Heads to train with what they are, and trained ones."""
-    from xattn.heads.base import HEADS
     from xattn.runtime.head_files import shipped_heads
 
-    yield from _described("heads to train:", HEADS)
+    yield "heads to train:"
+    yield from _described("heads")
     yield "trained heads:"
     for name, folder in shipped_heads().items():
         yield f"  {name:34} {folder}"
 
 
 def explainer_lines() -> Iterator[str]:
-    from xattn.explainers.base import EXPLAINERS
-
-    yield from _described("explainers:", EXPLAINERS)
+    yield "explainers:"
+    yield from _described("explainers")
 
 
 def block_lines() -> Iterator[str]:
-    from xattn.blocks.base import BLOCKS
-
-    yield from _described("blocks:", BLOCKS)
+    yield "blocks:"
+    yield from _described("blocks")
 
 
 def metric_lines() -> Iterator[str]:
@@ -122,11 +128,31 @@ def metric_lines() -> Iterator[str]:
             yield f"  {name:24} {better} is better: {info.formula}"
 
 
-def _described(title: str, registry: Any) -> Iterator[str]:
-    yield title
-    for name in registry:
-        told = (registry.get(name).__doc__ or "").strip().partition("\n\n")[0]
-        yield f"  {name:24} {' '.join(told.split())}"
+def _described(kind: str) -> Iterator[str]:
+    """What the registry of ``kind`` has, by name, with the first paragraph of each docstring."""
+    more = f"xattn.{kind}" in sys.modules or entry_points(group=f"xattn.{kind}")
+    told = registered(kind) if more else declared(kind)
+    for name in sorted(told):
+        about = told[name].strip().partition("\n\n")[0]
+        yield f"  {name:24} {' '.join(about.split())}"
+
+
+def registered(kind: str) -> dict[str, str]:
+    """The docstrings of all that is registered. Imports torch, which takes seconds."""
+    registry = getattr(import_module(f"xattn.{kind}.base"), kind.upper())
+    return {name: registry.get(name).__doc__ or "" for name in registry}
+
+
+def declared(kind: str) -> dict[str, str]:
+    """The docstrings of the classes that the package's own files register, read and not run."""
+    found = {}
+    for path in sorted(Path(__file__).parents[1].joinpath(kind).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for call in getattr(node, "decorator_list", ()):
+                match call:
+                    case ast.Call(ast.Name(name), [ast.Constant(value), *_]) if name == ADDS[kind]:
+                        found[value] = ast.get_docstring(node) or ""
+    return found
 
 
 def attention_table() -> Iterator[str]:
