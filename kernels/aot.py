@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from xattn.kernels.backend import HAS_TRITON, interpreted
+from xattn.kernels.backend import HAS_TRITON, INSTALL, interpreted
 
 OPS = (
     "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
@@ -243,7 +243,7 @@ def bench(filter: str | None = None) -> Iterator[str]:
 
 def _cuobjdump() -> Path:
     if not HAS_TRITON:
-        raise ValueError("Triton is not installed, so that no kernel can be compiled")
+        raise ValueError(f"bench kernels: {INSTALL}")
     if interpreted():
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to compile kernels")
     import triton

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+INSTALL = 'Triton is not installed; run: pip install "xattn[gpu]"'
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -28,14 +31,24 @@ def choose(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; choose one of {', '.join(BACKENDS)}")
     runs = HAS_TRITON and (device.type == "cuda" or interpreted())
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError(f"backend='triton': {INSTALL}")
     if backend == "triton" and not runs:
-        why = "Triton is not installed" if not HAS_TRITON else f"Triton does not run on {device}"
         raise ValueError(
-            f"backend='triton': {why}; use 'auto', or set TRITON_INTERPRET=1 for tests"
+            f"backend='triton': Triton does not run on {device}; use 'auto', or set "
+            f"TRITON_INTERPRET=1 for tests"
         )
     if backend == "auto":
+        if not HAS_TRITON:
+            _say_slow()
         return "triton" if runs else "cpu"
     return backend
+
+
+@functools.cache
+def _say_slow() -> None:
+    """Warn once that a GPU runs plain PyTorch."""
+    warnings.warn(f"kernels are plain PyTorch on this GPU: {INSTALL}", stacklevel=4)
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,12 +134,67 @@ def test_the_line_to_type_is_named(package, extra, call, tmp_path, monkeypatch):
     assert "\n" not in line and line.endswith(f'run: pip install "xattn[{extra}]"'), line
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, timm, xattn
+from xattn.attention import convert, list_attention
+from xattn.cli import main
+from xattn.kernels.backend import HAS_TRITON, choose
+
+assert not HAS_TRITON
+for name in xattn.__all__:
+    getattr(xattn, name)
+model = timm.create_model("test_vit", num_classes=3)
+convert(model, "hip")
+images = torch.rand(2, 3, *model.patch_embed.img_size)
+backbone = xattn.load_backbone(model, mean=.5, std=.5)
+found = xattn.explain(images, backbone, explainer=["rollout", "gradcam", "column_mass"])
+assert len(found) == 6
+head = xattn.create_head("ttame", backbone)
+assert len(xattn.explain(images, backbone, head)) == 2
+rows = {"rollout": "rollout"}
+assert xattn.evaluate(backbone, rows, images, metrics="masking", progress=False).methods
+assert main(["list", "attention"]) == 0
+assert main(["bench", "kernels", "--aot"]) == 2
+try:
+    choose("triton", torch.device("cpu"))
+except ValueError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_nothing_on_a_cpu_needs_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    line = 'Triton is not installed; run: pip install "xattn[gpu]"'
+    told = done.stderr.splitlines()[-2:]
+    assert told == [f"xattn: error: bench kernels: {line}", f"backend='triton': {line}"]
+
+
+def test_a_gpu_without_triton_is_told_once(monkeypatch):
+    from xattn.kernels import backend
+
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    backend._say_slow.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch on this GPU: Triton is not installed"):
+        assert backend.choose("auto", torch.device("cuda")) == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.choose("auto", torch.device("cuda")) == "cpu"
+    backend._say_slow.cache_clear()
+
+
 def test_every_extra_that_a_line_names_exists():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) = \[", section, re.M))
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
-    code = [p for f in ("xattn", "eval", "models", "app") for p in (ROOT / f).rglob("*.py")]
+    code = [
+        p for f in ("xattn", "kernels", "eval", "models", "app") for p in (ROOT / f).rglob("*.py")
+    ]
     named = {
         extra
         for path in [*pages, *code]
