@@ -109,7 +109,7 @@ class MethodResult:
         requests: perturbed images that all metrics asked for.
         seconds: of explaining, all images together; of the run that measured.
         objective: what the method's head was trained on, see :mod:`xattn.eval.metrics.objectives`;
-            None for other methods, and in files of earlier versions.
+            None for other methods.
     """
 
     forwards: int | None

@@ -97,7 +97,7 @@ def mechanisms() -> Iterator[Output]:
                 yield f"attention/{entry.name}/{case}/rows", operator.rows(torch.arange(31))
         backbone = made("vit")
         with contextlib.suppress(ValueError):
-            convert(backbone.model, entry.name, **entry.cases[0])
+            convert(backbone.model, entry.name, options=entry.cases[0])
             images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
             with torch.no_grad():
                 yield f"attention/{entry.name}/converted", backbone.logits(images)

@@ -9,10 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xattn import moved
 from xattn.runtime.version import __version__
-
-moved.install()
 
 _EXPORTS = {
     "Backbone": "xattn.backbone",

@@ -70,7 +70,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         methods[name] = MethodResult(
             forwards=record["forwards"],
             is_mask=record["is_mask"],
-            objective=_objective(name, record.get("objective")),
+            objective=_objective(name, record["objective"]),
             tied=record["tied"],
             requests=record["requests"],
             reasons={int(i): reason for i, reason in record["reasons"].items()},
@@ -149,7 +149,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
 
 
 def _objective(name: str, value: Any) -> str | None:
-    """What a head was trained on; files of earlier versions do not say."""
+    """What a head was trained on; None for methods without training."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"results: the objective of {name} is {value!r}; evaluate again")
     return value

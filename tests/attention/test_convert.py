@@ -17,7 +17,7 @@ from xattn.attention import (
     create_mechanism,
     list_attention,
     record,
-    register,
+    register_attention,
     revert,
 )
 from xattn.attention.base import MECHANISMS
@@ -301,19 +301,6 @@ def test_converted_models_can_be_pickled(tmp_path):
     assert torch.equal(twin(images(net)), net(images(net)))
 
 
-@torch.no_grad()
-def test_converted_models_of_an_earlier_versions_pickles_run():
-    net = model("vit_tiny_patch16_224")
-    convert(net, "gna", options={"kernel": 2})
-    expected, layout = net(images(net)), net.blocks[0].attn.layout
-    earlier = {"prefix": layout.prefix, "grid": layout.grid}
-    del layout.__dict__["_own"]
-    layout.__setstate__(earlier)
-    assert torch.equal(net(images(net)), expected) and "grid" in earlier
-    twin = copy.deepcopy(net)
-    assert torch.equal(twin(images(net)), expected)
-
-
 @pytest.mark.parametrize(
     "name, options, message",
     [
@@ -374,22 +361,6 @@ def test_layers_of_another_form_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         convert(net, "softmax", layers)
     assert conversion(net) is None
-
-
-def test_the_earlier_forms_of_layers_and_options_still_work_with_a_warning():
-    net, twin = model("vit_tiny_patch16_224"), model("vit_tiny_patch16_224")
-    with pytest.warns(
-        DeprecationWarning, match="write convert.model, 'gna', layers=.*options="
-    ) as told:
-        convert(net, "gna", blocks=[0], kernel=2)
-    assert told[0].filename == __file__
-    convert(twin, "gna", [0], {"kernel": 2})
-    assert conversion(net) == conversion(twin) == [Conversion("gna", (0,), {"kernel": 2})]
-    with pytest.warns(DeprecationWarning) as told:
-        other = converted_copy(model("vit_tiny_patch16_224"), "gna", kernel=2)
-    assert told[0].filename == __file__ and len(conversion(other)[0].layers) == 2
-    with pytest.raises(ValueError, match="blocks: an earlier name of layers"):
-        convert(net, "gna", [0], blocks=[0])
 
 
 def test_a_model_knows_its_conversion_through_copies_pickles_and_revert(tmp_path):
@@ -526,9 +497,9 @@ def test_a_mechanism_without_a_causal_form_is_refused_for_a_causal_model():
 
 @torch.no_grad()
 def test_the_mechanism_gets_what_the_layer_reads():
-    register("tokens", paper="", complexity="", causal=True, needs_tokens=True, grouped=True)(
-        GatedByTokens
-    )
+    register_attention(
+        "tokens", paper="", complexity="", causal=True, needs_tokens=True, grouped=True
+    )(GatedByTokens)
     try:
         net = model("vit_tiny_patch16_224")
         x, read = images(net), []
@@ -557,7 +528,7 @@ class Numbered(Mechanism):
 
 @pytest.fixture
 def numbered():
-    register("numbered", paper="", complexity="", by_layer=True)(Numbered)
+    register_attention("numbered", paper="", complexity="", by_layer=True)(Numbered)
     yield
     MECHANISMS.remove("numbered")
 
@@ -605,7 +576,9 @@ class Shorter(Numbered):
 
 @pytest.fixture
 def shorter():
-    register("shorter", paper="", complexity="", by_layer=True, around_block=True)(Shorter)
+    register_attention("shorter", paper="", complexity="", by_layer=True, around_block=True)(
+        Shorter
+    )
     yield
     MECHANISMS.remove("shorter")
 
@@ -652,10 +625,8 @@ def test_a_block_that_gets_rotary_angles_computes_on_all_tokens(shorter):
         ({"layers": 3}, "layers: got 3; give a list"),
         ({"options": {"num_heads": 3}}, "options: gna does not take that option .num_heads"),
         ({"options": {"name": "x"}}, "options: gna does not take that option .name"),
-        ({"options": {"kernel": 2}, "kernel": 3}, "options: got 'kernel' also by keyword"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_arguments_of_another_kind_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         convert(model("vit_tiny_patch16_224"), "gna", **arguments)

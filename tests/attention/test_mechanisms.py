@@ -328,7 +328,7 @@ def test_a_vit_is_converted_and_reverted(name, options, vit):
     before = vit(x)
     try:
         torch.manual_seed(0)
-        convert(vit, name, **options)
+        convert(vit, name, options=options)
         with torch.no_grad(), record(vit) as calls:
             logits = vit(x)
         assert logits.isfinite().all() and len(calls) == 2

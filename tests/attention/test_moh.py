@@ -194,7 +194,7 @@ def test_training_the_router_alone_brings_a_converted_network_nearer():
     torch.manual_seed(0)
     names = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "num_heads": HEADS, "depth": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **names).eval()
-    twin = converted_copy(model, "moh", shared=1, active=3)
+    twin = converted_copy(model, "moh", options={"shared": 1, "active": 3})
     photos = torch.randn(8, 3, 32, 32)
     with torch.no_grad(), record(model) as calls:
         model(photos)

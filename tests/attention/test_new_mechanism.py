@@ -7,15 +7,15 @@ import textwrap
 import pytest
 import torch
 
-from xattn.attention import Mechanism, SoftmaxOperator, list_attention, register
+from xattn.attention import Mechanism, SoftmaxOperator, list_attention, register_attention
 from xattn.attention.base import MECHANISMS, Size
 from xattn.cli import main
 
 TOY = """
-    from xattn.attention import Mechanism, SoftmaxOperator, register
+    from xattn.attention import Mechanism, SoftmaxOperator, register_attention
 
 
-    @register("toy", paper="none", complexity="N^2 D", cases=({"power": 1}, {"power": 2}))
+    @register_attention("toy", paper="none", complexity="N^2 D", cases=({"power": 1}, {"power": 2}))
     class Toy(Mechanism):
         def __init__(self, dim, num_heads, power=1, *, backend="auto"):
             super().__init__(dim, num_heads, backend=backend)
@@ -30,7 +30,7 @@ TOY = """
 
 @pytest.fixture
 def toy():
-    @register(
+    @register_attention(
         "toy",
         paper="none",
         complexity="N^2 D",

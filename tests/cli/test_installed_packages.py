@@ -60,11 +60,11 @@ class ToyProbe(EfficientProbe):
     pass
 """
 MIXERS = """
-from xattn.attention import SoftmaxOperator, Mechanism, register
+from xattn.attention import SoftmaxOperator, Mechanism, register_attention
 from xattn.blocks import Block, register_block
 
 
-@register("toy_attention", paper="none", complexity="N^2 D")
+@register_attention("toy_attention", paper="none", complexity="N^2 D")
 class ToyAttention(Mechanism):
     def operator(self, inputs):
         return SoftmaxOperator(inputs.q, inputs.k, inputs.scale)

@@ -7,7 +7,13 @@ from importlib import import_module
 
 import pytest
 
-from xattn.attention import Mechanism, SoftmaxOperator, list_attention, mechanism_class, register
+from xattn.attention import (
+    Mechanism,
+    SoftmaxOperator,
+    list_attention,
+    mechanism_class,
+    register_attention,
+)
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
@@ -17,7 +23,7 @@ from xattn.eval.studies.swap.accuracy import read_accuracy
 
 @pytest.fixture
 def mine():
-    @register("mine", paper="a test", complexity="N^2 D", cases=({}, {"kind": "b"}))
+    @register_attention("mine", paper="a test", complexity="N^2 D", cases=({}, {"kind": "b"}))
     class Mine(Mechanism):
         def __init__(self, dim, num_heads, kind="a"):
             super().__init__(dim, num_heads)

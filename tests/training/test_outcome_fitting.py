@@ -346,21 +346,6 @@ def test_another_table_is_another_run(cnn, photos, table, tmp_path):
         train(sorted(photos.iterdir())[:7], resume=True)
 
 
-def test_runs_of_earlier_versions_are_resumed(cnn, photos, tmp_path):
-    def train(**options):
-        torch.manual_seed(0)
-        head = create_head("ttame", cnn)
-        config = TrainConfig("small", epochs=1, workers=0, batch_size=8)
-        return fitted(head, cnn, photos, config, output=tmp_path / "run", **options).head
-
-    whole = train()
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    for name in ("objective", "crops", "masks", "others"):
-        del record["train"][name]
-    (tmp_path / "run/run.json").write_text(json.dumps(record))
-    assert_equal_heads(train(resume=True), whole)
-
-
 def test_heads_that_read_statistics_train_by_masking_beside_unreadable_photos(
     cnn, photos, tmp_path
 ):

@@ -39,7 +39,6 @@ from xattn.attention.base import (
     create_mechanism,
     list_attention,
     mechanism_class,
-    register,
     register_attention,
 )
 from xattn.attention.causal_low_rank import CausalLowRankOperator
@@ -117,7 +116,6 @@ __all__ = [
     "pattern_operator",
     "pool",
     "record",
-    "register",
     "register_attention",
     "register_rotation",
     "revert",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.algebra import GatedOperator, SumOperator
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import take_rows
@@ -32,7 +32,7 @@ from xattn.kernels.softmax.reference import widen
 HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits
 
 
-@register(
+@register_attention(
     "act",
     paper="arXiv 2406.15765",
     complexity="N^2 D",

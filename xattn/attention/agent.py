@@ -18,14 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.algebra import ProductOperator
-from xattn.attention.base import Mechanism, Size, merge_heads, register, split_heads, whole
+from xattn.attention.base import (
+    Mechanism,
+    Size,
+    merge_heads,
+    register_attention,
+    split_heads,
+    whole,
+)
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 
 SIDE = 7  # of the coarse part of the biases
 
 
-@register(
+@register_attention(
     "agent",
     paper="arXiv 2312.08874",
     complexity="N n D",

@@ -241,16 +241,15 @@ class Mechanism(nn.Module, ABC):
     def _call(self, operator: Operator, given: Inputs, inputs: Inputs, output: Tensor) -> Call:
         # What is recorded is not part of the graph.
         seen, inputs = operator.detach(), inputs.detach()
-        means = None if getattr(self, "rotate", None) is None else mean_tokens(given)
+        means = None if self.rotate is None else mean_tokens(given)
         maps = partial(_maps, self, seen, inputs, means)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def accepted(self, inputs: Inputs) -> Inputs:
         """``inputs``, checked and rotated, as :meth:`operator` takes them."""
         self.check(inputs)
-        rotate = getattr(self, "rotate", None)  # pickles of earlier versions have none
-        if rotate is not None:
-            inputs = rotated(rotate, inputs)
+        if self.rotate is not None:
+            inputs = rotated(self.rotate, inputs)
         return inputs if self.entry.grouped else inputs.ungrouped()
 
     def check(self, inputs: Inputs) -> None:
@@ -377,10 +376,6 @@ def register_attention(
         ValueError: another mechanism has that name.
     """
     return MECHANISMS.register(Entry(name, paper, complexity, **properties))
-
-
-register = register_attention
-"""The earlier name."""
 
 
 def list_attention() -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.algebra import LowRankOperator
-from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.gna import window_pattern
 from xattn.attention.inputs import Inputs
@@ -33,7 +33,7 @@ from xattn.kernels.causal_product import causal_product
 from xattn.kernels.softmax.reference import widen
 
 
-@register(
+@register_attention(
     "based",
     paper="arXiv 2402.18668",
     complexity="N f^2 D, or N w D",

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.based import Based, received_map
 from xattn.attention.fixed_operators import IdentityOperator, SharedRowOperator, StoredOperator
 from xattn.attention.inputs import Inputs
@@ -34,7 +34,7 @@ PAPER = "arXiv 2510.11602"
 LONGEST = 1024  # tokens of the noise of a layer that stands alone
 
 
-@register("uniform", paper=PAPER, complexity="N D", control=True, cross=True)
+@register_attention("uniform", paper=PAPER, complexity="N D", control=True, cross=True)
 class Uniform(Mechanism):
     """All keys alike, A = 1 / S: what the network makes of no attention at all."""
 
@@ -44,7 +44,7 @@ class Uniform(Mechanism):
         return SharedRowOperator(row.expand(batch, heads, keys), inputs.q.shape[2], inputs.q)
 
 
-@register("none", paper=PAPER, complexity="N D", control=True)
+@register_attention("none", paper=PAPER, complexity="N D", control=True)
 class NoMixing(Mechanism):
     """Every token reads its own value alone."""
 
@@ -52,7 +52,7 @@ class NoMixing(Mechanism):
         return IdentityOperator(inputs.q)
 
 
-@register("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
+@register_attention("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
 class NonApproximate(Mechanism):
     """Keys are weighed by their own queries, not by those of the tokens that read them.
 
@@ -78,7 +78,9 @@ class NonApproximate(Mechanism):
         return received_map(operator, inputs)
 
 
-@register("taylor", paper="arXiv 2402.18668", complexity="N D^3", control=True, causal=True)
+@register_attention(
+    "taylor", paper="arXiv 2402.18668", complexity="N D^3", control=True, causal=True
+)
 class Taylor(Based):
     """The second-order Taylor series of the exponential, as Based's linear attention has it, in all layers
     and of queries and keys as they are."""
@@ -87,7 +89,7 @@ class Taylor(Based):
         super().__init__(dim, num_heads, None, form="taylor", backend=backend)
 
 
-@register(
+@register_attention(
     "static_embedding",
     paper=PAPER,
     complexity="N^2 D",
@@ -164,7 +166,7 @@ class StaticEmbedding(Mechanism):
 Source = Literal["noise", "drawn", "photo", "mean", "learned"]
 
 
-@register(
+@register_attention(
     "static",
     paper=PAPER,
     complexity="N^2 D",

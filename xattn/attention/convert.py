@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -47,9 +46,6 @@ def convert(
     name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
-    *,
-    blocks: Iterable[int] | None = None,
-    **keywords: Any,
 ) -> Model:
     """Swap the attention of ``model.blocks`` in place; returns the model.
 
@@ -63,13 +59,11 @@ def convert(
             "0,3,8-11"; by default all, or as many of the last as the mechanism's ``entry.last`` says.
         options: of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
             takes the place of the layer's own rotary embedding; see :func:`create_mechanism`.
-        blocks, keywords: earlier forms of ``layers`` and ``options``; deprecated.
 
     Raises:
         ValueError: unknown name or option, a missing block, or a layer that cannot be converted (it
             is named); the model is left untouched.
     """
-    layers, options = _earlier_forms(name, layers, options, blocks, keywords)
     _convert(model, name, layers, options)
     return model
 
@@ -79,12 +73,8 @@ def converted_copy(
     name: str | type[Mechanism],
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
-    *,
-    blocks: Iterable[int] | None = None,
-    **keywords: Any,
 ) -> Model:
     """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
-    layers, options = _earlier_forms(name, layers, options, blocks, keywords)
     copied = shared_copy(model)
     _convert(copied, name, layers, options)
     return copied
@@ -126,31 +116,10 @@ def _network(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model) if not hasattr(model, "blocks") else model
 
 
-def _earlier_forms(
-    name: Any, layers: Any, options: Any, blocks: Any, keywords: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """``layers`` and ``options``, whichever way they were given."""
-    if blocks is not None:
-        if layers is not None:
-            raise ValueError("blocks: an earlier name of layers; give layers alone")
-        layers = blocks
-    if blocks is not None or keywords:
-        warnings.warn(
-            f"convert: blocks= and options by keyword are deprecated; write convert(model, {name!r}, "
-            f"layers=..., options={{...}})",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+def _convert(model: nn.Module, name: Any, numbers: Any, options: Any) -> None:
     if options is not None and not isinstance(options, Mapping):
         raise ValueError(f"options: got {options!r}; give a dict, such as {{'kernel': 7}}")
     options = dict(options or {})
-    twice = sorted(options.keys() & keywords.keys())
-    if twice:
-        raise ValueError(f"options: got {twice[0]!r} also by keyword; give it once, in options")
-    return layers, {**options, **keywords}
-
-
-def _convert(model: nn.Module, name: Any, numbers: Any, options: dict[str, Any]) -> None:
     cls = mechanism_class(name)
     if isinstance(name, str):
         MECHANISMS.check_options(name, [str(option) for option in options if option != "rotate"])
@@ -295,13 +264,6 @@ class _Layout:
 
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
         self.prefix, self._own = prefix, _Grid(grid)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pickles of earlier versions hold ``grid`` itself."""
-        state = dict(state)
-        if "grid" in state:
-            state["_own"] = _Grid(state.pop("grid"))
-        self.__dict__.update(state)
 
     @property
     def grid(self) -> tuple[int, ...] | None:

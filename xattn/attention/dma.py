@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.lowering import needs_grad
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -26,7 +26,7 @@ from xattn.attention.segments import Blocks
 ROWS = 2**22  # scores held at a time while the causal lists are made
 
 
-@register(
+@register_attention(
     "dma",
     paper="arXiv 2508.02124",
     complexity="N w D",

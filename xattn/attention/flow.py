@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.algebra import ColumnsOperator, GatedOperator, LowRankOperator
-from xattn.attention.base import Mechanism, register
+from xattn.attention.base import Mechanism, register_attention
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
@@ -38,7 +38,7 @@ class Shares(NamedTuple):
     """c, (B, H, S); its mean over the keys is 1."""
 
 
-@register(
+@register_attention(
     "flow",
     paper="arXiv 2202.06258",
     complexity="N D^2",

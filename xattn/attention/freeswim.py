@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.algebra import GatedOperator, LowRankOperator, SumOperator
-from xattn.attention.base import Kept, Mechanism, Size, register, whole
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
 from xattn.attention.gna import window_pattern
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -27,7 +27,7 @@ from xattn.attention.patterns import Pattern, pattern_operator
 from xattn.kernels.softmax import softmax_attention
 
 
-@register(
+@register_attention(
     "freeswim",
     paper="arXiv 2511.14712",
     complexity="N k^2 D",

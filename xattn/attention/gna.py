@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register, whole
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.order import residue_order
@@ -29,7 +29,7 @@ Lengths = int | tuple[int, ...]
 TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 
 
-@register(
+@register_attention(
     "gna",
     paper="arXiv 2504.16922",
     complexity="N k^n D",

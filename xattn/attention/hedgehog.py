@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.algebra import LowRankOperator
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.causal_low_rank import CausalLowRankOperator
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
@@ -34,7 +34,7 @@ FEATURES = ("exp", "softmax", "joint", "elu")
 LEAST = 1e-12  # of a feature of softmax and joint, so that no row is empty
 
 
-@register(
+@register_attention(
     "hedgehog",
     paper="arXiv 2402.04347",
     complexity="N f D",

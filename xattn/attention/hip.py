@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import Order, blocks_to_tokens, z_order
@@ -31,7 +31,7 @@ from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.block_sparse.box import permuted
 
 
-@register(
+@register_attention(
     "hip",
     paper="arXiv 2406.09827",
     complexity="N k log(N / k) D",

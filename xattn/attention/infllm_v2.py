@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register, whole
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.key_windows import KeyWindows, key_windows
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -26,7 +26,7 @@ from xattn.attention.segments import Blocks, select
 SMALL = {"block": 2, "stride": 1, "dense_below": 0}
 
 
-@register(
+@register_attention(
     "infllm_v2",
     paper="arXiv 2509.24663",
     complexity="N (N / stride + k block) D",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.algebra import PoolOperator
-from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.pooled_blocks import PooledBlocks, pooled_blocks
@@ -32,7 +32,7 @@ from xattn.kernels.softmax.reference import widen
 LANDMARKS = ("mean", "token", "last")
 
 
-@register(
+@register_attention(
     "landmark",
     paper="arXiv 2305.16300",
     complexity="N^2 D, or N (k l + N / l) D for k blocks",

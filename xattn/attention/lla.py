@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.local_linear import LocalLinearOperator
 from xattn.attention.operator import Operator
@@ -31,7 +31,7 @@ RIDGES = ("key_variance", "relative", "absolute")
 LEAST, MOST = 1e-6, 1e6  # of an absolute ridge
 
 
-@register(
+@register_attention(
     "lla",
     paper="arXiv 2510.01450",
     complexity="T N^2 D",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.pyramid import Pyramid, PyramidAttention, PyramidOperator, pyramid
@@ -26,7 +26,7 @@ from xattn.kernels.block_sparse.box import causal as causal_rule
 TOP = 64  # the most means of the top level by default
 
 
-@register(
+@register_attention(
     "llsa",
     paper="arXiv 2512.16615",
     complexity="N K B log(N) D",

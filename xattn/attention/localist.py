@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register, whole
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.regions import (
@@ -37,7 +37,7 @@ from xattn.kernels.softmax.reference import widen
 KINDS = ("quadrants", "grid", "slic", "recruited")
 
 
-@register(
+@register_attention(
     "localist",
     paper="arXiv 2510.17358",
     complexity="N^2 D",

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.softplus_operator import SoftplusOperator
 from xattn.kernels.backend import own_precision
@@ -60,7 +60,7 @@ class _LengthScaled(Mechanism):
         }
 
 
-@register(
+@register_attention(
     "lssa",
     paper="arXiv 2501.13428",
     complexity="N^2 D",
@@ -90,7 +90,7 @@ class LSSA(_LengthScaled):
         return self.made(inputs, 1, 0.0, self.eps_style)
 
 
-@register(
+@register_attention(
     "lssar",
     paper="arXiv 2501.13428",
     complexity="N^2 D",

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.algebra import GatedOperator
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.kernels.softmax.reference import widen
 
 
-@register(
+@register_attention(
     "moh",
     paper="arXiv 2410.11842",
     complexity="N^2 D",

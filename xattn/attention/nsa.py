@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from xattn.attention import gna
 from xattn.attention.algebra import GatedOperator, ProductOperator, SumOperator
-from xattn.attention.base import Kept, Mechanism, register, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.block_network import BlockNetwork
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
@@ -35,7 +35,7 @@ BRANCHES = ("compressed", "selected", "near")
 START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is near
 
 
-@register(
+@register_attention(
     "nsa",
     paper="arXiv 2502.11089",
     complexity="N (N / l + n l + w) D",

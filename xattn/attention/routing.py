@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Mechanism, register, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
 from xattn.attention.order import take_rows
@@ -33,7 +33,7 @@ from xattn.kernels.softmax.reference import widen
 SELF = -5e4  # added to a token's own score where queries are keys: only a last resort
 
 
-@register(
+@register_attention(
     "routing",
     paper="arXiv 2003.05997",
     complexity="N C D + N^2 D / C",

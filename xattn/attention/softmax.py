@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from xattn.attention.base import Mechanism, register
+from xattn.attention.base import Mechanism, register_attention
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import SoftmaxOperator
 
 
-@register(
+@register_attention(
     "softmax",
     paper="arXiv 1706.03762",
     complexity="N^2 D",

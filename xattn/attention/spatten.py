@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.algebra import ColumnsOperator, GatedOperator, SumOperator
-from xattn.attention.base import register
+from xattn.attention.base import register_attention
 from xattn.attention.cascade import Cascade
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator, SoftmaxOperator
@@ -32,7 +32,7 @@ from xattn.attention.rounding import rounded
 from xattn.attention.subsets import SubsetsOperator
 
 
-@register(
+@register_attention(
     "spatten",
     paper="arXiv 2012.09852",
     complexity="r^2 N^2 D",

@@ -119,7 +119,7 @@ def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
         made = Conversion.of_record(config["conversion"])
         if not isinstance(config["backbone"]["sha256"], str):
             raise TypeError("the backbone has no sha256")
-        if not isinstance(config.get("sha256", ""), str):
+        if not isinstance(config["sha256"], str):
             raise TypeError("its sha256 is no str")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -159,8 +159,8 @@ def load_conversion(
         state = load_weight_file(weights)
     except ValueError as error:
         raise ValueError(str(error).replace("weights", "mechanism", 1)) from None
-    wanted, own = config.get("sha256"), trained_sha256(made, state)
-    if wanted not in (None, own):
+    wanted, own = config["sha256"], trained_sha256(made, state)
+    if wanted != own:
         raise ValueError(
             f"mechanism: {folder} was changed or damaged after it was written (sha256 {own}, "
             f"{CONFIG_FILE} says {wanted}); train it again"

@@ -8,8 +8,7 @@ for the scores alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +34,11 @@ class AbMilp(AttentiveHead):
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
-        projection_bias: b_o, which the "abmilp" of the probing benchmark (arXiv 2506.10178) has;
-            heads of earlier versions lack it.
+        projection_bias: b_o, which the "abmilp" of the probing benchmark (arXiv 2506.10178) has.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     inert = ("score.2.bias",)
-    earlier: ClassVar[Mapping[str, Any]] = {"projection_bias": False}
 
     def __init__(
         self,

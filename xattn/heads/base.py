@@ -56,8 +56,6 @@ class Head(
     """
 
     name: ClassVar[str]
-    # Values for options that a saved config lacks: what the head did before the option existed.
-    earlier: ClassVar[Mapping[str, Any]] = {}
     is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
     learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> times the usual rate
@@ -293,12 +291,6 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
         raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error
 
 
-def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options from a config or run record. Missing ones get the value that matches what the head did
-    when the file was written; unknown heads get none."""
-    return {**(HEADS.get(name).earlier if name in HEADS else {}), **options}
-
-
 # Arguments of create_head and create_explainer themselves.
 _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch")
 
@@ -379,7 +371,7 @@ def head_folder(source: str | Path, **hub_options: Any) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked ``config.json`` of a head's folder; see :func:`complete_options`."""
+    """The checked ``config.json`` of a head's folder."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -394,7 +386,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         taps = config["backbone"].get("taps", [])
         if not isinstance(taps, list) or not all(isinstance(tap, str) for tap in taps):
             raise TypeError("its taps are not a list of str")
-        config["options"] = complete_options(config["head"], config["options"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"head: {path} is damaged ({type(error).__name__}: {error}); save the head again"

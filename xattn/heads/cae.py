@@ -7,9 +7,6 @@ of one learned query q, with biases of queries, values and output and no residua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -29,13 +26,11 @@ class Cae(AttentiveHead):
 
     Args:
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        eps: of the layer norms; 1e-5 as in the probing benchmark's "cae" (arXiv 2506.10178), 1e-6 in
-            heads of earlier versions.
+        eps: of the layer norms; 1e-5 as in the probing benchmark's "cae" (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     inert = ("norm_k.bias",)
-    earlier: ClassVar[Mapping[str, Any]] = {"eps": 1e-6}
 
     def __init__(
         self,

@@ -8,8 +8,7 @@ or without BN, relu and residual. The gates are positive, so relu(m_n x'_n + x_n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,6 @@ class Cbam(AttentiveHead):
     """
 
     permutes = False
-    earlier: ClassVar[Mapping[str, Any]] = {"form": "gates"}
 
     def __init__(
         self,

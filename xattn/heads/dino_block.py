@@ -6,8 +6,7 @@ y = c + MHSA(LN([c; registers; X]))_c,   z = y + MLP(LN(y))                     
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,6 @@ class DinoBlock(ClassAttention):
     """
 
     registers = True
-    earlier: ClassVar[Mapping[str, Any]] = {"form": "class_token"}
 
     def __init__(
         self,

@@ -5,8 +5,7 @@ y = W_o concat_h W_v,h (A_h X) of one learned query,   z = y + MLP(y)   or   z =
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,6 @@ class SiglipMap(AttentiveHead):
     """
 
     gated = True
-    earlier: ClassVar[Mapping[str, Any]] = {"form": "siglip"}
 
     def __init__(
         self,

@@ -8,8 +8,7 @@ and without projections, "esimpool":  q = LN(mean(X)),  K = LN(X),  V = X, in 12
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -47,8 +46,6 @@ class SimPool(AttentiveHead):
     Raises:
         ValueError: ``heads`` does not divide the width.
     """
-
-    earlier: ClassVar[Mapping[str, Any]] = {"form": "layer_norm"}
 
     def __init__(
         self,

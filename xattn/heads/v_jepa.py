@@ -5,9 +5,6 @@ y = q + W_o concat_h W_v,h (A_h LN(X)),   z = y + MLP(LN(y))
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -29,12 +26,11 @@ class VJepa(AttentiveHead):
         heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
         mlp_ratio: hidden width over D.
         eps: of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
-            (arXiv 2506.10178), 1e-6 in heads of earlier versions.
+            (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
     gated = True
-    earlier: ClassVar[Mapping[str, Any]] = {"eps": 1e-6}
 
     def __init__(
         self,

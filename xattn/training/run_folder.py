@@ -10,7 +10,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
-from xattn.heads.base import complete_options
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, output_error, write_json
 from xattn.runtime.run_files import LOCK_FILE, RUN_FILE, check_run_folder
@@ -18,11 +17,6 @@ from xattn.training.checkpoint import load_checkpoint
 
 LOG_FILE = "log.jsonl"
 HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
-# Settings that records of earlier versions lack.
-EARLIER = {
-    "objective": "masking", "crops": 1, "masks": 16, "others": 2,  # of fit
-    "student_epochs": 0, "student_lr": 1e-3,  # of distill
-}  # fmt: skip
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
@@ -77,11 +71,8 @@ def claim(
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to be resumed: everything but settings that do not change the result."""
-    train = {**EARLIER, **run["train"]}
-    train = {k: v for k, v in train.items() if k not in ("workers", "checkpoint_every")}
+    train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
-    if not {"conversion", "pruning"} & head.keys():  # of a distillation, of a pruning
-        head["options"] = complete_options(head["head"], head["options"])
     return {**run, "train": train, "head": head}
 
 
