@@ -22,6 +22,7 @@ from xattn.attention.convert import conversion
 from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import network_sha256
+from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import classified
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 from xattn.backbone.taps import (
@@ -129,16 +130,17 @@ class Backbone(Movable):
         """Wraps every pass, of images ``x``; compilers cannot trace locks and exceptions."""
         if torch.compiler.is_compiling():
             return nullcontext()
-        return lock_of(self.model).shared() if x is None else self._pass_of(x)
+        return self._pass_of(x)
 
     @contextmanager
-    def _pass_of(self, x: Tensor) -> Iterator[None]:
+    def _pass_of(self, x: Tensor | None) -> Iterator[None]:
         try:
-            with lock_of(self.model).shared():
+            with lock_of(self.model).shared(), correct_norm_gradients(torch.is_grad_enabled()):
                 yield
         except (AssertionError, RuntimeError) as error:
-            size, own = tuple(x.shape[-2:]), self.preprocessing.input_size
-            if size == tuple(own) or is_out_of_memory(error) or not self._takes_own_size(x):
+            own = tuple(self.preprocessing.input_size)
+            size = own if x is None else tuple(x.shape[-2:])
+            if x is None or size == own or is_out_of_memory(error) or not self._takes_own_size(x):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, sha256
+from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import Scored, View, class_of, is_score, scored
 from xattn.explainers.captum_calls import CaptumMethod, captum_call
@@ -216,7 +217,9 @@ class Explainer(CaptumMethod, ABC):
         modules = [m for m in (self.backbone, self.head) if m is not None]
         own = [self.backbone.model, probe_of(self.backbone), self.head]
         held = alone(*(m for m in own if m is not None))
-        with held, preserve_state(*modules), torch.inference_mode(False):
+        # Here and not only in passes: rules of relevance are to see a norm before it is rewritten.
+        state = preserve_state(*modules)
+        with held, state, torch.inference_mode(False), correct_norm_gradients():
             # Backbone.eval leaves a model alone that a user has set to train.
             for part in {part for module in modules for part in module.modules()}:
                 part.training = False

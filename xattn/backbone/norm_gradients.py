@@ -1,0 +1,104 @@
+"""Input gradients of BatchNorm and InstanceNorm that are right on a CPU, too.
+
+PyTorch 2.13 returns a wrong one on a CPU, without a warning, for a batch of one whose incoming gradient
+lies channels-last, as after ``flatten(2).transpose(1, 2)``: XCiT, LeViT and others do that. Where a
+gradient is wanted, the same values are computed otherwise:
+
+    BatchNorm in eval mode    y = x s + t,    s = weight / sqrt(var + eps),    t = bias - mean s
+    InstanceNorm              GroupNorm of one channel a group
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_HERE = threading.local()  # as the stack of function modes is
+
+
+@contextmanager
+def correct_norm_gradients(wanted: bool = True) -> Iterator[None]:
+    """Inside, in this thread, both norms have right gradients, if ``wanted``.
+
+    Function modes that are entered inside see a norm's call before it is rewritten.
+    """
+    if not wanted or getattr(_HERE, "inside", False):
+        yield
+        return
+    _HERE.inside = True
+    try:
+        with _Norms():
+            yield
+    finally:
+        _HERE.inside = False
+
+
+class _Norms(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function in _OTHERWISE and torch.is_grad_enabled():
+            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            if any(x.requires_grad for x in tensors):
+                return _OTHERWISE[function](*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def batch_norm_scale_and_shift(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """s and t of the module, (C,) each."""
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
+    # In float32 at least, as the fused function computes it.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    scale, shift = (x.to(wide).view(-1, *[1] * (input.ndim - 2)) for x in made)
+    return torch.addcmul(shift, input.to(wide), scale).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    if running_mean is not None:  # which the call updates
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    return F.group_norm(input, input.shape[1], weight, bias, eps)
+
+
+_OTHERWISE = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
