@@ -38,7 +38,7 @@ def materialised(backbone, images, target):
     softmax = torch.Tensor.softmax
 
     def keep(x, dim):
-        a = softmax(x, dim)
+        a = torch.softmax(x, dim)  # under a function mode the method is looked up by name, again
         kept.append(a)
         return a
 
@@ -321,6 +321,17 @@ def test_attn_lrp_conserves_relevance_without_biases(gate, norm):
     for out in (y, gated):
         grad = torch.autograd.grad(out.sum(), x, retain_graph=True)[0]
         assert torch.allclose((x * grad).sum(1), out.sum(1))
+
+
+def test_libragrad_refuses_networks_in_which_it_would_not_be_complete():
+    recurrent = load_backbone("sequencer2d_s", weights=None, input_size=64)
+    at_pixels = {"base": "input_x_gradient", "at": "pixels"}
+    with pytest.raises(ValueError, match="sequencer2d_s calls lstm; libragrad has no rule for it"):
+        create_explainer("libragrad", recurrent, **at_pixels)
+    stages = load_backbone("twins_svt_small", weights=None, input_size=64)
+    with pytest.raises(ValueError, match=r"blocks of twins_svt_small do not take tokens .*pixels"):
+        create_explainer("libragrad", stages)
+    create_explainer("libragrad", stages, **at_pixels)
 
 
 def test_attn_lrp_refuses_what_it_has_no_rule_for():

@@ -510,20 +510,44 @@ def test_a_batchnorm_is_one_layer_with_its_convolution(images, gamma):
     assert close(*maps)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "tf_efficientnet_lite0", "test_efficientnet", "repvgg_a0", "efficientnet_b0"],
+)
 def test_lrp_of_timm_networks_conserves_relevance(name):
-    """Residual sums, depthwise convolutions, ReLU6; SiLU and squeeze-excite in the last one."""
+    """Residual sums, depthwise convolutions, ReLU6, SiLU and squeeze-excite; logits down to 1e-6."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = load_backbone(name, weights=None, input_size=32, num_classes=5).double()
         images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        net.model.get_classifier().bias.zero_()  # BatchNorms shift by nothing as well
-        net.model.get_classifier().weight.mul_(10)
+    for key, value in net.model.named_parameters():
+        if key.endswith("bias"):
+            value.data.zero_()
     for gamma in (0.0, 0.25):
-        got = create_explainer("lrp", net, gamma=gamma, epsilon=1e-9).attribute(images, 3)
+        got = create_explainer("lrp", net, gamma=gamma).attribute(images, 3)
         assert got.shape == (2, 1, 32, 32)
-        assert close(got.sum((1, 2, 3)), net.logits(images)[:, 3], 1e-4)
+        assert close(got.sum((1, 2, 3)), net.logits(images)[:, 3], 1e-3)
+
+
+def test_epsilon_is_relative_to_the_layer_and_a_given_one_is_not(images):
+    """A network without biases is homogeneous: its relevance is as small as its first weights."""
+    net, small = backbone(bias=False), backbone(bias=False)
+    with torch.no_grad():
+        small.model.stem.weight.mul_(1e-8)
+    expected = create_explainer("lrp", net).attribute(images, TARGET)
+    got = create_explainer("lrp", small).attribute(images, TARGET)
+    assert close(1e8 * got, expected)
+    assert close(create_explainer("lrp", small).attribute(images[:1], TARGET[:1]), got[:1])
+    absorbed = create_explainer("lrp", small, epsilon=1e-6).attribute(images, TARGET)
+    assert absorbed.abs().max() < 0.1 * got.abs().max()
+
+
+def test_a_module_that_counts_as_false_keeps_its_output(images):
+    """As GhostNet's empty shortcuts: an empty ``nn.Sequential`` has no length."""
+    net, plain = backbone(), backbone()
+    net.model.bn0 = nn.Sequential()
+    expected = create_explainer("lrp", plain).attribute(images, TARGET)
+    assert torch.equal(create_explainer("lrp", net).attribute(images, TARGET), expected)
 
 
 def test_lrp_refuses_what_it_has_no_rule_for_by_layer_type():

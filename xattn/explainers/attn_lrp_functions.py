@@ -205,7 +205,8 @@ _FEATURES = frozenset(  # of one activation, with a value at 0 or without f(x)/x
 )
 _REFUSED = frozenset(
     "addcdiv addbmm mul_ div_ tanh_ sigmoid_ group_norm instance_norm cosine_similarity reciprocal prod "
-    "bilinear linalg_matmul linalg_multi_dot multi_dot chain_matmul cumprod glu pow_".split()
+    "bilinear linalg_matmul linalg_multi_dot multi_dot chain_matmul cumprod glu pow_ lstm gru rnn_tanh "
+    "rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
 )
 
 

@@ -157,11 +157,14 @@ def named(function: str, inside: list[nn.Module]) -> str:
 @contextmanager
 def calling(backbone: nn.Module, inside: list[nn.Module]) -> Iterator[None]:
     """Keep in ``inside`` the modules of ``backbone`` that are being called, the innermost last."""
+
+    def leave(*_: Any) -> None:  # what a hook returns would take the place of the output
+        inside.pop()
+
     handles = []
     for module in backbone.modules():
-        enter = module.register_forward_pre_hook(lambda m, _: inside.append(m))
-        leave = module.register_forward_hook(lambda *_: inside.pop() and None)
-        handles += [enter, leave]
+        handles.append(module.register_forward_pre_hook(lambda m, _: inside.append(m)))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield
     finally:

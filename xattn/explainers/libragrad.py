@@ -137,9 +137,10 @@ class LibraGrad(AttnLrp):
         """Logits, the tokens that entered the blocks, and what the rules met."""
         rules = self._rules()
         self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
-        with block_inputs(self._blocks()) as tokens:
+        blocks = self._blocks()
+        with block_inputs(blocks) as tokens:
             logits = self._logits(self.backbone.normalize(images), rules)
-        if tokens[0].ndim != 3:
+        if len(tokens) != len(blocks) or tokens[0].ndim != 3:
             raise ValueError(
                 f"backbone: blocks of {self.backbone.name} do not take tokens (B, N, C); give "
                 f"base='input_x_gradient' and at='pixels'"

@@ -38,20 +38,22 @@ class Lrp(Explainer):
         gamma: how strongly convolutions prefer positive contributions; 0 is the epsilon rule, which
             on a ReLU network is close to input x gradient and as noisy. Inputs and outputs below 0
             follow the same rule with signs flipped. Linear layers always follow the epsilon rule.
-        epsilon: added to the denominators, away from 0.
+        epsilon: added to the denominators, away from 0. By default a millionth of the layer's output, its
+            root mean square on the image; a fixed number absorbs nearly all relevance of a network whose
+            activations are small.
 
     Raises:
         ValueError: a network that calls a function without a rule; the message names it and its layer.
     """
 
     gamma: float = 0.25
-    epsilon: float = 1e-6
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.backbone
         for name, value in (("gamma", self.gamma), ("epsilon", self.epsilon)):
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: got {value}; give a finite number of at least 0")
         rules = _Rules(self.gamma, self.epsilon)
         with self._guard(), torch.enable_grad():
@@ -104,15 +106,22 @@ class _Shared(torch.autograd.Function):
     """The identity on z; its gradient c = R / z goes to the denominator p as c z / p."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
+        small = _millionth(z) if epsilon is None else z.new_tensor(epsilon)
         # z = 0 has no relevance to share.
-        stable = p + torch.where(p < 0, -epsilon, epsilon)
+        stable = p + torch.where(p < 0, -small, small)
         ctx.save_for_backward(torch.where(z == 0, 0, z / stable))
         return z.clone()
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return c * ctx.saved_tensors[0], None, None
+
+
+def _millionth(z: Tensor) -> Tensor:
+    """A millionth of the root mean square of each image's z, (B, 1, ...)."""
+    rms = z.double().flatten(1).square().mean(1).sqrt()
+    return (1e-6 * rms).to(z.dtype).view(-1, *[1] * (z.ndim - 1))
 
 
 # Linear without a weight, or a choice of values: their own gradient passes relevance on.
@@ -138,7 +147,7 @@ _OUT_OF_PLACE = {"add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_"
 class _Rules(TorchFunctionMode):
     """Applies the rules to a network's function calls; ``refused`` collects those without a rule."""
 
-    def __init__(self, gamma: float, epsilon: float) -> None:
+    def __init__(self, gamma: float, epsilon: float | None) -> None:
         super().__init__()
         self.gamma = gamma
         self.epsilon = epsilon
