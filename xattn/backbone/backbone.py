@@ -128,9 +128,7 @@ class Backbone(Movable):
 
     def _passing(self, x: Tensor | None = None) -> AbstractContextManager[None]:
         """Wraps every pass, of images ``x``; compilers cannot trace locks and exceptions."""
-        if torch.compiler.is_compiling():
-            return nullcontext()
-        return self._pass_of(x)
+        return nullcontext() if torch.compiler.is_compiling() else self._pass_of(x)
 
     @contextmanager
     def _pass_of(self, x: Tensor | None) -> Iterator[None]:
