@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 
 from xattn.eval import create_probe, evaluate
 from xattn.eval.metrics import AverageDrop, IncreaseInConfidence
+from xattn.eval.metrics.masking import MaskingProbe
 from xattn.eval.metrics.registry import CLASSES, GROUPS
 
 ON_IMAGES = {name: cls for name, cls in CLASSES.items() if not cls.group.probe.needs_annotation}
@@ -99,6 +100,19 @@ def test_levels_options_and_shapes_of_maps():
     other = AverageDrop(FakeBackbone().logits, probe=probe)
     other.update(images.permute(0, 2, 3, 1).numpy(), maps, torch.tensor([0, 1, 2, 3]))
     assert float(half.compute()) == pytest.approx(float(other.compute()), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 16, 16), (4, 2, 16, 16), (4, 1, 1, 16, 16)])
+def test_maps_that_are_not_one_an_image_are_refused(shape):
+    metric = AverageDrop(FakeBackbone())
+    with pytest.raises(ValueError, match=r"maps: got shape .* for 4 images; give \(B, 1, h, w\)"):
+        metric.update(fakes.images(4), torch.rand(shape), torch.arange(4))
+
+
+def test_logits_have_the_masking_metrics_that_need_no_bound():
+    assert MaskingProbe(metrics=("AD", "IC", "drop"), bounded=False).columns
+    with pytest.raises(ValueError, match="logits have only AD, IC and drop"):
+        MaskingProbe(metrics=("AD", "ADD"), bounded=False)
 
 
 def test_without_a_backbone_scores_are_taken_as_before():

@@ -339,5 +339,6 @@ def test_classes_are_means_over_images():
 def test_bad_options_and_shapes_are_refused():
     with pytest.raises(ValueError, match="stages: got 0"):
         RandomizationProbe(stages=0)
-    with pytest.raises(ValueError, match="maps, randomized: got"):
-        randomization_values(rand(2, 1, 14, 15), rand(2, 3, 1, 14, 16))
+    for shape in ((2, 3, 1, 14, 16), (2, 0, 1, 14, 15), (2, 1, 14, 15)):
+        with pytest.raises(ValueError, match="maps, randomized: got"):
+            randomization_values(rand(2, 1, 14, 15), rand(*shape))
