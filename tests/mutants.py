@@ -240,11 +240,16 @@ class Recorder:
         if report.failed:
             self.failed = self.failed or report.nodeid or "collection"
 
-    def run(self, *arguments: str) -> str:
+    def run(self, *arguments: str) -> None:
         import pytest
 
         pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[self])
-        return self.failed
+
+
+def first_failure(tests: list[str]) -> str:
+    recorder = Recorder()
+    recorder.run("-x", *tests)
+    return recorder.failed
 
 
 def reached(name: str) -> dict[str, Any]:
@@ -323,17 +328,13 @@ def tests_of(mutant: Mutant, row: dict[str, Any]) -> list[str]:
 
 
 def try_mutant(tree: Path, mutant: Mutant) -> None:
-    path, killer = tree / mutant.path, ""
+    found = [tests_of(mutant, map_of(tree, name)) for name in test_files(mutant)]
+    path = tree / mutant.path
     times, original = path.stat(), path.read_bytes()
-    for name in test_files(mutant):
-        chosen = tests_of(mutant, map_of(tree, name))
-        if chosen:
-            path.write_bytes(mutant.within(original))
-            killer = in_child(tree, lambda chosen=chosen: Recorder().run("-x", *chosen))
-            path.write_bytes(original)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-        if killer != "":
-            break
+    path.write_bytes(mutant.within(original))
+    killer = in_child(tree, lambda: next(filter(None, map(first_failure, filter(None, found))), ""))
+    path.write_bytes(original)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     row = {"id": mutant.id, "status": "survived" if killer == "" else "killed"}
     row["by"] = "crash or time limit" if killer is None else killer
     keep("results.jsonl", row, *row.values(), mutant.path, mutant.function)

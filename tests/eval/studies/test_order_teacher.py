@@ -92,6 +92,9 @@ def test_products_of_two_cells_leave_no_trace_in_antithetic_differences():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="cells: got 4; give a divisor of the grid, 6 x 6 tokens"):
         dropped(cells=4)
+    for grid in ((6, 4), (4, 6)):
+        with pytest.raises(ValueError, match="cells: got 3"):
+            dropped(grid)
     with pytest.raises(ValueError, match="passes: got 3; give an even number"):
         Teacher(dropped(), 3)
     with pytest.raises(ValueError, match="ridge: got 0"):

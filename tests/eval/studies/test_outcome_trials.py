@@ -20,7 +20,12 @@ from xattn.eval.studies.outcome_losses import (
     weighted_correlation,
 )
 from xattn.eval.studies.outcome_trials import TRIALS, main, parse_trial, score_trial, unannotated
-from xattn.eval.studies.trial_heads import EvidenceWithPositions, MeanOfHeads, guided_filter
+from xattn.eval.studies.trial_heads import (
+    EvidenceWithPositions,
+    MeanOfHeads,
+    Positions,
+    guided_filter,
+)
 from xattn.eval.studies.trial_training import JoinedOutcomes, TrialRun, more_outcomes, opened_job
 from xattn.heads import create_head
 from xattn.heads.evidence import standardised
@@ -301,6 +306,15 @@ def test_a_mean_of_equal_heads_is_the_head(backbone, images):  # noqa: F811
         mean = MeanOfHeads(backbone, [head] * 3)
         torch.testing.assert_close(mean(taps, 2), standardised(head(taps, 2)))
         torch.testing.assert_close(mean.explanation(taps, 2), head.explanation(taps, 2))
+
+
+def test_positions_are_rows_and_columns_from_edge_to_edge():
+    x = torch.rand(2, 4, 2, 3)
+    found = Positions()(x)
+    torch.testing.assert_close(found[:, :4], x)
+    rows, columns = found[:, 4:].unbind(1)
+    torch.testing.assert_close(rows, torch.tensor([-1.0, 1.0])[:, None].expand(2, 2, 3))
+    torch.testing.assert_close(columns, torch.tensor([-1.0, 0.0, 1.0]).expand(2, 2, 3))
 
 
 def test_a_network_that_reads_positions_starts_as_cam(backbone, images):  # noqa: F811

@@ -202,3 +202,8 @@ def test_words_match_and_their_maps_find_objects(tmp_path):
     assert float(above.split("[")[1].split(",")[0]) > 0
     kept = json.loads((tmp_path / "out" / "block.7-words-0.json").read_text())
     assert len(kept["matched"]) == 209
+
+
+def test_a_quick_study_takes_three_steps_or_fewer():
+    assert WordStudyConfig().quick().steps == 3
+    assert WordStudyConfig(steps=2).quick().steps == 2
