@@ -42,7 +42,6 @@ fuzz: $(VENV)/.dev
 
 # 150 small faults put into the code, one at a time: does a test notice? Hours; a stopped run goes on.
 mutants: $(VENV)/.dev
-	$(BIN)/pip install --quiet coverage
 	$(BIN)/python tests/mutants.py --count $(or $(COUNT),150) --seed $(or $(SEED),0) --workers $(if $(filter auto,$(WORKERS)),2,$(WORKERS))
 
 lint: $(VENV)/.dev

@@ -4,12 +4,14 @@
     .venv/bin/python tests/mutants.py --only 3fa9c1b2d4       # one fault again
 
 A fault (mutant) is one changed expression or removed statement in a function of :data:`PARTS`; defaults,
-decorators, annotations and error messages stay. In a copy of the tree, test files run once under
-coverage, which tells the tests that reach each function; for a mutant these run, first in the files named
-after its module and those that import it. A failure, a crash or a spent time limit kills it. Results are
-kept in ``build/mutants``: a stopped run goes on, and survivors are tried again. The sample depends on the
-text of each function alone, so that changes elsewhere leave it as it is. A mutant that changes nothing a
-test could see stands with the reason in ``equivalent_mutants.txt``.
+decorators, annotations and error messages stay. The tests are collected once. For a mutant a fork of that
+process gives the function the code with the fault and runs tests until one fails: first those that have
+the module's name in theirs, then those of files that import it, then the others of the part, for so many
+seconds of processor time. A crash or a spent limit kills too. No file is changed, so a process that a test
+starts does not see the fault. Results are kept in ``build/mutants``: a stopped run goes on, and survivors
+are tried again. The sample depends on the text of each function alone, so that changes elsewhere leave it
+as it is. A mutant that changes nothing a test could see stands with the reason in
+``equivalent_mutants.txt``. Python 3.11 or newer.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import gc
+import importlib
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -30,12 +33,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha1
-from itertools import accumulate, chain, islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
-from module_imports import PACKAGES, ROOT, imports, module_names
+from module_imports import ROOT, imports, module_names
 
 WORK = ROOT / "build" / "mutants"
 PARTS = {  # folder of the code, folders of the tests
@@ -46,9 +51,7 @@ PARTS = {  # folder of the code, folders of the tests
     "packs": ("xattn/packs", "tests/packs", "tests/explaining"),
     "studies": ("eval/studies", "tests/eval/studies"),
 }
-QUICK, MOST = 10.0, 40.0  # seconds of a test file that runs as a whole, and of the tests of another
 LIMIT, MEMORY = 1200, 14 * 2**30  # seconds of processor time, bytes
-WARM = ("torch", "torchvision", "timm", "captum", "torchmetrics", "accelerate", "pandas", "pytest")
 OPERATORS = {
     getattr(ast, names.split()[0]): [getattr(ast, name) for name in names.split()[1:]]
     for names in (
@@ -100,6 +103,7 @@ def functions(tree: ast.AST, name: str = "") -> Iterator[tuple[str, Any]]:
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
     """(kind of fault, what is replaced, what stands in its place)."""
     call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    call = call and "super()" not in ast.unparse(node)  # of which the code keeps a cell
     targets = node.targets if isinstance(node, ast.Assign) else []
     stored = targets and not any(isinstance(t, ast.Name | ast.Tuple) for t in targets)
     if call or stored or isinstance(node, ast.AugAssign | ast.Raise | ast.Continue):
@@ -175,196 +179,146 @@ def sample(count: int, seed: int) -> list[Mutant]:
     return list(filter(None, chain.from_iterable(zip_longest(*found))))[:count]
 
 
-def copy_tree(worker: int) -> Path:
-    """A copy of the tracked and new files, whose ``xattn`` is whole without an installation."""
-    tree = WORK / f"tree{worker}"
-    shutil.rmtree(tree, ignore_errors=True)
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
-        if name and (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
-    for folder, package in PACKAGES.items():
-        if "." in package:
-            (tree / package.replace(".", "/")).symlink_to(tree / folder)
-    return tree
+def code_of(code: CodeType, name: str) -> Iterator[CodeType]:
+    """The code of the functions and methods of a qualified name, in a module's."""
+    if code.co_qualname == name:
+        yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from code_of(inner, name)
 
 
-def in_child(tree: Path, action: Callable[[], Any]) -> Any:
-    """What ``action`` returns in a fork that works in ``tree``; None if it dies or its time is up."""
-    answer = tree.with_suffix(".answer")
-    answer.unlink(missing_ok=True)
+def put_in(mutant: Mutant) -> None:
+    """Give the live function, from the outermost one on, the code with the fault."""
+    path = ROOT / mutant.path
+    source = path.read_bytes()
+    line = source[: mutant.start].count(b"\n") + 1
+    around = [n for n, f in functions(ast.parse(source)) if f.lineno <= line <= f.end_lineno]
+    code = list(code_of(compile(mutant.within(source), str(path), "exec"), around[0]))
+    for function in [f for f in gc.get_objects() if isinstance(f, FunctionType)]:
+        own = function.__code__
+        if own.co_qualname == around[0] and Path(own.co_filename).resolve() == path:
+            alike = [c for c in code if c.co_firstlineno == own.co_firstlineno]
+            function.__code__ = (alike or code)[0]
+
+
+class Loop:
+    """A pytest plugin: in place of the collected tests, those that matter run for each mutant."""
+
+    def __init__(self, mutants: list[Mutant], workers: int, seconds: float) -> None:
+        self.mutants, self.workers, self.seconds, self.failed = mutants, workers, seconds, False
+        self.sound: dict[str, bool] = {}  # whether a test passes without a fault
+        self.names = module_names()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.failed = self.failed or report.failed
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        for name, path in self.names.items():
+            if any(str(path).startswith(f"{ROOT / folder}/") for folder, *_ in PARTS.values()):
+                importlib.import_module(name)
+        pids = []
+        for worker in range(self.workers):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                try:
+                    for mutant in self.mutants[worker :: self.workers]:
+                        self.attempt(session, mutant)
+                finally:
+                    os._exit(0)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        return True
+
+    def attempt(self, session: Any, mutant: Mutant) -> None:
+        chosen = self.order(session.items, mutant)
+        killer = in_child(session, lambda: self.first_failure(chosen, mutant))
+        if killer:
+            item = next(i for i in session.items if i.nodeid == killer)
+            if killer not in self.sound:
+                self.sound[killer] = in_child(session, lambda: self.first_failure([item])) == ""
+            if not self.sound[killer]:
+                chosen.remove(item)
+                session.items.remove(item)
+                return self.attempt(session, mutant)
+        row = {"id": mutant.id, "status": "survived" if killer == "" else "killed"}
+        row["by"] = "crash or time limit" if killer is None else killer
+        with (WORK / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(*row.values(), mutant.path, mutant.function, file=sys.__stderr__, flush=True)
+
+    def order(self, items: list[Any], mutant: Mutant) -> list[Any]:
+        """The tests of the mutant's part: of its module's name, of files that import it, the others."""
+        module = next(name for name, path in self.names.items() if path == ROOT / mutant.path)
+        stem = Path(mutant.path).stem
+        ranked = []
+        for number, item in enumerate(items):
+            name = item.nodeid
+            if name.startswith(PARTS[mutant.part][1:]):
+                named = stem in name.replace("-", "_")
+                ranked.append((not named, module not in imported(item.path), number))
+        return [items[number] for *_, number in sorted(ranked)]
+
+    def first_failure(self, items: list[Any], mutant: Mutant | None = None) -> str:
+        """The test that fails first; empty where none does in the time that a mutant is given."""
+        if mutant is not None:
+            put_in(mutant)
+        start = time.process_time()
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                return item.nodeid
+            if time.process_time() - start > self.seconds:
+                break
+        return ""
+
+
+@cache
+def imported(path: Path) -> set[str]:
+    return imports(ast.parse(path.read_text()), module_names())
+
+
+def in_child(session: Any, action: Callable[[], str]) -> str | None:
+    """What ``action`` returns in a fork; None if it dies or its time is up."""
+    own = WORK / f"own-{os.getpid()}"
+    own.mkdir(parents=True)
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            os.chdir(tree)
-            os.environ["PYTHONPATH"] = str(tree)
-            sys.path.insert(0, str(tree))
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own)
             resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            signal.alarm(10 * LIMIT)  # ends what hangs
-            output = os.open(tree.with_suffix(".output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            answer.write_text(json.dumps(action()))
+            plugins = session.config.pluginmanager
+            plugins.unregister(name="terminalreporter")
+            capture = plugins.getplugin("capturemanager")
+            capture.stop_global_capturing()
+            capture.start_global_capturing()
+            (own / "answer").write_text(action())
         finally:
             os._exit(0)
-    os.waitpid(pid, 0)
+    end = time.monotonic() + 10 * LIMIT  # for what hangs
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        time.sleep(0.05)
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what the tests started
-    return json.loads(answer.read_text()) if answer.exists() else None
+    answer = (own / "answer").read_text() if (own / "answer").exists() else None
+    shutil.rmtree(own, ignore_errors=True)
+    return answer
 
 
-class Recorder:
-    """A pytest plugin: seconds of the tests that pass, what failed first, and whose code runs."""
-
-    def __init__(self, switch: Callable[[str], None] = lambda test: None) -> None:
-        self.switch, self.failed, self.start = switch, "", 0.0
-        self.seconds: dict[str, float] = {}
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.switch(nodeid)
-        self.start = time.process_time()
-
-    def pytest_runtest_logfinish(self) -> None:
-        self.switch("")
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            self.failed = self.failed or report.nodeid
-        elif report.when == "call" and report.passed:
-            self.seconds[report.nodeid] = round(time.process_time() - self.start, 2)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.failed = self.failed or report.nodeid or "collection"
-
-    def run(self, *arguments: str) -> None:
-        import pytest
-
-        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[self])
-
-
-def first_failure(tests: list[str]) -> str:
-    recorder = Recorder()
-    recorder.run("-x", *tests)
-    return recorder.failed
-
-
-def reached(name: str) -> dict[str, Any]:
-    """Run one test file under coverage: the seconds of its tests, and their numbers by function."""
-    import coverage
-
-    measured = coverage.Coverage(
-        None, source=[f"{code}/" for code, *_ in PARTS.values()], config_file=False
-    )
-    recorder = Recorder(measured.switch_context)
-    with measured.collect():
-        recorder.run(name)
-    data, by_function = measured.get_data(), defaultdict(set)
-    number = {test: i for i, test in enumerate(recorder.seconds)}
-    for path in data.measured_files():
-        found = list(functions(ast.parse(Path(path).read_text())))
-        for line, tests in data.contexts_by_lineno(path).items():
-            inside = [n for n, f in found if f.body[0].lineno <= line <= f.end_lineno]
-            if inside:
-                by_function[f"{os.path.relpath(path)}::{inside[-1]}"].update(tests)
-    numbers = {f: sorted(number[t] for t in ts if t in number) for f, ts in by_function.items()}
-    return {"seconds": recorder.seconds, "reached": numbers, "failed": recorder.failed}
-
-
-def content(*names: str, tree: Path = ROOT) -> str:
-    return sha1(b"".join((tree / n).read_bytes() for n in names)).hexdigest()[:12]
-
-
-def kept(name: str, key: str) -> dict[str, dict[str, Any]]:
-    """The last row of each ``key`` in a file of results."""
-    path = WORK / name
-    return {row[key]: row for row in map(json.loads, path.open() if path.exists() else [])}
-
-
-def keep(name: str, row: dict[str, Any], *shown: Any) -> None:
-    with (WORK / name).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(*shown, flush=True)
-
-
-def test_files(mutant: Mutant) -> list[str]:
-    """The test files of the mutant's part, first those of its module's name, then those that import it."""
-    names = module_names()
-    module = next(name for name, path in names.items() if path == ROOT / mutant.path)
-    ranked = []
-    for folder in PARTS[mutant.part][1:]:
-        for path in sorted((ROOT / folder).rglob("test_*.py")):
-            named = Path(mutant.path).stem.strip("_") in path.stem
-            imported = module in imports(ast.parse(path.read_text()), names)
-            ranked.append((not named, not imported, str(path.relative_to(ROOT))))
-    return [name for *_, name in sorted(ranked)]
-
-
-def map_of(tree: Path, name: str) -> dict[str, Any]:
-    """What a test file reaches, measured where its text is new."""
-    row = kept("map.jsonl", "file").get(name, {})
-    if row.get("content") != content(name, tree=tree):
-        found = in_child(tree, lambda: reached(name))
-        found = found or {"seconds": {}, "reached": {}, "failed": "crash or time limit"}
-        row = {"file": name, "content": content(name, tree=tree), **found}
-        keep("map.jsonl", row, f"{name}: {len(row['seconds'])} tests", row["failed"])
-    return row
-
-
-def tests_of(mutant: Mutant, row: dict[str, Any]) -> list[str]:
-    """The tests of a file that reach the mutant's function; of a quick file all, if some do."""
-    numbers = row["reached"].get(f"{mutant.path}::{mutant.function}")
-    if numbers is None:
-        return []
-    if sum(row["seconds"].values()) < QUICK:  # also those that share what another test made
-        return [row["file"]]
-    timed = list(row["seconds"].items())
-    reaching = sorted((timed[number][1], timed[number][0]) for number in numbers)
-    totals = accumulate(seconds for seconds, _ in reaching)
-    return [test for total, (_, test) in zip(totals, reaching, strict=True) if total < MOST]
-
-
-def try_mutant(tree: Path, mutant: Mutant) -> None:
-    found = [tests_of(mutant, map_of(tree, name)) for name in test_files(mutant)]
-    path = tree / mutant.path
-    times, original = path.stat(), path.read_bytes()
-    path.write_bytes(mutant.within(original))
-    killer = in_child(tree, lambda: next(filter(None, map(first_failure, filter(None, found))), ""))
-    path.write_bytes(original)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    row = {"id": mutant.id, "status": "survived" if killer == "" else "killed"}
-    row["by"] = "crash or time limit" if killer is None else killer
-    keep("results.jsonl", row, *row.values(), mutant.path, mutant.function)
-
-
-def try_all(tree: Path, mutants: list[Mutant]) -> None:
-    for mutant in mutants:
-        try_mutant(tree, mutant)
-
-
-def in_workers(count: int, task: Callable[[Path, list[Any]], None], items: list[Any]) -> None:
-    """``task(tree, share)`` in ``count`` forks, each with its own copy of the tree."""
-    for module in WARM if items else ():
-        __import__(module)
-    pids = []
-    for worker in range(count if items else 0):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            try:
-                task(copy_tree(worker), items[worker::count])
-            finally:
-                os._exit(0)
-    for pid in pids:
-        os.waitpid(pid, 0)
+def results() -> dict[str, dict[str, str]]:
+    """The last row of each mutant."""
+    path = WORK / "results.jsonl"
+    return {row["id"]: row for row in map(json.loads, path.open() if path.exists() else [])}
 
 
 def report(mutants: list[Mutant], equivalent: dict[str, str]) -> float:
     """Print the survivors and the table; the percentage killed of those that could be noticed."""
-    results = kept("results.jsonl", "id")
-    status = {m.id: results[m.id]["status"] if m.id in results else "not run" for m in mutants}
+    known = results()
+    status = {m.id: known[m.id]["status"] if m.id in known else "not run" for m in mutants}
     status |= {m.id: "equivalent" for m in mutants if m.id in equivalent}
     for m in mutants:
         if status[m.id] == "survived":
@@ -384,22 +338,28 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=120, help="of tests for a mutant")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--only", nargs="+", help="ids of mutants to try again")
     parser.add_argument("--report", action="store_true", help="print what is known, run nothing")
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    sys.dont_write_bytecode = False  # in the copies, where each mutant starts anew
     mutants = [m for m in sample(options.count, options.seed) if m.part in options.parts]
     lines = (ROOT / "tests" / "equivalent_mutants.txt").read_text().splitlines()
     equivalent = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
-    if not options.report:
-        results = kept("results.jsonl", "id")
-        unknown = [m for m in mutants if m.id not in results]
-        survived = [m for m in mutants if results.get(m.id, {}).get("status") == "survived"]
-        todo = [m for m in mutants if m.id in options.only] if options.only else unknown + survived
-        in_workers(options.workers, try_all, [m for m in todo if m.id not in equivalent])
+    known = results()
+    todo = [m for m in mutants if m.id not in known]
+    todo += [m for m in mutants if known.get(m.id, {}).get("status") == "survived"]
+    if options.only:
+        todo = [m for m in mutants if m.id in options.only]
+    todo = [m for m in todo if m.id not in equivalent]
+    if todo and not options.report:
+        import pytest
+
+        os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        folders = [f for part in options.parts for f in PARTS[part][1:]]
+        loop = Loop(todo, options.workers, options.seconds)
+        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *folders], plugins=[loop])
     return 0 if report(mutants, equivalent) >= 97 else 1
 
 
