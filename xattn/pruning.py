@@ -34,8 +34,8 @@ from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.taps import PRE_NORM_BLOCKS
 from xattn.blocks.routing_usage import Choice, HeadRouter
 from xattn.runtime import strict_json
+from xattn.runtime.copies import shared_copy
 from xattn.runtime.files import atomic_folder
-from xattn.runtime.locking import shared_copy
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"

@@ -18,11 +18,6 @@ def file_of(b: Bench, content: object, name: str = "mine.pth") -> str:
     return str(path)
 
 
-class Branching(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
 class Encoder(nn.Module):
     def forward(self, x):
         return x.flatten(2).transpose(1, 2)
@@ -104,9 +99,9 @@ MISTAKES = [
         "a class, not a module", lambda b: xattn.load_backbone(nn.Linear), ("name_or_module: ",)
     ),
     Mistake(
-        "module that branches",
-        lambda b: xattn.load_backbone(Branching()),
-        ("model: torch.fx cannot trace Branching", "forward_taps"),
+        "module that takes no images",
+        lambda b: xattn.load_backbone(nn.Linear(3, 3)),
+        ("model: Linear fails on images (2, 3, 224, 224)", "input_size=", "forward_taps"),
     ),
     Mistake(
         "module without logits",

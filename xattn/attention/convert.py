@@ -36,7 +36,8 @@ from xattn.attention.convertible import (
 )
 from xattn.attention.folding import is_folded
 from xattn.attention.record import FUSED, answered_by, fused, record, recording
-from xattn.runtime.locking import alone, shared_copy
+from xattn.runtime.copies import shared_copy
+from xattn.runtime.locking import alone
 
 Model = TypeVar("Model", bound=nn.Module)
 

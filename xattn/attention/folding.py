@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from xattn.attention.comrope import ComRope, FoldedRotation
 from xattn.attention.layer import Attention
-from xattn.runtime.locking import shared_copy
+from xattn.runtime.copies import shared_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 

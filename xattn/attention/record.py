@@ -11,6 +11,7 @@ gates), so stock timm and torchvision models, and your own, need no wrapper and 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -268,12 +269,26 @@ def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
 class _Interceptor(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if function is F.multi_head_attention_forward and not _STATE.inside:  # torchvision's layers
-            with attending_by(attend_and_keep):
-                return function(*args, **kwargs)
+        if function is F.multi_head_attention_forward and not _STATE.inside:
+            return _module_attended(function, args, kwargs)
         if function is not FUSED or _STATE.inside:
             return function(*args, **kwargs)
         return attend_and_keep(*args, **kwargs)
+
+
+def _module_attended(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What ``F.multi_head_attention_forward`` returns, as ``nn.MultiheadAttention`` calls it.
+
+    Where its weights are asked for, as by default, it writes out their softmax: then they come from a call
+    of their own, and the output from one that can be recorded.
+    """
+    given = inspect.signature(function).bind(*args, **kwargs)
+    weights = None
+    if given.arguments.get("need_weights", True):
+        weights = function(*args, **kwargs)[1]
+    given.arguments["need_weights"] = False
+    with attending_by(attend_and_keep):
+        return function(*given.args, **given.kwargs)[0], weights
 
 
 def attend_and_keep(

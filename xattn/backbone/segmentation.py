@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
                 f"encoder, decoder and segmentation_head; give a module with forward_taps(x) and "
                 f"forward_pixels(x)"
             )
-        self.net = net.eval()
+        self.net = net
         # torchvision's weights were trained with ImageNet's mean and std; else that is a guess.
         self.assumes_preprocessing = preprocessing is None and not _of_torchvision(net)
         self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)

@@ -212,10 +212,15 @@ class Explainer(CaptumMethod, ABC):
             images = images.clone()
         return images.to(self.backbone.device, dtype)
 
+    def _others(self) -> list[nn.Module]:
+        """Networks beside backbone and head that it runs."""
+        return []
+
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        modules = [m for m in (self.backbone, self.head) if m is not None]
-        own = [self.backbone.model, probe_of(self.backbone), self.head]
+        others = self._others()
+        modules = [m for m in (self.backbone, self.head, *others) if m is not None]
+        own = [self.backbone.model, probe_of(self.backbone), self.head, *others]
         held = alone(*(m for m in own if m is not None))
         # Here and not only in passes: rules of relevance are to see a norm before it is rewritten.
         state = preserve_state(*modules)

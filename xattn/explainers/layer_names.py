@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from xattn.backbone import Backbone
+from xattn.runtime.copies import copies_of
 from xattn.runtime.names import near_names
 
 
@@ -41,29 +42,33 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
     Raises:
         ValueError: no such module, with near matches.
     """
-    point_of = getattr(backbone.model, "point_of", None)  # of a traced module
-    point = None if point_of is None else point_of(layer)
-    if point is not None:
-        return point
+    point_of = getattr(backbone.model, "point_of", lambda layer: None)  # of a traced module
     if isinstance(layer, nn.Module):
-        if any(layer is m for m in backbone.modules()):
-            return layer
+        inside = set(backbone.modules())
+        for one in (layer, *copies_of(layer)):
+            point = point_of(one)
+            if point is not None or one in inside:
+                return point or one
         raise ValueError(
-            f"layer: {type(layer).__name__} is not a module of {backbone.name}; give one of "
-            f"backbone.model, or its dotted name"
+            f"layer: {type(layer).__name__} is not a module of {backbone.name}; give one of the network "
+            f"that it was loaded from, or its dotted name"
         )
     if not isinstance(layer, str):
         raise ValueError(
             f"layer: got a {type(layer).__name__}; give a module or its dotted name, of several "
             f"layers=(...)"
         )
+    point = point_of(layer)
+    if point is not None:
+        return point
     modules = {name: module for name, module in backbone.named_modules() if name}
+    for prefix in ("model.", "", "model.graph.", "model.net."):
+        if prefix + layer in modules:
+            return modules[prefix + layer]
     names = {
         name.removeprefix("model.").removeprefix("graph."): module
         for name, module in modules.items()
     }
-    if layer in names or layer in modules:
-        return names.get(layer) or modules[layer]
     inner = [name for name in names if name.endswith(f".{layer}")]  # within an adapter
     if len(inner) == 1:
         return names[inner[0]]

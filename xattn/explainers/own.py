@@ -5,9 +5,10 @@
     evaluate(backbone, {"head": head, "captum": captum, "mine": lambda x, target: x.mean(1)}, photos)
 
 A method gets images (B, 3, H, W) of **raw pixels in [0, 1]**, as every explainer does, and classes (B,);
-``backbone.logits`` normalises them itself. A Captum object that was made of ``backbone.model``, which wants
-normalised images, gets those. It returns (B, 1, h, w) or (B, h, w), as a tensor or an array; attributions
-of the three colours are summed, with their signs or without.
+``backbone.logits`` normalises them itself. A Captum object that was made of the network itself (the module
+that ``load_backbone`` got, or ``backbone.model``), which wants normalised images, gets those. It returns
+(B, 1, h, w) or (B, h, w), as a tensor or an array; attributions of the three colours are summed, with
+their signs or without.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from xattn.backbone.scored import Scored
 from xattn.explainers import base
 from xattn.explainers.base import Choose, Explainer, create_explainer
 from xattn.heads import Head
+from xattn.runtime.copies import copies_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -149,6 +151,11 @@ class OwnExplainer(AdaptedExplainer):
             return super().attribute(inputs, target)
         return self._attribute(inputs, target)
 
+    def _others(self) -> list[nn.Module]:
+        """The modules that a Captum object holds, such as the caller's network."""
+        held = vars(self.method).values() if _is_captum(self.method) else ()
+        return [network for value in held if (network := _network(value)) is not None]
+
     def _found(self, images: Tensor, target: Tensor) -> Any:
         if self.pixels == "normalised":
             images = self.backbone.normalize(images)
@@ -231,7 +238,7 @@ def as_explainer(
         name: what tables and packs call it; by default its own.
         channels: of a method of another make: how attributions of several channels become one map.
         pixels: what such a method gets; by default raw pixels in [0, 1], and normalised ones for a Captum
-            object of ``backbone.model``.
+            object of the network itself.
 
     Raises:
         ValueError: it is none of these, or the head is another backbone's.
@@ -333,10 +340,21 @@ def _path_of(method: Any) -> str:
 
 
 def _reads_model(method: Any, backbone: Any) -> bool:
-    """Whether a Captum object was made of the network inside a backbone, which does not normalise."""
-    function = method.forward_func
-    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-    return owner is not None and owner is getattr(backbone, "model", None)
+    """Whether a Captum object was made of the network inside a backbone, which does not normalise, or of
+    the one that it was loaded from."""
+    if not isinstance(backbone, Backbone):
+        return False
+    owner = _network(method.forward_func)
+    if owner is None or owner is backbone:
+        return False
+    copies = {one for part in owner.modules() for one in copies_of(part)}
+    return owner is backbone.model or not copies.isdisjoint(backbone.model.modules())
+
+
+def _network(value: Any) -> nn.Module | None:
+    """A module, or that of a bound method."""
+    owner = value if isinstance(value, nn.Module) else getattr(value, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 class _Logits(nn.Module):

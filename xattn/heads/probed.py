@@ -13,7 +13,7 @@ import hashlib
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Preprocessing, Taps, sha256
-from xattn.backbone.fingerprint import network_sha256
+from xattn.backbone.fingerprint import hashed_of, is_still, network_sha256
 from xattn.heads.attentive import AttentiveHead
 
 
@@ -37,7 +37,7 @@ class Probed(Backbone):
         self.class_names = list(names)
         self.pools_linearly = False
         self.tap_point = nn.Identity()
-        self._fingerprint, self._hashed = self._hash(backbone.fingerprint), backbone.conversion
+        self._fingerprint, self._hashed = self._hash(backbone.fingerprint), hashed_of(self.model)
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> Probed:
         taps = None if self.adapter else self.taps
@@ -45,7 +45,8 @@ class Probed(Backbone):
         encoder = Backbone(self.model, name, preprocessing, taps)
         own = self.preprocessing
         if (preprocessing.mean, preprocessing.std) == (own.mean, own.std):
-            encoder._fingerprint, encoder._hashed = self.encoder_fingerprint, encoder.conversion
+            encoder._fingerprint = self.encoder_fingerprint
+            encoder._hashed = self._hashed
         return Probed(encoder, self.probe)
 
     def with_converted(self, model: nn.Module) -> Backbone:
@@ -90,10 +91,9 @@ class Probed(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        made = self.conversion
-        if self._fingerprint is None or made != self._hashed:
+        if self._fingerprint is None or not is_still(self.model, self._hashed):
             network = network_sha256(self.model, self.preprocessing)
-            self._fingerprint, self._hashed = self._hash(network), made
+            self._fingerprint, self._hashed = self._hash(network), hashed_of(self.model)
         return self._fingerprint
 
     def _hash(self, encoder: str) -> str:

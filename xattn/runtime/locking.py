@@ -7,18 +7,14 @@ Waiting threads take turns in the order of their arrival.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelLock:
@@ -116,13 +112,6 @@ def alone(*modules: nn.Module) -> Iterator[None]:
         for _, lock in sorted(locks.items()):
             stack.enter_context(lock.alone())
         yield
-
-
-def shared_copy(model: Model) -> Model:
-    """A copy of the modules over the same parameters and buffers; nobody else uses ``model`` meanwhile."""
-    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    with alone(model):
-        return copy.deepcopy(model, shared)
 
 
 def _forget() -> None:

@@ -29,7 +29,7 @@ from xattn.pruning import (
     mark_pruned,
     prune_in_place,
 )
-from xattn.runtime.locking import shared_copy
+from xattn.runtime.copies import shared_copy
 from xattn.training.closeness import divergence, last_tokens
 
 AT_ONCE = 32  # photos a pass that trains nothing

@@ -1,0 +1,167 @@
+"""Backbones of modules that ``torch.fx`` cannot trace: run as they are, with hooks on some modules.
+
+    backbone = load_backbone(net)                     # whose forward branches on values
+    backbone = load_backbone(net, taps=["stage4"])
+
+A tap is what its module returned in its last call of the pass. The hooks lie on the frozen copy that
+``load_backbone`` makes, never on the caller's module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xattn.backbone.adapters import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
+from xattn.backbone.preprocessing import channels_of
+from xattn.runtime.names import did_you_mean
+
+_FOUND: ContextVar[dict[int, Tensor] | None] = ContextVar("found", default=None)
+
+
+class _Keep:
+    """A forward hook that keeps a module's output for the pass that this thread runs."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        found = _FOUND.get()
+        if found is not None:
+            found[self.index] = output.clone()  # what follows may work in place
+
+
+class HookedClassifier(AdaptedClassifier):
+    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_hooks`."""
+
+    def __init__(self, net: nn.Module, taps: Sequence[str], **facts: Any) -> None:
+        super().__init__(taps, **facts)
+        self.net = net
+        for i, path in enumerate(self.tap_names):
+            net.get_submodule(path).register_forward_hook(_Keep(i))
+
+    @property
+    def gradcam_layer(self) -> nn.Module:
+        """The module of the last tap."""
+        return self.net.get_submodule(self.tap_names[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        token = _FOUND.set({})
+        try:
+            logits, found = self.net(x), _FOUND.get() or {}
+        finally:
+            _FOUND.reset(token)
+        missing = [name for i, name in enumerate(self.tap_names) if i not in found]
+        if missing:
+            raise ValueError(
+                f"taps: {missing[0]!r} is not called in this pass of {type(self.net).__name__}; name a "
+                f"module that every pass calls"
+            )
+        return logits, [as_map(found[i], grid) for i, grid in enumerate(self.grids)]
+
+
+def from_hooks(
+    model: nn.Module,
+    taps: Sequence[str] | None = None,
+    *,
+    input_size: tuple[int, int] | None = None,
+) -> HookedClassifier:
+    """``model`` for ``load_backbone``; it gets hooks that stay, so give a copy.
+
+    Args:
+        model: in eval mode; maps normalised images (B, 3, H, W) to logits (B, K).
+        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default those of the
+            last maps on each of the three coarsest grids that lead to the logits, in one pass of random
+            images.
+        input_size: (H, W) in pixels; by default that of ``model.preprocessing``.
+
+    Raises:
+        ValueError: the module does not take images or give logits, or a tap is unknown or no map.
+    """
+    preprocessing, assumed = prepared_by(model, None, input_size)
+    size, kind = preprocessing.input_size, type(model).__name__
+    logits, outputs = _run(model, size, channels_of(model, preprocessing))
+    shapes = {path: tuple(output.shape) for path, output in outputs.items()}
+    if taps is None:
+        leading = _leading(logits, outputs)
+        taps = coarsest({path: shape for path, shape in shapes.items() if path in leading}, size)
+        if not taps:
+            raise ValueError(
+                f"taps: no module of {kind} gives a map (B, C, h, w) that its logits follow from; name "
+                f"modules that give tokens (B, N, C), such as the norm of its last block, or give it a "
+                f"method forward_taps(x) -> (logits, maps)"
+            )
+    for tap in taps:
+        if tap not in shapes:
+            last = f"the last ones are {', '.join(list(shapes)[-5:])}"
+            raise ValueError(
+                f"taps: {kind} calls no module {tap!r} that returns a tensor; "
+                f"{did_you_mean(tap, shapes, last)}"
+            )
+    grids = [grid_of(tap, shapes[tap], size) for tap in taps]
+    last = grids[-1]
+    layers = [m for p, m in model.named_modules() if p in outputs and outputs[p] is logits]
+    made = HookedClassifier(
+        model,
+        taps,
+        classifier=layers[-1] if layers else None,
+        preprocessing=preprocessing,
+        grids=grids,
+        prefix=0 if last is None else shapes[taps[-1]][1] - last[0] * last[1],
+    )
+    made.assumes_preprocessing = assumed
+    return made
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _run(
+    model: nn.Module, size: tuple[int, int], channels: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (2, K) of random images, and the last tensor that each module returned, by its path in the
+    order of their returns."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs.pop(path, None)
+            if isinstance(output, Tensor):
+                outputs[path] = output
+
+        return hook
+
+    weight = next(model.parameters(), torch.zeros((), device="cpu"))
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(2, channels, *size, generator=draw, device="cpu").to(weight)
+    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
+    try:
+        logits = model(images.requires_grad_())
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: {type(model).__name__} fails on images {tuple(images.shape)} "
+            f"({type(error).__name__}: {reason}); give input_size=, or give it a method "
+            f"forward_taps(x) -> (logits, maps)"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or len(logits) != 2:
+        raise ValueError(f"model: {type(model).__name__} does not end in logits (B, K)")
+    return logits, outputs
+
+
+def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> set[str]:
+    """The paths whose output has a gradient of the logits; all where there are no gradients."""
+    with suppress(RuntimeError):
+        found = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
+        return {path for path, grad in zip(outputs, found, strict=True) if grad is not None}
+    return set(outputs)
