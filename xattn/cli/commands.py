@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from xattn.cli.accuracy import Accuracy
 from xattn.cli.app import App
 from xattn.cli.bench import Bench
 from xattn.cli.compare import Compare
@@ -44,6 +45,7 @@ COMMANDS: dict[str, type[Any]] = {
     "explain": Explain,
     "evaluate": Evaluate,
     "compare": Compare,
+    "accuracy": Accuracy,
     "diff": Diff,
     "merge": Merge,
     "parts": Parts,

@@ -1,0 +1,117 @@
+"""Top-1 and top-5 accuracy of networks on photos with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from xattn.backbone import Backbone
+from xattn.eval.bootstrap import Interval
+from xattn.eval.evaluation.stream import ImageStream, Skipped
+from xattn.eval.report.mistakes import accuracy
+from xattn.photos.base import Data
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.labels import FOLDERS, true_classes
+from xattn.photos.sources import open_photos
+
+TOP = (1, 5)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What :func:`measure_accuracy` found.
+
+    Attributes:
+        networks: their names.
+        ranks: (networks, photos), the place of a photo's own class in each answer, 0 for the first.
+        unlabelled: how many photos have no class of the networks; they do not count.
+        skipped: photos that could not be read, with the reason.
+    """
+
+    networks: tuple[str, ...]
+    ranks: NDArray[np.int64]
+    unlabelled: int
+    skipped: tuple[Skipped, ...]
+
+    def top(self, network: int, k: int = 1) -> Interval:
+        """The share of photos whose class is among the first ``k``, with Wilson's 95 % interval."""
+        return accuracy((self.ranks[network] < k).astype(np.float64))
+
+    def lines(self) -> Iterator[str]:
+        """Markdown: a row a network, and what a second one gets wrong and right beside the first."""
+        yield "| network | top-1, % | top-5, % |"
+        yield "| :-- | --: | --: |"
+        for i, name in enumerate(self.networks):
+            shares = [Interval(*(100 * x for x in self.top(i, k)[:3]), 0).text(1) for k in TOP]
+            yield f"| {name} | {' | '.join(shares)} |"
+        yield ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        yield (
+            f"{self.ranks.shape[1]} photos ({self.unlabelled} without a class of the network{skipped}); "
+            f"Wilson's 95 % intervals"
+        )
+        right = self.ranks == 0
+        for i, name in enumerate(self.networks[1:], 1):
+            lost, gained = (
+                int((a & ~b).sum()) for a, b in ((right[0], right[i]), (right[i], right[0]))
+            )
+            yield f"{name}: {lost} photos are no longer right, {gained} have become so"
+
+
+@torch.inference_mode()
+def measure_accuracy(
+    networks: Sequence[Backbone],
+    images: Data,
+    labels: str = FOLDERS,
+    *,
+    batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
+) -> Accuracy:
+    """The accuracy of ``networks`` with the same classes and preprocessing, on the same photos.
+
+        found = measure_accuracy([backbone, converted(backbone, "gna")], "photos/")
+        print(found.top(1), found.top(1, k=5))
+
+    Args:
+        labels: ``"folders"``, whose names are those of classes, or a file, see
+            :func:`xattn.photos.labels.true_classes`.
+
+    Raises:
+        ValueError: a network that does not name one class a photo, no photo with a class of the networks,
+            or damaged labels. FileNotFoundError: no such file.
+    """
+    first = networks[0]
+    if first.task not in ("multiclass", "binary"):
+        raise ValueError(
+            f"task: {first.name} is {first.task}, accuracy needs one class a photo; choose a multiclass "
+            f"network"
+        )
+    first.require_classes()
+    photos = open_photos(images)
+    names = [photos.name(i) for i in range(len(photos))]
+    classes = [number for number, _ in true_classes(names, labels, first.class_names)]
+    used = [i for i, number in enumerate(classes) if number is not None]
+    if not used:
+        raise ValueError(
+            f"labels: none of {len(names)} photos has a class of {first.name}; give --labels, or "
+            f"--class-names"
+        )
+    stream = ImageStream([photos[i] for i in used], first.preprocessing, max_pixels=max_pixels)
+    parts: list[torch.Tensor] = []
+    for block in stream.blocks(batch_size):
+        if not block:
+            continue
+        batch = torch.stack([item.image for item in block]).to(first.device, first.mean.dtype)
+        own = torch.tensor([classes[used[item.position]] for item in block], device=first.device)
+        answers = torch.stack([network.logits(batch) for network in networks])
+        mine = answers.gather(2, own.expand(len(networks), -1)[..., None])
+        parts.append((answers > mine).sum(2).cpu())
+    if not parts:
+        raise ValueError(f"images: none of {len(used)} photos could be read; check them")
+    names_of = tuple(network.name for network in networks)
+    skipped = tuple(stream.skipped.values())
+    return Accuracy(names_of, torch.cat(parts, 1).numpy(), len(names) - len(used), skipped)

@@ -1,0 +1,54 @@
+"""``xattn accuracy``: how often a network is right, before and after a conversion."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import tyro
+
+from xattn.cli.checks import check_labels
+from xattn.cli.model import BackboneArgs
+from xattn.cli.shared import BatchSize, PhotoArgs, first_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(PhotoArgs):
+    """Measure top-1 and top-5 accuracy; with --mechanism, beside the network as it was trained."""
+
+    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    labels: str = "folders"
+    """"folders", whose names are those of classes, or a .json or .csv file of the photos' classes."""
+    limit: int | None = None
+    """Use only the first so many photos."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    batch_size: BatchSize = 32
+    """Photos a pass."""
+
+    def check(self) -> None:
+        super().check()
+        self.model.check()
+        check_labels(self.labels)
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; give at least 1")
+
+    def run(self) -> None:
+        from xattn.eval.evaluation.accuracy import measure_accuracy
+
+        networks: list[Any] = [self.model.load()]
+        if self.model.mechanism is not None:
+            networks.insert(0, replace(self.model, mechanism=None, layers=None).load())
+        found = measure_accuracy(
+            networks,
+            first_of(self.photos, self.limit),
+            self.labels,
+            batch_size=self.batch_size,
+            max_pixels=self.max_pixels,
+        )
+        for skipped in found.skipped:
+            print(f"skipped {skipped.id}: {skipped.reason}", file=sys.stderr)
+        print("\n".join(found.lines()))
