@@ -78,15 +78,21 @@ class Mutant:
     end: int  # of the bytes that ``text`` replaces
     text: str
 
-    def within(self, source: bytes) -> bytes:
+    def source(self) -> bytes:
         """The whole file with the fault."""
+        source = source_of(self.path)
         return source[: self.start] + self.text.encode() + source[self.end :]
 
     def __str__(self) -> str:
-        source = (ROOT / self.path).read_bytes()
-        texts = (text.decode().splitlines() for text in (source, self.within(source)))
+        texts = (s.decode().splitlines() for s in (source_of(self.path), self.source()))
         lines = list(difflib.unified_diff(*texts, n=0, lineterm=""))[2:]
         return "\n    ".join([f"{self.id} {self.path} {self.function} ({self.kind})", *lines])
+
+
+@cache
+def source_of(path: str) -> bytes:
+    """A file as it was at the start: what changes meanwhile is not what was imported."""
+    return (ROOT / path).read_bytes()
 
 
 def functions(tree: ast.AST, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -147,7 +153,7 @@ def sites(node: ast.AST) -> Iterator[ast.AST]:
 
 def mutants_of(part: str, path: str) -> Iterator[Mutant]:
     """All mutants of a file."""
-    source, starts = (ROOT / path).read_bytes(), [0]
+    source, starts = source_of(path), [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     seen: dict[str, int] = defaultdict(int)
@@ -190,11 +196,10 @@ def code_of(code: CodeType, name: str) -> Iterator[CodeType]:
 
 def put_in(mutant: Mutant) -> None:
     """Give the live function, from the outermost one on, the code with the fault."""
-    path = ROOT / mutant.path
-    source = path.read_bytes()
+    path, source = ROOT / mutant.path, source_of(mutant.path)
     line = source[: mutant.start].count(b"\n") + 1
     around = [n for n, f in functions(ast.parse(source)) if f.lineno <= line <= f.end_lineno]
-    code = list(code_of(compile(mutant.within(source), str(path), "exec"), around[0]))
+    code = list(code_of(compile(mutant.source(), str(path), "exec"), around[0]))
     for function in [f for f in gc.get_objects() if isinstance(f, FunctionType)]:
         own = function.__code__
         if own.co_qualname == around[0] and Path(own.co_filename).resolve() == path:

@@ -16,15 +16,14 @@ def f(x: int = 3) -> float:
 '''
 
 
-def faults(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(mutants, "ROOT", tmp_path)
-    (tmp_path / "a.py").write_text(code)
+def faults(monkeypatch, code):
+    monkeypatch.setattr(mutants, "source_of", lambda path: code.encode())
     found = list(mutants.mutants_of("heads", "a.py"))
-    return {m.id: (m.kind, m.within(code.encode()).decode()) for m in found}
+    return {m.id: (m.kind, m.source().decode()) for m in found}
 
 
-def test_every_fault_is_python_and_they_differ(tmp_path, monkeypatch):
-    found = faults(tmp_path, monkeypatch, CODE)
+def test_every_fault_is_python_and_they_differ(monkeypatch):
+    found = faults(monkeypatch, CODE)
     for _, text in found.values():
         compile(text, "a.py", "exec")
         assert text.startswith('\ndef f(x: int = 3) -> float:\n    """1 + 2"""')
@@ -35,9 +34,9 @@ def test_every_fault_is_python_and_they_differ(tmp_path, monkeypatch):
     }
 
 
-def test_a_fault_has_the_same_id_when_other_functions_change(tmp_path, monkeypatch):
-    before = faults(tmp_path, monkeypatch, CODE)
-    after = faults(tmp_path, monkeypatch, "def g():\n    return 1 - 2\n\n" + CODE)
+def test_a_fault_has_the_same_id_when_other_functions_change(monkeypatch):
+    before = faults(monkeypatch, CODE)
+    after = faults(monkeypatch, "def g():\n    return 1 - 2\n\n" + CODE)
     assert set(before) < set(after)
 
 
