@@ -7,8 +7,8 @@ A fault (mutant) is one changed expression or removed statement in a function of
 decorators, annotations and error messages stay. The tests are collected once. For a mutant a fork of that
 process gives the function the code with the fault and runs tests until one fails: first those that have
 the module's name in theirs, then those of files that import it, then the others of the part, for so many
-seconds of processor time. A crash or a spent limit kills too. No file is changed, so a process that a test
-starts does not see the fault. Results are kept in ``build/mutants``: a stopped run goes on, and survivors
+seconds of processor time. A crash or a spent limit kills too. No file is changed; processes that a test
+starts import the module with the fault. Results are kept in ``build/mutants``: a stopped run goes on, and survivors
 are tried again. The sample depends on the text of each function alone, so that changes elsewhere leave it
 as it is. A mutant that changes nothing a test could see stands with the reason in
 ``equivalent_mutants.txt``. Python 3.11 or newer.
@@ -207,6 +207,19 @@ def put_in(mutant: Mutant) -> None:
             function.__code__ = (alike or code)[0]
 
 
+STARTED = """
+import importlib.machinery as machinery, importlib.util as util, sys
+class Loader(machinery.SourceFileLoader):
+    def get_code(self, name):
+        return compile({source!r}, self.path, "exec")
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            return util.spec_from_file_location(name, {path!r}, loader=Loader(name, {path!r}))
+sys.meta_path.insert(0, Finder())
+"""  # the sitecustomize.py of processes that a test starts
+
+
 class Loop:
     """A pytest plugin: in place of the collected tests, those that matter run for each mutant."""
 
@@ -268,6 +281,12 @@ class Loop:
         """The test that fails first; empty where none does in the time that a mutant is given."""
         if mutant is not None:
             put_in(mutant)
+            path = ROOT / mutant.path
+            name = next(name for name, own in self.names.items() if own == path)
+            text = STARTED.format(source=mutant.source(), name=name, path=str(path))
+            folder = Path(os.environ["PYTEST_DEBUG_TEMPROOT"])
+            (folder / "sitecustomize.py").write_text(text)
+            os.environ["PYTHONPATH"] = str(folder)
         start = time.process_time()
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)

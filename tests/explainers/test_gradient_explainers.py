@@ -561,6 +561,16 @@ def test_lrp_refuses_what_it_has_no_rule_for_by_layer_type():
         create_explainer("lrp", backbone(Smooth))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_lrp_refuses_statistics_of_the_batch(kept):
+    net = backbone(norm=True)
+    norm = net.model.bn0
+    running = (norm.running_mean.clone(), norm.running_var.clone()) if kept else (None, None)
+    norm.forward = lambda x: F.batch_norm(x, *running, training=True)
+    with pytest.raises(ValueError, match="no rule for batch_norm with statistics of the batch"):
+        create_explainer("lrp", net)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("guided_backprop", "lrp")])
 def test_a_vit_is_explained_pixel_by_pixel(name):
     vit = load_backbone("test_vit", weights=None, input_size=64, num_classes=5)

@@ -7,6 +7,7 @@ from small_networks import made
 from xattn.backbone import load_backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.explainers import create_explainer
+from xattn.explainers import head as head_explainer
 from xattn.explainers.options import options_by_name
 from xattn.explainers.poses import POSES, Pose, Poser
 from xattn.heads import create_head
@@ -88,6 +89,16 @@ def test_a_network_that_moves_with_its_image_gives_the_map_of_one_pass(passes):
     expected, got = one.attribute(x, 5), several.attribute(x, 5)
     assert got.shape == (2, 1, 32, 24) and expected.std() > 0.01
     assert (got - expected).abs().max() < 1e-12
+
+
+def test_images_move_by_half_a_cell_of_the_tap_with_the_fewest(pair, images, monkeypatch):
+    backbone, head = pair
+    made = []
+    monkeypatch.setattr(head_explainer, "Poser", lambda *a, **k: made.append(a) or Poser(*a, **k))
+    create_explainer("head", backbone, head, passes=4).attribute(images, TARGET)
+    with torch.no_grad():
+        sizes = [tuple(tap.shape[2:]) for tap in backbone(images).maps]
+    assert made == [((32, 32), sorted(sizes, key=lambda size: size[0] * size[1])[0])]
 
 
 def test_a_picture_of_one_colour_has_a_constant_map_in_any_number_of_passes():

@@ -18,7 +18,7 @@ from xattn.cli import main
 from xattn.config import PruneConfig
 from xattn.pruning import pruned
 from xattn.training import pruning_run
-from xattn.training.pruned_student import PrunedStudent, choose_heads
+from xattn.training.pruned_student import PrunedStudent, check_tail, choose_heads, seen_by
 from xattn.training.pruning_run import read_photos, split
 
 HEADS = PruneConfig(batch_size=4, epochs=3, scored=8, checkpoint_every=2)
@@ -295,3 +295,13 @@ def test_a_trained_vit_keeps_its_accuracy(tmp_path, options, stage, least):
     stages = record["results"]["stages"]
     assert record["results"]["labelled"] == 100 and stages["whole"]["accuracy"]["mean"] == 0.86
     assert stages[stage]["accuracy"]["mean"] >= least
+
+
+@pytest.mark.parametrize("norm", [torch.nn.Identity(), None])
+def test_a_network_whose_end_is_not_its_norm_and_classifier_is_refused(norm):
+    model = xattn.load_backbone(network(), input_size=64)
+    seen, tail = seen_by(model, 3, torch.rand(2, 3, 64, 64))
+    check_tail(model, tail, seen)
+    model.model.norm = norm
+    with pytest.raises(ValueError, match="does more after its blocks than a norm and a classifier"):
+        check_tail(model, tail, seen)
