@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.app.synthetic_packs import big_pack, million_pack, picture
+from xattn.eval.bench.rounds import keep_rounds
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -402,6 +403,7 @@ def scale(rounds: int, maps: int) -> Iterator[str]:
         made = time.perf_counter() - start
         with served(folder / "root", folder / "log") as (address, process):
             yield from HEADER
+            keep_rounds(f"a pack of {maps:,} maps is written", "", [made])
             yield f"| a pack of {maps:,} maps is written | {made:.0f} s | | |"
             took = first_paint(running, address, rounds + 1, 120)
             yield _line("gallery, first visit of the server", took[:1], SCALE_PAINT)
@@ -423,6 +425,7 @@ def scale(rounds: int, maps: int) -> Iterator[str]:
             next_images(page, 2)
             yield _line("image page, next image", next_images(page, rounds), PHOTO)
             memory = resident(process)
+            keep_rounds("server's memory", "", [memory], "MB")
             yield f"| server's memory | {memory:.0f} MB | | {SCALE_MEMORY} MB |"
 
 
@@ -433,6 +436,7 @@ def _packs(root: Path) -> dict[str, str]:
 
 
 def _line(label: str, seconds: list[float], allowed: float) -> str:
+    keep_rounds(label, "", seconds)
     median, most = statistics.median(seconds), max(seconds)
     return f"| {label} | {1000 * median:.0f} ms | {1000 * most:.0f} ms | {1000 * allowed:.0f} ms |"
 
@@ -443,6 +447,7 @@ def _memory(page: Any, process: int, views: int) -> Iterator[str]:
     before = resident(process)
     next_images(page, views - views // 10)
     after = resident(process)
+    keep_rounds(f"server's memory over {views} image pages", "", [before, after], "MB")
     yield (
         f"| server's memory over {views} image pages | {before:.0f} MB, then {after - before:+.0f} MB "
         f"| | flat: at most +{GROWTH} MB |"

@@ -70,13 +70,24 @@ def to_pandas(results: Any, per_image: bool = False) -> Any:
     return pd.DataFrame(image_rows(results) if per_image else table_rows(results))
 
 
+def value_rows(results: Any) -> list[dict[str, Any]]:
+    """One row an image and method: its number of the class, and the value of each column to six digits."""
+    return [
+        {"image": image.id, "target": image.target, "method": name}
+        | {column.key: float(f"{values[i]:.6g}") for column, values in method.values.items()}
+        for name, method in results.methods.items()
+        for i, image in enumerate(results.images)
+    ]
+
+
 def to_csv(results: Any, path: str | Path | None = None, per_image: bool = False) -> str | None:
-    """The same table as CSV: written to ``path``, or returned; NaN is an empty cell.
+    """The same table as CSV, or :func:`value_rows` with ``per_image``, which keeps the raw values small:
+    written to ``path``, or returned; NaN is an empty cell.
 
     Raises:
         OSError: the file cannot be written; an earlier file is intact.
     """
-    rows = image_rows(results) if per_image else table_rows(results)
+    rows = value_rows(results) if per_image else table_rows(results)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(rows[0])

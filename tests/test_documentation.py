@@ -11,6 +11,43 @@ from xattn.eval.studies.attention_maps import LARGEST, with_maps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+LARGEST_VALUES = 500_000  # bytes of a file of raw values
+KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{1}-values.csv', True)\""
+# Pages that still lack the raw values behind them, and the command that writes them. Take a page out when
+# its file is there; none may be added.
+WITHOUT_VALUES = {
+    "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
+    "attention-training-cost": "xattn bench probe --backbones tf_efficientnet_lite0 vit_small_patch16_224 "
+    "--rounds 5 --raw caching-cost-values.csv",
+    "attention-training-images": "xattn study image, the page's command: values.csv",
+    "attentive-head-speed": "xattn bench heads --raw attentive-head-speed-values.csv",
+    "caching-cost": "that of attention-training-cost, one file",
+    "coarse-groups": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
+    "controls": "xattn study controls, the page's command: photos.csv, maps.csv and trained.csv",
+    "evidence": "python -m xattn.eval.studies.fold_rows, the page's commands: values.csv",
+    "exports-and-processes": "pytest tests/test_exporting.py -m slow",
+    "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
+    "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
+    "gpu-kernels": "xattn bench kernels --aot --raw gpu-kernels-values.csv",
+    "held-out-classes": "python -m xattn.eval.studies.class_folds, the page's command: values.csv",
+    "lesions": "xattn study lesions: values.csv",
+    "linear-attention-depths": "xattn study depths, the page's command: values.csv",
+    "map-memory": "xattn bench maps --raw map-memory-values.csv",
+    "mask-policies": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
+    "metric-speed": "xattn bench fidelity --raw metric-speed-values.csv",
+    "package-weights": "the page's lines of Python",
+    "part-utilization": "xattn study vpu, the page's commands: vpu.csv",
+    "pointers": "xattn study pointer: values.csv",
+    "position-encodings": "xattn study positions, the page's command: values.csv",
+    "probing-heads": "xattn probe, the page's commands: answers.csv",
+    "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
+    "speed": "xattn bench all --raw speed-values.csv",
+    "startup": "xattn bench startup --raw startup-values.csv",
+    "swapped-attention": "xattn study swap, the page's command: values.csv",
+    "two-stream-faces": "xattn study faces: values.csv",
+    "viewer-speed": "xattn bench app --raw viewer-speed-values.csv",
+    "white-box-2025": KEEP.format("runs/white-box/leaderboard.json", "white-box-2025"),
+}
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
@@ -73,6 +110,27 @@ def test_the_index_links_every_page_of_results():
 def test_every_file_beside_the_results_is_linked_from_a_page():
     linked = {target_of(page, link)[0] for page in RESULTS.glob("*.md") for link in links_of(page)}
     assert {file for file in RESULTS.iterdir() if file.suffix != ".md"} <= linked
+
+
+@pytest.mark.parametrize("page", sorted({page.stem for page in RESULTS.glob("*.md")} - {"README"}))
+def test_a_page_of_results_links_the_raw_values_beside_it(page):
+    values = set(RESULTS.glob(f"{page}-values*.csv"))
+    linked = {
+        target_of(RESULTS / f"{page}.md", link)[0] for link in links_of(RESULTS / f"{page}.md")
+    }
+    shared = {file for file in linked if "-values" in file.stem}
+    if page in WITHOUT_VALUES:
+        assert not values | shared, f"{page} has raw values; take it out of WITHOUT_VALUES"
+        return
+    assert shared and values <= linked, f"{page} links no {page}-values.csv"
+    for file in values:
+        assert file.stat().st_size <= LARGEST_VALUES, f"{file.name}: make it a file of the release"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert len(lines) > 2 and lines[0].count(",") > 0, file.name
+
+
+def test_pages_without_raw_values_exist():
+    assert all((RESULTS / f"{page}.md").is_file() for page in WITHOUT_VALUES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

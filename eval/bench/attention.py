@@ -30,7 +30,7 @@ from xattn.attention import (
 )
 from xattn.attention.lowering import attend_output
 from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import Job, forward_and_both, median_ratio
+from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio
 from xattn.eval.bench.timing import times as measure
 from xattn.kernels.causal_product import causal_product
 from xattn.runtime.allocator import keep_memory
@@ -76,8 +76,12 @@ def bench(
     compared: list[str] = []
     for n in tokens:
         made, visited = jobs(names, n, device, dtype, low_rank=not chosen)
-        forward = measure({name: job[0] for name, job in made.items()}, rounds)
-        both = measure({name: job[1] for name, job in made.items()}, rounds)
+        forward = measure(
+            {name: job[0] for name, job in made.items()}, rounds, of=f"{n} tokens, {PASSES[0]}"
+        )
+        both = measure(
+            {name: job[1] for name, job in made.items()}, rounds, of=f"{n} tokens, {PASSES[1]}"
+        )
         memory = {name: peak_memory(job[1]) for name, job in made.items()}
         for name in made:
             times.setdefault(name, []).append((n, statistics.median(forward[name])))

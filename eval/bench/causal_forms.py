@@ -17,7 +17,7 @@ import torch
 from xattn.attention import create_mechanism, list_attention, mechanism_class
 from xattn.attention.conversion import format_mechanism
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.eval.bench.timing import forward_and_both, median_ratio, times
+from xattn.eval.bench.timing import PASSES, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory
 
 
@@ -72,7 +72,8 @@ def _measured(
     }
     cells = []
     for turn in range(2):
-        took = times({str(causal): pair[turn] for causal, pair in made.items()}, rounds)
+        of = f"{format_mechanism(name, options)}, {n} tokens, {PASSES[turn]}"
+        took = times({str(causal): pair[turn] for causal, pair in made.items()}, rounds, of=of)
         cells += [f"{1e3 * statistics.median(took[key]):.1f}" for key in ("False", "True")]
         cells.append(f"{median_ratio(took['True'], took['False']):.2f}x")
     return cells

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
+from xattn.eval.bench.rounds import keep_rounds
 from xattn.eval.bench.timing import Job, median_ratio, times
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
@@ -78,7 +79,7 @@ def _best_batch(backbone: Backbone, batches: Sequence[int]) -> int:
     """The batch size with the fastest passes."""
     images = photos_like(backbone, max(batches)).to(backbone.device)
     jobs = {str(size): _passes(backbone, images, 2 * max(batches), size) for size in batches}
-    took = times(jobs, 3)
+    took = times(jobs, 3, of="batch size")
     return int(min(took, key=lambda size: statistics.median(took[size])))
 
 
@@ -121,7 +122,7 @@ def _metric_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
             "job": _evaluation(backbone, images, probe, batch),
             "floor": _passes(backbone, images, count * passes, batch),
         }
-        took = times(jobs, rounds)
+        took = times(jobs, rounds, of=label)
         yield _row(label, f"{passes} passes an image", took["job"], took["floor"], most)
 
 
@@ -135,7 +136,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
     library = _library_imputer(image, removed)
     if library is not None:
         jobs["library"] = library
-    took = times(jobs, rounds)
+    took = times(jobs, rounds, of="ROAD imputation, 7 levels")
     if library is not None:
         ratios = [b / a for a, b in zip(took["ours"], took["library"], strict=True)]
         yield (
@@ -150,7 +151,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
         "job": lambda: _morf(backbone, images, RoadProbe(), batch),
         "floor": _passes(backbone, images, 8 * len(images), batch),
     }
-    took = times(jobs, rounds)
+    took = times(jobs, rounds, of="ROAD, MoRF in total")
     yield _row("ROAD, MoRF in total", "8 passes an image", took["job"], took["floor"], 6)
 
 
@@ -239,6 +240,8 @@ def _scaling_row(name: str) -> Iterator[str]:
     ratios, equal = [], True
     for _ in range(3):
         one, two = (_own_process(name, 64, 28, 1, ranks) for ranks in (1, 2))
+        keep_rounds("processes", "1", one[:1])
+        keep_rounds("processes", "2", two[:1])
         ratios.append(two[0] / one[0])
         equal = equal and one[2] == two[2]
     middle = statistics.median(ratios)
@@ -261,6 +264,9 @@ def _memory_rows(name: str) -> Iterator[str]:
         (8, 14, 16),
     ):
         peak = _own_process(name, count, steps, explainers)[1]
+        keep_rounds(
+            f"{count} images, {steps} steps, {explainers} explainers", "", [peak], "peak MB"
+        )
         base = peak if base is None else base
         yield f"| {count} | {steps} | {explainers} | {peak:.0f} ({peak - base:+.0f}) |"
 

@@ -41,7 +41,7 @@ def bench(
     for name in names:
         made = {n: jobs([name], n, device, dtype, low_rank=False, lists=False)[0] for n in tokens}
         for row in [label for label in made[tokens[0]] if label != DENSE]:
-            took = measure({str(n): made[n][row][0] for n in tokens}, rounds)
+            took = measure({str(n): made[n][row][0] for n in tokens}, rounds, of=row)
             memory = {n: peak_memory(made[n][row][0]) for n in tokens}
             for n in tokens:
                 cells = [row, str(n), f"{1e3 * statistics.median(took[str(n)]):.1f}"]

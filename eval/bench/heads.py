@@ -169,7 +169,7 @@ def bench(
 
 def _pooling_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
     jobs, counts = pooling_jobs(width, side, batch)
-    took = times(jobs, rounds, 2, processor_clock())
+    took = times(jobs, rounds, 2, processor_clock(), of=f"width {width}, {side * side} tokens")
     base = min((n for n in took if n.startswith(BASE)), key=lambda n: statistics.median(took[n]))
     for name in jobs:
         each = [b / a for a, b in zip(took[name], took[base], strict=True)]
@@ -195,6 +195,7 @@ def _head_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]:
         rounds,
         1,
         processor_clock(),
+        of="training step",
     )
     for name in sorted(heads, key=lambda name: statistics.median(took[name])):
         head = heads[name]
@@ -217,7 +218,7 @@ def _mixer_rows(width: int, side: int, batch: int, rounds: int) -> Iterator[str]
             made = create_head(MIXED, backbone, mixer=entry.name, mixer_options=options)
             heads[f"{MIXED}, {entry.name}"] = made.train()
     jobs = {name: training_step(head, batch, width, side) for name, head in heads.items()}
-    took = times(jobs, rounds, 1, processor_clock())
+    took = times(jobs, rounds, 1, processor_clock(), of="training step with a mixer")
     for name, head in heads.items():
         cells = [name, f"{1e3 * statistics.median(took[name]):.1f}"]
         cells += [f"{median_ratio(took[name], took[MIXED]):.2f}x", f"{_parameters(head):,}"]

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from xattn.eval.bench.rounds import keep_rounds
 from xattn.eval.bench.startup import Took, seconds_of
 
 EPOCHS = 2  # of the demo's 40: its other parts stay whole
@@ -42,6 +43,8 @@ def bench(rounds: int = 3) -> Iterator[str]:
         pairs = zip(alone, beside, strict=True)
         ratio = statistics.median(b.processor / a.processor for a, b in pairs)
         columns = [column for runs in (alone, beside) for column in zip(*runs, strict=True)]
+        for kind, column in zip(heads, columns, strict=True):
+            keep_rounds(name, kind, column)
         medians = " | ".join(f"{statistics.median(column):.0f}" for column in columns)
         limit = f"{BOUND}{' (missed)' * (ratio > BOUND)}" if not environment else ""
         yield f"| {name} | {medians} | {ratio:.2f} | {limit} |"

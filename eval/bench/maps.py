@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
+from xattn.eval.bench.rounds import keep_rounds
 from xattn.eval.bench.tensor_memory import available_memory, peak_memory
 from xattn.eval.bench.timing import Job, median_ratio, seconds_of, times
 from xattn.explainers import create_explainer
@@ -73,12 +74,16 @@ def _row(name: str, tokens: int, jobs: dict[str, Job], need: int, rounds: int) -
     if need > 0.9 * available_memory():
         peaks: list[int] = []
         seconds = seconds_of(lambda: peaks.append(peak_memory(jobs["ours"])))  # one run: it is long
+        keep_rounds(f"{name}, {tokens} tokens", "ours", [seconds])
+        keep_rounds(f"{name}, {tokens} tokens", "ours", peaks, "peak bytes")
         cells += [f"{seconds:.2f}", f"{peaks[0] / 1e6:.0f}"]
         cells += ["", f"{need / 1e6:.0f} needed", *[""] * 4]
         return f"| {' | '.join(cells)} |"
     difference = float((jobs["ours"]() - jobs["stored"]()).abs().max())  # also warms up
-    took = times(jobs, rounds, warmup=0)
+    took = times(jobs, rounds, warmup=0, of=f"{name}, {tokens} tokens")
     peak = {job: peak_memory(run) for job, run in jobs.items()}
+    for job, most in peak.items():
+        keep_rounds(f"{name}, {tokens} tokens", job, [most], "peak bytes")
     time = median_ratio(took["ours"], took["stored"])
     memory = peak["ours"] / peak["stored"]
     for job in jobs:

@@ -67,9 +67,10 @@ def _row(tokens: int, width: int, batch: int, wanted: str, rounds: int) -> str:
         return lambda: torch.autograd.grad(pool(q, k, v), leaves, grad)
 
     jobs = {name: step(pool) for name, pool in (("1", products), ("2", plain), ("3", pooled))}
-    took = times(jobs, rounds, 2, processor_clock())
+    of = f"{tokens} tokens, gradients of {wanted}"
+    took = times(jobs, rounds, 2, processor_clock(), of=of)
     ratio = median_ratio(took["3"], took["1"])
-    wall = times({name: jobs[name] for name in ("1", "3")}, rounds)
+    wall = times({name: jobs[name] for name in ("1", "3")}, rounds, of=f"{of}, by the wall clock")
     waited = median_ratio(wall["3"], wall["1"])
     inputs = _bytes(q, k, v, grad)
     outputs = _bytes(grad, *leaves) + 4 * batch * QUERIES * tokens

@@ -44,7 +44,12 @@ def bench(backbones: Sequence[str], rounds: int, data: Path | None = None) -> It
             yield "\n| head | training | step / plain step | wanted |"
             yield "| :-- | :-- | --: | --: |"
             for head in ("efficient_probe", "abmilp"):
-                ratios = step_ratios(new_head(head, backbone, {}, ["a", "b"], 0), features, rounds)
+                ratios = step_ratios(
+                    new_head(head, backbone, {}, ["a", "b"], 0),
+                    features,
+                    rounds,
+                    of=f"{name}, {head}",
+                )
                 for training, ratio in ratios.items():
                     wanted = {"at": "at most 3.2x", "vat": "at most 4.5x"}.get(training, "")
                     yield f"| {head} | {training} | {ratio:.2f}x | {wanted} |"
@@ -72,12 +77,12 @@ def epoch_ratio(
                 taps = backbone(images[: len(part)])
             step(head.tokens(taps))
 
-    took = times({"through": through, "cached": cached}, rounds)
+    took = times({"through": through, "cached": cached}, rounds, of=f"{backbone.name}, {head.name}")
     return median_ratio(took["through"], took["cached"])
 
 
 def step_ratios(
-    head: AttentiveHead, features: Features, rounds: int, batch: int = 32
+    head: AttentiveHead, features: Features, rounds: int, batch: int = 32, of: str = ""
 ) -> dict[str, float]:
     """Time of a step with each kind of attention training, over a plain one."""
     tokens = head.tokens(features.taps([i % len(features) for i in range(batch)]))
@@ -92,7 +97,7 @@ def step_ratios(
 
         return run
 
-    took = times({kind: repeated(kind) for kind in kinds}, rounds, warmup=2)
+    took = times({kind: repeated(kind) for kind in kinds}, rounds, warmup=2, of=of)
     return {kind: median_ratio(took[kind], took["none"]) for kind in kinds[1:]}
 
 

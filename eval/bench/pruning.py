@@ -49,7 +49,7 @@ def bench(
         size = (batch, 3, *side.img_size)
         x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
         jobs = {"dense": partial(dense, x), "pruned": partial(pruned, x)}
-        took = times(jobs, rounds, warmup=2)
+        took = times(jobs, rounds, warmup=2, of=f"batch {batch}")
         before, after = dense(x), pruned(x)
         change = (after - before).norm() / (before - before.mean(1, keepdim=True)).norm()
         same = (after.argmax(1) == before.argmax(1)).double().mean()

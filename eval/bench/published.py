@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention import create_mechanism, list_attention, mechanism_class
-from xattn.eval.bench.timing import Job, forward_and_both, median_ratio
+from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio
 from xattn.eval.bench.timing import times as measure
 
 NOT_MEASURED = "not measured on a GPU"
@@ -120,7 +120,8 @@ def gains_of(
     forward, both = {}, {}
     for name, (first, second) in jobs(setting, device, dtype).items():
         forward[name], both[name] = first, second
-    took, whole = measure(forward, rounds), measure(both, rounds)
+    took = measure(forward, rounds, of=f"{setting.mechanism}, {PASSES[0]}")
+    whole = measure(both, rounds, of=f"{setting.mechanism}, {PASSES[1]}")
     back = {
         name: [max(b - statistics.median(took[name]), 1e-9) for b in whole[name]] for name in whole
     }

@@ -20,7 +20,7 @@ from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
 from xattn.attention.algebra import GatedOperator
 from xattn.attention.moh import MoH
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.eval.bench.timing import Job, forward_and_both, median_ratio, times
+from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory
 
 DIM, SHARED = HEADS * WIDTH, 1
@@ -57,7 +57,8 @@ def bench(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
             for level, pairs in jobs(x, layers).items():
                 cells = [str(n), routing, said, level]
                 for turn in range(2):
-                    took = times({name: pair[turn] for name, pair in pairs.items()}, rounds)
+                    of = f"{n} tokens, {routing}, {level}, {PASSES[turn]}"
+                    took = times({name: pair[turn] for name, pair in pairs.items()}, rounds, of=of)
                     cells += [f"{1e3 * statistics.median(took[name]):.2f}" for name in pairs]
                     cells.append(f"{median_ratio(took['all'], took['half']):.2f}x")
                 yield f"| {' | '.join(cells)} |"

@@ -24,7 +24,7 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval.bench.operation_counts import operations
 from xattn.eval.bench.random_photos import write_photos
-from xattn.eval.bench.timing import Job, ratios, seconds_of
+from xattn.eval.bench.timing import Job, ratios, times
 from xattn.explainers import create_explainer
 from xattn.explaining.photos import explain
 from xattn.heads import create_head
@@ -167,10 +167,7 @@ def folder_rates(
         explain(paths, backbone, head, batch_size=batch)
 
     jobs: dict[str, Job] = {"decoding": decode, "passes": passes, "explain": whole}
-    took = {name: [] for name in jobs}  # type: dict[str, list[float]]
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            took[name].append(seconds_of(job))
+    took = times(jobs, rounds, warmup=0, of=f"{backbone.name}, {len(paths)} images")
     return {name: len(paths) / statistics.median(values) for name, values in took.items()}
 
 
@@ -224,7 +221,7 @@ def _rows(
 ) -> Iterator[str]:
     floor = operations(jobs[base])
     words = "training step" if kind == "train" else "explaining"
-    for job, ratio in ratios(jobs, base, rounds).items():
+    for job, ratio in ratios(jobs, base, rounds, of=f"{name}, batch {batch}, {kind}").items():
         if job == base:
             continue
         cells = [name, str(batch), f"{words}, {job}", f"{ratio:.2f}x", base, "", "", ""]

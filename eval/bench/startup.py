@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from xattn.eval.bench.rounds import keep_rounds
+
 # What is typed, the program, and the bound in seconds.
 RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
     ("python -c pass", ("-c", "pass"), None),
@@ -49,7 +51,10 @@ def bench(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
     yield f"| typed | seconds, median of {rounds} | processor seconds | bound |"
     yield "| :-- | --: | --: | --: |"
     for name, _, bound in runs:
-        wall, processor = (statistics.median(column) for column in zip(*took[name], strict=True))
+        columns = list(zip(*took[name], strict=True))
+        for kind, column in zip(Took._fields, columns, strict=True):
+            keep_rounds(name, kind, column)
+        wall, processor = (statistics.median(column) for column in columns)
         limit = "" if bound is None else f"{bound}{' (missed)' * (wall >= bound)}"
         yield f"| `{name}` | {wall:.2f} | {processor:.2f} | {limit} |"
 

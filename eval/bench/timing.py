@@ -14,26 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xattn.eval.bench.rounds import keep_rounds
+
 Job = Callable[[], Any]
 Clock = Callable[[], float]
+PASSES = ("forward", "forward + backward")
 
 
-def ratios(jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2) -> dict[str, float]:
+def ratios(
+    jobs: dict[str, Job], base: str, rounds: int, warmup: int = 2, of: str = ""
+) -> dict[str, float]:
     """Median over ``rounds`` of time(job) / time(jobs[base]), each measured within one round."""
-    took = times(jobs, rounds, warmup)
+    took = times(jobs, rounds, warmup, of=of)
     return {name: median_ratio(took[name], took[base]) for name in jobs}
 
 
 def times(
-    jobs: dict[str, Job], rounds: int, warmup: int = 1, clock: Clock = time.perf_counter
+    jobs: dict[str, Job],
+    rounds: int,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    of: str = "",
 ) -> dict[str, list[float]]:
-    """Seconds of every job in each of ``rounds``, in which all run once, in turn."""
+    """Seconds of every job in each of ``rounds``, in which all run once, in turn; kept as rounds ``of`` a
+    row of the table."""
     took: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
         for name, job in jobs.items():
             seconds = seconds_of(job, clock)
             if turn >= warmup:
                 took[name].append(seconds)
+    for name, seconds_each in took.items():
+        keep_rounds(of, name, seconds_each)
     return took
 
 

@@ -41,7 +41,6 @@ class Split:
     Args:
         study: named in errors.
         items: what numbers stand for; without it a number is an item itself, such as a seed.
-        overlap: why items may be scored that were fitted on; the record says so.
 
     >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
     >>> split.fit([0, 1])
@@ -51,10 +50,8 @@ class Split:
     LeakError: split: demo scores 1 of the items that it was fitted on, such as b.jpg
     """
 
-    def __init__(
-        self, study: str, items: Sequence[Any] | Tensor | None = None, overlap: str = ""
-    ) -> None:
-        self.study, self.items, self.overlap = study, items, overlap
+    def __init__(self, study: str, items: Sequence[Any] | Tensor | None = None) -> None:
+        self.study, self.items = study, items
         self.folds: list[Split] = []
         self._names: dict[Role, dict[str, str]] = {"fitted": {}, "chosen": {}, "scored": {}}
 
@@ -72,7 +69,7 @@ class Split:
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
         """The split of another network of the study, which may score what this one fits; in one record."""
-        self.folds.append(Split(self.study, items, self.overlap))
+        self.folds.append(Split(self.study, items))
         return self.folds[-1]
 
     @property
@@ -90,8 +87,6 @@ class Split:
             for role, keys in self._names.items()
             if keys
         }
-        if self.overlap:
-            found["overlap"] = self.overlap
         if self.folds:
             found["folds"] = [fold.record() for fold in self.folds]
         return found
@@ -103,7 +98,7 @@ class Split:
     def _take(self, role: Role, part: Part) -> Part:
         new = {key_of(item): name_of(item) for item in self._items_of(part)}
         against: tuple[Role, ...] = ("fitted", "chosen") if role == "scored" else ("scored",)
-        for other in () if self.overlap else against:
+        for other in against:
             twice = [name for key, name in new.items() if key in self._names[other]]
             if twice:
                 used = "chosen by" if "chosen" in (role, other) else "fitted on"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from xattn.eval.probing.probe_job import ProbeJob
 from xattn.heads import AttentiveHead, Tokens
 from xattn.photos.labels import Labels
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, write_json
+from xattn.runtime.files import write_json, write_rows
 from xattn.training.features import Features
 from xattn.training.probe import ProbeScores
 
@@ -27,7 +26,8 @@ from xattn.training.probe import ProbeScores
 @dataclass
 class ProbeRow:
     """One head of the table: ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece`` is
-    that of all answers together, ``macs`` are one photo's multiply-adds from tokens to logits."""
+    that of all answers together, ``macs`` are one photo's multiply-adds from tokens to logits;
+    ``answers`` has a line for each photo and seed."""
 
     head: str
     accuracy: Interval
@@ -37,6 +37,7 @@ class ProbeRow:
     seconds: float
     best_epochs: list[int]
     correct: np.ndarray
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -47,6 +48,7 @@ class HeadScores:
     tests: list[ProbeScores] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     best_epochs: list[int] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadScores) -> ProbeRow:
@@ -69,6 +71,7 @@ def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadSc
         seconds=statistics.median(scores.seconds) if scores.seconds else math.nan,
         best_epochs=scores.best_epochs,
         correct=correct,
+        answers=scores.answers,
     )
 
 
@@ -86,7 +89,7 @@ def moved_to(tokens: Tokens, head: AttentiveHead) -> Tokens:
 
 
 COLUMNS = ("head", "accuracy %", "ECE %", "parameters", "MACs", "s an epoch")
-RESULTS, TABLE = "results.json", "results.csv"
+RESULTS, TABLE, ANSWERS = "results.json", "results.csv", "answers.csv"
 
 
 def format_rows(rows: Sequence[ProbeRow]) -> str:
@@ -138,8 +141,8 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
 
 def write_results(
     rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
-) -> tuple[Path, Path]:
-    """``results.json`` and ``results.csv`` in ``folder``.
+) -> list[Path]:
+    """``results.json``, ``results.csv`` and, with a line a photo and seed, ``answers.csv`` in ``folder``.
 
     Raises:
         ValueError: they are there and of another job, see :func:`check_results`.
@@ -175,11 +178,6 @@ def write_results(
             ],
         },
     )
-    with (
-        atomic_file(folder / TABLE) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, records[0])
-        writer.writeheader()
-        writer.writerows(records)
-    return folder / RESULTS, folder / TABLE
+    write_rows(folder / TABLE, records)
+    write_rows(folder / ANSWERS, [answer for row in rows for answer in row.answers])
+    return [folder / name for name in (RESULTS, TABLE, ANSWERS)]

@@ -175,5 +175,16 @@ class _Training:
         logits = answers(result.head, features, split.score(part.test))
         split.write(folder / "split.json")
         scores.tests.append(ProbeScores(logits, index[part.test]))
+        sure, guess = logits.softmax(1).max(1)
+        names = self.labels.names
+        for i, k, p in zip(part.test, guess.tolist(), sure.tolist(), strict=True):
+            path = Path(features.names[i])
+            scores.answers.append(
+                {
+                    "head": name, "fold": fold, "seed": seed,
+                    "photo": f"{path.parent.name}/{path.name}", "class": names[int(index[i])],
+                    "answer": names[k], "confidence": p,
+                }
+            )  # fmt: skip
         scores.seconds += result.seconds
         scores.best_epochs.append(result.best_epoch)

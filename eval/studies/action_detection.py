@@ -26,7 +26,7 @@ from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.detector import Detector, Kind, detect, train
 from xattn.eval.studies.actions.precision import Matches, match, mean_average_precision
 from xattn.eval.studies.actions.sequences import Sequences, draw_sequences, inside
-from xattn.eval.studies.kept import Found, measure_rows, reported, spread
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 
 DEFAULTS = ActionStudyConfig()
 RESAMPLES = 1000
@@ -62,7 +62,7 @@ def study(
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    yield from reported(output, [*_report(found, config)])
+    yield from reported(output, [*_report(found, config)], {"values": raw_rows(found)})
 
 
 def measure(

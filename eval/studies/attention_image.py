@@ -37,6 +37,7 @@ from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.kept import raw_rows
 from xattn.eval.studies.study_configs import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.heads.seeded import seeded_head
@@ -45,7 +46,7 @@ from xattn.photos.labels import read_labels
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view, prepare
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json, write_rows
 from xattn.training import splits
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
@@ -135,6 +136,8 @@ def study(
                 parts = [values for run, values in stored.items() if run.method == method]
                 results[backbone, head, method] = _joined(parts)
     write_json(output / "results.json", summary(results))
+    by_row = {", ".join(key): [_lists(values)] for key, values in results.items()}
+    write_rows(output / "values.csv", raw_rows(by_row))
     yield from report(results, config)
 
 
@@ -366,8 +369,14 @@ def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
 
 def _joined(parts: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Folds one after the other; energy (photos with objects) is the mean over the folds' heads."""
-    joined = {k: np.concatenate([p[k] for p in parts]) for k in METRICS if k != "energy"}
+    joined = {
+        k: np.concatenate([p[k] for p in parts]) for k in ("names", *METRICS) if k != "energy"
+    }
     return {**joined, "energy": np.mean([p["energy"] for p in parts], 0)}
+
+
+def _lists(values: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    return {name: array.tolist() for name, array in values.items() if array.ndim == 1}
 
 
 def summary(results: dict[tuple[str, str, str], dict[str, NDArray[Any]]]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.block_maps import SHOWN, block_maps, draw
 from xattn.eval.studies.digit_configs import BlockStudyConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
-from xattn.eval.studies.kept import Found, measure_rows, reported, spread
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.models.block_net import BlockNet
 
 DEFAULTS = BlockStudyConfig()
@@ -58,8 +58,12 @@ def study(
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, {**settings, "digits": SHOWN}, rows, config.seeds)
     draw({name: found[name][0]["shown"] for name in DRAWN}, output / "maps.png")
-    yield from reported(output, [*_report(found, config, pixels_right())])
-    yield f"maps: {output / 'maps.png'}"
+    lines = [*_report(found, config, pixels_right())]
+    measured = {
+        name: [{key: value for key, value in run.items() if key != "shown"} for run in runs]
+        for name, runs in found.items()
+    }
+    yield from reported(output, lines, {"values": raw_rows(measured)}, output / "maps.png")
 
 
 def _with_maps(

@@ -37,7 +37,7 @@ from xattn.eval.studies.cell_learning import (
     without_end,
 )
 from xattn.eval.studies.dropped_tokens import DroppedTokens, area, steps_of
-from xattn.eval.studies.kept import kept_record, kept_values, spread, write_report
+from xattn.eval.studies.kept import kept_record, kept_values, reported, spread
 from xattn.eval.studies.order_teacher import DESIGNS, TARGETS, Taught, Teacher, image_of, taught
 from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.explainers import create_explainer
@@ -134,9 +134,7 @@ def study(
     ]
     found = _measured(photos, first, config)
     lines += [*_order_table(found.areas()), *_end_table(found.ended())]
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, lines, {"values": found.rows()})
 
 
 def _drawn(data: str | Path, config: OrderStudyConfig) -> list[Path]:
@@ -206,6 +204,16 @@ class Orders:
             seconds = [one["seconds"] for one in some if one["seconds"] is not None]
             found[row] = Areas(_mean(both[0]), _mean(both[1]), seconds)
         return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The values of every tested photo, see :class:`Areas` and :class:`Ends`."""
+        tables = ((self.areas(), ("insertion", "deletion")), (self.ended(), ("kept", "restored")))
+        return [
+            {"row": row, "photo": path.name} | {key: float(getattr(one, key)[i]) for key in keys}
+            for found, keys in tables
+            for row, one in found.items()
+            for i, path in enumerate(self.photos.paths[: self.photos.tested])
+        ]
 
     def ended(self) -> dict[str, Ends]:
         return {

@@ -280,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.only:
         write_json(results, args.output / "results.json")
         write_csv(results, args.output / "results.csv")
+        results.to_csv(args.output / "values.csv", per_image=True)
     text = [format_table(results, "markdown")]
     for reference in args.explainers:
         differences = results.compare(args.head, reference)

@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(args.only) == FOLDS:
         write_json(results, args.output / "results.json")
         write_csv(results, args.output / "results.csv")
+        results.to_csv(args.output / "values.csv", per_image=True)
     text = [about, format_table(results, "markdown")]
     rows = [f"ttame {variant}" for variant in args.variants]
     pairs = [(row, reference) for row in rows for reference in args.explainers]

@@ -32,7 +32,14 @@ from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
 from xattn.eval.studies.control_tasks import digits_right, network, recall_right
 from xattn.eval.studies.digits import pixels_right
-from xattn.eval.studies.kept import kept_record, kept_values, measure_rows, reported
+from xattn.eval.studies.kept import (
+    Rows,
+    kept_record,
+    kept_values,
+    measure_rows,
+    raw_rows,
+    reported,
+)
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
 from xattn.explainers import create_explainer
@@ -41,7 +48,6 @@ from xattn.runtime.files import check_folder
 AT_ONCE = 50  # photos whose classes a file holds
 DESCRIBED = 4  # photos of which a layer's indicators are the mean
 DEFAULTS = ControlStudyConfig()
-OVERLAP = "static maps are means over photos that are classified, too; they read no label"
 Measured = dict[str, Any]
 
 
@@ -65,19 +71,25 @@ def study(
     """
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
-    if len(photos) < 2:
-        raise ValueError(f"photos: got {len(photos)} with a class; give 2 or more")
+    if len(photos) <= config.fitted:
+        raise ValueError(
+            f"photos: got {len(photos)} with a class, fitted: {config.fitted}; give more photos than these"
+        )
     for name in config.explainers:
         create_explainer(name, backbone)
     check_folder(output)
     later = ("explainers", "seeds", "digit_rates")  # more of these may be added
     settings = {k: v for k, v in asdict(config).items() if k not in later}
     kept_record(output / "record.json", photos_record(backbone, photos, settings))
-    split = Split("controls", overlap=OVERLAP)
-    networks = Networks(backbone, split.fit(photos[: config.fitted]))
-    photos = split.score(photos)
+    split = Split("controls")
+    static = split.fold()  # the networks whose maps are made from photos
+    networks = Networks(backbone, static.fit(photos[: config.fitted]))
+    photos, others = split.score(photos), static.score(photos[config.fitted :])
     split.write(output / "split.json")
-    free = {row.name: _classified(row, networks, photos, output) for row in FREE}
+    free = {
+        row.name: _classified(row, networks, others if row.of_photos else photos, output)
+        for row in FREE
+    }
     few = photos[: config.compared]
     found: Measured = {
         "photos": len(photos),
@@ -115,7 +127,49 @@ def study(
         ),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
-    yield from reported(output, [heading, *report(found)])
+    tables = {
+        "photos": _photo_rows(free, photos, config.fitted),
+        "maps": _map_rows(found["rollout"]["values"], found["qk"], few),
+        "trained": [
+            {"task": task, **row}
+            for task, rows in [
+                *((f"digits, {rate:g}", rows) for rate, rows in found["digits"].items()),
+                ("recall", found["recall"]),
+            ]
+            for row in raw_rows(rows)
+        ],
+    }
+    yield from reported(output, [heading, *report(found)], tables)
+
+
+def _photo_rows(free: Mapping[str, Sequence[float]], photos: Sequence[Photo], fitted: int) -> Rows:
+    """Whether each row tells a photo right; nothing where static maps are made from the photo."""
+    rows: list[Measured] = []
+    for i, photo in enumerate(photos):
+        right = {
+            row.name: free[row.name][i - fitted * row.of_photos]
+            for row in FREE
+            if i >= fitted * row.of_photos
+        }
+        rows.append({"photo": photo.name, "label": photo.label, **right})
+    return rows
+
+
+def _map_rows(rollout: Sequence[float], qk: Mapping[str, Any], photos: Sequence[Photo]) -> Rows:
+    """Rank correlations, photo by photo."""
+    rows = [("rollout", "last four blocks uniform", rollout)]
+    for name, values in qk.items():
+        n, permuted = len(photos), values["permuted"]
+        rows.append((name, "another photo", values["another"]))
+        rows += [
+            (name, f"permutation {at // n}", permuted[at : at + n])
+            for at in range(0, len(permuted), n)
+        ]
+    return [
+        {"explainer": name, "beside": beside, "photo": photo.name, "rho": value}
+        for name, beside, values in rows
+        for photo, value in zip(photos, values, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- a trained network
@@ -141,7 +195,7 @@ class Networks:
         if not row.norm:
             options["norm"] = False
         made = converted(self.backbone, row.mechanism, row.layers(depth), options)
-        if row.source in ("mean", "photo"):
+        if row.of_photos:
             maps = self._of_photos(row.source)
             for number in row.layers(depth):
                 made.model.blocks[number].attn.mechanism.keep(maps[number])  # type: ignore[index,union-attr]

@@ -67,6 +67,11 @@ class Free:
     def key(self) -> str:
         return key_of(self.name)
 
+    @property
+    def of_photos(self) -> bool:
+        """Whether its maps are made from photos, so that it is measured on others."""
+        return self.source in ("mean", "photo")
+
     def layers(self, depth: int) -> Sequence[int]:
         """The numbers of the blocks, of ``depth``, that get it; of every two the second."""
         if self.blocks == "last four":
@@ -149,10 +154,11 @@ def _table(*titles: str) -> Iterator[str]:
 
 def _free(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"\n## A trained network, {found['photos']} photos, without training"
-    yield from _table("attention", "right, share", "95 % interval", "expected")
+    yield from _table("attention", "photos", "right, share", "95 % interval", "expected")
     for row in FREE:
         at = mean_interval(np.array(found["free"][row.name]))
-        cells = [f"{at.mean:.3f}", f"{at.lo:.3f} to {at.hi:.3f}", row.bound.verdict(at.mean)]
+        cells = [f"{at.n}", f"{at.mean:.3f}", f"{at.lo:.3f} to {at.hi:.3f}"]
+        cells.append(row.bound.verdict(at.mean))
         yield f"| {row.name} | {' | '.join(cells)} |"
 
 

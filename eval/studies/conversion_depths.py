@@ -22,7 +22,7 @@ from xattn.backbone import Backbone, load_conversion
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.kept import kept_record, write_report
 from xattn.eval.studies.study_configs import DepthStudyConfig
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import Block, Explaining, quality
@@ -33,6 +33,7 @@ from xattn.training.head_closeness import HeadCloseness, head_closeness, head_cs
 from xattn.training.run_folder import RUN_FILE
 
 STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates, too"}
+PHOTO_VALUES = ("right", "dense", "same", "patch cosine")
 AT_ONCE = 25  # photos that are measured at once
 HEADING = (
     "| blocks | trained | top-1, % | lost, points | same class, % | patch cosine | KL of rows | elu + 1 "
@@ -75,6 +76,7 @@ def study(
     lines.append("| :-- | :-- |" + " --: |" * 8)
     yield from lines
     heads: list[str] = []
+    values: list[dict[str, Any]] = []
     for last in config.last:
         layers = range(len(blocks) - last, len(blocks))
         for stage in STAGES:
@@ -85,9 +87,15 @@ def study(
             lines.append(_line(layers, stage, found))
             heads.append(f"blocks {format_layers(layers)}, {STAGES[stage]}\n{_heads_csv(found)}")
             yield lines[-1]
-    for name, text in (("report.md", "\n".join(lines) + "\n"), ("heads.csv", "\n".join(heads))):
-        write_text(output / name, text)
-    yield f"\nreport: {output / 'report.md'}, {output / 'heads.csv'}"
+            for fold, one in enumerate(found):
+                values += [
+                    {"blocks": format_layers(layers), "trained": STAGES[stage], "photo": photo.name}
+                    | {key: one[key][i] for key in PHOTO_VALUES}
+                    for i, photo in enumerate(photos[fold :: config.folds])
+                ]
+    write_text(output / "heads.csv", "\n".join(heads))
+    files = [*write_report(output, lines, {"values": values}), output / "heads.csv"]
+    yield f"\nreport: {', '.join(map(str, files))}"
 
 
 def _of_fold(
@@ -147,7 +155,7 @@ def measured(
         block = Block(images, labels, backbone, Explaining("rollout", 1))
         found = quality(block, range(len(some)), network)
         found["dense"] = (block.seen[1].argmax(1).cpu() == labels).double().tolist()
-        for key in ("right", "dense", "same", "patch cosine"):
+        for key in PHOTO_VALUES:
             values.setdefault(key, []).extend(found[key])
     paths = open_photos([photo.path for photo in photos])
     return {**values, "heads": [asdict(x) for x in head_closeness(backbone, network, paths, heads)]}

@@ -25,7 +25,7 @@ from xattn.correlation import spearman
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digit_configs import ExactRolloutConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
-from xattn.eval.studies.kept import Found, measure_rows, reported, spread
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.explainers import create_explainer
 from xattn.models.block_net import BlockNet
 
@@ -58,7 +58,9 @@ def study(
     rows = {name: partial(measure, name, config) for name in NETWORKS}
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    yield from reported(output, [*_report(found, config, pixels_right())])
+    yield from reported(
+        output, [*_report(found, config, pixels_right())], {"values": raw_rows(found)}
+    )
 
 
 def network(name: str, residual: str = "average") -> BlockNet:

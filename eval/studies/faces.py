@@ -23,7 +23,7 @@ from torch import Tensor
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.face_config import FaceStudyConfig
-from xattn.eval.studies.kept import Found, measure_rows, reported, spread
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import confidence
 from xattn.models.arbex import Arbex
@@ -54,7 +54,7 @@ def study(
     }
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     found = measure_rows(output, settings, rows, config.seeds)
-    yield from reported(output, [*_report(found, tested, config)])
+    yield from reported(output, [*_report(found, tested, config)], {"values": raw_rows(found)})
 
 
 def measure(

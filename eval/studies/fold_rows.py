@@ -344,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = differences(table, rows[0].label, [row.label for row in rows[1:]])
     text = f"{format_table(table, 'markdown')}\n{rows[0].label} minus the others:\n\n{found}"
     print_and_keep(text, args.output / "rows.md")
+    table.to_csv(args.output / "values.csv", per_image=True)
 
 
 def print_and_keep(text: str, path: Path) -> None:

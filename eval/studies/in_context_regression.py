@@ -9,7 +9,7 @@ prediction, and the weights beside what they are to converge to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from xattn.eval.studies.in_context import (
     train,
     training_seeds,
 )
-from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.kept import kept_record, reported
 from xattn.eval.studies.theory_configs import InContextConfig
-from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
+from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 2_000
@@ -70,20 +70,34 @@ def study(
     model = _trained(output, config, progress)
     many = config.heads
     found = circuit(model.kq[:many], model.ov[:many])
+    tested = [
+        row
+        for examples in dict.fromkeys((config.examples, config.longer))
+        for row in errors(model, config, examples, split)
+    ]
     lines = [
         f"{many} heads, d = {config.width}, L = {config.examples}, variance of the noise {config.noise:g}, "
         f"{config.steps:,} steps of {config.batch_size} prompts, seed {config.seed}",
         *_circuit_table(found, config),
-        *_error_table(model, config, split),
+        *_error_table(tested, config),
     ]
     split.write(output / "split.json")
-    write_text(output / "report.md", "\n".join(lines) + "\n")
     weights = {"kq": model.kq.tolist(), "ov": model.ov.tolist(), "heads": model.heads}
     write_json(output / "circuit.json", weights)
     _plot(model.kq[:many].detach(), model.ov[:many].detach(), output / "circuit.png")
-    yield from lines
-    names = ("report.md", "circuit.json", "circuit.png")
-    yield f"\nreport: {', '.join(str(output / name) for name in names)}"
+    tables = {"errors": tested, "weights": _weight_rows(model)}
+    files = (output / "circuit.json", output / "circuit.png")
+    yield from reported(output, lines, tables, *files)
+
+
+def _weight_rows(model: InContext) -> list[dict[str, Any]]:
+    """Every entry of KQ and OV, a line for each row of a head; those of the single head come last."""
+    return [
+        {"head": head, "matrix": matrix, "row": row, **{str(i): x for i, x in enumerate(values)}}
+        for matrix, of_heads in (("KQ", model.kq), ("OV", model.ov[:, None]))
+        for head, rows in enumerate(of_heads.tolist())
+        for row, values in enumerate(rows)
+    ]
 
 
 def _trained(output: Path, config: InContextConfig, progress: bool) -> InContext:
@@ -144,9 +158,10 @@ def _circuit_table(found: Circuit, config: InContextConfig) -> Iterator[str]:
 @torch.no_grad()
 def errors(
     model: InContext, config: InContextConfig, examples: int, split: Split
-) -> dict[str, float]:
-    """Mean squared errors on the same new prompts, the variance of the noise included."""
-    totals: dict[str, float] = {}
+) -> list[dict[str, Any]]:
+    """Mean squared errors on the same new prompts, the variance of the noise included; a line for each
+    batch, with its number of ``prompts``."""
+    rows: list[dict[str, Any]] = []
     for start in range(0, config.tests, AT_ONCE):
         count = min(AT_ONCE, config.tests - start)
         (seed,) = split.score([-1 - config.seed * config.tests - start - examples])
@@ -163,15 +178,25 @@ def errors(
             "plain gradient descent, best eta": gradient_descent(prompts, plain, debiased=False),
             "ridge regression with the true variances": bayes(prompts, config.noise),
         }
-        for name, prediction in predictions.items():
-            squares = (prediction - target).double().square().sum()
-            totals[name] = totals.get(name, 0.0) + float(squares) / config.tests
-    return totals
+        squares = {
+            name: float((prediction - target).double().square().mean())
+            for name, prediction in predictions.items()
+        }
+        rows.append({"examples": examples, "seed": seed, "prompts": count, **squares})
+    return rows
 
 
-def _error_table(model: InContext, config: InContextConfig, split: Split) -> Iterator[str]:
-    lengths = list(dict.fromkeys((config.examples, config.longer)))
-    found = [errors(model, config, examples, split) for examples in lengths]
+def _error_table(rows: Sequence[Mapping[str, Any]], config: InContextConfig) -> Iterator[str]:
+    lengths = list(dict.fromkeys(row["examples"] for row in rows))
+    names = [name for name in rows[0] if name not in ("examples", "seed", "prompts")]
+    found = [
+        {
+            name: sum(row[name] * row["prompts"] for row in rows if row["examples"] == n)
+            / config.tests
+            for name in names
+        }
+        for n in lengths
+    ]
     yield ""
     yield f"| mean squared error | {' | '.join(f'L = {n}' for n in lengths)} |"
     yield "| :-- |" + " --: |" * len(lengths)

@@ -1,10 +1,10 @@
 """What a study keeps in its output folder: what is finished, which is read again and refused where
-settings differ, and its report."""
+settings differ, its report, and the raw values behind it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from xattn.eval.evaluation.split import Split
 from xattn.runtime import strict_json
-from xattn.runtime.files import check_folder, write_json, write_text
+from xattn.runtime.files import check_folder, write_json, write_rows, write_text
 
 AGAIN = "delete it, to measure again"
 
@@ -55,6 +55,8 @@ def finished_values(file: Path, record: Mapping[str, Any]) -> Any:
 
 Found = dict[str, list[dict[str, Any]]]
 """What was measured of each row, seed by seed."""
+Rows = Sequence[Mapping[str, Any]]
+"""Lines of a table by its columns."""
 
 
 def measure_rows(
@@ -92,6 +94,45 @@ def measure_rows(
     return found
 
 
+def raw_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What was measured as lines of a table: the numbers of each row and seed, then its samples.
+
+    A sample's line holds an item of every list of one length: ``sample`` i of ``of`` items.
+
+    >>> found = {"softmax": [{"seconds": 2.0, "tests": {"right": [1, 0]}}]}
+    >>> for line in raw_rows(found):
+    ...     print(line)
+    {'row': 'softmax', 'seed': 0, 'seconds': 2.0}
+    {'row': 'softmax', 'seed': 0, 'sample': 0, 'of': 2, 'tests right': 1}
+    {'row': 'softmax', 'seed': 0, 'sample': 1, 'of': 2, 'tests right': 0}
+    """
+    rows: list[dict[str, Any]] = []
+    for name, runs in found.items():
+        for seed, values in enumerate(runs):
+            flat = dict(_flat({key: value for key, value in values.items() if key != "split"}))
+            lists = {key: value for key, value in flat.items() if isinstance(value, list)}
+            start = {"row": name, "seed": seed}
+            rows.append(start | {key: flat[key] for key in flat if key not in lists})
+            for length in dict.fromkeys(map(len, lists.values())):
+                columns = {key: value for key, value in lists.items() if len(value) == length}
+                for i in range(length):
+                    items = {key: _text(value[i]) for key, value in columns.items()}
+                    rows.append(start | {"sample": i, "of": length} | items)
+    return rows
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(item: Any) -> Any:
+    return json.dumps(item) if isinstance(item, list) else item
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Values that print alike as one, others as "mean (least to most)"."""
     least, most = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
@@ -100,15 +141,17 @@ def spread(values: list[float], digits: int = 3) -> str:
     )
 
 
-def write_report(output: Path, lines: list[str]) -> Path:
-    """``lines`` as report.md."""
-    path = output / "report.md"
-    write_text(path, "\n".join(lines) + "\n")
-    return path
+def write_report(output: Path, lines: Sequence[str], tables: Mapping[str, Rows]) -> list[Path]:
+    """``lines`` as report.md, and the raw values behind it, a CSV file for each of ``tables``."""
+    write_text(output / "report.md", "\n".join(lines) + "\n")
+    files = [write_rows(output / f"{name}.csv", rows) for name, rows in tables.items()]
+    return [output / "report.md", *files]
 
 
-def reported(output: Path, lines: list[str]) -> Iterator[str]:
-    """Write ``lines`` as report.md, and give them and where they are."""
-    path = write_report(output, lines)
+def reported(
+    output: Path, lines: list[str], tables: Mapping[str, Rows], *others: Path
+) -> Iterator[str]:
+    """Write ``lines`` and ``tables``, and give the lines and where these and ``others`` are."""
+    files = [*write_report(output, lines, tables), *others]
     yield from lines
-    yield f"\nreport: {path}"
+    yield f"\nreport: {', '.join(map(str, files))}"

@@ -24,7 +24,7 @@ from torchmetrics.functional.segmentation import dice_score
 
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import Found, measure_rows, spread, write_report
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.lesion_gates import (
     CLASSES,
@@ -66,11 +66,13 @@ def study(
     untold = ("parts", "seeds", "volume_seeds")
     settings = {key: value for key, value in asdict(config).items() if key not in untold}
     lines: list[str] = []
+    every: Found = {}
     for part in config.parts:
         names = [name for name in NETS if name != "daunet" or part == "slices"]
         rows = {f"{part}-{n}": partial(measure, output, config, part, n) for n in names}
         seeds = config.volume_seeds if part == "volumes" else config.seeds
         found = measure_rows(output, settings, rows, seeds)
+        every |= found
         lines += [*part_lines(part, found)]
         if part != "volumes":
             tests = samples(2, config.tests, KINDS[part])
@@ -78,9 +80,7 @@ def study(
             folders = [output / "networks" / f"{part}-agunet-{seed}" for seed in range(seeds)]
             draw_gates([load_network(f) for f in folders], tests, output / f"gates-{part}.jpg")
             lines += gate_lines({name: found[f"{part}-{name}"] for name in names if name != "unet"})
-    write_report(output, lines)
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}"
+    yield from reported(output, lines, {"values": raw_rows(every)})
 
 
 def measure(

@@ -32,6 +32,7 @@ from xattn.eval.annotations import Boxes
 from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
+from xattn.eval.studies.kept import raw_rows
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
 from xattn.eval.studies.part_scenarios import Scenario, scenarios
 from xattn.eval.studies.study_configs import PartStudyConfig
@@ -42,7 +43,7 @@ from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, write_json
+from xattn.runtime.files import atomic_file, write_json, write_rows
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import probe
 
@@ -209,10 +210,15 @@ def run(
         } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
     table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
     write_json(table, summary(study, planned, results))
+    by_row = {
+        label: [{k: v.tolist() for k, v in values.items() if k != "attention"}]
+        for label, values in results.items()
+    }
+    write_rows(output / f"{study.name}.csv", raw_rows(by_row))
     macros = [f for f in forms.files[MACRO] if f is not None]
     figure(picture, planned, results, macros)
     yield from report(study, planned, results)
-    yield f"{table}, {picture}"
+    yield f"{table}, {output / study.name}.csv, {picture}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xattn.eval.studies.kept import Found, measure_rows, spread, write_report
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.pointer_configs import PointStudyConfig
 from xattn.eval.studies.pointer_points import ROWS, measure
 from xattn.runtime.files import atomic_file
@@ -37,10 +37,9 @@ def study(output: str | Path, config: PointStudyConfig = DEFAULTS) -> Iterator[s
     rows = {name: partial(measure, name, config) for name in ROWS}
     found = measure_rows(output, settings, rows, config.seeds)
     lines = [*_report(found, config)]
-    write_report(output, lines)
     _plot(found, output / "pointers.png")
-    yield from lines
-    yield f"\nreport: {output / 'report.md'}, {output / 'pointers.png'}"
+    values = {"values": raw_rows(found)}
+    yield from reported(output, lines, values, output / "pointers.png")
 
 
 def _report(found: Found, config: PointStudyConfig) -> Iterator[str]:

@@ -41,7 +41,7 @@ from xattn.eval.studies.study_configs import PositionStudyConfig
 from xattn.eval.studies.study_photos import Photo, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
+from xattn.runtime.files import atomic_file, check_folder, write_json, write_rows, write_text
 
 AS_TRAINED = "as trained"
 MEASURES = {"right": "photos classified right, %", "same": "as the network as it was trained, %"}
@@ -100,9 +100,16 @@ def study(
     files = {"report.md": "\n".join(lines) + "\n", "figures.csv": _figures(found)}
     for name, text in files.items():
         write_text(output / name, text)
+    values = [
+        {"pixels": size, "photo": photo.name}
+        | {f"{name}, {key}": table[name][key][i] for name in table for key in table[name]}
+        for size, table in found.items()
+        for i, photo in enumerate(tested)
+    ]
+    write_rows(output / "values.csv", values)
     _plot(found, config.size, heading, output / "positions.png")
     yield from lines
-    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'positions.png'))}"
+    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'values.csv', 'positions.png'))}"
 
 
 def _folder(output: Path, encoding: str) -> Path:

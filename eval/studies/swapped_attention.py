@@ -22,9 +22,9 @@ from xattn.eval.studies.study_photos import labelled_photos
 from xattn.eval.studies.swap.controls import CONTROLS
 from xattn.eval.studies.swap.measuring import Measuring
 from xattn.eval.studies.swap.networks import Networks
-from xattn.eval.studies.swap.report import table_lines, write
+from xattn.eval.studies.swap.report import photo_values, table_lines, write
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
-from xattn.runtime.files import check_folder
+from xattn.runtime.files import check_folder, write_rows
 
 __all__ = ["SWAPS", "Swap", "study"]
 
@@ -117,6 +117,8 @@ def study(
         f"{config.explainer}"
     )
     files = write(tables, measuring.rows, depth, heading, backbone.name, output)
+    values = photo_values(tables, measuring.rows, [photo.name for photo in photos], depth)
+    files.append(write_rows(output / "values.csv", values))
     yield from (heading, "", *table_lines(tables, measuring.rows, depth))
     yield f"\nreport: {', '.join(str(file) for file in files)}"
 

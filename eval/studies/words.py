@@ -29,7 +29,7 @@ from xattn.eval.annotations.coco import THING_IDS, THINGS
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
-from xattn.eval.studies.kept import Found, measure_rows, write_report
+from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
 from xattn.eval.studies.small_training import minimize
 from xattn.eval.studies.word_configs import WordStudyConfig
 from xattn.explainers import create_explainer
@@ -114,8 +114,7 @@ def study(
         *_maps(found, measured),
         *_differences(found, measured),
     ]
-    yield from lines
-    yield f"\nreport: {write_report(output, lines)}"
+    yield from reported(output, lines, {"values": raw_rows(measured)})
 
 
 def material(

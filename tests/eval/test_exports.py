@@ -56,7 +56,9 @@ def test_csv_is_the_same_table(results, tmp_path):
     assert float(rows[0]["AD@50"]) == results.mean("mine", *AD)
     assert results.to_csv(tmp_path / "images.csv", per_image=True) is None
     rows = list(csv.DictReader((tmp_path / "images.csv").open()))
-    assert len(rows) == 60 and sum(row["value"] == "" for row in rows) == 2
+    assert len(rows) == 30 and sum(value == "" for row in rows for value in row.values()) == 2
+    mine = [float(row["AD@50"]) for row in rows if row["method"] == "mine"]
+    np.testing.assert_allclose(mine, results.methods["mine"].values[AD], rtol=1e-5)
 
 
 def test_without_pandas_the_line_to_type_is_said(results, monkeypatch):

@@ -78,6 +78,8 @@ class Bench:
     skipped_heads: bool = False
     """For the job "attention": moh with half of the heads beside all of them, at 1024 tokens by default."""
 
+    raw: Path | None = None
+    """A .csv for what every round measured; of the job "kernels" for its table."""
     maps: int | None = None
     """For the job "app": one pack of format 2 with so many maps, for example 1000000, is made, opened,
     sorted, searched and browsed instead; 400 or more."""
@@ -116,8 +118,15 @@ class Bench:
             name, arguments = "xattn.eval.bench.skipped_heads", _skipped_heads
         elif self.causal:
             name, arguments = "xattn.eval.bench.causal_forms", _causal
-        for line in importlib.import_module(name).bench(**arguments(self)):
-            print(line, flush=True)
+        from xattn.eval.bench.rounds import keep_table, raw_rounds
+
+        lines = []
+        with raw_rounds(self.raw):
+            for line in importlib.import_module(name).bench(**arguments(self)):
+                print(line, flush=True)
+                lines.append(line)
+            if self.job == "kernels":
+                keep_table(lines)
 
 
 def _speed(options: Bench) -> dict[str, Any]:

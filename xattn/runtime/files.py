@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,6 +233,34 @@ def write_json(path: str | Path, value: Any, argument: str = "output", mode: int
             encoding="utf-8",
             errors="backslashreplace",  # lone surrogates, which JSON reads back from \udc80
         )
+
+
+def write_rows(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], argument: str = "output"
+) -> Path:
+    """Write ``rows`` as CSV, atomically: a column for each key in the order of their first use, numbers to
+    six digits, None and NaN as empty cells.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError(f"{argument}: got no rows for {path}; nothing was measured")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        atomic_file(path, argument) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(row.get(key)) for key in columns] for row in rows)
+    return Path(path)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return int(value) if isinstance(value, bool) else value
 
 
 def printable(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,21 @@ def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> str:
                 writer.writerow([*start, "seconds a pass", seconds])
                 writer.writerow([*start, "peak bytes", cost["peak bytes"]])
     return stream.getvalue()
+
+
+def photo_values(
+    tables: Tables, rows: Mapping[str, Swap], photos: Sequence[str], depth: int
+) -> list[dict[str, Any]]:
+    """A line for each size, measure and photo, with a column for each row of the table."""
+    lines: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for size, table in tables.items():
+        for key, found in table.values.items():
+            column = f"{rows[key].label}, blocks {rows[key].blocks_text(depth)}"
+            for name, values in found.items():
+                for i, value in enumerate(values):
+                    line = {"pixels": size, "measure": name, "photo": photos[i]}
+                    lines.setdefault((size, name, i), line)[column] = float(value)
+    return list(lines.values())
 
 
 def accuracies(

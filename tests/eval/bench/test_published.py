@@ -66,7 +66,7 @@ def test_a_gain_is_the_time_of_dense_attention_over_that_of_the_mechanism(monkey
     took = iter(
         [{"dense": [8.0] * 3, "sparse": [2.0] * 3}, {"dense": [20.0] * 3, "sparse": [4.0] * 3}]
     )
-    monkeypatch.setattr(published, "measure", lambda jobs, rounds: next(took))
+    monkeypatch.setattr(published, "measure", lambda jobs, rounds, of: next(took))
     assert gains_of(small("dma"), 3, "cpu", torch.float32) == (8 / 2, (20 - 8) / (4 - 2), 20 / 4)
 
 

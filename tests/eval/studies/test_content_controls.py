@@ -1,5 +1,6 @@
 """The study of controls: what stands in which blocks, its report, resuming, and the tasks it trains on."""
 
+import csv
 import dataclasses
 import json
 
@@ -67,6 +68,29 @@ def test_every_row_is_in_the_report(done):
         assert any("at most 0.9: kept" in line for line in table)
     uniform = next(line for line in lines if line.startswith("| uniform | 2.83"))
     assert "| 1 | 0 |" in uniform  # entropy ln 17, concentration 1, no diversity
+
+
+def test_static_maps_are_measured_on_photos_they_are_not_made_from(done):
+    output, lines = done
+    with (output / "photos.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6
+    for row in FREE:
+        scored = [one for one in rows if one[row.name]]
+        assert scored == rows[3 if row.source in ("mean", "photo") else 0 :]
+        share = sum(float(one[row.name]) for one in scored) / len(scored)
+        assert any(
+            line.startswith(f"| {row.name} | {len(scored)} | {share:.3f} |") for line in lines
+        )
+    split = json.loads((output / "split.json").read_text())
+    assert split["scored"]["count"] == 6 and "fitted" not in split
+    assert [split["folds"][0][key]["count"] for key in ("fitted", "scored")] == [3, 3]
+    with (output / "maps.csv").open(newline="") as stream:
+        maps = list(csv.DictReader(stream))
+    assert len(maps) == 3 * (1 + len(CONFIG.explainers) * (1 + CONFIG.permutations))
+    with (output / "trained.csv").open(newline="") as stream:
+        tasks = [row["task"] for row in csv.DictReader(stream)]
+    assert tasks.count("recall") == len(RECALL) and tasks.count("digits, 0.003") == len(DIGITS)
 
 
 def test_the_same_command_goes_on_and_other_settings_are_refused(
@@ -140,6 +164,7 @@ def test_without_content_values_can_only_be_counted():
 def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
     for changes, words in (
         ({"photos": 1}, "photos: got 1; give at least 2"),
+        ({"fitted": 6}, "photos: got 6 with a class, fitted: 6; give more photos than these"),
         ({"compared": 1}, "compared: got 1; give at least 2"),
         ({"explainers": ("rollout", "rollout")}, "explainers: got .*; give each once"),
         ({"digit_rates": ()}, r"digit_rates: got \(\); give one or more above 0"),

@@ -99,7 +99,8 @@ def test_a_few_hundred_steps_bring_the_heads_to_opposite_signs():
     assert found.omega.prod() < 0 and (found.omega * found.mu > 0).all()
     values = measured(found, config)
     assert all(values[key] < config.slack * limit for key, limit in LIMITS.items()), values
-    scores = errors(model, config, config.examples, Split("test"))
+    (scores,) = errors(model, config, config.examples, Split("test"))
+    assert scores["prompts"] == config.tests
     assert scores["2 heads"] < scores["a single head"] - 0.05
     assert scores["ridge regression with the true variances"] < scores["2 heads"]
 

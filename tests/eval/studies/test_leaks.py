@@ -439,14 +439,3 @@ def test_what_trains_on_photos_takes_them_by_a_split():
                 trained.add(name)
                 assert "fit" in roles(function), f"{name}: {function.name}"
     assert {"studies/class_folds.py", "studies/swap/networks.py", "probing/runner.py"} <= trained
-
-
-def test_only_the_static_maps_of_controls_may_overlap():
-    made = {
-        (name, keyword.value.id)
-        for name, tree in TREES.items()
-        for call in called(tree, {"Split"})
-        for keyword in call.keywords
-        if keyword.arg == "overlap"
-    }
-    assert made == {("studies/content_controls.py", "OVERLAP")}
