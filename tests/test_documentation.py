@@ -23,7 +23,6 @@ WITHOUT_VALUES = {
     "attentive-head-speed": "xattn bench heads --raw attentive-head-speed-values.csv",
     "caching-cost": "that of attention-training-cost, one file",
     "coarse-groups": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
-    "controls": "xattn study controls, the page's command: photos.csv, maps.csv and trained.csv",
     "evidence": "python -m xattn.eval.studies.fold_rows, the page's commands: values.csv",
     "exports-and-processes": "pytest tests/test_exporting.py -m slow",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),

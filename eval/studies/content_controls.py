@@ -127,19 +127,23 @@ def study(
         ),
     }
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
-    tables = {
-        "photos": _photo_rows(free, photos, config.fitted),
-        "maps": _map_rows(found["rollout"]["values"], found["qk"], few),
+    tables = _tables(found, photos, config)
+    yield from reported(output, [heading, *report(found)], tables)
+
+
+def _tables(
+    found: Measured, photos: Sequence[Photo], config: ControlStudyConfig
+) -> dict[str, Rows]:
+    """The raw values: of photos, of maps, and of trained networks."""
+    trained = {f"digits, {rate:g}": rows for rate, rows in found["digits"].items()}
+    trained["recall"] = found["recall"]
+    return {
+        "photos": _photo_rows(found["free"], photos, config.fitted),
+        "maps": _map_rows(found["rollout"]["values"], found["qk"], photos[: config.compared]),
         "trained": [
-            {"task": task, **row}
-            for task, rows in [
-                *((f"digits, {rate:g}", rows) for rate, rows in found["digits"].items()),
-                ("recall", found["recall"]),
-            ]
-            for row in raw_rows(rows)
+            {"task": task, **row} for task, rows in trained.items() for row in raw_rows(rows)
         ],
     }
-    yield from reported(output, [heading, *report(found)], tables)
 
 
 def _photo_rows(free: Mapping[str, Sequence[float]], photos: Sequence[Photo], fitted: int) -> Rows:

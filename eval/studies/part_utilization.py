@@ -218,7 +218,7 @@ def run(
     macros = [f for f in forms.files[MACRO] if f is not None]
     figure(picture, planned, results, macros)
     yield from report(study, planned, results)
-    yield f"{table}, {output / study.name}.csv, {picture}"
+    yield f"{table}, {picture}, {output / study.name}.csv"
 
 
 @dataclass(frozen=True)
