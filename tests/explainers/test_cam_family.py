@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from xattn import load_backbone
 from xattn.explainers import create_explainer
 
-GRADIENT = ["gradcam", "gradcam_plusplus", "layercam", "hirescam"]
+GRADIENT = ["gradcam", "gradcam_plusplus", "layercam", "hirescam", "xgradcam", "eigengradcam"]
 NAMES = [*GRADIENT, "scorecam", "ablationcam", "eigencam"]
 KINDS = {"cnn": "test_resnet", "vit": "test_vit2"}
 TARGET = torch.tensor([3, 0])
@@ -90,11 +90,17 @@ def expected(name, backbone, image, target):
     if name == "ablationcam":
         lost = [y - replaced(backbone, image, target, c) for c in range(len(f))]
         return torch.relu((torch.tensor(lost).to(f)[:, None, None] / abs(y) * f).sum(0))
-    if name == "eigencam":
-        rows = f.flatten(1).T
-        u, s, _ = torch.linalg.svd(rows, full_matrices=False)
+    if name == "xgradcam":
+        active = f.sum((1, 2)) != 0  # test_resnet has dead channels
+        weights = (g * f).sum((1, 2))[active] / f.sum((1, 2))[active]
+        return torch.relu((weights[:, None, None] * f[active]).sum(0))
+    if name in ("eigencam", "eigengradcam"):
+        seen = f if name == "eigencam" else f * g
+        u, s, _ = torch.linalg.svd(seen.flatten(1).T, full_matrices=False)
         first = (u[:, 0] * s[0]).view(f.shape[1:])
-        return first * (1 if first.sum() >= 0 else -1)
+        if name == "eigencam":
+            return first * first.sum().sign()
+        return torch.relu(first * (first * seen.sum(0)).sum().sign())
     scores, mean = [], backbone.mean.view(3, 1, 1).to(image)
     used = [c for c in range(len(f)) if f[c].max() > f[c].min()]  # test_resnet has dead channels
     for c in used:
@@ -253,6 +259,43 @@ def test_only_the_classifier_runs_again_on_the_pooled_map(backbones, images):
 def test_eigencam_is_the_same_for_all_classes(backbones, images):
     explainer = create_explainer("eigencam", backbones["cnn"])
     assert torch.equal(explainer.attribute(images, 0), explainer.attribute(images, 4))
+
+
+def test_xgradcam_gives_each_channel_what_the_logit_loses_without_it(backbones, images):
+    """Sensitivity, where the rest of the network is linear; gradients are the same everywhere there."""
+    backbone = backbones["cnn"]
+    explainer = create_explainer("xgradcam", backbone, relu=False)
+    f, g, y = read(backbone, images[0], 3)
+    parts = (explainer._weights(f[None], g[None])[0] * f).sum((1, 2))
+    lost = torch.tensor([y - replaced(backbone, images[0], 3, c) for c in range(len(f))])
+    torch.testing.assert_close(parts, lost.double(), atol=1e-9, rtol=1e-6)
+    got = explainer.attribute(images, TARGET)
+    grad = create_explainer("gradcam", backbone, relu=False).attribute(images, TARGET)
+    torch.testing.assert_close(got, grad)
+
+
+def test_xgradcam_of_an_early_layer_sums_as_hirescam_and_is_not_gradcam(backbones, images):
+    maps = {
+        name: create_explainer(name, backbones["cnn"], layer="layer2", relu=False).attribute(
+            images, TARGET
+        )
+        for name in ("xgradcam", "hirescam", "gradcam")
+    }
+    sums = {name: m.sum((1, 2, 3)) for name, m in maps.items()}
+    torch.testing.assert_close(sums["xgradcam"], sums["hirescam"])
+    assert not torch.allclose(sums["xgradcam"], sums["gradcam"], rtol=0.01)
+
+
+def test_eigengradcam_of_one_pattern_is_that_pattern(backbones):
+    """f o g of rank 1, u v^T: the map is u |v|, with the sign of u sum(v)."""
+    explainer = create_explainer("eigengradcam", backbones["cnn"], relu=False)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(2, 1, 3, 5, generator=generator).double()
+    for v in (torch.tensor([0.5, -2.0, 1.0]), torch.randn(40, generator=generator)):
+        scale = v.double().view(1, -1, 1, 1)
+        explainer.reader.gradients = lambda x, t, scale=scale: (u * scale, torch.ones_like(u))
+        expected = u * v.double().norm() * v.sum().sign()
+        torch.testing.assert_close(explainer.attribute(torch.rand(2, 3, 64, 64), TARGET), expected)
 
 
 def test_constant_channels_weigh_nothing_in_scorecam(backbones, images):

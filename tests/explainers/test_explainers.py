@@ -19,10 +19,11 @@ from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 
 CAMS = ["gradcam", "gradcam_plusplus", "layercam", "hirescam", "eigencam", "ablationcam"]
+CAMS += ["xgradcam", "eigengradcam"]
 NAMES = ["head", "cam", *CAMS, "random", "centre", "ones"]
 # Tested alike in files of their own, with options that make them fast.
 ELSEWHERE = [
-    *("saliency", "input_x_gradient", "guided_backprop", "lrp"),
+    *("saliency", "input_x_gradient", "guided_backprop", "lrp", "fullgrad"),
     *("integrated_gradients", "gradient_shap", "smoothgrad"),
     *("scorecam", "rise", "occlusion", "lime", "kernel_shap"),
 ]

@@ -22,6 +22,7 @@ NAMES = {
     "gradient_shap": {"samples": 5, "noise": 0.1},
     "smoothgrad": {"samples": 5},
     "lrp": {},
+    "fullgrad": {},
 }
 SUMS = ["integrated_gradients", "gradient_shap", "smoothgrad"]
 TARGET = torch.tensor([3, 0, 4])

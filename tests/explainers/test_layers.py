@@ -21,6 +21,8 @@ CAMS = [
     "eigencam",
     "scorecam",
     "ablationcam",
+    "xgradcam",
+    "eigengradcam",
 ]
 # The smallest of each family whose final features are tokens.
 TOKEN_NETWORKS = {

@@ -14,11 +14,12 @@ from xattn.explainers.base import (
 )
 from xattn.explainers.baselines import Centre, Ones, Random
 from xattn.explainers.cam import Cam
-from xattn.explainers.eigencam import EigenCam
+from xattn.explainers.eigencam import EigenCam, EigenGradCam
+from xattn.explainers.fullgrad import FullGrad
 from xattn.explainers.gates import Gates
 from xattn.explainers.generic_relevance import GenericRelevance
 from xattn.explainers.grad_eclip import GradEclip
-from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, HiResCam, LayerCam
+from xattn.explainers.gradcam import GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
 from xattn.explainers.gradients import GuidedBackprop, InputXGradient, Saliency
 from xattn.explainers.head import HeadExplainer
 from xattn.explainers.integrated_gradients import GradientShap, IntegratedGradients, SmoothGrad
@@ -43,8 +44,10 @@ __all__ = [
     "Centre",
     "ColumnMass",
     "EigenCam",
+    "EigenGradCam",
     "Explainer",
     "ExplainerEntry",
+    "FullGrad",
     "Gates",
     "GenericRelevance",
     "GradCam",
@@ -72,6 +75,7 @@ __all__ = [
     "Saliency",
     "ScoreCam",
     "SmoothGrad",
+    "XGradCam",
     "as_explainer",
     "create_explainer",
     "explainer_class",

@@ -29,6 +29,7 @@ from xattn.attention.base import Mechanism
 from xattn.attention.inputs import Inputs
 from xattn.attention.operator import Operator
 from xattn.attention.record import attending_by
+from xattn.backbone.norm_gradients import batch_norm_scale_and_shift
 from xattn.explainers.attention import layers_text
 from xattn.explainers.attn_lrp_operators import Held, depends, share, times
 
@@ -192,13 +193,48 @@ _CONSTANT_ATTENTION: dict[str, Callable[..., Any]] = {
     **dict.fromkeys((*_ATTENTION, "pooling_forward", "causal_product_forward"), _by_values),
     "softmax": _constant,
 }
+
+
+def _over_places(bias: Tensor | None, dims: int) -> Tensor | None:
+    return None if bias is None else bias.unflatten(0, (-1, *dims * [1]))
+
+
+def _shift(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """What BatchNorm in eval mode adds to its scaled input."""
+    if not (training or mean is None or var is None):
+        bias = batch_norm_scale_and_shift(mean, var, weight, bias, eps)[1]
+    return _over_places(bias, input.ndim - 2)
+
+
 # Where the bias of a layer stands among the arguments.
 _BIASED: dict[str, Callable[..., Tensor | None]] = {
     "linear": lambda input, weight, bias=None: bias,
+    "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
     "conv1d": lambda input, weight, bias=None, *a, **kw: _over_places(bias, 1),
     "conv2d": lambda input, weight, bias=None, *a, **kw: _over_places(bias, 2),
-    "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
+    "conv_transpose2d": lambda input, weight, bias=None, *a, **kw: _over_places(bias, 2),
+    "group_norm": lambda input, n, weight=None, bias=None, *a, **kw: _over_places(
+        bias, input.ndim - 2
+    ),
+    "batch_norm": _shift,
 }
+
+
+def added_bias(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The constant that a call of a layer's function adds to its output, as it broadcasts there."""
+    found = _BIASED.get(getattr(function, "__name__", ""))
+    return None if found is None else found(*args, **kwargs)
+
+
 _FEATURES = frozenset(  # of one activation, with a value at 0 or without f(x)/x at hand
     "exp exp2 expm1 log softplus mish elu selu celu erf sin cos __rpow__ relu6 logsigmoid log_sigmoid "
     "hardtanh".split()
@@ -317,15 +353,11 @@ class Rules(TorchFunctionMode):
         if self.constant_attention:
             rule = _CONSTANT_ATTENTION.get(name, rule)
         result = function(*args, **kwargs) if rule is None else rule(function, *args, **kwargs)
-        if self.keep_biases and name in _BIASED:
-            bias = _BIASED[name](*args, **kwargs)
+        if self.keep_biases:
+            bias = added_bias(function, args, kwargs)
             if bias is not None and result.requires_grad:
                 self.biased.append((result, bias))
         return result
-
-
-def _over_places(bias: Tensor | None, dims: int) -> Tensor | None:
-    return None if bias is None else bias.unflatten(0, (-1, *dims * [1]))
 
 
 def _constant_inputs(inputs: Inputs) -> Inputs:

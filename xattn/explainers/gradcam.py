@@ -5,6 +5,7 @@
                 alpha = g^2 / (2 g^2 + sum_ab(f) g^3) = 1 / (2 + sum_ab(f) g), 0 at a pole
     LayerCAM    ReLU( sum_c relu(g_c) f_c )                        Jiang et al., IEEE TIP 2021
     HiResCAM    ReLU( sum_c g_c f_c )                              Draelos & Carin, arXiv 2011.08891
+    XGrad-CAM   ReLU( sum_c (sum_uv(g_c f_c) / sum_uv(f_c)) f_c )  Fu et al., BMVC 2020, arXiv 2008.02312
 
 Grad-CAM++ takes the derivatives of exp(logit), whose common factor drops out. f (B, C, h, w) is the
 layer of :mod:`xattn.explainers.layers`. The ReLU is part of the methods.
@@ -98,3 +99,22 @@ class HiResCam(GradientCam):
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         return gradients
+
+
+@register_explainer("xgradcam")
+class XGradCam(GradientCam):
+    """XGrad-CAM: Grad-CAM whose gradients are averaged by where their channel is active.
+
+    A channel's part of the map sums to sum(g f), as HiResCAM's does: where the rest of the network is
+    linear, to what the logit loses without the channel (sensitivity). Where gradients are the same at
+    all places, it is Grad-CAM. Activations of both signs, as in a ViT, may cancel in the denominator;
+    where they sum to 0, the weight is 0.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        total = activations.sum((2, 3), keepdim=True)
+        weighted = (gradients * activations).sum((2, 3), keepdim=True)
+        return torch.where(total != 0, weighted / total, 0.0)

@@ -30,6 +30,11 @@ METHODS = {
     "eigencam": Words(
         "Eigen-CAM", "The strongest common pattern of the channels, whatever the class"
     ),
+    "eigengradcam": Words(
+        "Eigen-Grad-CAM",
+        "The strongest common pattern of the channels, weighted by their gradients",
+    ),
+    "fullgrad": Words("FullGrad", "Adds up what the pixels and each layer's biases give the score"),
     "gates": Words(
         "Attention gates", "Where a segmentation network's gates let the signal through"
     ),
@@ -82,6 +87,9 @@ METHODS = {
         "Score-CAM", "Adds the channels up by the confidence that each leaves as a mask"
     ),
     "smoothgrad": Words("SmoothGrad", "Saliency, averaged over noisy copies of the photo"),
+    "xgradcam": Words(
+        "XGrad-CAM", "Grad-CAM that averages each channel's gradients where the channel is active"
+    ),
 }
 CONTROLS = {  # prefixes of rows that a method has to beat
     "qk_randomized_": Words(
