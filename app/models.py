@@ -416,7 +416,7 @@ def _explainers(
     with turn():
         for name in list_explainers():
             try:
-                allowed[name] = create_explainer(name, _loaded, _head).forwards or 1
+                allowed[name] = create_explainer(name, _loaded, _head).total_forwards or 1
             except ValueError as error:
                 refused[name] = str(error)
     return allowed, refused

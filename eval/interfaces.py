@@ -64,7 +64,7 @@ class ExplainerFacts:
     def of(cls, explainer: Explainer) -> ExplainerFacts:
         """The facts of an explainer."""
         return cls(
-            forwards=getattr(explainer, "forwards", None),
+            forwards=getattr(explainer, "total_forwards", getattr(explainer, "forwards", None)),
             perturbs=bool(getattr(explainer, "perturbs", False)),
             one_by_one=bool(getattr(explainer, "one_by_one", False)),
             is_mask=bool(getattr(explainer, "is_mask", False)),

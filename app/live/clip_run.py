@@ -65,7 +65,7 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
 
 def _watch(run: LiveRun, loaded: Backbone, method: Explainer) -> None:
     """Let ``method`` take its turn, tell its run how far it is, and stop with it."""
-    work = PassCounter(run, run.total * (method.forwards or 1))
+    work = PassCounter(run, run.total * (method.total_forwards or 1))
     attribute = method.attribute_classes
 
     def watched(inputs: Any, choose: Any) -> Any:

@@ -40,8 +40,8 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
                 )
             )
     # Methods of many passes have all a pass can hold from one photo.
-    size = BATCH if all(method.forwards == 1 for method, *_ in methods) else 1
-    work = PassCounter(run, sum(method.forwards or 1 for method, *_ in methods) * run.total)
+    size = BATCH if all(method.total_forwards == 1 for method, *_ in methods) else 1
+    work = PassCounter(run, sum(method.total_forwards or 1 for method, *_ in methods) * run.total)
     taken: set[str] = set()
     ids = [unique_id(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
     failed: set[str] = set()

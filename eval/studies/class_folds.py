@@ -117,7 +117,7 @@ class Squashed:
     is_mask = False
 
     def __init__(self, explainer: Any) -> None:
-        self.explainer, self.forwards = explainer, explainer.forwards
+        self.explainer, self.forwards = explainer, explainer.total_forwards
 
     def attribute(self, inputs: Any, target: Any) -> Any:
         maps = self.explainer.attribute(inputs, target)

@@ -84,7 +84,9 @@ def test_the_signature_shows_the_shared_arguments_and_then_options_by_keyword(na
     shared, own = parameters[:4], parameters[4:]
     assert [p.name for p in shared] == ["backbone", "head", "seed", "max_forward_batch"]
     assert [p.default for p in shared[1:]] == [None, 0, 32]
-    assert all(p.kind is p.KEYWORD_ONLY and p.name in cls.__doc__ for p in own)
+    assert own[0].name == "aug_smooth" and own[0].default is False
+    assert all(p.kind is p.KEYWORD_ONLY for p in own)
+    assert all(p.name in cls.__doc__ for p in own[1:])
     assert cls.__hash__ is object.__hash__ and cls.__repr__ is object.__repr__
 
 

@@ -24,6 +24,7 @@ from xattn.backbone import Backbone, sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import Scored, View, class_of, is_score, scored
+from xattn.explainers.aug_smooth import OTHERS
 from xattn.explainers.captum_calls import CaptumMethod, captum_call
 from xattn.heads import AttentiveHead, Head
 from xattn.heads.probed import Probed
@@ -57,8 +58,10 @@ class Explainer(CaptumMethod, ABC):
         head: a trained head of that backbone, where the explainer reads one.
         seed: for explainers that draw random numbers; results depend on (seed, image) alone.
         max_forward_batch: how many images are alive in a pass; halved for good where memory ran out.
+        aug_smooth: give the mean over the maps of six copies, mirrored and of other contrast, see
+            :mod:`xattn.explainers.aug_smooth`; six times the passes.
 
-    Class attributes: ``name``; ``forwards``, the largest number of forward passes per image;
+    Class attributes: ``name``; ``forwards``, the largest number of forward passes per image and copy;
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
     ``needs_head``; ``per_class``, whether it has maps of classes alone, and none of other targets;
@@ -76,17 +79,22 @@ class Explainer(CaptumMethod, ABC):
     per_class: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
     listed_first: ClassVar[tuple[str, ...]] = ()
-    added_later: ClassVar[tuple[str, ...]] = ()
+    added_later: ClassVar[tuple[str, ...]] = ("aug_smooth",)
 
     backbone: Backbone
     head: Head | None = None
     seed: int = 0
     max_forward_batch: int = _MicroBatchSize()  # type: ignore[assignment]
+    aug_smooth: bool = field(default=False, kw_only=True)
     _batches: ForwardBatches = field(init=False)
     _notes: tuple[str, ...] = field(default=(), init=False)
     _aimed: tuple[Any, Explainer] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.aug_smooth, bool):
+            raise ValueError(f"aug_smooth: got {self.aug_smooth!r}; give True or False")
+        if self.aug_smooth:
+            self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
         if self.per_class and isinstance(self.backbone, Scored):
             raise ValueError(
                 f"target: explainer {self.name!r} has maps of classes alone, none of "
@@ -105,6 +113,12 @@ class Explainer(CaptumMethod, ABC):
         """Where its maps of this backbone depart from the method's definition; part of provenance."""
         return self._notes
 
+    @property
+    def total_forwards(self) -> int | None:
+        """Forward passes per image, all copies together; None where ``forwards`` is not known."""
+        copies = 1 + len(OTHERS) if self.aug_smooth else 1
+        return None if self.forwards is None else copies * self.forwards
+
     def _note(self, text: str) -> None:
         self._notes = *self._notes, text
 
@@ -116,7 +130,9 @@ class Explainer(CaptumMethod, ABC):
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
 
         def maps_of(images: Tensor, classes: Tensor) -> Tensor:
-            return self._attribute(self._move(images), classes.to(self.backbone.device))
+            images, classes = self._move(images), classes.to(self.backbone.device)
+            maps = self._attribute(images, classes)
+            return self._smoothed(maps, images, lambda copies: self._attribute(copies, classes))
 
         with self._guard():
             if targets.is_inference():  # such tensors cannot be saved for a backward pass
@@ -172,12 +188,31 @@ class Explainer(CaptumMethod, ABC):
             read class maps from features (``head``, ``cam``) need one backbone pass in all.
         """
         inputs = check_inputs(inputs, self.backbone)
+
+        def explained(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            images = self._move(images)
+            logits, classes, maps = self._attribute_classes(images, choose)
+
+            def again(copies: Tensor) -> Tensor:
+                return self._attribute_classes(copies, lambda _: classes)[2]
+
+            return logits, classes, self._smoothed(maps, images, again)
+
         with self._guard():
-            parts = self._batches.run(
-                lambda images: self._attribute_classes(self._move(images), choose), inputs
-            )
+            parts = self._batches.run(explained, inputs)
         logits, classes, maps = (torch.cat(p).detach() for p in zip(*parts, strict=True))
         return logits.to(inputs.device), classes.to(inputs.device), maps.to(inputs.device)
+
+    def _smoothed(
+        self, maps: Tensor, images: Tensor, explain: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``maps`` of ``images``, or with ``aug_smooth`` the mean of theirs and their copies'."""
+        if not self.aug_smooth:
+            return maps
+        mean = self.backbone.mean.to(images)
+        for copy in OTHERS:
+            maps = maps + copy.back(explain(copy.of(images, mean)))
+        return maps / (1 + len(OTHERS))
 
     @abstractmethod
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class HeadExplainer(Explainer):
     caption: str | None = None
     needs_head = True
     per_class = True
-    added_later = ("passes", "caption")
+    added_later = (*Explainer.added_later, "passes", "caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()

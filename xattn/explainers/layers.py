@@ -199,7 +199,7 @@ class LayerExplainer(Explainer):
         reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
     """
 
-    added_later = ("layers", "reshape")
+    added_later = (*Explainer.added_later, "layers", "reshape")
 
     layer: nn.Module | str | None = None
     layers: Sequence[nn.Module | str] = ()
@@ -214,7 +214,9 @@ class LayerExplainer(Explainer):
         if self.layers and self.layer is not None:
             raise ValueError("layers: got layer= as well; give one of them")
         if self.layers:
-            self._parts = [replace(self, layer=one, layers=()) for one in self.layers]
+            self._parts = [
+                replace(self, layer=one, layers=(), aug_smooth=False) for one in self.layers
+            ]
             self.reader = self._parts[0].reader
             self.layer_name = ", ".join(part.layer_name for part in self._parts)
             self.forwards = sum(part.forwards for part in self._parts)

@@ -36,7 +36,7 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
         },
         "head": None if head is None else _head_record(head),
         "explainer": method.name,
-        "forward_passes": method.forwards,
+        "forward_passes": method.total_forwards,
         "seed": method.seed,
         "view": view,
         "classes": "top",

@@ -55,7 +55,7 @@ def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> 
     entry = pack.explanation(entry_id)
     with models.turn():
         method = _method(pack.provenance(entry_id), backbone)
-        passes = method.forwards or 1
+        passes = method.total_forwards or 1
         if passes > MOST_PASSES:
             raise ValueError(
                 f"{entry.method} takes {passes:,} passes of the network; choose a method that takes at "
