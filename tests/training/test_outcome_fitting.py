@@ -18,11 +18,12 @@ from xattn.config import TrainConfig
 from xattn.heads import create_head, head_class, list_heads, load_head
 from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
-from xattn.training import fit
+from xattn.training import fit, outcome_fitting
 from xattn.training.outcome_fitting import NO_REACTION, drawn_classes, outcome_terms
 from xattn.training.outcome_rows import RowMaker
 from xattn.training.outcome_table import OutcomeBatch
 from xattn.training.outcomes import cache_outcomes
+from xattn.training.outcomes_objective import reacts
 from xattn.training.tap_store import TapStore, stack, tensors
 
 COUNT, MASKS, CLASSES = 21, 8, 5
@@ -216,6 +217,23 @@ def test_a_photo_whose_class_does_not_react_is_left_out_counted_and_named(cnn, p
         Image.new("RGB", (70, 50)).save(tmp_path / f"{name}.png")
     with pytest.raises(ValueError, match="do not react to masks in any of 2 photos"):
         fitted(evidence(cnn), cnn, [tmp_path / "a.png", tmp_path / "b.png"])
+
+
+def test_a_photo_is_left_out_if_its_class_does_not_react_in_one_of_its_crops(
+    cnn, photos, monkeypatch
+):
+    crops = iter([{}, {2}])  # photos that do not react
+
+    def reacting(masks, outcomes):
+        still = next(crops, None)
+        if still is None:  # while it learns
+            return reacts(masks, outcomes)
+        return torch.tensor([[i not in still] for i in range(len(masks))])
+
+    monkeypatch.setattr(outcome_fitting, "reacts", reacting)
+    config = quick(crops=2, epochs=1, batch_size=COUNT)
+    result = fitted(evidence(cnn), cnn, photos, config)
+    assert result.skipped == [(str(sorted(photos.iterdir())[2]), NO_REACTION)]
 
 
 def test_a_table_may_have_more_photos_than_the_data(cnn, photos, table, tmp_path):

@@ -6,11 +6,15 @@ import timm
 import torch
 from PIL import Image
 
+from xattn.attention import Conversion
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.backbone import Backbone, converted, load_backbone
+from xattn.backbone.conversion import save_conversion
 from xattn.cli import main
+from xattn.eval.studies import attention_maps
 from xattn.eval.studies.attention_maps import LARGEST, SETTINGS, study, with_maps
+from xattn.pictures.contact_sheet import contact_sheet_image
 
 
 @pytest.fixture
@@ -49,6 +53,28 @@ def test_the_command_draws_the_mechanisms_that_it_names(backbone, photo, tmp_pat
     assert main(command) == 0
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["gna.jpg", "spatten.jpg"]
     assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_the_caption_says_whether_the_network_was_trained(backbone, photo, tmp_path, monkeypatch):
+    captions = []
+
+    def sheet(*given, notes, **options):
+        captions.extend(notes)
+        return contact_sheet_image(*given, notes=notes, **options)
+
+    monkeypatch.setattr(attention_maps, "contact_sheet_image", sheet)
+    made = Conversion("dma", tuple(range(6)), {"window": 4})
+    weights = converted(backbone, *made).model.state_dict().items()
+    state = {name: value for name, value in weights if ".attn.mechanism." in name}
+    save_conversion(tmp_path / "trained", backbone, made, state, {})
+    for name, trained in (("gna", []), ("dma", []), ("dma", [tmp_path / "trained"])):
+        output = tmp_path / f"maps-{len(captions)}"
+        list(study(backbone, photo, output, only=[name], size=160, distilled=trained))
+    assert [caption.partition(", layer ")[2].partition(". ")[2] for caption in captions] == [
+        "Converted without training.",
+        "Converted without training; the parameters of the mechanism are as they were initialised.",
+        "Trained by xattn distill.",
+    ]
 
 
 @pytest.mark.parametrize(
