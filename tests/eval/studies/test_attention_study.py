@@ -1,6 +1,7 @@
 """The text study: trees, figures by definition, what may be learned from, and a study that goes on."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,6 +375,8 @@ def test_the_command_writes_tables_differences_and_a_plot(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     f1 = [r["dev"]["f1"] for r in rows if r["run"][1] == "none"]
     assert value["dev"][0]["f1"]["mean"] == pytest.approx(np.mean(f1)) and len(f1) == 3
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
     every_seed = text.split("every seed")[1].split("over epsilon")[0]
     vanilla = next(line for line in every_seed.splitlines() if "| vanilla |" in line)
     assert [cell.split(" / ")[0].strip() for cell in vanilla.split("|")[3:-1]] == [

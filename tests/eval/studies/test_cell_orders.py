@@ -69,6 +69,22 @@ def test_a_report_of_every_row(done, backbone):
     assert np.array(kept).shape == (3, 10) and head.decoder is None
 
 
+def test_one_number_of_cells_for_every_photo_is_that_of_the_first_pointer_head(
+    photos, backbone, tmp_path, monkeypatch
+):
+    def learned(_, kind, lessons, tested, config, seed):
+        cells = np.roll(np.arange(9), KINDS.index(kind)).tolist()
+        places = [4, 6, 6] if kind == "pointer" and seed == 0 else [2, 2, 2]  # of the end symbol
+        return {"sequences": [[*cells[:at], 9, *cells[at:]] for at in places], "seconds": 1.0}
+
+    monkeypatch.setattr(cell_orders, "_learned", learned)
+    lines = list(cell_orders.study(backbone, photos, tmp_path, dataclasses.replace(SHORT, draws=2)))
+    for row in ("pointer head", "class map", "mean order"):
+        assert sum(line.startswith(f"| {row}, 5 cells of every photo |") for line in lines) == 1
+    kept = json.loads((tmp_path / "ends" / "pointer-head-usual.json").read_text())
+    assert kept["orders"] == [list(range(9))] * 3
+
+
 def test_a_killed_study_goes_on_and_gives_the_same_report(done, photos, backbone, monkeypatch):
     output, lines = done
     for name in ("teacher-0/00004.json", "orders/pointer-0.json", "curves/pointer-0.json"):

@@ -5,9 +5,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.collections import PathCollection
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -24,8 +26,9 @@ from xattn.backbone import resized
 from xattn.cli import main
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
+from xattn.eval.bootstrap import Interval
 from xattn.eval.studies.study_configs import SwapStudyConfig
-from xattn.eval.studies.swap import measuring
+from xattn.eval.studies.swap import measuring, report
 from xattn.eval.studies.swap.accuracy import read_accuracy
 from xattn.eval.studies.swap.controls import CONTROLS, ExactTopK, RandomBlocks, Uniform
 from xattn.eval.studies.swap.networks import Networks, Photo
@@ -93,6 +96,25 @@ def test_every_row_is_there_at_every_size(done):
     assert (output / "report.md").read_text() in text + "\n"
     for name in ("accuracy.png", "faithfulness.png"):
         assert (output / name).stat().st_size > 5000
+
+
+def test_a_plot_has_a_point_for_each_row_and_a_legend_of_their_kinds(tmp_path, monkeypatch):
+    rows = {"as-trained": AS_TRAINED, "gna": TWO[0], "hedgehog": TWO[1]}
+    values = [0.9, 0.7, 0.8]
+    points = [
+        (key, time, Interval(value, value - 0.1, value + 0.1, 9))
+        for key, time, value in zip(rows, (1.0, 0.5, 2.0), values, strict=True)
+    ]
+    drawn = []
+    monkeypatch.setattr(report, "_points", lambda *_: iter(points))
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
+    assert report.plot({16: None}, rows, "right", "accuracy", tmp_path / "plot.png")
+    panel, listed = drawn[0].axes
+    found = [c.get_offsets()[0] for c in panel.collections if isinstance(c, PathCollection)]
+    np.testing.assert_allclose(found, [(time, value.mean) for _, time, value in points])
+    kinds = [text.get_text() for text in listed.get_legend().get_texts()]
+    assert kinds == list(dict.fromkeys(row.kind for row in rows.values()))
+    assert (tmp_path / "plot.png").exists()
 
 
 def test_values_are_those_of_each_network_alone(done, photos, backbone):
