@@ -5,12 +5,12 @@
 
 A fault (mutant) is one changed expression or removed statement in a function of :data:`PARTS`; defaults,
 decorators, annotations and error messages stay. The tests are collected once. For a mutant a fork of that
-process gives the function the code with the fault and runs tests until one fails: first those that have
-the module's name in theirs, then those of files that import it, then the others of the part, for so many
-seconds of processor time. A crash or a spent limit kills too. No file is changed; processes that a test
-starts import the module with the fault. Results are kept in ``build/mutants``: a stopped run goes on, and survivors
-are tried again. The sample depends on the text of each function alone, so that changes elsewhere leave it
-as it is. A mutant that changes nothing a test could see stands with the reason in
+process gives the function the code with the fault and runs tests until one fails: first those named after
+its module, class or function, then those of files that import or name it, then the others of the part, for
+so many seconds of processor time. A crash or a spent limit kills too. No file is changed; processes that a
+test starts import the module with the fault. Results are kept in ``build/mutants``: a stopped run goes on,
+and survivors are tried again. The sample depends on the text of each function alone, so that changes
+elsewhere leave it as it is. A mutant that changes nothing a test could see stands with the reason in
 ``equivalent_mutants.txt``. Python 3.11 or newer.
 """
 
@@ -266,15 +266,18 @@ class Loop:
         print(*row.values(), mutant.path, mutant.function, file=sys.__stderr__, flush=True)
 
     def order(self, items: list[Any], mutant: Mutant) -> list[Any]:
-        """The tests of the mutant's part: of its module's name, of files that import it, the others."""
+        """The tests of the mutant's part: those named after its module, class or function, those of files
+        that name or import one of these, the others."""
         module = next(name for name, path in self.names.items() if path == ROOT / mutant.path)
-        stem = Path(mutant.path).stem
+        words = [word for word in mutant.function.split(".") if not word.startswith("_")]
+        plain = [plain_text(word) for word in (Path(mutant.path).stem, *words)]
         ranked = []
         for number, item in enumerate(items):
-            name = item.nodeid
-            if name.startswith(PARTS[mutant.part][1:]):
-                named = stem in name.replace("-", "_")
-                ranked.append((not named, module not in imported(item.path), number))
+            if item.nodeid.startswith(PARTS[mutant.part][1:]):
+                text, used = of_file(item.path)
+                named = any(word in plain_text(item.nodeid) for word in plain)
+                told = module in used or any(word in text for word in words)
+                ranked.append((not named, not told, number))
         return [items[number] for *_, number in sorted(ranked)]
 
     def first_failure(self, items: list[Any], mutant: Mutant | None = None) -> str:
@@ -297,9 +300,15 @@ class Loop:
         return ""
 
 
+def plain_text(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
 @cache
-def imported(path: Path) -> set[str]:
-    return imports(ast.parse(path.read_text()), module_names())
+def of_file(path: Path) -> tuple[str, set[str]]:
+    """The text of a test file, and the modules that it imports."""
+    text = path.read_text()
+    return text, imports(ast.parse(text), module_names())
 
 
 def in_child(session: Any, action: Callable[[], str]) -> str | None:
