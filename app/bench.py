@@ -357,7 +357,7 @@ def bench(
     """Lines of a Markdown table; ``images`` of the big pack and of the warm one. With ``maps`` the one pack
     of format 2 that has so many, made, opened, sorted, filtered and browsed."""
     if maps is not None:
-        yield from scale(min(rounds, 6), maps)
+        yield from scale(rounds, maps)
         return
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
         folder = Path(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+
+from xattn.runtime.option_checks import Belongs, Not
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
 # classifier fusion on a few hundred photos, see docs/results/held-out-classes.md; "outcomes" trains on a
@@ -92,6 +94,11 @@ class TrainConfig:
     the network answers for masked photos.
     """
 
+    belongs: ClassVar = (
+        Belongs("crops", "masks", "others", objective="outcomes"),
+        Belongs("class_mode", "cross_entropy", "area", "variation", "augment", objective="masking"),
+    )
+
     recipe: Literal["published", "small", "outcomes"] = "published"
     """Source of all settings that are not given."""
     objective: ObjectiveName = None  # type: ignore[assignment]
@@ -157,6 +164,8 @@ class TrainConfig:
 class ProbeConfig:
     """How a head is trained as a classifier on cached features; settings left out come from the recipe."""
 
+    belongs: ClassVar = (Belongs("epsilon", "attention_weight", attention=Not("none")),)
+
     recipe: Literal["published", "small"] = "published"
     """Source of all settings that are not given."""
     epochs: Int = None  # type: ignore[assignment]
@@ -219,6 +228,13 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     """How a mechanism is trained to attend as the softmax that it replaces; no labels are read."""
+
+    belongs: ClassVar = (
+        Belongs("finetune_epochs", "finetune_lr", finetune=Not("none")),
+        Belongs("rank", finetune="lora"),
+        Belongs("lr", epochs=Not(0)),
+        Belongs("student_lr", student_epochs=Not(0)),
+    )
 
     epochs: int = 4
     """Passes over the photos in which each layer learns for itself, all of them side by side; 0, as for
@@ -304,6 +320,12 @@ class DistillConfig:
 @dataclass(frozen=True)
 class PruneConfig:
     """How heads of a ViT are pruned, and what is left is trained; no labels are read."""
+
+    belongs: ClassVar = (
+        Belongs("scored", method="heads"),
+        Belongs("hidden", "entropy", "routed", method="shrp"),
+        Belongs("lr", "tokens", "logits", "mirrored", epochs=Not(0)),
+    )
 
     method: Literal["heads", "shrp"] = "heads"
     """Keep the best heads of each block (heads); or one head and a small MLP in place of the rest of the

@@ -212,7 +212,9 @@ def bench(
         for name in backbones:
             backbone = load_backbone(name, weights=None, device=device)
             head = heads_of(backbone)["ttame"].to(device).eval()
-            for what, rate in folder_rates(backbone, head, folder, rounds=min(rounds, 5)).items():
+            for what, rate in folder_rates(
+                backbone, head, folder, rounds=rounds if job == "folder" else min(rounds, 5)
+            ).items():
                 yield f"| {name} | {rate:.1f} | {what} |"
 
 

@@ -13,8 +13,8 @@ from xattn.cli import main
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["maps", "--maps", "1000"], "maps: got 1000 for the job maps; give 400 or more"),
-        (["app", "--maps", "399"], "maps: got 399 for the job app; give 400 or more"),
+        (["maps", "--maps", "1000"], "maps: for job app alone, got maps; leave out --maps"),
+        (["app", "--maps", "399"], "maps: got 399; give 400 or more"),
     ],
 )
 def test_a_number_of_maps_that_cannot_be_browsed_is_one_line(arguments, says, capsys):

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from xattn.cli.checks import check_annotations
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
+from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True)
 class App:
     """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
+
+    belongs: ClassVar = (
+        Belongs("root", "model", "host", "port", "password_file", "no_password", set_password=None),
+        Belongs("allow_host", "data", "annotations", "upload_mb", "demo", set_password=None),
+        Belongs("no_password", password_file=None),
+    )
 
     root: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there. Of a

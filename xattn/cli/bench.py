@@ -6,19 +6,37 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from xattn.cli.checks import check_images
 from xattn.cli.shared import Images
+from xattn.runtime.option_checks import Belongs, Not
 
+BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 LEAST_MAPS = 400  # of a pack to browse: some pages
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure what explaining and training cost compared with the backbone alone, as ratios in one run."""
+
+    belongs: ClassVar = (
+        Belongs("images", job=["folder", "probe", "all"]),
+        Belongs("backbones", job=["explain", "train", "folder", "all", "probe", "fidelity"]),
+        Belongs("batches", job=["explain", "train", "all", "pruning"]),
+        Belongs("rounds", job=Not("kernels")),
+        Belongs("aot", "filter", job="kernels"),
+        Belongs("maps", job="app"),
+        Belongs("tokens", job=["attention", "maps"], form=Not("published")),
+        Belongs("only", job="attention", form=["times", "growth", "causal"]),
+        Belongs("plot", job="attention", form="times"),
+        *(
+            Belongs(form, job="attention", form=form)
+            for form in ("published", "growth", "skipped_heads", "causal")
+        ),
+    )
 
     job: Annotated[
         Literal[
@@ -50,12 +68,13 @@ class Bench:
     images: Images = ()
     """A folder of photos for the jobs "folder" and "probe"; by default JPEG photos of 500 x 375 are
     made."""
-    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
-    """timm models, with random weights."""
+    backbones: tuple[str, ...] = ()
+    """timm models, with random weights; by default tf_efficientnet_lite0, vit_base_patch16_224 and
+    resnet50, for "probe" the first two, for "fidelity" the first."""
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes; training steps use those above 1."""
-    rounds: int = 15
-    """Rounds whose median counts."""
+    rounds: int | None = None
+    """Rounds whose median counts; by default 3 to 15, by the job."""
     aot: bool = False
     """For the job "kernels": compile for A100 and H100 (neither is needed) and check register spills
     and shared memory."""
@@ -77,7 +96,6 @@ class Bench:
     """For the job "attention": the papers' headline settings, measured on a GPU beside their figures."""
     skipped_heads: bool = False
     """For the job "attention": moh with half of the heads beside all of them, at 1024 tokens by default."""
-
     raw: Path | None = None
     """A .csv for what every round measured; of the job "kernels" for its table."""
     maps: int | None = None
@@ -91,38 +109,30 @@ class Bench:
     def folder(self) -> Path | None:
         return Path(self.images[0]) if self.images else None
 
+    @property
+    def form(self) -> str:
+        """What the job "attention" measures."""
+        return " and ".join(name for name in FORMS if getattr(self, name)) or "times"
+
     def check(self) -> None:
         if self.images:
             check_images(self.images)
-        if self.images and (self.job not in ("folder", "probe", "all") or len(self.images) > 1):
-            raise ValueError(
-                f"images: got {self.images[-1]}; the jobs folder and probe take one folder, others none"
-            )
+        if len(self.images) > 1:
+            raise ValueError(f"images: got {self.images[-1]} as well; give one folder")
+        if self.maps is not None and self.maps < LEAST_MAPS:
+            raise ValueError(f"maps: got {self.maps}; give {LEAST_MAPS} or more")
+        if self.job == "fidelity" and len(self.backbones) > 1:
+            raise ValueError(f"backbones: got {len(self.backbones)}; the job fidelity takes one")
+        if self.job == "kernels" and not self.aot:
+            raise ValueError("bench kernels: give --aot, which compiles and times nothing")
 
     def run(self) -> None:
-        if self.maps is not None and (self.job != "app" or self.maps < LEAST_MAPS):
-            raise ValueError(
-                f"maps: got {self.maps} for the job {self.job}; give {LEAST_MAPS} or more to the job app"
-            )
-        for option in ("published", "growth", "skipped_heads", "causal", "only"):
-            if getattr(self, option) and self.job != "attention":
-                raise ValueError(
-                    f"{option}: for the job attention alone, got {self.job}; leave it out"
-                )
-        name, arguments = JOBS.get(self.job, ("xattn.eval.bench.speed", _speed))
-        if self.published:
-            name, arguments = "xattn.eval.bench.published", _published
-        elif self.growth:
-            name, arguments = "xattn.eval.bench.growth", _growth
-        elif self.skipped_heads:
-            name, arguments = "xattn.eval.bench.skipped_heads", _skipped_heads
-        elif self.causal:
-            name, arguments = "xattn.eval.bench.causal_forms", _causal
         from xattn.eval.bench.rounds import keep_table, raw_rounds
 
+        module, arguments = FORMS[self.form] if self.form in FORMS else JOBS[self.job]
         lines = []
         with raw_rounds(self.raw):
-            for line in importlib.import_module(name).bench(**arguments(self)):
+            for line in importlib.import_module(module).bench(**arguments(self)):
                 print(line, flush=True)
                 lines.append(line)
             if self.job == "kernels":
@@ -130,83 +140,67 @@ class Bench:
 
 
 def _speed(options: Bench) -> dict[str, Any]:
-    return {
-        "job": options.job,
-        "backbones": options.backbones,
-        "batches": options.batches,
-        "rounds": options.rounds,
-        "data": options.folder,
-    }
+    given: dict[str, Any] = {"job": options.job, "backbones": options.backbones or BACKBONES}
+    if options.job != "folder":
+        given["batches"] = options.batches
+    if options.job in ("folder", "all"):
+        given["data"] = options.folder
+    return {**given, "rounds": _rounds(options, 5 if options.job == "folder" else 15)}
 
 
-def _kernels(options: Bench) -> dict[str, Any]:
-    if not options.aot:
-        raise ValueError("bench kernels: give --aot, which compiles and times nothing")
-    return {"filter": options.filter}
+def _rounds(options: Bench, default: int) -> int:
+    return default if options.rounds is None else options.rounds
 
 
-def _probe(options: Bench) -> dict[str, Any]:
-    return {
-        "backbones": options.backbones[:2],
-        "rounds": min(options.rounds, 7),
-        "data": options.folder,
-    }
+def _chosen(options: Bench, tokens: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Mechanisms, numbers of tokens and rounds of what is timed at several numbers of tokens."""
+    chosen = options.tokens or tokens
+    return {"names": options.only, "tokens": chosen, "rounds": _rounds(options, 5)}
 
 
-def _attention(options: Bench) -> dict[str, Any]:
-    return {
-        "names": options.only,
-        "tokens": options.tokens,
-        "rounds": min(options.rounds, 5),
-        "plot": options.plot,
-    }
-
-
-def _growth(options: Bench) -> dict[str, Any]:
-    return {
-        "names": options.only,
-        "tokens": options.tokens or (16384, 65536),
-        "rounds": min(options.rounds, 5),
-    }
-
-
-def _published(options: Bench) -> dict[str, Any]:
-    return {"rounds": min(options.rounds, 5)}
-
-
-def _causal(options: Bench) -> dict[str, Any]:
-    return {
-        "names": options.only,
-        "tokens": options.tokens or (4096, 16384),
-        "rounds": min(options.rounds, 5),
-    }
-
-
-def _skipped_heads(options: Bench) -> dict[str, Any]:
-    return {"tokens": options.tokens or (1024,), "rounds": options.rounds}
-
+# What the job "attention" measures in place of times: a module and what it is given, as below.
+FORMS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
+    "published": ("xattn.eval.bench.published", lambda o: {"rounds": _rounds(o, 5)}),
+    "growth": ("xattn.eval.bench.growth", lambda o: _chosen(o, (16384, 65536))),
+    "skipped_heads": (
+        "xattn.eval.bench.skipped_heads",
+        lambda o: {"tokens": o.tokens or (1024,), "rounds": _rounds(o, 15)},
+    ),
+    "causal": ("xattn.eval.bench.causal_forms", lambda o: _chosen(o, (4096, 16384))),
+}
 
 # A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is
 # imported when its job runs.
 JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
-    "heads": ("xattn.eval.bench.heads", lambda o: {"rounds": o.rounds}),
-    "probe": ("xattn.eval.bench.probes", _probe),
+    **dict.fromkeys(("explain", "train", "folder", "all"), ("xattn.eval.bench.speed", _speed)),
+    "heads": ("xattn.eval.bench.heads", lambda o: {"rounds": _rounds(o, 15)}),
+    "probe": (
+        "xattn.eval.bench.probes",
+        lambda o: {
+            "backbones": o.backbones or BACKBONES[:2],
+            "rounds": _rounds(o, 7),
+            "data": o.folder,
+        },
+    ),
     "fidelity": (
         "xattn.eval.bench.fidelity",
-        lambda o: {"name": o.backbones[0], "rounds": min(o.rounds, 7)},
+        lambda o: {"name": (o.backbones or BACKBONES)[0], "rounds": _rounds(o, 7)},
     ),
     "maps": (
         "xattn.eval.bench.maps",
-        lambda o: {"tokens": o.tokens or (1025, 4097), "rounds": min(o.rounds, 3)},
+        lambda o: {"tokens": o.tokens or (1025, 4097), "rounds": _rounds(o, 3)},
     ),
-    "attention": ("xattn.eval.bench.attention", _attention),
+    "attention": ("xattn.eval.bench.attention", lambda o: {**_chosen(o), "plot": o.plot}),
     "pruning": (
         "xattn.eval.bench.pruning",
-        lambda o: {"batches": o.batches, "rounds": min(o.rounds, 7)},
+        lambda o: {"batches": o.batches, "rounds": _rounds(o, 7)},
     ),
-    "kernels": ("xattn.kernels.aot", _kernels),
-    "photomap": ("xattn.app.pages.photomap.bench", lambda o: {"rounds": o.rounds}),
-    "app": ("xattn.app.bench", lambda o: {"rounds": o.rounds, "maps": o.maps}),
-    "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": min(o.rounds, 10)}),
-    "load": ("xattn.eval.bench.load", lambda o: {"rounds": min(o.rounds, 3)}),
+    "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter}),
+    "photomap": ("xattn.app.pages.photomap.bench", lambda o: {"rounds": _rounds(o, 15)}),
+    "app": (
+        "xattn.app.bench",
+        lambda o: {"rounds": _rounds(o, 15 if o.maps is None else 6), "maps": o.maps},
+    ),
+    "startup": ("xattn.eval.bench.startup", lambda o: {"rounds": _rounds(o, 10)}),
+    "load": ("xattn.eval.bench.load", lambda o: {"rounds": _rounds(o, 3)}),
 }

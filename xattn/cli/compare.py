@@ -13,6 +13,7 @@ from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import BatchSize, Explainers, MethodArgs, known
+from xattn.runtime.option_checks import Belongs, Not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Compare(MethodArgs):
     """Compare heads and explainers by many metrics: one leaderboard as Markdown, CSV, JSON and HTML."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
+    belongs: ClassVar = (Belongs("labels", maps=Not(0)),)
 
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     explainers: Explainers = ("gradcam", "layercam", "integrated_gradients", "rise")

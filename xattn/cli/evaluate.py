@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -15,11 +15,14 @@ from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
 from xattn.cli.shared import BatchSize, Explainers, MethodArgs, first_of, known
+from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(MethodArgs):
     """Measure how faithful explanations are (AD, IC, ADD, AG), next to Grad-CAM and sanity rows."""
+
+    belongs: ClassVar = (Belongs("metrics", "levels", preset=None),)
 
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     explainers: Explainers = ("gradcam",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -16,13 +16,26 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
 from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, first_of, known
+from xattn.runtime.option_checks import Belongs, Not
 
+# What a 3-D network, whose folder says all of it, does not read.
+PLANE = (
+    *("heads", "classes", "top", "view", "max_pixels", "seed", "batch_size"),
+    *(field.name for field in fields(BackboneArgs) if field.name != "backbone"),
+)
 MOST_PHOTOS = 20_000  # of a pack of format 1, unless it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explain(MethodArgs):
     """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
+
+    belongs: ClassVar = (
+        Belongs("top", classes=()),
+        Belongs("every", "smoothing", input="a clip"),
+        Belongs("labels", "features", "limit", input="photos"),
+        Belongs(*PLANE, input=Not("a 3-D network's volume")),
+    )
 
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
@@ -64,15 +77,13 @@ class Explain(MethodArgs):
         super().check()
         self.model.check()
         check_labels(self.labels)
-        if len(self.images) == 1 and self.limit is None:
+        if len(self.images) == 1:
             return
         from xattn.photos.clip import is_video
 
         clips = [name for name in self.images if is_video(name)]
         if clips:
-            raise ValueError(
-                f"images, limit: {clips[0]} is a clip; give it alone, and --every n for fewer frames"
-            )
+            raise ValueError(f"images: {clips[0]} is a clip; give it alone")
 
     def _check_kinds(self) -> None:
         """Refuse clips and volumes of a store, whose readers want files on disk."""
@@ -98,22 +109,15 @@ class Explain(MethodArgs):
         from xattn.explaining.photos import explain
         from xattn.photos.clip import is_video
 
-        if self._is_volume_network():
+        if self.input == "a 3-D network's volume":
             self._check_format("a volume")
             self._explain_volume()
             return
         clip = is_video(self.images[0])
         self._check_format("a clip" if clip else None)
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
-        if clip and (several or self.labels is not None or self.features):
-            raise ValueError(
-                f"explainers, labels, features: {self.images[0]} is a clip; give one method, no --labels "
-                f"and no --features"
-            )
-        if not clip and (self.every != 1 or self.smoothing != 0):
-            raise ValueError(
-                f"every, smoothing: {self.images[0]} is no clip; leave out --every and --smoothing"
-            )
+        if clip and several:
+            raise ValueError(f"explainers: {self.images[0]} is a clip; give one method")
         options: dict[str, Any] = {
             "classes": list(self.classes) or None,
             "top": self.top,
@@ -173,12 +177,17 @@ class Explain(MethodArgs):
                 print(f"skipped {name}: {reason}", file=sys.stderr)
             self._tell(found.first, found.maps, output)
 
-    def _is_volume_network(self) -> bool:
-        """Whether the backbone is the folder of a 3-D mask network."""
-        from xattn.models.masks import is_network_folder, network_record
+    @property
+    def input(self) -> str:
+        """What is explained, on which the options depend; slices of a volume are photos, too."""
+        from xattn.photos.clip import is_video
 
-        folder = self.model.backbone
-        return is_network_folder(folder) and network_record(folder)["settings"].get("dims") == 3
+        if self.model.network == "a mask network":
+            from xattn.models.masks import network_record
+
+            if network_record(self.model.backbone)["settings"].get("dims") == 3:
+                return "a 3-D network's volume"
+        return "a clip" if self.images and is_video(self.images[0]) else "photos"
 
     def _explain_volume(self) -> None:
         from xattn.explainers.options import options_by_name

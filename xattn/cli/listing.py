@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
+
+from xattn.runtime.option_checks import Belongs
 
 ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explainers", "blocks")}
 """The decorators by which the files of a kind register their classes."""
@@ -21,6 +23,8 @@ ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explai
 @dataclass(frozen=True)
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
+
+    belongs: ClassVar = (Belongs("filter", what=["all", "models"]),)
 
     what: Annotated[
         Literal["all", "models", "heads", "explainers", "attention", "blocks", "metrics"],
@@ -31,10 +35,6 @@ class List:
     training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
-
-    def check(self) -> None:
-        if self.filter is not None and self.what not in ("all", "models"):
-            raise ValueError(f"filter: for models alone, got {self.what}; leave it out")
 
     def run(self) -> None:
         if self.what in ("all", "models"):
@@ -145,13 +145,14 @@ def registered(kind: str) -> dict[str, str]:
 
 def declared(kind: str) -> dict[str, str]:
     """The docstrings of the classes that the package's own files register, read and not run."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(Path(__file__).parents[1].joinpath(kind).glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for call in getattr(node, "decorator_list", ()):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node in (node for node in body if isinstance(node, ast.ClassDef)):
+            for call in node.decorator_list:
                 match call:
                     case ast.Call(ast.Name(name), [ast.Constant(value), *_]) if name == ADDS[kind]:
-                        found[value] = ast.get_docstring(node) or ""
+                        found[str(value)] = ast.get_docstring(node) or ""
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -17,10 +17,15 @@ from xattn.cli.checks import (
     check_weights,
     saying,
 )
+from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True)
 class BackboneArgs:
+    belongs: ClassVar = (
+        Belongs("weights", "taps", "mechanism", "tile_positions", network="a classifier"),
+    )
+
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
     transformers:FOLDER_OR_NAME, or the folder of a mask network of xattn study lesions."""
@@ -59,6 +64,12 @@ class BackboneArgs:
     layers: str | None = None
     """Layers that get the mechanism, for example 4-11 or 0,3,8-11; all by default."""
 
+    @property
+    def network(self) -> str:
+        """What the backbone is: the folder of a mask network says more than a classifier's name."""
+        found = Path(self.backbone, "network.json").is_file()  # see xattn.models.masks
+        return "a mask network" if found else "a classifier"
+
     def check(self) -> None:
         """Refuse files that are not there and values of the wrong form, before torch is imported."""
         check_weights(self.weights)
@@ -90,10 +101,9 @@ class BackboneArgs:
 
     def _load(self) -> Any:
         from xattn.backbone import load_backbone
-        from xattn.models.masks import is_network_folder
 
         self._check_mechanism()
-        if is_network_folder(self.backbone):
+        if self.network == "a mask network":
             return self._mask_network()
         taps: Any = self.taps or None
         if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
@@ -127,11 +137,6 @@ class BackboneArgs:
         from xattn.backbone import load_backbone
         from xattn.models.masks import load_classifier
 
-        if self.taps or self.mechanism or self.tile_positions or self.weights != "auto":
-            raise ValueError(
-                f"backbone: {self.backbone} holds a mask network with its weights; leave out --weights, "
-                f"--taps, --mechanism and --tile-positions"
-            )
         module, names = load_classifier(self.backbone)
         return load_backbone(
             module,

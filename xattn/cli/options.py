@@ -14,12 +14,15 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
 from xattn.runtime.names import did_you_mean
+from xattn.runtime.option_checks import Belongs, Not
 
+ABSENT = (None, (), False)
+Rules: TypeAlias = tuple[tuple[tuple[str, ...], Belongs], ...]
 NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -43,6 +46,11 @@ class Option:
     required: bool
     also: tuple[str, ...]
     """Further spellings."""
+    path: tuple[str, ...]
+    """Names of the nested dataclasses that hold its field, then the field's own."""
+    default: Any
+    belongs: Rules
+    """The rules that speak of it, each with the path of the dataclass that has it."""
 
     @property
     def name(self) -> str:
@@ -51,21 +59,28 @@ class Option:
 
 
 @functools.cache
-def options_of(command: type[Any], prefix: str = "") -> tuple[Option, ...]:
+def options_of(command: type[Any]) -> tuple[Option, ...]:
     """All options of a command, in the order of its fields, with those of nested dataclasses."""
-    return tuple(_options(command, prefix))
+    return tuple(_options(command))
 
 
-def _options(command: type[Any], prefix: str) -> Iterator[Option]:
+def _options(
+    command: type[Any], prefix: str = "", path: tuple[str, ...] = (), outer: Rules = ()
+) -> Iterator[Option]:
     hints = typing.get_type_hints(command, include_extras=True)
+    own = [rule for cls in command.__mro__ for rule in vars(cls).get("belongs", ())]
+    rules = (*outer, *((path, rule) for rule in own))
     for field in dataclasses.fields(command):
         hint: Any = hints[field.name]
         about: tuple[Any, ...] = ()
         if typing.get_origin(hint) is Annotated:
             hint, about = hint.__origin__, hint.__metadata__
+        inner = (*path, field.name)
+        here = [(p, rule) for p, rule in rules if not rule.options or field.name in rule.options]
         if dataclasses.is_dataclass(hint):
             inside = prefix if tyro.conf.OmitArgPrefixes in about else f"{prefix}{field.name}."
-            yield from options_of(hint, inside)  # type: ignore[arg-type]
+            every = [(p, Belongs(**rule.settings)) for p, rule in here]
+            yield from _options(hint, inside, inner, (*rules, *every))  # type: ignore[arg-type]
             continue
         also = [name for item in about if isinstance(item, Also) for name in item.names]
         also += [name for item in about for name in getattr(item, "aliases", None) or ()]
@@ -77,6 +92,9 @@ def _options(command: type[Any], prefix: str) -> Iterator[Option]:
             positional,
             field.default is MISSING and field.default_factory is MISSING,
             tuple(also),
+            inner,
+            field.default,
+            tuple(here),
         )
 
 
@@ -204,6 +222,67 @@ def _in_order(
             raise ValueError(f"{option.name}: got none; give xattn {name} {usage} ...")
     plain = [f"./{word}" if _is_option(word) else word for word in (*free, *named)]
     return [*plain, *(word for flag, values in given.items() for word in (flag, *values))]
+
+
+# ---------------------------------------------------------------- options that are not read
+
+
+def check_read(command: Any, words: Sequence[str]) -> None:
+    """Raise a ``ValueError`` for the first option in ``words``, in one form, that ``command`` does not
+    read, since other settings have values that it does not belong to."""
+    kind: Any = type(command)
+    options = options_of(kind)
+    known, flags = _spellings(options), {option.path[-1]: option.flag for option in options}
+    given = {known[word][0] for word in words if word in known}
+    for option in options:
+        owner = _at(command, option.path[:-1])
+        value = getattr(owner, option.path[-1])
+        if option not in given and not (option.positional and value != option.default):
+            continue
+        for path, rule in option.belongs:
+            for setting, wanted in rule.settings.items():
+                got = _setting(_at(command, path), setting)
+                if not _allowed(wanted, got):
+                    raise ValueError(_unread(option, flags.get(setting, ""), wanted, got))
+        quick = getattr(owner, "quick", None)  # of a study's settings, a method
+        if callable(quick) and getattr(command, "quick", False):
+            made = getattr(quick(), option.path[-1])
+            if made != value:
+                raise ValueError(
+                    f"{option.name}: --quick makes it {made}; leave out one of the two"
+                )
+
+
+def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
+    """Why ``option`` is refused; ``setting`` is another option, "" for a property, whose value tells."""
+    named, left = f"{setting} " if setting else "", f"leave out {option.flag}"
+    if isinstance(wanted, Not) and any(wanted.value is value for value in ABSENT):
+        return f"{option.name}: needs {setting}; give it, or {left}"
+    if isinstance(wanted, Not):
+        return f"{option.name}: not read with {named}{got}; {left}"
+    if any(wanted is value for value in ABSENT):
+        return f"{option.name}: not read with {setting}; leave out one of the two"
+    several = wanted if isinstance(wanted, list) else [wanted]
+    return f"{option.name}: for {named}{' or '.join(map(str, several))} alone, got {got}; {left}"
+
+
+def _allowed(wanted: Any, got: Any) -> bool:
+    if isinstance(wanted, Not):
+        return bool(got != wanted.value)
+    return got in wanted if isinstance(wanted, list) else bool(got == wanted)
+
+
+def _at(command: Any, path: Sequence[str]) -> Any:
+    return functools.reduce(getattr, path, command)
+
+
+def _setting(owner: Any, name: str) -> Any:
+    """The field or property ``name`` of a dataclass, or of one that is nested in it."""
+    if hasattr(owner, name):
+        return getattr(owner, name)
+    nested = [getattr(owner, field.name) for field in dataclasses.fields(owner)]
+    parts = [part for part in nested if dataclasses.is_dataclass(part)]
+    return next(getattr(part, name) for part in parts if hasattr(part, name))
 
 
 def _is_option(word: str) -> bool:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from xattn.cli.checks import check_evidence, check_output
 from xattn.cli.shared import PhotoArgs
+from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class Parts(PhotoArgs):
     """Crop the evidence (text, objects) out of photos: hard negatives, and a JSON of what was cut."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
+    belongs: ClassVar = (Belongs("numbers", source="a folder of masks"),)
 
     evidence: str
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
@@ -28,6 +30,12 @@ class Parts(PhotoArgs):
     """Larger photos are skipped."""
     output: Path = Path("runs/parts")
     """Folder for the crops and parts.json; the same command continues a stopped run."""
+
+    @property
+    def source(self) -> str:
+        """What the evidence is read from."""
+        plain = self.evidence == "mser" or self.evidence.startswith("onnx:")
+        return self.evidence if plain or self.evidence.endswith(".json") else "a folder of masks"
 
     def check(self) -> None:
         super().check()

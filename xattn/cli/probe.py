@@ -14,6 +14,7 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import Heads, PhotoArgs, known
 from xattn.config import ProbeConfig
+from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Probe(PhotoArgs):
     """Train attentive heads to classify your own classes from cached features, and compare them."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
+    belongs: ClassVar = (Belongs("seed", seeds=()),)
 
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[ProbeConfig]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -16,6 +16,7 @@ from xattn.eval.studies.face_config import FaceStudyConfig
 from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.pointer_configs import OrderStudyConfig, PointStudyConfig
 from xattn.eval.studies.word_configs import WordStudyConfig
+from xattn.runtime.option_checks import Belongs, Not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class StudyWords(PhotoStudy):
 @dataclass(frozen=True, kw_only=True)
 class StudyPointer(PhotoStudy):
     """Pointer networks on hulls, tours and triangles; with photos, orders of a photo's cells."""
+
+    belongs: ClassVar = (Belongs("study", images=()), Belongs("model", "order", images=Not(())))
 
     images: Images = ()
     """Photos, as for explain; files. Heads learn in which order a ViT's cells matter; the networks that

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 
-from xattn.cli.options import canonical
+from xattn.cli.options import canonical, check_read
 from xattn.runtime.names import did_you_mean
 
 BOX = re.compile(r"[│╭╮╰╯─]+")
@@ -45,7 +45,9 @@ def parsed(
     if inner is not None:
         return parsed(inner, rest, place, command.__doc__ or "")
     rest = canonical(place.partition(" ")[2], command, rest)
-    return _read(command, rest, place, command.__doc__ or "")
+    found = _read(command, rest, place, command.__doc__ or "")
+    check_read(found, rest)
+    return found
 
 
 def _read(kind: Any, words: Sequence[str], prog: str, description: str) -> Any:

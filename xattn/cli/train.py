@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -13,12 +13,18 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.options import Also
 from xattn.cli.shared import PhotoArgs, known
 from xattn.config import TrainConfig
+from xattn.runtime.option_checks import Belongs
 from xattn.runtime.run_files import RUN_FILE, check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(PhotoArgs):
     """Train an explanation head on a folder of images; no labels are read."""
+
+    belongs: ClassVar = (
+        Belongs("table", objective="outcomes"),
+        Belongs("backbone", "taps", "head", "fusion", "options", preset=None),
+    )
 
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     train: tyro.conf.OmitArgPrefixes[TrainConfig]

@@ -41,6 +41,29 @@ class Where(NamedTuple):
     words: str
 
 
+class Not(NamedTuple):
+    """Any value but this one, for :class:`Belongs`."""
+
+    value: Any
+
+
+class Belongs:
+    """Options that are read only where other settings have these values, else refused on a command line.
+
+        belongs: ClassVar = (
+            Belongs("masks", objective="outcomes"),
+            Belongs("epsilon", attention=Not("none")),
+        )
+
+    in a dataclass speaks of its fields and of those of nested dataclasses; the name of a nested one stands
+    for all its fields. A setting is a field or a property, also of a nested dataclass; its value is one,
+    a list of several, or :class:`Not` one.
+    """
+
+    def __init__(self, *options: str, **settings: Any) -> None:
+        self.options, self.settings = options, settings
+
+
 Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1")]
 Positive: TypeAlias = Annotated[
     float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")

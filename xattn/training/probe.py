@@ -288,10 +288,10 @@ def _validate(head: AttentiveHead, features: Features, photos: LabelledPhotos) -
 
 
 def _perturbation(config: ProbeConfig) -> Perturbation:
-    options = {} if config.attention == "none" else {"epsilon": config.epsilon}
-    return create_perturbation(
-        config.attention, **options, weight=config.attention_weight, seed=config.seed
-    )
+    options: dict[str, float] = {}
+    if config.attention != "none":
+        options = {"epsilon": config.epsilon, "weight": config.attention_weight}
+    return create_perturbation(config.attention, **options, seed=config.seed)
 
 
 def _step(

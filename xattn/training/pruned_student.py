@@ -288,8 +288,10 @@ class PrunedStudent(nn.Module):
             terms["entropy"] = sum((usage_entropy(b.choice.shares) for b in routers), zero) / len(
                 routers
             )
-        weights = {"tokens": config.tokens, "logits": config.logits, "entropy": config.entropy}
-        return {"loss": sum((weights[k] * v for k, v in terms.items()), zero), **terms}
+        return {
+            "loss": sum((getattr(config, k) * v for k, v in terms.items() if v is not zero), zero),
+            **terms,
+        }
 
     @torch.no_grad()
     def finished(self) -> tuple[nn.Module, Pruning]:

@@ -70,7 +70,7 @@ def test_growth_is_from_the_first_number_of_tokens(capsys):
     with pytest.raises(ValueError, match="tokens: got .256.; growth needs at least two"):
         list(growth(tokens=(256,)))
     assert main(["bench", "maps", "--growth"]) != 0
-    assert "growth: for the job attention alone, got maps" in capsys.readouterr().err
+    assert "growth: for job attention alone, got maps" in capsys.readouterr().err
 
 
 def test_half_of_the_heads_are_measured_beside_all(capsys):
@@ -86,7 +86,7 @@ def test_half_of_the_heads_are_measured_beside_all(capsys):
         assert shares[0] == 100 and abs(sum(shares) - 300) <= 3  # half of six heads a token
         assert (max(shares[1:]) > 4 * min(shares[1:])) == (row[1] == "skewed")
     assert main(["bench", "maps", "--skipped-heads"]) != 0
-    assert "skipped_heads: for the job attention alone" in capsys.readouterr().err
+    assert "skipped_heads: for job attention alone" in capsys.readouterr().err
 
 
 def test_causal_forms_are_measured_beside_the_others(capsys):

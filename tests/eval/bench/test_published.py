@@ -75,7 +75,7 @@ def test_the_command_prints_them(monkeypatch, capsys):
     assert main(["bench", "attention", "--published"]) == 0
     assert "49.8x" in capsys.readouterr().out
     assert main(["bench", "maps", "--published"]) == 2
-    assert "published: for the job attention alone" in capsys.readouterr().err
+    assert "published: for job attention alone" in capsys.readouterr().err
 
 
 def test_no_rounds_are_refused():
