@@ -124,6 +124,9 @@ def compare(
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     ranks, rank = processes(job.backbone.device)
+    first = next(iter(recipes), None)
+    if first is not None and recipes[first].head is not None:
+        say(f"randomized_head: the head of the row {first}, on random weights")
     _say_plan(job, methods, probes, images, limit, ranks, say)
     results = evaluate(
         job.backbone,

@@ -132,6 +132,8 @@ class Evaluate(MethodArgs):
         write_json(results, output / "results.json")
         write_csv(results, output / "results.csv")
         print(format_table(results))
+        if heads and sanity:
+            print(f"randomized_head: the head of the row {labels[0]}, on random weights")
         content = without_content(sanity)
         if content and shown is not None and len(shown) > 1:
             method = create_explainer(row, backbone, first, **shared)
