@@ -165,7 +165,10 @@ def test_evaluate_prints_a_table_and_writes_json_and_csv(setup, capsys):
         (["explain", "{root}/photos", "--output", "{root}/photos"], "output"),
         (["explain", "{root}/photos", "--every", "2"], ": for a clip alone, got photos"),
         (["explain", "{root}/photos", "--smoothing", "0.5"], ": for a clip alone, got photos"),
-        (["explain", "{root}/x.mp4", "--labels", "folders"], "labels: for photos alone, got a clip"),
+        (
+            ["explain", "{root}/x.mp4", "--labels", "folders"],
+            "labels: for photos alone, got a clip",
+        ),
         (["explain", "{root}/photos", "--labels", "{root}/none.csv"], "labels: no file"),
         (["explain", "{root}/photos", "--explainer", "head"], "head: no shipped head fits"),
         (["export", "{root}/e.onnx"], "head: no shipped head fits"),
