@@ -4,15 +4,29 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from xattn.runtime.allocator import keep_memory
 from xattn.runtime.waiting import sleep_while_waiting
 
+ROOT = Path(__file__).resolve().parents[1]
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 sleep_while_waiting()  # before torch is imported
 keep_memory()  # as the command line does: networks on a CPU are several times faster
+
+
+class _PlainRoot:
+    """The root's ``__init__.py`` is for those above the clone; to pytest it makes no package of it."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_PlainRoot())
 
 
 @pytest.fixture

