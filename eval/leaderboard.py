@@ -41,15 +41,16 @@ from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, with
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.options import options_by_name
 from xattn.explainers.own import as_explainers
-from xattn.explaining.naming import is_folder_of, named_photos, relative_name
+from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
 from xattn.heads import Head
 from xattn.packs.format import check_output
-from xattn.photos.images import MAX_PIXELS, list_images
-from xattn.photos.sources import is_stored
+from xattn.photos.image_files import Files
+from xattn.photos.images import MAX_PIXELS
+from xattn.photos.part import limited
 from xattn.runtime.distributed import processes
-from xattn.runtime.files import printable, write_text
-from xattn.runtime.stores import StorePath, place_of
+from xattn.runtime.files import write_text
+from xattn.runtime.stores import StorePath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def compare(
     """Run a comparison and write its report to ``output``; resumes from ``output/state.sqlite``.
 
     Args:
-        images: as in :func:`xattn.eval.evaluate`; ``limit`` takes the first of a folder or list.
+        images, limit: as in :func:`xattn.eval.evaluate`.
         say: gets the plan, and which explainers this backbone does not allow, before the start.
 
     Raises:
@@ -106,6 +107,7 @@ def compare(
         OSError: files that cannot be read or written.
     """
     output.mkdir(parents=True, exist_ok=True)
+    images, limit = limited(images, limit, job.seed)
     packed = job.maps > 0 and can_pack(images)
     if packed:
         check_output(output / "pack")
@@ -217,12 +219,8 @@ def _say_plan(
 
 
 def _paths(images: Any) -> dict[str, Path | StorePath]:
-    """Paths of the photos of a file, folder or list, by image id."""
-    if not isinstance(images, str | Path | StorePath) or is_stored(images):
-        return {}
-    place, paths = place_of(images, "images"), list_images(images)
-    root = place if is_folder_of(place, paths) else None
-    return {printable(relative_name(path, root) or str(path)): path for path in paths}
+    """Paths of photos in files, by image id."""
+    return dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
 
 
 def groups_of(job: Comparison) -> list[str | Probe]:

@@ -244,8 +244,8 @@ def likeness(
 
 
 def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor | None:
-    """The first 24 images that can be read, (B, 3, H, W) in [0, 1]; None of a network without rows that
-    need them, and where images can be read only once."""
+    """Of at most 24 of the images those that can be read, (B, 3, H, W) in [0, 1]; None of a network without
+    rows that need them, and where images can be read only once."""
     if not _projections(backbone):
         return None
     stream = ImageStream(images, backbone.preprocessing, view, limit=PHOTOS)

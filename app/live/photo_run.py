@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn.app import models
@@ -10,9 +10,9 @@ from xattn.app.live import uploads
 from xattn.app.live.progress import PassCounter, note_memory
 from xattn.app.live.run import BATCH, LiveRun
 from xattn.app.live.saving import save_results
-from xattn.explaining.naming import unique_id
 from xattn.explaining.photos import explain_batch, set_up
 from xattn.packs.format import THUMBNAIL_SIDE
+from xattn.photos.ids import unique_id
 from xattn.photos.view import prepare
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
     size = BATCH if all(method.total_forwards == 1 for method, *_ in methods) else 1
     work = PassCounter(run, sum(method.total_forwards or 1 for method, *_ in methods) * run.total)
     taken: set[str] = set()
-    ids = [unique_id(PurePosixPath(photo.name).stem, taken) for photo in request.photos]
+    ids = [unique_id(photo.name, taken) for photo in request.photos]
     failed: set[str] = set()
     try:
         for start in range(0, run.total, size):

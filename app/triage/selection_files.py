@@ -6,7 +6,6 @@ by photo.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import re
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.app.triage.journal import Mark
+from xattn.photos.ids import file_stem
 from xattn.runtime.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -37,20 +37,19 @@ NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder below the root
 
 
 def image_list(found: Selection) -> str:
-    """The names of the photos' files, one a line, as ``xattn explain LIST.txt`` takes them.
-
-    A pack knows names and no paths, so the list belongs into the folder of the photos. A name that cannot
-    stand on a line is left out.
+    """The photos' paths in the folder that was explained, one a line, as ``xattn explain LIST.txt`` takes
+    them from that folder. A path that cannot stand on a line is left out.
     """
-    lines = ["# Names of photos; put this list into their folder, and give it to xattn as photos."]
-    names: dict[str, str] = {}
-    at, named = (found.header.index(column) for column in ("image_id", "file_name"))
+    lines = [
+        "# Photos of a folder; put this list into the folder that was explained, and give it to xattn."
+    ]
+    names: dict[str, None] = {}
+    at = found.header.index("image_id")
     for start in range(0, found.count, CHUNK):
-        for line in found.lines(start, CHUNK):
-            names.setdefault(line[at], str(line[named] or line[at]))
+        names |= dict.fromkeys(str(line[at]) for line in found.lines(start, CHUNK))
         if len(names) >= MOST_LISTED:
             break
-    for name in islice(names.values(), MOST_LISTED):
+    for name in islice(names, MOST_LISTED):
         if name.isprintable():
             lines.append(f"./{name}" if name.startswith("#") else name)
     return "\n".join(lines) + "\n"
@@ -96,18 +95,14 @@ def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
         ValueError: no map, or more than ``MOST_WRITTEN``. PackError: a map that cannot be read.
         OSError: the folder cannot be written.
     """
-    from xattn.packs.writer import pack_writer, write_file  # imports torch
+    from xattn.packs.writer import pack_writer  # imports torch
 
     _check_count(found)
     with pack_writer(folder, overlays=False) as writer:
         writer.metrics = {m.key: m._asdict() for m in pack.metrics}
         writer.shares = pack.shares
         for image_id, group in _groups(pack, found):
-            writer.add(group)
-            if pack.has_photo(image_id):
-                data, name = pack.photo_bytes(image_id), f"thumbnails/{image_id}.jpg"
-                write_file(writer.folder / name, data)
-                writer.use_thumbnail(group, name, hashlib.sha256(data).hexdigest())
+            writer.add(group, pack.photo_bytes(image_id) if pack.has_photo(image_id) else None)
     return found.count
 
 
@@ -158,11 +153,11 @@ def write_fiftyone(pack: Pack, found: Selection, folder: Path, store: Store | No
     dataset = fo.Dataset()
     try:
         with tempfile.TemporaryDirectory() as media, atomic_folder(folder, ()) as temporary:
-            groups = _groups(pack, found)
+            groups, taken = _groups(pack, found), set[str]()
             while part := list(islice(groups, CHUNK)):
                 marks = {} if store is None else store.marks([image_id for image_id, _ in part])
                 dataset.add_samples(
-                    [_sample(fo, pack, group, marks, Path(media)) for _, group in part]
+                    [_sample(fo, pack, group, marks, Path(media), taken) for _, group in part]
                 )
             dataset.export(
                 export_dir=str(temporary), dataset_type=fo.types.FiftyOneDataset, export_media=True
@@ -178,10 +173,12 @@ def _sample(
     group: Sequence[Explanation],
     marks: Mapping[str, Mark],
     media: Path,
+    taken: set[str],
 ) -> Any:
     first = group[0]
     image_id, mark = first.image_id, marks.get(first.image_id, Mark())
-    photo = media / f"{image_id}.jpg"
+    stem = file_stem(image_id, taken)
+    photo = media / f"{stem}.jpg"
     photo.write_bytes(pack.photo_bytes(image_id))
     with Image.open(photo) as image:
         size = (image.height, image.width)
@@ -196,7 +193,7 @@ def _sample(
         _, name, probability = first.facts.top[0]
         fields["prediction"] = fo.Classification(label=name, confidence=probability)
     for number, explanation in enumerate(group):
-        path = media / f"{image_id}.{number}.png"
+        path = media / f"{stem}.{number}.png"
         values = np.nan_to_num(explanation.on_photo(size)) * 255
         Image.fromarray(values.round().astype(np.uint8)).save(path)
         field = re.sub(r"\W", "_", explanation.method, flags=re.ASCII)

@@ -81,7 +81,7 @@ def evaluate(
         target: another name of ``classes``; or a number of the network's answer, as in
             :func:`xattn.explain`. The explainers are made again for it.
         max_pixels: larger photos are skipped as decompression bombs.
-        limit: only the first so many images.
+        limit: only so many images, chosen by ``seed`` as :func:`~xattn.photos.part.limited` says.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: by method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.sanity.Cascade`.
@@ -103,7 +103,8 @@ def evaluate(
     backbone, explainers, classes = aimed(backbone, explainers, classes, target)
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
-    stream = ImageStream(images, backbone.preprocessing, protocol.view, max_pixels, limit)
+    chosen = (protocol.view, max_pixels, limit, protocol.seed)
+    stream = ImageStream(images, backbone.preprocessing, *chosen)
     protocol = _of_stream(protocol, stream)
     evaluation = Evaluation(
         backbone,
@@ -117,8 +118,7 @@ def evaluate(
     )
     _check_needs(evaluation, stream, randomized)
     wanted = _wanted_classes(backbone, classes, stream.length)
-    path = None if state is None else Path(state)
-    return _run(evaluation, stream, wanted, path, max_forward_batch, progress)
+    return _run(evaluation, stream, wanted, state, max_forward_batch, progress)
 
 
 def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
@@ -173,11 +173,12 @@ def _run(
     evaluation: Evaluation,
     stream: ImageStream,
     wanted: int | list[int] | None,
-    path: Path | None,
+    state: str | Path | None,
     max_forward_batch: int,
     progress: bool,
 ) -> Results:
     """Measure this process's share of the images, and collect the results of all."""
+    path = None if state is None else Path(state)
     backbone, protocol = evaluation.backbone, evaluation.protocol
     methods = len(evaluation.explainers)
     ranks, rank = processes(backbone.device)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.explaining.naming import check_kind, is_folder_of, relative_name
+from xattn.explaining.naming import check_kind, each_photo, named
 from xattn.photos.arrays import input_batch, is_stream, single_images
-from xattn.photos.base import Photos, StoredPhoto
-from xattn.photos.images import MAX_PIXELS, list_images, load_image, read_ahead
-from xattn.photos.sources import is_stored, open_photos
+from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
+from xattn.photos.part import limited
+from xattn.photos.sources import is_listed
 from xattn.photos.view import View, prepare
 from xattn.runtime.files import printable
-from xattn.runtime.stores import StoreError, StorePath, place_of
+from xattn.runtime.stores import StoreError
 
 
 class Item(NamedTuple):
@@ -40,7 +39,8 @@ class Skipped(NamedTuple):
 
 class ImageStream:
     """The images of a file, a folder, a list file, a dataset (:mod:`xattn.photos.sources`), a list of
-    paths or PIL images, tensors or arrays, or a loader of them.
+    paths or PIL images, tensors or arrays, or a loader of them; with a ``limit`` those that
+    :func:`~xattn.photos.part.some_of` takes of files and datasets, and the first of others.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
     they are; photos, and arrays (H, W, 3) or (B, H, W, 3), are prepared as the backbone wants them.
@@ -58,34 +58,30 @@ class ImageStream:
         view: str = "crop",
         max_pixels: int | None = MAX_PIXELS,
         limit: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
-        self._root: Path | StorePath | None = None
         self._channels = len(preprocessing.mean)
-        if is_stored(images):
-            images = open_photos(images)
-        elif isinstance(images, str | Path | StorePath):
-            place, images = place_of(images, "images"), list_images(images)
-            self._root = place if is_folder_of(place, images) else None
-        elif isinstance(images, Tensor):
-            images = input_batch(images, self._channels, "images")
-        elif is_stream(images):
-            images = single_images(images, self._channels)
-        elif not isinstance(images, Photos):
-            given = images if isinstance(images, Sequence) else [images]
-            images = list(single_images(given, self._channels))
-        if limit is not None:
-            if limit < 1:
-                raise ValueError(f"limit: got {limit}; give at least 1")
-            images = images[:limit] if isinstance(images, list | Tensor) else islice(images, limit)
+        images, limit = limited(images, limit, seed)
+        if not is_listed(images):
+            images = self._flattened(images, limit)
         self.length: int | None = len(images) if hasattr(images, "__len__") else None
-        items = iter(images)
+        items = each_photo(images) if is_listed(images) else named(images)
         first = next(items, None)
         if first is None:
             raise ValueError("images: got none; give a photo, a folder, a list file or tensors")
-        self.tensors = isinstance(first, Tensor)
-        self._items: Iterator[Any] = chain([first], items)
+        self.tensors = isinstance(first[1], Tensor)
+        self._items: Iterator[tuple[str, Any]] = chain([first], items)
+
+    def _flattened(self, images: Any, limit: int | None) -> Any:
+        """Single tensors and photos, at most ``limit``: a tensor, a list, or an iterator of a loader's."""
+        if isinstance(images, Tensor):
+            return input_batch(images, self._channels, "images")[:limit]
+        if is_stream(images):
+            return islice(single_images(images, self._channels), limit)
+        given = images if isinstance(images, Sequence) else [images]
+        return list(islice(single_images(given, self._channels), limit))
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Item]]:
         """Readable images of every ``ranks``-th block of ``size`` positions, from the ``rank``-th on.
@@ -93,33 +89,26 @@ class ImageStream:
         Which images share a block depends neither on ``ranks`` nor on unreadable images.
         """
         owned = (
-            (position, item)
+            (position, *item)
             for position, item in enumerate(self._items)
             if position // size % ranks == rank
         )
         read: Iterator[tuple[int, Item | None]]
         if self.tensors:
-            read = ((i, self._read(item, i)) for i, item in owned)
+            read = ((photo[0], self._read(*photo)) for photo in owned)
         else:  # photos are decoded while the caller computes
-            ahead = read_ahead(lambda pair: self._read(pair[1], pair[0]), owned, size)
-            read = ((pair[0], future.result()) for pair, future in ahead)
+            ahead = read_ahead(lambda photo: self._read(*photo), owned, size)
+            read = ((photo[0], future.result()) for photo, future in ahead)
         for _, block in groupby(read, lambda pair: pair[0] // size):
             yield [item for _, item in block if item is not None]
 
-    def _read(self, item: Any, position: int) -> Item | None:
+    def _read(self, position: int, name: str, item: Any) -> Item | None:
         if isinstance(item, Tensor) != self.tensors:
             raise ValueError("images: got tensors and photos mixed; give one kind")
         if self.tensors:
             image = input_batch(item, self._channels, f"images[{position}]")
-            return Item(f"image {position}", position, image[0].to(torch.float32))
+            return Item(name, position, image[0].to(torch.float32))
         check_kind(item)
-        return self._photo(item, position)
-
-    def _photo(self, item: Any, position: int) -> Item | None:
-        name = item.name if isinstance(item, StoredPhoto) else f"image {position}"
-        if isinstance(item, str | Path | StorePath):
-            path = place_of(item, "images")
-            name = printable(relative_name(path, self._root) or str(path))
         try:
             photo = load_image(item, self.max_pixels)
         except StoreError:

@@ -41,9 +41,9 @@ def run_probes(
     options = job.head_options()
     job.check_output(output, resume)
     photos, everything, class_of = _labelled_photos(job)
-    sampled: list[Path] = []
+    sampled: Files | None = None
     if job.sample:  # refused before the features are computed
-        sampled = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).paths
+        sampled = Sample(job.backbone, photos, output / SAMPLE_FOLDER, job.sample).photos
     backbones, caches = _cache_taps(job, photos, progress)
     features = next(iter(caches.values()))
     labels = read_labels(features.names, job.labels)
@@ -54,8 +54,8 @@ def run_probes(
         f"{len(everything.index) - len(everything.used)} without a label, "
         f"{len(features.skipped)} not readable"
     )
-    classes = {path: labels.names.index(class_of[path]) for path in sampled}
-    training = _Training(job, output, labels, classes, resume, progress)
+    classes = {path: labels.names.index(name) for path, name in class_of.items()}
+    training = _Training(job, output, labels, sampled, classes, resume, progress)
     rows = []
     for name in job.heads:
         backbone = backbones[name]
@@ -81,7 +81,7 @@ def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
     if not isinstance(photos, Files):
         return photos, labels, {}
     class_of = {photos.paths[i]: labels.names[labels.index[i]] for i in labels.used}
-    return Files([photos.paths[i] for i in labels.used]), labels, class_of
+    return photos.part(labels.used), labels, class_of
 
 
 def _cache_taps(
@@ -127,12 +127,13 @@ def new_head(
 
 @dataclass(frozen=True)
 class _Training:
-    """What the training of all heads shares; ``sampled`` is the class of each photo to explain."""
+    """What the training of all heads shares; ``sampled`` are the photos to explain."""
 
     job: ProbeJob
     output: Path
     labels: Labels
-    sampled: Mapping[Path, int]
+    sampled: Files | None
+    classes: Mapping[Path, int]
     resume: bool
     progress: bool
 
@@ -153,10 +154,10 @@ class _Training:
         if self.sampled:
             sample = Sample(
                 backbone,
-                list(self.sampled),
+                self.sampled,
                 folder / SAMPLE_FOLDER,
                 self.job.sample,
-                classes=self.sampled,
+                classes=self.classes,
             )
         index = self.labels.index
         split = Split(f"probe, {name}", features.names)

@@ -18,25 +18,27 @@ from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.report.html_data import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
-from xattn.explaining.naming import named_photos
+from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.photos import TrueClass
 from xattn.explaining.provenance import protocol_of
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
+from xattn.photos.sources import is_listed
 from xattn.photos.view import View, make_view
+from xattn.runtime.files import printable
 from xattn.runtime.stores import StoreError, StorePath
 
 DIGITS = 6  # of a curve's values
 
 
 def can_pack(images: Any) -> bool:
-    """Whether photos can be read a second time, for thumbnails: paths, lists of paths and images."""
+    """Whether photos can be read a second time, for thumbnails: not those of a loader."""
     if isinstance(images, list | tuple):
         return bool(images) and all(
             isinstance(i, str | Path | StorePath | Image.Image) for i in images
         )
-    return isinstance(images, str | Path | StorePath | Image.Image)
+    return is_listed(images) or isinstance(images, Image.Image)
 
 
 def write_pack(
@@ -64,11 +66,11 @@ def write_pack(
         OSError: it cannot be written; an earlier pack is intact.
     """
     maker = _ExplanationMaker(results, backbone, methods)
-    sources = named_photos(images)
+    sources = dict(named_photos(images))
     count = len(results.images) + len(results.skipped)
     with pack_writer(folder, overlays=False) as writer:
         for kept in kept_images(state, count, limit):
-            image_id, source = sources[kept.position]
+            source = sources[kept.id]
             try:
                 photo = load_image(source, max_pixels=None)
                 view = make_view(
@@ -79,11 +81,11 @@ def write_pack(
             except (OSError, ValueError) as error:
                 say(f"pack: left out {kept.id}: {error}")
                 continue
-            label = (truth or {}).get(image_id, (None, None))
-            group = maker.explanations(kept, image_id, photo, view, label)
+            label = (truth or {}).get(kept.id, (None, None))
+            group = maker.explanations(kept, file_name_of(source), photo, view, label)
             if group:
                 writer.add(group)
-        writer.skipped = [_skipped(s, images) for s in results.skipped]
+        writer.skipped = [_skipped(s, sources[s.id]) for s in results.skipped]
         writer.metrics = _columns(results)
         writer.shares = maker.shares
     if maker.missing:
@@ -101,7 +103,7 @@ class _ExplanationMaker:
         self.missing = 0
 
     def explanations(
-        self, kept: KeptImage, image_id: str, photo: Image.Image, view: View, label: TrueClass
+        self, kept: KeptImage, file_name: str, photo: Image.Image, view: View, label: TrueClass
     ) -> list[Explanation]:
         """One explanation a method that has a valid map of the image, and whose map was kept."""
         top = tuple((int(i), str(name), float(p)) for i, name, p in kept.top)
@@ -121,9 +123,9 @@ class _ExplanationMaker:
                     probability=_probability(self.results, kept),
                     method=_plain(name),
                     view=view,
-                    image_id=image_id,
+                    image_id=kept.id,
                     protocol=self.records[name],
-                    file_name=Path(kept.id).name,
+                    file_name=file_name,
                     is_mask=method.is_mask,
                     source=photo,
                     facts=facts,
@@ -169,12 +171,10 @@ def _record(results: Results, backbone: Backbone, method: Any) -> dict[str, Any]
     return json.loads(json.dumps(record), parse_constant=str)  # type: ignore[no-any-return]
 
 
-def _skipped(skipped: Skipped, images: Any) -> tuple[str, str]:
+def _skipped(skipped: Skipped, source: Any) -> tuple[str, str]:
     """File name and reason, without the folders above the photo."""
-    name, reason = Path(skipped.id).name, skipped.reason
-    if isinstance(images, str | Path):
-        reason = reason.replace(str(Path(images) / skipped.id), name)
-    return name, reason.replace(skipped.id, name)
+    name = file_name_of(source) or skipped.id
+    return name, skipped.reason.replace(printable(str(source)), name)
 
 
 def _probability(results: Results, kept: KeptImage) -> float:

@@ -34,9 +34,11 @@ class Change(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """A photo of both packs. ``right`` is None where the true class is not known."""
+    """A photo of both packs: its id in the first, and ``other_id`` in the second. ``right`` is None where
+    the true class is not known."""
 
     image_id: str
+    other_id: str
     title: str
     label_name: str | None
     predicted: tuple[str | None, str | None]
@@ -62,7 +64,8 @@ class PackDifference:
     Attributes:
         names: of the packs, as they are called.
         common: the photos of both that were compared; ``shared``: how many both have; ``alone``: how
-            many are in one of them only.
+            many are in one of them only; ``renamed``: how many have two ids, and are the same by their
+            stored pictures.
         accuracy: None unless some common photos have a true class and a prediction in both packs.
         metrics: by method and metric, over the common maps that have both values.
         moved: the common maps, those that moved most first; constant maps are left out.
@@ -73,6 +76,7 @@ class PackDifference:
     common: list[Photo]
     shared: int
     alone: tuple[int, int]
+    renamed: int
     accuracy: Change | None
     metrics: dict[tuple[str, str], Change]
     moved: list[Moved]
@@ -107,6 +111,7 @@ class PackDifference:
             "packs": list(self.names),
             "shared": self.shared,
             "alone": list(self.alone),
+            "renamed": self.renamed,
             "accuracy": _plain(self.accuracy),
             "metrics": metrics,
             "left_out": self.left_out,
@@ -125,8 +130,8 @@ def compare_packs(
 ) -> PackDifference:
     """Compare what two packs say of the photos that both have.
 
-    Photos are the same if their ids are. Maps are compared by photo, class and method; if the packs share
-    no method and have one each, these two are compared.
+    Which photos are the same is said by :meth:`~xattn.packs.reader.Pack.same_photos`. Maps are compared by
+    photo, class and method; if the packs share no method and have one each, these two are compared.
 
     Args:
         methods: compare the maps by the first of them in ``before`` with those by the second in ``after``,
@@ -137,7 +142,8 @@ def compare_packs(
         ValueError: the packs share no photo, or there is no map by one of the methods.
     """
     maps = [_maps_by_photo(pack) for pack in (before, after)]
-    shared = [image_id for image_id in maps[0] if image_id in maps[1]]
+    same = before.same_photos(after)
+    shared = [image_id for image_id in maps[0] if image_id in same]
     if not shared:
         raise ValueError(
             f"packs: {before.name} and {after.name} have no photo in common; explain the same photos"
@@ -148,7 +154,7 @@ def compare_packs(
     measured: dict[str, list[Any]] = {}
     keys, left_out = _metric_keys(before, after)
     for image_id in chosen:
-        ones, others = (found[image_id] for found in maps)
+        ones, others = maps[0][image_id], maps[1][same[image_id]]
         photos.append(_photo(before.explanation(ones[0]), after.explanation(others[0])))
         for pair in _pairs(before, after, ones, others, renamed, methods):
             move = disagreement([e.map for e in pair])
@@ -163,6 +169,7 @@ def compare_packs(
         common=photos,
         shared=len(shared),
         alone=(len(maps[0]) - len(shared), len(maps[1]) - len(shared)),
+        renamed=sum(image_id != same[image_id] for image_id in shared),
         accuracy=_accuracy(photos),
         metrics=_metrics(measured, keys),
         moved=sorted(moved, key=lambda m: (-m.moved, m.image_id)),
@@ -184,12 +191,12 @@ def _pairs(
     methods: tuple[str, str] | None,
 ) -> Iterator[tuple[Explanation, Explanation]]:
     """The maps of one photo that are compared, from their ids in both packs."""
-    theirs = dict(zip(map(after.key, others), others, strict=True))
+    theirs = {after.key(entry_id)[1:]: entry_id for entry_id in others}
     for entry_id in ones:
-        image_id, target, method = before.key(entry_id)
+        _, target, method = before.key(entry_id)
         if methods is not None and method != methods[0]:
             continue
-        other_id = theirs.get((image_id, target, renamed.get(method, method)))
+        other_id = theirs.get((target, renamed.get(method, method)))
         if other_id is not None:
             yield before.explanation(entry_id), after.explanation(other_id)
 
@@ -231,6 +238,7 @@ def _photo(one: Explanation, other: Explanation) -> Photo:
     ]
     return Photo(
         image_id=one.image_id,
+        other_id=other.image_id,
         title=one.file_name or one.image_id,
         label_name=one.facts.label_name or other.facts.label_name,
         predicted=(tops[0][1], tops[1][1]),
@@ -298,6 +306,8 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     photos = "1 photo" if count == 1 else f"{count} photos"
     sample = "" if count == found.shared else f" of {found.shared}, evenly spread,"
     yield f"\n{photos}{sample} in common ({alone}), {len(found.changed)} with another prediction."
+    if found.renamed:
+        yield f"\n{renamed_note(found.renamed)}"
     rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
     rows += [(method, key, change) for (method, key), change in found.metrics.items()]
     if rows:
@@ -325,6 +335,14 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     for moved in found.moved[:SHOWN]:
         methods = " and ".join(dict.fromkeys(moved.methods))
         yield f"| {moved.title} | {moved.target_name} | {methods} | {moved.moved:.3f} |"
+
+
+def renamed_note(count: int) -> str:
+    """What to say of photos that were joined by their pictures."""
+    photos = "1 photo has" if count == 1 else f"{count:,} photos have"
+    return (
+        f"{photos} another id in the second pack; the stored pictures say that they are the same."
+    )
 
 
 def _photos(heading: str, photos: Sequence[Photo]) -> Iterator[str]:

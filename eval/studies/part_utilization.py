@@ -39,7 +39,8 @@ from xattn.eval.studies.study_configs import PartStudyConfig
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
-from xattn.photos.images import list_images, load_image
+from xattn.photos.images import load_image
+from xattn.photos.part import limited
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view
 from xattn.runtime import strict_json
@@ -183,7 +184,7 @@ def run(
     kind_of_head = head_class(study.head)
     if not issubclass(kind_of_head, AttentiveHead):
         raise ValueError(f"head: {study.head!r} is not a classifier; give an attentive head")
-    output, photos = Path(output), list_images(data)[: study.limit]
+    output, photos = Path(output), limited(data, study.limit, study.seed)[0].paths
     if len(photos) < 20 * study.folds:
         raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
     _claim(output, photos, study)

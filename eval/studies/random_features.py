@@ -143,7 +143,7 @@ def _photos(
     if not isinstance(everything, Files):
         raise ValueError(f"data: {data} holds no files; give a folder or a list of photos")
     known = read_labels([everything.name(i) for i in range(len(everything))], labels)
-    chosen = Files([everything.paths[i] for i in known.used])
+    chosen = everything.part(known.used)
     features = cache_features(backbone, chosen, output / "features", progress=progress)
     own: Labels = read_labels(features.names, labels)
     groups = [own.names[i] for i in own.index.tolist()]

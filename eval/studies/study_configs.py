@@ -111,9 +111,9 @@ class PartStudyConfig:
     folds: int = 5
     """Parts of the photos; each is tested once, by heads of a seed of its own."""
     seed: int = 0
-    """Of macros, folds and training."""
+    """Of macros, folds, training and the photos of a limit."""
     limit: int | None = None
-    """Only the first so many photos."""
+    """Use only so many photos, spread over their folders."""
 
     def __post_init__(self) -> None:
         shares = (*self.p_conc, *self.p_txt)

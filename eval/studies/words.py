@@ -131,7 +131,7 @@ def material(
     if not isinstance(everything, Files):
         raise ValueError(f"data: {data} holds no files; give a folder or a list of photos")
     known = read_labels([everything.name(i) for i in range(len(everything))], labels)
-    chosen = Files([everything.paths[i] for i in known.used])
+    chosen = everything.part(known.used)
     taps = config.tokens or (*WordHead.default_taps(backbone.depth), "head")
     backbones = {tap: backbone.with_taps([tap]) for tap in taps}
     others = list_images(objects / "images")

@@ -158,7 +158,7 @@ def test_the_command_line_trains_explains_and_measures_a_multilabel_model(tmp_pa
         == 0
     )
     pack = xattn.load_pack(out)
-    assert sum(e.probability for e in pack if e.image_id == "0") != pytest.approx(1, abs=1e-3)
+    assert sum(e.probability for e in pack if e.image_id == "0.png") != pytest.approx(1, abs=1e-3)
     assert pack[0].protocol["probability"] == "sigmoid" and pack[0].protocol["task"] == "multilabel"
     forgotten = [a for a in shared if a not in ("--task", "multilabel")]
     assert main(["explain", str(tmp_path), *forgotten, "--head", head]) == 2

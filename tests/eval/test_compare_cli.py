@@ -91,7 +91,7 @@ def test_explainers_that_a_backbone_does_not_allow_are_left_out_of_all(photos, t
         "smoothgrad.samples=2",
         "gradient_shap.samples=2",
     ]
-    more = ["--explainers", "all", "--metrics", "complexity", "--limit", "1", "--options", *options]
+    more = ["--explainers", "all", "--metrics", "complexity", "--limit", "2", "--options", *options]
     assert compare(photos, tmp_path / "out", *more) == 0
     out, err = capsys.readouterr()
     assert "left out rollout" in err
@@ -112,7 +112,7 @@ def test_heads_take_options_and_say_what_they_were_trained_on(photos, tmp_path, 
         str(save_head(create_head("lcam", backbone), tmp_path / name, summary))
         for name, summary in trained.items()
     ]
-    heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "1"]
+    heads = ["--heads", *folders, "--explainers", "gradcam", "--metrics", "masking", "--limit", "2"]
     options = ["--options", "head.passes=2", "b.passes=4"]
     assert compare(photos, tmp_path / "out", *heads, *options) == 0
     assert "randomized_head: the head of the row a, on random weights" in capsys.readouterr().err

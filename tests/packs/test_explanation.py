@@ -11,7 +11,7 @@ from xattn.backbone import Preprocessing
 from xattn.packs import writer as module
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import check_output, read_manifest
-from xattn.packs.reader import load_pack
+from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import save_pack
 from xattn.photos.view import make_view
 
@@ -59,8 +59,8 @@ def test_a_bad_record_is_refused():
             Explanation(values, 0, "a", 0.5, "head", view, "x")
     with pytest.raises(ValueError, match=r"probability: got nan"):
         Explanation(np.zeros((2, 2)), 0, "a", float("nan"), "head", view, "x")
-    for bad in ("../x", "a/b", ".x", "a\\b"):
-        with pytest.raises(ValueError, match=r"image_id: .* cannot name a file"):
+    for bad in ("", "a\0"):
+        with pytest.raises(ValueError, match=r"image_id, method: got .*without zero bytes"):
             make(image_id=bad, source=None)
     with pytest.raises(ValueError, match=r"source: the pixels of cat are not at hand"):
         make(source=None).photo()
@@ -94,6 +94,17 @@ def test_a_pack_gives_back_what_was_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
     again = load_pack(save_pack(tmp_path / "copy", loaded))
     assert np.array_equal(again[2].map, saved[2].map)
+
+
+def test_names_with_any_character_are_kept_and_become_files_inside_the_pack(tmp_path):
+    names = ["../x", "a/b.jpg", "a__b.jpg", "A/b.jpg", ".x", "a\\b", "x" * 240, "é\n"]
+    folder = save_pack(tmp_path / "pack", [make(name, method="m/n") for name in names])
+    pack = Pack(folder)
+    assert list(pack.image_ids) == names
+    assert all(pack.photo(name).size == SIZE[::-1] for name in names)
+    files = [p.relative_to(folder) for p in folder.rglob("*.jpg")]
+    assert len({str(p).casefold() for p in files}) == 2 * len(names)
+    assert {len(p.parts) for p in files} == {2} and [p.name for p in tmp_path.iterdir()] == ["pack"]
 
 
 def test_a_pack_without_pixels_or_overlays(tmp_path):

@@ -518,7 +518,7 @@ def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_p
     both = probed(backbone, copy.deepcopy(head))
     shown = load_pack(tmp_path / "s")
     assert len(shown) == 2
-    for path, b in zip(sample.paths, shown, strict=True):
+    for path, b in zip(sample.photos.paths, shown, strict=True):
         (a,) = explain(path, both, both.probe, classes=classes[path])
         np.testing.assert_array_equal(a.map, b.map)
         assert (b.method, b.target, b.file_name) == ("step 7", classes[path], path.name)
@@ -527,9 +527,9 @@ def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_p
 def test_a_photo_of_a_sample_that_is_gone_is_left_out(backbone, tmp_path):
     photos = sorted(write_photos(tmp_path / "p").iterdir())
     sample = Sample(backbone, photos, tmp_path / "s", 2, classes=dict.fromkeys(photos, 0))
-    sample.paths[0].unlink()
+    sample.photos.paths[0].unlink()
     sample(0, fresh(backbone))
-    assert [e.file_name for e in load_pack(tmp_path / "s")] == [sample.paths[1].name]
+    assert [e.file_name for e in load_pack(tmp_path / "s")] == [sample.photos.paths[1].name]
 
 
 def test_a_second_probe_job_is_told_of_resume_before_it_computes_features(backbone, tmp_path):

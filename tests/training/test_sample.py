@@ -62,7 +62,7 @@ def test_the_pack_holds_the_maps_of_before_and_of_the_last_checkpoint(backbone, 
     assert len({e.image_id for e in found}) == 4
     first, last = found[:4], found[4:]
     assert [e.image_id for e in first] == [e.image_id for e in last]
-    again = explain(sample.paths, backbone, head)
+    again = explain(sample.photos.paths, backbone, head)
     for a, b in zip(again, last, strict=True):
         np.testing.assert_array_equal(a.map, b.map)
 
@@ -91,9 +91,9 @@ def test_the_head_stays_in_its_mode_and_the_random_numbers_where_they_were(
 def test_photos_that_cannot_be_read_are_passed_over(backbone, photos, tmp_path):
     for name in ("0.png", "2.png"):
         (photos / name).write_bytes(b"")
-    chosen = Sample(backbone, photos, tmp_path / "sample", 4).paths
+    chosen = Sample(backbone, photos, tmp_path / "sample", 4).photos.paths
     assert len(set(chosen)) == 4 and not {"0.png", "2.png"} & {p.name for p in chosen}
-    assert len(Sample(backbone, photos, tmp_path / "sample", 99).paths) == 7
+    assert len(Sample(backbone, photos, tmp_path / "sample", 99).photos) == 7
     for path in photos.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="sample: none of the photos"):
@@ -111,10 +111,10 @@ def test_a_photo_that_went_is_skipped_and_a_class_that_is_none_is_refused(
     head = create_head("gap", backbone, classes=2)
     classes = {path: 1 for path in photos.iterdir()}
     sample = Sample(backbone, photos, tmp_path / "sample", 3, classes=classes)
-    sample.paths[0].unlink()
+    sample.photos.paths[0].unlink()
     sample(0, head)
     assert [e.target for e in load_pack(tmp_path / "sample")] == [1, 1]
-    classes[sample.paths[1]] = 2
+    classes[sample.photos.paths[1]] = 2
     with pytest.raises(ValueError, match="class 2 is out of range"):
         sample(1, head)
 

@@ -10,7 +10,7 @@ import tyro
 
 from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
-from xattn.cli.shared import BatchSize, PhotoArgs, first_of
+from xattn.cli.shared import BatchSize, PhotoArgs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Accuracy(PhotoArgs):
     labels: str = "folders"
     """"folders", whose names are those of classes, or a .json or .csv file of the photos' classes."""
     limit: int | None = None
-    """Use only the first so many photos."""
+    """Use only so many photos, spread over their folders: those of other commands with --seed 0."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     batch_size: BatchSize = 32
@@ -38,13 +38,14 @@ class Accuracy(PhotoArgs):
 
     def run(self) -> None:
         from xattn.eval.evaluation.accuracy import measure_accuracy
+        from xattn.photos.part import limited
 
         networks: list[Any] = [self.model.load()]
         if self.model.mechanism is not None:
             networks.insert(0, replace(self.model, mechanism=None, layers=None).load())
         found = measure_accuracy(
             networks,
-            first_of(self.photos, self.limit),
+            limited(self.photos, self.limit)[0],
             self.labels,
             batch_size=self.batch_size,
             max_pixels=self.max_pixels,

@@ -14,7 +14,7 @@ from xattn.cli.checks import check_annotations, check_name, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
-from xattn.cli.shared import BatchSize, Explainers, MethodArgs, first_of, known
+from xattn.cli.shared import BatchSize, Explainers, MethodArgs, known
 from xattn.runtime.option_checks import Belongs
 
 
@@ -84,7 +84,7 @@ class Evaluate(MethodArgs):
 
         check_folder(output)
         backbone = self.model.load()
-        photos = first_of(self.photos, self.limit)
+        photos = self.chosen
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
         sources, heads = choose_heads(self.heads, backbone)
         first = heads[0] if heads else None

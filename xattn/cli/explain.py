@@ -15,7 +15,7 @@ from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
-from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, first_of, known
+from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, known
 from xattn.runtime.option_checks import Belongs, Not
 
 # What a 3-D network, whose folder says all of it, does not read.
@@ -136,7 +136,7 @@ class Explain(MethodArgs):
                 found = explain_video(self.images[0], backbone, None, methods[0], **options)
             else:
                 options.update(labels=self.labels, features=self.features)
-                photos = first_of(self.photos, self.limit)
+                photos = self.chosen
                 if self._pack_format(photos) == 2:
                     self._explain_to_shards(photos, backbone, methods, options, output)
                     return
@@ -159,11 +159,9 @@ class Explain(MethodArgs):
 
     def _pack_format(self, photos: Any) -> int:
         """The format of the pack for ``photos``, see ``pack_format``."""
-        from xattn.photos.sources import open_photos
-
         if self.pack_format is not None:
             return self.pack_format
-        return 2 if _processes() > 1 or len(open_photos(photos)) > MOST_PHOTOS else 1
+        return 2 if _processes() > 1 or len(photos) > MOST_PHOTOS else 1
 
     def _explain_to_shards(
         self, photos: Any, backbone: Any, methods: Any, options: dict[str, Any], output: Output

@@ -52,11 +52,18 @@ class MethodArgs(PhotoArgs):
     """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
     all heads, and the name of a head's row for that one alone."""
     limit: int | None = None
-    """Use only the first so many photos."""
+    """Use only so many photos, spread over their folders by --seed: the same in every command."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
-    """Seed of perturbations, random rows and the bootstrap."""
+    """Seed of perturbations, random rows, the bootstrap and --limit."""
+
+    @property
+    def chosen(self) -> Any:
+        """The photos that ``limit`` leaves; none is read yet."""
+        from xattn.photos.part import limited
+
+        return limited(self.photos, self.limit, self.seed)[0]
 
     def check(self) -> None:
         super().check()
@@ -101,16 +108,6 @@ def files_of(images: Sequence[str]) -> list[Path]:
     from xattn.photos.images import list_images
 
     return list(dict.fromkeys(path for name in images for path in list_images(name)))
-
-
-def first_of(images: Any, limit: int | None) -> Any:
-    """The first ``limit`` photos of what ``images`` names; all of them without a limit."""
-    if limit is None:
-        return images
-    from xattn.photos.sources import open_photos
-
-    photos = open_photos(images)
-    return [getattr(photos, "paths", photos)[i] for i in range(min(limit, len(photos)))]
 
 
 def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tuple[str, ...]:

@@ -118,6 +118,10 @@ class Contents(ABC):
         """The name of the file that has the map of an entry."""
 
     @abstractmethod
+    def thumbnail_hashes(self) -> list[str | None]:
+        """The SHA-256 of each photo's JPEG file, in their order; None where it is not known."""
+
+    @abstractmethod
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         """Whether the pack names a JPEG file of a photo."""
 

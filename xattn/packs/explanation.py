@@ -8,7 +8,6 @@ protocol. Many of them make a pack, see :mod:`xattn.packs.writer`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +67,8 @@ class Explanation:
     ``MAX_CELLS`` a side;
     ``probability`` is the softmax over all classes, the class's sigmoid (multi-label), or of a target
     that is a number of any size (``is_value``) that number;
-    ``image_id`` names the photo within its run and ``source`` is where its pixels are: a file, an
-    image, or None. ``is_mask`` marks maps that are
+    ``image_id`` names the photo, see :mod:`xattn.photos.ids`, and ``source`` is where its pixels are: a
+    file, an image, or None. ``is_mask`` marks maps that are
     in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
     such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
     that every method has to beat, come with comparisons.
@@ -105,8 +104,8 @@ class Explanation:
         known = math.isfinite(self.probability) if self.is_value else 0 <= self.probability <= 1
         if not known:
             raise ValueError(f"probability: got {self.probability} for {self.image_id}; give 0..1")
-        if re.search(r"[/\\\0]", self.id) or self.id.startswith("."):
-            raise ValueError(f"image_id: {self.id!r} cannot name a file; leave out slashes")
+        if not self.image_id or "\0" in self.id:
+            raise ValueError(f"image_id, method: got {self.id!r}; give names without zero bytes")
         values.setflags(write=False)
         object.__setattr__(self, "map", values)
 
@@ -117,7 +116,7 @@ class Explanation:
 
     @property
     def id(self) -> str:
-        """Unique in a pack: photo, class and method; usable as a file name."""
+        """Unique in a pack: photo, class and method."""
         return f"{self.image_id}@{self.target}.{self.method}"
 
     @property

@@ -107,6 +107,9 @@ class ManifestContents(Contents):
     def maps_file(self, entry: Entry) -> str:
         return MAPS
 
+    def thumbnail_hashes(self) -> list[str | None]:
+        return self._manifest.images["thumbnail_sha256"]
+
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         return self._manifest.images["thumbnail"][photo.row] is not None
 

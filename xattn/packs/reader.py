@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -168,6 +169,28 @@ class Pack:
     def entries_of(self, image_id: str) -> list[str]:
         """The ids of a photo's entries, in their order."""
         return self._contents.entries_of(image_id)
+
+    def same_photos(self, other: Pack) -> dict[str, str]:
+        """The photos that another pack has, too, by their id here: their id there.
+
+        Where ids differ (one pack is of a folder, the other of files in it), two photos are the same if
+        their stored pictures are, byte for byte, and no other picture of their packs is.
+        """
+        found = {i: i for i in self.image_ids if i in other.image_ids}
+        if len(found) in (len(self.image_ids), len(other.image_ids)):
+            return found
+        own, others = (pack.by_picture() for pack in (self, other))
+        for sha256, image_id in own.items():
+            if image_id not in found and sha256 in others:
+                found[image_id] = others[sha256]
+        return {i: found[i] for i in self.image_ids if i in found}
+
+    def by_picture(self) -> dict[str, str]:
+        """The ids of photos by the SHA-256 of their stored pictures, where it is of one photo alone."""
+        hashes = self._contents.thumbnail_hashes()
+        counts = Counter(hashes)
+        pairs = zip(hashes, self.image_ids, strict=True)
+        return {h: image_id for h, image_id in pairs if h is not None and counts[h] == 1}
 
     @property
     def skipped(self) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import save_file
 
 from xattn.packs.explanation import Explanation
@@ -41,6 +42,7 @@ from xattn.packs.format import (
     owned_files,
 )
 from xattn.packs.photo_summary import disagreement_of, features_of, jpeg, thumbnail_jpeg
+from xattn.photos.ids import file_stem
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256
 from xattn.runtime.version import __version__
@@ -91,7 +93,7 @@ def save_pack(
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
     Args:
-        overlays: also write ``overlays/<id>.jpg``, the map in colour over the photo.
+        overlays: also write pictures into ``overlays/``, the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
         metrics: what the explanations' metrics are, by column:
@@ -141,10 +143,11 @@ class PackWriter:
         self._header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
         self._video: str | None = None
         self._end = 0
+        self._stems: dict[str, set[str]] = {"thumbnails": set(), "overlays": set()}
         self._maps = (folder / _DRAFT).open("wb")
 
-    def add(self, group: Sequence[Explanation]) -> None:
-        """All explanations of one photo.
+    def add(self, group: Sequence[Explanation], thumbnail: bytes | None = None) -> None:
+        """All explanations of one photo; ``thumbnail`` is its JPEG file where that is known already.
 
         Raises:
             ValueError: a photo or an explanation that was added before, a view that is too large, or
@@ -156,16 +159,23 @@ class PackWriter:
                 f"explanations: {photo.image_id!r} was added before; add all of a photo at once"
             )
         record = {**photo.facts.to_json(), "disagreement": _or_none(disagreement_of(group))}
-        thumbnail = None
-        if photo.source is not None:
-            thumbnail = self._pictures(group, record)
-        for e in group:
-            if e.id in self._entries:
+        names = [e.id for e in group]
+        for number, name in enumerate(names):
+            if name in self._entries or name in names[:number]:
                 raise ValueError(
-                    f"explanations: {e.id!r} comes twice; give every photo its own image_id"
+                    f"explanations: {name!r} comes twice; give every photo its own image_id"
                 )
-            drawn = self.overlays and thumbnail is not None
-            self._entries[e.id] = self._entry(e, thumbnail, drawn)
+        overlays: list[str | None] = [None] * len(group)
+        if thumbnail is None and photo.source is not None:
+            pixels = photo.photo(OVERLAY_SIDE)
+            overlays = [self._overlay(pixels, e) for e in group] if self.overlays else overlays
+            thumbnail = thumbnail_jpeg(pixels)
+        stored = None
+        if thumbnail is not None:
+            stored = self._file("thumbnails", photo.image_id, thumbnail)
+            record["thumbnail_sha256"] = hashlib.sha256(thumbnail).hexdigest()
+        for e, drawn in zip(group, overlays, strict=True):
+            self._entries[e.id] = self._entry(e, stored, drawn)
         self._images[photo.image_id] = record
         self._keep_features(group)
 
@@ -229,7 +239,7 @@ class PackWriter:
         save_file({"features": values}, self.folder / FEATURES)
         return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
 
-    def _entry(self, e: Explanation, thumbnail: str | None, drawn: bool) -> dict[str, Any]:
+    def _entry(self, e: Explanation, thumbnail: str | None, drawn: str | None) -> dict[str, Any]:
         e.view.check_size()
         data = np.ascontiguousarray(e.map, dtype="<f4").tobytes()
         begin, self._end = self._end, self._end + len(data)
@@ -253,22 +263,20 @@ class PackWriter:
             "min": float(e.map.min()),
             "max": float(e.map.max()),
             "thumbnail": thumbnail,
-            "overlay": f"overlays/{e.id}.jpg" if drawn else None,
+            "overlay": drawn,
             "metrics": {key: value for key, value in e.metrics.items() if math.isfinite(value)},
             "curves": {key: list(values) for key, values in e.curves.items()},
             "sha256": hashlib.sha256(data).hexdigest(),
         }
 
-    def _pictures(self, group: Sequence[Explanation], record: dict[str, Any]) -> str:
-        """Thumbnail and overlays of a photo; returns the thumbnail's name."""
-        photo = group[0].photo(OVERLAY_SIDE)
-        if self.overlays:
-            for e in group:
-                drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
-                write_file(self.folder / "overlays" / f"{e.id}.jpg", jpeg(drawn))
-        name, data = f"thumbnails/{group[0].image_id}.jpg", thumbnail_jpeg(photo)
+    def _overlay(self, photo: Image.Image, e: Explanation) -> str:
+        drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
+        return self._file("overlays", e.id, jpeg(drawn))
+
+    def _file(self, folder: str, id: str, data: bytes) -> str:
+        """Write a picture into a folder of the pack; its name."""
+        name = f"{folder}/{file_stem(id, self._stems[folder])}.jpg"
         write_file(self.folder / name, data)
-        record["thumbnail_sha256"] = hashlib.sha256(data).hexdigest()
         return name
 
 

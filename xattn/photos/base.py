@@ -23,6 +23,11 @@ class StoredPhoto:
     index: int
 
     @property
+    def id(self) -> str:
+        """What names the photo in packs and tables."""
+        return self.photos.id(self.index)
+
+    @property
     def name(self) -> str:
         """Path, row number, or shard and position."""
         return self.photos.name(self.index)
@@ -43,6 +48,14 @@ class Photos(Sequence[StoredPhoto]):
     @abstractmethod
     def name(self, index: int) -> str:
         """The photo's name in lists, known without reading it."""
+
+    def id(self, index: int) -> str:
+        """What names the photo in packs and tables, see :mod:`xattn.photos.ids`; no other has it."""
+        return self.name(index)
+
+    def source(self, index: int) -> Path | StorePath | StoredPhoto:
+        """Where the photo's pixels are: its file, if it has one."""
+        return StoredPhoto(self, index)
 
     @abstractmethod
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:

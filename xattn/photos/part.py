@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 from PIL import Image
 
 from xattn.photos.base import Photos
+from xattn.photos.image_files import Files
 from xattn.photos.images import MAX_PIXELS
+from xattn.photos.sources import is_listed, open_photos
 
 
 class PartOfPhotos(Photos):
@@ -24,6 +28,12 @@ class PartOfPhotos(Photos):
     def name(self, index: int) -> str:
         return self.whole.name(self.numbers[index])
 
+    def id(self, index: int) -> str:
+        return self.whole.id(self.numbers[index])
+
+    def source(self, index: int) -> Any:
+        return self.whole.source(self.numbers[index])
+
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
         return self.whole.load(self.numbers[index], max_pixels)
 
@@ -34,6 +44,42 @@ class PartOfPhotos(Photos):
 
     def close(self) -> None:
         self.whole.close()
+
+
+def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
+    """``limit`` of the photos, spread over their folders by ``seed``: one of each folder in turn, in an
+    order of the folders and within each that the seed draws. A smaller limit has the first of them.
+
+    Of photos without folders it is a random sample, and of streamed ones the first ``limit``.
+    """
+    numbers: Sequence[int] = range(len(photos))
+    if not photos.streamed:
+        folders: dict[str, list[int]] = {}
+        for i in numbers:
+            folders.setdefault(photos.id(i).rpartition("/")[0], []).append(i)
+        for name, members in folders.items():
+            random.Random(f"{seed}/{name}").shuffle(members)
+        names = sorted(folders)
+        random.Random(seed).shuffle(names)
+        rounds = chain.from_iterable(zip_longest(*(folders[name] for name in names)))
+        numbers = [i for i in rounds if i is not None]
+    numbers = numbers[:limit]
+    return photos.part(numbers) if isinstance(photos, Files) else PartOfPhotos(photos, numbers)
+
+
+def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | None]:
+    """:func:`some_of` what ``images`` names, and the limit that is left to heed: of pixels and loaders,
+    which stay as they are, the first ``limit`` are taken.
+
+    Raises:
+        ValueError, OSError: as :func:`~xattn.photos.sources.open_photos`; or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: got {limit}; give at least 1")
+    if not is_listed(images):
+        return images, limit
+    photos = open_photos(images)
+    return (photos if limit is None else some_of(photos, limit, seed)), None
 
 
 def every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:

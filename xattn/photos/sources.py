@@ -18,6 +18,7 @@ A local folder named ``hfds`` or ``wds`` is written ``./hfds``.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ SCHEMES = ("hfds", "wds")
 def is_stored(data: Any) -> bool:
     """Whether ``data`` names a dataset by a scheme rather than files."""
     return isinstance(data, str) and data.partition("/")[0].lower() in (*SCHEMES, "hfids")
+
+
+def is_listed(images: Any) -> bool:
+    """Whether ``images`` is what :func:`open_photos` takes, rather than pixels or a loader."""
+    if isinstance(images, list | tuple):
+        return bool(images) and all(isinstance(i, str | Path | StorePath) for i in images)
+    return isinstance(images, str | Path | StorePath | Photos)
+
+
+def _is_folder_of(place: Path | StorePath, listed: Sequence[Path | StorePath]) -> bool:
+    """Whether ``place``, which stands for the photos ``listed``, is their folder; no store is asked."""
+    if isinstance(place, Path):
+        return place.is_dir()
+    return place.suffix.lower() != ".txt" and place not in listed
 
 
 def open_photos(data: Data) -> Photos:
@@ -63,8 +78,9 @@ def open_photos(data: Data) -> Photos:
             "a run could not resume; give hfds/ (the same dataset, kept on disk) or wds/"
         )
     if isinstance(data, str | Path | StorePath):
-        return Files(list_images(data))
-    paths = [place_of(p, "data") for p in data]  # type: ignore[arg-type]
+        place, files = place_of(data, "images"), list_images(data)
+        return Files(files, place if _is_folder_of(place, files) else place.parent)
+    paths = [place_of(p, "images") for p in data]  # type: ignore[arg-type]
     if not paths:
         raise ValueError("data: got an empty list of images; give at least one path")
     return Files(paths)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from xattn.backbone import Backbone
-from xattn.explaining.naming import unique_id
 from xattn.explaining.photos import Explanations, explain, explain_batch, set_up
 from xattn.heads import Head
 from xattn.heads.probed import probed
@@ -65,7 +64,7 @@ class Sample:
         if count < 1:
             raise ValueError(f"sample: got {count} photos; give at least 1")
         self.backbone, self.folder = backbone, Path(folder)
-        self.paths = _readable(photos.paths, count, max_pixels)
+        self.photos = photos.part(_readable(photos.paths, count, max_pixels))
         self.max_pixels, self.classes = max_pixels, classes
         self._first: list[Explanation] = []
 
@@ -91,10 +90,9 @@ class Sample:
 
     def _explained(self, backbone: Backbone, head: Head) -> Explanations:
         if self.classes is None:
-            return explain(self.paths, backbone, head, batch_size=4, max_pixels=self.max_pixels)
+            return explain(self.photos, backbone, head, batch_size=4, max_pixels=self.max_pixels)
         found = Explanations()
-        taken: set[str] = set()
-        for path in self.paths:
+        for image_id, path in zip(self.photos.ids, self.photos.paths, strict=True):
             try:
                 photo = load_image(path, self.max_pixels)
                 pixels, seen = prepare(photo, backbone.preprocessing, "crop")
@@ -103,7 +101,7 @@ class Sample:
                 found.skipped.append((path.name, str(error)))
                 continue
             job = set_up(backbone, head, None, self.classes[path], 1, "crop", 8, 0)
-            item = (pixels, seen, unique_id(path.stem, taken), path)
+            item = (pixels, seen, image_id, path)
             found.extend(explain_batch([item], backbone, *job))
         return found
 
@@ -121,21 +119,21 @@ def _at(explanation: Explanation, step: int) -> Explanation:
     return replace(explanation, method=step_method(step), protocol=protocol)
 
 
-def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[Path]:
-    """``count`` evenly spread paths; a photo that cannot be read is replaced by the next one."""
-    chosen: list[Path] = []
+def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[int]:
+    """The numbers of ``count`` evenly spread photos; the next one replaces one that cannot be read."""
+    chosen: list[int] = []
     reason: Exception | None = None
     for place in range(min(count, len(paths))):
         start = place * len(paths) // min(count, len(paths))
-        for path in paths[start : start + 50]:
-            if path in chosen:
+        for number in range(start, min(start + 50, len(paths))):
+            if number in chosen:
                 continue
             try:
-                load_image(path, max_pixels)
+                load_image(paths[number], max_pixels)
             except (OSError, ValueError) as error:
                 reason = error
                 continue
-            chosen.append(path)
+            chosen.append(number)
             break
     if not chosen:
         raise ValueError(f"sample: none of the photos can be read ({reason}); check data")

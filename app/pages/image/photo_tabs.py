@@ -19,6 +19,7 @@ from xattn.app.pages.image.shown import WIDTH, Shown, aspect, file_name, legend,
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
+from xattn.photos.ids import file_stem
 from xattn.pictures.explained import probability_text
 from xattn.pictures.words import method_title, metric_about, named_metric
 
@@ -269,7 +270,7 @@ def _titled(method: str) -> str:
 
 def export_tab(pack: Pack, shown: Shown) -> None:
     """Files of what is shown; those of a whole selection are the gallery's."""
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in shown.image_id)[:80]
+    name = file_stem(shown.image_id, set())
     st.caption(
         "The maps above with caption and provenance, as a figure or as a page that needs no server. "
         "The gallery exports its whole selection."

@@ -22,6 +22,7 @@ from xattn.eval.report.pack_differences import (
     Photo,
     compare_packs,
     difference_lines,
+    renamed_note,
 )
 from xattn.eval.results import MIN_IMAGES
 from xattn.packs.contained_files import PackError
@@ -163,10 +164,9 @@ def _swap(before: str, after: str, one: str, two: str) -> None:
 
 def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
     """The first of a few packs that shares a photo with the open one; else the first."""
-    own = set(pack.image_ids)
     for other_id in [i for i in others if i != pack.id][:TRIED]:
         try:
-            if not own.isdisjoint(library.open(other_id).image_ids):
+            if pack.same_photos(library.open(other_id)):
                 return other_id
         except PackError:
             continue  # gone or changed since it was listed
@@ -212,6 +212,8 @@ def _headline(runs: Runs, found: PackDifference) -> None:
     else:
         st.markdown(f"**{len(found.changed):,} of {photos}** have another prediction.")
         st.caption("No true classes are known; explain with --labels, and mistakes are compared.")
+    if found.renamed:
+        st.caption(renamed_note(found.renamed))
     alone = [
         f"{n:,} photos are in {name} alone"
         for n, name in zip(found.alone, found.names, strict=True)
@@ -308,8 +310,10 @@ def _list(runs: Runs, found: PackDifference) -> None:
         return
     moved = {m.image_id: m.moved for m in reversed(found.moved)}
     maps = [
-        selection.table(pack).first_maps(method, [photo.image_id for photo in photos[:SHOWN]])
-        for pack, method in zip((runs.before, runs.after), runs.methods, strict=True)
+        selection.table(pack).first_maps(method, [ids[side] for ids in map(_ids, photos[:SHOWN])])
+        for side, (pack, method) in enumerate(
+            zip((runs.before, runs.after), runs.methods, strict=True)
+        )
     ]
     cells = [
         cell
@@ -329,6 +333,11 @@ def _list(runs: Runs, found: PackDifference) -> None:
     _export(found)
 
 
+def _ids(photo: Photo) -> tuple[str, str]:
+    """The photo's id in either pack."""
+    return photo.image_id, photo.other_id
+
+
 def _two_cells(
     runs: Runs, photo: Photo, maps: list[dict[str, str]], moved: float | None, name: str
 ) -> list[dict[str, Any]]:
@@ -336,7 +345,8 @@ def _two_cells(
     href = state.link("runs", **_address(runs), list=name, image=photo.image_id)
     cells = []
     for side, pack in enumerate((runs.before, runs.after)):
-        entry_id, run = maps[side].get(photo.image_id), runs.names[side]
+        image_id, run = _ids(photo)[side], runs.names[side]
+        entry_id = maps[side].get(image_id)
         if side:
             lines = ["" if moved is None else f"map moved by {moved:.2f}"]
         else:
@@ -348,7 +358,7 @@ def _two_cells(
                 "id": f"{side} {photo.image_id}",
                 "src": overlay_url(pack, entry_id, Look(side=SIDE))
                 if entry_id
-                else photo_url(pack, photo.image_id, SIDE),
+                else photo_url(pack, image_id, SIDE),
                 "alt": f"{run}: map on {photo.title}" if entry_id else f"{run}: {photo.title}",
                 "title": _predicted(photo, side),
                 "lines": [run, *filter(None, lines)],

@@ -35,8 +35,8 @@ def pair_of_maps(
     _bar(photo.image_id, listed)
     st.html(name_html(photo.title))
     st.markdown(_verdict(photo))
-    packs = list(zip((before, after), methods, strict=True))
-    ones, others = (_by_target(pack, method, photo.image_id) for pack, method in packs)
+    packs = list(zip((before, after), methods, (photo.image_id, photo.other_id), strict=True))
+    ones, others = (_by_target(*side) for side in packs)
     rows: list[list[str | None]]
     rows = [[ones[target], others[target]] for target in ones if target in others]
     if not rows:
@@ -101,11 +101,14 @@ def _by_target(pack: Pack, method: str, image_id: str) -> dict[int, str]:
 
 
 def _row(
-    packs: Sequence[tuple[Pack, str]], photo: Photo, entry_ids: Sequence[str | None], number: int
+    packs: Sequence[tuple[Pack, str, str]],
+    photo: Photo,
+    entry_ids: Sequence[str | None],
+    number: int,
 ) -> None:
     """The photo, its two maps, and their difference where they are of one class."""
     look = Look(side=SIDE)
-    (before, _), _ = packs
+    before = packs[0][0]
     cells: list[dict[str, Any]] = [
         {
             "id": "photo",
@@ -116,7 +119,9 @@ def _row(
     ]
     explained: list[Explanation] = []
     keys: list[Legend] = []
-    for (pack, method), entry_id, when in zip(packs, entry_ids, ("before", "after"), strict=True):
+    for (pack, method, image_id), entry_id, when in zip(
+        packs, entry_ids, ("before", "after"), strict=True
+    ):
         if entry_id is None:
             continue
         explanation, title = pack.explanation(entry_id), method_title(method)
@@ -130,7 +135,7 @@ def _row(
                 "title": f"{short(explanation.target_name)}  {explanation.probability:.1%}",
                 "lines": [pack.name, title],
                 "map": map_cells(explanation, crop=False),
-                "href": state.link("image", pack=pack.id, image=photo.image_id, entry=entry_id),
+                "href": state.link("image", pack=pack.id, image=image_id, entry=entry_id),
             }
         )
     if len(explained) == 2 and explained[0].target == explained[1].target:
@@ -157,17 +162,19 @@ def _row(
         width=150,
         aspect=min(max(shape, 0.6), 2.0),
         linked={"aspect": shape, "subject": photo.image_id},
-        on_open=lambda: _open(packs, photo.image_id, entry_ids, number),
+        on_open=lambda: _open(packs, entry_ids, number),
     )
     st.html(legends_html(list(dict.fromkeys(keys))))
 
 
 def _open(
-    packs: Sequence[tuple[Pack, str]], image_id: str, entry_ids: Sequence[str | None], number: int
+    packs: Sequence[tuple[Pack, str, str]], entry_ids: Sequence[str | None], number: int
 ) -> None:
     """A map leads to its photo on the image page of its pack."""
     opened = sent(f"runs.maps.{number}", "open")
-    for (pack, _), entry_id, when in zip(packs, entry_ids, ("before", "after"), strict=True):
+    for (pack, _, image_id), entry_id, when in zip(
+        packs, entry_ids, ("before", "after"), strict=True
+    ):
         if opened == when:
             state.go("image", pack=pack.id, image=image_id, entry=entry_id)
 

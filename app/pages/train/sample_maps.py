@@ -75,7 +75,7 @@ def _maps(pack: Pack) -> None:
         name = str(row["title"])
         cells.append(
             {
-                "id": f"{image_id}",
+                "id": f"{image_id}/photo",
                 "src": photo_url(pack, str(image_id), SIDE),
                 "title": name,
                 "alt": name,
@@ -101,4 +101,4 @@ def _maps(pack: Pack) -> None:
         cells, key="sample", label="Maps of the fixed photos", columns=1 + len(set(steps)), width=96
     )
     if opened is not None:
-        state.go("image", pack=pack.id, image=opened.partition("/")[0])
+        state.go("image", pack=pack.id, image=opened.rpartition("/")[0])

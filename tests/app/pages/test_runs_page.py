@@ -36,7 +36,12 @@ def root(tmp_path_factory):
     save_pack(root / "before", before, overlays=False, metrics=described())
     after = [retrained(e) for e in before]
     save_pack(root / "after", after, overlays=False, metrics=described())
-    strangers = [replace(e, image_id=f"other-{e.image_id}") for e in before]
+    named = [replace(e, image_id=f"fish/{e.image_id}") for e in after]
+    save_pack(root / "renamed", named, overlays=False, metrics=described())
+    strangers = [
+        replace(e, image_id=f"other-{e.image_id}", source=picture(99 + i))
+        for i, e in enumerate(before)
+    ]
     save_pack(root / "strangers", strangers, overlays=False)
     return root
 
@@ -128,6 +133,18 @@ def test_what_an_address_names_and_is_not_there_is_said(show, query):
     app = show(**query)
     assert "not here any more" in app.warning[0].value or "do not both have" in app.warning[0].value
     assert cells(app, "runs.pairs")
+
+
+def test_photos_of_other_ids_are_joined_by_their_pictures(show):
+    app = show(after="renamed", list="moved")
+    assert any(f"{COUNT} photos have another id" in c.value for c in app.caption)
+    plain = show(list="moved")
+    ours, theirs = (cells(a, "runs.pairs") for a in (plain, app))
+    assert [c["id"] for c in ours] == [c["id"] for c in theirs]
+    assert all("fish" in c["src"] for c in theirs[1::2]) and "fish" not in theirs[0]["src"]
+    maps = cells(show(after="renamed", image="photo-00005", list="moved"), "runs.maps.0")
+    assert [c["id"] for c in maps] == ["photo", "before", "after", "difference"]
+    assert "fish" in maps[2]["href"] and "fish" not in maps[1]["href"]
 
 
 def test_a_pack_alone_shows_the_command_that_makes_another(tmp_path, monkeypatch):

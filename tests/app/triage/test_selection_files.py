@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -47,14 +48,16 @@ def found(pack):
 
 
 def test_xattn_reads_the_list_in_the_folder_of_the_photos(tmp_path):
-    names = ["a b.jpg", "#first.jpg", "é 2.jpg", "two\nlines.jpg"]
-    packed = [explanation(i, file_name=name, source=picture(i)) for i, name in enumerate(names)]
+    names = ["a b.jpg", "#first.jpg", "fish/é 2.jpg", "two\nlines.jpg"]
+    packed = [replace(explanation(i, source=picture(i)), image_id=n) for i, n in enumerate(names)]
     pack = opened(save_pack(tmp_path / "root" / "odd", packed, overlays=False))
     text = selection_files.image_list(Selection(table(pack), View()))
+    (tmp_path / "fish").mkdir()
     for name in names[:3]:
         picture(0).save(tmp_path / name)
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
-    assert [p.name for p in list_images(tmp_path / "list.txt")] == names[:3]
+    listed = list_images(tmp_path / "list.txt")
+    assert [p.relative_to(tmp_path).as_posix() for p in listed] == names[:3]
 
 
 def test_the_csv_has_tags_rating_and_note_and_runs_no_formula(pack, found):

@@ -69,13 +69,13 @@ def test_every_method_has_its_maps_as_explained(compared, backbone, photos):
     output, results, _ = compared
     found = load_pack(output / "pack")
     methods = list(results.methods)
-    assert [e.method for e in found if e.image_id == "a__0"] == methods
+    assert [e.method for e in found if e.image_id == "a/0.png"] == methods
     assert [e.method for e in found if e.sanity] == methods[2:] * 3
     gradcam = create_explainer("gradcam", backbone, max_forward_batch=4)
     for e in found:
         if e.method != "gradcam":
             continue
-        path = photos / f"{e.image_id.replace('__', '/')}.png"
+        path = photos / e.image_id
         pixels, view = prepare(load_image(path), backbone.preprocessing)
         batch = pixels[None].expand(4, -1, -1, -1)  # the shape that compare explains at
         own = gradcam.attribute(batch, torch.full((4,), e.target))[0, 0].numpy()
@@ -92,7 +92,7 @@ def test_numbers_are_those_of_the_report(compared):
     for row in rows:
         if row["valid"] == "0":
             continue
-        e = entries[row["method"], row["image"].replace("/", "__").removesuffix(".png")]
+        e = entries[row["method"], row["image"]]
         for column in results.columns:
             written = row[column.key]
             assert e.metrics.get(column.key) == (float(written) if written else None)
@@ -112,7 +112,7 @@ def test_a_photo_too_long_and_narrow_is_left_out_of_the_pack_by_name(backbone, t
     wanted = job(backbone, metrics=("masking",), explainers=("saliency",))
     results, said = run(folder, tmp_path / "out", wanted)
     assert [image.id for image in results.images] == ["fine.png", "strip.png"]
-    assert {e.image_id for e in load_pack(tmp_path / "out/pack")} == {"fine"}
+    assert {e.image_id for e in load_pack(tmp_path / "out/pack")} == {"fine.png"}
     (left_out,) = (line for line in said if "left out" in line)
     assert "strip.png" in left_out and "20000 x 1 pixels" in left_out
 
@@ -153,7 +153,7 @@ def test_a_randomised_row_names_the_weights_it_explains(compared, backbone):
 def test_a_second_run_and_a_read_one_give_the_same_bytes(compared, backbone, photos, tmp_path):
     output = compared[0]
     first = files(output)
-    assert "pack/maps.safetensors" in first and "pack/thumbnails/a__0.jpg" in first
+    assert "pack/maps.safetensors" in first and "pack/thumbnails/a__0.png.jpg" in first
     run(photos, tmp_path / "again", job(backbone))
     assert files(tmp_path / "again") == first
     run(photos, output, job(backbone))
@@ -177,7 +177,7 @@ def test_a_state_of_before_there_were_maps_is_gone_on_with(compared, backbone, p
 def test_only_so_many_maps_are_kept(compared, backbone, photos, tmp_path):
     run(photos, tmp_path / "out", job(backbone, maps=2, metrics=("masking",)))
     found = load_pack(tmp_path / "out" / "pack")
-    assert {e.image_id for e in found} == {"a__0", "b__1"}
+    assert {e.image_id for e in found} == {"a/0.png", "b/1.png"}
 
 
 def test_labels_are_checked_first_and_written(backbone, photos, tmp_path):

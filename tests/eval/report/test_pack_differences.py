@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_explanations import make
+from small_explanations import make, photo
 
 from xattn.cli import main
 from xattn.eval.report.pack_differences import compare_packs, difference_lines
@@ -91,7 +91,7 @@ def test_only_photos_of_both_count(two):
 
 
 def test_packs_of_other_photos_are_refused(two):
-    strangers = [replace(e, image_id="stranger") for e in photos("r")]
+    strangers = [replace(e, image_id="stranger") for e in photos("r", seed=9)]
     with pytest.raises(ValueError, match=r"^packs: .* no photo in common; explain the same photos"):
         compare_packs(*two(photos("r"), strangers))
 
@@ -174,3 +174,24 @@ def test_the_command_compares_two_methods_of_one_pack(two, tmp_path, capsys):
     assert "first and last" in capsys.readouterr().out
     assert main(["diff", folder, folder, "--methods", "first", "lime"]) == 2
     assert "methods: got lime" in capsys.readouterr().err
+
+
+def test_photos_of_other_ids_are_joined_by_their_pictures(two):
+    """A pack of a folder and one of files of it; a picture that a pack has twice joins nothing."""
+    pictures = [photo(seed) for seed in (0, 1, 2, 2)]
+    of_folder = [
+        replace(e, image_id=f"fish/{i}.jpg", source=pictures[i])
+        for i, e in enumerate(photos("rrrr"))
+    ]
+    of_files = [replace(of_folder[i], image_id=f"{i}.jpg") for i in (3, 1, 0)]
+    before, after = two(of_folder, of_files)
+    assert before.same_photos(after) == {"fish/0.jpg": "0.jpg", "fish/1.jpg": "1.jpg"}
+    found = compare_packs(before, after)
+    assert [(p.image_id, p.other_id) for p in found.common] == [
+        ("fish/0.jpg", "0.jpg"),
+        ("fish/1.jpg", "1.jpg"),
+    ]
+    assert found.renamed == 2 and found.alone == (2, 1)
+    assert [m.moved for m in found.moved] == pytest.approx([0, 0], abs=1e-12)
+    assert "2 photos have another id in the second pack" in "\n".join(difference_lines(found))
+    assert compare_packs(*two(of_folder, of_folder)).renamed == 0

@@ -164,6 +164,10 @@ class ShardContents(Contents):
     def maps_file(self, entry: Entry) -> str:
         return self._shards("maps")[_place(entry.row, self._entry_ends)[0]].name
 
+    def thumbnail_hashes(self) -> list[str | None]:
+        read, name = self._tables_of("images"), "thumbnail_sha256"
+        return [sha256 for table in read([name]) for sha256 in table[name].to_pylist()]
+
     def has_thumbnail(self, photo: PhotoFacts) -> bool:
         return photo.thumbnail_sha256 is not None
 
