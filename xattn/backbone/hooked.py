@@ -101,10 +101,10 @@ def from_hooks(
             )
     for tap in taps:
         if tap not in shapes:
-            last = f"the last ones are {', '.join(list(shapes)[-5:])}"
+            others = f"the last ones are {', '.join(list(shapes)[-5:])}"
             raise ValueError(
                 f"taps: {kind} calls no module {tap!r} that returns a tensor; "
-                f"{did_you_mean(tap, shapes, last)}"
+                f"{did_you_mean(tap, shapes, others)}"
             )
     grids = [grid_of(tap, shapes[tap], size) for tap in taps]
     last = grids[-1]
