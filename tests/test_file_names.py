@@ -55,7 +55,18 @@ def test_every_job_takes_such_names_and_prints_those_of_photos_left_out(root: Pa
     photos, short = str(root / "photos"), ["--epochs", "1", "--batch-size", "4"]
     output = root / f"out{BYTE}"
     left_out = r"bad\udce9.png"
-    train = ["train", "--data", photos, *short, "--workers", "0", "--sample", "1"]
+    train = [
+        "train",
+        "--data",
+        photos,
+        *short,
+        "--workers",
+        "0",
+        "--sample",
+        "1",
+        "--head",
+        "ttame",
+    ]
     said = run(root, capsys, *train, "--output", str(output / "t"))
     assert left_out in said
     probe = ["probe", "--data", photos, *short, "--heads", "gap", "--sample", "1"]

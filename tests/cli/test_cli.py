@@ -43,6 +43,7 @@ def setup(tmp_path_factory):
         "--input-size", "64", "--classes-file", str(root / "classes.txt"), "--device", "cpu",
     ]  # fmt: skip
     train = ["train", "--data", str(root / "photos"), "--epochs", "1", "--batch-size", "2"]
+    train += ["--recipe", "published"]
     code = main(
         [*train, "--workers", "0", "--half", "--output", str(root / "run"), *model_arguments]
     )

@@ -163,3 +163,32 @@ def test_a_kind_is_listed_alone(kind, says, capsys):
     assert main(["list", kind]) == 0
     out = capsys.readouterr().out
     assert says in out and "protocols:" not in out
+
+
+@pytest.mark.parametrize(
+    "words, head, recipe, epochs",
+    [
+        ("", "evidence", "outcomes", 30),
+        ("--epochs 3", "evidence", "outcomes", 3),
+        ("--recipe outcomes", "evidence", "outcomes", 30),
+        ("--objective outcomes", "evidence", "outcomes", 30),
+        ("--recipe small", "ttame", "small", 14),
+        ("--recipe published", "ttame", "published", 8),
+        ("--objective masking", "ttame", "small", 14),
+        ("--head ttame", "ttame", "small", 14),
+        ("--head Evidence", "Evidence", "outcomes", 30),
+        ("--head ttame --objective outcomes", "ttame", "outcomes", 30),
+        ("--head evidence --objective masking", "evidence", "small", 14),
+        ("--head evidence --recipe small", "evidence", "small", 14),
+        ("--preset ttame-vgg16", "evidence", "published", 8),  # the preset has a head of its own
+    ],
+)
+def test_the_head_and_its_recipe_go_together(words, head, recipe, epochs):
+    found = read(f"train photos/ {words}")
+    assert (found.head, found.train.recipe, found.train.epochs) == (head, recipe, epochs)
+
+
+def test_settings_of_a_training_are_checked_whichever_recipe_fills_them_in():
+    for words in ("--epochs 0", "--lr nan", "--recipe small --batch-size 0"):
+        with pytest.raises(ValueError, match=r"^(epochs|lr|batch_size): got"):
+            read(f"train photos/ {words}")

@@ -141,7 +141,7 @@ def test_options_without_a_rule_are_always_taken(name):
         ("bench startup --tokens 1025", "tokens: for job attention or maps alone, got startup; leave"),
         ("bench explain --plot a.png", "plot: for job attention alone, got explain; leave out --plot"),
         ("bench attention --growth --causal", "published"),
-        ("train p --crops 3", "crops: for --objective outcomes alone, got masking; leave out --crops"),
+        ("train p --recipe small --crops 3", "crops: for --objective outcomes alone, got masking; leave out --crops"),
         ("train p --recipe outcomes --area 1", "area: for --objective masking alone, got outcomes"),
         ("train p --preset ttame-vgg16 --head ttame", "head: not read with --preset; leave out one"),
         ("probe p --epsilon 2", "epsilon: not read with --attention none; leave out --epsilon"),

@@ -453,7 +453,7 @@ def test_a_run_ended_by_sigkill_resumes_to_bit_identical_weights(tmp_path, store
     command = [
         "--data", get(stored, kind), "--backbone", "test_efficientnet", "--input-size", "64",
         "--weights", str(weights), "--epochs", "6", "--batch-size", "4", "--checkpoint-every", "3",
-        "--lr", "0.01",
+        "--lr", "0.01", "--recipe", "published",
     ]  # fmt: skip
     check_killed_and_resumed(command, tmp_path, 24, {"OMP_NUM_THREADS": "1"})
 

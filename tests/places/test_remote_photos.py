@@ -248,7 +248,8 @@ def test_heads_and_probes_train_on_urls(bucket, tmp_path):
     url = upload(tmp_path / "photos", f"{bucket}/photos")
     model = "-b test_resnet --weights random --device cpu --input-size 64".split()
     words = [*model, "--epochs", "1", "--batch-size", "8", "--workers", "1"]
-    assert main(["train", url, *words, "--output", str(tmp_path / "head"), "--sample", "2"]) == 0
+    train = ["train", url, *words, "--head", "ttame", "--sample", "2"]
+    assert main([*train, "--output", str(tmp_path / "head")]) == 0
     assert (tmp_path / "head/head/config.json").is_file()
     words = [
         *model,

@@ -61,8 +61,7 @@ def test_the_survivor_ends_with_one_line_and_resume_goes_on(tmp_path, kind):
         tmp_path / "w.safetensors", "--epochs", "2", "--batch-size", "2", "--checkpoint-every", "2",
         "--workers", "0", "--device", "cpu", "--output", output,
     ]  # fmt: skip
-    if kind == "probe":
-        arguments += ["--heads", "gap"]
+    arguments += ["--heads", "gap"] if kind == "probe" else ["--recipe", "published"]
     codes, (survivor, _) = two_processes(tmp_path, 4, *arguments)
     assert codes == [2, -9], survivor
     assert "Traceback" not in survivor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -13,8 +13,29 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.options import Also
 from xattn.cli.shared import PhotoArgs, known
 from xattn.config import TrainConfig
+from xattn.runtime.names import plain
 from xattn.runtime.option_checks import Belongs
 from xattn.runtime.run_files import RUN_FILE, check_run_folder
+
+Recipe = Literal["published", "small", "outcomes"]
+
+
+@dataclass(frozen=True)
+class TrainSettings(TrainConfig):
+    """Settings as they are typed; without a recipe they wait for that of the head."""
+
+    recipe: Recipe | None = None  # type: ignore[assignment]
+    """Source of all settings that are not given; by default outcomes for the head evidence and for
+    --objective outcomes, published with --preset, else small."""
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None:
+            super().__post_init__()
+
+    def filled_in(self, recipe: Recipe) -> TrainConfig:
+        """With ``recipe`` where none is given."""
+        given = {one.name: getattr(self, one.name) for one in fields(TrainConfig)}
+        return TrainConfig(**{**given, "recipe": self.recipe or recipe})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +48,13 @@ class Train(PhotoArgs):
     )
 
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[TrainConfig]
+    train: tyro.conf.OmitArgPrefixes[TrainSettings]
     preset: str | None = None
     """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
     options."""
-    head: Annotated[str, Also("--heads")] = "ttame"
-    """Name of the head, see xattn list."""
+    head: Annotated[str | None, Also("--heads")] = None
+    """Name of the head, see xattn list; by default evidence, and where masks are learned (recipes published
+    and small) ttame."""
     fusion: Literal["classifier", "per_class"] = "classifier"
     """Where a class's row of the fusion comes from: the classifier's weights, or a free row per class."""
     options: tuple[str, ...] = ()
@@ -49,6 +71,14 @@ class Train(PhotoArgs):
     sample: int = 0
     """Explain this many photos of the data at each checkpoint; the pack sample holds the maps of
     before and now."""
+
+    def __post_init__(self) -> None:
+        masks = self.train.recipe in ("published", "small") or self.train.objective == "masking"
+        head = self.head or ("ttame" if masks else "evidence")
+        outcomes = plain(head) == "evidence" or self.train.objective == "outcomes"
+        own: Recipe = "outcomes" if outcomes and not masks else "small"
+        config = self.train.filled_in("published" if self.preset else own)
+        vars(self).update(head=head, train=config)
 
     @property
     def after_interrupt(self) -> str:
@@ -67,7 +97,7 @@ class Train(PhotoArgs):
         from xattn.heads.seeded import seeded_head
         from xattn.training import fit
 
-        (name,), options = known("head", [self.head], HEADS), parse_options(self.options)
+        (name,), options = known("head", [str(self.head)], HEADS), parse_options(self.options)
         HEADS.check_options(name, options)
         if self.fusion != "classifier" or "fusion" in head_options(name):
             options = {"fusion": self.fusion, **options}

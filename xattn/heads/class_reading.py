@@ -228,8 +228,8 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
     except UnknownReading as error:
         raise ValueError(
             f"{asked} needs the classifier's rows, and {backbone.name} does not show how it uses them "
-            f"({error}); train 'ttame' with fusion='per_class', or a classifier of your own with "
-            f"xattn probe"
+            f"({error}); train 'ttame' with fusion='per_class' (--head ttame --fusion per_class), or a "
+            f"classifier of your own with xattn probe"
         ) from None
 
 

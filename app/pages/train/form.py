@@ -111,13 +111,13 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
 
     attentive = {name: issubclass(head_class(name), AttentiveHead) for name in list_heads()}
     if kind == "train":
-        names = sorted((n for n, a in attentive.items() if not a), key=lambda n: n != "ttame")
+        names = sorted((n for n, a in attentive.items() if not a), key=lambda n: n != "evidence")
         head = url_widgets.selectbox(
             "Head",
             names,
             "head",
-            help="ttame learns masks that keep the prediction; evidence learns what the network answers "
-            "for masked photos, which takes minutes to ask before it trains.",
+            help="evidence learns what the network answers for masked photos, which takes minutes to ask "
+            "before it trains; ttame learns masks that keep the prediction.",
         )
         return (head,), "", None
     sources = [*([NEW] if len(folder.classes) > 1 else []), *folder.labels]

@@ -87,14 +87,15 @@ def choose_photos(page: AppTest, name: str) -> None:
 
 def test_the_form_has_sensible_defaults_and_starts_a_job(jobs: Jobs) -> None:
     page = open_train()
-    assert page.selectbox(key="head").value == "ttame"
+    assert page.selectbox(key="head").value == "evidence"
     choose_photos(page, "photos")
     button(page, "Start training").click().run()
     assert not page.exception and not page.error
     (job,) = jobs.all()
-    assert job.id == "photos-ttame" and job.spec.data == "photos" and job.spec.epochs is None
-    assert page.query_params["job"] == "photos-ttame"
-    assert "photos-ttame" in page.header[0].value.replace("\\", "")
+    assert job.id == "photos-evidence" and job.spec.recipe == "outcomes"
+    assert job.spec.data == "photos" and job.spec.epochs is None
+    assert page.query_params["job"] == "photos-evidence"
+    assert "photos-evidence" in page.header[0].value.replace("\\", "")
 
 
 def test_a_second_start_is_refused_in_words(jobs: Jobs) -> None:
@@ -250,7 +251,7 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
     photos(root / "photos", 6)
     arguments = ("--weights", "random", "--device", "cpu")
     with served(root, *arguments, log=tmp_path / "log") as address:
-        page = open_page(f"{address}/train", replaced=True)
+        page = open_page(f"{address}/train?head=ttame", replaced=True)
         page.get_by_text("Start training").click()
         page.get_by_text("before training").first.wait_for(timeout=120_000)
         assert "job=photos-ttame" in page.url
