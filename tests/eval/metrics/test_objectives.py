@@ -51,6 +51,12 @@ def test_a_metric_is_close_by_its_score_and_by_its_masks_or_fill(objective, mark
     assert {m for m, info in METRICS.items() if shared(objective, info.reads).close} == marked
 
 
+def test_nothing_is_shared_with_what_is_not_known():
+    reads = METRICS["AD"].reads
+    for given in ((None, reads), ("of a later version", reads), ("masking", None)):
+        assert shared(*given) == (False, False, False)
+
+
 def test_another_fill_takes_a_mark_away_or_gives_one():
     ad, insertion = METRICS["AD"].reads, METRICS["insertion"].reads
     assert not shared("outcomes", ad, {"masked_value": "noise"}).close
