@@ -131,6 +131,13 @@ def test_any_safetensors_reader_has_the_maps_and_thumbnails_by_their_ids(tmp_pat
     assert jpeg.tobytes() == pack.photo_bytes("photo-00001")
 
 
+def test_parquet_files_have_one_group_of_rows_and_no_schema_of_arrow(tmp_path):
+    for path in sorted(shards(tmp_path / "pack", photos=6, shard=6).glob("*.parquet")):
+        found = pq.read_metadata(path)
+        assert found.num_rows >= 6 and found.num_row_groups == 1, path.name
+        assert b"ARROW:schema" not in (found.metadata or {}), path.name
+
+
 def test_duckdb_reads_what_parquet_names(tmp_path):
     duckdb = pytest.importorskip("duckdb")
     entries, images = Pack(shards(tmp_path / "pack")).parquet()

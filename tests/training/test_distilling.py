@@ -23,7 +23,7 @@ from xattn.photos.sources import open_photos
 from xattn.training.closeness import Closeness, closeness
 from xattn.training.distilling import layer_losses, learning_rate, part_of, softmax_passes
 from xattn.training.head_closeness import head_closeness, head_csv, head_table
-from xattn.training.student import Student
+from xattn.training.student import LowRankUpdate, Student
 from xattn.training.teacher_stream import attended, layer_passes, sampled_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +109,17 @@ def test_a_layer_learns_from_what_the_network_gives_it(vit, name, options):
     output = found.output if local is None else found.output - local
     assert torch.allclose(output, own[1].call.output, atol=1e-5)
     assert torch.equal(inputs.x, own[1].args[0]) and found.output.requires_grad
+
+
+def test_a_low_rank_update_starts_as_nothing_from_rows_of_length_about_one():
+    torch.manual_seed(0)
+    weight = torch.randn(7, 400)
+    update = LowRankUpdate(weight, 64)
+    assert torch.equal(update(weight), weight)
+    norms = update.a.norm(dim=1)
+    assert norms.shape == (64,) and 0.8 < norms.min() < norms.max() < 1.2
+    update.b.data.normal_()
+    torch.testing.assert_close(update(weight), weight + 2 * update.b @ update.a)
 
 
 def test_what_a_mechanism_logs_is_in_the_log(vit, photos, tmp_path):

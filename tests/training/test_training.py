@@ -26,7 +26,7 @@ from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
 from xattn.photos.image_files import Files
 from xattn.photos.sources import open_photos
-from xattn.training import fit, objective
+from xattn.training import fit, objective, photo_batches
 from xattn.training.data import TrainImages, epoch_batches
 from xattn.training.head_optimizer import head_optimizer, one_cycle
 
@@ -73,6 +73,21 @@ def test_epochs_visit_every_image_once_and_processes_share_them():
     halves = [epoch_batches(nine, 2, 0, 0, rank=r, ranks=2) for r in (0, 1)]
     assert [[len(b) for b in h] for h in halves] == [[2, 2, 1], [2, 2, 0]]
     assert sorted(i for h in halves for b in h for _, i in b) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("started", "workers", "opened"),
+    [(2, 2, 1), (0, 0, 1), (1, 2, 1), (4, 2, 4), (4, 3, 8), (4, 0, 8)],
+)
+def test_a_worker_opens_two_shards_of_each_of_several_streams(
+    tmp_path, backbone, monkeypatch, started, workers, opened
+):
+    photos = open_photos(write_photos(tmp_path / "p", 4))
+    monkeypatch.setattr(photos, "streamed", True)
+    monkeypatch.setattr(photo_batches, "first_workers", lambda resumed, now: started)
+    config = TrainConfig(workers=workers, batch_size=4)
+    batches = photo_batches.PhotoBatches(photos, backbone.preprocessing, config, 0, 1, None)
+    assert batches.photos.open_shards == opened
 
 
 # ---------------------------------------------------------------- fit
