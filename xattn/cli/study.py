@@ -118,7 +118,7 @@ class StudySwap(PhotoStudy):
     only_sizes: tuple[int, ...] = ()
     """Measure at these sizes alone."""
     output: Path = Path("runs/study-swap")
-    """Folder of what is finished, of report.md, figures.csv, two plots and accuracy.json."""
+    """Folder of what is finished, of report.md, figures.csv, values.csv, two plots and accuracy.json."""
 
     def run(self) -> None:
         from xattn.eval.studies import swapped_attention
@@ -261,7 +261,7 @@ class StudyDepths(PhotoStudy):
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     study: tyro.conf.OmitArgPrefixes[DepthStudyConfig] = field(default_factory=DepthStudyConfig)
     output: Path = Path("runs/study-depths")
-    """Folder of the trained conversions, what was measured, report.md and heads.csv."""
+    """Folder of the trained conversions, what was measured, report.md, heads.csv and values.csv."""
 
     def run(self) -> None:
         from xattn.eval.studies import conversion_depths
@@ -299,7 +299,7 @@ class StudyExactRollout(StudyCommand):
     quick: bool = False
     """One short training of each, to see that all runs."""
     output: Path = Path("runs/study-exact-rollout")
-    """Folder of what is finished, and of report.md."""
+    """Folder of what is finished, of report.md and the raw values behind it, CSV."""
 
     def run(self) -> None:
         from xattn.eval.studies import exact_rollout
@@ -317,7 +317,7 @@ class StudyBlocks(StudyCommand):
     quick: bool = False
     """One short training of each, to see that all runs."""
     output: Path = Path("runs/study-blocks")
-    """Folder of what is finished, and of report.md."""
+    """Folder of what is finished, of report.md and the raw values behind it, CSV."""
 
     def run(self) -> None:
         from xattn.eval.studies import block_digits
@@ -383,7 +383,7 @@ class StudyIcl(StudyCommand):
     quick: bool = False
     """6,000 steps, with thresholds that are three times as wide."""
     output: Path = Path("runs/study-icl")
-    """Folder of checkpoints, report.md, circuit.json and circuit.png."""
+    """Folder of checkpoints, report.md, errors.csv, weights.csv, circuit.json and circuit.png."""
 
     def run(self) -> None:
         from xattn.eval.studies import in_context_regression
@@ -404,7 +404,7 @@ class StudyControls(PhotoStudy):
     quick: bool = False
     """A few photos and steps, to see that all runs."""
     output: Path = Path("runs/study-controls")
-    """Folder of what is finished, and of report.md."""
+    """Folder of what is finished, of report.md and the raw values behind it, CSV."""
 
     def run(self) -> None:
         from xattn.eval.studies import content_controls

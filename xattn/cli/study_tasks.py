@@ -27,7 +27,7 @@ class StudyActions(StudyCommand):
     quick: bool = False
     """A few steps on short sequences, to see that all runs."""
     output: Path = Path("runs/study-actions")
-    """Folder of what is finished, and of report.md."""
+    """Folder of what is finished, of report.md and the raw values behind it, CSV."""
 
     def run(self) -> None:
         from xattn.eval.studies import action_detection
@@ -45,7 +45,7 @@ class StudyFaces(StudyCommand):
     quick: bool = False
     """A short training of each, to see that all runs."""
     output: Path = Path("runs/study-faces")
-    """Folder of what is finished, and of report.md."""
+    """Folder of what is finished, of report.md and the raw values behind it, CSV."""
 
     def run(self) -> None:
         from xattn.eval.studies import faces
@@ -97,7 +97,7 @@ class StudyPointer(PhotoStudy):
     quick: bool = False
     """Few samples or photos, to see that all runs."""
     output: Path = Path("runs/study-pointer")
-    """Folder of what is finished, and of report.md; one for points, another for photos."""
+    """Folder of what is finished, of report.md and values.csv; one for points, another for photos."""
 
     def check(self) -> None:
         if self.images:
@@ -123,7 +123,7 @@ class StudyLesions(StudyCommand):
     quick: bool = False
     """A few samples and steps, to see that all runs."""
     output: Path = Path("runs/study-lesions")
-    """Folder of what is finished, of the trained networks, and of report.md."""
+    """Folder of what is finished, of the trained networks, of report.md and values.csv."""
 
     def run(self) -> None:
         from xattn.eval.studies import lesions
