@@ -1,6 +1,9 @@
 """Attention explainers: each equals its materialised definition, stores no N x N, refuses by name."""
 
+import warnings
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from small_transformers import (
@@ -332,6 +335,26 @@ def test_libragrad_refuses_networks_in_which_it_would_not_be_complete():
     with pytest.raises(ValueError, match=r"blocks of twins_svt_small do not take tokens .*pixels"):
         create_explainer("libragrad", stages)
     create_explainer("libragrad", stages, **at_pixels)
+
+
+def test_libragrad_counts_shifts_of_batchnorm_and_tells_of_constants_that_join_late():
+    """XCiT has a BatchNorm in its blocks; its class token joins behind them."""
+    torch.manual_seed(0)
+    options = {"img_size": 64, "depth": 2, "num_classes": 7}
+    model = timm.create_model("xcit_nano_12_p16_224", **options)
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not name.endswith("running_var"):
+            value.data.add_(torch.randn_like(value) * 0.1)
+    backbone = load_backbone(model, input_size=64).double()
+    explainer = create_explainer("libragrad", backbone, base="fullgrad")
+    images = photos(backbone)
+    with pytest.warns(UserWarning, match=r"contributions: .* of the score .* has no share"):
+        explainer.contributions(images, 3)
+    backbone.model.cls_token.data.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shares, elsewhere = explainer.contributions(images, 3)
+    assert torch.allclose(shares.sum(1) + elsewhere, backbone.logits(images)[:, 3])
 
 
 def test_attn_lrp_refuses_what_it_has_no_rule_for():

@@ -20,6 +20,7 @@ x_0 are the tokens that enter the first block, positions and class token include
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -94,7 +95,8 @@ class LibraGrad(AttnLrp):
 
         The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
         tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; to another
-        number of the answer only where that is linear in the logits.
+        number of the answer only where that is linear in the logits. A constant that joins the tokens after
+        the first block, as XCiT's class token, has no share: a warning tells what is missing.
 
         Args:
             inputs: as in :meth:`attribute`.
@@ -108,8 +110,23 @@ class LibraGrad(AttnLrp):
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
         with self._guard(), torch.enable_grad():
             logits, tokens, rules = self._pass(self._move(inputs))
-            score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
-            return self._shares(score, tokens, rules.biased)
+            scores = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
+            shares, elsewhere = self._shares(scores.sum(), tokens, rules.biased)
+        if self.base == "fullgrad":
+            self._tell_what_is_missing(scores.detach(), shares, elsewhere)
+        return shares, elsewhere
+
+    def _tell_what_is_missing(self, scores: Tensor, shares: Tensor, elsewhere: Tensor) -> None:
+        missing = scores - shares.sum(1) - elsewhere
+        worst = (missing.abs() / (shares.abs().sum(1) + elsewhere.abs())).argmax()
+        lost, all_of_it = float(missing[worst]), float(scores[worst])
+        if abs(lost) > 0.01 * float(shares[worst].abs().sum() + elsewhere[worst].abs()):
+            warnings.warn(
+                f"contributions: {lost:.3g} of the score {all_of_it:.3g} has no share, so it belongs to "
+                f"constants of {self.backbone.name} that join its tokens after the first block, or the "
+                f"target is not linear in the logits",
+                stacklevel=3,
+            )
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:
         if self.base == "input_x_gradient":
