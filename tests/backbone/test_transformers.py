@@ -70,7 +70,8 @@ def equal_maps(name, backbones, heads=(None, None), photos=None, target=TARGET):
 EXPLAINERS = [name for name in list_explainers() if "vit" in explainer_entry(name).networks]
 
 
-@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name != "head"])
+# FullGrad scales each layer's part to [0, 1]: queries, keys and values are one layer in timm, three here.
+@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in ("head", "fullgrad")])
 def test_maps_equal_those_of_timm_with_the_same_weights(name, pair):
     equal_maps(name, pair)
 

@@ -32,7 +32,8 @@ class FullGrad(Explainer):
 
     The parts sum to the logit in networks of ReLUs, pools, and BatchNorms: see :meth:`contributions`. Other
     networks have parts, too, but these do not sum to it. Parts without a place, such as the classifier's
-    bias or those inside windows of a Swin, are not on the map.
+    bias or those inside windows of a Swin, are not on the map. Each layer counts alike, so the map depends
+    on how a network is cut into layers.
     """
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
