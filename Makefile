@@ -10,12 +10,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet -e ".[demo]"
+	@echo "Installing xattn, PyTorch and what they need into $(VENV): minutes on a fast line."
+	$(BIN)/pip install -e ".[demo]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet -e ".[dev]"
-	$(BIN)/pip install --quiet -e ".[stores]"
+	@echo "Installing xattn and all that its tests need into $(VENV): minutes on a fast line."
+	$(BIN)/pip install -e ".[dev]"
+	$(BIN)/pip install -e ".[stores]"
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -51,7 +53,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy kernels eval models app
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet -e ".[docs]"
+	@echo "Installing xattn and Sphinx into $(VENV): minutes on a fast line."
+	$(BIN)/pip install -e ".[docs]"
 	touch $@
 
 # The pages and an API reference from the docstrings, in build/docs; a warning is an error.

@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from xattn.app.demo.photos import BACKBONE, embedded_photos
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval import Results, evaluate, format_table, sanity_rows, write_csv, write_json
+from xattn.eval.evaluation.plan import duration
 from xattn.eval.metrics.registry import create_probe
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
@@ -40,6 +43,8 @@ SHOWN = (
 )
 MASKING = (("AD", 1.0), ("IC", 1.0), ("AD", 0.5), ("AD", 0.15), ("ADD", 1.0))
 CURVES = ("deletion", "insertion")
+# An epoch of T-TAME's training, and all else, take as long as so many forward passes of a photo.
+EPOCH_PASSES, OTHER_PASSES = 60, 9000
 
 
 def main(output: Path, epochs: int) -> None:
@@ -52,6 +57,8 @@ def main(output: Path, epochs: int) -> None:
         f"[1/4] {BACKBONE} from its package; {len(photos)} photos from scikit-image, scikit-learn"
     )
     backbone = load_backbone(BACKBONE, weights="package")
+    expected = _pass_seconds(backbone, len(photos)) * (epochs * EPOCH_PASSES + OTHER_PASSES)
+    print(f"all four steps take about {duration(expected)} on this machine, as busy as it is now")
 
     print(f"[2/4] training a T-TAME head on them for {epochs} epochs, and an evidence head")
     head = _train(
@@ -84,14 +91,35 @@ def main(output: Path, epochs: int) -> None:
     results = evaluate(backbone, rows, photos, metrics=("masking", curves))
     write_json(results, output / "results.json")
     write_csv(results, output / "results.csv")
-    print(format_table(results))
+    print_table(results, output)
 
     print("[4/4] writing the contact sheet")
-    _write_sheet(output, found, results, list(rows), len(photos))
+    write_sheet(output, found, results, list(rows), len(photos))
     print(
         f"open {output / 'index.html'} in a browser ({time.perf_counter() - started:.0f} s in all)"
     )
     _print_next_steps()
+
+
+def _pass_seconds(backbone: Backbone, count: int) -> float:
+    """Seconds of a forward pass of a photo, in a batch of ``count``."""
+    batch = torch.zeros(count, 3, *backbone.preprocessing.input_size)
+    with torch.inference_mode():
+        backbone.logits(batch)  # the first one is slower
+        start = time.perf_counter()
+        backbone.logits(batch)
+    return (time.perf_counter() - start) / count
+
+
+def print_table(results: Results, output: Path) -> None:
+    """The tables, with one line in place of a warning for each method and sanity row."""
+    lines = format_table(results).splitlines()
+    print("\n".join(line for line in lines if not line.startswith("warning: ")))
+    if count := len(results.warnings()):
+        print(
+            f"{len(results.images)} photos are few, so methods do not beat every sanity row everywhere; "
+            f"{count} warnings say which: read_json({str(output / 'results.json')!r}).warnings()"
+        )
 
 
 def _train(name: str, backbone: Backbone, photos: Sequence[Path], config: TrainConfig) -> Head:
@@ -100,7 +128,7 @@ def _train(name: str, backbone: Backbone, photos: Sequence[Path], config: TrainC
     return head
 
 
-def _write_sheet(
+def write_sheet(
     output: Path, found: list[Explanation], results: Results, rows: Sequence[str], count: int
 ) -> None:
     """Write ``index.html`` and ``sheet.png``: the maps, and the metrics of the methods ``rows``."""
@@ -108,8 +136,8 @@ def _write_sheet(
         ["method", *(f"{m} {100 * level:g} %" for m, level in MASKING), *CURVES]
     ]
     for name in rows:
-        masking = [f"{results.mean(name, m, level):.1f}" for m, level in MASKING]
-        table.append([name, *masking, *(f"{results.mean(name, m):.3f}" for m in CURVES)])
+        masking = [_number(results.mean(name, m, level), 1) for m, level in MASKING]
+        table.append([name, *masking, *(_number(results.mean(name, m), 3) for m in CURVES)])
     found.sort(key=lambda e: SHOWN.index(e.file_name))
     sheet = sheet_rows(found)
     html = contact_sheet_html(
@@ -125,12 +153,17 @@ def _write_sheet(
             "confidence rises; ADD: average drop when the map is deleted; deletion and insertion: mean "
             "probability while the map's pixels go or come. T-TAME is trained on what AD, IC and ADD "
             "measure. The demo's heads are scored on the photos they were trained on, and a dozen photos "
-            "show the job, not a ranking.",
+            "show the job, not a ranking. A dash: a map of ones has no order of pixels.",
         ],
     )
     write_text(output / "index.html", html)
     with atomic_file(output / "sheet.png") as temporary:
         contact_sheet_image(sheet).save(temporary, "PNG")
+
+
+def _number(value: float, digits: int) -> str:
+    """A number of the table; a map of ones has no order of pixels, and so no value of some metrics."""
+    return "–" if value != value else f"{value:.{digits}f}"
 
 
 def _print_next_steps() -> None:
