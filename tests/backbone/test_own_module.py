@@ -224,11 +224,11 @@ def test_a_module_that_cannot_be_copied_is_frozen_itself_and_says_so():
 
 def test_a_patched_forward_that_runs_the_module_itself_is_frozen_itself_and_says_so():
     net = Small()
-    own = net.forward
+    own, known = net.forward, net.norm.running_mean.clone()
     net.forward = lambda x: own(x) * 2  # a copy would call the layers of the original
     with pytest.warns(UserWarning, match="its copy calls a Conv2d of the module itself"):
         backbone = load_backbone(net, input_size=64, **HALF)
-    assert not net.training
+    assert not net.training and torch.equal(net.norm.running_mean, known)
     assert torch.equal(backbone.logits(IMAGES), backbone.logits(IMAGES))  # nothing is dropped
     torch.testing.assert_close(backbone.logits(IMAGES), 2 * own(backbone.normalize(IMAGES)))
 
@@ -249,6 +249,16 @@ def test_wrappers_are_taken_off(kind, wrap):
     assert wrapped.name == plain.name and wrapped.taps == plain.taps
     assert wrapped.fingerprint == plain.fingerprint
     assert torch.equal(explained(wrapped), explained(plain))
+
+
+def test_a_module_that_was_compiled_in_place_is_explained_without_its_compiled_form():
+    torch.manual_seed(0)
+    net = Small().eval()
+    expected = net(IMAGES * 2 - 1)
+    net.compile(backend="eager")
+    net(IMAGES)
+    backbone = load_backbone(net, input_size=64, **HALF)
+    torch.testing.assert_close(backbone.logits(IMAGES), expected)
 
 
 def test_distributed_modules_are_unwrapped(tmp_path):

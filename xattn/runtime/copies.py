@@ -99,13 +99,15 @@ def copies_of(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
-    """The kinds of those modules of ``model`` itself that this thread runs inside."""
+    """The kinds of those modules of ``model`` itself that this thread calls inside: each call fails, so
+    that no statistics change."""
     me, parts = threading.get_ident(), set(model.modules())
     called: list[str] = []
 
     def before(module: nn.Module, inputs: Any) -> None:
         if module in parts and threading.get_ident() == me:
             called.append(type(module).__name__)
+            raise RuntimeError(f"calls the {called[-1]} of another network")
 
     handle = register_module_forward_pre_hook(before)
     try:
