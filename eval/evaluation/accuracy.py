@@ -59,7 +59,7 @@ class Accuracy:
             lost, gained = (
                 int((a & ~b).sum()) for a, b in ((right[0], right[i]), (right[i], right[0]))
             )
-            yield f"{name}: {lost} photos are no longer right, {gained} have become so"
+            yield f"{name}: photos right before and not after: {lost}; the other way round: {gained}"
 
 
 @torch.inference_mode()
