@@ -35,8 +35,8 @@ $(VENV)/.browser: | $(BIN)/python
 test: $(VENV)/.dev $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.dev $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 # 24,000 hostile inputs to all that reads files and addresses; COUNT and SEED give others.
 fuzz: $(VENV)/.dev
