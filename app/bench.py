@@ -100,7 +100,7 @@ def served(
     ``run``: the arguments that make Python run xattn.
 
     Raises:
-        RuntimeError: it ended early or did not answer within a minute; with what it wrote to ``log``.
+        RuntimeError: it ended early or did not answer within five minutes; with what it wrote to ``log``.
     """
     port = free_port()
     command = [sys.executable, *run, "app", str(root), "--port", str(port)]
@@ -121,7 +121,7 @@ def served(
             process.wait()
 
 
-def _wait(ready: Callable[[], bool], log: Path, seconds: float = 60) -> None:
+def _wait(ready: Callable[[], bool], log: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from xattn.runtime.allocator import keep_memory
 from xattn.runtime.waiting import sleep_while_waiting
@@ -15,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 sleep_while_waiting()  # before torch is imported
 keep_memory()  # as the command line does: networks on a CPU are several times faster
+# No example is judged by the clock: other programs may hold the machine up.
+CLOCKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("xattn", deadline=None, suppress_health_check=CLOCKS)
+settings.load_profile("xattn")
 
 
 class _PlainRoot:

@@ -149,7 +149,7 @@ def test_compare_and_the_viewer_that_has_not_imported_the_metric(
         (info,) = library.packs()
         compare.page(state.Context(library, library.open(info.id), st.query_params.to_dict()))
 
-    shown = AppTest.from_function(page, default_timeout=60)
+    shown = AppTest.from_function(page, default_timeout=600)
     shown.query_params["metric"] = "in_middle"
     shown.run()
     assert not shown.exception, shown.exception

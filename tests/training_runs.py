@@ -61,7 +61,7 @@ def in_two_processes(command, environment):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=200)[1] for process in running]
+    errors = [process.communicate(timeout=900)[1] for process in running]
     return [process.returncode for process in running], errors
 
 

@@ -58,13 +58,13 @@ def test_any_address_opens_its_page_or_is_a_sentence(root, monkeypatch, tmp_path
     monkeypatch.setattr(state, "_settings", state.Settings(root=root))
     run = main._run
     monkeypatch.setattr(main, "_run", lambda _: run(name))  # AppTest opens the first page alone
-    title = AppTest.from_function(viewer, default_timeout=120).run()
+    title = AppTest.from_function(viewer, default_timeout=600).run()
     assert not title.exception
 
-    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck))
     @given(address=ADDRESSES)
     def opens(address):
-        page = AppTest.from_function(viewer, default_timeout=120)
+        page = AppTest.from_function(viewer, default_timeout=600)
         for parameter, values in address.items():
             page.query_params[parameter] = values
         page.run()

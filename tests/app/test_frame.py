@@ -25,7 +25,7 @@ def use(root, monkeypatch, **settings):
 
 
 def run(opened=False, **params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
     app.query_params.update(params)
     app.session_state[pack_chip.OPEN] = opened
     app.run()
@@ -84,7 +84,7 @@ def handed_over():
 
 
 def test_photos_of_the_first_page_are_those_of_live():
-    app = AppTest.from_function(handed_over, default_timeout=60)
+    app = AppTest.from_function(handed_over, default_timeout=600)
     app.session_state[photo_files._HANDED] = [uploads.Upload("*wren*.jpg", b"x")]
     app.run()
     assert app.text[0].value == "*wren*.jpg"
@@ -203,6 +203,6 @@ def toolbar():
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_toolbar_is_folded_on_a_narrow_screen(monkeypatch, narrow):
     monkeypatch.setattr(screen, "narrow", lambda: narrow)
-    app = AppTest.from_function(toolbar, default_timeout=60).run()
+    app = AppTest.from_function(toolbar, default_timeout=600).run()
     assert app.slider[0].label == "Opacity"
     assert [block.proto.popover.label for block in chips(app)] == ["Look"] * narrow

@@ -671,7 +671,6 @@ def mutate(manifest, draws):
 
 
 EXAMPLES = settings(
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
     database=None,

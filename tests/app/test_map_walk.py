@@ -52,13 +52,11 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     if size == "narrow":
         page.locator(".st-key-bottom-bar").get_by_role("button", name="More").click()
     page.get_by_role("link", name="Map", exact=True).last.click()
-    # The page imports torch when it is first shown.
-    page.get_by_text(f"{COUNT} photos", exact=True).wait_for(timeout=120_000)
+    page.get_by_text(f"{COUNT} photos", exact=True).wait_for()
     shot(page, f"map-{size}-{scheme}")
 
     drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])
     page.get_by_text(f"{COUNT} of {COUNT} chosen").wait_for()
-    assert float(page.locator(".scatter").get_attribute("data-answered")) < 300
     page.get_by_role("button", name="Rectangle").click()
     drawn(page, [(0.02, 0.02), (0.5, 0.98)])
     page.wait_for_function(f"() => !document.body.innerText.includes('{COUNT} photos,')")

@@ -44,7 +44,7 @@ def views():
 
 
 def app():
-    return AppTest.from_function(views, default_timeout=60).run()
+    return AppTest.from_function(views, default_timeout=600).run()
 
 
 def button(app, label):

@@ -32,7 +32,7 @@ def opened(script: Callable[[], None], **params: str) -> Any:
     """The ``AppTest`` of a page's script, run once with these parameters in its URL, without an exception."""
     from streamlit.testing.v1 import AppTest
 
-    page = AppTest.from_function(script, default_timeout=60)
+    page = AppTest.from_function(script, default_timeout=600)
     for name, value in params.items():
         page.query_params[name] = value
     page.run()

@@ -51,7 +51,7 @@ def test_rounding_is_no_increase_and_the_margin_is_the_protocols():
     assert f.increase_in_confidence(p, p * (1 + 0.9e-6), margin=0.0).item() == 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_drop_and_gain_exclude_each_other(p, q):
     p, q = T([p], dtype=torch.float64), T([q], dtype=torch.float64)

@@ -306,7 +306,7 @@ def test_a_disk_that_fills_up_while_a_pack_is_written_leaves_the_earlier_pack(tm
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, "explain", *arguments, "--view", "whole", "--overwrite"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 2
     assert "output: cannot write" in done.stderr and "earlier results are untouched" in done.stderr

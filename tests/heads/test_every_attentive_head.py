@@ -389,7 +389,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     ]
     try:
         for job in jobs:
-            _, errors = job.communicate(timeout=300)
+            _, errors = job.communicate(timeout=900)
             assert job.returncode == 0, errors
     finally:
         for job in jobs:

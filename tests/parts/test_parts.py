@@ -58,7 +58,7 @@ def by_loop(evidence, fractions, aspects, centres):
     return best, boxes
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(5, 61), st.integers(5, 47), st.integers(0, 5), st.integers(0, 2**31), st.booleans()
 )

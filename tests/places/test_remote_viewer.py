@@ -26,7 +26,7 @@ def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path,
                 viewport={"width": width, "height": 900}, color_scheme=scheme
             )
             page, wrong = context.new_page(), []
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(300_000)
             page.on(
                 "console", lambda m, wrong=wrong: wrong.append(m.text) if m.type == "error" else 0
             )

@@ -19,6 +19,8 @@ from xattn.explainers import create_explainer
 from xattn.heads import create_head
 from xattn.runtime.locking import alone, lock_of
 
+LONG = 600  # seconds, after which a thread counts as hung
+
 
 def kept(kind):
     """A backbone with a state that is not the default one, which has to be kept."""
@@ -48,7 +50,7 @@ def together(*jobs):
 
     def run(i):
         try:
-            start.wait(10)
+            start.wait(LONG)
             results[i] = jobs[i]()
         except BaseException as error:
             errors.append(error)
@@ -60,7 +62,7 @@ def together(*jobs):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(LONG)
     finally:
         sys.setswitchinterval(interval)
     assert not any(thread.is_alive() for thread in threads)
@@ -207,7 +209,7 @@ def test_a_hook_may_explain_from_within_a_pass():
 
 
 def wait_until(true):
-    for _ in range(10_000):
+    for _ in range(1000 * LONG):
         if true():
             return
         time.sleep(0.001)
@@ -221,8 +223,8 @@ def test_passes_run_side_by_side_and_a_change_waits_for_them():
 
     def one_pass():
         with lock.shared():
-            inside.wait(10)  # both passes at once
-            go.wait(10)
+            inside.wait(LONG)  # both passes at once
+            go.wait(LONG)
             order.append("pass")
 
     def change():
@@ -232,13 +234,13 @@ def test_passes_run_side_by_side_and_a_change_waits_for_them():
     threads = [threading.Thread(target=one_pass) for _ in range(2)]
     for thread in threads:
         thread.start()
-    inside.wait(10)
+    inside.wait(LONG)
     threads.append(threading.Thread(target=change))
     threads[-1].start()
     wait_until(lambda: lock._line)
     go.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(LONG)
     assert order == ["pass", "pass", "alone"]
 
 
@@ -256,7 +258,7 @@ def test_who_came_first_goes_first_so_that_nobody_waits_for_ever():
             threads[-1].start()
             wait_until(lambda: len(lock._line) > i)  # noqa: B023
     for thread in threads:
-        thread.join(10)
+        thread.join(LONG)
     assert order == [0, 1, 2]
 
 
@@ -302,19 +304,19 @@ def test_a_forked_process_does_not_wait_for_threads_it_does_not_have():
     def hold():
         with lock_of(weights).alone():
             held.set()
-            done.wait(10)
+            done.wait(LONG)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(10)
+    held.wait(LONG)
     context = torch.multiprocessing.get_context("fork")
     child = context.Process(target=_enter, args=(weights,))
     child.start()
-    child.join(20)
+    child.join(LONG)
     alive = child.is_alive()
     child.kill()
     done.set()
-    thread.join(10)
+    thread.join(LONG)
     assert not alive and child.exitcode == 0 and lock is not None
 
 

@@ -622,7 +622,7 @@ def test_two_processes_cache_and_train_as_one(tmp_path, backbone):
         str(tmp_path / "job.py"), str(tmp_path / "w.safetensors"), str(data), str(tmp_path),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.stdout.count("agreed") == 2, run.stdout + run.stderr
     own = xattn.load_backbone("test_vit", tmp_path / "w.safetensors", ["head"], input_size=64)
     features = cache_features(own, data, tmp_path / "one", batch_size=5, progress=False)

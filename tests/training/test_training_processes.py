@@ -53,7 +53,7 @@ def states(tmp_path_factory):
     )
     try:
         one = job.trained(root, 1)
-        output, _ = two.communicate(timeout=300)
+        output, _ = two.communicate(timeout=900)
     finally:
         two.terminate()  # torchrun ends its processes, too
         two.wait()

@@ -258,7 +258,7 @@ def test_messages_stand_on_the_page_and_the_rest_is_shown(pack):
 
 
 def test_an_image_that_is_not_there_is_a_message_for_a_person(pack):
-    app = AppTest.from_function(script, default_timeout=60)
+    app = AppTest.from_function(script, default_timeout=600)
     app.query_params["image"] = "../../etc/passwd"
     app.run()
     assert [e.value for e in app.exception] == [

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
 pytest.importorskip("streamlit")
 
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from viewer_pages import served, vit_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
@@ -108,13 +108,14 @@ def test_the_answer_to_an_earlier_key_does_not_move_the_cursor_back(address, ope
     page.route_web_socket("**/_stcore/stream", between)
     page.goto(address)
     ready(page, "from row 3, column 3")
+    page.locator("[data-test-script-state=notRunning]").wait_for()
     holding = True
     picker(page).focus()
     page.keyboard.press("ArrowRight")
-    deadline, known, still = time.monotonic() + 30, 0, 0
-    while still < 10 and time.monotonic() < deadline:  # until the cursor rests and is answered
-        page.wait_for_timeout(50)
-        still, known = still + 1 if held and len(held) == known else 0, len(held)
+    while not any(
+        ForwardMsg.FromString(m).WhichOneof("type") == "script_finished" for _, m in held
+    ):
+        page.wait_for_timeout(50)  # until the cursor rests and is answered
     page.keyboard.press("ArrowDown")
     holding = False
     for browser, message in held:

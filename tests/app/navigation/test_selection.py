@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
@@ -321,9 +321,7 @@ VIEWS = st.builds(
 ).filter(lambda v: v.low is None or v.high is None or v.low <= v.high)
 
 
-EASY = settings(
-    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EASY = settings(max_examples=2000)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def started(root, monkeypatch):
 
 
 def run(**params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
     app.query_params.update(params)
     return checked(app.run())
 

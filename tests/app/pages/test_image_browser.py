@@ -121,9 +121,13 @@ def test_all_maps_zoom_and_move_together_and_tell_their_values(address, open_pag
     page.mouse.move(box["x"] + 2, middle[1])
     assert page.locator(".st-key-maps .value").nth(1).inner_text() == "not seen by the network"
     whole = zoomed(page)
+    main = page.get_by_test_id("stMain")
+    above = main.evaluate("e => Math.max(e.scrollTop - 100, 0)")
     page.mouse.wheel(0, -100)  # the page's own, while nothing is zoomed
+    page.wait_for_function(
+        "([e, above]) => Math.abs(e.scrollTop - above) < 1", arg=[main.element_handle(), above]
+    )
     assert zoomed(page) == whole
-    page.wait_for_timeout(300)  # it may have scrolled
     _, middle = centred(frames.nth(1))
     page.mouse.move(*middle)
     page.keyboard.down("Control")

@@ -49,7 +49,7 @@ def show(folder, monkeypatch):
         path = None if annotations is None else folder / annotations
         own = state.Settings(root=folder / "root", annotations=path)
         monkeypatch.setattr(state, "_settings", own)
-        app = AppTest.from_function(script, default_timeout=30)
+        app = AppTest.from_function(script, default_timeout=600)
         app.query_params.update(query)
         app.run()
         assert not app.exception, [e.value for e in app.exception]
@@ -142,7 +142,7 @@ def show_boxes(tmp_path, monkeypatch):
         (tmp_path / "boxes.json").write_text(content)
         own = state.Settings(root=tmp_path / "root", annotations=tmp_path / "boxes.json")
         monkeypatch.setattr(state, "_settings", own)
-        app = AppTest.from_function(script, default_timeout=30).run()
+        app = AppTest.from_function(script, default_timeout=600).run()
         assert not app.exception, [e.value for e in app.exception]
         return app
 

@@ -64,7 +64,7 @@ def show(root, monkeypatch):
     monkeypatch.setattr(state, "_settings", None)
 
     def show(pack, **query):
-        app = AppTest.from_function(script, default_timeout=30)
+        app = AppTest.from_function(script, default_timeout=600)
         app.query_params.update({"pack": pack.id, **query})
         return checked(app.run())
 
@@ -216,7 +216,7 @@ def test_a_photo_outside_the_gallerys_selection_says_so(show, pack):
 
 
 def test_an_image_opened_elsewhere_keeps_the_gallerys_filters(show, pack):
-    app = AppTest.from_function(script, default_timeout=30)
+    app = AppTest.from_function(script, default_timeout=600)
     app.session_state["_last_view"] = (pack.id, "q=photo-2")
     app.query_params.update({"pack": pack.id, "image": "photo-00002", "entry": "from a dot"})
     assert "1 of 1" in texts(checked(app.run()))

@@ -27,7 +27,7 @@ def started(root, monkeypatch):
 
 
 def run(page="gallery", **params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
     app.query_params.update(params)
     if page != "gallery":
         app.switch_page(page)

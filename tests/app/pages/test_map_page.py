@@ -49,7 +49,7 @@ def show(root, monkeypatch, tmp_path):
 
     def show(name, page="photomap", session=(), **query):
         pack = next(info for info in state.library().packs() if info.name == name)
-        app = AppTest.from_function(script, default_timeout=30)
+        app = AppTest.from_function(script, default_timeout=600)
         app.query_params.update({"pack": pack.id, "shown": page, **query})
         for key, value in dict(session).items():
             app.session_state[key] = value

@@ -37,7 +37,7 @@ def show(root, monkeypatch):
 
     def show(name, page="mistakes", **query):
         pack = next(info for info in state.library().packs() if info.name == name)
-        app = AppTest.from_function(script, default_timeout=30)
+        app = AppTest.from_function(script, default_timeout=600)
         app.query_params.update({"pack": pack.id, "shown": page, **query})
         app.run()
         assert not app.exception, [e.value for e in app.exception]

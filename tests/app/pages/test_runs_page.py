@@ -52,7 +52,7 @@ def show(root, monkeypatch):
 
     def show(before="before", after="after", **query):
         ids = {info.name: info.id for info in state.library().packs()}
-        app = AppTest.from_function(script, default_timeout=30)
+        app = AppTest.from_function(script, default_timeout=600)
         app.query_params.update({"pack": ids[before], **query})
         if after is not None:
             app.query_params["other"] = ids.get(after, after)
@@ -150,5 +150,5 @@ def test_photos_of_other_ids_are_joined_by_their_pictures(show):
 def test_a_pack_alone_shows_the_command_that_makes_another(tmp_path, monkeypatch):
     small_pack(tmp_path / "only", 2, ("gradcam",))
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
-    app = AppTest.from_function(script, default_timeout=30).run()
+    app = AppTest.from_function(script, default_timeout=600).run()
     assert not app.exception and "xattn explain" in app.code[0].value

@@ -326,7 +326,7 @@ def test_a_pack_whose_network_is_not_at_hand_says_which_command_loads_it(tmp_pat
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
-    @settings(max_examples=count, deadline=None)
+    @settings(max_examples=count)
     @given(
         st.dictionaries(
             st.sampled_from(["image", "method", "class", "fill", "paint", "view", "entry", "pack"]),

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from starlette.applications import Starlette
@@ -184,16 +184,14 @@ def accepted(query):
     return found
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(queries)
 def test_any_query_is_a_bounded_request_or_an_error_that_names_it(query):
     accepted({"pack": "p", "image": "i", "entry": "e", **query})
     accepted(query)
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300)
 @given(queries, st.booleans(), st.sampled_from([rendering.PICTURE, rendering.OVERLAY]))
 def test_any_query_gets_a_picture_or_a_line_of_text(client, pack, query, known, path):
     if known:
@@ -209,9 +207,7 @@ def test_any_query_gets_a_picture_or_a_line_of_text(client, pack, query, known, 
         assert answer.text.count("\n") <= 2 and len(answer.text) < 400
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_query_string_get_an_answer(client, raw):
     assert client.get(f"{rendering.OVERLAY}?{quote(raw, safe='&=%')}").status_code in (400, 404)

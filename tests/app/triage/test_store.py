@@ -344,7 +344,7 @@ def act(store, person, prefix, kind, *what):
         store.set_rating(person, [prefix + p for p in what[0]], what[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["ann", "bob"]), ACTS), max_size=20))
 def test_two_peoples_histories_do_not_touch_each_other(tmp_path_factory, steps):
     """On photos of their own, each person's file is what it would be without the other."""
@@ -358,7 +358,7 @@ def test_two_peoples_histories_do_not_touch_each_other(tmp_path_factory, steps):
         assert {i.removeprefix(f"{person}-"): mark for i, mark in found.items()} == model.now
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(["ann", "bob"]), ACTS), max_size=12), ACTS)
 def test_a_step_that_is_undone_at_once_leaves_no_trace(tmp_path_factory, steps, last):
     """Whatever two people did to the same photos before."""

@@ -47,7 +47,7 @@ def store(pack):
 
 
 def run(**params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=60)
+    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
     app.query_params.update(params)
     return checked(app.run())
 
@@ -254,7 +254,7 @@ def image(number, **params):
         [info] = state.library().packs()
         page(state.Context(state.library(), state.library().open(info.id)))
 
-    app = AppTest.from_function(script, default_timeout=60)
+    app = AppTest.from_function(script, default_timeout=600)
     app.query_params.update({"image": photo(number), **params})
     return checked(app.run())
 
@@ -358,7 +358,7 @@ def mistakes():
         [info] = state.library().packs()
         page(state.Context(state.library(), state.library().open(info.id)))
 
-    app = AppTest.from_function(script, default_timeout=60)
+    app = AppTest.from_function(script, default_timeout=600)
     app.query_params["table"] = "Slices"
     return checked(app.run())
 

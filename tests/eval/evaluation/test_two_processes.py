@@ -86,7 +86,7 @@ def runs(tmp_path_factory):
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launch, *arguments, "2"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return tmp_path
 

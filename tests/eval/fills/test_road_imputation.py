@@ -88,7 +88,7 @@ def test_the_direct_solver_satisfies_the_definition():
     assert torch.equal(filled[:, ~removed[0]], image[:, ~removed[0]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 2**31), st.floats(0.05, 0.95))
 def test_any_mask_is_solved_and_stays_within_the_kept_values(h, w, seed, fraction):
     image, removed = rand(3, h, w, seed=seed).double(), rand(1, h, w, seed=seed + 1) < fraction

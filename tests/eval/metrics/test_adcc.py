@@ -44,7 +44,7 @@ def one(*values: float) -> list[torch.Tensor]:
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_coherency_is_pearsons_correlation_moved_to_zero_to_one(seed):
     maps, others = draw(2, 1, 4, 5, seed=seed), draw(2, 1, 4, 5, seed=seed + 1)
     for got, a, b in zip(coherency_values(maps, others), maps, others, strict=True):
@@ -72,7 +72,7 @@ def test_complexity_is_the_mean_of_the_map():
 
 
 @given(FRACTIONS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_adcc_is_the_harmonic_mean_and_its_limits(parts):
     coherency, complexity, drop = parts
     good = [coherency, 1 - complexity, 1 - drop]

@@ -33,7 +33,7 @@ def test_limit_cases_of_the_entropy():
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_gini_index_is_half_the_relative_mean_difference(seed):
     maps = draw(2, 1, 3, 5, seed=seed)
     v = maps.double().abs().flatten(1)
@@ -42,7 +42,7 @@ def test_the_gini_index_is_half_the_relative_mean_difference(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_entropy_is_that_of_the_normalised_magnitudes(seed):
     maps = draw(1, 1, 4, 6, seed=seed)
     p = np.abs(maps.double().numpy().ravel())
@@ -51,7 +51,7 @@ def test_the_entropy_is_that_of_the_normalised_magnitudes(seed):
 
 
 @given(SEEDS, st.floats(1e-30, 1e30))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_neither_sign_nor_scale_nor_place_of_the_pixels_matters(seed, scale):
     maps = draw(1, 1, 5, 5, seed=seed)
     turned = maps.double().abs().flip(3).transpose(2, 3) * scale

@@ -217,7 +217,7 @@ def test_equal_contributions_give_the_mean_of_both_ends(step):
     assert got[INSERTION].item() == pytest.approx((start + clean) / 2, rel=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.integers(1, 20))
 def test_no_order_beats_the_contributions_of_an_additive_model(seed, step):
     weight = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(seed))
@@ -232,7 +232,7 @@ def test_no_order_beats_the_contributions_of_an_additive_model(seed, step):
     assert best + 1e-6 >= other >= worst - 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.integers(1, 120), st.floats(0.01, 30))
 def test_areas_of_probabilities_lie_between_zero_and_one(seed, step, gain):
     got = measure(
@@ -246,7 +246,7 @@ def test_areas_of_probabilities_lie_between_zero_and_one(seed, step, gain):
         assert (values >= 0).all() and (values <= 1).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS, st.sampled_from([torch.exp, torch.sqrt, lambda x: x**3 + x, lambda x: 5 * x - 9]))
 def test_strictly_increasing_functions_of_a_map_have_its_values(seed, function):
     image, f = draw(1, 3, *SIZE, seed=seed), softmax_of(seed)

@@ -67,7 +67,7 @@ def test_every_column_is_described(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_values_lie_within_their_bounds(name, seed):
     images, maps = drawn(seed, 2)
     for column, values in values_of(name, images, maps).items():

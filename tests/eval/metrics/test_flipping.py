@@ -104,7 +104,7 @@ def test_the_samples_image_and_map_stay_as_they_are(probe):
     assert torch.equal(image, copies[0]) and torch.equal(raw, copies[1])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS, st.floats(0.01, 30))
 def test_values_of_probabilities_keep_their_bounds(seed, gain):
     images, maps = draw(1, 3, *SIZE, seed=seed), normal(1, 1, 4, 5, seed=seed)
@@ -228,7 +228,7 @@ def test_noise_is_drawn_once_an_image():
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from([1, 2, 4]), st.integers(1, 5))
 def test_no_order_beats_the_contributions_of_an_additive_model(seed, patch, per_step):
     weight, image = normal(3, 8, 8, seed=seed), draw(1, 3, 8, 8, seed=seed + 1)
@@ -343,7 +343,7 @@ def test_one_segmentation_serves_all_methods_and_old_ones_are_dropped(monkeypatc
 # ---------------------------------------------------------------- monotonicity
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-5, 5)), min_size=3, max_size=12))
 def test_correlation_is_scipys(pairs):
     a, b = torch.tensor(pairs, dtype=torch.float64).T

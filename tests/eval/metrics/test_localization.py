@@ -62,7 +62,7 @@ def test_a_maximum_hits_within_the_euclidean_tolerance(place, tolerance, hits):
 
 
 @given(SEEDS, st.floats(0, 9), st.sampled_from([(1, 1), (1, 8), (7, 1), (6, 7)]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_hits_are_those_of_the_distances_to_every_pixel_of_the_object(seed, tolerance, size):
     rng = np.random.default_rng(seed)
     mask = rng.random(size) < 0.15
@@ -86,7 +86,7 @@ def test_of_equal_maxima_the_share_that_hits_counts():
 
 
 @given(SEEDS, st.floats(0.01, 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_energy_of_a_constant_map_is_the_share_of_the_area(seed, value):
     mask = draw(1, 1, 6, 7, seed=seed) < 0.3
     mask[..., 0, 0] = True
@@ -115,7 +115,7 @@ def test_the_energy_of_a_map_below_zero_is_refused():
 
 
 @given(SEEDS, st.integers(1, 41))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_iou_takes_as_many_of_the_largest_pixels_as_the_object_has(seed, size):
     rng = np.random.default_rng(seed)
     ranks, mask = rng.permutation(42), np.zeros(42, dtype=bool)
@@ -147,7 +147,7 @@ def test_iou_with_a_threshold_is_relative_to_the_maximum():
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_increasing_functions_of_a_map_have_its_pointing_and_iou(seed):
     maps, mask = draw(1, 1, 6, 7, seed=seed), draw(1, 1, 6, 7, seed=seed + 1) < 0.2
     mask[..., 3, 3] = True
@@ -161,7 +161,7 @@ def test_increasing_functions_of_a_map_have_its_pointing_and_iou(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_values_lie_within_their_range_and_a_batch_equals_a_loop(seed):
     maps, masks = draw(3, 1, 6, 7, seed=seed), draw(3, 1, 6, 7, seed=seed + 1) < 0.4
     masks[:, :, 0, 0] = True

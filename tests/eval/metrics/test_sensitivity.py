@@ -111,7 +111,7 @@ def test_the_identity_moves_by_the_perturbation():
 
 
 @given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_units_of_the_map_do_not_matter(scale, seed):
     maps, perturbed = rand(2, 1, 3, 4, seed=seed) + 0.1, rand(2, 5, 1, 3, 4, seed=seed + 1)
     value = max_sensitivity_values(maps, perturbed)
