@@ -51,6 +51,7 @@ PARTS = {  # folder of the code, folders of the tests
     "packs": ("xattn/packs", "tests/packs", "tests/explaining"),
     "studies": ("eval/studies", "tests/eval/studies"),
 }
+ERROR = "not run: "
 LIMIT, MEMORY = 1200, 14 * 2**30  # seconds of processor time, bytes
 OPERATORS = {
     getattr(ast, names.split()[0]): [getattr(ast, name) for name in names.split()[1:]]
@@ -194,17 +195,26 @@ def code_of(code: CodeType, name: str) -> Iterator[CodeType]:
             yield from code_of(inner, name)
 
 
-def put_in(mutant: Mutant) -> None:
-    """Give the live function, from the outermost one on, the code with the fault."""
-    path, source = ROOT / mutant.path, source_of(mutant.path)
+@cache
+def live() -> dict[tuple[str, str], list[FunctionType]]:
+    """The functions of this process by file and qualified name."""
+    found = defaultdict(list)
+    for item in gc.get_objects():
+        if type(item) is FunctionType:
+            found[item.__code__.co_filename, item.__code__.co_qualname].append(item)
+    return found
+
+
+def put_in(mutant: Mutant) -> bool:
+    """Give the live function, from the outermost one on, the code with the fault, if there is one."""
+    path, source = str(ROOT / mutant.path), source_of(mutant.path)
     line = source[: mutant.start].count(b"\n") + 1
-    around = [n for n, f in functions(ast.parse(source)) if f.lineno <= line <= f.end_lineno]
-    code = list(code_of(compile(mutant.source(), str(path), "exec"), around[0]))
-    for function in [f for f in gc.get_objects() if isinstance(f, FunctionType)]:
-        own = function.__code__
-        if own.co_qualname == around[0] and Path(own.co_filename).resolve() == path:
-            alike = [c for c in code if c.co_firstlineno == own.co_firstlineno]
-            function.__code__ = (alike or code)[0]
+    name = next(n for n, f in functions(ast.parse(source)) if f.lineno <= line <= f.end_lineno)
+    code = list(code_of(compile(mutant.source(), path, "exec"), name))
+    for function in live()[path, name]:
+        alike = [c for c in code if c.co_firstlineno == function.__code__.co_firstlineno]
+        function.__code__ = (alike or code)[0]
+    return bool(live()[path, name])
 
 
 STARTED = """
@@ -232,9 +242,10 @@ class Loop:
         self.failed = self.failed or report.failed
 
     def pytest_runtestloop(self, session: Any) -> bool:
-        for name, path in self.names.items():
+        for name, path in self.names.items():  # all live before the first fork
             if any(str(path).startswith(f"{ROOT / folder}/") for folder, *_ in PARTS.values()):
                 importlib.import_module(name)
+        live()
         pids = []
         for worker in range(self.workers):
             pids.append(os.fork())
@@ -251,6 +262,8 @@ class Loop:
     def attempt(self, session: Any, mutant: Mutant) -> None:
         chosen = self.order(session.items, mutant)
         killer = in_child(session, lambda: self.first_failure(chosen, mutant))
+        if killer and killer.startswith(ERROR):
+            return print(mutant, killer, file=sys.__stderr__, flush=True)
         if killer:
             item = next(i for i in session.items if i.nodeid == killer)
             if killer not in self.sound:
@@ -283,7 +296,7 @@ class Loop:
     def first_failure(self, items: list[Any], mutant: Mutant | None = None) -> str:
         """The test that fails first; empty where none does in the time that a mutant is given."""
         if mutant is not None:
-            put_in(mutant)
+            assert put_in(mutant)
             path = ROOT / mutant.path
             name = next(name for name, own in self.names.items() if own == path)
             text = STARTED.format(source=mutant.source(), name=name, path=str(path))
@@ -328,6 +341,8 @@ def in_child(session: Any, action: Callable[[], str]) -> str | None:
             capture.stop_global_capturing()
             capture.start_global_capturing()
             (own / "answer").write_text(action())
+        except Exception as error:  # of this script, or of pytest
+            (own / "answer").write_text(f"{ERROR}{error!r}")
         finally:
             os._exit(0)
     end = time.monotonic() + 10 * LIMIT  # for what hangs
