@@ -16,9 +16,10 @@ import xattn
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.training import features as module
+from xattn.training.feature_files import FEATURES
 from xattn.training.feature_store import FeatureStore
 from xattn.training.features import cache_features, open_features
-from xattn.training.row_files import index_digest
+from xattn.training.row_files import Index, index_digest, listing
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,13 @@ def test_a_cache_in_another_format_is_refused_as_such(vit, photos, tmp_path, fou
     )
     with pytest.raises(ValueError, match=f"written by {age}, this one writes 2; .* cache again"):
         cached(vit, photos, tmp_path / "f")
+
+
+@pytest.mark.parametrize("names", [["a", "b"], "abc", None])
+def test_an_index_that_does_not_name_its_photos_is_damaged(names):
+    index = Index({}, {"photos": 3, "names": names, "skipped": []}, True)
+    with pytest.raises(ValueError, match=r"features.json does not name 3 photos"):
+        listing(index, FEATURES)
 
 
 def test_the_key_depends_on_no_path(vit, photos, tmp_path):

@@ -12,7 +12,7 @@ from xattn.backbone import load_backbone
 from xattn.config import TrainConfig
 from xattn.explaining.photos import explain
 from xattn.heads import create_head
-from xattn.packs.reader import load_pack
+from xattn.packs.reader import Pack, load_pack
 from xattn.training import fit
 from xattn.training.sample import Sample
 
@@ -114,6 +114,8 @@ def test_a_photo_that_went_is_skipped_and_a_class_that_is_none_is_refused(
     sample.photos.paths[0].unlink()
     sample(0, head)
     assert [e.target for e in load_pack(tmp_path / "sample")] == [1, 1]
+    ((name, reason),) = Pack(tmp_path / "sample").skipped
+    assert name == sample.photos.paths[0].name and "no file" in reason
     classes[sample.photos.paths[1]] = 2
     with pytest.raises(ValueError, match="class 2 is out of range"):
         sample(1, head)

@@ -276,6 +276,11 @@ def test_values_and_torchmetrics():
         road_values(morf[0])
 
 
+def test_levels_may_be_a_list():
+    given, kept = RoadProbe(levels=[0.2, 0.6]), RoadProbe(levels=(0.2, 0.6))
+    assert given == kept and hash(given) == hash(kept)
+
+
 @pytest.mark.parametrize("levels", [(), (0.0, 0.5), (1.0,)])
 def test_levels_are_checked(levels):
     with pytest.raises(ValueError, match="levels"):

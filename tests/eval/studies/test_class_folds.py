@@ -7,7 +7,8 @@ from PIL import Image
 
 import xattn
 from xattn.config import TrainConfig
-from xattn.eval import evaluate
+from xattn.eval import evaluate, format_table, read_json
+from xattn.eval.studies import class_folds as module
 from xattn.eval.studies.class_folds import (
     Squashed,
     class_folds,
@@ -79,6 +80,20 @@ def test_merged_parts_equal_one_evaluation(backbone, paths):
     ]
     for a, b in zip(merge(parts).rows(), whole.rows(), strict=True):
         assert a.mean == pytest.approx(b.mean, rel=1e-6, abs=1e-9) and a.n == b.n
+
+
+def test_the_command_keeps_the_table_and_every_value(
+    backbone, paths, tmp_path, monkeypatch, capsys
+):
+    methods = {name: create_explainer("centre", backbone) for name in ("ttame", "gradcam")}
+    found = evaluate(backbone, methods, paths[:3], max_forward_batch=4, progress=False)
+    monkeypatch.setattr(module, "study_backbone", lambda *_, **options: backbone)
+    monkeypatch.setattr(module, "cross_validate", lambda *_, **options: found)
+    module.main(["--data", str(paths[0].parents[1]), "--output", str(tmp_path)])
+    assert format_table(found, "markdown") in capsys.readouterr().out
+    assert read_json(tmp_path / "results.json").rows() == found.rows()
+    assert (tmp_path / "values.csv").read_text() == found.to_csv(per_image=True)
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(found.rows())
 
 
 def test_squashing_keeps_the_ranking(backbone):
