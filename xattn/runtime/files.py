@@ -249,7 +249,8 @@ def write_rows(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (
         atomic_file(path, argument) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
+        # File names may have bytes that are no UTF-8.
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
     ):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(columns)
