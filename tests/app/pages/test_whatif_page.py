@@ -219,8 +219,8 @@ def test_bars_show_the_first_classes_before_and_after_with_their_changes(backbon
 
 
 def test_the_page_opens_with_the_networks_answer_to_the_stored_photo(pack, backbone):
-    app = opened(script, image="photo-1")
-    pixels, _ = prepare(pack.photo("photo-1"), backbone.preprocessing)
+    app = opened(script, image="photo-1.png")
+    pixels, _ = prepare(pack.photo("photo-1.png"), backbone.preprocessing)
     with torch.no_grad():
         p = backbone.probabilities(backbone.logits(pixels[None]))[0]
     name = backbone.class_names[int(p.argmax())].split(",")[0]
@@ -232,7 +232,7 @@ def test_the_page_opens_with_the_networks_answer_to_the_stored_photo(pack, backb
 
 
 def test_a_stroke_changes_the_answer_and_survives_a_rerun(pack, backbone):
-    app = opened(script, image="photo-0")
+    app = opened(script, image="photo-0.png")
     painting(app).mask = half()
     for _ in range(2):
         app.run()
@@ -245,7 +245,7 @@ def test_a_stroke_changes_the_answer_and_survives_a_rerun(pack, backbone):
 
 
 def test_what_is_painted_may_be_all_that_is_kept(pack, backbone):
-    app = opened(script, image="photo-0", paint="kept", fill="black")
+    app = opened(script, image="photo-0.png", paint="kept", fill="black")
     mask = half()
     mask[:, 10:] = False
     painting(app).mask = mask
@@ -259,7 +259,7 @@ def test_what_is_painted_may_be_all_that_is_kept(pack, backbone):
 
 @pytest.mark.parametrize("paint", ["hidden", "kept"])
 def test_a_suggestion_paints_the_top_of_the_chosen_map(pack, paint):
-    app = opened(script, image="photo-0", method="rollout")
+    app = opened(script, image="photo-0.png", method="rollout")
     app.button(key=f"{KEY}top {paint}").click().run()
     entry = pack.entries[(pack.entries["method"] == "rollout")].index[0]
     expected = masks.strongest(pack.explanation(entry).map, 0.2, SIZE)
@@ -271,7 +271,7 @@ def test_a_suggestion_paints_the_top_of_the_chosen_map(pack, paint):
 
 
 def test_a_press_explains_the_changed_photo_and_a_stroke_drops_that_map(pack, backbone):
-    app = opened(script, image="photo-0", method="gradcam")
+    app = opened(script, image="photo-0.png", method="gradcam")
     assert app.button(key=f"{KEY}explain").disabled
     painting(app).mask = half()
     app.run()
@@ -284,12 +284,12 @@ def test_a_press_explains_the_changed_photo_and_a_stroke_drops_that_map(pack, ba
 
 @pytest.mark.parametrize("method", ["gradcam", "rollout"])
 def test_a_map_is_made_again_by_the_method_and_for_the_class_of_the_packs(pack, backbone, method):
-    pixels = answer.seen(pack, "photo-0", backbone).pixels
+    pixels = answer.seen(pack, "photo-0.png", backbone).pixels
     entries = pack.entries[
-        (pack.entries["image_id"] == "photo-0") & (pack.entries["method"] == method)
+        (pack.entries["image_id"] == "photo-0.png") & (pack.entries["method"] == method)
     ]
     for entry, target in entries["target"].items():
-        [own] = explain(pack.photo("photo-0"), backbone, explainer=method, classes=int(target))
+        [own] = explain(pack.photo("photo-0.png"), backbone, explainer=method, classes=int(target))
         found = maps.explained(pack, entry, pixels, backbone)
         assert found.target == target and np.allclose(found.map, own.map, atol=1e-6)
 
@@ -301,7 +301,7 @@ def test_a_method_of_many_passes_is_refused_in_a_sentence(pack, backbone, monkey
 
 
 def test_a_refused_mask_is_said_and_the_earlier_one_counts(pack, monkeypatch):
-    app = opened(script, image="photo-0")
+    app = opened(script, image="photo-0.png")
     found = painting(app)
     found.mask = half()
     monkeypatch.setattr(whatif, "painted", lambda key: {"rows": 1, "columns": 1, "bits": "AAAA"})
@@ -330,7 +330,7 @@ def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
     @given(
         st.dictionaries(
             st.sampled_from(["image", "method", "class", "fill", "paint", "view", "entry", "pack"]),
-            st.sampled_from(["photo-1", "rollout", "kept", "blur", "281", "../../etc/passwd"])
+            st.sampled_from(["photo-1.png", "rollout", "kept", "blur", "281", "../../etc/passwd"])
             | st.text(max_size=30),
         )
     )
@@ -346,7 +346,7 @@ def test_a_damaged_map_is_a_sentence_and_the_photo_can_be_painted_on(pack, monke
         raise PackError("The map is damaged.")
 
     monkeypatch.setattr(type(pack), "explanation", lambda self, entry_id: damaged(entry_id))
-    app = opened(script, image="photo-0")
+    app = opened(script, image="photo-0.png")
     painting(app).mask = half()
     app.run()
     assert "The map is damaged." in app.warning[0].value.replace("\\", "")
@@ -356,7 +356,7 @@ def test_a_damaged_map_is_a_sentence_and_the_photo_can_be_painted_on(pack, monke
 
 
 def test_too_little_memory_for_a_stroke_is_a_sentence(pack, monkeypatch):
-    app = opened(script, image="photo-0")
+    app = opened(script, image="photo-0.png")
     painting(app).mask = half()
 
     def full(*arguments):
