@@ -41,7 +41,7 @@ MISTAKES = [
     Mistake(
         "a list of training photos with a URL of no store",
         lambda b: xattn.open_photos(["x3://bucket/a.jpg"]),
-        ("data: got x3://bucket/a.jpg", "is not known"),
+        ("images: got x3://bucket/a.jpg", "is not known"),
     ),
     Mistake(
         "labels of a store that are not there",
