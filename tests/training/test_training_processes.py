@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import two_process_job as job
 from PIL import Image
 from safetensors.torch import save_file
 
 import xattn
 from xattn.heads import list_heads
+from xattn.training.whole_batch import Share, whole_batch
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-6}  # relative
 
@@ -79,3 +83,33 @@ def test_two_processes_train_the_head_of_one(states, dtype, case):
 def test_every_head_of_the_registry_is_trained():
     for dtype in TOLERANCES:
         assert {case[1] for case in job.cases(dtype)} == set(list_heads())
+
+
+@pytest.fixture
+def process_group():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 2, 4)], ids=str)
+def test_batch_norm_of_one_process_is_that_of_torch(process_group, shape, options):
+    torch.manual_seed(0)
+    kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+    own = kind(5, **options).double()
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter)
+    given, answers = copy.deepcopy(own), []
+    x = torch.randn(shape, dtype=torch.float64) * 3 + 2
+    weights = torch.randn(shape, dtype=torch.float64)
+    for layer in (own, given):
+        with whole_batch(layer) if layer is given else nullcontext(Share()) as share:
+            share.rows, share.count = range(len(x)), len(x)
+            leaf = x.clone().requires_grad_()
+            y = [layer(leaf), layer(leaf * 2)][0]  # twice, for the running statistics
+            (y * weights).sum().backward()
+        answers.append([y, leaf.grad, *layer.state_dict().values(), layer.eval()(x)])
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs)
