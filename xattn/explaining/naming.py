@@ -41,8 +41,12 @@ def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
         photos = open_photos(images)
         yield from ((photos.id(i), photos.source(i)) for i in range(len(photos)))
         return
-    several = not is_array(images) and (isinstance(images, Sequence) or is_stream(images))
-    yield from named(_each(flattened(images) if several else [images], channels))
+    if is_array(images):
+        items: Iterable[Any] = [images]
+    else:
+        several = isinstance(images, Sequence) or is_stream(images)
+        items = flattened(images if several else [images])
+    yield from named(_each(items, channels))
 
 
 def _each(items: Iterable[Any], channels: int) -> Iterator[Source]:
