@@ -119,7 +119,7 @@ def words(app: AppTest) -> str:
     return " ".join(found).replace("\\", "").replace("<wbr>", "")
 
 
-def own_rows(pack, backbone, token, image="photo-0"):
+def own_rows(pack, backbone, token, image="photo-0.png"):
     """Rows of the photo as the pack holds it, by an own pass."""
     images, _ = prepare(pack.photo(image), backbone.preprocessing)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_it_says_that_the_stored_photo_was_read_and_whether_rows_were_sampled(pa
 
 def test_the_url_restores_the_view(pack):
     app = shown(
-        image="photo-2", layer="3", head="0", patch="3,1", depth="2", mechanism="gna", size="3",
+        image="photo-2.png", layer="3", head="0", patch="3,1", depth="2", mechanism="gna", size="3",
         scale="linear",
     )  # fmt: skip
     assert not app.warning
@@ -170,7 +170,7 @@ def test_the_url_restores_the_view(pack):
         "Mechanism": "gna",
         "Window, patches a side": 3,
     }
-    assert "from row 3, column 1" in words(app) and "photo-2" in words(app)
+    assert "from row 3, column 1" in words(app) and "photo-2.png" in words(app)
     assert "up to layer 2" in words(app) or "after layer 2" in words(app)
 
 
@@ -180,12 +180,12 @@ def address(app: AppTest) -> dict[str, str]:
 
 def test_widgets_write_the_url_and_usual_values_stay_out_of_it(pack):
     app = shown()
-    assert address(app) == {"image": "photo-0"}
+    assert address(app) == {"image": "photo-0.png"}
     app.slider[0].set_value(1).run()
     app.selectbox[0].set_value("1").run()
-    assert address(app) == {"image": "photo-0", "layer": "1", "head": "1"}
+    assert address(app) == {"image": "photo-0.png", "layer": "1", "head": "1"}
     app.slider[0].set_value(LAYERS - 1).run()
-    assert address(app) == {"image": "photo-0", "head": "1"}
+    assert address(app) == {"image": "photo-0.png", "head": "1"}
     assert not app.exception
 
 
@@ -308,7 +308,7 @@ def test_choosing_a_mechanism_brings_a_size_that_fits(pack):
     app.selectbox[2].set_value("gna").run()
     assert not app.exception
     assert app.selectbox[3].value == 3  # of the odd windows up to 3 rows
-    assert address(app) == {"image": "photo-0", "mechanism": "gna", "size": "3"}
+    assert address(app) == {"image": "photo-0.png", "mechanism": "gna", "size": "3"}
     app.selectbox[2].set_value("agent").run()
     assert app.selectbox[3].value == 9  # 16 agents are more than 15 patches
     app.selectbox[2].set_value(TRAINED).run()
@@ -404,8 +404,8 @@ def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
 
 
 def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
-    seen = attention_pass.read(pack, "photo-1", backbone, AS_TRAINED, OrderedDict())
-    _, images = own_rows(pack, backbone, 0, "photo-1")
+    seen = attention_pass.read(pack, "photo-1.png", backbone, AS_TRAINED, OrderedDict())
+    _, images = own_rows(pack, backbone, 0, "photo-1.png")
     assert torch.equal(torch.from_numpy(np.array(seen.pixels)).permute(2, 0, 1) / 255, images)
 
 
