@@ -419,7 +419,7 @@ def test_a_session_keeps_a_few_images_and_asks_the_model_once_for_each(pack, mon
     app.selectbox[0].set_value("1").run()
     assert len(passes) == 1
     for i in (1, 2, 3):
-        app.query_params["image"] = f"photo-{i}"
+        app.query_params["image"] = f"photo-{i}.png"
         app.run()
     assert len(passes) == 4 and len(app.session_state["attention.kept"]) == KEPT
 
