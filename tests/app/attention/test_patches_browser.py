@@ -162,7 +162,7 @@ def test_the_class_token_may_ask_and_the_next_photo_is_asked_the_same(page):
     page.get_by_role("button", name="Next").click()
     page.get_by_role("heading", name="photo-1.png").wait_for()
     ready(page, "from the class token")
-    url(page, image="photo-1", patch="class-token")
+    url(page, image="photo-1.png", patch="class-token")
 
 
 @pytest.mark.parametrize("size, scheme", [("wide", "dark"), ("narrow", "light")])
