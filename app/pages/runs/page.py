@@ -163,10 +163,11 @@ def _swap(before: str, after: str, one: str, two: str) -> None:
 
 
 def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
-    """The first of a few packs that shares a photo with the open one; else the first."""
+    """The first of a few packs that shares an id with the open one; else the first."""
+    own = set(pack.image_ids)  # reading the hashes of all pictures would take longer
     for other_id in [i for i in others if i != pack.id][:TRIED]:
         try:
-            if pack.same_photos(library.open(other_id)):
+            if not own.isdisjoint(library.open(other_id).image_ids):
                 return other_id
         except PackError:
             continue  # gone or changed since it was listed
