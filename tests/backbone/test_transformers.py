@@ -374,7 +374,7 @@ def test_commands_take_the_folder(folder, tmp_path, capsys):
     photo = write_photo(tmp_path / "photo.png")
     words = ["explain", str(photo), "-b", f"transformers:{folder}", "--explainer", "rollout"]
     assert main([*words, "--classes", "c", "--output", str(tmp_path / "out")]) == 0
-    assert "photo: c (" in capsys.readouterr().out
+    assert "photo.png: c (" in capsys.readouterr().out
 
 
 def test_explain_names_the_classes(folder, tmp_path):

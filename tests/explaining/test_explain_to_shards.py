@@ -119,7 +119,7 @@ def test_what_was_explained_before_ctrl_c_is_kept_beside_an_earlier_pack(photos,
     ):
         explain_to_shards(photos, network, explainer=explainer, **options)
     pack = Pack(kept)
-    assert [pack.key(id)[0] for id in pack.entry_ids] == ["0", "1", "3"]
+    assert [pack.key(id)[0] for id in pack.entry_ids] == ["0.png", "1.png", "3.png"]
     assert contents(written[1]) == before
     skipped = json.loads((kept / "manifest.json").read_text())["skipped"]
     assert skipped[-1]["reason"] == "stopped by KeyboardInterrupt"

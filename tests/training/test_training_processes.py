@@ -20,7 +20,7 @@ import xattn
 from xattn.heads import list_heads
 from xattn.training.whole_batch import Share, whole_batch
 
-TOLERANCES = {"float32": 1e-4, "float64": 1e-6}  # relative
+TOLERANCES = {"float32": 3e-4, "float64": 1e-6}  # relative; float32 only rounds, float64 tells
 
 
 def write_photos(folder, count):
@@ -70,7 +70,7 @@ CASES = [(d, case[0]) for d in TOLERANCES for case in job.cases(d)]
 
 @pytest.mark.parametrize(("dtype", "case"), [*CASES, ("float64", "distill")])
 def test_two_processes_train_the_head_of_one(states, dtype, case):
-    """Each tensor differs by at most 1e-4 (float32) or 1e-6 (float64) of its largest number. Tensors
+    """Each tensor differs by at most 3e-4 (float32) or 1e-6 (float64) of its largest number. Tensors
     below 0.01, such as biases that the next norm takes out again, count as 0.01: they are rounding."""
     one, first, second = (state[f"{case}-{dtype}"] for state in states)
     for key, value in one.items():

@@ -171,17 +171,6 @@ def test_a_board_says_what_a_head_was_trained_on(tmp_path):
     assert board.training(["random"], ["AD@50"]) == board.training(["gradcam"], ["ROAD"]) == ""
 
 
-def test_a_file_of_an_earlier_version_opens_without_marks(data):
-    record = json.loads(data)
-    for method in record["methods"].values():
-        del method["objective"]
-    for line in record["standings"]:
-        del line["trained_on"]
-    board = parse(json.dumps(record).encode())
-    assert board.marked("gradcam", "AD@50") == "gradcam"
-    assert not any(s.trained_on for s in board.standings.values())
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -116,7 +116,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     with page.expect_download() as got:
         page.get_by_role("button", name="List of photos").click()
     names = got.value.path().read_text(encoding="utf-8").splitlines()[1:]
-    assert names == [f"photo-0000{n}.jpg" for n in (3, 4, 5)]
+    assert names == [f"photo-0000{n}" for n in (3, 4, 5)]
     folder = f"set-{size}-{scheme}"
     page.get_by_label("Name of a new folder").fill(folder)
     page.get_by_label("Name of a new folder").press("Enter")

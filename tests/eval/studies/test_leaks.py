@@ -329,7 +329,7 @@ def test_a_probe_is_not_tested_on_what_it_was_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "probe", lambda head, *_, **__: SimpleNamespace(head=head))
     job = SimpleNamespace(folder=lambda *_: tmp_path, config=ProbeConfig(recipe="small"))
     labels = SimpleNamespace(index=torch.zeros(4, dtype=torch.long))
-    training = runner._Training(job, tmp_path, labels, {}, False, False)
+    training = runner._Training(job, tmp_path, labels, None, {}, False, False)
     features = SimpleNamespace(names=list("abcd"))
     for test, used in (([1, 3], "fitted on"), ([2, 3], "chosen by")):
         part = splits.Split([0, 1], [2], test)
