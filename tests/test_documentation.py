@@ -34,7 +34,6 @@ WITHOUT_VALUES = {
     "map-memory": "xattn bench maps --raw map-memory-values.csv",
     "mask-policies": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
     "metric-speed": "xattn bench fidelity --raw metric-speed-values.csv",
-    "package-weights": "the page's lines of Python",
     "part-utilization": "xattn study vpu, the page's commands: vpu.csv",
     "pointers": "xattn study pointer: values.csv",
     "position-encodings": "xattn study positions, the page's command: values.csv",
