@@ -309,7 +309,7 @@ def _attention(record: dict[str, Any]) -> dict[str, Any]:
 
     Only one mechanism can be given so; a network with several is not found.
     """
-    from xattn.attention.conversion import Conversion, format_layers, format_mechanism
+    from xattn.attention.model.spec import Conversion, format_layers, format_mechanism
 
     try:
         made = [Conversion.of_record(one) for one in record.get("conversion") or ()]

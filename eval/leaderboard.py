@@ -39,7 +39,7 @@ from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.results import Results
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
 from xattn.explainers import create_explainer, list_explainers
-from xattn.explainers.options import options_by_name
+from xattn.explainers.base import options_by_name
 from xattn.explainers.own import as_explainers
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.base import whole
-from xattn.heads.pointing import Pointing, left_over
+from xattn.heads.pointer import Pointing, left_over
 
 ENCODERS = ("set", "lstm")
 State = tuple[Tensor, Tensor]

@@ -41,7 +41,7 @@ from xattn.cli import main as command
 from xattn.eval import evaluate
 from xattn.eval.metrics.registry import PROBES
 from xattn.heads import list_heads
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 
 Output = tuple[str, Any]
 GRID = (5, 6)

@@ -19,7 +19,7 @@ from xattn.explainers import (
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads import create_head, head_entry, head_options, list_heads, register_head
 from xattn.heads.base import HEADS
-from xattn.heads.gap import Gap
+from xattn.heads.probing.gap import Gap
 from xattn.runtime.option_checks import Count
 from xattn.training.attention_training import (
     METHODS,
@@ -93,7 +93,7 @@ def test_a_change_of_attention_scores():
 PLUGIN = """
 from xattn.explainers import Explainer, register_explainer
 from xattn.heads import register_head
-from xattn.heads.efficient_probe import EfficientProbe
+from xattn.heads.probing.efficient_probe import EfficientProbe
 from xattn.runtime.option_checks import Count
 
 

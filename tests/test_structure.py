@@ -32,7 +32,7 @@ UPWARD = {
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
 }
-LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 500, 20
+LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 800, 20
 
 
 MODULES = module_names()

@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.conversion import format_layers, parse_layers
-from xattn.attention.convert import conversion
-from xattn.attention.convertible import chosen_layers, run_one_image
+from xattn.attention.model.convert import chosen_layers, conversion, run_one_image
+from xattn.attention.model.spec import format_layers, parse_layers
 from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.taps import PRE_NORM_BLOCKS
 from xattn.blocks.routing_usage import Choice, HeadRouter

@@ -21,8 +21,8 @@ from xattn.app.navigation import selection
 from xattn.attention import Operator, converted_copy, list_attention, mechanism_class
 from xattn.attention.base import Size
 from xattn.attention.statistics import Statistics, row_shares, sample_queries, statistics
-from xattn.explainers.attention import read_attention
-from xattn.explainers.rollout import rollout_row
+from xattn.explainers.relevance.attention import read_attention
+from xattn.explainers.relevance.rollout import rollout_row
 from xattn.photos.view import prepare
 from xattn.runtime.memory import is_out_of_memory
 

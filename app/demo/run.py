@@ -25,7 +25,7 @@ from xattn.eval.metrics.registry import create_probe
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
 from xattn.heads import Head, load_head, save_head
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
 from xattn.runtime.allocator import keep_memory

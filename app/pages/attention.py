@@ -42,7 +42,7 @@ from xattn.app.components.theme import facts_html
 from xattn.app.navigation.photo_bar import photo_bar
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
-from xattn.explainers.attention import NoAttention, layers_text
+from xattn.explainers.relevance.attention import NoAttention, layers_text
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

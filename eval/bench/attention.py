@@ -28,7 +28,7 @@ from xattn.attention import (
     list_attention,
     mechanism_class,
 )
-from xattn.attention.lowering import attend_output
+from xattn.attention.operators.lowering import attend_output
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio
 from xattn.eval.bench.timing import times as measure

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from xattn.attention import create_mechanism, list_attention, mechanism_class
-from xattn.attention.conversion import format_mechanism
+from xattn.attention.model.spec import format_mechanism
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
 from xattn.eval.bench.timing import PASSES, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
-from xattn.attention.algebra import GatedOperator
-from xattn.attention.moh import MoH
+from xattn.attention.mechanisms.moh import MoH
+from xattn.attention.operators.algebra import GatedOperator
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
 from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory

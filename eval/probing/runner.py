@@ -12,7 +12,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.probing.probe_job import ProbeJob
 from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
 from xattn.heads import AttentiveHead, head_class
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.base import Photos
 from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels

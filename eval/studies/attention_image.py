@@ -40,7 +40,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import raw_rows
 from xattn.eval.studies.study_configs import ImageStudyConfig
 from xattn.heads import AttentiveHead, Tokens, head_class
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_labels
 from xattn.photos.sources import open_photos

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from xattn.attention import conversion, list_attention, record
 from xattn.attention.base import Mechanism, mechanism_class
-from xattn.attention.conversion import format_layers, format_mechanism
+from xattn.attention.model.spec import format_layers, format_mechanism
 from xattn.attention.record import Call
 from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import read_conversion

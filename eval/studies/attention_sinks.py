@@ -2,10 +2,10 @@
 
     xattn study sinks photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-A head is calibrated (:mod:`xattn.attention.act`) if that alone raises the mean log-probability of the
-true classes of the validation photos, every other one; ``by="accuracy"`` asks for more right photos, as
-the paper does, which few photos cannot tell. The other photos are the test. An artefact is a patch with
-more than ``alpha`` times the mean of an explanation's map.
+A head is calibrated (:mod:`xattn.attention.mechanisms.act`) if that alone raises the mean
+log-probability of the true classes of the validation photos, every other one; ``by="accuracy"`` asks for
+more right photos, as the paper does, which few photos cannot tell. The other photos are the test. An
+artefact is a patch with more than ``alpha`` times the mean of an explanation's map.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.attention import Inputs, convert, converted_copy, create_mechanism, record
-from xattn.attention.act import ACT
-from xattn.attention.operator import SoftmaxOperator
+from xattn.attention.mechanisms.act import ACT
+from xattn.attention.operators.base import SoftmaxOperator
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.split import Split
 from xattn.explainers import create_explainer

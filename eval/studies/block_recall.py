@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from xattn.attention import Blocks, Inputs, Mechanism, create_mechanism, record
-from xattn.attention.conversion import parse_mechanism
-from xattn.attention.operator import SoftmaxOperator
+from xattn.attention.model.spec import parse_mechanism
+from xattn.attention.operators.base import SoftmaxOperator
 from xattn.attention.recall import Choice, recall
 from xattn.backbone import Backbone, load_conversion, resized
 from xattn.backbone.conversion import read_conversion

@@ -31,7 +31,7 @@ from xattn.eval.sanity import sanity_rows
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import parse_options
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory

@@ -2,10 +2,11 @@
 
     xattn study controls photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
-Controls (:mod:`xattn.attention.controls`) take the place of attention in blocks of a trained ViT, and its
-accuracy is measured. Maps of the network are compared with those of a copy whose queries and keys are made
-by permuted weights, and with the network's own of another photo. Small networks are trained with a control
-from the start, on digits and on recall of a value by its key (:mod:`~xattn.eval.studies.control_tasks`).
+Controls (:mod:`xattn.attention.mechanisms.controls`) take the place of attention in blocks of a trained
+ViT, and its accuracy is measured. Maps of the network are compared with those of a copy whose queries and
+keys are made by permuted weights, and with the network's own of another photo. Small networks are trained
+with a control from the start, on digits and on recall of a value by its key
+(:mod:`~xattn.eval.studies.control_tasks`).
 
 What is finished stays in the output folder, and the same command goes on there.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention import fit_static, record
-from xattn.attention.static_maps import Map
+from xattn.attention.mechanisms.controls import Map
 from xattn.attention.statistics import indicators
 from xattn.backbone import Backbone, converted
 from xattn.correlation import spearman

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.length import length_report

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from xattn.attention.conversion import format_layers, parse_mechanism
+from xattn.attention.model.spec import format_layers, parse_mechanism
 from xattn.backbone import Backbone, load_conversion
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig

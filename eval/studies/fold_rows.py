@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
@@ -35,7 +35,7 @@ from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.heads import Head, list_heads
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
 from xattn.runtime.allocator import keep_memory

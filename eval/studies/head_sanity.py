@@ -25,7 +25,7 @@ import torch
 import tyro
 from tqdm.auto import tqdm
 
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.split import Split

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from xattn.attention import SoftmaxOperator, record
-from xattn.attention.conversion import format_layers
-from xattn.attention.localist import region_masses
-from xattn.attention.regions import recruit, recruited_regions
+from xattn.attention.mechanisms.localist import recruit, recruited_regions, region_masses
+from xattn.attention.model.spec import format_layers
 from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split

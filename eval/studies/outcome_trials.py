@@ -21,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.metrics.base import Probe

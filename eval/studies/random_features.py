@@ -34,11 +34,9 @@ from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.random_scaling import MODELS, scaling
 from xattn.eval.studies.theory_configs import RandomFeatureConfig
 from xattn.heads import Tokens
-from xattn.heads.attentive import AttentiveHead, has_class_token
-from xattn.heads.random_feature import RandomFeature
-from xattn.heads.ridge import DualRidge
-from xattn.heads.seeded import seeded_head
-from xattn.heads.solvable import LabelledTokens
+from xattn.heads.attentive import AttentiveHead, LabelledTokens, has_class_token
+from xattn.heads.base import seeded_head
+from xattn.heads.random_feature import DualRidge, RandomFeature
 from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos

@@ -33,7 +33,7 @@ from xattn.config import TrainConfig
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.heads import Head, load_head
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.base import Data
 from xattn.photos.sources import open_photos
 from xattn.runtime.allocator import keep_memory

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.theory_configs import RandomFeatureConfig
-from xattn.heads.random_attention import features, queries_of, random_weights, with_one
-from xattn.heads.ridge import DualRidge
+from xattn.heads.random_feature import DualRidge, features, queries_of, random_weights, with_one
 
 POWERS = (1, 2, 3)
 MODELS = ("RF-MLP", "RFA", "BRFA")

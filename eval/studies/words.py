@@ -34,7 +34,7 @@ from xattn.eval.studies.small_training import minimize
 from xattn.eval.studies.word_configs import WordStudyConfig
 from xattn.explainers import create_explainer
 from xattn.heads import AttentiveHead, Tokens, WordHead, save_head
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 from xattn.photos.image_files import Files
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import Labels, read_labels

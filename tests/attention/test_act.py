@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, SoftmaxOperator, create_attention, create_mechanism, record
-from xattn.attention.algebra import SumOperator
+from xattn.attention.operators.algebra import SumOperator
 
 HEADS, WIDTH = 2, 8
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, conversion, convert, create_mechanism, record
-from xattn.attention.based import taylor_features
+from xattn.attention.mechanisms.based import taylor_features
 from xattn.eval.bench.tensor_memory import peak_memory
 
 HEADS, WIDTH = 2, 8

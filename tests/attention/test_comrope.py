@@ -25,7 +25,7 @@ from xattn.attention import (
     revert,
 )
 from xattn.attention.comrope import ComRope
-from xattn.attention.conversion import format_mechanism, parse_mechanism
+from xattn.attention.model.spec import format_mechanism, parse_mechanism
 from xattn.attention.positions import ROTATIONS, positions, rotated
 from xattn.backbone import converted, load_conversion
 from xattn.backbone.conversion import save_conversion

@@ -21,7 +21,7 @@ from xattn.attention import (
     revert,
 )
 from xattn.attention.base import MECHANISMS
-from xattn.attention.conversion import (
+from xattn.attention.model.spec import (
     describe,
     format_layers,
     format_mechanism,

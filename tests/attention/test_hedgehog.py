@@ -10,8 +10,7 @@ from xattn.attention import (
     SoftmaxOperator,
     create_mechanism,
 )
-from xattn.attention.row_comparison import compare_rows
-from xattn.attention.statistics import mean_row_divergence, row_divergence
+from xattn.attention.statistics import compare_rows, mean_row_divergence, row_divergence
 
 FEATURES = ["exp", "softmax", "joint", "elu"]
 LEARNED = ["exp", "softmax", "joint"]

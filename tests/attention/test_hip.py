@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_mechanism, record, z_order
-from xattn.attention.hip import layout
+from xattn.attention.mechanisms.hip import layout
 from xattn.eval.bench.tensor_memory import peak_memory
 
 HEADS, WIDTH = 2, 8

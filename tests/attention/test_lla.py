@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.attention import Inputs, create_attention, create_mechanism, lla, record
+from xattn.attention import Inputs, create_attention, create_mechanism, record
+from xattn.attention.mechanisms import lla
 from xattn.kernels.covariance_solve import covariance_solve
 from xattn.kernels.softmax import softmax_attention
 

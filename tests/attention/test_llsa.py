@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_mechanism, record, z_order
-from xattn.attention.lowering import attend
+from xattn.attention.operators.lowering import attend
+from xattn.attention.operators.pyramid import PyramidOperator, pyramid
 from xattn.attention.order import tile_order
-from xattn.attention.pyramid import PyramidOperator, pyramid
 from xattn.eval.bench.tensor_memory import peak_memory
 
 HEADS, WIDTH = 2, 8

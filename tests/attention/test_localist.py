@@ -8,9 +8,8 @@ import torch
 
 from xattn.attention import Inputs, convert, create_mechanism, record, revert
 from xattn.attention.base import mechanism_class
-from xattn.attention.concentration import concentration_bound
-from xattn.attention.conversion import parse_mechanism
-from xattn.attention.localist import region_masses
+from xattn.attention.mechanisms.localist import region_masses
+from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import load_backbone
 from xattn.eval.bench.tensor_memory import peak_memory
 
@@ -31,6 +30,17 @@ def inputs(grid=(4, 6), prefix=1, batch=2, **more):
 
 def dial(**options):
     return create_mechanism("localist", DIM, HEADS, **options)
+
+
+def concentration_bound(inside, keys, margin):
+    """At most so much of a row's mass outside of a region of ``inside`` keys, and so much entropy, if each
+    of its scores exceeds all others by ``margin``: e <= (N - n) / (N - n + n exp m), and
+    H <= h(e) + (1 - e) ln n + e ln(N - n)."""
+    outside = keys - inside
+    e = outside / (outside + inside * margin.double().exp())
+    most = e.clamp_max(outside / keys)  # where the entropy is largest, ln N
+    own = -torch.special.xlogy(most, most) - torch.special.xlogy(1 - most, 1 - most)
+    return e, own + (1 - most) * math.log(inside) + most * math.log(outside)
 
 
 def quadrant(grid):
@@ -100,11 +110,11 @@ def test_mass_outside_of_the_leading_region_keeps_within_the_bound(beta):
         mass = region_masses(operator)
         leading = mass.gather(-1, c.argmax(-1, keepdim=True))[..., 0]
         ahead = c.amax(-1) > 0  # else the class token leads
-        bound = concentration_bound(6, 25, m)
-        assert (1 - leading <= bound.outside + 1e-9)[ahead].all()
+        outside, entropy_bound = concentration_bound(6, 25, m)
+        assert (1 - leading <= outside + 1e-9)[ahead].all()
         rows = operator.rows(torch.arange(25))
         entropy = torch.special.entr(rows).sum(-1)
-        assert (entropy <= bound.entropy + 1e-9)[ahead].all()
+        assert (entropy <= entropy_bound + 1e-9)[ahead].all()
     if beta == 1e5:
         assert leading[m > 100].numel() and (leading[m > 100] > 0.999).all()
 

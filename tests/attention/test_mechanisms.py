@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
-from xattn.attention.bands import BandedOperator
 from xattn.attention.base import MECHANISMS
+from xattn.attention.operators.patterns import BandedOperator
 from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.backend import HAS_TRITON
 

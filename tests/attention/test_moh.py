@@ -13,7 +13,7 @@ from xattn.attention import (
     create_mechanism,
     record,
 )
-from xattn.explainers.rollout import through
+from xattn.explainers.relevance.rollout import through
 
 HEADS, WIDTH, N = 6, 4, 17
 DIM = HEADS * WIDTH

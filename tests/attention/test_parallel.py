@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from xattn.attention import ParallelCrossAttention, record, stream_shares, token_maps
 from xattn.attention.record import answering_by
-from xattn.explainers.attn_lrp_functions import Rules
+from xattn.explainers.relevance.attn_lrp_functions import Rules
 
 DIM, HEADS, GRID = 24, 3, (3, 5)
 WIDTHS, LENGTHS = (10, 7, 24), (4, 6, 1)

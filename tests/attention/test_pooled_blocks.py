@@ -15,7 +15,7 @@ from xattn.attention import (
     select,
     tile_order,
 )
-from xattn.attention.pooled_blocks import pooled_blocks
+from xattn.attention.operators.pooled_blocks import pooled_blocks
 
 BATCH, HEADS, WIDTH = 2, 4, 8
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xattn.attention import Inputs, create_mechanism
-from xattn.attention.operator import SoftmaxOperator
+from xattn.attention.operators.base import SoftmaxOperator
 from xattn.eval.bench.tensor_memory import peak_memory
 
 HEADS, WIDTH = 2, 8
@@ -166,7 +166,7 @@ def test_with_queries_and_keys_that_are_equal_within_blocks_the_choice_is_exact(
 def test_rows_that_come_in_chunks_add_up(monkeypatch):
     asked, layer = inputs((9, 10), 1), made("llsa", block=2, selected=3)
     whole = recall_of(layer, asked)
-    monkeypatch.setattr("xattn.attention.operator.TILE", 2000)
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 2000)
     parts = recall_of(layer, asked)
     assert all(torch.allclose(a, b) for a, b in zip(whole, parts, strict=True))
 

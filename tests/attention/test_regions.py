@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xattn.attention.concentration import concentration_bound
-from xattn.attention.regions import (
+from xattn.attention.mechanisms.localist import (
     box_regions,
     check_regions,
     recruit,
@@ -109,47 +108,3 @@ def test_recruited_regions_read_principal_components(wide):
 def test_recruitment_refuses_what_does_not_fit(points, variance, message):
     with pytest.raises(ValueError, match=message):
         recruit(points, variance)
-
-
-# ---------------------------------------------------------------------- the bound
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: concentration_bound(0, 7, 1.0), "inside: got 0 of 7 keys; give 1 to 6"),
-        (lambda: concentration_bound(7, 7, 1.0), "inside: got 7"),
-        (lambda: concentration_bound(3, 7, 1.0, 0.0), "temperature: got 0.0"),
-    ],
-)
-def test_what_does_not_fit_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-# ---------------------------------------------------------------------- bound
-
-
-def test_the_bound_holds_on_random_scores():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(500):
-        keys = int(torch.randint(2, 40, (), generator=generator))
-        inside = int(torch.randint(1, keys, (), generator=generator))
-        scores = 3 * torch.randn(keys, generator=generator).double()
-        scores[:inside] += 6 * torch.rand((), generator=generator)
-        temperature = float(torch.rand((), generator=generator)) + 0.2
-        p = (scores / temperature).softmax(-1)
-        bound = concentration_bound(
-            inside, keys, scores[:inside].min() - scores[inside:].max(), temperature
-        )
-        assert p[inside:].sum() <= bound.outside + 1e-12
-        assert torch.special.entr(p).sum() <= bound.entropy + 1e-9
-
-
-def test_the_bound_is_met_by_two_levels_of_scores():
-    scores = torch.tensor([2.0] * 3 + [0.5] * 5).double()
-    p = scores.softmax(-1)
-    bound = concentration_bound(3, 8, 1.5)
-    assert bound.outside == pytest.approx(float(p[3:].sum()))
-    assert bound.entropy == pytest.approx(float(torch.special.entr(p).sum()))
-    assert concentration_bound(3, 8, -5.0).entropy == pytest.approx(math.log(8))

@@ -13,7 +13,7 @@ from xattn.attention import (
     fit_centroids,
     record,
 )
-from xattn.attention.routing import means
+from xattn.attention.mechanisms.routing import means
 
 HEADS, WIDTH = 2, 8
 

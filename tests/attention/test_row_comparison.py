@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from xattn.attention import Inputs, LowRankOperator, SoftmaxOperator, create_mechanism
-from xattn.attention.row_comparison import compare_rows
-from xattn.attention.statistics import mean_row_divergence
+from xattn.attention.statistics import compare_rows, mean_row_divergence
 from xattn.correlation import spearman
 
 

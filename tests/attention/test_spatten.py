@@ -18,7 +18,7 @@ from xattn.attention import (
     record,
     revert,
 )
-from xattn.attention.rounding import rounded
+from xattn.attention.mechanisms.spatten import rounded
 
 HEADS, WIDTH, DEPTH = 3, 8, 5
 STEP = {"keep": 0.5, "first": 2, "last": 2}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xattn.attention import Inputs, SoftmaxOperator, create_mechanism
-from xattn.attention import operator as operators
 from xattn.attention.base import MECHANISMS
+from xattn.attention.operators import base as operators
 from xattn.attention.statistics import (
     indicators,
     kept_keys,
@@ -256,7 +256,7 @@ def dense_indicators(a, grid, prefix, causal=False):
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("causal", [False, True])
 def test_indicators_are_those_of_the_matrix(prefix, causal, monkeypatch):
-    monkeypatch.setattr("xattn.attention.operator.TILE", 500)  # several chunks of rows
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 500)  # several chunks of rows
     q, k = torch.randn(2, 2, 3, prefix + 20, 8, dtype=torch.float64)
     operator = SoftmaxOperator(q, k, causal=causal)
     expected = dense_indicators(operator.rows(torch.arange(prefix + 20)), (4, 5), prefix, causal)

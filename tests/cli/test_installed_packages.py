@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from xattn.eval.metrics import Column, MetricGroup, MetricInfo, Probe
 from xattn.explainers import Explainer
-from xattn.heads.gap import Gap
+from xattn.heads.probing.gap import Gap
 from xattn.heads.ttame import TTame
 from xattn.training.attention_training import Perturbation, RandomPerturbation
 
@@ -52,7 +52,7 @@ TOY_GROUP = MetricGroup("toy_group", ToyProbe, {"toy_metric": MetricInfo("mean o
 """
 PROBES = """
 from xattn.heads import register_head
-from xattn.heads.efficient_probe import EfficientProbe
+from xattn.heads.probing.efficient_probe import EfficientProbe
 
 
 @register_head("toy_probe", cases=({"queries": 2},))

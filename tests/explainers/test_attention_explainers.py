@@ -20,12 +20,12 @@ from small_transformers import (
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from xattn.attention.operator import Operator
+from xattn.attention.operators.base import Operator
 from xattn.attention.record import record
 from xattn.backbone import load_backbone
 from xattn.explainers import create_explainer, explainer_class, list_explainers
-from xattn.explainers.attention import read_attention
-from xattn.explainers.rollout import rollout_row
+from xattn.explainers.relevance.attention import read_attention
+from xattn.explainers.relevance.rollout import rollout_row
 
 GRADIENTS = ["generic_relevance", "legrad", "grad_eclip"]
 READERS = ["rollout", "raw_attention", "column_mass", *GRADIENTS]
@@ -109,7 +109,7 @@ CASES = [(o, d) for o in OPTIONS for d in DTYPES if d == "float64" or "discard" 
 @pytest.mark.parametrize("options, dtype", CASES, ids=str)
 def test_rollout_equals_the_product_of_stored_maps(variant, options, dtype, monkeypatch):
     dtype = getattr(torch, dtype)
-    monkeypatch.setattr("xattn.attention.operator.TILE", 200)  # several chunks of rows
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 200)  # several chunks of rows
     backbone = tiny(variant).double()
     images = photos(backbone)
     maps, _ = materialised(backbone, images, TARGET)
@@ -157,7 +157,7 @@ def test_rollout_keeps_all_mass_and_forgets_layers_of_pure_residual():
 
 @pytest.mark.parametrize("discard", [0.0, 0.1, 0.5, 0.99, 0.999999])
 def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
-    from xattn.explainers.rollout import _ordered, _smallest_kept
+    from xattn.explainers.relevance.rollout import _ordered, _smallest_kept
 
     class Given(Operator):
         stochastic = True  # entries are taken as they are
@@ -174,7 +174,7 @@ def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
         def _anchor(self):
             return self.a
 
-    monkeypatch.setattr("xattn.attention.operator.TILE", 100)
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 100)
     a = torch.randn(3, 1, 17, 19)
     a[1] = a[1].abs() * 1e-30
     a[2] = (a[2] * 2).round()  # ties
@@ -206,7 +206,7 @@ def test_relevance_is_the_same_for_an_operator_without_a_kernel(monkeypatch):
         logits = backbone.logits(images.requires_grad_())
     grad = torch.autograd.grad(logits[:, 0].sum(), calls[1].output)[0]
     operator, r = calls[1].operator, torch.rand(2, 3, 16, dtype=torch.float64)
-    monkeypatch.setattr("xattn.attention.operator.TILE", 100)
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 100)
     plain = Operator.gradient_vecmat(operator, calls[1].value, grad, r)
     assert_equal(operator.gradient_vecmat(calls[1].value, grad, r), plain)
 
@@ -296,7 +296,7 @@ def test_attn_lrp_equals_the_rules_written_out():
 
 
 def test_attn_lrp_gives_half_the_relevance_of_attention_to_the_values():
-    from xattn.explainers.attn_lrp_functions import Rules
+    from xattn.explainers.relevance.attn_lrp_functions import Rules
 
     shape = 2, 3, 17, 8
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -312,7 +312,7 @@ def test_attn_lrp_gives_half_the_relevance_of_attention_to_the_values():
 @pytest.mark.parametrize("gate", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), nn.Tanh()])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_attn_lrp_conserves_relevance_without_biases(gate, norm):
-    from xattn.explainers.attn_lrp_functions import Rules
+    from xattn.explainers.relevance.attn_lrp_functions import Rules
 
     torch.manual_seed(0)
     inner = norm(12, eps=1e-9)

@@ -11,7 +11,7 @@ from torch import nn
 
 from xattn.backbone import Backbone, Preprocessing, load_backbone
 from xattn.explainers import create_explainer, gradients, integrated_gradients
-from xattn.explainers.lrp import _Rules
+from xattn.explainers.relevance.lrp import _Rules
 
 assert gradients and integrated_gradients  # importing them registers them
 NAMES = {

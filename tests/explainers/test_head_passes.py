@@ -8,8 +8,8 @@ from xattn.backbone import load_backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.explainers import create_explainer
 from xattn.explainers import head as head_explainer
-from xattn.explainers.options import options_by_name
-from xattn.explainers.poses import POSES, Pose, Poser
+from xattn.explainers.base import options_by_name
+from xattn.explainers.head import POSES, Pose, Poser
 from xattn.heads import create_head
 from xattn.heads.probed import probed
 

@@ -16,8 +16,8 @@ from xattn.attention import (
 )
 from xattn.attention.statistics import row_entropy, statistics
 from xattn.explainers import create_explainer
-from xattn.explainers.attention import layers_text, read_attention
-from xattn.explainers.rollout import rollout_row, through
+from xattn.explainers.relevance.attention import layers_text, read_attention
+from xattn.explainers.relevance.rollout import rollout_row, through
 from xattn.explaining.provenance import protocol_of
 
 PREFIXES = [0, 1, 2, 5]
@@ -92,7 +92,7 @@ KINDS = ["signed", "positive", "gated", "sum"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("residual", [0.5, 0.3, 0.0])
 def test_rollout_of_any_operator_follows_shares(kind, prefix, residual, monkeypatch):
-    monkeypatch.setattr("xattn.attention.operator.TILE", 200)  # several chunks of rows
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 200)  # several chunks of rows
     operator = operators(kind, prefix)
     r = torch.rand(2, 4, 15 + prefix, dtype=torch.float64)
     expected = r @ mixing(dense(operator), residual)
@@ -115,7 +115,7 @@ def test_rollout_of_one_token_keeps_its_mass_through_layers_of_every_kind(kind):
 @pytest.mark.parametrize("cls", [Linear, Positive])
 @pytest.mark.parametrize("options", [{}, {"fusion": "max"}, {"fusion": "min", "residual": 0.2}])
 def test_the_map_is_the_product_of_such_matrices(cls, variant, options, monkeypatch):
-    monkeypatch.setattr("xattn.attention.operator.TILE", 200)
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 200)
     backbone = attending(cls, [1], variant)
     images = photos(backbone)
     reading = read_attention(backbone, images)
@@ -211,7 +211,7 @@ def test_statistics_of_a_signed_operator_are_those_of_its_absolute_value(prefix)
 
 def test_rows_of_the_fused_matrix_are_computed_in_chunks(monkeypatch):
     operator, asked = operators("signed", 1), []
-    monkeypatch.setattr("xattn.attention.operator.TILE", 2 * 3 * 16 * 5)  # five rows
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 2 * 3 * 16 * 5)  # five rows
     tile = operator.tile
     monkeypatch.setattr(operator, "tile", lambda i, j: asked.append(tile(i, j)) or asked[-1])
     through(operator, torch.rand(2, 1, 16, dtype=torch.float64))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import captum.attr as captum
 import numpy as np
 import pytest
@@ -46,20 +43,6 @@ class Reds:
 
 
 # ---------------------------------------------------------------- heads
-
-
-def test_a_head_explains_without_saying_its_backbone_again(backbone, images):
-    head = create_head("ttame", backbone)
-    wanted = create_explainer("head", backbone, head).attribute(images, 2)
-    torch.testing.assert_close(head.attribute(images, 2), wanted)
-    torch.testing.assert_close(head.attribute(images, torch.tensor([2, 2, 2])), wanted)
-    torch.testing.assert_close(copy.deepcopy(head).attribute(images, 2), wanted)
-    assert not any("backbone" in key for key in head.state_dict())
-    assert not any(module is backbone for module in head.modules())
-    with pytest.raises(
-        ValueError, match="^head: 'ttame' comes from a pickle, without its backbone"
-    ):
-        pickle.loads(pickle.dumps(head)).attribute(images, 2)
 
 
 def test_a_head_is_an_explainer_in_evaluate_explain_and_compare(backbone, images, tmp_path):

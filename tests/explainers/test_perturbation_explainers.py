@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from xattn.backbone import Preprocessing, load_backbone
 from xattn.explainers import create_explainer
-from xattn.explainers.kernel_shap import KernelShap
-from xattn.explainers.lime import Lime
-from xattn.explainers.masked_passes import superpixels
-from xattn.explainers.occlusion import Occlusion
-from xattn.explainers.rise import Rise
+from xattn.explainers.masking.kernel_shap import KernelShap
+from xattn.explainers.masking.lime import Lime
+from xattn.explainers.masking.masked_passes import superpixels
+from xattn.explainers.masking.occlusion import Occlusion
+from xattn.explainers.masking.rise import Rise
 
 CLASSES = 4
 SIZE = (30, 41)

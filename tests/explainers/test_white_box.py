@@ -18,7 +18,7 @@ from xattn.attention.record import record
 from xattn.backbone import load_backbone
 from xattn.backbone.scored import scored
 from xattn.explainers import create_explainer
-from xattn.explainers.token_blocks import block_outputs
+from xattn.explainers.relevance.token_blocks import block_outputs
 from xattn.heads import create_head
 from xattn.heads.probed import probed
 
@@ -177,7 +177,7 @@ def test_legrad_equals_the_mean_positive_gradient_of_stored_attention(
     images = photos(backbone)
     explainer = create_explainer("legrad", backbone, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("xattn.attention.operator.TILE", 100)  # several chunks of rows
+        patch.setattr("xattn.attention.operators.base.TILE", 100)  # several chunks of rows
         got = explainer.attribute(images, TARGET)
     assert explainer.notes == ()
     kept, tokens = attention_and_tokens(backbone, images, monkeypatch)
@@ -266,7 +266,7 @@ def test_grad_eclip_equals_its_equation(variant, monkeypatch):
         low, high = cosine.amin(1, keepdim=True), cosine.amax(1, keepdim=True)
         loosened = (cosine - low) / (high - low)
         expected += loosened * (v[:, PREFIX[variant] :] * w[:, i, None]).sum(2)
-    monkeypatch.setattr("xattn.attention.operator.TILE", 100)
+    monkeypatch.setattr("xattn.attention.operators.base.TILE", 100)
     explainer = create_explainer("grad_eclip", backbone)
     got = explainer.attribute(images, TARGET)
     assert_equal(got, expected.clamp_min(0).unflatten(1, GRID)[:, None].detach())

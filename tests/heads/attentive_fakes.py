@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import xattn
 from xattn.heads import AttentiveHead, Tokens, head_class, head_entry, list_heads
-from xattn.heads.seeded import seeded_head
+from xattn.heads.base import seeded_head
 
 WIDTH, CLASSES, GRID = 32, 5, (3, 5)
 HEADS = [name for name in list_heads() if issubclass(head_class(name), AttentiveHead)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attentive_fakes import HEADS, PREFIXES, WIDTH, cnn, four_taps, make, random_tokens, vit
 from torch import nn
 
-from xattn.attention.agent import Agent
+from xattn.attention.mechanisms.agent import Agent
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.explainers import create_explainer
 from xattn.explaining.provenance import protocol_of

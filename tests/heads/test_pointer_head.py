@@ -7,8 +7,7 @@ from small_transformers import photos, tiny
 from xattn.backbone import load_backbone
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.class_reading import class_reading
-from xattn.heads.pointer import ranked
-from xattn.heads.pointing import plackett_luce
+from xattn.heads.pointer import plackett_luce, ranked
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,18 @@ from xattn.app.demo.photos import embedded_photos
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.heads import create_head, load_head
-from xattn.heads.random_attention import (
+from xattn.heads.attentive import LabelledTokens, Solvable
+from xattn.heads.random_feature import (
     DEVIATION,
+    DualRidge,
+    TokenScale,
     arc_cosine,
+    best_temperature,
     features,
     queries_of,
     random_weights,
     with_one,
 )
-from xattn.heads.ridge import DualRidge, best_temperature
-from xattn.heads.solvable import LabelledTokens, Solvable
-from xattn.heads.token_scale import TokenScale
 from xattn.training.features import cache_features
 from xattn.training.probe import answers, probe
 

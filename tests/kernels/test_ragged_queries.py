@@ -165,7 +165,9 @@ def test_the_op_keeps_torchs_rules_and_compiles(backend):
 def test_an_operator_of_this_backend_computes_only_the_rows_that_are_kept(
     backend, causal, monkeypatch
 ):
-    monkeypatch.setattr("xattn.attention.operator.FEW", 16)  # keys from which rows are left out
+    monkeypatch.setattr(
+        "xattn.attention.operators.base.FEW", 16
+    )  # keys from which rows are left out
     (q, k, v), (grad, _) = inputs(33, 33, 16, 16, 2, 1, torch.float32, batch=1)
     keep, calls = kept("half", 1, 2, 33), []
     given = ragged_queries.Problem

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from xattn.heads.pointing import Pointing, left_over, plackett_luce
+from xattn.heads.pointer import Pointing, left_over, plackett_luce
 from xattn.models.pointer import PointerNet
 
 
@@ -166,7 +166,7 @@ def test_scores_in_parts_are_scores_at_once(monkeypatch):
     torch.manual_seed(0)
     pointing, e, d = Pointing(6), torch.rand(2, 5, 6), torch.rand(2, 7, 6)
     whole = pointing(e, d)
-    monkeypatch.setattr("xattn.heads.pointing.LARGEST", 1)
+    monkeypatch.setattr("xattn.heads.pointer.LARGEST", 1)
     torch.testing.assert_close(pointing(e, d), whole)
     keys, queries = pointing.of_elements(e), pointing.of_queries(d)
     by_hand = torch.stack([(keys[:, j, None] + queries).tanh() @ pointing.v for j in range(5)], 2)

@@ -24,7 +24,7 @@ from xattn.heads import (
     head_options,
     list_heads,
 )
-from xattn.heads.solvable import Solvable
+from xattn.heads.attentive import Solvable
 from xattn.training import fit
 from xattn.training.distilling import distill
 from xattn.training.features import cache_features

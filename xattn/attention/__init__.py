@@ -1,38 +1,6 @@
 """Attention mechanisms, one file each, behind one operator interface; see :func:`create_attention`."""
 
-from xattn.attention import (  # noqa: F401  (they register themselves)
-    act,
-    agent,
-    based,
-    comrope,
-    controls,
-    dma,
-    flow,
-    freeswim,
-    gna,
-    hedgehog,
-    hip,
-    infllm_v2,
-    landmark,
-    lla,
-    llsa,
-    localist,
-    lssa,
-    moh,
-    nsa,
-    routing,
-    softmax,
-    spatten,
-)
-from xattn.attention.algebra import (
-    ColumnsOperator,
-    GatedOperator,
-    LowRankOperator,
-    PoolOperator,
-    ProductOperator,
-    SumOperator,
-    pool,
-)
+from xattn.attention import comrope, mechanisms  # noqa: F401  (they register themselves)
 from xattn.attention.base import (
     Entry,
     Mechanism,
@@ -41,20 +9,33 @@ from xattn.attention.base import (
     mechanism_class,
     register_attention,
 )
-from xattn.attention.causal_low_rank import CausalLowRankOperator
-from xattn.attention.centroids import fit_centroids
-from xattn.attention.controls import fit_static
-from xattn.attention.conversion import Conversion
-from xattn.attention.convert import conversion, convert, converted_copy, revert
-from xattn.attention.folding import folded
 from xattn.attention.inputs import Inputs
-from xattn.attention.layer import Attention, create_attention
-from xattn.attention.local_linear import LocalLinearOperator
-from xattn.attention.lowering import attend
-from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.mechanisms.controls import fit_static
+from xattn.attention.mechanisms.routing import fit_centroids
+from xattn.attention.model.convert import conversion, convert, converted_copy, revert
+from xattn.attention.model.folding import folded
+from xattn.attention.model.layer import Attention, create_attention
+from xattn.attention.model.parallel import ParallelCrossAttention, stream_shares, token_maps
+from xattn.attention.model.spec import Conversion
+from xattn.attention.operators.algebra import (
+    ColumnsOperator,
+    GatedOperator,
+    LowRankOperator,
+    PoolOperator,
+    ProductOperator,
+    SumOperator,
+    pool,
+)
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
+from xattn.attention.operators.local_linear import LocalLinearOperator
+from xattn.attention.operators.lowering import attend
+from xattn.attention.operators.patterns import Pattern, pattern_operator
+from xattn.attention.operators.segments import SegmentsOperator
+from xattn.attention.operators.softplus import SoftplusOperator
+from xattn.attention.operators.subsets import SubsetsOperator
+from xattn.attention.operators.taylor import TaylorOperator
 from xattn.attention.order import Order, tile_order, z_order
-from xattn.attention.parallel import ParallelCrossAttention, stream_shares, token_maps
-from xattn.attention.patterns import Pattern, pattern_operator
 from xattn.attention.positions import (
     AxialRotation,
     GridRotation,
@@ -64,11 +45,7 @@ from xattn.attention.positions import (
     register_rotation,
 )
 from xattn.attention.record import Call, record
-from xattn.attention.segments import Blocks, Rule, Segment, select, visible_blocks
-from xattn.attention.segments_operator import SegmentsOperator
-from xattn.attention.softplus_operator import SoftplusOperator
-from xattn.attention.subsets import SubsetsOperator
-from xattn.attention.taylor_operator import TaylorOperator
+from xattn.attention.selection import Blocks, Rule, Segment, select, visible_blocks
 
 __all__ = [
     "Attention",

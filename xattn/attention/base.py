@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.inputs import Inputs
-from xattn.attention.operator import Operator
+from xattn.attention.operators.base import Operator
 from xattn.attention.positions import (
     Rotation,
     check_grid,

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.conversion import parse_named
 from xattn.attention.inputs import Inputs, spread_heads
+from xattn.attention.model.spec import parse_named
 from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
 from xattn.registry import Registry, with_entry

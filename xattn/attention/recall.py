@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import Inputs
-from xattn.attention.operator import SoftmaxOperator
+from xattn.attention.operators.base import SoftmaxOperator
 from xattn.attention.order import Order
-from xattn.attention.segments import Blocks
+from xattn.attention.selection import Blocks
 from xattn.kernels.softmax.reference import widen
 
 

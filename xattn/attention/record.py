@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.kernels.softmax import softmax_attention
 
 

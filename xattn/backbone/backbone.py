@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.conversion import Conversion, describe
-from xattn.attention.convert import conversion
+from xattn.attention.model.convert import conversion
+from xattn.attention.model.spec import Conversion, describe
 from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import Hashed, hashed_of, is_still, network_sha256

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.base import Mechanism
-from xattn.attention.conversion import Conversion
-from xattn.attention.convert import converted_copy
+from xattn.attention.model.convert import converted_copy
+from xattn.attention.model.spec import Conversion
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.fingerprint import state_sha256
 from xattn.runtime import strict_json

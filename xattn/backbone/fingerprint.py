@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.conversion import Conversion
-from xattn.attention.convert import conversion
+from xattn.attention.model.convert import conversion
+from xattn.attention.model.spec import Conversion
 from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xattn.attention.convertible import evaluating
+from xattn.attention.model.convert import evaluating
 from xattn.backbone.classes import Task
 from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.transformers_networks import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.attention.base import merge_heads, split_heads, whole
-from xattn.attention.operator import Operator
+from xattn.attention.operators.base import Operator
 from xattn.attention.positions import check_grid
 from xattn.attention.record import Call, keep, mix, record, recording
 from xattn.registry import Registry, with_entry

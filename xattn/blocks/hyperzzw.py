@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.operator import Operator
+from xattn.attention.operators.base import Operator
 from xattn.blocks.base import Block, register_block
 from xattn.blocks.hyper_kernel import (
     HyperKernel,

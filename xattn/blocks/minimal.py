@@ -20,7 +20,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from xattn.attention.base import merge_heads, split_heads, whole
-from xattn.attention.operator import SoftmaxOperator
+from xattn.attention.operators.base import SoftmaxOperator
 from xattn.blocks.base import Block, received, register_block
 from xattn.kernels.softmax.reference import widen
 

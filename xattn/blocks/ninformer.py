@@ -20,9 +20,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from xattn.attention.algebra import LowRankOperator
 from xattn.attention.base import whole
-from xattn.attention.operator import Operator
+from xattn.attention.operators.algebra import LowRankOperator
+from xattn.attention.operators.base import Operator
 from xattn.blocks.base import Block, register_block
 
 

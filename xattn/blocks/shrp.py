@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.base import whole
-from xattn.attention.operator import Operator, SoftmaxOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.blocks.base import Block, received, register_block
 from xattn.blocks.routing_usage import (
     count_choices,

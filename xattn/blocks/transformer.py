@@ -13,8 +13,8 @@ from typing import Any
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from xattn.attention.layer import Rotate, create_attention
-from xattn.attention.operator import Operator
+from xattn.attention.model.layer import Rotate, create_attention
+from xattn.attention.operators.base import Operator
 from xattn.attention.record import Call, record
 from xattn.blocks.base import Block, register_block
 

@@ -50,7 +50,7 @@ class Distill(PhotoArgs):
         check_run_folder(self.output, self.resume)
 
     def run(self) -> None:
-        from xattn.attention.conversion import parse_mechanism
+        from xattn.attention.model.spec import parse_mechanism
         from xattn.training.closeness import comparison
         from xattn.training.distilling import CONVERSION_FOLDER, distill, split
         from xattn.training.head_closeness import head_closeness, head_csv, head_table

@@ -78,7 +78,7 @@ class Evaluate(MethodArgs):
         from xattn.eval.metrics.registry import groups_with_annotations
         from xattn.eval.sanity import first_photos, likeness, without_content
         from xattn.explainers import create_explainer
-        from xattn.explainers.options import options_by_name
+        from xattn.explainers.base import options_by_name
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 

@@ -188,7 +188,7 @@ class Explain(MethodArgs):
         return "a clip" if self.images and is_video(self.images[0]) else "photos"
 
     def _explain_volume(self) -> None:
-        from xattn.explainers.options import options_by_name
+        from xattn.explainers.base import options_by_name
         from xattn.models.volumes import explain_volume
         from xattn.photos.volumes import is_volume
 
@@ -219,7 +219,7 @@ class Explain(MethodArgs):
     def _methods(self) -> tuple[Any, list[Any]]:
         """The backbone and the explainers, with their options."""
         from xattn.explainers import create_explainer
-        from xattn.explainers.options import options_by_name
+        from xattn.explainers.base import options_by_name
 
         backbone, sources = load_with_classifier(self.model, self.heads)
         names = list(self.explainers)

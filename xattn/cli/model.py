@@ -124,7 +124,7 @@ class BackboneArgs:
     def _check_mechanism(self) -> None:
         """Refuse an unknown mechanism before a network is loaded."""
         from xattn.attention.base import MECHANISMS
-        from xattn.attention.conversion import parse_mechanism
+        from xattn.attention.model.spec import parse_mechanism
 
         if self.mechanism is None or Path(self.mechanism).exists():
             return
@@ -158,7 +158,7 @@ class BackboneArgs:
 
     def _converted(self, backbone: Any) -> Any:
         from xattn.attention.base import MECHANISMS
-        from xattn.attention.conversion import parse_mechanism
+        from xattn.attention.model.spec import parse_mechanism
         from xattn.backbone import converted, load_conversion
 
         if self.mechanism is None:

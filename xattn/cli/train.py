@@ -93,8 +93,7 @@ class Train(PhotoArgs):
 
     def run(self) -> None:
         from xattn.heads import head_options, parse_options, save_head
-        from xattn.heads.base import HEADS
-        from xattn.heads.seeded import seeded_head
+        from xattn.heads.base import HEADS, seeded_head
         from xattn.training import fit
 
         (name,), options = known("head", [str(self.head)], HEADS), parse_options(self.options)

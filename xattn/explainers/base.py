@@ -3,20 +3,40 @@
 ``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class per image, at the
 explainer's own resolution and without min-max. Whatever happens inside, the models come out as they
 went in (:func:`preserve_state`). Any number of threads may explain one backbone: they take turns.
+
+Test-time augmentation: the mean over the maps of six copies of a photo, each mapped back.
+
+    S(x) = 1/6 sum over k in (1, .9, 1.1) of  s(x_k) + mirror(s(mirror(x_k))),    x_k = m + k (x - m)
+
+m is the network's mean colour, so that k scales the normalised photo. pytorch-grad-cam has the same copies
+under this name, and scales each map to [0, 1] before the mean. Every explainer takes it as an option.
+
+What Captum asks of an attribution method, so that it takes an explainer of xattn as it is.
+
+    NoiseTunnel(explainer).attribute(images, nt_samples=8, stdevs=0.1, target=281)
+    sensitivity_max(explainer.attribute, images, target=281)
+    infidelity(backbone.logits, noise, images, explainer.attribute_inputs(images, 281), target=281)
+
+``NoiseTunnel`` calls ``attribute.__wrapped__``, and its metrics give a tuple and expect one. Both add noise
+to images, so there alone pixels may leave [0, 1].
+
+Options of explainers as the command line gives them, ``explainer.name=value``.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -24,14 +44,103 @@ from xattn.backbone import Backbone, sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import Scored, View, class_of, is_score, scored
-from xattn.explainers.aug_smooth import OTHERS
-from xattn.explainers.captum_calls import CaptumMethod, captum_call
-from xattn.heads import AttentiveHead, Head
+from xattn.heads import AttentiveHead, Head, parse_options
 from xattn.heads.probed import Probed
 from xattn.photos.arrays import input_batch
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
+from xattn.runtime.names import same_name
+
+
+def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options of each of ``names``, with values as in :func:`xattn.heads.parse_options`.
+
+    >>> options_by_name(["rise.masks=1000", "head.passes=4"], ["rise", "head"])
+    {'rise': {'masks': 1000}, 'head': {'passes': 4}}
+
+    Raises:
+        ValueError: no ``name.option=value`` of one of the names.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        name, dot, option = key.rpartition(".")  # a head's row may have dots in its name
+        row = same_name(name, names)
+        if not dot or row is None:
+            raise ValueError(
+                f"options: got {text!r}; write name.option=value with a name of {', '.join(names)}"
+            )
+        found.setdefault(row, {}).update(parse_options([option + equals + value]))
+    return found
+
+
+Attribute = Callable[..., Tensor]
+
+
+class CaptumMethod:
+    """Mixin of explainers: the attributes of ``captum.attr.Attribution``."""
+
+    backbone: Any
+    multiplies_by_inputs = False
+    is_delta_supported = False
+
+    @property
+    def forward_func(self) -> Callable[[Tensor], Tensor]:
+        """Logits (B, K) of images (B, 3, H, W) in [0, 1]."""
+        return self.backbone.logits  # type: ignore[no-any-return]
+
+    def has_convergence_delta(self) -> bool:
+        """False: no explainer says how far its sum is from the score."""
+        return False
+
+    def attribute_inputs(self, inputs: Tensor, target: Tensor | int) -> Tensor:
+        """Maps in the shape of the inputs (B, C, H, W), as ``captum.metrics.infidelity`` wants them:
+        resized bilinearly, a C-th for each channel."""
+        maps = self.attribute(inputs, target)  # type: ignore[attr-defined]
+        maps = F.interpolate(maps, inputs.shape[-2:], mode="bilinear", align_corners=False)
+        return (maps / inputs.shape[1]).expand(inputs.shape)
+
+
+def captum_call(noisy: Attribute) -> Callable[[Attribute], Attribute]:
+    """Decorator of ``attribute(self, inputs, target)``, which Captum may then call, too; ``noisy`` is the
+    same method for pixels that may leave [0, 1]."""
+
+    def decorated(attribute: Attribute) -> Attribute:
+        @functools.wraps(attribute)
+        def call(self: Any, inputs: Any, target: Any = None) -> Any:
+            if isinstance(inputs, tuple) and len(inputs) == 1:
+                return (noisy(self, inputs[0], target),)
+            return attribute(self, inputs, target)
+
+        call.__wrapped__ = noisy  # type: ignore[attr-defined]
+        return call
+
+    return decorated
+
+
+class Copy(NamedTuple):
+    """A photo with ``contrast`` k, then mirrored."""
+
+    mirrored: bool
+    contrast: float
+
+    def of(self, images: Tensor, mean: Tensor) -> Tensor:
+        """Copies of ``images`` (B, C, H, W) around the colour ``mean`` (1, C, 1, 1)."""
+        images = mean + self.contrast * (images - mean)
+        return images.flip(3) if self.mirrored else images
+
+    def back(self, maps: Tensor) -> Tensor:
+        """Maps (B, M, h, w) of copies as maps of the photos."""
+        return maps.flip(3) if self.mirrored else maps
+
+
+# Those beside the photo itself.
+OTHERS = (
+    Copy(True, 1.0),
+    *(Copy(mirrored, contrast) for contrast in (0.9, 1.1) for mirrored in (False, True)),
+)
+
 
 Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
 
@@ -59,7 +168,7 @@ class Explainer(CaptumMethod, ABC):
         seed: for explainers that draw random numbers; results depend on (seed, image) alone.
         max_forward_batch: how many images are alive in a pass; halved for good where memory ran out.
         aug_smooth: give the mean over the maps of six copies, mirrored and of other contrast, see
-            :mod:`xattn.explainers.aug_smooth`; six times the passes.
+            :mod:`xattn.explainers.base`; six times the passes.
 
     Class attributes: ``name``; ``forwards``, the largest number of forward passes per image and copy;
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether

@@ -10,13 +10,15 @@ every image. T = P + N: a head that attends to prefix tokens has them in front, 
 belong to rest; maps show the N patches. With a ``mixer``, tokens are those that it mixed. A head gives
 :meth:`AttentiveHead.scores_and_values` and, unless it concatenates its queries,
 :meth:`AttentiveHead.finish`.
+
+Heads whose weights are solved for in closed form, in place of training by steps.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,24 @@ from xattn.heads.mixer import Depth
 from xattn.heads.pullback import Step
 from xattn.heads.reliability import TINY, Balanced, ReliabilityBalancing, create_balancing
 from xattn.runtime.option_checks import Count, Names, checked
+
+
+class LabelledTokens(NamedTuple):
+    """Photos to solve for, or to measure on: every call of ``batches`` goes through their tokens once, in
+    the order of ``labels`` (n,)."""
+
+    batches: Callable[[], Iterable[Tokens]]
+    labels: Tensor
+
+
+@runtime_checkable
+class Solvable(Protocol):
+    """A classifier with a solve of its own, which ``xattn probe`` calls."""
+
+    def solve(self, train: LabelledTokens, validation: LabelledTokens) -> dict[str, Any]:
+        """Set the weights from ``train``, and return what the head's config is to say about it, some of it
+        measured on ``validation``."""
+
 
 CHUNK = 2**24  # entries alive at once of a tensor (B, classes, Q, tokens or channels)
 

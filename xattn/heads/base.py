@@ -3,6 +3,10 @@
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
 backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
 tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights.
+
+Whether a saved head belongs to a backbone, by what its config says of the one it was trained on.
+
+Untrained heads whose weights depend on a seed alone.
 """
 
 from __future__ import annotations
@@ -19,9 +23,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from xattn.attention.model.spec import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
-from xattn.heads.attribution import Attribution, MadeFor
-from xattn.heads.belonging import check_backbone
 from xattn.heads.mixer import Mixer, create_mixer
 from xattn.registry import Registry, adopting, with_name
 from xattn.runtime import strict_json
@@ -31,13 +34,89 @@ from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
 from xattn.runtime.option_checks import checked
 from xattn.runtime.version import __version__
 
+TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
+
+
+def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise a ``ValueError`` with the remedy unless ``backbone`` is what the head ``name`` was trained on.
+
+    Args:
+        wanted: ``"backbone"`` of the head's config.
+    """
+    _check_conversion(name, wanted, backbone)
+    _check_normalization(name, wanted, backbone)
+    if wanted["sha256"] != backbone.fingerprint:
+        raise ValueError(
+            f"head: {name} was trained on {wanted.get('name')} with weights sha256 "
+            f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
+            f"load the backbone it was trained on{_how_to_get_weights(wanted, backbone)}"
+        )
+    if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
+        raise ValueError(
+            f"head: {name} reads the taps {wanted['taps']}, the backbone gives "
+            f"{list(backbone.taps)}; load the backbone with taps={wanted['taps']}"
+        )
+    if wanted.get("task", backbone.task) != backbone.task:
+        raise ValueError(
+            f"head: {name} was trained for task={wanted['task']!r}, the backbone has "
+            f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
+        )
+
+
+def _check_conversion(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise unless the backbone is converted as the head's was."""
+    theirs, own = wanted.get("conversion"), backbone.conversion_record().get("conversion")
+    if theirs == own:
+        return
+    try:
+        made = [Conversion.of_record(record) for record in theirs or ()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"head: the config of {name} is damaged ({error})") from None
+    how = TRAINED if "conversion_sha256" in wanted else how_to_convert(made) if made else ""
+    remedy = f"load the backbone with {how}" if made else "leave out --mechanism"
+    raise ValueError(
+        f"head: {name} was trained with {describe(made) or 'the attention of the model itself'}, "
+        f"the backbone has {describe(backbone.conversion or ()) or 'its own'}; {remedy}"
+    )
+
+
+def _check_normalization(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise unless the backbone's mean and std are its own, or others, as those of the head's were."""
+    theirs = wanted.get("preprocessing") or {}
+    own = backbone.preprocessing_record().get("preprocessing", {})
+    if not isinstance(theirs, dict):
+        raise ValueError(f"head: the config of {name} is damaged (its preprocessing is {theirs!r})")
+    for key in ("mean", "std"):
+        if theirs.get(key) == own.get(key):
+            continue
+        if key not in theirs:
+            raise ValueError(
+                f"head: {name} was trained with the model's own {key}, the backbone has "
+                f"{own[key]}; leave out {key}= (--{key})"
+            )
+        raise ValueError(
+            f"head: {name} was trained with {key}={theirs[key]}, the backbone has "
+            f"{list(getattr(backbone.preprocessing, key))}; load it with that (--{key})"
+        )
+
+
+def _how_to_get_weights(wanted: Mapping[str, Any], backbone: Backbone) -> str:
+    """The rest of a remedy: whether the head's mechanism was trained, if it has one."""
+    if backbone.conversion is None:
+        return ""
+    if "conversion_sha256" in wanted:
+        return f", with {TRAINED}"
+    if "conversion_sha256" in backbone.conversion_record():
+        return f", with {how_to_convert(backbone.conversion)}"
+    return ", such as --mechanism FOLDER of xattn distill"
+
+
 MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Head(
-    Attribution,
     Movable,
     PyTorchModelHubMixin,
     library_name="xattn",
@@ -73,7 +152,6 @@ class Head(
                 f"with an explainer that needs no head, such as 'gradcam' or 'rise'"
             )
         self.options = options
-        self.made_for = MadeFor(backbone)
         self.backbone_name = backbone.name
         self.backbone_fingerprint = backbone.fingerprint
         self.backbone_taps = list(backbone.taps)
@@ -426,3 +504,11 @@ def _check_shapes(
         raise ValueError(
             f"head: {weights} does not fit its config ({reason}); save the head again"
         ) from None
+
+
+def seeded_head(name: str, backbone: Backbone, seed: int, /, **options: Any) -> Head:
+    """As :func:`~xattn.heads.base.create_head`, drawn from ``seed``; the caller's generator is left as it
+    was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_head(name, backbone, **options)

@@ -6,6 +6,10 @@
 Keys and values are never formed: for Q queries and H heads that is 2 N Q H D instead of 2 N D^2
 multiplications, with the numbers of the usual order (Vaswani et al., arXiv 1706.03762). A bias of the
 keys adds the same number to all scores of a query, so there is none.
+
+Self-attention of all tokens, without biases except for an optional one of the output.
+
+softmax(X W_q,h (X W_k,h)^T / sqrt(d)) X W_v,h,   concatenated over the heads, then W_o (+ b)
 """
 
 from __future__ import annotations
@@ -15,6 +19,25 @@ from torch import Tensor, nn
 
 from xattn.heads.attended import Queries
 from xattn.heads.pullback import Step, step
+
+
+class SelfAttention(nn.Module):
+    """The weights: 4 D^2 parameters, and D for the output's bias."""
+
+    def __init__(self, width: int, heads: int = 1, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=bias)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> q, k and v, (B, H, N, D / H)."""
+        q, k, v = (self.by_head(part) for part in self.qkv(x).chunk(3, -1))
+        return q, k, v
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, D / H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):

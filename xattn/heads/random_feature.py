@@ -5,28 +5,276 @@
 Of M heads, W_m is random and stays as it is; the v_km solve a ridge regression in closed form, see
 :meth:`RandomFeature.solve`. So a logit is a sum over patches, of which each map shows what a patch adds
 to that of the mean patch: logit_k = f_k(query, mean patch) + sum_i C_ki.
+
+Ridge regression in the dual, in float64: from the kernel of the examples alone.
+
+    alpha = (H K H + lambda I)^-1 H Y,    f(x) = b + sum_i alpha_i k(x_i, x),    H = I - 1 1^T / n
+
+The intercept b is not shrunk. lambda is given relative to the mean of the eigenvalues of H K H, so it does
+not depend on the scale of the features. All leave-one-out residuals follow from one decomposition,
+alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and they choose lambda.
+
+Features of random-feature attention (NeurIPS 2023, arXiv 2307.11353): M frozen heads with ReLU scores.
+
+    Phi_m = 1/N sum_i relu(x~_0^T W_m x~_i) x~_i,    x~ = [x; 1]
+
+RFA: W_m has independent entries of variance 1/4. BRFA: W_m is that plus W_0 = [I 0; 0 0], so a head begins
+with the product <x_0, x_i>. A function that is linear in Phi is what a single attention layer with M random
+heads computes; as M grows, the kernel of RFA becomes that of arc cosines, see :func:`arc_cosine`.
+
+Patches centred by a mean patch, reduced to principal components, and scaled; queries likewise.
+
+    x = V^T (u - mean u) / s,   x_0 = V^T (u_0 - mean u_0) / s_0,   with mean |x|^2 = mean |x_0|^2 = 1
+
+The statistics are those of photos, from :meth:`TokenScale.fit`; until then x = V^T u, V the first channels.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Queries, Tokens, pool_by
-from xattn.heads.attentive import AttentiveHead, Shared
+from xattn.heads.attentive import AttentiveHead, LabelledTokens, Shared
 from xattn.heads.base import register_head
-from xattn.heads.random_attention import attention, queries_of, random_weights, with_one
-from xattn.heads.ridge import DualRidge, best_temperature
-from xattn.heads.solvable import LabelledTokens
-from xattn.heads.token_scale import TokenScale
 from xattn.runtime.option_checks import Count, Where
+
+ALIKE = 1e-10  # share of the mean square below which a variance is rounding
+
+
+class TokenScale(nn.Module):
+    """Maps patches (..., C) and queries (..., C) to D dimensions.
+
+    Args:
+        channels: C.
+        components: D, of the principal components; None keeps the channels.
+        queries: whether there are queries, which have a mean and a scale of their own.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    basis: Tensor | None
+    query_mean: Tensor
+    query_factor: Tensor
+
+    def __init__(self, channels: int, components: int | None, queries: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer(
+            "basis", None if components is None else torch.eye(channels)[:, :components]
+        )
+        self.queries = queries
+        if queries:
+            self.register_buffer("query_mean", torch.zeros(channels))
+            self.register_buffer("query_factor", torch.ones(()))
+
+    def patches(self, u: Tensor) -> Tensor:
+        """x of ``u`` (..., C)."""
+        return self._projected(u - self.mean) * self.factor
+
+    def query(self, u: Tensor) -> Tensor:
+        """x_0 of ``u`` (..., C)."""
+        return self._projected(u - self.query_mean) * self.query_factor
+
+    def _projected(self, u: Tensor) -> Tensor:
+        return u if self.basis is None else u @ self.basis
+
+    @torch.no_grad()
+    def fit(self, photos: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Take the statistics of ``photos``, batches of patches (B, N, C) and queries (B, C), in float64.
+
+        Raises:
+            ValueError: all patches are alike, or all queries.
+        """
+        channels = len(self.mean)
+        shape = (channels,) if self.basis is None else (channels, channels)
+        total, products = (self.mean.new_zeros(s, dtype=torch.float64) for s in (channels, shape))
+        count, found = 0, []
+        for patches, query in photos:
+            flat = patches.flatten(0, 1).double()
+            count += len(flat)
+            total += flat.sum(0)
+            products += flat.square().sum(0) if self.basis is None else flat.mT @ flat
+            if query is not None:
+                found.append(query.double())
+        mean = total / count
+        if self.basis is None:
+            spread = float((products / count - mean.square()).sum())
+            whole = float(products.sum()) / count
+        else:
+            values, vectors = torch.linalg.eigh(products / count - mean[:, None] * mean)
+            kept = slice(len(values) - self.basis.shape[1], None)
+            spread = float(values[kept].sum())
+            whole = float(products.diagonal().sum()) / count
+            self.basis.copy_(vectors[:, kept].flip(1))
+        self.mean.copy_(mean)
+        self.factor.fill_(_factor(spread, whole, "patches"))
+        if found:
+            queries = torch.cat(found)
+            self.query_mean.copy_(queries.mean(0))
+            centred = queries - queries.mean(0)
+            if self.basis is not None:
+                centred = centred @ self.basis.double()
+            spread = float(centred.square().sum(1).mean())
+            whole = float(queries.square().sum(1).mean())
+            self.query_factor.fill_(_factor(spread, whole, "queries"))
+
+
+def _factor(spread: float, whole: float, what: str) -> float:
+    if not spread > ALIKE * whole:
+        raise ValueError(
+            f"features: all {what} are alike, so nothing tells the photos apart; give photos that differ"
+        )
+    return spread**-0.5
+
+
+DEVIATION = 0.5  # of the entries of W
+
+
+def random_weights(
+    rows: int,
+    heads: int,
+    width: int,
+    biased: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """W as (P, M, D + 1): query, head, key, for ``width`` D + 1; P is D + 1, or 1 for the last row."""
+    w = DEVIATION * torch.randn(rows, heads, width, generator=generator)
+    if biased:
+        channels = torch.arange(width - 1)
+        w[channels, :, channels] += 1
+    return w
+
+
+def with_one(x: Tensor) -> Tensor:
+    """x~ = [x; 1] of (..., D)."""
+    return F.pad(x, (0, 1), value=1.0)
+
+
+def queries_of(x_0: Tensor, weights: Tensor) -> Tensor:
+    """x~_0^T W_m for each head, (B, M, D + 1), of x~_0 (B, P)."""
+    return (x_0 @ weights.flatten(1)).unflatten(1, weights.shape[1:])
+
+
+def attention(scores: Tensor) -> Tensor:
+    """relu(scores) / N of (B, M, N): the weights, which do not sum to 1."""
+    return scores.relu() / scores.shape[-1]
+
+
+def features(queries: Tensor, keys: Tensor) -> Tensor:
+    """Phi (B, M, D + 1) of ``queries`` (B or 1, M, D + 1) and ``keys`` x~ (B, N, D + 1)."""
+    return attention(queries @ keys.mT) @ keys
+
+
+def arc_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """E relu(<W, A>) relu(<W, B>) for matrices of which ``a`` and ``b`` (..., P) are the entries, over W
+    with independent normal entries of variance 1: |A| |B| (sqrt(1 - t^2) + t (pi - arccos t)) / (2 pi),
+    t the cosine between them (Cho and Saul 2009).
+
+    >>> x = torch.tensor([3.0, 4.0])
+    >>> arc_cosine(x, x).item(), arc_cosine(x, -x).item()
+    (12.5, 0.0)
+    """
+    sizes = a.norm(dim=-1) * b.norm(dim=-1)
+    t = ((a * b).sum(-1) / sizes).clamp(-1, 1)
+    return sizes * ((1 - t.square()).sqrt() + t * (math.pi - t.arccos())) / (2 * math.pi)
+
+
+# Half decades of lambda, relative to the mean eigenvalue.
+RIDGES = tuple(10 ** (k / 2) for k in range(-12, 7))
+SINGULAR = 1e-12  # eigenvalues below this share of the largest are 0
+TEMPERATURES = tuple(2 ** (k / 4) for k in range(0, 41))
+
+
+class RidgeFit(NamedTuple):
+    """``alpha`` (n, K), which sums to 0 over the examples where ``ridge`` > 0; ``intercept`` (K,);
+    ``left_out`` (n, K): the prediction for each example by the fit to all others; ``ridge``: lambda over
+    the mean eigenvalue."""
+
+    alpha: Tensor
+    intercept: Tensor
+    left_out: Tensor
+    ridge: float
+
+
+class DualRidge:
+    """The decomposed ``kernel`` (n, n) of n examples, to fit any targets by.
+
+    Raises:
+        ValueError: fewer than two examples, or a kernel that is not finite or the same for all of them.
+    """
+
+    def __init__(self, kernel: Tensor) -> None:
+        kernel = kernel.double()
+        n = len(kernel)
+        if n < 2:
+            raise ValueError(f"features: got {n} examples; give two or more")
+        if not kernel.isfinite().all():
+            raise ValueError("features: got numbers that are not finite; check the tokens")
+        self.means = kernel.mean(0)
+        rows = kernel - self.means
+        centred = rows - rows.mean(1, keepdim=True)
+        # The constant direction, made the largest, so that it can be told from the others and left out.
+        apart = float(centred.diagonal().abs().sum()) or 1.0
+        values, vectors = torch.linalg.eigh(centred + 2 * apart / n)
+        self.values, self.vectors = values[:-1].clamp_min(0), vectors[:, :-1]
+        if not float(self.values[-1]) > SINGULAR * float(kernel.diagonal().abs().max()):
+            raise ValueError(
+                "features: all examples are alike, so nothing can be learned from them; give photos "
+                "that differ"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Of the centred kernel, which is singular where this is less than n - 1."""
+        return int((self.values > SINGULAR * self.values[-1]).sum())
+
+    def fit(self, targets: Tensor, ridge: float | None = None) -> RidgeFit:
+        """Fit ``targets`` (n, K).
+
+        Args:
+            ridge: lambda over the mean eigenvalue of the centred kernel; None takes the one of
+                :data:`RIDGES` with the least squared leave-one-out error.
+
+        Raises:
+            ValueError: a negative or infinite ridge, or one of 0 with a singular kernel.
+        """
+        if ridge is not None and not 0 <= ridge < float("inf"):
+            raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
+        if ridge == 0 and self.rank < len(self.values):
+            raise ValueError(
+                f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank "
+                f"{self.rank}); give a positive ridge, or None to choose it"
+            )
+        targets = targets.double()
+        mean = targets.mean(0)
+        turned = self.vectors.mT @ (targets - mean)
+        fits = [self._fit(turned, r) for r in (RIDGES if ridge is None else (ridge,))]
+        alpha, residuals, chosen = min(fits, key=lambda fit: float(fit[1].square().sum()))
+        return RidgeFit(alpha, mean - self.means @ alpha, targets - residuals, chosen)
+
+    def _fit(self, turned: Tensor, ridge: float) -> tuple[Tensor, Tensor, float]:
+        """alpha, the leave-one-out residuals, and the ridge."""
+        inverse = 1 / (self.values + ridge * float(self.values.sum()) / len(self.means))
+        alpha = self.vectors @ (inverse[:, None] * turned)
+        return alpha, alpha / (self.vectors.square() @ inverse)[:, None], ridge
+
+
+def best_temperature(predictions: Tensor, labels: Tensor) -> float:
+    """The factor of :data:`TEMPERATURES` by which ``predictions`` (n, K) have the least cross-entropy with
+    ``labels`` (n,): of what was left out, it makes logits of a regression on class indicators."""
+    losses = [F.cross_entropy(t * predictions.double(), labels) for t in TEMPERATURES]
+    return TEMPERATURES[int(torch.stack(losses).argmin())]
+
 
 Query = Literal["constant", "gap", "cls"]
 Ridge = Annotated[float, Where(lambda x: x >= 0, "0 or more")]
@@ -59,7 +307,7 @@ class RandomFeature(AttentiveHead):
             token, which then does most of the classifying: :meth:`solve` measures how much, and warns.
         biased: BRFA: W_m is drawn around the identity; not for a constant query, which it leaves at 0.
         components: principal components of the patches to keep, D; None keeps all channels.
-        ridge: of the regression, see :class:`~xattn.heads.ridge.DualRidge`; None chooses it.
+        ridge: of the regression, see :class:`~xattn.heads.random_feature.DualRidge`; None chooses it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:

@@ -1,6 +1,6 @@
 """How close each head of a converted network is to its softmax, beside maps that learn nothing.
 
-Divergence, entropy and order of rows (:mod:`xattn.attention.row_comparison`), of the mechanism, and of
+Divergence, entropy and order of rows (:mod:`xattn.attention.statistics`), of the mechanism, and of
 elu + 1 and a Taylor series on the queries and keys of the network as it was trained.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from xattn.attention.base import Mechanism, create_mechanism
-from xattn.attention.operator import Operator
-from xattn.attention.row_comparison import compare_rows
+from xattn.attention.operators.base import Operator
+from xattn.attention.statistics import compare_rows
 from xattn.backbone import Backbone
 from xattn.photos.base import Photos
 from xattn.training.closeness import evaluation_crops

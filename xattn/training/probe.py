@@ -22,8 +22,8 @@ from torch import Tensor
 
 from xattn.config import ProbeConfig
 from xattn.heads import AttentiveHead, Tokens
+from xattn.heads.attentive import LabelledTokens, Solvable
 from xattn.heads.base import keeping_statistics
-from xattn.heads.solvable import LabelledTokens, Solvable
 from xattn.training.attention_training import Perturbation, create_perturbation, head_loss
 from xattn.training.feature_batches import FeatureBatch, FeatureBatches, LabelledPhotos
 from xattn.training.features import Features

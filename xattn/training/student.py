@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from xattn.attention.base import Mechanism
-from xattn.attention.conversion import Conversion, format_mechanism
+from xattn.attention.model.spec import Conversion, format_mechanism
 from xattn.backbone import Backbone
 from xattn.backbone.conversion import (
     UPDATE_SCALE,

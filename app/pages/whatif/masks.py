@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.eval.functional import upsample
-from xattn.explainers.masked_passes import superpixels
+from xattn.explainers.masking.masked_passes import superpixels
 
 MOST_SIDE = 384  # cells of a raster's longer side
 SEGMENTS = 60  # superpixels asked for

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from xattn.attention import create_attention
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.length.tasks import FIXED, Batch, Task
 from xattn.eval.studies.study_configs import LengthStudyConfig

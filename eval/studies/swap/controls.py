@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention.base import Entry, Mechanism, with_entry
-from xattn.attention.controls import Uniform
 from xattn.attention.inputs import Inputs
-from xattn.attention.operator import Operator, SoftmaxOperator
-from xattn.attention.patterns import pattern_operator
-from xattn.attention.pooled_blocks import pooled_blocks
-from xattn.attention.segments import Blocks
+from xattn.attention.mechanisms.controls import Uniform
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.patterns import pattern_operator
+from xattn.attention.operators.pooled_blocks import pooled_blocks
+from xattn.attention.selection import Blocks
 
 
 class RandomBlocks(Mechanism):

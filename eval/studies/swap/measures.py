@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.conversion import parse_mechanism
+from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.correlation import spearman
 from xattn.eval.evaluation.engine import evaluate

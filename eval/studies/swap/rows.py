@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
-from xattn.attention.conversion import format_layers
+from xattn.attention.model.spec import format_layers
 from xattn.backbone.conversion import read_conversion
 
 Kind = Literal["dense", "training-free", "untrained", "trained", "control"]

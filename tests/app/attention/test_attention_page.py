@@ -57,7 +57,7 @@ from xattn.attention import (
 )
 from xattn.attention.statistics import statistics
 from xattn.backbone import load_backbone
-from xattn.explainers.attention import NoAttention, read_attention
+from xattn.explainers.relevance.attention import NoAttention, read_attention
 from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
 from xattn.photos.view import prepare

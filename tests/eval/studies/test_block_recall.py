@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from xattn.attention import Inputs, create_mechanism
-from xattn.attention.conversion import Conversion, parse_mechanism
+from xattn.attention.model.spec import Conversion, parse_mechanism
 from xattn.backbone import converted, load_backbone
 from xattn.backbone.conversion import save_conversion
 from xattn.cli import main

@@ -25,8 +25,7 @@ from xattn.eval.studies.cell_learning import (
 )
 from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.heads import load_head
-from xattn.heads.pointer import Cells
-from xattn.heads.pointing import plackett_luce
+from xattn.heads.pointer import Cells, plackett_luce
 
 SHORT = OrderStudyConfig(photos=5, tested=3, cells=3, passes=24, draws=1, epochs=1)
 

@@ -1,0 +1,25 @@
+"""Attention mechanisms, one file each; importing this package registers them."""
+
+from xattn.attention.mechanisms import (  # noqa: F401  (they register themselves)
+    act,
+    agent,
+    based,
+    controls,
+    dma,
+    flow,
+    freeswim,
+    gna,
+    hedgehog,
+    hip,
+    infllm_v2,
+    landmark,
+    lla,
+    llsa,
+    localist,
+    lssa,
+    moh,
+    nsa,
+    routing,
+    softmax,
+    spatten,
+)

@@ -1,0 +1,210 @@
+"""Calibrated attention (ACT): keys that draw attention without need, the sinks, are damped.
+
+    a_j = mean_i P_ij,   S = {j : a_j > alpha / N} without the protected ones,   m_i = sum_{j in S} P_ij
+    P'_ij = beta P_ij  for j in S,    P'_ij = P_ij (1 - beta m_i) / (1 - m_i)  for the other keys
+
+P is softmax attention. What is taken from the sinks goes to the other keys in proportion to P, so rows
+still sum to 1. With A_S, the softmax over the sinks alone, and A_rest, over all others,
+
+    A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         where m <= 0.9
+    A = diag(beta m) A_S + diag(1 - beta m) A_rest                               elsewhere
+
+Prefix tokens are protected; without any, the first sink is, which the paper finds useful. Which keys are
+sinks has no gradient. Yu et al., arXiv 2406.15765.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import GatedOperator, SumOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.order import take_rows
+from xattn.attention.selection import Segment
+from xattn.kernels.softmax.reference import widen
+
+HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits
+
+
+@register_attention(
+    "act",
+    paper="arXiv 2406.15765",
+    complexity="N^2 D",
+    causal=True,
+    training_free=True,
+    cases=({"alpha": 1.5}, {"alpha": 1.2, "beta": 0.0, "stride": 3}, {"alpha": 2.0, "heads": (1,)}),
+    bench=({}, {"stride": 8}),
+)
+class ACT(Mechanism):
+    """Softmax attention whose sinks are damped, in all heads or in those that a search found.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        alpha: a sink receives more than ``alpha`` times the mean; causal, the mean over the queries that
+            see it counts.
+        beta: what is left of a sink's attention, 0 to 1.
+        stride: reads every ``stride``-th patch, and the prefix, to find the sinks; 1 reads all.
+        heads: the heads to calibrate; all by default. See :mod:`xattn.eval.studies.attention_sinks`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        alpha: float = 5.0,
+        beta: float = 0.4,
+        stride: int = 1,
+        heads: Sequence[int] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        if not alpha > 0:
+            raise ValueError(f"alpha: got {alpha}; give a positive number, such as 5")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta: got {beta}; give a share of 0 to 1")
+        wrong = [h for h in heads or () if not 0 <= h < num_heads]
+        if wrong:
+            raise ValueError(f"heads: got {wrong[0]}; give numbers of 0 to {num_heads - 1}")
+        self.alpha, self.beta, self.stride = alpha, beta, whole("stride", stride)
+        self.heads = None if heads is None else tuple(heads)
+
+    def operator(self, inputs: Inputs) -> Operator:
+        softmax = SoftmaxOperator(
+            inputs.q, inputs.k, inputs.scale, backend=self.backend, causal=inputs.causal
+        )
+        softmax.answer(inputs.v)
+        with torch.no_grad():
+            received = self.received(softmax.detach(), inputs)
+            sinks = self.sinks(received, inputs.prefix)
+        some = torch.compiler.is_compiling() or bool(sinks.any())
+        operator: Operator = softmax
+        if some and self.beta < 1:
+            operator = self._calibrated(softmax, sinks, inputs)
+        operator.context = received, sinks
+        operator.selection = softmax.pairs / 2 / self.stride
+        return operator
+
+    def received(
+        self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
+    ) -> Tensor:
+        """a of all keys, (B, H, S): the mean of what the queries that see a key give to it."""
+        q, n = softmax.q, softmax.shape[2]
+        stride = self.stride if stride is None else stride
+        if stride == 1:
+            counted = torch.arange(n, 0, -1, device=q.device) if inputs.causal else n
+            return softmax.vecmat(q.new_ones(1, 1, n).expand(len(q), -1, -1))[:, :, 0] / counted
+        index = torch.arange(n, device=q.device)
+        index = torch.cat([index[: inputs.prefix], index[inputs.prefix :: stride]])
+        if not inputs.causal:
+            some = SoftmaxOperator(
+                q[:, :, index], softmax.k, softmax.scale, None, softmax.lse[:, :, index],
+                self.backend,
+            )  # fmt: skip
+            ones = q.new_ones(1, 1, len(index)).expand(len(q), -1, -1)
+            return some.vecmat(ones)[:, :, 0] / len(index)
+        total = widen(q.new_zeros(*q.shape[:3]))
+        for part in index.split(softmax.row_chunks()[0].stop):
+            total += softmax.rows(part).sum(2)
+        seen = torch.zeros(n, device=q.device).index_fill(0, index, 1.0).flip(0).cumsum(0).flip(0)
+        return total / seen.clamp_min(1)
+
+    def sinks(self, received: Tensor, prefix: int) -> Tensor:
+        """The sinks to damp, (B, H, S) bool."""
+        found = received > self.alpha / received.shape[2]
+        if prefix:
+            found[..., :prefix] = False
+        else:  # the first stays as it is
+            found &= found.cumsum(-1) > 1
+        if self.heads is not None:
+            chosen = torch.zeros(self.num_heads, dtype=torch.bool, device=received.device)
+            chosen[list(self.heads)] = True
+            found &= chosen[:, None]
+        return found
+
+    def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
+        """How many of the sinks that all queries find the queries of ``stride`` find, and how many
+        there are; the protected first sink counts as one."""
+        inputs = self.accepted(inputs)
+        with torch.no_grad():
+            softmax = SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
+            line = self.alpha / inputs.k.shape[2]
+            every, some = (
+                self.received(softmax, inputs, stride)[..., inputs.prefix :] > line
+                for stride in (1, self.stride)
+            )
+        return int((every & some).sum()), int(every.sum())
+
+    def _calibrated(self, softmax: SoftmaxOperator, sinks: Tensor, inputs: Inputs) -> Operator:
+        if not self.beta:
+            return self._rest(sinks, inputs)
+        on_sinks, lse = self._on_sinks(softmax, sinks, inputs)
+        m = (lse - softmax.lse).exp()
+        heavy = m.detach() > HEAVY
+        look = torch.compiler.is_compiling() or bool(heavy.any())
+        light = torch.where(heavy, 0.0, m) if look else m
+        g = (1 - self.beta * light) / (1 - light)
+        first = torch.where(heavy, 0.0, g) if look else g
+        terms: list[Operator] = [
+            GatedOperator(softmax, first.to(m.dtype), signed=False),
+            GatedOperator(on_sinks, torch.where(heavy, self.beta * m, (self.beta - g) * m)),
+        ]
+        if look:
+            share = torch.where(heavy, 1 - self.beta * m, 0.0)
+            rest = self._rest(sinks, inputs)
+            terms.append(GatedOperator(rest, share, signed=False, sparse=True))
+        return SumOperator(terms, stochastic=True, signed=False)
+
+    def _rest(self, sinks: Tensor, inputs: Inputs) -> SoftmaxOperator:
+        """A_rest."""
+        hidden = torch.zeros_like(sinks, dtype=inputs.q.dtype).masked_fill(sinks, -torch.inf)
+        operator = SoftmaxOperator(
+            inputs.q, inputs.k, inputs.scale, hidden[:, :, None], None, self.backend,
+            every_row=True, causal=inputs.causal,
+        )  # fmt: skip
+        operator.hides = True
+        return operator
+
+    def _on_sinks(
+        self, softmax: SoftmaxOperator, sinks: Tensor, inputs: Inputs
+    ) -> tuple[Operator, Tensor]:
+        """A_S and the log-sum-exp of its scores, -inf where a row sees no sink."""
+        hidden = torch.zeros_like(sinks, dtype=inputs.q.dtype).masked_fill(~sinks, -torch.inf)
+        if inputs.causal:
+            masked = SoftmaxOperator(
+                inputs.q, inputs.k, inputs.scale, hidden[:, :, None], None, self.backend,
+                causal=True,
+            )  # fmt: skip
+            masked.answer(inputs.v)
+            return masked, masked.lse
+        most = int(min(sinks.shape[2], sinks.shape[2] // self.alpha))  # the mean of a is 1 / N
+        if not torch.compiler.is_compiling():
+            most = int(sinks.sum(-1).max())
+        index = sinks.to(torch.uint8).topk(max(1, most), -1).indices
+        segment = Segment(take_rows(inputs.k, index), bias=hidden.gather(2, index))
+        piece = Piece(inputs.q, (segment,), (index,), padded=False)
+        operator = SegmentsOperator([piece], None, sinks.shape[2], inputs.scale, self.backend)
+        return operator, operator.attend(inputs.v)[1]
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: a N, so that 1 is the mean, before calibration; ``sinks``: 1 where a patch is
+        damped; both for each head. ``calibrated``: what patches receive then, mean over heads."""
+        if inputs.grid is None or len(inputs.grid) != 2:
+            return {}
+        received, sinks = operator.context
+        n = received.shape[2]
+        ones = inputs.q.new_ones(len(received), 1, n)
+        found = {
+            "received": received * n,
+            "sinks": sinks.to(received.dtype),
+            "calibrated": operator.vecmat(ones, "mean"),
+        }
+        return {
+            name: x[..., inputs.prefix :].unflatten(-1, inputs.grid) for name, x in found.items()
+        }

@@ -1,0 +1,140 @@
+"""Agent attention: a few pooled queries read all keys, and all queries read these agents.
+
+    A = softmax(q a^T / sqrt(D) + B2) softmax(a k^T / sqrt(D) + B1),   a = pooled grid of queries
+
+n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3 convolution of the
+values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
+are not pooled. ``training_free`` is the form that the authors put into trained diffusion models: no
+biases, no convolution, a sharper second stage and a share of the values added. In a trained classifier
+it costs most of the accuracy (``xattn study swap``), so agents must be trained there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import (
+    Mechanism,
+    Size,
+    merge_heads,
+    register_attention,
+    split_heads,
+    whole,
+)
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import ProductOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+
+SIDE = 7  # of the coarse part of the biases
+
+
+@register_attention(
+    "agent",
+    paper="arXiv 2312.08874",
+    complexity="N n D",
+    grid=(2,),
+    reads_values=True,
+    cases=({"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}),
+    bench=({"agents": 49, "training_free": True},),
+    size=Size(
+        "agents", "Agents", "Agents", (4, 9, 16, 25, 49, 100), 16, options={"training_free": True}
+    ),
+)
+class Agent(Mechanism):
+    """Agent attention on a 2-D grid.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        agents: n, a square number.
+        window: (height, width) of the grid for which the row and column biases are learned; they
+            are interpolated for other grids.
+        training_free: see the module.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        agents: int = 49,
+        window: tuple[int, int] = (14, 14),
+        training_free: bool = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.side = math.isqrt(whole("agents", agents))
+        if self.side**2 != agents:
+            raise ValueError(f"agents: got {agents}; give a square number, for example 49")
+        self.agents, self.training_free = agents, training_free
+        if training_free:
+            return
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            raise ValueError(f"window: got {window!r}; give (height, width) of the grid")
+        h, w = (whole("window", side) for side in window)
+        shapes = {
+            "an": (agents, SIDE, SIDE), "ah": (agents, h), "aw": (agents, w), "ac": (agents,),
+            "na": (agents, SIDE, SIDE), "ha": (agents, h), "wa": (agents, w), "ca": (agents,),
+        }  # fmt: skip
+        self.bias = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(num_heads, *shape)) for name, shape in shapes.items()}
+        )
+        for parameter in self.bias.values():
+            nn.init.trunc_normal_(parameter, std=0.02)
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def operator(self, inputs: Inputs) -> Operator:
+        q, k, grid, prefix = inputs.q, inputs.k, inputs.grid, inputs.prefix
+        assert grid is not None and inputs.scale is not None
+        patches = q[:, :, prefix:].transpose(2, 3).unflatten(3, grid).flatten(0, 1)
+        if torch.compiler.is_compiling():  # compiled code assumes the strides of a contiguous map
+            patches = patches.contiguous()
+        pooled = F.adaptive_avg_pool2d(patches, self.side).flatten(2).transpose(1, 2)
+        agents = pooled.unflatten(0, q.shape[:2])
+        scale = inputs.scale
+        if self.training_free:
+            first, second, last = None, None, scale**0.3
+        else:
+            first = self._bias("a", grid, prefix).to(q.dtype)[None]
+            second = self._bias("", grid, prefix).to(q.dtype)[None].transpose(2, 3)
+            last = scale
+        return ProductOperator(
+            [
+                SoftmaxOperator(q, agents, last, second, None, self.backend, every_row=True),
+                SoftmaxOperator(agents, k, scale, first, None, self.backend, every_row=True),
+            ]
+        )
+
+    def _bias(self, side: str, grid: tuple[int, ...], prefix: int) -> Tensor:
+        """B1 (side "a": agents read) or B2 transposed: (H, n, N)."""
+        names = ("an", "ah", "aw", "ac") if side else ("na", "ha", "wa", "ca")
+        coarse, rows, columns, class_token = (self.bias[name] for name in names)
+        size = (grid[0], grid[1])
+        full = F.interpolate(coarse, size, mode="bilinear")
+        full = full + _resize(rows, size[0])[..., None] + _resize(columns, size[1])[..., None, :]
+        return torch.cat([class_token[..., None].expand(-1, -1, prefix), full.flatten(2)], 2)
+
+    def local(self, inputs: Inputs) -> Tensor:
+        v, grid, prefix = inputs.v, inputs.grid, inputs.prefix
+        if self.training_free:
+            return 0.075 * v
+        assert grid is not None
+        patches = merge_heads(v[:, :, prefix:]).transpose(1, 2).unflatten(2, grid)
+        out = split_heads(self.depthwise(patches).flatten(2).transpose(1, 2), self.num_heads)
+        return F.pad(out, (0, 0, prefix, 0))
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``agents``: what each agent reads, mean over heads: (B, n, h, w)."""
+        assert isinstance(operator, ProductOperator) and inputs.grid is not None
+        reads = operator.factors[1].tile(slice(None), slice(inputs.prefix, None)).mean(1)
+        return {"agents": reads.unflatten(-1, inputs.grid)}
+
+
+def _resize(table: Tensor, length: int) -> Tensor:
+    """(H, n, L) -> (H, n, length), linearly."""
+    if table.shape[-1] == length:
+        return table
+    return F.interpolate(table, length, mode="linear")

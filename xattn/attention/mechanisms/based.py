@@ -1,0 +1,149 @@
+"""Based: linear attention by a Taylor series of the exponential, alternating with small windows.
+
+    A_ij = phi(q'_i) . phi(k'_j) / sum_m phi(q'_i) . phi(k'_m)        in layers 0, 2, 4, ...
+    phi(x) . phi(y) = 1 + z + z^2 / 2,   z = x . y / sqrt(f)
+    A_i = softmax over a window of i                                  in layers 1, 3, 5, ...
+
+q' = q W_q and k' = k W_k have f = ``width`` channels. phi holds 1, x / f^(1/4), and the products x_a x_b,
+each pair once: a = b with the factor 1 / sqrt(2 f), a < b with 1 / sqrt(f). These are 1 + f + f (f + 1) / 2
+features in place of 1 + f + f^2, with the same products. A is never negative, since 1 + z + z^2 / 2 is at
+least 1/2. Causal, sums run over earlier tokens, in chunks. For no more keys than features the weights are
+computed as they stand. In Taylor layers prefix tokens are tokens like
+others; in windows they see all and are seen by all. Arora et al. 2024, arXiv 2402.18668.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.mechanisms.gna import window_pattern
+from xattn.attention.operators.algebra import LowRankOperator
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
+from xattn.attention.operators.patterns import pattern_operator
+from xattn.attention.operators.taylor import TaylorOperator
+from xattn.kernels.backend import own_precision
+from xattn.kernels.causal_product import causal_product
+from xattn.kernels.softmax.reference import widen
+
+
+@register_attention(
+    "based",
+    paper="arXiv 2402.18668",
+    complexity="N f^2 D, or N w D",
+    grid=(0, 1, 2, 3),
+    causal=True,
+    by_layer=True,
+    cases=(
+        {"width": 4},
+        {"form": "taylor", "width": None},
+        {"layer": 1, "window": 9},
+        {"layer": 1, "window": 5, "backend": "cpu"},
+    ),
+    bench=({"form": "taylor"}, {"form": "window"}),
+)
+class Based(Mechanism):
+    """Taylor linear attention in even layers, windows of softmax attention in odd ones.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        width: f, channels of q' and k'; W_q and W_k, of each head, start as the first f columns of the
+            identity. None leaves q and k as they are.
+        window: tokens that a window holds: in a row, or in a square of the grid, whose side is rounded
+            down. Longer than the grid, it holds all.
+        form: "taylor" or "window" for all layers, or "alternate" by their number.
+        layer: the number of the layer, from 0 on; ``convert`` and mixers give it.
+
+    Features are computed in float32 at least.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        width: int | None = 16,
+        window: int = 64,
+        form: Literal["alternate", "taylor", "window"] = "alternate",
+        layer: int = 0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        if layer < 0:
+            raise ValueError(f"layer: got {layer}; give a number from 0 on")
+        self.window = whole("window", window)
+        self.form = ("taylor", "window")[layer % 2] if form == "alternate" else form
+        self.q_map = self.k_map = None
+        if width is not None and self.form == "taylor":
+            head = dim // num_heads
+            start = torch.eye(head, whole("width", width))
+            self.q_map = nn.Parameter(start.repeat(num_heads, 1, 1))
+            self.k_map = nn.Parameter(start.repeat(num_heads, 1, 1))
+        self._kept = Kept()
+
+    def operator(self, inputs: Inputs) -> Operator:
+        if self.form == "window":
+            grid = inputs.grid
+            sides = 1 if grid is None or inputs.causal else len(grid)
+            side = int(self.window ** (1 / sides) + 1e-9)
+            near = window_pattern(inputs, side, "window", self._kept)
+            return pattern_operator(inputs, near, backend=self.backend)
+        q, k = self.mapped(inputs)
+        if k.shape[2] <= features(q.shape[3]):
+            return TaylorOperator(q, k, causal=inputs.causal)
+        with own_precision(inputs.q):
+            left, right = taylor_features(q), taylor_features(k)
+        if inputs.causal:
+            total = causal_product(left, right, torch.ones_like(left[..., :1]))
+            left, right = left / total, right.transpose(-2, -1)
+            return CausalLowRankOperator(left, right, stochastic=True, signed=False)
+        with own_precision(inputs.q):
+            total = left @ right.sum(-2)[..., None]
+        return LowRankOperator(left / total, right.transpose(-2, -1), stochastic=True, signed=False)
+
+    def mapped(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """q' (B, H, N, f) and k' (B, H, S, f)."""
+        assert inputs.scale is not None
+        own = inputs.scale * inputs.q.shape[-1] ** 0.5  # 1 unless the model has its own scale
+        with own_precision(inputs.q):
+            q, k = widen(inputs.q) * own, widen(inputs.k)
+            if self.q_map is not None and self.k_map is not None:
+                q, k = q @ widen(self.q_map), k @ widen(self.k_map)
+        return q, k
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: the attention that each patch gets from all tokens, mean over heads; in layers
+        of either form."""
+        return received_map(operator, inputs)
+
+
+def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+    """``received`` alone, the attention that each patch gets from all tokens, mean over heads (B, 1, h, w);
+    nothing without a grid of two dimensions."""
+    if inputs.grid is None or len(inputs.grid) != 2:
+        return {}
+    ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
+    received = operator.vecmat(ones, "mean")[..., inputs.prefix :]
+    return {"received": received.unflatten(-1, inputs.grid)}
+
+
+def features(width: int) -> int:
+    """How many features phi has."""
+    return 1 + width + width * (width + 1) // 2
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """phi of (..., f): (..., 1 + f + f (f + 1) / 2), so that phi(x) . phi(y) = 1 + z + z^2 / 2 with
+    z = x . y / sqrt(f)."""
+    width = x.shape[-1]
+    x = x * width**-0.25
+    first, second = torch.triu_indices(width, width, device=x.device)  # a <= b of every pair
+    weight = torch.where(first == second, math.sqrt(0.5), 1.0).to(x.dtype)
+    products = x[..., first] * x[..., second] * weight
+    return torch.cat([torch.ones_like(x[..., :1]), x, products], -1)

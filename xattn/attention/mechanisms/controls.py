@@ -1,0 +1,444 @@
+"""Attention that others are compared with: what is left without content, without queries, without mixing.
+
+    uniform           A_ij = 1 / S
+    static            A_ij = M_ij, the same for all images
+    static_embedding  A = softmax of queries and keys of the tokens that enter the first block
+    non_approximate   A_ij = softmax_j(g_j),  g_j = silu(q_j) . k_j / sqrt(D), the same for all queries
+    taylor            A_ij proportional to 1 + z + z^2 / 2,  z = q_i . k_j / sqrt(D)
+    none              A = I
+
+After "Deconstructing Attention" (arXiv 2510.11602), whose variants they are in the form for images, without
+a causal mask. ``uniform`` is ``non_approximate`` with g = 0. An explanation that stays the same when
+``static`` maps stand in the network explains places, not content.
+
+The attention that layers of a network give to photos or to noise, mean over the images.
+
+M = mean over images of softmax(q k^T / sqrt(D)),   (H, N, N) for each layer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.mechanisms.based import Based, received_map
+from xattn.attention.model.convert import evaluating, run_one_image
+from xattn.attention.operators.base import Operator, SoftmaxOperator, products
+from xattn.attention.operators.fixed import IdentityOperator, SharedRowOperator, StoredOperator
+from xattn.attention.record import answering_by
+from xattn.kernels.softmax.reference import widen
+
+MOST = 4096  # tokens for which a matrix of all pairs is stored
+AT_ONCE = 16  # photos of a pass
+
+
+class Map(NamedTuple):
+    """The mean attention of a layer."""
+
+    matrix: Tensor
+    """(H, N, N), float32 or float64."""
+    grid: tuple[int, ...] | None
+    """Of the tokens behind the prefix."""
+
+
+def check_tokens(count: int) -> None:
+    """Raise a ``ValueError`` where a matrix of all pairs of ``count`` tokens would be too large."""
+    if count > MOST:
+        raise ValueError(
+            f"tokens: got {count}; static stores a matrix for each head, give at most {MOST}"
+        )
+
+
+class _Averages:
+    """Answers by softmax attention for some mechanisms, and adds up its matrices."""
+
+    def __init__(self, mechanisms: Collection[nn.Module]) -> None:
+        self.mechanisms = set(mechanisms)
+        self.totals: dict[nn.Module, Tensor] = {}
+        self.grids: dict[nn.Module, tuple[int, ...] | None] = {}
+        self.images: dict[nn.Module, int] = {}
+
+    def attend(self, mechanism: Any, inputs: Inputs) -> Tensor:
+        inputs = mechanism.accepted(inputs)
+        if mechanism not in self.mechanisms:
+            local = mechanism.local(inputs)
+            y = mechanism.operator(inputs).matvec(inputs.v)
+            return y if local is None else y + local  # type: ignore[no-any-return]
+        operator = SoftmaxOperator(inputs.q, inputs.k, inputs.scale)
+        y = operator.matvec_and_keep(inputs.v)
+        batch, heads, n, _ = operator.shape
+        check_tokens(n)
+        before = self.totals.get(mechanism)
+        total = operator.lse.new_zeros(heads, n, n) if before is None else before
+        if total.shape[1] != n:
+            raise ValueError(f"batches: got {n} tokens after {total.shape[1]}; give one size")
+        for part in operator.row_chunks():
+            total[:, part] += operator.tile(part, slice(None)).sum(0)
+        self.totals[mechanism], self.grids[mechanism] = total, inputs.grid
+        self.images[mechanism] = self.images.get(mechanism, 0) + batch
+        return y
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        return operator.matvec(value)
+
+    def maps(self) -> dict[nn.Module, Map]:
+        """By mechanism, of those that were reached."""
+        return {m: Map(total / self.images[m], self.grids[m]) for m, total in self.totals.items()}
+
+
+def mean_maps(
+    model: nn.Module, mechanisms: Collection[nn.Module], batches: Iterable[Tensor]
+) -> dict[nn.Module, Map]:
+    """What the layers of ``mechanisms`` would attend to by softmax, mean over all images.
+
+    Args:
+        model: a module or a backbone, with the mechanisms in some of its layers.
+        batches: of the model's inputs, all of one size.
+
+    Raises:
+        ValueError: inputs of different sizes, or too many tokens.
+    """
+    forward, averages = getattr(model, "logits", model), _Averages(mechanisms)
+    with evaluating(model), answering_by(averages):
+        for batch in batches:
+            forward(batch)
+    return averages.maps()
+
+
+def noise_maps(
+    model: nn.Module, mechanisms: Collection[nn.Module], sigma: float
+) -> dict[nn.Module, Map]:
+    """The same of one sequence of tokens N(0, sigma^2) in place of those that enter the first block."""
+
+    def noise(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        drawn = torch.randn(x.shape, device="cpu").to(x)
+        return (sigma * drawn, *args[1:])
+
+    averages = _Averages(mechanisms)
+    blocks: Any = model.blocks
+    handle = blocks[0].register_forward_pre_hook(noise, prepend=True)
+    try:
+        with evaluating(model), answering_by(averages):
+            run_one_image(model)
+    finally:
+        handle.remove()
+    return averages.maps()
+
+
+def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[Tensor]:
+    """Photos as inputs (b, 3, H, W) of ``model``, at most ``count``, spread evenly over the list.
+
+    Args:
+        model: a timm model; its configuration says how photos are prepared.
+        photos: a photo, a folder or a .txt list of them.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    from xattn.backbone.preprocessing import preprocessing_of
+    from xattn.photos.images import list_images, load_image
+    from xattn.photos.view import prepare
+
+    preprocessing = preprocessing_of(model)
+    weight = next(model.parameters())
+    mean, std = (
+        torch.tensor(x, device="cpu")[:, None, None]
+        for x in (preprocessing.mean, preprocessing.std)
+    )
+    try:
+        paths = list_images(photos)
+        paths = (
+            [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
+        )
+        for start in range(0, len(paths), AT_ONCE):
+            images = [load_image(path) for path in paths[start : start + AT_ONCE]]
+            pixels = torch.stack([prepare(image, preprocessing)[0] for image in images])
+            yield ((pixels - mean) / std).to(weight)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"photos: cannot read {photos} ({reason}); give a photo, a folder or a .txt list"
+        ) from None
+
+
+PAPER = "arXiv 2510.11602"
+LONGEST = 1024  # tokens of the noise of a layer that stands alone
+
+
+@register_attention("uniform", paper=PAPER, complexity="N D", control=True, cross=True)
+class Uniform(Mechanism):
+    """All keys alike, A = 1 / S: what the network makes of no attention at all."""
+
+    def operator(self, inputs: Inputs) -> Operator:
+        batch, heads, keys = inputs.k.shape[:3]
+        row = widen(inputs.q.new_empty(0)).new_full((1, 1, 1), 1 / keys)
+        return SharedRowOperator(row.expand(batch, heads, keys), inputs.q.shape[2], inputs.q)
+
+
+@register_attention("none", paper=PAPER, complexity="N D", control=True)
+class NoMixing(Mechanism):
+    """Every token reads its own value alone."""
+
+    def operator(self, inputs: Inputs) -> Operator:
+        return IdentityOperator(inputs.q)
+
+
+@register_attention("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
+class NonApproximate(Mechanism):
+    """Keys are weighed by their own queries, not by those of the tokens that read them.
+
+    All queries read the same mean, so A has rank 1; in a causal call each reads that of the tokens so far.
+    """
+
+    def operator(self, inputs: Inputs) -> Operator:
+        scores = self.scores(inputs)
+        if inputs.causal:
+            zero = torch.zeros_like(inputs.q)
+            return SoftmaxOperator(
+                zero, zero, 1.0, scores[:, :, None].to(zero), backend=self.backend, causal=True
+            )
+        return SharedRowOperator(scores.softmax(-1), inputs.q.shape[2], inputs.q)
+
+    def scores(self, inputs: Inputs) -> Tensor:
+        """g, (B, H, N)."""
+        assert inputs.scale is not None
+        return inputs.scale * (F.silu(widen(inputs.q)) * widen(inputs.k)).sum(-1)
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: what each patch gets from all tokens, mean over heads."""
+        return received_map(operator, inputs)
+
+
+@register_attention(
+    "taylor", paper="arXiv 2402.18668", complexity="N D^3", control=True, causal=True
+)
+class Taylor(Based):
+    """The second-order Taylor series of the exponential, as Based's linear attention has it, in all layers
+    and of queries and keys as they are."""
+
+    def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
+        super().__init__(dim, num_heads, None, form="taylor", backend=backend)
+
+
+@register_attention(
+    "static_embedding",
+    paper=PAPER,
+    complexity="N^2 D",
+    control=True,
+    reads_embedding=True,
+)
+class StaticEmbedding(Mechanism):
+    """Queries and keys of the tokens that enter the first block, values of the layer's own.
+
+    In a converted model the block's own ``qkv`` makes them. A layer that stands alone reads the embedding
+    itself: there it is softmax attention.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        norm: in a converted model, whether the block's ``norm1`` goes before; False is the paper's form.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, norm: bool = True, *, backend: str = "auto"
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.norm = norm
+        self.block: list[nn.Module] = []  # in a list, since it is no part of the mechanism
+
+    @classmethod
+    def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
+        from timm.models.vision_transformer import Block
+
+        blocks: Any = model.blocks
+        for number, mechanism in made.items():
+            assert isinstance(mechanism, StaticEmbedding)
+            block = blocks[number]
+            kind = type(block).__name__
+            if not isinstance(block, Block):
+                raise ValueError(
+                    f"model: block {number} is a {kind}; static_embedding needs the norm1 and qkv of "
+                    f"timm's pre-norm Block, choose a plain ViT"
+                )
+            if not hasattr(block.attn, "qkv"):
+                raise ValueError(
+                    f"model: blocks.{number}.attn of its {kind} has no 'qkv' layer; static_embedding "
+                    f"needs one, choose a plain ViT"
+                )
+            if mechanism.rotate is not None:
+                raise ValueError(
+                    "rotate: static_embedding makes queries and keys of its own; leave out rotate"
+                )
+            mechanism.block = [block]
+
+    def operator(self, inputs: Inputs) -> Operator:
+        q, k = self._of_embedding(inputs) if self.block else (inputs.q, inputs.k)
+        return SoftmaxOperator(q, k, inputs.scale, backend=self.backend)
+
+    def _of_embedding(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        x = (inputs.carried or {}).get("embedding")
+        batch, heads, n, width = inputs.q.shape
+        if x is None or x.shape[:2] != (batch, n):
+            got = "none" if x is None else f"shape {tuple(x.shape)}"
+            raise ValueError(
+                f"x: static_embedding got {got} from the first block, not ({batch}, {n}, C); call the "
+                f"whole model, with all tokens in all blocks"
+            )
+        block: Any = self.block[0]
+        layer = block.attn
+        qkv = layer.qkv(block.norm1(x) if self.norm else x).unflatten(2, (3, heads, width))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return layer.q_norm(q), layer.k_norm(k)
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: what each patch gets from all tokens, mean over heads."""
+        return received_map(operator, inputs)
+
+
+Source = Literal["noise", "drawn", "photo", "mean", "learned"]
+
+
+@register_attention(
+    "static",
+    paper=PAPER,
+    complexity="N^2 D",
+    control=True,
+    cases=({"tokens": 40},),
+    bench=({"tokens": 4096},),
+)
+class Static(Mechanism):
+    """One matrix M for each head, the same for all images; at most 4,096 tokens.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        source: of M. "noise": a fixed sequence of Gaussian tokens, which a model that is converted reads
+            once, in place of the tokens that enter its first block. "drawn": queries and keys drawn for
+            each layer, which no model has a part in; "noise", too, in a layer that stands alone. "photo":
+            one photo; "mean": the mean over photos. "learned": the softmax of parameters, at first 0.
+        photos: a photo, a folder or a .txt list, for "photo" (its first) and "mean".
+        count: of these at most so many, spread over the list.
+        tokens: N, for "learned"; the longest sequence, for what is drawn for a layer.
+        sigma: standard deviation of the noise, or of queries and keys that are drawn.
+
+    Maps of a network are those of one number of tokens, or one grid; others are refused.
+    """
+
+    kept: Tensor | None
+    noise: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        source: Source = "noise",
+        photos: str | None = None,
+        count: int = 100,
+        tokens: int | None = None,
+        sigma: float = 1.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        if (source in ("photo", "mean")) != (photos is not None):
+            raise ValueError(
+                f"photos: got {photos!r} with source={source!r}; give a photo, a folder or a .txt list "
+                f"with 'photo' and 'mean', and none with others"
+            )
+        if source == "learned" and tokens is None:
+            raise ValueError("tokens: got None; learned maps need their number, such as 197")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma: got {sigma}; give a positive number, such as 1")
+        longest = whole("tokens", LONGEST if tokens is None else tokens)
+        check_tokens(longest)
+        self.source, self.photos, self.sigma = source, photos, sigma
+        self.count = 1 if source == "photo" else whole("count", count)
+        self.grid: tuple[int, ...] | None = None
+        self.logits = None
+        drawn = None
+        if source == "learned":
+            self.logits = nn.Parameter(torch.zeros(num_heads, longest, longest))
+        elif source in ("noise", "drawn"):
+            drawn = sigma * torch.randn(2, num_heads, longest, dim // num_heads)
+        self.register_buffer("noise", drawn)
+        self.register_buffer("kept", None)
+
+    @classmethod
+    def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
+        layers = [m for m in made.values() if isinstance(m, Static)]
+        first = layers[0]  # all have the same options
+        if first.source == "noise":
+            _keep(noise_maps(model, layers, first.sigma))
+        elif first.photos is not None:
+            _keep(mean_maps(model, layers, photo_batches(model, first.photos, first.count)))
+
+    def keep(self, found: Map) -> None:
+        """Take ``found`` as M."""
+        self.kept, self.grid, self.noise = found.matrix, found.grid, None
+
+    def operator(self, inputs: Inputs) -> Operator:
+        n = inputs.q.shape[2]
+        check_tokens(n)
+        return StoredOperator(self._matrix(n, inputs.grid), inputs.q)
+
+    def _matrix(self, n: int, grid: tuple[int, ...] | None) -> Tensor:
+        """M for ``n`` tokens, (H, n, n)."""
+        own = self.logits if self.kept is None else self.kept
+        if own is not None:
+            if own.shape[1] != n:
+                raise ValueError(
+                    f"grid: got {n} tokens; the maps of static are of {own.shape[1]}, give a model of "
+                    f"the size that it was converted at"
+                )
+            if None not in (grid, self.grid) and grid != self.grid:
+                raise ValueError(f"grid: got {grid}; the maps of static are of {self.grid}")
+            return own if own is self.kept else widen(own).softmax(-1)
+        assert self.noise is not None
+        if n > self.noise.shape[2]:
+            raise ValueError(
+                f"tokens: got {n} tokens; the noise of static has {self.noise.shape[2]}, give more"
+            )
+        q, k = widen(self.noise[:, :, :n])
+        return products(q, k, q.shape[-1] ** -0.5).softmax(-1)
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: what each patch gets from all tokens, mean over heads; the same for all images."""
+        return received_map(operator, inputs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        """Take noise or maps, whichever were saved."""
+        for name in ("noise", "kept"):
+            value = state_dict.get(prefix + name)
+            self._buffers[name] = None if value is None else torch.empty_like(value)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
+
+def _keep(found: Mapping[Any, Map]) -> None:
+    for mechanism, own in found.items():
+        mechanism.keep(own)
+
+
+def fit_static(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the maps of all static layers of ``model`` to the mean of its own softmax attention.
+
+    Args:
+        model: with ``static`` in some of its layers, for example by ``convert``; a backbone too.
+        batches: of the model's inputs, all of one size.
+
+    Raises:
+        ValueError: no such layer was reached, inputs of different sizes, or too many tokens.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Static)]
+    found = mean_maps(model, layers, batches)
+    if not found:
+        raise ValueError("model: no layer has static attention; convert it first")
+    _keep(found)

@@ -1,0 +1,127 @@
+"""Flow-Attention: linear attention in which keys compete for what flows to the queries.
+
+    A_ij = a_i / I_i  Q_i . K_j  c_j          Q = sigmoid(q), K = sigmoid(k)
+    a_i  = sigmoid(I'_i N / S)                allocation: what query i takes of the flow into it
+    c_j  = S softmax_j(clamp(O'_j))           competition: what key j wins of the values
+
+I is the flow into a query, I' and O' the flows into queries and out of keys when the other side's flows
+are conserved (:mod:`xattn.kernels.flows`). Rows of A do not sum to 1. Causal, all sums run over tokens
+0 to i, and c_j = (j + 1) exp(O'_j) / sum_(m <= j) exp(O'_m), which later tokens do not change. Prefix
+tokens are tokens like others. Wu et al. 2022, arXiv 2202.06258.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Mechanism, register_attention
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import ColumnsOperator, GatedOperator, LowRankOperator
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
+from xattn.kernels.backend import own_precision
+from xattn.kernels.flows import Flows, flows
+from xattn.kernels.softmax.reference import widen
+
+EPS = {"core": 0.0, "vision": 1e-6}  # by eps_style, added to every flow
+
+
+class Shares(NamedTuple):
+    """What the maps of a call show."""
+
+    allocation: Tensor
+    """a, (B, H, N), in (0, 1)."""
+    competition: Tensor
+    """c, (B, H, S); its mean over the keys is 1."""
+
+
+@register_attention(
+    "flow",
+    paper="arXiv 2202.06258",
+    complexity="N D^2",
+    causal=True,
+    cross=True,
+    cases=({}, {"clamp": None}, {"eps_style": "vision", "clamp": (-0.9, 1.1)}),
+)
+class Flow(Mechanism):
+    """Flow-Attention, which has no parameters of its own.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        clamp: the least and the largest O' that competition tells apart, or None. The mean of O' is 1, so
+            the published limits clamp about half of the keys: these compete alike, and no gradient passes.
+            ``operator.logged["saturation"]`` is their share.
+        eps_style: where 1e-6 is added: "core" to both factors of every flow, "vision" to the flow itself
+            as well, as the two programs of the authors do.
+
+    Features and flows are computed in float32 at least.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        clamp: tuple[float, float] | None = (-1.0, 1.0),
+        eps_style: Literal["core", "vision"] = "core",
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        if clamp is not None and not clamp[0] < clamp[1]:
+            raise ValueError(f"clamp: got {clamp}; give a smaller and a larger number, or None")
+        self.clamp, self.eps_style = clamp, eps_style
+
+    def operator(self, inputs: Inputs) -> Operator:
+        assert inputs.scale is not None
+        own = inputs.scale * inputs.k.shape[-1] ** 0.5  # 1 unless the model has its own scale
+        with own_precision(inputs.q):
+            # expit, because attn_lrp takes sigmoid for a gate, and these are features
+            q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
+            k = torch.special.expit(widen(inputs.k))
+            found = flows(q, k, added=EPS[self.eps_style], causal=inputs.causal)
+            shares = self.shares(found, inputs.causal)
+        low_rank = CausalLowRankOperator if inputs.causal else LowRankOperator
+        scores = low_rank(q, k.transpose(-2, -1), signed=False)
+        won = ColumnsOperator(scores, shares.competition)
+        operator = GatedOperator(won, shares.allocation / found.incoming, signed=False)
+        operator.context = shares
+        operator.logged = {"saturation": self.saturation(found.conserved)}
+        return operator
+
+    def shares(self, found: Flows, causal: bool) -> Shares:
+        """Allocation and competition of flows."""
+        n, s = found.refined.shape[2], found.conserved.shape[2]
+        conserved = found.conserved if self.clamp is None else found.conserved.clamp(*self.clamp)
+        if not causal:
+            return Shares((found.refined * (n / s)).sigmoid(), s * conserved.softmax(-1))
+        count = torch.arange(1, s + 1, device=conserved.device).to(conserved.dtype)
+        competition = count * (conserved - conserved.logcumsumexp(-1)).exp()
+        return Shares(found.refined.sigmoid(), competition)
+
+    def saturation(self, conserved: Tensor) -> Tensor:
+        """The share of keys whose O' is clamped, a scalar without a graph."""
+        if self.clamp is None:
+            return conserved.new_zeros(())
+        low, high = self.clamp
+        with torch.no_grad():
+            return ((conserved < low) | (conserved > high)).to(conserved.dtype).mean()
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``competition``: c, what patches win as keys, 1 in the mean over all keys; ``allocation``: a,
+        what they take as queries; both for each head. ``received``: the sum of A over the queries, mean
+        over heads."""
+        own = operator.shape[2] == operator.shape[3]
+        if inputs.grid is None or len(inputs.grid) != 2 or not own:
+            return {}
+        ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
+        found = {
+            "competition": operator.context.competition,
+            "allocation": operator.context.allocation,
+            "received": operator.vecmat(ones, "mean"),
+        }
+        return {
+            name: x[..., inputs.prefix :].unflatten(-1, inputs.grid) for name, x in found.items()
+        }

@@ -1,0 +1,159 @@
+"""FreeSwim: a vision transformer at a higher resolution than it was trained at, without training.
+
+    A_i = softmax over the window of i                      for a patch: as many patches as in training
+    A_r = softmax over all N tokens, scale sqrt(ln N / ln N_0 / D)       for a prefix token, r
+
+The windows are those of neighborhood attention, shifted inwards at the border, so every patch sees the
+``kernel`` x ``kernel`` = N_0 patches of a training image. The rows of prefix tokens (the full branch)
+override the window: the class token reads the whole image, with a scale that keeps the entropy of N_0
+patches. They are computed in every ``refresh``-th layer and copied in the layers between. On the training
+grid A is dense attention. Wu et al., arXiv 2511.14712, which has the text's cross-attention in place of
+prefix tokens, and steps of denoising in place of layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.mechanisms.gna import window_pattern
+from xattn.attention.operators.algebra import GatedOperator, LowRankOperator, SumOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.patterns import Pattern, pattern_operator
+from xattn.kernels.softmax import softmax_attention
+
+
+@register_attention(
+    "freeswim",
+    paper="arXiv 2511.14712",
+    complexity="N k^2 D",
+    grid=(1, 2, 3),
+    causal=True,
+    by_layer=True,
+    training_free=True,
+    cases=(
+        {"kernel": 3},
+        {"kernel": 2, "refresh": 2},
+        {"kernel": (2, 4), "log_scale": False, "backend": "cpu"},
+    ),
+    bench=({"kernel": 14},),
+    size=Size(
+        "kernel",
+        "Windows of the training size",
+        "Window, patches a side",
+        (7, 10, 14, 16, 20, 24, 28),
+        14,
+        per_side=True,
+    ),
+)
+class FreeSwim(Mechanism):
+    """Windows of the training grid's size for patches, all tokens for prefix tokens.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        kernel: sides of the training grid, in patches: one number, or one for each dimension. On a grid
+            of three dimensions one number stands for height and width, and time, the first, is whole.
+            In a row or a causal call it is a number of tokens; causal, the last ones. Longer than the
+            grid, it holds all.
+        log_scale: whether prefix tokens scale their scores by the number of patches that they see.
+        refresh: in a converted model, every how many layers the rows of the prefix tokens are computed;
+            the layers between copy them.
+        layer: the number of the layer, from 0 on; ``convert`` gives it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel: int | tuple[int, ...] = 14,
+        log_scale: bool = True,
+        refresh: int = 1,
+        layer: int = 0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        kernel = tuple(kernel) if isinstance(kernel, list | tuple) else kernel
+        for side in kernel if isinstance(kernel, tuple) else (kernel,):
+            whole("kernel", side)
+        self.kernel, self.log_scale = kernel, log_scale
+        self.refresh, self.layer = whole("refresh", refresh), layer
+        self._kept = Kept()
+
+    def operator(self, inputs: Inputs) -> Operator:
+        pattern, prefix = self._pattern(inputs), inputs.prefix
+        if not prefix or inputs.causal:
+            return pattern_operator(inputs, pattern, backend=self.backend)
+        if self.refresh == 1:
+            factor = self.prefix_scale(inputs)
+            q = inputs.q
+            if factor != 1:
+                q = torch.cat([factor * q[:, :, :prefix], q[:, :, prefix:]], 2)
+            return pattern_operator(inputs.replace(q=q), pattern, backend=self.backend)
+        rows = self._rows(inputs)
+        near = pattern_operator(inputs, pattern, backend=self.backend)
+        first = torch.eye(inputs.q.shape[2], prefix, dtype=rows.dtype, device=rows.device)
+        left = first.expand(*rows.shape[:2], -1, -1)
+        gate = (1 - left.sum(-1)).to(inputs.q.dtype)
+        override = LowRankOperator(left, rows, signed=False)
+        terms = [GatedOperator(near, gate, signed=False), override]
+        return SumOperator(terms, stochastic=True, hides=True)
+
+    def prefix_scale(self, inputs: Inputs) -> float:
+        """What the scores of prefix tokens are multiplied by: sqrt(ln N / ln N_0), at least 1."""
+        grid = inputs.grid
+        assert grid is not None
+        seen, trained = math.prod(grid), math.prod(self._sides(grid))
+        if not self.log_scale or trained < 2 or seen <= trained:
+            return 1.0
+        return math.sqrt(math.log(seen) / math.log(trained))
+
+    def _rows(self, inputs: Inputs) -> Tensor:
+        """A of the prefix tokens, (B, H, R, N): computed here, or copied from an earlier layer."""
+        q, prefix, carried = inputs.q, inputs.prefix, inputs.carried
+        source = self.layer - self.layer % self.refresh
+        key = "freeswim", source, inputs.k.shape[:3], prefix
+        found = None if carried is None or source == self.layer else carried.get(key)
+        if found is not None:
+            return found
+        full = SoftmaxOperator(
+            self.prefix_scale(inputs) * q[:, :, :prefix], inputs.k, inputs.scale,
+            backend=self.backend,
+        )  # fmt: skip
+        rows = full.rows(torch.arange(prefix, device=q.device))
+        if carried is not None:
+            carried[key] = rows
+        return rows
+
+    def _sides(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        if not isinstance(self.kernel, int):
+            return self.kernel
+        sides = (self.kernel,) * len(grid)
+        return (grid[0], *sides[1:]) if len(grid) == 3 else sides
+
+    def _pattern(self, inputs: Inputs) -> Pattern:
+        window = self.kernel
+        if inputs.grid is not None and not inputs.causal:
+            window = self._sides(inputs.grid)
+        return window_pattern(inputs, window, "kernel", self._kept)
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``outside``: the share of a patch's full attention that its window does not see, for each
+        head: where the whole image matters; ``full``: what each prefix token reads, mean over heads."""
+        grid, prefix = inputs.grid, inputs.prefix
+        if grid is None or len(grid) != 2 or inputs.causal:
+            return {}
+        inside = pattern_operator(inputs, self._pattern(inputs), backend=self.backend)
+        k = inputs.k
+        every = softmax_attention(inputs.q, k, k, scale=inputs.scale, backend=self.backend)[1]
+        share = 1 - (inside.attend(k)[1] - every).exp()  # type: ignore[attr-defined]
+        found = {"outside": share[..., prefix:].clamp(0, 1)}
+        if prefix:
+            found["full"] = operator.rows(torch.arange(prefix, device=k.device)).mean(1)[
+                ..., prefix:
+            ]
+        return {name: x.unflatten(-1, grid) for name, x in found.items()}

@@ -1,0 +1,182 @@
+"""Generalized neighborhood attention: every token sees a window of its grid neighbours.
+
+In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``
+only keys of its own residue. Stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel is
+blocked (window) attention, kernel = length is dense. Prefix tokens see all and are seen by all.
+Hassani et al., arXiv 2504.16922.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.patterns import Pattern, pattern_operator
+from xattn.attention.order import residue_order
+from xattn.attention.selection import visible_blocks
+from xattn.kernels.block_sparse.box import neighbourhood, permuted
+from xattn.kernels.softmax import softmax_attention
+
+Lengths = int | tuple[int, ...]
+TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+
+
+@register_attention(
+    "gna",
+    paper="arXiv 2504.16922",
+    complexity="N k^n D",
+    grid=(1, 2, 3),
+    causal=True,
+    training_free=True,
+    cases=(
+        {"kernel": 3},
+        {"kernel": 3, "backend": "cpu"},
+        {"kernel": (3, 4), "stride": (2, 1), "backend": "cpu"},
+        {"kernel": 2, "dilation": (2, 1), "backend": "cpu"},
+    ),
+    bench=({"kernel": 7},),
+    size=Size(
+        "kernel",
+        "Neighbourhoods",
+        "Window, patches a side",
+        tuple(range(3, 32, 2)),
+        7,
+        per_side=True,
+    ),
+)
+class GNA(Mechanism):
+    """Generalized neighborhood attention on grids of 1 to 3 dimensions.
+
+    ``kernel``, ``stride``, ``dilation`` and ``causal`` take one value or one for each dimension.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        kernel: keys seen in each dimension; at most the grid's length.
+        stride: queries that share a window, 1 to ``kernel``.
+        dilation: distance of the keys seen.
+        causal: whether later keys of a dimension are hidden, always or where a call asks for it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel: Lengths = 7,
+        stride: Lengths = 1,
+        dilation: Lengths = 1,
+        causal: bool | tuple[bool, ...] = False,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        for name, value in (("kernel", kernel), ("stride", stride), ("dilation", dilation)):
+            for length in value if isinstance(value, tuple | list) else (value,):
+                whole(name, length)
+        self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation))
+        self.causal = _hashable(causal)
+        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
+        self._plans = Kept()
+
+    def operator(self, inputs: Inputs) -> Operator:
+        return pattern_operator(inputs, self._plan(inputs), backend=self.backend)
+
+    def _plan(self, inputs: Inputs) -> Pattern:
+        grid, device = inputs.grid, inputs.q.device
+        assert grid is not None
+        if inputs.causal and len(grid) > 1:
+            raise ValueError(
+                f"causal: got a grid of {len(grid)} dimensions; a causal call needs tokens in a row, "
+                f"for dimensions of a grid create gna with causal=True"
+            )
+        key = grid, device, inputs.causal
+        if key not in self._plans:
+            causal = inputs.causal or self.causal
+            self._plans[key] = plan(grid, *self.window, causal, device.type == "cpu", device)
+        return self._plans[key]
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``received``: the attention that each patch gets from all tokens, mean over heads."""
+        if inputs.grid is None or len(inputs.grid) != 2:
+            return {}
+        ones = operator.row_sums().new_ones(operator.shape[0], 1, operator.shape[2])
+        received = operator.vecmat(ones, "mean")[..., inputs.prefix :]
+        return {"received": received.unflatten(-1, inputs.grid)}
+
+    def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
+        """Share of dense attention that falls into the window (and the prefix), (B, H, N) in [0, 1].
+
+        exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
+        """
+        inside: Any = self.operator(Inputs(q, k, k, None, tuple(grid), prefix))
+        every = softmax_attention(q, k, k, backend=self.backend)[1]
+        return (inside.attend(k)[1] - every).exp()
+
+
+def window_pattern(inputs: Inputs, window: Lengths, option: str, kept: Kept) -> Pattern:
+    """The pattern of a window around each query, for other mechanisms.
+
+    Args:
+        window: tokens along each side of the grid, one number for all or one for each; of tokens in a
+            row, where there is no grid or a causal call asks for it, one. Causal, these are the last
+            ones up to the query. Longer than the grid, it holds all.
+        option: the name of ``window`` in errors.
+        kept: where the mechanism keeps its patterns.
+
+    Raises:
+        ValueError: as many numbers as the grid has no dimensions.
+    """
+    grid = inputs.grid
+    if grid is None or inputs.causal:
+        grid = (inputs.q.shape[2] - inputs.prefix,)
+    device = inputs.q.device
+    key = "window", grid, inputs.causal, device, window
+    if key not in kept:
+        sides = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+        if len(sides) != len(grid):
+            raise ValueError(
+                f"{option}: got {sides} for a grid {grid}; give one number, or one for each of its "
+                f"dimensions"
+            )
+        sides = tuple(min(side, length) for side, length in zip(sides, grid, strict=True))
+        kept[key] = plan(grid, sides, 1, 1, inputs.causal, device.type == "cpu", device)
+    return kept[key]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # cached tensors may serve training later
+def plan(
+    grid: tuple[int, ...],
+    kernel: Lengths,
+    stride: Lengths = 1,
+    dilation: Lengths = 1,
+    causal: bool | tuple[bool, ...] = False,
+    single_keys: bool = True,
+    device: torch.device | str = "cpu",
+) -> Pattern:
+    """Order of the tokens, lists and element rule of one neighbourhood; cached.
+
+    Args:
+        single_keys: lists of keys (less work, for gathers) instead of key tiles (for kernels).
+
+    Raises:
+        ValueError: a window larger than the grid, a stride above the kernel, ...
+    """
+    rule = neighbourhood(grid, kernel, stride, dilation, causal)
+    tile = tuple(min(t, g) for t, g in zip(TILES[len(grid)], grid, strict=True))
+    order = residue_order(grid, rule.dilation, tile)
+    rule = permuted(rule, order.index)
+    size = math.prod(tile)
+    blocks = visible_blocks(rule, size, 1 if single_keys else size)
+    return Pattern(blocks.to(device), order.to(device), rule.to(device), fixed=True)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

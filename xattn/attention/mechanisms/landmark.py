@@ -1,0 +1,264 @@
+"""Landmark attention: a query weighs blocks of tokens by one landmark each, and the tokens within them.
+
+    g_i = softmax over the tokens at hand and the landmarks of the other blocks
+    o_i = sum_{j at hand} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
+
+At hand are the prefix tokens and the query's own block; causal, up to the query, and the other blocks
+are those that have ended. So each row of A is a weight for every block times weights for its tokens.
+Rows can be limited to the blocks whose landmarks get most. On a grid a block is a tile. Mohtashami and
+Jaggi, arXiv 2305.16300.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import PoolOperator
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.pooled_blocks import PooledBlocks, pooled_blocks
+from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.selection import Blocks, Segment, select
+from xattn.kernels.block_sparse.box import causal as causal_rule
+from xattn.kernels.softmax.reference import widen
+
+LANDMARKS = ("mean", "token", "last")
+
+
+@register_attention(
+    "landmark",
+    paper="arXiv 2305.16300",
+    complexity="N^2 D, or N (k l + N / l) D for k blocks",
+    grid=(0, 1, 2),
+    causal=True,
+    training_free=True,
+    cases=(
+        {"block": 3},
+        {"block": 2, "selected": 2, "landmark": "token"},
+        {"block": 2, "selected": 3, "backend": "cpu"},
+    ),
+    bench=({"block": 8, "selected": 8},),
+)
+class Landmark(Mechanism):
+    """Landmark attention, on a grid or in a row of tokens; causal over tokens in a row.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        block: l, tokens of a block: in a row, or along each side of a tile of the grid.
+        selected: k, how many other blocks are read: the queries of a block choose together those whose
+            landmarks they give most; causal, each query for itself. None reads all.
+        landmark: the key of a block's landmark. "mean" of its keys, which counts as often as the block
+            has tokens; "token", a token of each head that is learned and reads the block's keys by
+            softmax, the mean at first; "last", in a row, the paper's: each l-th token of the layer is a
+            landmark, whose value is not read.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        block: int = 8,
+        selected: int | None = None,
+        landmark: str = "mean",
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.block, self.landmark = whole("block", block), landmark
+        self.selected = None if selected is None else whole("selected", selected)
+        if landmark not in LANDMARKS:
+            raise ValueError(f"landmark: got {landmark!r}; choose one of {', '.join(LANDMARKS)}")
+        if landmark == "last" and block < 2:
+            raise ValueError("block: got 1; give at least 2, of which one token is the landmark")
+        if landmark == "token":
+            self.token = nn.Parameter(torch.zeros(num_heads, dim // num_heads))
+        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
+        self._layouts = Kept()
+
+    def operator(self, inputs: Inputs) -> Operator:
+        layout, prefix = self._layout(inputs), inputs.prefix
+        q, k, order = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:], layout.blocks.order
+        if order is not None:
+            q, k = order.apply(q), order.apply(k)
+        marks = self.marks(inputs, layout, k)
+        weight = None if self.landmark == "last" else layout.counts.to(q.dtype)
+        bias = None if layout.hidden is None else layout.hidden.to(q.dtype)[None, None]
+        gated = Segment(k, bias=bias, marks=marks, weight=weight)
+        lists = self._lists(inputs, layout, q, marks)
+        first, places = Segment(inputs.k[:, :, :prefix]), layout.places[:prefix]
+        at_hand = [Segment(k, None, layout.own, layout.rule, bias)]
+        columns = [layout.columns]
+        if lists is not None:
+            at_hand.append(replace(gated, blocks=lists))
+            columns.append(layout.columns)
+        pieces = []
+        if prefix:
+            at_hand.append(first)
+            columns.append(places)
+            pieces.append(self._prefix_piece(inputs, layout, first, gated))
+        pieces.append(Piece(q, tuple(at_hand), tuple(columns)))
+        operator = SegmentsOperator(
+            pieces,
+            layout.where,
+            inputs.k.shape[2],
+            inputs.scale,
+            self.backend,
+            causal=inputs.causal,
+        )
+        operator.context = lists if self.selected is not None else None
+        if operator.context is not None:
+            operator.selection = q.shape[2] * marks.shape[2] / 2
+        return operator
+
+    def marks(self, inputs: Inputs, layout: Layout, k: Tensor) -> Tensor:
+        """The landmarks' keys, (B, H, M, D), for keys in the order of the blocks."""
+        block, count = layout.blocks.k_block, layout.blocks.count
+        if self.landmark == "mean":
+            pooling = layout.blocks.pooling
+            return PoolOperator(inputs.k, block, order=pooling, prefix=inputs.prefix).matvec(
+                inputs.k
+            )
+        cells = F.pad(k, (0, 0, 0, count * block - k.shape[2])).unflatten(2, (count, block))
+        if self.landmark == "last":
+            return cells[:, :, :, -1]
+        scores = inputs.scale * (widen(cells) @ widen(self.token)[:, None, :, None])[..., 0]
+        share = scores.masked_fill(~layout.real, -torch.inf).softmax(-1)
+        return (share[..., None].to(k.dtype) * cells).sum(3)
+
+    def _lists(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks | None:
+        """The other blocks that each block of queries reads; None if there are none."""
+        if layout.others is None or self.selected is None:
+            return layout.others
+        blocks = layout.blocks
+        s = min(self.selected, blocks.count - 1) + 1
+        own = blocks.forced[..., :1].contiguous()
+        chosen, _ = select(
+            q, marks, s, q_block=blocks.q_block, k_block=blocks.k_block, softmax=True, forced=own,
+            visible=blocks.visible, scale=inputs.scale, backend=self.backend,
+        )  # fmt: skip
+        # Forced blocks come first.
+        return Blocks(chosen.index[..., 1:].contiguous(), blocks.q_block, blocks.k_block)
+
+    def _prefix_piece(
+        self, inputs: Inputs, layout: Layout, first: Segment, gated: Segment
+    ) -> Piece:
+        """Prefix tokens have one another at hand, and weigh all blocks; causal, they see no block."""
+        q, prefix, places = inputs.q[:, :, : inputs.prefix], inputs.prefix, layout.places
+        if inputs.causal:
+            rule = causal_rule(prefix).to(q.device)
+            return Piece(q, (Segment(first.k, rule=rule),), (places[:prefix],))
+        every = torch.arange(layout.blocks.count, dtype=torch.int32, device=q.device)
+        lists = Blocks(every[None, None, None], prefix, layout.blocks.k_block)
+        return Piece(q, (first, replace(gated, blocks=lists)), (places[:prefix], layout.columns))
+
+    def _layout(self, inputs: Inputs) -> Layout:
+        q, grid = inputs.q, inputs.grid
+        if grid is None or inputs.causal:
+            grid = (q.shape[2] - inputs.prefix,)
+        key = grid, self.block, self.landmark == "last", inputs.prefix, inputs.causal, q.device
+        if key not in self._layouts:
+            self._layouts[key] = layout(*key)
+        return self._layouts[key]
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``tokens``: what the first prefix token, or without one the mean patch, gives to each patch;
+        ``tiles``: the same summed over tiles, the weight of their landmarks; both for each head. With
+        ``selected``, ``retrieved``: share of the query blocks that read a tile beside their own."""
+        grid, prefix = inputs.grid, inputs.prefix
+        if grid is None or len(grid) != 2:
+            return {}
+        n = operator.shape[2]
+        r = torch.full((operator.shape[0], 1, n), 1 / n, device=inputs.q.device)
+        if prefix:
+            r = torch.zeros_like(r).index_fill(
+                2, torch.zeros(1, dtype=torch.long, device=r.device), 1.0
+            )
+        tokens = operator.vecmat(r)[:, :, 0, prefix:]
+        blocks = self._layout(inputs).blocks
+        order, size = blocks.order, blocks.k_block
+        cells = tokens if order is None else order.apply(tokens, -1)
+        cells = F.pad(cells, (0, -cells.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
+        found = {"tokens": tokens, "tiles": blocks.on_tokens(cells)}
+        if operator.context is not None:
+            found["retrieved"] = blocks.on_tokens(blocks.frequency(operator.context))
+        return {name: x.unflatten(-1, grid) for name, x in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens behind the prefix stand, in M blocks."""
+
+    blocks: PooledBlocks
+    own: Blocks
+    others: Blocks | None
+    """All blocks but the own one; causal, those before it. None if there are none."""
+    counts: Tensor
+    """(M,), tokens of each block."""
+    real: Tensor
+    """bool (M, l), places that hold a token."""
+    hidden: Tensor | None
+    """float (places,), -inf where no key is read; None if all are."""
+    columns: Tensor
+    """LongTensor (places,), the token at each, -1 for padding."""
+    where: Tensor | None
+    """As ``places`` of the operator."""
+    places: Tensor
+    """LongTensor (N,), 0, 1, ..."""
+    rule: Any = None
+    """Causal: which tokens are seen."""
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors may serve training later
+def layout(
+    grid: tuple[int, ...],
+    block: int,
+    last: bool,
+    prefix: int,
+    causal: bool,
+    device: torch.device | str,
+) -> Layout:
+    """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends in a landmark.
+
+    Raises:
+        ValueError: ``last`` on a grid, or, bidirectional, for a number of tokens that ``block`` does
+            not divide.
+    """
+    blocks = pooled_blocks(grid, block, block, block, 0, causal, device)
+    size, count, order = blocks.k_block, blocks.count, blocks.order
+    n = len(blocks.pooling.inverse)
+    if last and (len(grid) > 1 or (not causal and n % block)):
+        what = f"a grid of {grid}" if len(grid) > 1 else f"{n} tokens in a row"
+        raise ValueError(
+            f"landmark: got 'last' for {what}; give a row of tokens that block={block} divides, or "
+            f"'mean' or 'token'"
+        )
+    token = torch.arange(n, device=device) if order is None else order.index.to(device)
+    real = F.pad(token, (0, count * size - len(token)), value=-1).view(count, size) >= 0
+    seen = real.clone()
+    if last:
+        seen[real.all(1), -1] = False
+    seen = seen.flatten()[: len(token)]
+    hidden = torch.zeros(len(token), device=device).masked_fill(~seen, -torch.inf)
+    number = torch.arange(count, dtype=torch.int32, device=device)
+    others = number[: count - 1].expand(count, -1)
+    others = (
+        others.masked_fill(others >= number[:, None], -1) if causal
+        else others + (others >= number[:, None]).int()
+    )  # fmt: skip
+    every = torch.arange(prefix + n, device=device)
+    where = None if order is None else torch.cat([every[:prefix], blocks.pooling.inverse + prefix])
+    return Layout(
+        blocks, Blocks(number[None, None, :, None], size, size),
+        Blocks(others.contiguous()[None, None], size, size) if count > 1 else None,
+        real.sum(1), real, None if seen.all() else hidden,
+        torch.where(token < 0, -1, token + prefix), where, every,
+        causal_rule(n).to(device) if causal else None,
+    )  # fmt: skip

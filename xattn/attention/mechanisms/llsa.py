@@ -1,0 +1,206 @@
+"""Log-linear sparse attention: the tokens of a few blocks, and coarser means of all the rest.
+
+    A = softmax of q_i . k_c / sqrt(D) + log n_c    over tokens c and means c of B, B^2, ..., B^L tokens
+    I_l(m) = the K best of the children of I_{l+1}(m div B) by q_m^l . k_c^l,   at level L of all
+
+k_c and v_c are means of n_c tokens, q_m^l those of B^l queries. Query i reads the tokens of the K blocks of
+B tokens that its block chose at level 1, the means of level l < L inside the blocks chosen at level l + 1,
+and all of level L. What is read twice counts twice, as in the paper. The choice has no gradient, means of
+keys and values have theirs. Prefix tokens are read by all and see all tokens. arXiv 2512.16615.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.pyramid import Pyramid, PyramidAttention, PyramidOperator, pyramid
+from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.recall import Choice
+from xattn.attention.selection import Blocks, Rule, Segment, select
+from xattn.kernels.block_sparse.box import causal as causal_rule
+
+TOP = 64  # the most means of the top level by default
+
+
+@register_attention(
+    "llsa",
+    paper="arXiv 2512.16615",
+    complexity="N K B log(N) D",
+    grid=(0, 1, 2),
+    causal=True,
+    training_free=True,
+    cases=(
+        {"block": 2, "selected": 2, "levels": 2},
+        {"block": 2, "selected": 1, "levels": 3, "backend": "cpu"},
+        {"selected": 1},
+    ),
+    bench=({}, {"levels": 3}),
+)
+class LLSA(Mechanism):
+    """Log-linear sparse attention on a grid or in a row of tokens; causal over tokens in their order.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        selected: K, how many blocks are chosen at each level; all, where a level holds fewer.
+        block: tokens along each side of a tile of the grid, 4 by default, or of a block in a row, 16. B
+            is the number of tokens in it.
+        levels: L; by default the fewest with at most 64 means at the top. None is made above a level of
+            one mean.
+        enrich: whether means are read at all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        selected: int = 8,
+        block: int | None = None,
+        levels: int | None = None,
+        enrich: bool = True,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.selected, self.enrich = whole("selected", selected), enrich
+        self.block = block if block is None else whole("block", block)
+        if block == 1:
+            raise ValueError("block: got 1; give at least 2 tokens")
+        self.levels = levels if levels is None else whole("levels", levels)
+        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
+        self._kept = Kept()
+
+    def operator(self, inputs: Inputs) -> Operator:
+        made, prefix = self._pyramid(inputs), inputs.prefix
+        values = PyramidOperator(inputs.k, made, prefix)
+        keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
+        lists = self.choose(made, inputs, queries, [x.detach() for x in keys])
+        fine = Blocks(lists[1], made.block, made.block)
+        rule = causal_rule(len(made.order.index)).to(queries.device) if inputs.causal else None
+        segments = [Segment(keys[0], None, fine, rule, made.bias(0, keys[0]))]
+        columns = [values.columns(0)]
+        for level in range(1, made.levels + 1 if self.enrich else 1):
+            blocks = None
+            if level < made.levels:
+                blocks = Blocks(lists[level + 1], made.block ** (level + 1), made.block)
+            rule = self._earlier(made, level, queries.device) if inputs.causal else None
+            bias, shift = made.bias(level, keys[level]), made.shift(level)
+            segments.append(Segment(keys[level], None, blocks, rule, bias, shift=shift))
+            columns.append(values.columns(level))
+        pieces = self._pieces(inputs, made, keys[0], queries, segments, columns)
+        where = torch.cat(
+            [torch.arange(prefix, device=queries.device), made.order.inverse + prefix]
+        )
+        read = SegmentsOperator(pieces, where, values.shape[2], inputs.scale, self.backend)
+        operator = PyramidAttention(read, values, causal=inputs.causal)
+        operator.hides = not self.enrich
+        operator.context = lists
+        candidates = [
+            len(made.counts[-1]),
+            *(min(self.selected * made.block, len(c)) for c in made.counts[-2:0:-1]),
+        ]
+        rows = [len(c) for c in made.counts[:0:-1]]
+        operator.selection = sum(a * b for a, b in zip(rows, candidates, strict=True)) / 2
+        return operator
+
+    def choice(self, inputs: Inputs) -> Choice:
+        """Of level 1."""
+        made, prefix = self._pyramid(inputs), inputs.prefix
+        keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
+        lists = self.choose(made, inputs, queries, keys)[1]
+        forced = None
+        if inputs.causal:
+            forced = torch.arange(lists.shape[2], dtype=torch.int32, device=lists.device)
+            forced = forced[None, None, :, None]
+        return Choice(Blocks(lists, made.block, made.block), made.order, forced)
+
+    def _pieces(
+        self, inputs: Inputs, made: Pyramid, keys: Tensor, queries: Tensor,
+        segments: list[Segment], columns: list[range],
+    ) -> list[Piece]:  # fmt: skip
+        """The prefix tokens as queries, if there are any, and the others, who read them, too."""
+        prefix = inputs.prefix
+        if not prefix:
+            return [Piece(queries, tuple(segments), tuple(columns), padded=False)]
+        own = Segment(inputs.k[:, :, :prefix])
+        places = range(prefix)
+        if inputs.causal:
+            seen = Segment(own.k, rule=causal_rule(prefix).to(keys.device))
+            first = Piece(inputs.q[:, :, :prefix], (seen,), (places,), padded=False)
+        else:
+            every = Segment(keys, bias=segments[0].bias)
+            first = Piece(inputs.q[:, :, :prefix], (every, own), (columns[0], places), padded=False)
+        return [first, Piece(queries, (*segments, own), (*columns, places), padded=False)]
+
+    @torch.no_grad()
+    def choose(
+        self, made: Pyramid, inputs: Inputs, queries: Tensor, keys: list[Tensor]
+    ) -> dict[int, Tensor]:
+        """I_l for each level l: int32 (B, H, M / B^l, K). Causal, the first query of a block chooses for
+        it, among itself, always taken, and earlier blocks."""
+        means = [queries.detach()]
+        if inputs.causal:
+            means += [means[0][:, :, :: made.block**level] for level in range(1, made.levels + 1)]
+        else:
+            for _ in range(made.levels):
+                means.append(means[-1].unflatten(2, (-1, made.block)).mean(3))
+        lists: dict[int, Tensor] = {}
+        for level in range(made.levels, 0, -1):
+            q, k, count = means[level], keys[level], len(made.counts[level])
+            if made.padded:  # a mean of nothing has the lowest score, whatever the query
+                empty = (made.counts[level] == 0).to(k.dtype) * (torch.finfo(k.dtype).min / 2)
+                k = torch.cat([k, empty[:, None].expand(*k.shape[:3], 1)], -1)
+                q = torch.cat([q, q.new_ones(*q.shape[:3], 1)], -1)
+            own = torch.arange(count, dtype=torch.int32, device=q.device)
+            parents = lists.get(level + 1)
+            lists[level] = select(
+                q,
+                k,
+                min(self.selected, count),
+                q_block=1,
+                k_block=1,
+                within=parents,
+                children=None if parents is None else made.block,
+                forced=own[None, None, :, None] if inputs.causal else None,
+                visible=own if inputs.causal else None,
+                scale=1.0,
+                backend=self.backend,
+            )[0].index
+        return lists
+
+    def _earlier(self, made: Pyramid, level: int, device: torch.device) -> Rule:
+        """Of the means of a level, those of blocks before the query's own."""
+        places = torch.arange(len(made.order.index), dtype=torch.int32, device=device)[:, None]
+        means = torch.arange(len(made.counts[level]), dtype=torch.int32, device=device)[:, None]
+        last = places.div(made.block**level, rounding_mode="floor") - 1
+        return Rule(torch.zeros_like(places), last, means, (1,))
+
+    def _pyramid(self, inputs: Inputs) -> Pyramid:
+        grid = inputs.grid
+        if grid is None or inputs.causal:
+            grid = (inputs.q.shape[2] - inputs.prefix,)
+        key = grid, inputs.q.device
+        if key not in self._kept:
+            block, levels = self.block or (16 if len(grid) == 1 else 4), self.levels
+            if levels is None:
+                levels, sides = 1, [-(-n // block) for n in grid]
+                while torch.Size(sides).numel() > TOP:
+                    levels, sides = levels + 1, [-(-n // block) for n in sides]
+            self._kept[key] = pyramid(grid, block, levels, inputs.q.device)
+        return self._kept[key]
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``level_1``, ``level_2``, ...: share of the query blocks that chose the block of each patch at
+        that level, for each head: an image pyramid of what is looked at closely."""
+        grid = inputs.grid
+        if grid is None or len(grid) != 2:
+            return {}
+        made, found = self._pyramid(inputs), {}
+        for level, index in operator.context.items():
+            lists = Blocks(index[:, :, made.counts[level] > 0], made.block, made.block)
+            share = lists.shares(len(made.counts[level]))
+            found[f"level_{level}"] = made.on_tokens(share, level).unflatten(-1, grid)
+        return dict(sorted(found.items()))

@@ -1,0 +1,151 @@
+"""Length-scaled softplus attention (LSSA), and with re-weighting (LSSAR): l1 norms in place of softmax.
+
+    a_ij = softplus(ln D ln N_i  q_i . k_j / (|q_i| |k_j|)),   A_ij = a_ij / sum_m a_im             lssa
+    b_ij = max(N_i A_ij - O_i, 0)^p,                           W_ij = b_ij / sum_m b_im             lssar
+
+N_i is the number of keys that query i sees, all of them or, causal, i of them. N_i A_ij has a mean of 1 in
+each row, so with O_i = 1 only keys above the average count, and the power sharpens what is left. The
+factor ln N_i keeps rows as sharp among many keys as among few. Gao et al., arXiv 2501.13428.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.softplus import SoftplusOperator
+from xattn.kernels.backend import own_precision
+from xattn.kernels.softmax.reference import widen
+
+EPS_STYLES = ("none", "reference")
+FLOOR = 1e-8  # of both norms in the published form
+
+
+class _LengthScaled(Mechanism):
+    """What both forms share: unit queries and keys, and maps."""
+
+    def made(self, inputs: Inputs, power: int, offset: float, eps_style: str) -> SoftplusOperator:
+        """The operator; ``inputs.scale`` is without effect, since lengths of q and k cancel."""
+        with own_precision(inputs.q):
+            q, k = _unit(inputs.q), _unit(inputs.k)
+        return SoftplusOperator(
+            q,
+            k,
+            math.log(q.shape[-1]),
+            power=power,
+            offset=offset,
+            eps=FLOOR if eps_style == "reference" else 0.0,
+            causal=inputs.causal,
+            backend=self.backend,
+        )
+
+    def maps(self, operator: SoftplusOperator, inputs: Inputs) -> dict[str, Tensor]:  # type: ignore[override]
+        """``received``: the attention that each patch gets from all tokens, in multiples of the mean,
+        mean over heads. With prefix tokens ``first``: the row of the first of them as a multiple of an
+        even row (B, H, h, w)."""
+        own = operator.shape[2] == operator.shape[3]
+        if inputs.grid is None or len(inputs.grid) != 2 or not own:
+            return {}
+        ones = operator.q.new_ones(operator.shape[0], 1, operator.shape[2])
+        found = {"received": operator.vecmat(ones, "mean")}
+        if inputs.prefix and not inputs.causal:
+            row = operator.rows(torch.zeros(1, dtype=torch.long, device=operator.device))
+            found["first"] = row[:, :, 0] * operator.shape[3]
+        return {
+            name: x[..., inputs.prefix :].unflatten(-1, inputs.grid) for name, x in found.items()
+        }
+
+
+@register_attention(
+    "lssa",
+    paper="arXiv 2501.13428",
+    complexity="N^2 D",
+    causal=True,
+    cross=True,
+    cases=({},),
+)
+class LSSA(_LengthScaled):
+    """Softplus attention with l1 norms.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        eps_style: "none", or "reference" for the floor 1e-8 of the published form under each sum, with
+            which rows sum to a little less than 1.
+
+    Half precision is computed in float32; on GPUs products are then in TF32.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, eps_style: str = "none", *, backend: str = "auto"
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.eps_style = _known(eps_style)
+        _wide_enough(dim, num_heads)
+
+    def operator(self, inputs: Inputs) -> SoftplusOperator:
+        return self.made(inputs, 1, 0.0, self.eps_style)
+
+
+@register_attention(
+    "lssar",
+    paper="arXiv 2501.13428",
+    complexity="N^2 D",
+    causal=True,
+    cross=True,
+    cases=({}, {"power": 3, "eps_style": "reference"}),
+)
+class LSSAR(_LengthScaled):
+    """Softplus attention with re-weighting: of each row only the keys above its mean, to the power p.
+
+    Args:
+        dim, num_heads, backend, eps_style: see :class:`LSSA`.
+        power: p, a whole number; 15 as published, where 3 was better at lengths below 1,000.
+        offset: O, from 0 to 1; 0 in the first three causal rows, and without ``eps_style="reference"``
+            in constant rows, which are even then.
+
+    Rows are divided by their maximum before the power, which changes nothing but keeps a power of small
+    numbers from underflowing.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        power: int = 15,
+        offset: float = 1.0,
+        eps_style: str = "none",
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.power, self.offset = whole("power", power), offset
+        if not 0 <= offset <= 1:
+            raise ValueError(f"offset: got {offset}; give a share of the mean from 0 to 1")
+        self.eps_style = _known(eps_style)
+        _wide_enough(dim, num_heads)
+
+    def operator(self, inputs: Inputs) -> SoftplusOperator:
+        return self.made(inputs, self.power, self.offset, self.eps_style)
+
+
+def _known(eps_style: str) -> str:
+    if eps_style not in EPS_STYLES:
+        raise ValueError(f"eps_style: got {eps_style!r}; choose one of {', '.join(EPS_STYLES)}")
+    return eps_style
+
+
+def _wide_enough(dim: int, num_heads: int) -> None:
+    if dim // num_heads < 2:
+        raise ValueError(
+            f"num_heads: got {num_heads} for dim {dim}; scores scale with ln D, give heads of at "
+            f"least 2 channels"
+        )
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| in float32 at least; 0 for x = 0."""
+    return torch.nn.functional.normalize(widen(x), dim=-1)

@@ -1,0 +1,122 @@
+"""Mixture-of-head attention: each token weighs its heads, and leaves out all but a few of them.
+
+    A_i = diag(g_i) softmax(q_i k_i^T / sqrt(D))        for head i
+
+    shared heads   g_i = b_1 M_s softmax(W_1 x)_i
+    routed heads   g_i = b_2 k P_i / (sum of the k largest P),  P = softmax(W_r x);  0 for the others
+                   [b_1, b_2] = 2 softmax(W_0 x)
+
+Zero W give every head that is used the factor 1. The balance loss M_r sum_i mean(P_i) mean(g_i > 0),
+means over all tokens, is k where heads are used alike. Jin et al., arXiv 2410.11842, as in the authors'
+code, which multiplies by 2, M_s and k.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import GatedOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.kernels.softmax.reference import widen
+
+
+@register_attention(
+    "moh",
+    paper="arXiv 2410.11842",
+    complexity="N^2 D",
+    causal=True,
+    grouped=True,
+    needs_tokens=True,
+    cases=({"shared": 0, "active": 1}, {"shared": 1}, {"shared": 2}),
+    bench=({},),
+)
+class MoH(Mechanism):
+    """Softmax attention with heads that are chosen for each token.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        shared: M_s, how many heads, the first, serve all tokens. Without routed heads (``num_heads``)
+            b_1 is 1, without shared ones (0) b_2.
+        active: k, how many of the M_r other heads a token uses; half of them, rounded up, by default.
+        balance: weight of the balance loss in ``aux``. Training that adds the ``aux`` of L layers
+            divides by L to match the paper.
+
+    W_0 and W_1 start at zero, W_r with a deviation of 0.02. From 256 keys on, a CPU computes only the
+    heads that a token uses, except in a causal call.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        shared: int = 1,
+        active: int | None = None,
+        balance: float = 0.01,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.shared = whole("shared", shared) if shared else 0
+        self.routed, self.balance = num_heads - self.shared, balance
+        if self.routed < 0:
+            raise ValueError(f"shared: got {shared}; give at most the {num_heads} heads")
+        self.active = -(-self.routed // 2) if active is None else whole("active", active)
+        if balance < 0:
+            raise ValueError(f"balance: got {balance}; give a weight of 0 or more")
+        if self.active > self.routed:
+            raise ValueError(f"active: got {active}; give at most the {self.routed} routed heads")
+        widths = {}
+        if self.shared and self.routed:
+            widths["share"] = 2
+        if self.shared > 1:
+            widths["shared"] = self.shared
+        if self.routed:
+            widths["routed"] = self.routed
+        self.router = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(width, dim)) for name, width in widths.items()}
+        )
+        if self.routed:
+            nn.init.normal_(self.router["routed"], std=0.02)
+
+    def operator(self, inputs: Inputs) -> Operator:
+        assert inputs.x is not None
+        gates, loss = self.gates(inputs.x)
+        softmax = SoftmaxOperator(
+            inputs.q, inputs.k, inputs.scale, backend=self.backend, causal=inputs.causal
+        )
+        operator = GatedOperator(softmax, gates, signed=False, sparse=self.active < self.routed)
+        if loss is not None:
+            operator.aux = {"balance": self.balance * loss}
+        return operator
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """g (B, H, N) for tokens (B, N, C), and the balance loss; None without routed heads."""
+        with torch.autocast(x.device.type, enabled=False):  # rounding would choose other heads
+            weights = {
+                name: F.linear(widen(x), widen(w)).softmax(-1) for name, w in self.router.items()
+            }
+        share, shared = weights.get("share"), weights.get("shared")
+        loss, gates = None, []
+        if self.shared:
+            g = widen(x).new_ones(*x.shape[:2], 1) if shared is None else self.shared * shared
+            gates.append(g if share is None else 2 * share[..., :1] * g)
+        if self.routed:
+            p = weights["routed"]
+            best, index = p.topk(self.active, -1)
+            none = torch.zeros_like(p)
+            g = none.scatter(-1, index, self.active * best / best.sum(-1, keepdim=True))
+            used = none.scatter(-1, index, 1.0)
+            loss = self.routed * (p.mean((0, 1)) * used.mean((0, 1))).sum()
+            gates.append(g if share is None else 2 * share[..., 1:] * g)
+        return torch.cat(gates, -1).transpose(1, 2), loss
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``gates``: g of the patches, (B, H, h, w): where each head is used, 0 where it is not."""
+        if inputs.grid is None or len(inputs.grid) != 2:
+            return {}
+        assert isinstance(operator, GatedOperator)
+        return {"gates": operator.factor[..., inputs.prefix :].unflatten(-1, inputs.grid)}

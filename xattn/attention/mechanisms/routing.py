@@ -1,0 +1,296 @@
+"""Routing attention: tokens attend within clusters of similar queries and keys.
+
+    mu_c, |mu_c| = 1                         centroids of a head, by k-means on directions
+    Q_c, K_c = the w queries and w keys with the largest q^ . mu_c and k^ . mu_c
+    y_i = mean over the c with i in Q_c of softmax_{j in K_c}(q_i . k_j / sqrt(D)) v_j
+
+q^ and k^ have length 1. All clusters have w = N / C tokens; a token may be in several, or in none, and
+has the row 0 then. Prefix tokens are keys of every cluster and see all tokens. In training the backward
+pass of the commitment loss, the mean of |x^ - mu|^2 / D over tokens x and their nearest mu, also moves
+
+    mu <- 0.999 mu + 0.001 (mean direction of the tokens nearest to mu), scaled to length 1
+
+A causal call makes Q_c = K_c, so that every token sees itself; which tokens a cluster holds depends on
+later ones, too.
+Roy et al., arXiv 2003.05997.
+
+Centroids of routing attention for a trained network, without training: k-means on what it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.subsets import SubsetsOperator
+from xattn.attention.order import take_rows
+from xattn.attention.record import answering_by
+from xattn.kernels.softmax.reference import widen
+
+SELF = -5e4  # added to a token's own score where queries are keys: only a last resort
+
+
+@register_attention(
+    "routing",
+    paper="arXiv 2003.05997",
+    complexity="N C D + N^2 D / C",
+    causal=True,
+    cases=(
+        {"clusters": 3},
+        {"clusters": 6, "centroids": "call", "rounds": 1},
+        {"clusters": 3, "shared": True},
+    ),
+    bench=({"clusters": 8}, {"clusters": 32}),
+)
+class Routing(Mechanism):
+    """Attention within clusters, which are the same for all images or those of each call.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        clusters: C, of each head.
+        window: w, tokens of a cluster; N / C rounded up by default, at most N.
+        centroids: "kept", a buffer that training moves and
+            :func:`fit_centroids` sets; or "call", by ``rounds`` rounds of k-means on each call's own
+            tokens, without training.
+        shared: whether the queries, scaled to length 1, are the keys (and the layer's keys are not read).
+        decay: of the moving mean; ``commitment``, weight of the loss in ``aux``.
+        rounds: see ``centroids``.
+    """
+
+    centroid: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        clusters: int = 8,
+        window: int | None = None,
+        centroids: str = "kept",
+        shared: bool = False,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        rounds: int = 4,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.clusters, self.rounds = whole("clusters", clusters), whole("rounds", rounds)
+        self.window = None if window is None else whole("window", window)
+        if centroids not in ("kept", "call"):
+            raise ValueError(f"centroids: got {centroids!r}; give 'kept' or 'call'")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: got {decay}; give a share of 0 to 1")
+        if commitment < 0:
+            raise ValueError(f"commitment: got {commitment}; give a weight of 0 or more")
+        self.of_call, self.shared = centroids == "call", shared
+        self.decay, self.commitment = decay, commitment
+        start = torch.randn(num_heads, clusters, dim // num_heads)
+        self.register_buffer("centroid", F.normalize(start, dim=-1))
+
+    def operator(self, inputs: Inputs) -> Operator:
+        prefix, n = inputs.prefix, inputs.q.shape[2]
+        if self.shared:
+            inputs = inputs.replace(k=F.normalize(inputs.q, dim=-1))
+        q, k = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:]
+        with torch.autocast(q.device.type, enabled=False):  # rounding would choose other clusters
+            # A copy, because the backward pass moves the centroids.
+            mu = self._call_centroids(q, k) if self.of_call else self.centroid.clone()
+            mu = mu.to(widen(q).dtype).expand(len(q), -1, -1, -1)
+            near_q, near_k = (mu @ widen(x).transpose(2, 3) / _length(widen(x)) for x in (q, k))
+        chosen_q, chosen_k = self._members(near_q, near_k, inputs.causal)
+        first = torch.arange(prefix, device=q.device).expand(*chosen_k.shape[:3], -1)
+        queries, keys = chosen_q + prefix, torch.cat([first, chosen_k + prefix], 3)
+        taken_q, taken_k = (
+            take_rows(x, at.flatten(2)).unflatten(2, (self.clusters, -1)).flatten(1, 2)
+            for x, at in ((inputs.q, queries), (inputs.k, keys))
+        )
+        hidden = self._hidden(queries.shape[3], prefix, inputs)
+        inner = SoftmaxOperator(
+            taken_q, taken_k, inputs.scale, hidden, None, self.backend, every_row=True,
+            causal=inputs.causal and hidden is None,
+        )  # fmt: skip
+        operator = SubsetsOperator(
+            inner, queries, keys, n, self._first(inputs), causal=inputs.causal
+        )
+        operator.context = mu
+        operator.selection = float(self.clusters * (n - prefix))
+        if self.training and self.commitment:
+            operator.aux = {"commitment": self._commit(q, k, near_q, near_k)}
+        return operator
+
+    @torch.no_grad()
+    def _members(self, near_q: Tensor, near_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """The queries and keys of each cluster, (B, H, C, w)."""
+        n = near_q.shape[3]
+        w = min(n, -(-n // self.clusters) if self.window is None else self.window)
+        if self.shared or causal:
+            both = near_q if self.shared else near_q + near_k
+            at = both.topk(w, sorted=False).indices.sort(-1).values
+            return at, at
+        return near_q.topk(w, sorted=False).indices, near_k.topk(w, sorted=False).indices
+
+    def _hidden(self, w: int, prefix: int, inputs: Inputs) -> Tensor | None:
+        """What is added to the scores of a cluster's w queries and prefix + w keys, or None."""
+        if not self.shared and not (inputs.causal and prefix):
+            return None
+        own = torch.arange(w, device=inputs.q.device)
+        hidden = inputs.q.new_zeros(w, w)
+        if self.shared:
+            hidden = hidden.masked_fill(own == own[:, None], SELF)
+        if inputs.causal:
+            hidden = hidden.masked_fill(own > own[:, None], -torch.inf)
+        return F.pad(hidden, (prefix, 0))[None, None]
+
+    def _first(self, inputs: Inputs) -> Operator | None:
+        """Rows of the prefix tokens."""
+        prefix, n = inputs.prefix, inputs.q.shape[2]
+        if not prefix:
+            return None
+        hidden = None
+        if inputs.causal:
+            later = torch.ones(prefix, n, dtype=torch.bool, device=inputs.q.device).triu(1)
+            hidden = inputs.q.new_zeros(1, 1, prefix, n).masked_fill(later, -torch.inf)
+        return SoftmaxOperator(
+            inputs.q[:, :, :prefix], inputs.k, inputs.scale, hidden, None, self.backend,
+            every_row=True,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _call_centroids(self, q: Tensor, k: Tensor) -> Tensor:
+        """Centroids (B, H, C, D) of each image's own tokens."""
+        x = F.normalize(widen(torch.cat([q, k], 2)), dim=-1)
+        n = k.shape[2]
+        start = torch.arange(self.clusters, device=q.device) * n // self.clusters
+        mu = x[:, :, n + start]
+        for _ in range(self.rounds):
+            mu = means(x, mu)
+        return mu
+
+    def _commit(self, q: Tensor, k: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
+        """The commitment loss; its gradient moves the centroids."""
+        near = torch.cat([near_q] if self.shared else [near_q, near_k], 3)
+        loss = self.commitment * (2 - 2 * near.amax(2)).mean() / q.shape[3]  # |x^|, |mu| = 1
+        if self.of_call or torch.compiler.is_compiling() or not loss.requires_grad:
+            return loss
+        with torch.no_grad():
+            x = q if self.shared else torch.cat([q, k], 2)
+            x = F.normalize(widen(x), dim=-1).transpose(0, 1).flatten(1, 2)
+            new = means(x, self.centroid.to(x.dtype))
+        return _Moves.apply(loss, self.centroid, new, self.decay)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, rounds: int = 10, seed: int = 0) -> None:
+        """Set the centroids by k-means on tokens x (H, M, D), from random ones of them on."""
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randperm(x.shape[1], generator=generator)[: self.clusters]
+        if len(start) < self.clusters:
+            raise ValueError(f"x: got {x.shape[1]} tokens; give at least {self.clusters}")
+        x = F.normalize(widen(x), dim=-1)
+        mu = x[:, start.to(x.device)]
+        for _ in range(rounds):
+            mu = means(x, mu)
+        self.centroid.copy_(mu)
+
+    def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
+        """``cluster``: the number of the centroid nearest to each patch's key; ``members``: in how
+        many clusters it is a query, 0 if it sees nothing; ``with_class``: 1 for the keys of the
+        cluster nearest to the first prefix token's query, if there is one. All for each head."""
+        if inputs.grid is None or len(inputs.grid) != 2:
+            return {}
+        assert isinstance(operator, SubsetsOperator)
+        prefix, mu = inputs.prefix, operator.context
+        k = F.normalize(inputs.q, dim=-1) if self.shared else inputs.k
+        cluster = (mu @ widen(k[:, :, prefix:]).transpose(2, 3)).argmax(2).float()
+        found = {"cluster": cluster, "members": operator.members()[..., prefix:].float()}
+        if prefix:
+            own = (mu @ widen(inputs.q[:, :, :1]).transpose(2, 3)).argmax(2)[..., None]
+            keys = operator.keys.unflatten(2, (self.clusters, -1))[..., prefix:] - prefix
+            mine = keys.gather(2, own.expand(-1, -1, 1, keys.shape[3]))[:, :, 0]
+            found["with_class"] = torch.zeros_like(cluster).scatter_(2, mine, 1.0)
+        return {name: x.unflatten(-1, inputs.grid) for name, x in found.items()}
+
+
+class _Moves(torch.autograd.Function):
+    """The identity; its backward pass moves the centroids, as in the authors' training."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, centroid: Tensor, new: Tensor, decay: float) -> Tensor:
+        ctx.centroid, ctx.new, ctx.decay = centroid, new, decay
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        moved = ctx.decay * ctx.centroid + (1 - ctx.decay) * ctx.new
+        ctx.centroid.copy_(F.normalize(moved, dim=-1))
+        return grad, None, None, None
+
+
+def means(x: Tensor, mu: Tensor) -> Tensor:
+    """One round of k-means: directions (..., C, D) of the sums of the tokens x (..., M, D) of length 1
+    that are nearest to each of ``mu``; a centroid without tokens stays."""
+    nearest = (x @ mu.transpose(-2, -1)).argmax(-1)
+    sums = F.one_hot(nearest, mu.shape[-2]).to(x.dtype).transpose(-2, -1) @ x
+    return torch.where((sums != 0).any(-1, keepdim=True), F.normalize(sums, dim=-1), mu)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Norms of x (B, H, N, D), never 0: (B, H, 1, N)."""
+    return torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)[:, :, None]
+
+
+class _Collects:
+    """Answers for mechanisms by softmax attention, and keeps the tokens that routing would cluster."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.tokens = most, {}  # type: ignore[var-annotated]
+
+    def attend(self, mechanism: Any, inputs: Inputs) -> Tensor:
+        inputs = mechanism.accepted(inputs)
+        if not isinstance(mechanism, Routing):
+            local = mechanism.local(inputs)
+            y = mechanism.operator(inputs).matvec(inputs.v)
+            return y if local is None else y + local  # type: ignore[no-any-return]
+        q, k = (
+            x[:, :, inputs.prefix :].transpose(0, 1).flatten(1, 2) for x in (inputs.q, inputs.k)
+        )
+        x = q if mechanism.shared else torch.cat([q, k], 1)
+        step = -(-x.shape[1] // self.most)
+        self.tokens.setdefault(mechanism, []).append(x[:, ::step])
+        return SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal).matvec(
+            inputs.v
+        )
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        return operator.matvec(value)
+
+
+@torch.no_grad()
+def fit_centroids(
+    model: nn.Module, batches: Iterable[Tensor], rounds: int = 10, most: int = 2048, seed: int = 0
+) -> None:
+    """Set the centroids of all routing layers of ``model`` to what its own softmax attention meets.
+
+    Args:
+        model: with routing in some of its layers, for example by ``convert``; a backbone too.
+        batches: of the model's inputs.
+        rounds: of k-means; ``most``: tokens kept of a batch; ``seed``: of the first centroids.
+
+    Raises:
+        ValueError: no layer of routing was reached, or fewer tokens than clusters.
+    """
+    forward = getattr(model, "logits", model)
+    collects = _Collects(most)
+    with answering_by(collects):
+        for batch in batches:
+            forward(batch)
+    if not collects.tokens:
+        raise ValueError("model: no layer has routing attention; convert it first")
+    for mechanism, found in collects.tokens.items():
+        mechanism.fit(torch.cat(found, 1), rounds, seed)

@@ -1,0 +1,1 @@
+"""Mechanisms in a model: layers, conversion of trained models, several processes."""

@@ -1,0 +1,128 @@
+"""Fold learned rotations into the projections of queries and keys, for inference.
+
+    q_i . R(p_i)^T R(p_j) k_j = (Q^T q_i) . T(p_i)^T T(p_j) (Q^T k_j),    R(p) = Q T(p) Q^T
+
+Q does not depend on places, so Q^T W takes the place of the weight W of a projection; T turns pairs of
+channels, at the cost of rotary embedding. See :mod:`xattn.attention.comrope`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from xattn.attention.comrope import ComRope, FoldedRotation
+from xattn.attention.model.layer import Attention
+from xattn.runtime.copies import shared_copy
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def folded(model: Model) -> Model:
+    """A copy of ``model`` with every rotation ``comrope`` folded into the projections of its layer; its
+    outputs are equal up to rounding. All other weights are shared, and ``model`` stays as it is.
+
+    Args:
+        model: with layers of :func:`~xattn.attention.create_attention`, or converted by
+            :func:`~xattn.attention.convert`; a :class:`~xattn.Backbone` will do. Its copy is for
+            inference: the folded rotations are not trained, and it cannot be converted or reverted.
+
+    Raises:
+        ValueError: no rotation that can be folded, or a layer that changes queries or keys between the
+            projection and the rotation, as a norm does (it is named).
+    """
+    copied = shared_copy(model)
+    found = {path: holder for path, layer in copied.named_modules() if (holder := _holder(layer))}
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no layer with a rotation that can be folded; give one "
+            f"with rotate='comrope'"
+        )
+    for path in found:
+        _check(path, copied.get_submodule(path))
+    for path, holder in found.items():
+        basis, holder.rotate = holder.rotate.folded()
+        _fold(copied.get_submodule(path), basis)
+    return copied
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether :func:`folded` made ``model``."""
+    return any(isinstance(m, FoldedRotation) for m in model.modules())
+
+
+def _holder(layer: nn.Module) -> Any:
+    """What holds the rotation of an attention layer: itself, or its mechanism if it was converted."""
+    for holder in (layer if isinstance(layer, Attention) else None, _mechanism(layer)):
+        if isinstance(getattr(holder, "rotate", None), ComRope):
+            return holder
+    return None
+
+
+def _mechanism(layer: nn.Module) -> Any:
+    return getattr(layer, "mechanism", None)
+
+
+def _check(path: str, layer: Any) -> None:
+    for name in ("q_norm", "k_norm"):
+        if not isinstance(getattr(layer, name, None), nn.Identity | None):
+            raise ValueError(
+                f"model: {path}.{name} stands between the projection and the rotation, which cannot be "
+                f"folded; use the model as it is"
+            )
+    for name, linear in _projections(layer).items():
+        if not isinstance(linear, nn.Linear) or parametrize.is_parametrized(linear):
+            raise ValueError(
+                f"model: {path}.{name} is no plain nn.Linear ({type(linear).__name__}), which is what a "
+                f"rotation folds into"
+            )
+
+
+def _projections(layer: Any) -> dict[str, Any]:
+    """The projections of queries and keys by name: one for both, or two."""
+    if getattr(layer, "qkv", None) is not None:
+        return {"qkv": layer.qkv}
+    return {name: getattr(layer, name, None) for name in ("q_proj", "k_proj")}
+
+
+@torch.no_grad()
+def _fold(layer: Any, basis: Tensor) -> None:
+    """Put Q^T (of ``basis``, (G, D, D)) before the queries and keys of ``layer``."""
+    heads = layer.num_heads
+    key_heads = getattr(layer, "kv_heads", None) or getattr(layer, "num_kv_heads", None) or heads
+    width = basis.shape[1]
+    for name, linear in _projections(layer).items():
+        counts = {"qkv": (heads, key_heads), "q_proj": (heads,), "k_proj": (key_heads,)}[name]
+        _set(linear, "weight", _turned(linear.weight, counts, basis))
+        if linear.bias is not None:
+            _set(linear, "bias", _turned(linear.bias, counts, basis))
+    for name, count in (("q_bias", heads), ("k_bias", key_heads)):  # beside the projection
+        bias = getattr(layer, name, None)
+        if isinstance(bias, Tensor) and len(bias) == count * width:
+            _set(layer, name, _turned(bias, (count,), basis))
+
+
+def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
+    """``x`` with Q^T x in place of x for its first rows: those of ``counts`` heads, one after the other."""
+    groups, width, _ = basis.shape
+    wide, start = x.detach().to(basis.dtype).clone(), 0
+    for count in counts:
+        rows = slice(start * width, (start + count) * width)
+        q = basis.repeat_interleave(count // groups, 0).to(x.device)
+        heads = wide[rows].reshape(count, width, -1)
+        wide[rows] = (q.transpose(1, 2) @ heads).reshape(wide[rows].shape)
+        start += count
+    return wide.to(x.dtype)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a tensor of ``module``; one that another model shares stays as it is."""
+    if name in module._parameters:
+        old = module._parameters[name]
+        trained = old is not None and old.requires_grad
+        setattr(module, name, nn.Parameter(value, requires_grad=trained))
+    else:
+        module._buffers[name] = value

@@ -1,0 +1,178 @@
+"""Parallel cross-attention: tokens read several streams of context, such as words and a reference photo.
+
+    y = b + sum_s W_O^s A_s (c_s W_v^s),     A_s = softmax((x W_q^s) (c_s W_k^s)^T / sqrt(d))
+
+Every stream c_s has a width, a length and a softmax of its own, so none takes attention from another. W_O^s
+of the added streams, all but the first, starts at 0: a stream can be added to a trained layer without
+changing what it computes. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.base import merge_heads, split_heads, whole
+from xattn.attention.operators.algebra import LowRankOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.positions import check_grid
+from xattn.attention.record import mix
+
+
+class ParallelCrossAttention(nn.Module):
+    """Tokens (B, N, C) that read streams (B or 1, S_s, C_s): ``layer(x, streams)``.
+
+    Under :func:`xattn.attention.record` each stream that is not empty is a call, whose map ``tokens`` is
+    that of :func:`token_maps`.
+
+    Args:
+        dim: C, width of the tokens and of the output; ``num_heads``: H, which divides it.
+        widths: C_s of each stream; the first is the one that is there from the start.
+        shared_query: one W_q for all streams in place of one for each.
+        bias: of queries, and b. Keys and values have none: one of the keys would cancel, and one of the
+            values would make a stream count that has nothing to say.
+        backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        widths: Sequence[int],
+        *,
+        shared_query: bool = False,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if whole("dim", dim) % whole("num_heads", num_heads):
+            raise ValueError(f"dim, num_heads: got {dim}, {num_heads}; num_heads has to divide dim")
+        if not widths:
+            raise ValueError("widths: got none; give the width of each stream")
+        self.dim, self.num_heads, self.backend = dim, num_heads, backend
+        self.widths = tuple(whole("widths", width) for width in widths)
+        queries = 1 if shared_query else len(self.widths)
+        self.q = nn.ModuleList(nn.Linear(dim, dim, bias=bias) for _ in range(queries))
+        self.k = nn.ModuleList(nn.Linear(width, dim, bias=False) for width in self.widths)
+        self.v = nn.ModuleList(nn.Linear(width, dim, bias=False) for width in self.widths)
+        self.proj = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in self.widths)
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        for added in self.proj[1:]:
+            nn.init.zeros_(added.weight)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        x: Tensor,
+        streams: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None] | None = None,
+        grid: Sequence[int] | None = None,
+        prefix: int = 0,
+    ) -> Tensor:
+        """(B, N, C) -> (B, N, C).
+
+        Args:
+            streams: (B or 1, S_s, C_s) each; None, or no token, adds nothing.
+            masks: (B or 1, S_s) bool each, True for the tokens that count, so that streams of different
+                lengths fit into a batch; None counts all.
+            grid: of the tokens x behind ``prefix`` others, for maps where attention is recorded.
+
+        Raises:
+            ValueError: a stream of another width or batch, a mask that does not fit it, or too few streams.
+        """
+        sides = None if grid is None else tuple(grid)
+        operators = self.operators(x, streams, masks)
+        check_grid("parallel_cross_attention", (0,), sides, prefix, x.shape[1])
+        y = None if self.bias is None else self.bias.expand(x.shape)
+        for s, (operator, stream) in enumerate(zip(operators, streams, strict=True)):
+            if stream is None or not stream.shape[1]:
+                continue
+            value = split_heads(self.v[s](stream), self.num_heads).expand(len(x), -1, -1, -1)
+            maps = partial(_maps, operator.detach(), sides, prefix)
+            read = mix("parallel_cross_attention", operator, value, maps)
+            own = self.proj[s](merge_heads(read))
+            y = own if y is None else y + own
+        return torch.zeros_like(x) if y is None else y
+
+    def operators(
+        self,
+        x: Tensor,
+        streams: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> list[Operator]:
+        """A_s of each stream, (B, H, N, S_s): its ``rows`` say which context a token reads, its
+        ``vecmat`` which context a region reads. Arguments and errors as in :meth:`forward`."""
+        self._check(x, streams, masks)
+        masks = [None] * len(streams) if masks is None else masks
+        made: list[Operator] = []
+        for s, (stream, mask) in enumerate(zip(streams, masks, strict=True)):
+            q = split_heads(self.q[s if len(self.q) > 1 else 0](x), self.num_heads)
+            if stream is None or not stream.shape[1]:
+                nothing = q.new_zeros(*q.shape[:2], 0, 0)
+                made.append(LowRankOperator(q[..., :0], nothing, signed=False))
+                continue
+            k = split_heads(self.k[s](stream), self.num_heads).expand(len(x), -1, -1, -1)
+            bias = None
+            if mask is not None:
+                bias = torch.zeros(mask.shape, dtype=k.dtype, device=k.device)
+                bias = bias.masked_fill(~mask, -torch.inf)[:, None, None]
+            made.append(SoftmaxOperator(q, k, bias=bias, backend=self.backend))
+        return made
+
+    def _check(
+        self,
+        x: Tensor,
+        streams: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None] | None,
+    ) -> None:
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x: got {tuple(x.shape)}; give (B, N, {self.dim})")
+        for name, given in (("streams", streams), ("masks", masks)):
+            if given is not None and len(given) != len(self.widths):
+                raise ValueError(
+                    f"{name}: got {len(given)}; give {len(self.widths)}, None for an empty stream"
+                )
+        for s, stream in enumerate(streams):
+            wanted = f"({len(x)} or 1, S, {self.widths[s]})"
+            fits = stream is None or (stream.ndim == 3 and stream.shape[2] == self.widths[s])
+            if not fits or (stream is not None and stream.shape[0] not in (1, len(x))):
+                assert stream is not None
+                raise ValueError(f"streams: stream {s} has {tuple(stream.shape)}; give {wanted}")
+            mask = None if masks is None else masks[s]
+            if mask is None:
+                continue
+            length = 0 if stream is None else stream.shape[1]
+            shape = tuple(mask.shape)
+            if mask.dtype != torch.bool or shape not in ((1, length), (len(x), length)):
+                raise ValueError(
+                    f"masks: that of stream {s} is {mask.dtype} of shape {shape}; give bool "
+                    f"({len(x)} or 1, {length})"
+                )
+
+
+@torch.no_grad()
+def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tensor:
+    """A map for each token of a stream, (B, S, h, w): where it is read, mean over heads. The maps of all
+    tokens sum to 1 at every place."""
+    parts = [operator.tile(rows, slice(None)).mean(1) for rows in operator.row_chunks()]
+    return torch.cat(parts, 1)[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def stream_shares(operators: Sequence[Operator]) -> Tensor:
+    """pi (B, H, N, number of streams): what each stream would get of a softmax over all tokens together,
+
+        softmax over [c_1; c_2; ...] = [pi_1 A_1, pi_2 A_2, ...],    pi_s = Z_s / sum Z,   Z_s = exp lse_s
+
+    0 for an empty stream. Parallel attention leaves pi out."""
+    nothing = operators[0].row_sums() - torch.inf
+    lse = [a.lse if isinstance(a, SoftmaxOperator) else nothing for a in operators]
+    scores = torch.stack(lse, -1)
+    return torch.where(scores.isneginf(), 0.0, scores.softmax(-1))
+
+
+def _maps(operator: Operator, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
+    if grid is None or len(grid) != 2:
+        return {}
+    return {"tokens": token_maps(operator, grid, prefix)}

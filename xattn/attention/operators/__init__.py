@@ -1,0 +1,1 @@
+"""Operators: what a mechanism does to its values, without the N x N matrix."""

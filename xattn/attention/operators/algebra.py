@@ -1,0 +1,364 @@
+"""Operators made of others or of small factors: products, sums, gates, pooling, low rank.
+
+Product  A_1 A_2 ...      Sum  A_1 + A_2 + ...      Gated  diag(g) A      Columns  A diag(c)
+LowRank  L R              Pool  means or weighted sums over runs of keys
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from xattn.attention.inputs import spread_heads
+from xattn.attention.operators.base import Operator, check_heads
+from xattn.attention.order import Order
+from xattn.kernels.backend import own_precision
+from xattn.kernels.softmax.reference import widen
+
+
+class LowRankOperator(Operator):
+    """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S.
+
+    ``stochastic`` and ``signed`` say what the caller knows of A. Products with values are computed in
+    the wider type of both.
+    """
+
+    def __init__(
+        self, left: Tensor, right: Tensor, *, stochastic: bool = False, signed: bool = True
+    ) -> None:
+        self.left, self.right = left, right
+        self.stochastic, self.signed = stochastic, signed
+        self.shape = (left.shape[0], left.shape[1], left.shape[2], right.shape[3])
+
+    @property
+    def pairs(self) -> float:
+        return self.left.shape[3] * (self.shape[2] + self.shape[3]) / 2
+
+    def matvec(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.left.dtype, x.dtype)
+        with own_precision(x):
+            return (self.left.to(dtype) @ (self.right.to(dtype) @ x.to(dtype))).to(x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        with own_precision(self.left):
+            return widen(self.left[:, :, index]) @ widen(self.right)
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        product = (self._spread(r) @ widen(self.left)) @ widen(self.right)
+        return product.mean(1) if check_heads(heads) else product
+
+    def _anchor(self) -> Tensor:
+        return self.left
+
+
+class ProductOperator(Operator):
+    """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys.
+
+    ``causal`` says what the caller knows of A.
+    """
+
+    def __init__(self, factors: Sequence[Operator], *, causal: bool = False) -> None:
+        self.factors, self.causal = tuple(factors), causal
+        first, last = self.factors[0], self.factors[-1]
+        self.shape = (*first.shape[:3], last.shape[3])
+        self.stochastic = all(f.stochastic for f in self.factors)
+        self.signed = any(f.signed for f in self.factors)
+
+    @property
+    def pairs(self) -> float:
+        return sum(factor.pairs for factor in self.factors)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            x = factor.matvec(x)
+        return x
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            x = factor.matvec_and_keep(x)
+        return x
+
+    def rows(self, index: Tensor) -> Tensor:
+        r = self.factors[0].rows(index)
+        for factor in self.factors[1:]:
+            r = factor.vecmat(r)
+        return r
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        r = self._spread(r)
+        for factor in self.factors:
+            r = factor.vecmat(r)
+        return r.mean(1) if check_heads(heads) else r
+
+    def _anchor(self) -> Tensor:
+        return self.factors[0]._anchor()
+
+
+class SumOperator(Operator):
+    """A = A_1 + A_2 + ..., all of one shape: attention in branches.
+
+    ``stochastic``, ``signed`` and ``hides`` say what the caller knows of A beyond what its terms tell.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Operator],
+        *,
+        stochastic: bool = False,
+        signed: bool | None = None,
+        hides: bool | None = None,
+    ) -> None:
+        self.terms = tuple(terms)
+        if not self.terms:
+            raise ValueError("terms: got none; give at least one operator")
+        self.shape = self.terms[0].shape
+        wrong = [term.shape for term in self.terms if term.shape != self.shape]
+        if wrong:
+            raise ValueError(f"terms: got shapes {self.shape} and {wrong[0]}; give equal ones")
+        self.stochastic = stochastic
+        self.signed = any(term.signed for term in self.terms) if signed is None else signed
+        self.causal = all(term.causal for term in self.terms)
+        self.hides = all(term.hides for term in self.terms) if hides is None else hides
+
+    @property
+    def pairs(self) -> float:
+        return sum(term.pairs for term in self.terms)
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return total(term.matvec(x) for term in self.terms)
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return total(term.matvec_and_keep(x) for term in self.terms)
+
+    def rows(self, index: Tensor) -> Tensor:
+        rows = total(term.rows(index) for term in self.terms)
+        rounded = not self.signed and any(term.signed for term in self.terms)
+        return rows.clamp_min(0) if rounded else rows
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        return total(term.vecmat(r, heads) for term in self.terms)
+
+    def row_sums(self) -> Tensor:
+        return total(term.row_sums() for term in self.terms)
+
+    def _anchor(self) -> Tensor:
+        return self.terms[0]._anchor()
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, without a zero to begin with."""
+    first, *rest = terms
+    return sum(rest, first)
+
+
+class GatedOperator(Operator):
+    """diag(g) A: every row times a factor of its token and head.
+
+    Args:
+        operator: A.
+        factor: g, (B, H, N).
+        signed: whether g may be negative; say False of gates that cannot.
+        sparse: whether many g are 0, so that these rows need not be computed.
+    """
+
+    def __init__(
+        self, operator: Operator, factor: Tensor, *, signed: bool = True, sparse: bool = False
+    ) -> None:
+        if factor.shape != operator.shape[:3]:
+            raise ValueError(
+                f"factor: got shape {tuple(factor.shape)}; give {operator.shape[:3]}, one for each "
+                f"token and head"
+            )
+        self.operator, self.factor, self.sparse = operator, factor, sparse
+        self.shape, self.causal = operator.shape, operator.causal
+        self.signed, self.hides = signed or operator.signed, operator.hides
+
+    @property
+    def pairs(self) -> float:
+        kept = float((self.factor != 0).float().mean()) if self.sparse else 1.0
+        return kept * self.operator.pairs
+
+    def matvec(self, x: Tensor) -> Tensor:
+        if self.sparse:
+            y = self.operator.matvec_where(x, self.factor.detach() != 0)
+        else:
+            y = self.operator.matvec(x)
+        return self.factor[..., None].to(y.dtype) * y
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        if self.sparse:  # rows that are not computed have nothing to keep
+            return self.matvec(x)
+        y = self.operator.matvec_and_keep(x)
+        return self.factor[..., None].to(y.dtype) * y
+
+    def rows(self, index: Tensor) -> Tensor:
+        rows = self.operator.rows(index)
+        return self.factor[:, :, index, None].to(rows.dtype) * rows
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        r = self._spread(r)
+        return self.operator.vecmat(r * self.factor[:, :, None].to(r.dtype), heads)
+
+    def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
+        # A' dA' = g A (grad . v) = A ((g grad) . v), whatever the sign of g
+        return self.operator.gradient_vecmat(v, grad * self.factor[..., None].to(grad.dtype), r)
+
+    def row_sums(self) -> Tensor:
+        sums = self.operator.row_sums()
+        return self.factor.to(sums.dtype) * sums
+
+    def _anchor(self) -> Tensor:
+        return self.operator._anchor()
+
+
+class ColumnsOperator(Operator):
+    """A diag(c): every column times a factor of its token and head.
+
+    Args:
+        operator: A; ``factor``: c, (B, H, S), not negative.
+    """
+
+    def __init__(self, operator: Operator, factor: Tensor) -> None:
+        self.operator, self.factor = operator, factor
+        self.shape, self.causal, self.signed = operator.shape, operator.causal, operator.signed
+        self.hides = operator.hides
+
+    @property
+    def pairs(self) -> float:
+        return self.operator.pairs
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self.operator.matvec(self.scaled(x))
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return self.operator.matvec_and_keep(self.scaled(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """diag(c) X, (B, H, S, m) for X of H or Hk heads."""
+        return spread_heads(x, self.shape[1]) * self.factor[..., None].to(x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        rows = self.operator.rows(index)
+        return rows * self.factor[:, :, None].to(rows.dtype)
+
+    def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
+        product = self.operator.vecmat(r)
+        product = product * self.factor[:, :, None].to(product.dtype)
+        return product.mean(1) if check_heads(heads) else product
+
+    def _anchor(self) -> Tensor:
+        return self.operator._anchor()
+
+
+class PoolOperator(Operator):
+    """Each of C pooled tokens is a mean or a weighted sum of a run of the S tokens.
+
+    Args:
+        like: a tensor (B, H, S, ...) whose sizes, dtype and device it takes.
+        block: tokens in a run; ``stride``: from the start of one run to the next, ``block`` by default.
+        weight: (H or Hk, block), a convolution with one kernel per head, or (B, H or Hk, C, block), one
+            for each pooled token behind the prefix; None takes the mean.
+        order: of the tokens behind the prefix, in which runs are counted; padding counts for nothing.
+        prefix: tokens in front that belong to no run.
+        keep_prefix: whether each of these stands, as it is, in front of the pooled tokens.
+
+    Raises:
+        ValueError: a block longer than the tokens, or lengths that are not positive.
+    """
+
+    def __init__(
+        self,
+        like: Tensor,
+        block: int,
+        stride: int | None = None,
+        *,
+        weight: Tensor | None = None,
+        order: Order | None = None,
+        prefix: int = 0,
+        keep_prefix: bool = False,
+    ) -> None:
+        batch, heads, tokens = like.shape[:3]
+        places = tokens - prefix if order is None else len(order.index)
+        stride = block if stride is None else stride
+        if not 1 <= block <= places or stride < 1:
+            raise ValueError(
+                f"block, stride: got {block}, {stride} for {places} tokens; give a block of 1 to "
+                f"{places} and a stride of at least 1"
+            )
+        self.block, self.stride, self.order, self.prefix = block, stride, order, prefix
+        self.weight, self._like = weight, like.new_empty(0)
+        self.kept = prefix if keep_prefix else 0
+        self.stochastic, self.signed = weight is None, weight is not None
+        self.shape = (batch, heads, self.kept + (places - block) // stride + 1, tokens)
+        self._share: Tensor | None = None
+        if weight is None and order is not None and order.is_padded:
+            real = (~order.padding).to(like.dtype).unfold(0, block, stride)
+            self._share = 1 / real.sum(-1).clamp_min(1)
+
+    @property
+    def pairs(self) -> float:
+        return self.shape[2] * self.block / 4  # one addition a token and channel
+
+    def matvec(self, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            x = spread_heads(
+                x, max(x.shape[1], self.weight.shape[1 if self.weight.ndim == 4 else 0])
+            )
+        pooled = self._pool(x[:, :, self.prefix :])
+        return torch.cat([x[:, :, : self.kept], pooled], 2) if self.kept else pooled
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """The pooled tokens of those behind the prefix."""
+        x = x if self.order is None else self.order.apply(x)
+        runs = x.unfold(2, self.block, self.stride)  # (B, H, C, m, block)
+        if self.weight is not None:
+            weight = spread_heads(self._weights(), x.shape[1]).to(x.dtype)
+            return (runs @ weight[..., None])[..., 0]
+        if self._share is None:
+            return runs.mean(-1)
+        return runs.sum(-1) * self._share.to(x.dtype)[:, None]
+
+    def _weights(self) -> Tensor:
+        """(1 or B, H or Hk, 1 or C, block)."""
+        assert self.weight is not None
+        return self.weight if self.weight.ndim == 4 else self.weight[None, :, None]
+
+    def rows(self, index: Tensor) -> Tensor:
+        kept, tokens = index < self.kept, self.shape[3]
+        pooled = self._pooled_rows((index - self.kept).clamp(min=0))
+        alone = torch.arange(tokens, device=index.device) == index[:, None]
+        return torch.where(kept[:, None], alone.to(pooled.dtype), pooled)
+
+    def _pooled_rows(self, index: Tensor) -> Tensor:
+        batch, heads, _, tokens = self.shape
+        at = index[:, None] * self.stride + torch.arange(self.block, device=index.device)
+        token = at if self.order is None else self.order.index[at]  # (R, block)
+        share = torch.ones_like(at, dtype=widen(self._like).dtype).expand(batch, heads, -1, -1)
+        if self.weight is not None:
+            weight = spread_heads(widen(self._weights()), heads)
+            share = (weight if weight.shape[2] == 1 else weight[:, :, index]).expand_as(share)
+        elif self._share is not None:
+            share = share * widen(self._share)[index][:, None]
+        else:
+            share = share / self.block
+        share = share.masked_fill(token < 0, 0.0)
+        out = share.new_zeros(batch, heads, len(index), tokens)
+        where = (token.clamp(min=0) + self.prefix).expand(batch, heads, -1, -1)
+        return out.scatter_add(-1, where, share)
+
+    def _anchor(self) -> Tensor:
+        return self._like
+
+
+def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
+    """Mean over runs of ``block`` tokens every ``stride`` (``block`` by default) tokens.
+
+    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; tokens left over at the end are
+    ignored. For a grid, put the tokens in a tile order first, or use :class:`PoolOperator`.
+
+    Raises:
+        ValueError: a block longer than N, or lengths that are not positive.
+    """
+    return PoolOperator(x, block, stride).matvec(x)

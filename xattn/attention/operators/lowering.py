@@ -1,0 +1,249 @@
+"""Which path attention over key segments takes: dense, with a mask, in bands, or lists of key blocks.
+
+    o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
+
+Each segment is attended alone, and log-sum-exps merge them exactly.
+Mechanisms say what is visible; only this module decides how that is computed.
+
+Softmax attention over a union of parts, each of them a call of an op that gives its log-sum-exp.
+
+    L = log sum_s exp(L_s + c_s),   o = sum_s exp(L_s + c_s - L) o_s
+
+c_s is a constant that is added to all scores of part s. Forward, parts are merged as they come. Backward
+needs no part of its own: with the union's o and L - c_s in place of o_s and L_s, the backward of an op
+gives what the union passes on to that part, because p_ij = exp(s_ij + c_s - L) whichever part key j is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import spread_heads, to_heads
+from xattn.attention.selection import Blocks, Segment, visible_blocks
+from xattn.kernels import block_sparse, grouped, softmax
+from xattn.kernels.op import LAYOUTS
+
+
+@dataclass(frozen=True)
+class Part:
+    """A call of the op ``name`` with outputs (o, lse) for a record of its arguments."""
+
+    name: str
+    problem: Any
+    shift: float = 0.0
+    """c, added to all of its scores."""
+    offset: Tensor | None = None
+    """(B or 1, H or 1, N), added to all scores of a query; it may have a gradient."""
+
+
+def attend_union(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """o (B, H, N, Dv) and the log-sum-exp (B, H, N); a row that sees no key has 0 and -inf."""
+    offsets = any(part.offset is not None for part in parts)
+    if len(parts) == 1 and not parts[0].shift and not offsets:
+        return _alone(parts[0])
+    if offsets or torch.compiler.is_compiling():
+        return _merged(parts)
+    calls, tensors = [], []
+    for part in parts:
+        count = LAYOUTS[part.name][0]
+        calls.append((part.name, part.shift, count, tuple(part.problem[count:])))
+        tensors += part.problem[:count]
+    fields = [LAYOUTS[part.name][1] for part in parts]
+    return _Union.apply(calls, fields, *tensors)  # type: ignore[no-any-return]
+
+
+def _alone(part: Part) -> tuple[Tensor, Tensor]:
+    return getattr(torch.ops.xattn, f"{part.name}_forward")(*part.problem)  # type: ignore[no-any-return]
+
+
+def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """The union by differentiable steps: for compiled code, which cannot trace :class:`_Union`, and for
+    the gradient of offsets."""
+    outputs, logs = [], []
+    for part in parts:
+        o, own = _alone(part)
+        own = own + part.shift
+        outputs.append(o)
+        logs.append(own if part.offset is None else own + part.offset.to(own.dtype))
+    lse = torch.stack(logs)
+    # Where no part has a key, exp(-inf - -inf) would be NaN, also in the backward pass.
+    empty = lse.isneginf().all(0)
+    lse = lse.masked_fill(empty, 0.0)
+    total = lse.logsumexp(0)
+    share = (lse - total).exp()[..., None].to(outputs[0].dtype)
+    first, *rest = (w * own for w, own in zip(share, outputs, strict=True))
+    return sum(rest, first), total.masked_fill(empty, -torch.inf)
+
+
+class _Union(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, calls: Any, fields: Any, *tensors: Tensor | None) -> Any:
+        at, o, total = 0, None, None
+        for name, shift, count, rest in calls:
+            op = getattr(torch.ops.xattn, f"{name}_forward")
+            own, lse = op(*tensors[at : at + count], *rest)
+            lse = lse + shift
+            if o is None or total is None:
+                o, total = own, lse
+            else:
+                new = torch.logaddexp(total, lse)
+                share = (lse - new).exp().masked_fill(lse.isneginf(), 0.0)
+                o, total = o.lerp_(own, share[..., None].to(o.dtype)), new
+            at += count
+        ctx.calls, ctx.fields = calls, fields
+        ctx.save_for_backward(*tensors, o, total)
+        ctx.set_materialize_grads(False)
+        return o, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
+        *tensors, o, total = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(tensors)
+        if grad is None and grad_lse is None:
+            return None, None, *found
+        grad = torch.zeros_like(o) if grad is None else grad
+        at = 0
+        for (name, shift, count, rest), own in zip(ctx.calls, ctx.fields, strict=True):
+            wanted = [ctx.needs_input_grad[2 + at + i] for i in own]
+            if any(wanted):
+                op = getattr(torch.ops.xattn, f"{name}_backward")
+                given = tensors[at : at + count]
+                flat = op(grad, grad_lse, o, total - shift, *given, *rest, wanted)
+                for i, x, wants in zip(own, flat, wanted, strict=True):
+                    found[at + i] = x if wants else None
+            at += count
+        return None, None, *found
+
+
+DENSE = 2048  # the most keys for which a mask is stored
+BANDED = 1280  # up to so many keys bands of a stored mask beat lists
+SMALL = 512  # below so many keys gathering never pays
+
+
+def attend(
+    q: Tensor, segments: Sequence[Segment], *, scale: float | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q`` (B, H, N, D) over the union of the segments' keys.
+
+    Returns:
+        o (B, H, N, Dv) and the log-sum-exp (B, H, N); a row that sees no key has 0 and -inf.
+
+    Raises:
+        ValueError: no segment, or shapes, dtypes and indices that do not match.
+    """
+    if not segments:
+        raise ValueError("segments: got none; give at least one Segment(k, v)")
+    return attend_union([_part(q, s, scale, backend) for s in segments])
+
+
+def attend_output(
+    q: Tensor,
+    segments: Sequence[Segment],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    every_row: bool = False,
+) -> Tensor:
+    """o of :func:`attend`, by PyTorch's own attention where that can answer: for short inputs the
+    log-sum-exp costs as much as a tenth of the call.
+
+    Args:
+        every_row: whether every row is known to see a key in spite of a bias.
+    """
+    if backend == "auto" and len(segments) == 1 and segments[0].v is not None:
+        s, heads = segments[0], q.shape[1]
+        fixed = s.bias is None or (every_row and not needs_grad(s.bias))
+        if (
+            fixed
+            and not s.shift
+            and s.marks is None
+            and s.rule is None
+            and (s.blocks is None or reads_all(s.k, s.blocks))
+        ):
+            bias = None if s.bias is None else to_heads(s.bias, heads)[:, :, None, :]
+            k, v = spread_heads(s.k, heads), spread_heads(s.v, heads)  # type: ignore[arg-type]
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    return attend(q, segments, scale=scale, backend=backend)[0]
+
+
+def needs_grad(x: Tensor) -> bool:
+    """Whether a gradient of ``x`` may be asked for, now."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
+    if s.v is None:
+        raise ValueError("segments: got one without values; give Segment(k, v)")
+    offset = None if s.offset is None else to_heads(s.offset, q.shape[1])
+    if s.marks is not None:
+        return Part("grouped", _grouped(q, s, scale, backend), s.shift, offset)
+    if s.rule is None and (s.blocks is None or (backend == "auto" and reads_all(s.k, s.blocks))):
+        bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
+        dense = softmax.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
+        return Part("softmax", dense, s.shift, offset)
+    blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
+    sparse = block_sparse.problem(
+        q,
+        s.k,
+        s.v,
+        blocks.index.to(q.device),
+        q_block=blocks.q_block,
+        k_block=blocks.k_block,
+        bias=s.bias,
+        box=None if s.rule is None else s.rule.to(q.device),
+        scale=scale,
+        backend=backend,
+    )
+    return Part("block_sparse", sparse, s.shift, offset)
+
+
+def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> grouped.Problem:
+    if s.blocks is None or s.rule is not None:
+        raise ValueError("segments: marks need blocks and no rule; give Segment(k, v, blocks)")
+    assert s.v is not None and s.marks is not None
+    return grouped.problem(
+        q,
+        s.k,
+        s.v,
+        s.marks,
+        s.blocks.index.to(q.device),
+        q_block=s.blocks.q_block,
+        k_block=s.blocks.k_block,
+        bias=s.bias,
+        weight=s.weight,
+        scale=scale,
+        backend=backend,
+    )
+
+
+def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:
+    """Whether dense attention with a stored mask beats gathering the listed keys.
+
+    Never on a GPU, with a backend of the caller's choice, or above 2048 keys, where the mask would
+    take too much memory. Lists of single queries share no gathered key, so they need longer inputs.
+    Of other lists a mask has to be ``fixed``, made once: to make one takes longer than to gather.
+    """
+    if backend != "auto" or q.device.type != "cpu" or keys > DENSE:
+        return False
+    if blocks.q_block == 1:
+        return True
+    return fixed and (keys < SMALL or 3 * blocks.index.shape[-1] * blocks.k_block > keys)
+
+
+def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
+    """Whether a kept mask in bands, where it falls into some, beats gathering the listed keys."""
+    return backend == "auto" and q.device.type == "cpu" and keys <= BANDED
+
+
+def reads_all(k: Tensor, blocks: Blocks) -> bool:
+    """Whether every list holds every block; False on a GPU, where looking would stall the stream, and
+    in compiled code, which cannot look."""
+    if k.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

@@ -1,0 +1,254 @@
+"""Sparse attention of grid tokens: which of them see which, beside prefix tokens.
+
+    operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
+
+Prefix tokens see all tokens and are seen by all; in causal attention each sees those up to itself.
+
+Masked attention in bands of queries, each of which reads only the keys between its first and last.
+
+A neighbourhood on a grid in raster order leaves most of a stored mask hidden. A band of a few rows of
+the grid sees one run of keys, so it needs neither the rest of the mask nor a copy of its keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import Inputs, spread_heads, to_heads
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.lowering import bands_are_faster, mask_is_faster
+from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.order import Order, take_rows
+from xattn.attention.selection import Blocks, Rule, Segment, visible
+from xattn.kernels.block_sparse.box import causal
+
+QUERIES = 64  # the fewest in a band
+COUNT = 16  # the most bands
+WORTH = 0.85  # the largest share of dense attention's work for which bands are used
+
+
+class Band(NamedTuple):
+    """Queries and keys from one token to before another, and what is added to their scores."""
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    bias: Tensor
+    """(1, 1, rows, prefix + keys), the prefix tokens first."""
+
+
+@torch.inference_mode(False)  # kept bands may serve training later
+def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
+    """Bands of the queries behind the prefix for a mask (1, 1, N, N); none if they save too little."""
+    n = mask.shape[3]
+    count = min(COUNT, (n - prefix) // QUERIES)
+    if count < 2:
+        return ()
+    step = -(-(n - prefix) // count)
+    seen = ~mask[0, 0].isneginf()
+    made, work = [], prefix * n
+    for start in range(prefix, n, step):
+        rows = start, min(start + step, n)
+        visible = seen[rows[0] : rows[1], prefix:].any(0).nonzero()[:, 0] + prefix
+        if not len(visible):
+            return ()
+        keys = int(visible[0]), int(visible[-1]) + 1
+        work += (rows[1] - rows[0]) * (prefix + keys[1] - keys[0])
+        part = mask[:, :, rows[0] : rows[1]]
+        bias = torch.cat([part[..., :prefix], part[..., keys[0] : keys[1]]], -1)
+        made.append(Band(rows, keys, bias))
+    return tuple(made) if work <= WORTH * n * n else ()
+
+
+class BandedOperator(SoftmaxOperator):
+    """Softmax attention with a mask whose bands are known; all but A X is as without them."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        mask: Tensor,
+        bands: tuple[Band, ...],
+        prefix: int,
+    ) -> None:
+        super().__init__(q, k, scale, mask, every_row=True)
+        self.bands, self.prefix = bands, prefix
+
+    @property
+    def pairs(self) -> float:
+        p = self.prefix
+        return p * self.shape[3] + sum(
+            (rows[1] - rows[0]) * (p + keys[1] - keys[0]) for rows, keys, _ in self.bands
+        )
+
+    def matvec(self, x: Tensor) -> Tensor:
+        p, scale = self.prefix, self.scale
+        q, k, x = self.q, spread_heads(self.k, self.shape[1]), spread_heads(x, self.shape[1])
+        parts = []
+        if p:
+            first = self.bias[:, :, :p]  # type: ignore[index]
+            parts.append(F.scaled_dot_product_attention(q[:, :, :p], k, x, first, scale=scale))
+        for (start, end), keys, bias in self.bands:
+            near_k, near_x = _near(k, keys, p), _near(x, keys, p)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:end], near_k, near_x, bias, scale=scale
+                )
+            )
+        return torch.cat(parts, 2)
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return self.matvec(x)  # the same numbers as without recording
+
+
+def _near(x: Tensor, keys: tuple[int, int], prefix: int) -> Tensor:
+    """A band's keys or values, the prefix tokens first."""
+    some = x[:, :, keys[0] : keys[1]]
+    return torch.cat([x[:, :, :prefix], some], 2) if prefix else some
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Block lists over the grid tokens, all tokens behind the prefix, on M places."""
+
+    blocks: Blocks
+    order: Order | None = None
+    """Of the grid tokens, to which all else refers; the given order by default."""
+    rule: Rule | None = None
+    """Which keys of the listed blocks a query sees."""
+    bias: Tensor | None = None
+    """(B or 1, H or 1, M), added to a key's scores."""
+    share: Tensor | None = None
+    """(B, H or Hk, query blocks, s), added to the scores of each listed block."""
+    fixed: bool = False
+    """Whether it is the same for all images and heads, so that its masks are worth keeping."""
+    masks: dict[Any, tuple[Tensor, tuple[Band, ...]]] = field(default_factory=dict)
+
+
+def pattern_operator(
+    inputs: Inputs,
+    pattern: Pattern,
+    *,
+    backend: str = "auto",
+    every_row: bool = True,
+    ordered: tuple[Tensor, Tensor] | None = None,
+) -> Operator:
+    """Softmax attention over what ``pattern`` lists.
+
+    Args:
+        ordered: queries and keys behind the prefix in the pattern's order, if they are at hand.
+        every_row: whether every query is known to see a key; with a prefix each does.
+    """
+    q, k, prefix = inputs.q, inputs.k, inputs.prefix
+    by_lists = pattern.share is not None
+    if pattern.fixed and every_row and not by_lists and bands_are_faster(q, k.shape[2], backend):
+        mask, bands = _kept_mask(inputs, pattern)
+        if bands:
+            return _facts(BandedOperator(q, k, inputs.scale, mask, bands, prefix), inputs)
+    if not by_lists and mask_is_faster(q, k.shape[2], pattern.blocks, backend, pattern.fixed):
+        mask = _kept_mask(inputs, pattern)[0] if pattern.fixed else _mask(inputs, pattern)
+        return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
+    device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
+    order, bias = pattern.order, pattern.bias
+    grid_q, grid_k, places = q[:, :, prefix:], k[:, :, prefix:], tokens[prefix:]
+    where = None
+    if order is not None:
+        order = order.to(device)
+        grid_q, grid_k = ordered or (order.apply(grid_q), order.apply(grid_k))
+        places = torch.where(order.padding, -1, order.index + prefix)
+        where = torch.cat([tokens[:prefix], order.inverse + prefix])
+        if order.is_padded and pattern.rule is None:
+            hidden = torch.zeros(len(places), dtype=q.dtype, device=device)
+            hidden = hidden.masked_fill(order.padding, -torch.inf)[None, None]
+            bias = hidden if bias is None else bias + hidden
+    segments = _listed(pattern, Segment(grid_k, None, pattern.blocks, pattern.rule, bias), grid_q)
+    columns = [places] * len(segments)
+    pieces = []
+    if prefix:
+        first, own = Segment(k[:, :, :prefix]), tokens[:prefix]
+        segments.append(first)
+        columns.append(own)
+        seen = Segment(k), tokens
+        if inputs.causal:
+            seen = Segment(first.k, rule=causal(prefix).to(device)), own
+        pieces.append(Piece(q[:, :, :prefix], (seen[0],), (seen[1],)))
+    padded = order is not None and order.is_padded
+    pieces.append(Piece(grid_q, tuple(segments), tuple(columns), padded))
+    operator = SegmentsOperator(pieces, where, len(tokens), inputs.scale, backend)
+    return _facts(operator, inputs)
+
+
+def chosen_keys_operator(
+    inputs: Inputs, keep: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> SegmentsOperator:
+    """Softmax attention of all queries to the prefix tokens and to one list of keys per head.
+
+    Args:
+        keep: LongTensor (B, H, w), numbers of tokens behind the prefix.
+        bias: (B, H, S), added to a key's scores.
+    """
+    k, prefix = inputs.k, inputs.prefix
+    columns = keep
+    if prefix:
+        always = torch.arange(prefix, device=k.device).expand(*keep.shape[:2], -1)
+        columns = torch.cat([always, keep], -1)
+    kept = take_rows(k, columns)
+    segment = Segment(kept, bias=None if bias is None else bias.gather(2, columns))
+    piece = Piece(inputs.q, (segment,), (columns,), padded=False)
+    return SegmentsOperator([piece], None, k.shape[2], inputs.scale, backend, every_row=True)
+
+
+def _listed(pattern: Pattern, every: Segment, q: Tensor) -> list[Segment]:
+    """The listed blocks as one segment; where each has a share of its own, as one for each."""
+    if pattern.share is None:
+        return [every]
+    blocks, found = pattern.blocks, []
+    for i, share in enumerate(pattern.share.unbind(-1)):
+        one = replace(blocks, index=blocks.index[..., i : i + 1].contiguous())
+        offset = share.repeat_interleave(blocks.q_block, -1)[..., : q.shape[2]]
+        found.append(replace(every, blocks=one, offset=offset))
+    return found
+
+
+def _facts(operator: Operator, inputs: Inputs) -> Operator:
+    operator.causal, operator.hides = inputs.causal, True
+    return operator
+
+
+def _kept_mask(inputs: Inputs, pattern: Pattern) -> tuple[Tensor, tuple[Band, ...]]:
+    """The mask of a fixed pattern and its bands, made once."""
+    key = inputs.prefix, inputs.causal, inputs.q.dtype, inputs.q.device
+    if key not in pattern.masks:
+        mask = _mask(inputs, pattern)
+        pattern.masks[key] = mask, bands_of(mask, inputs.prefix)
+    return pattern.masks[key]
+
+
+@torch.inference_mode(False)  # kept masks may serve training later
+def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
+    """(B or 1, H or 1, N, N): 0 or the key's own bias, and -inf where it is hidden."""
+    q, prefix = inputs.q, inputs.prefix
+    order, lists = pattern.order, pattern.blocks.index
+    device, heads = lists.device, (*lists.shape[:2],)
+    count = inputs.k.shape[2] - prefix if order is None else len(order.index)
+    segment = Segment(
+        torch.empty(1, 1, count, 0, device=device), None, pattern.blocks, pattern.rule
+    )
+    seen = visible(segment, torch.arange(count, device=device)).expand(*heads, -1, -1)
+    bias = pattern.bias
+    if order is not None:
+        seen = order.undo(order.undo(seen, 2), 3)
+        bias = None if bias is None else order.undo(bias, 2)
+    added = torch.zeros((), dtype=q.dtype, device=device) if bias is None else bias[:, :, None]
+    mask = added.masked_fill(~seen, -torch.inf)
+    mask = F.pad(mask, (prefix, 0, prefix, 0)).to(q.device)
+    if inputs.causal and prefix:
+        every = torch.arange(mask.shape[3], device=mask.device)
+        mask[..., :prefix, :] = 0.0
+        mask[..., :prefix, :].masked_fill_(every > every[:prefix, None], -torch.inf)
+    return to_heads(mask, q.shape[1])

@@ -1,0 +1,241 @@
+"""Blocks of tokens with one pooled key each: queries read the pooled keys, and choose among the blocks.
+
+On a grid a block is a tile, and the queries of a tile choose together. In a row of tokens, blocks may
+overlap and differ from those that are chosen (Native Sparse Attention, arXiv 2502.11089); causal, each
+query chooses for itself and reads only blocks that have ended. Prefix tokens belong to no block.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.algebra import PoolOperator
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.patterns import Pattern
+from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.order import Order, blocks_to_tokens, take_rows, tile_order
+from xattn.attention.selection import Blocks, Rule, Segment, select, visible_blocks
+from xattn.kernels.block_sparse.box import causal as causal_rule
+from xattn.kernels.softmax.reference import widen
+
+
+@dataclass(frozen=True, eq=False)
+class PooledBlocks:
+    """C pooled blocks of the N tokens behind the prefix, and the M blocks that can be chosen."""
+
+    tile: tuple[int, ...]
+    """Sides of a pooled block."""
+    stride: int
+    """From the first token of one pooled block to the next, in the order of ``pooling``."""
+    pooling: Order
+    """Puts the tokens of a pooled block side by side; padding fills up the last ones."""
+    order: Order | None
+    """Puts the tokens of a block that is chosen side by side; None leaves them as they are."""
+    q_block: int
+    """Queries that choose together, 1 in a causal call."""
+    k_block: int
+    """Tokens of a block that is chosen."""
+    forced: Tensor
+    """int32 (1, 1, query blocks, 1 or 3): a query's own block; causal, the one before and the first."""
+    overlap: Tensor | None = None
+    """(C, M), the share of each pooled block that lies in each other; None if they are the same."""
+    visible: Tensor | None = None
+    """Causal: int32 (N,), how many pooled blocks have ended."""
+    rule: Rule | None = None
+    """Causal: which tokens are seen."""
+    ended: Segment | None = None
+    """Causal: which prefix tokens and pooled blocks are seen; its keys are put in place."""
+
+    @property
+    def count(self) -> int:
+        """M, how many blocks can be chosen."""
+        places = len(self.pooling.inverse) if self.order is None else len(self.order.index)
+        return -(-places // self.k_block)
+
+    def pool(self, like: Tensor, prefix: int, weight: Tensor | None = None) -> PoolOperator:
+        """Tokens to the prefix tokens and C blocks; arguments as for the operator."""
+        length = math.prod(self.tile)
+        return PoolOperator(
+            like, length, self.stride, weight=weight, order=self.pooling, prefix=prefix,
+            keep_prefix=True,
+        )  # fmt: skip
+
+    def runs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of each block, (B, Hk, N, D) -> (B, Hk, C, l, D), zeros in padding; and which
+        are tokens, bool (C, l)."""
+        length = math.prod(self.tile)
+        real = (~self.pooling.padding).unfold(0, length, self.stride)
+        return self.pooling.apply(x).unfold(2, length, self.stride).transpose(-2, -1), real
+
+    def read(self, inputs: Inputs, keys: Tensor, *, backend: str = "auto") -> Operator:
+        """Softmax over the prefix tokens and pooled blocks, whose ``keys`` are (B, H or Hk, R + C, D).
+
+        Causal, only over blocks that have ended; a row that sees nothing is 0.
+        """
+        if self.ended is None:
+            return SoftmaxOperator(inputs.q, keys, inputs.scale, backend=backend)
+        columns = torch.arange(keys.shape[2], device=keys.device)
+        piece = Piece(inputs.q, (replace(self.ended, k=keys),), (columns,), padded=False)
+        return SegmentsOperator([piece], None, len(columns), inputs.scale, backend)
+
+    def choose(
+        self, inputs: Inputs, keys: Tensor, s: int, *, forced: bool = True, backend: str = "auto"
+    ) -> Blocks:
+        """The ``s`` blocks to whose pooled ``keys`` (B, Hk, C, D) the queries give most.
+
+        A query's weights are its softmax over the C blocks alone, the queries of a block and the heads
+        of a key head are summed. ``forced`` takes the own block whatever its weight; causal, then the
+        one before and the first.
+        """
+        q = inputs.q[:, :, inputs.prefix :]
+        s = min(s, self.count)
+        options: dict[str, Any] = {"forced": self.forced[..., :s].contiguous() if forced else None}
+        if self.overlap is None:
+            options |= {"softmax": True, "backend": backend}
+        return select(
+            q if self.order is None else self.order.apply(q),
+            keys,
+            s,
+            q_block=self.q_block,
+            k_block=self.k_block,
+            overlap=self.overlap,
+            visible=self.visible,
+            scale=inputs.scale,
+            **options,
+        )[0]
+
+    def importance(self, inputs: Inputs, keys: Tensor, lse: Tensor, blocks: Blocks) -> Tensor:
+        """What queries give to each of the ``blocks`` that they chose, (B, Hk, query blocks, s), with
+        gradients: the mean over the queries of a block and the heads of a key head.
+
+        Args:
+            keys: pooled, (B, Hk, C, D).
+            lse: (B, H, N) of the patches' scores, as they read pooled keys.
+        """
+        index = blocks.index.long()
+        q, groups = inputs.q[:, :, inputs.prefix :], keys.shape[1]
+        one = torch.ones_like(lse[:1, :1])
+        lse, q, one = (
+            self._by_query_block(x, groups, index.shape[2])
+            for x in (lse.masked_fill(lse.isneginf(), 0.0)[..., None], q, one[..., None])
+        )
+        cells, part = self._cells(keys)
+        cell = cells[index.clamp(min=0)]  # (B, Hk, query blocks, s, o)
+        near = take_rows(keys, cell.flatten(2)).unflatten(2, (index.shape[2], -1))
+        scores = widen(q) @ (inputs.scale * widen(near)).transpose(-2, -1)[:, :, None]
+        seen = (index >= 0)[..., None].expand_as(cell).flatten(3)[:, :, None, :, None]
+        if self.visible is not None:
+            seen = seen & (cell.flatten(3)[:, :, None, :, None] < self.visible[:, None, None])
+        p = torch.where(seen, (scores - lse).masked_fill(~seen, 0.0).exp(), 0.0) * one
+        weight = part[index.clamp(min=0)].flatten(3).to(p.dtype)[:, :, None, :, None]
+        total = (p * weight).sum((2, 4)).unflatten(-1, cell.shape[3:]).sum(-1)
+        return total / (one.sum((2, 4)) * q.shape[2]).clamp_min(1)
+
+    def _by_query_block(self, x: Tensor, groups: int, count: int) -> Tensor:
+        """(B, H, N, m) -> (B, Hk, G, query blocks, queries, m), zeros in padding."""
+        x = x if self.order is None else self.order.apply(x)
+        x = F.pad(x, (0, 0, 0, count * self.q_block - x.shape[2]))
+        heads = groups if x.shape[1] % groups == 0 else 1
+        return x.unflatten(2, (count, self.q_block)).unflatten(1, (heads, -1))
+
+    def _cells(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled blocks that overlap each block that can be chosen, (M, o), and their shares in it."""
+        if self.overlap is None:
+            every = torch.arange(self.count, device=keys.device)[:, None]
+            return every, torch.ones_like(every)
+        most = int((self.overlap > 0).sum(0).max())
+        part, cells = self.overlap.T.topk(most, -1)
+        return cells, part
+
+    def pattern(self, blocks: Blocks, share: Tensor | None = None) -> Pattern:
+        """What queries see that read the tokens of the ``blocks`` they chose."""
+        return Pattern(blocks, self.order, self.rule, share=share)
+
+    def frequency(self, blocks: Blocks) -> Tensor:
+        """Share of the lists that hold each block, (B, Hk, M) in [0, 1]."""
+        return blocks.shares(self.count)
+
+    def on_tokens(self, x: Tensor) -> Tensor:
+        """Values of blocks, (..., M), for each token behind the prefix, (..., N)."""
+        return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors may serve training later
+def pooled_blocks(
+    grid: tuple[int, ...],
+    block: int,
+    stride: int,
+    k_block: int,
+    prefix: int = 0,
+    causal: bool = False,
+    device: torch.device | str = "cpu",
+) -> PooledBlocks:
+    """The blocks of a grid, or of a row of tokens; cached.
+
+    Args:
+        grid: lengths; one for a row.
+        block: side of a pooled block. Longer than a side of the grid, it takes all of it.
+        stride: from one pooled block to the next, at most ``block``.
+        k_block: tokens of a block that is chosen.
+        causal: only for a row.
+
+    Raises:
+        ValueError: on a grid, ``stride`` or ``k_block`` other than ``block``.
+    """
+    if len(grid) == 1:
+        return _row(grid[0], block, stride, k_block, prefix, causal, device)
+    if (stride, k_block) != (block, block):
+        raise ValueError(
+            f"stride, select_block: got {stride}, {k_block} on a grid, whose tiles neither overlap nor "
+            f"differ in size; leave them out"
+        )
+    tile = tuple(min(block, length) for length in grid)
+    order, size = tile_order(grid, tile).to(device), math.prod(tile)
+    own = torch.arange(len(order.index) // size, dtype=torch.int32, device=device)
+    return PooledBlocks(tile, size, order, order, size, size, own[None, None, :, None])
+
+
+def _row(
+    n: int,
+    block: int,
+    stride: int,
+    k_block: int,
+    prefix: int,
+    causal: bool,
+    device: torch.device | str,
+) -> PooledBlocks:
+    """:func:`pooled_blocks` of ``n`` tokens in a row."""
+    line = torch.arange(n, dtype=torch.int32, device=device)
+    start = torch.arange(0, max(n - block, 0) + stride, stride, device=device)
+    pooling = tile_order((n,), int(start[-1]) + block).to(device)
+    first = torch.arange(0, n, k_block, device=device)
+    start, end = start[:, None], start[:, None] + block
+    overlap = torch.minimum(end, first + k_block) - torch.maximum(start, first)
+    own = (line if causal else line[::k_block]) // k_block
+    forced = torch.stack([own, own - 1, 0 * own] if causal else [own], -1)
+    made = PooledBlocks(
+        (block,), stride, pooling, None, 1 if causal else k_block, k_block, forced[None, None],
+        None if stride == block == k_block else overlap.clamp(min=0) / block,
+    )  # fmt: skip
+    if not causal:
+        return made
+    # Pooled block c stands at the place after its last token, the prefix before all tokens.
+    position = F.pad(end[:, 0].int(), (prefix, 0))[:, None]
+    high = F.pad(line + 1, (prefix, 0))[:, None]
+    seen = Rule(torch.zeros_like(high), high, position, (1,))
+    nothing = position.new_empty(1, 1, len(position), 0)
+    return replace(
+        made,
+        visible=((line + 1 - block) // stride + 1).clamp(min=0),
+        rule=causal_rule(n).to(device),
+        ended=Segment(nothing, blocks=visible_blocks(seen, 64, 64).to(device), rule=seen),
+    )

@@ -1,0 +1,149 @@
+"""Pyramids of means: the tokens in nested tiles, and the means of every tile, of tiles of tiles, ...
+
+Level l has one token for each run of B^l places; a mean is over the tokens in it, not over padding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operators.algebra import ProductOperator
+from xattn.attention.operators.base import Operator
+from xattn.attention.operators.segments import SegmentsOperator
+from xattn.attention.order import Order, tile_order
+from xattn.kernels.softmax.reference import widen
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """Of the tokens behind the prefix, on M places, M a multiple of B^L."""
+
+    order: Order
+    block: int
+    """B"""
+    levels: int
+    """L"""
+    counts: tuple[Tensor, ...]
+    """For each level from 0 on, how many tokens each of its places stands for: (M / B^l,)."""
+
+    @property
+    def padded(self) -> bool:
+        return self.order.is_padded
+
+    def means(self, x: Tensor, prefix: int = 0) -> list[Tensor]:
+        """(B, H, prefix + N, m) to the tokens on their places, (B, H, M, m), and each level's means."""
+        found = [self.order.apply(x[:, :, prefix:])]
+        total = found[0]
+        for level in range(1, self.levels + 1):
+            total = total.unflatten(2, (-1, self.block)).sum(3)
+            share = 1 / self.counts[level].clamp_min(1).to(x.dtype)
+            found.append(total * (share[:, None] if self.padded else float(share[0])))
+        return found
+
+    def bias(self, level: int, like: Tensor) -> Tensor | None:
+        """Log of the counts, (1, 1, M / B^l), where there is padding; -inf for what holds none."""
+        return self.counts[level].to(like.dtype).log()[None, None] if self.padded else None
+
+    def shift(self, level: int) -> float:
+        """Log of the count that all places have without padding."""
+        return 0.0 if self.padded else level * math.log(self.block)
+
+    def on_tokens(self, x: Tensor, level: int) -> Tensor:
+        """Values of places of a level, (..., M / B^l), as those of tokens, (..., N)."""
+        return self.order.undo(x.repeat_interleave(self.block**level, -1), -1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached tensors may serve training later
+def pyramid(
+    grid: tuple[int, ...], block: int, levels: int, device: torch.device | str = "cpu"
+) -> Pyramid:
+    """Of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
+
+    Sides shorter than ``block`` have tiles that are as short. No level is made above the first that has
+    one place.
+    """
+    tile = tuple(min(block, length) for length in grid)
+    sides, useful = list(grid), 0
+    while max(sides) > 1:
+        sides = [-(-n // t) for n, t in zip(sides, tile, strict=True)]
+        useful += 1
+    levels = max(1, min(levels, useful))
+    order = tile_order(grid, tile, levels).to(device)
+    counts = [(~order.padding).float()]
+    for _ in range(levels):
+        counts.append(counts[-1].unflatten(0, (-1, math.prod(tile))).sum(1))
+    return Pyramid(order, math.prod(tile), levels, tuple(counts))
+
+
+class PyramidOperator(Operator):
+    """Tokens to the prefix tokens, the tokens on their places, and the means of levels 1 to L.
+
+    Args:
+        like: a tensor (B, H, prefix + N, ...) whose sizes, dtype and device it takes.
+    """
+
+    def __init__(self, like: Tensor, made: Pyramid, prefix: int) -> None:
+        self.made, self.prefix, self._like = made, prefix, like.new_empty(0)
+        self.starts = [prefix]
+        for count in made.counts:
+            self.starts.append(self.starts[-1] + len(count))
+        self.shape = (like.shape[0], like.shape[1], self.starts[-1], like.shape[2])
+        self.stochastic = not made.padded
+
+    @property
+    def pairs(self) -> float:
+        return len(self.made.order.index) / 4  # one addition a token and channel
+
+    def columns(self, level: int) -> range:
+        """Rows that hold the places of a level; of the prefix tokens for level -1."""
+        return range(self.starts[level] if level >= 0 else 0, self.starts[level + 1])
+
+    def parts(self, x: Tensor) -> dict[range, Tensor]:
+        """The rows of A X by their :meth:`columns`."""
+        levels = [x[:, :, : self.prefix], *self.made.means(x, self.prefix)]
+        return {self.columns(i): part for i, part in enumerate(levels, -1)}
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return torch.cat(list(self.parts(x).values()), 2)
+
+    def rows(self, index: Tensor) -> Tensor:
+        order, out = self.made.order, []
+        places = torch.arange(len(order.index), device=index.device)
+        token = torch.where(order.padding, -1, order.index + self.prefix)
+        every = torch.arange(self.shape[3], device=index.device)
+        kind = widen(self._like)
+        for i in index.tolist():
+            if i < self.prefix:
+                out.append((every == i).to(kind.dtype))
+                continue
+            level = max(n for n, start in enumerate(self.starts[:-1]) if i >= start)
+            size = self.made.block**level
+            own = token[(places // size) == i - self.starts[level]]
+            own = own[own >= 0]
+            row = torch.zeros(len(every), dtype=kind.dtype, device=index.device)
+            out.append(row.index_fill(0, own, 1 / max(1, len(own))))
+        return torch.stack(out).expand(*self.shape[:2], -1, -1)
+
+    def _anchor(self) -> Tensor:
+        return self._like
+
+
+class PyramidAttention(ProductOperator):
+    """Attention to the rows of a :class:`PyramidOperator`, which need not stand in one tensor."""
+
+    def __init__(self, read: SegmentsOperator, pyramid: PyramidOperator, *, causal: bool) -> None:
+        super().__init__([read, pyramid], causal=causal)
+        self.stochastic = True  # padding, which has no mean, is not read
+
+    def matvec(self, x: Tensor) -> Tensor:
+        read, pyramid = self.factors
+        return read.matvec_of(pyramid.parts(x))  # type: ignore[attr-defined, no-any-return]
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return self.matvec(x)

@@ -1,0 +1,216 @@
+"""Softmax attention over unions of key segments as an operator on values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import spread_heads, to_heads
+from xattn.attention.operators.base import Operator, products
+from xattn.attention.operators.lowering import attend, attend_output
+from xattn.attention.order import take_rows
+from xattn.attention.selection import Segment, visible
+from xattn.kernels.softmax.reference import widen
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Queries ``q`` (B, H, M, D) and what they see.
+
+    Attributes: ``segments``, without values; ``columns``, for each segment the token that each of
+    its keys is: LongTensor (S,) or (B, H or Hk, S), -1 = padding, or a range of tokens.
+    """
+
+    q: Tensor
+    segments: tuple[Segment, ...]
+    columns: tuple[Tensor | range, ...]
+    padded: bool = True
+    """Whether there may be padding among the columns."""
+
+
+class SegmentsOperator(Operator):
+    """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
+
+    Args:
+        pieces: every token is a query of exactly one.
+        places: LongTensor (N,), where each token stands in the concatenated queries of the pieces;
+            None if the pieces hold the tokens in order.
+        keys: S, the number of tokens that can be seen.
+        scale, backend: as in :func:`attend`.
+        every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
+            attention may answer for a single dense segment with a bias.
+        causal: whether the pieces are known to hide later keys.
+    """
+
+    stochastic = True
+    hides = True
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        places: Tensor | None,
+        keys: int,
+        scale: float | None = None,
+        backend: str = "auto",
+        every_row: bool = False,
+        causal: bool = False,
+    ) -> None:
+        self.causal = causal
+        self.pieces = tuple(pieces)
+        q = self.pieces[0].q
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        self.backend = backend
+        self._places, self._every_row = places, every_row
+        queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
+        self.shape = (q.shape[0], q.shape[1], queries, keys)
+
+    @property
+    def pairs(self) -> float:
+        """Those that are read, pairs hidden inside a block included."""
+        total = 0.0
+        for piece in self.pieces:
+            for segment in piece.segments:
+                if segment.blocks is None:
+                    total += piece.q.shape[2] * segment.k.shape[2]
+                    continue
+                index = segment.blocks.index
+                size = segment.blocks.q_block * (
+                    segment.blocks.k_block + (0 if segment.marks is None else 0.5)
+                )
+                total += float((index >= 0).sum()) / (index.shape[0] * index.shape[1]) * size
+        return total
+
+    def matvec(self, x: Tensor) -> Tensor:
+        return self._matvec(x)
+
+    def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
+        """:meth:`matvec` of rows that come in parts, one for each range among the ``columns``."""
+        return self._matvec(parts)
+
+    def _matvec(self, x: Tensor | Mapping[range, Tensor]) -> Tensor:
+        parts = [
+            attend_output(
+                piece.q,
+                self._segments(piece, x),
+                scale=self.scale,
+                backend=self.backend,
+                every_row=self._every_row,
+            )
+            for piece in self.pieces
+        ]
+        return self._in_order(parts)
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(A X, log-sum-exp) in the order of the tokens."""
+        parts = [
+            attend(piece.q, self._segments(piece, x), scale=self.scale, backend=self.backend)
+            for piece in self.pieces
+        ]
+        return self._in_order([o for o, _ in parts]), self._in_order([lse for _, lse in parts])
+
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
+        return whole if self._places is None else whole.index_select(2, self._places)
+
+    def _segments(self, piece: Piece, x: Tensor | Mapping[range, Tensor]) -> list[Segment]:
+        some = x if isinstance(x, Tensor) else next(iter(x.values()))
+        heads = max(some.shape[1], *(s.k.shape[1] for s in piece.segments))  # H, or Hk for all
+        x = spread_heads(x, heads) if isinstance(x, Tensor) else x
+        found = []
+        for s, columns in zip(piece.segments, piece.columns, strict=True):
+            if isinstance(x, Tensor):
+                v = _take(x, columns, piece.padded)
+            else:
+                v = spread_heads(x[columns], heads)  # type: ignore[index]
+            found.append(replace(_with_heads(s, heads), v=v))
+        return found
+
+    def rows(self, index: Tensor) -> Tensor:
+        batch, heads, _, keys = self.shape
+        places, offset = index if self._places is None else self._places[index], 0
+        out = widen(self.pieces[0].q.new_zeros(batch, heads, len(index), keys))
+        for piece in self.pieces:
+            inside = (places >= offset) & (places < offset + piece.q.shape[2])
+            at = inside.nonzero()[:, 0]
+            if len(at):
+                out[:, :, at] = self._rows(piece, places[at] - offset)
+            offset += piece.q.shape[2]
+        return out
+
+    def _rows(self, piece: Piece, places: Tensor) -> Tensor:
+        """Rows of A of one piece, (B, H, R, S)."""
+        batch, heads, _, keys = self.shape
+        q = piece.q[:, :, places]
+        scores = []
+        for s in piece.segments:
+            part = products(q, spread_heads(s.k, heads), self.scale)
+            if s.bias is not None:
+                part = part + to_heads(s.bias[:, :, None, :], heads)
+            part = part.masked_fill(~to_heads(visible(s, places), heads), -torch.inf)
+            part = part if s.marks is None else _opened(part, s, q, self.scale)
+            part = part + s.shift if s.shift else part
+            if s.offset is not None:
+                part = part + to_heads(s.offset, heads)[:, :, places, None]
+            scores.append(part)
+        weights = torch.cat(scores, -1).softmax(-1).nan_to_num(0.0)
+        columns = torch.cat([_spread(c, batch, heads, q.device) for c in piece.columns], -1)
+        target = columns.clamp(min=0)[:, :, None].expand_as(weights)
+        weights = weights.masked_fill((columns < 0)[:, :, None], 0.0)
+        return weights.new_zeros(batch, heads, len(places), keys).scatter_add_(-1, target, weights)
+
+    def _anchor(self) -> Tensor:
+        return self.pieces[0].q
+
+
+def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
+    """Scores (B, H, R, S) whose softmax over all keys is that over landmarks and within blocks."""
+    assert s.blocks is not None and s.marks is not None
+    gates = products(q, spread_heads(s.marks, q.shape[1]), scale)
+    gates = gates if s.weight is None else gates + s.weight.to(gates.dtype).log()
+    block = s.blocks.k_block
+    cells = F.pad(scores, (0, -scores.shape[-1] % block), value=-torch.inf).unflatten(
+        -1, (-1, block)
+    )
+    lse = cells.logsumexp(-1)
+    opened = cells + (gates - lse.masked_fill(lse.isneginf(), 0.0))[..., None]
+    return opened.flatten(-2)[..., : scores.shape[-1]]
+
+
+def _take(x: Tensor, columns: Tensor | range, padded: bool) -> Tensor:
+    """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H or Hk, K); zeros for -1."""
+    if isinstance(columns, range):
+        return x[:, :, columns.start : columns.stop]
+    at = columns.clamp(min=0) if padded else columns
+    if columns.ndim == 1:
+        out = x.index_select(2, at)
+    else:
+        columns = spread_heads(columns, x.shape[1])
+        out = take_rows(x, spread_heads(at, x.shape[1]))
+    return out.masked_fill((columns < 0)[..., None], 0.0) if padded else out
+
+
+def _with_heads(s: Segment, heads: int) -> Segment:
+    """The segment with a key head for each of ``heads``, and lists and biases that fit them."""
+    if s.k.shape[1] == heads:
+        return s
+    blocks, bias, offset = s.blocks, s.bias, s.offset
+    if blocks is not None:
+        blocks = replace(blocks, index=to_heads(blocks.index, heads))
+    bias = None if bias is None else to_heads(bias, heads)
+    offset = None if offset is None else to_heads(offset, heads)
+    marks = None if s.marks is None else spread_heads(s.marks, heads)
+    k = spread_heads(s.k, heads)
+    return replace(s, k=k, blocks=blocks, bias=bias, offset=offset, marks=marks)
+
+
+def _spread(columns: Tensor | range, batch: int, heads: int, device: torch.device) -> Tensor:
+    """(K,) or (B, H or Hk, K) as (B, H, K)."""
+    if isinstance(columns, range):
+        columns = torch.arange(columns.start, columns.stop, device=device)
+    if columns.ndim == 1:
+        return columns.expand(batch, heads, -1)
+    return spread_heads(columns, heads)

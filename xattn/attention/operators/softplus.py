@@ -1,0 +1,84 @@
+"""Softplus attention with l1 norms as an operator; its rows are computed anew from queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operators.base import Operator
+from xattn.kernels.backend import own_precision
+from xattn.kernels.softmax.reference import widen
+from xattn.kernels.softplus import problem, softplus_attention
+from xattn.kernels.softplus.reference import weights
+
+
+class SoftplusOperator(Operator):
+    """W_ij ~ max(softplus(scale ln(N_i) q_i . k_j) - o m_i, 0)^p, see
+    :mod:`xattn.kernels.softplus.reference`.
+
+    Args:
+        q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64.
+        scale: of the products, beside ln(N_i).
+        power, offset, eps, causal, backend: as in :func:`xattn.kernels.softplus.softplus_attention`.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float,
+        *,
+        power: int = 1,
+        offset: float = 0.0,
+        eps: float = 0.0,
+        causal: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        self.q, self.k, self.scale, self.causal, self.backend = q, k, scale, causal, backend
+        self.power, self.offset, self.eps = power, offset, eps
+        self.shape = (*q.shape[:3], k.shape[2])
+        self.stochastic, self.hides = eps == 0, offset > 0
+
+    @property
+    def pairs(self) -> float:
+        visible = 0.5 if self.causal else 1.0
+        sweeps = 1.0 if self.power == 1 and self.offset == 0 else 1.5  # scores a second time
+        return visible * sweeps * self.shape[2] * self.shape[3]
+
+    def matvec(self, x: Tensor) -> Tensor:
+        values = x if widen(x).dtype == self.q.dtype else x.to(self.q.dtype)
+        y: Tensor = softplus_attention(
+            self.q,
+            self.k,
+            values,
+            scale=self.scale,
+            power=self.power,
+            offset=self.offset,
+            eps=self.eps,
+            causal=self.causal,
+            backend=self.backend,
+        )
+        return y.to(x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        asked = problem(
+            self.q,
+            self.k,
+            self.k,
+            scale=self.scale,
+            power=self.power,
+            offset=self.offset,
+            eps=self.eps,
+            causal=self.causal,
+            backend="cpu",
+        )
+        with own_precision(self.q):
+            return weights(asked, index)
+
+    def tile(self, rows: slice | Tensor, columns: slice) -> Tensor:
+        if isinstance(rows, slice):
+            rows = torch.arange(self.shape[2], device=self.device)[rows]
+        return self.rows(rows)[..., columns]  # a row's weights depend on all of its keys
+
+    def _anchor(self) -> Tensor:
+        return self.q

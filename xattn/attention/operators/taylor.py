@@ -1,0 +1,43 @@
+"""Attention by a Taylor series of the exponential as an operator; its rows are computed anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operators.base import Operator, products
+from xattn.kernels.backend import own_precision
+
+
+class TaylorOperator(Operator):
+    """A_ij proportional to 1 + z + z^2 / 2, z = q_i . k_j / sqrt(f), with rows that sum to 1.
+
+    It takes O(N S f) where features of the series take O((N + S) f^2 D): less for fewer keys than features.
+
+    Args:
+        q: (B, H, N, f); ``k``: (B, H, S, f), both float32 or float64.
+        causal: whether a query reads no later key; then N = S.
+    """
+
+    stochastic = True
+
+    def __init__(self, q: Tensor, k: Tensor, *, causal: bool = False) -> None:
+        self.q, self.k, self.causal = q, k, causal
+        self.shape = (*q.shape[:3], k.shape[2])
+
+    def matvec(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.q.dtype, x.dtype)
+        with own_precision(x):
+            return (self.tile(slice(None), slice(None)).to(dtype) @ x.to(dtype)).to(x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        with own_precision(self.q):
+            z = products(self.q[:, :, index], self.k, self.q.shape[3] ** -0.5)
+            weights = 1 + z + z.square() / 2
+        if self.causal:
+            later = torch.arange(self.shape[3], device=index.device) > index[:, None]
+            weights = weights.masked_fill(later, 0.0)
+        return weights / weights.sum(-1, keepdim=True)
+
+    def _anchor(self) -> Tensor:
+        return self.q

@@ -1,0 +1,218 @@
+"""Key segments and the block lists that say which of their keys a query sees.
+
+Most sparse mechanisms are a softmax over a union of such segments:
+:mod:`xattn.attention.operators.lowering`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.inputs import spread_heads
+from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.block_sparse.box import Box as Rule
+from xattn.kernels.block_topk import block_topk
+from xattn.kernels.softmax.reference import widen
+
+SCORES = 2**20  # held at a time where blocks overlap, over batch and heads: 4 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Which key blocks each query block reads.
+
+    Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates,
+    -1 = nothing; ``q_block``, ``k_block``, tokens in a block.
+    """
+
+    index: Tensor
+    q_block: int
+    k_block: int
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return replace(self, index=self.index.to(device))
+
+    def holds_all(self, count: int) -> bool:
+        """Whether every list holds all ``count`` blocks; looked up once, until ``index`` changes.
+
+        Raises:
+            ValueError: a number that is out of range or twice in a list.
+        """
+        if self.index.shape[-1] != count:
+            return False
+        counted = not self.index.is_inference()  # such tensors count no changes
+        key = (count, self.index._version) if counted else None
+        if key is None or self.known.get("key") != key:
+            check_index(self.index, count)
+            self.known.update(key=key, all=bool((self.index >= 0).all()))
+        return bool(self.known["all"])
+
+    def shares(self, count: int) -> Tensor:
+        """The share of the lists that hold each of ``count`` blocks, (B or 1, H or 1, count) in [0, 1]."""
+        index = self.index.long()
+        lists = torch.where(index < 0, count, index)
+        table = torch.zeros(*index.shape[:3], count + 1, device=index.device)
+        return table.scatter_(-1, lists, 1.0)[..., :-1].mean(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys of one kind: ``k`` (B, H, S, D), ``v`` (B, H, S, Dv), and which of them are visible.
+
+    Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
+    keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
+    ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all;
+    ``marks``, (B, H or Hk, blocks, D), landmarks that stand for whole key blocks, within which keys
+    have a softmax of their own (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), how much
+    each of these counts, see :mod:`xattn.kernels.grouped`.
+    """
+
+    k: Tensor
+    v: Tensor | None = None
+    blocks: Blocks | None = None
+    rule: Rule | None = None
+    bias: Tensor | None = None
+    offset: Tensor | None = None
+    shift: float = 0.0
+    marks: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
+    """The key blocks with a key that some query of a query block may see, by bounding boxes.
+
+    With a dilation, single keys (``k_block=1``) are also left out if all queries of the block have one
+    residue and the key has another.
+    """
+    low, high = _per_block(rule.low, q_block, 0), _per_block(rule.high, q_block, 1)
+    real = (low <= high).all(-1)  # (blocks, q_block): padding queries have empty boxes
+    far = torch.iinfo(torch.int32).max
+    first = low.masked_fill(~real[..., None], far).amin(1)
+    last = high.masked_fill(~real[..., None], -far).amax(1)
+    position = rule.position
+    start, end = position, position
+    if k_block > 1:
+        padded = -(-len(position) // k_block) * k_block - len(position)
+        groups = F.pad(position, (0, 0, 0, padded), value=-1).unflatten(0, (-1, k_block))
+        key = (groups >= 0) & (groups < 2**30)  # neither added here nor padding before
+        start = groups.masked_fill(~key, far).amin(1)
+        end = groups.masked_fill(~key, -far).amax(1)
+    seen = torch.ones(len(first), len(start), dtype=torch.bool, device=position.device)
+    for t, d in enumerate(rule.dilation):
+        seen &= (start[None, :, t] <= last[:, None, t]) & (end[None, :, t] >= first[:, None, t])
+        if k_block == 1 and d > 1:
+            residue = low[..., t] % d
+            own = first[:, t] % d
+            same = ((residue == own[:, None]) | ~real).all(1)
+            seen &= ~same[:, None] | (position[None, :, t] % d == own[:, None])
+    most = max(1, int(seen.sum(1).max()))
+    # A stable sort puts the visible blocks first and keeps them in order.
+    index = (~seen).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    index = index.masked_fill(~seen.gather(1, index), -1)
+    return Blocks(index.int()[None, None], q_block, k_block)
+
+
+def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
+    """(N, n) -> (ceil(N / block), block, n); rows that are added are empty boxes (1 > 0)."""
+    missing = -(-len(x) // block) * block - len(x)
+    return F.pad(x, (0, 0, 0, missing), value=1 - fill).unflatten(0, (-1, block))
+
+
+def select(
+    q: Tensor,
+    k_pooled: Tensor,
+    s: int,
+    *,
+    q_block: int,
+    k_block: int,
+    overlap: Tensor | None = None,
+    **options: Any,
+) -> tuple[Blocks, Tensor]:
+    """The ``s`` best key blocks of every query block by their pooled keys, without gradient.
+
+    Args:
+        q: (B, H, N, D); ``k_pooled``: (B, Hk, C, D), one key per block of ``k_block``.
+        overlap: (C, M), where the pooled keys stand for others than the M blocks of ``k_block``: the
+            share of each that lies in each block. Scores are the softmax, summed, times this; of the
+            ``options`` only ``forced``, ``visible`` and ``scale`` are taken then.
+        options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the others of
+            :func:`xattn.kernels.block_topk.block_topk`.
+
+    Returns:
+        the blocks, and their scores (B, Hk, ceil(N / q_block), s).
+    """
+    if overlap is None:
+        index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)
+    else:
+        index, scores = _overlapping(q, k_pooled, s, q_block, overlap, **options)
+    return Blocks(index, q_block, k_block), scores
+
+
+@torch.no_grad()
+def _overlapping(
+    q: Tensor,
+    k: Tensor,
+    s: int,
+    q_block: int,
+    overlap: Tensor,
+    *,
+    forced: Tensor | None = None,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`block_topk` with a softmax, by sums over the candidates that a block overlaps."""
+    batch, heads, n, width = q.shape
+    groups, rows = k.shape[1], -(-n // q_block)
+    scale = width**-0.5 if scale is None else scale
+    k, overlap = spread_heads(widen(k), heads), overlap.to(widen(q).dtype)
+    candidate = torch.arange(k.shape[2], device=q.device)
+    step = max(1, SCORES // (batch * heads * q_block * k.shape[2]))
+    found = []
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        t = scale * widen(q[:, :, start * q_block : part.stop * q_block]) @ k.transpose(-2, -1)
+        if visible is not None:
+            each = visible[part].repeat_interleave(q_block)[: t.shape[2], None]
+            t = t.masked_fill(candidate >= each, -torch.inf)
+        t = t.softmax(-1).nan_to_num(0.0) @ overlap
+        t = F.pad(t, (0, 0, 0, -t.shape[2] % q_block)).unflatten(2, (-1, q_block)).sum(3)
+        t = t.unflatten(1, (groups, -1)).sum(2)
+        if visible is not None:
+            t = t.masked_fill(t == 0, -torch.inf)
+        if forced is not None:
+            own = forced[:, :, part].long().expand(*t.shape[:3], -1)
+            own = torch.where(own < 0, t.shape[3], own)
+            t = F.pad(t, (0, 1)).scatter(-1, own, torch.inf)[..., :-1]
+        values, index = t.topk(min(s, t.shape[3]), -1)
+        found.append((index.masked_fill(values.isneginf(), -1).int(), values))
+    index, values = (torch.cat(x, 2) for x in zip(*found, strict=True))
+    missing = (0, max(0, s - index.shape[3]))
+    return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
+
+
+def visible(segment: Segment, queries: Tensor) -> Tensor:
+    """Which keys of a segment some queries (R,) see: bool, broadcastable to (B, H, R, S)."""
+    keys = segment.k.shape[2]
+    seen = torch.ones(1, 1, len(queries), keys, dtype=torch.bool, device=queries.device)
+    if segment.blocks is not None:
+        k_block = segment.blocks.k_block
+        index = segment.blocks.index.to(queries.device)
+        lists = index[:, :, queries // segment.blocks.q_block].long()
+        count = -(-keys // k_block)
+        blocks = lists.new_zeros(*lists.shape[:3], count + 1).scatter_(
+            -1, torch.where(lists < 0, count, lists), 1
+        )
+        seen = blocks[..., :count].bool().repeat_interleave(k_block, -1)[..., :keys]
+    if segment.rule is not None:
+        low, high, position, dilation = segment.rule.to(queries.device)
+        low, high = low[queries][:, None], high[queries][:, None]
+        step = torch.tensor(dilation, device=queries.device)
+        inside = (low <= position) & (position <= high) & ((position - low) % step == 0)
+        seen = seen & inside.all(-1)
+    return seen

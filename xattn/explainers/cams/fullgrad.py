@@ -1,0 +1,134 @@
+"""FullGrad: the gradients of all layers, since a ReLU network's logit is the sum of what they weight.
+
+    f(x) = sum x . df/dx + sum_z sum b . df/dz         z: the output of a layer, b: its bias
+    map  = psi(x . df/dx) + sum_z psi(b . df/dz)       psi: absolute, scaled to [0, 1], up-sampled, summed
+
+Srinivas and Fleuret, NeurIPS 2019, arXiv 1905.00780. x is the normalised image; b of BatchNorm is its shift
+beta - mean gamma / sqrt(var + eps). The channels of a layer are scaled to [0, 1] together, so that they
+keep their proportions, and summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from xattn.backbone.scored import class_of, is_score
+from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
+from xattn.explainers.relevance.attn_lrp_functions import added_bias
+
+# Gets b . df/dz (B, ...) of a layer, and whether its channels come last.
+Part = Callable[[Tensor, bool], object]
+
+
+@register_explainer("fullgrad")
+class FullGrad(Explainer):
+    """FullGrad, (B, 1, H, W), never negative: one forward and one backward pass.
+
+    The parts sum to the logit in networks of ReLUs, pools, and BatchNorms: see :meth:`contributions`. Other
+    networks have parts, too, but these do not sum to it. Parts without a place, such as the classifier's
+    bias or those inside windows of a Swin, are not on the map. Each layer counts alike, so the map depends
+    on how a network is cut into layers.
+    """
+
+    def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """What the image and what all biases add to the class's logit, (B,) and (B,).
+
+        Args:
+            inputs, target: as in :meth:`attribute`.
+        """
+        if is_score(self.backbone, target):
+            return self.with_target(target).contributions(inputs, 0)  # type: ignore[attr-defined,no-any-return]
+        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        with self._guard(), torch.enable_grad():
+            images = self._move(inputs)
+            biases = images.new_zeros(len(images), dtype=torch.float64)
+            logits, x, layers = self._pass(images)
+            layers.part = lambda part, _: biases.add_(_by_image(part, len(images)))
+            image = self._gradient(logits, x, targets.to(logits.device)) * x.detach()
+        return image.double().flatten(1).sum(1), biases
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._attribute_classes(images, lambda _: target[:, None])[2]
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        size = images.shape[2:]
+        with torch.enable_grad():
+            logits, x, layers = self._pass(images)
+            classes = self._chosen(choose, logits.detach())
+            maps = []
+            for column in classes.unbind(1):
+                parts: list[Tensor] = []
+
+                def place(part: Tensor, last: bool, parts: list[Tensor] = parts) -> None:
+                    found = self._placed(part, last, images)
+                    if found is not None:
+                        parts.append(_psi(found, size))
+
+                layers.part = place
+                image = self._gradient(logits, x, column) * x.detach()
+                maps.append(torch.stack([_psi(image, size), *parts]).sum(0))
+        return logits.detach(), classes, torch.cat(maps, 1)
+
+    def _pass(self, images: Tensor) -> tuple[Tensor, Tensor, _Layers]:
+        self.backbone.requires_grad_(False)  # the guard puts it back
+        x = self.backbone.normalize(images).requires_grad_()
+        with _Layers() as layers:
+            return self.backbone.logits_normalized(x), x, layers
+
+    @staticmethod
+    def _gradient(logits: Tensor, x: Tensor, classes: Tensor) -> Tensor:
+        score = logits.gather(1, classes[:, None]).sum()
+        return torch.autograd.grad(score, x, retain_graph=True)[0]
+
+    def _placed(self, part: Tensor, last: bool, images: Tensor) -> Tensor | None:
+        """A layer's part as (B, C, h, w); None if it has no place in the image."""
+        if len(part) != len(images):
+            return None
+        if part.ndim == 3 and last and self.backbone.is_vit and self.backbone.knows_grid:
+            grid = self.backbone.grid(*images.shape[2:])
+            count = grid[0] * grid[1] + self.backbone.prefix_tokens
+            return self.backbone.tokens_to_map(part, grid) if part.shape[1] == count else None
+        if part.ndim != 4:
+            return None
+        part = part.movedim(3, 1) if last else part
+        return part if part[0, 0].numel() > 1 else None
+
+
+class _Layers(TorchFunctionMode):
+    """In a backward pass calls ``part`` with b . df/dz of every layer that adds a bias b."""
+
+    part: Part
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        z = function(*args, **kwargs)
+        bias = added_bias(function, args, kwargs)
+        if bias is not None and z.requires_grad:
+            last = function.__name__ in ("linear", "layer_norm")
+
+            def hand_on(gradient: Tensor) -> None:
+                self.part(gradient * bias.detach(), last)
+
+            z.register_hook(hand_on)  # z itself an activation may change in place
+        return z
+
+
+def _by_image(part: Tensor, count: int) -> Tensor:
+    """Sums (B,) of a part whose batch may be several windows of each image."""
+    return part.double().reshape(count, -1).sum(1)
+
+
+@torch.no_grad()
+def _psi(part: Tensor, size: Any) -> Tensor:
+    """(B, C, h, w) -> (B, 1, H, W); a constant part counts as 0."""
+    part = part.abs()
+    low, high = part.amin((1, 2, 3), keepdim=True), part.amax((1, 2, 3), keepdim=True)
+    unit = torch.where(high > low, (part - low) / (high - low), 0.0).sum(1, keepdim=True)
+    return F.interpolate(unit, tuple(size), mode="bilinear", align_corners=False)

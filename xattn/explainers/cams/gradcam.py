@@ -1,0 +1,120 @@
+"""CAM methods that weight a layer's activations f by gradients g of the class logit.
+
+    Grad-CAM    ReLU( sum_c mean(g_c) f_c )                        Selvaraju et al., arXiv 1610.02391
+    Grad-CAM++  ReLU( sum_c sum_uv(alpha_c relu(g_c)) f_c )        Chattopadhay et al., arXiv 1710.11063
+                alpha = g^2 / (2 g^2 + sum_ab(f) g^3) = 1 / (2 + sum_ab(f) g), 0 at a pole
+    LayerCAM    ReLU( sum_c relu(g_c) f_c )                        Jiang et al., IEEE TIP 2021
+    HiResCAM    ReLU( sum_c g_c f_c )                              Draelos & Carin, arXiv 2011.08891
+    XGrad-CAM   ReLU( sum_c (sum_uv(g_c f_c) / sum_uv(f_c)) f_c )  Fu et al., BMVC 2020, arXiv 2008.02312
+
+Grad-CAM++ takes the derivatives of exp(logit), whose common factor drops out. f (B, C, h, w) is the
+layer of :mod:`xattn.explainers.cams.layers`. The ReLU is part of the methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import register_explainer
+from xattn.explainers.cams.layers import LayerExplainer
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class GradientCam(LayerExplainer):
+    """One forward pass, and a backward pass down to the layer.
+
+    Args:
+        layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
+        relu: keep only positive evidence, as the papers do.
+    """
+
+    relu: bool = True
+
+    def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        return torch.cat([self._map(images, target) for target in classes.unbind(1)], 1)
+
+    def _map(self, images: Tensor, target: Tensor) -> Tensor:
+        """(b, 1, h, w) of the classes (b,)."""
+        activations, gradients = self.reader.gradients(images, target)
+        maps = (self._weights(activations, gradients) * activations).sum(1, keepdim=True).detach()
+        return torch.relu(maps) if self.relu else maps
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """One weight per channel, (B, C, 1, 1), or per channel and position, (B, C, h, w)."""
+        raise NotImplementedError
+
+
+@register_explainer("gradcam")
+class GradCam(GradientCam):
+    """Grad-CAM, with Captum's gradients.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return gradients.mean((2, 3), keepdim=True)
+
+
+@register_explainer("gradcam_plusplus")
+class GradCamPlusPlus(GradientCam):
+    """Grad-CAM++: positions are weighted so that several objects of one class count equally.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        # The reduced fraction: g^2 and g^3 of usual gradients underflow in float16.
+        denominator = 2 + activations.sum((2, 3), keepdim=True) * gradients
+        alpha = torch.where(denominator != 0, 1 / denominator, 0.0)
+        return (alpha * torch.relu(gradients)).sum((2, 3), keepdim=True)
+
+
+@register_explainer("layercam")
+class LayerCam(GradientCam):
+    """LayerCAM: one weight per position, so that early layers can be read, too.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return torch.relu(gradients)
+
+
+@register_explainer("hirescam")
+class HiResCam(GradientCam):
+    """HiResCAM, the layer times its gradient at each place: (B, 1, h, w).
+
+    Where only average pooling and a linear layer follow and ``relu`` is False, it sums to the logit less
+    its bias, and Grad-CAM is the same map.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return gradients
+
+
+@register_explainer("xgradcam")
+class XGradCam(GradientCam):
+    """XGrad-CAM: Grad-CAM whose gradients are averaged by where their channel is active.
+
+    A channel's part of the map sums to sum(g f), as HiResCAM's does: where the rest of the network is
+    linear, to what the logit loses without the channel (sensitivity). Where gradients are the same at
+    all places, it is Grad-CAM. Activations of both signs, as in a ViT, may cancel in the denominator;
+    where they sum to 0, the weight is 0.
+
+    Args:
+        layer, layers, reshape, relu: see :class:`GradientCam`.
+    """
+
+    def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        total = activations.sum((2, 3), keepdim=True)
+        weighted = (gradients * activations).sum((2, 3), keepdim=True)
+        return torch.where(total != 0, weighted / total, 0.0)

@@ -1,0 +1,58 @@
+"""Score-CAM: each channel's activation masks the image; the class logit that remains is its weight.
+
+    map = ReLU( sum_c alpha_c f_c ),   alpha = softmax_c S(x o H_c),   H_c = minmax(upsample(f_c))
+
+Wang et al., arXiv 1910.01279. The paper subtracts the logit of a baseline image from every S, which
+the softmax cancels. Constant channels mask nothing and get weight 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xattn.explainers.base import register_explainer
+from xattn.explainers.cams.layers import LayerExplainer
+from xattn.explainers.gradients import probe_image
+from xattn.explainers.masking.masked_passes import PerturbationExplainer
+
+
+@register_explainer("scorecam")
+@dataclass(kw_only=True, eq=False, repr=False)
+class ScoreCam(LayerExplainer, PerturbationExplainer):
+    """Score-CAM: one forward pass per channel that is not constant.
+
+    Args:
+        layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
+        fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
+    """
+
+    fill: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers:
+            return
+        with self._guard():
+            blank = self._move(probe_image(self.backbone))
+            self.forwards = 1 + self.reader.activations(blank).shape[1]
+
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        activations = self.reader.activations(image[None])[0].double()
+        flat = activations.flatten(1)
+        varies = (flat.amax(1) > flat.amin(1)).nonzero().flatten()
+        if not len(varies):
+            return activations.new_zeros(len(classes), *activations.shape[1:])
+
+        def masks(index: Tensor) -> Tensor:
+            channel = varies[index.to(varies.device)]
+            up = F.interpolate(activations[channel, None], image.shape[1:], mode="bilinear")
+            low, high = up.amin((2, 3), keepdim=True), up.amax((2, 3), keepdim=True)
+            return ((up - low) / (high - low)).to(image.dtype)
+
+        scores = self._scores(image, classes, len(varies), masks, logits=True)
+        weights = scores.softmax(0).to(activations.device)
+        return torch.relu(torch.einsum("cm,chw->mhw", weights, activations[varies]))

@@ -1,0 +1,57 @@
+"""LIME: argmin_b sum_z pi(z) (f_c(x_z) - b_0 - z . b)^2 + ridge |b|^2 over superpixels z in {0, 1}^M.
+
+Ribeiro et al., KDD 2016, arXiv 1602.04938; pi(z) = exp(-d(z)^2 / width^2) with the cosine distance
+d(z) = 1 - sqrt(|z| / M) of z and the vector of ones. The authors' package and Captum take the square
+root of this weight. Captum's ``Lime`` is not used: it draws from the global generator, evaluates one
+class per run, has a last micro-batch of another shape, and fits in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import register_explainer
+from xattn.explainers.masking.masked_passes import SuperpixelExplainer
+
+
+@register_explainer("lime", cases=({"samples": 6},))
+@dataclass(kw_only=True, eq=False, repr=False)
+class Lime(SuperpixelExplainer):
+    """LIME: a weighted ridge regression of the probability on which superpixels are visible.
+
+    The first sample is the clean image; the others keep each superpixel with probability 1/2.
+
+    Args:
+        samples: masked copies of an image, including the clean one.
+        n_segments, compactness, fill: see
+            :class:`~xattn.explainers.masking.masked_passes.SuperpixelExplainer`.
+        width: width of the weighting kernel, in units of the cosine distance.
+        ridge: penalty of the squared coefficients, above 0; the intercept has none. It shrinks the
+            coefficients by about ridge / (ridge + sum of weights / 4).
+    """
+
+    width: float = 0.25
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("width", self.width), ("ridge", self.ridge)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}: got {value}; give a positive number")
+
+    def _coalitions(self, segments: int) -> Tensor:
+        kept = self._generator(segments).random((self.samples, segments)) < 0.5
+        kept[0] = True
+        return torch.from_numpy(kept)
+
+    def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
+        z = kept.double()
+        distance = 1 - z.mean(1).sqrt()  # of the empty z it is 1, as the limit
+        weights = torch.exp(-((distance / self.width) ** 2))[:, None]
+        # A free intercept is the same as centring both sides at their weighted means.
+        z, y = (v - (weights * v).sum(0) / weights.sum() for v in (z, scores))
+        gram = z.T @ (weights * z) + self.ridge * torch.eye(z.shape[1], dtype=z.dtype, device="cpu")
+        return torch.linalg.solve(gram, z.T @ (weights * y))

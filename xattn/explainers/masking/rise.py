@@ -1,0 +1,93 @@
+"""RISE: S_c(u) = 1 / (N p) sum_i f_c(x o m_i) m_i(u), over N random masks m_i.
+
+Petsiuk et al., BMVC 2018, arXiv 1806.07421. A mask is an s x s grid of cells, each 1 with
+probability p, enlarged bilinearly to (s + 1) cells of ceil(H / s) x ceil(W / s) pixels and cropped
+to H x W at a random offset of less than a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import register_explainer
+from xattn.explainers.masking.masked_passes import PerturbationExplainer, at_least
+
+
+@register_explainer("rise", cases=({"masks": 6},))
+@dataclass(kw_only=True, eq=False, repr=False)
+class Rise(PerturbationExplainer):
+    """RISE: the mean mask, weighted by the probability that the masked image keeps.
+
+    The masks depend only on the seed and the image's size, so all images share them. A map is
+    (B, 1, H, W), not negative, and noisy: its standard error falls with 1 / sqrt(masks).
+
+    Args:
+        masks: N; the paper takes 4000 (VGG-16) and 8000 (ResNet-50).
+        cells: s, the number of cells along a side.
+        keep: p, the probability that a cell is 1.
+        fill: ``"mean"`` is the paper's, which masks normalised images with zeros.
+    """
+
+    masks: int = 1000
+    cells: int = 7
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.masks = at_least("masks", self.masks, 1)
+        self.cells = at_least("cells", self.cells, 1)
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep: got {self.keep}; give a probability between 0 and 1")
+        self.forwards = self.masks
+
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        masks = self._random_masks(image)
+        total = torch.zeros(
+            len(classes), *image.shape[1:], dtype=torch.float64, device=image.device
+        )
+
+        def add(mask: Tensor, scores: Tensor) -> None:
+            weighted = scores.T.to(image.device) @ mask.flatten(1).double()
+            total.add_(weighted.view_as(total))
+
+        self._scores(image, classes, self.masks, masks, add)
+        return total / (self.masks * self.keep)
+
+    def _random_masks(self, image: Tensor) -> Callable[[Tensor], Tensor]:
+        """indices (n,) -> masks (n, 1, H, W) float32 in [0, 1]."""
+        generator = self._generator()
+        grids = generator.random((self.masks, self.cells, self.cells)) < self.keep
+        offsets = torch.from_numpy(generator.random((self.masks, 2))).to(image.device)
+        cells = torch.from_numpy(grids).to(image.device, torch.float32)
+        # Bilinear enlargement is separable: rows (n, H, s) @ cells (n, s, s) @ columns (n, s, W).
+        tables = [_interpolation(side, self.cells).to(image.device) for side in image.shape[1:]]
+        sides = [torch.arange(side, device=image.device) for side in image.shape[1:]]
+
+        def masks(index: Tensor) -> Tensor:
+            index = index.to(image.device)
+            rows, columns = (
+                table[(offsets[index, axis] * _cell(len(side), self.cells)).long()[:, None] + side]
+                for axis, (table, side) in enumerate(zip(tables, sides, strict=True))
+            )
+            return (rows @ cells[index] @ columns.mT).clamp(0, 1)[:, None]
+
+        return masks
+
+
+def _cell(side: int, cells: int) -> int:
+    """Pixels along the side of a cell."""
+    return -(-side // cells)
+
+
+def _interpolation(side: int, cells: int) -> Tensor:
+    """((cells + 1) cell pixels, cells): bilinear weights of the cells at each enlarged pixel."""
+    pixels = (cells + 1) * _cell(side, cells)
+    position = (
+        torch.arange(pixels, dtype=torch.float64, device="cpu") + 0.5
+    ) * cells / pixels - 0.5
+    position = position.clamp(0, cells - 1)
+    return (1 - (position[:, None] - torch.arange(cells, device="cpu")).abs()).clamp_min(0).float()

@@ -1,0 +1,136 @@
+"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by loosened attention.
+
+Zhao et al., ICML 2024 and arXiv 2502.18816, for CLIP's image tower and any other ViT. With w, the gradient
+of the score by the class token's attention output, concatenated over heads, and q_cls, k_j, v_j likewise,
+
+    map_j = max(lambda_j sum_c w_c v_j[c], 0),    lambda_j = minmax_j cos(q_cls, k_j)
+
+minmax scales lambda over the patches of a photo to [0, 1]. It takes the place of softmax, which is sparse
+in CLIP. The score is whatever the backbone's logits are: classes, or similarities to texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from xattn.attention.inputs import spread_heads
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.record import Call
+from xattn.explainers.base import register_explainer
+from xattn.explainers.relevance.attention import (
+    CLASS_AND_PATCHES,
+    AttentionExplainer,
+    Reading,
+    layers_text,
+)
+from xattn.explainers.relevance.legrad import check_layers
+from xattn.kernels.softmax.reference import widen
+
+
+@register_explainer("grad_eclip", networks=("vit",), cases=({}, {"layers": 2}))
+@dataclass(kw_only=True, eq=False, repr=False)
+class GradEclip(AttentionExplainer):
+    """Grad-ECLIP of the token that the classifier reads: one forward pass, and a backward pass a class.
+
+    Args:
+        layers: how many of the last layers are added up; the paper takes one for images.
+        start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`. Where the
+            classifier reads several tokens, their terms are added up; attention pooling's own query is a
+            class token.
+
+    The network keeps its heads; the authors' program runs the last layer with a single one. Layers without
+    softmax over queries and keys that all tokens may see have no cosine; there lambda is minmax of A's row,
+    and the map's provenance says so.
+
+    Raises:
+        ValueError: as in the base class; more ``layers`` than there are, or several with attention pooling.
+    """
+
+    gradients = True
+
+    layers: int = 1
+
+    def _check(self, reading: Reading) -> None:
+        if self.start is None and self.layers != 1:
+            raise ValueError(
+                f"layers: got {self.layers}; {self.backbone.name} pools its tokens by attention, and its "
+                f"query has one layer, give 1"
+            )
+        check_layers(self.layers, len(reading.layers))
+        read = self._queries(reading)
+        if len(read) > 1:
+            self._note(f"the classifier reads {len(read)} tokens; the sum of their terms")
+        count = len(reading.layers)
+        rows = [
+            count - self.layers + i
+            for i, call in enumerate(self._calls(reading))
+            if not _has_cosines(call.operator)
+        ]
+        if rows:
+            self._note(
+                f"{layers_text(rows)}: no cosines of queries and keys; rows of A, scaled to [0, 1]"
+            )
+
+    def _calls(self, reading: Reading) -> list[Call]:
+        if self.start is None:
+            assert reading.pool is not None
+            return [reading.pool]
+        return reading.layers[-self.layers :]
+
+    def _queries(self, reading: Reading) -> list[int]:
+        """Numbers of the queries whose output the classifier reads."""
+        if self.start is None:
+            return [0]
+        patches = range(reading.prefix, reading.tokens)
+        if self.start in ("patches", CLASS_AND_PATCHES):
+            return [*([] if self.start == "patches" else [0]), *patches]
+        return [int(token) for token in self.start]
+
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        calls = self._calls(reading)
+        outputs = [call.output for call in calls]
+        rows = widen(reading.logits.detach().new_zeros(*classes.shape, reading.tokens))
+        for m, column in enumerate(classes.unbind(1)):
+            score = reading.logits.gather(1, column[:, None]).sum()
+            more = m < classes.shape[1] - 1
+            grads = torch.autograd.grad(score, outputs, retain_graph=more)
+            for call, grad in zip(calls, grads, strict=True):
+                rows[:, m, reading.prefix :] += self._terms(call, grad, reading)
+        return rows.clamp_min(0)
+
+    @torch.no_grad()
+    def _terms(self, call: Call, grad: Tensor, reading: Reading) -> Tensor:
+        """sum_i lambda_ij w_i . v_j of the queries i, (B, patches j)."""
+        heads, keys = call.operator.shape[1], call.operator.shape[3]
+        values = _concatenated(spread_heads(call.value, heads))[:, reading.prefix :]
+        queries = torch.tensor(self._queries(reading), device=grad.device)
+        terms = values.new_zeros(len(values), keys - reading.prefix)
+        for i in queries.split(call.operator.row_chunks()[0].stop):
+            weights = _concatenated(grad[:, :, i])
+            loosened = _loosened(call.operator, i)[..., reading.prefix :]
+            low, high = loosened.aminmax(dim=-1, keepdim=True)
+            loosened = (loosened - low) / (high - low).clamp_min(torch.finfo(low.dtype).tiny)
+            terms += (loosened * (weights @ values.transpose(1, 2))).sum(1)
+        return terms
+
+
+def _has_cosines(operator: Operator) -> bool:
+    return isinstance(operator, SoftmaxOperator) and not (operator.hides or operator.causal)
+
+
+def _loosened(operator: Operator, index: Tensor) -> Tensor:
+    """How near keys are to the queries ``index``, (B, R, S), before it is scaled."""
+    if not isinstance(operator, SoftmaxOperator) or not _has_cosines(operator):
+        return operator.rows(index).mean(1)
+    q = normalize(_concatenated(operator.q[:, :, index]), dim=-1)
+    k = normalize(_concatenated(spread_heads(operator.k, operator.shape[1])), dim=-1)
+    return q @ k.transpose(1, 2)
+
+
+def _concatenated(x: Tensor) -> Tensor:
+    """Heads side by side, as in a layer's output: (B, H, N, D) -> (B, N, H D), float32 at least."""
+    return widen(x).transpose(1, 2).flatten(2)

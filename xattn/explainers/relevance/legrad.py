@@ -1,0 +1,168 @@
+"""LeGrad: how sensitive the class's score of every layer's own tokens is to that layer's attention.
+
+Bousselham et al., ICCV 2025, arXiv 2404.03214. With tokens z_l that leave layer l, and the network's own
+classifier f applied to them,
+
+    E_l[j] = 1/(H N) sum_h sum_i max(ds_l / dA_l[h, i, j], 0),    s_l = f(z_l)[class],    map = sum_l E_l
+
+A's gradient is dA_ij = dY_i . v_j: rows of N numbers at a time, for those tokens i that the score depends
+on. A itself is not needed, only which keys a query may see. Where a network pools its tokens by attention,
+A_l are the weights with which it pools z_l, as in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.inputs import spread_heads
+from xattn.attention.record import Call, record
+from xattn.explainers.base import probe_of, register_explainer
+from xattn.explainers.gradients import probe_image
+from xattn.explainers.relevance.attention import AttentionExplainer, Reading, Start, read_attention
+from xattn.explainers.relevance.token_blocks import block_outputs, output_replaced, token_blocks
+from xattn.kernels.softmax.reference import widen
+
+POOLS = ("average", "model")
+
+
+@dataclass(frozen=True)
+class LayerReading(Reading):
+    """A :class:`~xattn.explainers.relevance.attention.Reading` with the tokens that leave each block."""
+
+    block_tokens: list[Tensor]
+    """(B, N, C) a block."""
+    images: Tensor
+
+
+@register_explainer("legrad", networks=("vit",), cases=({}, {"pool": "model", "layers": 1}))
+@dataclass(kw_only=True, eq=False, repr=False)
+class LeGrad(AttentionExplainer):
+    """LeGrad of all layers or the last few: one forward pass, and a short backward pass a layer and class.
+
+    Args:
+        pool: what the classifier reads of a layer's tokens: "average", the mean of all of them, as in
+            the paper; or "model", what it reads of the last layer's, such as the class token, for which
+            a row of dA a layer is enough. Where tokens are pooled by attention, both are that.
+        layers: how many of the last layers count; None takes all.
+
+    A classifier that cannot be applied to a layer's tokens, such as a probe's, is replaced by the score of
+    the last layer for all layers, and the map's provenance says so.
+
+    Raises:
+        ValueError: a model without self-attention over all tokens in every layer; an unknown option.
+    """
+
+    gradients = True
+
+    pool: str = "average"
+    layers: int | None = None
+    start: Start | None = field(default="patches", init=False)
+    _classified: str = field(default="last", init=False)
+    _blocks: list[nn.Module] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool: got {self.pool!r}; give 'average' or 'model'")
+        super().__post_init__()
+
+    def _check(self, reading: Reading) -> None:
+        check_layers(self.layers, len(reading.layers))
+        try:
+            self._blocks = token_blocks(self.backbone, len(reading.layers))
+        except ValueError:
+            self._blocks = []
+        self._classified = self._way()
+        if self._classified == "last":
+            self._note("the score of the last layer stands for the scores of all layers")
+
+    @torch.no_grad()
+    def _way(self) -> str:
+        """How a layer's tokens get to the classifier: "directly", by another "pass", or not ("last")."""
+        if not self._blocks or probe_of(self.backbone) is not None:
+            return "last"
+        images = self._move(probe_image(self.backbone))
+        with block_outputs(self._blocks) as tokens:
+            logits = self.backbone.logits(images)
+        if len(tokens) != len(self._blocks):
+            return "last"
+        for way in ("directly", "pass"):
+            if way == "directly" and (
+                self.backbone.adapter or not hasattr(self.backbone.model, "norm")
+            ):
+                continue
+            same = self._classify(tokens[-1], images, way)
+            other = self._classify(-tokens[-1], images, way)
+            if _close(same, logits) and not _close(other, logits):
+                return way
+        return "last"
+
+    def _classify(self, tokens: Tensor, images: Tensor, way: str) -> Tensor:
+        """The network's logits, (B, K), for the last block's ``tokens`` of ``images``."""
+        if way == "directly":
+            model = self.backbone.model
+            return model.forward_head(model.norm(tokens))  # type: ignore[operator]
+        with output_replaced(self._blocks[-1], tokens):
+            return self.backbone.logits(images)
+
+    def _read(self, images: Tensor) -> Reading:
+        self.backbone.requires_grad_(False)  # the guard puts it back
+        with block_outputs(self._blocks) as tokens:
+            reading = read_attention(self.backbone, images)
+        return LayerReading(**vars(reading), block_tokens=tokens, images=images.detach())
+
+    @torch.enable_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        assert isinstance(reading, LayerReading)
+        count = len(reading.layers)
+        rows = widen(reading.logits.new_zeros(*classes.shape, reading.tokens))
+        for layer in range(count - (self.layers or count), count):
+            call, logits = self._scored(reading, layer)
+            for m, column in enumerate(classes.unbind(1)):
+                score = logits.gather(1, column[:, None]).sum()
+                grad = torch.autograd.grad(score, call.output, retain_graph=True)[0]
+                rows[:, m] += sensitivity(call, grad)
+        return rows
+
+    def _scored(self, reading: LayerReading, layer: int) -> tuple[Call, Tensor]:
+        """The attention that is asked about, and the logits (B, K) of a layer's tokens."""
+        if self._classified == "last":
+            return reading.pool or reading.layers[layer], reading.logits
+        tokens = reading.block_tokens[layer]
+        if self.pool == "average":
+            tokens = tokens.mean(1, keepdim=True).expand_as(tokens)
+        with record(self.backbone.model) as calls:
+            logits = self._classify(tokens, reading.images, self._classified)
+        pooled = bool(calls) and calls[-1].operator.shape[2] == 1
+        return calls[-1] if pooled else reading.layers[layer], logits
+
+
+@torch.no_grad()
+def sensitivity(call: Call, grad: Tensor) -> Tensor:
+    """Mean over heads and queries of max(dA, 0), (B, S), for a gradient (B, H, N, Dv) of A V."""
+    operator = call.operator
+    batch, heads, queries, keys = operator.shape
+    values = widen(spread_heads(call.value, heads)).transpose(-2, -1)
+    live = (grad != 0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0]
+    out = values.new_zeros(batch, keys)
+    for rows in live.split(operator.row_chunks()[0].stop):
+        positive = (widen(grad[:, :, rows]) @ values).clamp_min(0)
+        if operator.hides or operator.causal:
+            positive = positive * (operator.rows(rows) != 0)
+        out += positive.mean(1).sum(1)
+    return out / queries
+
+
+def check_layers(layers: int | None, count: int) -> None:
+    """Raise a ``ValueError`` unless ``layers`` is None or a number of the model's ``count`` layers."""
+    if layers is not None and not 1 <= layers <= count:
+        raise ValueError(f"layers: got {layers}; the model has {count}, give 1..{count}")
+
+
+def _close(got: Tensor, logits: Tensor) -> bool:
+    tolerance = 1e-4 if got.dtype in (torch.float32, torch.float64) else 1e-1
+    return got.shape == logits.shape and bool(
+        (got - logits).abs().max() <= tolerance * logits.abs().max().clamp_min(1)
+    )

@@ -1,0 +1,191 @@
+"""LibraGrad: input x gradient through a network whose every layer is affine where it stands.
+
+Mehri, Baghshah and Pilehvar, CVPR 2025, arXiv 2411.16760. Attention weights, the gates of GELU and SiLU,
+and the standard deviations of norms are constants of the backward pass, and a product of two activations
+gives half the gradient to each. Then the logit is the sum of what the input and all biases b add to it
+(FullGrad-completeness):
+
+    f(x) = sum x . df/dx + sum_b b . df/db
+
+The rules are those of AttnLRP with constant attention:
+:mod:`xattn.explainers.relevance.attn_lrp_functions`.
+What is multiplied by these gradients is the ``base`` method. A token's share is, with tokens x_l (B, N, C)
+that enter block l, and layers' outputs y with their biases b,
+
+    fullgrad_plus       sum_l x_l . df/dx_l + sum_b b . df/dy_b     the paper's best on average
+    fullgrad            x_0 . df/dx_0 + sum_b b . df/dy_b           complete, see ``contributions``
+    input_x_gradient    x . df/dx of the patch embeddings, or of pixels
+
+x_0 are the tokens that enter the first block, positions and class token included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from xattn.backbone.scored import class_of, is_score
+from xattn.explainers.base import Choose, check_inputs, check_target, register_explainer
+from xattn.explainers.relevance.attention import patch_grid
+from xattn.explainers.relevance.attn_lrp import AttnLrp
+from xattn.explainers.relevance.attn_lrp_functions import Rules
+from xattn.explainers.relevance.token_blocks import block_inputs, token_blocks
+from xattn.kernels.softmax.reference import widen
+
+BASES = ("fullgrad_plus", "fullgrad", "input_x_gradient")
+
+
+@register_explainer(
+    "libragrad",
+    networks=("vit",),
+    cases=({}, {"base": "fullgrad"}, {"base": "input_x_gradient", "at": "pixels"}),
+)
+@dataclass(kw_only=True, eq=False, repr=False)
+class LibraGrad(AttnLrp):
+    """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; with its sign.
+
+    Args:
+        base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
+        at: for "input_x_gradient" also "pixels", of the normalised image, (H, W), where CNNs are
+            explained, too; else "tokens", (h, w) of the patch grid.
+
+    Raises:
+        ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
+            calls a function without a rule.
+    """
+
+    base: str = "fullgrad_plus"
+
+    def __post_init__(self) -> None:
+        if self.base not in BASES:
+            raise ValueError(f"base: got {self.base!r}; choose one of {', '.join(BASES)}")
+        if self.at == "pixels" and self.base != "input_x_gradient":
+            raise ValueError(
+                f"at='pixels': base {self.base!r} adds up tokens; give base='input_x_gradient'"
+            )
+        if self.base != "input_x_gradient":
+            self._blocks()  # refused before a pass
+        super().__post_init__()
+
+    def _blocks(self) -> list[nn.Module]:
+        try:
+            return token_blocks(self.backbone)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; give base='input_x_gradient' and at='pixels', or use 'gradcam'"
+            ) from None
+
+    @property
+    def _reads_embeddings(self) -> bool:
+        return self.base == "input_x_gradient" and self.at == "tokens"
+
+    def _rules(self) -> Rules:
+        biases = self.base != "input_x_gradient"
+        return Rules(self.backbone.name, self.name, constant_attention=True, keep_biases=biases)
+
+    def _check(self, rules: Rules) -> None:
+        """Nothing: the rules hold without attention, too, as in an MLP-Mixer."""
+
+    def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """What each token adds to the class's logit, and what no token does: (B, N) and (B,).
+
+        The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
+        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; to another
+        number of the answer only where that is linear in the logits. A constant that joins the tokens after
+        the first block, as XCiT's class token, has no share: a warning tells what is missing.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            target: as there. N counts prefix tokens.
+        """
+        if self.base == "input_x_gradient":
+            raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
+        if is_score(self.backbone, target):
+            return cast(LibraGrad, self.with_target(target)).contributions(inputs, 0)
+        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        with self._guard(), torch.enable_grad():
+            logits, tokens, rules = self._pass(self._move(inputs))
+            scores = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
+            shares, elsewhere = self._shares(scores.sum(), tokens, rules.biased)
+        if self.base == "fullgrad":
+            self._tell_what_is_missing(scores.detach(), shares, elsewhere)
+        return shares, elsewhere
+
+    def _tell_what_is_missing(self, scores: Tensor, shares: Tensor, elsewhere: Tensor) -> None:
+        missing = scores - shares.sum(1) - elsewhere
+        worst = (missing.abs() / (shares.abs().sum(1) + elsewhere.abs())).argmax()
+        lost, all_of_it = float(missing[worst]), float(scores[worst])
+        if abs(lost) > 0.01 * float(shares[worst].abs().sum() + elsewhere[worst].abs()):
+            warnings.warn(
+                f"contributions: {lost:.3g} of the score {all_of_it:.3g} has no share, so it belongs to "
+                f"constants of {self.backbone.name} that join its tokens after the first block, or the "
+                f"target is not linear in the logits",
+                stacklevel=3,
+            )
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:
+        if self.base == "input_x_gradient":
+            return super()._run(images)
+        logits, tokens, rules = self._pass(images)
+        return logits, tokens[0], rules
+
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        if self.base == "input_x_gradient":
+            return super()._attribute_classes(images, choose)
+        with torch.enable_grad():
+            logits, tokens, rules = self._pass(images)
+            classes = self._chosen(choose, logits.detach())
+            rows: list[Tensor] = []
+            for column in classes.unbind(1):
+                score = logits.gather(1, column[:, None]).sum()
+                more = len(rows) < classes.shape[1] - 1
+                rows.append(self._shares(score, tokens, rules.biased, more)[0])
+        prefix = self.backbone.prefix_tokens
+        grid = patch_grid(self.backbone, images, rows[0].shape[1] - prefix)
+        maps = torch.stack(rows, 1)[..., prefix:].unflatten(-1, grid)
+        return logits.detach(), classes, maps
+
+    def _pass(self, images: Tensor) -> tuple[Tensor, list[Tensor], Rules]:
+        """Logits, the tokens that entered the blocks, and what the rules met."""
+        rules = self._rules()
+        self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
+        blocks = self._blocks()
+        with block_inputs(blocks) as tokens:
+            logits = self._logits(self.backbone.normalize(images), rules)
+        if len(tokens) != len(blocks) or tokens[0].ndim != 3:
+            raise ValueError(
+                f"backbone: blocks of {self.backbone.name} do not take tokens (B, N, C); give "
+                f"base='input_x_gradient' and at='pixels'"
+            )
+        return logits, tokens, rules
+
+    def _shares(
+        self,
+        score: Tensor,
+        tokens: Sequence[Tensor],
+        biased: Sequence[tuple[Tensor, Tensor]],
+        more: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N) of the tokens and (B,) of other biases; ``more`` keeps the graph for another class."""
+        taken = tokens if self.base == "fullgrad_plus" else tokens[:1]
+        factors = [*taken, *(bias.expand_as(y) for y, bias in biased)]
+        variables = [*taken, *(y for y, _ in biased)]
+        grads = torch.autograd.grad(score, variables, retain_graph=more, allow_unused=True)
+        batch, count = tokens[0].shape[:2]
+        shares = widen(score.new_zeros(batch, count))
+        elsewhere = shares.new_zeros(batch)
+        for factor, grad in zip(factors, grads, strict=True):
+            if grad is None:
+                continue
+            product = widen(factor.detach()) * widen(grad)
+            if product.ndim == 3 and product.shape[1] == count:
+                shares += product.sum(2)
+            else:
+                elsewhere += product.flatten(1).sum(1)
+        return shares, elsewhere

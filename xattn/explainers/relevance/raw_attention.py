@@ -1,0 +1,120 @@
+"""Attention of a single layer: the row that the classifier reads, or what each token receives.
+
+``raw_attention``: s A, s the classifier's starting row (e_cls where it reads the class token).
+``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The same map for every
+class.
+
+Both show A as it is: an entry is the weight of a token's value in the layer's output, whether rows sum
+to 1 or not. The weights of a row may be negative; a mean over queries in which they cancel is no mass
+that a token receives, so ``column_mass`` refuses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xattn.attention.record import Call
+from xattn.explainers.base import register_explainer
+from xattn.explainers.relevance.attention import (
+    AttentionExplainer,
+    Reading,
+    Start,
+    check_fusion,
+    choose_layer,
+    first_row,
+    fuse,
+    layers_text,
+)
+
+
+@register_explainer("raw_attention", networks=("vit",))
+@dataclass(kw_only=True, eq=False, repr=False)
+class RawAttention(AttentionExplainer):
+    """The starting row's attention in one layer, O(N d) where it reads a few tokens; with its sign.
+
+    Args:
+        layer: negative numbers count from the end. Attention pooling, where a model has it, is the
+            last layer; earlier layers then start from its row.
+        fusion: of the heads, once rows are averaged: "mean", "max", "min", or the number of a head.
+        start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
+    """
+
+    listed_first = ("layer", "fusion")
+
+    layer: int = -1
+    fusion: str | int = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fusion, int):
+            check_fusion(self.fusion)
+        super().__post_init__()
+
+    def _check(self, reading: Reading) -> None:
+        layers = len(reading.layers) + (self.start is None)
+        self.layer = choose_layer(self.layer, layers)
+        heads = self._call(reading).operator.shape[1]
+        if isinstance(self.fusion, int) and not 0 <= self.fusion < heads:
+            raise ValueError(f"fusion: got head {self.fusion}; the layer has 0..{heads - 1}")
+
+    def _call(self, reading: Reading) -> Call:
+        calls = [*reading.layers, *([reading.pool] if reading.pool else [])]
+        return calls[self.layer]
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        call = self._call(reading)
+        operator = call.operator
+        if call is reading.pool:
+            return self._fused(first_row(call))
+        if isinstance(self.start, tuple):
+            index = torch.tensor(self.start, device=reading.logits.device)
+            return self._fused(operator.rows(index).mean(2, keepdim=True))
+        start = self._start_row(reading)
+        if start is None:
+            assert reading.pool is not None
+            start = first_row(reading.pool).mean(1)
+        return self._fused(operator.vecmat(start))
+
+    def _fused(self, rows: Tensor) -> Tensor:
+        return fuse(rows, self.fusion) if isinstance(self.fusion, str) else rows[:, self.fusion]
+
+
+@register_explainer("column_mass", networks=("vit",))
+@dataclass(kw_only=True, eq=False, repr=False)
+class ColumnMass(AttentionExplainer):
+    """Attention that each patch receives: mean over queries and heads; queries whose rows sum to more
+    count for more.
+
+    Args:
+        layer: negative numbers count from the end; None averages over all layers.
+
+    Raises:
+        ValueError: a layer whose attention may be negative.
+    """
+
+    listed_first = ("layer",)
+
+    layer: int | None = -1
+    start: Start | None = field(default="patches", init=False)
+
+    def _check(self, reading: Reading) -> None:
+        if self.layer is not None:
+            self.layer = choose_layer(self.layer, len(reading.layers))
+        signed = [i for i in self._layers(reading) if reading.layers[i].operator.signed]
+        if signed:
+            raise ValueError(
+                f"layer: attention of {layers_text(signed)} may be negative, so it is no mass that "
+                f"patches receive; use 'rollout', which takes |A|, or 'generic_relevance'"
+            )
+
+    def _layers(self, reading: Reading) -> list[int]:
+        return list(range(len(reading.layers))) if self.layer is None else [self.layer]
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        layers = [reading.layers[i] for i in self._layers(reading)]
+        start = torch.ones_like(first_row(layers[0])[:, 0]) / reading.tokens
+        return torch.stack([call.operator.vecmat(start, "mean") for call in layers]).mean(0)

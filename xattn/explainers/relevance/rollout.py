@@ -1,0 +1,214 @@
+"""Attention rollout: r <- r M_l from the last layer to the first, M = residual I + (1 - residual) A.
+
+Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its heads fused, rows of M are
+normalised, r starts as the row that the classifier reads: the product of all M is never formed. The
+same map for every class.
+
+Rollout follows shares. Where rows of A do not sum to 1, the fused rows are divided by their sums before
+the residual is added; where entries may be negative, |A| stands for A, before heads are fused, and its
+rows are divided likewise. With a residual, a row of zeros leaves a token as it is. The operator itself
+says which holds (``stochastic``, ``signed``), and the map's provenance which layers were changed so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xattn.attention.operators.base import Operator
+from xattn.attention.statistics import row_shares
+from xattn.explainers.base import register_explainer
+from xattn.explainers.relevance.attention import (
+    AttentionExplainer,
+    Reading,
+    check_fusion,
+    choose_layer,
+    first_row,
+    fuse,
+    layers_text,
+)
+
+
+@register_explainer("rollout", networks=("vit",))
+@dataclass(kw_only=True, eq=False, repr=False)
+class Rollout(AttentionExplainer):
+    """Attention rollout.
+
+    Fusion by mean without ``discard`` takes O(N) memory; otherwise, and of a signed A, A is computed in
+    chunks of rows, once, or three times with ``discard``, whose threshold takes two passes.
+
+    Args:
+        fusion: of the heads: "mean", "max" or "min".
+        residual: weight of the skip connection, in [0, 1].
+        discard: share in [0, 1) of the N^2 fused entries of a layer, the smallest ones, that are
+            set to 0 before the residual is added; ties with the smallest kept entry are kept.
+        keep_class: never discard attention to the class token, column 0, in models that have one.
+        start_layer: layers before it are left out.
+        start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
+    """
+
+    listed_first = ("fusion", "residual", "discard", "keep_class", "start_layer")
+
+    fusion: str = "mean"
+    residual: float = 0.5
+    discard: float = 0.0
+    keep_class: bool = True
+    start_layer: int = 0
+
+    def __post_init__(self) -> None:
+        check_fusion(self.fusion)
+        if not 0 <= self.residual <= 1:
+            raise ValueError(f"residual: got {self.residual}; give a weight in [0, 1]")
+        if not 0 <= self.discard < 1:
+            raise ValueError(f"discard: got {self.discard}; give a share in [0, 1)")
+        super().__post_init__()
+
+    def _check(self, reading: Reading) -> None:
+        self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")
+        used = list(enumerate(call.operator for call in reading.layers))[self.start_layer :]
+        signed = [i for i, operator in used if operator.signed]
+        scaled = [i for i, o in used if not (o.signed or o.stochastic)]
+        if signed:
+            self._note(
+                f"{layers_text(signed)}: entries of A may be negative; rows of |A|, normalised"
+            )
+        if scaled:
+            self._note(f"{layers_text(scaled)}: rows of A do not sum to 1; rows of A, normalised")
+
+    @torch.no_grad()
+    def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
+        r = self._start_row(reading)
+        if r is None:
+            assert reading.pool is not None
+            r = row_shares(_fused(reading.pool.operator, first_row(reading.pool), self.fusion))
+        kept_columns = 1 if self.keep_class and reading.prefix else 0
+        for call in reversed(reading.layers[self.start_layer :]):
+            r = self._through(call.operator, r, kept_columns)
+        return r
+
+    def _through(self, operator: Operator, r: Tensor, kept_columns: int) -> Tensor:
+        if self.fusion == "mean" and not self.discard:
+            return through(operator, r, self.residual)
+        lowest = _smallest_kept(operator, self.fusion, self.discard) if self.discard else None
+        chunks = _fused_rows(operator, self.fusion)
+        if lowest is not None:
+            chunks = ((i, _keep(a, lowest, kept_columns)) for i, a in chunks)
+        return _through_rows(chunks, r, self.residual)
+
+
+def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
+    """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
+
+    A is the mean over heads of a stochastic operator; of another one that mean with each row divided
+    by its sum, both in O(N) memory; of a signed one the mean of |A|, divided likewise, computed in
+    chunks of rows, since |A| has no product with a vector that avoids its entries. Rows of zeros stay.
+    """
+    if operator.signed:
+        return _through_rows(_fused_rows(operator, "mean"), r, residual)
+    share = 1 - residual
+    sums = operator.row_sums().mean(1)[:, None]
+    if operator.stochastic:
+        r = _over(r, residual + share * sums)
+        return residual * r + share * operator.vecmat(r, "mean")
+    r = _over(r, residual + share * (sums > 0))
+    return residual * r + share * operator.vecmat(_over(r, sums), "mean")
+
+
+def _through_rows(chunks: Iterable[tuple[slice, Tensor]], r: Tensor, residual: float) -> Tensor:
+    """r M as in :func:`through`, from rows of the fused A."""
+    share, out = 1 - residual, torch.zeros_like(r)
+    for i, a in chunks:
+        part = _over(r[..., i], (residual + share * a.sum(-1))[:, None])
+        out[..., i] += residual * part
+        out += share * (part @ a)
+    return out
+
+
+def _over(r: Tensor, sums: Tensor) -> Tensor:
+    """r / sums; 0 where a row has nothing to share out."""
+    return torch.where(sums > 0, r / sums, 0.0)
+
+
+@torch.no_grad()
+def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5) -> Tensor:
+    """What ``token`` of the last operator's output is made of: its row of M_l ... M_0, (B, N).
+
+    Args:
+        operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`through`.
+    """
+    r = torch.zeros_like(operators[-1].row_sums()[:, :1])
+    r[..., token] = 1
+    for operator in reversed(operators):
+        r = through(operator, r, residual)
+    return r[:, 0]
+
+
+def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows of A, heads fused: (B, rows, N)."""
+    for i in operator.row_chunks():
+        yield i, _fused(operator, operator.tile(i, slice(None)), fusion)
+
+
+def _fused(operator: Operator, rows: Tensor, fusion: str) -> Tensor:
+    """Rows (B, H, R, S) of A, or of |A| if it is signed, fused to (B, R, S); shares of 1 unless rows
+    of A are."""
+    if operator.signed:
+        return row_shares(fuse(rows.abs(), fusion))
+    fused = fuse(rows, fusion)
+    return fused if operator.stochastic else row_shares(fused)
+
+
+def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
+    """``a`` (B, R, S) without entries below ``lowest`` (B,), but for those of the first ``columns``."""
+    kept = _ordered(a) >= lowest[:, None, None]
+    kept[..., :columns] = True
+    return a * kept
+
+
+# ---------------------------------------------------------------------- the exact discard threshold
+#
+# Radix selection over the 32 bits of the entries: one pass counts the upper 16, a second the lower 16
+# of the entries whose upper 16 are those of the sought one. Counts take 512 KB an image, whatever N.
+
+
+def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
+    """The entry of ascending rank floor(discard N S), from 0, as ``_ordered`` gives it: (B,)."""
+    batch, _, queries, keys = operator.shape
+    entries = queries * keys
+    first = min(int(discard * entries), entries - 1)
+    rank = torch.full((batch,), first, device=operator.row_sums().device)
+    upper, rank = _bin(
+        ((_ordered(a) >> 16) + 2**15 for _, a in _fused_rows(operator, fusion)), rank
+    )
+    mine = upper[:, None, None] - 2**15
+    lower, _ = _bin(
+        (
+            torch.where(bits >> 16 == mine, bits & 0xFFFF, -1)
+            for bits in (_ordered(a) for _, a in _fused_rows(operator, fusion))
+        ),
+        rank,
+    )
+    return ((upper - 2**15) << 16) | lower
+
+
+def _bin(chunks: Iterable[Tensor], rank: Tensor) -> tuple[Tensor, Tensor]:
+    """For keys (B, ...) in 0..2^16 - 1 (-1 is ignored): the key of ascending ``rank`` (B,), and the
+    rank that remains among the entries of that key."""
+    batch, bins = rank.shape[0], 2**16 + 1
+    offset = bins * torch.arange(batch, device=rank.device)[:, None]
+    counts = rank.new_zeros(batch * bins)
+    for keys in chunks:
+        counts += torch.bincount((keys.flatten(1) + 1 + offset).flatten(), minlength=batch * bins)
+    upto = counts.view(batch, bins)[:, 1:].cumsum(1)
+    key = (upto <= rank[:, None]).sum(1)
+    smaller = upto.gather(1, (key - 1).clamp_min(0)[:, None])[:, 0]
+    return key, torch.where(key > 0, rank - smaller, rank)
+
+
+def _ordered(a: Tensor) -> Tensor:
+    """Float32 bits as integers (int64) that order as the numbers do."""
+    bits = (a.float() + 0.0).view(torch.int32)  # -0 becomes 0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()

@@ -1,0 +1,1 @@
+"""Probing heads: pooled attention that a linear classifier reads, one file each."""
