@@ -19,30 +19,30 @@ WITHOUT_VALUES = {
     "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
     "attention-training-cost": "xattn bench probe --backbones tf_efficientnet_lite0 vit_small_patch16_224 "
     "--rounds 5 --raw caching-cost-values.csv",
-    "attention-training-images": "xattn study image, the page's command: values.csv",
+    "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
     "attentive-head-speed": "xattn bench heads --raw attentive-head-speed-values.csv",
     "caching-cost": "that of attention-training-cost, one file",
-    "coarse-groups": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
-    "evidence": "python -m xattn.eval.studies.fold_rows, the page's commands: values.csv",
+    "coarse-groups": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
+    "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
     "exports-and-processes": "pytest tests/test_exporting.py -m slow",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
     "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
     "gpu-kernels": "xattn bench kernels --aot --raw gpu-kernels-values.csv",
-    "held-out-classes": "python -m xattn.eval.studies.class_folds, the page's command: values.csv",
-    "lesions": "xattn study lesions: values.csv",
-    "linear-attention-depths": "xattn study depths, the page's command: values.csv",
+    "held-out-classes": "python -m xattn.eval.studies class-folds, the page's command: values.csv",
+    "lesions": "python -m xattn.eval.studies lesions: values.csv",
+    "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
     "map-memory": "xattn bench maps --raw map-memory-values.csv",
-    "mask-policies": "python -m xattn.eval.studies.coarse_groups, the page's command: values.csv",
+    "mask-policies": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "metric-speed": "xattn bench fidelity --raw metric-speed-values.csv",
-    "part-utilization": "xattn study vpu, the page's commands: vpu.csv",
-    "pointers": "xattn study pointer: values.csv",
-    "position-encodings": "xattn study positions, the page's command: values.csv",
+    "part-utilization": "python -m xattn.eval.studies vpu, the page's commands: vpu.csv",
+    "pointers": "python -m xattn.eval.studies pointer: values.csv",
+    "position-encodings": "python -m xattn.eval.studies positions, the page's command: values.csv",
     "probing-heads": "xattn probe, the page's commands: answers.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "speed": "xattn bench all --raw speed-values.csv",
     "startup": "xattn bench startup --raw startup-values.csv",
-    "swapped-attention": "xattn study swap, the page's command: values.csv",
-    "two-stream-faces": "xattn study faces: values.csv",
+    "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
+    "two-stream-faces": "python -m xattn.eval.studies faces: values.csv",
     "viewer-speed": "xattn bench app --raw viewer-speed-values.csv",
     "white-box-2025": KEEP.format("runs/white-box/leaderboard.json", "white-box-2025"),
 }
@@ -140,7 +140,7 @@ def test_files_that_a_page_names_exist(page):
 
 
 def test_every_mechanism_with_maps_has_a_page_with_a_small_picture_of_them():
-    """``xattn study attention-maps`` draws them. Controls share the page of their module."""
+    """``python -m xattn.eval.studies attention-maps`` draws them. Controls share the page of their module."""
     own = [n for n in with_maps() if mechanism_class(n).__module__.startswith("xattn.")]
     for name in own:
         cls = mechanism_class(name)

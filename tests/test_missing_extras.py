@@ -67,7 +67,7 @@ def resampled() -> None:
 
 
 def lesions() -> None:
-    from xattn.models.lesions import template
+    from xattn.eval.studies.models.lesions import template
 
     template.__wrapped__(3)
 

@@ -45,7 +45,6 @@ EVERY = [pytest.param(c, id=f"{p.name}: {' '.join(c)[:60]}") for p in PAGES for 
 NOT_RUN = (
     ["app"],
     ["bench", "explain"],
-    ["study"],
     ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
     ["accuracy"],
     ["distill"],

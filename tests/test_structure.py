@@ -15,12 +15,9 @@ LAYERS = {
     "xattn": {"xattn.kernels"},
     "xattn.models": {"xattn.kernels", "xattn"},
     "xattn.eval": {"xattn.kernels", "xattn"},
-    "xattn.eval.studies": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval"},
     "xattn.app": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval"},
-    "xattn.cli": {
-        *["xattn.kernels", "xattn", "xattn.models", "xattn.eval", "xattn.eval.studies"],
-        "xattn.app",
-    },
+    "xattn.cli": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval", "xattn.app"},
+    "xattn.eval.studies": {"xattn.kernels", "xattn", "xattn.models", "xattn.eval", "xattn.cli"},
 }
 # Imports that reach upwards, each for a reason.
 UPWARD = {

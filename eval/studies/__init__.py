@@ -1,1 +1,1 @@
-"""The experiments behind ``docs/results/``, each rerun by ``xattn study`` or ``python -m``."""
+"""The experiments behind ``docs/results/``: ``python -m xattn.eval.studies NAME`` in a checkout."""

@@ -1,6 +1,6 @@
 """Class-semantic attention over time: actions in generated sequences, found with it and without.
 
-    xattn study actions
+    python -m xattn.eval.studies actions
 
 Detectors that differ in one thing alone are trained on the same sequences: no attention, squeeze-and-
 excitation, CSA on class evidence, evidence concatenated to the features, and concatenated with CSA. They
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from xattn.eval.bootstrap import Interval, mean_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.actions.config import ActionStudyConfig
-from xattn.eval.studies.actions.detector import Detector, Kind, detect, train
+from xattn.eval.studies.actions.detector import ActionStudyConfig, Detector, Kind, detect, train
 from xattn.eval.studies.actions.precision import Matches, match, mean_average_precision
 from xattn.eval.studies.actions.sequences import Sequences, draw_sequences, inside
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
+from xattn.eval.studies.options import OutputAt, Quick
 
 DEFAULTS = ActionStudyConfig()
 RESAMPLES = 1000
@@ -45,13 +45,16 @@ AIMS: dict[Kind, str] = {
 
 
 def study(
-    output: str | Path = "runs/study-actions", config: ActionStudyConfig = DEFAULTS
+    output: OutputAt = "runs/study-actions",
+    config: ActionStudyConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Train and measure what is not finished yet, write report.md, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or a damaged file.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     learned, tested = (
         draw_sequences(count, config.length, config.classes, 2 * config.data_seed + part)

@@ -1,6 +1,6 @@
 """Attention training on images: does it make the maps of attentive heads agree with what matters?
 
-    xattn study image PHOTOS --labels FILE --annotations COCO
+    python -m xattn.eval.studies image PHOTOS --labels FILE --annotations COCO
 
 Heads on a frozen backbone learn to tell coarse groups apart, without and with changes of their scores
  (:mod:`xattn.training.attention_training`). Fold k of the photos is tested with seed k, the next fold
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, load_backbone
-from xattn.config import ProbeConfig
+from xattn.config import AttentionTraining, ProbeConfig
 from xattn.correlation import pearson
 from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import raw_rows
-from xattn.eval.studies.study_configs import ImageStudyConfig
+from xattn.eval.studies.options import ObjectsAt, OutputAt, PhotosAt
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images, load_image
@@ -50,6 +50,30 @@ from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_js
 from xattn.training import splits
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
+
+
+@dataclass(frozen=True)
+class ImageStudyConfig:
+    """What is trained and tested on photos."""
+
+    backbones: tuple[str, ...] = ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
+    """timm models with package weights."""
+    heads: tuple[str, ...] = ("efficient_probe", "memetector", "abmilp")
+    """Attentive heads that learn their scores."""
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
+    """none is plain training, which the others are compared with."""
+    strength: float = 0.3
+    """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
+    noise: float = 0.1
+    """Standard deviation of the noise on pixels in [0, 1]."""
+    folds: int = 5
+    """Parts of the photos; each is tested once, with a seed of its own."""
+    input_size: int = 224
+    """Side of the model's input in pixels."""
+
+
+DEFAULTS = ImageStudyConfig()
+
 
 METRICS = ("accuracy", "pixels", "tokens", "deletion", "shares", "stability", "energy")
 SETTINGS = "settings.json"
@@ -86,7 +110,11 @@ class Material(NamedTuple):
 
 
 def study(
-    data: Path, labels: Path | None, objects: Path, output: Path, config: ImageStudyConfig
+    data: PhotosAt,
+    objects: ObjectsAt,
+    labels: Path | None = None,
+    output: OutputAt = "runs/study-image",
+    config: ImageStudyConfig = DEFAULTS,
 ) -> Iterator[str]:
     """Train and test everything; yields lines of progress, then the tables.
 
@@ -100,6 +128,7 @@ def study(
         ValueError: ``output`` belongs to another study, a photo cannot be read, or runs that are
             compared tested different photos.
     """
+    data, output = Path(data), Path(output)
     for kind in config.heads:
         _attentive(kind)
     for name, path in (("data", data), ("labels", labels), ("objects", objects)):

@@ -1,6 +1,6 @@
 """The maps of each attention mechanism over one photo, a picture for each.
 
-    xattn study attention-maps photo.jpg -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies attention-maps photo.jpg -b vit_tiny_patch16_224 --weights FILE
 
 Every layer of a trained ViT gets the mechanism, the photo is run once, and one layer's maps are drawn
 (:meth:`xattn.attention.base.Mechanism.maps`). ``SETTINGS`` says with which options, at which size and in
@@ -30,6 +30,7 @@ from xattn.backbone import Backbone, converted, load_conversion, resized
 from xattn.backbone.conversion import read_conversion
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.map_tiles import map_tile
+from xattn.eval.studies.options import Network, OutputAt, PhotosAt
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
@@ -107,11 +108,11 @@ def with_maps() -> list[str]:
 
 
 def study(
-    backbone: Backbone,
-    photo: str | Path,
-    output: str | Path = "runs/attention-maps",
+    backbone: Network,
+    photo: PhotosAt,
+    output: OutputAt = "runs/attention-maps",
     *,
-    only: Collection[str] = (),
+    only: Sequence[str] = (),
     size: int | None = None,
     layer: int | None = None,
     distilled: Sequence[Path] = (),

@@ -1,11 +1,11 @@
 """Attention sinks of a trained ViT: where they are, which heads to calibrate, and what maps gain.
 
-    xattn study sinks photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies sinks photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 A head is calibrated (:mod:`xattn.attention.mechanisms.act`) if that alone raises the mean
 log-probability of the true classes of the validation photos, every other one; ``by="accuracy"`` asks for
 more right photos, as the paper does, which few photos cannot tell. The other photos are the test. An
-artefact is a patch with more than ``alpha`` times the mean of an explanation's map.
+artefact is a patch with more than 5 times the mean of an explanation's map.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from xattn.attention.mechanisms.act import ACT
 from xattn.attention.operators.base import SoftmaxOperator
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.options import LabelsAt, Network, PhotosAt
 from xattn.explainers import create_explainer
 from xattn.explaining.naming import named_photos
 from xattn.explaining.photos import true_classes_of
@@ -97,23 +98,21 @@ def judged(network: Backbone, images: Tensor, classes: Tensor) -> tuple[Tensor, 
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
     every: int = 1,
     picture: Path | None = None,
     by: str = "likelihood",
     explainer: str = "rollout",
-    **options: Any,
 ) -> Iterator[str]:
     """The lines of the report.
 
     Args:
-        data, labels, every: photos and their classes, as for ``xattn study swap``.
+        data, labels, every: photos and their classes, as for ``python -m xattn.eval.studies swap``.
         picture: a file for four photos, their maps before and after.
         by: what the search of heads goes by.
         explainer: whose maps are shown.
-        options: of ``act``.
     """
     sources = named_photos(data)[::every]
     truth = true_classes_of(sources, labels, backbone)
@@ -124,21 +123,19 @@ def study(
     images = torch.stack(pixels).to(backbone.device, backbone.mean.dtype)
     classes = torch.tensor([k for _, k in known], device=backbone.device)
     yield f"{backbone.name}, {len(known)} photos, half of them to search heads with"
-    yield from _sinks(backbone, Split("sinks, as trained").score(images), options)
+    yield from _sinks(backbone, Split("sinks, as trained").score(images))
     lines: list[str] = []
     split = Split("sinks", images)
     own, rest = split.choose(slice(0, None, 2)), split.score(slice(1, None, 2))
-    heads = search_heads(
-        backbone, images[own], classes[own], by=by, progress=lines.append, **options
-    )
+    heads = search_heads(backbone, images[own], classes[own], by=by, progress=lines.append)
     yield f"\nHeads that the search ({by}) calibrates:\n"
     yield from (f"* {line}" for line in lines)
     blocks: Any = backbone.model.blocks
     every_head = {i: tuple(range(b.attn.num_heads)) for i, b in enumerate(blocks)}
     networks = {
         "as trained": backbone,
-        "all heads": calibrated(backbone, every_head, **options),
-        "searched heads": calibrated(backbone, heads, **options),
+        "all heads": calibrated(backbone, every_head),
+        "searched heads": calibrated(backbone, heads),
     }
     yield f"\n| {len(images[rest])} other photos | right, % | log-probability | artefacts a map |"
     yield "| :-- | --: | --: | --: |"
@@ -147,7 +144,7 @@ def study(
         right, likelihood = judged(network, images[rest], classes[rest])
         maps = _maps(network, images[rest], classes[rest], explainer)
         shown.append(maps)
-        peaks = (maps > options.get("alpha", 5.0) * maps.mean((1, 2), keepdim=True)).sum((1, 2))
+        peaks = (maps > 5.0 * maps.mean((1, 2), keepdim=True)).sum((1, 2))
         yield (
             f"| {name} | {100 * float(right.double().mean()):.1f} | {float(likelihood.mean()):.3f} "
             f"| {float(peaks.double().mean()):.2f} |"
@@ -158,7 +155,7 @@ def study(
 
 
 @torch.no_grad()
-def _sinks(backbone: Backbone, images: Tensor, options: Mapping[str, Any]) -> Iterator[str]:
+def _sinks(backbone: Backbone, images: Tensor) -> Iterator[str]:
     """Sinks by layer and head, and how many a strided mass finds."""
     yield f"\n| layer | sinks a photo, by head | recall of every {STRIDE}-th query, % |"
     yield "| --: | :-- | --: |"
@@ -171,7 +168,7 @@ def _sinks(backbone: Backbone, images: Tensor, options: Mapping[str, Any]) -> It
             operator, prefix = call.operator, backbone.prefix_tokens
             assert isinstance(operator, SoftmaxOperator)
             heads, width = operator.shape[1], operator.q.shape[-1]
-            act: Any = create_mechanism("act", heads * width, heads, **options, stride=STRIDE)
+            act: Any = create_mechanism("act", heads * width, heads, stride=STRIDE)
             assert isinstance(act, ACT)
             asked = Inputs(operator.q, operator.k, call.value, prefix=prefix, scale=operator.scale)
             found = act.sinks(act.received(operator, asked, 1), prefix)

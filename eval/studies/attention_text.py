@@ -1,6 +1,6 @@
 """Attention training as published, for text: a BiLSTM with attention on SST (arXiv 2009.12064).
 
-    xattn study at FOLDER
+    python -m xattn.eval.studies at FOLDER
 
 FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.sst`. Every tenth
 sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +24,52 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn.config import AttentionTraining
 from xattn.correlation import pearson
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
-from xattn.eval.studies.study_configs import TextStudyConfig
 from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
 from xattn.training.attention_training import create_perturbation
 from xattn.training.run_folder import locked
+
+Attention = Literal["additive", "dot"]
+
+
+@dataclass(frozen=True)
+class TextStudyConfig:
+    """What is trained, and how often."""
+
+    methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
+    """none is the vanilla model, which the others are compared with."""
+    attention: tuple[Attention, ...] = ("additive",)
+    """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
+    seeds: int = 10
+    """Runs of each method with its chosen epsilon and weight: seeds 0, 1, ..."""
+    epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    """Norms of the perturbation to choose from."""
+    weights: tuple[float, ...] = (0.5, 1.0)
+    """Of the loss at the perturbed scores beside the clean loss, to choose from."""
+    grid_seeds: int = 2
+    """Runs of each epsilon and weight that the choice is made from."""
+    monitor: Literal["auc", "f1"] = "auc"
+    """Held-out score that chooses the epoch, epsilon and weight."""
+    epochs: int = 8
+    """Passes over the training sentences at most; the held-out tenth chooses the best."""
+    patience: int = 2
+    """Stop after this many epochs without improvement; 0 trains all epochs."""
+    batch_size: int = 32
+    """Sentences a step."""
+    lr: float = 1e-3
+    """Of Adam with AMSGrad."""
+    embedding: int = 100
+    """Width of the word vectors, which are trained."""
+    width: int = 64
+    """Hidden units of the BiLSTM in each direction."""
+    vectors: Path | None = None
+    """Word vectors to start from, a text file as fastText or GloVe write it; random ones by default."""
+
 
 RUNS, SETTINGS = "runs.jsonl", "settings.json"
 TRAIN, DEV = "train.txt", "dev.txt"

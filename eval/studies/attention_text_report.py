@@ -7,26 +7,32 @@ the seeds' mean values, with a bootstrap interval, which is about these models o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
+from xattn.cli.model import device_name
 from xattn.eval.bootstrap import Interval, paired_difference, t_interval
-from xattn.eval.studies import sst
+from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.attention_text import (
     CLEAN,
     Run,
     Setting,
+    TextStudyConfig,
     average_precision,
     choose,
     grid,
     top_precision,
 )
-from xattn.eval.studies.study_configs import TextStudyConfig
+from xattn.eval.studies.options import OutputAt
 from xattn.runtime.files import atomic_file, write_json
+
+DEFAULTS = TextStudyConfig()
 
 COLUMNS = {
     "f1": "F1",
@@ -330,3 +336,26 @@ def _cell(value: Interval, scale: float, sign: str = "") -> str:
     digits = 2 if scale == 100 else 3
     mean, lo, hi = (f"{scale * x:{sign}.{digits}f}" for x in value[:3])
     return f"{mean} [{lo}, {hi}]"
+
+
+def study(
+    data: tyro.conf.Positional[Path],
+    output: OutputAt = "runs/study-at",
+    config: TextStudyConfig = DEFAULTS,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Do all runs that ``output`` does not have yet, and give the lines of the report.
+
+    Args:
+        data: a folder with train.txt and dev.txt of the Stanford Sentiment Treebank.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+    """
+    folder = Path(output)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    done = attention_text.study(config, data, folder, device_name(device), say)
+    files = write(done.rows, config, folder, data)
+    yield (folder / "report.md").read_text(encoding="utf-8")
+    yield f"report: {', '.join(map(str, files))}"

@@ -1,6 +1,6 @@
 """Blocks without plain attention on digits: NiNformer, HyperZZW and SHRP, each beside what it has to beat.
 
-    xattn study blocks
+    python -m xattn.eval.studies blocks
 
 Of NiNformer also the gate left out, tokens permuted, and the trained network at twice the grid; of HyperZZW
 the stem alone; of SHRP the penalty left out, and every network before and after pruning.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,33 @@ from xattn.blocks.hyperzzw import HyperZZWBlock, slow_loss
 from xattn.blocks.shrp import ShrpBlock
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.block_maps import SHOWN, block_maps, draw
-from xattn.eval.studies.digit_configs import BlockStudyConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
-from xattn.models.block_net import BlockNet
+from xattn.eval.studies.models.block_net import BlockNet
+from xattn.eval.studies.options import OutputAt, Quick
+
+
+@dataclass(frozen=True)
+class BlockStudyConfig:
+    """What the study of blocks trains."""
+
+    seeds: int = 3
+    """Networks of each kind: seeds 0, 1, ..."""
+    ninformer_epochs: int = 20
+    """Passes over the 1,437 digits, with a gate and without."""
+    hyperzzw_epochs: int = 25
+    """Also of the stem alone."""
+    shrp_epochs: int = 45
+    """With the penalty and without."""
+    usage_entropy: float = 0.3
+    """Weight of the penalty of SHRP's routers."""
+    slow_loss: float = 0.0
+    """Weight of the difference of HyperZZW's kernels."""
+
+    def quick(self) -> BlockStudyConfig:
+        """One short training of each: no figure of it means anything."""
+        return replace(self, seeds=1, ninformer_epochs=1, hyperzzw_epochs=1, shrp_epochs=1)
+
 
 DEFAULTS = BlockStudyConfig()
 DRAWN = ("ninformer", "hyperzzw", "shrp")
@@ -37,13 +60,16 @@ Measured = tuple[dict[str, Any], BlockNet]
 
 
 def study(
-    output: str | Path = "runs/study-blocks", config: BlockStudyConfig = DEFAULTS
+    output: OutputAt = "runs/study-blocks",
+    config: BlockStudyConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Train and measure what is not finished yet, write report.md and maps.png, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     load_digits()
     measures: dict[str, Callable[[Split, int], Measured]] = {

@@ -1,4 +1,4 @@
-"""Maps of the networks that ``xattn study blocks`` trains, on a few digits, and the picture of them."""
+"""Maps of the networks that the study of blocks trains, on a few digits, and the picture of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from xattn.backbone import load_backbone
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.digits import load_digits
 from xattn.eval.studies.map_tiles import map_tile
+from xattn.eval.studies.models.block_net import BlockNet
 from xattn.explainers import create_explainer
-from xattn.models.block_net import BlockNet
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
 from xattn.pictures.overlay import DIVERGING, SEQUENTIAL
 from xattn.pictures.scales import Legend

@@ -1,6 +1,6 @@
 """How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries and keys.
 
-    xattn study recall photos/ -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies recall photos/ -b vit_tiny_patch16_224 --weights FILE
 
 The exact choice of a block of queries has as many blocks, those that get most of their dense attention,
 see :mod:`xattn.attention.recall`. Counted are all blocks that are read, and, where some always are,
@@ -28,6 +28,7 @@ from xattn.attention.recall import Choice, recall
 from xattn.backbone import Backbone, load_conversion, resized
 from xattn.backbone.conversion import read_conversion
 from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.options import Network, PhotosAt
 from xattn.explaining.naming import Source, named_photos
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
@@ -61,8 +62,8 @@ class Measured:
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
+    backbone: Network,
+    data: PhotosAt,
     sizes: Sequence[int] = (448,),
     photos: int = 16,
     settings: Sequence[str] = SETTINGS,

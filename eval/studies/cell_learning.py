@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,37 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.correlation import ranks
-from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.pointer import Cells, Pointer
+
+
+@dataclass(frozen=True)
+class OrderStudyConfig:
+    """Photos, the teacher of orders, and the heads that learn from it."""
+
+    photos: int = 400
+    """To learn from, at most."""
+    tested: int = 100
+    """Others, which are tested and have two independent teachers."""
+    cells: int = 7
+    """Of a side; a divisor of the ViT's grid."""
+    passes: int = 120
+    """Of the network with cells left out for each photo, half of them complements."""
+    ridge: float = 10.0
+    """Of the regression."""
+    target: Literal["p", "logit"] = "p"
+    """What is regressed and the order goes by: p of the predicted class, or its centred logit."""
+    draws: int = 3
+    """Heads of each kind: seeds 0, 1, ..."""
+    epochs: int = 10
+    """Passes over the photos' orders."""
+    seed: int = 0
+    """Of the draw of photos."""
+
+    def quick(self) -> OrderStudyConfig:
+        """A few photos: no figure of it means anything."""
+        return replace(self, photos=4, tested=2, draws=1, epochs=1)
+
 
 BATCH, LR = 32, 1e-3
 KINDS = ("pointer", "likelihood", "likelihood, memory", "regression")

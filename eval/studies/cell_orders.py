@@ -1,6 +1,6 @@
 """Orders of a photo's cells: what a teacher finds in 120 passes, and what heads learn of it for one pass.
 
-    xattn study pointer photos/ -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies pointer photos/ -b vit_tiny_patch16_224 --weights FILE
 
 The teacher is :mod:`~xattn.eval.studies.order_teacher`. The pointer head learns from it, see
 :mod:`~xattn.eval.studies.cell_learning`, the end symbol where the cells before it restore the prediction.
@@ -31,6 +31,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.cell_learning import (
     KINDS,
     Lessons,
+    OrderStudyConfig,
     first_that_suffices,
     kept_cells,
     learn,
@@ -38,8 +39,8 @@ from xattn.eval.studies.cell_learning import (
 )
 from xattn.eval.studies.dropped_tokens import DroppedTokens, area, steps_of
 from xattn.eval.studies.kept import kept_record, kept_values, reported, spread
+from xattn.eval.studies.options import Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.order_teacher import DESIGNS, TARGETS, Taught, Teacher, image_of, taught
-from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.explainers import create_explainer
 from xattn.explaining.naming import named_photos
 from xattn.heads import save_head
@@ -99,10 +100,11 @@ class Ends(NamedTuple):
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    output: str | Path = "runs/study-pointer-photos",
+    backbone: Network,
+    data: PhotosAt,
+    output: OutputAt = "runs/study-pointer-photos",
     config: OrderStudyConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Measure and train what is not finished yet, write report.md, and give its lines.
 
@@ -115,6 +117,7 @@ def study(
         ValueError: a backbone or cells that do not fit, too few photos, or ``output`` holds results of
             other settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     dropped = DroppedTokens(backbone, config.cells)
     teachers = {name: Teacher(dropped, config.passes, config.ridge, name) for name in DESIGNS}

@@ -1,6 +1,6 @@
 """Cross-validation over classes: every photo is scored by a head that never saw its class.
 
-    python -m xattn.eval.studies.class_folds --data PHOTOS --output runs/folds
+    python -m xattn.eval.studies class-folds PHOTOS --output runs/folds
 
 ``PHOTOS`` has one folder a class. Each fold's head is trained with :func:`xattn.fit` on the other
 classes; its held-out photos are scored beside Grad-CAM and the sanity rows; the folds' per-image
@@ -11,7 +11,7 @@ finished is not computed again.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,6 @@ from xattn.heads import parse_options
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import write_json as write_record
 from xattn.training import fit
 from xattn.training.run_folder import RUN_FILE
@@ -246,7 +245,7 @@ def format_differences(differences: Sequence[Difference], method: str, reference
 class Folds:
     """Cross-validate a head over classes."""
 
-    data: str
+    data: tyro.conf.Positional[str]
     """A folder with one folder of images a class."""
     output: Path = Path("runs/folds")
     """One folder a fold, and the results of all."""
@@ -269,9 +268,8 @@ class Folds:
     """Memory format of the backbone; faster on CPUs."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = tyro.cli(Folds, prog="python -m xattn.eval.studies.class_folds", args=arguments)
-    keep_memory()
+def study(args: Folds) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
     backbone = study_backbone(args.backbone, args.weights, channels_last=args.channels_last)
     results = cross_validate(
         backbone, list_images(args.data), args.train, args.output, head=args.head,
@@ -285,8 +283,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for reference in args.explainers:
         differences = results.compare(args.head, reference)
         text.append(format_differences(differences, args.head, reference))
-    print("\n\n".join(text))
-
-
-if __name__ == "__main__":
-    main()
+    yield "\n\n".join(text)

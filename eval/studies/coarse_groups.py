@@ -1,6 +1,6 @@
 """Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.
 
-    python -m xattn.eval.studies.coarse_groups --data PHOTOS --backbone vit_small_patch14_dinov2
+    python -m xattn.eval.studies coarse-groups PHOTOS --backbone vit_small_patch14_dinov2
 
 ``PHOTOS`` has one folder a class and ``classes.json``, ``{folder: {"group": name or null}}``; photos
 without a group are left out. A linear probe tells the groups apart; ``ttame`` heads with
@@ -11,7 +11,7 @@ fifth in turn, with a probe and heads of its own, and merges the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,6 @@ from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_groups
 from xattn.photos.view import prepare
-from xattn.runtime.allocator import keep_memory
 from xattn.training.splits import FOLDS, stratified_folds
 
 
@@ -80,7 +79,7 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 0.0
 class Groups:
     """Train and score per-class heads on coarse groups."""
 
-    data: Path
+    data: tyro.conf.Positional[Path]
     """A folder with one folder of images a class, and classes.json."""
     output: Path = Path("runs/groups")
     """Folder of the runs and results."""
@@ -151,9 +150,8 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
     return merge(parts), about
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = tyro.cli(Groups, prog="python -m xattn.eval.studies.coarse_groups", args=arguments)
-    keep_memory()
+def study(args: Groups) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
     results, about = compare_on_groups(args)
     if len(args.only) == FOLDS:
         write_json(results, args.output / "results.json")
@@ -165,8 +163,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs += [(rows[0], other) for other in rows[1:]]
     for row, reference in pairs:
         text.append(format_differences(results.compare(row, reference), row, reference))
-    print("\n\n".join(text))
-
-
-if __name__ == "__main__":
-    main()
+    yield "\n\n".join(text)

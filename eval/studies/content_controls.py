@@ -1,6 +1,7 @@
 """What is left of a network, and of its explanations, when attention carries no content.
 
-    xattn study controls photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies controls photos/ --labels classes.json -b vit_tiny_patch16_224 \\
+        --weights FILE
 
 Controls (:mod:`xattn.attention.mechanisms.controls`) take the place of attention in blocks of a trained
 ViT, and its accuracy is measured. Maps of the network are compared with those of a copy whose queries and
@@ -14,7 +15,7 @@ What is finished stays in the output folder, and the same command goes on there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from xattn.backbone import Backbone, converted
 from xattn.correlation import spearman
 from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import qk_randomized_backbone
-from xattn.eval.studies.control_configs import ControlStudyConfig
 from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
 from xattn.eval.studies.control_tasks import digits_right, network, recall_right
 from xattn.eval.studies.digits import pixels_right
@@ -41,10 +41,60 @@ from xattn.eval.studies.kept import (
     raw_rows,
     reported,
 )
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
 from xattn.explainers import create_explainer
 from xattn.runtime.files import check_folder
+
+
+@dataclass(frozen=True)
+class ControlStudyConfig:
+    """On how many photos controls are measured, whose maps are compared, and how long networks train."""
+
+    photos: int = 500
+    """How many photos, drawn by the seed, are classified."""
+    fitted: int = 100
+    """Of how many of these mean maps are made; the map of one photo is that of the first."""
+    compared: int = 40
+    """On how many of them maps are compared."""
+    explainers: tuple[str, ...] = (
+        "rollout",
+        "raw_attention",
+        "column_mass",
+        "generic_relevance",
+        "attn_lrp",
+        "gradcam",
+        "input_x_gradient",
+    )
+    """Whose maps are compared with those of permuted queries and keys."""
+    permutations: int = 3
+    """Of the weights of queries and keys."""
+    digit_steps: int = 440
+    """Of a network trained on digits."""
+    digit_rates: tuple[float, ...] = (1e-3,)
+    """Learning rates of networks trained on digits, a table each."""
+    recall_steps: int = 500
+    """Of a network trained on recall."""
+    seeds: int = 1
+    """Networks of each kind: seeds 0, 1, ..."""
+    seed: int = 0
+    """Of the photos and of what is permuted."""
+
+    def quick(self) -> ControlStudyConfig:
+        """A few photos and steps, to see that all runs: no figure of it means anything."""
+        return replace(
+            self,
+            photos=6,
+            fitted=3,
+            compared=2,
+            permutations=1,
+            digit_steps=22,
+            digit_rates=self.digit_rates[:1],
+            recall_steps=3,
+            seeds=1,
+        )
+
 
 AT_ONCE = 50  # photos whose classes a file holds
 DESCRIBED = 4  # photos of which a layer's indicators are the mean
@@ -53,11 +103,12 @@ Measured = dict[str, Any]
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
-    output: str | Path = "runs/study-controls",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
+    output: OutputAt = "runs/study-controls",
     config: ControlStudyConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Measure what is not finished yet, write report.md, and give its lines.
 
@@ -70,6 +121,7 @@ def study(
         ValueError: too few photos with a class of the backbone, a backbone whose attention cannot be
             converted, an unknown explainer, or ``output`` holds results of other settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
     if len(photos) <= config.fitted:

@@ -1,6 +1,6 @@
 """What attention keeps as the context grows beyond training: one layer, trained short and tested long.
 
-    xattn study length
+    python -m xattn.eval.studies length
 
 Each mechanism is the only layer of a small network (:mod:`~xattn.eval.studies.length.network`), trained on
 sequences of one length for each task (:mod:`~xattn.eval.studies.length.tasks`) and tested at others. All
@@ -29,6 +29,7 @@ from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
 from xattn.eval.studies.length.network import (
     LengthNetwork,
+    LengthStudyConfig,
     held_out,
     made,
     scores,
@@ -36,7 +37,7 @@ from xattn.eval.studies.length.network import (
     training_seeds,
 )
 from xattn.eval.studies.length.tasks import Recall, Regression, Task
-from xattn.eval.studies.study_configs import LengthStudyConfig
+from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
 
@@ -57,8 +58,9 @@ class Unit(NamedTuple):
 
 
 def study(
-    output: str | Path = "runs/study-length",
+    output: OutputAt = "runs/study-length",
     config: LengthStudyConfig = DEFAULTS,
+    quick: Quick = False,
     *,
     progress: bool = True,
 ) -> Iterator[str]:
@@ -71,6 +73,7 @@ def study(
         ValueError: a mechanism that is unknown or has no causal form, lengths that a task cannot have, or
             ``output`` holds results of other settings.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     tasks = [_task(name, config) for name in config.tasks]
     for task in tasks:  # before anything is trained

@@ -1,6 +1,6 @@
 """How many of a ViT's last blocks can be converted: the mechanism trained alone, then with updates.
 
-    xattn study depths photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies depths photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 For the last 3, 6, 9 and 12 blocks the mechanism is distilled on the tokens of the trained network, then on
 its own, and measured; then low-rank updates around it are trained, too. Each fold learns from the photos of
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.config import DistillConfig
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record, write_report
-from xattn.eval.studies.study_configs import DepthStudyConfig
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import Block, Explaining, quality
 from xattn.photos.sources import open_photos
@@ -31,6 +31,35 @@ from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
 from xattn.training.head_closeness import HeadCloseness, head_closeness, head_csv
 from xattn.training.run_folder import RUN_FILE
+
+
+@dataclass(frozen=True)
+class DepthStudyConfig:
+    """Which blocks are converted, and how long they are trained."""
+
+    attention: str = "hedgehog"
+    """The mechanism, as NAME:option=value,...; it has to have parameters."""
+    last: tuple[int, ...] = (3, 6, 9, 12)
+    """Numbers of blocks, counted from the last."""
+    photos: int = 500
+    """How many photos, drawn by the seed."""
+    folds: int = 2
+    """Parts of the photos; a network for each learns from the other parts."""
+    epochs: int = 6
+    """Passes on the tokens of the trained network."""
+    student_epochs: int = 3
+    """Passes on the tokens of the converted network."""
+    finetune_epochs: int = 6
+    """Passes that train low-rank updates, too."""
+    finetune_lr: float = 1e-3
+    """Their peak learning rate."""
+    heads: int = 32
+    """Photos of a fold on which rows are compared head by head."""
+    seed: int = 0
+    """Of the order of the photos, and of training."""
+    workers: int = 0
+    """Loader processes of training."""
+
 
 STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates, too"}
 PHOTO_VALUES = ("right", "dense", "same", "patch cosine")
@@ -43,10 +72,10 @@ DEFAULTS = DepthStudyConfig()
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
-    output: str | Path = "runs/study-depths",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
+    output: OutputAt = "runs/study-depths",
     config: DepthStudyConfig = DEFAULTS,
     *,
     progress: bool = True,

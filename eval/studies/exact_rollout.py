@@ -1,6 +1,6 @@
 """Networks whose rollout is exact, and what that says about deleting tokens.
 
-    xattn study exact-rollout
+    python -m xattn.eval.studies exact-rollout
 
 Minimal blocks without MLP, W_V and W_O, with the norm inside QK only, are linear in the tokens given A. So
 a logit of a linear readout is the sum of what flows from each token, exactly, head by head
@@ -11,10 +11,10 @@ It is compared with that of effects: how the logit changes when one token is lef
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,32 @@ from xattn.backbone import load_backbone
 from xattn.blocks.minimal import RESIDUALS, contributions
 from xattn.correlation import spearman
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.digit_configs import ExactRolloutConfig
 from xattn.eval.studies.digits import Training, load_digits, pixels_right, right, train
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
+from xattn.eval.studies.models.block_net import BlockNet
+from xattn.eval.studies.options import OutputAt, Quick
 from xattn.explainers import create_explainer
-from xattn.models.block_net import BlockNet
+
+
+@dataclass(frozen=True)
+class ExactRolloutConfig:
+    """What the study of exact rollout trains, and on how many digits it deletes tokens."""
+
+    seeds: int = 3
+    """Networks of each kind: seeds 0, 1, ..."""
+    epochs: int = 20
+    """Passes over the 1,437 digits."""
+    lr: float = 1e-2
+    """Of AdamW; rises for a tenth of the steps, then falls to 0."""
+    residual: Literal["average", "plain"] = "average"
+    """(x + A x) / 2, or x + A x."""
+    digits: int = 100
+    """Of the 360 held out, whose tokens are deleted one by one."""
+
+    def quick(self) -> ExactRolloutConfig:
+        """One short training of each: no figure of it means anything."""
+        return replace(self, seeds=1, epochs=1, digits=8)
+
 
 LAYERS = 2
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -46,13 +67,16 @@ DEFAULTS = ExactRolloutConfig()
 
 
 def study(
-    output: str | Path = "runs/study-exact-rollout", config: ExactRolloutConfig = DEFAULTS
+    output: OutputAt = "runs/study-exact-rollout",
+    config: ExactRolloutConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Train and measure what is not finished yet, write report.md, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     load_digits()
     rows = {name: partial(measure, name, config) for name in NETWORKS}

@@ -1,6 +1,6 @@
 """ARBEx on generated faces: two streams against each alone, with reliability balancing and without.
 
-    xattn study faces
+    python -m xattn.eval.studies faces
 
 Networks of one size and one training; "image" and "landmarks" read one stream. Labels to train on are
 partly false, those of the test are true. Told are the accuracy on all faces and on those with a single
@@ -10,7 +10,7 @@ expression, and how well the confidence 1 - entropy / log K of the prediction te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,43 @@ from torch import Tensor
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.face_config import FaceStudyConfig
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
+from xattn.eval.studies.models.arbex import Arbex
+from xattn.eval.studies.models.faces import EXPRESSIONS, POINTS, Faces, draw_faces
+from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import confidence
-from xattn.models.arbex import Arbex
-from xattn.models.faces import EXPRESSIONS, POINTS, Faces, draw_faces
+
+
+@dataclass(frozen=True)
+class FaceStudyConfig:
+    """The generated faces, and the networks that are trained on them."""
+
+    train: int = 1500
+    """Faces to train on."""
+    tests: int = 500
+    """Faces to test on; their labels are true."""
+    blends: float = 0.35
+    """Share of faces with two expressions."""
+    false_labels: float = 0.1
+    """Share of the labels to train on that are wrong."""
+    epochs: int = 15
+    """Passes over the faces."""
+    batch_size: int = 64
+    """Faces a step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    anchors: int = 8
+    """Of a class, where predictions are balanced."""
+    seeds: int = 3
+    """Networks of each kind: seeds 0, 1, ..."""
+    data_seed: int = 0
+    """Of the faces."""
+
+    def quick(self) -> FaceStudyConfig:
+        """A short training of each: no figure of it means anything."""
+        return replace(self, train=32, tests=24, epochs=1, batch_size=16, seeds=1)
+
 
 DEFAULTS = FaceStudyConfig()
 RESAMPLES = 1000
@@ -36,13 +67,14 @@ BALANCED = "-balanced"
 
 
 def study(
-    output: str | Path = "runs/study-faces", config: FaceStudyConfig = DEFAULTS
+    output: OutputAt = "runs/study-faces", config: FaceStudyConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
     """Train and measure what is not finished yet, write report.md, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or a damaged file.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     seed = 2 * config.data_seed
     learned = draw_faces(config.train, seed, blends=config.blends, false_labels=config.false_labels)

@@ -1,6 +1,6 @@
 """Rows of one table, each trained and scored alone on photos of classes that its head never saw.
 
-    python -m xattn.eval.studies.fold_rows --data PHOTOS --rows gradcam ttame:recipe=small
+    python -m xattn.eval.studies fold-rows PHOTOS --rows gradcam ttame:recipe=small
 
 A row is an explainer or a head by name, with options. Of a head those of :class:`~xattn.config.TrainConfig`
 train it, ``photos`` limits the photos that it is trained on, ``passes`` and ``maps`` say how it is shown,
@@ -13,7 +13,7 @@ A row that is finished is read, a killed one goes on, and a new row needs none o
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,7 +38,6 @@ from xattn.heads import Head, list_heads
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime import strict_json
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import write_json as write_record
 from xattn.runtime.files import write_text
 from xattn.training import fit
@@ -262,7 +261,7 @@ def with_compiled_passes(backbone: Backbone) -> None:
 class FoldRows:
     """Score heads and explainers on photos of classes that no head saw, row by row."""
 
-    data: str
+    data: tyro.conf.Positional[str]
     """A folder with one folder of images a class."""
     rows: tuple[str, ...]
     """LABEL=NAME:option=value,... of a head or an explainer; the first is compared with all others."""
@@ -322,9 +321,8 @@ class FoldRows:
         return sorted(set(paths) - set(held_out))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = tyro.cli(FoldRows, prog="python -m xattn.eval.studies.fold_rows", args=arguments)
-    keep_memory()
+def study(args: FoldRows) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
     backbone = args.load()
     paths = list_images(args.data)
     rows = [Row.parse(text) for text in args.rows]
@@ -343,15 +341,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = merge(tables)
     found = differences(table, rows[0].label, [row.label for row in rows[1:]])
     text = f"{format_table(table, 'markdown')}\n{rows[0].label} minus the others:\n\n{found}"
-    print_and_keep(text, args.output / "rows.md")
+    write_text(args.output / "rows.md", text + "\n")
+    yield text
     table.to_csv(args.output / "values.csv", per_image=True)
-
-
-def print_and_keep(text: str, path: Path) -> None:
-    """Print ``text``, and write it to ``path``."""
-    print(text)
-    write_text(path, text + "\n")
-
-
-if __name__ == "__main__":
-    main()

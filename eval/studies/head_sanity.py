@@ -1,6 +1,6 @@
 """Sanity of trained heads: do their maps depend on weights, photo and class, and follow the object?
 
-    python -m xattn.eval.studies.head_sanity --data PHOTOS --heads FOLDER --explainers gradcam cam \\
+    python -m xattn.eval.studies head-sanity PHOTOS --heads FOLDER --explainers gradcam cam \\
         --output runs/sanity
 
 :mod:`~xattn.eval.studies.sanity_checks` says what is checked. Beside the heads and explainers stand two
@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +39,6 @@ from xattn.explainers import create_explainer
 from xattn.heads import load_head
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import file_sha256, write_json
 
 DEFAULTS = Settings()
@@ -160,7 +159,7 @@ def _joined(parts: Sequence[Mapping[str, Sequence[float | None]]]) -> Found:
 class HeadSanity:
     """Check trained heads and explainers."""
 
-    data: str
+    data: tyro.conf.Positional[str]
     """Photos: a folder or a list file."""
     heads: tuple[str, ...] = ()
     """Trained heads: LABEL=FOLDER:option=value,... or a shipped one's name (xattn list) for the folder."""
@@ -242,11 +241,6 @@ def _methods(
     return methods
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = tyro.cli(HeadSanity, prog="python -m xattn.eval.studies.head_sanity", args=arguments)
-    keep_memory()
-    print(check_heads(args))
-
-
-if __name__ == "__main__":
-    main()
+def study(args: HeadSanity) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
+    yield check_heads(args)

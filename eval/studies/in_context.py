@@ -12,13 +12,45 @@ one step of gradient descent on the examples, their mean input subtracted:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from xattn.eval.studies.theory_configs import InContextConfig
+
+@dataclass(frozen=True)
+class InContextConfig:
+    """The prompts and the training of in-context regression."""
+
+    width: int = 5
+    """d, the number of inputs x of an example."""
+    examples: int = 40
+    """L, the number of examples of a prompt."""
+    heads: int = 2
+    """Of the network whose circuit is read; beside it one with a single head is trained."""
+    noise: float = 0.1
+    """Variance of y around its mean."""
+    steps: int = 40_000
+    """Of Adam; the last quarter with a tenth of the learning rate."""
+    batch_size: int = 256
+    """Prompts a step, all of them new."""
+    lr: float = 2e-3
+    """Learning rate of Adam."""
+    tests: int = 65_536
+    """Prompts of each test."""
+    longer: int = 160
+    """Examples of a prompt in the test of longer prompts."""
+    slack: float = 1.0
+    """Factor of all thresholds."""
+    seed: int = 0
+    """Of weights and prompts."""
+
+    def quick(self) -> InContextConfig:
+        """6,000 steps, and thresholds that are three times as wide."""
+        return replace(self, steps=6_000, tests=8_192, slack=3.0)
+
 
 BLOCK = 100  # steps whose prompts are drawn together
 START = 0.1  # deviation of the weights before training

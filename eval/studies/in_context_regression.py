@@ -1,6 +1,6 @@
 """In-context linear regression: the circuit that softmax heads learn, beside the one that theory names.
 
-    xattn study icl
+    python -m xattn.eval.studies icl
 
 Two networks learn from the same prompts, one of several heads and one of a single head, see
 :mod:`~xattn.eval.studies.in_context`. Their errors stand beside those of gradient descent and of the best
@@ -21,6 +21,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.in_context import (
     Circuit,
     InContext,
+    InContextConfig,
     bayes,
     best_eta,
     circuit,
@@ -31,7 +32,7 @@ from xattn.eval.studies.in_context import (
     training_seeds,
 )
 from xattn.eval.studies.kept import kept_record, reported
-from xattn.eval.studies.theory_configs import InContextConfig
+from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -48,8 +49,9 @@ NAMES = {
 
 
 def study(
-    output: str | Path = "runs/study-icl",
+    output: OutputAt = "runs/study-icl",
     config: InContextConfig = DEFAULTS,
+    quick: Quick = False,
     *,
     progress: bool = True,
 ) -> Iterator[str]:
@@ -61,6 +63,7 @@ def study(
     Raises:
         ValueError: ``output`` holds results of other settings.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     check_folder(output)
     settings = {k: v for k, v in asdict(config).items() if k not in ("tests", "longer", "slack")}

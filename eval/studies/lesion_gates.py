@@ -15,9 +15,9 @@ from torch import Tensor
 from xattn.backbone.loading import load_backbone
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.models.lesions import Samples
 from xattn.explainers.gates import Gates
 from xattn.models.agunet import AGUNet
-from xattn.models.lesions import Samples
 from xattn.models.masks import MaskClassifier
 from xattn.models.volumes import volume_gates
 from xattn.pictures.overlay import SEQUENTIAL, colorize

@@ -1,6 +1,6 @@
 """Lesions in the MNI152 template: attention-gated U-Nets beside a plain one, and where their gates point.
 
-    xattn study lesions
+    python -m xattn.eval.studies lesions
 
 AGUNet, DAUNet and a plain U-Net on slices of 64 x 64 pixels, and AGUNet and the plain one on faint lesions
 and on patches of volumes, each on the same samples and steps. Of the networks on slices the gates are read
@@ -11,10 +11,10 @@ and slices with their masks for ``xattn compare --annotations``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torchmetrics.functional.segmentation import dice_score
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
-from xattn.eval.studies.lesion_configs import LesionConfig
 from xattn.eval.studies.lesion_gates import (
     CLASSES,
     choice,
@@ -34,12 +33,50 @@ from xattn.eval.studies.lesion_gates import (
     measure_gates,
     measure_volume_gates,
 )
+from xattn.eval.studies.models.lesions import FAINT, SLICES, VOLUMES, Samples, samples, template
+from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.models.agunet import AGUNet
-from xattn.models.lesions import FAINT, SLICES, VOLUMES, Samples, samples, template
 from xattn.models.masks import load_network, mask_loss, predict_tiles, save_network
 from xattn.models.volumes import TILE
 from xattn.runtime.files import atomic_file, check_folder, write_text
+
+Part = Literal["slices", "faint", "volumes"]
+
+
+@dataclass(frozen=True)
+class LesionConfig:
+    """What the study of lesions trains and tests; training samples have the seed 0, others 1 and 2."""
+
+    parts: tuple[Part, ...] = ("slices", "faint", "volumes")
+    """Plain lesions in slices, faint ones, and volumes; those that are left out may be added later."""
+    seeds: int = 3
+    """Networks of each kind on slices: seeds 0, 1, ..."""
+    volume_seeds: int = 1
+    """On volumes."""
+    slices: int = 1_300
+    """To train on."""
+    tests: int = 200
+    """Slices to test on, and others to choose the threshold, and a level and sign of the gates, by."""
+    epochs: int = 4
+    """Passes over the slices."""
+    batch_size: int = 8
+    """Slices a step."""
+    lr: float = 1e-2
+    """Of AdamW; rises for a tenth of the steps, then falls to 0."""
+    volumes: int = 90
+    """To train on."""
+    volume_tests: int = 20
+    """Volumes to test on, and others to choose the threshold by."""
+    steps: int = 400
+    """Of four patches of 32 x 32 x 32 voxels, two of them on a lesion."""
+
+    def quick(self) -> LesionConfig:
+        """A few steps on a few samples: no figure of it means anything."""
+        return replace(
+            self, seeds=1, slices=32, tests=24, epochs=1, volumes=4, volume_tests=2, steps=1
+        )
+
 
 DEFAULTS = LesionConfig()
 KINDS = {"slices": SLICES, "faint": FAINT, "volumes": VOLUMES}
@@ -54,13 +91,14 @@ SMALL = {"slices": 5.0, "faint": 5.0, "volumes": 4.0}  # radius below which a le
 
 
 def study(
-    output: str | Path = "runs/study-lesions", config: LesionConfig = DEFAULTS
+    output: OutputAt = "runs/study-lesions", config: LesionConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
     """Train and measure what is not finished yet, write report.md, and give its lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings, or nilearn is not installed.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     template(SLICES.spacing)
     untold = ("parts", "seeds", "volume_seeds")

@@ -1,6 +1,6 @@
 """The localist dial in a trained ViT: how far attention draws together, what that costs, and steering.
 
-    xattn study dial photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies dial photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 The dial stands in the last blocks, or in all, with the quadrants of the photo as regions. The leading
 region is the one that gets most of a query's row; its mass is a mean over blocks, heads and all queries.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,39 @@ from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record, kept_values
-from xattn.eval.studies.study_configs import DialStudyConfig
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json, write_text
+
+
+@dataclass(frozen=True)
+class DialStudyConfig:
+    """Which blocks get the localist dial, how far it is turned, and on how many photos."""
+
+    betas: tuple[float, ...] = (0.0, 4.0, 16.0, 64.0)
+    """Turns of the dial; 0, as trained, is always measured."""
+    last: int = 3
+    """How many of the last blocks get it; all blocks are measured beside them."""
+    steered: int = 6
+    """How many of the last blocks are steered to a quadrant."""
+    steer_beta: float = 2.0
+    """How strongly."""
+    photos: int = 100
+    """How many photos, drawn by the seed."""
+    variance: float = 0.7
+    """Of a recruited region of keys, as a share of the keys' own."""
+    draws: int = 50
+    """Drawn sets of points that regions are recruited for."""
+    batch_size: int = 10
+    """Photos a pass."""
+    seed: int = 0
+    """Of the photos."""
+
+    def quick(self) -> DialStudyConfig:
+        """A few photos and draws, to see that all runs: no figure of it means anything."""
+        return replace(self, betas=(0.0, 16.0), photos=min(self.photos, 4), draws=5)
+
 
 QUADRANTS = 4
 POINTS = {"points": 150, "width": 2, "apart": 8.0}  # of three clusters of standard deviation 1
@@ -43,11 +72,12 @@ DEFAULTS = DialStudyConfig()
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
-    output: str | Path = "runs/study-dial",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
+    output: OutputAt = "runs/study-dial",
     config: DialStudyConfig = DEFAULTS,
+    quick: Quick = False,
 ) -> Iterator[str]:
     """Measure what is not finished yet, write report.md, and give its lines.
 
@@ -60,6 +90,7 @@ def study(
         ValueError: no photo has a class of the backbone, fewer blocks than are asked for, or ``output``
             holds results of other settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
     depth = len(getattr(backbone.model, "blocks", ()))

@@ -1,6 +1,6 @@
 """Trials of the evidence head: what was tried on its masks, loss, parts and maps, each by its name.
 
-    python -m xattn.eval.studies.outcome_trials --data PHOTOS --trials base superpixels on_policy \\
+    python -m xattn.eval.studies outcome-trials PHOTOS --trials base superpixels on_policy \\
         --unannotated COCO --output runs/trials --tables runs/tables --compiled --precision bfloat16
 
 Every trial is the evidence head of ``TrainConfig("outcomes")``, changed in one respect. It is trained on
@@ -14,12 +14,10 @@ study of their own, :mod:`~xattn.eval.studies.random_labels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
@@ -36,7 +34,6 @@ from xattn.eval.studies.fold_rows import (
     FoldRows,
     Row,
     labelled,
-    print_and_keep,
     score_explainer,
     score_row,
     side_by_side,
@@ -60,7 +57,7 @@ from xattn.eval.studies.trial_training import (
 from xattn.heads.evidence import PARTS
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
-from xattn.runtime.allocator import keep_memory
+from xattn.runtime.files import write_text
 from xattn.runtime.names import did_you_mean
 from xattn.training.outcome_masks import KINDS
 
@@ -289,10 +286,8 @@ class OutcomeTrials(FoldRows):
         return self.parts(paths)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    prog = "python -m xattn.eval.studies.outcome_trials"
-    args = tyro.cli(OutcomeTrials, prog=prog, args=arguments)
-    keep_memory()
+def study(args: OutcomeTrials) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
     trials = dict(parse_trial(text) for text in args.trials)
     rows = [Row.parse(text) for text in args.rows]
     backbone, paths = args.load(), list_images(args.data)
@@ -316,8 +311,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables.append(side_by_side(scored))
     table = merge(tables)
     found = report(table, {label: trial.about for label, trial in trials.items()})
-    print_and_keep(f"{format_table(table, 'markdown')}\n{found}", args.output / "trials.md")
-
-
-if __name__ == "__main__":
-    main()
+    text = f"{format_table(table, 'markdown')}\n{found}"
+    write_text(args.output / "trials.md", text + "\n")
+    yield text

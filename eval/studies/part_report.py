@@ -15,8 +15,7 @@ from PIL import Image
 
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_interval
 from xattn.eval.functional import upsample
-from xattn.eval.studies.part_scenarios import Scenario
-from xattn.eval.studies.study_configs import PartStudyConfig
+from xattn.eval.studies.part_scenarios import PartStudyConfig, Scenario
 from xattn.photos.images import load_image
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_file

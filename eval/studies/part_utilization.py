@@ -27,15 +27,16 @@ import torch
 from numpy.typing import NDArray
 
 from xattn.backbone import Backbone, load_backbone
+from xattn.cli.model import weight_source
 from xattn.config import ProbeConfig
 from xattn.eval.annotations import Boxes
 from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
 from xattn.eval.studies.kept import raw_rows
+from xattn.eval.studies.options import OutputAt, PhotosAt
 from xattn.eval.studies.part_report import Values, figure, line, report, summary
-from xattn.eval.studies.part_scenarios import Scenario, scenarios
-from xattn.eval.studies.study_configs import PartStudyConfig
+from xattn.eval.studies.part_scenarios import PartStudyConfig, Scenario, scenarios
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
@@ -47,6 +48,8 @@ from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json, write_rows
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import probe
+
+DEFAULTS = PartStudyConfig()
 
 FORMS = ("plain", "text", "macro", "crop")
 MACRO = FORMS.index("macro")
@@ -166,11 +169,11 @@ def recipe(seed: int) -> ProbeConfig:
 # ---------------------------------------------------------------------- the study
 
 
-def run(
-    data: str | Path,
-    output: str | Path,
-    study: PartStudyConfig,
-    weights: str | Path | None = "package",
+def study(
+    data: PhotosAt,
+    output: OutputAt = "runs/study-vpu",
+    config: PartStudyConfig = DEFAULTS,
+    weights: str | Path | None = "auto",
 ) -> Iterator[str]:
     """Train and test every scenario and fold; yields lines of progress, then the report.
 
@@ -181,25 +184,27 @@ def run(
         ValueError: a photo cannot be read, there are too few photos, or ``output`` belongs to another
             study.
     """
-    kind_of_head = head_class(study.head)
+    if isinstance(weights, str):
+        weights = weight_source(weights, config.backbone)
+    kind_of_head = head_class(config.head)
     if not issubclass(kind_of_head, AttentiveHead):
-        raise ValueError(f"head: {study.head!r} is not a classifier; give an attentive head")
-    output, photos = Path(output), limited(data, study.limit, study.seed)[0].paths
-    if len(photos) < 20 * study.folds:
-        raise ValueError(f"data: got {len(photos)} photos; give at least {20 * study.folds}")
-    _claim(output, photos, study)
-    forms = make_forms(photos, output / study.images, study.worn, study.seed)
+        raise ValueError(f"head: {config.head!r} is not a classifier; give an attentive head")
+    output, photos = Path(output), limited(data, config.limit, config.seed)[0].paths
+    if len(photos) < 20 * config.folds:
+        raise ValueError(f"data: got {len(photos)} photos; give at least {20 * config.folds}")
+    _claim(output, photos, config)
+    forms = make_forms(photos, output / config.images, config.worn, config.seed)
     yield f"{len(photos)} photos, {sum(f is not None for f in forms.files[-1])} of whose macros have a crop"
-    inputs = _inputs(study, kind_of_head, forms, output, weights)
+    inputs = _inputs(config, kind_of_head, forms, output, weights)
     results: dict[str, Values] = {}
-    planned = scenarios(study)
+    planned = scenarios(config)
     for scenario in planned:
         stored = []
-        for fold in range(study.folds):
-            path = output / "heads" / f"{study.name}-{scenario.label}-{fold}.npz"
+        for fold in range(config.folds):
+            path = output / "heads" / f"{config.name}-{scenario.label}-{fold}.npz"
             if not path.is_file():
                 split = Split("parts", photos)
-                values = _train_and_measure(study, inputs, scenario, fold, split)
+                values = _train_and_measure(config, inputs, scenario, fold, split)
                 with atomic_file(path) as temporary:
                     np.savez(temporary, **values)
                 split.write(output / "splits" / f"{path.stem}.json")
@@ -208,18 +213,18 @@ def run(
                 stored.append(dict(file))
         results[scenario.label] = {
             key: np.concatenate([part[key] for part in stored]) for key in stored[0]
-        } | {"fold": np.repeat(np.arange(study.folds), [len(p["photos"]) for p in stored])}
-    table, picture = (output / f"{study.name}.{suffix}" for suffix in ("json", "jpg"))
-    write_json(table, summary(study, planned, results))
+        } | {"fold": np.repeat(np.arange(config.folds), [len(p["photos"]) for p in stored])}
+    table, picture = (output / f"{config.name}.{suffix}" for suffix in ("json", "jpg"))
+    write_json(table, summary(config, planned, results))
     by_row = {
         label: [{k: v.tolist() for k, v in values.items() if k != "attention"}]
         for label, values in results.items()
     }
-    write_rows(output / f"{study.name}.csv", raw_rows(by_row))
+    write_rows(output / f"{config.name}.csv", raw_rows(by_row))
     macros = [f for f in forms.files[MACRO] if f is not None]
     figure(picture, planned, results, macros)
-    yield from report(study, planned, results)
-    yield f"{table}, {picture}, {output / study.name}.csv"
+    yield from report(config, planned, results)
+    yield f"{table}, {picture}, {output / config.name}.csv"
 
 
 @dataclass(frozen=True)

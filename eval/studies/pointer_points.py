@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.pointer_configs import PointStudyConfig
-from xattn.eval.studies.small_training import minimize, single_thread
-from xattn.models.point_sets import (
+from xattn.eval.studies.models.point_sets import (
     Samples,
     draw,
     greedy_tour,
@@ -27,7 +25,33 @@ from xattn.models.point_sets import (
     triangle_coverage,
     two_opt,
 )
-from xattn.models.pointer import PointerNet
+from xattn.eval.studies.models.pointer import PointerNet
+from xattn.eval.studies.small_training import minimize, single_thread
+
+
+@dataclass(frozen=True)
+class PointStudyConfig:
+    """What the pointer networks of the study are trained on, and how they are tested."""
+
+    seeds: int = 3
+    """Networks of each kind: seeds 0, 1, ..."""
+    samples: int = 72_000
+    """Drawn to train one network on, each once."""
+    batch_size: int = 64
+    """Samples a step, all with as many points."""
+    width: int = 96
+    """Of the vectors of every network."""
+    lr: float = 2e-3
+    """Of AdamW; rises for a tenth of the steps, then half a cosine to 0."""
+    tests: int = 1_000
+    """Samples of each test."""
+    beam: int = 4
+    """Sequences that the search of tours keeps."""
+
+    def quick(self) -> PointStudyConfig:
+        """A few steps of each: no figure of it means anything."""
+        return replace(self, seeds=1, samples=512, tests=20, width=16)
+
 
 TEST_SEED = 2**33  # beyond all steps of all trainings
 

@@ -1,6 +1,6 @@
 """Pointer networks on hulls, shortest tours and triangles, beside an encoder that reads points by index.
 
-    xattn study pointer
+    python -m xattn.eval.studies pointer
 
 The networks and their tests are those of :mod:`~xattn.eval.studies.pointer_points`. What is finished stays
 in the output folder; the same command goes on there. With photos the command is another study, see
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
-from xattn.eval.studies.pointer_configs import PointStudyConfig
-from xattn.eval.studies.pointer_points import ROWS, measure
+from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.pointer_points import ROWS, PointStudyConfig, measure
 from xattn.runtime.files import atomic_file
 
 DEFAULTS = PointStudyConfig()
@@ -26,12 +26,17 @@ EARLIER = {5: ".68", 7: ".58", 10: ".47", 15: ".23"}
 TOUR_AIMS = {5: "at most 1.02", 10: "at most 1.08"}
 
 
-def study(output: str | Path, config: PointStudyConfig = DEFAULTS) -> Iterator[str]:
+def study(
+    output: OutputAt = "runs/study-pointer",
+    config: PointStudyConfig = DEFAULTS,
+    quick: Quick = False,
+) -> Iterator[str]:
     """Train and test what is not finished yet, write report.md and a plot, and give the report's lines.
 
     Raises:
         ValueError: ``output`` holds results of other settings.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
     rows = {name: partial(measure, name, config) for name in ROWS}

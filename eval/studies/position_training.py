@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,51 @@ from tqdm.auto import tqdm
 
 from xattn.attention.positions import Rotation
 from xattn.backbone import Backbone, converted
-from xattn.eval.studies.study_configs import PositionStudyConfig
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.training.distilling import share_of_peak
+
+
+@dataclass(frozen=True)
+class PositionStudyConfig:
+    """What the study of positions trains, on how many photos, and at which sizes it tests."""
+
+    encodings: tuple[str, ...] = (
+        "absolute",
+        "none",
+        "axial",
+        "axial:span=14",
+        "liere:init_std=0",
+        "comrope:form=ap,init_std=0",
+        "comrope:form=ld,init_std=0",
+    )
+    """"absolute", the network's own positions; "none"; or rotations, as NAME:option=value,..."""
+    size: int = 224
+    """Pixels a side in training."""
+    sizes: tuple[int, ...] = (112, 160, 224, 336, 448)
+    """Pixels a side in tests."""
+    photos: int = 500
+    """How many photos, drawn by the seed; every other one is trained on, the rest are tested."""
+    keep_absolute: bool = False
+    """Rotate beside the network's own positions, not in their place."""
+    epochs: int = 6
+    """Passes over the photos to train on, the same for every encoding."""
+    batch_size: int = 16
+    """Photos a step."""
+    lr: float = 1e-4
+    """Of AdamW, for the network's weights; rises for a twentieth of the steps, then half a cosine to 0."""
+    rotation_lr: float = 1e-2
+    """Of what a rotation learns."""
+    weight_decay: float = 0.01
+    """Of the network's matrices."""
+    seed: int = 0
+    """Of photos, order, flips and jitter."""
+
+    def quick(self) -> PositionStudyConfig:
+        """A few photos and steps, to see that all runs: no figure of it means anything."""
+        sizes = (self.size // 2, self.size)
+        return replace(self, photos=min(self.photos, 16), epochs=1, batch_size=4, sizes=sizes)
+
 
 ABSOLUTE, NONE = "absolute", "none"
 

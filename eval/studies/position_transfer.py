@@ -1,6 +1,7 @@
 """Encodings of positions at other sizes of image: trained for minutes at one size, tested at others.
 
-    xattn study positions photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies positions photos/ --labels classes.json -b vit_tiny_patch16_224 \\
+        --weights FILE
 
 Every encoding is put into a copy of a trained ViT in place of its positions, and trained for as many steps
 on the same photos, see :mod:`~xattn.eval.studies.position_training`. Other photos are tested. "as trained"
@@ -29,15 +30,16 @@ from xattn.backbone import Backbone, resized
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import AGAIN, kept_record
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.position_training import (
     ABSOLUTE,
+    PositionStudyConfig,
     images_of,
     pixels_of,
     student_of,
     targets_of,
     train,
 )
-from xattn.eval.studies.study_configs import PositionStudyConfig
 from xattn.eval.studies.study_photos import Photo, labelled_photos, photos_record
 from xattn.eval.studies.swap.measures import batch_size
 from xattn.runtime import strict_json
@@ -51,11 +53,12 @@ DEFAULTS = PositionStudyConfig()
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
-    output: str | Path = "runs/study-positions",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
+    output: OutputAt = "runs/study-positions",
     config: PositionStudyConfig = DEFAULTS,
+    quick: Quick = False,
     *,
     progress: bool = True,
 ) -> Iterator[str]:
@@ -70,6 +73,7 @@ def study(
         ValueError: too few photos with a class of the backbone, a backbone, an encoding or a size that does
             not fit, or ``output`` holds results of other settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]
     if len(photos) < 2:

@@ -1,6 +1,7 @@
 """Random-feature attention on a frozen backbone: accuracy, exact maps, and what the query does alone.
 
-    xattn study random-features photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies random-features photos/ --labels classes.json -b vit_tiny_patch16_224 \\
+        --weights FILE
 
 The head ``random_feature`` is solved for on cached tokens, with each kind of query, beside ridge and
 logistic regression on the mean patch and on the class token. Each fold is tested once for each seed. The
@@ -31,8 +32,8 @@ from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.coarse_groups import fit_probe
 from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
-from xattn.eval.studies.random_scaling import MODELS, scaling
-from xattn.eval.studies.theory_configs import RandomFeatureConfig
+from xattn.eval.studies.options import Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.random_scaling import MODELS, RandomFeatureConfig, scaling
 from xattn.heads import Tokens
 from xattn.heads.attentive import AttentiveHead, LabelledTokens, has_class_token
 from xattn.heads.base import seeded_head
@@ -79,11 +80,12 @@ class Photos:
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
+    backbone: Network,
+    data: PhotosAt,
     labels: str | Path | None = None,
-    output: str | Path = "runs/study-random-features",
+    output: OutputAt = "runs/study-random-features",
     config: RandomFeatureConfig = DEFAULTS,
+    quick: Quick = False,
     *,
     progress: bool = True,
 ) -> Iterator[str]:
@@ -97,6 +99,7 @@ def study(
         ValueError: a query that the backbone does not have, photos without classes, or ``output`` holds
             results of other settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     if "cls" in config.queries and not has_class_token(backbone):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Heads trained on outcomes with random labels, which a sound head has to beat.
 
-    python -m xattn.eval.studies.random_labels --head FOLDER --data PHOTOS --table FOLDER \\
+    python -m xattn.eval.studies random-labels PHOTOS --head FOLDER --table FOLDER \\
         --labels classes --output runs/random-classes
 
 A head like the trained one is trained like it, on the same photos and masks, but photo i is trained with
@@ -17,7 +17,7 @@ study of :mod:`~xattn.eval.studies.head_sanity` compares them (``--random-labels
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +36,6 @@ from xattn.heads import Head, load_head
 from xattn.heads.base import seeded_head
 from xattn.photos.base import Data
 from xattn.photos.sources import open_photos
-from xattn.runtime.allocator import keep_memory
 from xattn.training import fit
 from xattn.training.outcome_table import OutcomeBatch, Outcomes
 from xattn.training.outcomes import outcomes_to_train_on
@@ -157,7 +156,7 @@ class RandomLabels:
 
     head: str
     """Folder of the head that was trained on the true outcomes."""
-    data: str
+    data: tyro.conf.Positional[str]
     """The photos that it was trained on."""
     table: Path
     """Folder of the table of outcomes that it was trained on."""
@@ -177,16 +176,11 @@ class RandomLabels:
     """Memory format of the backbone; as it was when the table was computed."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = tyro.cli(RandomLabels, prog="python -m xattn.eval.studies.random_labels", args=arguments)
-    keep_memory()
+def study(args: RandomLabels) -> Iterator[str]:
+    """Do what is not finished yet, and give the report."""
     backbone = study_backbone(args.backbone, args.weights, args.taps, args.channels_last)
     trained = load_head(args.head, backbone)
     train_on_random_labels(
         trained, backbone, args.data, args.table, args.labels, args.output, seed=args.seed
     )
-    print(f"head: {args.output / 'head'}")
-
-
-if __name__ == "__main__":
-    main()
+    yield f"head: {args.output / 'head'}"

@@ -11,14 +11,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.theory_configs import RandomFeatureConfig
 from xattn.heads.random_feature import DualRidge, features, queries_of, random_weights, with_one
+
+
+@dataclass(frozen=True)
+class RandomFeatureConfig:
+    """What the study of random features fits, to photos and to functions that are known."""
+
+    heads: int = 1000
+    """M, the random heads."""
+    queries: tuple[str, ...] = ("constant", "gap", "cls")
+    """Of the head random_feature; cls needs a backbone with a class token."""
+    components: int | None = None
+    """Principal components of the patches; None keeps all channels."""
+    biased: bool = False
+    """Draw W around the identity (BRFA) where the query is not constant."""
+    folds: int = 4
+    """Parts of the photos; each is tested once."""
+    seeds: int = 2
+    """Draws of the random heads: seeds 0, 1, ..."""
+    seed: int = 0
+    """Of the folds."""
+    scaling: bool = True
+    """Also fit functions of random tokens by more and more examples."""
+    examples: tuple[int, ...] = (100, 200, 400, 800, 1600)
+    """n, the examples to fit such a function by."""
+    tests: int = 500
+    """Examples to test it on."""
+    width: int = 16
+    """d of the random tokens."""
+    tokens: int = 16
+    """N of the random tokens, beside the query."""
+
+    def quick(self) -> RandomFeatureConfig:
+        """Few heads, seeds and examples, to see that all runs: no figure of it means anything."""
+        return replace(
+            self, heads=min(self.heads, 20), folds=2, seeds=2, examples=(20, 40), tests=50
+        )
+
 
 POWERS = (1, 2, 3)
 MODELS = ("RF-MLP", "RFA", "BRFA")

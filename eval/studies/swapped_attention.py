@@ -1,6 +1,6 @@
 """What swapping the attention of a trained ViT costs: accuracy, what its maps say, time and memory.
 
-    xattn study swap photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
+    python -m xattn.eval.studies swap photos/ --labels classes.json -b vit_tiny_patch16_224 --weights FILE
 
 All networks share the weights and see the same photos; the first row is the model as it was trained. Only
 where a mechanism keeps most of the accuracy does the registry call it training-free. Those that need
@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from xattn.backbone import Backbone, load_conversion
+import tyro
+
+from xattn.backbone import load_conversion
 from xattn.config import DistillConfig
-from xattn.eval.studies.study_configs import SwapStudyConfig
+from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
 from xattn.eval.studies.study_photos import labelled_photos
 from xattn.eval.studies.swap.controls import CONTROLS
-from xattn.eval.studies.swap.measuring import Measuring
+from xattn.eval.studies.swap.measuring import Measuring, SwapStudyConfig
 from xattn.eval.studies.swap.networks import Networks
 from xattn.eval.studies.swap.report import photo_values, table_lines, write
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
@@ -67,16 +69,16 @@ DEFAULTS = SwapStudyConfig()
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path = "folders",
-    output: str | Path = "runs/study-swap",
+    backbone: Network,
+    data: PhotosAt,
+    labels: LabelsAt = "folders",
+    output: OutputAt = "runs/study-swap",
     config: SwapStudyConfig = DEFAULTS,
-    swaps: Sequence[Swap] = SWAPS,
+    swaps: tyro.conf.Suppress[tyro.conf.Fixed[Sequence[Swap]]] = SWAPS,
     *,
     distilled: Sequence[Path] = (),
-    only: Collection[str] = (),
-    only_sizes: Collection[int] = (),
+    only: Sequence[str] = (),
+    only_sizes: Sequence[int] = (),
     progress: bool = True,
 ) -> Iterator[str]:
     """Measure what is not finished yet, write the report, and give its lines.

@@ -1,6 +1,7 @@
 """Words on frozen tokens: does a caption's word match its photo, and does its map find the object?
 
-    xattn study words photos/ --labels classes.json --annotations coco/ -b vit_tiny_patch16_224
+    python -m xattn.eval.studies words photos/ --labels classes.json --annotations coco/ \\
+        -b vit_tiny_patch16_224
 
 The head ``words`` learns from photos of which one word is known, the name of their class. A caption has
 that word and others that are drawn; the loss asks which of them it is. Beside it ``gap`` learns from the
@@ -13,7 +14,7 @@ What is finished stays in the output folder; the same command goes on there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported
+from xattn.eval.studies.options import Network, ObjectsAt, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.small_training import minimize
-from xattn.eval.studies.word_configs import WordStudyConfig
 from xattn.explainers import create_explainer
 from xattn.heads import AttentiveHead, Tokens, WordHead, save_head
 from xattn.heads.base import seeded_head
@@ -43,6 +44,40 @@ from xattn.photos.view import make_view
 from xattn.runtime.files import check_folder
 from xattn.training.features import Features, cache_features
 from xattn.training.splits import stratified_folds
+
+
+@dataclass(frozen=True)
+class WordStudyConfig:
+    """The head of words, how it is trained by captions, and on which tokens."""
+
+    tokens: tuple[str, ...] = ()
+    """Taps that are compared, such as block.7 and head; by default inner tokens, those that enter the last
+    third of the blocks, and final ones."""
+    caption: int = 4
+    """Words of a caption: that of the photo, and others that are drawn."""
+    width: int = 32
+    """Of the table of words."""
+    heads: int = 3
+    """Of the attention to words."""
+    steps: int = 150
+    """Of AdamW; the rate rises for a tenth of them, then half a cosine to 0."""
+    lr: float = 4e-3
+    """Its peak learning rate."""
+    weight_decay: float = 0.05
+    """Of all weights."""
+    batch_size: int = 32
+    """Photos a step."""
+    folds: int = 4
+    """Parts of the photos; each is tested once by heads that learn from the others."""
+    seeds: int = 3
+    """Heads of each fold, and of all photos for the maps."""
+    seed: int = 0
+    """Of the folds, and of the captions that are tested."""
+
+    def quick(self) -> WordStudyConfig:
+        """A few steps, to see that all runs: no figure of it means anything."""
+        return replace(self, steps=min(self.steps, 3), folds=2, seeds=1)
+
 
 DEFAULTS = WordStudyConfig()
 HEADS = ("words", "gap")
@@ -77,12 +112,13 @@ class Material:
 
 
 def study(
-    backbone: Backbone,
-    data: str | Path,
-    labels: str | Path | None,
-    objects: str | Path,
-    output: str | Path = "runs/study-words",
+    backbone: Network,
+    data: PhotosAt,
+    objects: ObjectsAt,
+    labels: str | Path | None = None,
+    output: OutputAt = "runs/study-words",
     config: WordStudyConfig = DEFAULTS,
+    quick: Quick = False,
     *,
     progress: bool = True,
 ) -> Iterator[str]:
@@ -97,6 +133,7 @@ def study(
         ValueError: photos without words, no object of a word, or ``output`` holds results of other
             settings or photos.
     """
+    config = config.quick() if quick else config
     output = Path(output)
     check_folder(output)
     found = material(backbone, data, labels, Path(objects), output, config, progress)

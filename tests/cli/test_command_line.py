@@ -52,8 +52,6 @@ def run(line: str) -> int:
             "distill --data p --mechanism gna --heads 3",
             "distill p --mechanism gna --compare-heads 3",
         ),
-        ("study image --data p --objects o", "study image p --annotations o"),
-        ("study attention-maps --photo p", "study attention-maps p"),
         ("bench folder --data p", "bench folder p"),
         ("explain a --top 2 b --view whole c", "explain a b c --top 2 --view whole"),
         ("explain a --top 2 --top 3", "explain a --top 3"),

@@ -17,8 +17,8 @@ from xattn.attention import (
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
+from xattn.cli.conversion_accuracy import read_accuracy
 from xattn.cli.listing import ADDS, declared, registered
-from xattn.eval.studies.swap.accuracy import read_accuracy
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
         sparse = [f for f in shown if not f.dense]
         assert figures == [figure.right for figure in sparse or shown]
         assert ("dense network" in row[4]) == (len(sparse) not in (0, len(shown)))
-        missing = "see xattn study controls" if entry.control else "not measured"
+        missing = "see docs/results/controls.md" if entry.control else "not measured"
         assert figures or row[4] == missing
     assert any(
         f"{accuracy.first.photos} photos, {accuracy.first.dense:.1f} %" in line for line in lines

@@ -16,7 +16,6 @@ from xattn.cli import main
 from xattn.cli.bench import FORMS, JOBS, Bench
 from xattn.cli.commands import COMMANDS
 from xattn.cli.options import canonical, check_read, options_of
-from xattn.cli.study import STUDIES
 from xattn.cli.subcommands import parsed
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.runtime.option_checks import Not
@@ -24,13 +23,11 @@ from xattn.training import fit
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
 
-EVERY = {name: cls for name, cls in {**COMMANDS, **STUDIES}.items() if name != "study"}
+EVERY = COMMANDS
 NEEDED = {  # what a command cannot do without
     "parts": ["a.jpg", "--evidence", "mser"],
     "export": ["a.pt2"],
     "diff": ["a", "b"],
-    "image": ["a", "--annotations", "b"],
-    "words": ["a", "--annotations", "b"],
 }
 
 
@@ -151,8 +148,6 @@ def test_options_without_a_rule_are_always_taken(name):
         ("explain p --classes 1 --top 3", "top: not read with --classes; leave out one of the two"),
         ("explain a.mp4 --labels folders", "labels: for photos alone, got a clip; leave out --labels"),
         ("explain a.jpg --every 2", "every: for a clip alone, got photos; leave out --every"),
-        ("study pointer -b resnet18", "backbone: needs images; give it, or leave out --backbone"),
-        ("study lesions --quick --steps 9", "steps: --quick makes it 1; leave out one of the two"),
         ("app --set-password a --port 80", "port: not read with --set-password; leave out one"),
         ("list heads --filter vit", "filter: for what all or models alone, got heads; leave out"),
     ],

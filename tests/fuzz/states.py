@@ -30,7 +30,7 @@ from xattn.eval.report.html_data import map_images
 from xattn.eval.studies import part_utilization, sst
 from xattn.eval.studies.attention_text import Progress
 from xattn.eval.studies.attention_text import Run as TextRun
-from xattn.eval.studies.study_configs import PartStudyConfig
+from xattn.eval.studies.part_scenarios import PartStudyConfig
 from xattn.eval.studies.text_model import Vocabulary
 from xattn.heads import create_head
 from xattn.parts import cut_parts

@@ -8,7 +8,6 @@ MISTAKES = [
     # commands and options
     Typed("expalin {photo}", ("command: ", "did you mean explain?")),
     Typed("gradcam {photo}", ("command: ", "choose one of train, probe")),
-    Typed("study lesion", ("command: xattn study has no 'lesion'", "did you mean lesions?")),
     Typed("explain {photo} --tpo 3", ("option: xattn explain has no --tpo; did you mean --top",)),
     Typed("explain {photo} --gpu", ("option: xattn explain has no --gpu", "xattn explain --help")),
     Typed("train {folder} --lr_rate 1", ("option: xattn train has no --lr-rate", "--help")),

@@ -31,7 +31,6 @@ from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
 from xattn.cli.probe import Probe
 from xattn.cli.prune import Prune
-from xattn.cli.study import Study
 from xattn.cli.subcommands import parsed
 from xattn.cli.train import Train
 from xattn.runtime.version import __version__
@@ -52,7 +51,6 @@ COMMANDS: dict[str, type[Any]] = {
     "export": Export,
     "app": App,
     "bench": Bench,
-    "study": Study,
     "list": List,
 }
 

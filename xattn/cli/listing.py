@@ -160,7 +160,7 @@ def attention_table() -> Iterator[str]:
     """What is known of every mechanism, a row each, and what the columns mean."""
     from xattn.attention.base import MECHANISMS
     from xattn.attention.description import described
-    from xattn.eval.studies.swap.accuracy import read_accuracy
+    from xattn.cli.conversion_accuracy import read_accuracy
 
     accuracy = read_accuracy()
     titles = (
@@ -182,7 +182,7 @@ def attention_table() -> Iterator[str]:
             entry.paper,
             entry.complexity,
             _training(entry),
-            measured or ("see xattn study controls" if entry.control else "not measured"),
+            measured or ("see docs/results/controls.md" if entry.control else "not measured"),
             ", ".join(found.kernels) or "none",
             ", ".join(found.maps) or "none",
         ]
@@ -191,7 +191,7 @@ def attention_table() -> Iterator[str]:
     yield (
         f"\ntop-1 after conversion: of {accuracy.backbone} at {first.size} px on {first.photos} photos, "
         f"{first.dense:.1f} % as it was trained, in all blocks and without training unless it says "
-        f"otherwise (xattn study swap)"
+        f"otherwise (docs/results/swapped-attention.md)"
     )
     yield (
         "kernels: ops of xattn.kernels, which run in Triton on a GPU unless it says PyTorch; where a call "

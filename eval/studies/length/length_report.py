@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xattn.eval.studies.length.network import LengthStudyConfig
 from xattn.eval.studies.length.tasks import FIXED, GROWING
-from xattn.eval.studies.study_configs import LengthStudyConfig
 from xattn.runtime.files import atomic_file
 
 TITLES = {

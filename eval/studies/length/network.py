@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,67 @@ from xattn.attention import create_attention
 from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.length.tasks import FIXED, Batch, Task
-from xattn.eval.studies.study_configs import LengthStudyConfig
 from xattn.training.distilling import share_of_peak
+
+LengthTask = Literal["recall", "regression"]
+
+
+@dataclass(frozen=True)
+class LengthStudyConfig:
+    """What the length study trains, how long, and at which lengths it tests."""
+
+    mechanisms: tuple[str, ...] = (
+        "softmax",
+        "flow",
+        "hedgehog",
+        "based",
+        "lla",
+        "lssar",
+        "lssar:power=3",
+        "nsa",
+    )
+    """Mechanisms with a causal form, as NAME:option=value,..."""
+    tasks: tuple[LengthTask, ...] = ("recall", "regression")
+    """Associative recall of many queries, and linear regression in context."""
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
+    """Tokens of the sequences that are tested."""
+    longest: dict[str, int] = field(default_factory=lambda: {"lla": 4096})
+    """The most tokens that a mechanism is tested at, by its name."""
+    train_length: int = 256
+    """Tokens of the sequences that are trained on."""
+    steps: int = 300
+    """Of training."""
+    minutes: float = 2.0
+    """Of processor time, after which a training ends before its last step; the report then says so."""
+    batch_size: int = 8
+    """Sequences a step."""
+    learning_rates: tuple[float, ...] = (0.005, 0.02)
+    """Peaks to choose from, for each mechanism and task, by other sequences and another seed."""
+    seeds: int = 3
+    """Networks of each mechanism and task."""
+    width: int = 64
+    """Channels."""
+    heads: int = 1
+    """Heads of attention."""
+    pairs: int = 16
+    """Of keys and values in a sequence as long as in training."""
+    test_tokens: int = 32768
+    """Tokens of all sequences of a test, at least."""
+    least_sequences: int = 4
+    """The fewest sequences of a test."""
+
+    def sequences(self, length: int) -> int:
+        """How many are tested at a length."""
+        return max(self.least_sequences, -(-self.test_tokens // length))
+
+    def quick(self) -> LengthStudyConfig:
+        """A few steps on short sequences, to see that all runs: no figure of it means anything."""
+        return replace(
+            self, lengths=(32, 64), train_length=32, steps=4, batch_size=2, seeds=1,
+            learning_rates=self.learning_rates[:1], width=16, pairs=2, test_tokens=64,
+            least_sequences=2,
+        )  # fmt: skip
+
 
 TAPS = 3  # of the convolution
 LONGEST_GRADIENT = 1.0

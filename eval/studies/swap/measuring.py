@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,56 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from xattn.eval.studies.kept import finished_values
-from xattn.eval.studies.study_configs import SwapStudyConfig
 from xattn.eval.studies.study_photos import Photo, images_of
 from xattn.eval.studies.swap.costs import GROUP, latencies
 from xattn.eval.studies.swap.measures import PARTS, Block, Explaining, Values, batch_size, plain
 from xattn.eval.studies.swap.networks import Networks, Unavailable
 from xattn.eval.studies.swap.rows import Swap
 from xattn.runtime.files import write_json
+
+
+class SizePlan(NamedTuple):
+    """What the swap study measures at one size: photos by part, and rounds of timing."""
+
+    counts: dict[str, int]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class SwapStudyConfig:
+    """How many photos and rounds at each size; networks are distilled at the first."""
+
+    sizes: tuple[int, ...] = (224, 448, 896)
+    """Pixels a side; a ViT's positions are resized."""
+    photos: tuple[int, ...] = (500, 100, 16)
+    """Photos at each size: accuracy and cosines."""
+    maps: tuple[int, ...] = (100, 16, 2)
+    """Photos whose maps are compared with the trained network's."""
+    fidelity: tuple[int, ...] = (24, 0, 0)
+    """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
+    rounds: tuple[int, ...] = (9, 5, 3)
+    """Rounds of timing, whose median counts."""
+    explainer: str = "generic_relevance"
+    """Whose maps are compared and scored, as NAME:option=value,..."""
+    steps: int = 20
+    """Of insertion and deletion."""
+    epochs: int = 2
+    """Passes over half of the photos in which each layer of a mechanism that needs training learns."""
+    finetune_epochs: int = 2
+    """Passes afterwards that train low-rank updates around it, too; 0 leaves them out."""
+    block: int = 25
+    """Photos that are measured before anything is written."""
+    seed: int = 0
+    """Of the order of the photos, and of training."""
+    workers: int = 2
+    """Loader processes of training."""
+
+    def plan(self, size: int) -> SizePlan:
+        """What is measured at one of the sizes."""
+        at = self.sizes.index(size)
+        counts = {"quality": self.photos[at], "maps": self.maps[at], "fidelity": self.fidelity[at]}
+        return SizePlan(counts, self.rounds[at])
+
 
 Found = dict[str, NDArray[np.float64]]
 """Of one row: values (n,) by measure."""

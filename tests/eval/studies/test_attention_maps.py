@@ -11,8 +11,8 @@ from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.backbone import Backbone, converted, load_backbone
 from xattn.backbone.conversion import save_conversion
-from xattn.cli import main
 from xattn.eval.studies import attention_maps
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.attention_maps import LARGEST, SETTINGS, study, with_maps
 from xattn.pictures.contact_sheet import contact_sheet_image
 
@@ -46,7 +46,7 @@ def test_every_mechanism_with_maps_has_a_small_picture(backbone, photo, tmp_path
 
 
 def test_the_command_draws_the_mechanisms_that_it_names(backbone, photo, tmp_path, capsys):
-    command = ["study", "attention-maps", "--photo", str(photo), "-b", "test_vit", "--size", "160"]
+    command = ["attention-maps", str(photo), "-b", "test_vit", "--size", "160"]
     (tmp_path / "names.txt").write_text("a\nb\nc")
     command += ["--weights", str(tmp_path / "w.pth"), "--classes-file", str(tmp_path / "names.txt")]
     command += ["--only", "spatten", "gna", "--layer", "2", "--output", str(tmp_path / "maps")]

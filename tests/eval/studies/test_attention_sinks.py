@@ -8,7 +8,7 @@ from PIL import Image
 
 from xattn.attention import conversion
 from xattn.backbone import Backbone, load_backbone
-from xattn.cli import main
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.attention_sinks import calibrated, judged, search_heads
 
 NAMES = ("tench", "goldfish", "great white shark")
@@ -58,7 +58,7 @@ def test_the_command_prints_sinks_heads_and_maps(tmp_path, capsys):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     picture = tmp_path / "sinks.png"
-    command = ["study", "sinks", "--data", str(tmp_path / "photos"), "-b", "test_vit"]
+    command = ["sinks", str(tmp_path / "photos"), "-b", "test_vit"]
     command += ["--weights", str(weights(tmp_path / "w.pth")), "--picture", str(picture)]
     assert main([*command, "--classes-file", str(tmp_path / "names.txt")]) == 0
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ from xattn.attention import Inputs, create_mechanism
 from xattn.attention.model.spec import Conversion, parse_mechanism
 from xattn.backbone import converted, load_backbone
 from xattn.backbone.conversion import save_conversion
-from xattn.cli import main
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.block_recall import measured, random_choice, study
 
 SMALL = "infllm_v2:block=2,stride=1,dense_below=0,selected=3,local=0"
@@ -101,7 +101,7 @@ def test_the_layers_of_a_trained_conversion_are_measured(backbone, tmp_path):
 def test_the_command_prints_a_line_for_each_setting(tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc")
-    command = ["study", "recall", "--data", str(photos(tmp_path / "photos", 3)), "-b", "test_vit"]
+    command = ["recall", str(photos(tmp_path / "photos", 3)), "-b", "test_vit"]
     command += ["--weights", str(weights(tmp_path / "w.pth")), "--classes-file", str(names)]
     command += ["--photos", "2", "--sizes", "160", "96", "--settings", SMALL, "hip", "llsa:block=2"]
     assert main(command) == 0

@@ -11,11 +11,12 @@ from PIL import Image
 from small_transformers import tiny
 
 from xattn.backbone import load_backbone
-from xattn.cli import main
 from xattn.eval.studies import cell_orders
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.cell_learning import (
     KINDS,
     Lessons,
+    OrderStudyConfig,
     expected_places,
     first_that_suffices,
     kept_cells,
@@ -23,7 +24,6 @@ from xattn.eval.studies.cell_learning import (
     with_end,
     without_end,
 )
-from xattn.eval.studies.pointer_configs import OrderStudyConfig
 from xattn.heads import load_head
 from xattn.heads.pointer import Cells, plackett_luce
 
@@ -156,12 +156,6 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
         with pytest.raises(ValueError, match=words):
             config = dataclasses.replace(SHORT, **changes)
             list(cell_orders.study(backbone, photos, tmp_path / "x", config))
-    for changes, words in (
-        ({"photos": 3}, "photos: got 3; give at least 4"),
-        ({"draws": 0}, "draws"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            dataclasses.replace(SHORT, **changes)
     cnn = load_backbone("test_efficientnet", weights=None, input_size=32)
     with pytest.raises(ValueError, match="backbone: test_efficientnet is no plain ViT"):
         list(cell_orders.study(cnn, photos, tmp_path / "x", SHORT))
@@ -170,8 +164,8 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
 
 def test_the_command(done, photos, backbone, monkeypatch, capsys):
     monkeypatch.setattr("xattn.cli.model.BackboneArgs.load", lambda self: backbone)
-    command = ["study", "pointer", "--data", str(photos), "--order.photos", "5"]
+    command = ["pointer-photos", str(photos), "--photos", "5"]
     for name in ("tested", "cells", "passes", "draws", "epochs"):
-        command += [f"--order.{name}", str(getattr(SHORT, name))]
+        command += [f"--{name}", str(getattr(SHORT, name))]
     assert main([*command, "--output", str(done[0])]) in (0, None)
     assert "| pointer head, by likelihood, with memory |" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import xattn
 from xattn.config import TrainConfig
 from xattn.eval import evaluate, format_table, read_json
 from xattn.eval.studies import class_folds as module
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.class_folds import (
     Squashed,
     class_folds,
@@ -89,7 +90,7 @@ def test_the_command_keeps_the_table_and_every_value(
     found = evaluate(backbone, methods, paths[:3], max_forward_batch=4, progress=False)
     monkeypatch.setattr(module, "study_backbone", lambda *_, **options: backbone)
     monkeypatch.setattr(module, "cross_validate", lambda *_, **options: found)
-    module.main(["--data", str(paths[0].parents[1]), "--output", str(tmp_path)])
+    main(["class-folds", str(paths[0].parents[1]), "--output", str(tmp_path)])
     assert format_table(found, "markdown") in capsys.readouterr().out
     assert read_json(tmp_path / "results.json").rows() == found.rows()
     assert (tmp_path / "values.csv").read_text() == found.to_csv(per_image=True)

@@ -7,6 +7,7 @@ from test_class_folds import backbone, paths  # noqa: F401
 import xattn
 from xattn.eval import create_probe, evaluate
 from xattn.eval.studies import fold_rows
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.fold_rows import Row, differences, score_row, side_by_side, table_of
 from xattn.explainers import create_explainer
@@ -84,7 +85,7 @@ def test_the_command_prints_and_keeps_means_and_differences(
 ):  # fmt: skip
     monkeypatch.setattr(fold_rows.FoldRows, "load", lambda self: backbone)
     output = ["--output", str(tmp_path), "--rows", "gradcam", "mid=centre", "--folds", "2"]
-    fold_rows.main(["--data", str(paths[0].parents[1]), *output, "--metrics", "pixel-flipping"])
+    main(["fold-rows", str(paths[0].parents[1]), *output, "--metrics", "pixel-flipping"])
     text = (tmp_path / "rows.md").read_text()
     assert text in capsys.readouterr().out
     assert "| gradcam |" in text and "| mid " in text and "gradcam minus the others" in text

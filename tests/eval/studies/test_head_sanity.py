@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 from xattn import load_backbone
 from xattn.eval.studies import head_sanity
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.corner_canvases import (
     MEASURES,
     corner_canvases,
     placement,
     quadrants,
 )
-from xattn.eval.studies.head_sanity import HeadSanity, check_heads, labelled, main
+from xattn.eval.studies.head_sanity import HeadSanity, check_heads, labelled
 from xattn.eval.studies.sanity_checks import (
     ALL_RANDOM,
     ANOTHER,
@@ -317,7 +318,7 @@ def test_finished_blocks_are_read_and_new_methods_added(command, tmp_path, monke
 
 def test_the_command_prints_the_report(command, tmp_path, capsys):
     given = {**command, "output": tmp_path, "checks": ("photo",), "photos": 2, "block": 2}
-    words = []
+    words = ["head-sanity", given.pop("data")]
     for key, value in given.items():
         values = value if isinstance(value, tuple) else (value,)
         words += [f"--{key.replace('_', '-')}", *map(str, values)]

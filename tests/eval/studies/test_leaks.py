@@ -18,25 +18,25 @@ from xattn.config import ProbeConfig, TrainConfig
 from xattn.eval.evaluation.split import LeakError, Split
 from xattn.eval.probing import runner
 from xattn.eval.studies import kept, swapped_attention
+from xattn.eval.studies.__main__ import STUDIES
 from xattn.eval.studies.action_detection import ActionStudyConfig
+from xattn.eval.studies.attention_image import ImageStudyConfig
+from xattn.eval.studies.attention_text import TextStudyConfig
 from xattn.eval.studies.control_tasks import network
-from xattn.eval.studies.face_config import FaceStudyConfig
+from xattn.eval.studies.conversion_depths import DepthStudyConfig
+from xattn.eval.studies.faces import FaceStudyConfig
+from xattn.eval.studies.in_context import InContextConfig
+from xattn.eval.studies.length.network import LengthStudyConfig
 from xattn.eval.studies.length.tasks import Regression
-from xattn.eval.studies.lesion_configs import LesionConfig
-from xattn.eval.studies.pointer_configs import PointStudyConfig
-from xattn.eval.studies.study_configs import (
-    DepthStudyConfig,
-    ImageStudyConfig,
-    LengthStudyConfig,
-    PartStudyConfig,
-    PositionStudyConfig,
-    SwapStudyConfig,
-    TextStudyConfig,
-)
-from xattn.eval.studies.theory_configs import InContextConfig, RandomFeatureConfig
-from xattn.eval.studies.word_configs import WordStudyConfig
+from xattn.eval.studies.lesions import LesionConfig
+from xattn.eval.studies.models.lesions import Samples
+from xattn.eval.studies.part_scenarios import PartStudyConfig
+from xattn.eval.studies.pointer_points import PointStudyConfig
+from xattn.eval.studies.position_training import PositionStudyConfig
+from xattn.eval.studies.random_scaling import RandomFeatureConfig
+from xattn.eval.studies.swap.measuring import SwapStudyConfig
+from xattn.eval.studies.words import WordStudyConfig
 from xattn.models.agunet import AGUNet
-from xattn.models.lesions import Samples
 from xattn.training import splits
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,14 +97,15 @@ def class_folds(m, given):
 def rows(m, given):
     m.FoldRows.load = lambda self: given.cnn
     m.fit = nothing
-    data = ["--data", str(given.folder), "--folds", "2", "--output", str(given.output)]
-    m.main([*data, "--rows", "ttame", "--metrics", "pixel-flipping"])
+    data = {"data": str(given.folder), "folds": 2, "output": given.output}
+    list(m.study(m.FoldRows(**data, rows=("ttame",), metrics=("pixel-flipping",))))
 
 
 def trials(m, given):
     m.OutcomeTrials.load = lambda self: given.cnn
-    folders = ["--output", str(given.output / "out"), "--tables", str(given.output / "tables")]
-    m.main(["--data", str(given.folder), "--folds", "2", "--trials", "distilled", *folders])
+    folders = {"output": given.output / "out", "tables": given.output / "tables"}
+    data, trials = str(given.folder), ("distilled",)
+    list(m.study(m.OutcomeTrials(data=data, folds=2, trials=trials, **folders)))
 
 
 def coarse_groups(m, given):
@@ -350,10 +351,12 @@ def scored(split, seed):
 
 # ---------------------------------------------------------------- no study goes past its split
 
-STUDIES = ROOT / "eval" / "studies"
 TREES = {
     str(path.relative_to(ROOT / "eval")): ast.parse(path.read_text(encoding="utf-8"))
-    for path in [*sorted(STUDIES.rglob("*.py")), *sorted((ROOT / "eval" / "probing").glob("*.py"))]
+    for path in [
+        *sorted((ROOT / "eval" / "studies").rglob("*.py")),
+        *sorted((ROOT / "eval" / "probing").glob("*.py")),
+    ]
 }
 READERS = {
     *("list_images", "named_photos", "open_photos", "labelled_photos", "load_digits", "samples"),
@@ -400,12 +403,7 @@ def roles(tree):
 
 def commands():
     """The modules that a command runs."""
-    found = {name for name, tree in TREES.items() if "__main__" in ast.unparse(tree.body[-1])}
-    for file in ("study.py", "study_tasks.py"):
-        for node in ast.walk(ast.parse((ROOT / "xattn" / "cli" / file).read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "xattn.eval.studies":
-                found |= {f"studies/{alias.name}.py" for alias in node.names}
-    return found
+    return {f"studies/{module}.py" for module, _ in STUDIES.values()}
 
 
 def test_every_command_scores_by_a_split():

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from xattn.cli import main
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import context_length
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.context_length import study
 from xattn.eval.studies.length.network import (
+    LengthStudyConfig,
     ShortConvolution,
     held_out,
     made,
@@ -19,7 +20,6 @@ from xattn.eval.studies.length.network import (
     training_seeds,
 )
 from xattn.eval.studies.length.tasks import FIXED, Recall, Regression
-from xattn.eval.studies.study_configs import LengthStudyConfig
 
 CONFIG = dataclasses.replace(
     LengthStudyConfig().quick(),
@@ -135,14 +135,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
         ({"mechanisms": ("softmacks",)}, "unknown attention 'softmacks'; did you mean"),
         ({"mechanisms": ("agent",)}, "mechanisms: agent has no causal form; choose others"),
         ({"mechanisms": ("softmax:p=1",)}, "p"),
-        ({"mechanisms": ()}, "mechanisms: got .*; give each once"),
-        ({"tasks": ("copying",)}, "tasks: got copying; choose from recall, regression"),
-        ({"lengths": (32, 33)}, "lengths, train_length: got 33; give even numbers"),
         ({"lengths": (8,), "pairs": 3}, "pairs: got 3 for 8 tokens"),
         ({"lengths": (2**15,)}, "pairs: got 2048 of 1024 keys"),
-        ({"steps": 0}, "steps: got 0; give at least 1"),
-        ({"minutes": 0.0}, "minutes, learning_rates: got 0.0"),
-        ({"learning_rates": (-1.0,)}, "minutes, learning_rates: got"),
     ):
         with pytest.raises(ValueError, match=words):
             config = dataclasses.replace(CONFIG, **changes)
@@ -151,7 +145,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_the_command_runs_quickly(tmp_path, capsys):
-    assert main(["study", "length", "--quick", "--output", str(tmp_path / "out")]) in (0, None)
+    assert main(["length", "--quick", "--output", str(tmp_path / "out")]) in (0, None)
     printed = capsys.readouterr().out
     for mechanism in LengthStudyConfig().mechanisms:
         assert printed.count(f"| `{mechanism}` |") == 5  # three tables, two lines of training

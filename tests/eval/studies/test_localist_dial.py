@@ -8,10 +8,8 @@ import pytest
 from small_transformers import tiny
 
 from xattn import load_backbone
-from xattn.cli import main
 from xattn.eval.studies import localist_dial
-from xattn.eval.studies.localist_dial import study
-from xattn.eval.studies.study_configs import DialStudyConfig
+from xattn.eval.studies.localist_dial import DialStudyConfig, study
 
 NAMES = ["tench", "goldfish", "great white shark"]
 CONFIG = DialStudyConfig(betas=(0.0, 8.0), last=1, steered=2, draws=3, batch_size=4)
@@ -84,10 +82,6 @@ def test_a_stopped_study_goes_on_with_more_turns_and_gives_the_same_report(
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"betas": (-1.0,)}, "betas, steer_beta: got"),
-        ({"steer_beta": float("nan")}, "betas, steer_beta: got"),
-        ({"variance": 0.0}, "variance: got 0.0"),
-        ({"photos": 0}, "photos: got 0"),
         ({"last": 3}, "last: got 3; .* has 2 blocks"),
     ],
 )
@@ -96,9 +90,3 @@ def test_what_does_not_fit_is_named(change, message, backbone, photos, tmp_path)
         config = dataclasses.replace(CONFIG, **change)
         list(study(backbone, photos, output=tmp_path / "out", config=config))
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_is_there(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["study", "dial", "--help"])
-    assert stopped.value.code in (0, None) and "--steer-beta" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from test_class_folds import backbone, paths  # noqa: F401
 from xattn.eval import create_probe
 from xattn.eval.annotations.objects import Annotation
 from xattn.eval.studies import fold_rows, outcome_trials, trial_training
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.fold_rows import score_row, table_of
 from xattn.eval.studies.outcome_losses import (
     efficiency_gap,
@@ -19,7 +20,7 @@ from xattn.eval.studies.outcome_losses import (
     squared_error,
     weighted_correlation,
 )
-from xattn.eval.studies.outcome_trials import TRIALS, main, parse_trial, score_trial, unannotated
+from xattn.eval.studies.outcome_trials import TRIALS, parse_trial, score_trial, unannotated
 from xattn.eval.studies.trial_heads import (
     EvidenceWithPositions,
     MeanOfHeads,
@@ -121,7 +122,14 @@ def test_the_command_compares_trials_and_rows(backbone, paths, tmp_path, monkeyp
     monkeypatch.setattr(fold_rows.FoldRows, "load", lambda self: backbone)
     quick = "epochs=1,masks=4,components=4"
     folders = ["--output", str(tmp_path / "out"), "--tables", str(tmp_path / "tables")]
-    data = ["--data", str(paths[0].parents[1]), "--held-out", str(paths[0].parent), "--folds", "2"]
+    data = [
+        "outcome-trials",
+        str(paths[0].parents[1]),
+        "--held-out",
+        str(paths[0].parent),
+        "--folds",
+        "2",
+    ]
     trials = ["--trials", f"base:{quick}", f"mirrored=passes_2:{quick}", "--rows", "centre"]
     main([*data, *trials, *folders, "--metrics", "pixel-flipping"])
     text = (tmp_path / "out" / "trials.md").read_text()

@@ -9,11 +9,17 @@ from PIL import Image
 from small_transformers import tiny
 
 from xattn import load_backbone
-from xattn.cli import main
 from xattn.eval.studies import random_features
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.random_features import agreement, measure, study
-from xattn.eval.studies.random_scaling import MODELS, kernel_of, scaling, targets_of, tokens_of
-from xattn.eval.studies.theory_configs import RandomFeatureConfig
+from xattn.eval.studies.random_scaling import (
+    MODELS,
+    RandomFeatureConfig,
+    kernel_of,
+    scaling,
+    targets_of,
+    tokens_of,
+)
 
 NAMES = ["cat", "dog", "fish"]
 CONFIG = RandomFeatureConfig(
@@ -78,14 +84,6 @@ def test_what_does_not_fit_is_refused(photos, backbone, tmp_path):
     bare = load_backbone(tiny("none", grid=(3, 3), num_classes=3).model, classes=NAMES)
     with pytest.raises(ValueError, match="queries: got cls; .* has no class token"):
         next(study(bare, photos, None, tmp_path / "x", CONFIG))
-    for changes, words in (
-        ({"queries": ("mean",)}, "queries: got .*; choose among"),
-        ({"queries": ("gap", "gap")}, "queries: got one twice"),
-        ({"folds": 1}, "folds: got 1; give at least 2"),
-        ({"examples": (20, 10)}, "examples: got .* that rise"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            dataclasses.replace(CONFIG, **changes)
     assert not (tmp_path / "x").exists()
 
 
@@ -125,9 +123,7 @@ def test_attention_needs_fewer_examples_than_a_network_of_two_layers():
 def test_the_command_runs_quickly(photos, backbone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("xattn.cli.model.BackboneArgs.load", lambda self: backbone)
     command = [
-        "study",
         "random-features",
-        "--data",
         str(photos),
         "--quick",
         "--queries",

@@ -23,14 +23,14 @@ from xattn.attention import (
 )
 from xattn.attention.base import Entry
 from xattn.backbone import resized
-from xattn.cli import main
+from xattn.cli.conversion_accuracy import read_accuracy
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import Interval
-from xattn.eval.studies.study_configs import SwapStudyConfig
+from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.swap import measuring, report
-from xattn.eval.studies.swap.accuracy import read_accuracy
 from xattn.eval.studies.swap.controls import CONTROLS, ExactTopK, RandomBlocks, Uniform
+from xattn.eval.studies.swap.measuring import SwapStudyConfig
 from xattn.eval.studies.swap.networks import Networks, Photo
 from xattn.eval.studies.swap.rows import AS_TRAINED, with_trained
 from xattn.eval.studies.swapped_attention import SWAPS, Swap, labelled_photos, study
@@ -288,20 +288,6 @@ def test_unknown_rows_and_sizes_are_named(photos, backbone, tmp_path, options, m
         run(backbone, photos, tmp_path, **options)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"photos": (5,)}, r"photos: got \(5,\); give a number of 0 or more for each of the sizes"),
-        ({"sizes": (16, 16)}, "sizes: got"),
-        ({"epochs": 0, "finetune_epochs": 0}, "epochs, finetune_epochs: got 0, 0"),
-        ({"block": 0}, "block: got 0"),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **changes)
-
-
 def test_photos_without_a_class_are_named(photos):
     other = load_backbone(tiny(num_classes=3).model, classes=["a", "b", "c"])
     with (
@@ -316,7 +302,7 @@ def test_the_command_measures_the_rows_that_it_is_told(photos, tmp_path, capsys)
     state = timm.create_model("test_vit", num_classes=3).state_dict()
     torch.save({k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}, tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    command = ["study", "swap", "--data", str(photos), "-b", "test_vit", "--device", "cpu"]
+    command = ["swap", str(photos), "-b", "test_vit", "--device", "cpu"]
     command += ["--weights", str(tmp_path / "w.pth"), "--classes-file", str(tmp_path / "names.txt")]
     command += "--sizes 160 --photos 2 --maps 0 --fidelity 0 --rounds 0 --only gna uniform".split()
     assert main([*command, "--output", str(tmp_path / "study")]) == 0

@@ -6,7 +6,7 @@ n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3
 values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
 are not pooled. ``training_free`` is the form that the authors put into trained diffusion models: no
 biases, no convolution, a sharper second stage and a share of the values added. In a trained classifier
-it costs most of the accuracy (``xattn study swap``), so agents must be trained there.
+it costs most of the accuracy (``python -m xattn.eval.studies swap``), so agents must be trained there.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from xattn.eval.studies.models.pointer import PointerNet
 from xattn.heads.pointer import Pointing, left_over, plackett_luce
-from xattn.models.pointer import PointerNet
 
 
 def network(seed=0, **options):

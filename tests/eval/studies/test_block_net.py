@@ -5,8 +5,8 @@ import torch
 
 from xattn.backbone import load_backbone
 from xattn.blocks import list_blocks
+from xattn.eval.studies.models.block_net import BlockNet
 from xattn.explainers import create_explainer
-from xattn.models.block_net import BlockNet
 
 OPTIONS = {"ninformer": {"grid": (4, 4), "token_hidden": 8}, "hyperzzw": {"hidden": 8}}
 

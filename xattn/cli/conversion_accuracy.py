@@ -1,7 +1,7 @@
 """Accuracy of a trained ViT after its attention was swapped: the one place where these figures are kept.
 
-``accuracy.json`` beside this module is a copy of what ``xattn study swap`` writes, for ``xattn list
-attention`` and the table of docs/attention/README.md.
+``conversion_accuracy.json`` is a copy of what the study of swapped attention writes, for
+``xattn list attention`` and the table of docs/attention/README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from xattn.runtime import strict_json
 
-FILE = Path(__file__).with_name("accuracy.json")
+FILE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_accuracy(file: Path = FILE) -> Accuracy:
     Raises:
         ValueError: it is damaged. OSError: it is not there.
     """
-    remedy = "copy the one that xattn study swap wrote"
+    remedy = "copy the accuracy.json that the study of swapped attention wrote"
     record = strict_json.read(file, "accuracy", remedy)
     try:
         found = Accuracy(record["backbone"], tuple(_at_size(at) for at in record["sizes"]))

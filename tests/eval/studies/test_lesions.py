@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from xattn.models import lesions
-from xattn.models.lesions import FAINT, SLICES, VOLUMES, Kind, sample, samples, template
+from xattn.eval.studies.models import lesions
+from xattn.eval.studies.models.lesions import (
+    FAINT,
+    SLICES,
+    VOLUMES,
+    Kind,
+    sample,
+    samples,
+    template,
+)
 
 pytest.importorskip("nilearn", reason="the extra xattn[volumes] is not installed")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from xattn.models.arbex import Arbex, WindowCrossAttention
-from xattn.models.faces import (
+from xattn.eval.studies.models.arbex import Arbex, WindowCrossAttention
+from xattn.eval.studies.models.faces import (
     EXPRESSIONS,
     OF_EXPRESSION,
     POINTS,

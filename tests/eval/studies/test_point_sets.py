@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from xattn.models.point_sets import (
+from xattn.eval.studies.models.point_sets import (
     crosses_itself,
     delaunay,
     draw,

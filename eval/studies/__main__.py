@@ -1,0 +1,168 @@
+"""``python -m xattn.eval.studies NAME [options]``: rerun a study of docs/results/, from a checkout.
+
+Each study is a module with a function ``study``, whose signature gives the options and which yields
+the lines to print. A stopped study goes on from its output folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import tyro
+
+from xattn.runtime.names import did_you_mean
+from xattn.runtime.waiting import sleep_while_waiting
+
+STUDIES = {
+    "actions": (
+        "action_detection",
+        "Class-semantic attention over time: detectors of actions in generated sequences.",
+    ),
+    "at": (
+        "attention_text_report",
+        "Attention training on text: vanilla, random, AT, iAT, VAT and others on sentiment trees (SST).",
+    ),
+    "attention-maps": (
+        "attention_maps",
+        "The own maps of each attention mechanism over one photo, a picture for each.",
+    ),
+    "blocks": (
+        "block_digits",
+        "NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat.",
+    ),
+    "class-folds": (
+        "class_folds",
+        "Cross-validation over classes: every photo is scored by a head that never saw its class.",
+    ),
+    "coarse-groups": (
+        "coarse_groups",
+        "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
+    ),
+    "controls": (
+        "content_controls",
+        "What is left of a ViT and its maps when attention carries no content; networks trained that way.",
+    ),
+    "depths": (
+        "conversion_depths",
+        "How many of a ViT's last blocks can be converted: the mechanism alone, then low-rank updates.",
+    ),
+    "dial": (
+        "localist_dial",
+        "The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited.",
+    ),
+    "exact-rollout": (
+        "exact_rollout",
+        "Networks on digits whose rollout is exact: contributions, and the deletion of tokens.",
+    ),
+    "faces": (
+        "faces",
+        "ARBEx on generated faces: two streams against each alone, with reliability balancing or without.",
+    ),
+    "fold-rows": (
+        "fold_rows",
+        "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
+    ),
+    "head-sanity": (
+        "head_sanity",
+        "Do maps of trained heads depend on weights, photo and class, and follow the object?",
+    ),
+    "icl": (
+        "in_context_regression",
+        "In-context linear regression: the circuit that softmax heads learn, beside that of theory.",
+    ),
+    "image": (
+        "attention_image",
+        "Attention training on images: do the maps of attentive heads agree better with what matters?",
+    ),
+    "length": (
+        "context_length",
+        "Small networks trained on short sequences: what their attention keeps as sequences grow.",
+    ),
+    "lesions": (
+        "lesions",
+        "Attention-gated U-Nets beside a plain one on generated lesions, and where their gates point.",
+    ),
+    "outcome-trials": (
+        "outcome_trials",
+        "Variants of the evidence head, scored on photos of classes that no head saw.",
+    ),
+    "pointer": ("pointers", "Pointer networks on hulls, tours and triangles."),
+    "pointer-photos": (
+        "cell_orders",
+        "Heads that learn in which order the cells of a photo matter to a ViT.",
+    ),
+    "positions": (
+        "position_transfer",
+        "Encodings of positions in a ViT, trained for minutes at one size and tested at others.",
+    ),
+    "random-features": (
+        "random_features",
+        "Random-feature attention on photos: accuracy, exact maps, and what the class token does alone.",
+    ),
+    "random-labels": (
+        "random_labels",
+        "A head trained on outcomes with random labels, which a sound head has to beat.",
+    ),
+    "recall": (
+        "block_recall",
+        "How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries.",
+    ),
+    "sinks": (
+        "attention_sinks",
+        "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",
+    ),
+    "swap": (
+        "swapped_attention",
+        "What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row.",
+    ),
+    "vpu": (
+        "part_utilization",
+        "Visual Part Utilization: does it move a head's attention onto the text of image macros?",
+    ),
+    "words": (
+        "words",
+        "A head of words on frozen tokens, learned from captions: does a word match, does its map find it?",
+    ),
+}
+"""The module of each study, and what it asks."""
+
+PROG = "python -m xattn.eval.studies"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study that ``arguments`` name, or list all; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{PROG} NAME [options]; NAME --help lists the options.\n")
+        for name, (_, about) in STUDIES.items():
+            print(f"  {name:16} {about}")
+        return 0
+    name, *rest = words
+    if name not in STUDIES:
+        print(f"study: no {name!r}; {did_you_mean(name, STUDIES)}", file=sys.stderr)
+        return 2
+    sleep_while_waiting()  # before torch is imported
+    module, about = STUDIES[name]
+    study = import_module(f"xattn.eval.studies.{module}").study
+    from xattn.runtime.allocator import keep_memory
+
+    keep_memory()
+    try:
+        for line in tyro.cli(
+            study,
+            args=rest,
+            prog=f"{PROG} {name}",
+            description=about,
+            config=(tyro.conf.OmitArgPrefixes,),
+        ):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

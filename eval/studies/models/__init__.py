@@ -1,0 +1,1 @@
+"""Networks and generated data that only studies use."""
