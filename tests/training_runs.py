@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from xattn.training.row_store import RowStore
+from xattn.training import cache
 
 
 def write_photos(folder, count, size=(70, 50)):
@@ -29,19 +29,22 @@ def write_photos(folder, count, size=(70, 50)):
 
 @contextmanager
 def dies_in_write(write):
-    """The block ends with a SystemExit in the middle of that write of rows, as by a kill: what was written
-    stays, nothing is tidied up."""
-    real, calls = RowStore._write, []
+    """The block ends with a SystemExit in the middle of that write of a shard, as by a kill: what was
+    written stays, nothing is tidied up."""
+    real, calls = cache._store, []
 
-    def dying(self, file, at, data):
+    def dying(path, data):
         calls.append(1)
         if len(calls) == write:
-            real(self, file, at, data[: len(data) // 2])
+            real(path, data[: len(data) // 2])
+            real(
+                path.with_name(f".rows-{write}.safetensors"), data[: len(data) // 2]
+            )  # as a kill leaves
             raise SystemExit
-        return real(self, file, at, data)
+        return real(path, data)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(RowStore, "_write", dying)
+        patch.setattr(cache, "_store", dying)
         yield
 
 

@@ -41,8 +41,7 @@ from xattn.runtime import strict_json
 from xattn.runtime.files import write_json as write_record
 from xattn.runtime.files import write_text
 from xattn.training import fit
-from xattn.training.outcome_table import Outcomes
-from xattn.training.outcomes import cache_outcomes
+from xattn.training.outcomes import Outcomes, cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
 METRICS = ("masking", "insertion-deletion", "road", "irof", "pixel-flipping")

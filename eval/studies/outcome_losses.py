@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xattn.heads.evidence import standardised
 from xattn.training.outcome_fitting import compared, mean_terms, outcome_terms
-from xattn.training.outcome_table import OutcomeBatch
+from xattn.training.outcomes import OutcomeBatch
 from xattn.training.outcomes_objective import (
     TINY,
     area_adjusted,

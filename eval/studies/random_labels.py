@@ -37,8 +37,7 @@ from xattn.heads.base import seeded_head
 from xattn.photos.base import Data
 from xattn.photos.sources import open_photos
 from xattn.training import fit
-from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import outcomes_to_train_on
+from xattn.training.outcomes import OutcomeBatch, Outcomes, outcomes_to_train_on
 from xattn.training.run_folder import RUN_FILE
 
 Labels = Literal["classes", "outcomes"]

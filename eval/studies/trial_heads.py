@@ -22,7 +22,7 @@ from xattn.heads import Head
 from xattn.heads.evidence import Evidence, standardised
 from xattn.heads.fusion import resize
 from xattn.training.outcome_fitting import compared
-from xattn.training.outcome_table import OutcomeBatch
+from xattn.training.outcomes import OutcomeBatch
 from xattn.training.outcomes_objective import TINY, area_adjusted, mask_effects
 
 LEAST_WEIGHT = 0.1  # of an outcome in the equations: with negative weights they have no solution

@@ -34,8 +34,7 @@ from xattn.training.outcome_fitting import (
     outcome_terms,
     table_for,
 )
-from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import HeadGuide, cache_outcomes
+from xattn.training.outcomes import HeadGuide, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.run import RunOptions
 from xattn.training.run_folder import RUN_FILE
 

@@ -1,20 +1,22 @@
-"""A table of outcomes: its index, its key, and the states of its rows."""
+"""A table of outcomes: its key and its shards."""
 
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fuzz.engine import target
 from fuzz.heads import network
 from fuzz.labels import nasty_json
 from fuzz.states import edited, files_of, photos, put
-from xattn.training.outcomes import Outcomes, cache_outcomes, open_outcomes
-from xattn.training.row_files import index_digest, key_digest
+from xattn.training.outcomes import OutcomeBatch, Outcomes, cache_outcomes, open_outcomes
+
+SHARD = "rows-00000000-00000002.safetensors"
 
 
 def _cached(folder: Path) -> Outcomes:
@@ -43,30 +45,16 @@ def _open(folder: Path) -> None:
     batch.log_odds(batch.top(2))
 
 
+@functools.cache
+def _numbers() -> OutcomeBatch:
+    with tempfile.TemporaryDirectory() as name:
+        return _cached(Path(name)).batch([0, 1])
+
+
 def _again(folder: Path) -> None:
     """Whatever was damaged, the numbers are those of the whole table."""
-    _cached(folder)
-    found = files_of(folder / "table")
-    changed = [name for name, data in table_files().items() if found[name] != data]
-    assert set(changed) <= {"outcomes.json", "key.json"}, changed  # of equal values
-
-
-def _nasty_indexes() -> list[bytes]:
-    whole = table_files()["outcomes.json"]
-    values: dict[str, tuple[Any, ...]] = {
-        "photos": (-1, 0, 10**6, 10**12, "2", None, 2.5, True),
-        "classes": (0, -5, 4, 5.5, "x", None, 10**12, 10**400, 3000),
-        "names": ([], None, "ab", [1, 2], {}, ["a"]),
-        "skipped": ([[0, "x"]], [[5, "x"]], [[0, None]], {"0": "x"}, "ab", None, [[1e999, "x"]]),
-        "files": ({}, None, [], {"../x": 1}),
-    }
-    changes = [{name: value} for name, found in values.items() for value in found]
-
-    def sealed(change: dict[str, Any]) -> bytes:
-        index = {**json.loads(whole), **change}
-        return edited(json.dumps(index).encode(), lambda r: r.update(sha256=index_digest(index)))
-
-    return [*map(sealed, changes), *nasty_json()]
+    found, whole = _cached(folder).batch([0, 1]), _numbers()
+    assert torch.equal(found.logits, whole.logits) and torch.equal(found.masks, whole.masks)
 
 
 def _nasty_keys() -> list[bytes]:
@@ -80,10 +68,10 @@ def _nasty_keys() -> list[bytes]:
 
 
 @target(
-    "outcomes index", "table/outcomes.json", lambda: [table_files()["outcomes.json"]], _nasty_indexes,
-    kind="json", template=_table, says="table: ", share=0.6,
+    "outcomes shard", f"table/{SHARD}", lambda: [table_files()[SHARD]], lambda: [],
+    template=_table, says="table: ", share=0.6,
 )  # fmt: skip
-def index(folder: Path) -> None:
+def shard(folder: Path) -> None:
     _open(folder)
 
 
@@ -92,29 +80,16 @@ def index(folder: Path) -> None:
     kind="json", template=_table, says="table: ", share=0.4,
 )  # fmt: skip
 def key(folder: Path) -> None:
-    """With an index that belongs to it, so that it is read."""
-    path = folder / "table/outcomes.json"
-    try:
-        digest = key_digest(json.loads((folder / "table/key.json").read_bytes()))
-    except (ValueError, RecursionError):
-        digest = ""
-    record = {**json.loads(path.read_bytes()), "key": digest}
-    path.write_text(json.dumps({**record, "sha256": index_digest(record)}))
     _open(folder)
 
 
-for what, file, nasty in (
-    ("index", "outcomes.json", _nasty_indexes),
-    ("key", "key.json", _nasty_keys),
-    ("states", "rows", lambda: ()),
-    ("logits", "logits", lambda: ()),
-):
+for what, file, nasty in (("key", "key.json", _nasty_keys), ("shard", SHARD, lambda: ())):
     target(
-        f"outcomes repaired after other {what}",
+        f"outcomes repaired after another {what}",
         f"table/{file}",
         functools.partial(lambda name: [table_files()[name]], file),
         nasty,
         template=_table,
         says="table: ",
-        share=0.1,
+        share=0.2,
     )(_again)

@@ -45,8 +45,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | None:
     """The state of the newest intact checkpoint, or None if none was ever finished.
 
-    A damaged checkpoint is passed over for the one before it, with a warning. Checkpoints of older
-    versions have no checksum and are taken as they are.
+    A damaged checkpoint is passed over for the one before it, with a warning.
 
     Args:
         needed: the keys that a state must have, ``step`` among them.
@@ -94,10 +93,8 @@ def _steps(folder: Path) -> dict[int, Path]:
 
 def _read(path: Path, needed: Collection[str]) -> dict[str, Any]:
     data = (path / STATE).read_bytes()
-    if (path / CHECKSUM).exists():
-        stated = (path / CHECKSUM).read_bytes().split()[:1]
-        if stated != [hashlib.sha256(data).hexdigest().encode()]:
-            raise ValueError(f"its bytes are not those of {CHECKSUM}")
+    if (path / CHECKSUM).read_bytes().split()[:1] != [hashlib.sha256(data).hexdigest().encode()]:
+        raise ValueError(f"its bytes are not those of {CHECKSUM}")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:

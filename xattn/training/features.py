@@ -1,42 +1,121 @@
 """``cache_features``: features of a frozen backbone, computed once and read from disk.
 
-The key of a cache is the SHA-256 of what its numbers depend on: the backbone's weights, taps and
-preprocessing, and the description of the photos. A caching run that was killed goes on with the missing
-blocks, and gives the numbers that an uninterrupted run gives. The files are described in
-:mod:`~xattn.training.feature_files`.
+They lie in a :mod:`~xattn.training.cache`, whose key holds what they depend on: the backbone's weights,
+taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``, ... (N, C_i) on the grid
+of the last tap, and ``prefix`` (P, C). A run that was killed goes on with the missing blocks, and gives the
+numbers that an uninterrupted run gives.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from xattn.backbone import Backbone
+from xattn.backbone import Backbone, Taps
+from xattn.heads.attentive import Tokens
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
-from xattn.runtime.distributed import processes, together
+from xattn.runtime.distributed import processes
 from xattn.runtime.memory import is_out_of_memory
-from xattn.training.data import TrainImages, load_batches
-from xattn.training.feature_files import FEATURES, Features, open_features, read_features
-from xattn.training.feature_store import FeatureStore
-from xattn.training.row_files import STORED, UNREADABLE
-from xattn.training.row_store import claimed, share_of
+from xattn.training.cache import FEATURES, Cache, filled_cache, key_digest, open_cache
 
-__all__ = ["Features", "Kind", "cache_features", "feature_key", "open_features"]
-
+PREFIX = "prefix"
 Kind = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Cached features; photo i is the i-th that could be read.
+
+    ``names`` are those of the photos, ``skipped`` holds (name, reason) of the photos that could not be
+    read, ``channels`` the width of every tap, ``grid`` their common (h, w), and ``key`` what the numbers
+    depend on.
+    """
+
+    names: list[str]
+    skipped: list[tuple[str, str]]
+    channels: tuple[int, ...]
+    grid: tuple[int, int]
+    prefix_tokens: int
+    _photos: Tensor = field(repr=False)
+    _cache: Cache = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self._cache.folder
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return self._cache.key
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key."""
+        return key_digest(self.key)
+
+    @property
+    def views(self) -> int:
+        """The number of crops of every photo: the evaluation crop, then random ones."""
+        return self._cache.crops
+
+    def batch(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Tokens:
+        """Tokens of photos in float32: (B, N, C_i) of every tap, and the prefix (B, P, C).
+
+        Args:
+            index: numbers of photos, 0 .. len - 1.
+            view: the crop, 0 .. views - 1: one for all photos, or one for each.
+
+        Raises:
+            ValueError: the numbers are not those that were written.
+        """
+        photos = self._photos[torch.as_tensor(index, dtype=torch.long, device="cpu")]
+        crops = torch.as_tensor(view, dtype=torch.long, device="cpu")
+        rows = self._cache.rows(crops * self._cache.count + photos)
+        patches = tuple(rows[f"tap-{i}"].float() for i in range(len(self.channels)))
+        return Tokens(patches, rows[PREFIX].float(), self.grid)
+
+    def taps(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Taps:
+        """The same as :class:`~xattn.backbone.Taps` with empty logits (B, 0), for a head to read."""
+        tokens = self.batch(index, view)
+        maps = tuple(p.transpose(1, 2).unflatten(2, self.grid) for p in tokens.patches)
+        return Taps(tokens.prefix.new_empty(len(tokens.prefix), 0), maps, tokens.prefix)
+
+
+def open_features(folder: str | Path) -> Features:
+    """The finished features in ``folder``.
+
+    Raises:
+        ValueError: they are damaged, or not finished. FileNotFoundError: there are none.
+    """
+    return _features(open_cache(Path(folder), FEATURES))
+
+
+def _features(cache: Cache) -> Features:
+    kept, names, skipped = cache.photos()
+    row = cache.first_row()
+    return Features(
+        names=names,
+        skipped=skipped,
+        channels=tuple(row[f"tap-{i}"].shape[2] for i in range(len(row) - 1)),
+        grid=(cache.key["grid"][0], cache.key["grid"][1]),
+        prefix_tokens=row[PREFIX].shape[1],
+        _photos=torch.tensor(kept, device="cpu"),
+        _cache=cache,
+    )
 
 
 def feature_key(
@@ -52,11 +131,12 @@ def feature_key(
         "format": FEATURES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "taps": list(backbone.taps),
+        "grid": list(backbone.tap_sizes[-1]),
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
         "photos": photos.describe(),
         "max_pixels": max_pixels,
         "dtype": dtype,
-        "views": views,
+        "crops": views,
         "seed": seed if views > 1 else None,
     }
 
@@ -87,8 +167,8 @@ def cache_features(
     listed. Of several processes each computes its share.
 
     Raises:
-        ValueError: ``folder`` holds features with another key (both are named), is damaged or in use;
-            no photo can be read; ``dtype`` cannot hold the features.
+        ValueError: ``folder`` holds features with another key (both are named), or is in use; no photo can
+            be read; ``dtype`` cannot hold the features.
         OSError: ``folder`` cannot be written, or the disk has no room.
     """
     if dtype not in ("float32", "float16"):
@@ -96,55 +176,40 @@ def cache_features(
     for name, value in (("batch_size", batch_size), ("views", views)):
         if isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value}; give a positive number")
-    folder, photos = Path(folder), open_photos(data)
+    photos = open_photos(data)
     ranks, rank = processes(backbone.device)
     key = feature_key(backbone, photos, dtype, views, seed, max_pixels)
-    with claimed(folder, key, FEATURES, rank):
-        if not (folder / FEATURES.index).is_file():
-            store = together(lambda: FeatureStore(folder, backbone, photos, key))
-            process = (rank, ranks)
-            together(lambda: _fill(store, backbone, photos, batch_size, workers, process, progress))
-            together(lambda: None if rank else store.finish(photos))
-    return read_features(folder, key, [photos.name(i) for i in range(len(photos))])
+    kind = getattr(torch, dtype)
 
+    def compute(
+        crop: int, block: range, images: Tensor | None, readable: list[int]
+    ) -> Mapping[str, Tensor]:
+        tokens = _block_tokens(backbone, images, readable, batch_size)
+        _check_numbers(tokens, readable, kind, [photos.name(i) for i in block])
+        names = [*(f"tap-{i}" for i in range(len(tokens) - 1)), PREFIX]
+        return {n: t[: len(block)].to(kind) for n, t in zip(names, tokens, strict=True)}
 
-def _fill(
-    store: FeatureStore,
-    backbone: Backbone,
-    photos: Photos,
-    batch_size: int,
-    workers: int,
-    process: tuple[int, int],
-    progress: bool,
-) -> None:
-    """Compute the missing blocks of ``batch_size`` rows that fall to ``process``, (rank, ranks)."""
-    n, key = store.count, store.key
-    rank, ranks = process
-    photos.open_shards = max(photos.open_shards, 2)
-    with tqdm(
-        total=store.total, desc="features", unit="photo", disable=not progress or rank > 0
-    ) as bar:
-        for view in range(key["views"]):
-            images = TrainImages(
-                photos, backbone.preprocessing, key["seed"] or 0, view > 0, key["max_pixels"]
-            )
-            blocks = store.missing(view, batch_size)
-            bar.update(n - sum(map(len, blocks)))
-            mine = share_of(blocks, rank, ranks)
-            keys = [[(view, i) for i in block] for block in mine]
-            with contextlib.closing(load_batches(images, keys, workers)) as batches:
-                for block, (batch, unreadable) in zip(mine, batches, strict=True):
-                    lost = {i for i, _ in unreadable}
-                    states = np.array([UNREADABLE if i in lost else STORED for i in block])
-                    maps = _block_tokens(backbone, batch, states == STORED, batch_size)
-                    _check_numbers(maps, states == STORED, store.dtype, photos, block.start)
-                    store.put(view * n + block.start, states.astype(np.uint8), maps)
-                    bar.update(min(len(block) * ranks, store.total - bar.n))
+    def fill(cache: Cache) -> None:
+        cells = math.prod(backbone.tap_sizes[-1])
+        numbers = cells * sum(backbone.channels) + backbone.prefix_tokens * backbone.channels[-1]
+        cache.require_room(numbers * kind.itemsize)
+        cache.fill(
+            photos,
+            backbone.preprocessing,
+            batch_size,
+            compute,
+            workers=workers,
+            process=(rank, ranks),
+            progress=progress,
+            desc="features",
+        )
+
+    return _features(filled_cache(Path(folder), key, FEATURES, photos, rank, fill))
 
 
 @torch.inference_mode()
 def _block_tokens(
-    backbone: Backbone, batch: Tensor | None, readable: NDArray[np.bool_], batch_size: int
+    backbone: Backbone, batch: Tensor | None, readable: list[int], batch_size: int
 ) -> list[Tensor]:
     """Tokens of every tap and the prefix tokens of a block, with grey in place of unreadable photos.
 
@@ -153,7 +218,7 @@ def _block_tokens(
     size = backbone.preprocessing.input_size
     images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5, device="cpu")
     if batch is not None:
-        images[torch.from_numpy(np.flatnonzero(readable))] = batch
+        images[readable] = batch
     try:
         taps = backbone(images.to(backbone.device, next(backbone.parameters()).dtype))
     except Exception as error:
@@ -170,26 +235,21 @@ def _block_tokens(
         for m in taps.maps
     ]
     prefix = patches[-1].new_empty(batch_size, 0, 0) if taps.prefix is None else taps.prefix
-    return [m[: len(readable)] for m in (*patches, prefix)]
+    return [*patches, prefix]
 
 
 def _check_numbers(
-    maps: Sequence[Tensor],
-    readable: NDArray[np.bool_],
-    dtype: np.dtype[Any],
-    photos: Photos,
-    start: int,
+    tokens: Sequence[Tensor], readable: list[int], dtype: torch.dtype, names: list[str]
 ) -> None:
     """Raise a ValueError that names the photo whose numbers the file cannot hold."""
-    limit = float(np.finfo(dtype).max)
-    for values in maps:
+    limit = torch.finfo(dtype).max
+    for values in tokens:
         if not values.numel():
             continue
-        wide = values.flatten(1).float()
-        good = (wide.abs() <= limit).all(1).cpu().numpy() | ~readable  # NaN is not good
+        good = (values[readable].flatten(1).float().abs() <= limit).all(1)  # NaN is not good
         if not good.all():
-            name = photos.name(start + int(np.flatnonzero(~good)[0]))
+            name = names[readable[int((~good).nonzero()[0])]]
             raise ValueError(
-                f"features: those of {name} are not finite in {dtype.name}; use dtype='float32' "
+                f"features: those of {name} are not finite in {str(dtype)[6:]}; use dtype='float32' "
                 f"and check the backbone's weights"
             )

@@ -22,7 +22,7 @@ from xattn.training.checkpoint import has_checkpoint
 from xattn.training.head_optimizer import FitState, head_optimizer, one_cycle
 from xattn.training.objective import Part, objective
 from xattn.training.outcome_fitting import OutcomesJob, table_for
-from xattn.training.outcome_table import Outcomes
+from xattn.training.outcomes import Outcomes
 from xattn.training.photo_batches import PhotoBatch, PhotoBatches
 from xattn.training.photo_loop import Batches, train_on_photos
 from xattn.training.run import Run, RunOptions

@@ -28,8 +28,7 @@ from xattn.heads.fusion import resize
 from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Photos
 from xattn.training.data import steps_per_epoch
-from xattn.training.outcome_table import OutcomeBatch, Outcomes
-from xattn.training.outcomes import FEW, outcomes_to_train_on
+from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, outcomes_to_train_on
 from xattn.training.outcomes_objective import correlation, reacts
 from xattn.training.run import Run, RunOptions
 from xattn.training.tap_store import Place, TapStore

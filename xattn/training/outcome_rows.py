@@ -11,21 +11,19 @@ is the softmax over all classes k under mask j.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.heads import Head
 from xattn.runtime.memory import is_out_of_memory
 from xattn.training.outcome_masks import CELLS, FILLS, KINDS, mask_pairs
-from xattn.training.row_files import RowFile
 
 MANY, KEPT = 2_000, 256  # of networks with more classes than that, so many are kept
 EVIDENCE = "evidence"  # the kind of masks that read a first guess
@@ -85,18 +83,18 @@ class MaskSettings:
             raise ValueError(f"precision: got {self.precision!r}; choose 'no' or 'bf16'")
 
 
-def row_layout(masks: int, classes: int) -> dict[str, RowFile]:
-    """The numbers of one row, by file: ``cells``, ``logits`` with those of the clean image first, and of a
-    network with more than :data:`MANY` classes ``classes`` and ``rest``."""
+def row_layout(masks: int, classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of the tensors of a row: ``cells``, ``logits`` with those of the clean image first,
+    and of a network with more than :data:`MANY` classes ``classes`` and ``rest``."""
     many = classes > MANY
-    files = {
-        "cells": RowFile((masks // 2, CELLS, CELLS), np.dtype("uint8")),
-        "logits": RowFile((1 + masks, KEPT if many else classes), np.dtype("float16")),
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "cells": ((masks // 2, CELLS, CELLS), torch.uint8),
+        "logits": ((1 + masks, KEPT if many else classes), torch.float16),
     }
     if many:
-        files["classes"] = RowFile((KEPT,), np.dtype("int32"))
-        files["rest"] = RowFile((1 + masks,), np.dtype("float32"))
-    return files
+        layout["classes"] = ((KEPT,), torch.int32)
+        layout["rest"] = ((1 + masks,), torch.float32)
+    return layout
 
 
 def guess_name(backbone: Backbone, guide: Guide | None, kinds: Sequence[str]) -> str | None:
@@ -123,7 +121,7 @@ def _class_rows(backbone: Backbone) -> Tensor | None:
 
 
 class RowMaker:
-    """Computes rows. ``maker(image, seed, name)`` -> one array a file, each with a first axis of 1.
+    """Computes rows. ``maker(image, seed, name)`` -> the tensors of a row by name.
 
     Args:
         image: (3, H, W) in [0, 1].
@@ -141,7 +139,7 @@ class RowMaker:
         self.dtype = reference.dtype
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor, seed: str, name: str) -> list[NDArray[Any]]:
+    def __call__(self, image: Tensor, seed: str, name: str) -> dict[str, Tensor]:
         """The row of one photo.
 
         Raises:
@@ -154,15 +152,22 @@ class RowMaker:
             image, self._guess(taps), settings.masks // 2, seed, settings.kinds, settings.fills
         )
         masked = _representable(self._pass(pairs.images, self.backbone.logits), name)
-        numbers = [pairs.cells.numpy(), *kept_logits(torch.cat([clean, masked]))]
-        return [
-            np.ascontiguousarray(values, file.dtype)[None]
-            for values, file in zip(numbers, self.layout.values(), strict=True)
-        ]
+        numbers = [pairs.cells, *kept_logits(torch.cat([clean, masked]))]
+        return {
+            name: values.to(dtype)
+            for values, (name, (_, dtype)) in zip(numbers, self.layout.items(), strict=True)
+        }
 
-    def empty(self) -> list[NDArray[Any]]:
+    def empty(self) -> dict[str, Tensor]:
         """Zeros in place of a photo that cannot be read."""
-        return [np.zeros((1, *file.shape), file.dtype) for file in self.layout.values()]
+        return {
+            name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
+        }
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row on disk."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values())
 
     def _pass(self, images: Tensor, function: Any) -> Any:
         device = self.backbone.device
@@ -202,18 +207,18 @@ def _representable(logits: Tensor, name: str) -> Tensor:
     return wide
 
 
-def kept_logits(logits: Tensor) -> list[NDArray[Any]]:
+def kept_logits(logits: Tensor) -> list[Tensor]:
     """Logits (1 + N, K), those of the clean image first, as they are stored.
 
     Those of few classes are stored as they are; of many, the logits (1 + N, T) of the classes that are
     kept, from the most probable one on, these classes (T,), and the rest (1 + N,).
     """
     if logits.shape[1] <= MANY:
-        return [logits.numpy()]
+        return [logits]
     order = logits[0].argsort(descending=True, stable=True)
     kept, left = order[:KEPT], order[KEPT:]
     rest = logits[:, left].double().logsumexp(1)
-    return [logits[:, kept].numpy(), kept.numpy(), rest.numpy()]
+    return [logits[:, kept], kept, rest]
 
 
 # ---------------------------------------------------------------------- the price

@@ -1,32 +1,32 @@
-"""``cache_outcomes``: what a network answers for masked photos, computed once and read from disk.
+"""A table of outcomes: what a network answers for masked photos, computed once and read from disk.
 
-The key of a table is the SHA-256 of what its numbers depend on: the network, the photos and the masks. So
-heads and runs share a table. A run that was killed goes on with the missing rows, and gives the bits that
-an uninterrupted one gives, in one process or several. The files are described in
-:mod:`~xattn.training.outcome_table`.
+It is kept in a :mod:`~xattn.training.cache`, whose key holds what the numbers depend on: the network, the
+photos and the masks. So heads and runs share a table. A row has ``cells`` (P, 28, 28) uint8 and ``logits``
+(1 + 2 P, K) float16, the clean photo first; of networks with more than 2,000 classes the logits of some,
+``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm.auto import tqdm
+import torch
+from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
-from xattn.runtime.distributed import gather, peers, processes, together
-from xattn.training.data import TrainImages, load_batches
-from xattn.training.outcome_masks import FILLS, KINDS
+from xattn.runtime.distributed import processes
+from xattn.training.cache import OUTCOMES, Cache, filled_cache, key_digest, open_cache
+from xattn.training.outcome_masks import FILLS, KINDS, masks_of
 from xattn.training.outcome_rows import (
     Guide,
     HeadGuide,
@@ -37,16 +37,7 @@ from xattn.training.outcome_rows import (
     guess_name,
     time_row,
 )
-from xattn.training.outcome_table import (
-    TABLE,
-    OutcomeBatch,
-    Outcomes,
-    file_records,
-    open_outcomes,
-    read_outcomes,
-)
-from xattn.training.row_files import MISSING, STORED, UNREADABLE, RowFile
-from xattn.training.row_store import RowStore, claimed, is_key, share_of
+from xattn.training.outcomes_objective import log_odds
 
 __all__ = [
     "Guide",
@@ -61,6 +52,231 @@ __all__ = [
 ]
 
 FEW = 20  # photos; with fewer a head learns little
+BLOCK = 16  # rows that are written at once
+
+
+@dataclass(frozen=True, eq=False)
+class OutcomeBatch:
+    """Outcomes of B photos under N = 2 P masks each: the masks, then their complements.
+
+    ``masks`` (B, N, 28, 28), the share kept of each cell; ``logits`` (B, 1 + N, T), those of the clean
+    image first; ``classes`` (B, T) says whose they are, from the most probable on, and ``rest`` (B, 1 + N)
+    is the log-sum-exp of all others, both None where all ``num_classes`` have logits.
+    """
+
+    masks: Tensor
+    logits: Tensor
+    classes: Tensor | None
+    rest: Tensor | None
+    task: str
+    num_classes: int
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def to(self, device: torch.device | str) -> OutcomeBatch:
+        """The batch with its tensors on ``device``."""
+        classes = None if self.classes is None else self.classes.to(device)
+        rest = None if self.rest is None else self.rest.to(device)
+        masks, logits = self.masks.to(device), self.logits.to(device)
+        return replace(self, masks=masks, logits=logits, classes=classes, rest=rest)
+
+    def top(self, count: int) -> Tensor:
+        """The ``count`` most probable classes of each clean image, the first one first, (B, count)."""
+        places = self.logits[:, 0].argsort(dim=1, descending=True, stable=True)[:, :count]
+        return places if self.classes is None else self.classes.gather(1, places)
+
+    def probabilities(self, classes: Tensor) -> Tensor:
+        """Of ``classes`` (B, M) for each masked image, (B, M, N) float32: softmax, or sigmoids.
+
+        Raises:
+            ValueError: a class whose logits the table does not have.
+        """
+        if self.task == "multilabel":
+            return self._chosen(classes).sigmoid().float()
+        return (self._chosen(classes) - self._all().logsumexp(2)[:, None]).exp().float()
+
+    def log_odds(self, classes: Tensor) -> Tensor:
+        """log p / (1 - p) of ``classes`` (B, M) for each masked image, (B, M, N) float32.
+
+        Raises:
+            ValueError: a class whose logits the table does not have.
+        """
+        logits = self._all()
+        index = self._places(classes)[:, None].expand(-1, logits.shape[1], -1)
+        return log_odds(logits, index, self.task).transpose(1, 2).float()
+
+    def _all(self) -> Tensor:
+        """Logits of all masked images in float64, (B, N, T); ``rest`` counts as one more class."""
+        parts = [self.logits] if self.rest is None else [self.logits, self.rest[..., None]]
+        return torch.cat(parts, 2)[:, 1:].double()
+
+    def _chosen(self, classes: Tensor) -> Tensor:
+        """Logits of ``classes`` for all masked images in float64, (B, M, N)."""
+        logits = self.logits[:, 1:].double().transpose(1, 2)
+        return logits.gather(1, self._places(classes)[..., None].expand(-1, -1, logits.shape[2]))
+
+    def _places(self, classes: Tensor) -> Tensor:
+        """Where the logits of ``classes`` (B, M) are, (B, M)."""
+        if classes.is_floating_point() or classes.ndim != 2 or len(classes) != len(self):
+            raise ValueError(
+                f"classes: got {classes.dtype} of shape {tuple(classes.shape)}; give integers of shape "
+                f"({len(self)}, M)"
+            )
+        classes = classes.to(self.logits.device, torch.long)
+        outside = (classes < 0) | (classes >= self.num_classes)
+        if outside.any():
+            raise ValueError(
+                f"classes: got {int(classes[outside][0])}; the backbone's are 0..{self.num_classes - 1}"
+            )
+        if self.classes is None:
+            return classes
+        hits = self.classes[:, None] == classes[..., None]
+        lost = ~hits.any(2)
+        if lost.any():
+            photo, place = (int(n) for n in lost.nonzero()[0])
+            raise ValueError(
+                f"classes: {int(classes[photo, place])} is not among the {self.classes.shape[1]} classes "
+                f"that the table keeps of {self.names[photo]}; choose among these (top)"
+            )
+        return hits.int().argmax(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """A table of outcomes; photo i is the i-th that could be read.
+
+    ``names`` are those of the photos, ``skipped`` holds (name, reason) of the photos that could not be
+    read, and ``key`` is what the numbers depend on.
+    """
+
+    key: dict[str, Any]
+    names: list[str]
+    skipped: list[tuple[str, str]]
+    _photos: Tensor = field(repr=False)
+    _cache: Cache = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def folder(self) -> Path:
+        """Where the table is."""
+        return self._cache.folder
+
+    @property
+    def task(self) -> str:
+        """The backbone's."""
+        return str(self.key["task"])
+
+    @property
+    def num_classes(self) -> int:
+        """The backbone's."""
+        return int(self.key["classes"])
+
+    @property
+    def numbers(self) -> list[int]:
+        """The place of each photo in the data that the table was made of."""
+        return self._photos.tolist()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key; a subset has one of its own."""
+        return key_digest(self.key)
+
+    @property
+    def crops(self) -> int:
+        """The number of crops of every photo: the evaluation crop, then random ones."""
+        return int(self.key["crops"])
+
+    @property
+    def masks(self) -> int:
+        """The number of masks of every crop, complements included."""
+        return int(self.key["masks"])
+
+    def row(self, index: int, crop: int = 0) -> OutcomeBatch:
+        """The outcomes of one photo, as a batch of 1."""
+        return self.batch([index], crop)
+
+    def batch(self, index: Sequence[int] | Tensor, crop: int | Tensor = 0) -> OutcomeBatch:
+        """The outcomes of photos.
+
+        Args:
+            index: numbers of photos, 0 .. len - 1.
+            crop: 0 .. crops - 1: one for all photos, or one for each.
+        """
+        photos = torch.as_tensor(index, dtype=torch.long, device="cpu")
+        crops = torch.as_tensor(crop, dtype=torch.long, device="cpu").expand(photos.shape)
+        if crops.numel() and not 0 <= int(crops.min()) <= int(crops.max()) < self.crops:
+            raise ValueError(f"crop: got {crop}; the table has the crops 0..{self.crops - 1}")
+        read = self._cache.rows(crops * self._cache.count + self._photos[photos])
+        classes = read.get("classes")
+        return OutcomeBatch(
+            masks=masks_of(read["cells"]),
+            logits=read["logits"].float(),
+            classes=None if classes is None else classes.long(),
+            rest=read.get("rest"),
+            task=self.task,
+            num_classes=self.num_classes,
+            names=tuple(self.names[i] for i in photos.tolist()),
+        )
+
+    def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> Outcomes:
+        """The table of some of its photos, by their numbers or by the paths or names that it was made of.
+
+        Raises:
+            ValueError: no photo, or one that the table does not have. Photos that were skipped when the
+                table was made are skipped.
+        """
+        given: list[Any] = photos.tolist() if isinstance(photos, Tensor) else list(photos)
+        skipped: list[tuple[str, str]] = []
+        if all(isinstance(photo, str | Path) for photo in given):
+            reasons = dict(self.skipped)
+            named = self._named(given)
+            skipped = [(name, reasons[name]) for name in named if name in reasons]
+            given = [number for number in self.find(given) if number is not None]
+        if not given or not set(given) <= set(range(len(self))):
+            raise ValueError(
+                f"photos: got {len(given)} readable photos {str(given)[:40]}; give some of the numbers "
+                f"0..{len(self) - 1}, or paths"
+            )
+        kept = self._photos[torch.tensor(given)]
+        digest = hashlib.sha256(kept.numpy().astype("<i8").tobytes()).hexdigest()
+        return replace(
+            self,
+            key={**self.key, "subset": {"count": len(given), "sha256": digest}},
+            names=[self.names[i] for i in given],
+            skipped=skipped,
+            _photos=kept,
+        )
+
+    def find(self, photos: Sequence[str | Path]) -> list[int | None]:
+        """The number of each photo, by the paths or names that the table was made of; None for those that
+        were skipped.
+
+        Raises:
+            ValueError: a photo that the table was not made of.
+        """
+        numbers = {name: i for i, name in enumerate(self.names)}
+        return [numbers.get(name) for name in self._named(photos)]
+
+    def _named(self, photos: Sequence[str | Path]) -> list[str]:
+        """The table's names of ``photos``, which may be given by other paths to the same files."""
+        names = (*self.names, *(name for name, _ in self.skipped))
+        known = {name: name for name in names}
+        if any(str(photo) not in known for photo in photos):
+            known.update({str(Path(name).resolve()): name for name in names})
+        found = [known.get(str(p)) or known.get(str(Path(p).resolve())) for p in photos]
+        if None in found:
+            raise ValueError(
+                f"photos: {photos[found.index(None)]} is not in the table {self.folder}; name photos "
+                f"that it was made of"
+            )
+        return [name for name in found if name is not None]
+
+
+# ---------------------------------------------------------------------- computing
 
 
 def outcome_key(
@@ -72,9 +288,10 @@ def outcome_key(
 ) -> dict[str, Any]:
     """Everything that the numbers of a table depend on."""
     return {
-        "format": TABLE.version,
+        "format": OUTCOMES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "task": backbone.task,
+        "classes": backbone.num_classes,
         "preprocessing": json.loads(json.dumps(asdict(backbone.preprocessing))),
         "photos": photos.describe(),
         "max_pixels": max_pixels,
@@ -120,9 +337,9 @@ def cache_outcomes(
             :class:`~xattn.training.outcome_rows.Guide`. By default it is the row of the most probable class
             in the classifier, applied to the last tap, or the norm of the last tap where they do not fit.
 
-    Photos that cannot be read are left out and listed. Of several processes each computes its share. Every
-    row is compared with its checksum; those that are not as they were written are named in a warning and
-    computed again, and a damaged index is written again.
+    Photos that cannot be read are left out and listed. Of several processes each computes its share. All
+    rows are compared with their checksums; those that are not as they were written are named in a warning
+    and computed again.
 
     Raises:
         ValueError: ``folder`` holds a table with another key (both are named) or is in use; no photo can
@@ -137,30 +354,63 @@ def cache_outcomes(
             f"backbone: {backbone.name} gives numbers, a table of outcomes has probabilities; load a "
             f"classifier"
         )
-    folder, photos = Path(folder), open_photos(data)
+    photos = open_photos(data)
     ranks, rank = processes(backbone.device)
     key = outcome_key(backbone, photos, settings, max_pixels, guide)
-    names = [photos.name(i) for i in range(len(photos))]
-    with peers("start all of them again to go on"):
-        found = _as_it_is(folder, key, names)
-        if not all(gather(found is not None)):
-            with claimed(folder, key, TABLE, rank):
-                maker = RowMaker(backbone, settings, guide)
-                store = together(lambda: _Store(folder, key, maker.layout, photos))
-                if rank == 0:
-                    _warn_of_damage(store, photos)
-                together(lambda: None if rank else _announce(store, maker, ranks, say))
-                show = progress and rank == 0
-                together(lambda: _fill(store, maker, photos, workers, (rank, ranks), show))
-                together(lambda: None if rank else store.finish(photos, backbone.num_classes))
-            found = together(lambda: read_outcomes(folder, key, names))
-    assert found is not None
+
+    def fill(cache: Cache) -> None:
+        maker = RowMaker(backbone, settings, guide)
+        cache.require_room(maker.row_bytes)
+        if cache.missing_rows and say is not None and rank == 0:
+            say(str(_cost(maker, cache.count, cache.missing_rows, ranks)))
+        cache.fill(
+            photos,
+            backbone.preprocessing,
+            BLOCK,
+            lambda *block: _rows(maker, photos, *block),
+            workers=workers,
+            process=(rank, ranks),
+            progress=progress,
+            desc="outcomes",
+        )
+
+    found = _outcomes(filled_cache(Path(folder), key, OUTCOMES, photos, rank, fill))
     if len(found) < FEW and rank == 0:
         warnings.warn(
             f"table: {len(found)} photos could be read; a head needs {FEW} or more to learn from",
             stacklevel=2,
         )
     return found
+
+
+def _rows(
+    maker: RowMaker,
+    photos: Photos,
+    crop: int,
+    block: range,
+    images: Tensor | None,
+    readable: list[int],
+) -> dict[str, Tensor]:
+    """The rows of a block of photos."""
+    rows = [maker.empty() for _ in block]
+    for place, image in zip(readable, [] if images is None else images, strict=True):
+        seed = f"{maker.settings.seed}/{crop}/{block[place]}"
+        rows[place] = maker(image, seed, photos.name(block[place]))
+    return {name: torch.stack([row[name] for row in rows]) for name in maker.layout}
+
+
+def open_outcomes(folder: str | Path) -> Outcomes:
+    """The finished table in ``folder``; all rows are compared with their checksums.
+
+    Raises:
+        ValueError: it is damaged, or not finished. FileNotFoundError: there is none.
+    """
+    return _outcomes(open_cache(Path(folder), OUTCOMES))
+
+
+def _outcomes(cache: Cache) -> Outcomes:
+    kept, names, skipped = cache.photos()
+    return Outcomes(cache.key, names, skipped, torch.tensor(kept, device="cpu"), cache)
 
 
 def outcomes_to_train_on(
@@ -205,88 +455,5 @@ def outcome_cost(
 
 
 def _cost(maker: RowMaker, photos: int, rows: int, ranks: int) -> OutcomeCost:
-    settings, row_bytes = maker.settings, sum(file.bytes for file in maker.layout.values())
-    seconds = rows * time_row(maker) / ranks
-    return OutcomeCost(photos, settings.crops, settings.masks, rows, row_bytes, seconds)
-
-
-def _as_it_is(folder: Path, key: dict[str, Any], names: list[str]) -> Outcomes | None:
-    """The table, if it is whole and has this key; this writes nothing, so many runs may read one table."""
-    try:
-        return read_outcomes(folder, key, names) if is_key(folder, key) else None
-    except ValueError:
-        return None
-
-
-# ---------------------------------------------------------------------- computing what is missing
-
-
-class _Store(RowStore):
-    """The files of a table while it is filled."""
-
-    def __init__(
-        self, folder: Path, key: dict[str, Any], layout: dict[str, RowFile], photos: Photos
-    ) -> None:
-        super().__init__(folder, key, TABLE, layout, len(photos), key["crops"])
-
-    def finish(self, photos: Photos, classes: int) -> None:
-        """Write the index, which makes the folder a whole table."""
-        about = {"files": file_records(self.files, self.total), "classes": classes}
-        self.finish_rows(photos, about, "could not be read when the table was computed")
-
-
-def _warn_of_damage(store: _Store, photos: Photos) -> None:
-    """One warning of all rows that are not as they were written, or of what else is not."""
-    named = [f"{photos.name(r % store.count)} (crop {r // store.count})" for r in store.damaged]
-    if named:
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        count = "1 row is" if len(named) == 1 else f"{len(named)} rows are"
-        warnings.warn(
-            f"table: {count} not as written in {store.folder}: {', '.join(named[:3])}{more}; computed "
-            f"again",
-            stacklevel=3,
-        )
-    elif (store.folder / TABLE.index).exists() and not (store.rows == MISSING).any():
-        warnings.warn(
-            f"table: {store.folder} was damaged, but its rows are as written; its index is written again",
-            stacklevel=3,
-        )
-
-
-def _announce(
-    store: _Store, maker: RowMaker, ranks: int, say: Callable[[str], object] | None
-) -> None:
-    missing = int((store.rows == MISSING).sum())
-    if missing and say is not None:
-        say(str(_cost(maker, store.count, missing, ranks)))
-
-
-def _fill(
-    store: _Store,
-    maker: RowMaker,
-    photos: Photos,
-    workers: int,
-    process: tuple[int, int],
-    progress: bool,
-) -> None:
-    """Compute the missing rows that fall to ``process``, (rank, ranks)."""
-    seed, (rank, ranks) = maker.settings.seed, process
-    preprocessing, pixels = maker.backbone.preprocessing, store.key["max_pixels"]
-    photos.open_shards = max(photos.open_shards, 2)
-    with tqdm(total=store.total, desc="outcomes", unit="photo", disable=not progress) as bar:
-        for crop in range(maker.settings.crops):
-            images = TrainImages(photos, preprocessing, seed, crop > 0, pixels)
-            missing = [block.start for block in store.missing(crop, 1)]
-            bar.update(store.count - len(missing))
-            mine = share_of(missing, rank, ranks)
-            keys = [[(crop, photo)] for photo in mine]
-            with contextlib.closing(load_batches(images, keys, workers)) as batches:
-                for photo, (image, _) in zip(mine, batches, strict=True):
-                    if image is None:
-                        state, numbers = UNREADABLE, maker.empty()
-                    else:
-                        state, name = STORED, photos.name(photo)
-                        numbers = maker(image[0], f"{seed}/{crop}/{photo}", name)
-                    states = np.array([state], np.uint8)
-                    store.put_rows(crop * store.count + photo, states, numbers)
-                    bar.update(min(ranks, store.total - bar.n))
+    settings, seconds = maker.settings, rows * time_row(maker) / ranks
+    return OutcomeCost(photos, settings.crops, settings.masks, rows, maker.row_bytes, seconds)

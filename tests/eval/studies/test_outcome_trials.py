@@ -32,7 +32,7 @@ from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 from xattn.heads.fusion import resize
 from xattn.training.outcome_fitting import outcome_terms
-from xattn.training.outcome_table import OutcomeBatch
+from xattn.training.outcomes import OutcomeBatch
 from xattn.training.outcomes_objective import correlation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")

@@ -1,6 +1,7 @@
 """Random labels: each photo gets those of another, and nothing else changes."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from xattn.eval.studies.random_labels import (
 )
 from xattn.heads import create_head, load_head
 from xattn.training import fit
-from xattn.training.outcome_table import OutcomeBatch, Outcomes
+from xattn.training.outcomes import OutcomeBatch, Outcomes
 
 COUNT, PAIRS, CLASSES = 5, 3, 7
 
@@ -36,11 +37,13 @@ def table(kept=None):
             "classes": np.array(classes, dtype=np.int32),
             "rest": rng.normal(size=shape).astype(np.float32),
         }
-    return Outcomes(
-        folder=None, key={"crops": 2, "masks": 2 * PAIRS}, names=[f"{i}.png" for i in range(COUNT)],
-        skipped=[], task="multiclass", num_classes=CLASSES,
-        _rows=np.array([0, 1, 3, 4, 5]), _photos=6, _numbers=numbers,
-    )  # fmt: skip
+    tensors = {name: torch.from_numpy(values) for name, values in numbers.items()}
+    cache = SimpleNamespace(
+        count=6, folder=None, rows=lambda at: {n: t[at] for n, t in tensors.items()}
+    )
+    key = {"crops": 2, "masks": 2 * PAIRS, "task": "multiclass", "classes": CLASSES}
+    names = [f"{i}.png" for i in range(COUNT)]
+    return Outcomes(key, names, [], torch.tensor([0, 1, 3, 4, 5]), cache)
 
 
 @pytest.mark.parametrize("count", [2, 3, 17])

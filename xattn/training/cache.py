@@ -1,0 +1,462 @@
+"""A cache of rows, one a photo and crop, in a folder of safetensors shards that are bound to a key.
+
+    key.json                             what the numbers depend on
+    rows-00000016-00000032.safetensors   rows 16 to 31: the tensors of a row by name, each (16, ...)
+
+Row c n + i is crop c of photo i of n. The metadata of a shard name its photos, say why some could not be
+read, and hold one SHA-256 of all that and of its tensors. A shard gets its name once it is whole, so a
+killed run leaves whole shards, and the next one computes the others: also those that are damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xattn.backbone import Preprocessing
+from xattn.photos.base import Photos
+from xattn.runtime import strict_json
+from xattn.runtime.distributed import gather, peers, together
+from xattn.runtime.files import atomic_file, write_json
+from xattn.training.data import TrainImages, load_batches
+from xattn.training.run_folder import LOCK_FILE, locked
+
+KEY, RECORD = "key.json", "xattn"  # the file of the key; the metadata of a shard
+SHARD = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
+OPEN = 4096  # shards that a reader keeps mapped
+
+
+@dataclass(frozen=True)
+class CacheKind:
+    """One use of a cache, in words for its messages."""
+
+    argument: str
+    """What messages begin with: the argument that names the folder."""
+    holds: str
+    """What such a folder holds."""
+    version: int
+    """Of the format of the rows."""
+    writer: str
+    """The function that writes it."""
+    verb: str
+    """What that function does, for "delete it and VERB again"."""
+    thorough: bool
+    """Whether every shard is compared with its checksum when the folder is opened. Else each is when it is
+    read for the first time."""
+    smaller: str = ""
+    """An option that takes less space, as a part of a sentence."""
+
+
+FEATURES = CacheKind(
+    "features", "features", 3, "cache_features", "cache", False, "use dtype='float16', "
+)
+OUTCOMES = CacheKind("table", "table of outcomes", 2, "cache_outcomes", "compute", True)
+
+
+class Shard(NamedTuple):
+    """The rows ``start`` to ``stop`` - 1, the names of their photos, and why each could not be read, ""
+    where it could be."""
+
+    path: Path
+    start: int
+    stop: int
+    names: list[str]
+    reasons: list[str]
+    record: dict[str, Any]
+
+
+class Cache:
+    """The shards in ``folder`` that belong to ``key``, which has the count of ``photos`` and of ``crops``.
+
+    Args:
+        names: of the photos; by default those of the time of writing.
+
+    Attributes: ``shards``, in the order of their rows; ``damaged``, files that are not as they were
+    written.
+
+    """
+
+    def __init__(
+        self, folder: Path, key: dict[str, Any], kind: CacheKind, names: list[str] | None = None
+    ) -> None:
+        self.folder, self.key, self.kind = folder, key, kind
+        self.count = int(key["photos"]["count"])
+        self.crops = int(key["crops"])
+        self.digest = key_digest(key)
+        self.shards: list[Shard] = []
+        self.damaged: list[Path] = []
+        self._intact: set[int] = set()
+        self._tensors = functools.lru_cache(OPEN)(self._read)
+        for path in sorted(folder.glob("rows-*")):
+            try:
+                self.shards.append(_shard(path, self.digest))
+                if kind.thorough:
+                    self._read(len(self.shards) - 1)
+            except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+                self.shards = [shard for shard in self.shards if shard.path != path]
+                self.damaged.append(path)
+        self.shards.sort(key=lambda shard: shard.start)
+        self._shard_of = torch.full((self.count * self.crops,), -1)
+        for number, shard in enumerate(self.shards):
+            self._shard_of[shard.start : shard.stop] = number
+        self._names = names
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are there."""
+        return bool((self._shard_of >= 0).all())
+
+    def photos(self) -> tuple[list[int], list[str], list[tuple[str, str]]]:
+        """Of a whole cache: the numbers and names of the photos that could be read in all crops, and (name,
+        reason) of the others."""
+        names, reasons = [""] * self.count, [""] * self.count
+        for shard in self.shards:
+            for row, name, reason in zip(
+                range(shard.start, shard.stop), shard.names, shard.reasons, strict=True
+            ):
+                photo = row % self.count
+                names[photo], reasons[photo] = name, reasons[photo] or reason
+        names = self._names or names
+        kept = [i for i, reason in enumerate(reasons) if not reason]
+        skipped = [(names[i], reason) for i, reason in enumerate(reasons) if reason]
+        return kept, [names[i] for i in kept], skipped
+
+    def rows(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The rows of a LongTensor (B,), by name of the tensor, each (B, ...).
+
+        Raises:
+            ValueError: a shard is not as it was written.
+        """
+        places = zip(numbers.tolist(), self._shard_of[numbers].tolist(), strict=True)
+        found = [(self._checked(n), row - self.shards[n].start) for row, n in places]
+        return {name: torch.stack([t[name][i] for t, i in found]) for name in found[0][0]}
+
+    def first_row(self) -> dict[str, Tensor]:
+        """A row, for its shapes."""
+        return self.rows(torch.tensor([self.shards[0].start]))
+
+    def _checked(self, number: int) -> dict[str, Tensor]:
+        try:
+            return self._tensors(number)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.kind.argument}: {self.shards[number].path} is not as it was written ({error}); "
+                f"delete it and {self.kind.verb} again, which goes on with its rows alone"
+            ) from None
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, mapped into memory; they are hashed once."""
+        shard = self.shards[number]
+        with safe_open(shard.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if number not in self._intact:
+            if _sha256(shard.record, tensors) != shard.record["sha256"]:
+                raise ValueError("its checksum is another")
+            self._intact.add(number)
+        return tensors
+
+    # ------------------------------------------------------------------ writing
+
+    def missing(self, crop: int, size: int) -> list[range]:
+        """Numbers of the photos without a row of ``crop``, in blocks of at most ``size`` neighbours."""
+        lacks = (self._shard_of.view(self.crops, self.count)[crop] < 0).nonzero()[:, 0].tolist()
+        blocks: list[range] = []
+        for photo in lacks:
+            if blocks and blocks[-1].stop == photo and len(blocks[-1]) < size:
+                blocks[-1] = range(blocks[-1].start, photo + 1)
+            else:
+                blocks.append(range(photo, photo + 1))
+        return blocks
+
+    @property
+    def missing_rows(self) -> int:
+        """How many rows are missing."""
+        return int((self._shard_of < 0).sum())
+
+    def require_room(self, row_bytes: int) -> None:
+        """Raise an ``OSError`` unless the disk has room for the missing rows."""
+        free, needed = shutil.disk_usage(self.folder).free, self.missing_rows * row_bytes
+        if needed > free:
+            raise OSError(
+                f"{self.kind.argument}: {self.folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+                f"are free; make room, {self.kind.smaller}or choose another disk"
+            )
+
+    def fill(
+        self,
+        photos: Photos,
+        preprocessing: Preprocessing,
+        size: int,
+        compute: Callable[[int, range, Tensor | None, list[int]], Mapping[str, Tensor]],
+        *,
+        workers: int,
+        process: tuple[int, int],
+        progress: bool,
+        desc: str,
+    ) -> None:
+        """Compute the missing rows that fall to ``process``, (rank, ranks), in blocks of ``size`` photos.
+
+        Args:
+            compute: ``compute(crop, photos, images, readable)`` -> the rows of a block, each (n, ...), of
+                the images (B, 3, H, W) of those that could be read, at the places ``readable``.
+        """
+        rank, ranks = process
+        photos.open_shards = max(photos.open_shards, 2)
+        total = self.count * self.crops
+        show = progress and rank == 0
+        with tqdm(total=total, desc=desc, unit="photo", disable=not show) as bar:
+            bar.update(total - self.missing_rows)
+            for crop in range(self.crops):
+                images = TrainImages(
+                    photos, preprocessing, self.key["seed"] or 0, crop > 0, self.key["max_pixels"]
+                )
+                blocks = self.missing(crop, size)
+                share = -(-len(blocks) // ranks)  # neighbours, as shards of photos are read
+                mine = blocks[rank * share : (rank + 1) * share]
+                keys = [[(crop, i) for i in block] for block in mine]
+                with contextlib.closing(load_batches(images, keys, workers)) as batches:
+                    for block, (batch, unreadable) in zip(mine, batches, strict=True):
+                        lost = dict(unreadable)
+                        readable = [place for place, i in enumerate(block) if i not in lost]
+                        self._write(
+                            crop * self.count + block.start,
+                            [photos.name(i) for i in block],
+                            [lost.get(i, "") for i in block],
+                            compute(crop, block, batch, readable),
+                        )
+                        bar.update(min(len(block) * ranks, total - bar.n))
+
+    def _write(
+        self, start: int, names: list[str], reasons: list[str], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Write the rows from ``start`` on as one shard."""
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        record = {"key": self.digest, "start": start, "names": names, "reasons": reasons}
+        record["sha256"] = _sha256(record, tensors)
+        path = self.folder / f"rows-{start:08d}-{start + len(names):08d}.safetensors"
+        data = save(tensors, {RECORD: json.dumps(record)})
+        with atomic_file(path, self.kind.argument) as temporary:
+            _store(temporary, data)
+
+
+def _store(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _shard(path: Path, digest: str) -> Shard:
+    """What the name and the metadata of a file say; an error if they are not of a shard under that key."""
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        raise ValueError("its name is none")
+    start, stop = int(match[1]), int(match[2])
+    with safe_open(path, "pt") as file:
+        record = strict_json.parse(file.metadata()[RECORD])
+    names, reasons = list(record["names"]), list(record["reasons"])
+    if (record["key"], record["start"]) != (digest, start):
+        raise ValueError("it belongs to another key, or elsewhere")
+    if not len(names) == len(reasons) == stop - start:
+        raise ValueError("it names other rows")
+    return Shard(path, start, stop, names, reasons, record)
+
+
+def _sha256(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of a shard's record, its own entry aside, and of its tensors."""
+    digest = hashlib.sha256()
+    for part in (
+        {name: value for name, value in record.items() if name != "sha256"},
+        sorted(tensors),
+    ):
+        digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    for _, tensor in sorted(tensors.items()):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.numpy()))
+    return digest.hexdigest()
+
+
+def key_digest(key: dict[str, Any]) -> str:
+    """SHA-256 of a key, whatever the order of its entries."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def open_cache(folder: Path, kind: CacheKind) -> Cache:
+    """The finished cache in ``folder``.
+
+    Raises:
+        ValueError: it is damaged, or not finished. FileNotFoundError: there is nothing of this kind.
+    """
+    if not (folder / KEY).is_file():
+        raise FileNotFoundError(
+            f"{kind.argument}: no {kind.holds} in {folder}; name a folder of {kind.writer}"
+        )
+    try:
+        key = _key(folder)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, kind, f"{KEY}: {error}") from None
+    if _is_ours(folder, key):
+        cache = Cache(folder, key, kind)
+        if cache.whole:
+            return cache
+        damaged = cache.damaged
+    else:
+        damaged = sorted(folder.glob("rows-*"))
+    if damaged:
+        files = ", ".join(path.name for path in damaged[:3])
+        raise _damaged(folder, kind, f"{files} not as written under {KEY}")
+    raise ValueError(
+        f"{kind.argument}: {folder} is not finished; {kind.verb} the same photos again to go on"
+    )
+
+
+def filled_cache(
+    folder: Path,
+    key: dict[str, Any],
+    kind: CacheKind,
+    photos: Photos,
+    rank: int,
+    fill: Callable[[Cache], None],
+) -> Cache:
+    """The cache of ``photos`` in ``folder``; ``fill`` computes what is missing, in all processes.
+
+    A cache that is whole is read without a lock, so many runs may read it.
+
+    Raises:
+        ValueError: ``folder`` holds anything else or is in use, or no photo could be read. OSError: it
+            cannot be written.
+    """
+    names = [photos.name(i) for i in range(len(photos))]
+    with peers("start all of them again to go on"):
+        found = _as_it_is(folder, key, kind, names)
+        if not all(gather(found is not None)):
+            with ExitStack() as stack:
+                together(lambda: None if rank else stack.enter_context(_claimed(folder, key, kind)))
+                cache = together(lambda: Cache(folder, key, kind, names))
+                together(lambda: None if rank else _drop_damaged(cache))
+                together(lambda: fill(cache))
+                found = together(lambda: Cache(folder, key, kind, names))
+    assert found is not None
+    kept, _, skipped = found.photos()
+    if not kept:
+        raise ValueError(
+            f"data: none of the {len(skipped)} images could be read; the first: {skipped[0][1]}"
+        )
+    return found
+
+
+def _as_it_is(folder: Path, key: dict[str, Any], kind: CacheKind, names: list[str]) -> Cache | None:
+    """The cache, if it is whole and has this key."""
+    try:
+        if _key(folder) != key:
+            return None
+    except (OSError, ValueError):
+        return None
+    cache = Cache(folder, key, kind, names)
+    return cache if cache.whole and not cache.damaged else None
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[None]:
+    """Own ``folder``, which is new or holds rows with this ``key``."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{kind.argument}: {folder} is a file; name a folder")
+    held = folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK_FILE}
+    if held and not _is_ours(folder, key):
+        if not (folder / KEY).is_file():
+            raise ValueError(
+                f"{kind.argument}: {folder} is not empty and holds no {kind.holds}; choose a new one"
+            )
+        if any(folder.glob("rows-*")):  # otherwise nothing is worth keeping
+            _refuse(folder, key, kind)
+    with locked(folder, kind.argument):
+        for leftover in folder.glob(".rows-*"):  # of a run that was killed while writing
+            leftover.unlink()
+        try:
+            same = _key(folder) == key
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            if _is_ours(folder, key):
+                warnings.warn(
+                    f"{kind.argument}: {folder / KEY} was damaged, but its rows are of this key; it is "
+                    f"written again",
+                    stacklevel=5,
+                )
+            write_json(folder / KEY, key, kind.argument)
+        yield
+
+
+def _is_ours(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether a shard belongs to ``key``, whatever became of the file with the key."""
+    digest = key_digest(key)
+    for path in folder.glob("rows-*"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):
+            _shard(path, digest)
+            return True
+    return False
+
+
+def _refuse(folder: Path, key: dict[str, Any], kind: CacheKind) -> None:
+    try:
+        old = _key(folder)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, kind, f"{KEY}: {error}") from None
+    if old == key:
+        return  # all its shards are damaged
+    differ = [
+        f"{name}: {json.dumps(old.get(name))} there, {json.dumps(key.get(name))} here"
+        for name in sorted({*old, *key})
+        if old.get(name) != key.get(name)
+    ]
+    raise ValueError(
+        f"{kind.argument}: {folder} has the key {key_digest(old)}, this backbone and data have "
+        f"{key_digest(key)} ({'; '.join(differ)}); choose another folder, or delete it and {kind.verb} "
+        f"again"
+    )
+
+
+def _key(folder: Path) -> dict[str, Any]:
+    key = strict_json.parse((folder / KEY).read_bytes())
+    if not isinstance(key, dict):
+        raise ValueError("it is no object")
+    return key
+
+
+def _damaged(folder: Path, kind: CacheKind, reason: str) -> ValueError:
+    return ValueError(
+        f"{kind.argument}: {folder} is damaged ({reason}); {kind.verb} again, or delete it first"
+    )
+
+
+def _drop_damaged(cache: Cache) -> None:
+    """Delete damaged shards, with one warning."""
+    if not cache.damaged:
+        return
+    files = ", ".join(path.name for path in cache.damaged[:3])
+    more = f" and {len(cache.damaged) - 3} more" if len(cache.damaged) > 3 else ""
+    warnings.warn(
+        f"{cache.kind.argument}: not as written in {cache.folder}: {files}{more}; these rows are computed "
+        f"again",
+        stacklevel=6,
+    )
+    for path in cache.damaged:
+        path.unlink()
