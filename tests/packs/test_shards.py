@@ -163,6 +163,26 @@ def test_a_pack_appears_whole_or_not_at_all(tmp_path):
     ]
 
 
+def test_a_shard_writer_that_keeps_makes_a_pack_of_what_came_before_an_error(tmp_path):
+    def stopped(photos: int) -> None:
+        with pack_writer(tmp_path / "pack", format=2, photos=2, keep=True) as writer:
+            fill(writer, photos)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped(0)
+    assert not (tmp_path / "pack").exists()
+    with (
+        pytest.warns(RuntimeWarning, match="pack holds what was explained"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        stopped(3)
+    whole = Pack(shards(tmp_path / "whole", 3, 2))
+    assert list(Pack(tmp_path / "pack").entry_ids) == list(whole.entry_ids)
+    skipped = json.loads((tmp_path / "pack" / "manifest.json").read_text())["skipped"]
+    assert [row["reason"] for row in skipped] == ["cut short", "stopped by KeyboardInterrupt"]
+
+
 def test_a_pack_of_one_format_replaces_one_of_the_other_and_keeps_notes(tmp_path):
     folder = shards(tmp_path / "pack")
     (folder / "notes.txt").write_text("mine")

@@ -1,6 +1,7 @@
 """The swap study: photo by photo beside the trained network, resumed, refused, and reported; controls."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ from xattn.attention import (
 )
 from xattn.attention.base import Entry
 from xattn.backbone import resized
+from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.cli.conversion_accuracy import read_accuracy
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
@@ -222,6 +224,22 @@ def test_a_trained_row_is_measured_on_photos_that_it_was_not_trained_on(done, ph
         with torch.no_grad():
             right = float(network.logits(image).argmax() == listed[fold].label)
         assert joined(output, "hedgehog-trained-3-of-3", "quality")["right"][fold] == right
+
+
+def test_the_record_of_networks_names_the_photos_or_the_weights_that_they_come_from(
+    photos, backbone, tmp_path
+):
+    listed = labelled_photos(backbone, photos, "folders")
+    networks = Networks(backbone, 16, listed, DistillConfig(), tmp_path)
+    untrained = Swap("hedgehog")
+    assert all("trained" not in networks.record(row, 24) for row in (AS_TRAINED, untrained))
+    halves = networks.record(dataclasses.replace(untrained, trained=True), 24)["trained"]
+    names = [photo.name for photo in listed]
+    assert [list(half["photos"]) for half in halves] == [names[1::2], names[::2]]
+    assert {half["size"] for half in halves} == {16}
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"weights")
+    found = networks.record(dataclasses.replace(untrained, trained=tmp_path), 24)["trained"]
+    assert found == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_a_distilled_folder_takes_the_place_of_training(done, photos, backbone, tmp_path):
