@@ -132,7 +132,7 @@ def _wait(ready: Callable[[], bool], log: Path, seconds: float = 300) -> None:
 def _answers(address: str) -> bool:
     try:
         urllib.request.urlopen(f"{address}/_stcore/health", timeout=1).close()
-    except urllib.error.HTTPError:  # a server with a password
+    except urllib.error.HTTPError:  # a server with a token
         return True
     except OSError:
         return False

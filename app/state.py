@@ -50,7 +50,6 @@ class Settings:
 
     root: Path | StorePath
     model: ModelArgs | None = None
-    password: bool = False
     training: bool = True
     demo: bool = False
     data: Path | None = None  # where training finds photos; None: below the root

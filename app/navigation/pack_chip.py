@@ -11,7 +11,6 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import component, sent
 from xattn.app.pictures.rendering import PICTURE
-from xattn.app.serving.login import LOGOUT
 from xattn.app.state import plain
 
 if TYPE_CHECKING:
@@ -54,11 +53,6 @@ def chip(library: Library, pack: Pack | None) -> None:
             )
         else:
             st.caption(f"There is no pack below {plain(library.root.name)} yet.")
-        if state.settings().password:
-            st.html(
-                f'<a href="{LOGOUT}" target="_self" style="color:inherit;font-size:.875rem">'
-                "Log out</a>"
-            )
 
 
 def _choose(infos: list[PackInfo], here: str | None) -> None:

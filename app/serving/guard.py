@@ -1,49 +1,40 @@
-"""The middleware before every request of the viewer: host names, origins, the password, headers.
+"""The middleware before every request of the viewer: host names, origins, the token, headers.
 
 Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without looking at a
 session, so this ASGI middleware decides before any of its routes is reached, websockets included:
 
 * ``Host`` has to be a name of this server, or another site could reach it under a name of its own (DNS
   rebinding); ``Origin`` has to be the same, or another site's page could open the websocket.
-* With a password every path but the login page needs the cookie. Pages redirect to the login page, all
-  else is answered 401; a session that ends takes its open websockets with it.
+* With a token every path needs the cookie, which an address with ``?token=...`` is exchanged for once: the
+  answer leads to the same address without it. All else is answered 401.
 * Every answer gets the headers that keep it out of frames, caches of others and sniffed types.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import ipaddress
-import math
 import socket
-import sys
 import time
-from collections import defaultdict
 from collections.abc import Collection
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from itsdangerous import BadSignature, TimestampSigner
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xattn.app.serving.login import (
-    LOGIN,
-    LOGOUT,
-    POLICY,
-    Throttle,
-    again_page,
-    login_page,
-    login_url,
-    logout_page,
-    own_path,
-)
-from xattn.app.serving.password import LIFETIME, Password
 from xattn.app.serving.start_page import policy
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-FORM_BYTES = 8192
-
+LIFETIME = 12 * 3600  # seconds that a cookie is good for
+CLOSED = (
+    "This viewer opens by the address with ?token=... that xattn app printed when it started, once in "
+    "each browser."
+)
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -58,7 +49,7 @@ class Guard:
     """The middleware.
 
     Args:
-        password: None lets everybody in who passes the checks of names and origins.
+        token: None lets everybody in who passes the checks of names and origins.
         loopback: the server listens on this machine's own address alone.
         names: further host names, of a proxy.
         cookie: name of the cookie; cookies are shared by all ports of a host, so it holds the port.
@@ -67,18 +58,16 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        password: Password | None = None,
+        token: str | None = None,
         loopback: bool = True,
         names: Collection[str] = (),
         cookie: str = "xattn_session",
-        throttle: Throttle | None = None,
     ) -> None:
-        self.app, self.password, self.loopback, self.cookie = app, password, loopback, cookie
+        self.app, self.token, self.loopback, self.cookie = app, token, loopback, cookie
         self.names = {name.lower().rstrip(".") for name in names} | LOCAL
         if not loopback:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        self.throttle = throttle or Throttle()
-        self._open: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self.signer = TimestampSigner(token or "", salt=cookie, digest_method=hashlib.sha256)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -89,20 +78,20 @@ class Guard:
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await _answer(PlainTextResponse(refusal, 403), scope, receive, send)
-        elif self.password is None:
+        elif self.token is None:
             await self.app(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] == LOGIN:
-            await (await self._login(scope, headers, receive))(scope, receive, send)
+        elif (entry := self._entry(scope)) is not None:
+            await entry(scope, receive, send)
+        elif (left := self._left(headers)) <= 0:
+            closed = PlainTextResponse(CLOSED, 401, {"Cache-Control": "no-store"})
+            await _answer(closed, scope, receive, send)
+        elif scope["type"] == "websocket":  # it ends with its cookie
+            try:
+                await asyncio.wait_for(self.app(scope, receive, send), left)
+            except asyncio.TimeoutError:
+                await send({"type": "websocket.close", "code": 1008, "reason": "the cookie is old"})
         else:
-            session = self._session(headers)
-            if session is None:
-                await _answer(self._closed(scope, headers), scope, receive, send)
-            elif scope["type"] == "websocket":
-                await self._websocket(session, scope, receive, send)
-            elif scope["path"] == LOGOUT:
-                await (await self._logout(session, scope))(scope, receive, send)
-            else:
-                await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
         """Why a request that names another host, or comes from another site, is not answered."""
@@ -121,112 +110,39 @@ class Guard:
             return "Requests from pages of other sites are refused."
         return None
 
-    def _session(self, headers: Headers) -> tuple[str, int] | None:
-        assert self.password is not None
-        for line in headers.getlist("cookie"):
-            found = self.password.session(cookie_parser(line).get(self.cookie))
-            if found is not None:
-                return found
-        return None
-
-    def _closed(self, scope: Scope, headers: Headers) -> Response:
-        """The answer without a session: the login page for a page, 401 for all else."""
-        is_page = (
-            scope["type"] == "http"
-            and scope["method"] in ("GET", "HEAD")
-            and "text/html" in headers.get("accept", "")
-            and headers.get("sec-fetch-dest", "document") == "document"
-        )
-        if not is_page:
-            return _private(PlainTextResponse("Log in first.", 401))
-        target = _target(scope)
-        if headers.get("sec-fetch-site") == "cross-site":
-            return _private(HTMLResponse(again_page(target)))
-        return _private(RedirectResponse(login_url(target), 303))
-
-    async def _login(self, scope: Scope, headers: Headers, receive: Receive) -> Response:
-        assert self.password is not None
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        target = own_path(query.get("next", ["/"])[0])
-        if scope["method"] in ("GET", "HEAD"):
-            if self._session(headers) is not None:
-                return _private(RedirectResponse(target, 303))
-            return _private(HTMLResponse(login_page(target)))
-        if scope["method"] != "POST":
-            return _no_method()
-        form = await _form(receive)
-        if form is None:
-            return _private(PlainTextResponse("That is more than a password.", 413))
-        client = scope["client"][0] if scope.get("client") else ""
-        wait = self.throttle.begin(client)
-        if wait > 0:
-            seconds = math.ceil(wait)
-            told = f"{seconds} seconds" if seconds < 120 else f"{math.ceil(seconds / 60)} minutes"
-            page = login_page(target, f"Too many wrong passwords; wait {told}, then try again.")
-            return _private(HTMLResponse(page, 429, {"Retry-After": str(seconds)}))
-        if not await asyncio.to_thread(self.password.check, form.get("password", [""])[0]):
-            return _private(HTMLResponse(login_page(target, "That is not the password."), 403))
-        self.throttle.right(client)
-        response = RedirectResponse(target, 303)
-        self._set_cookie(response, scope, self.password.cookie(), LIFETIME)
-        return _private(response)
-
-    async def _logout(self, session: tuple[str, int], scope: Scope) -> Response:
-        assert self.password is not None
-        if scope["method"] in ("GET", "HEAD"):
-            return _private(HTMLResponse(logout_page()))
-        if scope["method"] != "POST":
-            return _no_method()
-        try:
-            await asyncio.to_thread(self.password.ended.add, session[0], session[1])
-        except OSError as error:
-            print(
-                f"warning: {error.strerror}; sessions that logged out stay logged out only until the "
-                "server stops",
-                file=sys.stderr,
-            )
-        for ended in self._open.pop(session[0], ()):
-            ended.set()
-        response = RedirectResponse(LOGIN, 303)
-        self._set_cookie(response, scope, "", 0)
-        return _private(response)
-
-    def _set_cookie(self, response: Response, scope: Scope, value: str, seconds: int) -> None:
+    def _entry(self, scope: Scope) -> Response | None:
+        """The cookie for an address with the token, and the way to the same address without it."""
+        assert self.token is not None
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return None
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        given = "".join(value for name, value in query if name == "token")
+        if not hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
+            return None
+        rest = urlencode([pair for pair in query if pair[0] != "token"])
+        path = "/" + scope["path"].lstrip("/\\")  # of this server
+        response = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
         response.set_cookie(
             self.cookie,
-            value,
-            max_age=seconds,
+            self.signer.sign(b"in").decode(),
+            max_age=LIFETIME,
             httponly=True,
             secure=scope["scheme"] == "https",
-            samesite="strict",
+            samesite="lax",  # a strict one would be left out behind a link of another site
         )
+        response.headers["Cache-Control"] = "no-store"
+        return response
 
-    async def _websocket(
-        self, session: tuple[str, int], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """A connection that ends with its session, be it by time or by logging out."""
-        ended = asyncio.Event()
-        self._open[session[0]].add(ended)
-        page = asyncio.ensure_future(self.app(scope, receive, send))
-        end = asyncio.ensure_future(ended.wait())
-        try:
-            await asyncio.wait(
-                {page, end},
-                timeout=session[1] - time.time(),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if page.done():
-                page.result()
-            else:
-                await send({"type": "websocket.close", "code": 1008, "reason": "logged out"})
-        finally:
-            for task in (page, end):
-                task.cancel()
-            await asyncio.gather(page, end, return_exceptions=True)
-            if events := self._open.get(session[0]):
-                events.discard(ended)
-                if not events:
-                    del self._open[session[0]]
+    def _left(self, headers: Headers) -> float:
+        """Seconds that the request's cookie is still good for; 0 without one of ours."""
+        for line in headers.getlist("cookie"):
+            value = cookie_parser(line).get(self.cookie, "").encode("utf-8", "replace")
+            try:
+                _, made = self.signer.unsign(value, max_age=LIFETIME, return_timestamp=True)
+            except BadSignature:
+                continue
+            return made.timestamp() + LIFETIME - time.time()
+        return 0.0
 
 
 def _with_headers(send: Send) -> Send:
@@ -244,46 +160,12 @@ def _with_headers(send: Send) -> Send:
     return sending
 
 
-def _private(response: Response) -> Response:
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["Content-Security-Policy"] = POLICY
-    return response
-
-
-def _no_method() -> Response:
-    return _private(PlainTextResponse("GET or POST.", 405, {"Allow": "GET, HEAD, POST"}))
-
-
 async def _answer(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
     """An answer instead of the page; a websocket is refused before it opens, which a client sees as 403."""
     if scope["type"] == "http":
         await response(scope, receive, send)
     else:
         await send({"type": "websocket.close", "code": 1008})
-
-
-async def _form(receive: Receive) -> dict[str, list[str]] | None:
-    """The fields of a small form; None if it is too large."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return {}
-        body += message.get("body", b"")
-        if len(body) > FORM_BYTES:
-            return None
-        if not message.get("more_body"):
-            break
-    try:
-        return parse_qs(body.decode("ascii"), max_num_fields=8)
-    except ValueError:
-        return {}
-
-
-def _target(scope: Scope) -> str:
-    path = scope.get("raw_path") or scope["path"].encode()
-    query = scope["query_string"]
-    return (path + (b"?" + query if query else b"")).decode("latin-1")
 
 
 def _netloc(origin: str) -> str | None:

@@ -6,6 +6,9 @@ import asyncio
 import errno
 import importlib.util
 import ipaddress
+import os
+import re
+import secrets
 import signal
 import socket
 import sys
@@ -17,6 +20,7 @@ from functools import partial
 from typing import Any
 
 BACKLOG = 128
+VARIABLE = "XATTN_APP_TOKEN"
 STOP_SECONDS = 3  # how long open pages may hold up the end of the server
 
 
@@ -51,19 +55,23 @@ def check_installed() -> None:
         raise ValueError('app: this streamlit is too old; run: pip install -U "xattn[app]"')
 
 
-def check_open(address: Address, password: bool, no_password: bool) -> None:
-    """Refuse to show everything below the root to a network without a password, unless told to."""
-    if password and no_password:
-        raise ValueError("no_password: got with password_file; give one of the two")
-    if not address.loopback and not password:
-        open_to_all = (
-            f"host: whoever reaches {address.host}:{address.port} sees all packs of the root"
+def token_of(address: Address, no_token: bool) -> str | None:
+    """What opens the viewer: the environment's token, a random one on a network, else None."""
+    given = os.environ.get(VARIABLE)
+    if given is not None and no_token:
+        raise ValueError(f"no_token: got with {VARIABLE}; give one of the two")
+    if given is not None and not re.fullmatch(r"[A-Za-z0-9._~-]{20,200}", given):
+        raise ValueError(
+            f"{VARIABLE}: got {len(given)} characters; give 20 to 200 letters and digits, such as "
+            f"{secrets.token_urlsafe(24)}"
         )
-        if not no_password:
-            raise ValueError(
-                f"{open_to_all}; give --password-file (made by --set-password), or --no-password"
-            )
-        print(f"warning: {open_to_all}; training is off", file=sys.stderr)
+    if no_token and not address.loopback:
+        print(
+            f"warning: host: whoever reaches {address.host}:{address.port} sees all packs of the "
+            "root; training is off",
+            file=sys.stderr,
+        )
+    return given or (None if no_token or address.loopback else secrets.token_urlsafe(24))
 
 
 def bind(address: Address) -> socket.socket:
@@ -144,7 +152,7 @@ def application(
 
     Args:
         ready: called once the application runs, when Ctrl-C already is the server's.
-        guard: options of ``guard.Guard``: ``password``, ``names``.
+        guard: options of ``guard.Guard``: ``token``, ``names``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -195,14 +203,14 @@ def serve(
     settings: Any,
     address: Address,
     upload_mb: int = 50,
-    password: Any = None,
+    token: str | None = None,
     names: tuple[str, ...] = (),
 ) -> None:
     """Run until Ctrl-C or SIGTERM; prints the address once it is answered.
 
     Args:
         settings: ``state.Settings``, what pages get to know.
-        password: ``password.Password``, or None.
+        token: what opens the viewer; one of the environment is not printed.
         names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers then count.
     """
     import uvicorn
@@ -219,12 +227,14 @@ def serve(
             pack_offer.make()
 
         def ready() -> None:
-            print(f"xattn app: {url(address.host, port)}  (root {settings.root}; Ctrl-C stops)")
+            printed = token is not None and VARIABLE not in os.environ
+            way = f"/?token={token}" if printed else ""
+            print(
+                f"xattn app: {url(address.host, port)}{way}  (root {settings.root}; Ctrl-C stops)"
+            )
             sys.stdout.flush()
 
-        app = application(
-            Address(address.host, port), upload_mb, ready, password=password, names=names
-        )
+        app = application(Address(address.host, port), upload_mb, ready, token=token, names=names)
         # Not before all is imported: modules cannot be imported from two sides at once.
         threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(

@@ -173,12 +173,6 @@ def test_another_pack_keeps_the_page(tmp_path, monkeypatch):
     assert app.query_params == {"pack": other}
 
 
-def test_a_password_brings_the_way_out(tmp_path, monkeypatch):
-    packs(tmp_path, "a")
-    use(tmp_path, monkeypatch, password=True)
-    assert any("Log out" in e.proto.body for e in run(opened=True).get("html"))
-
-
 # ---------------------------------------------------------------------- narrow screens
 
 

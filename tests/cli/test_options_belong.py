@@ -148,7 +148,6 @@ def test_options_without_a_rule_are_always_taken(name):
         ("explain p --classes 1 --top 3", "top: not read with --classes; leave out one of the two"),
         ("explain a.mp4 --labels folders", "labels: for photos alone, got a clip; leave out --labels"),
         ("explain a.jpg --every 2", "every: for a clip alone, got photos; leave out --every"),
-        ("app --set-password a --port 80", "port: not read with --set-password; leave out one"),
         ("list heads --filter vit", "filter: for what all or models alone, got heads; leave out"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What browsers send to the viewer, and the files of jobs and passwords beside it."""
+"""What browsers send to the viewer, and the files of jobs beside it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,8 @@ from xattn.app.navigation import selection
 from xattn.app.navigation.maps_table import Choices, Measure
 from xattn.app.serving import routes
 from xattn.app.serving.guard import Guard
-from xattn.app.serving.login import login_url, own_path
-from xattn.app.serving.password import Password, read_password, write_password
 
 HOST = b"localhost:8501"
-NOW = 1_800_000_000.0
 
 
 def text_of(path: Path) -> str:
@@ -123,49 +120,8 @@ def picture_address(folder: Path) -> None:
             assert "\n" not in str(error) and len(str(error)) < 1500
 
 
-@target(
-    "way back from the login",
-    "path",
-    valid=lambda: [b"/image?pack=a&view=b%3Dc", b"/"],
-    nasty=lambda: [b"", b"//evil.example", b"/\\evil.example", b"/%5cevil.example", b"https://evil.example", b"/\tevil", b"/\n/evil.example", b"/xattn/logout", b"/" * 5000,
-                   b"/[::1", b"/x?\x00", b"javascript:alert(1)", "/／evil.example".encode(), b"/..//evil.example", b"/@evil.example", b"/x#\xff"],
-    kind="text",
-    says="$",
-    share=0.5,
-)  # fmt: skip
-def way_back(folder: Path) -> None:
-    path = text_of(folder / "path")
-    found = own_path(path)
-    assert (
-        found.startswith("/")
-        and not found.startswith(("//", "/\\"))
-        and found.isascii()
-        and found.isprintable()
-    )
-    assert login_url(path).startswith("/xattn/login")
-
-
-PASSWORD = Password(b"s" * 16, b"h" * 32, b"k" * 32)
-
-
-@target(
-    "cookie",
-    "cookie",
-    valid=lambda: [PASSWORD.cookie(lambda: NOW).encode()],
-    nasty=lambda: [b"", b".", b"..", b"...", b"a.b.c", b"9" * 100_000, b"\xff.\xff.\xff", b"-1.x." + PASSWORD._sign("-1.x").encode(), b"\xd9\xa1.x.y", b"a" * 64, b"." * 10_000],
-    kind="text",
-    says="$",
-    share=0.5,
-)  # fmt: skip
-def cookie(folder: Path) -> None:
-    given = text_of(folder / "cookie")
-    found = PASSWORD.session(given, lambda: NOW)
-    if found is not None:  # signed by us, so nothing was changed
-        assert (
-            given.encode("utf-8", "surrogateescape") == (folder / "cookie").read_bytes()
-            and found[1] > NOW
-        )
-        assert given.rpartition(".")[2] == PASSWORD._sign(given.rpartition(".")[0])
+TOKEN = "a-token-of-the-viewer"
+COOKIE = b"xattn_session=" + Guard(None, TOKEN).signer.sign(b"in")  # type: ignore[arg-type]
 
 
 def _request(
@@ -187,16 +143,17 @@ def _request(
     "request",
     "request",
     valid=lambda: [
-        _request((b"cookie", b"xattn_session=" + PASSWORD.cookie().encode()), (b"accept", b"text/html")),
+        _request((b"cookie", COOKIE), (b"accept", b"text/html")),
         _request((b"accept", b"text/html,*/*"), (b"sec-fetch-dest", b"document"), path=b"/image", query=b"pack=a"),
-        _request((b"origin", b"http://" + HOST), path=b"/xattn/login", query=b"next=/image", method=b"POST", body=b"password="),
-        _request((b"cookie", b"xattn_session=" + PASSWORD.cookie().encode()), (b"origin", b"http://" + HOST), path=b"/xattn/logout", method=b"POST"),
+        _request(path=b"/image", query=b"pack=a&token=" + TOKEN.encode()),
+        _request((b"cookie", COOKIE), (b"origin", b"http://" + HOST), path=b"/_stcore/upload_file/a/b", method=b"PUT", body=b"x"),
     ],
     nasty=lambda: [
         b"", b"\n\n", b"GET ", _request((b"host", b"evil.example")), _request((b"cookie", b"\xff=\xff; ;;=")), _request((b"cookie", b"xattn_session=" + b"x" * 100_000)),
+        _request((b"cookie", b"xattn_session=in.AAAA." + b"A" * 43)), _request((b"cookie", b"xattn_session=...")), _request((b"cookie", b"xattn_session=\xd9\xa1.x.y")),
         _request((b"origin", b"null")), _request((b"origin", b"http://[::1")), _request((b"origin", b"\xff")), _request((b"sec-fetch-site", b"cross-site")),
-        _request(path=b"/xattn/login", query=b"next=" + b"%" * 5000), _request(path=b"/xattn/login", method=b"POST", body=b"password=" + b"x" * 100_000),
-        _request(path=b"/xattn/login", method=b"POST", body=b"\xff&=&password"), _request(path=b"/xattn/login", method=b"PUT"), _request(path=b"/../../etc/passwd"),
+        _request(query=b"token=" + b"%" * 5000), _request(query=b"token=" + b"x" * 100_000), _request(query=b"token=\xff&=&token"), _request(path=b"/../../etc/passwd"),
+        *(_request(path=path, query=b"token=" + TOKEN.encode()) for path in (b"//evil.example", b"/\\evil.example", b"/%5cevil.example", b"/\tevil", b"/@evil", b"/" * 5000)),
         b"GET /?\nhost: [::1", b"GET /?\nhost: :", b"GET /?\nhost: localhost:99999999", b"GET /?\nhost: localhost:x", b"GET /?\nhost: \xff", b"GET /?\nhost: " + b"a" * 100_000,
     ],
     kind="text",
@@ -227,7 +184,7 @@ def request(folder: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"inside"})
 
-    asyncio.run(Guard(viewer, PASSWORD)(scope, receive, send))
+    asyncio.run(Guard(viewer, TOKEN)(scope, receive, send))
     assert messages[0]["type"] == "http.response.start" and messages[0]["status"] < 500
     sent = dict(messages[0]["headers"])
     assert b"\n" not in sent.get(b"location", b"/") and sent.get(b"location", b"/").startswith(b"/")
@@ -236,28 +193,6 @@ def request(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------- files
-
-
-@functools.cache
-def _password_file() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        write_password(Path(folder) / "p", "a long password")
-        return (Path(folder) / "p").read_bytes()
-
-
-@target(
-    "password file",
-    "password.json",
-    lambda: [_password_file()],
-    lambda: [edited(_password_file(), lambda r, k=key, v=value: r.update({k: v})) for key in ("salt", "hash", "key", "scrypt", "xattn") for value in ("", "zz", 5, None, [], "0" * 10)]
-    + nasty_json(),
-    kind="json",
-    says="password_file: ",
-    share=0.5,
-)  # fmt: skip
-def password_file(folder: Path) -> None:
-    (folder / "password.json").chmod(0o600)
-    read_password(folder / "password.json")
 
 
 def _jobs(folder: Path) -> None:

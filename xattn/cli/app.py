@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import tyro
 
 from xattn.cli.checks import check_annotations
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
-from xattn.runtime.option_checks import Belongs
 
 
 @dataclass(frozen=True)
 class App:
     """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
 
-    belongs: ClassVar = (
-        Belongs("root", "model", "host", "port", "password_file", "no_password", set_password=None),
-        Belongs("allow_host", "data", "annotations", "upload_mb", "demo", set_password=None),
-        Belongs("no_password", password_file=None),
-    )
-
     root: Annotated[Path, tyro.conf.Positional] = Path("runs")
     """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there. Of a
     URL (s3://, gs://, hf://) packs and comparisons are shown, nothing is written there."""
     model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
-    """Address to listen on; other machines need one of this machine's, or 0.0.0.0, and a password."""
+    """Address to listen on; other machines need one of this machine's, or 0.0.0.0. The address that is
+    printed then has a token, without which nothing is answered; XATTN_APP_TOKEN sets it."""
     port: int = 8501
     """Port; 0 takes any free one."""
-    password_file: Path | None = None
-    """File of a password's hash, see --set-password; the viewer then asks for the password."""
-    set_password: Path | None = None
-    """Ask for a password (or read a line of standard input), write its hash to this file, and stop."""
-    no_password: bool = False
-    """Let everybody who reaches --host in without a password."""
+    no_token: bool = False
+    """Let everybody who reaches --host in without a token."""
     allow_host: tuple[str, ...] = ()
     """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
     data: Path | None = None
@@ -50,23 +40,12 @@ class App:
     """Make the demo pack in the root first, unless it is there."""
 
     def run(self) -> None:
-        if self.set_password is not None:
-            from xattn.app.serving.password import ask_password, write_password
-
-            write_password(self.set_password, ask_password())
-            print(f"password: {self.set_password}; start with --password-file {self.set_password}")
-            return
-        from xattn.app.serving.server import Address, check_installed, check_open, serve
+        from xattn.app.serving.server import Address, check_installed, serve, token_of
         from xattn.runtime.stores import StorePath, place_of
 
         check_installed()
         address = Address(self.host, self.port)
-        password = None
-        if self.password_file is not None:
-            from xattn.app.serving.password import read_password
-
-            password = read_password(self.password_file)
-        check_open(address, password is not None, self.no_password)
+        token = token_of(address, self.no_token)
         root = place_of(self.root, "root")
         if isinstance(root, StorePath):
             _check_root(root, self.demo)
@@ -82,14 +61,13 @@ class App:
         settings = Settings(
             root=root,
             model=self.model,
-            password=password is not None,
-            training=isinstance(root, Path) and (address.loopback or password is not None),
+            training=isinstance(root, Path) and (address.loopback or token is not None),
             demo=self.demo,
             data=self.data,
             imports=imported(),
             annotations=self.annotations,
         )
-        serve(settings, address, self.upload_mb, password, self.allow_host)
+        serve(settings, address, self.upload_mb, token, self.allow_host)
 
 
 def _check_root(root: Any, demo: bool) -> None:

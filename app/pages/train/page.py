@@ -27,7 +27,7 @@ def page(context: Context) -> None:
     if not settings.training:
         st.info(
             "Training is off, because everybody in the network reaches this viewer without a "
-            "password. Start it with --password-file to train here."
+            "token. Start it without --no-token to train here."
         )
         return
     jobs = Jobs(settings.root, settings.data, settings.model, settings.imports)

@@ -192,7 +192,7 @@ def test_training_is_off_where_everybody_gets_in(
 ) -> None:
     monkeypatch.setattr(state, "_settings", Settings(root=jobs.root, training=False))
     page = open_train()
-    assert "--password-file" in page.info[0].value and not page.button
+    assert "--no-token" in page.info[0].value and not page.button
 
 
 def test_a_full_disk_is_a_message(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,15 @@
-"""The password, the wait after wrong ones, and that nothing is answered without the cookie."""
+"""The token, and that nothing is answered without it."""
 
 from __future__ import annotations
 
-import asyncio
 import http.client
-import itertools
 import json
 import os
-import stat
+import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,6 +18,7 @@ import pytest
 pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
+from itsdangerous import TimestampSigner
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -30,28 +27,14 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from xattn.app.bench import free_port
-from xattn.app.serving import guard, login, password
-from xattn.app.serving.guard import HEADERS, Guard
-from xattn.app.serving.login import FREE, FREE_IN_ALL, LOGIN, LOGOUT, Throttle, login_page, own_path
-from xattn.app.serving.password import LIFETIME, read_password, write_password
-from xattn.runtime.files import output_error
+from xattn.app.serving.guard import HEADERS, LIFETIME, Guard
+from xattn.app.serving.server import VARIABLE, Address, token_of
 
-SECRET = "correct horse"
-PAGE = {"accept": "text/html", "sec-fetch-dest": "document"}
+TOKEN = "correct-horse-battery-staple"
+SOCKET = "ws://localhost/_stcore/stream"
 
 
-@pytest.fixture(autouse=True)
-def _cheap_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(password, "SCRYPT", {"n": 16, "r": 8, "p": 1})
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    write_password(tmp_path / "password", SECRET)
-    return tmp_path / "password"
-
-
-def client(file: Path | None = None, base: str = "http://localhost", **options: Any) -> TestClient:
+def client(token: str | None = None, base: str = "http://localhost", **options: Any) -> TestClient:
     """A client of a guard before an application that answers everything."""
 
     async def page(request: Request) -> PlainTextResponse:
@@ -68,367 +51,129 @@ def client(file: Path | None = None, base: str = "http://localhost", **options: 
             Route("/{path:path}", page, methods=["GET", "PUT", "POST", "DELETE"]),
         ]
     )
-    guard = Guard(app, read_password(file) if file else None, **options)
-    return TestClient(guard, base_url=base, follow_redirects=False)
+    return TestClient(Guard(app, token, **options), base_url=base, follow_redirects=False)
 
 
-def log_in(web: TestClient, given: str = SECRET, target: str = "/") -> Any:
-    return web.post(login.login_url(target), data={"password": given})
+# ---------------------------------------------------------------------- the token
 
 
-# ---------------------------------------------------------------------- the file
+def test_a_network_gets_a_token_of_its_own_and_this_machine_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert token_of(Address(), False) is None
+    first, second = (token_of(Address("0.0.0.0"), False) for _ in range(2))
+    assert first and second and first != second and len(first) >= 32
+    assert not capsys.readouterr().err
+    assert token_of(Address("0.0.0.0"), True) is None
+    assert "warning" in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    assert token_of(Address(), False) == token_of(Address("0.0.0.0"), False) == TOKEN
+    with pytest.raises(ValueError, match="one of the two"):
+        token_of(Address(), True)
 
 
-def test_the_file_holds_a_hash_that_only_its_owner_reads(file: Path) -> None:
-    assert SECRET not in file.read_text()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    found = read_password(file)
-    assert found.check(SECRET) and not found.check("correct horsf") and not found.check("")
+@pytest.mark.parametrize("wrong", ["", "short", "x" * 201, "a b" * 10, "\u00e9" * 20, "a&b" * 10])
+def test_a_token_that_can_be_guessed_or_is_no_part_of_an_address_is_refused(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, wrong)
+    with pytest.raises(ValueError, match=VARIABLE):
+        token_of(Address(), False)
 
 
-def test_two_files_of_one_password_share_neither_hash_nor_key(tmp_path: Path) -> None:
-    records = []
-    for name in "ab":
-        write_password(tmp_path / name, SECRET)
-        records.append(json.loads((tmp_path / name).read_text()))
-    assert all(records[0][name] != records[1][name] for name in ("salt", "hash", "key"))
-
-
-def test_a_password_typed_with_other_code_points_is_the_same(tmp_path: Path) -> None:
-    write_password(tmp_path / "p", "caf\u00e9 au lait")
-    assert read_password(tmp_path / "p").check("cafe\u0301 au lait")
-
-
-@pytest.mark.parametrize("wrong", ["", "short", "x" * 1025])
-def test_passwords_of_a_bad_length_are_refused(tmp_path: Path, wrong: str) -> None:
-    with pytest.raises(ValueError, match="password: got"):
-        write_password(tmp_path / "p", wrong)
-    assert not list(tmp_path.iterdir())
-
-
-def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match="not a file of"):
-        write_password(tmp_path / "notes", SECRET)
-    assert (tmp_path / "notes").read_text() == "mine"
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"xattn": "password"}', "\xff"])
-def test_damaged_files_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "p").write_text(text, encoding="latin-1")
-    (tmp_path / "p").chmod(0o600)
-    with pytest.raises(ValueError, match="password_file"):
-        read_password(tmp_path / "p")
-
-
-def test_a_file_that_others_can_read_is_refused(file: Path) -> None:
-    file.chmod(0o640)
-    with pytest.raises(ValueError, match="chmod 600"):
-        read_password(file)
-
-
-def test_a_cookie_ends_and_cannot_be_changed(file: Path) -> None:
-    found = read_password(file)
-    cookie = found.cookie(lambda: 1000.0)
-    assert found.session(cookie, lambda: 1000.0 + LIFETIME - 1) is not None
-    assert found.session(cookie, lambda: 1000.0 + LIFETIME) is None
-    end, session, signature = cookie.split(".")
-    for forged in (
-        f"{int(end) + 1}.{session}.{signature}",
-        f"{end}.x.{signature}",
-        "",
-        None,
-        "é.é",
-    ):
-        assert found.session(forged, lambda: 1000.0) is None
-    write_password(file, SECRET)  # set anew: all sessions end
-    assert read_password(file).session(cookie, lambda: 1000.0) is None
-
-
-@given(st.text(max_size=200))
-def test_no_text_is_a_cookie(text: str) -> None:
-    assert password.Password(b"s", b"h", b"k" * 32).session(text) is None
-
-
-# ---------------------------------------------------------------------- the wait
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_wait_doubles_with_each_wrong_password_and_ends() -> None:
-    clock = Clock()
-    throttle = Throttle(clock)
-    waits = []
-    for _ in range(FREE + 4):
-        assert throttle.begin("a") == 0
-        wait = throttle.begin("a")
-        waits.append(wait)
-        clock.now += max(wait, 0)
-    assert waits[0] == 0 < waits[-1]
-    last = [w for w in waits if w > 0]
-    assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(last))
-
-
-def test_one_client_waits_and_another_does_not() -> None:
-    throttle = Throttle(Clock())
-    for _ in range(FREE):
-        assert throttle.begin("1.2.3.4") == 0
-    assert throttle.begin("1.2.3.4") > 0
-    assert throttle.begin("1.2.3.5") == 0
-
-
-def test_many_clients_wait_together_but_not_for_long() -> None:
-    clock = Clock()
-    throttle = Throttle(clock)
-    for i in range(FREE_IN_ALL):
-        assert throttle.begin(f"10.0.0.{i}") == 0
-    assert 0 < throttle.begin("10.9.9.9") <= login.LONGEST_IN_ALL
-    for _ in range(50):
-        clock.now += login.LONGEST_IN_ALL
-        assert throttle.begin(f"10.1.{clock.now}.1") == 0
-    assert throttle.begin("10.9.9.9") <= login.LONGEST_IN_ALL
-
-
-def test_an_ipv6_client_counts_by_its_network() -> None:
-    throttle = Throttle(Clock())
-    for i in range(FREE):
-        throttle.begin(f"2001:db8::{i}")
-    assert throttle.begin("2001:db8::ffff") > 0
-    assert throttle.begin("2001:db8:0:1::1") == 0
-
-
-def test_the_right_password_takes_the_wait_back() -> None:
-    throttle = Throttle(Clock())
-    for _ in range(FREE - 1):
-        throttle.begin("a")
-    throttle.begin("a")
-    throttle.right("a")
-    assert throttle.begin("a") == 0
-
-
-# ---------------------------------------------------------------------- where the login leads
-
-
-@given(st.text(max_size=60) | st.builds("/{}".format, st.text(max_size=60)))
-def test_the_login_only_leads_to_paths_of_this_server(text: str) -> None:
-    found = own_path(text)
-    assert found.startswith("/") and not found.startswith(("//", "/\\"))
-    assert found.isascii() and not set(found) & set('\r\n\t \\"<>')
-    parts = urlsplit(found)
-    assert not parts.scheme and not parts.netloc
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        *("https://evil.example/", "//evil.example", "/\\evil.example", "javascript:alert(1)"),
-        *("evil", "/\t/evil.example", "\n//evil.example", LOGIN, LOGOUT, "", None),
-    ],
-)
-def test_open_redirects_lead_to_the_start(target: str | None) -> None:
-    assert own_path(target) == "/"
-
-
-def test_a_view_is_kept_through_the_login(file: Path) -> None:
-    web = client(file)
-    address = "/image?pack=a-1&image=caf%C3%A9+x&class=3"
-    answer = web.get(address, headers=PAGE)
-    assert answer.status_code == 303
-    assert web.get(answer.headers["location"]).status_code == 200
-    answer = web.post(answer.headers["location"], data={"password": SECRET})
-    assert answer.status_code == 303 and answer.headers["location"] == address
-
-
-def test_text_of_the_address_is_not_html_on_the_login_page() -> None:
-    assert "<script" not in login_page('/?x="><script>alert(1)</script>', "<script>")
-
-
-# ---------------------------------------------------------------------- the guard
-
-
-def test_without_a_password_the_guard_lets_in() -> None:
+def test_without_a_token_the_guard_lets_in() -> None:
     assert client().get("/").text == "inside"
 
 
-def test_a_cookie_opens_what_was_closed(file: Path) -> None:
-    web = client(file)
+def test_the_token_is_exchanged_for_a_cookie_that_opens_what_was_closed() -> None:
+    web = client(TOKEN)
     assert web.get("/media/x").status_code == 401
-    answer = log_in(web)
+    answer = web.get(f"/image?pack=a-1&token={TOKEN}&image=caf%C3%A9+x")
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/image?pack=a-1&image=caf%C3%A9+x"
     cookie = answer.headers["set-cookie"].lower()
-    assert "httponly" in cookie and "samesite=strict" in cookie and "max-age=" in cookie
-    assert "secure" not in cookie
+    assert "httponly" in cookie and "samesite=lax" in cookie and f"max-age={LIFETIME}" in cookie
+    assert "secure" not in cookie and TOKEN not in cookie
+    assert answer.headers["cache-control"] == "no-store"
     assert web.get("/media/x").text == "inside"
+    assert web.get(f"/?token={TOKEN}").headers["location"] == "/"  # no history keeps the token
 
 
-def test_behind_tls_the_cookie_is_for_tls_alone(file: Path) -> None:
-    web = client(file, "https://view.example", names=("view.example",))
-    assert "secure" in log_in(web).headers["set-cookie"].lower()
+@pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], TOKEN + "x", "\u00e9", TOKEN.upper()])
+def test_another_token_opens_nothing(token: str) -> None:
+    web = client(TOKEN)
+    answer = web.get("/", params={"token": token})
+    assert answer.status_code == 401 and "set-cookie" not in answer.headers
+    assert "?token=" in answer.text and TOKEN not in answer.text
 
 
-def test_a_wrong_password_opens_nothing_and_then_has_to_wait(file: Path) -> None:
-    web = client(file, throttle=Throttle(Clock()))
-    for _ in range(FREE):
-        answer = log_in(web, "wrong")
-        assert answer.status_code == 403 and "set-cookie" not in answer.headers
-    answer = log_in(web)  # not even looked at
-    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-    assert "wait" in answer.text and web.get("/").status_code == 401
-
-
-def test_logging_out_ends_the_session_on_the_server(file: Path) -> None:
-    web = client(file)
-    log_in(web)
-    cookie = dict(web.cookies)
-    assert (
-        web.get(LOGOUT).status_code == 200 and web.get("/").text == "inside"
-    )  # a link does nothing
-    assert web.post(LOGOUT).status_code == 303
-    web.cookies.update(cookie)
-    assert web.get("/").status_code == 401
-
-
-def test_a_session_that_logged_out_stays_out_after_a_restart(file: Path) -> None:
-    gone, stays = client(file), client(file)
-    log_in(gone)
-    log_in(stays)
-    cookies = dict(gone.cookies), dict(stays.cookies)
-    gone.post(LOGOUT)
-    for cookie, status in zip(cookies, (401, 200), strict=True):
-        restarted = client(file)
-        restarted.cookies.update(cookie)
-        assert restarted.get("/").status_code == status
-
-
-def test_two_servers_of_one_password_forget_no_session_that_logged_out(file: Path) -> None:
-    servers = client(file), client(file)
-    cookies = []
-    for web in servers:
-        log_in(web)
-        cookies.append(dict(web.cookies))
-        web.post(LOGOUT)
-    for cookie in cookies:
-        restarted = client(file)
-        restarted.cookies.update(cookie)
-        assert restarted.get("/").status_code == 401
-
-
-def test_ended_sessions_are_kept_as_long_as_their_cookies_and_for_the_owner_alone(
-    file: Path,
-) -> None:
-    found = read_password(file)
-    found.ended.add("old", int(time.time()) - 1)
-    found.ended.add("new", int(time.time()) + 10_000)
-    kept = file.with_name("password.ended")
-    assert list(json.loads(kept.read_text())["sessions"]) == ["new"]
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sessions": {"a": "b"}}', '{"sessions": []}'])
-def test_a_damaged_list_of_ended_sessions_is_refused_with_a_remedy_that_works(
-    file: Path, text: str
-) -> None:
-    file.with_name("password.ended").write_text(text)
-    with pytest.raises(ValueError, match=f"password_file: .*--set-password {file}'"):
-        read_password(file)
-    write_password(file, SECRET)
-    assert read_password(file).check(SECRET)
-
-
-def test_logging_out_counts_where_nothing_can_be_written(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(path: Path, *args: object, **options: object) -> None:
-        error = OSError(28, "No space left on device")
-        raise output_error("password_file", path, error) from error
-
-    web = client(file)
-    log_in(web)
-    cookie = dict(web.cookies)
-    monkeypatch.setattr(password, "write_json", full)
-    assert web.post(LOGOUT).status_code == 303
-    web.cookies.update(cookie)
-    assert web.get("/").status_code == 401
-    assert capsys.readouterr().err == (
-        f"warning: cannot write {file}.ended (No space left on device); sessions that logged out stay "
-        "logged out only until the server stops\n"
-    )
-
-
-@pytest.mark.parametrize("damage", ["file", "folder"])
-def test_a_list_that_cannot_be_read_is_not_written_over(
-    file: Path, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    web = client(file)
-    log_in(web)
-    cookie = dict(web.cookies)
-    kept = file.with_name("password.ended")
-    kept.write_text("damaged") if damage == "file" else kept.mkdir()
-    assert web.post(LOGOUT).status_code == 303
-    web.cookies.update(cookie)
-    assert web.get("/").status_code == 401
-    assert kept.is_dir() or kept.read_text() == "damaged"
-    said = "is damaged and was not changed" if damage == "file" else "Is a directory"
-    assert f"{kept}" in (err := capsys.readouterr().err) and said in err
-
-
-def test_two_servers_that_write_at_once_forget_no_session(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two = read_password(file).ended, read_password(file).ended
-    end = int(time.time()) + 10_000
-    other = threading.Thread(target=two.add, args=("two", end))
-    real = password.write_json
-
-    def slow(*args: Any, **options: Any) -> None:
-        if threading.current_thread() is not other:
-            other.start()
-            other.join(0.3)  # without a lock it reads and writes now
-        real(*args, **options)
-
-    monkeypatch.setattr(password, "write_json", slow)
-    one.add("one", end)
-    other.join()
-    assert set(json.loads(file.with_name("password.ended").read_text())["sessions"]) == {
-        "one",
-        "two",
-    }
-
-
-def test_a_websocket_needs_the_cookie_and_ends_with_its_session(file: Path) -> None:
-    web = client(file)
-    with pytest.raises(WebSocketDisconnect), web.websocket_connect("ws://localhost/_stcore/stream"):
+def test_a_token_is_taken_from_the_address_of_a_page_alone() -> None:
+    web = client(TOKEN)
+    for method in ("PUT", "POST", "DELETE"):
+        assert web.request(method, f"/?token={TOKEN}").status_code == 401
+    with pytest.raises(WebSocketDisconnect), web.websocket_connect(f"{SOCKET}?token={TOKEN}"):
         pass
-    log_in(web)
-    with web.websocket_connect("ws://localhost/_stcore/stream") as socket:
+
+
+@given(st.text(max_size=60))
+def test_the_exchange_only_leads_to_paths_of_this_server(text: str) -> None:
+    found = client(TOKEN).get(f"/{quote(text, safe='/')}?token={TOKEN}").headers["location"]
+    parts = urlsplit(found)
+    assert found.startswith("/") and not found.startswith(("//", "/\\"))
+    assert found.isascii() and not set(found) & set('\r\n\t \\"<>')
+    assert not parts.scheme and not parts.netloc
+
+
+def test_behind_tls_the_cookie_is_for_tls_alone() -> None:
+    web = client(TOKEN, "https://view.example", names=("view.example",))
+    assert "secure" in web.get(f"/?token={TOKEN}").headers["set-cookie"].lower()
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=255), max_size=100))
+def test_no_text_is_a_cookie(text: str) -> None:
+    cookie = f"xattn_session={text}".encode("latin-1")
+    assert client(TOKEN).get("/", headers=[(b"cookie", cookie)]).status_code == 401
+
+
+def test_a_cookie_ends_by_time_and_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    web = client(TOKEN)
+    monkeypatch.setattr(
+        TimestampSigner, "get_timestamp", lambda self: int(time.time()) - LIFETIME - 9
+    )
+    web.get(f"/?token={TOKEN}")
+    monkeypatch.undo()
+    assert web.cookies and web.get("/").status_code == 401
+    web.get(f"/?token={TOKEN}")
+    assert web.get("/").status_code == 200
+    other = client(TOKEN + "x")
+    other.cookies.update(dict(web.cookies))
+    assert other.get("/").status_code == 401
+
+
+def test_a_cookie_of_another_port_opens_nothing() -> None:
+    web = client(TOKEN, cookie="xattn_session_1")
+    web.get(f"/?token={TOKEN}")
+    other = client(TOKEN, cookie="xattn_session_2")
+    other.cookies.set("xattn_session_2", web.cookies["xattn_session_1"])
+    assert other.get("/").status_code == 401
+
+
+def test_a_websocket_needs_the_cookie_and_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    web = client(TOKEN)
+    with pytest.raises(WebSocketDisconnect), web.websocket_connect(SOCKET):
+        pass
+    web.get(f"/?token={TOKEN}")
+    with web.websocket_connect(SOCKET) as socket:
         socket.send_text("hello")
         assert socket.receive_text() == "hello"
-        web.post(LOGOUT)
+    monkeypatch.setattr(Guard, "_left", lambda self, headers: 1e-3)
+    with web.websocket_connect(SOCKET) as socket:
         with pytest.raises(WebSocketDisconnect):
             socket.receive_text()
 
 
-def test_a_websocket_ends_when_its_cookie_does(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    web, over, given = client(file), threading.Event(), []
-
-    async def wait(tasks: Any, timeout: float, return_when: str) -> Any:
-        given.append(timeout)
-        await asyncio.to_thread(over.wait)  # the time that was given is over when the test says so
-        return set(), tasks
-
-    monkeypatch.setattr(guard, "asyncio", SimpleNamespace(**{**vars(asyncio), "wait": wait}))
-    log_in(web)
-    with web.websocket_connect("ws://localhost/_stcore/stream") as socket:
-        socket.send_text("hello")
-        assert socket.receive_text() == "hello"
-        over.set()
-        with pytest.raises(WebSocketDisconnect):
-            socket.receive_text()
-    assert LIFETIME - 3600 < given[0] <= LIFETIME
+# ---------------------------------------------------------------------- names, origins, headers
 
 
 @pytest.mark.parametrize(
@@ -460,15 +205,9 @@ def test_pages_of_other_sites_reach_nothing(origin: str) -> None:
             pass
 
 
-def test_a_link_of_another_site_opens_the_page_once_more(file: Path) -> None:
-    """The browser leaves a strict cookie out when the click was elsewhere."""
-    answer = client(file).get("/compare?x=1", headers={**PAGE, "sec-fetch-site": "cross-site"})
-    assert answer.status_code == 200 and 'url=/compare?x=1"' in answer.text
-
-
-def test_every_answer_has_the_headers(file: Path) -> None:
-    web = client(file)
-    answers = [web.get("/"), web.get("/", headers=PAGE), web.get(LOGIN), log_in(web), web.get("/")]
+def test_every_answer_has_the_headers() -> None:
+    web = client(TOKEN)
+    answers = [web.get("/"), web.get(f"/?token={TOKEN}"), web.get("/")]
     answers.append(web.get("/", headers={"host": "evil.example"}))
     for answer in answers:
         assert {n.lower(): answer.headers.get(n) for n in HEADERS} == {
@@ -477,36 +216,36 @@ def test_every_answer_has_the_headers(file: Path) -> None:
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
 
 
-def test_large_forms_are_refused(file: Path) -> None:
-    assert client(file).post(LOGIN, content=b"password=" + b"x" * 10_000).status_code == 413
-
-
 # ---------------------------------------------------------------------- the real server
 
 
-def test_nothing_of_streamlit_is_served_without_the_cookie(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["printed", "environment"])
+def test_nothing_of_streamlit_is_served_without_the_cookie(source: str, tmp_path: Path) -> None:
     """Every route that Streamlit and the viewer have, asked in a running server."""
-    secret = tmp_path / "password"
-    command = [sys.executable, "-m", "xattn.cli", "app"]
-    subprocess.run([*command, "--set-password", str(secret)], input=b"correct horse\n", check=True)
     port = free_port()
-    log = (tmp_path / "log").open("wb")
-    server = subprocess.Popen(
-        [*command, str(tmp_path), "--port", str(port), "--password-file", str(secret)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    log = tmp_path / "log"
+    given = {VARIABLE: TOKEN} if source == "environment" else {}
+    with log.open("wb") as stream:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "xattn.cli", "app", str(tmp_path), "--port", str(port)]
+            + ["--host", "0.0.0.0"] * (not given),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **given},
+        )
     try:
         _wait(port, server)
-        for method, path in _paths():
+        (printed,) = log.read_text().splitlines()
+        assert printed.startswith(f"xattn app: http://127.0.0.1:{port}")
+        found = re.search(r"\?token=(\S+)", printed)
+        assert (found is None) == (source == "environment")
+        token = TOKEN if found is None else found[1]
+        for method, path in _paths() if given else [("GET", "/"), ("GET", "/xattn/csv")]:
             assert _ask(port, method, path)[0] in (401, 403), (method, path)
-            status, headers, _ = _ask(port, method, path, accept="text/html")
-            if method == "GET":
-                assert status == 303 and headers["location"].startswith(LOGIN), path
         assert _ask(port, "GET", "/", host="evil.example")[0] == 403
         assert _socket(port) == 403
-        _, headers, _ = _ask(port, "POST", LOGIN, body=f"password={quote(SECRET)}")
+        status, headers, _ = _ask(port, "GET", f"/?token={token}")
+        assert status == 303 and headers["location"] == "/"
         cookie = headers["set-cookie"].split(";")[0]
         assert _ask(port, "GET", "/_stcore/health", cookie=cookie)[0] == 200
         assert b"<title>xattn" in _ask(port, "GET", "/", cookie=cookie)[2]
@@ -514,9 +253,7 @@ def test_nothing_of_streamlit_is_served_without_the_cookie(tmp_path: Path) -> No
     finally:
         server.terminate()
         server.wait(600)
-        log.close()
-    printed = (tmp_path / "log").read_text().splitlines()
-    assert len(printed) == 1 and printed[0].startswith("xattn app: http://127.0.0.1"), printed
+    assert log.read_text().splitlines() == [printed]  # no request is written there
 
 
 def _paths() -> list[tuple[str, str]]:
@@ -542,7 +279,7 @@ def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
     for _ in range(6000):
         assert server.poll() is None
         try:
-            _ask(port, "GET", LOGIN)
+            _ask(port, "GET", "/")
             return
         except OSError:
             time.sleep(0.1)
@@ -553,14 +290,12 @@ def _ask(
     port: int,
     method: str,
     path: str,
-    accept: str = "*/*",
     host: str | None = None,
     cookie: str = "",
-    body: str | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    headers = {"Accept": accept, "Host": host or f"127.0.0.1:{port}", "Cookie": cookie}
-    connection.request(method, path, body, headers)
+    headers = {"Host": host or f"127.0.0.1:{port}", "Cookie": cookie}
+    connection.request(method, path, headers=headers)
     answer = connection.getresponse()
     found = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
     connection.close()

@@ -19,7 +19,7 @@ from viewer_pages import served
 
 from xattn.app.pages import first_run
 from xattn.app.serving import server, start_page
-from xattn.app.serving.server import Address, bind, check_installed, check_open, url
+from xattn.app.serving.server import Address, bind, check_installed, url
 from xattn.cli import main
 
 
@@ -48,9 +48,7 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["--port", "99999"], "port"),
         (["--host", "not a host"], "host"),
-        (["--host", "203.0.113.7", "--no-password"], "host"),
-        (["--host", "0.0.0.0"], "--password-file"),
-        (["--password-file", "nowhere"], "--set-password"),
+        (["--host", "203.0.113.7", "--no-token"], "host"),
         (["--data", "nowhere"], "data"),
         (["--upload-mb", "0"], "upload_mb"),
     ],
@@ -97,19 +95,6 @@ def test_this_python_and_streamlit_suffice() -> None:
     check_installed()
 
 
-def test_a_network_needs_a_password_or_an_explicit_no(capsys: pytest.CaptureFixture[str]) -> None:
-    everywhere = Address("0.0.0.0")
-    with pytest.raises(ValueError, match="--password-file"):
-        check_open(everywhere, password=False, no_password=False)
-    check_open(everywhere, password=True, no_password=False)
-    assert not capsys.readouterr().err
-    check_open(everywhere, password=False, no_password=True)
-    assert "warning" in capsys.readouterr().err
-    check_open(Address(), password=False, no_password=False)
-    with pytest.raises(ValueError, match="one of the two"):
-        check_open(Address(), password=True, no_password=True)
-
-
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [
@@ -125,14 +110,6 @@ def test_port_0_takes_any_free_one() -> None:
     with bind(Address(port=0)) as listener:
         assert listener.getsockname()[1] > 0
     assert url("::1", 8501) == "http://[::1]:8501" and url("0.0.0.0", 1) == "http://127.0.0.1:1"
-
-
-def test_set_password_reads_standard_input(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "xattn.cli", "app", "--set-password", str(tmp_path / "p")]
-    done = subprocess.run(command, input=b"correct horse\n", capture_output=True)
-    assert done.returncode == 0 and b"correct horse" not in done.stdout + done.stderr
-    done = subprocess.run(command, input=b"short\n", capture_output=True)
-    assert done.returncode == 2 and b"give 8" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
