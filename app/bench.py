@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.app.synthetic_packs import big_pack, million_pack, picture
-from xattn.eval.bench.rounds import keep_rounds
+from xattn.runtime.measuring import keep_rounds
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -18,11 +18,11 @@ import torch
 from xattn.backbone import Backbone
 from xattn.backbone.fingerprint import sha256
 from xattn.config import PruneConfig
-from xattn.eval.bench.timing import processor_clock, times
 from xattn.eval.bootstrap import mean_interval
 from xattn.photos.base import Data
 from xattn.photos.labels import true_classes
 from xattn.pruning import save_pruned
+from xattn.runtime.measuring import processor_clock, times
 from xattn.training.pruning_run import PruneResult, split
 
 STAGES = {

@@ -17,10 +17,10 @@ KEEP = "python -c \"from xattn.eval import read_json; read_json('{0}').to_csv('{
 # its file is there; none may be added.
 WITHOUT_VALUES = {
     "attention-speed": "xattn bench attention --raw attention-speed-values.csv",
-    "attention-training-cost": "xattn bench probe --backbones tf_efficientnet_lite0 vit_small_patch16_224 "
+    "attention-training-cost": "python -m xattn.eval.studies bench-probe --backbones tf_efficientnet_lite0 vit_small_patch16_224 "
     "--rounds 5 --raw caching-cost-values.csv",
     "attention-training-images": "python -m xattn.eval.studies image, the page's command: values.csv",
-    "attentive-head-speed": "xattn bench heads --raw attentive-head-speed-values.csv",
+    "attentive-head-speed": "python -m xattn.eval.studies bench-heads --raw attentive-head-speed-values.csv",
     "caching-cost": "that of attention-training-cost, one file",
     "coarse-groups": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
     "evidence": "python -m xattn.eval.studies fold-rows, the page's commands: values.csv",
@@ -31,16 +31,16 @@ WITHOUT_VALUES = {
     "held-out-classes": "python -m xattn.eval.studies class-folds, the page's command: values.csv",
     "lesions": "python -m xattn.eval.studies lesions: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
-    "map-memory": "xattn bench maps --raw map-memory-values.csv",
+    "map-memory": "python -m xattn.eval.studies bench-maps --raw map-memory-values.csv",
     "mask-policies": "python -m xattn.eval.studies coarse-groups, the page's command: values.csv",
-    "metric-speed": "xattn bench fidelity --raw metric-speed-values.csv",
+    "metric-speed": "python -m xattn.eval.studies bench-fidelity --raw metric-speed-values.csv",
     "part-utilization": "python -m xattn.eval.studies vpu, the page's commands: vpu.csv",
     "pointers": "python -m xattn.eval.studies pointer: values.csv",
     "position-encodings": "python -m xattn.eval.studies positions, the page's command: values.csv",
     "probing-heads": "xattn probe, the page's commands: answers.csv",
     "randomized-weights": KEEP.format("runs/randomized/leaderboard.json", "randomized-weights"),
     "speed": "xattn bench all --raw speed-values.csv",
-    "startup": "xattn bench startup --raw startup-values.csv",
+    "startup": "python -m xattn.eval.studies bench-startup --raw startup-values.csv",
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
     "two-stream-faces": "python -m xattn.eval.studies faces: values.csv",
     "viewer-speed": "xattn bench app --raw viewer-speed-values.csv",

@@ -29,11 +29,10 @@ from xattn.attention import (
     mechanism_class,
 )
 from xattn.attention.operators.lowering import attend_output
-from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio
-from xattn.eval.bench.timing import times as measure
 from xattn.kernels.causal_product import causal_product
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio, peak_memory
+from xattn.runtime.measuring import times as measure
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 LISTS = (4, 8, 16)

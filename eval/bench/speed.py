@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
-from xattn.eval.bench.operation_counts import operations
 from xattn.eval.bench.random_photos import write_photos
-from xattn.eval.bench.timing import Job, ratios, times
 from xattn.explainers import create_explainer
 from xattn.explaining.photos import explain
 from xattn.heads import create_head
@@ -32,6 +30,7 @@ from xattn.heads.fusion import resize
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import Job, operations, ratios, times
 from xattn.training.objective import objective
 
 TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xattn.eval.bench.operation_counts import macs
 from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.probing.probe_job import ProbeJob
 from xattn.heads import AttentiveHead, Tokens
 from xattn.photos.labels import Labels
 from xattn.runtime import strict_json
 from xattn.runtime.files import write_json, write_rows
+from xattn.runtime.measuring import operations
 from xattn.training.features import Features
 from xattn.training.probe import ProbeScores
 
@@ -181,3 +182,9 @@ def write_results(
     write_rows(folder / TABLE, records)
     write_rows(folder / ANSWERS, [answer for row in rows for answer in row.answers])
     return [folder / name for name in (RESULTS, TABLE, ANSWERS)]
+
+
+def macs(head: AttentiveHead, tokens: Any) -> int:
+    """Multiplications of the products and convolutions from ``tokens`` to the pooled vector."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels are not counted
+        return operations(lambda: head.pooled(head.attend(tokens))) // 2

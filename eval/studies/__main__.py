@@ -6,9 +6,11 @@ the lines to print. A stopped study goes on from its output folder.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import tyro
 
@@ -28,6 +30,38 @@ STUDIES = {
         "attention_maps",
         "The own maps of each attention mechanism over one photo, a picture for each.",
     ),
+    "bench-causal": (
+        "benches.causal_forms",
+        "Causal forms of attention beside the bidirectional ones.",
+    ),
+    "bench-fidelity": (
+        "benches.fidelity",
+        "Metrics of fidelity against the forward passes they need.",
+    ),
+    "bench-growth": (
+        "benches.growth",
+        "How time and memory of attention grow over numbers of tokens.",
+    ),
+    "bench-heads": ("benches.heads", "Attentive heads against multi-head cross-attention."),
+    "bench-load": ("benches.load", "What other programs on the machine cost, by how threads wait."),
+    "bench-maps": (
+        "benches.maps",
+        "Attention maps computed when they are asked for, against stored ones.",
+    ),
+    "bench-probe": (
+        "benches.probes",
+        "Epochs from cached features against running the backbone, attention training against plain steps.",
+    ),
+    "bench-pruning": ("benches.pruning", "A ViT whose tokens leave, against the whole one."),
+    "bench-published": (
+        "benches.published",
+        "The papers' headline settings of attention, on a GPU.",
+    ),
+    "bench-skipped-heads": (
+        "benches.skipped_heads",
+        "moh with half of the heads beside all of them.",
+    ),
+    "bench-startup": ("benches.startup", "How long the command line takes to answer."),
     "blocks": (
         "block_digits",
         "NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat.",
@@ -135,9 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study that ``arguments`` name, or list all; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(f"{PROG} NAME [options]; NAME --help lists the options.\n")
+        print(f"{PROG} NAME [options]; NAME --help lists the options.")
+        print("bench-... --raw FILE.csv keeps what every round measured.\n")
         for name, (_, about) in STUDIES.items():
-            print(f"  {name:16} {about}")
+            print(f"  {name:19} {about}")
         return 0
     name, *rest = words
     if name not in STUDIES:
@@ -147,17 +182,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, about = STUDIES[name]
     study = import_module(f"xattn.eval.studies.{module}").study
     from xattn.runtime.allocator import keep_memory
+    from xattn.runtime.measuring import raw_rounds
 
     keep_memory()
+    raw = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    raw.add_argument("--raw", type=Path)
+    kept, rest = raw.parse_known_args(rest)
     try:
-        for line in tyro.cli(
+        lines = tyro.cli(
             study,
             args=rest,
             prog=f"{PROG} {name}",
             description=about,
             config=(tyro.conf.OmitArgPrefixes,),
-        ):
-            print(line, flush=True)
+        )
+        with raw_rounds(kept.raw):
+            for line in lines:
+                print(line, flush=True)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2

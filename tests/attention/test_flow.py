@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xattn.attention import Inputs, create_mechanism, record
-from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.flows.causal import CHUNK
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 6
 OPTIONS = [{}, {"clamp": None}, {"eps_style": "vision", "clamp": (-0.5, 1.05)}]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_mechanism, record, z_order
 from xattn.attention.mechanisms.hip import layout
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

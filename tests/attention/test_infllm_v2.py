@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_attention, create_mechanism, record
 from xattn.attention.mechanisms.infllm_v2 import key_windows
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 4, 8
 DIM = HEADS * WIDTH

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from xattn.attention import Blocks, Inputs, Segment, attend, create_mechanism, record
 from xattn.attention.mechanisms.landmark import layout
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

@@ -10,7 +10,7 @@ from xattn.attention import Inputs, create_mechanism, record, z_order
 from xattn.attention.operators.lowering import attend
 from xattn.attention.operators.pyramid import PyramidOperator, pyramid
 from xattn.attention.order import tile_order
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

@@ -11,7 +11,7 @@ from xattn.attention.base import mechanism_class
 from xattn.attention.mechanisms.localist import region_masses
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import load_backbone
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_attention, create_mechanism, record
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

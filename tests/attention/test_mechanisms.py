@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.base import MECHANISMS
 from xattn.attention.operators.patterns import BandedOperator
-from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.backend import HAS_TRITON
+from xattn.runtime.measuring import peak_memory
 
 ENTRIES = MECHANISMS.entries()
 CASES = [

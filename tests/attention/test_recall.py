@@ -7,7 +7,7 @@ import torch
 
 from xattn.attention import Inputs, create_mechanism
 from xattn.attention.operators.base import SoftmaxOperator
-from xattn.eval.bench.tensor_memory import peak_memory
+from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH

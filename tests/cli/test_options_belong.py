@@ -13,7 +13,7 @@ from training_runs import write_photos
 
 import xattn
 from xattn.cli import main
-from xattn.cli.bench import FORMS, JOBS, Bench
+from xattn.cli.bench import JOBS, Bench
 from xattn.cli.commands import COMMANDS
 from xattn.cli.options import canonical, check_read, options_of
 from xattn.cli.subcommands import parsed
@@ -135,9 +135,8 @@ def test_options_without_a_rule_are_always_taken(name):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("bench startup --tokens 1025", "tokens: for job attention or maps alone, got startup; leave"),
+        ("bench explain --tokens 1025", "tokens: for job attention alone, got explain; leave"),
         ("bench explain --plot a.png", "plot: for job attention alone, got explain; leave out --plot"),
-        ("bench attention --growth --causal", "published"),
         ("train p --recipe small --crops 3", "crops: for --objective outcomes alone, got masking; leave out --crops"),
         ("train p --recipe outcomes --area 1", "area: for --objective masking alone, got outcomes"),
         ("train p --preset ttame-vgg16 --head ttame", "head: not read with --preset; leave out one"),
@@ -152,8 +151,6 @@ def test_options_without_a_rule_are_always_taken(name):
     ],
 )  # fmt: skip
 def test_the_line_that_is_told(line, told, capsys):
-    if "--growth" in line:
-        told = "growth: for growth alone, got growth and causal; leave out --growth"
     assert main(line.split()) == 2
     assert capsys.readouterr().err.startswith(f"xattn: error: {told}")
 
@@ -192,15 +189,14 @@ def spied(settings, read: set[str]):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_of_bench_reads_the_options_that_it_takes(job):
-    for form in ["times", *(FORMS if job == "attention" else ())]:
-        bench, read = Bench(job=job, aot=True, **({} if form == "times" else {form: True})), set()
-        (FORMS[form] if form in FORMS else JOBS[job])[1](spied(bench, read))
-        read |= {"aot"} if job == "kernels" else set()  # see check
-        for option in options_of(Bench):
-            name = option.path[-1]
-            if name not in ("job", "raw", *FORMS):
-                given = dataclasses.replace(bench, images=("p",)) if name == "images" else bench
-                assert accepted(given, option.flag) == (name in read), (job, form, name)
+    bench, read = Bench(job=job, aot=True), set()
+    JOBS[job][1](spied(bench, read))
+    read |= {"aot"} if job == "kernels" else set()  # see check
+    for option in options_of(Bench):
+        name = option.path[-1]
+        if name not in ("job", "raw"):
+            given = dataclasses.replace(bench, images=("p",)) if name == "images" else bench
+            assert accepted(given, option.flag) == (name in read), (job, name)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from attentive_fakes import HEADS, random_tokens, vit
 
-from xattn.eval.bench import heads as heads_bench
-from xattn.eval.bench import pooling
-from xattn.eval.bench.heads import MultiHeadProbe
-from xattn.eval.bench.operation_counts import macs
+from xattn.eval.probing.probe_table import macs
+from xattn.eval.studies.benches import heads as heads_bench
+from xattn.eval.studies.benches import pooling
+from xattn.eval.studies.benches.heads import MultiHeadProbe
 from xattn.heads import create_head
 
 
@@ -36,14 +36,14 @@ def test_multiplications_are_those_of_the_formula():
 
 def test_all_tables_are_whole(monkeypatch):
     monkeypatch.setattr(heads_bench, "CLASSES", 10)
-    lines = list(heads_bench.bench(widths=(64,), sides=(3,), batch=2, rounds=1, steps=((7, 2),)))
+    lines = list(heads_bench.study(widths=(64,), sides=(3,), batch=2, rounds=1, steps=((7, 2),)))
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert set(HEADS) <= set(rows)
     assert sum(row == "64" for row in rows) == 4
     assert sum(row == "49" for row in rows) == 2  # pooling beside two products
     assert {f"efficient_probe, {name}" for name in ("softmax", "agent", "gna")} <= set(rows)
     with pytest.raises(ValueError, match="rounds, batch: got 0"):
-        next(heads_bench.bench(rounds=0))
+        next(heads_bench.study(rounds=0))
 
 
 def test_pooling_written_out_gives_the_loss_and_gradients_of_the_op():

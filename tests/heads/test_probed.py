@@ -323,9 +323,9 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, more, message):
 
 
 def test_the_bench_prints_epochs_and_steps(tmp_path):
-    from xattn.eval.bench.probes import bench
+    from xattn.eval.studies.benches.probes import study
 
-    text = "\n".join(bench(["test_vit"], 1, write_photos(tmp_path / "p", 6)))
+    text = "\n".join(study(["test_vit"], 1, write_photos(tmp_path / "p", 6)))
     for row in ("| gap |", "| efficient_probe | at |", "| abmilp | ivat |", "at most 4.5x"):
         assert row in text
 

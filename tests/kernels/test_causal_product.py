@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.causal_product import causal_product, cpu
+from xattn.runtime.measuring import peak_memory
 
 SPAN = cpu.CHUNK * cpu.STEPS
 

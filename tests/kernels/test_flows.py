@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from xattn.eval.bench.tensor_memory import peak_memory
 from xattn.kernels.flows import causal as causal_form
 from xattn.kernels.flows import flows, problem
+from xattn.runtime.measuring import peak_memory
 
 E = problem.EPS
 SIZES = [(1, 1), (31, 31), (32, 32), (33, 33), (7, 50), (197, 197)]

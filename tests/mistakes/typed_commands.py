@@ -15,7 +15,7 @@ MISTAKES = [
     Typed("explain {photo} --top", ("top: got --top without a value",)),
     Typed("train {folder} --lr fast", ("lr: got 'fast'; give a number",)),
     Typed("explain {photo} --view corp", ("view: got 'corp'; did you mean crop?",)),
-    Typed("bench startupp", ("job: got 'startupp'; did you mean startup?",)),
+    Typed("bench attenton", ("job: got 'attenton'; did you mean attention?",)),
     Typed("parts {photo}", ("evidence: got none; give xattn parts --evidence",)),
     Typed("export", ("path: got none; give xattn export PATH",)),
     Typed("export a.onnx b.onnx", ("argument: got 'b.onnx'; xattn export takes 1",)),

@@ -18,11 +18,11 @@ import numpy as np
 from xattn.app import bench as app_bench
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import CLASSES, big_pack
-from xattn.eval.bench.rounds import keep_rounds
 from xattn.eval.report.photo_map.clusters import clusters
 from xattn.eval.report.photo_map.pooled_maps import read, unit
 from xattn.eval.report.photo_map.projection import METHODS, offered, project
 from xattn.packs.reader import Pack
+from xattn.runtime.measuring import keep_rounds
 
 PHOTOS, FEATURES = 10_000, 1280
 PROJECTION, LASSO = 60.0, 0.3  # seconds that are allowed

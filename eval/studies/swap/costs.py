@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import Job, times
+from xattn.runtime.measuring import Job, peak_memory, times
 
 GROUP = 5  # networks that share a run of the dense one
 

@@ -6,6 +6,8 @@ import torch
 from xattn.attention import list_attention, mechanism_class
 from xattn.cli import main
 from xattn.eval.bench.attention import bench, jobs
+from xattn.eval.studies.__main__ import main as studies
+from xattn.eval.studies.benches import growth
 
 
 def test_every_mechanism_has_a_row_beside_dense():
@@ -57,25 +59,19 @@ def test_some_mechanisms_alone_have_rows_beside_dense(capsys):
     assert float(rows[3][5]) == pytest.approx(gain / promised, abs=0.01)
 
 
-def test_growth_is_from_the_first_number_of_tokens(capsys):
-    from xattn.eval.bench.growth import bench as growth
-
-    command = ["bench", "attention", "--growth", "--only", "dma", "--tokens", "256", "1024"]
-    assert main([*command, "--rounds", "1"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| dma")]
+def test_growth_is_from_the_first_number_of_tokens():
+    lines = growth.study(("dma",), (256, 1024), rounds=1)
+    rows = [line for line in lines if line.startswith("| dma")]
     cells = [row.strip("| ").split(" | ") for row in rows]
     assert [row[1] for row in cells] == ["256", "1024"] * (len(cells) // 2)
     assert cells[0][3] == cells[0][5] == "1.00x"
     assert 2 < float(cells[1][5].removesuffix("x")) < 6  # memory is linear in the tokens
     with pytest.raises(ValueError, match="tokens: got .256.; growth needs at least two"):
-        list(growth(tokens=(256,)))
-    assert main(["bench", "maps", "--growth"]) != 0
-    assert "growth: for job attention alone, got maps" in capsys.readouterr().err
+        list(growth.study(tokens=(256,)))
 
 
 def test_half_of_the_heads_are_measured_beside_all(capsys):
-    command = ["bench", "attention", "--skipped-heads", "--tokens", "256", "--rounds", "1"]
-    assert main(command) == 0
+    assert studies(["bench-skipped-heads", "--tokens", "256", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| 256")]
     assert [(row[1], row[3]) for row in rows] == [
@@ -85,17 +81,15 @@ def test_half_of_the_heads_are_measured_beside_all(capsys):
         shares = [int(share) for share in row[2].split()]
         assert shares[0] == 100 and abs(sum(shares) - 300) <= 3  # half of six heads a token
         assert (max(shares[1:]) > 4 * min(shares[1:])) == (row[1] == "skewed")
-    assert main(["bench", "maps", "--skipped-heads"]) != 0
-    assert "skipped_heads: for job attention alone" in capsys.readouterr().err
 
 
 def test_causal_forms_are_measured_beside_the_others(capsys):
-    command = ["bench", "attention", "--causal", "--tokens", "64", "--rounds", "1", "--only"]
-    assert main([*command, "hedgehog", "dma"]) == 0
+    command = ["bench-causal", "--tokens", "64", "--rounds", "1", "--only"]
+    assert studies([*command, "hedgehog", "dma"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if " | 64 | " in line]
     names = [row.split("|")[1].strip() for row in rows]
     assert names == ["hedgehog", "dma:window=128", "dma:window=512"]
-    assert main([*command, "agent"]) != 0
+    assert studies([*command, "agent"]) != 0
     assert "only: agent has no causal form; leave it out" in capsys.readouterr().err
 
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from xattn.eval.bench import load
-from xattn.eval.bench.startup import Took, seconds_of
+from xattn.eval.studies.benches import load
+from xattn.eval.studies.benches.startup import Took, seconds_of
 
 
 def test_a_round_compares_the_demo_alone_with_the_demo_beside_loops(monkeypatch):
@@ -25,7 +25,7 @@ def test_a_round_compares_the_demo_alone_with_the_demo_beside_loops(monkeypatch)
     monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(load.subprocess, "Popen", Loop)
     monkeypatch.setattr(load, "_demo", demo)
-    said, _, _, asleep, spinning = load.bench(rounds=2)
+    said, _, _, asleep, spinning = load.study(rounds=2)
     assert "3 busy loops on 2 cores" in said
     assert asleep.endswith("| 10 | 20 | 10 | 32 | 1.60 | 1.5 (missed) |")
     assert spinning.endswith("| 10 | 40 | 10 | 52 | 1.30 |  |")

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.eval.bench.maps import bench
-from xattn.eval.bench.tensor_memory import available_memory, peak_memory
+from xattn.eval.studies.benches.maps import study
+from xattn.runtime.measuring import available_memory, peak_memory
 
 
 def test_both_sides_of_the_table_compute_the_same_maps():
-    *_, rollout, relevance = bench((17,), rounds=1)
+    *_, rollout, relevance = study((17,), rounds=1)
     for line, name in ((rollout, "rollout"), (relevance, "generic_relevance")):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[:2] == [name, "17"] and len(cells) == 10
@@ -17,8 +17,8 @@ def test_both_sides_of_the_table_compute_the_same_maps():
 
 
 def test_stored_maps_that_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr("xattn.eval.bench.maps.available_memory", lambda: 1000)
-    *_, rollout, _ = bench((17,), rounds=1)
+    monkeypatch.setattr("xattn.eval.studies.benches.maps.available_memory", lambda: 1000)
+    *_, rollout, _ = study((17,), rounds=1)
     assert "needed" in rollout and "x |" not in rollout
     assert available_memory() > 1 << 20
 
@@ -43,4 +43,4 @@ def test_the_peak_counts_what_lives_at_once_also_inside_operators():
 @pytest.mark.parametrize("tokens", [(1024,), (1,), ()])
 def test_tokens_have_to_be_a_class_token_and_a_square(tokens):
     with pytest.raises(ValueError, match=r"tokens: got .*; give 1 \+ a square"):
-        next(bench(tokens))
+        next(study(tokens))

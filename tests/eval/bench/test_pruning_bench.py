@@ -1,12 +1,19 @@
-"""xattn bench pruning: a row for each batch, with gains, operations and how far logits move."""
+"""python -m xattn.eval.studies bench-pruning: a row for each batch, with gains, operations and how far logits move."""
 
 import pytest
 
-from xattn.eval.bench import pruning
+from xattn.eval.studies.benches import pruning
 
 
 def test_a_row_for_each_batch_says_what_is_gained_and_what_changes():
-    lines = list(pruning.bench((1, 2), rounds=1, model="test_vit", first=1, last=1, keep=0.25))
+    lines = list(
+        pruning.study(
+            (1, 2),
+            rounds=1,
+            model="test_vit",
+            options={**pruning.OPTIONS, "first": 1, "last": 1, "keep": 0.25},
+        )
+    )
     assert "first 1, last 1" in lines[0] and len(lines) == 5
     for batch, line in zip((1, 2), lines[3:], strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -16,4 +23,4 @@ def test_a_row_for_each_batch_says_what_is_gained_and_what_changes():
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="rounds: got 0; give at least 1"):
-        next(pruning.bench(rounds=0))
+        next(pruning.study(rounds=0))

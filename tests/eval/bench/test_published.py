@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from xattn.attention import create_mechanism, list_attention
-from xattn.cli import main
-from xattn.eval.bench import published
-from xattn.eval.bench.published import NOT_MEASURED, SETTINGS, bench, gains_of, jobs
+from xattn.eval.studies.__main__ import main
+from xattn.eval.studies.benches import published
+from xattn.eval.studies.benches.published import NOT_MEASURED, SETTINGS, gains_of, jobs, study
 
 SMALL = {
     "nsa": {"block": 8, "stride": 4, "select_block": 8, "selected": 2, "window": 4},
@@ -30,7 +30,7 @@ def rows(lines):
 
 def test_published_figures_stand_beside_what_was_not_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = rows(bench())
+    found = rows(study())
     for setting in SETTINGS:
         figures = (setting.forward, setting.backward, setting.both)
         wanted = [("", "-") if f is None else (NOT_MEASURED, f"{f:.1f}x") for f in figures]
@@ -40,7 +40,7 @@ def test_published_figures_stand_beside_what_was_not_measured(monkeypatch):
 
 def test_a_mechanism_that_is_not_there_is_skipped_and_the_others_go_on():
     other = dataclasses.replace(SETTINGS[0], mechanism="nobody")
-    found = rows(bench(settings=(other, SETTINGS[0])))
+    found = rows(study(settings=(other, SETTINGS[0])))
     assert "skipped: no such mechanism is registered" in found["nobody"]
     assert "9.0x" in found["nsa"]
     assert found["nobody"].count("|") == found["nsa"].count("|")
@@ -72,7 +72,7 @@ def test_a_gain_is_the_time_of_dense_attention_over_that_of_the_mechanism(monkey
 
 def test_the_command_prints_them(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "attention", "--published"]) == 0
+    assert main(["bench-published"]) == 0
     assert "49.8x" in capsys.readouterr().out
     assert main(["bench", "maps", "--published"]) == 2
     assert "published: for job attention alone" in capsys.readouterr().err
@@ -80,4 +80,4 @@ def test_the_command_prints_them(monkeypatch, capsys):
 
 def test_no_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds: got 0"):
-        list(bench(0))
+        list(study(0))

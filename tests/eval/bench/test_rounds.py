@@ -8,11 +8,11 @@ import inspect
 import pytest
 
 from xattn.cli.bench import JOBS
-from xattn.eval.bench.rounds import keep_rounds, keep_table, raw_rounds
-from xattn.eval.bench.timing import times
+from xattn.eval.studies.__main__ import STUDIES
+from xattn.runtime.measuring import keep_rounds, keep_table, raw_rounds, times
 
-MODULES = {"xattn.eval.bench.speed", *(module for module, _ in JOBS.values())}
-ATTENTION = ("growth", "published", "skipped_heads", "causal_forms")
+MODULES = {module for module, _ in JOBS.values()}
+MODULES |= {f"xattn.eval.studies.{name}" for name, _ in STUDIES.values() if "benches" in name}
 
 
 def rows_of(path):
@@ -56,7 +56,7 @@ def test_a_printed_table_is_kept_by_its_columns(tmp_path):
     assert rows_of(tmp_path / "raw.csv") == [{"kernel": "softmax, bf16", "stack": "0"}]
 
 
-@pytest.mark.parametrize("name", sorted(MODULES | {f"xattn.eval.bench.{n}" for n in ATTENTION}))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_job_keeps_its_rounds(name):
     """What is timed is told which row of the table it is of."""
     if name == "xattn.kernels.aot":

@@ -7,10 +7,11 @@ import torch
 
 from xattn import load_backbone
 from xattn.cli import main
-from xattn.eval.bench import speed, timing
-from xattn.eval.bench.operation_counts import operations
+from xattn.eval.bench import speed
 from xattn.eval.bench.random_photos import write_photos
 from xattn.photos.images import list_images, load_image
+from xattn.runtime import measuring
+from xattn.runtime.measuring import operations
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,9 @@ def backbone():
 
 def test_a_ratio_is_the_median_over_rounds_within_each_round(monkeypatch):
     clock = iter([1, 2, 1, 3, 10, 50, 1, 4, 2, 2])  # base, job, base, job, ...: 2, 3, 5, 4, 1
-    monkeypatch.setattr(timing, "seconds_of", lambda job, _: next(clock))
+    monkeypatch.setattr(measuring, "seconds_of", lambda job, _: next(clock))
     jobs = {"base": None, "job": None}
-    assert timing.ratios(jobs, "base", rounds=3, warmup=2) == {"base": 1, "job": 4}
+    assert measuring.ratios(jobs, "base", rounds=3, warmup=2) == {"base": 1, "job": 4}
 
 
 def test_bounds_are_those_of_the_targets_or_follow_the_operations():

@@ -24,7 +24,7 @@ def printed() -> list[list[str]]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(rf"{re.escape(PROG)} ([^`\n]*)", text):
-            words = shlex.split(line, comments=True)
+            words = shlex.split(re.sub(r"--raw \S+", "", line), comments=True)
             if len(words) > 1:  # others are names within a sentence
                 found.append(words)
             else:

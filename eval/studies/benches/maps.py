@@ -1,6 +1,6 @@
 """What attention maps cost: rollout and relevance without N x N beside the same from stored maps.
 
-    xattn bench maps --tokens 1025 4097
+    python -m xattn.eval.studies bench-maps --tokens 1025 4097
 
 The stored side is what implementations of rollout do: softmax written out, the maps (B, H, N, N) of
 every layer kept until the end. Like ours it multiplies one row only, which most do not, and so it is
@@ -19,17 +19,23 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
-from xattn.eval.bench.rounds import keep_rounds
-from xattn.eval.bench.tensor_memory import available_memory, peak_memory
-from xattn.eval.bench.timing import Job, median_ratio, seconds_of, times
 from xattn.explainers import create_explainer
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import (
+    Job,
+    available_memory,
+    keep_rounds,
+    median_ratio,
+    peak_memory,
+    seconds_of,
+    times,
+)
 
 MODEL, PATCH = "vit_small_patch16_224", 16
 MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on
 
 
-def bench(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str]:
+def study(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str]:
     """The lines of the table, as they are measured.
 
     Raises:

@@ -1,6 +1,6 @@
 """What attentive heads cost: efficient probing beside multi-head cross-attention, and every head's step.
 
-    xattn bench heads
+    python -m xattn.eval.studies bench-heads
 
 The baseline is multi-head attention probing as it is usually written (arXiv 2506.10178's MHCA):
 one learned query, W_q, W_k, W_v and W_o (4 D^2), keys and values of all tokens formed, with as many
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from xattn.attention.base import MECHANISMS
 from xattn.backbone import load_backbone
-from xattn.eval.bench import pooling
-from xattn.eval.bench.operation_counts import macs
-from xattn.eval.bench.timing import Job, median_ratio, processor_clock, times
+from xattn.eval.probing.probe_table import macs
+from xattn.eval.studies.benches import pooling
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
 from xattn.heads.attended import Attended, pool_by, softmax
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import Job, median_ratio, processor_clock, times
 
 QUERIES, CLASSES = 32, 1000
 WANTED = {384: 7.0, 768: 12.0}  # times faster, by width
@@ -125,7 +125,7 @@ def pooling_jobs(width: int, side: int, batch: int) -> tuple[dict[str, Job], dic
     return jobs, counts
 
 
-def bench(
+def study(
     widths: Sequence[int] = (384, 768),
     sides: Sequence[int] = (14, 32),
     batch: int = 16,

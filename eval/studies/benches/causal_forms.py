@@ -1,6 +1,6 @@
 """Causal forms of attention mechanisms beside their bidirectional ones, along one dimension.
 
-    xattn bench attention --causal --only hedgehog flow --tokens 16384
+    python -m xattn.eval.studies bench-causal --only hedgehog flow --tokens 16384
 
 A layer of one image, 6 heads of 64. In each round all jobs run once, in turn; a ratio is causal time over
 bidirectional time within a round, and its median is shown.
@@ -17,25 +17,25 @@ import torch
 from xattn.attention import create_mechanism, list_attention, mechanism_class
 from xattn.attention.model.spec import format_mechanism
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.eval.bench.timing import PASSES, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import PASSES, forward_and_both, median_ratio, times
 
 
-def bench(
-    names: Sequence[str] = (), tokens: Sequence[int] = (4096, 16384), rounds: int = 5
+def study(
+    only: Sequence[str] = (), tokens: Sequence[int] = (4096, 16384), rounds: int = 5
 ) -> Iterator[str]:
     """The lines of the table, as they are measured.
 
     Args:
-        names: mechanisms with a causal form; all by default.
+        only: mechanisms with a causal form; all by default.
 
     Raises:
         ValueError: an unknown mechanism or one without a causal form, or numbers of tokens that are not
             squares of at least 64.
     """
-    names = names or [name for name in list_attention() if mechanism_class(name).entry.causal]
-    checked(names, tokens, rounds)
-    for name in names:
+    only = only or [name for name in list_attention() if mechanism_class(name).entry.causal]
+    checked(only, tokens, rounds)
+    for name in only:
         if not mechanism_class(name).entry.causal:
             raise ValueError(f"only: {name} has no causal form; leave it out")
     kept = keep_memory()
@@ -50,7 +50,7 @@ def bench(
     )
     yield "| :-- | --: | --: | --: | --: | --: | --: | --: |"
     for n in tokens:
-        for name in names:
+        for name in only:
             for options in mechanism_class(name).entry.bench:
                 cells = [format_mechanism(name, options), str(n)]
                 yield f"| {' | '.join([*cells, *_measured(name, options, n, device, dtype, rounds)])} |"

@@ -1,6 +1,6 @@
 """The papers' headline settings: measured here on a GPU, beside what they publish.
 
-    xattn bench attention --published
+    python -m xattn.eval.studies bench-published
 
 One layer's queries, keys and values at the number of tokens for which a paper reports its speed, in
 bfloat16. A gain is the time of dense attention (``F.scaled_dot_product_attention``, causal where the
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from xattn.attention import create_mechanism, list_attention, mechanism_class
-from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio
-from xattn.eval.bench.timing import times as measure
+from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio
+from xattn.runtime.measuring import times as measure
 
 NOT_MEASURED = "not measured on a GPU"
 
@@ -74,7 +75,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def bench(rounds: int = 5, settings: Sequence[Setting] = SETTINGS) -> Iterator[str]:
+def study(
+    rounds: int = 5, settings: tyro.conf.Suppress[tyro.conf.Fixed[Sequence[Setting]]] = SETTINGS
+) -> Iterator[str]:
     """The lines of the table, as they are measured.
 
     Raises:

@@ -1,6 +1,6 @@
 """How long the command line takes to answer, each time in a new process.
 
-    xattn bench startup
+    python -m xattn.eval.studies bench-startup
 
 All run once, in turn, in each of ten rounds, after one that warms the disk cache. Times hold the start of
 the interpreter itself, the first row. Processor seconds are what other programs lengthen least.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from xattn.eval.bench.rounds import keep_rounds
+from xattn.runtime.measuring import keep_rounds
 
 # What is typed, the program, and the bound in seconds.
 RUNS: tuple[tuple[str, tuple[str, ...], float | None], ...] = (
@@ -38,7 +38,7 @@ class Took(NamedTuple):
     processor: float
 
 
-def bench(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
+def study(rounds: int = 10, typed: Sequence[str] = ()) -> Iterator[str]:
     """The lines of the table; ``typed`` chooses rows, by default all."""
     runs = [run for run in RUNS if not typed or run[0] in typed]
     took: dict[str, list[Took]] = {run[0]: [] for run in runs}

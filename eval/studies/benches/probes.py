@@ -1,6 +1,6 @@
 """What training a probing head costs, from cached features and with attention training.
 
-xattn bench probe
+python -m xattn.eval.studies bench-probe
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import torch
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import ProbeConfig
 from xattn.eval.bench.random_photos import write_photos
-from xattn.eval.bench.timing import median_ratio, times
 from xattn.eval.probing.probe_table import moved_to
 from xattn.eval.probing.runner import new_head
 from xattn.heads import AttentiveHead
+from xattn.runtime.measuring import median_ratio, times
 from xattn.training.attention_training import create_perturbation, head_loss
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import create_optimizer
 
+BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224")
 
-def bench(backbones: Sequence[str], rounds: int, data: Path | None = None) -> Iterator[str]:
+
+def study(
+    backbones: Sequence[str] = BACKBONES, rounds: int = 7, data: Path | None = None
+) -> Iterator[str]:
     """Lines: epochs from cached features beside running the backbone, and attention training steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads; weights are random"

@@ -1,4 +1,4 @@
-"""What other programs on the machine cost the demo: ``xattn bench load``.
+"""What other programs on the machine cost the demo: ``python -m xattn.eval.studies bench-load``.
 
 The demo runs on a machine that should be quiet, then beside busy loops, one more than there are cores. Its
 processor time should stay the same: a program that shares the machine takes longer, but works no more. The
@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from xattn.eval.bench.rounds import keep_rounds
-from xattn.eval.bench.startup import Took, seconds_of
+from xattn.eval.studies.benches.startup import Took, seconds_of
+from xattn.runtime.measuring import keep_rounds
 
 EPOCHS = 2  # of the demo's 40: its other parts stay whole
 BOUND = 1.5  # processor time beside the loops, over that without
@@ -27,7 +27,7 @@ ROWS: dict[str, dict[str, str]] = {
 }
 
 
-def bench(rounds: int = 3) -> Iterator[str]:
+def study(rounds: int = 3) -> Iterator[str]:
     """The lines of the table."""
     loops = (os.cpu_count() or 1) + 1
     heads = [f"{kind}, {where}" for where in ("alone", "busy") for kind in ("s", "processor s")]

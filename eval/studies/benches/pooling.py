@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import Job, median_ratio, processor_clock, times
 from xattn.kernels.pooling import softmax_pooling
+from xattn.runtime.measuring import Job, median_ratio, peak_memory, processor_clock, times
 
 QUERIES, BATCH = 32, 8
 MOST_TIME, MOST_MEMORY, FROM = 1.15, 1.5, 4096  # of the products, from FROM tokens on

@@ -1,6 +1,6 @@
 """What measuring costs beside the bare forward passes it needs, as ratios in one run.
 
-    xattn bench fidelity
+    python -m xattn.eval.studies bench-fidelity
 
 Every round runs each job once, in turn; ratios are taken within a round. The maps are given, so
 that only metrics, scheduler and state are timed. Both sides run the same passes in micro-batches of one
@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
-from xattn.eval.bench.rounds import keep_rounds
-from xattn.eval.bench.timing import Job, median_ratio, times
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
@@ -31,6 +29,7 @@ from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.metrics.road import RoadProbe
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import Job, keep_rounds, median_ratio, times
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -53,26 +52,26 @@ def photos_like(backbone: Backbone, count: int) -> Tensor:
     return (smooth + 0.05 * torch.randn(count, 3, *size, generator=generator)).clamp(0, 1)
 
 
-def bench(
-    name: str = "tf_efficientnet_lite0", rounds: int = 7, batches: Sequence[int] = (16, 32)
+def study(
+    model: str = "tf_efficientnet_lite0", rounds: int = 7, batches: Sequence[int] = (16, 32)
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured."""
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
-    backbone = load_backbone(name, weights=None, device=device)
+    backbone = load_backbone(model, weights=None, device=device)
     backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = _best_batch(backbone, batches)
-    yield f"{name}, micro-batches of {batch}\n"
+    yield f"{model}, micro-batches of {batch}\n"
     yield "| job | of | median ratio | rounds | at most | holds |"
     yield "| :-- | :-- | --: | :-- | --: | :-- |"
     yield from _metric_rows(backbone, batch, rounds)
     yield from _road_rows(backbone, batch, rounds)
-    yield from _scaling_row(name)
+    yield from _scaling_row(model)
     yield "\npeak memory beside the first row, in MB (a process each)\n"
     yield "| images | steps | explainers | peak |"
     yield "| --: | --: | --: | --: |"
-    yield from _memory_rows(name)
+    yield from _memory_rows(model)
 
 
 def _best_batch(backbone: Backbone, batches: Sequence[int]) -> int:
@@ -193,7 +192,7 @@ from xattn.runtime.allocator import keep_memory
 from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate
-from xattn.eval.bench.fidelity import Given, photos_like
+from xattn.eval.studies.benches.fidelity import Given, photos_like
 from xattn.eval.metrics import create_probe
 
 name, count, steps, explainers = sys.argv[1], *map(int, sys.argv[2:5])

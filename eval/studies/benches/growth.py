@@ -1,6 +1,6 @@
 """How time and memory of a mechanism grow with the number of tokens, from the first number to each.
 
-    xattn bench attention --growth --only hip llsa --tokens 16384 65536
+    python -m xattn.eval.studies bench-growth --only hip llsa --tokens 16384 65536
 
 The forward pass of one layer on a square grid, without projections. Dense attention would grow by the
 square; it is left out, so that long sequences can be measured on a CPU.
@@ -14,22 +14,21 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from xattn.eval.bench.attention import DENSE, checked, jobs, to_use
-from xattn.eval.bench.tensor_memory import peak_memory
-from xattn.eval.bench.timing import median_ratio
-from xattn.eval.bench.timing import times as measure
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import median_ratio, peak_memory
+from xattn.runtime.measuring import times as measure
 
 
-def bench(
-    names: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
+def study(
+    only: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
 ) -> Iterator[str]:
     """The lines of the table, a mechanism after the other; all its numbers of tokens in each round.
 
     Raises:
-        ValueError: unknown names, numbers of tokens that are not squares, or fewer than two.
+        ValueError: unknown only, numbers of tokens that are not squares, or fewer than two.
     """
-    names = tuple(names) or to_use()
-    checked(names, tokens, rounds)
+    only = tuple(only) or to_use()
+    checked(only, tokens, rounds)
     if len(tokens) < 2:
         raise ValueError(f"tokens: got {list(tokens)}; growth needs at least two numbers")
     keep_memory()
@@ -38,7 +37,7 @@ def bench(
     yield f"{device}, {torch.get_num_threads()} threads, {dtype}, forward"
     yield "\n| attention | tokens | ms | growth | peak MB | growth |"
     yield "| :-- | --: | --: | --: | --: | --: |"
-    for name in names:
+    for name in only:
         made = {n: jobs([name], n, device, dtype, low_rank=False, lists=False)[0] for n in tokens}
         for row in [label for label in made[tokens[0]] if label != DENSE]:
             took = measure({str(n): made[n][row][0] for n in tokens}, rounds, of=row)

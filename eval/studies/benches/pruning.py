@@ -1,6 +1,6 @@
 """What pruning tokens gains in a whole ViT (spatten), beside the network as it is.
 
-    xattn bench pruning
+    python -m xattn.eval.studies bench-pruning
 
 Random weights: only the times are measured, and how far logits move, relative to their spread. Half of the
 patches leave before block 3 of 12, so the operations allow 1.60x, their importance included.
@@ -9,30 +9,33 @@ patches leave before block 3 of 12, so the operations allow 1.60x, their importa
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import timm
 import torch
+import tyro
 
 from xattn.attention import converted_copy
-from xattn.eval.bench.operation_counts import operations
-from xattn.eval.bench.timing import median_ratio, times
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import median_ratio, operations, times
 
 MODEL = "vit_base_patch16_224"
 OPTIONS = {"keep": 0.5, "first": 3, "last": 3}
 
 
 @torch.inference_mode()
-def bench(
-    batches: Sequence[int] = (1, 8), rounds: int = 7, model: str = MODEL, **options: Any
+def study(
+    batches: Sequence[int] = (1, 8),
+    rounds: int = 7,
+    model: str = MODEL,
+    options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = OPTIONS,
 ) -> Iterator[str]:
-    """The lines of the table, as they are measured; ``options`` of spatten in place of ``OPTIONS``."""
+    """The lines of the table, as they are measured; ``options`` are those of spatten."""
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}; give at least 1")
-    kept, options = keep_memory(), {**OPTIONS, **options}
+    kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     dense = timm.create_model(model).eval().to(device)

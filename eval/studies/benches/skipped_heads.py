@@ -1,6 +1,6 @@
 """What leaving heads out gains in mixture-of-head attention (moh): half of the heads a token, beside all.
 
-    xattn bench attention --skipped-heads
+    python -m xattn.eval.studies bench-skipped-heads
 
 One image, 6 heads of 64: one shared, two or all five of the others. Tokens choose routed heads alike, or
 most of them the same ones (skewed). "attention" is the product with the values, gates included;
@@ -20,15 +20,15 @@ from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
 from xattn.attention.mechanisms.moh import MoH
 from xattn.attention.operators.algebra import GatedOperator
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.eval.bench.timing import PASSES, Job, forward_and_both, median_ratio, times
 from xattn.runtime.allocator import keep_memory
+from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio, times
 
 DIM, SHARED = HEADS * WIDTH, 1
 HALF, ALL = HEADS // 2 - SHARED, HEADS - SHARED  # routed heads that a token uses
 SKEWS = {"even": 0.0, "skewed": 3.0}
 
 
-def bench(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
+def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
     """The lines of the table, as they are measured.
 
     Raises:

@@ -1,0 +1,68 @@
+"""What is in the wheel: the library and no study, benchmark of a page, or model that only they use."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from module_imports import imports, module_names
+
+setuptools = pytest.importorskip("setuptools")
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_LINES, MOST_MODULES = 92_600, 617  # lower them with what goes; the goal: 75,000 and 520
+MOST_OUTSIDE = 17_300  # lines of studies and of the benchmarks behind pages; the goal: 13,000
+OUTSIDE = "xattn.eval.studies"
+
+
+def wheel_modules() -> dict[str, Path]:
+    """Path by full module name, as setuptools packs them by ``pyproject.toml``."""
+    distribution = setuptools.Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files([str(ROOT / "pyproject.toml")])
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    found = build.find_all_modules()
+    return {
+        f"{package}.{module}".removesuffix(".__init__"): ROOT / path
+        for package, module, path in found
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return wheel_modules()
+
+
+def lines(paths) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_the_wheel_is_no_larger_than_it_was(wheel):
+    assert len(wheel) <= MOST_MODULES, len(wheel)
+    assert lines(wheel.values()) <= MOST_LINES, lines(wheel.values())
+
+
+def test_what_is_outside_is_no_larger_than_it_was():
+    outside = lines((ROOT / "eval" / "studies").rglob("*.py"))
+    assert outside <= MOST_OUTSIDE, outside
+
+
+def test_the_wheel_has_every_module_but_those_of_studies(wheel):
+    assert set(wheel) == {name for name in module_names() if not name.startswith(OUTSIDE)}
+
+
+def test_no_module_imports_one_that_is_not_in_the_wheel(wheel):
+    """Late imports count, and names of modules in strings."""
+    every = module_names()
+    used = set()
+    for name, path in wheel.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        found = imports(tree, every) | {s for s in strings if isinstance(s, str) and s in every}
+        assert found <= set(wheel), (name, sorted(found - set(wheel)))
+        used |= found - {name}
+    models = {name for name in wheel if name.startswith("xattn.models.")}
+    assert models <= used | {"xattn.models.heads"}, sorted(models - used)
