@@ -4,7 +4,7 @@ from pathlib import Path
 
 from xattn.cli.commands import COMMANDS
 from xattn.cli.model import BackboneArgs
-from xattn.cli.options import Option, options_of
+from xattn.runtime.arguments import Option, options_of
 
 PAGE = Path(__file__).with_name("commands.md")
 START, END = "<!-- options -->\n", "<!-- end of options -->\n"
@@ -18,16 +18,14 @@ def table() -> str:
         for option in options_of(COMMANDS[name]):
             commands.setdefault(option.flag, {})[name] = option
     network = [option.flag for option in options_of(BackboneArgs)]
-    lines = [f"| option | earlier spelling | {' | '.join(SHOWN)} |"]
-    lines.append("| :-- | :-- |" + " :-: |" * len(SHOWN))
+    lines = [f"| option | {' | '.join(SHOWN)} |", "| :-- |" + " :-: |" * len(SHOWN)]
     for flag, found in commands.items():
         if len(found) > 1 and flag not in network[1:]:
             title = "PHOTOS" if flag == "images" else f"`{flag}`"
-            also = sorted({f"`{name}`" for option in found.values() for name in option.also})
             if flag == network[0]:
-                title, also = "options of the network", []
+                title = "options of the network"
             marks = ["x" if name in found else "" for name in SHOWN]
-            lines.append(f"| {title} | {', '.join(also)} | {' | '.join(marks)} |")
+            lines.append(f"| {title} | {' | '.join(marks)} |")
     listed = ", ".join(f"`{flag}`" for flag in network)
     return "\n".join([*lines, "", f"Options of the network: {listed}.", ""])
 

@@ -57,7 +57,6 @@ def test_every_job_takes_such_names_and_prints_those_of_photos_left_out(root: Pa
     left_out = r"bad\udce9.png"
     train = [
         "train",
-        "--data",
         photos,
         *short,
         "--workers",
@@ -69,12 +68,12 @@ def test_every_job_takes_such_names_and_prints_those_of_photos_left_out(root: Pa
     ]
     said = run(root, capsys, *train, "--output", str(output / "t"))
     assert left_out in said
-    probe = ["probe", "--data", photos, *short, "--heads", "gap", "--sample", "1"]
+    probe = ["probe", photos, *short, "--heads", "gap", "--sample", "1"]
     assert left_out in run(root, capsys, *probe, "--output", str(output / "p"))
     classes = json.loads((output / "p" / "results.json").read_text(encoding="utf-8"))["classes"]
     assert classes == ["a", r"b\udce9"]
     head = str(output / "p" / "gap" / "head")
-    explain = ["explain", photos, "--head", head, "--labels", "folders"]
+    explain = ["explain", photos, "--heads", head, "--labels", "folders"]
     assert left_out in run(root, capsys, *explain, "--output", str(output / "e"))
     found = xattn.load_pack(output / "e")
     assert {e.facts.label_name for e in found} == set(classes) and len(found) == 12
@@ -106,7 +105,7 @@ def test_a_clip_or_its_pack_of_such_a_name_is_refused(root: Path, tmp_path: Path
     writer.release()
     named = tmp_path / f"c{BYTE}.mp4"
     named.write_bytes((tmp_path / "c.mp4").read_bytes())
-    model = ["--backbone", "test_efficientnet", "--weights", "random", "--explainer", "cam"]
+    model = ["--backbone", "test_efficientnet", "--weights", "random", "--explainers", "cam"]
     for clip, output, argument in (
         (named, tmp_path / "out", "video"),
         (tmp_path / "c.mp4", tmp_path / f"out{BYTE}", "output"),

@@ -12,7 +12,7 @@ from reader_folder import write_folder
 
 from xattn.cli.commands import COMMANDS, main
 from xattn.cli.imports import take_imports
-from xattn.cli.subcommands import parsed
+from xattn.runtime.arguments import choose
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,7 +62,7 @@ def starts(words: list[str], group: tuple[list[str], ...]) -> bool:
 
 @pytest.mark.parametrize("words", EVERY)
 def test_a_printed_command_is_accepted(words):
-    parsed(COMMANDS, take_imports(words)[0], "xattn", "")
+    choose(COMMANDS, take_imports(words)[0], "xattn", "")
 
 
 @pytest.fixture(scope="module")

@@ -173,5 +173,5 @@ def _print_next_steps() -> None:
     command = str(Path(sys.executable).parent / "xattn")
     print(f"  {command} train PHOTOS --recipe small --output runs/mine")
     print(f"  {command} train PHOTOS --head evidence --recipe outcomes --output runs/evidence")
-    print(f"  {command} explain PHOTO_OR_FOLDER --head runs/mine/head --output runs/explained")
+    print(f"  {command} explain PHOTO_OR_FOLDER --heads runs/mine/head --output runs/explained")
     print(f"  {command} evaluate PHOTOS --heads runs/mine/head --output runs/evaluation")

@@ -141,7 +141,7 @@ class Jobs:
             "xattn",
             "explain",
             "PHOTOS",
-            "--head",
+            "--heads",
             str(head),
             *self._commands.model_options(spec),
             *self._commands.import_options(),

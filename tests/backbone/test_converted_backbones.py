@@ -187,16 +187,16 @@ GNA = ["--mechanism", "gna:kernel=2", "--layers", "0-3"]
 
 def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsys):
     out = ["--output", str(tmp_path / "out")]
-    data = ["--data", str(photos)]
+    data = [str(photos)]
     train = ["train", *network, *data, "--recipe", "small", "--epochs", "1", "--workers", "0"]
     assert main([*train, *GNA, "--output", str(tmp_path / "run")]) == 0
     head = str(tmp_path / "run" / "head")
     record = json.loads((tmp_path / "run" / "run.json").read_text())["head"]["backbone"]
     assert record["conversion"][0]["layers"] == "0-3"
-    assert main(["explain", str(photos), *network, *GNA, "--head", head, *out]) == 0
+    assert main(["explain", str(photos), *network, *GNA, "--heads", head, *out]) == 0
     capsys.readouterr()
     again = [*out, "--overwrite"]
-    assert main(["explain", str(photos), *network, "--head", head, *again]) == 2
+    assert main(["explain", str(photos), *network, "--heads", head, *again]) == 2
     assert "--mechanism gna:kernel=2 --layers 0-3" in capsys.readouterr().err
     assert main([*train, "--output", str(tmp_path / "run"), "--resume"]) == 2
     evaluate = ["evaluate", str(photos), *network, *GNA, "--heads", head, "--levels", "0.5"]
@@ -208,7 +208,7 @@ def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsy
     assert main(compare) == 0
     probe = ["probe", *network, *GNA, *data, "--recipe", "small", "--epochs", "1", "--heads", "gap"]
     assert main([*probe, "--output", str(tmp_path / "probe")]) == 0
-    trained = ["--probe", str(tmp_path / "probe" / "gap" / "head"), "--explainer", "rollout"]
+    trained = ["--probe", str(tmp_path / "probe" / "gap" / "head"), "--explainers", "rollout"]
     assert main(["explain", str(photos), *network, *GNA, *trained, *again]) == 0
     assert main(["explain", str(photos), *network, *trained, *again]) == 2
 
@@ -226,6 +226,6 @@ def test_every_job_runs_on_a_converted_backbone(network, photos, tmp_path, capsy
 def test_mechanisms_that_cannot_be_are_refused_in_one_line(
     network, photos, options, message, capsys
 ):
-    assert main(["explain", str(photos), *network, *options, "--explainer", "rollout"]) == 2
+    assert main(["explain", str(photos), *network, *options, "--explainers", "rollout"]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1

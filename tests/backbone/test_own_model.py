@@ -35,7 +35,7 @@ def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, 
     quick = {
         "train": "--epochs 1 --workers 0",
         "explain": "--top 2",
-        "evaluate": "--max-forward-batch 4",
+        "evaluate": "--batch-size 4",
     }
     for line in lines:
         arguments = shlex.split(line.replace("$MODEL", block[1]))[1:]

@@ -149,19 +149,19 @@ def test_the_command_line_trains_explains_and_measures_a_multilabel_model(tmp_pa
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     shared = ["-b", "test_resnet", "--weights", str(tmp_path / "mine.pth"), "--task", "multilabel"]
     shared += ["--input-size", "64", "--device", "cpu"]
-    run = [*shared, "--data", str(tmp_path), "--output", str(tmp_path / "run"), "--epochs", "1"]
+    run = [*shared, str(tmp_path), "--output", str(tmp_path / "run"), "--epochs", "1"]
     assert main(["train", *run, "--recipe", "small", "--workers", "0"]) == 0
     head = str(tmp_path / "run/head")
     out = str(tmp_path / "pack")
     assert (
-        main(["explain", str(tmp_path), *shared, "--head", head, "--output", out, "--top", "3"])
+        main(["explain", str(tmp_path), *shared, "--heads", head, "--output", out, "--top", "3"])
         == 0
     )
     pack = xattn.load_pack(out)
     assert sum(e.probability for e in pack if e.image_id == "0.png") != pytest.approx(1, abs=1e-3)
     assert pack[0].protocol["probability"] == "sigmoid" and pack[0].protocol["task"] == "multilabel"
     forgotten = [a for a in shared if a not in ("--task", "multilabel")]
-    assert main(["explain", str(tmp_path), *forgotten, "--head", head]) == 2
+    assert main(["explain", str(tmp_path), *forgotten, "--heads", head]) == 2
     assert "head was trained for task='multilabel'" in capsys.readouterr().err
     out = str(tmp_path / "eval")
     assert main(["evaluate", str(tmp_path), *shared, "--heads", head, "--output", out]) == 0

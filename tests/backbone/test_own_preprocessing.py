@@ -79,7 +79,7 @@ def test_a_head_of_another_normalization_is_refused_with_the_remedy(model, tmp_p
 def test_flags_of_every_command_reach_the_backbone_and_the_record(tmp_path, photo):
     flags = "--mean .5 --std 0.25 0.25 0.25 --crop-pct 0.9 --interpolation lanczos".split()
     line = ["-b", "test_resnet", "--weights", "random", "--device", "cpu", "--input-size", "64"]
-    line += ["--explainer", "gradcam", "--output", str(tmp_path / "pack")]
+    line += ["--explainers", "gradcam", "--output", str(tmp_path / "pack")]
     assert main(["explain", str(photo), *line, *flags]) == 0
     record = xattn.load_pack(tmp_path / "pack")[0].protocol["backbone"]["preprocessing"]
     assert record["std"] == [0.25] * 3 and record["crop_pct"] == 0.9

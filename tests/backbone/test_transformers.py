@@ -372,7 +372,7 @@ def test_a_folder_is_loaded_by_name(folder):
 
 def test_commands_take_the_folder(folder, tmp_path, capsys):
     photo = write_photo(tmp_path / "photo.png")
-    words = ["explain", str(photo), "-b", f"transformers:{folder}", "--explainer", "rollout"]
+    words = ["explain", str(photo), "-b", f"transformers:{folder}", "--explainers", "rollout"]
     assert main([*words, "--classes", "c", "--output", str(tmp_path / "out")]) == 0
     assert "photo.png: c (" in capsys.readouterr().out
 

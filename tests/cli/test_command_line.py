@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shlex
 import subprocess
@@ -15,13 +16,13 @@ from PIL import Image
 import xattn
 from xattn.cli import main
 from xattn.cli.commands import COMMANDS
-from xattn.cli.subcommands import parsed
+from xattn.runtime.arguments import choose, options_of
 
 MODEL = "-b test_resnet --weights random --input-size 64 --device cpu"
 
 
 def read(line: str):
-    return parsed(COMMANDS, shlex.split(line), "xattn", "")
+    return choose(COMMANDS, shlex.split(line), "xattn", "")
 
 
 @pytest.fixture
@@ -39,27 +40,57 @@ def run(line: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("earlier", "now"),
+    ("line", "same"),
     [
-        ("train --data photos --output o", "train photos --output o"),
-        ("probe --data=photos --heads gap", "probe photos --heads gap"),
-        ("compare --data photos --max-forward-batch 4", "compare photos --batch-size 4"),
-        ("evaluate a --max_forward_batch 4", "evaluate --batch-size 4 a"),
-        ("explain --explainer rise --explainer cam a", "explain a --explainers rise cam"),
-        ("explain --head runs/h a", "explain a --heads runs/h"),
-        ("export a.onnx --head h", "export a.onnx --heads h"),
-        (
-            "distill --data p --mechanism gna --heads 3",
-            "distill p --mechanism gna --compare-heads 3",
-        ),
-        ("bench folder --data p", "bench folder p"),
         ("explain a --top 2 b --view whole c", "explain a b c --top 2 --view whole"),
         ("explain a --top 2 --top 3", "explain a --top 3"),
-        ("explain -- -a.jpg", "explain ./-a.jpg"),
+        ("explain --taps 1 --taps 2 3 --top=1", "explain --taps 2 3 --top=1"),
+        ("explain a --batch_size 4", "explain --batch-size=4 a"),
+        ("explain --top 2 -- -a.jpg", "explain ./-a.jpg --top 2"),
+        ("evaluate a --no-overwrite", "evaluate a"),
     ],
 )
-def test_earlier_spellings_and_any_order_say_the_same(earlier, now):
-    assert read(earlier) == read(now)
+def test_options_and_photos_stand_in_any_order_and_the_last_one_counts(line, same):
+    assert read(line) == read(same)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("explan a", "command: xattn has no 'explan'; did you mean explain?"),
+        ("explain a --tpo 2", "option: xattn explain has no --tpo; did you mean --top?"),
+        ("explain a --top two", "top: got 'two'; give a whole number"),
+        ("explain a --smoothing x", "smoothing: got 'x'; give a number"),
+        ("explain a --view hole", "view: got 'hole'; did you mean whole?"),
+        ("explain a --top", "top: expected one argument; see xattn explain --help"),
+        ("list head", "what: got 'head'; did you mean heads?"),
+        ("diff a", "packs: got 1; give 2"),
+        ("app a b", "argument: got 'b'; xattn app takes 1 without an option, see xattn app --help"),
+        ("export", "path: got none; give xattn export PATH ..."),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(line, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read(line)
+
+
+def test_the_help_of_every_command_says_what_each_option_is_for(capsys):
+    for name, command in COMMANDS.items():
+        with pytest.raises(SystemExit) as end:
+            read(f"{name} --help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert end.value.code == 0 and " ".join(command.__doc__.split()) in text
+        for option in options_of(command):
+            assert option.positional or option.flag in text
+    assert "How many of the most probable classes to explain (default: 1)" in help_of(
+        "explain", capsys
+    )
+
+
+def help_of(name, capsys):
+    with pytest.raises(SystemExit):
+        read(f"{name} --help")
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_a_missing_photo_is_told_without_torch_or_timm(tmp_path):

@@ -100,17 +100,17 @@ cnn, vit = (["--backbone", name, *model] for name in ("test_efficientnet", "test
 map_, quick = ["toy_map"], ["--workers", "0", "--batch-size", "2"]
 print("codes:", [
     main(["list"]),
-    main(["explain", photos, *cnn, "--explainer", "toy_map", "--output", f"{out}/explained"]),
-    main(["train", "--data", photos, *cnn, "--head", "toy_head", "--options", "skip=false",
+    main(["explain", photos, *cnn, "--explainers", "toy_map", "--output", f"{out}/explained"]),
+    main(["train", photos, *cnn, "--head", "toy_head", "--options", "skip=false",
           "--epochs", "1", *quick, "--output", f"{out}/trained"]),
     main(["evaluate", photos, *cnn, "--explainers", "toy_map", "--metrics", "toy_group",
           "--output", f"{out}/evaluated"]),
-    main(["probe", "--data", photos, *vit, "--heads", "toy_probe", "--attention", "toy_change",
+    main(["probe", photos, *vit, "--heads", "toy_probe", "--attention", "toy_change",
           "--epochs", "1", "--batch-size", "4", "--output", f"{out}/probed"]),
-    main(["explain", photos, *cnn, "--explainer", "lost", "--output", f"{out}/no"]),
+    main(["explain", photos, *cnn, "--explainers", "lost", "--output", f"{out}/no"]),
 ])
 wrong = ["--attention", "toy_chang", "--output", f"{out}/no"]
-sys.exit(main(["probe", "--data", photos, *vit, *wrong]))
+sys.exit(main(["probe", photos, *vit, *wrong]))
 """
 
 

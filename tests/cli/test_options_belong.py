@@ -15,9 +15,8 @@ import xattn
 from xattn.cli import main
 from xattn.cli.bench import JOBS, Bench
 from xattn.cli.commands import COMMANDS
-from xattn.cli.options import canonical, check_read, options_of
-from xattn.cli.subcommands import parsed
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
+from xattn.runtime.arguments import check_read, options_of, parse
 from xattn.runtime.option_checks import Not
 from xattn.training import fit
 from xattn.training.features import cache_features
@@ -33,13 +32,12 @@ NEEDED = {  # what a command cannot do without
 
 def made(name):
     """The command ``name`` with its defaults."""
-    words = canonical(name, EVERY[name], NEEDED.get(name, []))
-    return copy.deepcopy(parsed({name: EVERY[name]}, [name, *words], "xattn", ""))
+    return copy.deepcopy(parse(EVERY[name], NEEDED.get(name, []), f"xattn {name}"))
 
 
-def accepted(command, *flags) -> bool:
+def accepted(command, *options) -> bool:
     try:
-        check_read(command, flags)
+        check_read(command, {option.dest for option in options})
     except ValueError as error:
         assert "\n" not in str(error) and "leave out" in str(error)
         return False
@@ -92,7 +90,7 @@ def test_an_option_is_taken_with_the_choices_it_belongs_to_and_no_others(name, o
                 put(patch, command, place, setting, both[0])
             if changed is not None:
                 put(patch, command, *changed)
-            return accepted(command, option.flag)
+            return accepted(command, option)
 
     assert state()
     for place, setting, wanted in rules:
@@ -129,7 +127,7 @@ def test_every_rule_speaks_of_options_that_there_are(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_options_without_a_rule_are_always_taken(name):
-    assert accepted(made(name), *(o.flag for o in options_of(EVERY[name]) if not o.belongs))
+    assert accepted(made(name), *(o for o in options_of(EVERY[name]) if not o.belongs))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_a_job_of_bench_reads_the_options_that_it_takes(job):
         name = option.path[-1]
         if name not in ("job", "raw"):
             given = dataclasses.replace(bench, images=("p",)) if name == "images" else bench
-            assert accepted(given, option.flag) == (name in read), (job, name)
+            assert accepted(given, option) == (name in read), (job, name)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +245,7 @@ def test_training_reads_the_settings_that_it_takes(name, settings, photos, vit, 
     command = made(name)
     object.__setattr__(command, "train", settings)
     taken = {
-        option.path[-1]: accepted(command, option.flag)
+        option.path[-1]: accepted(command, option)
         for option in options_of(type(command))
         if option.path[0] == "train"
     }

@@ -25,8 +25,8 @@ def photos(tmp_path):
 
 def compare(photos, output, *more):
     torch.manual_seed(0)  # of the random weights
-    arguments = ["compare", "--data", str(photos), *MODEL, "--output", str(output)]
-    return main([*arguments, "--max-forward-batch", "8", *more])
+    arguments = ["compare", str(photos), *MODEL, "--output", str(output)]
+    return main([*arguments, "--batch-size", "8", *more])
 
 
 CHEAP = ["--explainers", "gradcam", "saliency", "--metrics", "masking", "complexity"]

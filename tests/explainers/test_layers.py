@@ -177,7 +177,7 @@ def test_layers_are_options_of_the_command_line_and_stand_in_the_results(tmp_pat
 
     Image.new("RGB", (80, 70), "teal").save(tmp_path / "photo.png")
     line = ["explain", str(tmp_path / "photo.png"), "-b", "test_resnet", "--weights", "random"]
-    line += ["--device", "cpu", "--explainer", "gradcam", "--output", str(tmp_path / "pack")]
+    line += ["--device", "cpu", "--explainers", "gradcam", "--output", str(tmp_path / "pack")]
     assert main([*line, "--options", "gradcam.layers=layer3,layer4"]) == 0
     assert xattn.load_pack(tmp_path / "pack")[0].map.shape == (160, 160)
     from xattn.eval.evaluation.facts import describe

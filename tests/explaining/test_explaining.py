@@ -300,7 +300,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_disk_that_fills_up_while_a_pack_is_written_leaves_the_earlier_pack(tmp_path, backbone):
     photos = many_photos(tmp_path / "photos", 3)
     out = tmp_path / "pack"
-    arguments = [str(photos), "-b", "test_resnet", "--weights", "random", "--explainer", "cam"]
+    arguments = [str(photos), "-b", "test_resnet", "--weights", "random", "--explainers", "cam"]
     arguments += ["--output", str(out), "--device", "cpu"]
     assert main(["explain", *arguments]) == 0
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}

@@ -175,7 +175,7 @@ def run(tmp_path_factory):
     common = ["-b", "test_vit", "--weights", str(root / "w.safetensors"), "--input-size", "64"]
     common += ["--device", "cpu"]
     arguments = [
-        "probe", "--data", str(root / "photos"), *common, "--recipe", "small", "--epochs", "6",
+        "probe", str(root / "photos"), *common, "--recipe", "small", "--epochs", "6",
         "--warmup", "1", "--batch-size", "4", "--heads", "gap", "efficient_probe",
         "--options", "efficient_probe.queries=4", "--output", str(root / "out"), "--sample", "2",
     ]  # fmt: skip
@@ -216,7 +216,7 @@ def test_a_probing_head_among_the_heads_is_sent_to_probe(run, tmp_path, capsys, 
     root, common, _ = run
     folder = str(root / "out/efficient_probe/head")
     photos = [str(root / "photos/blue")]
-    photos = ["--data", *photos] if command == "compare" else photos
+    photos = [*photos] if command == "compare" else photos
     arguments = [
         command,
         *photos,
@@ -236,14 +236,14 @@ def test_the_explainer_head_is_sent_to_heads(run, tmp_path, capsys):
     root, common, _ = run
     photos, output = str(root / "photos/blue"), ["--output", str(tmp_path / "o")]
     chosen = ["--probe", str(root / "out/gap/head"), "--explainers", "head"]
-    assert main(["compare", "--data", photos, *common, *chosen, *output]) == 2
+    assert main(["compare", photos, *common, *chosen, *output]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "explainers: 'head' needs one; name heads by --heads (that of --probe is" in said
     assert main(["evaluate", photos, *common, "--explainers", "head", *output]) == 2
     assert "a folder: --head, --heads or --probe" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("how", ["--head", "--probe"])
+@pytest.mark.parametrize("how", ["--heads", "--probe"])
 @pytest.mark.parametrize("source", ["shipped", "hub"])
 def test_a_probing_head_is_the_same_from_a_folder_the_package_or_the_hub(
     run, tmp_path, monkeypatch, source, how
@@ -273,7 +273,7 @@ def test_a_probing_head_is_the_same_from_a_folder_the_package_or_the_hub(
     assert bool(asked) == (source == "hub") and set(asked) <= {"someone/my-probe"}
 
 
-@pytest.mark.parametrize("how", ["--head", "--probe"])
+@pytest.mark.parametrize("how", ["--heads", "--probe"])
 def test_explain_takes_a_probing_head(run, tmp_path, how):
     root, common, _ = run
     photo = str(root / "photos/green/001.png")
@@ -281,7 +281,7 @@ def test_explain_takes_a_probing_head(run, tmp_path, how):
     assert main(["explain", photo, *common, *chosen, "--output", str(tmp_path / "a")]) == 0
     (found,) = xattn.load_pack(tmp_path / "a")
     assert found.target_name in NAMES and found.method == "head"
-    more = ["--explainer", "gradcam", "--classes", "blue", "--output", str(tmp_path / "b")]
+    more = ["--explainers", "gradcam", "--classes", "blue", "--output", str(tmp_path / "b")]
     assert main(["explain", photo, *common, *chosen, *more]) == 0
     (found,) = xattn.load_pack(tmp_path / "b")
     assert found.target_name == "blue" and found.method == "gradcam"

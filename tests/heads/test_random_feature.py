@@ -408,7 +408,6 @@ def test_the_command_prints_the_share_of_the_class_token(cached, tmp_path, monke
     monkeypatch.setattr("xattn.cli.model.BackboneArgs.load", lambda self: backbone)
     command = [
         "probe",
-        "--data",
         str(root),
         "--heads",
         "gap",

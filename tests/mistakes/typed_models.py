@@ -11,7 +11,7 @@ MISTAKES = [
     Typed(f"{NET} --interpolation biliner", ("interpolation: ", "did you mean bilinear")),
     Typed("explain {photo} -b local-dir:{folder}", ("backbone: ", "holds no config.json")),
     Typed(
-        f"{NET} --explainer gradcam --options gradcam.layer=layr4",
+        f"{NET} --explainers gradcam --options gradcam.layer=layr4",
         ("layer: ", "near matches: layer4"),
     ),
 ]

@@ -80,14 +80,14 @@ def test_a_pack_of_axial_slices(tmp_path, capsys):
     scan = write_volume(tmp_path / "scan.nii.gz", volume((24, 28, 10), (2.0, 2.0, 4.0)))
     command = ["explain", str(scan), "-b", str(folder)]
     output = ["--output", str(tmp_path / "pack")]
-    assert main([*command, "--explainer", "gates", "--options", "gates.level=0", *output]) == 0
+    assert main([*command, "--explainers", "gates", "--options", "gates.level=0", *output]) == 0
     pack = load_pack(tmp_path / "pack")
     assert [item.image_id for item in pack][:2] == ["scan-z000", "scan-z001"]
     assert pack[0].target_name == "lesion" and pack[0].map.shape[0] in (14, 15)
     assert pack[0].photo().size == pack[0].map.shape[::-1]
     direct = explain_volume(folder, scan, level=0)
     np.testing.assert_array_equal(direct[3].map, pack[3].map)
-    assert main([*command, "--explainer", "gradcam", *output]) != 0
+    assert main([*command, "--explainers", "gradcam", *output]) != 0
     assert "is a 3-D network; give a .nii or .nii.gz file and --explainers gates" in (
         capsys.readouterr().err
     )

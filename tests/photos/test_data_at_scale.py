@@ -451,7 +451,7 @@ def test_resume_on_other_data_is_refused(tmp_path, stored, photos, backbone, kin
 def test_a_run_ended_by_sigkill_resumes_to_bit_identical_weights(tmp_path, stored, backbone, kind):
     weights = write_weights(tmp_path / "w.safetensors", backbone)
     command = [
-        "--data", get(stored, kind), "--backbone", "test_efficientnet", "--input-size", "64",
+        get(stored, kind), "--backbone", "test_efficientnet", "--input-size", "64",
         "--weights", str(weights), "--epochs", "6", "--batch-size", "4", "--checkpoint-every", "3",
         "--lr", "0.01", "--recipe", "published",
     ]  # fmt: skip

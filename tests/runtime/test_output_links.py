@@ -79,9 +79,9 @@ def test_a_dangling_output_is_one_line_before_the_work(
 ) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     output = ["--output", str(tmp_path / "link")]
-    data = ["--data", str(photos)]
+    data = [str(photos)]
     for line in (
-        ["explain", str(photos), "--explainer", "cam", *output, *MODEL],
+        ["explain", str(photos), "--explainers", "cam", *output, *MODEL],
         ["evaluate", str(photos), "--explainers", "cam", *output, *MODEL],
         ["train", *data, "--workers", "0", *output, *MODEL],
         ["compare", *data, "--explainers", "gradcam", *output, *MODEL],

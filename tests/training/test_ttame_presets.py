@@ -50,7 +50,7 @@ def test_two_steps_of_each_preset(name, tmp_path, capsys):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         (tmp_path / "p").mkdir(exist_ok=True)
         Image.fromarray(noise).resize((240, 240)).save(tmp_path / f"p/{i}.png")
-    command = ["train", "--preset", name, "--weights", "random", "--data", str(tmp_path / "p")]
+    command = ["train", "--preset", name, "--weights", "random", str(tmp_path / "p")]
     short = ["--epochs", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
     assert main([*command, *short, "--output", str(tmp_path / "run")]) == 0
     assert "2 steps" in capsys.readouterr().out

@@ -6,25 +6,23 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tyro
-
 from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
-from xattn.cli.shared import BatchSize, PhotoArgs
+from xattn.cli.shared import PhotoArgs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(PhotoArgs):
     """Measure top-1 and top-5 accuracy; with --mechanism, beside the network as it was trained."""
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    model: BackboneArgs = field(default_factory=BackboneArgs)
     labels: str = "folders"
     """"folders", whose names are those of classes, or a .json or .csv file of the photos' classes."""
     limit: int | None = None
     """Use only so many photos, spread over their folders: those of other commands with --seed 0."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
-    batch_size: BatchSize = 32
+    batch_size: int = 32
     """Photos a pass."""
 
     def check(self) -> None:

@@ -6,21 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from xattn.cli.checks import check_annotations
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
+from xattn.runtime.arguments import Argument
 
 
 @dataclass(frozen=True)
 class App:
     """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
 
-    root: Annotated[Path, tyro.conf.Positional] = Path("runs")
+    root: Annotated[Path, Argument(positional=True)] = Path("runs")
     """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there. Of a
     URL (s3://, gs://, hf://) packs and comparisons are shown, nothing is written there."""
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
+    model: BackboneArgs = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
     """Address to listen on; other machines need one of this machine's, or 0.0.0.0. The address that is
     printed then has a token, without which nothing is answered; XATTN_APP_TOKEN sets it."""

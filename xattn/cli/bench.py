@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-
 from xattn.cli.checks import check_images
 from xattn.cli.shared import Images
+from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs, Not
 
 BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
@@ -34,7 +33,7 @@ class Bench:
 
     job: Annotated[
         Literal["explain", "train", "folder", "attention", "kernels", "app", "photomap", "all"],
-        tyro.conf.Positional,
+        Argument(positional=True),
     ] = "all"
     """What to measure. explain: explaining against a forward pass; train: a training step against its
     floor; folder: images per second; all: these three. attention: mechanisms against dense attention;

@@ -1,6 +1,6 @@
 """All commands of ``xattn``, and its entry point.
 
-Only tyro and dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
+Only dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
 """
 
@@ -31,8 +31,8 @@ from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
 from xattn.cli.probe import Probe
 from xattn.cli.prune import Prune
-from xattn.cli.subcommands import parsed
 from xattn.cli.train import Train
+from xattn.runtime.arguments import choose
 from xattn.runtime.version import __version__
 from xattn.runtime.waiting import sleep_while_waiting
 
@@ -96,7 +96,7 @@ def _run(arguments: list[str]) -> int:
     started = time.perf_counter()
     try:
         arguments, sources = take_imports(arguments)
-        command = parsed(COMMANDS, arguments, "xattn", DESCRIPTION)
+        command = choose(COMMANDS, arguments, "xattn", DESCRIPTION)
         if type(command) not in UPLOADING:
             refuse_remote(arguments[0], getattr(command, "output", None))
         if hasattr(command, "check"):

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tyro
-
 from xattn.cli.checks import check_annotations, check_labels, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import BatchSize, Explainers, MethodArgs, known
+from xattn.cli.shared import MethodArgs, known
 from xattn.runtime.option_checks import Belongs, Not
 
 
@@ -23,8 +21,8 @@ class Compare(MethodArgs):
     after_interrupt: ClassVar[str] = "; the same command goes on"
     belongs: ClassVar = (Belongs("labels", maps=Not(0)),)
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    explainers: Explainers = ("gradcam", "layercam", "integrated_gradients", "rise")
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
     """Methods of xattn list, or "all" for every method that suits this backbone."""
     metrics: tuple[str, ...] = ("direct",)
     """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
@@ -36,7 +34,7 @@ class Compare(MethodArgs):
     """What the model sees."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the scoring passes."""
-    batch_size: BatchSize = 32
+    batch_size: int = 32
     """Perturbed images per pass."""
     maps: int = 1000
     """Keep the maps of so many photos for the viewer, up to 0.2 MB per photo and method; 0 keeps none."""

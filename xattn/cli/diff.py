@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from xattn.cli.pack_arguments import open_packs
+from xattn.runtime.arguments import Argument
 
 
 @dataclass(frozen=True)
 class Diff:
     """Compare two packs of the same photos: two networks, two heads, or two states of one."""
 
-    packs: Annotated[tuple[Path, Path], tyro.conf.Positional]
+    packs: Annotated[tuple[Path, Path], Argument(positional=True)]
     """Folders, or their URLs, that xattn explain or compare wrote: before and after."""
     methods: tuple[str, str] | None = None
     """Compare the maps by the first method in the first pack with those by the second in the second, which

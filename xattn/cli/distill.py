@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import tyro
+from typing import Any, ClassVar
 
 from xattn.cli.checks import check_images
 from xattn.cli.model import BackboneArgs
-from xattn.cli.options import Also
 from xattn.cli.shared import PhotoArgs
 from xattn.config import DistillConfig
 from xattn.runtime.run_files import check_run_folder
@@ -23,15 +20,15 @@ class Distill(PhotoArgs):
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[DistillConfig]
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    train: DistillConfig
     validation: str | None = None
     """Photos to measure on; by default one of ten of the data, which is not trained on."""
     output: Path = Path("runs/distilled")
     """Folder for log, checkpoints, report.json and the trained conversion."""
     start: Path | None = None
     """A conversion of the same mechanism and layers that was trained before, to go on from."""
-    compare_heads: Annotated[int, Also("--heads")] = 0
+    compare_heads: int = 0
     """Photos on which rows are compared head by head, beside elu + 1 and a Taylor series."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tyro
-
 from xattn.cli.checks import check_annotations, check_name, check_output
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
-from xattn.cli.shared import BatchSize, Explainers, MethodArgs, known
+from xattn.cli.shared import MethodArgs, known
 from xattn.runtime.option_checks import Belongs
 
 
@@ -24,8 +22,8 @@ class Evaluate(MethodArgs):
 
     belongs: ClassVar = (Belongs("metrics", "levels", preset=None),)
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    explainers: Explainers = ("gradcam",)
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    explainers: tuple[str, ...] = ("gradcam",)
     """Methods of xattn list to measure as well."""
     metrics: tuple[str, ...] = ("masking",)
     """Groups of metrics of xattn list that need no annotations."""
@@ -40,7 +38,7 @@ class Evaluate(MethodArgs):
     """What the model sees."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
-    batch_size: BatchSize = 32
+    batch_size: int = 32
     """Masked images per pass."""
     output: Path | None = None
     """Folder or URL for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and

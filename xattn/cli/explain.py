@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tyro
-
 from xattn.cli.checks import check_labels
 from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
-from xattn.cli.shared import BatchSize, Explainers, Images, MethodArgs, known
+from xattn.cli.shared import Images, MethodArgs, known
 from xattn.runtime.option_checks import Belongs, Not
 
 # What a 3-D network, whose folder says all of it, does not read.
@@ -40,8 +38,8 @@ class Explain(MethodArgs):
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
     ...) or volume (.nii, .nii.gz), whose axial slices are explained."""
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    explainers: Explainers = ()
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    explainers: tuple[str, ...] = ()
     """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained
     head, or Grad-CAM where none fits."""
     labels: str | None = None
@@ -69,7 +67,7 @@ class Explain(MethodArgs):
     overlay pictures; by default 2 under torchrun and for more than 20,000 photos."""
     overwrite: bool = False
     """Replace the results in the output folder."""
-    batch_size: BatchSize = 8
+    batch_size: int = 8
     """Images per pass."""
 
     def check(self) -> None:

@@ -6,22 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from xattn.cli.checks import check_heads
 from xattn.cli.heads import choose_head, load_with_classifier
 from xattn.cli.model import BackboneArgs
-from xattn.cli.shared import Heads
+from xattn.runtime.arguments import Argument
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Write backbone and head as one graph, for torch.export (.pt2) or ONNX (.onnx)."""
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[Path, Argument(positional=True)]
     """The file to write; its suffix decides the format."""
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    heads: Heads = ()
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    heads: tuple[str, ...] = ()
     """The trained head: its folder or that of its run, a shipped head's name, or a hub repository; by
     default a shipped one that fits."""
     normalize: bool = True

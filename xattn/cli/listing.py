@@ -12,8 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-
+from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs
 
 ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explainers", "blocks")}
@@ -28,7 +27,7 @@ class List:
 
     what: Annotated[
         Literal["all", "models", "heads", "explainers", "attention", "blocks", "metrics"],
-        tyro.conf.Positional,
+        Argument(positional=True),
     ] = "all"
     """"all" gives names; "models" those with weights in packages; "heads", "explainers", "blocks" and
     "metrics" a line each; "attention" a table of the mechanisms: paper, complexity, whether it needs

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from xattn.cli.outputs import pack_output
 from xattn.cli.pack_arguments import open_packs
+from xattn.runtime.arguments import Argument
 
 
 @dataclass(frozen=True)
 class Merge:
     """Join packs, of other photos or of other methods on the same ones, into one of format 2."""
 
-    packs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    packs: Annotated[tuple[Path, ...], Argument(positional=True)] = ()
     """Folders, or their URLs, that xattn explain or compare wrote: two or more, of any format."""
     output: Path | None = None
     """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-
 from xattn.cli.checks import (
     check_device,
     check_file,
@@ -17,6 +15,7 @@ from xattn.cli.checks import (
     check_weights,
     saying,
 )
+from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs
 
 
@@ -26,7 +25,7 @@ class BackboneArgs:
         Belongs("weights", "taps", "mechanism", "tile_positions", network="a classifier"),
     )
 
-    backbone: Annotated[str, tyro.conf.arg(aliases=["-b"])] = "tf_efficientnet_lite0"
+    backbone: Annotated[str, Argument(also=("-b",))] = "tf_efficientnet_lite0"
     """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
     transformers:FOLDER_OR_NAME, or the folder of a mask network, see docs/results/lesions.md."""
     weights: str = "auto"
@@ -49,7 +48,7 @@ class BackboneArgs:
     """Share of a resized photo's side that the model sees, 0.05 to 1."""
     interpolation: str | None = None
     """How photos are resized: nearest, box, bilinear, hamming, bicubic or lanczos."""
-    class_names: Annotated[Path | None, tyro.conf.arg(aliases=["--classes-file"])] = None
+    class_names: Path | None = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary", "regression"] | None = None
     """What the logits mean: a softmax, a sigmoid each, a single sigmoid, or numbers as they are; by default
@@ -58,7 +57,7 @@ class BackboneArgs:
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
     """Folder of a head trained by xattn probe; it replaces the classifier."""
-    mechanism: Annotated[str | None, tyro.conf.arg(metavar="NAME[:option=value,...]|FOLDER")] = None
+    mechanism: Annotated[str | None, Argument(metavar="NAME[:option=value,...]|FOLDER")] = None
     """Attention mechanism of xattn list, with its options, that stands in for the model's own, for
     example gna:kernel=7; or the folder of a conversion that xattn distill has trained."""
     layers: str | None = None

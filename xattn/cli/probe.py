@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import tyro
-
 from xattn.cli.checks import check_labels, check_output
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
-from xattn.cli.shared import Heads, PhotoArgs, known
+from xattn.cli.shared import PhotoArgs, known
 from xattn.config import ProbeConfig
 from xattn.runtime.option_checks import Belongs
 
@@ -24,9 +22,9 @@ class Probe(PhotoArgs):
     after_interrupt: ClassVar[str] = "; --resume goes on"
     belongs: ClassVar = (Belongs("seed", seeds=()),)
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[ProbeConfig]
-    heads: Heads = ("gap", "efficient_probe", "abmilp")
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    train: ProbeConfig
+    heads: tuple[str, ...] = ("gap", "efficient_probe", "abmilp")
     """Names of attentive heads, see xattn list."""
     options: tuple[str, ...] = ()
     """Options of heads as head.name=value, for example efficient_probe.queries=16."""

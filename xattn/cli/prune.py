@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
-
 from xattn.cli.checks import check_images, check_labels, check_layers
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs
@@ -22,8 +20,8 @@ class Prune(PhotoArgs):
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[PruneConfig]
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    train: PruneConfig
     validation: str | None = None
     """Photos to measure on; by default every fifth of the data, which is not trained on."""
     labels: str | None = None

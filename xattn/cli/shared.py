@@ -7,20 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import tyro
-
 from xattn.cli.checks import check_heads, check_images, saying
-from xattn.cli.options import Also
+from xattn.runtime.arguments import Argument
 
-# An earlier spelling of an option takes one value.
-Images: TypeAlias = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS"), Also("--data")
-]
-Heads: TypeAlias = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[HEAD ...]"), Also("--head")]
-Explainers: TypeAlias = Annotated[
-    tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]"), Also("--explainer")
-]
-BatchSize: TypeAlias = Annotated[int, Also("--max-forward-batch")]
+Images: TypeAlias = Annotated[tuple[str, ...], Argument(positional=True, metavar="PHOTOS")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +35,7 @@ class PhotoArgs:
 class MethodArgs(PhotoArgs):
     """Which methods explain which photos."""
 
-    heads: Heads = ()
+    heads: tuple[str, ...] = ()
     """Trained heads: folders (of a head, or of the run that trained it), names of shipped heads, hub
     repositories; by default a shipped one that fits."""
     options: tuple[str, ...] = ()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from xattn.cli.model import BackboneArgs
-from xattn.cli.options import Also
 from xattn.cli.shared import PhotoArgs, known
 from xattn.config import TrainConfig
 from xattn.runtime.names import plain
@@ -47,12 +44,12 @@ class Train(PhotoArgs):
         Belongs("backbone", "taps", "head", "fusion", "options", preset=None),
     )
 
-    model: tyro.conf.OmitArgPrefixes[BackboneArgs] = field(default_factory=BackboneArgs)
-    train: tyro.conf.OmitArgPrefixes[TrainSettings]
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    train: TrainSettings
     preset: str | None = None
     """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
     options."""
-    head: Annotated[str | None, Also("--heads")] = None
+    head: str | None = None
     """Name of the head, see xattn list; by default evidence, and where masks are learned (recipes published
     and small) ttame."""
     fusion: Literal["classifier", "per_class"] = "classifier"

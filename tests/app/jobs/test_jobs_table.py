@@ -112,7 +112,7 @@ def test_mistakes_are_those_of_a_labelled_pack_or_of_a_command(
     page = open_train(job="first")
     button(page, "See its mistakes").click().run()
     (line,) = [c.value for c in page.code if "--classes predicted,label" in c.value]
-    assert f"--head {root / 'first' / 'head'}" in line and not went
+    assert f"--heads {root / 'first' / 'head'}" in line and not went
     assert line.endswith(
         f"--labels folders --classes predicted,label --output {root}/first/mistakes"
     )

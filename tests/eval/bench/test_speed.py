@@ -85,7 +85,7 @@ def test_the_command_prints_the_tables(capsys, tmp_path):
     folder = write_photos(tmp_path, count=3, size=(80, 60))
     assert [load_image(p).size for p in list_images(folder)] == [(80, 60)] * 3
     quick = ["--backbones", "test_resnet", "--batches", "2", "--rounds", "1"]
-    assert main(["bench", "all", *quick, "--data", str(folder)]) == 0
+    assert main(["bench", "all", *quick, str(folder)]) == 0
     out = capsys.readouterr().out
     for row in ("explaining, ttame", "explaining, Grad-CAM .Captum.", "training step, ttame"):
         assert re.search(rf"\| test_resnet \| 2 \| {row} \| \d+\.\d\dx \|", out)
