@@ -62,14 +62,10 @@ class ImageStudyConfig:
     """Attentive heads that learn their scores."""
     methods: tuple[AttentionTraining, ...] = ("none", "random", "at", "iat", "iat_released")
     """none is plain training, which the others are compared with."""
-    strength: float = 0.3
-    """Root mean square change of a token's score: epsilon / sqrt(tokens)."""
-    noise: float = 0.1
-    """Standard deviation of the noise on pixels in [0, 1]."""
-    folds: int = 5
-    """Parts of the photos; each is tested once, with a seed of its own."""
-    input_size: int = 224
-    """Side of the model's input in pixels."""
+    strength: float = 0.3  # Root mean square change of a token's score: epsilon / sqrt(tokens).
+    noise: float = 0.1  # Standard deviation of the noise on pixels in [0, 1].
+    folds: int = 5  # Parts of the photos; each is tested once, with a seed of its own.
+    input_size: int = 224  # Side of the model's input in pixels.
 
 
 DEFAULTS = ImageStudyConfig()
@@ -123,10 +119,6 @@ def study(
         labels: see :func:`~xattn.photos.labels.read_labels`.
         objects: a folder with ``images/`` and ``masks/`` or ``boxes/``.
         output: keeps features and the values of every run; the same command resumes from there.
-
-    Raises:
-        ValueError: ``output`` belongs to another study, a photo cannot be read, or runs that are
-            compared tested different photos.
     """
     data, output = Path(data), Path(output)
     for kind in config.heads:
@@ -367,9 +359,6 @@ def check_photos(stored: dict[Run, dict[str, NDArray[Any]]]) -> None:
 
     Photos are told apart by their number among those with a label and, where both runs have stored it,
     by their name.
-
-    Raises:
-        ValueError: a run tested other photos, or a photo is in no fold or in several.
     """
     for run, values in stored.items():
         plain = run._replace(method="none")

@@ -124,10 +124,6 @@ def study(
         only: draw these mechanisms alone.
         size, layer: in place of those of ``SETTINGS``.
         distilled: folders of conversions of ``backbone``, each drawn in place of the untrained one.
-
-    Raises:
-        ValueError: an unknown mechanism or one without maps, a layer without maps, or a backbone that is
-            converted already or cannot be. OSError: the photo cannot be read.
     """
     if conversion(backbone.model):
         raise ValueError(

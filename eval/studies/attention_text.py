@@ -6,6 +6,14 @@ FOLDER holds ``train.txt`` and ``dev.txt``, trees of :mod:`~xattn.eval.studies.s
 sentence of ``train.txt`` is held out: it chooses the epoch of each run, and epsilon and weight of each
 method, by AUC or F1; ``dev.txt`` is reported for the choice alone. A finished run is a line of
 ``runs.jsonl`` in the output folder; the same command with the same files resumes from there.
+
+A BiLSTM with additive or dot-product attention for sentences (arXiv 2009.12064, section 3).
+
+    h_t = BiLSTM(e(x))_t,   s_t = v . tanh(W h_t + b)   or   s_t = w . h_t / sqrt(2u)
+    logits = O sum_t softmax(s)_t h_t + c
+
+u is the width of one direction. The encoder stands apart from the attention: a regulariser that
+perturbs the scores s repeats :meth:`TextClassifier.classify` and never the BiLSTM.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,17 +30,164 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from xattn.config import AttentionTraining
 from xattn.correlation import pearson
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
-from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
-from xattn.training.attention_training import create_perturbation
+from xattn.training.attention_training import create_perturbation, masked_softmax
 from xattn.training.run_folder import locked
+
+PAD, UNKNOWN = 0, 1
+SPREAD = 0.3  # of random word vectors; with 0.1 attention stays near uniform for epochs
+
+
+class Encoded(NamedTuple):
+    """``scores`` (B, T) before the softmax, ``hidden`` (B, T, 2u), ``mask`` (B, T) true at words,
+    ``embedded`` (B, T, E)."""
+
+    scores: Tensor
+    hidden: Tensor
+    mask: Tensor
+    embedded: Tensor
+
+
+class TextClassifier(nn.Module):
+    """``model(words) -> logits`` of padded sentences; ``encode`` and ``classify`` are its two halves.
+
+    Args:
+        vocabulary: how many word indices there are; 0 pads, 1 stands for words never seen.
+        attention: ``"additive"`` or ``"dot"``.
+        width: u; embeddings are ``embedding`` wide and trained.
+        vectors: (vocabulary, embedding) to start from; by default they are drawn from N(0, 0.3^2).
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        classes: int = 2,
+        attention: Literal["additive", "dot"] = "additive",
+        embedding: int = 300,
+        width: int = 128,
+        vectors: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        if vectors is None:
+            vectors = SPREAD * torch.randn(vocabulary, embedding)
+        with torch.no_grad():
+            self.embedding.weight.copy_(vectors)
+            self.embedding.weight[PAD].zero_()
+        self.ahead = nn.LSTM(embedding, width, batch_first=True)
+        self.back = nn.LSTM(embedding, width, batch_first=True)
+        self.attention = (
+            nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+            if attention == "additive"
+            else nn.Linear(2 * width, 1, bias=False)
+        )
+        self.scale = 1.0 if attention == "additive" else (2 * width) ** -0.5
+        self.classifier = nn.Linear(2 * width, classes)
+
+    def encode(self, words: Tensor) -> Encoded:
+        """Scores and hidden states of sentences (B, T), padded with 0 on the right."""
+        mask = words != PAD
+        lengths = mask.sum(1, keepdim=True)
+        embedded = self.embedding(words)
+        # Reversed by hand: a packed sequence takes nearly twice the time on a CPU.
+        positions = torch.arange(words.shape[1], device=words.device)
+        order = (lengths - 1 - positions).clamp_min(0)
+        ahead, back = self.ahead(embedded)[0], self.back(_reordered(embedded, order))[0]
+        hidden = torch.cat([ahead, _reordered(back, order)], -1)
+        return Encoded(self.scale * self.attention(hidden)[..., 0], hidden, mask, embedded)
+
+    def classify(self, encoded: Encoded, scores: Tensor | None = None) -> Tensor:
+        """(B, K) logits; ``scores`` (B, T) take the place of the encoder's own."""
+        weights = self.weights(encoded, scores)
+        return self.classifier((weights[:, None] @ encoded.hidden)[:, 0])
+
+    def weights(self, encoded: Encoded, scores: Tensor | None = None) -> Tensor:
+        """Attention (B, T) over the words of each sentence."""
+        return masked_softmax(encoded.scores if scores is None else scores, encoded.mask)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.classify(self.encode(words))
+
+
+class Vocabulary:
+    """Words by index, in order of first appearance; lower case.
+
+    Args:
+        sentences: those that may be learned from.
+        minimum: words seen fewer times count as unknown.
+    """
+
+    def __init__(self, sentences: Iterable[Sequence[str]], minimum: int = 2) -> None:
+        counts: dict[str, int] = {}
+        for sentence in sentences:
+            for word in sentence:
+                counts[word.lower()] = counts.get(word.lower(), 0) + 1
+        self.words = ["<pad>", "<unknown>", *(w for w, n in counts.items() if n >= minimum)]
+        self.index = {word: i for i, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, sentence: Sequence[str]) -> Tensor:
+        """Indices (T,) of a sentence."""
+        return torch.tensor([self.index.get(word.lower(), UNKNOWN) for word in sentence])
+
+    def vectors(self, path: str | Path, generator: torch.Generator) -> Tensor:
+        """(len, E) from a text file with a word and E numbers a line, as fastText writes it; words
+        that the file lacks are drawn from N(0, 0.3^2).
+        """
+        found: dict[int, Tensor] = {}
+        width = 0
+        with Path(path).open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines):
+                word, *numbers = line.rstrip().split(" ")
+                if number == 0 and len(numbers) == 1:  # fastText's header: words, width
+                    continue
+                if word not in self.index or self.index[word] in found:
+                    continue
+                if width and len(numbers) != width:
+                    raise ValueError(
+                        f"vectors: line {number + 1} of {path} has {len(numbers)} numbers, "
+                        f"earlier ones {width}; give a text file with a word and E numbers a line"
+                    )
+                width = len(numbers)
+                try:
+                    vector = torch.tensor([float(n) for n in numbers])
+                except ValueError:
+                    vector = torch.tensor(torch.nan)
+                if not vector.isfinite().all():
+                    raise ValueError(
+                        f"vectors: line {number + 1} of {path} holds something that is not a "
+                        f"finite number; give a text file with a word and E numbers a line"
+                    )
+                found[self.index[word]] = vector
+        if not found:
+            raise ValueError(
+                f"vectors: {path} has none of the {len(self)} words; give another file"
+            )
+        vectors = SPREAD * torch.randn(len(self), width, generator=generator)
+        for index, vector in found.items():
+            vectors[index] = vector
+        return vectors
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, E) at the positions ``order`` (B, T)."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+
+
+def pad(sentences: Sequence[Tensor]) -> Tensor:
+    """Sentences (T_i,) -> (B, T), padded on the right."""
+    return pad_sequence(list(sentences), batch_first=True, padding_value=PAD)
+
 
 Attention = Literal["additive", "dot"]
 
@@ -45,28 +200,20 @@ class TextStudyConfig:
     """none is the vanilla model, which the others are compared with."""
     attention: tuple[Attention, ...] = ("additive",)
     """Scores v . tanh(W h + b), or w . h / sqrt(width of h)."""
-    seeds: int = 10
-    """Runs of each method with its chosen epsilon and weight: seeds 0, 1, ..."""
-    epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Norms of the perturbation to choose from."""
+    seeds: int = 10  # Runs of each method with its chosen epsilon and weight: seeds 0, 1, ...
+    epsilons: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # Norms of the perturbation to choose from.
     weights: tuple[float, ...] = (0.5, 1.0)
     """Of the loss at the perturbed scores beside the clean loss, to choose from."""
-    grid_seeds: int = 2
-    """Runs of each epsilon and weight that the choice is made from."""
+    grid_seeds: int = 2  # Runs of each epsilon and weight that the choice is made from.
     monitor: Literal["auc", "f1"] = "auc"
     """Held-out score that chooses the epoch, epsilon and weight."""
     epochs: int = 8
     """Passes over the training sentences at most; the held-out tenth chooses the best."""
-    patience: int = 2
-    """Stop after this many epochs without improvement; 0 trains all epochs."""
-    batch_size: int = 32
-    """Sentences a step."""
-    lr: float = 1e-3
-    """Of Adam with AMSGrad."""
-    embedding: int = 100
-    """Width of the word vectors, which are trained."""
-    width: int = 64
-    """Hidden units of the BiLSTM in each direction."""
+    patience: int = 2  # Stop after this many epochs without improvement; 0 trains all epochs.
+    batch_size: int = 32  # Sentences a step.
+    lr: float = 1e-3  # Of Adam with AMSGrad.
+    embedding: int = 100  # Width of the word vectors, which are trained.
+    width: int = 64  # Hidden units of the BiLSTM in each direction.
     vectors: Path | None = None
     """Word vectors to start from, a text file as fastText or GloVe write it; random ones by default."""
 
@@ -125,11 +272,7 @@ class Scores:
 
 
 def load(folder: Path, config: TextStudyConfig) -> Texts:
-    """Read the trees in ``folder``.
-
-    Raises:
-        ValueError: a file is missing, or a line is not a tree.
-    """
+    """Read the trees in ``folder``."""
     missing = [name for name in (TRAIN, DEV) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -303,11 +446,7 @@ def top_precision(scores: NDArray[np.float64], positive: NDArray[np.bool_]) -> f
 
 
 class Progress:
-    """The finished runs of an output folder, in ``runs.jsonl``; ``settings.json`` is what they share.
-
-    Raises:
-        ValueError: the folder holds runs with other settings, or a damaged file.
-    """
+    """The finished runs of an output folder, in ``runs.jsonl``; ``settings.json`` is what they share."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.path = folder / RUNS
@@ -382,11 +521,7 @@ def study(
     device: str = "cpu",
     say: Callable[[str], None] = print,
 ) -> Progress:
-    """Do all runs that ``output`` does not have yet.
-
-    Raises:
-        ValueError: see :func:`load` and :class:`Progress`, or another process writes to ``output``.
-    """
+    """Do all runs that ``output`` does not have yet."""
     texts = load(data, config)
     shared = ("epochs", "patience", "batch_size", "lr", "embedding", "width", "monitor")
     settings = {k: v for k, v in asdict(config).items() if k in shared}
@@ -400,11 +535,7 @@ def study(
 
 
 def _go_on(
-    done: Progress,
-    texts: Texts,
-    config: TextStudyConfig,
-    device: str,
-    say: Callable[[str], None],
+    done: Progress, texts: Texts, config: TextStudyConfig, device: str, say: Callable[[str], None]
 ) -> None:
     split = Split("text")
     train_part, held, dev = split.fit(texts.train), split.choose(texts.held), split.score(texts.dev)

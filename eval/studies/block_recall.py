@@ -52,10 +52,8 @@ SETTINGS = (  # none is dense at 28 x 28 patches
 class Measured:
     """Of one setting in one layer, for some photos."""
 
-    read: float
-    """Blocks that a list holds in the mean."""
-    count: int
-    """Blocks there are."""
+    read: float  # Blocks that a list holds in the mean.
+    count: int  # Blocks there are.
     values: Mapping[bool, Tensor]
     """By ``forced`` (see :func:`xattn.attention.recall.recall`), those beside blocks that are always read
     only where there are such: (B, 4), blocks and mass of the choice, then those of random blocks."""
@@ -77,10 +75,6 @@ def study(
         photos: how many of them, drawn by ``seed`` as the random blocks are.
         settings: mechanisms as NAME:option=value,..., or folders of conversions of ``backbone`` that
             xattn distill wrote, whose own layers are measured.
-
-    Raises:
-        ValueError: fewer than 2 photos, a backbone of another kind, an unknown mechanism or one that
-            does not tell its choice.
     """
     sources = named_photos(data)
     if min(photos, len(sources)) < 2:
@@ -155,11 +149,7 @@ def _percent(x: Tensor) -> str:
 
 @torch.no_grad()
 def _inputs(network: Backbone, images: Tensor, grid: tuple[int, int]) -> list[Inputs]:
-    """Queries and keys of every layer.
-
-    Raises:
-        ValueError: a layer that is no softmax over all tokens.
-    """
+    """Queries and keys of every layer."""
     with record(network.model) as calls:
         network.logits(images)
     prefix, found = network.prefix_tokens, []

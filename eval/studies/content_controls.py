@@ -6,33 +6,43 @@
 Controls (:mod:`xattn.attention.mechanisms.controls`) take the place of attention in blocks of a trained
 ViT, and its accuracy is measured. Maps of the network are compared with those of a copy whose queries and
 keys are made by permuted weights, and with the network's own of another photo. Small networks are trained
-with a control from the start, on digits and on recall of a value by its key
-(:mod:`~xattn.eval.studies.control_tasks`).
+with a control from the start, on digits and on recall of a value by its key.
 
 What is finished stays in the output folder, and the same command goes on there.
+
+Small networks trained with a control in place of attention: digits, and recall of a value by its key.
+
+Digits are scikit-learn's in patches of 2 x 2. Recall is drawn anew for each step: a query token with a key,
+then 8 tokens with a key and a value each; the class is the value that stands beside the query's key. Keys
+differ, in any order, and values repeat, so that without content the values alone can be counted.
+
+The rows of the study of controls, the bound that each was expected to keep, and its report.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
-from xattn.attention import fit_static, record
+from xattn.attention import convert, fit_static, record
 from xattn.attention.mechanisms.controls import Map
 from xattn.attention.statistics import indicators
 from xattn.backbone import Backbone, converted
 from xattn.correlation import spearman
+from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import qk_randomized_backbone
-from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Free, report
-from xattn.eval.studies.control_tasks import digits_right, network, recall_right
-from xattn.eval.studies.digits import pixels_right
+from xattn.eval.studies.digits import Training, pixels_right, right, train
 from xattn.eval.studies.kept import (
     Rows,
     kept_record,
@@ -40,24 +50,304 @@ from xattn.eval.studies.kept import (
     measure_rows,
     raw_rows,
     reported,
+    spread,
 )
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
+from xattn.eval.studies.small_training import minimize
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
-from xattn.eval.studies.swap.measures import batch_size
+from xattn.eval.studies.swap.measuring import batch_size
 from xattn.explainers import create_explainer
 from xattn.runtime.files import check_folder
+
+ROUNDING = 1e-9
+Blocks = Literal["all", "last four", "every second"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """From ``least`` to ``most``."""
+
+    least: float = -np.inf
+    most: float = np.inf
+
+    def __str__(self) -> str:
+        if self.least == -np.inf:
+            return "" if self.most == np.inf else f"at most {self.most:g}"
+        return (
+            f"at least {self.least:g}"
+            if self.most == np.inf
+            else f"{self.least:g} to {self.most:g}"
+        )
+
+    def verdict(self, value: float) -> str:
+        """Such as "at most 0.02: kept"; empty without a bound."""
+        if not str(self):
+            return ""
+        kept = self.least - ROUNDING <= value <= self.most + ROUNDING
+        return f"{self}: {'kept' if kept else 'missed'}"
+
+
+NO_BOUND = Bound()
+
+
+@dataclass(frozen=True)
+class Free:
+    """A control in blocks of a trained network; no mechanism is the network as it was trained."""
+
+    mechanism: str | None
+    blocks: Blocks = "all"
+    source: str = ""
+    bound: Bound = NO_BOUND
+    norm: bool = True
+
+    @property
+    def name(self) -> str:
+        if self.mechanism is None:
+            return "as trained"
+        where = {"all": "", "last four": ", last four blocks"}.get(
+            self.blocks, ", every second block"
+        )
+        source = f", {self.source}" if self.source else ""
+        return self.mechanism + source + ("" if self.norm else ", no norm") + where
+
+    @property
+    def key(self) -> str:
+        return key_of(self.name)
+
+    @property
+    def of_photos(self) -> bool:
+        """Whether its maps are made from photos, so that it is measured on others."""
+        return self.source in ("mean", "photo")
+
+    def layers(self, depth: int) -> Sequence[int]:
+        """The numbers of the blocks, of ``depth``, that get it; of every two the second."""
+        if self.blocks == "last four":
+            return range(max(0, depth - 4), depth)
+        return range(depth) if self.blocks == "all" else range(1, depth, 2)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A control in all blocks of a network that is trained with it."""
+
+    mechanism: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bound: Bound = NO_BOUND
+
+    @property
+    def key(self) -> str:
+        return key_of(" ".join([self.mechanism, *map(str, self.options.values())]))
+
+
+def key_of(name: str) -> str:
+    """``name`` as part of a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+FEW, NEARLY = Bound(most=0.02), Bound(least=0.99)
+FREE = (
+    Free(None),
+    Free("uniform", bound=FEW),
+    Free("static", source="noise", bound=FEW),
+    Free("non_approximate", bound=FEW),
+    Free("taylor", bound=FEW),
+    Free("static_embedding", bound=FEW),
+    Free("static_embedding", bound=FEW, norm=False),
+    Free("none"),
+    Free("static", source="photo", bound=Bound(most=0.08)),
+    Free("static", source="mean", bound=Bound(most=0.12)),
+    Free("uniform", "last four", bound=Bound(0.20, 0.38)),
+    Free("static", "last four", "mean", Bound(0.42, 0.60)),
+    Free("static", "every second", "mean", Bound(0.40, 0.60)),
+)
+DRAWN, LEARNED = {"source": "drawn"}, {"source": "learned"}
+DIGITS = {
+    "standard": Trained("softmax", bound=Bound(least=0.93)),
+    "static, drawn": Trained("static", DRAWN),
+    "static, learned": Trained("static", LEARNED),
+    "static_embedding": Trained("static_embedding"),
+    "non_approximate": Trained("non_approximate"),
+    "taylor": Trained("taylor"),
+    "none": Trained("none", bound=Bound(0.90, 0.95)),
+    "uniform": Trained("uniform", bound=Bound(most=0.90)),
+}
+COUNTED = Bound(most=0.42)
+RECALL = {
+    "standard": Trained("softmax", bound=NEARLY),
+    "taylor": Trained("taylor", bound=NEARLY),
+    "static_embedding": Trained("static_embedding", bound=NEARLY),
+    "non_approximate": Trained("non_approximate", bound=NEARLY),
+    "static, drawn": Trained("static", DRAWN, COUNTED),
+    "static, learned": Trained("static", LEARNED, COUNTED),
+    "uniform": Trained("uniform", bound=COUNTED),
+    "none": Trained("none", bound=Bound(most=0.16)),
+}
+
+
+def report(found: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of what was measured, see :func:`xattn.eval.studies.content_controls.study`."""
+    yield from _free(found)
+    yield from _indicators(found["described"])
+    yield from _rollout(found)
+    yield from _queries_and_keys(found)
+    yield from _digits(found)
+    yield from _recall(found["recall"])
+
+
+def _table(*titles: str) -> Iterator[str]:
+    yield f"\n| {' | '.join(titles)} |"
+    yield f"| :-- |{' --: |' * (len(titles) - 2)} :-- |"
+
+
+def _free(found: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n## A trained network, {found['photos']} photos, without training"
+    yield from _table("attention", "photos", "right, share", "95 % interval", "expected")
+    for row in FREE:
+        at = mean_interval(np.array(found["free"][row.name]))
+        cells = [f"{at.n}", f"{at.mean:.3f}", f"{at.lo:.3f} to {at.hi:.3f}"]
+        cells.append(row.bound.verdict(at.mean))
+        yield f"| {row.name} | {' | '.join(cells)} |"
+
+
+def _indicators(described: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    titles = list(next(iter(described.values())))
+    yield "\n## How the layers attend: mean over layers, heads and photos\n"
+    yield f"| attention | {' | '.join(titles)} |"
+    yield f"| :-- |{' --: |' * len(titles)}"
+    for name, values in described.items():
+        yield f"| {name} | {' | '.join(f'{values[title]:.3g}' for title in titles)} |"
+
+
+def _rollout(found: Mapping[str, Any]) -> Iterator[str]:
+    one = found["rollout"]
+    alike, right = float(np.mean(one["values"])), float(np.mean(found["free"][one["row"]]))
+    yield "\n## Rollout with the last four blocks uniform"
+    yield from _table("what", "value", "expected")
+    yield (
+        f"| rank correlation with the map as trained, {found['compared']} photos | {alike:.3f} | "
+        f"{Bound(least=0.95).verdict(alike)} |"
+    )
+    yield f"| right, share | {right:.3f} | {Bound(most=0.40).verdict(right)} |"
+
+
+def _queries_and_keys(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"\n## Weights of queries and keys permuted, {found['compared']} photos, {found['permutations']} "
+        f"permutations: rank correlations"
+    )
+    titles = ("mean abs(rho)", "another photo", "abs(mean rho)", "another photo")
+    yield from _table("explainer", *titles, "expected of mean abs(rho)")
+    for name, values in found["qk"].items():
+        both = [np.array(values[key]) for key in ("permuted", "another")]
+        sizes = [float(np.abs(x).mean()) for x in both]
+        cells = [f"{x:.3f}" for x in [*sizes, *(abs(x.mean()) for x in both)]]
+        yield f"| `{name}` | {' | '.join(cells)} | {Bound(most=0.15).verdict(sizes[0])} |"
+
+
+def _digits(found: Mapping[str, Any]) -> Iterator[str]:
+    for rate, rows in found["digits"].items():
+        yield f"\n## Trained with a control: digits, 2 blocks of width 64, learning rate {rate:g}"
+        yield from _table("attention", "right, share", "CPU s", "expected")
+        yield f"| logistic regression on pixels | {found['pixels']:.3f} | | |"
+        for name, seeds in rows.items():
+            bound = DIGITS[name].bound
+            if name == "static, drawn":
+                bound = Bound(least=round(_mean(rows["standard"]) - 0.01, 3))
+            yield _trained_row(name, seeds, bound)
+
+
+def _recall(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:
+    yield "\n## Trained with a control: recall of 8 values by 8 keys, chance 0.125"
+    yield from _table("attention", "right, share", "CPU s", "expected")
+    for name, seeds in rows.items():
+        yield _trained_row(name, seeds, RECALL[name].bound)
+
+
+def _trained_row(name: str, seeds: Sequence[Mapping[str, float]], bound: Bound) -> str:
+    right = spread([one["right"] for one in seeds])
+    seconds = spread([one["seconds"] for one in seeds], 1)
+    return f"| {name} | {right} | {seconds} | {bound.verdict(_mean(seeds))} |"
+
+
+def _mean(seeds: Sequence[Mapping[str, float]]) -> float:
+    return float(np.mean([one["right"] for one in seeds]))
+
+
+PAIRS = VALUES = 8
+TOKENS = {"digits": 16, "recall": 1 + PAIRS}
+BATCH, TESTED = 128, 2000  # sequences of recall
+
+
+def network(task: str, mechanism: str, options: Mapping[str, Any], depth: int = 2) -> nn.Module:
+    """A ViT of width 64 with 4 heads whose blocks have the mechanism; without a class token.
+
+    Its layers start as PyTorch's do, larger than timm's.
+    """
+    shared: dict[str, Any] = {
+        "patch_size": 1, "embed_dim": 64, "depth": depth, "num_heads": 4, "class_token": False,
+        "weight_init": "skip",
+    }  # fmt: skip
+    if task == "digits":
+        shared |= {"patch_size": 2, "img_size": 8, "in_chans": 1, "num_classes": 10}
+        net = VisionTransformer(**shared, global_pool="avg")
+        assert net.pos_embed is not None
+        nn.init.trunc_normal_(net.pos_embed, std=0.02)
+    else:
+        shared |= {"img_size": (1, 1 + PAIRS), "in_chans": PAIRS + VALUES, "num_classes": VALUES}
+        net = VisionTransformer(**shared, global_pool="", pos_embed="none")
+    if mechanism != "softmax":
+        own = {"tokens": TOKENS[task]} if options.get("source") == "learned" else {}
+        convert(net, mechanism, options={**options, **own})
+    return net
+
+
+def digits_right(
+    net: nn.Module, split: Split, steps: int, seed: int, lr: float
+) -> dict[str, float]:
+    """Train on 1,437 digits: the share right of 360 others, and CPU seconds."""
+    seconds = train(net, Training(epochs=max(1, steps // 22), lr=lr, seed=seed), split)
+    return {"right": right(net, split), "seconds": seconds}
+
+
+def recall_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sequences as images (count, 16, 1, 9), the query first, and values (count,)."""
+    keys = torch.rand(count, PAIRS, generator=generator, device="cpu").argsort(1)
+    values = torch.randint(VALUES, (count, PAIRS), generator=generator, device="cpu")
+    asked = torch.randint(PAIRS, (count, 1), generator=generator, device="cpu")
+    query = F.pad(F.one_hot(keys.gather(1, asked), PAIRS), (0, VALUES))
+    pairs = torch.cat([F.one_hot(keys, PAIRS), F.one_hot(values, VALUES)], 2)
+    tokens = torch.cat([query, pairs], 1).float()
+    return tokens.transpose(1, 2)[:, :, None], values.gather(1, asked)[:, 0]
+
+
+def recall_right(
+    net: nn.Module, split: Split, steps: int, seed: int, lr: float = 3e-3
+) -> dict[str, float]:
+    """Train on fresh sequences, reading the query's token: the share right of 2,000 others, and CPU
+    seconds."""
+    generator = torch.Generator().manual_seed(*split.fit([seed]))
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(steps):
+            images, labels = recall_batch(BATCH, generator)
+            yield F.cross_entropy(net(images)[:, 0], labels)
+
+    seconds = minimize(net, losses(), steps, lr, weight_decay=0.0)
+    tests = torch.Generator().manual_seed(*split.score([seed + 1000]))
+    images, labels = recall_batch(TESTED, tests)
+    with torch.no_grad():
+        share = (net(images)[:, 0].argmax(1) == labels).double().mean()
+    return {"right": float(share), "seconds": seconds}
 
 
 @dataclass(frozen=True)
 class ControlStudyConfig:
     """On how many photos controls are measured, whose maps are compared, and how long networks train."""
 
-    photos: int = 500
-    """How many photos, drawn by the seed, are classified."""
+    photos: int = 500  # How many photos, drawn by the seed, are classified.
     fitted: int = 100
     """Of how many of these mean maps are made; the map of one photo is that of the first."""
-    compared: int = 40
-    """On how many of them maps are compared."""
+    compared: int = 40  # On how many of them maps are compared.
     explainers: tuple[str, ...] = (
         "rollout",
         "raw_attention",
@@ -68,18 +358,13 @@ class ControlStudyConfig:
         "input_x_gradient",
     )
     """Whose maps are compared with those of permuted queries and keys."""
-    permutations: int = 3
-    """Of the weights of queries and keys."""
-    digit_steps: int = 440
-    """Of a network trained on digits."""
+    permutations: int = 3  # Of the weights of queries and keys.
+    digit_steps: int = 440  # Of a network trained on digits.
     digit_rates: tuple[float, ...] = (1e-3,)
     """Learning rates of networks trained on digits, a table each."""
-    recall_steps: int = 500
-    """Of a network trained on recall."""
-    seeds: int = 1
-    """Networks of each kind: seeds 0, 1, ..."""
-    seed: int = 0
-    """Of the photos and of what is permuted."""
+    recall_steps: int = 500  # Of a network trained on recall.
+    seeds: int = 1  # Networks of each kind: seeds 0, 1, ...
+    seed: int = 0  # Of the photos and of what is permuted.
 
     def quick(self) -> ControlStudyConfig:
         """A few photos and steps, to see that all runs: no figure of it means anything."""
@@ -116,10 +401,6 @@ def study(
         backbone: a trained ViT; it stays as it is.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
         output: folder of what is finished and of the report.
-
-    Raises:
-        ValueError: too few photos with a class of the backbone, a backbone whose attention cannot be
-            converted, an unknown explainer, or ``output`` holds results of other settings or photos.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -158,8 +439,7 @@ def study(
         "rollout": kept_values(output / "rollout.json", partial(rollout_alike, networks, few)),
         "qk": {
             name: kept_values(
-                output / "qk" / f"{name}.json",
-                partial(qk_alike, backbone, name, few, config),
+                output / "qk" / f"{name}.json", partial(qk_alike, backbone, name, few, config)
             )
             for name in config.explainers
         },

@@ -3,7 +3,7 @@
     python -m xattn.eval.studies length
 
 Each mechanism is the only layer of a small network (:mod:`~xattn.eval.studies.length.network`), trained on
-sequences of one length for each task (:mod:`~xattn.eval.studies.length.tasks`) and tested at others. All
+sequences of one length for each task (:mod:`~xattn.eval.studies.length.network`) and tested at others. All
 are trained for as many steps. The learning rate is chosen for each mechanism and task, by a network of
 another seed and sequences that no table shows.
 
@@ -30,13 +30,15 @@ from xattn.eval.studies.length.length_report import Results, Trained
 from xattn.eval.studies.length.network import (
     LengthNetwork,
     LengthStudyConfig,
+    Recall,
+    Regression,
+    Task,
     held_out,
     made,
     scores,
     train,
     training_seeds,
 )
-from xattn.eval.studies.length.tasks import Recall, Regression, Task
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
@@ -68,10 +70,6 @@ def study(
 
     Args:
         output: folder of learning rates, trained networks, scores and the report.
-
-    Raises:
-        ValueError: a mechanism that is unknown or has no causal form, lengths that a task cannot have, or
-            ``output`` holds results of other settings.
     """
     config = config.quick() if quick else config
     output = Path(output)

@@ -25,7 +25,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record, write_report
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
-from xattn.eval.studies.swap.measures import Block, Explaining, quality
+from xattn.eval.studies.swap.measuring import Block, Explaining, quality
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
@@ -39,26 +39,16 @@ class DepthStudyConfig:
 
     attention: str = "hedgehog"
     """The mechanism, as NAME:option=value,...; it has to have parameters."""
-    last: tuple[int, ...] = (3, 6, 9, 12)
-    """Numbers of blocks, counted from the last."""
-    photos: int = 500
-    """How many photos, drawn by the seed."""
-    folds: int = 2
-    """Parts of the photos; a network for each learns from the other parts."""
-    epochs: int = 6
-    """Passes on the tokens of the trained network."""
-    student_epochs: int = 3
-    """Passes on the tokens of the converted network."""
-    finetune_epochs: int = 6
-    """Passes that train low-rank updates, too."""
-    finetune_lr: float = 1e-3
-    """Their peak learning rate."""
-    heads: int = 32
-    """Photos of a fold on which rows are compared head by head."""
-    seed: int = 0
-    """Of the order of the photos, and of training."""
-    workers: int = 0
-    """Loader processes of training."""
+    last: tuple[int, ...] = (3, 6, 9, 12)  # Numbers of blocks, counted from the last.
+    photos: int = 500  # How many photos, drawn by the seed.
+    folds: int = 2  # Parts of the photos; a network for each learns from the other parts.
+    epochs: int = 6  # Passes on the tokens of the trained network.
+    student_epochs: int = 3  # Passes on the tokens of the converted network.
+    finetune_epochs: int = 6  # Passes that train low-rank updates, too.
+    finetune_lr: float = 1e-3  # Their peak learning rate.
+    heads: int = 32  # Photos of a fold on which rows are compared head by head.
+    seed: int = 0  # Of the order of the photos, and of training.
+    workers: int = 0  # Loader processes of training.
 
 
 STAGES = {"alone": "the mechanism alone", "lora": "low-rank updates, too"}
@@ -85,10 +75,6 @@ def study(
     Args:
         data: photos, see :func:`xattn.explaining.naming.named_photos`; ``labels``: their classes.
         output: folder of the conversions and what was measured. The same command goes on there.
-
-    Raises:
-        ValueError: no photo has a class of the backbone, more blocks than it has, or ``output`` holds
-            results of other settings or photos.
     """
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: config.photos]

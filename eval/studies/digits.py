@@ -29,11 +29,7 @@ class Digits(NamedTuple):
 
 @cache
 def load_digits() -> tuple[Digits, Digits]:
-    """Digits to train on, and to test.
-
-    Raises:
-        ValueError: scikit-learn is not installed.
-    """
+    """Digits to train on, and to test."""
     try:
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split
@@ -72,8 +68,7 @@ class Training:
     weight_decay: float = 0.05
     batch_size: int = 64
     seed: int = 0
-    aux: float = 0.0
-    """Weight of the losses that recorded operators ask for."""
+    aux: float = 0.0  # Weight of the losses that recorded operators ask for.
 
 
 def train(

@@ -37,11 +37,7 @@ class Curves(NamedTuple):
 
 
 class DroppedTokens:
-    """A ViT whose tokens lie on ``cells`` x ``cells`` cells.
-
-    Raises:
-        ValueError: no plain ViT of timm, or a grid that ``cells`` does not divide.
-    """
+    """A ViT whose tokens lie on ``cells`` x ``cells`` cells."""
 
     def __init__(self, backbone: Backbone, cells: int = 7) -> None:
         model: Any = backbone.model

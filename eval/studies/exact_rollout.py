@@ -34,16 +34,11 @@ from xattn.explainers import create_explainer
 class ExactRolloutConfig:
     """What the study of exact rollout trains, and on how many digits it deletes tokens."""
 
-    seeds: int = 3
-    """Networks of each kind: seeds 0, 1, ..."""
-    epochs: int = 20
-    """Passes over the 1,437 digits."""
-    lr: float = 1e-2
-    """Of AdamW; rises for a tenth of the steps, then falls to 0."""
-    residual: Literal["average", "plain"] = "average"
-    """(x + A x) / 2, or x + A x."""
-    digits: int = 100
-    """Of the 360 held out, whose tokens are deleted one by one."""
+    seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
+    epochs: int = 20  # Passes over the 1,437 digits.
+    lr: float = 1e-2  # Of AdamW; rises for a tenth of the steps, then falls to 0.
+    residual: Literal["average", "plain"] = "average"  # (x + A x) / 2, or x + A x.
+    digits: int = 100  # Of the 360 held out, whose tokens are deleted one by one.
 
     def quick(self) -> ExactRolloutConfig:
         """One short training of each: no figure of it means anything."""
@@ -71,11 +66,7 @@ def study(
     config: ExactRolloutConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines.
-
-    Raises:
-        ValueError: ``output`` holds results of other settings, or scikit-learn is not installed.
-    """
+    """Train and measure what is not finished yet, write report.md, and give its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     load_digits()

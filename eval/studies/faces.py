@@ -5,15 +5,22 @@
 Networks of one size and one training; "image" and "landmarks" read one stream. Labels to train on are
 partly false, those of the test are true. Told are the accuracy on all faces and on those with a single
 expression, and how well the confidence 1 - entropy / log K of the prediction tells errors (AUROC).
+
+Generated faces with an expression: drawn from a few numbers, so that landmarks and labels are known.
+
+Six expressions set brows, eyes, nose and mouth. Every face has its own strength of expression, build, pose
+and light; of some, two expressions are blended, and some labels are false, as in photos that people
+labelled. A face is a function of (seed, number) alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,36 +31,184 @@ from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.models.arbex import Arbex
-from xattn.eval.studies.models.faces import EXPRESSIONS, POINTS, Faces, draw_faces
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize
 from xattn.heads.reliability import confidence
+
+EXPRESSIONS = ("happy", "sad", "angry", "surprised", "afraid", "disgusted")
+SHAPE = (
+    "brow raise",
+    "brow slant",
+    "eye opening",
+    "mouth curve",
+    "mouth opening",
+    "mouth width",
+    "nose",
+)
+"""What an expression sets; 0 is neutral. A positive slant lifts the inner ends of the brows."""
+OF_EXPRESSION = np.array(
+    [
+        [0.1, 0.0, -0.3, 1.0, 0.4, 0.6, 0.0],
+        [0.1, 0.8, -0.3, -0.8, 0.0, -0.2, 0.0],
+        [-0.5, -1.0, 0.0, -0.4, 0.1, -0.3, 0.2],
+        [1.0, 0.0, 0.9, 0.0, 1.0, -0.6, 0.0],
+        [0.7, 0.7, 0.8, -0.4, 0.5, 0.2, 0.0],
+        [-0.3, -0.5, -0.6, -0.5, 0.3, 0.1, 1.0],
+    ]
+)
+PARTS = ("brows", "eyes", "nose", "mouth")
+POINTS = (0,) * 6 + (1,) * 8 + (2,) * 3 + (3,) * 6
+"""The part of each landmark: three a brow, four an eye, three of the nose, six of the mouth."""
+DRAWN = 64  # pixels a side that are drawn, then averaged to fewer
+BUILD_NOISE, PIXEL_NOISE, POINT_NOISE = 0.12, 0.03, 0.012
+
+
+class Faces(NamedTuple):
+    """``images`` (n, 1, size, size) in [0, 1]; ``landmarks`` (n, 23, 2), x and y as shares of the image;
+    ``labels`` (n,) as given, some false; ``truth`` (n,), the stronger expression; ``clear`` (n,), whether
+    it is the only one."""
+
+    images: Tensor
+    landmarks: Tensor
+    labels: Tensor
+    truth: Tensor
+    clear: Tensor
+
+
+def draw_faces(
+    count: int, seed: int = 0, *, size: int = 32, blends: float = 0.35, false_labels: float = 0.1
+) -> Faces:
+    """``count`` faces.
+
+    Args:
+        size: pixels a side, a divisor of 64.
+        blends: share of the faces with two expressions; ``false_labels``: of the labels that are wrong.
+    """
+    faces = [
+        _face(np.random.default_rng((seed, i)), size, blends, false_labels) for i in range(count)
+    ]
+    images, points, labels, truth, clear = zip(*faces, strict=True)
+    return Faces(
+        torch.from_numpy(np.stack(images)).float()[:, None],
+        torch.from_numpy(np.stack(points)).float(),
+        *(torch.tensor(column) for column in (labels, truth, clear)),
+    )
+
+
+def _face(
+    rng: np.random.Generator, size: int, blends: float, false_labels: float
+) -> tuple[Any, ...]:
+    first, second = rng.choice(len(EXPRESSIONS), 2, replace=False)
+    share = rng.uniform(0.5, 0.75) if rng.random() < blends else 1.0
+    shape = share * OF_EXPRESSION[first] + (1 - share) * OF_EXPRESSION[second]
+    shape = shape * rng.uniform(0.7, 1.1) + BUILD_NOISE * rng.standard_normal(len(SHAPE))
+    label = first
+    if rng.random() < false_labels:
+        label = (first + rng.integers(1, len(EXPRESSIONS))) % len(EXPRESSIONS)
+    points = landmarks_of(shape, rng.uniform(0.9, 1.1, 3))
+    angle, scale = rng.normal(0, 0.12), rng.uniform(0.85, 1.05)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift = 0.5 + rng.normal(0, 0.03, 2)
+    image = _drawing([part @ turn.T + shift for part in points], scale, shape, rng)
+    image = image.reshape(size, DRAWN // size, size, DRAWN // size).mean((1, 3))
+    light = 1 + rng.normal(0, 0.2) * np.linspace(-1, 1, size)
+    image = image * light + PIXEL_NOISE * rng.standard_normal(image.shape)
+    known = np.concatenate(points[:4]) @ turn.T + shift
+    known = known + POINT_NOISE * rng.standard_normal(known.shape)
+    return image.clip(0, 1), known, int(label), int(first), share == 1.0
+
+
+def landmarks_of(
+    shape: NDArray[np.float64], build: Sequence[float] | NDArray[np.float64] = (1.0, 1.0, 1.0)
+) -> list[NDArray[np.float64]]:
+    """Points of brows, eyes, nose and mouth, then the outline, of an upright face around (0, 0), as shares
+    of the image; ``shape`` (7,) as in :data:`SHAPE`, ``build`` factors for the distance of the eyes, the
+    height of the mouth and the width of the head."""
+    raised, slant, opening, curve, mouth_open, wide, wrinkle = shape
+    apart, low, width = build
+    brows, eyes = [], []
+    for side in (-1, 1):
+        x = side * 0.15 * apart
+        top = -0.20 - 0.035 * raised
+        ends = (0.07, 0.035 * slant)  # the outer end goes down where the inner one goes up
+        brows += [
+            (x + side * ends[0], top + ends[1]),
+            (x, top - 0.012),
+            (x - side * ends[0], top - ends[1]),
+        ]
+        half = 0.035 * max(1 + 0.6 * opening, 0.15)
+        eyes += [(x - 0.055, -0.09), (x, -0.09 - half), (x + 0.055, -0.09), (x, -0.09 + half)]
+    up = 0.025 * wrinkle
+    nose = [(-0.045, 0.06 - up), (0.0, 0.08 - up), (0.045, 0.06 - up)]
+    y, half, gap = 0.22 * low, 0.13 * (1 + 0.35 * wide), 0.012 + 0.05 * max(mouth_open, 0.0)
+    bend = 0.05 * curve  # the corners go up where it is positive
+    mouth = [
+        *((-half, y - bend), (0.0, y - gap + bend), (half, y - bend)),
+        *(
+            (half / 2, y + gap + 0.6 * bend),
+            (0.0, y + gap + bend),
+            (-half / 2, y + gap + 0.6 * bend),
+        ),
+    ]
+    angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    outline = np.stack([0.36 * width * np.cos(angles), 0.44 * np.sin(angles)], 1)
+    return [np.array(part, np.float64) for part in (brows, eyes, nose, mouth, outline)]
+
+
+def _drawing(
+    points: Sequence[NDArray[np.float64]],
+    scale: float,
+    shape: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> NDArray[np.float64]:
+    """The face at 64 x 64 pixels."""
+    from skimage.draw import disk, line, polygon
+
+    brows, eyes, nose, mouth, outline = (part * DRAWN for part in points)
+    image = np.full((DRAWN, DRAWN), rng.uniform(0.0, 0.4))
+    skin, dark = rng.uniform(0.55, 0.9), rng.uniform(0.0, 0.25)
+
+    def fill(corners: NDArray[np.float64], value: float) -> None:
+        image[polygon(corners[:, 1], corners[:, 0], image.shape)] = value
+
+    def stroke(ends: NDArray[np.float64], value: float) -> None:
+        cells = ends.round().astype(int).clip(0, DRAWN - 2)
+        for (x0, y0), (x1, y1) in itertools.pairwise(cells):
+            rows, columns = line(y0, x0, y1, x1)
+            image[rows, columns] = image[rows + 1, columns] = value
+
+    fill(outline, skin)
+    for brow in (brows[:3], brows[3:]):
+        stroke(brow, dark)
+    for eye in (eyes[:4], eyes[4:]):
+        fill(eye, 0.95)
+        middle = eye.mean(0)
+        radius = scale * DRAWN * 0.018
+        image[disk((middle[1], middle[0]), max(radius, 1.0), shape=image.shape)] = dark
+        stroke(eye[[0, 1, 2]], dark)
+    stroke(nose, skin - 0.25)
+    if shape[6] > 0.4:  # wrinkles beside the nose
+        stroke(nose[[0]] + np.array([[-3.0, -3.0], [0.0, -5.0]]), skin - 0.2)
+        stroke(nose[[2]] + np.array([[0.0, -5.0], [3.0, -3.0]]), skin - 0.2)
+    fill(mouth, dark)
+    stroke(mouth[[0, 1, 2, 3, 4, 5, 0]], 0.5 * (dark + skin) - 0.1)
+    return image
 
 
 @dataclass(frozen=True)
 class FaceStudyConfig:
     """The generated faces, and the networks that are trained on them."""
 
-    train: int = 1500
-    """Faces to train on."""
-    tests: int = 500
-    """Faces to test on; their labels are true."""
-    blends: float = 0.35
-    """Share of faces with two expressions."""
-    false_labels: float = 0.1
-    """Share of the labels to train on that are wrong."""
-    epochs: int = 15
-    """Passes over the faces."""
-    batch_size: int = 64
-    """Faces a step."""
-    lr: float = 2e-3
-    """Peak learning rate of AdamW."""
-    anchors: int = 8
-    """Of a class, where predictions are balanced."""
-    seeds: int = 3
-    """Networks of each kind: seeds 0, 1, ..."""
-    data_seed: int = 0
-    """Of the faces."""
+    train: int = 1500  # Faces to train on.
+    tests: int = 500  # Faces to test on; their labels are true.
+    blends: float = 0.35  # Share of faces with two expressions.
+    false_labels: float = 0.1  # Share of the labels to train on that are wrong.
+    epochs: int = 15  # Passes over the faces.
+    batch_size: int = 64  # Faces a step.
+    lr: float = 2e-3  # Peak learning rate of AdamW.
+    anchors: int = 8  # Of a class, where predictions are balanced.
+    seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
+    data_seed: int = 0  # Of the faces.
 
     def quick(self) -> FaceStudyConfig:
         """A short training of each: no figure of it means anything."""
@@ -69,11 +224,7 @@ BALANCED = "-balanced"
 def study(
     output: OutputAt = "runs/study-faces", config: FaceStudyConfig = DEFAULTS, quick: Quick = False
 ) -> Iterator[str]:
-    """Train and measure what is not finished yet, write report.md, and give its lines.
-
-    Raises:
-        ValueError: ``output`` holds results of other settings, or a damaged file.
-    """
+    """Train and measure what is not finished yet, write report.md, and give its lines."""
     config = config.quick() if quick else config
     output = Path(output)
     seed = 2 * config.data_seed

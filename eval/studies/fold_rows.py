@@ -63,11 +63,7 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> Row:
-        """``LABEL=NAME:option=value,...``; without a label the text is the label.
-
-        Raises:
-            ValueError: it has another form.
-        """
+        """``LABEL=NAME:option=value,...``; without a label the text is the label."""
         label, rest = labelled(text)
         name, options = parse_mechanism(rest)
         if name not in list_heads():
@@ -127,9 +123,6 @@ def score_row(
     """Train the head of ``row`` on ``train``, if it is one, and score it on ``held_out``.
 
     ``table`` has the outcomes of all photos, for heads that are trained on them.
-
-    Raises:
-        ValueError: ``folder`` holds a row of other settings.
     """
     record = {**row.record(backbone, seed), "train": names(train)}
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
@@ -168,9 +161,6 @@ def score_explainer(
 ) -> Results:
     """Score the explainer that ``make`` gives on ``held_out``; ``make`` is not called where ``folder`` has
     the results. ``record`` is what the explainer depends on, ``split`` has what ``make`` fits it on.
-
-    Raises:
-        ValueError: ``folder`` holds a row of other settings.
     """
     record = {
         **record, "backbone": backbone.fingerprint,
@@ -260,34 +250,24 @@ def with_compiled_passes(backbone: Backbone) -> None:
 class FoldRows:
     """Score heads and explainers on photos of classes that no head saw, row by row."""
 
-    data: tyro.conf.Positional[str]
-    """A folder with one folder of images a class."""
+    data: tyro.conf.Positional[str]  # A folder with one folder of images a class.
     rows: tuple[str, ...]
     """LABEL=NAME:option=value,... of a head or an explainer; the first is compared with all others."""
-    output: Path = Path("runs/rows")
-    """A folder for each fold and row, and the table of all."""
-    backbone: str = "tf_efficientnet_lite0"
-    """A timm model name."""
-    weights: str = "package"
-    """See xattn train --help."""
-    taps: tuple[str, ...] = ()
-    """See xattn train --help."""
-    folds: int = 5
-    """Number of parts."""
-    only: tuple[int, ...] = ()
-    """These folds alone, so that several processes share the work."""
+    output: Path = Path("runs/rows")  # A folder for each fold and row, and the table of all.
+    backbone: str = "tf_efficientnet_lite0"  # A timm model name.
+    weights: str = "package"  # See xattn train --help.
+    taps: tuple[str, ...] = ()  # See xattn train --help.
+    folds: int = 5  # Number of parts.
+    only: tuple[int, ...] = ()  # These folds alone, so that several processes share the work.
     per_fold: int | None = None
     """Score so many photos of each fold, drawn by its number, where all would take too long."""
     held_out: str | None = None
     """Score these photos with heads trained on all of the data, instead of folds."""
-    metrics: tuple[str, ...] = METRICS
-    """Groups of metrics, see xattn list."""
+    metrics: tuple[str, ...] = METRICS  # Groups of metrics, see xattn list.
     tables: Path = Path("runs/tables")
     """Folder of the tables of outcomes of all data, which rows and folds share."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the scoring passes."""
-    compiled: bool = False
-    """Compile the scoring passes."""
+    precision: Literal["float32", "bfloat16"] = "float32"  # Of the scoring passes.
+    compiled: bool = False  # Compile the scoring passes.
     channels_last: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Memory format of the backbone; faster on CPUs for convolutional networks."""
 
@@ -304,10 +284,6 @@ class FoldRows:
             return {"held-out": (0, list_images(self.held_out))}
         parts = class_folds(paths, self.folds)
         if self.per_fold is not None:
-            if not 1 <= self.per_fold <= min(map(len, parts)):
-                raise ValueError(
-                    f"per_fold: got {self.per_fold}; the smallest fold has {min(map(len, parts))} photos"
-                )
             parts = [sorted(random.Random(k).sample(p, self.per_fold)) for k, p in enumerate(parts)]
         return {f"fold-{k}": (k, parts[k]) for k in self.only or range(self.folds)}
 

@@ -2,39 +2,217 @@
 
     python -m xattn.eval.studies icl
 
-Two networks learn from the same prompts, one of several heads and one of a single head, see
-:mod:`~xattn.eval.studies.in_context`. Their errors stand beside those of gradient descent and of the best
-prediction, and the weights beside what they are to converge to.
+Two networks learn from the same prompts, one of several heads and one of a single head. Their
+errors stand beside those of gradient descent and of the best prediction, and the weights beside what they
+are to converge to.
+
+In-context linear regression by one layer of softmax attention (ICML 2025, arXiv 2503.12734).
+
+    z_l = (x_l, y_l),   z_q = (x_q, 0),   y^ = sum_h sum_l softmax_l(z_l^T KQ_h z_q) (OV_h . z_l)
+
+with x ~ N(0, I_d), y = beta . x + e, beta ~ N(0, I_d / d), e ~ N(0, s). What trained heads converge to is
+known: KQ_h = w_h I on the inputs and 0 on y, OV_h = (0, ..., 0, mu_h), sum_h mu_h = 0. Together they take
+one step of gradient descent on the examples, their mean input subtracted:
+
+    y^ = eta / L sum_l y_l (x_l - mean x) . x_q,   eta = sum_h mu_h w_h,   best at L / (L + d + d s)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.in_context import (
-    Circuit,
-    InContext,
-    InContextConfig,
-    bayes,
-    best_eta,
-    circuit,
-    draw,
-    gradient_descent,
-    risk,
-    train,
-    training_seeds,
-)
 from xattn.eval.studies.kept import kept_record, reported
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class InContextConfig:
+    """The prompts and the training of in-context regression."""
+
+    width: int = 5  # d, the number of inputs x of an example.
+    examples: int = 40  # L, the number of examples of a prompt.
+    heads: int = 2
+    """Of the network whose circuit is read; beside it one with a single head is trained."""
+    noise: float = 0.1  # Variance of y around its mean.
+    steps: int = 40_000  # Of Adam; the last quarter with a tenth of the learning rate.
+    batch_size: int = 256  # Prompts a step, all of them new.
+    lr: float = 2e-3  # Learning rate of Adam.
+    tests: int = 65_536  # Prompts of each test.
+    longer: int = 160  # Examples of a prompt in the test of longer prompts.
+    slack: float = 1.0  # Factor of all thresholds.
+    seed: int = 0  # Of weights and prompts.
+
+    def quick(self) -> InContextConfig:
+        """6,000 steps, and thresholds that are three times as wide."""
+        return replace(self, steps=6_000, tests=8_192, slack=3.0)
+
+
+BLOCK = 100  # steps whose prompts are drawn together
+START = 0.1  # deviation of the weights before training
+
+
+class Prompts(NamedTuple):
+    """``x`` (B, L + 1, d), the query's input last, and ``y`` (B, L + 1), the last of which is asked for."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Circuit(NamedTuple):
+    """What the weights of a network are, beside what they converge to.
+
+    ``omega`` and ``mu`` (H,); the largest other entry of KQ over the smallest |w|, and of OV over the
+    smallest |mu|; |sum mu| / sum |mu|; and ``eta``.
+    """
+
+    omega: Tensor
+    mu: Tensor
+    other_kq: float
+    other_ov: float
+    imbalance: float
+    eta: float
+
+
+class InContext(nn.Module):
+    """Networks side by side, of ``heads`` each, that read the same prompts.
+
+    Args:
+        width: d.
+        heads: H of each network; their heads follow each other in ``kq`` (H, d + 1, d + 1), whose last
+            column meets the 0 of the query, and in ``ov`` (H, d + 1).
+    """
+
+    def __init__(self, width: int, heads: Sequence[int], generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = list(heads)
+        total = sum(heads)
+        self.kq = nn.Parameter(
+            START * torch.randn(total, width + 1, width + 1, generator=generator)
+        )
+        self.ov = nn.Parameter(START * torch.randn(total, width + 1, generator=generator))
+
+    def contributions(self, prompts: Prompts) -> Tensor:
+        """p_l OV_h . z_l, (B, H, L): what each example adds to the prediction, by head."""
+        width = prompts.x.shape[2]
+        z = torch.cat([prompts.x, prompts.y[..., None]], 2)[:, :-1]
+        queries = (prompts.x[:, -1] @ self.kq[..., :width].flatten(0, 1).mT).unflatten(
+            1, (-1, width + 1)
+        )
+        weights = (queries @ z.mT).softmax(-1)
+        return weights * (z @ self.ov.mT).mT
+
+    def forward(self, prompts: Prompts) -> Tensor:
+        """y^ of each network, (networks, B)."""
+        per_head = self.contributions(prompts).sum(-1)
+        return torch.stack([part.sum(1) for part in per_head.split(self.heads, 1)])
+
+
+def draw(count: int, examples: int, config: InContextConfig, seed: int) -> Prompts:
+    """``count`` prompts, a pure function of ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    d = config.width
+    x = torch.randn(count, examples + 1, d, generator=generator)
+    beta = torch.randn(count, d, 1, generator=generator) * d**-0.5
+    noise = torch.randn(count, examples + 1, generator=generator) * config.noise**0.5
+    return Prompts(x, (x @ beta)[..., 0] + noise)
+
+
+def training_seeds(config: InContextConfig) -> list[int]:
+    """Of the prompts of each block of steps."""
+    return [1_000_003 * (config.seed + 1) + i for i in range(-(-config.steps // BLOCK))]
+
+
+def batches(config: InContextConfig, first: int) -> Iterator[Prompts]:
+    """The prompts of each step from number ``first`` on."""
+    seeds = training_seeds(config)
+    for block in range(first // BLOCK, len(seeds)):
+        many = draw(BLOCK * config.batch_size, config.examples, config, seeds[block])
+        steps = zip(many.x.split(config.batch_size), many.y.split(config.batch_size), strict=True)
+        for number, (x, y) in enumerate(steps, block * BLOCK):
+            if first <= number < config.steps:
+                yield Prompts(x, y)
+
+
+def train(
+    model: InContext, optimizer: Any, config: InContextConfig, first: int = 0, progress: bool = True
+) -> Iterator[int]:
+    """Minimise the squared errors of all networks together; gives the number of steps after each block."""
+    bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress)
+    for step, prompts in enumerate(batches(config, first), first + 1):
+        late = step > 3 * config.steps // 4
+        optimizer.param_groups[0]["lr"] = config.lr * (0.1 if late else 1)
+        optimizer.zero_grad(set_to_none=True)
+        errors = model(prompts) - prompts.y[:, -1]
+        errors.square().mean(1).sum().backward()
+        optimizer.step()
+        if step % BLOCK == 0 or step == config.steps:
+            bar.update(step - bar.n)
+            yield step
+    bar.close()
+
+
+@torch.no_grad()
+def circuit(kq: Tensor, ov: Tensor) -> Circuit:
+    """Read the weights (H, d + 1, d + 1) and (H, d + 1) of one network; KQ's last column is free."""
+    kq, ov = kq.double(), ov.double()
+    width = kq.shape[-1] - 1
+    omega = kq.diagonal(dim1=1, dim2=2)[:, :width].mean(1)
+    ideal = torch.zeros_like(kq[..., :width])
+    ideal.diagonal(dim1=1, dim2=2).copy_(omega[:, None].expand(-1, width))
+    mu = ov[:, -1]
+    return Circuit(
+        omega,
+        mu,
+        float((kq[..., :width] - ideal).abs().max() / omega.abs().min()),
+        float(ov[:, :-1].abs().max() / mu.abs().min()),
+        float(mu.sum().abs() / mu.abs().sum()),
+        float((mu * omega).sum()),
+    )
+
+
+def best_eta(config: InContextConfig, examples: int, debiased: bool = True) -> float:
+    """The step of gradient descent with the least error: L / (L + d + d s), without debiasing
+    L / (L + 1 + d + d s)."""
+    d = config.width
+    return examples / (examples + (not debiased) + d + d * config.noise)
+
+
+def risk(config: InContextConfig, examples: int, eta: float | None = None) -> float:
+    """Expected squared error of debiased gradient descent with ``eta``, by default the best."""
+    d, n = config.width, examples - 1
+    first = n / examples
+    second = n * (n + d + 1 + d * config.noise) / examples**2
+    eta = best_eta(config, examples) if eta is None else eta
+    return config.noise + 1 - 2 * eta * first + eta**2 * second
+
+
+def gradient_descent(prompts: Prompts, eta: float, debiased: bool = True) -> Tensor:
+    """eta / L sum_l y_l (x_l - mean x) . x_q, (B,); without ``debiased`` the mean is not subtracted."""
+    x, y = prompts.x[:, :-1], prompts.y[:, :-1]
+    if debiased:
+        x = x - x.mean(1, keepdim=True)
+    slope = (y[..., None] * x).mean(1)
+    return eta * (slope * prompts.x[:, -1]).sum(1)
+
+
+def bayes(prompts: Prompts, noise: float) -> Tensor:
+    """Ridge regression with the true variances, the best prediction of all, (B,)."""
+    x, y = prompts.x[:, :-1].double(), prompts.y[:, :-1].double()
+    d = x.shape[2]
+    gram = x.mT @ x + d * noise * torch.eye(d, dtype=torch.float64)
+    beta = torch.linalg.solve(gram, x.mT @ y[..., None])
+    return (prompts.x[:, -1:].double() @ beta)[:, 0, 0].float()
+
 
 CHECKPOINT_EVERY = 2_000
 AT_ONCE = 4_096  # prompts of a test
@@ -59,9 +237,6 @@ def study(
 
     Args:
         output: folder of checkpoints, of report.md, circuit.json and circuit.png.
-
-    Raises:
-        ValueError: ``output`` holds results of other settings.
     """
     config = config.quick() if quick else config
     output = Path(output)

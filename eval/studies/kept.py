@@ -18,11 +18,7 @@ AGAIN = "delete it, to measure again"
 
 
 def kept_record(file: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``file`` holds ``record``; it is written where there is none.
-
-    Raises:
-        ValueError: it holds another one.
-    """
+    """Whether ``file`` holds ``record``; it is written where there is none."""
     record = json.loads(json.dumps(record))
     if file.is_file():
         if strict_json.read(file, "output", "choose a new folder") == record:
@@ -40,11 +36,7 @@ def kept_values(file: Path, measure: Callable[[], Any]) -> Any:
 
 
 def finished_values(file: Path, record: Mapping[str, Any]) -> Any:
-    """The values that ``file`` holds beside ``record``; None if there is no such file.
-
-    Raises:
-        ValueError: it holds another record.
-    """
+    """The values that ``file`` holds beside ``record``; None if there is no such file."""
     if not file.is_file():
         return None
     kept = strict_json.read(file, "output", AGAIN)
@@ -69,10 +61,6 @@ def measure_rows(
 
     A row is called with the split that it takes its samples by, and a seed; its file holds what was fitted
     and scored, too.
-
-    Raises:
-        ValueError: ``output`` holds results of other settings, or a damaged file. RuntimeError: a row that
-            scored nothing by its split.
     """
     check_folder(output)
     kept_record(output / "record.json", settings)

@@ -43,22 +43,14 @@ class DialStudyConfig:
 
     betas: tuple[float, ...] = (0.0, 4.0, 16.0, 64.0)
     """Turns of the dial; 0, as trained, is always measured."""
-    last: int = 3
-    """How many of the last blocks get it; all blocks are measured beside them."""
-    steered: int = 6
-    """How many of the last blocks are steered to a quadrant."""
-    steer_beta: float = 2.0
-    """How strongly."""
-    photos: int = 100
-    """How many photos, drawn by the seed."""
-    variance: float = 0.7
-    """Of a recruited region of keys, as a share of the keys' own."""
-    draws: int = 50
-    """Drawn sets of points that regions are recruited for."""
-    batch_size: int = 10
-    """Photos a pass."""
-    seed: int = 0
-    """Of the photos."""
+    last: int = 3  # How many of the last blocks get it; all blocks are measured beside them.
+    steered: int = 6  # How many of the last blocks are steered to a quadrant.
+    steer_beta: float = 2.0  # How strongly.
+    photos: int = 100  # How many photos, drawn by the seed.
+    variance: float = 0.7  # Of a recruited region of keys, as a share of the keys' own.
+    draws: int = 50  # Drawn sets of points that regions are recruited for.
+    batch_size: int = 10  # Photos a pass.
+    seed: int = 0  # Of the photos.
 
     def quick(self) -> DialStudyConfig:
         """A few photos and draws, to see that all runs: no figure of it means anything."""
@@ -85,10 +77,6 @@ def study(
         backbone: a trained ViT; it stays as it is.
         data, labels: as in :func:`~xattn.eval.studies.swapped_attention.study`.
         output: folder of what is measured and of the report.
-
-    Raises:
-        ValueError: no photo has a class of the backbone, fewer blocks than are asked for, or ``output``
-            holds results of other settings or photos.
     """
     config = config.quick() if quick else config
     output = Path(output)

@@ -10,17 +10,32 @@ the training photos of a fold and scored on its held-out photos, or on those of 
 (``passes``, ``maps``), its own options, and options of the head: ``base:photos=50``, ``base:seed=3``,
 ``joint:weight=0.1``. A trial that is finished is read, and a killed one goes on. Random labels are a
 study of their own, :mod:`~xattn.eval.studies.random_labels`.
+
+Trials whose loss reads more than a table of outcomes: empty photos, T-TAME's objective, or a teacher.
+
+    L = L_outcomes + weight x efficiency,    L = L_outcomes + weight x L_T-TAME,    L = 1 - corr(S, teacher)
+
+The first two are added to the loss of outcomes, the third replaces it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
+from xattn.config import TrainConfig
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.metrics.base import Probe
 from xattn.eval.report.text_tables import format_table
@@ -41,9 +56,10 @@ from xattn.eval.studies.fold_rows import (
     taken,
     with_interval,
 )
-from xattn.eval.studies.trial_heads import EvidenceWithPositions, SigmoidEvidence
-from xattn.eval.studies.trial_objectives import distilled, joint, with_efficiency
+from xattn.eval.studies.outcome_losses import Distilled, Efficiency
 from xattn.eval.studies.trial_training import (
+    EvidenceWithPositions,
+    SigmoidEvidence,
     Trial,
     TrialRun,
     closed_form,
@@ -52,14 +68,133 @@ from xattn.eval.studies.trial_training import (
     on_own_masks,
     on_two_tables,
     one_head,
+    trained,
     untrained_head,
 )
-from xattn.heads.evidence import PARTS
+from xattn.explainers import Explainer, create_explainer
+from xattn.heads.evidence import PARTS, standardised
 from xattn.photos.images import list_images, load_image
+from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
-from xattn.runtime.files import write_text
+from xattn.runtime.files import atomic_file, write_text
 from xattn.runtime.names import did_you_mean
-from xattn.training.outcome_masks import KINDS
+from xattn.training.data import TrainImages
+from xattn.training.objective import objective
+from xattn.training.outcome_fitting import OutcomePlaces, OutcomesJob
+from xattn.training.outcome_masks import CELLS, FILLS, KINDS, background
+from xattn.training.run import Run
+from xattn.training.tap_store import Place
+
+
+def with_efficiency(trial: Trial, run: TrialRun) -> Explainer:
+    """A head whose loss has the efficiency term, ``weight`` times."""
+    terms = Efficiency(empty_logits(run.backbone, trial.chosen(run)), trial.options["weight"])
+    return trial.explainer(run, trained(trial, run, run.folder / "run", terms=terms))
+
+
+def empty_logits(backbone: Backbone, photos: Sequence[Path]) -> dict[str, Tensor]:
+    """The logits (F, K) of what lies behind the masks of each photo, by its name."""
+    found, dtype = {}, next(backbone.parameters()).dtype
+    for name, image in readable(backbone, photos):
+        behind = torch.stack([background(image, fill) for fill in FILLS])
+        # With gradients, as passes without them may be compiled anew for each batch size.
+        found[name] = backbone.logits(behind.to(backbone.device, dtype)).detach().float().cpu()
+    return found
+
+
+def readable(backbone: Backbone, photos: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The names of the photos that can be read, with their evaluation crops (3, H, W)."""
+    opened = open_photos(photos)
+    images = TrainImages(opened, backbone.preprocessing, 0, augment=False)
+    for i in range(len(opened)):
+        image = images[0, i][1]
+        if image is not None:
+            yield opened.name(i), image
+
+
+def joint(trial: Trial, run: TrialRun) -> Explainer:
+    """A head whose loss has T-TAME's objective on ``photos`` of each batch, ``weight`` times."""
+
+    def job(*arguments: Any) -> OutcomesJob:
+        return JointJob(*arguments, weight=trial.options["weight"], count=trial.options["photos"])
+
+    return trial.explainer(run, trained(trial, run, run.folder / "run", job=job))
+
+
+class JointJob(OutcomesJob):
+    """Outcomes, and T-TAME's objective (recipe "small") on the first ``count`` photos of each batch,
+    ``weight`` times."""
+
+    def __init__(self, *arguments: Any, weight: float, count: int) -> None:
+        super().__init__(*arguments)
+        backbone, photos, _, _, config, *_ = arguments
+        if config.crops > 1:
+            raise ValueError(
+                f"crops: got {config.crops}; T-TAME's part sees the model's own crop, give 1"
+            )
+        self.weight, self.count, self.masking = weight, count, TrainConfig("small")
+        self.images = TrainImages(photos, backbone.preprocessing, config.seed, augment=False)
+        self._kept: dict[int, Tensor] = {}
+
+    def losses(
+        self, run: Run[Any], backbone: Backbone, places: list[Place], batch: OutcomePlaces
+    ) -> dict[str, Tensor]:
+        """As :meth:`OutcomesJob.losses`, with ``masking``, T-TAME's loss."""
+        terms = super().losses(run, backbone, places, batch)
+        images = torch.stack([self._image(self.numbers[i]) for _, i in places[: self.count]])
+        with run.forward(batch.share):
+            found = objective(
+                run.head, backbone, images.to(backbone.device), self.masking, run.head.mask_policy
+            )
+        return {**terms, "loss": terms["loss"] + self.weight * found.loss, "masking": found.loss}
+
+    def _image(self, number: int) -> Tensor:
+        """The evaluation crop of a photo, kept in bytes."""
+        if number not in self._kept:
+            image = self.images[0, number][1]
+            if image is None:
+                raise OSError("data: an image that could be read before no longer can")
+            self._kept[number] = (image * 255).round().to(torch.uint8)
+        return self._kept[number].float() / 255
+
+
+def distilled(trial: Trial, run: TrialRun) -> Explainer:
+    """A head that learns the mean map of the explainers in ``options``, by correlation."""
+    terms = Distilled(teacher_maps(run, trial.chosen(run), trial.options))
+    return trial.explainer(run, trained(trial, run, run.folder / "run", terms=terms))
+
+
+def teacher_maps(
+    run: TrialRun, photos: Sequence[Path], methods: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """The mean (28, 28) of the standardised maps of ``methods`` (name -> options) of each photo's most
+    probable class, by its name. Each is kept in a file, and read where it is there."""
+    explainers = [
+        create_explainer(name, run.backbone, max_forward_batch=run.max_forward_batch, **options)
+        for name, options in methods.items()
+    ]
+    text = json.dumps([run.backbone.fingerprint, methods], sort_keys=True)
+    about = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = run.tables / f"{run.backbone.name}-maps-{'+'.join(methods)}-{about}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    images = readable(run.backbone, photos)
+    for name, image in tqdm(images, "teacher maps", len(photos), disable=not run.progress):
+        digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+        place = folder / f"{digest[:32]}.npy"
+        if not place.is_file():
+            maps = _mean_map(run.backbone, explainers, image[None]).numpy()
+            with atomic_file(place) as temporary, temporary.open("wb") as stream:
+                np.save(stream, maps)
+        found[name] = torch.from_numpy(np.load(place))
+    return found
+
+
+def _mean_map(backbone: Backbone, explainers: Sequence[Explainer], image: Tensor) -> Tensor:
+    target = backbone.logits(image.to(backbone.device)).argmax(1).cpu()
+    maps = [explainer.attribute(image, target).float().cpu() for explainer in explainers]
+    cells = [standardised(F.adaptive_avg_pool2d(found, CELLS)) for found in maps]
+    return torch.stack(cells).mean(0)[0, 0]
 
 
 def _one(about: str, **changed: Any) -> Trial:
@@ -173,11 +308,7 @@ TRIALS: Mapping[str, Trial] = {
 
 
 def parse_trial(text: str) -> tuple[str, Trial]:
-    """The label and the trial of ``LABEL=NAME:option=value,...``; without a label the text is the label.
-
-    Raises:
-        ValueError: it has another form, or there is no such trial.
-    """
+    """The label and the trial of ``LABEL=NAME:option=value,...``; without a label the text is the label."""
     label, rest = labelled(text)
     name, options = parse_mechanism(rest)
     if name not in TRIALS:
@@ -202,11 +333,7 @@ def score_trial(
     metrics: Sequence[str | Probe] = METRICS,
     precision: str = "float32",
 ) -> Results:
-    """Run ``trial`` in the folder of ``run``, and score it on ``held_out``.
-
-    Raises:
-        ValueError: the folder holds a trial of other settings.
-    """
+    """Run ``trial`` in the folder of ``run``, and score it on ``held_out``."""
     return score_explainer(
         run.backbone, label, lambda: trial.make(trial, run), trial.record(run), held_out, run.folder,
         run.split, metrics=metrics, precision=precision, max_forward_batch=run.max_forward_batch,
@@ -217,9 +344,6 @@ def score_trial(
 def unannotated(backbone: Backbone, folder: str | Path) -> list[Path]:
     """The photos of ``folder/images`` whose predicted class has no object in the annotations of ``folder``:
     to choose by, where the others are to report.
-
-    Raises:
-        ValueError: all have one, or as :func:`~xattn.eval.annotations.objects.load_annotations`.
     """
     folder = Path(folder)
     annotations = load_annotations(folder, backbone)
@@ -259,18 +383,15 @@ class OutcomeTrials(FoldRows):
 
     trials: tuple[str, ...] = ("base",)
     """LABEL=NAME:option=value,...; all others are compared with the first."""
-    rows: tuple[str, ...] = ()
-    """Heads and explainers to stand beside them, as in fold_rows."""
-    output: Path = Path("runs/trials")
-    """A folder for each fold and trial, and the table of all."""
+    rows: tuple[str, ...] = ()  # Heads and explainers to stand beside them, as in fold_rows.
+    output: Path = Path("runs/trials")  # A folder for each fold and trial, and the table of all.
     held_out: str | None = None
     """Score these photos with heads trained on the training photos of one fold, instead of folds."""
     unannotated: str | None = None
     """Score the photos of this folder's images whose predicted class has no object in its annotations."""
     train_fold: int = 0
     """The fold whose training photos are taken for --held-out and --unannotated."""
-    workers: int = 0
-    """Data loader processes of training."""
+    workers: int = 0  # Data loader processes of training.
 
     def parts_to_score(
         self, backbone: Backbone, paths: Sequence[Path]

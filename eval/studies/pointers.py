@@ -2,23 +2,185 @@
 
     python -m xattn.eval.studies pointer
 
-The networks and their tests are those of :mod:`~xattn.eval.studies.pointer_points`. What is finished stays
+What is finished stays
 in the output folder; the same command goes on there. With photos the command is another study, see
 :mod:`~xattn.eval.studies.cell_orders`.
+
+Pointer networks on points: hulls at numbers they were not trained on, shortest tours, and triangles.
+
+Every network has the same width, samples, batches and learning rate; only the encoder or the task differs.
+Samples are drawn anew for every step, with a number of points drawn for the step; tests are drawn apart.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
+from xattn.eval.studies.models.point_sets import (
+    PointerNet,
+    Samples,
+    draw,
+    greedy_tour,
+    hull_coverage,
+    tour_length,
+    triangle_coverage,
+    two_opt,
+)
 from xattn.eval.studies.options import OutputAt, Quick
-from xattn.eval.studies.pointer_points import ROWS, PointStudyConfig, measure
+from xattn.eval.studies.small_training import minimize, single_thread
 from xattn.runtime.files import atomic_file
+
+
+@dataclass(frozen=True)
+class PointStudyConfig:
+    """What the pointer networks of the study are trained on, and how they are tested."""
+
+    seeds: int = 3  # Networks of each kind: seeds 0, 1, ...
+    samples: int = 72_000  # Drawn to train one network on, each once.
+    batch_size: int = 64  # Samples a step, all with as many points.
+    width: int = 96  # Of the vectors of every network.
+    lr: float = 2e-3  # Of AdamW; rises for a tenth of the steps, then half a cosine to 0.
+    tests: int = 1_000  # Samples of each test.
+    beam: int = 4  # Sequences that the search of tours keeps.
+
+    def quick(self) -> PointStudyConfig:
+        """A few steps of each: no figure of it means anything."""
+        return replace(self, seeds=1, samples=512, tests=20, width=16)
+
+
+TEST_SEED = 2**33  # beyond all steps of all trainings
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network: its task, the numbers of points that it is trained on and tested at, and its options."""
+
+    task: str
+    trained: tuple[int, ...]
+    tested: tuple[int, ...]
+    encoder: str = "set"
+
+
+ROWS = {
+    "hull-set": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20)),
+    "hull-lstm": Row("hull", (5, 6, 7, 8, 9, 10), (5, 7, 10, 15, 20), "lstm"),
+    "tsp-set": Row("tsp", (5, 6, 7, 8, 9, 10), (5, 10)),
+    "tsp-lstm": Row("tsp", (5, 6, 7, 8, 9, 10), (5, 10), "lstm"),
+    "delaunay-set": Row("delaunay", (5,), (5,)),
+    "delaunay-lstm": Row("delaunay", (5,), (5,), "lstm"),
+}
+
+
+def network(row: Row, width: int) -> PointerNet:
+    """Untrained; tours have no end symbol, triangles visit points again."""
+    return PointerNet(
+        width,
+        encoder=row.encoder,  # type: ignore[arg-type]
+        revisit=row.task == "delaunay",
+        end=row.task != "tsp",
+    )
+
+
+def measure(name: str, config: PointStudyConfig, split: Split, seed: int) -> dict[str, Any]:
+    """Train the network ``name``, and test it: CPU ``seconds`` of both and values by number of points."""
+    row = ROWS[name]
+    net = network(row, config.width)
+    seconds = train(net, row, config, split, seed)
+    start = time.process_time()
+    tests: dict[str, Any] = {}
+    with single_thread():
+        for points in row.tested:
+            (of_test,) = split.score([(TEST_SEED, points)])
+            samples = draw(row.task, points, config.tests, of_test)
+            tests[str(points)] = TESTS[row.task](net, samples, config)
+    return {
+        "seconds": seconds,
+        "test_seconds": time.process_time() - start,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "tests": tests,
+    }
+
+
+def train(net: PointerNet, row: Row, config: PointStudyConfig, split: Split, seed: int) -> float:
+    """Train ``net``, and give the CPU seconds, those of the truth included."""
+    steps = max(2, config.samples // config.batch_size)
+    sizes = np.random.default_rng((seed, 0)).choice(row.trained, steps)
+    seeds = split.fit([(seed, 1 + step) for step in range(steps)])
+    losses = (
+        net.loss(*tensors(draw(row.task, points, config.batch_size, of_step)))
+        for of_step, points in zip(seeds, sizes.tolist(), strict=True)
+    )
+    return minimize(net, losses, steps, config.lr, weight_decay=0.01, max_norm=2.0)
+
+
+def tensors(samples: Samples) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(samples.points).float(), torch.from_numpy(samples.answers)
+
+
+def _answers(net: PointerNet, samples: Samples, beam: int = 1) -> list[list[int]]:
+    found = net.answers(tensors(samples)[0], beam).tolist()
+    return [[i for i in answer if i >= 0] for answer in found]
+
+
+def _truth(samples: Samples) -> list[list[int]]:
+    return [[i for i in answer if i >= 0] for answer in samples.answers.tolist()]
+
+
+def hull_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """``exact`` order, ``failed`` answers, and ``area`` of the others over the hull's."""
+    answers = _answers(net, samples)
+    areas = [hull_coverage(x, a) for x, a in zip(samples.points, answers, strict=True)]
+    good = [area for area in areas if area is not None]
+    return {
+        "exact": _share(a == t for a, t in zip(answers, _truth(samples), strict=True)),
+        "failed": 1 - len(good) / len(areas),
+        "area": float(np.mean(good)) if good else 0.0,
+    }
+
+
+def tour_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """Mean lengths over the shortest tours' of ``greedy`` decoding and of ``beam``, and of two controls."""
+    best = tour_length(samples.points, samples.answers)
+
+    def ratio(tours: Sequence[Sequence[int]]) -> float:
+        return float(np.mean(tour_length(samples.points, np.array(tours)) / best))
+
+    return {
+        "greedy": ratio(_answers(net, samples)),
+        "beam": ratio(_answers(net, samples, config.beam)),
+        "nearest": ratio([greedy_tour(x) for x in samples.points]),
+        "two_opt": ratio([two_opt(x) for x in samples.points]),
+        "length": float(best.mean()),
+    }
+
+
+def triangle_test(net: PointerNet, samples: Samples, config: PointStudyConfig) -> dict[str, float]:
+    """``exact`` sequence, and ``coverage``: the share of triangles that are found."""
+    answers, truth = _answers(net, samples), _truth(samples)
+    pairs = list(zip(truth, answers, strict=True))
+    return {
+        "exact": _share(t == a for t, a in pairs),
+        "coverage": float(np.mean([triangle_coverage(t, a) for t, a in pairs])),
+    }
+
+
+def _share(right: Any) -> float:
+    return float(np.mean(list(right)))
+
+
+TESTS = {"hull": hull_test, "tsp": tour_test, "delaunay": triangle_test}
+
 
 DEFAULTS = PointStudyConfig()
 AIMS = {5: "at least .90", 7: "at least .88", 10: "at least .83", 15: "at least .55"}
@@ -31,11 +193,7 @@ def study(
     config: PointStudyConfig = DEFAULTS,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train and test what is not finished yet, write report.md and a plot, and give the report's lines.
-
-    Raises:
-        ValueError: ``output`` holds results of other settings.
-    """
+    """Train and test what is not finished yet, write report.md and a plot, and give the report's lines."""
     config = config.quick() if quick else config
     output = Path(output)
     settings = {key: value for key, value in asdict(config).items() if key != "seeds"}

@@ -48,11 +48,7 @@ class Phrase(NamedTuple):
 
 
 def parse(line: str) -> tuple[tuple[str, ...], list[Phrase]]:
-    """Words and phrases of a tree, the whole sentence last.
-
-    Raises:
-        ValueError: the brackets do not match, or a label is missing or not 0 to 4.
-    """
+    """Words and phrases of a tree, the whole sentence last."""
     words: list[str] = []
     phrases: list[Phrase] = []
     open_phrases: list[tuple[int, int]] = []
@@ -81,11 +77,7 @@ def parse(line: str) -> tuple[tuple[str, ...], list[Phrase]]:
 
 
 def read(path: str | Path) -> list[Sentence]:
-    """The sentences of a file of trees that are not neutral.
-
-    Raises:
-        ValueError: a line is not a tree; it is named. OSError: the file cannot be read.
-    """
+    """The sentences of a file of trees that are not neutral."""
     found = []
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -32,11 +32,7 @@ class Photo:
 def labelled_photos(
     backbone: Backbone, data: str | Path, labels: str | Path, seed: int = 0
 ) -> list[Photo]:
-    """The photos with a class of ``backbone``, in an order drawn by ``seed``.
-
-    Raises:
-        ValueError: there is none, or photos that are no files.
-    """
+    """The photos with a class of ``backbone``, in an order drawn by ``seed``."""
     sources = named_photos(data)
     truth = true_classes_of(sources, labels, backbone)
     photos = []

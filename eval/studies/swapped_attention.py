@@ -5,9 +5,15 @@
 All networks share the weights and see the same photos; the first row is the model as it was trained. Only
 where a mechanism keeps most of the accuracy does the registry call it training-free. Those that need
 training have a second row, distilled on photos that it is not measured on. Positions are resized to
-larger sizes. Controls (:mod:`~xattn.eval.studies.swap.controls`) say what a figure is worth.
+larger sizes. Controls say what a figure is worth.
 
 A new mechanism is a line in ``SWAPS``. Everything finished is kept in the output folder.
+
+Attention to compare mechanisms with: random blocks, the exact best keys, and all keys alike.
+
+Each converts a network as a mechanism does. The first two are not in the registry, since nobody should use
+them; they read 48 patches at most for each query, like most mechanisms at their defaults; prefix tokens
+are read by all and see all.
 """
 
 from __future__ import annotations
@@ -15,18 +21,76 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 import tyro
 
+from xattn.attention.base import Entry, Mechanism, with_entry
+from xattn.attention.inputs import Inputs
+from xattn.attention.mechanisms.controls import Uniform
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.patterns import pattern_operator
+from xattn.attention.operators.pooled_blocks import pooled_blocks
+from xattn.attention.selection import Blocks
 from xattn.backbone import load_conversion
 from xattn.config import DistillConfig
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
 from xattn.eval.studies.study_photos import labelled_photos
-from xattn.eval.studies.swap.controls import CONTROLS
-from xattn.eval.studies.swap.measuring import Measuring, SwapStudyConfig
-from xattn.eval.studies.swap.networks import Networks
+from xattn.eval.studies.swap.measuring import Measuring, Networks, SwapStudyConfig
 from xattn.eval.studies.swap.report import photo_values, table_lines, write
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
 from xattn.runtime.files import check_folder, write_rows
+
+
+class RandomBlocks(Mechanism):
+    """The own tile of 4 x 4 patches and others drawn at random, for each head: what choosing is worth.
+
+    Args:
+        block: side of a tile; ``selected``: tiles that a query's tile reads, its own among them.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, block: int = 4, selected: int = 3, *, backend: str = "auto"
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.block, self.selected = block, selected
+        self.seed = int(torch.randint(2**31, (), device="cpu"))  # differs from layer to layer
+
+    def operator(self, inputs: Inputs) -> Operator:
+        assert inputs.grid is not None
+        blocks = pooled_blocks(
+            inputs.grid, self.block, self.block, self.block, inputs.prefix, False, inputs.q.device
+        )
+        count = blocks.count
+        generator = torch.Generator().manual_seed(self.seed)
+        score = torch.rand(1, self.num_heads, count, count, generator=generator, device="cpu")
+        score.diagonal(dim1=2, dim2=3).fill_(2.0)
+        index = score.topk(min(self.selected, count), -1).indices.int().to(inputs.q.device)
+        pattern = blocks.pattern(Blocks(index, blocks.q_block, blocks.k_block))
+        return pattern_operator(inputs, pattern, backend=self.backend)
+
+
+class ExactTopK(Mechanism):
+    """The ``keys`` patches with the highest scores, found by computing all: what any choice can reach."""
+
+    def __init__(self, dim: int, num_heads: int, keys: int = 48, *, backend: str = "auto") -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        self.keys = keys
+
+    def operator(self, inputs: Inputs) -> Operator:
+        q, k, prefix = inputs.q, inputs.k, inputs.prefix
+        with torch.no_grad():
+            scores = q[:, :, prefix:] @ k[:, :, prefix:].transpose(-2, -1)
+            least = scores.topk(min(self.keys, scores.shape[-1]), -1).values[..., -1:]
+            mask = torch.zeros_like(scores).masked_fill_(scores < least, -torch.inf)
+            mask = F.pad(mask, (prefix, 0, prefix, 0))
+        return SoftmaxOperator(q, k, inputs.scale, mask, backend=self.backend, every_row=True)
+
+
+with_entry(RandomBlocks, Entry("random blocks", "a control", "N s B D", grid=(2,)))
+with_entry(ExactTopK, Entry("exact top-k", "a control", "N^2 D"))
+CONTROLS = (RandomBlocks, ExactTopK, Uniform)
+
 
 __all__ = ["SWAPS", "Swap", "study"]
 
@@ -91,10 +155,6 @@ def study(
         distilled: folders of conversions of this network, in place of those that the study trains.
         only: measure these rows alone, by mechanism or label; ``only_sizes``: at these sizes alone. The
             report has all that is finished.
-
-    Raises:
-        ValueError: no photo has a class of the backbone, a model whose attention cannot be swapped, an
-            unknown row or size, or ``output`` holds results of other settings or photos.
     """
     output = Path(output)
     photos = labelled_photos(backbone, data, labels, config.seed)[: max(config.photos)]

@@ -53,26 +53,16 @@ class WordStudyConfig:
     tokens: tuple[str, ...] = ()
     """Taps that are compared, such as block.7 and head; by default inner tokens, those that enter the last
     third of the blocks, and final ones."""
-    caption: int = 4
-    """Words of a caption: that of the photo, and others that are drawn."""
-    width: int = 32
-    """Of the table of words."""
-    heads: int = 3
-    """Of the attention to words."""
-    steps: int = 150
-    """Of AdamW; the rate rises for a tenth of them, then half a cosine to 0."""
-    lr: float = 4e-3
-    """Its peak learning rate."""
-    weight_decay: float = 0.05
-    """Of all weights."""
-    batch_size: int = 32
-    """Photos a step."""
-    folds: int = 4
-    """Parts of the photos; each is tested once by heads that learn from the others."""
-    seeds: int = 3
-    """Heads of each fold, and of all photos for the maps."""
-    seed: int = 0
-    """Of the folds, and of the captions that are tested."""
+    caption: int = 4  # Words of a caption: that of the photo, and others that are drawn.
+    width: int = 32  # Of the table of words.
+    heads: int = 3  # Of the attention to words.
+    steps: int = 150  # Of AdamW; the rate rises for a tenth of them, then half a cosine to 0.
+    lr: float = 4e-3  # Its peak learning rate.
+    weight_decay: float = 0.05  # Of all weights.
+    batch_size: int = 32  # Photos a step.
+    folds: int = 4  # Parts of the photos; each is tested once by heads that learn from the others.
+    seeds: int = 3  # Heads of each fold, and of all photos for the maps.
+    seed: int = 0  # Of the folds, and of the captions that are tested.
 
     def quick(self) -> WordStudyConfig:
         """A few steps, to see that all runs: no figure of it means anything."""
@@ -107,8 +97,7 @@ class Material:
     labels: Labels
     others: Mapping[str, Features]
     objects: Sequence[Object]
-    centre: Tensor
-    """(1, 1, H, W): the map that sees nothing, a Gaussian around the centre."""
+    centre: Tensor  # (1, 1, H, W): the map that sees nothing, a Gaussian around the centre.
 
 
 def study(
@@ -128,10 +117,6 @@ def study(
         data, labels: photos and their words, as for ``xattn probe``.
         objects: a folder with images/ and masks/ of COCO's categories.
         output: folder of features, the trained heads, what was measured and the report.
-
-    Raises:
-        ValueError: photos without words, no object of a word, or ``output`` holds results of other
-            settings or photos.
     """
     config = config.quick() if quick else config
     output = Path(output)
@@ -317,10 +302,7 @@ def measure(
         seconds.append(train(head, features, labels, own.fit(seen), config, seed))
         tokens = read(head, features, own.score(fold))
         with torch.no_grad():
-            answers = {
-                "matched": matches(head, tokens, captions[fold]),
-                "all": head.logits(tokens),
-            }
+            answers = {"matched": matches(head, tokens, captions[fold]), "all": head.logits(tokens)}
         for key, logits in answers.items():
             for i, same in zip(fold, (logits.argmax(1) == labels[fold]).tolist(), strict=True):
                 right[key][i] = float(same)

@@ -29,10 +29,9 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.probing import check_results
 from xattn.eval.report.html_data import map_images
 from xattn.eval.studies import part_utilization, sst
-from xattn.eval.studies.attention_text import Progress
+from xattn.eval.studies.attention_text import Progress, Vocabulary
 from xattn.eval.studies.attention_text import Run as TextRun
-from xattn.eval.studies.part_scenarios import PartStudyConfig
-from xattn.eval.studies.text_model import Vocabulary
+from xattn.eval.studies.part_utilization import PartStudyConfig
 from xattn.heads import create_head
 from xattn.parts import cut_parts
 from xattn.training import fit

@@ -42,8 +42,6 @@ def test_all_tables_are_whole(monkeypatch):
     assert sum(row == "64" for row in rows) == 4
     assert sum(row == "49" for row in rows) == 2  # pooling beside two products
     assert {f"efficient_probe, {name}" for name in ("softmax", "agent", "gna")} <= set(rows)
-    with pytest.raises(ValueError, match="rounds, batch: got 0"):
-        next(heads_bench.study(rounds=0))
 
 
 def test_pooling_written_out_gives_the_loss_and_gradients_of_the_op():

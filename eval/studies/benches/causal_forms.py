@@ -28,10 +28,6 @@ def study(
 
     Args:
         only: mechanisms with a causal form; all by default.
-
-    Raises:
-        ValueError: an unknown mechanism or one without a causal form, or numbers of tokens that are not
-            squares of at least 64.
     """
     only = only or [name for name in list_attention() if mechanism_class(name).entry.causal]
     checked(only, tokens, rounds)

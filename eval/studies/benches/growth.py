@@ -22,15 +22,9 @@ from xattn.runtime.measuring import times as measure
 def study(
     only: Sequence[str] = (), tokens: Sequence[int] = (16384, 65536), rounds: int = 5
 ) -> Iterator[str]:
-    """The lines of the table, a mechanism after the other; all its numbers of tokens in each round.
-
-    Raises:
-        ValueError: unknown only, numbers of tokens that are not squares, or fewer than two.
-    """
+    """The lines of the table, a mechanism after the other; all its numbers of tokens in each round."""
     only = tuple(only) or to_use()
     checked(only, tokens, rounds)
-    if len(tokens) < 2:
-        raise ValueError(f"tokens: got {list(tokens)}; growth needs at least two numbers")
     keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -140,8 +140,6 @@ def study(
         batch: images a step.
         steps: sides and batches of training steps; from N = 1,024 on they take a third of the rounds.
     """
-    if rounds < 1 or batch < 2:
-        raise ValueError(f"rounds, batch: got {rounds} and {batch}; give at least 1 and 2")
     kept = keep_memory()
     yield (
         f"{_device()}, {torch.get_num_threads()} threads, batches of {batch}, "

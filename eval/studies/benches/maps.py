@@ -36,16 +36,10 @@ MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on
 
 
 def study(tokens: Sequence[int] = (1025, 4097), rounds: int = 3) -> Iterator[str]:
-    """The lines of the table, as they are measured.
-
-    Raises:
-        ValueError: a number of tokens that is not 1 + a square.
-    """
+    """The lines of the table, as they are measured."""
     wrong = [n for n in tokens if n < 2 or math.isqrt(n - 1) ** 2 != n - 1]
     if wrong or not tokens:
         raise ValueError(f"tokens: got {wrong or tokens}; give 1 + a square, such as 1025 or 4097")
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}; give at least 1")
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yield f"{MODEL} on {device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"

@@ -33,8 +33,6 @@ def study(
     options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = OPTIONS,
 ) -> Iterator[str]:
     """The lines of the table, as they are measured; ``options`` are those of spatten."""
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}; give at least 1")
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -29,11 +29,7 @@ SKEWS = {"even": 0.0, "skewed": 3.0}
 
 
 def study(tokens: Sequence[int] = (1024,), rounds: int = 15) -> Iterator[str]:
-    """The lines of the table, as they are measured.
-
-    Raises:
-        ValueError: numbers of tokens that are not squares of at least 64.
-    """
+    """The lines of the table, as they are measured."""
     checked((), tokens, rounds)
     kept = keep_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from xattn.eval.studies.length.network import LengthStudyConfig
-from xattn.eval.studies.length.tasks import FIXED, GROWING
+from xattn.eval.studies.length.network import FIXED, GROWING, LengthStudyConfig
 from xattn.runtime.files import atomic_file
 
 TITLES = {

@@ -86,9 +86,6 @@ class Arbex(nn.Module):
         gamma: what the scales of the residuals of window attention start at.
         dropout: in the MLP of the classifier.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, or None.
-
-    Raises:
-        ValueError: a size, a width or an option that does not fit.
     """
 
     @checked
@@ -109,21 +106,6 @@ class Arbex(nn.Module):
         reliability: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= len(widths) <= len(HEADS) or any(
-            w < 1 or w % h for w, h in zip(widths, HEADS, strict=False)
-        ):
-            raise ValueError(
-                f"widths: got {tuple(widths)}; give up to three, multiples of 2, 4 and 8"
-            )
-        least = 8 * 2 ** len(widths)  # the last window has two cells a side
-        if size % least:
-            raise ValueError(f"size: got {size}; give a multiple of {least}")
-        if dim % heads:
-            raise ValueError(f"heads: got {heads}; give a divisor of dim, {dim}")
-        if streams != "image" and (not parts or min(parts) < 0):
-            raise ValueError(
-                f"parts: got {tuple(parts)}; give the part of each landmark, from 0 up"
-            )
         self.size, self.channels, self.streams = size, channels, streams
         self.points = len(parts)
         which = (
@@ -165,11 +147,7 @@ class Arbex(nn.Module):
         return torch.einsum("gp,bpy,bpx->bgyx", self.which, near[1], near[0])
 
     def embed(self, images: Tensor | None, landmarks: Tensor | None = None) -> Tensor:
-        """e (B, dim), what the classifier reads.
-
-        Raises:
-            ValueError: a stream that the model reads is missing, or of another shape.
-        """
+        """e (B, dim), what the classifier reads."""
         self._check(images, landmarks)
         queries: Tensor | None = None
         if self.streams == "landmarks":
@@ -199,15 +177,7 @@ class Arbex(nn.Module):
     def balanced(
         self, images: Tensor | None, landmarks: Tensor | None = None, trust: float = 1.0
     ) -> Balanced:
-        """The corrected probabilities, and how reliable they are.
-
-        Raises:
-            ValueError: the model has no anchors.
-        """
-        if self.balancing is None:
-            raise ValueError(
-                "reliability: got None; create the model with reliability={'anchors': 8} and train it"
-            )
+        """The corrected probabilities, and how reliable they are."""
         e = self.embed(images, landmarks)
         return self.balancing(e, self.classifier(e), trust)
 
@@ -236,8 +206,6 @@ class Arbex(nn.Module):
                     f"landmarks: got {got}; give (B, {self.points}, 2), x and y as shares of the image, "
                     f"or create the model with streams='image'"
                 )
-            if not bool(landmarks.isfinite().all()):
-                raise ValueError("landmarks: got NaN or infinite places; leave such faces out")
 
 
 def _stages(channels: int, widths: Sequence[int]) -> nn.ModuleList:

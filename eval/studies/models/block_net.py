@@ -48,9 +48,6 @@ class BlockNet(nn.Module):
             convolution over the image with GELU before the patches.
         positions: whether a learned vector is added at every place ("place" has its own).
         norm: whether a layer norm stands before the mean.
-
-    Raises:
-        ValueError: sizes that do not fit, an unknown block, stem or option.
     """
 
     def __init__(
@@ -69,10 +66,6 @@ class BlockNet(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
-        if whole("size", size) % whole("patch", patch):
-            raise ValueError(f"patch: got {patch}; give a divisor of size, {size}")
-        if stem not in STEMS:
-            raise ValueError(f"stem: got {stem!r}; choose one of {', '.join(STEMS)}")
         side = size // patch
         self.patch, self.grid, self.dim, self.stem = patch, (side, side), whole("dim", dim), stem
         self.preprocessing = Preprocessing(
@@ -121,14 +114,7 @@ class BlockNet(nn.Module):
     def at_size(self, size: int) -> BlockNet:
         """A copy for other images: positions are interpolated, and blocks that belong to one grid are
         those of their ``at_grid``, which warn that they are untuned.
-
-        Raises:
-            ValueError: ``size`` is no multiple of a patch, or every place has an embedding of its own.
         """
-        if whole("size", size) % self.patch:
-            raise ValueError(f"size: got {size}; give a multiple of a patch, {self.patch} pixels")
-        if self.stem == "place":
-            raise ValueError("size: stem='place' has an embedding for each place; train another")
         made = copy.deepcopy(self)
         made.grid = (size // self.patch, size // self.patch)
         made.preprocessing = replace(self.preprocessing, input_size=(size, size))

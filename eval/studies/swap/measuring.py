@@ -1,30 +1,324 @@
 """Measure the rows of the swap study and keep what is finished, by size, row and block of photos.
 
-A file holds the values of a part (see :mod:`~xattn.eval.studies.swap.measures`) for one block, and what
+A file holds the values of a part for one block, and what
 they depend on. It is read, not computed again; one of other settings is refused. So a killed run goes on,
 and a new row needs none of the others again.
+
+What the swap study measures of a network beside the one as it was trained, photo by photo.
+
+right, same       whether the class is the true one, and the trained network's
+patch cosine      mean over patches of cos(z_i, z'_i), last tokens of the two networks
+class cosine      the same for the vector that the classifier reads
+map agreement     rank correlation of both networks' maps of the class that the trained one predicts
+AD, IC, ADD, insertion, deletion, ROAD    of the network's map of its own class, in its own eyes
+
+Latency and memory of converted networks, side by side with the network as it was trained.
+
+In each round every network of a group runs once on the same photos, in turn; a ratio is taken within a
+round, so that a slow moment of the machine hits both sides.
+
+The networks of the swap study: the trained one at each size, and its converted copies.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.eval.studies.kept import finished_values
+from xattn.attention.model.spec import parse_mechanism
+from xattn.backbone import Backbone, converted, load_conversion, resized
+from xattn.backbone.conversion import WEIGHTS_FILE
+from xattn.config import DistillConfig
+from xattn.correlation import spearman
+from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.split import Split
+from xattn.eval.metrics.base import Column, Probe
+from xattn.eval.metrics.registry import create_probe
+from xattn.eval.protocol import Protocol
+from xattn.eval.studies.kept import finished_values, kept_record
 from xattn.eval.studies.study_photos import Photo, images_of
-from xattn.eval.studies.swap.costs import GROUP, latencies
-from xattn.eval.studies.swap.measures import PARTS, Block, Explaining, Values, batch_size, plain
-from xattn.eval.studies.swap.networks import Networks, Unavailable
-from xattn.eval.studies.swap.rows import Swap
-from xattn.runtime.files import write_json
+from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
+from xattn.explainers import Explainer, create_explainer
+from xattn.runtime.files import file_sha256, write_json
+from xattn.runtime.measuring import Job, peak_memory, times
+from xattn.training.closeness import last_tokens
+from xattn.training.distilling import CONVERSION_FOLDER, distill
+from xattn.training.run_folder import RUN_FILE
+
+# settings of training that change no result, and those that were added later and are not used here
+UNTOLD = ("workers", "checkpoint_every", "student_epochs", "student_lr")
+
+
+class Unavailable(ValueError):
+    """A row that cannot be measured at a size, and why."""
+
+
+class Networks:
+    """Networks by row, size and fold, made when they are asked for.
+
+    Args:
+        backbone: the trained ViT; ``size``: pixels a side at which networks are distilled.
+        photos: all; the study's own network of fold k learns from those whose number is not k modulo 2.
+        folder: where trained conversions are kept.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        size: int,
+        photos: Sequence[Photo],
+        config: DistillConfig,
+        folder: Path,
+        progress: bool = True,
+    ) -> None:
+        blocks: Any = getattr(backbone.model, "blocks", None)
+        if blocks is None:
+            raise ValueError(f"backbone: {backbone.name} has no blocks; choose a ViT")
+        if len(photos) < 2:
+            raise ValueError(
+                f"photos: got {len(photos)}; give at least 2, half of them to train on"
+            )
+        self.backbone, self.size, self.photos = backbone, size, photos
+        self.config, self.folder, self.progress = config, folder, progress
+        self.depth = len(blocks)
+        self._made: dict[Any, Backbone] = {}
+        self._splits: dict[tuple[str, int], Split] = {}
+
+    def split(self, swap: Swap, fold: int) -> Split:
+        """What the network of a row was trained and scored on."""
+        key = swap.key(self.depth), fold
+        return self._splits.setdefault(key, Split(f"swap, {swap.label}"))
+
+    def dense(self, size: int, positions: str = "resize") -> Backbone:
+        """The network with its own attention for images of ``size``."""
+        key = size, positions
+        if key not in self._made:
+            self._made[key] = resized(self.backbone, size, positions)
+        return self._made[key]
+
+    def of(self, swap: Swap, size: int, fold: int = 0) -> Backbone:
+        """The network of a row."""
+        key = swap.key(self.depth), size, fold
+        if key not in self._made:
+            folder = self.trained(swap, fold) if swap.trained else None
+            try:
+                network = self.dense(size, swap.positions)
+                if folder is not None:
+                    network = load_conversion(folder, self.dense(self.size), network)
+                elif swap != AS_TRAINED:
+                    blocks = swap.blocks(self.depth)
+                    network = converted(network, swap.name, blocks, dict(swap.options))
+            except ValueError as error:
+                raise Unavailable(str(error)) from error
+            self._made[key] = network
+        return self._made[key]
+
+    def forget(self) -> None:
+        """Drop the networks, as when another size is measured."""
+        self._made.clear()
+
+    def record(self, swap: Swap, size: int) -> dict[str, Any]:
+        """What the networks of a row depend on; none needs to be made for it."""
+        found = {"backbone": self.backbone.fingerprint, "size": size, **swap.record(self.depth)}
+        if swap.trained is True:
+            found["trained"] = [self._training(fold) for fold in range(swap.folds)]
+        elif swap.trained:
+            found["trained"] = file_sha256(Path(swap.trained) / WEIGHTS_FILE)
+        return found
+
+    def trained(self, swap: Swap, fold: int) -> Path:
+        """The folder of the conversion of a trained row; trained now if it is not there yet."""
+        if swap.trained is not True:
+            return Path(swap.trained)
+        folder = self.folder / swap.key(self.depth) / f"fold-{fold}"
+        dense, blocks = self.dense(self.size), swap.blocks(self.depth)
+        record = {"backbone": dense.fingerprint, **swap.record(self.depth)}
+        kept_record(folder / "record.json", {**record, **self._training(fold)})
+        run = folder / "run"
+        photos = [p.path for p in self.split(swap, fold).fit(self._training_photos(fold))]
+        if not (run / CONVERSION_FOLDER / WEIGHTS_FILE).is_file():
+            distill(
+                dense, swap.mechanism, blocks, dict(swap.options),
+                data=photos, validation=photos[: self.config.measured], config=self.config,
+                output=run, resume=(run / RUN_FILE).is_file(), progress=self.progress,
+            )  # fmt: skip
+        return run / CONVERSION_FOLDER
+
+    def _training(self, fold: int) -> dict[str, Any]:
+        """What a conversion that the study trains depends on."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in UNTOLD}
+        photos = {p.name: p.sha256 for p in self._training_photos(fold)}
+        return {"size": self.size, "config": config, "photos": photos}
+
+    def _training_photos(self, fold: int) -> list[Photo]:
+        return [photo for i, photo in enumerate(self.photos) if i % 2 != fold]
+
+
+GROUP = 5  # networks that share a run of the dense one
+
+
+def latencies(
+    dense: Backbone, networks: Mapping[str, Backbone], images: Tensor, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """By name: seconds of a pass in each round, of the network and of ``dense``, and peak bytes of both
+    for one photo."""
+
+    def job(network: Backbone, photos: Tensor) -> Job:
+        @torch.no_grad()
+        def run() -> Tensor:
+            return network.logits(photos)
+
+        return run
+
+    jobs = {"": job(dense, images), **{name: job(n, images) for name, n in networks.items()}}
+    took = times(jobs, rounds)
+    peak = {"": peak_memory(job(dense, images[:1]))}
+    return {
+        name: {
+            "seconds": took[name],
+            "dense seconds": took[""],
+            "peak bytes": peak_memory(job(network, images[:1])),
+            "dense peak bytes": peak[""],
+        }
+        for name, network in networks.items()
+    }
+
+
+def ratio(cost: Mapping[str, Any]) -> float:
+    """Median over rounds of the network's time over the dense one's."""
+    pairs = zip(cost["seconds"], cost["dense seconds"], strict=True)
+    return statistics.median(own / dense for own, dense in pairs)
+
+
+PIXELS = 8 * 224 * 224  # of the photos alive in a pass
+LEVEL = 0.5  # of the pixels that a mask keeps: at 1 a map without contrast looks best
+
+Values = dict[str, list[float]]
+"""Of some photos, by measure."""
+
+
+def batch_size(size: int) -> int:
+    """Photos of ``size`` x ``size`` pixels a pass."""
+    return max(1, round(PIXELS / size**2))
+
+
+@dataclass(frozen=True)
+class Explaining:
+    """The explainer whose maps are compared and scored, as NAME:option=value, and the metrics' steps."""
+
+    explainer: str
+    steps: int
+
+    def of(self, network: Backbone) -> Explainer:
+        name, options = parse_mechanism(self.explainer)
+        size = batch_size(network.preprocessing.input_size[0])
+        return create_explainer(name, network, None, 0, size, **options)
+
+    def probes(self, protocol: Protocol, mean: Sequence[float]) -> list[Probe]:
+        colour = tuple(float(v) for v in mean)
+        return [
+            create_probe("masking", protocol, colour, metrics=("AD", "IC", "ADD")),
+            create_probe("insertion-deletion", protocol, colour, steps=self.steps),
+            create_probe("road", protocol, colour),
+        ]
+
+
+@dataclass
+class Block:
+    """Some photos, and what the network as it was trained makes of them, computed when it is needed."""
+
+    images: Tensor  # (n, 3, H, W) in [0, 1]
+    labels: Tensor  # LongTensor (n,)
+    dense: Backbone
+    explaining: Explaining
+
+    @cached_property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Last tokens (n, N, C) and logits (n, K)."""
+        return outputs(self.dense, self.images)
+
+    @cached_property
+    def maps(self) -> Tensor:
+        """Of the predicted class, (n, 1, h, w)."""
+        return self.explaining.of(self.dense).attribute(self.images, self.seen[1].argmax(1))
+
+
+@torch.no_grad()
+def outputs(network: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Last tokens (n, N, C) and logits (n, K) of all images, some at a time."""
+    parts = [last_tokens(network, part) for part in images.split(batch_size(images.shape[-1]))]
+    tokens, logits = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logits)
+
+
+@torch.no_grad()
+def quality(block: Block, at: Sequence[int], network: Backbone) -> Values:
+    """``right``, ``same``, ``patch cosine`` and ``class cosine`` of the photos ``at``."""
+    tokens, logits = outputs(network, block.images[at])
+    theirs, known = (x[at] for x in block.seen)
+    patches = slice(network.prefix_tokens, None)
+    near = F.cosine_similarity(tokens[:, patches].double(), theirs[:, patches].double(), dim=-1)
+    read, known_read = (
+        net.model.forward_head(x, pre_logits=True).double()  # type: ignore[operator]
+        for net, x in ((network, tokens), (block.dense, theirs))
+    )
+    classes = logits.argmax(1)
+    return {
+        "right": (classes.cpu() == block.labels[at]).double().tolist(),
+        "same": (classes == known.argmax(1)).double().tolist(),
+        "patch cosine": near.mean(1).tolist(),
+        "class cosine": F.cosine_similarity(read, known_read, dim=-1).tolist(),
+    }
+
+
+def agreement(block: Block, at: Sequence[int], network: Backbone) -> Values:
+    """``map agreement`` of the photos ``at``; NaN for a constant map."""
+    explainer = block.explaining.of(network)
+    own = explainer.attribute(block.images[at], block.seen[1][at].argmax(1))
+    return {"map agreement": spearman(own, block.maps[at]).tolist()}
+
+
+def fidelity(block: Block, at: Sequence[int], network: Backbone) -> Values:
+    """The metrics of the photos ``at``; NaN for a map that is constant or not finite."""
+    explainer = block.explaining.of(network)
+    protocol = Protocol(levels=(LEVEL,))
+    found = evaluate(
+        network, {"map": explainer}, block.images[at],
+        metrics=block.explaining.probes(protocol, network.preprocessing.mean), protocol=protocol,
+        max_forward_batch=batch_size(block.images.shape[-1]), progress=False,
+    )  # fmt: skip
+    values = found.methods["map"].values
+    return {name: values[column].tolist() for name, column in FIDELITY.items()}
+
+
+FIDELITY = {
+    "AD": Column("AD", LEVEL),
+    "IC": Column("IC", LEVEL),
+    "ADD": Column("ADD", LEVEL),
+    "insertion": Column("insertion"),
+    "deletion": Column("deletion"),
+    "ROAD": Column("ROAD"),
+}
+Measure = Callable[[Block, Sequence[int], Backbone], Values]
+PARTS: Mapping[str, Measure] = {"quality": quality, "maps": agreement, "fidelity": fidelity}
+
+
+def plain(values: Values) -> dict[str, list[Any]]:
+    """For JSON, which has no NaN."""
+    return {key: [None if math.isnan(v) else v for v in column] for key, column in values.items()}
 
 
 class SizePlan(NamedTuple):
@@ -38,30 +332,23 @@ class SizePlan(NamedTuple):
 class SwapStudyConfig:
     """How many photos and rounds at each size; networks are distilled at the first."""
 
-    sizes: tuple[int, ...] = (224, 448, 896)
-    """Pixels a side; a ViT's positions are resized."""
-    photos: tuple[int, ...] = (500, 100, 16)
-    """Photos at each size: accuracy and cosines."""
+    sizes: tuple[int, ...] = (224, 448, 896)  # Pixels a side; a ViT's positions are resized.
+    photos: tuple[int, ...] = (500, 100, 16)  # Photos at each size: accuracy and cosines.
     maps: tuple[int, ...] = (100, 16, 2)
     """Photos whose maps are compared with the trained network's."""
     fidelity: tuple[int, ...] = (24, 0, 0)
     """Photos whose maps are scored: AD, IC, ADD, insertion, deletion, ROAD."""
-    rounds: tuple[int, ...] = (9, 5, 3)
-    """Rounds of timing, whose median counts."""
+    rounds: tuple[int, ...] = (9, 5, 3)  # Rounds of timing, whose median counts.
     explainer: str = "generic_relevance"
     """Whose maps are compared and scored, as NAME:option=value,..."""
-    steps: int = 20
-    """Of insertion and deletion."""
+    steps: int = 20  # Of insertion and deletion.
     epochs: int = 2
     """Passes over half of the photos in which each layer of a mechanism that needs training learns."""
     finetune_epochs: int = 2
     """Passes afterwards that train low-rank updates around it, too; 0 leaves them out."""
-    block: int = 25
-    """Photos that are measured before anything is written."""
-    seed: int = 0
-    """Of the order of the photos, and of training."""
-    workers: int = 2
-    """Loader processes of training."""
+    block: int = 25  # Photos that are measured before anything is written.
+    seed: int = 0  # Of the order of the photos, and of training.
+    workers: int = 2  # Loader processes of training.
 
     def plan(self, size: int) -> SizePlan:
         """What is measured at one of the sizes."""
@@ -80,8 +367,7 @@ class Table:
 
     values: dict[str, Found] = field(default_factory=dict)
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    """Why a row cannot be measured."""
+    notes: dict[str, str] = field(default_factory=dict)  # Why a row cannot be measured.
 
 
 class Measuring:
@@ -106,11 +392,7 @@ class Measuring:
         self.explaining = Explaining(config.explainer, config.steps)
 
     def at(self, size: int, measure: bool = True) -> Table:
-        """The table of ``size``; without ``measure`` only what is finished.
-
-        Raises:
-            ValueError: results of other settings or photos.
-        """
+        """The table of ``size``; without ``measure`` only what is finished."""
         plan, table = self.config.plan(size), Table()
         for part, count in plan.counts.items():
             photos = self.networks.photos[:count]
@@ -128,13 +410,7 @@ class Measuring:
         return table
 
     def _part(
-        self,
-        part: str,
-        size: int,
-        photos: Sequence[Photo],
-        table: Table,
-        measure: bool,
-        bar: Any,
+        self, part: str, size: int, photos: Sequence[Photo], table: Table, measure: bool, bar: Any
     ) -> dict[str, Found]:
         parts: dict[str, list[Mapping[str, Any]]] = {key: [] for key in self.rows}
         for number, first in enumerate(range(0, len(photos), self.config.block)):
@@ -163,13 +439,7 @@ class Measuring:
         return {key: _joined(values) for key, values in parts.items() if values}
 
     def _measured(
-        self,
-        part: str,
-        swap: Swap,
-        size: int,
-        block: Block,
-        first: int,
-        photos: Sequence[Photo],
+        self, part: str, swap: Swap, size: int, block: Block, first: int, photos: Sequence[Photo]
     ) -> dict[str, list[Any]]:
         """Values of a block whose first photo has the number ``first``; each photo by the network that
         was not trained on it."""

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from xattn.eval.bootstrap import Interval, mean, mean_interval, paired_difference
-from xattn.eval.studies.swap.costs import ratio
-from xattn.eval.studies.swap.measures import FIDELITY
-from xattn.eval.studies.swap.measuring import Found, Table
+from xattn.eval.studies.swap.measuring import FIDELITY, Found, Table, ratio
 from xattn.eval.studies.swap.rows import AS_TRAINED, Kind, Swap
 from xattn.runtime.files import atomic_file, write_json, write_text
 

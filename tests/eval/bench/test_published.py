@@ -74,10 +74,3 @@ def test_the_command_prints_them(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench-published"]) == 0
     assert "49.8x" in capsys.readouterr().out
-    assert main(["bench", "maps", "--published"]) == 2
-    assert "published: for job attention alone" in capsys.readouterr().err
-
-
-def test_no_rounds_are_refused():
-    with pytest.raises(ValueError, match="rounds: got 0"):
-        list(study(0))

@@ -12,8 +12,15 @@ import torch
 from xattn.eval.bootstrap import t_interval
 from xattn.eval.studies import attention_text, sst
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.attention_text import CLEAN, Run, Setting, TextStudyConfig
-from xattn.eval.studies.text_model import TextClassifier, Vocabulary, pad
+from xattn.eval.studies.attention_text import (
+    CLEAN,
+    Run,
+    Setting,
+    TextClassifier,
+    TextStudyConfig,
+    Vocabulary,
+    pad,
+)
 from xattn.training.attention_training import PERTURBATIONS, create_perturbation
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data" / "sst"
@@ -178,15 +185,6 @@ def test_every_method_trains_the_text_model_through_one_encoding(name):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_bad_text_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match="attention: got 'sum'"):
-        TextClassifier(9, attention="sum")
-    with pytest.raises(ValueError, match="a sentence is empty"):
-        TextClassifier(9, embedding=8, width=4)(torch.tensor([[3, 0], [0, 0]]))
-    with pytest.raises(ValueError, match="vectors: got shape"):
-        TextClassifier(9, embedding=8, vectors=torch.zeros(9, 7))
 
 
 def test_word_vectors_come_from_a_file_and_the_rest_at_random(tmp_path):

@@ -62,11 +62,7 @@ def test_another_size_interpolates_positions_and_warns_where_a_block_has_one_gri
 def test_what_does_not_fit_is_refused():
     for call, words in (
         (lambda: made("minimum"), "^name: unknown block 'minimum'; did you mean minimal"),
-        (lambda: made(patch=3), "^patch: got 3; give a divisor of size, 8"),
-        (lambda: made(stem="fourier"), "^stem: got 'fourier'; choose one of shared, place, conv"),
         (lambda: made(options={"gate": 1}), "minimal does not take that option"),
-        (lambda: made().at_size(9), "^size: got 9; give a multiple of a patch, 2"),
-        (lambda: made(stem="place").at_size(16), "^size: stem='place' has an embedding for each"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

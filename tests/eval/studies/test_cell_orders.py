@@ -13,7 +13,7 @@ from small_transformers import tiny
 from xattn.backbone import load_backbone
 from xattn.eval.studies import cell_orders
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.cell_learning import (
+from xattn.eval.studies.cell_orders import (
     KINDS,
     Lessons,
     OrderStudyConfig,
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
     for changes, words in (
         ({"tested": 6}, "data: got 8 photos; give at least 10"),
         ({"cells": 4}, "cells: got 4; give a divisor of the grid"),
-        ({"passes": 3}, "passes: got 3; give an even number"),
+        ({"passes": 3}, "passes: got 3; balanced halves"),
     ):
         with pytest.raises(ValueError, match=words):
             config = dataclasses.replace(SHORT, **changes)

@@ -68,8 +68,6 @@ def test_every_photo_is_scored_once_and_finished_folds_are_kept(
     other = TrainConfig(epochs=2, batch_size=4, workers=0)
     with pytest.raises(ValueError, match="other settings"):
         cross_validate(backbone, paths, other, tmp_path, **arguments)
-    with pytest.raises(ValueError, match="^only: got .* 0 to 1"):
-        cross_validate(backbone, paths, config, tmp_path, **{**arguments, "only": (0, 2)})
 
 
 def test_merged_parts_equal_one_evaluation(backbone, paths):

@@ -11,11 +11,22 @@ from small_transformers import tiny
 from xattn import load_backbone
 from xattn.attention import conversion
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies import content_controls, control_tasks
+from xattn.eval.studies import content_controls
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.content_controls import ControlStudyConfig, Networks, study
-from xattn.eval.studies.control_report import DIGITS, FREE, RECALL, Bound, Free
-from xattn.eval.studies.control_tasks import digits_right, network, recall_batch, recall_right
+from xattn.eval.studies.content_controls import (
+    DIGITS,
+    FREE,
+    RECALL,
+    Bound,
+    ControlStudyConfig,
+    Free,
+    Networks,
+    digits_right,
+    network,
+    recall_batch,
+    recall_right,
+    study,
+)
 from xattn.eval.studies.swapped_attention import labelled_photos
 
 NAMES = ["tench", "goldfish", "great white shark"]
@@ -34,8 +45,8 @@ def untrained(net, split, **_):
 def small():
     """Short sequences of training and of tests, and no training on digits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(control_tasks, "BATCH", 8)
-        patch.setattr(control_tasks, "TESTED", 20)
+        patch.setattr(content_controls, "BATCH", 8)
+        patch.setattr(content_controls, "TESTED", 20)
         patch.setattr(content_controls, "digits_right", untrained)
         patch.setattr(content_controls, "pixels_right", lambda: 0.967)
         yield

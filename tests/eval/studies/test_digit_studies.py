@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies import block_digits, block_maps, digits, exact_rollout
+from xattn.eval.studies import block_digits, digits, exact_rollout
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.exact_rollout import ExactRolloutConfig
 
@@ -20,7 +20,7 @@ SHORT = ExactRolloutConfig(seeds=1, epochs=1, digits=4)
 def few_digits(monkeypatch):
     seen, held_out = digits.load_digits()
     some = (digits.Digits(*(x[:128] for x in seen)), held_out)
-    for module in (digits, exact_rollout, block_digits, block_maps):
+    for module in (digits, exact_rollout, block_digits):
         monkeypatch.setattr(module, "load_digits", lambda: some)
 
 
@@ -103,15 +103,15 @@ def test_the_command_of_blocks_runs_quickly(tmp_path, capsys):
 
 def test_the_picture_says_which_class_and_which_range(tmp_path, monkeypatch):
     drawn = []
-    sheet = block_maps.contact_sheet_image
+    sheet = block_digits.contact_sheet_image
     monkeypatch.setattr(
-        block_maps,
+        block_digits,
         "contact_sheet_image",
         lambda rows, **how: drawn.extend(rows) or sheet(rows, **how),
     )
     ramp = torch.linspace(-1, 2, 64).unflatten(0, (4, 4, 4)).tolist()
     found = {"ninformer": {"classes": [7, 1, 2, 3], "maps": {"gradient x gate": ramp}}}
-    block_maps.draw(found, tmp_path / "maps.png")
+    block_digits.draw(found, tmp_path / "maps.png")
     digit, gate = drawn[0].cells
     assert (digit.title, gate.title) == ("digit 0", "gradient x gate")
     assert gate.detail == "class 7; -1 to -0.29"

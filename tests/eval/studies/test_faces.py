@@ -8,9 +8,8 @@ import torch
 
 from xattn.eval.studies import faces
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.faces import FaceStudyConfig
+from xattn.eval.studies.faces import POINTS, FaceStudyConfig, draw_faces
 from xattn.eval.studies.models.arbex import Arbex
-from xattn.eval.studies.models.faces import POINTS, draw_faces
 
 SHORT = FaceStudyConfig().quick()
 

@@ -8,7 +8,8 @@ import torch
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import in_context_regression
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.in_context import (
+from xattn.eval.studies.in_context_regression import (
+    LIMITS,
     InContext,
     InContextConfig,
     batches,
@@ -16,11 +17,13 @@ from xattn.eval.studies.in_context import (
     best_eta,
     circuit,
     draw,
+    errors,
     gradient_descent,
+    measured,
     risk,
+    study,
     train,
 )
-from xattn.eval.studies.in_context_regression import LIMITS, errors, measured, study
 
 SMALL = InContextConfig(width=3, examples=6, longer=9, steps=250, batch_size=8, tests=64)
 

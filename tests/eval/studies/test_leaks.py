@@ -22,18 +22,17 @@ from xattn.eval.studies.__main__ import STUDIES
 from xattn.eval.studies.action_detection import ActionStudyConfig
 from xattn.eval.studies.attention_image import ImageStudyConfig
 from xattn.eval.studies.attention_text import TextStudyConfig
-from xattn.eval.studies.control_tasks import network
+from xattn.eval.studies.content_controls import network
 from xattn.eval.studies.conversion_depths import DepthStudyConfig
 from xattn.eval.studies.faces import FaceStudyConfig
-from xattn.eval.studies.in_context import InContextConfig
-from xattn.eval.studies.length.network import LengthStudyConfig
-from xattn.eval.studies.length.tasks import Regression
+from xattn.eval.studies.in_context_regression import InContextConfig
+from xattn.eval.studies.length.network import LengthStudyConfig, Regression
 from xattn.eval.studies.lesions import LesionConfig
 from xattn.eval.studies.models.lesions import Samples
-from xattn.eval.studies.part_scenarios import PartStudyConfig
-from xattn.eval.studies.pointer_points import PointStudyConfig
-from xattn.eval.studies.position_training import PositionStudyConfig
-from xattn.eval.studies.random_scaling import RandomFeatureConfig
+from xattn.eval.studies.part_utilization import PartStudyConfig
+from xattn.eval.studies.pointers import PointStudyConfig
+from xattn.eval.studies.position_transfer import PositionStudyConfig
+from xattn.eval.studies.random_features import RandomFeatureConfig
 from xattn.eval.studies.swap.measuring import SwapStudyConfig
 from xattn.eval.studies.words import WordStudyConfig
 from xattn.models.agunet import AGUNet
@@ -288,19 +287,19 @@ LEAKS = [
     Leak("position_transfer", "photos[::2], photos[1::2]", "photos[::2], photos", positions),
     Leak("position_transfer", "split.fit(learned)", "split.fit(photos)", positions),
     Leak("conversion_depths", "if i % config.folds != fold", "", depths),
-    Leak("swap.networks", "if i % 2 != fold", "", swap),
-    Leak("lesion_gates", "split.choose(chosen)", "split.choose(tests)", lesion_gates),
+    Leak("swap.measuring", "if i % 2 != fold", "", swap),
+    Leak("lesions", "_with_lesion(split.choose(chosen))", "_with_lesion(split.choose(tests))", lesion_gates),
     Leak("lesions", "chosen = split.choose(chosen)", "chosen = split.choose(tests)", lesions),
     Leak("lesions", "split.fit(seen)", "split.fit(tests)", lesions),
     Leak("lesions", "samples(which, count, kind)", "samples(0, count, kind)", lesions),
     Leak("faces", "config.tests, seed + 1,", "config.tests, seed,", faces),
     Leak("action_detection", "2 * config.data_seed + part", "config.data_seed", actions),
     Leak("digits", "split.score(load_digits()[1])", "split.score(load_digits()[0])", digits),
-    Leak("control_tasks", "seed + 1000", "seed", recall),
-    Leak("pointer_points", "(TEST_SEED, points)", "(0, 1)", pointers),
+    Leak("content_controls", "seed + 1000", "seed", recall),
+    Leak("pointers", "(TEST_SEED, points)", "(0, 1)", pointers),
     Leak("cell_orders", "split.fit(slice(t, None))", "split.fit(slice(None))", orders),
     Leak("random_features", " - set(fold)", "", random_features),
-    Leak("random_scaling", "slice(most, None)", "slice(None)", scaling),
+    Leak("random_features", "slice(most, None)", "slice(None)", scaling),
     Leak("words", " - set(fold)", "", words),
     Leak("part_utilization", "np.setdiff1d(order, test)", "order", parts),
     Leak("attention_image", "own.fit(parts.train)", "own.fit(parts.test)", image),
@@ -365,11 +364,9 @@ READERS = {
 TRAINERS = {"xattn.training": "fit", "xattn.training.probe": "probe"}
 TRAINERS |= {"xattn.training.distilling": "distill"}
 BEHIND = {
-    "studies/block_digits.py": "it asks whether the digits are installed",
-    "studies/outcome_trials.py": "fold_rows and TrialRun take them by theirs",
-    "studies/swapped_attention.py": "swap.measuring takes them by those of swap.networks",
+    "studies/swapped_attention.py": "swap.measuring takes them by its splits",
     "studies/study_photos.py": "it lists the photos that studies take by their splits",
-    "studies/trial_objectives.py": "it reads photos that a trial has from TrialRun.split",
+    "studies/outcome_trials.py": "it reads photos that a trial has from TrialRun.split",
 }
 """Modules that read data without a split of their own."""
 OWN = {
@@ -403,7 +400,11 @@ def roles(tree):
 
 def commands():
     """The modules that a command runs."""
-    return {f"studies/{module}.py" for module, _ in STUDIES.values()}
+    return {
+        f"studies/{module}.py"
+        for module, _ in STUDIES.values()
+        if not module.startswith("benches.")
+    }
 
 
 def test_every_command_scores_by_a_split():
@@ -436,4 +437,4 @@ def test_what_trains_on_photos_takes_them_by_a_split():
             if called(function, imported):
                 trained.add(name)
                 assert "fit" in roles(function), f"{name}: {function.name}"
-    assert {"studies/class_folds.py", "studies/swap/networks.py", "probing/runner.py"} <= trained
+    assert {"studies/class_folds.py", "studies/swap/measuring.py", "probing/runner.py"} <= trained

@@ -11,7 +11,10 @@ from xattn.eval.studies import context_length
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.context_length import study
 from xattn.eval.studies.length.network import (
+    FIXED,
     LengthStudyConfig,
+    Recall,
+    Regression,
     ShortConvolution,
     held_out,
     made,
@@ -19,7 +22,6 @@ from xattn.eval.studies.length.network import (
     train,
     training_seeds,
 )
-from xattn.eval.studies.length.tasks import FIXED, Recall, Regression
 
 CONFIG = dataclasses.replace(
     LengthStudyConfig().quick(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xattn.eval.studies.length.tasks import FIXED, GROWING, Recall, Regression
+from xattn.eval.studies.length.network import FIXED, GROWING, Recall, Regression
 
 RECALL = Recall(pairs=3, per=32, keys=40, values=5, fillers=7)
 

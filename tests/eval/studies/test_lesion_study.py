@@ -10,8 +10,7 @@ from PIL import Image
 from xattn import cli
 from xattn.eval.studies import lesions
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.lesion_gates import inside_outside, pointing
-from xattn.eval.studies.lesions import LesionConfig
+from xattn.eval.studies.lesions import LesionConfig, inside_outside, pointing
 from xattn.eval.studies.models.lesions import Kind, samples
 from xattn.models.masks import load_network
 from xattn.packs.reader import load_pack

@@ -9,7 +9,6 @@ from xattn.eval.studies.models.lesions import (
     FAINT,
     SLICES,
     VOLUMES,
-    Kind,
     sample,
     samples,
     template,
@@ -67,23 +66,3 @@ def test_without_nilearn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nilearn.datasets", None)
     with pytest.raises(ValueError, match=r'^lesions: .*run: pip install "xattn\[volumes\]"'):
         lesions.template.__wrapped__(3)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"size": (64,)}, r"^size: got \(64,\); give 2 or 3 sides of at least 16"),
-        ({"size": (8, 64)}, r"^size: got \(8, 64\)"),
-        ({"spacing": 0}, "^spacing: got 0; give at least 1 mm"),
-        ({"radius": (5.0, 3.0)}, r"^radius: got \(5.0, 3.0\); give 1 to a quarter"),
-        ({"clean": 1.5}, "^clean: got 1.5; give a share from 0 to 1"),
-    ],
-)
-def test_kinds_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Kind(**options)
-
-
-def test_negative_numbers_are_refused():
-    with pytest.raises(ValueError, match="^seed, index: got -1, 0; give numbers of at least 0"):
-        sample(-1, 0)

@@ -21,13 +21,16 @@ from xattn.eval.studies.outcome_losses import (
     weighted_correlation,
 )
 from xattn.eval.studies.outcome_trials import TRIALS, parse_trial, score_trial, unannotated
-from xattn.eval.studies.trial_heads import (
+from xattn.eval.studies.trial_training import (
     EvidenceWithPositions,
+    JoinedOutcomes,
     MeanOfHeads,
     Positions,
+    TrialRun,
     guided_filter,
+    more_outcomes,
+    opened_job,
 )
-from xattn.eval.studies.trial_training import JoinedOutcomes, TrialRun, more_outcomes, opened_job
 from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 from xattn.heads.fusion import resize

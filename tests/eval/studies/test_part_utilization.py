@@ -13,9 +13,17 @@ from skimage import data
 
 from xattn.config import ProbeConfig
 from xattn.eval.studies import part_utilization
-from xattn.eval.studies.part_report import TESTS, accuracy, summary
-from xattn.eval.studies.part_scenarios import PartStudyConfig, Scenario, scenarios
-from xattn.eval.studies.part_utilization import FORMS, study, training_set
+from xattn.eval.studies.part_utilization import (
+    FORMS,
+    TESTS,
+    PartStudyConfig,
+    Scenario,
+    accuracy,
+    scenarios,
+    study,
+    summary,
+    training_set,
+)
 
 PLAIN, TEXT, MACRO, CROP = range(4)
 

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from xattn.eval.studies import pointer_points, pointers
+from xattn.eval.studies import pointers
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.models.point_sets import draw, tour_length
-from xattn.eval.studies.pointer_points import PointStudyConfig
+from xattn.eval.studies.pointers import PointStudyConfig
 
 SHORT = PointStudyConfig(seeds=1, samples=16, batch_size=4, tests=4, width=8)
 
@@ -37,7 +37,7 @@ def test_a_stopped_study_goes_on_and_gives_the_same_values(done, monkeypatch):
     kept = json.loads((output / "hull-lstm-0.json").read_text())
     (output / "hull-lstm-0.json").unlink()
     names = []
-    measure = pointer_points.measure
+    measure = pointers.measure
     monkeypatch.setattr(
         pointers, "measure", lambda name, *args: (names.append(name), measure(name, *args))[1]
     )
@@ -65,16 +65,16 @@ def test_the_truth_has_every_score(monkeypatch):
         ("delaunay", {"exact": 1, "coverage": 1}),
     ):
         samples = draw(task, 6, 5)
-        assert pointer_points.TESTS[task](Knows(samples), samples, SHORT) == best
+        assert pointers.TESTS[task](Knows(samples), samples, SHORT) == best
     samples = draw("tsp", 6, 5)
-    found = pointer_points.tour_test(Knows(samples), samples, SHORT)
+    found = pointers.tour_test(Knows(samples), samples, SHORT)
     assert found["greedy"] == found["beam"] == 1
     assert found["length"] == pytest.approx(tour_length(samples.points, samples.answers).mean())
     # One that crosses itself has failed, whatever its area.
     samples = draw("hull", 8, 1)
     order = [i for i in samples.answers[0].tolist() if i >= 0]
     wrong = samples._replace(answers=samples.answers[:, [1, 0, *range(2, len(order))]])
-    assert pointer_points.hull_test(Knows(wrong), samples, SHORT)["failed"] == 1
+    assert pointers.hull_test(Knows(wrong), samples, SHORT)["failed"] == 1
 
 
 def test_the_command(done, capsys):

@@ -11,14 +11,14 @@ from xattn import load_backbone
 from xattn.backbone import resized
 from xattn.eval.studies import position_transfer
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.position_training import (
+from xattn.eval.studies.position_transfer import (
     PositionStudyConfig,
     pixels_of,
     student_of,
+    study,
     targets_of,
     train,
 )
-from xattn.eval.studies.position_transfer import study
 
 NAMES = ["tench", "goldfish", "great white shark"]
 CONFIG = PositionStudyConfig(

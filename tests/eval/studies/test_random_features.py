@@ -11,12 +11,14 @@ from small_transformers import tiny
 from xattn import load_backbone
 from xattn.eval.studies import random_features
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.random_features import agreement, measure, study
-from xattn.eval.studies.random_scaling import (
+from xattn.eval.studies.random_features import (
     MODELS,
     RandomFeatureConfig,
+    agreement,
     kernel_of,
+    measure,
     scaling,
+    study,
     targets_of,
     tokens_of,
 )

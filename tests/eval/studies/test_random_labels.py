@@ -101,9 +101,7 @@ def test_a_photo_renamed_as_itself_is_the_same():
     assert torch.equal(renamed(batch, batch).logits, batch.logits)
 
 
-def test_bad_labels_are_named():
-    with pytest.raises(ValueError, match="^labels: got 'names'; choose 'classes' or 'outcomes'"):
-        RandomOutcomes.of(table(), "names")
+def test_one_photo_has_no_other():
     with pytest.raises(ValueError, match="^table: got one photo"):
         RandomOutcomes.of(table().subset([1]), "classes")
 

@@ -31,11 +31,18 @@ from xattn.correlation import spearman
 from xattn.eval.bootstrap import Interval
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.swap import measuring, report
-from xattn.eval.studies.swap.controls import CONTROLS, ExactTopK, RandomBlocks, Uniform
-from xattn.eval.studies.swap.measuring import SwapStudyConfig
-from xattn.eval.studies.swap.networks import Networks, Photo
+from xattn.eval.studies.swap.measuring import Networks, Photo, SwapStudyConfig
 from xattn.eval.studies.swap.rows import AS_TRAINED, with_trained
-from xattn.eval.studies.swapped_attention import SWAPS, Swap, labelled_photos, study
+from xattn.eval.studies.swapped_attention import (
+    CONTROLS,
+    SWAPS,
+    ExactTopK,
+    RandomBlocks,
+    Swap,
+    Uniform,
+    labelled_photos,
+    study,
+)
 from xattn.explainers import create_explainer
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
