@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -165,6 +166,16 @@ STUDIES = {
 PROG = "python -m xattn.eval.studies"
 
 
+def called(study: Any, words: Sequence[str], name: str, about: str) -> Iterator[str]:
+    """The lines of ``study``, called with the options that ``words`` give."""
+    words = ["--backbone" if word == "-b" else word for word in words]
+    prefix = (tyro.conf.OmitArgPrefixes,)
+    found: Iterator[str] = tyro.cli(
+        study, args=words, prog=f"{PROG} {name}", description=about, config=prefix
+    )
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study that ``arguments`` name, or list all; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -189,15 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw.add_argument("--raw", type=Path)
     kept, rest = raw.parse_known_args(rest)
     try:
-        lines = tyro.cli(
-            study,
-            args=rest,
-            prog=f"{PROG} {name}",
-            description=about,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
         with raw_rounds(kept.raw):
-            for line in lines:
+            for line in called(study, rest, name, about):
                 print(line, flush=True)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)

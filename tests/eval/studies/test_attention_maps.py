@@ -48,7 +48,7 @@ def test_every_mechanism_with_maps_has_a_small_picture(backbone, photo, tmp_path
 def test_the_command_draws_the_mechanisms_that_it_names(backbone, photo, tmp_path, capsys):
     command = ["attention-maps", str(photo), "-b", "test_vit", "--size", "160"]
     (tmp_path / "names.txt").write_text("a\nb\nc")
-    command += ["--weights", str(tmp_path / "w.pth"), "--classes-file", str(tmp_path / "names.txt")]
+    command += ["--weights", str(tmp_path / "w.pth"), "--class-names", str(tmp_path / "names.txt")]
     command += ["--only", "spatten", "gna", "--layer", "2", "--output", str(tmp_path / "maps")]
     assert main(command) == 0
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["gna.jpg", "spatten.jpg"]

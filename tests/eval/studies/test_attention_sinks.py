@@ -60,7 +60,7 @@ def test_the_command_prints_sinks_heads_and_maps(tmp_path, capsys):
     picture = tmp_path / "sinks.png"
     command = ["sinks", str(tmp_path / "photos"), "-b", "test_vit"]
     command += ["--weights", str(weights(tmp_path / "w.pth")), "--picture", str(picture)]
-    assert main([*command, "--classes-file", str(tmp_path / "names.txt")]) == 0
+    assert main([*command, "--class-names", str(tmp_path / "names.txt")]) == 0
     out = capsys.readouterr().out
     assert "recall of every 8-th query" in out and "| searched heads |" in out
     assert Image.open(picture).size == (4 * 112, 2 * 112)

@@ -102,7 +102,7 @@ def test_the_command_prints_a_line_for_each_setting(tmp_path, capsys):
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc")
     command = ["recall", str(photos(tmp_path / "photos", 3)), "-b", "test_vit"]
-    command += ["--weights", str(weights(tmp_path / "w.pth")), "--classes-file", str(names)]
+    command += ["--weights", str(weights(tmp_path / "w.pth")), "--class-names", str(names)]
     command += ["--photos", "2", "--sizes", "160", "96", "--settings", SMALL, "hip", "llsa:block=2"]
     assert main(command) == 0
     out = capsys.readouterr().out

@@ -10,9 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import tyro
 
-from xattn.eval.studies.__main__ import PROG, STUDIES, main
+from xattn.eval.studies.__main__ import PROG, STUDIES, called, main
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,7 +56,7 @@ def test_printed_commands_are_read(words, monkeypatch):
     loaded = []
     monkeypatch.setattr(options.BackboneArgs, "check", lambda self: loaded.append(self))
     monkeypatch.setattr(options.BackboneArgs, "load", lambda self: None)
-    tyro.cli(module.study, args=words[1:], config=(tyro.conf.OmitArgPrefixes,))
+    called(module.study, words[1:], words[0], "")
     assert len(loaded) == ("backbone: Network" in Path(module.__file__).read_text())
 
 

@@ -111,7 +111,7 @@ def test_axial_slices_of_a_volume_are_explained(output, tmp_path):
     image = samples(0, 1, Kind(size=(24, 24, 20), radius=(2.0, 4.0))).images[0, 0].numpy()
     scan = write_volume(tmp_path / "scan.nii.gz", Volume(image, np.diag([3.0, 3, 3, 1])))
     network = str(output / "networks" / "slices-agunet-0")
-    command = ["explain", str(scan), "-b", network, "--explainer", "gates", "--classes", "lesion"]
+    command = ["explain", str(scan), "-b", network, "--explainers", "gates", "--classes", "lesion"]
     assert cli.main([*command, "--output", str(tmp_path / "pack")]) == 0
     pack = load_pack(tmp_path / "pack")
     assert pack[0].image_id == "scan-z000" and len(pack) > 10
@@ -126,7 +126,7 @@ def test_its_networks_explain_slices_and_are_compared_with_the_masks(output, tmp
         str(images[0]),
         "-b",
         network,
-        "--explainer",
+        "--explainers",
         "gates",
         "--classes",
         "lesion",
@@ -134,7 +134,7 @@ def test_its_networks_explain_slices_and_are_compared_with_the_masks(output, tmp
     assert cli.main([*command, "--output", str(tmp_path / "pack")]) == 0
     pack = load_pack(tmp_path / "pack")
     assert pack[0].target_name == "lesion" and pack[0].method == "gates"
-    compare = ["compare", "--data", str(images[0]), "-b", network, "--explainers", "gates"]
+    compare = ["compare", str(images[0]), "-b", network, "--explainers", "gates"]
     compare += ["--metrics", "localization", "randomization", "--annotations", str(photos)]
     assert cli.main([*compare, "--output", str(tmp_path / "comparison")]) == 0
     assert "gates" in (tmp_path / "comparison" / "leaderboard.md").read_text()

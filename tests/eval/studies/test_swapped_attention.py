@@ -328,7 +328,7 @@ def test_the_command_measures_the_rows_that_it_is_told(photos, tmp_path, capsys)
     torch.save({k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}, tmp_path / "w.pth")
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     command = ["swap", str(photos), "-b", "test_vit", "--device", "cpu"]
-    command += ["--weights", str(tmp_path / "w.pth"), "--classes-file", str(tmp_path / "names.txt")]
+    command += ["--weights", str(tmp_path / "w.pth"), "--class-names", str(tmp_path / "names.txt")]
     command += "--sizes 160 --photos 2 --maps 0 --fidelity 0 --rounds 0 --only gna uniform".split()
     assert main([*command, "--output", str(tmp_path / "study")]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 160 |")]
