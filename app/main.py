@@ -16,8 +16,8 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import theme
-from xattn.app.navigation import address, last_view, pack_chip, screen, selection
-from xattn.app.navigation.bottom_bar import bottom_bar
+from xattn.app.navigation import address, frame, last_view, selection
+from xattn.app.navigation.frame import bottom_bar
 from xattn.app.pages import PAGES
 from xattn.app.state import Context, plain
 from xattn.packs.contained_files import PackError
@@ -133,19 +133,19 @@ def _context() -> Context:
         PackError: the URL names a pack that cannot be opened.
     """
     library = state.library()
-    picked = pack_chip.chosen()
+    picked = frame.chosen()
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    pack_chip.taken()  # not before: a click may end the run that was to go there
+    frame.taken()  # not before: a click may end the run that was to go there
     pack, problem = _wanted(library)
     if pack is not None:
         st.session_state["_pack"] = pack.id
         if "pack" not in st.query_params:
             st.query_params["pack"] = pack.id
-    pack_chip.chip(library, pack)
+    frame.chip(library, pack)
     bottom_bar(None if pack is None else pack.id)
-    screen.watch()
+    frame.watch()
     if problem is not None:
         raise problem
     return Context(library, pack, st.query_params.to_dict())

@@ -193,8 +193,8 @@ def test_a_mechanism_stands_in_for_a_models_own(own, photos, tmp_path):
 
 def test_the_viewers_jobs_import_what_it_was_started_with(own, photos, tmp_path, monkeypatch):
     pytest.importorskip("streamlit")
+    from xattn.app.jobs.job_files import Spec
     from xattn.app.jobs.jobs import Jobs
-    from xattn.app.jobs.spec import Spec
     from xattn.app.state import Settings
     from xattn.cli.model import BackboneArgs
 

@@ -6,13 +6,16 @@ data and becomes text by ``textContent``, never HTML.
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
 TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 
@@ -120,7 +123,7 @@ def grid(
         cover: pictures fill their place, and what is beyond it is cut off; else they fit into it.
         scroll: when this changes, the grid's top comes into sight.
         linked: of pictures of one photo: all zoom and move together, and a cell's ``map``
-            (:func:`xattn.app.pictures.linked.map_cells`) tells its value under the pointer. ``{"aspect",
+            (:func:`xattn.app.pictures.rendering.map_cells`) tells its value under the pointer. ``{"aspect",
             "subject", "outlines"}``: width over height of the pictures, what they show, so that another
             photo begins unzoomed, and outlines ``{"points": [[x, y]], "own": bool}`` in shares of them.
         on_open: called before the script runs again, without arguments.
@@ -149,3 +152,281 @@ def grid(
         on_act_change=on_act or (lambda: None),
     )
     return result.open
+
+
+def brush(
+    photo: str,
+    raster: tuple[int, int],
+    key: str,
+    *,
+    subject: str,
+    aspect: float,
+    mask: str,
+    stamp: int,
+    regions: Sequence[int],
+    label: str,
+    alt: str,
+    said: str = "",
+    on_paint: Any = None,
+) -> None:
+    """Show a picture that can be painted on; each stroke's end sends the whole mask.
+
+    The arrow keys move a cursor, Enter or Space uses the tool there, [ and ] change the brush's size, E
+    erases, Ctrl+Z takes the last stroke back.
+
+    Args:
+        photo: URL of the picture that lies below the paint, changed or not.
+        raster: rows and columns of the mask; ``aspect``: width over height of the picture.
+        subject: what the mask belongs to; with another one, earlier strokes are forgotten.
+        mask: the bits of the mask that ``photo`` answers, row by row, in base64.
+        stamp: has grown where the page itself changed the mask, and the picture is to follow.
+        regions: label, count, label, count, ...: the raster's regions, row by row.
+        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
+        said: read out when it changes.
+        on_paint: called before the script runs again; :func:`painted` of ``key`` is the mask then.
+    """
+    data = {
+        "photo": photo,
+        "rows": raster[0],
+        "columns": raster[1],
+        "subject": subject,
+        "aspect": aspect,
+        "mask": mask,
+        "stamp": stamp,
+        "regions": list(regions),
+        "label": label,
+        "alt": alt,
+        "said": said,
+    }
+    component("brush")(data=data, key=key, on_paint_change=on_paint or (lambda: None))
+
+
+def painted(key: str) -> Any:
+    """What the picture ``key`` sent, as the browser gave it, inside its ``on_paint``."""
+    return sent(key, "paint")
+
+
+def film(
+    source: str,
+    titles: Sequence[str],
+    key: str,
+    *,
+    rate: float = 25.0,
+    start: int = 0,
+    label: str = "Frame",
+    on_rest: Any = None,
+) -> None:
+    """Show frame after frame; the arrow keys, Home and End move, Space plays and pauses.
+
+    Args:
+        source: URL of a frame up to its number, which is put behind it.
+        titles: what each frame shows, in words; their number is the number of frames.
+        rate: frames a second while playing.
+        start: the frame to begin with.
+        label: what the slider is called by a screen reader.
+        on_rest: called before the script runs again, when the slider has come to rest;
+            :func:`resting` of ``key`` is the frame then.
+    """
+    data = {
+        "source": source,
+        "titles": list(titles),
+        "rate": rate,
+        "start": start,
+        "label": label,
+    }
+    component("film")(data=data, key=key, on_rest_change=on_rest or (lambda: None))
+
+
+def resting(key: str, count: int) -> int | None:
+    """The frame that the slider of ``key`` has come to rest at, inside its ``on_rest``."""
+    found = getattr(st.session_state.get(key), "rest", None)
+    return found if type(found) is int and 0 <= found < count else None
+
+
+def matrix(
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    *,
+    label: str,
+    corner: str = "",
+    on_open: Any = None,
+) -> str | None:
+    """Show counts; returns the id of the cell that was just opened.
+
+    The arrow keys move between cells that hold something, Enter and a click open.
+
+    Args:
+        columns: their headings.
+        rows: each ``{"title", "cells"}``; a cell is None, or ``{"id", "text", "hint", "share", "kind",
+            "selected": bool, "href": str}``: ``share`` in [0, 1] is how strong its ground is, ``kind`` is
+            ``right``, ``wrong`` or ``plain``, and ``href`` is where it leads in another tab.
+        label: what the whole is called by a screen reader; ``corner``: what stands in the corner.
+        on_open: called before the script runs again, without arguments.
+    """
+    data = {
+        "columns": list(columns),
+        "rows": [dict(row) for row in rows],
+        "label": label,
+        "corner": corner,
+    }
+    result = component("matrix")(data=data, key=key, on_open_change=on_open or (lambda: None))
+    return result.open
+
+
+def patches(
+    photo: str,
+    grid: tuple[int, int],
+    key: str,
+    *,
+    aspect: float,
+    map: str | None = None,
+    picked: tuple[int, int] | None = None,
+    label: str,
+    alt: str,
+    on_pick: Any = None,
+) -> tuple[int, int] | None:
+    """Show a photo under its patch grid; returns the patch that was just picked, (row, column) from 0.
+
+    The arrow keys, Home and End (with Ctrl: of the whole grid) move a cursor, which is picked when it
+    rests, or at once by Enter; the row and column are read out. A slider fades the map.
+
+    Args:
+        photo: URL of the picture, which the grid divides evenly.
+        grid: rows and columns; ``aspect``: width over height of the photo, known before it is there.
+        map: URL of a picture with one pixel a patch, to lay over the photo.
+        picked: the patch that is outlined, (row, column) from 0.
+        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
+        on_pick: called before the script runs again; :func:`picked_patch` of ``key`` is the patch then.
+    """
+    rows, columns = grid
+    data = {
+        "photo": photo,
+        "map": map,
+        "aspect": aspect,
+        "rows": rows,
+        "columns": columns,
+        "picked": None if picked is None else list(picked),
+        "label": label,
+        "alt": alt,
+    }
+    result = component("patches")(data=data, key=key, on_pick_change=on_pick or (lambda: None))
+    return _checked(result.pick, grid)
+
+
+def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """What was just picked in the picture ``key``, inside its ``on_pick``."""
+    return _checked(getattr(st.session_state.get(key), "pick", None), grid)
+
+
+def _checked(value: Any, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """A browser's answer, if it is a patch of the grid."""
+    try:
+        row, column = (int(v) for v in value)
+    except (TypeError, ValueError):
+        return None
+    return (row, column) if 0 <= row < grid[0] and 0 <= column < grid[1] else None
+
+
+LEVELS = 65_535  # of a coordinate, and of a value of a scale
+GROUPS = 8  # colours; a ninth group and those after it share the last
+
+
+def scatter(
+    points: NDArray[np.floating],
+    ids: Sequence[str],
+    key: str,
+    *,
+    label: str,
+    words: Sequence[Sequence[str]],
+    legend: Sequence[Mapping[str, Any]] = (),
+    groups: NDArray[np.integer] | None = None,
+    scale: Mapping[str, str] | None = None,
+    values: NDArray[np.floating] | None = None,
+    picture: str = "",
+    chosen: Sequence[int] = (),
+    on_choose: Any = None,
+    on_open: Any = None,
+) -> None:
+    """Show points; ``sent(key, "choose")`` are the numbers of those that were chosen, a list.
+
+    In the map the arrow keys go from point to point, with Shift they draw a rectangle, the space bar
+    chooses a point, Enter opens it (``sent(key, "open")`` is its number), and Escape chooses none.
+
+    Args:
+        points: (n, 2), any range; both axes are drawn to one scale.
+        ids: of the photos; ``picture`` and an id, quoted, make the address of a photo's picture.
+        label: what the whole is called by a screen reader.
+        words: up to three columns of n texts each, what is said of a point beside its picture.
+        legend: the groups: each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
+        groups: (n,) the group of each point.
+        scale: instead of groups ``{"name", "low", "high"}``; ``values``: (n,) of the points in [0, 1], NaN
+            where there is none.
+        chosen: the points that are chosen when the map is first shown; later ones are the person's.
+        on_choose, on_open: called before the script runs again, without arguments.
+    """
+    x, y = _levels(points).T
+    data: dict[str, Any] = {
+        "label": label,
+        "x": _packed(x),
+        "y": _packed(y),
+        "ids": list(ids),
+        "words": [_coded(column) for column in words],
+        "legend": [dict(group) for group in legend],
+        "picture": picture,
+        "chosen": list(chosen),
+    }
+    if groups is not None:
+        data["groups"] = _packed(groups.astype(np.uint16))
+    if scale is not None and values is not None:
+        known = np.nan_to_num(values, nan=0.0) * (LEVELS - 1) + 1
+        data["scale"] = dict(scale)
+        data["values"] = _packed(np.where(np.isfinite(values), known, 0).astype(np.uint16))
+    component("scatter")(
+        data=data,
+        key=key,
+        on_choose_change=on_choose or (lambda: None),
+        on_open_change=on_open or (lambda: None),
+    )
+
+
+def _levels(points: NDArray[np.floating]) -> NDArray[np.uint16]:
+    """Both coordinates on one scale, the shorter axis in the middle; y upwards becomes y downwards."""
+    low, high = points.min(0), points.max(0)
+    span = float((high - low).max()) or 1.0
+    placed = (points - (low + high) / 2) / span * [1, -1] + 0.5
+    return np.round(np.clip(placed, 0, 1) * LEVELS).astype(np.uint16)
+
+
+def _packed(values: NDArray[np.uint16]) -> str:
+    """Two bytes a value, little-endian, in base64."""
+    return base64.b64encode(np.ascontiguousarray(values, "<u2").tobytes()).decode("ascii")
+
+
+def _coded(column: Sequence[str]) -> list[str] | dict[str, Any]:
+    """A column of texts, or where few texts come often, these and which of them each point has."""
+    known = list(dict.fromkeys(column))
+    if len(known) > min(len(column) // 2, LEVELS):
+        return list(column)
+    number = {text: i for i, text in enumerate(known)}
+    return {"texts": known, "at": _packed(np.array([number[t] for t in column], np.uint16))}
+
+
+def slide(
+    before: tuple[str, str], after: tuple[str, str], *, label: str, alt: str, key: str
+) -> None:
+    """Show two pictures over each other; the edge moves with the pointer and with the arrow keys.
+
+    Args:
+        before: URL and name of the picture on the right of the edge.
+        after: of the one on the left.
+        label: what the slider is called by a screen reader.
+        alt: what the pictures show.
+    """
+    data = {
+        "before": {"src": before[0], "name": before[1]},
+        "after": {"src": after[0], "name": after[1]},
+        "label": label,
+        "alt": alt,
+    }
+    component("slide")(data=data, key=key)

@@ -6,8 +6,8 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.demo import pack_job
+from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
-from xattn.app.jobs.spec import JobError, Spec
 from xattn.app.state import plain
 
 EVERY = 1.0  # seconds

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from xattn.app.demo.photos import BACKBONE, embedded_photos
+from xattn.app.demo.pack_job import BACKBONE, embedded_photos
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval import Results, evaluate, format_table, sanity_rows, write_csv, write_json

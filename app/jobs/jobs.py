@@ -19,20 +19,202 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from xattn.app.demo import pack_job
-from xattn.app.jobs.command_line import CommandLines
-from xattn.app.jobs.job_files import EXIT, JOB, JOBS, PROCESS, STDERR, STOP, JobFiles
-from xattn.app.jobs.process import is_alive, start_process
-from xattn.app.jobs.spec import JobError, Spec, spec_of
+from xattn.app.jobs.job_files import (
+    ARGUMENTS,
+    EXIT,
+    JOB,
+    JOBS,
+    PROCESS,
+    STDERR,
+    STDOUT,
+    STOP,
+    JobError,
+    JobFiles,
+    Spec,
+    spec_of,
+)
+from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
+
+HEAD = re.compile(r"[a-z0-9_]{1,64}")
+SAMPLE = 4  # photos whose maps are made before training and at each checkpoint
+
+
+@dataclass(frozen=True)
+class CommandLines:
+    """Command lines of jobs below ``root``, on photos below ``data``, with ``model`` by default; they
+    import what ``imports`` names."""
+
+    root: Path
+    data: Path
+    model: Any
+    imports: tuple[str, ...] = ()
+
+    def _data(self, spec: Spec) -> Path:
+        parts = Path(spec.data).parts
+        if Path(spec.data).is_absolute() or ".." in parts:
+            raise JobError(f"data: {spec.data!r} is not below the data folder")
+        return self.data / spec.data
+
+    def check_data(self, spec: Spec) -> None:
+        """Raise a :class:`JobError` for photos or labels that are not there, or lie elsewhere."""
+        if spec.kind == "demo":
+            return
+        folder = self._data(spec)
+        if not folder.is_dir():
+            raise JobError(f"data: the folder {spec.data} is gone; put it back, or choose another")
+        if not folder.resolve().is_relative_to(self.data.resolve()):
+            raise JobError(f"data: {spec.data} is a link that leads out of the data folder")
+        if spec.labels and not (folder / spec.labels).is_file():
+            raise JobError(f"labels: {spec.labels} is gone; put it back, or choose another file")
+        if not (folder / spec.labels).resolve().is_relative_to(self.data.resolve()):
+            raise JobError(f"labels: {spec.labels} is a link that leads out of the data folder")
+
+    def arguments(self, spec: Spec, name: str, resume: bool) -> list[str]:
+        """The command line of the job ``name`` without its program."""
+        output = str(self.root / name)
+        if spec.kind == "demo":
+            return pack_job.arguments(Path(output), self.root / JOBS / name)
+        if not all(HEAD.fullmatch(head) for head in spec.heads) or not spec.heads:
+            raise JobError("heads: choose at least one head")
+        if spec.kind == "train" and len(spec.heads) != 1:
+            raise JobError(f"heads: got {len(spec.heads)}; an explanation head is trained alone")
+        if spec.recipe not in (RECIPES if spec.kind == "train" else PROBE_RECIPES):
+            raise JobError(f"recipe: got {spec.recipe!r}; choose one of {', '.join(RECIPES)}")
+        line = [
+            spec.kind,
+            str(self._data(spec)),
+            *self.model_options(spec),
+            "--recipe",
+            spec.recipe,
+            *self.import_options(),
+        ]
+        line += ["--sample", str(SAMPLE)]
+        if spec.kind == "train":
+            line += ["--head", spec.heads[0]]
+        else:
+            line += ["--heads", *spec.heads]
+            if spec.labels:
+                if Path(spec.labels).name != spec.labels:
+                    raise JobError(f"labels: got {spec.labels!r}; give a file of the data folder")
+                line += ["--labels", str(self._data(spec) / spec.labels)]
+        for option in ("epochs", "batch_size"):
+            value = getattr(spec, option)
+            if value is not None:
+                if not 1 <= value <= 100_000:
+                    raise JobError(f"{option}: got {value}; give 1 to 100,000")
+                line += [f"--{option.replace('_', '-')}", str(value)]
+        if spec.seed:
+            line += ["--seed", str(spec.seed)]
+        line += ["--output", output]
+        return [*line, "--resume"] if resume else line
+
+    def import_options(self) -> list[str]:
+        """The options that bring in what the viewer was started with."""
+        return [word for source in self.imports for word in ("--import", source)]
+
+    def model_options(self, spec: Spec) -> list[str]:
+        """The options that name the network."""
+        if not spec.model:
+            return [] if self.model is None else model_arguments(self.model)
+        if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", spec.model):
+            raise JobError(f"model: got {spec.model!r}; give the name of a timm model")
+        device = getattr(self.model, "device", "auto")
+        return ["--backbone", spec.model, *(["--device", device] if device != "auto" else [])]
+
+
+def model_arguments(model: Any) -> list[str]:
+    """The command line's options of ``model``, a ``BackboneArgs``, as far as they are not the defaults."""
+    line: list[str] = []
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if value != field.default:
+            values = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+            line += [f"--{field.name.replace('_', '-')}", *values]
+    return line
+
+
+RUNNER = (sys.executable, "-m", "xattn.app.jobs.child")  # before the folder of a job
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def start_process(folder: Path, arguments: list[str]) -> None:
+    """Start the process of the job ``folder``, and record it there."""
+    write_json(folder / ARGUMENTS, arguments, "job")
+    environment = {**os.environ, "TQDM_MININTERVAL": "1", "PYTHONUNBUFFERED": "1"}
+    try:
+        with _new(folder / STDOUT) as out, _new(folder / STDERR) as err:
+            process = subprocess.Popen(
+                [*RUNNER, str(folder.resolve())],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,  # Ctrl-C of the server is not the job's
+                env=environment,
+            )
+    except OSError as error:
+        raise output_error("job", folder, error) from error
+    _children[process.pid] = process
+    record = {"pid": process.pid, "born": _born(process.pid), "started": time.time()}
+    try:
+        write_json(folder / PROCESS, record, "job")
+    except OSError:
+        process.kill()
+        raise
+
+
+def _born(pid: int) -> float | None:
+    """When a process started, in Unix seconds; None if it has ended."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.Error, ValueError):
+        return None
+
+
+def is_alive(process: dict[str, Any], folder: Path) -> bool:
+    """Whether the process of a record runs, and is that of the job's folder."""
+    pid, born = process.get("pid"), process.get("born")
+    if type(pid) is not int or not isinstance(born, int | float) or not 1 < pid < 1 << 31:
+        return False
+    child = _children.get(pid)
+    if child is not None and child.poll() is not None:  # also takes the zombie away
+        del _children[pid]
+    now = _born(pid)
+    return now is not None and abs(now - born) < 2 and _runs(pid, folder)
+
+
+def _runs(pid: int, folder: Path) -> bool:
+    """Whether a process was started for this job: a record may name any process there is."""
+    import psutil
+
+    try:
+        line = psutil.Process(pid).cmdline()
+    except psutil.AccessDenied:
+        return True
+    except psutil.Error:
+        return False
+    return bool(line) and Path(line[-1]).name == folder.name
+
+
+def _new(path: Path) -> IO[bytes]:
+    """An empty file in place of what was there; where a link led stays as it is."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED = {JOBS, "pack", "packs", "live"}

@@ -2,15 +2,24 @@
 
 A click may be sent before the browser knows the URL that the last run wrote. Such a URL is not new, and
 following it would undo what was chosen since.
+
+Widgets whose value is in the URL, too: the value itself, where Streamlit's ``bind`` writes the label.
+
+A choice that equals its default is not in the URL. A new value in the URL (a link, a reload, Back)
+overrides the widget; a value that is no option is ignored. Every run sets the value, not only the one
+that changes it: of two runs in quick succession the browser may see but the last.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+from xattn.app import state
 
 ADDRESSES = "_addresses"  # the session's key of what pages wrote
 WRITTEN = 50  # addresses that are remembered as a page's own
@@ -52,3 +61,78 @@ def back() -> bool:
     """Whether the person went back or forward."""
     run = get_script_run_ctx()
     return run is not None and run.is_history_navigation
+
+
+def selectbox(
+    label: str, options: Sequence[str], key: str, *, default: str | None = None, **rest: Any
+) -> str:
+    """``st.selectbox`` under ``key``, in the URL, too; ``rest`` goes to the widget.
+
+    With ``accept_new_options=True`` any value of at most 200 characters is taken from the URL.
+    """
+    first = options[0] if default is None else default
+    free = bool(rest.get("accept_new_options"))
+
+    def valid(value: Any) -> bool:
+        return value in options or (free and isinstance(value, str) and 0 < len(value) <= 200)
+
+    url = st.query_params.get(key)
+    if _changed(key, url):
+        _follow(key, url, url if valid(url) else first)
+    else:
+        kept = st.session_state[key]
+        st.session_state[key] = kept if valid(kept) else first
+    chosen = st.selectbox(label, options, key=key, **rest)
+    _write(key, None if chosen == first or chosen is None else chosen)
+    return chosen
+
+
+def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:
+    """``st.segmented_control`` under ``key``, the first option by default, in the URL, too."""
+    url = st.query_params.get(key)
+    if _changed(key, url) or st.session_state[key] not in options:
+        _follow(key, url, url if url in options else options[0])
+    else:
+        state.tell_again(key)
+    chosen = st.segmented_control(label, options, key=key, required=True, **rest)
+    _write(key, None if chosen == options[0] else chosen)
+    return chosen
+
+
+def multiselect(
+    label: str, options: Sequence[str], key: str, *, default: Sequence[str] = (), **rest: Any
+) -> list[str]:
+    """``st.multiselect`` under ``key``, in the URL, too; ``rest`` goes to the widget."""
+    url = st.query_params.get_all(key)
+    if _changed(key, url):
+        _follow(key, url, [v for v in dict.fromkeys(url) if v in options] or list(default))
+    else:
+        kept = [value for value in st.session_state[key] if value in options]
+        st.session_state[key] = kept if kept or not st.session_state[key] else list(default)
+    chosen = st.multiselect(label, options, key=key, **rest)
+    _write(key, [] if chosen == list(default) else list(chosen))
+    return list(chosen)
+
+
+def _changed(key: str, url: Any) -> bool:
+    return is_new(key, url, known=key in st.session_state)
+
+
+def _follow(key: str, url: Any, value: Any) -> None:
+    """Choose what the URL says."""
+    st.session_state[key] = value
+    wrote(key, url)
+
+
+def _write(key: str, wanted: str | list[str] | None) -> None:
+    """Put a choice into the URL, unless it is there."""
+    wrote(key, wanted)
+    now: Any = (
+        st.query_params.get_all(key) if isinstance(wanted, list) else st.query_params.get(key)
+    )
+    if now == wanted:
+        return
+    if wanted:
+        st.query_params[key] = wanted
+    else:
+        st.query_params.pop(key, None)

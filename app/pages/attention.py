@@ -13,33 +13,38 @@ import torch
 from torch import Tensor
 
 from xattn.app import models, state
-from xattn.app.attention import attention_pass, charts, map_rows
+from xattn.app.attention import attention_pass, charts
 from xattn.app.attention.attention_pass import AS_TRAINED, TRAINED, Choice, Reading
-from xattn.app.attention.pictures import SCALES, alt_text, legend, photo, png, shares
 from xattn.app.attention.view import (
     KEY,
     MEAN,
     NAMES,
+    SCALES,
     View,
+    alt_text,
     arrived,
     change,
     choice_of,
     chosen,
     current,
     fused,
+    legend,
     name_of,
+    photo,
     place_of,
+    png,
     remember,
     settle,
+    shares,
     shown,
     slug,
     token_of,
     usual,
     view_of,
 )
-from xattn.app.components.patches import patches, picked_patch
+from xattn.app.components import patches, picked_patch
 from xattn.app.components.theme import facts_html
-from xattn.app.navigation.photo_bar import photo_bar
+from xattn.app.navigation.last_view import photo_bar
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.relevance.attention import NoAttention, layers_text
@@ -82,9 +87,9 @@ def page(context: Context) -> None:
     _picker(seen, view, size_grid, _outputs(backbone, seen, trained))
     _notes(seen, trained)
     rows = seen.rows(token_of(view.patch, seen))
-    map_rows.heads(seen, view, rows)
-    map_rows.layers(seen, view, rows)
-    map_rows.own_maps(seen, view)
+    charts.heads(seen, view, rows)
+    charts.layers(seen, view, rows)
+    charts.own_maps(seen, view)
     _rollout(seen, view)
     charts.show(seen, view)
     remember(image_id, view, usual(seen, AS_TRAINED))

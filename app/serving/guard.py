@@ -13,21 +13,121 @@ session, so this ASGI middleware decides before any of its routes is reached, we
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
+import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from itsdangerous import BadSignature, TimestampSigner
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import cookie_parser
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.requests import Request, cookie_parser
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xattn.app.serving.start_page import policy
+from xattn.app.live.uploads import MAX_CLIP_BYTES, MAX_TOTAL
+from xattn.app.pages import PAGES
+from xattn.pictures.design import DARK, LIGHT
+
+# Without it the front end of a page like /train asks for /train/_stcore/health first, a 404 each time.
+_ADDRESS = (
+    'window.__streamlit = {BACKEND_BASE_URL: location.origin + "/", '
+    'MAIN_PAGE_BASE_URL: location.origin + "/"}'
+)
+# One action of a person is one entry of the history. For one click Streamlit may push two: another page's
+# parameters and then its address, or a menu's address and then the page's own parameters.
+_HISTORY = """(() => {
+  let acted = false;
+  for (const kind of ["pointerdown", "click", "keydown"])
+    addEventListener(kind, () => (acted = true), true);
+  addEventListener("popstate", () => (acted = false), true);
+  const push = history.pushState.bind(history);
+  history.pushState = (...entry) => {
+    acted ? push(...entry) : history.replaceState(...entry);
+    acted = false;
+  };
+})()"""
+_HEAD = f"""<title>xattn</title>
+    <meta name="color-scheme" content="light dark" />
+    <style>
+      body {{ background: {LIGHT.ground}; color: {LIGHT.text}; }}
+      @media (prefers-color-scheme: dark) {{
+        body {{ background: {DARK.ground}; color: {DARK.text}; }}
+      }}
+    </style>
+    <script>{_ADDRESS}</script>
+    <script>{_HISTORY}</script>"""
+_NOSCRIPT = "<noscript><p>The viewer needs JavaScript.</p></noscript>"
+
+
+@functools.cache
+def _streamlit() -> str:
+    import streamlit
+
+    return (Path(streamlit.__file__).parent / "static" / "index.html").read_text(encoding="utf-8")
+
+
+@functools.cache
+def page() -> str:
+    """The HTML; where another version of Streamlit has other marks, they are left as they are."""
+    html = re.sub(r"<!--.*?-->", "", _streamlit(), flags=re.DOTALL)
+    html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", html)
+    html = re.sub(r"<noscript>.*?</noscript>", _NOSCRIPT, html, flags=re.DOTALL)
+    # Or a phone leaves room beside its rounded corners, and tells the bar of pages of none below.
+    html = html.replace("shrink-to-fit=no", "shrink-to-fit=no, viewport-fit=cover")
+    return html.replace("<title>Streamlit</title>", _HEAD)
+
+
+def source(text: str) -> str:
+    """What a content security policy calls an inline script or style, by its hash."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def policy() -> str:
+    """The content security policy of pages: nothing is loaded from or sent to another server.
+
+    Scripts are Streamlit's files, the inline ones of the page by their hashes, and components, which come
+    as blobs. Streamlit's styles are inline ones.
+    """
+    scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + page(), flags=re.DOTALL)
+    hashes = " ".join(map(source, dict.fromkeys(scripts)))
+    return (
+        f"default-src 'self'; script-src 'self' blob: {hashes}; "
+        "style-src 'self' 'unsafe-inline' blob:; img-src 'self' data: blob:; "
+        "media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
+        "worker-src 'self' blob:; frame-src 'self' blob: data:; object-src 'none'; "
+        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    )
+
+
+def routes() -> list[Route]:
+    """The start page and the pages of ``app/pages``, by their names."""
+    from xattn.app.state import DEFAULT_PAGE
+
+    names = sorted(name for name in PAGES if name != DEFAULT_PAGE)
+    default = Route(f"/{DEFAULT_PAGE}", _default)
+    return [*(Route(f"/{name}", _serve) for name in ("", *names)), default]
+
+
+def _serve(request: Request) -> HTMLResponse:
+    return HTMLResponse(page(), headers={"Cache-Control": "no-cache"})
+
+
+def _default(request: Request) -> RedirectResponse:
+    """Streamlit knows its first page by the address ``/`` alone."""
+    query = request.url.query
+    return RedirectResponse(f"/?{query}" if query else "/")
+
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 LIFETIME = 12 * 3600  # seconds that a cookie is good for
@@ -195,3 +295,85 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# ---------------------------------------------------------------------- uploads
+
+
+PATH = "/_stcore/upload_file/"
+OF_ONE = MAX_TOTAL + MAX_CLIP_BYTES  # bytes of a session: what the live page takes
+OF_ALL = 4 * OF_ONE
+FILES = 200  # of a session; empty ones take room, too
+
+
+class UploadRoom:
+    """ASGI middleware that refuses an upload (413) for which there is no room.
+
+    Streamlit limits the size of a file but not the number of files, and a page sees them only once all of
+    them have arrived.
+
+    Args:
+        largest: bytes of a file, which one without a length counts as.
+    """
+
+    def __init__(
+        self, app: ASGIApp, largest: int, of_one: int = OF_ONE, of_all: int = OF_ALL
+    ) -> None:
+        self.app, self.largest = app, largest
+        self.of_one, self.of_all = max(of_one, largest), max(of_all, largest)
+        self._coming: dict[str, list[int]] = {}
+        self._lock = threading.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "PUT" or PATH not in scope["path"]:
+            await self.app(scope, receive, send)
+            return
+        session = scope["path"].rpartition(PATH)[2].partition("/")[0]
+        length = Headers(scope=scope).get("content-length", "")
+        size = min(int(length), self.largest) if _is_size(length) else self.largest
+        with self._taken(session, size) as fits:
+            if fits:
+                await self.app(scope, receive, send)
+                return
+        refusal = "There is no room for more files now; remove some, or try again later."
+        await PlainTextResponse(refusal, 413)(scope, receive, send)
+
+    @contextmanager
+    def _taken(self, session: str, size: int) -> Iterator[bool]:
+        """Hold room while a file comes; False if there is none."""
+        with self._lock:
+            held = _held()
+            sizes = {
+                name: [*held.get(name, ()), *self._coming.get(name, ())]
+                for name in {*held, *self._coming, session}
+            }
+            own = sizes[session]
+            total = sum(map(sum, sizes.values()))
+            fits = len(own) < FILES and sum(own) + size <= self.of_one
+            fits = fits and total + size <= self.of_all
+            if fits:
+                self._coming.setdefault(session, []).append(size)
+        try:
+            yield fits
+        finally:
+            if fits:
+                with self._lock:
+                    self._coming[session].remove(size)
+                    if not self._coming[session]:
+                        del self._coming[session]
+
+
+def _held() -> dict[str, list[int]]:
+    """Bytes of the files that are there, by session."""
+    from streamlit.runtime import Runtime, exists
+
+    if not exists():
+        return {}
+    storage = getattr(Runtime.instance().uploaded_file_mgr, "file_storage", {})
+    return {
+        name: [len(f.data) for f in list(files.values())] for name, files in list(storage.items())
+    }
+
+
+def _is_size(length: str) -> bool:
+    return length.isascii() and length.isdigit() and len(length) < 20

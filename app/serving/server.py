@@ -146,13 +146,13 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
 
 
 def application(
-    address: Address, upload_mb: int = 50, ready: Callable[[], None] = lambda: None, **guard: Any
+    address: Address, upload_mb: int = 50, ready: Callable[[], None] = lambda: None, **options: Any
 ) -> Any:
     """The ASGI application; ``state.configure`` has to come first.
 
     Args:
         ready: called once the application runs, when Ctrl-C already is the server's.
-        guard: options of ``guard.Guard``: ``token``, ``names``.
+        options: of ``guard.Guard``: ``token``, ``names``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -160,13 +160,11 @@ def application(
 
     from xattn.app import main, state
     from xattn.app.live import scratch
-    from xattn.app.serving import routes, start_page
-    from xattn.app.serving.guard import Guard
-    from xattn.app.serving.upload_limits import UploadRoom
+    from xattn.app.serving import guard, routes
 
     load_config_options(streamlit_options(address, upload_mb))
     before = Middleware(
-        Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **guard
+        guard.Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **options
     )
 
     @asynccontextmanager
@@ -178,10 +176,10 @@ def application(
         finally:
             scratch.clean()
 
-    room = Middleware(UploadRoom, largest=upload_mb << 20)
+    room = Middleware(guard.UploadRoom, largest=upload_mb << 20)
     return App(
         state.SCRIPT,
-        routes=[*start_page.routes(), *routes.routes()],
+        routes=[*guard.routes(), *routes.routes()],
         middleware=[before, room],
         lifespan=lifespan,
         on_script_error=main.failed,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from xattn.app.triage.journal import Mark
+from xattn.app.triage.store import Mark
 from xattn.photos.ids import file_stem
 from xattn.runtime.files import atomic_folder
 

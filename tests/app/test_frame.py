@@ -13,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from xattn.app import library as library_module
 from xattn.app import state
 from xattn.app.live import uploads
-from xattn.app.navigation import bottom_bar, pack_chip, screen
+from xattn.app.navigation import frame
 from xattn.app.pages import PAGES, first_run
 from xattn.app.pages.live import photo_files
 from xattn.app.synthetic_packs import small_pack
@@ -27,7 +27,7 @@ def use(root, monkeypatch, **settings):
 def run(opened=False, **params):
     app = AppTest.from_file(state.SCRIPT, default_timeout=600)
     app.query_params.update(params)
-    app.session_state[pack_chip.OPEN] = opened
+    app.session_state[frame.OPEN] = opened
     app.run()
     assert not app.exception
     return app
@@ -135,7 +135,7 @@ def test_all_packs_are_listed_the_newest_first_and_broken_ones_last(tmp_path, mo
 
 
 def test_many_packs_have_a_search_field(tmp_path, monkeypatch):
-    packs(tmp_path, *(f"pack-{i}" for i in range(pack_chip.SEARCHED)))
+    packs(tmp_path, *(f"pack-{i}" for i in range(frame.SEARCHED)))
     use(tmp_path, monkeypatch)
     assert listed(run(opened=True))["search"]
 
@@ -180,7 +180,7 @@ def test_the_bar_has_five_pages_and_the_others_behind_more(tmp_path, monkeypatch
     packs(tmp_path, "a")
     use(tmp_path, monkeypatch)
     links = [link.proto for link in run().get("page_link")]
-    assert [link.label for link in links[:5]] == [PAGES[n].title for n in bottom_bar.FIRST]
+    assert [link.label for link in links[:5]] == [PAGES[n].title for n in frame.FIRST]
     assert {link.label for link in links} == {about.title for about in PAGES.values()}
     assert all(link.icon.startswith(":material/") for link in links)
     assert all(link.query_string.startswith("pack=a-") for link in links)
@@ -189,14 +189,14 @@ def test_the_bar_has_five_pages_and_the_others_behind_more(tmp_path, monkeypatch
 def toolbar():
     import streamlit as st
 
-    from xattn.app.navigation import screen
+    from xattn.app.navigation import frame
 
-    screen.place(st.container(), "Look").slider("Opacity", 0, 1)
+    frame.place(st.container(), "Look").slider("Opacity", 0, 1)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_toolbar_is_folded_on_a_narrow_screen(monkeypatch, narrow):
-    monkeypatch.setattr(screen, "narrow", lambda: narrow)
+    monkeypatch.setattr(frame, "narrow", lambda: narrow)
     app = AppTest.from_function(toolbar, default_timeout=600).run()
     assert app.slider[0].label == "Opacity"
     assert [block.proto.popover.label for block in chips(app)] == ["Look"] * narrow

@@ -9,7 +9,7 @@ pytest.importorskip("streamlit")
 from viewer_pages import SCREENS, choose_pack, served, shot
 
 from xattn.app.demo import pack_job
-from xattn.app.navigation import bottom_bar
+from xattn.app.navigation import frame
 from xattn.app.pages import PAGES, first_run
 from xattn.app.synthetic_packs import picture, small_pack
 
@@ -117,7 +117,7 @@ def test_the_frame_fits_a_long_name_and_every_page(tmp_path, open_page, size, sc
             page.get_by_role("button", name="More").click()
             others = page.get_by_test_id("stPopoverBody").get_by_role("link")
             others.last.wait_for()
-            assert others.count() == len(PAGES) - len(bottom_bar.FIRST)
+            assert others.count() == len(PAGES) - len(frame.FIRST)
             for box in [link.bounding_box() for link in others.all()]:
                 assert box["height"] >= 44 and 0 <= box["y"] <= 844 - box["height"]
         page.close()

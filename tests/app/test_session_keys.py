@@ -83,7 +83,7 @@ def clicks():
     from functools import partial
 
     from xattn.app import state
-    from xattn.app.attention import charts, map_rows
+    from xattn.app.attention import charts
     from xattn.app.navigation import selection
     from xattn.app.pages.gallery import page as gallery_page
     from xattn.app.pages.image import page as image_page
@@ -96,8 +96,8 @@ def clicks():
         gallery_page._turned,
         partial(image_page._focus, ["a"]),
         photo_tabs._open_class,
-        map_rows._head_opened,
-        map_rows._layer_opened,
+        charts._head_opened,
+        charts._layer_opened,
         charts._distance_picked,
         charts._entropy_picked,
     ):

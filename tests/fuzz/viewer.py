@@ -17,9 +17,8 @@ from fuzz.labels import nasty_json
 from fuzz.packs import pack_files
 from fuzz.states import edited, put
 from xattn.app.attention import view as attention_view
-from xattn.app.jobs.job_files import EXIT, JOB, JOBS, PROCESS
+from xattn.app.jobs.job_files import EXIT, JOB, JOBS, PROCESS, Spec
 from xattn.app.jobs.jobs import Jobs
-from xattn.app.jobs.spec import Spec
 from xattn.app.library import Library
 from xattn.app.navigation import selection
 from xattn.app.navigation.maps_table import Choices, Measure

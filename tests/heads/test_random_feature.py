@@ -12,7 +12,7 @@ from attentive_fakes import CLASSES, GRID, cnn, random_tokens, vit
 from torch.nn import functional as F
 
 import xattn
-from xattn.app.demo.photos import embedded_photos
+from xattn.app.demo.pack_job import embedded_photos
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.heads import create_head, load_head

@@ -21,7 +21,7 @@ from PIL import Image
 from training_runs import check_killed_and_resumed, write_photos, write_weights
 
 import xattn
-from xattn.app.demo.photos import embedded_photos
+from xattn.app.demo.pack_job import embedded_photos
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
 from xattn.photos.image_files import Files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xattn.app.navigation import url_widgets
+from xattn.app.navigation import address
 from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.eval.report.html_data import case_columns
 from xattn.pictures.words import named_metric
@@ -14,7 +14,7 @@ def metric_box(board: Board, key: str, label: str = "Metric", first: str | None 
     """A select box of the columns, with their direction and what they mean."""
     keys = list(board.columns)
     first = first or case_columns(board.results)[0].key
-    return url_widgets.selectbox(
+    return address.selectbox(
         label, keys, key, default=first, format_func=lambda k: _titled(k, board), width=380
     )
 
@@ -29,4 +29,4 @@ def methods_box(board: Board, key: str, names: list[str], count: int = LINES) ->
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
     first = [*tested[: count - len(sane)], *sane]
-    return url_widgets.multiselect("Methods", names, key, default=first or names[:count])
+    return address.multiselect("Methods", names, key, default=first or names[:count])

@@ -9,7 +9,7 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.demo import pack_offer
-from xattn.app.navigation import url_widgets
+from xattn.app.navigation import address
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.curves import curves_tab
 from xattn.app.pages.compare.leaderboard import leaderboard_tab
@@ -75,7 +75,7 @@ def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
     wanted = st.query_params.get("board")
     if wanted is not None and wanted not in by_id:
         st.warning("The comparison of this address is not here any more; this is another one.")
-    chosen = url_widgets.selectbox(
+    chosen = address.selectbox(
         "Comparison",
         list(by_id),
         "board",

@@ -10,7 +10,7 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import grid
-from xattn.app.navigation import url_widgets
+from xattn.app.navigation import address
 from xattn.app.pages.compare.leaderboard_file import Board, arrow
 from xattn.app.pages.compare.photos import open_photo
 from xattn.app.pictures.rendering import Look, legends, overlay_url
@@ -39,12 +39,12 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         return
     first, second, third = st.columns(3)
     with first:
-        a = url_widgets.selectbox("Method", names, "a")
+        a = address.selectbox("Method", names, "a")
     with second:
-        b = url_widgets.selectbox("and method", names, "b", default=names[1])
+        b = address.selectbox("and method", names, "b", default=names[1])
     by_keys = [*board.columns, *([MAPS] if pack is not None else [])]
     with third:
-        by = url_widgets.selectbox(
+        by = address.selectbox(
             "Differ by",
             by_keys,
             "by",

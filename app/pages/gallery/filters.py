@@ -2,24 +2,166 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.navigation import screen, selection
+from xattn.app.navigation import frame, selection
 from xattn.app.navigation.maps_table import SORTS
-from xattn.app.navigation.selection import ALL, MAPS, RIGHT, SIZES, Choices, View
+from xattn.app.navigation.selection import ALL, MAPS, NOTES, RATINGS, RIGHT, SIZES, Choices, View
 from xattn.app.pages.gallery import marking
-from xattn.app.pages.gallery.histogram import histogram
-from xattn.app.pages.gallery.widgets import KEY, from_widgets, new_range, restart, typed_range
+from xattn.app.pages.gallery.marking import (
+    KEY,
+    brush_key,
+    clear,
+    drop,
+    from_widgets,
+    new_range,
+    restart,
+    typed_range,
+)
 from xattn.app.state import plain, short
+from xattn.pictures.design import DARK, LIGHT
 from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
+    import altair as alt
+
+    from xattn.app.navigation.maps_table import Measure
     from xattn.packs.reader import Pack
+
+
+LONGEST = 40  # characters of a chip's text
+
+
+def chips(view: View, choices: Choices) -> None:
+    """Show them in a row, nothing where no filter is set."""
+    found = _set(view, choices)
+    if not found:
+        return
+    row = st.container(
+        horizontal=True, vertical_alignment="center", gap="xsmall", key=f"{KEY}chips"
+    )
+    for text, name, value in found:
+        shown = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+        row.button(
+            plain(shown),
+            key=f"{KEY}chip {name} {value}",
+            on_click=drop,
+            args=(name, value),
+            icon=":material/close:",
+            icon_position="right",
+        )
+    row.button("Clear all", key=f"{KEY}clear", on_click=clear, type="tertiary")
+
+
+def _set(view: View, choices: Choices) -> list[tuple[str, str, str]]:
+    """(what a chip says, the view's name of the filter, its value) of each filter."""
+    found = [(f"“{view.q}”", "q", "")] if view.q else []
+    for name, word, names in (
+        ("label", "true", choices.labels),
+        ("predicted", "predicted", choices.predicted),
+    ):
+        found += [(f"{word}: {short(names[key])}", name, key) for key in getattr(view, name)]
+    if view.right != "any":
+        found.append((RIGHT[view.right], "right", ""))
+    if view.low is not None or view.high is not None:
+        found.append((f"{choices.measures[view.measure].name}: {_range(view)}", "measure", ""))
+    found += [(f"tag: {tag}", "tag", tag) for tag in view.tag]
+    if view.rating:
+        found.append((RATINGS[view.rating], "rating", ""))
+    if view.note != "any":
+        found.append((NOTES[view.note], "note", ""))
+    return found
+
+
+def _range(view: View) -> str:
+    if view.low is None:
+        return f"to {view.high:g}"
+    return f"from {view.low:g}" if view.high is None else f"{view.low:g} to {view.high:g}"
+
+
+HEIGHT = 96  # pixels
+
+
+def histogram(pack: Pack, view: View, measure: Measure) -> None:
+    """Show the bars, if there are some; those in the view's range are coloured."""
+    counts = selection.histogram(pack, view)
+    if not counts:
+        return
+    width = (measure.high - measure.low) / len(counts)
+    low = -math.inf if view.low is None else view.low
+    high = math.inf if view.high is None else view.high
+    starts = [measure.low + i * width for i in range(len(counts))]
+    table = pd.DataFrame(
+        {
+            "start": starts,
+            "end": [start + width for start in starts],
+            "maps": counts,
+            "inside": [start + width > low and start < high for start in starts],
+        }
+    )
+    key = brush_key(view.measure)
+    st.container(key=f"{KEY}histogram").altair_chart(
+        _bars(table, measure),
+        width="stretch",
+        key=key,
+        on_select=lambda: _brushed(key, measure),
+        selection_mode="brush",
+    )
+
+
+def _bars(table: pd.DataFrame, measure: Measure) -> alt.Chart:
+    import altair as alt  # takes its time, and few open the filters
+
+    colours = DARK if st.context.theme.type == "dark" else LIGHT
+    return (
+        alt.Chart(table)
+        .mark_bar(binSpacing=1)
+        .encode(
+            x=alt.X(
+                "start:Q",
+                title=None,
+                bin="binned",
+                scale=alt.Scale(domain=[measure.low, measure.high], nice=False),
+                axis=alt.Axis(tickCount=5, grid=False, format=".3~g"),
+            ),
+            x2="end:Q",
+            y=alt.Y("maps:Q", axis=None),
+            color=alt.Color(
+                "inside:N",
+                legend=None,
+                scale=alt.Scale(domain=[True, False], range=[colours.accent, colours.line]),
+            ),
+            tooltip=[
+                alt.Tooltip("start:Q", title="from", format=".4~g"),
+                alt.Tooltip("end:Q", title="to", format=".4~g"),
+                alt.Tooltip("maps:Q", format=","),
+            ],
+        )
+        .add_params(alt.selection_interval(name="brush", encodings=["x"]))
+        .properties(height=HEIGHT, description=f"How many maps have which {measure.name}")
+    )
+
+
+def _brushed(key: str, measure: Measure) -> None:
+    """Set the range to what the brush covers; a brush over all, or none, is no range."""
+    state: Any = st.session_state.get(key)
+    ends = state["selection"].get("brush", {}).get("start") if state else None
+    low = high = None
+    if ends:
+        digits = 2 - math.floor(math.log10(measure.high - measure.low))
+        first, last = (round(float(end), digits) for end in sorted(ends))
+        low = first if first > measure.low else None
+        high = last if last < measure.high else None
+    st.session_state[f"{KEY}low"], st.session_state[f"{KEY}high"] = low, high
+    restart()
+
 
 IN_POPOVER = (
     *("label", "predicted", "right", "maps", "measure", "low", "high", "size"),
@@ -41,7 +183,7 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
         width="stretch",
     )
     state.tell_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
-    narrow = screen.narrow()
+    narrow = frame.narrow()
     if not narrow:
         _order(bar, choices)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")

@@ -3,25 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from xattn.app import components
 from xattn.app.navigation import selection
-from xattn.app.navigation.selection import NOTES, RATINGS
-from xattn.app.pages.gallery.widgets import KEY, restart
+from xattn.app.navigation.selection import NAMES, NOTES, RATINGS, Choices, View
 from xattn.app.state import plain
-from xattn.app.triage import keyboard, tag_files
-from xattn.app.triage.journal import MOST_AT_ONCE, Mark
-from xattn.app.triage.keyboard import Person, photos
-from xattn.app.triage.store import KEYS, TAG_LENGTH, Store, TagsError
+from xattn.app.triage import tag_files
+from xattn.app.triage.store import KEYS, MOST_AT_ONCE, TAG_LENGTH, Mark, Store, TagsError
+from xattn.app.triage.tag_files import Person, photos
 from xattn.runtime.display_text import visible
 
 if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection
     from xattn.packs.reader import Pack
+
+
+# Before every key of this page in the session: the names of a view are keys of other pages' widgets, and
+# a value whose widget this page does not show would stay in their place.
+KEY = "gallery."
+
+
+def to_widgets(view: View, names: Iterable[str]) -> None:
+    """Put these of the view's values where the next widgets read them."""
+    for name in names:
+        value = getattr(view, name)
+        st.session_state[KEY + name] = list(value) if isinstance(value, tuple) else value
+
+
+def from_widgets(choices: Choices) -> View:
+    kept = {name: KEY + name for name in NAMES}
+    values = {n: st.session_state[key] for n, key in kept.items() if key in st.session_state}
+    for name in ("label", "predicted", "tag"):
+        values[name] = tuple(values.get(name) or ())
+    values["q"] = " ".join(str(values.get("q") or "").split())[: selection.SEARCH_LENGTH]
+    return replace(selection.defaults(choices), **values)
+
+
+def go_to(number: int) -> None:
+    st.session_state[f"{KEY}page"] = number
+
+
+def restart() -> None:
+    go_to(1)
+
+
+def clear() -> None:
+    """No filter; the next run reads the widgets from these values."""
+    to_widgets(View(), selection.UNFILTERED)
+    new_range()
+
+
+def drop(name: str, value: str) -> None:
+    """Take one filter away: a class by its key, else the whole filter."""
+    if name in ("label", "predicted", "tag"):
+        kept = [key for key in st.session_state[KEY + name] if key != value]
+        st.session_state[KEY + name] = kept
+        restart()
+    elif name == "measure":
+        new_range()
+    else:
+        to_widgets(View(), [name])
+        restart()
+
+
+def new_range() -> None:
+    """No range, and no brush."""
+    to_widgets(View(), ("low", "high"))
+    typed_range()
+
+
+def typed_range() -> None:
+    """A range that no brush shows any more."""
+    turn = f"{KEY}brush"
+    st.session_state[turn] = st.session_state.get(turn, 0) + 1
+    restart()
+
+
+def brush_key(measure: str) -> str:
+    """The key of a measure's histogram; another one after each range that was typed."""
+    return f"{KEY}brush {measure} {st.session_state.get(f'{KEY}brush', 0)}"
+
 
 STARS = "_stars"  # the session's key of the :class:`_Stars` of the page
 CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
@@ -270,4 +335,4 @@ def _save_keys(pack: Pack, names: Mapping[int, str]) -> None:
         store.set_keys(wanted)
         return "The keys are saved."
 
-    keyboard.change(pack, act)
+    tag_files.change(pack, act)

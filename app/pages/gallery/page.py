@@ -2,29 +2,176 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import grid, sent
-from xattn.app.components.look import STYLES, look_control
+from xattn.app.components.look import STYLES as TITLES
+from xattn.app.components.look import look_control
 from xattn.app.navigation import address, last_view, selection
-from xattn.app.navigation.selection import NAMES, Choices, Selection, View
-from xattn.app.pages.gallery import exports, marking, slices
-from xattn.app.pages.gallery.cells import cell, look_of
-from xattn.app.pages.gallery.chips import chips
-from xattn.app.pages.gallery.filters import toolbar
-from xattn.app.pages.gallery.widgets import KEY, clear, from_widgets, go_to, to_widgets
-from xattn.app.pictures.rendering import blank_maps, legends
-from xattn.app.state import Context, plain
-from xattn.app.triage import keyboard
+from xattn.app.navigation.selection import ALL, NAMES, Choices, Selection, View
+from xattn.app.pages.gallery import marking
+from xattn.app.pages.gallery.filters import chips, toolbar
+from xattn.app.pages.gallery.marking import KEY, clear, from_widgets, go_to, to_widgets
+from xattn.app.pictures import export
+from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
+from xattn.app.state import Context, plain, short
+from xattn.app.triage import selection_files, tag_files
+from xattn.app.triage.store import SLICE_LENGTH, Store, TagsError
+from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
+from xattn.pictures.explained import probability_text
+from xattn.pictures.overlay import STYLES
+from xattn.pictures.words import method_title
+from xattn.runtime.display_text import visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
+
+
+def tools(bar: Any, pack: Pack, view: View) -> None:
+    """A popover that saves this view, and opens, renames and deletes saved ones."""
+    choices = selection.table(pack).choices
+    try:
+        saved = tag_files.store_of(pack).slices()
+    except TagsError:
+        return  # the page says why
+    with bar.popover("Slices", key=f"{KEY}slices"):
+        st.text_input(
+            "Save this view as",
+            key=f"{KEY}slice_name",
+            max_chars=SLICE_LENGTH,
+            placeholder="night photos, wrong",
+        )
+        text = selection.to_text(view, choices)
+        st.button("Save", key=f"{KEY}slice_save", on_click=_save, args=(pack, text))
+        if not saved:
+            st.caption(
+                "The page Mistakes compares saved views and tags: accuracy, calibration, metrics."
+            )
+            return
+        name = st.selectbox("Saved slices", list(saved), key=f"{KEY}slice", format_func=visible)
+        row = st.container(horizontal=True, gap="small")
+        if name in saved and row.button("Open", key=f"{KEY}slice_open"):
+            state.go("gallery", **selection.from_text(saved[name], choices).params(choices))
+        row.button(
+            "Delete",
+            key=f"{KEY}slice_delete",
+            on_click=lambda: tag_files.change(
+                pack, _told(lambda s: s.delete_slice(name), "Deleted.")
+            ),
+        )
+        st.text_input("New name", key=f"{KEY}slice_new", max_chars=SLICE_LENGTH)
+        st.button("Rename", key=f"{KEY}slice_rename", on_click=_rename, args=(pack, name))
+
+
+def _save(pack: Pack, text: str) -> None:
+    name = str(st.session_state.get(f"{KEY}slice_name") or "")
+    if tag_files.change(pack, _told(lambda s: s.save_slice(name, text), f"Saved: {name}")):
+        st.session_state[f"{KEY}slice_name"] = ""
+
+
+def _rename(pack: Pack, name: str) -> None:
+    new = str(st.session_state.get(f"{KEY}slice_new") or "")
+    if tag_files.change(pack, _told(lambda s: s.rename_slice(name, new), f"Renamed: {new}")):
+        st.session_state[f"{KEY}slice_new"] = ""
+
+
+def _told(act: Callable[[Store], None], text: str) -> Callable[[Store, str], str]:
+    def change(store: Store, person: str) -> str:
+        act(store)
+        return text
+
+    return change
+
+
+SIDE = 240  # pixels of a picture's longer side
+
+
+def look_of(pack: Pack, view: View, entry_ids: Sequence[str]) -> Look:
+    """How the view draws these maps; a shared scale is theirs."""
+    shared = view.scale == "shared" and view.show != "photo"
+    return Look(
+        scale=view.scale,
+        cmap=view.colours,
+        side=SIDE,
+        limits=_limits(pack, entry_ids) if shared else None,
+        style=view.show if view.show in STYLES else "overlay",
+        crop=view.part == "crop",
+    )
+
+
+def _limits(pack: Pack, entry_ids: Sequence[str]) -> tuple[float, float] | None:
+    """The least and the greatest value of these maps; a map that cannot be read has none."""
+    ends = []
+    for entry_id in entry_ids:
+        with contextlib.suppress(PackError):  # its picture says so
+            found = pack.explanation(entry_id).map
+            ends += [float(found.min()), float(found.max())]
+    return (min(ends), max(ends)) if ends else None
+
+
+def cell(
+    pack: Pack,
+    view: View,
+    look: Look,
+    choices: Choices,
+    text: str,
+    last: str | None,
+    entry_id: str,
+    row: dict[str, Any],
+) -> dict[str, Any]:
+    explained = short(row["target_name"])
+    name, method = row["title"], method_title(row["method"])
+    lines = [method] if view.method == ALL else []
+    if row["label_name"] and short(row["label_name"]) != explained:
+        lines.append(f"true: {short(row['label_name'])}")
+    lines.append(name)
+    for key in dict.fromkeys(
+        (view.sort, view.measure if view.low is not None or view.high is not None else "")
+    ):
+        if key == "confidence" and row["measure:confidence"] == row["probability"]:
+            continue  # it stands there already
+        if key in choices.measures and key != "probability":
+            lines.append(f"{choices.measures[key].name}: {_figure(key, row[f'measure:{key}'])}")
+    photo = photo_url(pack, row["image_id"], SIDE, entry_id if look.crop else None)
+    source, alt = photo, f"Photo {name}"
+    if view.show != "photo":
+        source = overlay_url(pack, entry_id, look)
+        alt = f"Map by {method} of {explained} on {name}"
+    return {
+        "id": entry_id,
+        "src": source,
+        "bare": None if view.show == "photo" else photo,
+        "alt": alt,
+        "title": explained,
+        "value": probability_text(row["probability"], row["is_value"]),
+        "lines": lines,
+        "badge": _badge(row["right"]),
+        "selected": row["image_id"] == last,
+        "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
+    }
+
+
+def _badge(right: Any) -> dict[str, str] | None:
+    if right is True:
+        return {"text": "Right", "kind": "good"}
+    return {"text": "Wrong", "kind": "bad"} if right is False else None
+
+
+def _figure(key: str, value: float) -> str:
+    if value != value:
+        return "none"
+    return f"{value:.1%}" if key == "confidence" else f"{value:.3g}"
+
 
 CELLS = f"{KEY}cells"
 
@@ -39,7 +186,7 @@ def page(context: Context) -> None:
     if messages:
         st.warning("  \n".join(map(plain, messages)))
     marking.check(pack)
-    keyboard.say()
+    tag_files.say()
     view = toolbar(pack, view, table.choices)
     chips(view, table.choices)
     found = selection.selected(pack, view)
@@ -179,8 +326,8 @@ def _line(
     line.caption(text, width="content")
     line.space("stretch")
     marking.tools(line, pack, list(dict.fromkeys(shown)), found)
-    slices.tools(line, pack, view)
-    look_control(line, KEY, styles=STYLES | {"photo": "Photo"}, style="show")
+    tools(line, pack, view)
+    look_control(line, KEY, styles=TITLES | {"photo": "Photo"}, style="show")
     return from_widgets(choices)
 
 
@@ -213,7 +360,7 @@ def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
         _pager(bar, view, count)
     bar.space("stretch")
     with bar.popover("Export"):
-        exports.files(pack, view, found)
+        files(pack, view, found)
     st.caption(
         "In the pictures the arrow keys or J and K move, Enter opens, X chooses, 1 to 9 tag, Z undoes, and "
         "Page Up and Page Down turn the page."
@@ -242,3 +389,104 @@ def _pager(bar: Any, view: View, count: int) -> None:
         on_change=_jump,
         width=140,
     )
+
+
+def files(pack: Pack, view: View, found: Selection) -> None:
+    """Files are made when they are asked for."""
+    chosen = marking.chosen(pack)
+    which = "the selection"
+    if chosen:
+        names = {True: f"{tag_files.photos(len(chosen))} chosen", False: "The whole selection"}
+        if st.radio("Export", list(names), key=f"{KEY}export_of", format_func=names.__getitem__):
+            found = Selection(selection.table(pack), view.unfiltered(), chosen)
+            which = "the chosen photos"
+    _csv(pack, view, found, which)
+    most = export.MOST_MAPS["html"]
+    several = found.count > most
+    st.download_button(
+        f"HTML of the first {most} maps" if several else f"HTML of {which}",
+        data=lambda: _html(pack, view, found.ids(most)),
+        file_name=f"{pack.id}.html",
+        mime="text/html",
+        on_click="ignore",
+        key=f"{KEY}export_html",
+    )
+    listed = selection_files.MOST_LISTED
+    st.download_button(
+        f"List of the first {listed:,} photos" if len(found.images) > listed else "List of photos",
+        data=lambda: selection_files.image_list(found),
+        file_name=f"{pack.id}.txt",
+        mime="text/plain",
+        on_click="ignore",
+        key=f"{KEY}export_list",
+    )
+    st.caption(
+        "The CSV has a line for each map, with its figures, tags, stars and note. The HTML opens without "
+        "a server. The list has the names of the photos' files: put it into their folder, and give it to "
+        "xattn."
+    )
+    _folders(pack, found)
+
+
+def _csv(pack: Pack, view: View, found: Selection, which: str) -> None:
+    """All of a view is sent while it is made; chosen photos are in this session alone."""
+    if which == "the selection":
+        query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
+        st.link_button(f"CSV of {which}", f"{export.CSV}?{urlencode(query)}")
+        return
+    st.download_button(
+        f"CSV of {which}",
+        data=lambda: "".join(export.selection_csv(found, tag_files.usable_store(pack))),
+        file_name=f"{pack.id}.csv",
+        mime="text/csv",
+        on_click="ignore",
+        key=f"{KEY}export_csv",
+    )
+
+
+def _folders(pack: Pack, found: Selection) -> None:
+    """What becomes a folder below the root."""
+    root = state.library().root
+    if not isinstance(root, Path):
+        return  # a store of objects, which packs cannot be written to photo by photo
+    st.text_input("Name of a new folder", key=f"{KEY}export_name", max_chars=80)
+    row = st.container(horizontal=True, gap="small")
+    row.button(
+        "Write a pack",
+        key=f"{KEY}export_pack",
+        on_click=lambda: _write(
+            root, lambda to: selection_files.write_pack(pack, found, to), "map"
+        ),
+    )
+    there = selection_files.fiftyone() is not None
+    row.button(
+        "Write a FiftyOne data set",
+        key=f"{KEY}export_fiftyone",
+        disabled=not there,
+        on_click=lambda: _write(
+            root,
+            lambda to: selection_files.write_fiftyone(
+                pack, found, to, tag_files.usable_store(pack)
+            ),
+            "photo",
+        ),
+    )
+    if not there:
+        st.caption("FiftyOne is not installed where this viewer runs: `pip install fiftyone`.")
+
+
+def _write(root: Path, write: Callable[[Path], int], what: str) -> None:
+    said = st.session_state.setdefault(tag_files.SAID, [])
+    try:
+        folder = selection_files.check_name(
+            root, str(st.session_state.get(f"{KEY}export_name") or "")
+        )
+        with st.spinner("Writing"):
+            count = write(folder)
+        said.append((f"{folder.name} is written: {count:,} {what}{'s' * (count != 1)}.", False))
+    except (PackError, ValueError, OSError) as error:
+        said.append((str(error).replace(str(root), root.name), True))
+
+
+def _html(pack: Pack, view: View, entry_ids: list[str]) -> str:
+    return export.html(pack, entry_ids, look_of(pack, view, entry_ids))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +15,8 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid, sent
-from xattn.app.components.slide import slide
+from xattn.app.components import grid, sent, slide
 from xattn.app.components.theme import facts_html
-from xattn.app.pages.image.head_card import head_card
 from xattn.app.pages.image.shown import WIDTH, Shown, aspect, file_name, legend, photo_of, select
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
@@ -24,8 +26,59 @@ from xattn.pictures.explained import probability_text
 from xattn.pictures.words import method_title, metric_about, named_metric
 
 if TYPE_CHECKING:
+    from xattn.app.library import Library
     from xattn.packs.manifest import MetricInfo
     from xattn.packs.reader import Pack
+
+
+CARD = "README.md"
+LONGEST = 20_000  # characters that are shown
+
+
+def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
+    """The model card of the head recorded in a pack (name, sha256): the README.md in its folder, else its
+    training record; None if it is neither a shipped head nor one below the root."""
+    from xattn.runtime.head_files import shipped_heads
+
+    folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
+    for folder in folders:
+        try:
+            if _matches(folder, head):
+                return _card(folder)
+        except (ValueError, OSError):
+            continue  # another head's files may be damaged
+    return None
+
+
+def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
+    from xattn.heads.base import read_config
+    from xattn.runtime.head_files import WEIGHTS_FILE
+
+    if read_config(folder)["head"] != head.get("name"):
+        return False
+    weights = folder / WEIGHTS_FILE
+    return _sha256(weights, weights.stat().st_mtime_ns) == head.get("sha256")
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(weights: Path, changed: int) -> str:
+    """The hash of the head as loaded: in single precision, whatever the file holds."""
+    from xattn.backbone import state_sha256
+    from xattn.models.weights import load_weight_file
+
+    state = load_weight_file(weights)
+    return state_sha256({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+
+
+def _card(folder: Path) -> str:
+    from xattn.heads.base import read_config
+
+    card = folder / CARD
+    if card.is_file() and card.resolve().is_relative_to(folder.resolve()):
+        with card.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(LONGEST)
+    return json.dumps(read_config(folder).get("training", {}), indent=2)[:LONGEST]
+
 
 SMALL = 320  # of a class's map
 TOP = 5  # classes with a picture each

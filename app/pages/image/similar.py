@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from xattn.app.navigation import selection, url_widgets
+from xattn.app.navigation import address, selection
 from xattn.app.pages.image.shown import Shown
 from xattn.app.pages.photomap import data
-from xattn.app.pages.photomap.photos import photos_grid
+from xattn.app.pages.photomap.data import photos_grid
 from xattn.app.state import plain
 from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled, unit
 
@@ -27,7 +27,7 @@ def similar_tab(pack: Pack, shown: Shown) -> None:
     offered = list(data.OF) if pack.has_features else ["maps"]
     of = "maps"
     if len(offered) > 1:
-        of = url_widgets.segmented("Near by", offered, "near", format_func=data.OF.__getitem__)
+        of = address.segmented("Near by", offered, "near", format_func=data.OF.__getitem__)
     query = "SELECT rowid FROM images WHERE image_id = $1"
     (row,) = selection.table(pack).numbers(query, [shown.image_id])
     rows, values = data.vectors(pack, of, method)

@@ -11,9 +11,8 @@ from xattn.app import models
 from xattn.app.live import queue, uploads
 from xattn.app.live.run import LiveRun, Request
 from xattn.app.models import ModelError
-from xattn.app.navigation import url_widgets
-from xattn.app.pages.live.left_out import left_out
-from xattn.app.pages.live.photo_files import megabytes, photos
+from xattn.app.navigation import address
+from xattn.app.pages.live.photo_files import left_out, megabytes, photos
 from xattn.app.state import Context, plain
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def _clip() -> list[uploads.Upload]:
 def _backbone() -> tuple[str, str]:
     names = models.backbones()
     files = models.weight_files()
-    name = url_widgets.selectbox(
+    name = address.selectbox(
         "Network",
         names,
         "model",
@@ -141,7 +140,7 @@ def _backbone() -> tuple[str, str]:
     )
     weights = "auto"
     if files:
-        weights = url_widgets.selectbox(
+        weights = address.selectbox(
             "Weights",
             ["auto", *files],
             "weights",
@@ -173,7 +172,7 @@ def _head(name: str) -> str:
     heads = models.heads(name)
     if not heads:
         return ""
-    chosen = url_widgets.selectbox(
+    chosen = address.selectbox(
         "Head",
         [NO_HEAD, *heads],
         "head",
@@ -195,7 +194,7 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
         return f"{name} ({allowed[name]:,} passes)" if allowed[name] > 1 else name
 
     if several:
-        chosen = url_widgets.multiselect(
+        chosen = address.multiselect(
             "Methods",
             names,
             "explain",
@@ -204,7 +203,7 @@ def _explainers(allowed: dict[str, int], several: bool) -> list[str]:
             placeholder="Choose one or more",
         )
     else:
-        chosen = [url_widgets.selectbox("Method", names, "explain_clip", format_func=title)]
+        chosen = [address.selectbox("Method", names, "explain_clip", format_func=title)]
     return chosen
 
 
@@ -234,7 +233,7 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
 
 def _view(kind: str) -> dict[str, Any]:
     order = list(VIEWS) if kind == "photos" else list(VIEWS)[::-1]
-    view = url_widgets.segmented(
+    view = address.segmented(
         "What the network sees",
         order,
         f"see_{kind}",

@@ -3,20 +3,313 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
+import numpy as np
+import pandas as pd
 import streamlit as st
+from PIL import Image
 
 from xattn.app import state
-from xattn.app.navigation import selection, url_widgets
+from xattn.app.components import grid, scatter, sent
+from xattn.app.navigation import address, selection
 from xattn.app.pages.photomap import data
-from xattn.app.pages.photomap.groups import groups_tab
-from xattn.app.pages.photomap.points import WIDTH, points_tab
-from xattn.app.state import Context
-from xattn.pictures.words import method_title
+from xattn.app.pages.photomap.data import class_button, photos_grid, summary
+from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
+from xattn.app.state import Context, plain, short
+from xattn.eval.report.photo_map.clusters import Cluster
+from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
+from xattn.eval.report.photo_map.projection import METHODS, offered
+from xattn.pictures.overlay import overlay
+from xattn.pictures.words import method_title, named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
+
+
+GROUP = "group"  # parameter of the URL: the number of a card, from 1
+CARDS, GROUP_PHOTOS = "photomap.groups", "photomap.group"
+SHOWN = 12  # cards
+SIDE = 240  # pixels of a card's picture
+APART = 0.5  # above which a group is marked: the rest of its class looks elsewhere
+
+
+def groups_tab(pack: Pack, method: str) -> None:
+    """Cards of the groups, and the photos of one of them."""
+    found = data.groups(pack, method)[:SHOWN]
+    if not found:
+        st.info(
+            plain(
+                f"There are no groups: at least three photos need maps by {method} that are not the same "
+                f"value everywhere."
+            )
+        )
+        return
+    st.caption(
+        "Photos on which the network looks at the same place. First come groups of one class that look "
+        "where the other photos of that class do not: there may be a shortcut, such as a watermark."
+    )
+    chosen = _chosen_group(len(found))
+    cells = [_card(pack, one, i, method, i == chosen) for i, one in enumerate(found)]
+    grid(cells, CARDS, label="Groups of photos", width=150, aspect=1, on_open=_opened)
+    one = found[chosen]
+    where = one.place[0].upper() + one.place[1:]
+    st.subheader(plain(f"Group {chosen + 1}: {where}"), anchor=False)
+    rows = [int(row) for row in data.looks(pack, method)[0][one.rows]]
+    st.markdown(summary(pack, rows, method))
+    st.caption(
+        plain(
+            f"The group's maps are alike to {one.tightness:.2f} (1: all the same). They look, with up to "
+            f"{one.apart:.0%} of a map's scale, where other photos of the class do not."
+        )
+    )
+    class_button(pack, rows, method, "photomap.group.class")
+    photos_grid(pack, rows, method, GROUP_PHOTOS, "Photos of the group, the most typical first")
+
+
+def _chosen_group(count: int) -> int:
+    """The card of the URL, the first without one."""
+    wanted = st.query_params.get(GROUP, "1")
+    known = [str(number + 1) for number in range(count)]
+    if wanted not in known:
+        st.warning("There is no such group; the first is shown.")
+        return 0
+    return known.index(wanted)
+
+
+def _opened() -> None:
+    opened = sent(CARDS, "open")
+    if isinstance(opened, str):
+        st.query_params[GROUP] = opened
+        st.session_state.pop(f"{GROUP_PHOTOS}.page", None)
+
+
+def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) -> dict[str, Any]:
+    share = f"{one.share:.0%} {short(one.class_name)}" if one.class_name else "class not known"
+    lines = [share, f"{len(one.rows):,} photos"]
+    if one.accuracy.n:
+        lines.append(f"{one.accuracy.mean:.0%} told right")
+    return {
+        "id": str(number + 1),
+        "src": picture(one.mean),
+        "alt": f"Mean map of {len(one.rows):,} photos: {one.place}",
+        "title": one.place[0].upper() + one.place[1:],
+        "lines": lines,
+        "badge": {"text": "Unusual place", "kind": "plain"} if one.apart > APART else None,
+        "selected": selected,
+        "href": state.link(
+            "photomap", pack=pack.id, method=method, group=number + 1, part="Groups"
+        ),
+    }
+
+
+def picture(mean: np.ndarray) -> str:
+    """The mean of pooled maps (64,) over grey, as the address of a picture."""
+    low, high = float(mean.min()), float(mean.max())
+    cells = ((mean - low) / (high - low) if high > low else mean * 0).astype(np.float32)
+    grown = Image.fromarray(cells.reshape(CELLS_A_SIDE, CELLS_A_SIDE)).resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC
+    )
+    grey = Image.new("RGB", (SIDE, SIDE), (128, 128, 128))
+    return data_uri(jpeg(overlay(grey, np.clip(np.asarray(grown), 0, 1), 0.8)))
+
+
+MAP, CHOSEN, PHOTOS = "photomap.points", "photomap.chosen", "photomap.photos"
+START = "photomap.start"  # what was chosen when the map was shown first
+CLASSES = 7  # that have a colour of their own
+THUMBNAIL = 160  # pixels
+WIDTH = 170  # of a widget
+GROUPED = {"predicted": "Predicted class", "label": "True class", "right": "Right or wrong"}
+MEASURED = {"confidence": "Confidence", "disagreement": "Disagreement of methods"}
+
+
+def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
+    """The map of the photos by their features or their maps, and what was chosen on it; its widgets go
+    into ``bar``."""
+    with bar:
+        choices = offered(len(data.rows_of(pack)))
+        projection = address.selectbox(
+            "Projection", choices, "projection", format_func=METHODS.__getitem__, width=WIDTH
+        )
+        colours = _colours(pack, method)
+        colour = address.selectbox(
+            "Colour", list(colours), "colour", format_func=colours.__getitem__, width=WIDTH
+        )
+    rows, points = data.placed(pack, of, method, projection)
+    if not len(rows):
+        st.info(
+            plain(
+                f"Every map by {method} has one value everywhere, so the maps do not say where the network "
+                f"looks. Choose another method, or features."
+            )
+        )
+        return
+    images = data.photos(pack, method).loc[rows]
+    names = images["image_id"].tolist()
+    chosen = _chosen(pack, of, method, len(rows))
+    if MAP not in st.session_state:  # the map is shown anew, and knows nothing of what was chosen
+        st.session_state[START] = chosen
+    scatter(
+        points,
+        names,
+        MAP,
+        label=f"Map of {len(rows):,} photos by {data.OF[of].lower()}",
+        words=_words(images),
+        picture=_pictures(pack),
+        chosen=st.session_state.get(START, []),
+        on_choose=lambda: _choose(pack, of, method, len(rows)),
+        on_open=lambda: _open(names),
+        **_colouring(images, colour, colours[colour]),
+    )
+    _captions(pack, of, method, len(rows))
+    if chosen:
+        _photos(pack, [int(rows[i]) for i in chosen], method)
+
+
+def _captions(pack: Pack, of: str, method: str, shown: int) -> None:
+    every, drawn = pack.counts[1], len(data.rows_of(pack))
+    notes = ["Draw around some photos to see them below; a press on the legend chooses a colour."]
+    if drawn < every:
+        notes.append(f"Of {every:,} photos a random sample of {drawn:,} is shown.")
+    if shown < drawn:
+        what = f"no map by {method}, or one with one value everywhere"
+        notes.append(f"{drawn - shown:,} photos with {what} are left out.")
+    if len(offered(drawn)) == 1 and drawn >= 16:
+        notes.append('For UMAP, run: pip install "xattn[umap]"')
+    st.caption(plain(" ".join(notes)))
+
+
+# ---------------------------------------------------------------------- colours
+
+
+def _colours(pack: Pack, method: str) -> dict[str, str]:
+    """What points can be coloured by: what some photo has."""
+    images = data.photos(pack, method)
+    found = {
+        key: name
+        for key, name in GROUPED.items()
+        if images[key if key == "right" else f"{key}_name"].notna().any()
+    }
+    found |= {key: name for key, name in MEASURED.items() if images[key].notna().any()}
+    found |= {
+        key: named_metric(key.removeprefix("measure:"))
+        for key in images
+        if key.startswith("measure:") and images[key].notna().any()
+    }
+    return found or {"one": "One colour"}
+
+
+def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
+    """The scatter's arguments for a colour."""
+    if colour == "right":
+        known = data.verdicts(images["right"])
+        legend = [{"name": "right", "kind": "good"}, {"name": "wrong", "kind": "bad"}]
+        if None in known:
+            legend.append({"name": "true class not known", "kind": "rest"})
+        groups = np.array([2 if v is None else 0 if v else 1 for v in known])
+        return {"legend": legend, "groups": groups}
+    if colour == "one":
+        return {
+            "legend": [{"name": "photos", "kind": "class"}],
+            "groups": np.zeros(len(images), int),
+        }
+    if colour in GROUPED:
+        names = data.texts(images[f"{colour}_name"])
+        count = Counter(n for n in names if n)
+        most = [n for n, _ in count.most_common(CLASSES + 1)]
+        most = most if len(most) <= CLASSES else most[:CLASSES]
+        place = {n: i for i, n in enumerate(most)}
+        legend = [{"name": short(n), "kind": "class"} for n in most]
+        groups = np.array([place.get(n or "", len(most)) for n in names])
+        if (groups == len(most)).any():
+            others = len(count) - len(most)
+            rest = f"{others:,} other classes" if others > 1 else "other classes"
+            legend.append({"name": rest if others else "not known", "kind": "rest"})
+        return {"legend": legend, "groups": groups}
+    values = images[colour].to_numpy(float)
+    values = np.where(np.isfinite(values), values, np.nan)
+    low, high = np.nanmin(values), np.nanmax(values)
+    scaled = (
+        (values - low) / (high - low) if high > low else np.where(np.isnan(values), values, 0.5)
+    )
+    form = "{:.0%}" if colour == "confidence" else "{:.3g}"
+    return {
+        "scale": {"name": name, "low": form.format(low), "high": form.format(high)},
+        "values": scaled,
+    }
+
+
+def _words(images: pd.DataFrame) -> list[list[str]]:
+    """What is said of each point: the verdict, the true class, the file."""
+    predicted, labels = data.texts(images["predicted_name"]), data.texts(images["label_name"])
+    right, sure = data.verdicts(images["right"]), images["confidence"].to_numpy(float)
+    first = [
+        "" if name is None else short(name) + ("" if p != p else f" {p:.0%}")
+        for name, p in zip(predicted, sure, strict=True)
+    ]
+    second = [
+        ""
+        if name is None
+        else "right"
+        if v
+        else ("wrong, " * (v is False)) + f"true: {short(name)}"
+        for name, v in zip(labels, right, strict=True)
+    ]
+    return [first, second, [str(title) for title in images["title"]]]
+
+
+def _pictures(pack: Pack) -> str:
+    """The beginning of a picture's address, to which the photo's id is added."""
+    query = {"pack": pack.id, "side": THUMBNAIL, "v": pack.version}
+    return f"{PICTURE}?{urlencode(query)}&image="
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+def _subject(pack: Pack, of: str, method: str, count: int) -> tuple[str, ...]:
+    return (data.subject(pack), of, method if of == "maps" else "", str(count))
+
+
+def _chosen(pack: Pack, of: str, method: str, count: int) -> list[int]:
+    """The numbers of the points that were chosen on this map."""
+    subject, chosen = st.session_state.get(CHOSEN, (None, []))
+    return chosen if subject == _subject(pack, of, method, count) else []
+
+
+def _choose(pack: Pack, of: str, method: str, count: int) -> None:
+    given = sent(MAP, "choose")
+    if isinstance(given, list):
+        whole = {int(v) for v in given if isinstance(v, int | float) and 0 <= v < count}
+        st.session_state[CHOSEN] = (_subject(pack, of, method, count), sorted(whole))
+        st.session_state.pop(f"{PHOTOS}.page", None)
+
+
+def _open(names: list[str]) -> None:
+    given = sent(MAP, "open")
+    if isinstance(given, int | float) and 0 <= given < len(names):
+        state.go("image", image=names[int(given)])
+
+
+def _photos(pack: Pack, rows: list[int], method: str) -> None:
+    st.subheader("Chosen photos", anchor=False)
+    st.markdown(summary(pack, rows, method))
+    bar = st.container(horizontal=True, gap="small")
+    with bar:
+        if len(rows) == 1:
+            image_id = data.photos(pack, method).loc[rows[0], "image_id"]
+            st.button(
+                "More like this",
+                key="photomap.similar",
+                on_click=lambda: state.go("image", image=image_id, tab="Similar"),
+            )
+        class_button(pack, rows, method, "photomap.class")
+    photos_grid(pack, rows, method, PHOTOS, "The chosen photos")
+    if data.photos(pack, method).loc[rows, "entry_id"].isna().all():
+        st.caption(plain(f"These photos have no map by {method}."))
+
 
 FEWEST = 3  # photos for a map
 
@@ -48,7 +341,7 @@ def _points(pack: Pack) -> None:
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     offered = list(data.OF) if pack.has_features else ["maps"]
     with bar:
-        of = url_widgets.selectbox(
+        of = address.selectbox(
             "Near by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
         )
     points_tab(pack, of, _method(bar, pack), bar)
@@ -60,7 +353,7 @@ def _method(place: Any, pack: Pack) -> str:
     if len(choices.under_test) == 1:
         return choices.under_test[0]
     with place.container(width=WIDTH):
-        return url_widgets.selectbox(
+        return address.selectbox(
             "Maps by", list(choices.under_test), "method", format_func=method_title
         )
 

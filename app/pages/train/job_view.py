@@ -2,24 +2,347 @@
 
 from __future__ import annotations
 
+import io
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import altair as alt
+import pandas as pd
 import streamlit as st
 
-from xattn.app import models
+from xattn.app import models, state
+from xattn.app.components import grid
+from xattn.app.jobs.job_files import JobError
 from xattn.app.jobs.jobs import Job, Jobs
-from xattn.app.jobs.spec import JobError
-from xattn.app.pages.train.losses import losses_view
-from xattn.app.pages.train.results import next_steps, results_table, results_view
-from xattn.app.pages.train.sample_maps import sample_maps
-from xattn.app.pages.train.tidying import tidying
-from xattn.app.pages.train.uses import uses
+from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.eval.evaluation.plan import duration
+from xattn.packs.contained_files import PackError, read_inside
+from xattn.pictures.contact_sheet import legends_html
 from xattn.runtime.display_text import reason
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+
+MOST, NAMED = 20_000, 6  # files that are counted; heads and packs that are named
+
+
+def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
+    """Popovers to rename and to delete ``job``."""
+    with bar.popover("Rename"):
+        name = st.text_input("New name", job.id, key=f"new name of {job.id}", max_chars=64).strip()
+        pressed = st.button("Rename", key="rename", disabled=name in ("", job.id))
+        st.caption("The folder of its results gets the name, too.")
+        if pressed and _done(lambda: jobs.rename(job.id, name)):
+            st.query_params["job"] = name
+            st.rerun()
+    asked = bar.popover("Delete", key=f"delete {job.id}", on_change="rerun")
+    if not asked.open:
+        return
+    with asked:
+        st.markdown(plain(_lost(job)))
+        pressed = st.button("Delete for good", type="primary", key="delete")
+        if pressed and _done(lambda: jobs.delete(job.id)):
+            st.query_params.pop("job", None)
+            st.rerun()
+
+
+def _done(action: Any) -> bool:
+    """Whether the job was changed, and with it perhaps the open pack; what went wrong is said here."""
+    try:
+        action()
+    except (JobError, OSError) as error:
+        st.error(plain(reason(error)))
+        return False
+    try:
+        state.library().open(st.session_state.get("_pack", ""))
+    except PackError:  # it was among the results
+        st.session_state.pop("_pack", None)
+        st.query_params.pop("pack", None)
+    return True
+
+
+def _lost(job: Job) -> str:
+    """What deleting a job takes away."""
+    if not job.output.is_dir() or job.output.is_symlink():
+        return f"This deletes the record of {job.id}. It has no results."
+    files, size = _count(job.output)
+    number = "one file" if files == 1 else f"{files:,}{' or more' * (files >= MOST)} files"
+    of = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    library = state.library()
+    here = [info.name for info in library.heads()] + [info.name for info in library.packs()]
+    named = [name for name in here if f"{name}/".startswith(f"{job.id}/")][:NAMED]
+    also = f", among them {', '.join(named)}" if named else ""
+    return (
+        f"This deletes {job.id}: what it printed, and all in {state.settings().root.name}/{job.id}, "
+        f"{number} of {of}{also}. It cannot be undone."
+    )
+
+
+def _count(folder: Path) -> tuple[int, int]:
+    """Files below a folder and their bytes; links are not followed."""
+    files = size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            files += 1
+            size += os.lstat(os.path.join(place, name)).st_size
+        if files >= MOST:
+            break
+    return files, size
+
+
+SCALES = {"Shared": "shared", "Each map": "map"}
+SIDE = 320
+
+
+def sample_maps(job: Job, context: Context, best: str | None) -> str | None:
+    """The maps of the fixed photos: before training, and at the last checkpoint; of one head at a time,
+    ``best`` at first, or the one that is trained now. Returns that head, None without maps."""
+    head = None
+    try:
+        packs = {p.name: p.id for p in context.library.packs() if p.problem is None}
+        heads = job.spec.heads if job.spec.kind == "probe" else ("",)
+        names = {head: "/".join(filter(None, (job.id, head, "sample"))) for head in heads}
+        there = [head for head in heads if names[head] in packs]
+        if not there:
+            return None
+        head = best if best in there else there[-1]
+        if len(there) > 1:  # a new one, and then the best, is shown as soon as it is there
+            key = f"sample of {len(there)} heads, best {best}"
+            head = st.segmented_control("Head", there, default=head, key=key, required=True)
+        _maps(context.library.open(packs[names[head]]))
+    except PackError:  # just being replaced by the job
+        st.caption("The maps of a checkpoint are being written.")
+    return head
+
+
+def _maps(pack: Pack) -> None:
+    methods = pack.entries["method"]
+    if not methods.str.fullmatch(r"step [0-9]{1,15}").all():
+        return  # a pack of something else that was put there
+    steps = methods.str.removeprefix("step ").astype(int)
+    now, before = int(steps.max()), bool((steps == 0).any())
+    when = {
+        (True, False): " before training; the next ones come with a checkpoint",
+        (True, True): f", before training and at step {now:,}, the last checkpoint",
+        (False, True): f" at step {now:,}, the last checkpoint",
+    }[before, now > 0]
+    st.markdown(f"**Maps of {len(pack.images)} photos**{when}")
+    scale = st.segmented_control(
+        "Colour scale",
+        list(SCALES),
+        default=next(iter(SCALES)),
+        required=True,
+        key="sample scale",
+        help="Shared: raw scores on one scale for all these maps, so that steps can be compared. Each map: "
+        "from its least to its greatest value.",
+    )
+    look = Look(side=SIDE, scale=SCALES[scale])
+    if look.scale == "shared":
+        ends = float(pack.entries["min"].min()), float(pack.entries["max"].max())
+        look = replace(look, limits=ends)
+    cells: list[dict[str, Any]] = []
+    for image_id, row in pack.images.iterrows():
+        entries = pack.entries[pack.entries["image_id"] == image_id]
+        name = str(row["title"])
+        cells.append(
+            {
+                "id": f"{image_id}/photo",
+                "src": photo_url(pack, str(image_id), SIDE),
+                "title": name,
+                "alt": name,
+            }
+        )
+        for entry_id, entry in entries.iterrows():
+            step = int(steps[entry_id])
+            cells.append(
+                {
+                    "id": f"{image_id}/{step}",
+                    "src": overlay_url(pack, str(entry_id), look),
+                    "title": f"Step {step:,}",
+                    "alt": f"{name}: map of {entry['target_name']} at step {step}",
+                    "lines": [f"{entry['target_name']}  {entry['probability']:.1%}"],
+                }
+            )
+    st.html(legends_html(legends(pack, pack.entries.index, look)))
+    if note := blank_maps(pack, pack.entries.index[steps > 0], pack.images["title"].__getitem__):
+        st.warning(plain(note))
+    if before and now > 0 and st.button("Both steps in Two runs", key="sample.runs"):
+        state.go("runs", pack=pack.id, other=pack.id, by="step 0", by2=f"step {now}")
+    opened = grid(
+        cells, key="sample", label="Maps of the fixed photos", columns=1 + len(set(steps)), width=96
+    )
+    if opened is not None:
+        state.go("image", pack=pack.id, image=opened.rpartition("/")[0])
+
+
+MAX_RESULTS = 16 << 20  # bytes
+RESULTS = {
+    "head": str,
+    **dict.fromkeys(("accuracy", "accuracy_lo", "accuracy_hi", "ece"), float),
+    **dict.fromkeys(("parameters", "photos"), int),
+}
+
+
+def results_table(job: Job) -> pd.DataFrame | None:
+    """What ``xattn probe`` has measured of its heads; None before that."""
+    if job.spec.kind != "probe":
+        return None
+    folder = job.output.parent.resolve()
+    try:
+        data = read_inside(folder, f"{job.output.name}/results.csv", MAX_RESULTS)
+    except PackError:
+        return None  # not there yet
+    try:
+        table = pd.read_csv(io.BytesIO(data))[list(RESULTS)].astype(RESULTS)
+    except (ValueError, KeyError):
+        raise ValueError("results.csv of this job is damaged; train again.") from None
+    if not table["accuracy"].between(0, 1).all() or not set(table["head"]) <= set(job.spec.heads):
+        raise ValueError("results.csv of this job is damaged; train again.")
+    return table if len(table) else None
+
+
+def results_view(table: pd.DataFrame) -> None:
+    """The accuracies, head by head."""
+    low, high = table["accuracy_lo"], table["accuracy_hi"]
+    shown = pd.DataFrame(
+        {
+            "Head": table["head"],
+            "Accuracy": [f"{value:.1%}" for value in table["accuracy"]],
+            "95 % interval": [f"{a:.0%} to {b:.0%}" for a, b in zip(low, high, strict=True)],
+            "Calibration error": [f"{value:.3f}" for value in table["ece"]],
+            "Weights": [f"{value:,}" for value in table["parameters"]],
+        }
+    )
+    st.markdown(f"**Results** on {int(table['photos'].iloc[0]):,} photos that were held out")
+    st.dataframe(shown, hide_index=True, width="stretch")
+
+
+def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None:
+    """What to do with the results: ``head`` of several is the one that is looked at."""
+    if job.spec.kind == "demo":
+        if st.button("Open the demo", type="primary", key="open"):
+            state.go("gallery", pack=None)
+        return
+    folder = head_folder(job, head)
+    name = "it"
+    if job.spec.kind == "probe":
+        name = plain(folder.parent.name)
+        if folder.parent.name == best and len(job.spec.heads) > 1:
+            name += ", the most accurate,"
+    st.markdown(f"**Use {name}** on the command line:")
+    st.code(jobs.explain_line(job.spec, folder), language="sh", wrap_lines=True)
+
+
+def head_folder(job: Job, head: str | None) -> Path:
+    """Where the trained head lies; of several, the one named ``head`` or the first."""
+    if job.spec.kind == "probe":
+        return job.output / (head or job.spec.heads[0]) / "head"
+    return job.output / "head"
+
+
+POINTS = 1000  # of a curve
+ACCENT = "#d4622f"  # between the accents of the light and the dark theme
+COLOURS = [
+    ACCENT,
+    "#3f86b8",
+    "#8a8f3c",
+    "#a35fa8",
+    "#3f9a82",
+    "#b08440",
+]  # told apart by dashes, too
+TERMS = {
+    "loss": "Loss",
+    "cross_entropy": "Cross-entropy of the masked photo",
+    "area": "Area of the mask",
+    "variation": "Variation of the mask",
+    "validation_loss": "Loss on validation photos",
+    "accuracy": "Accuracy on validation photos",
+}
+
+
+def losses_view(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
+    """Show the loss, and in a folded part its terms."""
+    tables = _tables(logs)
+    steps = max(int(t["step"].iloc[-1]) for t in tables.values())
+    epochs = [t["epoch"].max() for t in tables.values() if "epoch" in t]
+    epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
+    st.markdown(f"**Loss**, step {steps:,}{epoch}")
+    st.altair_chart(_curve(tables, "loss"), width="stretch")
+    st.caption("A dot is a step, the line the mean over an epoch.")
+    others = [c for c in TERMS if c != "loss" and any(c in t for t in tables.values())]
+    if others:
+        with st.expander("Terms of the loss" if job.spec.kind == "train" else "More of the log"):
+            for column in others:
+                st.caption(TERMS[column])
+                st.altair_chart(_curve(tables, column, 140), width="stretch")
+
+
+def overlay_view(logs: dict[str, list[dict[str, float]]]) -> None:
+    """The losses of several jobs in one chart; ``logs`` by what the legend calls them."""
+    tables = {name: table for name, table in _tables(logs).items() if "loss" in table}
+    if not tables:
+        st.info("None of these jobs has written a loss yet.")
+        return
+    st.markdown(f"**Losses of {len(tables)} runs**")
+    st.altair_chart(_curve(tables, "loss"), width="stretch")
+    st.caption(
+        "A dot is a step, the line the mean over an epoch. Losses of one kind of head can be compared; "
+        "different kinds measure different things."
+    )
+
+
+def _tables(logs: dict[str, list[dict[str, float]]]) -> dict[str, pd.DataFrame]:
+    """The logs that have begun; of a step that was done again after a kill the last record."""
+    return {
+        name: pd.DataFrame(records).drop_duplicates("step", keep="last")
+        for name, records in logs.items()
+        if records
+    }
+
+
+def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> alt.Chart:
+    """Each step as a dot, and their mean over an epoch as a line."""
+    parts = []
+    for name, table in tables.items():
+        if column not in table:
+            continue
+        part = table[["step", column]].dropna().rename(columns={column: "value"})
+        width = int(table["epoch"].value_counts().max()) if "epoch" in table else 1
+        part["mean"] = part["value"].rolling(max(width, 1), min_periods=1).mean()
+        part["head"] = name or TERMS[column]
+        parts.append(part.iloc[:: max(1, len(part) // POINTS)])
+    if not parts:
+        raise ValueError(f"log.jsonl of this job holds no {column}; look at what it printed.")
+    data = pd.concat(parts)
+    base = alt.Chart(data, height=height, description=f"{TERMS[column]} by step").encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",d")),
+    )
+    colour: Any = alt.value(ACCENT)
+    dash: Any = alt.value([1, 0])
+    if len(parts) > 1:
+        heads = [part["head"].iloc[0] for part in parts]
+        legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=2)
+        colour = alt.Color(
+            "head:N", title=None, sort=heads, scale=alt.Scale(range=COLOURS), legend=legend
+        )
+        dash = alt.StrokeDash("head:N", title=None, sort=heads, legend=legend)
+    tip = [
+        alt.Tooltip("step:Q"),
+        alt.Tooltip("value:Q", format=".4g"),
+        alt.Tooltip("mean:Q", format=".4g"),
+    ]
+    value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    dots = base.mark_circle(size=28, opacity=0.6).encode(y=value, color=colour, tooltip=tip)
+    line = base.mark_line(strokeWidth=2).encode(y="mean:Q", color=colour, strokeDash=dash)
+    return dots + line
+
 
 KINDS = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}
 EVERY = 2.0  # seconds between two looks at a running job
@@ -165,3 +488,54 @@ def _problem(job: Job) -> None:
             st.code(job.message, language=None, wrap_lines=True)
     elif job.state == "stopped":
         st.info("Stopped, with a checkpoint. Resume goes on from there.")
+
+
+def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
+    """Buttons that lead on from a finished job; of several heads, from ``head``."""
+    if job.spec.kind == "demo":
+        return
+    folder = head_folder(job, head)
+    name = folder.relative_to(jobs.root).as_posix()
+    known = next((info.id for info in context.library.heads() if info.name == name), None)
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    pressed = bar.button(
+        "Try it in Live",
+        type="primary",
+        key="try",
+        disabled=known is None,
+        help="The folder of its head is gone." if known is None else None,
+    )
+    if pressed:
+        state.go("live", model=job.spec.model or None, head=known)
+    for label, page in (
+        ("See its mistakes", "mistakes"),
+        ("Compare its held-out photos", "runs"),
+    ):
+        if bar.button(label, key=page):
+            pack = _labelled(job, context)
+            if pack is not None:
+                state.go(page, pack=pack)
+            st.session_state["_mistakes_of"] = job.id
+    if st.session_state.get("_mistakes_of") == job.id:
+        st.markdown(
+            "**No pack of this job has true classes yet.** Make one of photos that it was not trained on, "
+            "and press the button again:"
+        )
+        st.code(jobs.mistakes_line(job, folder), language="sh", wrap_lines=True)
+        st.caption("--labels also takes a .csv or .json with the class of each photo.")
+
+
+def _labelled(job: Job, context: Context) -> str | None:
+    """The pack with most photos of those below the job's results whose photos have true classes."""
+    found = [
+        info
+        for info in context.library.packs()
+        if info.problem is None and info.name.startswith(f"{job.id}/")
+    ]
+    for info in sorted(found, key=lambda info: -info.images):
+        try:
+            if context.library.open(info.id, passing=True).images["label_name"].notna().any():
+                return info.id
+        except PackError:  # just being replaced by the job
+            continue
+    return None

@@ -3,28 +3,179 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
+import torch
+from PIL import Image
+from torch import Tensor
 
 from xattn.app import models
-from xattn.app.components.brush import brush, painted
-from xattn.app.navigation import selection, url_widgets
-from xattn.app.navigation.photo_bar import photo_bar
-from xattn.app.pages.whatif import maps
-from xattn.app.pages.whatif.answer import FILLS, bars, changed, predict, verdict
-from xattn.app.pages.whatif.masks import Mask, decoded, encoded, strongest
-from xattn.app.pages.whatif.painting import KEY, Painting, painting_of
+from xattn.app.components import brush, painted
+from xattn.app.models import ModelError
+from xattn.app.navigation import address, selection
+from xattn.app.navigation.last_view import photo_bar
+from xattn.app.pages.whatif.answer import (
+    FILLS,
+    Mask,
+    Seen,
+    bars,
+    changed,
+    decoded,
+    encoded,
+    predict,
+    raster_of,
+    region_runs,
+    seen,
+    strongest,
+    verdict,
+)
 from xattn.app.state import Context, plain, short
+from xattn.backbone import sha256
+from xattn.explainers import create_explainer
 from xattn.packs.contained_files import PackError
+from xattn.photos.view import View
+from xattn.pictures.overlay import data_url, overlay
+from xattn.pictures.scales import own_scale
 from xattn.pictures.words import method_title
+from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from xattn.backbone import Backbone
+    from xattn.explainers import Explainer
+    from xattn.heads import Head
+    from xattn.packs.explanation import Explanation
     from xattn.packs.reader import Pack
+
+
+KEY = "whatif."  # before the names of what the page keeps
+KEPT = 32 << 20  # bytes of the photos that a session looked at last
+
+
+@dataclass(eq=False)
+class Painting:
+    """One photo: as the network sees it, what is painted, and what came of it.
+
+    ``stamp`` counts the masks that the page set by itself; ``problem`` says why the last one that came
+    from the browser was refused; ``drawn`` are URLs of the pack's maps, by entry; ``fresh`` is a map of the
+    changed photo, by what it belongs to.
+    """
+
+    seen: Seen
+    mask: Mask
+    regions: list[int]
+    stamp: int = 0
+    problem: str = ""
+    drawn: dict[str, str] = field(default_factory=dict)
+    fresh: dict[tuple[object, ...], Explanation] = field(default_factory=dict)
+
+    @property
+    def raster(self) -> tuple[int, int]:
+        """Rows and columns of the mask."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    def paint(self, mask: Mask) -> None:
+        """Take a mask that the page makes in place of the painted one."""
+        self.mask, self.stamp, self.problem = mask, self.stamp + 1, ""
+
+
+def painting_of(pack: Pack, image_id: str, backbone: Backbone) -> Painting:
+    """The session's painting of a photo, begun if there is none.
+
+    Raises:
+        PackError, ValueError: as :func:`seen`.
+    """
+    kept = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
+    key = (pack.id, pack.version, image_id, backbone.fingerprint)
+    found: Painting | None = kept.get(key)
+    if found is None:
+        photo = seen(pack, image_id, backbone)
+        raster = raster_of((photo.pixels.shape[1], photo.pixels.shape[2]))
+        found = Painting(photo, np.zeros(raster, bool), region_runs(photo.pixels, raster))
+        kept.put(key, found, min(2 * photo.pixels.nbytes, KEPT))
+    return found
+
+
+MOST_PASSES = 200  # of a method that explains while somebody waits
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """An input (3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((pixels.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def photo_url(pixels: Tensor) -> str:
+    """An input as a URL for the browser."""
+    return data_url(picture(pixels), quality=92, subsampling=0)
+
+
+def map_url(pixels: Tensor, explanation: Explanation) -> str:
+    """A map over the input that it belongs to, as a URL for the browser."""
+    photo, scale = picture(pixels), own_scale(explanation)
+    size = (photo.height, photo.width)
+    values = View("whole", size, size, (0, 0, *size), size).to_photo(scale(explanation.map))
+    return data_url(overlay(photo, values, cmap=scale.cmap), quality=88, subsampling=0)
+
+
+def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> Explanation:
+    """The map of changed pixels (3, H, W) for the class and by the method of an entry.
+
+    Raises:
+        ModelError: the head is gone. ValueError: the method cannot be run again, or not while one waits.
+    """
+    entry = pack.explanation(entry_id)
+    with models.turn():
+        method = _method(pack.provenance(entry_id), backbone)
+        passes = method.total_forwards or 1
+        if passes > MOST_PASSES:
+            raise ValueError(
+                f"{entry.method} takes {passes:,} passes of the network; choose a method that takes at "
+                f"most {MOST_PASSES}."
+            )
+        images = pixels[None].to(backbone.device, backbone.mean.dtype)
+        try:
+            maps = method.attribute(images, torch.tensor([entry.target], device=backbone.device))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"There is not enough memory to explain by {entry.method}.") from error
+    return replace(entry, map=maps[0, 0].float().cpu().numpy())
+
+
+def _method(made: dict[str, Any], backbone: Backbone) -> Explainer:
+    """The explainer that made a map, by its provenance."""
+    name, seed = made["protocol"].get("explainer"), made["protocol"].get("seed")
+    head = None
+    if made["head"] is not None:
+        backbone, head = _head(made["head"], backbone)
+    else:
+        taps = (made["backbone"] or {}).get("taps")
+        if isinstance(taps, list) and tuple(taps) != tuple(backbone.taps):
+            backbone = backbone.with_taps(taps)
+    return create_explainer(str(name), backbone, head, seed=seed if type(seed) is int else 0)
+
+
+def _head(record: dict[str, Any], backbone: Backbone) -> tuple[Backbone, Head]:
+    """The head of a record, which its weights tell, and the network with the taps that it reads."""
+    own = getattr(backbone, "probe", None)
+    if own is not None and sha256(own) == record.get("sha256"):
+        return backbone, own
+    for key in models.heads(backbone.name):
+        try:
+            network, head = models.with_head(backbone.name, key)
+        except ModelError:
+            continue  # of other weights
+        if sha256(head) == record.get("sha256") and network.fingerprint == backbone.fingerprint:
+            return network, head
+    raise ModelError(
+        f"The head {record.get('name')} that made this map is not among the heads at hand; put its "
+        f"folder below the root."
+    )
+
 
 SHARE = 0.2  # of the picture, that a suggestion hides or keeps
 PAINTED = {"hidden": "Hidden", "kept": "Only this is kept"}
@@ -93,20 +244,18 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     entries = selection.table(pack).entries_of(image_id)
     with bar:
-        kind = url_widgets.segmented(
+        kind = address.segmented(
             "Fill",
             list(FILLS),
             "fill",
             format_func=lambda k: FILLS[k],
             help="What stands where a part of the photo is hidden.",
         )
-        paint = url_widgets.segmented(
+        paint = address.segmented(
             "What is painted", list(PAINTED), "paint", format_func=lambda p: PAINTED[p]
         )
         methods = list(dict.fromkeys(entries["method"]))
-        method = url_widgets.selectbox(
-            "Map", methods, "method", format_func=method_title, width=220
-        )
+        method = address.selectbox("Map", methods, "method", format_func=method_title, width=220)
     return _entry(entries[entries["method"] == method]), kind, paint == "kept"
 
 
@@ -119,7 +268,7 @@ def _entry(entries: pd.DataFrame) -> str:
 
 def _canvas(painting: Painting, subject: str, pixels: Tensor, words: str) -> None:
     brush(
-        maps.photo_url(pixels),
+        photo_url(pixels),
         painting.raster,
         f"{KEY}canvas",
         subject=subject,
@@ -196,17 +345,17 @@ def _maps(
         return
     title = f"{method_title(own.method)} of {short(own.target_name)}"
     if entry_id not in painting.drawn:
-        painting.drawn[entry_id] = maps.map_url(painting.seen.pixels, own)
+        painting.drawn[entry_id] = map_url(painting.seen.pixels, own)
     pictures = [(painting.drawn[entry_id], title)]
     key = (entry_id, painting.mask.tobytes(), *how)
     if pressed and pixels is not None:
         try:
             with st.spinner(f"Explaining by {plain(method_title(own.method))} …"):
-                painting.fresh = {key: maps.explained(pack, entry_id, pixels, backbone)}
+                painting.fresh = {key: explained(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))
     if pixels is not None and key in painting.fresh:
-        pictures.append((maps.map_url(pixels, painting.fresh[key]), f"{title}, changed photo"))
+        pictures.append((map_url(pixels, painting.fresh[key]), f"{title}, changed photo"))
     st.html(_figures(pictures))
 
 

@@ -32,19 +32,21 @@ from xattn.app.attention.attention_pass import (
     keep,
     prefix_names,
 )
-from xattn.app.attention.pictures import Colours, png, shares
 from xattn.app.attention.view import (
     MEAN,
+    Colours,
     View,
     choice_of,
     name_of,
     place_of,
+    png,
+    shares,
     slug,
     token_of,
     usual,
     view_of,
 )
-from xattn.app.components.patches import _checked
+from xattn.app.components import _checked
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import picture
 from xattn.attention import (

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from xattn.app.jobs.spec import Spec
+from xattn.app.jobs.job_files import Spec
 
 
 def fake_job(

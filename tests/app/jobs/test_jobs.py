@@ -19,10 +19,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from xattn.app.jobs import process
+from xattn.app.jobs import jobs as jobs_module
+from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
-from xattn.app.jobs.photo_folders import photo_folders
-from xattn.app.jobs.spec import JobError, Spec
+from xattn.app.pages.train.page import photo_folders
 from xattn.cli.model import BackboneArgs
 
 SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
@@ -71,7 +71,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs run ``RUNNER``, which is written into ``folder``."""
     (folder / "runner.py").write_text(RUNNER)
-    monkeypatch.setattr(process, "RUNNER", (sys.executable, str(folder / "runner.py")))
+    monkeypatch.setattr(jobs_module, "RUNNER", (sys.executable, str(folder / "runner.py")))
 
 
 def end_all(jobs: Jobs) -> None:
@@ -161,8 +161,8 @@ def test_a_job_that_does_not_stop_can_be_ended(jobs: Jobs) -> None:
 def test_another_server_finds_a_running_job_and_stops_it(jobs: Jobs) -> None:
     """As after a restart: only the files are known."""
     code = (
-        "import sys; from pathlib import Path; from xattn.app.jobs import jobs, process\n"
-        f"process.RUNNER = {process.RUNNER!r}\n"
+        "import sys; from pathlib import Path; from xattn.app.jobs import jobs\n"
+        f"jobs.RUNNER = {jobs_module.RUNNER!r}\n"
         f"jobs.Jobs(Path({str(jobs.root)!r}), Path({str(jobs.data)!r}))"
         ".start(jobs.Spec('train', 'photos', heads=('ttame',)), 'mine')"
     )

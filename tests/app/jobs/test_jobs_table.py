@@ -16,8 +16,8 @@ from streamlit.testing.v1 import AppTest
 from viewer_pages import opened, served
 
 from xattn.app import state
+from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
-from xattn.app.jobs.spec import Spec
 from xattn.app.state import Settings
 from xattn.app.synthetic_packs import small_pack
 

@@ -17,11 +17,10 @@ from viewer_pages import choose_option, only, opened, served
 from xattn.app import state
 from xattn.app.demo import pack_job, pack_offer
 from xattn.app.jobs import jobs as jobs_module
-from xattn.app.jobs import process
+from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
-from xattn.app.jobs.photo_folders import PhotoFolder
-from xattn.app.jobs.spec import Spec
-from xattn.app.pages.train import sample_maps
+from xattn.app.pages.train import job_view
+from xattn.app.pages.train.page import PhotoFolder
 from xattn.app.state import Settings
 from xattn.app.synthetic_packs import small_pack
 
@@ -337,9 +336,9 @@ def test_maps_of_before_and_after_are_on_one_scale_unless_each_is_asked_for(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    drawn = sample_maps.overlay_url
+    drawn = job_view.overlay_url
     monkeypatch.setattr(
-        sample_maps,
+        job_view,
         "overlay_url",
         lambda pack, entry, look: (looks.append(look), drawn(pack, entry, look))[1],
     )
@@ -388,7 +387,7 @@ def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
 
 
 def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = Path(process.RUNNER[1])
+    runner = Path(jobs_module.RUNNER[1])
     runner.write_text(ONE_BAR)
     monkeypatch.setattr(pack_job, "missing", lambda: None)
     page = opened(welcome)

@@ -25,7 +25,7 @@ from xattn.app.live.queue import LiveQueue
 from xattn.app.live.run import LiveRun, Request
 from xattn.app.live.saving import keep
 from xattn.app.live.uploads import Upload
-from xattn.app.pages.live import controls, results
+from xattn.app.pages.live import controls, page
 from xattn.app.pages.whatif import answer
 from xattn.app.pictures import film
 from xattn.app.synthetic_packs import picture
@@ -483,7 +483,7 @@ def test_a_waiting_job_says_how_many_are_ahead(jobs, library, gate):
 
 
 def explaining_text(job: LiveRun) -> str:
-    return results._progress_text(job)
+    return page._progress_text(job)
 
 
 def test_an_address_alone_loads_no_network_from_the_hub(library, jobs, monkeypatch):
@@ -541,7 +541,7 @@ def test_many_files_that_are_left_out_are_one_line_a_reason_and_a_list(library, 
 
 def test_reasons_beyond_the_first_are_counted_by_their_files() -> None:
     def several() -> None:
-        from xattn.app.pages.live.left_out import left_out
+        from xattn.app.pages.live.photo_files import left_out
 
         left_out([(f"{n}.png", f"reason {min(n, 5)}") for n in range(8)], "left out")
 
@@ -582,9 +582,7 @@ def test_a_map_of_one_value_is_named_beside_the_results(library, jobs, monkeypat
 
 def test_the_film_of_a_pack_is_not_taken_for_a_result(library, jobs, tmp_path, monkeypatch):
     job = run(jobs, library, photos=(), clip=Upload("old.mp4", clip(tmp_path)), every=4)
-    monkeypatch.setattr(
-        results, "_film_of", lambda pack: results.st.markdown(f"film of {pack.name}")
-    )
+    monkeypatch.setattr(page, "_film_of", lambda pack: page.st.markdown(f"film of {pack.name}"))
     info = keep(job, "old")
     monkeypatch.setattr(queue, "live_queue", LiveQueue)
     pack = library.open(library.packs()[0].id)

@@ -12,11 +12,11 @@ from xattn.app.navigation import address
 
 
 def script() -> None:
-    from xattn.app.navigation import url_widgets
+    from xattn.app.navigation import address
 
-    url_widgets.selectbox("Network", ["one", "two", "three"], "model")
-    url_widgets.multiselect("Methods", ["a", "b", "c"], "method")
-    url_widgets.segmented("Input", ["photos", "clip"], "input")
+    address.selectbox("Network", ["one", "two", "three"], "model")
+    address.multiselect("Methods", ["a", "b", "c"], "method")
+    address.segmented("Input", ["photos", "clip"], "input")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from viewer_pages import opened
 
 from xattn.app import state
-from xattn.app.navigation import pack_chip, screen
+from xattn.app.navigation import frame
 from xattn.app.pages import first_run
 from xattn.app.synthetic_packs import explanation, million_pack, picture, small_pack
 from xattn.packs.contained_files import PackError
@@ -70,7 +70,7 @@ def pack_id(name):
     return next(info.id for info in state.library().packs() if info.name == name)
 
 
-def frame(name):
+def opened_pack(name):
     return state.library().open(pack_id(name))
 
 
@@ -90,7 +90,7 @@ def test_the_next_page_has_the_rest_and_its_own_url():
     checked(app.button(key="gallery.next").click().run())
     assert app.query_params["page"] == "2"
     seen += [c["id"] for c in cells(app)]
-    pack = frame("first")
+    pack = opened_pack("first")
     assert seen == list(pack.entries.index[pack.entries["method"] == "gradcam"])
     assert app.button(key="gallery.next").disabled
     checked(app.button(key="gallery.previous").click().run())
@@ -128,7 +128,7 @@ def test_a_url_restores_every_widget():
         app.number_input(key="gallery.low").value,
         app.number_input(key="gallery.high").value,
     ) == (0.1, 0.9)
-    pack = frame("first")
+    pack = opened_pack("first")
     images, entries = pack.images, pack.entries
     wanted = images[images["label"].isin([1, 2]) & (images["right"] == True)].index  # noqa: E712
     rows = entries[entries["image_id"].isin(wanted) & (entries["method"] == "random")]
@@ -144,7 +144,7 @@ def test_widgets_write_the_url_and_begin_at_the_first_page():
     app.selectbox(key="gallery.order").select("desc")
     checked(app.run())
     assert app.query_params == {"pack": pack_id("first"), "sort": "AD@50", "order": "desc"}
-    figures = frame("first").entries
+    figures = opened_pack("first").entries
     figures = figures[figures["method"] == "gradcam"]["AD@50"].sort_values(ascending=False)
     assert [c["id"] for c in cells(app)] == list(figures.index[:24])
     assert cells(app)[0]["lines"][-1] == f"AD@50: {figures.iloc[0]:.3g}"
@@ -271,7 +271,7 @@ def test_a_chip_begins_at_the_first_page():
 
 def test_classes_are_listed_with_their_photos_the_most_frequent_first_or_by_name():
     app = opened_filters(run())
-    counts = frame("first").images["predicted_name"].value_counts()
+    counts = opened_pack("first").images["predicted_name"].value_counts()
     shown = app.multiselect(key="gallery.predicted").options
     assert shown[0].endswith(f"({counts.max()})") and shown[-1].endswith(f"({counts.min()})")
     assert f"tench ({counts['tench, Tinca tinca']})" in shown
@@ -299,7 +299,7 @@ def test_names_are_data_and_never_markup():
 
 def test_every_method_is_a_cell_each():
     app = run(method="all", sort="name")
-    pack = frame("first")
+    pack = opened_pack("first")
     assert [c["id"] for c in cells(app)] == list(pack.entries.index[:24])
     assert cells(app)[1]["lines"][0] == "Random"
 
@@ -340,7 +340,7 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
     (bad / MAPS).write_bytes(b"\x00" * 5)
     try:
         assert len(cells(run())) == 24
-        found = pack_chip.listed(state.library().packs(), None)
+        found = frame.listed(state.library().packs(), None)
         (line,) = found["problems"]
         assert line["title"] == bad.name and "maps" in line["line"]
         assert bad.name not in [line["title"] for line in found["packs"]]
@@ -352,7 +352,7 @@ def test_packs_with_problems_are_named_and_do_not_hide_the_others(root):
 
 def test_a_narrow_screen_has_the_order_among_the_filters(monkeypatch):
     wide = run(sort="ROAD", order="desc")
-    monkeypatch.setattr(screen, "narrow", lambda: True)
+    monkeypatch.setattr(frame, "narrow", lambda: True)
     app = run(sort="ROAD", order="desc")
     assert "Sort by" not in [box.label for box in app.selectbox]
     assert [c["id"] for c in cells(app)] == [c["id"] for c in cells(wide)]
@@ -375,7 +375,7 @@ def test_a_damaged_map_leaves_the_others_and_the_page(tmp_path, monkeypatch):
     assert not app.error
     assert len(cells(app)) == 3
     with pytest.raises(PackError, match="photo-00002"):
-        frame("root").explanation(cells(app)[2]["id"])
+        opened_pack("root").explanation(cells(app)[2]["id"])
     assert any("min-max per map" in e.proto.body for e in app.get("html"))
 
 

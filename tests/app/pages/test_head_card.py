@@ -7,7 +7,7 @@ pytest.importorskip("pandas")
 
 
 from xattn.app.library import Library
-from xattn.app.pages.image.head_card import head_card
+from xattn.app.pages.image.photo_tabs import head_card
 from xattn.backbone import load_backbone, sha256
 from xattn.heads import create_head, load_head, save_head
 

@@ -15,7 +15,7 @@ from corner_photos import COUNT, photo
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
-from xattn.app.pages.photomap import data, points
+from xattn.app.pages.photomap import data, page
 from xattn.app.synthetic_packs import CLASSES, described, small_pack
 from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
@@ -113,7 +113,7 @@ def test_the_address_restores_the_view_and_what_it_cannot_use_leaves_the_default
 ):
     asked = []
     monkeypatch.setattr(data, "project", lambda rows, how: asked.append(how) or rows[:, :2])
-    monkeypatch.setattr(points, "offered", lambda count: ["pca", "umap"])
+    monkeypatch.setattr(page, "offered", lambda count: ["pca", "umap"])
     app = show("whole", near="maps", projection="umap", colour="label")
     chosen = {box.label: box.value for box in app.selectbox}
     found = chosen["Near by"], chosen["Projection"], chosen["Colour"]

@@ -17,9 +17,9 @@ from viewer_pages import opened
 
 from xattn.app import models, state
 from xattn.app.library import Library
-from xattn.app.pages.whatif import answer, maps, masks
+from xattn.app.pages.whatif import answer, page
 from xattn.app.pages.whatif import page as whatif
-from xattn.app.pages.whatif.painting import KEY, Painting
+from xattn.app.pages.whatif.page import KEY, Painting
 from xattn.app.synthetic_packs import picture, small_pack
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
@@ -88,7 +88,7 @@ def painting(app) -> Painting:
     return found
 
 
-def half(raster=SIZE) -> masks.Mask:
+def half(raster=SIZE) -> answer.Mask:
     mask = np.zeros(raster, bool)
     mask[:, : raster[1] // 2] = True
     return mask
@@ -100,8 +100,8 @@ def half(raster=SIZE) -> masks.Mask:
 @given(st.integers(1, 12), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_a_mask_comes_back_as_it_was_sent(rows, columns, random):
     mask = np.array([[random.random() < 0.5 for _ in range(columns)] for _ in range(rows)])
-    sent = {"rows": rows, "columns": columns, "bits": masks.encoded(mask)}
-    assert (masks.decoded(sent, (rows, columns)) == mask).all()
+    sent = {"rows": rows, "columns": columns, "bits": answer.encoded(mask)}
+    assert (answer.decoded(sent, (rows, columns)) == mask).all()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_mask_comes_back_as_it_was_sent(rows, columns, random):
 )
 def test_a_mask_of_another_size_or_form_is_refused_in_a_sentence(sent, words):
     with pytest.raises(ValueError, match="mask: got .*; give 4 x 6 bits in base64") as error:
-        masks.decoded(sent, (4, 6))
+        answer.decoded(sent, (4, 6))
     assert words in str(error.value) and len(str(error.value)) < 120
 
 
@@ -146,34 +146,34 @@ ANYTHING = st.recursive(
 )
 def test_whatever_a_browser_sends_is_a_mask_or_a_short_sentence(sent):
     try:
-        assert masks.decoded(sent, (4, 6)).shape == (4, 6)
+        assert answer.decoded(sent, (4, 6)).shape == (4, 6)
     except ValueError as error:
         assert str(error).startswith("mask: got ") and len(str(error)) < 120
 
 
 def test_a_raster_is_the_input_or_smaller_in_its_shape():
-    assert masks.raster_of((224, 224)) == (224, 224)
-    assert masks.raster_of((768, 384)) == (384, 192)
+    assert answer.raster_of((224, 224)) == (224, 224)
+    assert answer.raster_of((768, 384)) == (384, 192)
 
 
 def test_a_mask_on_a_larger_input_has_whole_cells():
-    found = masks.on_input(np.array([[True, False], [False, True]]), (4, 6))[0].int().tolist()
+    found = answer.on_input(np.array([[True, False], [False, True]]), (4, 6))[0].int().tolist()
     assert found == [[1, 1, 1, 0, 0, 0]] * 2 + [[0, 0, 0, 1, 1, 1]] * 2
 
 
 def test_the_top_of_a_map_is_its_share_of_the_picture_where_the_map_is_greatest():
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    mask = masks.strongest(values, 0.25, (3, 4))
+    mask = answer.strongest(values, 0.25, (3, 4))
     assert np.flatnonzero(mask).tolist() == [9, 10, 11]
     assert (
-        masks.strongest(np.ones((2, 2)), 0.2, (10, 10)).sum() == 20
+        answer.strongest(np.ones((2, 2)), 0.2, (10, 10)).sum() == 20
     )  # constant: a share all the same
 
 
 def test_regions_cover_the_raster_and_follow_edges():
     pixels = torch.zeros(3, 40, 60)
     pixels[:, :, 30:] = 1
-    runs = np.array(masks.region_runs(pixels, (40, 60))).reshape(-1, 2)
+    runs = np.array(answer.region_runs(pixels, (40, 60))).reshape(-1, 2)
     labels = np.repeat(runs[:, 0], runs[:, 1]).reshape(40, 60)
     assert not set(labels[:, :30].ravel()) & set(labels[:, 30:].ravel())
 
@@ -241,7 +241,7 @@ def test_a_stroke_changes_the_answer_and_survives_a_rerun(pack, backbone):
         said = answer.verdict(painting(app).seen.answer, after, backbone)
         assert app.subheader[0].value.replace("\\", "") == said.replace("  ", " ")
         assert "50.0% of the picture is hidden." in words(app)
-        assert canvas(app)["mask"] == masks.encoded(half())
+        assert canvas(app)["mask"] == answer.encoded(half())
 
 
 def test_what_is_painted_may_be_all_that_is_kept(pack, backbone):
@@ -262,7 +262,7 @@ def test_a_suggestion_paints_the_top_of_the_chosen_map(pack, paint):
     app = opened(script, image="photo-0.png", method="rollout")
     app.button(key=f"{KEY}top {paint}").click().run()
     entry = pack.entries[(pack.entries["method"] == "rollout")].index[0]
-    expected = masks.strongest(pack.explanation(entry).map, 0.2, SIZE)
+    expected = answer.strongest(pack.explanation(entry).map, 0.2, SIZE)
     assert (painting(app).mask == expected).all()
     assert canvas(app)["stamp"] == 1
     assert app.query_params.get("paint", "hidden") == paint
@@ -290,14 +290,14 @@ def test_a_map_is_made_again_by_the_method_and_for_the_class_of_the_packs(pack, 
     ]
     for entry, target in entries["target"].items():
         [own] = explain(pack.photo("photo-0.png"), backbone, explainer=method, classes=int(target))
-        found = maps.explained(pack, entry, pixels, backbone)
+        found = page.explained(pack, entry, pixels, backbone)
         assert found.target == target and np.allclose(found.map, own.map, atol=1e-6)
 
 
 def test_a_method_of_many_passes_is_refused_in_a_sentence(pack, backbone, monkeypatch):
-    monkeypatch.setattr(maps, "MOST_PASSES", 0)
+    monkeypatch.setattr(page, "MOST_PASSES", 0)
     with pytest.raises(ValueError, match="gradcam takes 1 passes of the network; choose a method"):
-        maps.explained(pack, pack.entries.index[0], torch.rand(3, *SIZE), backbone)
+        page.explained(pack, pack.entries.index[0], torch.rand(3, *SIZE), backbone)
 
 
 def test_a_refused_mask_is_said_and_the_earlier_one_counts(pack, monkeypatch):

@@ -18,7 +18,7 @@ pytest.importorskip("streamlit")
 from viewer_pages import served
 
 from xattn.app.pages import first_run
-from xattn.app.serving import server, start_page
+from xattn.app.serving import guard, server
 from xattn.app.serving.server import Address, bind, check_installed, url
 from xattn.cli import main
 
@@ -129,14 +129,14 @@ def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_p
 
 
 def test_the_start_page_is_streamlits_with_our_title() -> None:
-    html = start_page.page()
+    html = guard.page()
     assert "<title>xattn</title>" in html and "<title>Streamlit" not in html
     assert '<div id="root">' in html and 'type="module"' in html
     assert "service-desc" not in html
 
 
 def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
-    policy = start_page.policy()
+    policy = guard.policy()
     assert policy.count("'sha256-") >= 2
     assert "unsafe-eval" not in policy and "http" not in policy and "*" not in policy
     script = next(p for p in policy.split("; ") if p.startswith("script-src"))
@@ -144,7 +144,7 @@ def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
 
 
 def test_a_phone_tells_the_page_where_its_corners_are() -> None:
-    assert "viewport-fit=cover" in start_page.page()
+    assert "viewport-fit=cover" in guard.page()
 
 
 def test_the_gallery_has_an_address_with_and_without_its_name(

@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from xattn.app.serving import upload_limits
-from xattn.app.serving.upload_limits import UploadRoom
+from xattn.app.serving import guard
+from xattn.app.serving.guard import UploadRoom
 
 MAX = 100
 
@@ -38,13 +38,13 @@ def web(storage: dict[str, dict[str, Any]]) -> TestClient:
         storage.setdefault(session, {})[file] = SimpleNamespace(data=await request.body())
         return PlainTextResponse("")
 
-    path = upload_limits.PATH + "{session}/{file}"
+    path = guard.PATH + "{session}/{file}"
     inner = Starlette(routes=[Route(path, put, methods=["PUT", "GET"])])
     return TestClient(UploadRoom(inner, largest=MAX, of_one=250, of_all=400))
 
 
 def put(web: TestClient, session: str, file: object, content: Any) -> int:
-    return web.put(f"{upload_limits.PATH}{session}/{file}", content=content).status_code
+    return web.put(f"{guard.PATH}{session}/{file}", content=content).status_code
 
 
 def test_a_session_has_its_share(web: TestClient, storage: dict[str, dict[str, Any]]) -> None:
@@ -59,7 +59,7 @@ def test_all_sessions_have_theirs_together(web: TestClient) -> None:
 
 
 def test_empty_files_are_counted(web: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload_limits, "FILES", 3)
+    monkeypatch.setattr(guard, "FILES", 3)
     assert [put(web, "a", i, b"") for i in range(4)] == [200, 200, 200, 413]
 
 

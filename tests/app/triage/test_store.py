@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xattn.app.triage import store as module
-from xattn.app.triage.journal import Mark, Undone
-from xattn.app.triage.store import DEFAULT_KEYS, Store, TagsError, identity
+from xattn.app.triage.store import DEFAULT_KEYS, Mark, Store, TagsError, Undone, identity
 
 PACK = identity(["a", "b", "c"])
 HOSTILE = "'); DROP TABLE tags; -- <script>alert(1)</script> \u202e😀"
@@ -257,7 +256,7 @@ def test_a_selection_of_100000_is_tagged_and_undone(store):
 
 
 def test_old_steps_leave_the_journal(store, monkeypatch):
-    monkeypatch.setattr("xattn.app.triage.journal.JOURNAL_ROWS", 3)
+    monkeypatch.setattr("xattn.app.triage.store.JOURNAL_ROWS", 3)
     for n in range(4):
         store.change_tags("ann", ["a", "b"], [f"tag {n}"])
     assert store.undo("ann") and store.undo("ann") is None

@@ -12,12 +12,11 @@ from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
 from xattn.app.pages.gallery import marking
-from xattn.app.pages.image import marks
+from xattn.app.pages.image import page
 from xattn.app.synthetic_packs import small_pack
 from xattn.app.triage import tag_files
-from xattn.app.triage.journal import Mark
-from xattn.app.triage.keyboard import Person
-from xattn.app.triage.store import Store, identity
+from xattn.app.triage.store import Mark, Store, identity
+from xattn.app.triage.tag_files import Person
 
 HOSTILE = "<b>x</b> $y$ :red[z]"
 
@@ -136,12 +135,12 @@ def test_stars_whose_callback_was_cut_off_are_taken_up_by_the_next_run(pack, sto
 
 
 def test_changes_of_a_photo_come_faster_than_it_is_drawn(store, monkeypatch):
-    held = {name: marks._Held(photo(1), name, value) for name, value in
+    held = {name: page._Held(photo(1), name, value) for name, value in
             {"stars": None, "note": "", "tags": []}.items()}  # fmt: skip
     me = Person("me", store, [])
     for stars, note, tags in ((2, "a", ["x"]), (4, "b", ["x", "y"]), (None, "", ["y"])):
-        monkeypatch.setattr(marks.st, "session_state", {"stars": stars, "note": note, "tags": tags})
-        for change, name in ((marks._rate, "stars"), (marks._note, "note"), (marks._tag, "tags")):
+        monkeypatch.setattr(page.st, "session_state", {"stars": stars, "note": note, "tags": tags})
+        for change, name in ((page._rate, "stars"), (page._note, "note"), (page._tag, "tags")):
             change(me, held[name])
         rating = 0 if stars is None else stars + 1
         assert store.marks([photo(1)])[photo(1)] == Mark(tuple(tags), note, rating)
@@ -353,7 +352,7 @@ def test_a_view_is_saved_opened_renamed_and_deleted(store):
 def mistakes():
     def script():
         from xattn.app import state
-        from xattn.app.pages.mistakes.page import page
+        from xattn.app.pages.mistakes import page
 
         [info] = state.library().packs()
         page(state.Context(state.library(), state.library().open(info.id)))

@@ -1,4 +1,4 @@
-"""The open pack as a chip in the header; it opens the list of all packs."""
+"""Whether the page stands on a narrow screen, and where its controls go there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import component, sent
+from xattn.app.pages import PAGES
 from xattn.app.pictures.rendering import PICTURE
 from xattn.app.state import plain
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, PackInfo
     from xattn.packs.reader import Pack
+
 
 LIST, OPEN = "packs-list", "packs-open"  # keys of the list, and of whether it is shown
 SEARCHED = 8  # packs from which on there is a search field
@@ -111,3 +113,66 @@ def _count(number: int, what: str) -> str:
 def _thumbnail(info: PackInfo) -> str:
     query = {"pack": info.id, "image": info.photo, "side": SIDE, "v": info.version}
     return f"{PICTURE}?{urlencode(query)}"
+
+
+HERE = "bottom-bar-here"  # the CSS class of the page that is shown
+FIRST = ("gallery", "image", "mistakes", "live", "compare")
+
+
+def bottom_bar(pack_id: str | None) -> None:
+    """Show the bar; wide screens hide it (``components/theme.py``), since their header has the pages."""
+    here = state.current_page()
+    others = [name for name in PAGES if name not in FIRST]
+    with st.container(horizontal=True, key="bottom-bar", gap=None):
+        for name in FIRST:
+            with st.container(key=HERE if name == here else None):
+                _link(name, pack_id)
+        with st.container(key=HERE if here in others else None):
+            with st.popover("More", icon=":material/more_horiz:", type="tertiary"):
+                with st.container(key="bottom-bar-others", gap=None):
+                    for name in others:
+                        _link(name, pack_id)
+
+
+def _link(name: str, pack_id: str | None) -> None:
+    about = PAGES[name]
+    st.page_link(
+        state.page_object(name),
+        label=about.title,
+        icon=f":material/{about.icon}:",
+        query_params={} if pack_id is None else {"pack": pack_id},
+        width="stretch",
+    )
+
+
+NARROW = 640  # pixels: the widest screen whose toolbars are folded
+_KEY, _SAID = "screen", "_narrow"
+
+
+def watch() -> None:
+    """Ask the browser, for :mod:`xattn.app.main`; a narrow one runs its first page once more.
+
+    It also makes links to other pages work while a popover is open.
+    """
+    component(_KEY)(
+        data={"most": NARROW, "narrow": narrow()}, key=_KEY, on_narrow_change=lambda: None
+    )
+
+
+def narrow() -> bool:
+    """Whether the screen was narrow when the browser last said so, on this page or an earlier one."""
+    said = getattr(st.session_state.get(_KEY), "narrow", None)
+    if said is not None:
+        st.session_state[_SAID] = bool(said)
+    return bool(st.session_state.get(_SAID, False))
+
+
+def place(bar: Any, name: str, **popover: Any) -> Any:
+    """Where controls of a toolbar go: ``bar`` itself, or on a narrow screen its popover ``name``.
+
+    Args:
+        bar: the container of the toolbar.
+        name: what the popover is called: "Look" for how pictures are drawn, "Filters" for what is shown.
+        popover: further arguments of ``st.popover``.
+    """
+    return bar.popover(name, **popover) if narrow() else bar
