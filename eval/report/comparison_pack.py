@@ -16,7 +16,7 @@ from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.report.html_data import CURVES, each_curve
+from xattn.eval.report.standings import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
 from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.photos import TrueClass

@@ -1,14 +1,32 @@
-"""Where each method stands: every mean beside the best of its column, and who is best, in words."""
+"""The leaderboard: every mean beside the best of its column, who is best in words, ranks and curves.
+
+:class:`Board` is what the report page and the viewer's page Compare draw.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.objectives import OBJECTIVES
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval import bootstrap
+from xattn.eval.metrics.base import Column, MetricInfo
+from xattn.eval.metrics.objectives import MARK, OBJECTIVES
+from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
 from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
+
+CURVES = {
+    "deletion": ("Deletion", "share of pixels removed, most relevant first"),
+    "insertion": ("Insertion", "share of pixels inserted, most relevant first"),
+    "morf": ("ROAD-MoRF", "share of pixels imputed, most relevant first"),
+    "lerf": ("ROAD-LeRF", "share of pixels imputed, least relevant first"),
+}
+CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
 
 
 class Standing(NamedTuple):
@@ -36,9 +54,21 @@ class Standing(NamedTuple):
     judged: bool = True
     trained_on: bool = False
 
+    def sign(self, results: Results) -> str:
+        """What is marked beside the mean: "best", "level with best", "better than the best method", ""."""
+        up = results.info(self.column.metric).higher_is_better
+        if not self.n or not self.judged:
+            return ""
+        if self.best:
+            return "best"
+        if self.level_with_best:
+            return "level with best"
+        ranked = not is_baseline(self.method) or results.methods[self.method].is_mask
+        better = self.diff_lo > 0 if up else self.diff_hi < 0
+        return "better than the best method" if better and not ranked else ""
+
     def verdict(self, results: Results) -> str:
         """Where the method stands in the column, in words."""
-        up = results.info(self.column.metric).higher_is_better
         trained = ", close to its training" if self.trained_on else ""
         if not self.n:
             return "not measured"
@@ -48,11 +78,10 @@ class Standing(NamedTuple):
             return f"best{trained}"
         if results.methods[self.method].is_mask:
             return "a mask, not ranked"
-        if is_baseline(self.method) and (self.diff_lo > 0 if up else self.diff_hi < 0):
-            return "better than the best method"
-        if self.level_with_best:
+        sign = self.sign(results)
+        if sign == "level with best":
             return f"not told apart from the best{trained}"
-        return "worse than the best" if math.isfinite(self.diff) else "not compared"
+        return sign or ("worse than the best" if math.isfinite(self.diff) else "not compared")
 
 
 def standings(results: Results) -> list[Standing]:
@@ -153,3 +182,208 @@ def too_few(table: Sequence[Standing]) -> str:
     if not lacking:
         return ""
     return f"{TOO_FEW} in {_named(lacking)}; it takes at least {MIN_IMAGES}"
+
+
+class Shown(NamedTuple):
+    """A :class:`Standing` as it is written: "-" where nothing was measured."""
+
+    standing: Standing
+    mean: str
+    interval: tuple[str, str]
+    minus: tuple[str, str, str] | None  # the difference to the best and its interval
+    sign: str
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """The leaderboard that the report page and the viewer draw; ``standings`` by (method, column's key)."""
+
+    results: Results
+    standings: Mapping[tuple[str, str], Standing]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, results: Results, table: Sequence[Standing]) -> Board:
+        """From what :func:`standings` makes of ``results``."""
+        return cls(results, {(s.method, s.column.key): s for s in table})
+
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Columns by their keys."""
+        return {column.key: column for column in self.results.columns}
+
+    @cached_property
+    def ranked(self) -> list[str]:
+        """Methods under test, the best first, then masks and sanity rows."""
+        best = ranking(self.results)
+        return best + [name for name in self.results.methods if name not in best]
+
+    @cached_property
+    def curves(self) -> list[dict[str, Any]]:
+        """See :func:`curves`; takes seconds for many methods."""
+        return curves(self.results)
+
+    @cached_property
+    def wins(self) -> list[Wins]:
+        """Who is best where."""
+        return wins(self.results, list(self.standings.values()))
+
+    @cached_property
+    def ranks(self) -> Ranking | None:
+        """One place for each method over all metrics; None where there is nothing to rank."""
+        return aggregate_ranks(self.results)
+
+    @property
+    def too_few(self) -> str:
+        """In which columns there is no verdict, in words; "" if in none."""
+        return too_few(list(self.standings.values()))
+
+    @cached_property
+    def trained(self) -> set[str]:
+        """Keys of the columns that are close to the training of a method that was measured in them."""
+        return {key for (_, key), s in self.standings.items() if s.trained_on and s.n}
+
+    @cached_property
+    def forms(self) -> dict[str, str]:
+        """The number format of each column."""
+        names = self.results.methods
+        return {
+            key: number_form(self.info(key), [self.standings[name, key].mean for name in names])
+            for key in self.columns
+        }
+
+    def shown(self, method: str, key: str) -> Shown:
+        """A cell as it is written."""
+        s, form = self.standings[method, key], self.forms[key]
+        mean, lo, hi = (format_number(v, form) if s.n else "-" for v in (s.mean, s.lo, s.hi))
+        diff = (s.diff, s.diff_lo, s.diff_hi)
+        minus = tuple(format_number(v, form) for v in diff) if math.isfinite(s.diff) else None
+        return Shown(s, mean, (lo, hi), minus, s.sign(self.results))  # type: ignore[arg-type]
+
+    def marked(self, method: str, key: str) -> str:
+        """A method's name, with a dagger if that column is close to its training."""
+        return f"{method} {MARK}" if self.standings[method, key].trained_on else method
+
+    def training(self, methods: Sequence[str], keys: Sequence[str]) -> str:
+        """Which of these columns are close to the training of a method, in words; "" if none is."""
+        said = []
+        for name in dict.fromkeys(methods):
+            own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
+            if own:
+                said.append(f"The training of {name} is close to {' and '.join(own)}.")
+        return " ".join(said)
+
+    def info(self, key: str) -> MetricInfo:
+        """What the metric of a column is."""
+        return self.results.info(self.columns[key].metric)
+
+    def titled(self, key: str) -> str:
+        """A column's key with the direction that is better, ↑ or ↓."""
+        return f"{key} {'↑' if self.info(key).higher_is_better else '↓'}"
+
+    def kind(self, method: str) -> str:
+        """What a row is: "sanity row", "mask" or "method"."""
+        if is_baseline(method):
+            return "sanity row"
+        return "mask" if self.results.methods[method].is_mask else "method"
+
+    def verdict(self, method: str, key: str) -> str:
+        """Where a method stands in a column, in words."""
+        return self.standings[method, key].verdict(self.results)
+
+
+def number_form(info: MetricInfo, means: Iterable[float]) -> str:
+    """A column's number format: the decimals of its metric, unless they would show zeros or a tail."""
+    digits = info.digits
+    largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
+    return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
+
+
+def format_number(value: float, form: str) -> str:
+    shown = f"{value:{form}}"
+    return shown.lstrip("-") if float(shown) == 0 else shown  # no "-0.00"
+
+
+def number(value: float) -> float | None:
+    """Five significant digits, as a page needs no more."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def case_columns(results: Results) -> list[Column]:
+    """The columns that cases are chosen by: AD at the level nearest 50 %, deletion, ...; or any."""
+    found = []
+    for metric in CASE_METRICS:
+        columns = [c for c in results.columns if c.metric == metric]
+        found += sorted(columns, key=lambda c: abs((c.level or 0.5) - 0.5))[:1]
+    return found or results.columns[:1]
+
+
+def ranking(results: Results) -> list[str]:
+    """Methods under test by their mean rank over :func:`case_columns`, best first."""
+    names = [n for n, m in results.methods.items() if not is_baseline(n) and not m.is_mask]
+    places = dict.fromkeys(names, 0)
+    for column in case_columns(results):
+        worse = {n: -s if (s := _goodness(results, n, column)) == s else math.inf for n in names}
+        for place, name in enumerate(sorted(names, key=worse.__getitem__)):
+            places[name] += place
+    return sorted(names, key=places.__getitem__)
+
+
+def _goodness(results: Results, name: str, column: Column) -> float:
+    sign = 1 if results.info(column.metric).higher_is_better else -1
+    return sign * bootstrap.mean(results.methods[name].values[column])
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curves(results: Results) -> list[dict[str, Any]]:
+    """A chart for each kind of curve, a line for each method: mean, lo, hi at each x, number of images."""
+    positions = {name: str(m) for m, name in enumerate(results.methods)}
+    charts = []
+    for key, (title, axis) in CURVES.items():
+        chart: dict[str, Any] = {"key": key, "title": title, "axis": axis, "x": [], "lines": {}}
+        for name, curve, x in each_curve(results, key):
+            chart["x"] = x  # that of all methods
+            intervals = bootstrap.mean_intervals(
+                curve, n_resamples=results.n_resamples, seed=results.protocol.seed
+            )
+            *band, counts = zip(*intervals, strict=True)
+            line = [*([number(v) for v in part] for part in band), max(counts)]
+            chart["lines"][positions[name]] = line
+        if chart["lines"]:
+            charts.append(chart)
+    return charts
+
+
+def each_curve(
+    results: Results, key: str
+) -> Iterator[tuple[str, NDArray[np.float64], list[float]]]:
+    """Yield, for each method with such a curve, its name, scores (n, T) with the clean ones, and x."""
+    clean = np.array([image.p for image in results.images], dtype=np.float64)
+    for name, method in results.methods.items():
+        scores = method.scores.get(key)
+        if scores is None or scores.ndim != 2 or not np.isfinite(scores).any():
+            continue
+        curve = _with_clean(key, scores, clean)
+        x = _shares(results, key, curve.shape[1])
+        if x:
+            yield name, curve, x
+
+
+def _with_clean(
+    key: str, scores: NDArray[np.float64], clean: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n, T) -> (n, T + 1): deletion starts with the clean score, insertion ends with it."""
+    end = np.where(np.isnan(scores[:, :1]), np.nan, clean[:, None])
+    ends = {"deletion": [end, scores], "insertion": [scores, end]}
+    return np.concatenate(ends.get(key, [scores]), axis=1)
+
+
+def _shares(results: Results, key: str, count: int) -> list[float]:
+    """The x of a curve's values; for ROAD its levels, without which there is no chart."""
+    if key in ("deletion", "insertion"):
+        return [float(f"{t / (count - 1):.5g}") for t in range(count)]
+    column = "ROAD-MoRF" if key == "morf" else "ROAD-LeRF"
+    levels = [float(level) for level in results.options.get(column, {}).get("levels", ())]
+    return levels if len(levels) == count else []

@@ -284,7 +284,7 @@ def leaderboard_page(folder: Path) -> None:
     for method in board.ranked:
         for key in board.columns:
             board.verdict(method, key)
-            leaderboard_file.arrow(key, board)
+            board.titled(key)
     assert isinstance(board.curves, list)
     board.results.warnings()
 

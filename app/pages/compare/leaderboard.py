@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
-from xattn.app.pages.compare.colours import palette
-from xattn.app.pages.compare.leaderboard_file import Board, arrow
-from xattn.app.pages.compare.method_choice import metric_box
+from xattn.app.navigation import address
 from xattn.app.state import plain
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking
-from xattn.eval.report.html_tables import format_number, number_form
-from xattn.pictures.words import metric_about
+from xattn.eval.report.standings import Board, case_columns
+from xattn.pictures.design import SERIES_DARK, SERIES_LIGHT
+from xattn.pictures.words import metric_about, named_metric
+
+LINES = 4  # methods in a chart before anybody chooses
+
+
+def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
+    """A select box of the columns, with their direction and what they mean."""
+    keys = list(board.columns)
+    first = first or case_columns(board.results)[0].key
+    return address.selectbox(
+        label, keys, key, default=first, format_func=lambda k: _titled(k, board), width=380
+    )
+
+
+def _titled(key: str, board: Board) -> str:
+    """A column's key with its direction and its title."""
+    return board.titled(key) + named_metric(key).removeprefix(key)
+
+
+def methods_box(board: Board, key: str, names: list[str], count: int = LINES) -> list[str]:
+    """Which methods a chart shows; the best ones and a sanity row by default."""
+    tested = [name for name in names if board.kind(name) == "method"]
+    sane = [name for name in names if name == "random"][:1]
+    first = [*tested[: count - len(sane)], *sane]
+    return address.multiselect("Methods", names, key, default=first or names[:count])
+
+
+DASHES = [[1, 0], [7, 3], [2, 2], [9, 3, 2, 3]]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
+
+
+def palette() -> list[str]:
+    """The colours of methods on the ground of the current theme."""
+    return list(SERIES_DARK if st.context.theme.type == "dark" else SERIES_LIGHT)
+
+
+def method_colour(names: list[str], legend: alt.Legend) -> alt.Color:
+    """The colour of each method; ``names`` in the order of the palette."""
+    colours_of_theme = palette()
+    colours = [colours_of_theme[i % len(colours_of_theme)] for i in range(len(names))]
+    return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+
+
+def method_legend(**symbol: Any) -> alt.Legend:
+    """A legend of methods below a chart."""
+    return alt.Legend(
+        title=None, orient="bottom", columns=2, labelLimit=220, symbolOpacity=1, **symbol
+    )
 
 
 def leaderboard_tab(board: Board) -> None:
@@ -25,12 +70,11 @@ def leaderboard_tab(board: Board) -> None:
     about = board.info(key)
     said = metric_about(key, about.higher_is_better)
     st.caption(plain(said), help=plain(f"{key}: {about.formula}"))
-    table, form = _standings(board, key)
+    table = _standings(board, key)
     trained = bool(table[MARK].any())
     if trained:
         st.caption(f"{MARK} {LEGEND}")
     _intervals(board, key, table)
-    number = f"%{form}"
     st.dataframe(
         table.drop(columns=["lo", "hi", "said", "label", *([] if trained else [MARK])]),
         hide_index=True,
@@ -39,7 +83,7 @@ def leaderboard_tab(board: Board) -> None:
         column_config={
             "method": st.column_config.TextColumn(pinned=True),
             "mean": st.column_config.NumberColumn(
-                f"mean {'↑' if about.higher_is_better else '↓'}", format=number
+                f"mean {'↑' if about.higher_is_better else '↓'}", format=f"%{board.forms[key]}"
             ),
             MARK: st.column_config.TextColumn(help=LEGEND),
             "minus best": st.column_config.TextColumn(
@@ -51,9 +95,9 @@ def leaderboard_tab(board: Board) -> None:
         st.markdown("\n".join(f"- **{plain(w.method)}**: {plain(w.verdict)}" for w in board.wins))
     if board.too_few:
         st.markdown(plain(board.too_few))
-    if board.ranking is not None:
+    if board.ranks is not None:
         with st.expander("Over all metrics: aggregate ranks"):
-            _ranks(board.ranking)
+            _ranks(board.ranks)
     with st.expander("All metrics"):
         _everything(board)
 
@@ -86,15 +130,15 @@ def _ranks(ranking: Ranking) -> None:
         st.caption(plain(note))
 
 
-def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
-    """The methods in a column, the best first, and the column's number format."""
+def _standings(board: Board, key: str) -> pd.DataFrame:
+    """The methods in a column, the best first."""
     up = board.info(key).higher_is_better
-    cells = [board.standings[name, key] for name in board.results.methods]
-    form = number_form(board.info(key), [s.mean for s in cells])
-    measured = sorted((s for s in cells if s.n), key=lambda s: -s.mean if up else s.mean)
+    cells = [board.shown(name, key) for name in board.results.methods]
+    measured = sorted((c for c in cells if c.standing.n), key=lambda c: c.standing.mean, reverse=up)
     rows = []
-    for s in [*measured, *(s for s in cells if not s.n)]:
-        interval = f"{format_number(s.lo, form)} to {format_number(s.hi, form)}" if s.n else "-"
+    for s, mean, (lo, hi), minus, _ in [*measured, *(c for c in cells if not c.standing.n)]:
+        interval = f"{lo} to {hi}" if s.n else "-"
+        passes = board.results.methods[s.method].forwards
         rows.append(
             {
                 "method": s.method,
@@ -103,28 +147,16 @@ def _standings(board: Board, key: str) -> tuple[pd.DataFrame, str]:
                 MARK: MARK if s.trained_on else "",
                 "standing": board.verdict(s.method, key),
                 "95 % interval": interval,
-                "minus best": _difference(s, form),
+                "minus best": "-" if minus is None else "{} [{} to {}]".format(*minus),
                 "photos": s.n,
-                "forward passes": _passes(board, s.method),
+                "forward passes": passes if type(passes) is int else None,
                 "label": board.marked(s.method, key),
                 "lo": s.lo,
                 "hi": s.hi,
-                "said": f"{format_number(s.mean, form)} [{interval}]",
+                "said": f"{mean} [{interval}]",
             }
         )
-    return pd.DataFrame(rows), form
-
-
-def _difference(s: Any, form: str) -> str:
-    if not math.isfinite(s.diff):
-        return "-"
-    lo, hi = (format_number(v, form) for v in (s.diff_lo, s.diff_hi))
-    return f"{format_number(s.diff, form)} [{lo} to {hi}]"
-
-
-def _passes(board: Board, name: str) -> int | None:
-    passes = board.results.methods[name].forwards
-    return passes if type(passes) is int else None
+    return pd.DataFrame(rows)
 
 
 def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
@@ -158,7 +190,7 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
     )
     shapes = {"method": "circle", "sanity row": "square", "mask": "diamond"}
     rules = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("lo:Q", title=arrow(key, board), scale=alt.Scale(zero=False)),
+        x=alt.X("lo:Q", title=board.titled(key), scale=alt.Scale(zero=False)),
         x2="hi:Q",
         color=colour,
     )
@@ -180,21 +212,14 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
 def _everything(board: Board) -> None:
     """Every column side by side, with intervals and who is best, in words."""
     rows: list[dict[str, str]] = []
-    forms = {
-        key: number_form(
-            board.info(key), [board.standings[m, key].mean for m in board.results.methods]
-        )
-        for key in board.columns
-    }
     for name in board.ranked:
         row = {"method": name, "row": board.kind(name)}
-        for key, form in forms.items():
-            s = board.standings[name, key]
-            lo, hi = format_number(s.lo, form), format_number(s.hi, form)
-            mark = _mark(board, name, key)
-            row[arrow(key, board)] = (
-                f"{format_number(s.mean, form)} [{lo} to {hi}]{mark}" if s.n else "-"
-            )
+        for key in board.columns:
+            s, mean, (lo, hi), _, sign = board.shown(name, key)
+            dagger = f" {MARK}" if s.trained_on else ""
+            sign = sign.replace("level with best", "not told apart from the best")
+            text = f"{mean} [{lo} to {hi}]{dagger}" + (f", {sign}" if sign else "")
+            row[board.titled(key)] = text if s.n else "-"
         rows.append(row)
     st.dataframe(
         pd.DataFrame(rows),
@@ -203,15 +228,79 @@ def _everything(board: Board) -> None:
         height="content",
         column_config={"method": st.column_config.TextColumn(pinned=True)},
     )
-    if any(s.trained_on and s.n for s in board.standings.values()):
+    if board.trained:
         st.caption(f"{MARK} {LEGEND}")
 
 
-def _mark(board: Board, method: str, key: str) -> str:
-    """What stands behind a figure: a dagger, and whether it is the best."""
-    s = board.standings[method, key]
-    dagger = f" {MARK}" if s.trained_on else ""
-    if s.best:
-        return f"{dagger}, best"
-    level = board.verdict(method, key).startswith("not told apart from the best")
-    return f"{dagger}, not told apart from the best" if level else dagger
+def curves_tab(board: Board) -> None:
+    """Show a chart for every kind of curve that was measured."""
+    with st.spinner("Drawing intervals", show_time=True):
+        charts = board.curves
+    if not charts:
+        st.info(
+            "This comparison measured no curves. Run xattn compare with --metrics "
+            "insertion-deletion, or direct, to see how the score falls as pixels go."
+        )
+        return
+    names = list(board.results.methods)
+    there = {names[int(m)] for chart in charts for m in chart["lines"]}
+    chosen = methods_box(board, "lines", [name for name in board.ranked if name in there])
+    if not chosen:
+        st.info("No method is chosen. Choose one or more above.")
+        return
+    for chart in charts:
+        lines = {names[int(m)]: line for m, line in chart["lines"].items()}
+        shown = [name for name in chosen if name in lines]
+        rows = [
+            {"method": name, "x": x, "score": mean, "lo": lo, "hi": hi}
+            for name in shown
+            for x, mean, lo, hi in zip(chart["x"], *lines[name][:3], strict=True)
+            if mean is not None
+        ]
+        if rows:
+            st.subheader(plain(chart["title"]), anchor=False)
+            lined = _lines(pd.DataFrame(rows), shown, chart["axis"], board)
+            about = f"{chart['title']}: mean score by {', '.join(shown)}, with 95 % intervals"
+            st.altair_chart(lined.properties(description=about), width="stretch")
+            st.caption(plain(_read_as(chart, lines, shown)))
+
+
+def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> alt.LayerChart:
+    score = board.results.protocol.score
+    legend = method_legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
+    colour = method_colour(names, legend)
+    dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
+    share = axis.partition(",")[0]  # which go first stands below the chart
+    x = alt.X(
+        "x:Q",
+        title=share,
+        axis=alt.Axis(format="%", tickCount=5),
+        scale=alt.Scale(domain=[0, float(table["x"].max())], nice=False),
+    )
+    base = alt.Chart(table).encode(x=x, color=colour)
+    band = base.mark_area(opacity=0.14).encode(y="lo:Q", y2="hi:Q")
+    line = base.mark_line(strokeWidth=2).encode(
+        y=alt.Y("score:Q", title=score),
+        strokeDash=alt.StrokeDash(
+            "method:N", scale=alt.Scale(domain=names, range=dashes), legend=legend
+        ),
+        tooltip=[
+            "method",
+            alt.Tooltip("x:Q", title="share", format=".2f"),
+            alt.Tooltip("score:Q", format=".3f"),
+            alt.Tooltip("lo:Q", format=".3f"),
+            alt.Tooltip("hi:Q", format=".3f"),
+        ],
+    )
+    return (band + line).properties(height=360)
+
+
+def _read_as(chart: dict[str, Any], lines: dict[str, Any], names: list[str]) -> str:
+    falls = chart["key"] in ("deletion", "morf")
+    counts = sorted({lines[name][3] for name in names})
+    photos = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    order = chart["axis"].partition(", ")[2]
+    return (
+        f"{order.capitalize()}. {'Lower' if falls else 'Higher'} is better. Mean of {photos} photos; "
+        f"bands are 95 % intervals."
+    )

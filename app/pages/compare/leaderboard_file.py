@@ -7,18 +7,13 @@ inconsistent is a :class:`~xattn.packs.contained_files.PackError` for the person
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
-from xattn.eval.metrics.base import Column, MetricInfo
-from xattn.eval.metrics.objectives import MARK
-from xattn.eval.report import html_data
-from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
+from xattn.eval.metrics.base import Column
 from xattn.eval.report.results_files import from_dict
-from xattn.eval.report.standings import Standing, Wins, too_few, wins
-from xattn.eval.results import MIN_IMAGES, Results, is_baseline
+from xattn.eval.report.standings import Board, Standing
+from xattn.eval.results import Results
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
@@ -32,78 +27,6 @@ MAX_CELLS = 100_000  # methods times columns
 KEPT = 4  # comparisons
 _NUMBERS = ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi")
 _BOARDS = LRUCache(KEPT)  # each of size 1
-
-
-@dataclass(frozen=True, eq=False)
-class Board:
-    """A comparison as the page shows it; ``standings`` by (method, column's key)."""
-
-    results: Results
-    standings: dict[tuple[str, str], Standing]
-    warnings: tuple[str, ...]
-
-    @cached_property
-    def columns(self) -> dict[str, Column]:
-        """Columns by their keys."""
-        return {column.key: column for column in self.results.columns}
-
-    @cached_property
-    def ranked(self) -> list[str]:
-        """Methods under test, the best first, then masks and sanity rows."""
-        best = html_data.ranking(self.results)
-        return best + [name for name in self.results.methods if name not in best]
-
-    @cached_property
-    def curves(self) -> list[dict[str, Any]]:
-        """See :func:`xattn.eval.report.html_data.curves`; takes seconds for many methods."""
-        return html_data.curves(self.results)
-
-    @cached_property
-    def wins(self) -> list[Wins]:
-        """Who is best where."""
-        return wins(self.results, list(self.standings.values()))
-
-    @cached_property
-    def ranking(self) -> Ranking | None:
-        """One place for each method over all metrics; None where there is nothing to rank."""
-        return aggregate_ranks(self.results)
-
-    @property
-    def too_few(self) -> str:
-        """In which columns there is no verdict, in words; "" if in none."""
-        return too_few(list(self.standings.values()))
-
-    def marked(self, method: str, key: str) -> str:
-        """A method's name, with a dagger if that column is close to its training."""
-        return f"{method} {MARK}" if self.standings[method, key].trained_on else method
-
-    def training(self, methods: list[str], keys: list[str]) -> str:
-        """Which of these columns are close to the training of a method, in words; "" if none is."""
-        said = []
-        for name in dict.fromkeys(methods):
-            own = [key for key in dict.fromkeys(keys) if self.standings[name, key].trained_on]
-            if own:
-                said.append(f"The training of {name} is close to {' and '.join(own)}.")
-        return " ".join(said)
-
-    def info(self, key: str) -> MetricInfo:
-        """What the metric of a column is."""
-        return self.results.info(self.columns[key].metric)
-
-    def kind(self, method: str) -> str:
-        """What a row is: "sanity row", "mask" or "method"."""
-        if is_baseline(method):
-            return "sanity row"
-        return "mask" if self.results.methods[method].is_mask else "method"
-
-    def verdict(self, method: str, key: str) -> str:
-        """Where a method stands in a column, in words."""
-        return self.standings[method, key].verdict(self.results)
-
-
-def arrow(key: str, board: Board) -> str:
-    """A column's key with the direction that is better, ↑ or ↓."""
-    return f"{key} {'↑' if board.info(key).higher_is_better else '↓'}"
 
 
 def read(library: Library, comparison_id: str) -> Board:
@@ -181,20 +104,13 @@ def _check(results: Results) -> None:
 
 
 def _standing(item: dict[str, Any], columns: dict[str, Column]) -> Standing:
-    """A line of the file; None there is NaN here.
-
-    Earlier versions do not say ``trained_on`` or ``judged``, and found a best method on any number of
-    images.
-    """
-    item = {"trained_on": False, "judged": int(item["n"]) >= MIN_IMAGES, **item}
+    """A line of the file; None there is NaN here."""
     values: dict[str, Any] = {name: item[name] for name in Standing._fields}
     for name in _NUMBERS:
         values[name] = math.nan if values[name] is None else float(values[name])
     values |= {name: int(values[name]) for name in ("n", "n_invalid")}
-    values |= {name: bool(values[name]) for name in ("judged", "trained_on")}
-    values |= {
-        name: values["judged"] and bool(values[name]) for name in ("best", "level_with_best")
-    }
+    signs = ("judged", "trained_on", "best", "level_with_best")
+    values |= {name: bool(values[name]) for name in signs}
     return Standing(
         **{**values, "method": str(values["method"]), "column": columns[item["column"]]}
     )

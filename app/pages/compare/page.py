@@ -3,25 +3,204 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import streamlit as st
 
 from xattn.app import state
+from xattn.app.components import grid
 from xattn.app.demo import pack_offer
 from xattn.app.navigation import address
 from xattn.app.pages.compare import leaderboard_file
-from xattn.app.pages.compare.curves import curves_tab
-from xattn.app.pages.compare.leaderboard import leaderboard_tab
-from xattn.app.pages.compare.leaderboard_file import Board
-from xattn.app.pages.compare.pairs import pairs_tab
-from xattn.app.pages.compare.photos import photos_tab
+from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
+from xattn.app.pages.compare.photos import open_photo, photos_tab
+from xattn.app.pictures.rendering import Look, legends, overlay_url
 from xattn.app.state import Context, plain
+from xattn.eval.report.differences import Apart, by_maps, by_metric
+from xattn.eval.report.standings import Board, case_columns, format_number, number_form
 from xattn.packs.contained_files import PackError
+from xattn.pictures.contact_sheet import legends_html
 
 if TYPE_CHECKING:
     from xattn.app.library import ComparisonInfo
     from xattn.packs.reader import Pack
+
+
+MAPS = "maps"  # compare two methods by the order of their maps
+PAIR_SIDE = 320  # pixels of a picture's longer side
+SHOWN = 12  # images on which two methods differ most
+MAX_PAIRS = 1000  # of maps whose order is compared
+
+
+def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
+    """Show where two methods differ most; ``problem`` says why there is no pack."""
+    names = board.ranked
+    if len(names) < 2:
+        st.info("This comparison has one method; it takes two to differ.")
+        return
+    first, second, third = st.columns(3)
+    with first:
+        a = address.selectbox("Method", names, "a")
+    with second:
+        b = address.selectbox("and method", names, "b", default=names[1])
+    by_keys = [*board.columns, *([MAPS] if pack is not None else [])]
+    with third:
+        by = address.selectbox(
+            "Differ by",
+            by_keys,
+            "by",
+            default=case_columns(board.results)[0].key,
+            format_func=lambda k: "Order of their maps" if k == MAPS else board.titled(k),
+        )
+    if a == b:
+        st.info("Choose two methods that are not the same.")
+        return
+    if by != MAPS and (trained := board.training([a, b], [by])):
+        st.caption(plain(trained))
+    if pack is None:
+        st.caption(plain(problem))
+        _without_pictures(board, a, b, by)
+        return
+    pairs = _pairs(pack, a, b)
+    if pairs.empty:
+        st.info(f"The pack of this comparison holds no maps of both {plain(a)} and {plain(b)}.")
+        return
+    if by == MAPS:
+        with st.spinner("Comparing maps", show_time=True):
+            found, damaged = _by_maps(pack.id, pack.version, a, b, pack)
+        if damaged:
+            _by_maps.clear(pack.id, pack.version, a, b)  # they may be repaired
+            count = "One photo has" if damaged == 1 else f"{damaged:,} photos have"
+            st.warning(f"{count} a map that cannot be read, and is left out.")
+        if len(pairs) > MAX_PAIRS:
+            st.caption(f"Of the first {MAX_PAIRS:,} photos.")
+    elif f"{by}_a" in pairs:
+        found = by_metric(pairs[f"{by}_a"], pairs[f"{by}_b"])
+    else:
+        st.info("The pack of this comparison does not hold this metric.")
+        return
+    if not found:
+        st.info("No photo has a value of both methods.")
+        return
+    bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
+    bar.caption(
+        f"The {min(SHOWN, len(found))} of {len(found)} photos on which they differ most.",
+        width="content",
+    )
+    bar.button(
+        "All photos",
+        key="pairs.runs",
+        on_click=lambda: state.go("runs", pack=pack.id, other=pack.id, by=a, by2=b),
+        help="These two methods on the page Two runs; another pack can be chosen there",
+    )
+    form = (
+        ".2f" if by == MAPS else number_form(board.info(by), [v for f in found for v in (f.a, f.b)])
+    )
+    shown = found[:SHOWN]
+    entries = [pairs.iloc[f.position][f"entry_{side}"] for f in shown for side in "ab"]
+    st.html(legends_html(legends(pack, entries, Look(side=PAIR_SIDE))))
+    title = by if by == MAPS else board.titled(by)
+    columns: list[Any] = []
+    for number, apart in enumerate(shown):
+        columns = columns or list(st.columns(2))  # row by row: on a phone they keep their order
+        with columns.pop(0):
+            _pair(pack, pairs.iloc[apart.position], (a, b), title, apart, form, number)
+
+
+def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
+    """One row a photo and class that both explain: entry_a, entry_b and their metrics."""
+    keys = ["image_id", "target"]
+    metrics = [metric.key for metric in pack.metrics]
+    sides = [
+        pack.entries[pack.entries["method"] == name]
+        .reset_index()[["entry_id", "target_name", *keys, *metrics]]
+        .rename(columns={"entry_id": "entry"})
+        for name in (a, b)
+    ]
+    return sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _by_maps(pack_id: str, version: str, a: str, b: str, _pack: Pack) -> tuple[list[Apart], int]:
+    """The pairs by their maps, and how many are left out because a map of theirs cannot be read."""
+    pairs = _pairs(_pack, a, b).head(MAX_PAIRS)
+    readable: list[int] = []
+
+    def maps() -> Iterator[list[Any]]:
+        for position, pair in enumerate(zip(pairs["entry_a"], pairs["entry_b"], strict=True)):
+            try:
+                both = [_pack.explanation(entry_id).map for entry_id in pair]
+            except PackError:
+                continue
+            readable.append(position)
+            yield both
+
+    found = [apart._replace(position=readable[apart.position]) for apart in by_maps(maps())]
+    return found, len(pairs) - len(readable)
+
+
+def _pair(
+    pack: Pack,
+    row: pd.Series,
+    names: tuple[str, str],
+    by: str,
+    apart: Apart,
+    form: str,
+    number: int,
+) -> None:
+    """The two maps of one photo, side by side."""
+    image_id = row["image_id"]
+    file_name = pack.images.at[image_id, "title"]
+    target = str(row["target_name_a"]).split(",")[0]
+    with st.container(key=f"pair-{number}"):
+        how = (
+            f"rank correlation {1 - apart.distance:.2f}"
+            if by == MAPS
+            else f"apart by {format_number(apart.distance, form)}"
+        )
+        st.markdown(f"**{plain(target)}** · {plain(how)}")
+        cells = []
+        for name, side, value in zip(names, "ab", (apart.a, apart.b), strict=True):
+            entry_id = row[f"entry_{side}"]
+            lines = [] if by == MAPS else [f"{by}: {format_number(value, form)}"]
+            cells.append(
+                {
+                    "id": entry_id,
+                    "src": overlay_url(pack, entry_id, Look(side=PAIR_SIDE)),
+                    "alt": f"Map by {name} of {target} on {file_name}",
+                    "title": name,
+                    "lines": [*lines, file_name],
+                    "href": state.link("image", pack=pack.id, image=image_id, methods=names),
+                }
+            )
+        opened = grid(
+            cells, f"pair-grid-{number}", label=f"Maps of {file_name}", columns=2, width=120
+        )
+        if opened is not None:
+            open_photo(pack, opened, list(names))
+
+
+def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
+    """The photos by name, where there is no pack to show them from."""
+    values = [board.results.methods[name].values[board.columns[by]] for name in (a, b)]
+    found = by_metric(*values)
+    if not found:
+        st.info("No photo has a value of both methods.")
+        return
+    form = number_form(board.info(by), [v for image in found for v in (image.a, image.b)])
+    images = board.results.images
+    table = pd.DataFrame(
+        {
+            "photo": [images[f.position].id.rpartition("/")[2] for f in found],
+            "class": [images[f.position].target_name for f in found],
+            a: [format_number(f.a, form) for f in found],
+            b: [format_number(f.b, form) for f in found],
+            "apart": [format_number(f.distance, form) for f in found],
+        }
+    )
+    st.dataframe(table.head(100), hide_index=True, width="stretch", height="content")
 
 
 PARTS = ("Leaderboard", "Curves", "Photos", "Pairs")

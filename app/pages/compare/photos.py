@@ -9,11 +9,16 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.pages.compare.colours import SHAPES, method_colour, method_legend
-from xattn.app.pages.compare.leaderboard_file import Board, arrow
-from xattn.app.pages.compare.method_choice import methods_box, metric_box
+from xattn.app.pages.compare.leaderboard import (
+    SHAPES,
+    method_colour,
+    method_legend,
+    methods_box,
+    metric_box,
+)
 from xattn.app.state import plain
 from xattn.eval.report.html_data import MAX_VALUES, case_columns, spread
+from xattn.eval.report.standings import Board
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -46,8 +51,8 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
         alt.Chart(table)
         .mark_point(size=50, filled=True)
         .encode(
-            x=alt.X("x:Q", title=arrow(x, board), scale=alt.Scale(zero=False)),
-            y=alt.Y("y:Q", title=arrow(y, board), scale=alt.Scale(zero=False)),
+            x=alt.X("x:Q", title=board.titled(x), scale=alt.Scale(zero=False)),
+            y=alt.Y("y:Q", title=board.titled(y), scale=alt.Scale(zero=False)),
             color=method_colour(names, method_legend()),
             shape=alt.Shape(
                 "method:N", scale=alt.Scale(domain=names, range=SHAPES), legend=method_legend()
@@ -83,7 +88,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
     if trained := board.training(names, [x, y]):
         st.caption(plain(trained))
     with st.expander("The dots as a table"):
-        _dots_table(table, pack, names, arrow(x, board), arrow(y, board))
+        _dots_table(table, pack, names, board.titled(x), board.titled(y))
 
 
 def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:

@@ -113,8 +113,8 @@ def test_standings_in_words(data):
     assert board.verdict("random", "insertion") == "worse than the best"
     assert board.verdict("ones", "AD@50") == "a mask, not ranked"
     assert [board.kind(n) for n in METHODS] == ["method", "method", "sanity row", "sanity row"]
-    assert leaderboard_file.arrow("AD@50", board) == "AD@50 ↓"
-    assert leaderboard_file.arrow("ROAD", board) == "ROAD ↑"
+    assert board.titled("AD@50") == "AD@50 ↓"
+    assert board.titled("ROAD") == "ROAD ↑"
     assert set(board.ranked[:2]) == {"gradcam", "saliency"}
 
 
