@@ -26,7 +26,7 @@ from xattn.pruning import (
     read_pruned,
     save_pruned,
 )
-from xattn.training.pruned_student import heads_only
+from xattn.training.students.pruned import heads_only
 
 SHRP = Pruning("shrp", {2: (1,)}, 12)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
+from xattn.runtime.names import did_you_mean
 from xattn.runtime.option_checks import Belongs, Not
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
@@ -219,10 +220,6 @@ class ProbeConfig:
             monitor=("loss", "accuracy"),
             precision=("no", "fp16", "bf16"),
         )
-        if self.attention not in get_args(AttentionTraining):
-            from xattn.training.attention_training import METHODS
-
-            object.__setattr__(self, "attention", METHODS.name(self.attention))  # or it is unknown
 
 
 @dataclass(frozen=True)
@@ -418,3 +415,46 @@ def _check_choices(config: Any, **choices: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{name}: got {getattr(config, name)!r}; choose one of {', '.join(allowed)}"
             )
+
+
+# ---------------------------------------------------------------------- published settings
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A timm ``backbone`` with its ``taps``, and a ``head`` with its ``options``, as T-TAME published them:
+
+        xattn train IMAGENET/train --preset ttame-resnet50 --output runs/resnet50
+
+    trains eight epochs over ImageNet, batches of 32, SGD with OneCycle, the exact C x C branches and one
+    free row for each class.
+    """
+
+    backbone: str
+    taps: tuple[str, ...]
+    mask_policy: str
+    head: str = "ttame"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the head: the paper's fusion and its exact branches."""
+        return {"fusion": "per_class", "branch_rank": None, "mask_policy": self.mask_policy}
+
+
+PRESETS = {
+    # VGG: the outputs of the last three max-pools; timm's intermediates lie before them.
+    "ttame-vgg16": Preset(
+        "vgg16", ("stage.2.pool", "stage.3.pool", "stage.4.pool"), "raw_normalize"
+    ),
+    "ttame-resnet50": Preset("resnet50", ("stage.2", "stage.3", "stage.4"), "raw_normalize"),
+    "ttame-vit-b16": Preset(
+        "vit_base_patch16_224", ("norm1.9", "norm1.10", "norm1.11"), "normalized"
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called ``name``; a ``ValueError`` lists similar names if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
+    return PRESETS[name]

@@ -7,9 +7,9 @@ are hidden by the same masks or show the same fill.
 "masking" (T-TAME, :mod:`xattn.training.objective`)
     The class stays under the map as a mask with black behind it, and the mask is small. In
     "masking-mean" the data set's mean colour is behind it, in "masking-features" it multiplies features.
-"outcomes" (:mod:`xattn.training.outcomes_objective`)
+"outcomes" (:mod:`xattn.training.objective`)
     Sums of the map over what masks keep go with the class's scores there. The masks
-    (:mod:`xattn.training.outcome_masks`) are squares, smooth blobs, and thresholds of the head's starting
+    (:mod:`xattn.training.outcome_rows`) are squares, smooth blobs, and thresholds of the head's starting
     map under noise. These are no thresholds of the head's own map, as deletion, insertion and ROAD
     take them, but similar.
 
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from xattn.eval.metrics.base import Reads
-from xattn.training.outcome_masks import FILLS
+from xattn.training.outcome_rows import FILLS
 
 
 class Objective(NamedTuple):

@@ -17,7 +17,7 @@ from xattn.photos.base import Photos
 from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos
-from xattn.training import splits
+from xattn.training import labelled as splits
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import ProbeScores, answers, probe
 from xattn.training.run_folder import RUN_FILE

@@ -47,7 +47,7 @@ from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view, prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json, write_rows
-from xattn.training import splits
+from xattn.training import labelled as splits
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
 

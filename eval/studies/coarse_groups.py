@@ -32,7 +32,7 @@ from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_groups
 from xattn.photos.view import prepare
-from xattn.training.splits import FOLDS, stratified_folds
+from xattn.training.labelled import FOLDS, stratified_folds
 
 
 @torch.inference_mode()

@@ -29,8 +29,8 @@ from xattn.eval.studies.swap.measuring import Block, Explaining, quality
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.distilling import CONVERSION_FOLDER, REPORT, distill
-from xattn.training.head_closeness import HeadCloseness, head_closeness, head_csv
 from xattn.training.run_folder import RUN_FILE
+from xattn.training.students.closeness import HeadCloseness, head_closeness, head_csv
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import kept_record, reported
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime.files import atomic_file, check_folder, write_json
-from xattn.training.checkpoint import load_checkpoint, save_checkpoint
+from xattn.training.run_folder import load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     L = 1 - corr_w( P <m_j, S_k>, P y_jk ) + ...      masks m_j of a photo, outcomes y_jk of class k
 
-The loss itself stands in :mod:`xattn.training.outcomes_objective`. Every variant is called as
+The loss itself stands in :mod:`xattn.training.objective`. Every variant is called as
 :func:`xattn.training.outcome_fitting.outcome_terms` and returns its ``"loss"`` and what is logged.
 """
 
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from xattn.heads.evidence import standardised
-from xattn.training.outcome_fitting import compared, mean_terms, outcome_terms
-from xattn.training.outcomes import OutcomeBatch
-from xattn.training.outcomes_objective import (
+from xattn.training.objective import (
     TINY,
     area_adjusted,
     correlation,
     log_odds,
     mask_effects,
 )
+from xattn.training.outcome_fitting import compared, mean_terms, outcome_terms
+from xattn.training.outcomes import OutcomeBatch
 
 LEAST = 1e-5  # of the size of a map's effects: below it their direction is rounding
 
@@ -94,7 +94,7 @@ def shapley_weights(area: Tensor) -> Tensor:
 def weighted_correlation(
     maps: Tensor, masks: Tensor, outcomes: Tensor, weights: Tensor, area: bool = True
 ) -> Tensor:
-    """Correlation (B, M) as :func:`~xattn.training.outcomes_objective.correlation`, in which mask j counts
+    """Correlation (B, M) as :func:`~xattn.training.objective.correlation`, in which mask j counts
     ``weights[:, j]`` (B, N) times; without ``area`` only the means are removed."""
     weights = weights[:, None]
     total = weights.sum(-1, keepdim=True)

@@ -80,10 +80,9 @@ from xattn.runtime.files import atomic_file, write_text
 from xattn.runtime.names import did_you_mean
 from xattn.training.data import TrainImages
 from xattn.training.objective import objective
-from xattn.training.outcome_fitting import OutcomePlaces, OutcomesJob
-from xattn.training.outcome_masks import CELLS, FILLS, KINDS, background
+from xattn.training.outcome_fitting import OutcomePlaces, OutcomesJob, Place
+from xattn.training.outcome_rows import CELLS, FILLS, KINDS, background
 from xattn.training.run import Run
-from xattn.training.tap_store import Place
 
 
 def with_efficiency(trial: Trial, run: TrialRun) -> Explainer:

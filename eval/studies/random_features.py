@@ -59,7 +59,7 @@ from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json, write_text
 from xattn.training.features import Features, cache_features
-from xattn.training.splits import stratified_folds
+from xattn.training.labelled import stratified_folds
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.localization import energy_pointing_values, iou_values, pointing_values
 from xattn.eval.metrics.randomization import SPEARMAN, randomization_curves
 from xattn.eval.similarity import spearman
-from xattn.training.outcome_masks import background
+from xattn.training.outcome_rows import background
 
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """(bottom, right) of the four corners."""
@@ -158,7 +158,7 @@ class Method:
 class Settings:
     """How the checks are made.
 
-    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_masks.background`).
+    ``fills`` are the canvases of the corners (:func:`~xattn.training.outcome_rows.background`).
     """
 
     fills: tuple[str, ...] = ("mean", "blur")

@@ -38,9 +38,9 @@ from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.fitting import fit_job
+from xattn.training.objective import TINY, area_adjusted, mask_effects
 from xattn.training.outcome_fitting import OutcomesJob, Terms, compared, outcome_terms, table_for
 from xattn.training.outcomes import HeadGuide, OutcomeBatch, Outcomes, cache_outcomes
-from xattn.training.outcomes_objective import TINY, area_adjusted, mask_effects
 from xattn.training.run import RunOptions
 from xattn.training.run_folder import RUN_FILE
 

@@ -43,7 +43,7 @@ from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view
 from xattn.runtime.files import check_folder
 from xattn.training.features import Features, cache_features
-from xattn.training.splits import stratified_folds
+from xattn.training.labelled import stratified_folds
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from xattn.backbone import converted, load_conversion
 from xattn.backbone.conversion import save_conversion
 from xattn.config import DistillConfig
 from xattn.explainers import create_explainer
-from xattn.training.student import Student
+from xattn.training.students.distilled import Student
 
 FORMS = ("comrope:form=ap,block=4", "comrope:form=ld,block=4")
 CASES = [(name, case) for name in list_rotations() for case in ROTATIONS.entry(name).cases]

@@ -15,10 +15,9 @@ from xattn.heads import create_head
 from xattn.training import fit
 from xattn.training import fitting as fit_module
 from xattn.training import probe as probe_module
-from xattn.training.checkpoint import load_checkpoint, save_checkpoint
 from xattn.training.features import cache_features
 from xattn.training.probe import probe
-from xattn.training.run_folder import cut_log
+from xattn.training.run_folder import cut_log, load_checkpoint, save_checkpoint
 
 KEYS = ("step", "head")
 

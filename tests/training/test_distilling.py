@@ -20,11 +20,21 @@ from xattn.backbone.conversion import with_trained
 from xattn.cli import main
 from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
-from xattn.training.closeness import Closeness, closeness
 from xattn.training.distilling import layer_losses, learning_rate, part_of, softmax_passes
-from xattn.training.head_closeness import head_closeness, head_csv, head_table
-from xattn.training.student import LowRankUpdate, Student
-from xattn.training.teacher_stream import attended, layer_passes, sampled_rows
+from xattn.training.students.closeness import (
+    Closeness,
+    closeness,
+    head_closeness,
+    head_csv,
+    head_table,
+)
+from xattn.training.students.distilled import (
+    LowRankUpdate,
+    Student,
+    attended,
+    layer_passes,
+    sampled_rows,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = {"agents": 4, "window": [4, 4]}

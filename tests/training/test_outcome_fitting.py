@@ -19,11 +19,17 @@ from xattn.heads import create_head, head_class, list_heads, load_head
 from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
 from xattn.training import fit, outcome_fitting
-from xattn.training.outcome_fitting import NO_REACTION, drawn_classes, outcome_terms
+from xattn.training.objective import reacts
+from xattn.training.outcome_fitting import (
+    NO_REACTION,
+    TapStore,
+    drawn_classes,
+    outcome_terms,
+    stack,
+    tensors,
+)
 from xattn.training.outcome_rows import RowMaker
 from xattn.training.outcomes import OutcomeBatch, cache_outcomes
-from xattn.training.outcomes_objective import reacts
-from xattn.training.tap_store import TapStore, stack, tensors
 
 COUNT, MASKS, CLASSES = 21, 8, 5
 HEADS = [name for name in list_heads() if not head_class(name).is_classifier]

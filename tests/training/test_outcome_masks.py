@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.training.outcome_masks import CELLS, FILLS, KINDS, background, mask_pairs, masks_of
+from xattn.training.outcome_rows import CELLS, FILLS, KINDS, background, mask_pairs, masks_of
 
 ALL_KINDS = (*KINDS, "superpixels")
 

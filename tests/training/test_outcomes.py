@@ -17,10 +17,16 @@ import xattn
 from xattn.heads import create_head
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
-from xattn.training.outcome_masks import mask_pairs, masks_of
-from xattn.training.outcome_rows import HeadGuide, OutcomeCost, RowMaker, kept_logits
+from xattn.training.objective import log_odds
+from xattn.training.outcome_rows import (
+    HeadGuide,
+    OutcomeCost,
+    RowMaker,
+    kept_logits,
+    mask_pairs,
+    masks_of,
+)
 from xattn.training.outcomes import OutcomeBatch, cache_outcomes, open_outcomes, outcome_cost
-from xattn.training.outcomes_objective import log_odds
 
 COUNT, MASKS = 21, 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn.training.outcomes_objective import area_adjusted, correlation, log_odds, reacts
+from xattn.training.objective import area_adjusted, correlation, log_odds, reacts
 
 
 def rand(*shape, seed=0):

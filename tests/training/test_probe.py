@@ -27,12 +27,11 @@ from xattn.heads.probed import probed
 from xattn.packs.reader import load_pack
 from xattn.photos.labels import read_labels
 from xattn.training import probe as module
-from xattn.training.feature_batches import chunks
 from xattn.training.features import cache_features
-from xattn.training.lars import LARS
+from xattn.training.labelled import chunks, split
+from xattn.training.optimizers import LARS
 from xattn.training.probe import ProbeScores, answers, learning_rate, probe
 from xattn.training.sample import Sample
-from xattn.training.splits import split
 
 TRAIN, VALIDATION = range(0, 16), range(16, 24)
 QUICK = {"recipe": "small", "epochs": 4, "warmup": 1, "batch_size": 5, "lr": 0.01}

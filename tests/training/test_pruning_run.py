@@ -18,8 +18,8 @@ from xattn.cli import main
 from xattn.config import PruneConfig
 from xattn.pruning import pruned
 from xattn.training import pruning_run
-from xattn.training.pruned_student import PrunedStudent, check_tail, choose_heads, seen_by
 from xattn.training.pruning_run import read_photos, split
+from xattn.training.students.pruned import PrunedStudent, check_tail, choose_heads, seen_by
 
 HEADS = PruneConfig(batch_size=4, epochs=3, scored=8, checkpoint_every=2)
 SHRP = replace(HEADS, method="shrp", lr=1e-3, epochs=6)

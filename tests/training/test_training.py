@@ -26,9 +26,10 @@ from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
 from xattn.photos.image_files import Files
 from xattn.photos.sources import open_photos
-from xattn.training import fit, objective, photo_batches
+from xattn.training import data as photo_batches
+from xattn.training import fit, objective
 from xattn.training.data import TrainImages, epoch_batches
-from xattn.training.head_optimizer import head_optimizer, one_cycle
+from xattn.training.optimizers import head_optimizer, one_cycle
 
 
 def rand(*shape, seed=0):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import xattn
 from xattn.heads import list_heads
-from xattn.training.whole_batch import Share, whole_batch
+from xattn.training.processes import Share, whole_batch
 
 TOLERANCES = {"float32": 3e-4, "float64": 1e-6}  # relative; float32 only rounds, float64 tells
 

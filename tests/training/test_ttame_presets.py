@@ -8,8 +8,8 @@ from PIL import Image
 
 from xattn.backbone import load_backbone
 from xattn.cli import main
+from xattn.config import PRESETS, preset
 from xattn.heads import create_head
-from xattn.training.ttame_presets import PRESETS, preset
 
 # specs: sum_i (C_i^2 + 3 C_i) + K sum C_i + K with K = 1000.
 PUBLISHED = {

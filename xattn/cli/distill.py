@@ -48,9 +48,13 @@ class Distill(PhotoArgs):
 
     def run(self) -> None:
         from xattn.attention.model.spec import parse_mechanism
-        from xattn.training.closeness import comparison
         from xattn.training.distilling import CONVERSION_FOLDER, distill, split
-        from xattn.training.head_closeness import head_closeness, head_csv, head_table
+        from xattn.training.students.closeness import (
+            comparison,
+            head_closeness,
+            head_csv,
+            head_table,
+        )
 
         assert self.model.mechanism is not None  # see check
         name, options = parse_mechanism(self.model.mechanism)

@@ -67,13 +67,13 @@ def _print_names() -> None:
     from xattn.attention.base import MECHANISMS
     from xattn.attention.positions import ROTATIONS
     from xattn.blocks.base import BLOCKS
+    from xattn.config import PRESETS
     from xattn.eval.metric_presets import PRESETS as PROTOCOLS
     from xattn.eval.metrics.registry import METRICS, REGISTRY
     from xattn.explainers.base import EXPLAINERS
     from xattn.heads.base import HEADS
     from xattn.runtime.head_files import shipped_heads
     from xattn.training.attention_training import METHODS
-    from xattn.training.ttame_presets import PRESETS
 
     rows: dict[str, Any] = {
         "heads to train": HEADS,

@@ -73,7 +73,9 @@ class Probe(PhotoArgs):
         from xattn.heads.base import HEADS
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
+        from xattn.training.attention_training import METHODS
 
+        METHODS.name(self.train.attention)
         heads = known("heads", self.heads, HEADS)
         check_folder(self.output)
         check_results(self.output, heads, self.resume)

@@ -98,7 +98,7 @@ class Train(PhotoArgs):
         if self.fusion != "classifier" or "fusion" in head_options(name):
             options = {"fusion": self.fusion, **options}
         if self.preset is not None:
-            from xattn.training.ttame_presets import preset
+            from xattn.config import preset
 
             chosen = preset(self.preset)
             name, options = chosen.head, chosen.options

@@ -287,7 +287,7 @@ def _sha256(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     for _, tensor in sorted(tensors.items()):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.numpy()))
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 

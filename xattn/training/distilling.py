@@ -35,13 +35,12 @@ from xattn.photos.part import every_nth
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
-from xattn.training.closeness import Closeness, closeness, divergence
-from xattn.training.photo_batches import PhotoBatch, PhotoBatches
-from xattn.training.photo_loop import PhotoLoopState, train_on_photos
-from xattn.training.run import Run, RunOptions
-from xattn.training.student import Student
-from xattn.training.teacher_stream import (
+from xattn.training.data import PhotoBatch, PhotoBatches
+from xattn.training.run import PhotoLoopState, Run, RunOptions, train_on_photos
+from xattn.training.students.closeness import Closeness, closeness, divergence
+from xattn.training.students.distilled import (
     LayerPass,
+    Student,
     attended,
     grid_of,
     layer_passes,

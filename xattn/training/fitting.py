@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.config import TrainConfig
@@ -18,16 +19,13 @@ from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.runtime.run_files import check_run_folder
 from xattn.training import processes
-from xattn.training.checkpoint import has_checkpoint
-from xattn.training.head_optimizer import FitState, head_optimizer, one_cycle
+from xattn.training.data import PhotoBatch, PhotoBatches
 from xattn.training.objective import Part, objective
-from xattn.training.outcome_fitting import OutcomesJob, table_for
+from xattn.training.optimizers import head_optimizer, one_cycle
+from xattn.training.outcome_fitting import OutcomesJob, first_taps, table_for
 from xattn.training.outcomes import Outcomes
-from xattn.training.photo_batches import PhotoBatch, PhotoBatches
-from xattn.training.photo_loop import Batches, train_on_photos
-from xattn.training.run import Run, RunOptions
-from xattn.training.run_folder import CHECKPOINTS
-from xattn.training.tap_store import first_taps
+from xattn.training.run import Batches, PhotoLoopState, Run, RunOptions, train_on_photos
+from xattn.training.run_folder import CHECKPOINTS, has_checkpoint
 
 CALIBRATED = 256  # photos whose taps a head takes statistics of
 
@@ -161,6 +159,29 @@ def fit_job(
         if run.folder is not None and run.main:
             write_json(run.folder / "skipped.json", skipped)
     return FitResult(head, run.step, run.losses, skipped, run.folder, run.main)
+
+
+class FitState(PhotoLoopState):
+    """The learning rate schedule, and the images that could not be read."""
+
+    keys: tuple[str, ...] = ("scheduler", "skipped")
+
+    def __init__(self, scheduler: LRScheduler, accelerator: Any) -> None:
+        super().__init__(accelerator)
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler.state_dict(), **super().state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["scheduler"])
+        super().load_state_dict(state)
+
+    def next_lr(self) -> float:
+        """Go on to the next step's learning rate."""
+        if self.scheduler.last_epoch + 1 < self.scheduler.total_steps:  # type: ignore[attr-defined]
+            self.scheduler.step()
+        return float(self.scheduler.get_last_lr()[0])
 
 
 def _resumes(options: RunOptions) -> bool:

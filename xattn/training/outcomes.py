@@ -26,8 +26,10 @@ from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
 from xattn.training.cache import OUTCOMES, Cache, filled_cache, key_digest, open_cache
-from xattn.training.outcome_masks import FILLS, KINDS, masks_of
+from xattn.training.objective import log_odds
 from xattn.training.outcome_rows import (
+    FILLS,
+    KINDS,
     Guide,
     HeadGuide,
     MaskSettings,
@@ -35,9 +37,9 @@ from xattn.training.outcome_rows import (
     Precision,
     RowMaker,
     guess_name,
+    masks_of,
     time_row,
 )
-from xattn.training.outcomes_objective import log_odds
 
 __all__ = [
     "Guide",
@@ -329,7 +331,7 @@ def cache_outcomes(
         crops: of every photo. The first is the evaluation crop, further ones are random crops and flips,
             pure functions of (seed, crop, index).
         masks: of every crop, half of them the complements of the others.
-        kinds, fills: see :func:`~xattn.training.outcome_masks.mask_pairs`.
+        kinds, fills: see :func:`~xattn.training.outcome_rows.mask_pairs`.
         seed: masks are a pure function of (seed, crop, index).
         precision: ``"bf16"`` computes the passes in mixed precision.
         say: is handed one line on what the missing rows cost, before they are computed.

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,26 @@ from xattn.config import ProbeConfig
 from xattn.heads import AttentiveHead, Tokens
 from xattn.heads.attentive import LabelledTokens, Solvable
 from xattn.heads.base import keeping_statistics
-from xattn.training.attention_training import Perturbation, create_perturbation, head_loss
-from xattn.training.feature_batches import FeatureBatch, FeatureBatches, LabelledPhotos
+from xattn.training.attention_training import (
+    METHODS,
+    Perturbation,
+    create_perturbation,
+    head_loss,
+)
 from xattn.training.features import Features
-from xattn.training.lars import LARS
-from xattn.training.probe_scores import ProbeScores, answers, check_features, to_head
+from xattn.training.labelled import (
+    FeatureBatch,
+    FeatureBatches,
+    LabelledPhotos,
+    ProbeScores,
+    answers,
+    check_features,
+    check_labels,
+    to_head,
+)
+from xattn.training.optimizers import LARS
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
-from xattn.training.splits import check_labels
 
 AT_ONCE = 64  # photos whose tokens a solve reads at once
 
@@ -103,6 +115,7 @@ def probe(
         OSError: ``output`` cannot be written.
     """
     config = config or ProbeConfig()
+    config = replace(config, attention=METHODS.name(config.attention))
     _check_head(head, features, config)
     shared = set(train) & set(validation)
     if shared:

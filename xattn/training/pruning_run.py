@@ -3,7 +3,7 @@
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
 t and z are the last tokens and the logits of the network as it was, t' and z' those of the pruned one; no
-labels are read. "heads" compares the heads first (:func:`~xattn.training.pruned_student.choose_heads`)
+labels are read. "heads" compares the heads first (:func:`~xattn.training.students.pruned.choose_heads`)
 and trains what is left. "shrp" first trains a router r and one E for all heads; the entropy H of the
 router's usage concentrates it on one head. Then it trains that head and E alone.
 """
@@ -31,7 +31,9 @@ from xattn.runtime.run_files import check_run_folder
 from xattn.training import processes
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.distilling import share_of_peak
-from xattn.training.pruned_student import (
+from xattn.training.processes import Share
+from xattn.training.run import Run, RunOptions
+from xattn.training.students.pruned import (
     AT_ONCE,
     Answer,
     PrunedStudent,
@@ -42,8 +44,6 @@ from xattn.training.pruned_student import (
     choose_heads,
     seen_by,
 )
-from xattn.training.run import Run, RunOptions
-from xattn.training.whole_batch import Share
 
 HELD_OUT = 5  # one of so many photos is measured on, not trained on
 KEPT_BYTES = 8 << 30  # of tokens in memory

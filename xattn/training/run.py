@@ -9,8 +9,7 @@
                 run.advance(epoch, lr)
         run.save_head()
 
-What differs between training on photos and probing is left to their loops in
-:mod:`~xattn.training.fitting` and :mod:`~xattn.training.probe`.
+:func:`train_on_photos` is the loop of all training on photos; probing and pruning have loops of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar
@@ -32,15 +31,16 @@ from tqdm.auto import tqdm
 
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.heads import Head, save_head
+from xattn.photos.base import Photos
 from xattn.runtime.files import output_error, printable
 from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory
 from xattn.training import processes
-from xattn.training.checkpoint import save_checkpoint
-from xattn.training.pruned_student import PrunedStudent
-from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim
-from xattn.training.student import Student
-from xattn.training.whole_batch import Share, whole_batch
+from xattn.training.data import PhotoBatch
+from xattn.training.processes import Share, whole_batch
+from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, save_checkpoint
+from xattn.training.students.distilled import Student
+from xattn.training.students.pruned import PrunedStudent
 
 FAILED = 1000  # a reason to stop, graver than the numbers of signals
 SHARED_STATE = ("step", "head", "optimizer", "scaler", "losses")  # of every checkpoint
@@ -327,3 +327,93 @@ def _tensorboard(folder: Path | None, step: int) -> Any:
             stacklevel=5,  # fit or probe
         )
         return None
+
+
+# ---------------------------------------------------------------------- the loop over photos
+
+
+class Batches(Protocol):
+    """The batches of a run, see :class:`~xattn.training.data.PhotoBatches`."""
+
+    photos: Photos
+    per_epoch: int
+    total: int
+
+    def describe(self) -> dict[str, Any]: ...
+    def from_step(self, step: int, stopped: Callable[[], int]) -> Generator[Any, None, None]: ...
+
+
+Step = Callable[[Any, list[int]], dict[str, float]]
+"""Takes a step on a batch, of which each process has so many readable images; returns the losses."""
+
+
+class PhotoLoopState:
+    """(index, reason) of the images that could not be read; restored with a run."""
+
+    keys: tuple[str, ...] = ("skipped",)
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.skipped: dict[int, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        self.merge_skipped()
+        return {"skipped": sorted(self.skipped.items())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped = dict(state["skipped"])
+
+    def merge_skipped(self) -> None:
+        """Let every process know what any of them could not read."""
+        self.skipped = processes.merge(self.accelerator, self.skipped)
+
+    def failure(self, batch: PhotoBatch) -> OSError | None:
+        """The error that ends the run at ``batch``: its own, or images that are gone since."""
+        gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
+        if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
+            return OSError(
+                f"data: images that could be read before no longer can ({gone[0]}); bring them back, "
+                f"then resume"
+            )
+        return batch.failure
+
+    def names(self, batches: Batches) -> list[tuple[str, str]]:
+        """Name and reason of every image that could not be read.
+
+        Raises:
+            ValueError: none could be.
+        """
+        self.merge_skipped()
+        photos = batches.photos
+        if len(self.skipped) == len(photos):
+            raise ValueError(
+                f"data: none of the {len(photos)} images could be read; "
+                f"the first: {next(iter(self.skipped.values()))}"
+            )
+        return [(photos.name(i), why) for i, why in sorted(self.skipped.items())]
+
+
+def train_on_photos(
+    run: Run[Any],
+    batches: Batches,
+    state: PhotoLoopState,
+    step: Step,
+    next_lr: Callable[[], float],
+) -> None:
+    """Train from ``run.step`` to the last batch.
+
+    ``step`` is called where some process has a readable image; ``next_lr`` after every step, and gives the
+    rate for the log.
+    """
+    every = run.config.checkpoint_every
+    with run.steps(), closing(batches.from_step(run.step, run.interrupted)) as delivered:
+        for batch in delivered:
+            counts = run.agree(len(batch), state.failure(batch))
+            state.skipped.update(batch.unreadable)
+            if sum(counts):
+                with run.naming_batch_size("images"):
+                    run.losses = step(batch, counts)
+            run.check_finite(run.step + 1, *run.losses.values())
+            run.advance(batch.epoch, next_lr())
+            if run.step % every == 0 or run.step % batches.per_epoch == 0:
+                run.checkpoint()

@@ -54,9 +54,9 @@ from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
 from xattn.explainers import Explainer, create_explainer
 from xattn.runtime.files import file_sha256, write_json
 from xattn.runtime.measuring import Job, peak_memory, times
-from xattn.training.closeness import last_tokens
 from xattn.training.distilling import CONVERSION_FOLDER, distill
 from xattn.training.run_folder import RUN_FILE
+from xattn.training.students.closeness import last_tokens
 
 # settings of training that change no result, and those that were added later and are not used here
 UNTOLD = ("workers", "checkpoint_every", "student_epochs", "student_lr")

@@ -36,7 +36,7 @@ from xattn.eval.studies.random_features import RandomFeatureConfig
 from xattn.eval.studies.swap.measuring import SwapStudyConfig
 from xattn.eval.studies.words import WordStudyConfig
 from xattn.models.agunet import AGUNet
-from xattn.training import splits
+from xattn.training import labelled as splits
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = ["tench", "goldfish", "great white shark"]

@@ -34,9 +34,9 @@ from xattn.eval.studies.trial_training import (
 from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 from xattn.heads.fusion import resize
+from xattn.training.objective import correlation
 from xattn.training.outcome_fitting import outcome_terms
 from xattn.training.outcomes import OutcomeBatch
-from xattn.training.outcomes_objective import correlation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")
 QUICK = {"epochs": 2, "batch_size": 4, "workers": 0, "masks": 10, "lr": 0.02}

@@ -1,8 +1,9 @@
-"""LARS: SGD whose step in each layer is in proportion to the layer's weights (arXiv 1708.03888).
+"""Optimizers and schedules: LARS for probes, AdamW or SGD on a OneCycle schedule for heads.
 
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
-Vectors and scalars (biases, gains) get neither trust ratio nor decay: their step is plain SGD.
+is LARS (arXiv 1708.03888), whose step in each layer is in proportion to the layer's weights. Vectors and
+scalars (biases, gains) get neither trust ratio nor decay: their step is plain SGD.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+
+from xattn.config import TrainConfig
+from xattn.heads import Head
 
 
 class LARS(torch.optim.Optimizer):
@@ -69,3 +74,35 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
     size, slope = w.norm(), w.grad.norm()
     ratio = trust * size / (slope + decay * size)
     return torch.where((size > 0) & (slope > 0), ratio, 1.0) * (w.grad + decay * w)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
+    """A OneCycle schedule of ``total`` steps that peaks at the learning rates of ``optimizer``."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scheduler = OneCycleLR(
+        optimizer, max_lr=peaks, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
+    )
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()  # moves nothing; else the scheduler warns where the first batch is unreadable
+    return scheduler
+
+
+def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code; the learning
+    rate is that of ``config``, times what the head asks for."""
+    members: dict[tuple[float, bool], list[Tensor]] = {(1.0, False): [], (1.0, True): []}
+    for name, parameter in head.named_parameters():
+        if parameter.requires_grad:
+            group = head.learning_rates.get(name, 1.0), name.endswith("bias")
+            members.setdefault(group, []).append(parameter)
+    groups = [
+        {
+            "params": found,
+            "lr": config.lr * times,
+            "weight_decay": 0.0 if bias else config.weight_decay,
+        }
+        for (times, bias), found in members.items()
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)

@@ -30,7 +30,7 @@ from xattn.pruning import (
     prune_in_place,
 )
 from xattn.runtime.copies import shared_copy
-from xattn.training.closeness import divergence, last_tokens
+from xattn.training.students.closeness import divergence, last_tokens
 
 AT_ONCE = 32  # photos a pass that trains nothing
 

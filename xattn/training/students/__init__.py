@@ -1,0 +1,1 @@
+"""What distillation and pruning train of a network, and how close that is to the network."""
