@@ -346,7 +346,7 @@ def heads(name: str) -> dict[str, str]:
 def _head_folders() -> dict[str, tuple[str, Path]]:
     """Title and folder of every head, shipped or below the root, by id."""
     from xattn.app import state
-    from xattn.heads import shipped_heads
+    from xattn.runtime.head_files import shipped_heads
 
     found = {key: (key, folder) for key, folder in shipped_heads().items()}
     return found | {item.id: (item.name, item.folder) for item in state.library().heads()}

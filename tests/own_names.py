@@ -17,7 +17,7 @@ REGISTRIES = (MECHANISMS, BLOCKS, REGISTRY, EXPLAINERS, HEADS)
 @contextmanager
 def forgetting() -> Iterator[None]:
     """Inside, names may be registered."""
-    before = [set(registry.registered()) for registry in REGISTRIES]
+    before = [set(registry.names()) for registry in REGISTRIES]
     try:
         yield
     finally:

@@ -75,7 +75,8 @@ def test_the_wheel_has_only_xattn_at_its_top_and_imports(wheel, tmp_path):
         "import sys, xattn, xattn.kernels, xattn.eval, xattn.models, xattn.app\n"
         "assert xattn.__file__.startswith(sys.argv[1]), xattn.__file__\n"
         "assert xattn.eval.__file__.startswith(sys.argv[1])\n"
-        "from xattn.heads import shipped_heads; assert shipped_heads()"
+        "from xattn.runtime.head_files import shipped_heads; assert shipped_heads()\n"
+        "from xattn.heads import Gap; from xattn.attention import Operator"
     )
     site = str(tmp_path / "site")
     # -S keeps the editable install's finder out; the dependencies come by path.

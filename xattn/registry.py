@@ -20,7 +20,9 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -53,6 +55,9 @@ class Registry(Generic[T, E]):
         base: what all classes derive from, if that is checked.
         argument: the name that errors begin with; ``noun``: what they call a thing.
         options_argument: as ``argument``, for errors about options.
+        homes: packages whose modules register the project's own classes. A name first asks for the module
+            that is called like it; all are imported where the list of names is asked for, or a name that
+            no module is called like.
         given: parameters of the constructors that :meth:`create` is given by position, or that are not
             for users; they are no options.
         adopt: ``adopt(name, value)`` registers what an entry point names if it is not registered yet.
@@ -68,6 +73,7 @@ class Registry(Generic[T, E]):
         group: str,
         *,
         base: type | None = None,
+        homes: Collection[str] = (),
         argument: str,
         noun: str = "",
         options_argument: str | None = None,
@@ -79,6 +85,7 @@ class Registry(Generic[T, E]):
         refusal: str = REFUSAL,
     ) -> None:
         self.group, self.base, self.argument, self.noun = group, base, argument, noun
+        self.homes = homes
         self.options_argument = options_argument or argument
         self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
         self._adopt, self._mark, self._hint = adopt, mark, hint
@@ -114,6 +121,9 @@ class Registry(Generic[T, E]):
         name = entry.name
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
+        own = cls.__module__.startswith("xattn.")
+        if not own:
+            self._import_own()  # whose names are taken
         if self.base is not None and not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(
                 f"{self.noun or self.argument}: got {cls!r} for {name!r}; decorate a subclass of "
@@ -127,7 +137,7 @@ class Registry(Generic[T, E]):
                     f"{_path(cls)}"
                 )
             self._found = {**self._found, name: (cls, entry)}
-        if not cls.__module__.startswith("xattn."):
+        if not own:
             _added.append(cls.__module__)
 
     def remove(self, name: str) -> None:
@@ -207,6 +217,8 @@ class Registry(Generic[T, E]):
         if not isinstance(name, str):
             return None
         if name not in self._found:
+            self._import_own(name)
+        if name not in self._found:
             self.load()
         return same_name(name, self._found)
 
@@ -237,10 +249,19 @@ class Registry(Generic[T, E]):
         self.check_options(name, options)
         return cls(*given, **options)
 
-    # ------------------------------------------------------------------ installed packages
+    # ------------------------------------------------------------------ what registers itself
+
+    def _import_own(self, called: str | None = None) -> None:
+        """Import the modules of ``homes``, or the one ``called`` so."""
+        for home in self.homes:
+            package = import_module(home)
+            for module in iter_modules(package.__path__, f"{home}."):
+                if not module.ispkg and called in (None, module.name.rpartition(".")[2]):
+                    import_module(module.name)
 
     def load(self) -> None:
-        """Import what installed packages offer, once. A package that fails is named in a warning.
+        """Import the project's own modules and what installed packages offer, once. A package that fails is
+        named in a warning.
 
         Nothing waits for a lock here: a module that is being imported may ask the registry, and two
         threads that load at once only import the same modules.
@@ -249,6 +270,7 @@ class Registry(Generic[T, E]):
             return
         self._here.loading = True
         try:
+            self._import_own()
             for point in self._points():
                 try:
                     self._accept(point, point.load())

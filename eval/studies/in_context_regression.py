@@ -284,7 +284,7 @@ def _trained(output: Path, config: InContextConfig, progress: bool) -> InContext
     model = InContext(config.width, (config.heads, 1), generator)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     folder = output / "checkpoints"
-    state: Any = load_checkpoint(folder, ("step", "model", "optimizer"))
+    state: Any = load_checkpoint(folder)
     first = 0
     if state is not None:
         first = state["step"]

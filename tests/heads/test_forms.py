@@ -80,7 +80,7 @@ def test_the_refusal_of_other_settings_names_them_shortly(tmp_path):
     new = {**run(lr=0.2, seed=2, epochs=3, warmup=1), "data": None}
     with (
         pytest.raises(ValueError) as error,
-        claim(tmp_path, new, resume=True, main=True, needed=()),
+        claim(tmp_path, new, resume=True, main=True),
     ):
         pass
     named = "(lr: 0.1 then, 0.2 now; seed: 1 then, 2 now; epochs: 2 then, 3 now and 1 more)"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -402,6 +404,33 @@ def test_the_command_says_what_a_table_costs_and_shares_it(command, tmp_path, ca
         assert "head: " in said[-1] and (tmp_path / name / "head/config.json").is_file()
     assert f"{COUNT} photos" in said[0].splitlines()[0] and "MB" in said[0].splitlines()[0]
     assert "MB" not in said[1]
+
+
+LOADED = """
+import sys
+from xattn.cli import main
+code = main(sys.argv[1:])
+print(*(name for name in sys.modules if f"{name}.".startswith("xattn.")), sep="\\n")
+sys.exit(code)
+"""
+
+
+def test_training_loads_only_what_it_needs(command, tmp_path):
+    """No other heads, mechanisms, explainers or metrics: at most 160 modules of xattn."""
+    line = [
+        sys.executable,
+        "-c",
+        LOADED,
+        *command,
+        "--epochs",
+        "1",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = [name for name in done.stdout.splitlines() if f"{name}.".startswith("xattn.")]
+    assert "xattn.training.outcome_fitting" in loaded and len(loaded) <= 160, (len(loaded), loaded)
 
 
 def test_an_interrupted_table_goes_on_by_the_same_command(command, tmp_path, capsys, monkeypatch):

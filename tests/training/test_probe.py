@@ -31,6 +31,7 @@ from xattn.training.features import cache_features
 from xattn.training.labelled import chunks, split
 from xattn.training.optimizers import LARS
 from xattn.training.probe import ProbeScores, answers, learning_rate, probe
+from xattn.training.run_folder import save_checkpoint
 from xattn.training.sample import Sample
 
 TRAIN, VALIDATION = range(0, 16), range(16, 24)
@@ -399,8 +400,7 @@ def test_a_checkpoint_of_another_way_to_step_goes_on_in_this_runs_way(backbone, 
         for group in state["optimizer"]["param_groups"]:
             assert group["fused"]
             group["fused"] = None
-        torch.save(state, path)
-        path.with_name("state.pt.sha256").unlink()  # older versions wrote none
+        save_checkpoint(path.parents[1], state["step"], state)
     made, real = [], module.create_optimizer
 
     def creating(*args):
@@ -442,6 +442,8 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(backbone, features, tmp_path
 
 
 def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
+    with pytest.raises(ValueError, match="attention training: unknown 'atvat'"):
+        train(fresh(backbone), features, attention="atvat")
     with pytest.raises(ValueError, match="attention: the scores of 'gap' are fixed"):
         train(fresh(backbone, "gap"), features, attention="at")
     with pytest.raises(ValueError, match="no classifier"):
@@ -468,7 +470,7 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
     ("setting", "value"),
     [
         ("epsilon", 0.0), ("epsilon", -1.0), ("epochs", 0), ("batch_size", 0), ("lr", 0.0),
-        ("lr", float("nan")), ("optimizer", "adam"), ("attention", "atvat"), ("warmup", 99),
+        ("lr", float("nan")), ("optimizer", "adam"), ("warmup", 99),
         ("patience", -1), ("recipe", "large"), ("monitor", "ece"), ("precision", "fp8"),
     ],
 )  # fmt: skip

@@ -338,6 +338,7 @@ KEPT = 8
 MECHANISMS: Registry[Mechanism, Entry] = Registry(
     "xattn.attention",
     base=Mechanism,
+    homes=("xattn.attention.mechanisms",),
     argument="name",
     noun="attention",
     options_argument="options",

@@ -192,6 +192,7 @@ class RotationEntry:
 
 ROTATIONS: Registry[GridRotation, RotationEntry] = Registry(
     "xattn.rotations",
+    homes=("xattn.attention",),
     argument="rotate",
     noun="rotation",
     options_argument="rotate",

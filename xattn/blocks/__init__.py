@@ -1,12 +1,5 @@
 """Blocks that mix tokens, one file each, behind one interface; see :func:`create_block`."""
 
-from xattn.blocks import (  # noqa: F401  (they register themselves)
-    hyperzzw,
-    minimal,
-    ninformer,
-    shrp,
-    transformer,
-)
 from xattn.blocks.base import (
     Block,
     BlockEntry,

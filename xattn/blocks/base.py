@@ -133,6 +133,7 @@ def received(operator: Operator) -> Tensor:
 BLOCKS: Registry[Block, BlockEntry] = Registry(
     "xattn.blocks",
     base=Block,
+    homes=("xattn.blocks",),
     argument="name",
     noun="block",
     options_argument="options",

@@ -12,7 +12,8 @@ from xattn.cli.model import BackboneArgs
 def default_head(backbone: Any) -> str | None:
     """The shipped head that fits ``backbone``, by the hash of its weights, ``evidence`` before others;
     None if there is none."""
-    from xattn.heads import read_config, shipped_heads
+    from xattn.heads.base import read_config
+    from xattn.runtime.head_files import shipped_heads
 
     configs = {name: read_config(folder) for name, folder in shipped_heads().items()}
     fitting = [n for n, c in configs.items() if c["backbone"]["sha256"] == backbone.fingerprint]

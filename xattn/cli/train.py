@@ -91,6 +91,7 @@ class Train(PhotoArgs):
     def run(self) -> None:
         from xattn.heads import head_options, parse_options, save_head
         from xattn.heads.base import HEADS, seeded_head
+        from xattn.photos.sources import open_photos
         from xattn.training import fit
 
         (name,), options = known("head", [str(self.head)], HEADS), parse_options(self.options)
@@ -107,13 +108,13 @@ class Train(PhotoArgs):
             model = self.model
         backbone = model.load()
         head = seeded_head(name, backbone, self.train.seed, **options)
-        shown = None
+        photos, shown = open_photos(self.photos), None
         if self.sample:
             from xattn.training.sample import SAMPLE_FOLDER, Sample
 
             shown = Sample(
                 backbone,
-                self.photos,
+                photos,
                 self.output / SAMPLE_FOLDER,
                 self.sample,
                 self.train.max_pixels,
@@ -121,7 +122,7 @@ class Train(PhotoArgs):
         result = fit(
             head,
             backbone,
-            self.photos,
+            photos,
             self.train,
             output=self.output,
             resume=self.resume,

@@ -323,6 +323,7 @@ def _with_name(cls: Any, entry: HeadEntry) -> None:
 HEADS: Registry[Head, HeadEntry] = Registry(
     "xattn.heads",
     base=Head,
+    homes=("xattn.heads.probing", "xattn.heads"),
     argument="head",
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),

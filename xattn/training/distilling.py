@@ -27,7 +27,6 @@ from xattn.attention import Operator, record
 from xattn.attention.statistics import row_divergence
 from xattn.backbone import Backbone, load_backbone
 from xattn.backbone.conversion import save_conversion, with_trained
-from xattn.backbone.fingerprint import network_sha256
 from xattn.config import DistillConfig
 from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Data, Photos
@@ -136,8 +135,6 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
 class _State(PhotoLoopState):
     """How close the network was before, the seconds of training, and the unreadable photos."""
 
-    keys: tuple[str, ...] = ("before", "seconds", "skipped")
-
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
         self.before: Closeness | None = None
@@ -168,7 +165,6 @@ def _distill(
     options: RunOptions,
 ) -> DistillResult:
     teacher = student.teacher
-    weights = network_sha256(teacher.model)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     resumed = options.folder if options.resume else None
     batches = PhotoBatches(photos, teacher.preprocessing, config, rank, ranks, resumed)
@@ -197,8 +193,6 @@ def _distill(
             lambda batch, counts: _step(run, batch, counts, batches.per_epoch),
             lambda: learning_rate(run.step, batches.per_epoch, config),
         )
-        if network_sha256(teacher.model) != weights:
-            raise RuntimeError("the network's weights changed during training: this is a bug")
         skipped, after, trained = state.names(batches), measure(), student.trained()
         result = DistillResult(
             with_trained(teacher, student.conversion, trained),

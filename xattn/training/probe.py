@@ -146,8 +146,6 @@ def _check_head(head: AttentiveHead, features: Features, config: ProbeConfig) ->
 class _EpochHistory:
     """The validation of every epoch, and the best epoch's weights."""
 
-    keys: tuple[str, ...] = ("history", "best")
-
     def __init__(self, head: AttentiveHead, config: ProbeConfig) -> None:
         self.head, self.config = head, config
         self.records: list[dict[str, float]] = []

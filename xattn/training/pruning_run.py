@@ -154,8 +154,6 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
 class _State:
     """Answers of stages that are over, and the seconds of training."""
 
-    keys: tuple[str, ...] = ("answers", "usage", "seconds")
-
     def __init__(self, started: float) -> None:
         self.answers: dict[str, Answers] = {}
         self.usage: dict[int, list[float]] = {}

@@ -23,10 +23,10 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, Generic, Protocol, TextIO, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
@@ -39,22 +39,17 @@ from xattn.training import processes
 from xattn.training.data import PhotoBatch
 from xattn.training.processes import Share, whole_batch
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, save_checkpoint
-from xattn.training.students.distilled import Student
-from xattn.training.students.pruned import PrunedStudent
 
 FAILED = 1000  # a reason to stop, graver than the numbers of signals
-SHARED_STATE = ("step", "head", "optimizer", "scaler", "losses")  # of every checkpoint
 
-HeadT = TypeVar("HeadT", bound=Head | Student | PrunedStudent)
+HeadT = TypeVar("HeadT", bound=nn.Module)
 
 
 class LoopState(Protocol):
     """What a loop must restore in addition to the head and its optimizer."""
 
-    keys: tuple[str, ...]
-
     def state_dict(self) -> dict[str, Any]:
-        """A value for each of ``keys``; called in all processes."""
+        """Values by name; called in all processes."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them from the ``state`` of a whole checkpoint."""
@@ -114,15 +109,14 @@ class Run(Generic[HeadT]):
         """
         record = {
             "train": asdict(self.config),
-            "head": self.head.config(),
+            "head": cast(Any, self.head).config(),
             **record,
             "processes": self.ranks,
         }
         with ExitStack() as stack:
             state = self._claim(stack, record)
             if state is not None:
-                with _errors_of_the_checkpoint(self.folder):
-                    self._restore(state)
+                self._restore(state)
             processes.share_weights(self.accelerator, self.head)
             self._share = stack.enter_context(whole_batch(self.head))
             self.head.train()
@@ -137,10 +131,9 @@ class Run(Generic[HeadT]):
 
         An error of the main process is raised in all of them.
         """
-        needed = (*SHARED_STATE, *self.loop_state.keys)
         state, refusal = None, None
         try:
-            claimed = claim(self.folder, record, self.options.resume, self.main, needed)
+            claimed = claim(self.folder, record, self.options.resume, self.main)
             self._log, state = stack.enter_context(claimed)
         except (ValueError, OSError) as error:
             refusal = error
@@ -290,19 +283,6 @@ class Run(Generic[HeadT]):
             save_head(self.head, self.folder / HEAD_FOLDER)
 
 
-@contextmanager
-def _errors_of_the_checkpoint(folder: Path | None) -> Iterator[None]:
-    """Report errors while a state is loaded as errors of the checkpoint in ``folder``."""
-    try:
-        yield
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(
-            f"resume: the checkpoint in {folder} does not fit this run ({reason}); train again into a "
-            f"new output folder"
-        ) from error
-
-
 def _stopped(stop: int, failure: OSError | None) -> BaseException:
     """The exception that ends all processes for the reason they agreed on."""
     if stop == FAILED:
@@ -349,8 +329,6 @@ Step = Callable[[Any, list[int]], dict[str, float]]
 
 class PhotoLoopState:
     """(index, reason) of the images that could not be read; restored with a run."""
-
-    keys: tuple[str, ...] = ("skipped",)
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator

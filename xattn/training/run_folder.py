@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,23 +48,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
-def load_checkpoint(folder: Path, needed: Collection[str]) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The state of the newest intact checkpoint, or None if none was ever finished.
 
     A damaged checkpoint is passed over for the one before it, with a warning.
-
-    Args:
-        needed: the keys that a state must have, ``step`` among them.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
     damages = []
-    for step, path in _steps(folder).items():
+    for path in _steps(folder).values():
         try:
-            state = _read(path, needed)
-            if type(state["step"]) is not int or state["step"] != step:
-                raise ValueError(f"it is of step {state['step']!r}")
+            state = _read(path)
         except (ValueError, OSError) as error:
             damages.append(f"{path / STATE} is damaged ({error})")
             continue
@@ -97,18 +92,11 @@ def _steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def _read(path: Path, needed: Collection[str]) -> dict[str, Any]:
+def _read(path: Path) -> Any:
     data = (path / STATE).read_bytes()
     if (path / CHECKSUM).read_bytes().split()[:1] != [hashlib.sha256(data).hexdigest().encode()]:
         raise ValueError(f"its bytes are not those of {CHECKSUM}")
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"it cannot be read, {type(error).__name__}") from error
-    missing = set(needed) - set(state) if isinstance(state, dict) else needed
-    if missing:
-        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    return state
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -129,12 +117,12 @@ def first_workers(folder: Path | None, workers: int) -> int:
 
 @contextmanager
 def claim(
-    folder: Path | None, run: dict[str, Any], resume: bool, main: bool, needed: Collection[str]
+    folder: Path | None, run: dict[str, Any], resume: bool, main: bool
 ) -> Iterator[tuple[TextIO | None, dict[str, Any] | None]]:
     """Own ``folder`` for this run; refuse a second run, or resuming with other settings.
 
-    Yields the log, and for a resumed run the state of its last checkpoint, with the keys ``needed``. Both
-    are None without a folder, and in all processes but the ``main`` one.
+    Yields the log, and for a resumed run the state of its last checkpoint. Both are None without a folder,
+    and in all processes but the ``main`` one.
     """
     if folder is None and resume:
         raise ValueError("resume: needs output, the folder of the run to go on with")
@@ -158,7 +146,7 @@ def claim(
     with locked(folder):
         if not path.is_file():
             write_json(path, run)
-        state = load_checkpoint(folder / CHECKPOINTS, needed) if resume else None
+        state = load_checkpoint(folder / CHECKPOINTS) if resume else None
         cut_log(folder, 0 if state is None else state["step"])
         try:
             log = (folder / LOG_FILE).open("a", encoding="utf-8")
@@ -217,37 +205,21 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the log lines after ``step``, that of the checkpoint: the resumed run writes them again."""
+    """Drop the log lines after ``step``, that of the checkpoint: the resumed run writes them again.
+
+    What is no record, such as half a line of a killed process, goes, too.
+    """
     path = folder / LOG_FILE
     if not path.is_file():
         return
-    kept, damaged = [], 0
-    whole = path.read_bytes()
-    for line in whole.splitlines(keepends=True):
-        try:
-            record = strict_json.parse(line, nan=True)
-            if type(record["step"]) is not int:
-                raise TypeError("step is no number")
-        except (ValueError, KeyError, TypeError):
-            damaged += line.endswith(b"\n")  # otherwise a killed process left half a line
-            continue
-        if record["step"] <= step:
-            kept.append(line.rstrip() + b"\n")
-    if damaged:
-        copy = _free(path.with_name(f"{LOG_FILE}.damaged"))
-        with atomic_file(copy) as temporary:
-            temporary.write_bytes(whole)
-        lines = "1 line is not a record" if damaged == 1 else f"{damaged} lines are not records"
-        warnings.warn(
-            f"resume: {path} is damaged, {lines} of a step; the log goes on without, and the file as "
-            f"it was is kept as {copy.name}; the training does not depend on it",
-            stacklevel=2,
-        )
     with atomic_file(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
+        lines = path.read_bytes().splitlines()
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
 
 
-def _free(path: Path) -> Path:
-    """``path``, with a number appended if such a file exists."""
-    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
-    return next(name for name in names if not name.exists())
+def _step_of(line: bytes) -> float:
+    try:
+        step = strict_json.parse(line, nan=True)["step"]
+        return step if type(step) is int else math.inf
+    except (ValueError, LookupError, TypeError):
+        return math.inf
