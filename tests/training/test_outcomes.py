@@ -277,18 +277,6 @@ def test_binary_and_multilabel_networks(few, tmp_path):
     torch.testing.assert_close(labels.probabilities(chosen), labels.log_odds(chosen).sigmoid())
 
 
-def test_classes_that_do_not_exist_are_refused(whole):
-    batch = open_outcomes(whole).batch([0, 1])
-    for classes, words in [
-        (torch.tensor([[7], [0]]), r"got 7; the backbone's are 0..6"),
-        (torch.tensor([[0], [-1]]), "got -1"),
-        (torch.tensor([[0]]), r"give integers of shape \(2, M\)"),
-        (torch.tensor([[0.0], [1.0]]), "give integers"),
-    ]:
-        with pytest.raises(ValueError, match=f"classes: .*{words}"):
-            batch.log_odds(classes)
-
-
 # ---------------------------------------------------------------- photos
 
 

@@ -129,9 +129,6 @@ def test_lars_moves_a_layer_that_is_zero_and_keeps_one_without_gradient():
     LARS([zero, still], lr=0.1).step()
     assert torch.equal(zero.data, torch.full((2, 2), -0.1))
     assert torch.equal(still.data, torch.ones(2, 2))
-    for bad in ({"lr": 0.0}, {"momentum": 1.0}, {"weight_decay": -1.0}, {"trust": 0.0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            LARS([zero], **{"lr": 0.1, **bad})
 
 
 # ---------------------------------------------------------------- labels

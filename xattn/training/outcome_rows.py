@@ -97,6 +97,8 @@ def background(image: Tensor, fill: str) -> Tensor:
         return torch.zeros_like(image)
     if fill == "mean":
         return image.mean((1, 2), keepdim=True).expand_as(image)
+    if fill != "blur":
+        raise ValueError(f"fills: got {fill!r}; choose among {', '.join(FILLS)}")
     small = F.adaptive_avg_pool2d(image[None], 14)
     return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
 
@@ -114,6 +116,8 @@ def _cells(kind: str, evidence: Tensor, rng: random.Random, draw: torch.Generato
         return (field < level).float()
     if kind == "blobs":
         return _above(_smooth_noise(rng, draw), level)
+    if kind != "evidence":
+        raise ValueError(f"kinds: got {kind!r}; choose among {', '.join((*KINDS, 'superpixels'))}")
     guess = F.interpolate(
         evidence[None, None].float().cpu(), (CELLS, CELLS), mode="bilinear", align_corners=False
     )[0, 0]
