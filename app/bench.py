@@ -295,7 +295,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
     from xattn.backbone import load_backbone
     from xattn.explaining.photos import explain
     from xattn.heads import load_head
-    from xattn.runtime.allocator import keep_memory
+    from xattn.runtime.process import keep_memory
 
     keep_memory()
     backbone = load_backbone(LIVE_BACKBONE, weights="package")

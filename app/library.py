@@ -21,10 +21,10 @@ from typing import Any
 from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.packs.format import FIRST_MAPS, MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
-from xattn.runtime.display_text import visible
 from xattn.runtime.files import Signature
 from xattn.runtime.head_files import CONFIG_FILE
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
 DEPTH = 3  # folders below the root

@@ -20,9 +20,9 @@ import streamlit as st
 
 from xattn.backbone import sha256
 from xattn.cli.model import BackboneArgs
-from xattn.runtime.display_text import reason
 from xattn.runtime.files import Signature
 from xattn.runtime.memory import is_out_of_memory
+from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone

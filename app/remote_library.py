@@ -26,8 +26,8 @@ from xattn.packs.contained_files import PackError
 from xattn.packs.format import MANIFEST
 from xattn.packs.reader import MAX_MANIFEST
 from xattn.packs.remote_folder import RemoteFolder
-from xattn.runtime.display_text import visible
 from xattn.runtime.files import Signature
+from xattn.runtime.names import visible
 from xattn.runtime.stores import StoreError, StorePath
 
 FRESH = 20.0  # seconds

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 from xattn.runtime.stores import StorePath
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from xattn.runtime.allocator import keep_memory
-from xattn.runtime.waiting import sleep_while_waiting
+from xattn.runtime.process import keep_memory, sleep_while_waiting
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported

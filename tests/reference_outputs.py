@@ -163,7 +163,9 @@ def jobs(photos: Path, work: Path) -> Iterator[Output]:
         if failed:
             raise SystemExit(f"{text}\n{shown.getvalue()}")
         for path in sorted(folder.rglob("*.safetensors")):
-            if "checkpoint" in str(path) or path.name.startswith(("maps", "features", "thumb", "rows")):
+            if "checkpoint" in str(path) or path.name.startswith(
+                ("maps", "features", "thumb", "rows")
+            ):
                 continue
             for key, value in load_file(path).items():
                 yield f"job/{name}/{path.parent.relative_to(folder)}/{key}", value

@@ -112,7 +112,7 @@ def test_the_installed_wheel_does_what_the_readme_says(wheel, tmp_path):
     write_folder(work)
     for more in [*work.glob("photos/turned/*"), *work.glob("photos/cats/[1-4].jpg")]:
         more.unlink()
-    start = "import xattn\nfrom xattn.runtime.allocator import keep_memory\nprint(xattn.__file__)\nkeep_memory()"
+    start = "import xattn\nfrom xattn.runtime.process import keep_memory\nprint(xattn.__file__)\nkeep_memory()"
     code = "\n".join([start, *BLOCK.findall(README)])
     quiet = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     said = run(str(python), "-c", code, cwd=work, env=quiet).splitlines()

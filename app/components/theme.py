@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xattn.pictures.design import DARK, FONT, LEGENDS, LENGTHS, LIGHT, VARIABLES, Colours
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 
 def _options(colours: Colours) -> dict[str, str]:

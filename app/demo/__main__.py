@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from xattn.runtime.waiting import sleep_while_waiting
+from xattn.runtime.process import sleep_while_waiting
 
 sleep_while_waiting()  # before torch is imported
 from xattn.app.demo import run  # noqa: E402

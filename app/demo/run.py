@@ -28,8 +28,8 @@ from xattn.heads import Head, load_head, save_head
 from xattn.heads.base import seeded_head
 from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image, sheet_rows
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.files import atomic_file, check_folder, write_text
+from xattn.runtime.process import keep_memory
 from xattn.training import fit
 
 SHIPPED = "evidence-efficientnet-lite0"

@@ -22,7 +22,7 @@ from xattn.app.live.photo_run import explain_photos
 from xattn.app.live.run import LiveRun, Request, Stopped
 from xattn.app.live.saving import save_results
 from xattn.app.live.scratch import Scratch
-from xattn.runtime.display_text import reason
+from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

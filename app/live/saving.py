@@ -15,7 +15,7 @@ from xattn.app.pictures.rendering import Look, overlay_bytes, photo_bytes
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
-from xattn.runtime.display_text import reason
+from xattn.runtime.names import reason
 
 FIRST = 3  # maps that are drawn before a browser asks for them, and while nobody else computes
 NAME = r"[^\W_][\w .+-]{0,79}"  # of a pack that is kept

@@ -32,8 +32,8 @@ from xattn.app.navigation.maps_database import (
 )
 from xattn.packs.contained_files import AGAIN, PackError
 from xattn.pictures.words import metric_about, named_metric
-from xattn.runtime.display_text import visible
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

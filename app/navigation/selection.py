@@ -22,7 +22,7 @@ from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, tabl
 from xattn.app.pictures import rendering
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import BEST, TAG_LENGTH
-from xattn.runtime.display_text import encodable
+from xattn.runtime.names import encodable
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

@@ -31,7 +31,7 @@ from xattn.eval.report.mistakes import (
 from xattn.eval.results import MIN_IMAGES
 from xattn.pictures.overlay import colorize
 from xattn.pictures.words import method_title, metric_about, metric_title
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

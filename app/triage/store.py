@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xattn.runtime.display_text import encodable, visible
+from xattn.runtime.names import encodable, visible
 
 JOURNAL_ROWS = 500_000  # that are kept; older steps can no longer be undone
 MOST_AT_ONCE = 100_000  # photos that one step changes

@@ -30,9 +30,9 @@ from xattn.attention import (
 )
 from xattn.attention.operators.lowering import attend_output
 from xattn.kernels.causal_product import causal_product
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio, peak_memory
 from xattn.runtime.measuring import times as measure
+from xattn.runtime.process import keep_memory
 
 HEADS, WIDTH, BLOCK = 6, 64, 64
 LISTS = (4, 8, 16)

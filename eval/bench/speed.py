@@ -29,8 +29,8 @@ from xattn.heads import create_head
 from xattn.heads.fusion import resize
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import Job, operations, ratios, times
+from xattn.runtime.process import keep_memory
 from xattn.training.objective import objective
 
 TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.waiting import sleep_while_waiting
+from xattn.runtime.process import sleep_while_waiting
 
 STUDIES = {
     "actions": (
@@ -192,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sleep_while_waiting()  # before torch is imported
     module, about = STUDIES[name]
     study = import_module(f"xattn.eval.studies.{module}").study
-    from xattn.runtime.allocator import keep_memory
     from xattn.runtime.measuring import raw_rounds
+    from xattn.runtime.process import keep_memory
 
     keep_memory()
     raw = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
 from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
-from xattn.kernels.block_sparse.problem import Problem
+from xattn.kernels.block_sparse.reference import Problem
 from xattn.kernels.checks import (
     check_attention,
     check_floating,

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.block_sparse.problem import Problem
-from xattn.kernels.block_sparse.reference import inside, reduce_bias
+from xattn.kernels.block_sparse.reference import Problem, inside, reduce_bias
 from xattn.kernels.softmax import cpu as dense
-from xattn.kernels.softmax.problem import Problem as DenseProblem
+from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
 
 FORWARD, BACKWARD = 2**24, 2**23  # bytes of keys and values gathered at a time

@@ -5,18 +5,55 @@
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
 Dense softmax attention whose bias is -inf outside J; each key head has H / Hk query heads.
+
+The arguments of attention over lists of key blocks, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.block_sparse.problem import Problem
 from xattn.kernels.softmax import reference as softmax
-from xattn.kernels.softmax.problem import Problem as DenseProblem
+from xattn.kernels.softmax.reference import Problem as DenseProblem
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.block_sparse.block_sparse_attention`; the box may be None."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    lists: Tensor
+    """(B or 1, 1 or Hk or H, query blocks, entries) int32"""
+    bias: Tensor | None
+    """(B or 1, 1 or Hk or H, S)"""
+    low: Tensor | None
+    """(N, n) int32, of the box"""
+    high: Tensor | None
+    """(N, n) int32"""
+    position: Tensor | None
+    """(S, n) int32"""
+    dilation: list[int]
+    """n numbers"""
+    q_block: int
+    k_block: int
+    scale: float
+    backend: str
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.q.shape[2] // self.q_block)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.k.shape[2] // self.k_block)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:

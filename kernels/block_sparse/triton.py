@@ -18,8 +18,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_sparse.block_lists import transpose_groups
-from xattn.kernels.block_sparse.problem import Problem
-from xattn.kernels.block_sparse.reference import reduce_bias
+from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.softmax.triton import padded, supported
 

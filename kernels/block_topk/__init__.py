@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.block_sparse.block_lists import check_index
-from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.checks import (
     check_attention,
     check_floating,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.block_topk import reference
-from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
 TILE = 2**20  # scores of a chunk, over batch and heads: 4 MB in float32

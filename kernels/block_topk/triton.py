@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
-from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.softmax.triton import padded, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number

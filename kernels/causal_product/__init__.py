@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.backend import choose
-from xattn.kernels.causal_product.problem import Problem
+from xattn.kernels.causal_product.reference import Problem
 from xattn.kernels.checks import check_alike
 from xattn.kernels.op import register
 

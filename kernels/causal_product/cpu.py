@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from xattn.kernels.causal_product.problem import Problem
+from xattn.kernels.causal_product.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
 CHUNK = 32  # tokens

@@ -1,14 +1,30 @@
 """The definition of causal low-rank products, in plain torch; stores N x N.
 
 Y = tril(L R^T) X,   or with triu in place of tril if the sum runs over later tokens
+
+The arguments of causal low-rank products, as one record.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from xattn.kernels.causal_product.problem import Problem
 from xattn.kernels.softmax.reference import widen
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.causal_product.causal_product`; the leading dimensions as one, H."""
+
+    left: Tensor
+    """(H, N, f)"""
+    right: Tensor
+    """(H, N, f)"""
+    x: Tensor
+    """(H, N, m)"""
+    reverse: bool
+    backend: str
 
 
 def forward(p: Problem) -> tuple[Tensor]:

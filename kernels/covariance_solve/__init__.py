@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, score_scale
-from xattn.kernels.covariance_solve.problem import Problem
+from xattn.kernels.covariance_solve.reference import Problem
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import wide
 

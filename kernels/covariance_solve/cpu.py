@@ -13,8 +13,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from xattn.kernels.covariance_solve.problem import Problem
-from xattn.kernels.covariance_solve.reference import warn_of
+from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.covariance_solve.rows import Tile, flat, weight_rows, with_ones
 from xattn.kernels.softmax.reference import widen
 

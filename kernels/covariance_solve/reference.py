@@ -8,18 +8,45 @@ With dx given, u_i = A_i^-1 dx_i is db, and
     dt_ij = -p_ij [(x_i . t_ij) u_i + (u_i . t_ij) x_i],   df_j = sum_i dt_ij,   dm_i = -sum_j dt_ij
 
 and from dS = p o dp on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+
+The arguments of a solve with every query's own covariance of keys, as one record.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.covariance_solve.problem import Problem
 from xattn.kernels.softmax.reference import scores, weights, widen
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.covariance_solve.covariance_solve`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, H, S, D)"""
+    features: Tensor
+    """(B, H, S, F), at least float32, as are all that follow"""
+    lse: Tensor
+    """(B, H, N)"""
+    mean: Tensor
+    """(B, H, N, F)"""
+    right: Tensor
+    """(B, H, N, F)"""
+    ridge: Tensor
+    """(B, H, N)"""
+    scale: float
+    causal: bool
+    iterations: int
+    tolerance: float
+    backend: str
+
 
 FAR = 10  # times the tolerance: a residual that is worth a warning
 ROUNDING = 1024  # times the precision of the dtype: a residual that rounding may leave

@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.covariance_solve.problem import Problem
-from xattn.kernels.covariance_solve.reference import warn_of
+from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.softmax.triton import load_tile, padded, softmax_weights, supported
 

@@ -20,7 +20,7 @@ from xattn.kernels.backend import choose, own_precision
 from xattn.kernels.checks import check_attention
 from xattn.kernels.flows import causal as prefix
 from xattn.kernels.flows import cpu, reference
-from xattn.kernels.flows.problem import Problem
+from xattn.kernels.flows.reference import Problem
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import widen
 

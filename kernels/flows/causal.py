@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.flows.problem import EPS
+from xattn.kernels.flows.reference import EPS
 
 CHUNK = 32  # tokens
 

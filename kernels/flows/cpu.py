@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from xattn.kernels.flows.problem import EPS, Problem
+from xattn.kernels.flows.reference import EPS, Problem
 from xattn.kernels.softmax.reference import widen
 
 

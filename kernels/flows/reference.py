@@ -1,11 +1,28 @@
-"""The definition of flows, in plain torch, differentiated by autograd."""
+"""The definition of flows, in plain torch, differentiated by autograd.
+
+The arguments of flows, as one record.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.flows.problem import EPS
+EPS = 1e-6
+"""e, which is added to both factors of every flow."""
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.flows.flows`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, H, S, D)"""
+    added: float
+    backend: str
 
 
 def flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from xattn.kernels.checks import (
     check_positive,
     score_scale,
 )
-from xattn.kernels.grouped.problem import Problem
+from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import empty_outputs
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.block_sparse.cpu import BACKWARD, FORWARD, Work
-from xattn.kernels.block_sparse.problem import Problem as Lists
+from xattn.kernels.block_sparse.reference import Problem as Lists
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.grouped.problem import Problem
-from xattn.kernels.grouped.reference import grouped
+from xattn.kernels.grouped.reference import Problem, grouped
 from xattn.kernels.softmax.reference import delta, weights, wide, widen
 
 

@@ -1,4 +1,7 @@
-"""The definition of grouped attention, in plain torch; stores N x S scores."""
+"""The definition of grouped attention, in plain torch; stores N x S scores.
+
+The arguments of grouped attention over lists of key blocks, as one record.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.grouped.problem import Problem
 from xattn.kernels.softmax.reference import delta, per_key_head, per_query_head, weights, widen
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.grouped.grouped_attention`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    marks: Tensor
+    """(B, Hk, key blocks, D)"""
+    lists: Tensor
+    """(B or 1, 1 or Hk or H, query blocks, entries) int32"""
+    bias: Tensor | None
+    """(B or 1, 1 or Hk or H, S)"""
+    weight: Tensor | None
+    """(key blocks,)"""
+    q_block: int
+    k_block: int
+    scale: float
+    backend: str
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.q.shape[2] // self.q_block)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.k.shape[2] // self.k_block)
 
 
 class Weights(NamedTuple):

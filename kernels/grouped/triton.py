@@ -25,7 +25,7 @@ from xattn.kernels.block_sparse.triton import (
     store_rows,
     strides_of,
 )
-from xattn.kernels.grouped.problem import Problem
+from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.softmax.triton import padded, supported
 

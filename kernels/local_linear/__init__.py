@@ -14,7 +14,7 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.covariance_solve import check_wide
-from xattn.kernels.local_linear.problem import Problem
+from xattn.kernels.local_linear.reference import Problem
 from xattn.kernels.op import register
 
 

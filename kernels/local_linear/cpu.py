@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.covariance_solve.rows import flat, weight_rows, with_ones
-from xattn.kernels.local_linear.problem import Problem
+from xattn.kernels.local_linear.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
 

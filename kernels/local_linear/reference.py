@@ -7,16 +7,40 @@ With dY given and G = dY V^T: dV = A^T dY, and with W = p o G
     dX = W F - rowsum(W) m,   dF = W^T X,   dm = -rowsum(W) x,   dS = A o G
 
 and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+
+The arguments of local linear attention with known slopes, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from torch import Tensor
 
-from xattn.kernels.local_linear.problem import Problem
 from xattn.kernels.softmax.reference import scores, weights, widen
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.local_linear.local_linear`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, H, S, D)"""
+    v: Tensor
+    """(B, H, S, Dv)"""
+    features: Tensor
+    """(B, H, S, F), at least float32, as are all that follow"""
+    lse: Tensor
+    """(B, H, N)"""
+    mean: Tensor
+    """(B, H, N, F)"""
+    slope: Tensor
+    """(B, H, N, F)"""
+    scale: float
+    causal: bool
+    backend: str
 
 
 def forward(p: Problem) -> tuple[Tensor]:

@@ -24,7 +24,7 @@ from xattn.kernels.covariance_solve.triton import (
     tile_weights,
     transposed_weights,
 )
-from xattn.kernels.local_linear.problem import Problem
+from xattn.kernels.local_linear.reference import Problem
 from xattn.kernels.softmax.triton import load_tile, padded, supported
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see

@@ -15,7 +15,7 @@ from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_alike
 from xattn.kernels.op import register
 from xattn.kernels.pooling import reference
-from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import wide
 
 

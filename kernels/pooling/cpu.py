@@ -12,7 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import wide, widen
 
 CHUNK = 2**20  # scores of a chunk of images: 4 MB in float32

@@ -5,17 +5,42 @@
 A row whose scores are all -inf has p = 0, o = 0 and lse = -inf. With dO and dlse given:
 
     dS = p o (dO v^T - rowsum(dO o O) + dlse) = dB,   dQ = scale dS k,   dK = scale dS^T q,   dV = p^T dO
+
+The arguments of softmax pooling, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.pooling.problem import Problem
 from xattn.kernels.softmax.reference import delta, wide, widen
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.pooling.softmax_pooling`; ``q`` and ``k`` are None if ``bias`` is the
+    scores."""
+
+    q: Tensor | None
+    """(B or 1, Q, D)"""
+    k: Tensor | None
+    """(B, T, D)"""
+    v: Tensor
+    """(B, G, T, V)"""
+    bias: Tensor | None
+    """(B, Q, T)"""
+    scale: float
+    backend: str
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, Q and T."""
+        rows = self.bias if self.q is None else self.q
+        assert rows is not None
+        return self.v.shape[0], rows.shape[1], self.v.shape[2]
 
 
 def scores(p: Problem) -> Tensor:

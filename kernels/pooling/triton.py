@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
-from xattn.kernels.pooling.problem import Problem
+from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import delta
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.

@@ -15,7 +15,7 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.op import register
-from xattn.kernels.ragged_queries.problem import Problem
+from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax.reference import empty_outputs
 
 

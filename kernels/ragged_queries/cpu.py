@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from xattn.kernels.ragged_queries.problem import Problem
+from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax import cpu as dense
-from xattn.kernels.softmax.problem import Problem as DenseProblem
+from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import empty_outputs, per_key_head
 
 

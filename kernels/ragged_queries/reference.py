@@ -1,17 +1,41 @@
 """The definition of attention of some of the queries: all of it, then only the rows that are kept.
 
 A row with lse = -inf has no weights, so the gradients are those of :mod:`xattn.kernels.softmax.reference`.
+
+The arguments of attention of some of the queries, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.ragged_queries.problem import Problem
 from xattn.kernels.softmax import reference
+from xattn.kernels.softmax.reference import Problem as DenseProblem
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.ragged_queries.ragged_attention`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    keep: Tensor
+    """(B, H, N), bool"""
+    scale: float
+    causal: bool
+    backend: str
+
+    @property
+    def dense(self) -> DenseProblem:
+        """The same with all queries."""
+        return DenseProblem(self.q, self.k, self.v, None, self.scale, self.causal, self.backend)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:

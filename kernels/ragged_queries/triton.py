@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.ragged_queries.problem import Problem
+from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax import triton as dense
 
 

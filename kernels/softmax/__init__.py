@@ -13,8 +13,7 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_bias, score_scale
 from xattn.kernels.op import register
-from xattn.kernels.softmax.problem import Problem
-from xattn.kernels.softmax.reference import empty_outputs
+from xattn.kernels.softmax.reference import Problem, empty_outputs
 
 
 def softmax_attention(

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax import reference
-from xattn.kernels.softmax.problem import Problem
-from xattn.kernels.softmax.reference import delta, per_key_head, per_query_head, widen
+from xattn.kernels.softmax.reference import Problem, delta, per_key_head, per_query_head, widen
 
 TILE = 2**20  # scores in a tile of rows, over batch and heads: 4 MB in float32
 

@@ -6,17 +6,33 @@ Causal attention has s_ij = -inf for j > i. A row whose scores are all -inf has 
 H / Hk query heads read one key head. With dO and dlse given, P the weights:
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
+
+The arguments of softmax attention, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.softmax.problem import Problem
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.softmax.softmax_attention`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    v: Tensor
+    """(B, Hk, S, Dv)"""
+    bias: Tensor | None
+    """(B or 1, H or 1, N or 1, S)"""
+    scale: float
+    causal: bool
+    backend: str
 
 
 def empty_outputs(p: Any) -> tuple[Tensor, Tensor]:

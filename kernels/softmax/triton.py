@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.softmax.problem import Problem
-from xattn.kernels.softmax.reference import delta, reduce_to
+from xattn.kernels.softmax.reference import Problem, delta, reduce_to
 
 # (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
 # possible without spills on sm_80 and sm_90, see compile_cases; not timed on a GPU.

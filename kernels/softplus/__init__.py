@@ -15,8 +15,7 @@ from torch import Tensor
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_positive
 from xattn.kernels.op import register
-from xattn.kernels.softplus.problem import Problem
-from xattn.kernels.softplus.reference import empty_outputs
+from xattn.kernels.softplus.reference import Problem, empty_outputs
 
 
 def softplus_attention(

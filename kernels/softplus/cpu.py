@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.softplus.problem import Problem
-from xattn.kernels.softplus.reference import Rows, empty_outputs, is_plain, levels, norms, rows_of
+from xattn.kernels.softplus.reference import (
+    Problem,
+    Rows,
+    empty_outputs,
+    is_plain,
+    levels,
+    norms,
+    rows_of,
+)
 
 TILE = 2**18  # scores in a tile: 1 MB in float32
 ROWS = 128  # of a tile, at most

@@ -13,6 +13,8 @@ p = 1 and no offset W_ij = a_ij / (sum_j a_ij + eps). With y_i = W_i V and dY gi
 
 A factor of a row of r cancels in W, so its maximum, which keeps the power from underflowing, has no
 gradient of its own.
+
+The arguments of softplus attention, as one record.
 """
 
 from __future__ import annotations
@@ -25,7 +27,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.softplus.problem import Problem
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.softplus.softplus_attention`."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, H, S, D)"""
+    v: Tensor
+    """(B, H, S, Dv)"""
+    scale: float
+    power: int
+    offset: float
+    eps: float
+    causal: bool
+    backend: str
+
 
 OPEN = 3  # causal rows, from the first, that keep all their keys: o = 0
 FLAT = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.triton import load_tile, padded, supported
-from xattn.kernels.softplus.problem import Problem
-from xattn.kernels.softplus.reference import FLAT, OPEN, is_plain
+from xattn.kernels.softplus.reference import FLAT, OPEN, Problem, is_plain
 
 # (kernel, half precision, wider than 64): rows and columns of a tile, warps, stages.
 TILES = {

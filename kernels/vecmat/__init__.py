@@ -16,7 +16,7 @@ from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_bias, check_floating, score_scale
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import wide
-from xattn.kernels.vecmat.problem import Problem
+from xattn.kernels.vecmat.reference import Problem
 
 ROWS = 16
 

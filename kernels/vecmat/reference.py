@@ -8,17 +8,41 @@ with respect to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 21
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
 and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
+
+The arguments of row vectors times attention, as one record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xattn.kernels.softmax.reference import per_key_head, per_query_head, scores, weights, widen
-from xattn.kernels.vecmat.problem import Problem
+
+
+class Problem(NamedTuple):
+    """See :func:`xattn.kernels.vecmat.gradient_vecmat`; ``v`` and ``grad`` are None for plain attention."""
+
+    q: Tensor
+    """(B, H, N, D)"""
+    k: Tensor
+    """(B, Hk, S, D)"""
+    lse: Tensor
+    """(B, H, N), at least float32"""
+    r: Tensor
+    """(B, H, R, N), in the dtype of ``lse``"""
+    v: Tensor | None
+    """(B, Hk, S, Dv)"""
+    grad: Tensor | None
+    """(B, H, N, Dv)"""
+    bias: Tensor | None
+    """(B or 1, H or 1, N or 1, S)"""
+    scale: float
+    causal: bool
+    backend: str
 
 
 def forward(p: Problem) -> tuple[Tensor]:

@@ -27,7 +27,7 @@ from xattn.kernels.softmax.triton import (
     with_strides,
 )
 from xattn.kernels.vecmat.cpu import backward as backward
-from xattn.kernels.vecmat.problem import Problem
+from xattn.kernels.vecmat.reference import Problem
 
 # Half precision or not: queries and keys per tile, warps, stages. No spills on sm_80 and sm_90 for one
 # row or many, with gradient and bias, see compile_cases; not timed on a GPU.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from xattn.app import state
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 
 def views():

@@ -23,7 +23,7 @@ from xattn.attention import (
 from xattn.attention.mechanisms.controls import Static
 from xattn.attention.operators.base import SoftmaxOperator
 from xattn.blocks import create_block
-from xattn.explainers.relevance.attn_lrp_operators import times
+from xattn.explainers.relevance.attn_lrp_functions import times
 
 
 def inputs(prefix=1, grid=(5, 6), heads=2, seed=0):

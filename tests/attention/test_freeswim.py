@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, convert, create_mechanism, record
 from xattn.backbone import load_backbone
-from xattn.backbone.tiled_positions import tile_positions
+from xattn.backbone.resizing import tile_positions
 from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8

@@ -31,8 +31,7 @@ from xattn.attention.base import MECHANISMS
 from xattn.attention.record import answering_by
 from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
-from xattn.explainers.relevance.attn_lrp_functions import Rules
-from xattn.explainers.relevance.attn_lrp_operators import depends, times
+from xattn.explainers.relevance.attn_lrp_functions import Rules, depends, times
 from xattn.explaining.provenance import protocol_of
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.pooling import softmax_pooling

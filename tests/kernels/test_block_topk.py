@@ -7,7 +7,7 @@ import torch
 
 from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_topk import block_topk, cpu, reference
-from xattn.kernels.block_topk.problem import Problem
+from xattn.kernels.block_topk.reference import Problem
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
 ALL = ["reference", "cpu", TRITON]

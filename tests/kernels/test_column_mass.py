@@ -94,7 +94,7 @@ class Largest(TorchDispatchMode):
 
 def test_the_cpu_path_never_stores_the_matrix():
     from xattn.kernels.vecmat import cpu
-    from xattn.kernels.vecmat.problem import Problem
+    from xattn.kernels.vecmat.reference import Problem
 
     n = 3000
     q, k = torch.randn(1, 1, n, 8), torch.randn(1, 1, n, 8)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from xattn.kernels.flows import causal as causal_form
-from xattn.kernels.flows import flows, problem
+from xattn.kernels.flows import flows
+from xattn.kernels.flows import reference as problem
 from xattn.runtime.measuring import peak_memory
 
 E = problem.EPS

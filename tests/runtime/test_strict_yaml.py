@@ -2,7 +2,7 @@
 
 import pytest
 
-from xattn.runtime.strict_yaml import parse
+from xattn.eval.annotations.objects import parse
 
 
 def powers(first, line, levels=9):

@@ -23,9 +23,9 @@ from xattn.backbone.preprocessing import (
     preprocessing_of,
     says_normalization,
 )
+from xattn.backbone.resizing import tile_positions as repeat_positions
 from xattn.backbone.segmentation import Segmenter, is_segmentation
 from xattn.backbone.taps import TapModule
-from xattn.backbone.tiled_positions import tile_positions as repeat_positions
 from xattn.backbone.timm_models import create_timm_model
 from xattn.backbone.transformers_models import (
     PREFIX,

@@ -33,8 +33,8 @@ from xattn.cli.probe import Probe
 from xattn.cli.prune import Prune
 from xattn.cli.train import Train
 from xattn.runtime.arguments import choose
+from xattn.runtime.process import sleep_while_waiting
 from xattn.runtime.version import __version__
-from xattn.runtime.waiting import sleep_while_waiting
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
@@ -103,7 +103,7 @@ def _run(arguments: list[str]) -> int:
             command.check()
         for source in sources:
             import_own(source)
-        from xattn.runtime.allocator import keep_memory
+        from xattn.runtime.process import keep_memory
 
         keep_memory()
         with plain_warnings(), _group():

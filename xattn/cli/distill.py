@@ -11,7 +11,7 @@ from xattn.cli.checks import check_images
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs
 from xattn.config import DistillConfig
-from xattn.runtime.run_files import check_run_folder
+from xattn.runtime.files import check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs, known
 from xattn.config import TrainConfig
+from xattn.runtime.files import RUN_FILE, check_run_folder
 from xattn.runtime.names import plain
 from xattn.runtime.option_checks import Belongs
-from xattn.runtime.run_files import RUN_FILE, check_run_folder
 
 Recipe = Literal["published", "small", "outcomes"]
 

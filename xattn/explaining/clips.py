@@ -35,7 +35,7 @@ from xattn.packs.reader import load_pack
 from xattn.photos.clip import FALLBACK_FPS, Clip, open_clip, quiet
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
-from xattn.runtime.interrupts import deferred_interrupt
+from xattn.runtime.process import deferred_interrupt
 
 
 class VideoExplanations(Explanations):

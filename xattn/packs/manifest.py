@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from xattn.packs.contained_files import AGAIN, PackError
 from xattn.packs.format import MANIFEST, THUMBNAIL, VIDEO
 from xattn.photos.view import View
-from xattn.runtime.display_text import encodable, visible
+from xattn.runtime.names import encodable, visible
 
 MAX_NAME = 400  # characters of an id
 MAX_CLASS = 1 << 31

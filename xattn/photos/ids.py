@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from xattn.runtime.display_text import visible
 from xattn.runtime.files import printable
+from xattn.runtime.names import visible
 from xattn.runtime.stores import StorePath
 
 LONGEST = 240  # characters of an id

@@ -30,7 +30,7 @@ from xattn.config import DistillConfig, TrainConfig
 from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare
-from xattn.runtime.allocator import keep_memory
+from xattn.runtime.process import keep_memory
 from xattn.runtime.stores import StoreError
 from xattn.training.processes import Share
 from xattn.training.run_folder import first_workers

@@ -16,8 +16,7 @@ from xattn.config import TrainConfig
 from xattn.heads import Head
 from xattn.photos.base import Data, Photos
 from xattn.photos.sources import open_photos
-from xattn.runtime.files import write_json
-from xattn.runtime.run_files import check_run_folder
+from xattn.runtime.files import check_run_folder, write_json
 from xattn.training import processes
 from xattn.training.data import PhotoBatch, PhotoBatches
 from xattn.training.objective import Part, objective

@@ -27,7 +27,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.part import PartOfPhotos
 from xattn.photos.sources import open_photos
 from xattn.pruning import Pruning, check_keep, check_prunable, heads_of
-from xattn.runtime.run_files import check_run_folder
+from xattn.runtime.files import check_run_folder
 from xattn.training import processes
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.distilling import share_of_peak

@@ -33,8 +33,8 @@ from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.heads import Head, save_head
 from xattn.photos.base import Photos
 from xattn.runtime.files import output_error, printable
-from xattn.runtime.interrupts import deferred_interrupt
 from xattn.runtime.memory import is_out_of_memory
+from xattn.runtime.process import deferred_interrupt
 from xattn.training import processes
 from xattn.training.data import PhotoBatch
 from xattn.training.processes import Share, whole_batch

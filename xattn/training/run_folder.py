@@ -22,8 +22,16 @@ from typing import Any, TextIO
 import torch
 
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, atomic_folder, output_error, write_json, write_text
-from xattn.runtime.run_files import LOCK_FILE, RUN_FILE, check_run_folder
+from xattn.runtime.files import (
+    LOCK_FILE,
+    RUN_FILE,
+    atomic_file,
+    atomic_folder,
+    check_run_folder,
+    output_error,
+    write_json,
+    write_text,
+)
 
 POINTER, STATE, CHECKSUM = "latest", "state.pt", "state.pt.sha256"
 

@@ -15,7 +15,7 @@ from xattn.app.state import plain
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import KEYS, MOST_AT_ONCE, TAG_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person, photos
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
     from xattn.app.navigation.selection import Selection

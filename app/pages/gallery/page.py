@@ -31,7 +31,7 @@ from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
 from xattn.pictures.overlay import STYLES
 from xattn.pictures.words import method_title
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

@@ -29,7 +29,7 @@ from xattn.app.pictures.rendering import (
 from xattn.app.state import Context, plain
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
-from xattn.runtime.display_text import reason
+from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

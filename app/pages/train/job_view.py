@@ -24,7 +24,7 @@ from xattn.app.state import Context, plain
 from xattn.eval.evaluation.plan import duration
 from xattn.packs.contained_files import PackError, read_inside
 from xattn.pictures.contact_sheet import legends_html
-from xattn.runtime.display_text import reason
+from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

@@ -30,8 +30,8 @@ from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.eval.evaluation.plan import duration
 from xattn.packs.format import MANIFEST
 from xattn.photos.image_names import SUFFIXES
-from xattn.runtime.display_text import reason, visible
 from xattn.runtime.files import Signature
+from xattn.runtime.names import reason, visible
 from xattn.runtime.stores import StorePath
 
 DEPTH = 4  # folders below the data folder

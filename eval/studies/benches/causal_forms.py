@@ -17,8 +17,8 @@ import torch
 from xattn.attention import create_mechanism, list_attention, mechanism_class
 from xattn.attention.model.spec import format_mechanism
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import PASSES, forward_and_both, median_ratio, times
+from xattn.runtime.process import keep_memory
 
 
 def study(

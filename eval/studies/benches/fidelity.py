@@ -28,8 +28,8 @@ from xattn.eval.functional import quantile, saliency
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.metrics.road import RoadProbe
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import Job, keep_rounds, median_ratio, times
+from xattn.runtime.process import keep_memory
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 
@@ -188,7 +188,7 @@ def _library_imputer(image: Tensor, removed: Tensor) -> Callable[[], None] | Non
 _JOB = """
 import resource, sys, time
 import torch
-from xattn.runtime.allocator import keep_memory
+from xattn.runtime.process import keep_memory
 from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate

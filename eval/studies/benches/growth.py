@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from xattn.eval.bench.attention import DENSE, checked, jobs, to_use
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import median_ratio, peak_memory
 from xattn.runtime.measuring import times as measure
+from xattn.runtime.process import keep_memory
 
 
 def study(

@@ -35,8 +35,8 @@ from xattn.eval.probing.probe_table import macs
 from xattn.eval.studies.benches import pooling
 from xattn.heads import AttentiveHead, Tokens, create_head, head_class, list_heads
 from xattn.heads.attended import Attended, pool_by, softmax
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import Job, median_ratio, processor_clock, times
+from xattn.runtime.process import keep_memory
 
 QUERIES, CLASSES = 32, 1000
 WANTED = {384: 7.0, 768: 12.0}  # times faster, by width

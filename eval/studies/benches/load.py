@@ -2,7 +2,7 @@
 
 The demo runs on a machine that should be quiet, then beside busy loops, one more than there are cores. Its
 processor time should stay the same: a program that shares the machine takes longer, but works no more. The
-second row is OpenMP's own setting, where threads spin while they wait (``xattn.runtime.waiting``).
+second row is OpenMP's own setting, where threads spin while they wait (``xattn.runtime.process``).
 """
 
 from __future__ import annotations

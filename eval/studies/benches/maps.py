@@ -20,7 +20,6 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.explainers import create_explainer
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import (
     Job,
     available_memory,
@@ -30,6 +29,7 @@ from xattn.runtime.measuring import (
     seconds_of,
     times,
 )
+from xattn.runtime.process import keep_memory
 
 MODEL, PATCH = "vit_small_patch16_224", 16
 MOST_TIME, MOST_MEMORY = 1.5, 0.1  # of the stored side, from 4097 tokens on

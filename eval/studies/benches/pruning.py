@@ -18,8 +18,8 @@ import torch
 import tyro
 
 from xattn.attention import converted_copy
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import median_ratio, operations, times
+from xattn.runtime.process import keep_memory
 
 MODEL = "vit_base_patch16_224"
 OPTIONS = {"keep": 0.5, "first": 3, "last": 3}

@@ -20,8 +20,8 @@ from xattn.attention import Attention, Inputs, SoftmaxOperator, create_attention
 from xattn.attention.mechanisms.moh import MoH
 from xattn.attention.operators.algebra import GatedOperator
 from xattn.eval.bench.attention import HEADS, WIDTH, checked
-from xattn.runtime.allocator import keep_memory
 from xattn.runtime.measuring import PASSES, Job, forward_and_both, median_ratio, times
+from xattn.runtime.process import keep_memory
 
 DIM, SHARED = HEADS * WIDTH, 1
 HALF, ALL = HEADS // 2 - SHARED, HEADS - SHARED  # routed heads that a token uses

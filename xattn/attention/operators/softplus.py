@@ -8,7 +8,8 @@ from torch import Tensor
 from xattn.attention.operators.base import Operator
 from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.softplus import problem, softplus_attention
+from xattn.kernels.softplus import reference as problem
+from xattn.kernels.softplus import softplus_attention
 from xattn.kernels.softplus.reference import weights
 
 

@@ -7,7 +7,7 @@ forward and one backward pass with fused attention; biases and softmax absorb a 
 
 The rules of functions are in :mod:`xattn.explainers.relevance.attn_lrp_functions`. A layer of
 :mod:`xattn.attention` is one step, Y = A V, by a rule for the kind of its operator, see
-:mod:`xattn.explainers.relevance.attn_lrp_operators`; where there is none, A is held constant, relevance
+:mod:`xattn.explainers.relevance.attn_lrp_functions`; where there is none, A is held constant, relevance
 passes through the values, and the map's provenance says so.
 """
 

@@ -21,7 +21,7 @@ from xattn.packs.manifest import (
     view_of,
 )
 from xattn.photos.view import View
-from xattn.runtime.display_text import encodable
+from xattn.runtime.names import encodable
 from xattn.runtime.version import __version__
 
 MAX_SHARDS = 100_000

@@ -27,8 +27,8 @@ from xattn.packs.sharded.manifest_shards import ShardFile, read_shards
 from xattn.packs.sharded.shard_rows import check_rows, numbers
 from xattn.packs.sharded.stored_thumbnails import StoredThumbnails
 from xattn.photos.base import StoredPhoto
-from xattn.runtime.display_text import visible
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import visible
 from xattn.runtime.tensor_file import TensorFile
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from xattn.packs.sharded.columns import METRIC
 from xattn.packs.sharded.ids import Ids
 from xattn.packs.sharded.manifest_shards import ShardManifest
 from xattn.packs.sharded.shard_rows import is_value, numbers
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 MAX_ROWS = 1_500_000  # of a table
 MAX_TEXTS = 64 << 20  # bytes of texts of a table

@@ -1,0 +1,80 @@
+"""The process that does the work: threads sleep while they wait, freed memory is kept, Ctrl-C can wait.
+
+By default threads that wait for each other spin. torch shares an operation out to the threads of OpenMP,
+and each that is done first waits in a loop for the others, ready for the next operation. Where another
+program holds the core of a thread that is awaited, the others burn its whole time slice: a job beside three
+busy programs on two cores takes about five times the processor time, and keeps the other programs waiting
+as long. Asleep, it takes that of one thread.
+
+Entry points of programs call this first, since OpenMP reads its settings when torch is imported.
+``import xattn`` does not: the process belongs to the program that imports a library. The number of threads
+stays torch's own: sixteen that sleep on two cores take little more than two.
+
+By default glibc returns large tensors to the kernel each time they are freed. On a CPU, convolutional
+networks then spend most of their time in page faults. The CLI, the benchmarks and the data workers call
+:func:`keep_memory` once; ``XATTN_ALLOCATOR=system`` opts out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Hold back the first Ctrl-C (or SIGTERM) until the caller asks; a second one acts at once.
+
+    A checkpoint taken in the middle of a step would not be a state of an uninterrupted run. The caller
+    gets the number of the signal, or 0. A program's own handler of SIGTERM is left in place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        asked.append(number)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if number == signal.SIGINT or handler == signal.SIG_DFL:
+            signal.signal(number, ask)
+    try:
+        yield lambda: asked[0] if asked else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_memory(threshold: int = 1 << 30) -> bool:
+    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False where it has no effect."""
+    if os.environ.get("XATTN_ALLOCATOR") == "system" or platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # Older glibc refuses an mmap threshold above 32 MiB.
+    mmap = mallopt(M_MMAP_THRESHOLD, threshold) or mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    trim = mallopt(M_TRIM_THRESHOLD, threshold)
+    return bool(mmap and trim)
+
+
+def sleep_while_waiting() -> None:
+    """Set ``OMP_WAIT_POLICY`` to ``passive`` for this process and those it starts, unless it is set.
+
+    GNU's, LLVM's and Intel's OpenMP heed it. ``GOMP_SPINCOUNT`` and ``KMP_BLOCKTIME`` go before it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
