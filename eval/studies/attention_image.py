@@ -18,7 +18,6 @@ change a token for each number N of tokens. With a the mean query map, for every
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from xattn.eval.annotations import MaskFolder
 from xattn.eval.annotations.coco import THING_IDS
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import raw_rows
+from xattn.eval.studies.kept import kept_record, raw_rows
 from xattn.eval.studies.options import ObjectsAt, OutputAt, PhotosAt
 from xattn.heads import AttentiveHead, Tokens, head_class
 from xattn.heads.base import seeded_head
@@ -45,7 +44,6 @@ from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import read_labels
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view, prepare
-from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json, write_rows
 from xattn.training import labelled as splits
 from xattn.training.features import cache_features
@@ -133,14 +131,7 @@ def study(
         "objects": open_photos(objects / "images").describe(),
         "metrics": METRICS,
     }
-    settings = json.loads(json.dumps({**inputs, **asdict(config)}))
-    file = output / SETTINGS
-    remedy = "give a new folder"
-    if file.is_file() and strict_json.read(file, "output", remedy) != settings:
-        raise ValueError(
-            f"output: {output} holds another study; give its settings, or a new folder"
-        )
-    write_json(file, settings)
+    kept_record(output / SETTINGS, {**inputs, **asdict(config)})
     results: dict[tuple[str, str, str], dict[str, NDArray[Any]]] = {}
     for backbone in config.backbones:
         for head in config.heads:

@@ -37,8 +37,9 @@ from xattn.config import AttentionTraining
 from xattn.correlation import pearson
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies import sst
+from xattn.eval.studies.kept import kept_record
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, file_sha256, write_json
+from xattn.runtime.files import atomic_file, check_folder, file_sha256
 from xattn.training.attention_training import create_perturbation, masked_softmax
 from xattn.training.run_folder import locked
 
@@ -450,18 +451,7 @@ class Progress:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.path = folder / RUNS
-        stored = folder / SETTINGS
-        if stored.exists():
-            remedy = "give another folder, or delete it"
-            before = strict_json.read(stored, "output", remedy)
-            before = before if isinstance(before, dict) else {}
-            other = [key for key in settings if before.get(key) != settings[key]]
-            if other:
-                raise ValueError(
-                    f"output: {folder} holds runs with other {', '.join(other)}; give another "
-                    f"folder, or delete it"
-                )
-        write_json(stored, settings)
+        kept_record(folder / SETTINGS, settings)
         self.rows: dict[Run, dict[str, Any]] = {}
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):

@@ -28,12 +28,12 @@ from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, MethodResult, Results
 from xattn.eval.sanity import sanity_rows
+from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import parse_options
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
-from xattn.runtime import strict_json
 from xattn.runtime.files import write_json as write_record
 from xattn.training import fit
 from xattn.training.run_folder import RUN_FILE
@@ -153,9 +153,7 @@ def train_and_score(
     }  # fmt: skip
     done = folder / "results.json"
     if done.is_file():
-        remedy = "choose a new folder"
-        if strict_json.read(folder / "record.json", "output", remedy) != record:
-            raise ValueError(f"output: {folder} has other settings; choose a new folder")
+        kept_record(folder / "record.json", record)
         return read_json(done)
     shared: dict[str, Any] = {"seed": config.seed, "max_forward_batch": max_forward_batch}
     methods: dict[str, Any] = {}

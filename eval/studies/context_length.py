@@ -24,7 +24,7 @@ import torch
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
+from xattn.eval.studies.kept import AGAIN, kept_record, kept_values, reported
 from xattn.eval.studies.length import length_report
 from xattn.eval.studies.length.length_report import Results, Trained
 from xattn.eval.studies.length.network import (
@@ -41,7 +41,7 @@ from xattn.eval.studies.length.network import (
 )
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json, write_text
+from xattn.runtime.files import atomic_file, check_folder, write_json
 
 SEARCH_SEED = 1000  # of the networks that a learning rate is chosen by
 FREE = ("mechanisms", "tasks", "lengths", "longest", "seeds")  # more of them may be asked for later
@@ -92,12 +92,10 @@ def study(
             yield length_report.unit_line(results, task.name, mechanism)
         results.baselines[task.name] = _baselines(task, output / task.name, config)
     lines = length_report.lines(results)
-    files = {"report.md": "\n".join(lines) + "\n", "figures.csv": length_report.figures(results)}
-    for name, text in files.items():
-        write_text(output / name, text)
     length_report.plot(results, output / "length.png")
-    yield from ("", *lines)
-    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'length.png'))}"
+    yield ""
+    tables = {"figures": length_report.figures(results)}
+    yield from reported(output, lines, tables, output / "length.png")
 
 
 def _task(name: str, config: LengthStudyConfig) -> Task:

@@ -32,13 +32,12 @@ from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.results import Difference, Results
 from xattn.eval.studies.class_folds import class_folds, merge
+from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.heads import Head, list_heads
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
-from xattn.runtime import strict_json
-from xattn.runtime.files import write_json as write_record
 from xattn.runtime.files import write_text
 from xattn.training import fit
 from xattn.training.outcomes import Outcomes, cache_outcomes
@@ -169,12 +168,10 @@ def score_explainer(
         **({} if precision == "float32" else {"precision": precision}),
     }  # fmt: skip
     done, kept = folder / "results.json", folder / "record.json"
-    if kept.is_file() and strict_json.read(kept, "output", "choose a new folder") != record:
-        raise ValueError(f"output: {folder} has other settings; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept_record(kept, record)
     if done.is_file():
         return read_json(done)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(kept, record)
     held_out = split.score(held_out)
     results = evaluate(
         backbone, {label: make()}, held_out,

@@ -30,7 +30,7 @@ from xattn.attention.model.spec import format_layers
 from xattn.backbone import Backbone, converted
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import kept_record, kept_values
+from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.study_photos import Photo, images_of, labelled_photos, photos_record
 from xattn.runtime import strict_json
@@ -193,7 +193,7 @@ def _measured(
             for key, found in _pass(network, images_of(network, some), layers, own).items():
                 values[key] += found.tolist()
         write_json(file, values)
-    return strict_json.read(file, "output", "delete it, to measure again")  # type: ignore[no-any-return]
+    return strict_json.read(file, "output", AGAIN)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from xattn.eval.bootstrap import Interval, mean_interval, paired_difference, t_i
 from xattn.eval.evaluation.split import Split
 from xattn.eval.functional import upsample
 from xattn.eval.metrics.localization import energy_pointing_values
-from xattn.eval.studies.kept import raw_rows
+from xattn.eval.studies.kept import kept_record, raw_rows
 from xattn.eval.studies.options import OutputAt, PhotosAt
 from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
@@ -50,7 +50,6 @@ from xattn.photos.part import limited
 from xattn.photos.sources import open_photos
 from xattn.photos.view import make_view
 from xattn.pictures.overlay import overlay
-from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_json, write_rows
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import probe
@@ -501,14 +500,7 @@ def _claim(output: Path, photos: Sequence[Path], study: PartStudyConfig) -> None
         "hidden": list(study.hidden),
         "recipe": asdict(recipe(study.seed)),
     }
-    path = output / "study.json"
-    if path.is_file():
-        if strict_json.read(path, "output", "choose another") != own:
-            raise ValueError(f"output: {output} is of other photos or settings; choose another")
-    elif output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output: {output} is not empty and holds no study; choose a new folder")
-    else:
-        write_json(path, own)
+    kept_record(output / "study.json", own)
 
 
 def _split(

@@ -22,8 +22,6 @@ are pure functions of seed and step.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,14 +40,14 @@ from xattn.attention.positions import Rotation
 from xattn.backbone import Backbone, converted, resized
 from xattn.eval.bootstrap import mean_interval, paired_difference
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.kept import AGAIN, kept_record
+from xattn.eval.studies.kept import AGAIN, kept_record, reported
 from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt, Quick
 from xattn.eval.studies.study_photos import Photo, labelled_photos, photos_record
 from xattn.eval.studies.swap.measuring import batch_size
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, check_folder, write_json, write_rows, write_text
+from xattn.runtime.files import atomic_file, check_folder, write_json
 from xattn.training.distilling import share_of_peak
 
 
@@ -251,19 +249,15 @@ def study(
         f"{config.size} px for {config.epochs} epochs, tested on {len(tested)} others"
     )
     lines = [heading, *_tables(found)]
-    files = {"report.md": "\n".join(lines) + "\n", "figures.csv": _figures(found)}
-    for name, text in files.items():
-        write_text(output / name, text)
     values = [
         {"pixels": size, "photo": photo.name}
         | {f"{name}, {key}": table[name][key][i] for name in table for key in table[name]}
         for size, table in found.items()
         for i, photo in enumerate(tested)
     ]
-    write_rows(output / "values.csv", values)
-    _plot(found, config.size, heading, output / "positions.png")
-    yield from lines
-    yield f"\nreport: {', '.join(str(output / name) for name in (*files, 'values.csv', 'positions.png'))}"
+    plot = output / "positions.png"
+    _plot(found, config.size, heading, plot)
+    yield from reported(output, lines, {"figures": _figures(found), "values": values}, plot)
 
 
 def _folder(output: Path, encoding: str) -> Path:
@@ -368,23 +362,20 @@ def _tables(found: Found) -> Iterator[str]:
             yield f"| `{name}` | {' | '.join(cells)} |"
 
 
-def _figures(found: Found) -> str:
-    """Every mean with its interval, and the paired difference from ``absolute``, as CSV."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["pixels", "positions", "measure", "mean", "lo", "hi", "n",
-         "difference", "difference lo", "difference hi"]
-    )  # fmt: skip
+def _figures(found: Found) -> list[dict[str, Any]]:
+    """Every mean with its interval, and the paired difference from ``absolute``."""
+    lines = []
     for size, table in found.items():
         for name, measures in table.items():
             for measure, values in measures.items():
-                row = list(mean_interval(100 * values))
+                line = {"pixels": size, "positions": name, "measure": measure}
+                line |= mean_interval(100 * values)._asdict()
                 if name != ABSOLUTE and ABSOLUTE in table:
-                    base = table[ABSOLUTE][measure]
-                    row += list(paired_difference(100 * values, 100 * base)[:3])
-                writer.writerow([size, name, measure, *(f"{value:.6g}" for value in row)])
-    return stream.getvalue()
+                    apart = paired_difference(100 * values, 100 * table[ABSOLUTE][measure])
+                    line |= {"difference": apart.mean, "difference lo": apart.lo}
+                    line["difference hi"] = apart.hi
+                lines.append(line)
+    return lines
 
 
 def _plot(found: Found, trained: int, title: str, path: Path) -> None:

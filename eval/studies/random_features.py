@@ -18,8 +18,6 @@ tokens side by side as they have weights, M (d + 1).
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import time
@@ -40,7 +38,7 @@ from xattn.correlation import spearman
 from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.coarse_groups import fit_probe
-from xattn.eval.studies.kept import AGAIN, kept_record, kept_values
+from xattn.eval.studies.kept import AGAIN, kept_record, kept_values, reported
 from xattn.eval.studies.options import Network, OutputAt, PhotosAt, Quick
 from xattn.heads import Tokens
 from xattn.heads.attentive import AttentiveHead, LabelledTokens, has_class_token
@@ -57,7 +55,7 @@ from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
 from xattn.photos.sources import open_photos
 from xattn.runtime import strict_json
-from xattn.runtime.files import check_folder, write_json, write_text
+from xattn.runtime.files import check_folder, write_json
 from xattn.training.features import Features, cache_features
 from xattn.training.labelled import stratified_folds
 
@@ -230,18 +228,16 @@ def study(
         *_accuracies(rows, measured),
         *_exactness(measured),
     ]
-    files = {}
+    tables = {}
     if config.scaling:
         found = [
             record for seed in range(config.seeds) for record in _scaling(output, config, seed)
         ]
         lines += _scaling_table(found, config)
-        files["scaling.csv"] = _scaling_csv(found)
-    files["report.md"] = "\n".join(lines) + "\n"
-    for name, text in files.items():
-        write_text(output / name, text)
-    yield from lines
-    yield f"\nreport: {', '.join(str(output / name) for name in sorted(files))}"
+        keys = ("function", "model", "n")
+        means = sorted(_means(found).items())
+        tables["scaling"] = [dict(zip(keys, key, strict=True)) | {"mse": x} for key, x in means]
+    yield from reported(output, lines, tables)
 
 
 def _photos(
@@ -444,13 +440,3 @@ def _scaling_table(
     for name in sorted({function for function, _, _ in means}):
         pairs = [[means[name, model, n] for n in (first, last)] for model in MODELS]
         yield f"| {name} | {' | '.join(f'{a:.3f}, {b:.3f}' for a, b in pairs)} |"
-
-
-def _scaling_csv(found: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the seeds, a line for each function, model and n."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["function", "model", "n", "mse"])
-    for key, value in sorted(_means(found).items()):
-        writer.writerow([*key, f"{value:.6g}"])
-    return stream.getvalue()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from xattn.eval.studies.length.network import FIXED, GROWING, LengthStudyConfig
 from xattn.runtime.files import atomic_file
@@ -119,20 +118,18 @@ def _training(results: Results) -> Iterator[str]:
         yield f"| {task} | `{mechanism}` | {networks[0].lr:g} | {steps}{stopped} | {seconds:.0f} |"
 
 
-def figures(results: Results) -> str:
-    """Every score, a row each, as CSV; baselines have no seed."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["task", "form", "attention", "tokens", "seed", "score"])
+def figures(results: Results) -> list[dict[str, Any]]:
+    """Every score, a row each; baselines have no seed."""
+    rows: list[tuple[Any, ...]] = []
     for task, form in results.tables():
         for mechanism in results.config.mechanisms:
             for length in results.config.lengths:
                 for seed, score in enumerate(results.of(task, mechanism, form, length)):
-                    writer.writerow([task, form, mechanism, length, seed, f"{score / 100:.6g}"])
+                    rows.append((task, form, mechanism, length, seed, score / 100))
         for length, by_form in results.baselines[task].items():
-            for name, score in by_form[form].items():
-                writer.writerow([task, form, name, length, "", f"{score:.6g}"])
-    return stream.getvalue()
+            rows += [(task, form, name, length, None, x) for name, x in by_form[form].items()]
+    keys = ("task", "form", "attention", "tokens", "seed", "score")
+    return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 def plot(results: Results, path: Path) -> None:

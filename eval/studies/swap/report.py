@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from xattn.eval.bootstrap import Interval, mean, mean_interval, paired_difference
+from xattn.eval.studies.kept import write_report
 from xattn.eval.studies.swap.measuring import FIDELITY, Found, Table, ratio
 from xattn.eval.studies.swap.rows import AS_TRAINED, Kind, Swap
-from xattn.runtime.files import atomic_file, write_json, write_text
+from xattn.runtime.files import atomic_file, write_json
 
 Tables = Mapping[int, Table]
 """By size."""
@@ -102,30 +101,26 @@ def _paired(found: Found, dense: Found | None, name: str, digits: int) -> str:
     return f"{value.mean:+.{digits}f} [{lo}, {hi}]"
 
 
-def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> str:
-    """Every mean with its interval and paired difference, as CSV."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["pixels", "attention", "blocks", "kind", "measure", "mean", "lo", "hi", "n",
-         "difference", "difference lo", "difference hi"]
-    )  # fmt: skip
+def figures(tables: Tables, rows: Mapping[str, Swap], depth: int) -> list[dict[str, Any]]:
+    """Every mean with its interval and paired difference."""
+    keys = ("measure", "mean", "lo", "hi", "n", "difference", "difference lo", "difference hi")
+    lines = []
     for size, table in tables.items():
         dense = table.values.get(AS_TRAINED.key(depth))
         for key, swap in rows.items():
-            start = [size, swap.label, swap.blocks_text(depth), swap.kind]
+            start = {"pixels": size, "attention": swap.label, "blocks": swap.blocks_text(depth)}
+            start["kind"] = swap.kind
             found = table.values.get(key, {})
             for name in found:
                 other = None if swap == AS_TRAINED else difference(found, dense, name)
-                values = [*interval(found, name), *(other[:3] if other else ())]
-                writer.writerow([*start, name, *(f"{v:.6g}" for v in values)])
-            if key in table.costs:
-                cost = table.costs[key]
-                seconds = f"{np.median(cost['seconds']):.6g}"
-                writer.writerow([*start, "time ratio", f"{ratio(cost):.6g}"])
-                writer.writerow([*start, "seconds a pass", seconds])
-                writer.writerow([*start, "peak bytes", cost["peak bytes"]])
-    return stream.getvalue()
+                values = (name, *interval(found, name), *(other[:3] if other else ()))
+                lines.append(start | dict(zip(keys, values, strict=False)))
+            if cost := table.costs.get(key):
+                seconds = float(np.median(cost["seconds"]))
+                costs = {"time ratio": ratio(cost), "seconds a pass": seconds}
+                costs["peak bytes"] = cost["peak bytes"]
+                lines += [start | {"measure": name, "mean": x} for name, x in costs.items()]
+    return lines
 
 
 def photo_values(
@@ -256,10 +251,8 @@ def write(
 ) -> list[Path]:
     """``report.md``, ``figures.csv``, ``accuracy.png``, ``faithfulness.png`` and ``accuracy.json``
     in ``folder``; those that there is nothing for are left out."""
-    text = "\n".join([heading, "", *table_lines(tables, rows, depth)]) + "\n"
-    made = [folder / "report.md", folder / "figures.csv"]
-    for path, content in zip(made, (text, figures(tables, rows, depth)), strict=True):
-        write_text(path, content)
+    text = [heading, "", *table_lines(tables, rows, depth)]
+    made = write_report(folder, text, {"figures": figures(tables, rows, depth)})
     plots = {
         "accuracy.png": ("right", "right, %"),
         "faithfulness.png": (FAITHFUL, f"{FAITHFUL} of the network's own map"),

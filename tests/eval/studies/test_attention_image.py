@@ -202,5 +202,5 @@ def test_a_small_study_ends_in_tables_and_goes_on(photos):
         np.savez(stream, **{**values, "photos": values["photos"] + 1})
     with pytest.raises(ValueError, match="tested other photos"):
         list(study(*arguments, config))
-    with pytest.raises(ValueError, match="another study"):
+    with pytest.raises(ValueError, match="other settings or photos"):
         list(study(*arguments, ImageStudyConfig(folds=4)))

@@ -169,5 +169,5 @@ def test_study_trains_tests_and_reports_and_goes_on_where_it_stopped(photos, tmp
     seen = np.concatenate([values["photos"] for values in tested])
     assert sorted(seen.tolist()) == list(range(40))  # each photo is tested once
     np.testing.assert_allclose(tested[0]["attention"].sum((1, 2)), 1, rtol=1e-5)
-    with pytest.raises(ValueError, match="other photos or settings"):
+    with pytest.raises(ValueError, match="other settings or photos"):
         next(study(photos, tmp_path / "out", replace(config, seed=1), None))
