@@ -38,7 +38,7 @@ from xattn.pictures.explained import probability_text
 from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
-    from xattn.app.pages.image.shown import Objects
+    from xattn.app.pages.image.objects import Objects
     from xattn.packs.reader import Pack
 
 
@@ -514,7 +514,7 @@ def _objects(pack: Pack, shown: Shown, ids: list[str]) -> Objects | None:
     """What is annotated in this photo; None where the viewer was given no annotations, or none of it."""
     if state.settings().annotations is None:
         return None
-    from xattn.app.pages.image.shown import objects_of  # and with it torch
+    from xattn.app.pages.image.objects import objects_of  # and with it torch
 
     return objects_of(pack, shown, ids)
 
