@@ -35,7 +35,7 @@ def make(name, kind="ttame", taps=None, size=64, **options):
         )
         size = 40
     backbone = load_backbone(
-        name, weights=None, taps=taps, input_size=size, num_classes=7, classes=CLASSES
+        name, weights=None, taps=taps, input_size=size, num_classes=7, class_names=CLASSES
     )
     head = create_head(kind, backbone, **options)
     with torch.no_grad():  # an untrained classifier fusion gives every class a similar map

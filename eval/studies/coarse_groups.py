@@ -117,7 +117,7 @@ def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str
         probe = fit_probe(features[split.fit(seen)], labels[seen], len(names))
         right += (probe(features[split.score(held_out)]).argmax(1) == labels[held_out]).tolist()
         model.get_classifier().load_state_dict(probe.state_dict())
-        backbone = load_backbone(model, classes=names)
+        backbone = load_backbone(model, class_names=names)
         if args.channels_last:
             backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         part = train_and_score(

@@ -54,7 +54,7 @@ def measure_gates(net: AGUNet, chosen: Samples, tests: Samples, split: Split) ->
     best = max(signed, key=lambda name: float(np.mean(pointing(signed[name], masks).tolist())))
     images, masks = _with_lesion(split.score(tests))
     levels = _levels(net, images)
-    gradient = Gates(load_backbone(MaskClassifier(net), classes=CLASSES), form="gradient")
+    gradient = Gates(load_backbone(MaskClassifier(net), class_names=CLASSES), form="gradient")
     maps = _signed(levels)
     maps["gradient"] = gradient.attribute(images.expand(-1, 3, -1, -1), CLASSES.index("lesion"))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def draw_gates(nets: Sequence[AGUNet], tests: Samples, path: Path, columns: int 
     images, masks = tests.images[kept], tests.masks[kept]
     colour = images.expand(-1, 3, -1, -1)
     rows = [images, masks]
-    backbones = [load_backbone(MaskClassifier(net), classes=CLASSES) for net in nets]
+    backbones = [load_backbone(MaskClassifier(net), class_names=CLASSES) for net in nets]
     lesion = CLASSES.index("lesion")
     rows += [Gates(b, form="plus", level=1).attribute(colour, lesion) for b in backbones]
     rows.append(Gates(backbones[0], form="gradient").attribute(colour, lesion))

@@ -221,7 +221,7 @@ class Adapted(nn.Module):
 
 
 def test_adapter_modules_work_and_others_are_refused():
-    backbone = load_backbone(Adapted(), classes=list("abcde"))
+    backbone = load_backbone(Adapted(), class_names=list("abcde"))
     taps = backbone(torch.rand(2, 3, 32, 48))
     assert taps.logits.shape == (2, 5) and taps.maps[0].shape == (2, 8, 8, 12)
     assert backbone.class_index("c") == 2
@@ -244,12 +244,14 @@ def test_class_names_of_imagenet_and_of_the_user(tmp_path):
     with pytest.raises(ValueError, match=r"0\.\.999"):
         backbone.class_index(1000)
     (tmp_path / "classes.txt").write_text("cat\ndog\nfish\n")
-    own = load_backbone("test_efficientnet", None, num_classes=3, classes=tmp_path / "classes.txt")
+    own = load_backbone(
+        "test_efficientnet", None, num_classes=3, class_names=tmp_path / "classes.txt"
+    )
     assert own.class_names == ["cat", "dog", "fish"]
     with pytest.raises(ValueError, match="3 names"):
-        load_backbone("test_efficientnet", None, classes=tmp_path / "classes.txt")
+        load_backbone("test_efficientnet", None, class_names=tmp_path / "classes.txt")
     with pytest.raises(FileNotFoundError, match="class_names"):
-        load_backbone("test_efficientnet", None, classes=tmp_path / "none.txt")
+        load_backbone("test_efficientnet", None, class_names=tmp_path / "none.txt")
 
 
 def test_unknown_model_names_near_matches():

@@ -303,7 +303,7 @@ def test_explainers_read_eager_attention_as_they_read_sdpa(pair):
 def test_labels_are_those_of_the_config():
     named = network("vit", id2label={0: "cat", 1: "dog", 2: "bird"}, num_labels=3)
     assert load_backbone(named, processor=processor("vit")).class_names == ["cat", "dog", "bird"]
-    given = load_backbone(named, processor=processor("vit"), classes=["a", "b", "c"])
+    given = load_backbone(named, processor=processor("vit"), class_names=["a", "b", "c"])
     assert given.class_names == ["a", "b", "c"]
 
 

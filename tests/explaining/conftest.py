@@ -12,7 +12,7 @@ from xattn.heads import create_head
 def backbone():
     torch.manual_seed(0)
     return load_backbone(
-        "test_efficientnet", weights=None, input_size=64, num_classes=7, classes=CLASSES
+        "test_efficientnet", weights=None, input_size=64, num_classes=7, class_names=CLASSES
     )
 
 

@@ -213,7 +213,7 @@ def test_as_many_names_as_classes():
 
 def test_names_of_the_backbone_may_repeat_as_imagenets_do():
     names = ["crane", "tabby", "crane", "fox", "owl"]
-    backbone = xattn.load_backbone(vit().model, taps=["head"], classes=names)
+    backbone = xattn.load_backbone(vit().model, taps=["head"], class_names=names)
     assert create_head("gap", backbone, class_names=names).class_names == names
     with pytest.raises(ValueError, match="'crane' twice"):
         create_head("gap", vit(), class_names=names)

@@ -86,11 +86,6 @@ MISTAKES = [
     ),
     Mistake("class names by number", lambda b: load(class_names=range(5)), ("class_names: got 0",)),
     Mistake(
-        "both names of class_names",
-        lambda b: load(class_names=list("abcde"), classes=list("abcde")),
-        ("class_names: classes is its earlier name",),
-    ),
-    Mistake(
         "preprocessing assigned",
         lambda b: refused(lambda: setattr(b.cnn, "preprocessing", None)),
         ("preprocessing: cannot be changed", "mean=, std=, crop=, interpolation="),

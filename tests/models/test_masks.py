@@ -178,7 +178,7 @@ def test_the_score_is_positive_exactly_where_there_is_a_mask():
 
 def test_one_mask_is_a_binary_classifier_and_several_are_classes():
     images = torch.rand(2, 3, 16, 16)
-    binary = load_backbone(MaskClassifier(net(), (16, 16)), classes=["nothing", "lesion"])
+    binary = load_backbone(MaskClassifier(net(), (16, 16)), class_names=["nothing", "lesion"])
     assert binary.task == "binary" and binary.class_names == ["nothing", "lesion"]
     score = mask_score(net()(images.mean(1, keepdim=True)))
     torch.testing.assert_close(binary(images).logits, torch.cat([-score / 2, score / 2], 1))
@@ -192,7 +192,9 @@ def test_one_mask_is_a_binary_classifier_and_several_are_classes():
 
 
 def backbone(**options):
-    return load_backbone(MaskClassifier(net(**options), (16, 16)), classes=["nothing", "lesion"])
+    return load_backbone(
+        MaskClassifier(net(**options), (16, 16)), class_names=["nothing", "lesion"]
+    )
 
 
 def test_gates_times_gradient_is_what_closing_them_costs_to_first_order():

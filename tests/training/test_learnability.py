@@ -62,7 +62,7 @@ def backbone():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    backbone = xattn.load_backbone(model, classes=["red", "green", "blue", "yellow"])
+    backbone = xattn.load_backbone(model, class_names=["red", "green", "blue", "yellow"])
     assert (backbone.logits(images).argmax(1) == labels).float().mean() > 0.95
     return backbone
 

@@ -111,7 +111,6 @@ def load_backbone(
     interpolation: str | None = None,
     tile_positions: bool = False,
     processor: Any = None,
-    classes: str | Path | Sequence[str] | None = None,
 ) -> Backbone:
     """Load a frozen classifier.
 
@@ -145,7 +144,6 @@ def load_backbone(
             of resized, as windows of the training size (``freeswim``) need them.
         processor: the image processor of a classifier of transformers, from which its size, crop,
             interpolation, mean and std are read; by name the one that lies beside the model.
-        classes: the earlier name of ``class_names``.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
@@ -155,9 +153,7 @@ def load_backbone(
     size = _size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
-    if classes is not None and class_names is not None:
-        raise ValueError("class_names: classes is its earlier name; give one of them")
-    names = read_classes(classes if class_names is None else class_names)
+    names = read_classes(class_names)
     given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     if isinstance(name_or_module, nn.Module):
         backbone = _of_module(name_or_module, taps, size, names, task, given, processor)

@@ -28,7 +28,7 @@ def photo(tmp_path):
 def backbone(tmp_path) -> Backbone:
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "w.pth")
-    return load_backbone("test_vit", tmp_path / "w.pth", classes=("a", "b", "c"))
+    return load_backbone("test_vit", tmp_path / "w.pth", class_names=("a", "b", "c"))
 
 
 def test_mechanisms_with_maps_are_those_that_record_some():

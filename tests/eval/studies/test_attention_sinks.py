@@ -25,7 +25,7 @@ def weights(path):
 
 @pytest.fixture
 def backbone(tmp_path) -> Backbone:
-    return load_backbone("test_vit", weights(tmp_path / "w.pth"), classes=NAMES)
+    return load_backbone("test_vit", weights(tmp_path / "w.pth"), class_names=NAMES)
 
 
 def test_a_head_is_kept_if_its_calibration_alone_raises_the_likelihood(backbone):

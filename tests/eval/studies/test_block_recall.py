@@ -45,7 +45,7 @@ def weights(path):
 
 @pytest.fixture
 def backbone(tmp_path):
-    return load_backbone("test_vit", weights(tmp_path / "w.pth"), classes=("a", "b", "c"))
+    return load_backbone("test_vit", weights(tmp_path / "w.pth"), class_names=("a", "b", "c"))
 
 
 def test_random_blocks_are_as_many_with_the_same_ones_always_read():

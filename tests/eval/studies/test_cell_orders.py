@@ -33,7 +33,7 @@ SHORT = OrderStudyConfig(photos=5, tested=3, cells=3, passes=24, draws=1, epochs
 @pytest.fixture(scope="module")
 def backbone():
     network = tiny(grid=(6, 6), depth=4, num_classes=3)
-    return load_backbone(network.model, classes=["a", "b", "c"])
+    return load_backbone(network.model, class_names=["a", "b", "c"])
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(4, 4), num_classes=3, depth=6).model, classes=NAMES)
+    return load_backbone(tiny(grid=(4, 4), num_classes=3, depth=6).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")

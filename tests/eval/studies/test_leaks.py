@@ -64,7 +64,7 @@ def shared(tmp_path_factory):
     )
     torch.manual_seed(0)
     cnn = load_backbone("test_efficientnet", weights=None, input_size=64, num_classes=3)
-    vit = load_backbone(tiny(grid=(4, 4), num_classes=3).model, classes=NAMES)
+    vit = load_backbone(tiny(grid=(4, 4), num_classes=3).model, class_names=NAMES)
     return folder, sorted(folder.rglob("*.png")), vit, cnn
 
 

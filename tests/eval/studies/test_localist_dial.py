@@ -17,7 +17,7 @@ CONFIG = DialStudyConfig(betas=(0.0, 8.0), last=1, steered=2, draws=3, batch_siz
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(4, 4), num_classes=3, depth=2).model, classes=NAMES)
+    return load_backbone(tiny(grid=(4, 4), num_classes=3, depth=2).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ CONFIG = PositionStudyConfig(
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(4, 4), num_classes=3).model, classes=NAMES)
+    return load_backbone(tiny(grid=(4, 4), num_classes=3).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,9 @@ def test_what_does_not_fit_is_refused(backbone, photos, tmp_path):
         with pytest.raises(ValueError, match=words):
             run(backbone, photos, tmp_path / "x", dataclasses.replace(CONFIG, **changes))
     assert not (tmp_path / "x").exists()
-    bare = load_backbone(tiny(grid=(4, 4), num_classes=3, pos_embed="none").model, classes=NAMES)
+    bare = load_backbone(
+        tiny(grid=(4, 4), num_classes=3, pos_embed="none").model, class_names=NAMES
+    )
     with pytest.raises(ValueError, match="backbone: .* adds no trained positions"):
         run(bare, photos, tmp_path / "x")
 

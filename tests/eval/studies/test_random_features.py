@@ -42,7 +42,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(3, 3), num_classes=3).model, classes=NAMES)
+    return load_backbone(tiny(grid=(3, 3), num_classes=3).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_stopped_study_goes_on_with_what_is_missing(done, photos, backbone, mo
 
 
 def test_what_does_not_fit_is_refused(photos, backbone, tmp_path):
-    bare = load_backbone(tiny("none", grid=(3, 3), num_classes=3).model, classes=NAMES)
+    bare = load_backbone(tiny("none", grid=(3, 3), num_classes=3).model, class_names=NAMES)
     with pytest.raises(ValueError, match="queries: got cls; .* has no class token"):
         next(study(bare, photos, None, tmp_path / "x", CONFIG))
     assert not (tmp_path / "x").exists()

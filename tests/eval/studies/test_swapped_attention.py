@@ -68,7 +68,7 @@ TWO = (Swap("gna", {"kernel": 3}, 0.5), Swap("hedgehog"))
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(4, 4), num_classes=3).model, classes=NAMES)
+    return load_backbone(tiny(grid=(4, 4), num_classes=3).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_a_distilled_folder_takes_the_place_of_training(done, photos, backbone, 
         == "3 of 3"
     )
     assert not (tmp_path / "trained").exists()
-    other = load_backbone(tiny(grid=(4, 4), num_classes=3, seed=1).model, classes=NAMES)
+    other = load_backbone(tiny(grid=(4, 4), num_classes=3, seed=1).model, class_names=NAMES)
     with pytest.raises(ValueError, match="was trained on"):
         run(other, photos, tmp_path / "other", config, (), distilled=[folder])
 
@@ -314,7 +314,7 @@ def test_unknown_rows_and_sizes_are_named(photos, backbone, tmp_path, options, m
 
 
 def test_photos_without_a_class_are_named(photos):
-    other = load_backbone(tiny(num_classes=3).model, classes=["a", "b", "c"])
+    other = load_backbone(tiny(num_classes=3).model, class_names=["a", "b", "c"])
     with (
         pytest.warns(UserWarning, match="no photo has a class"),
         pytest.raises(ValueError, match="none of 6 photos has a class of"),

@@ -55,7 +55,7 @@ def objects(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone(tiny(grid=(3, 3), num_classes=4, depth=3).model, classes=NAMES)
+    return load_backbone(tiny(grid=(3, 3), num_classes=4, depth=3).model, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
