@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -65,3 +66,16 @@ def test_an_unknown_name_and_an_error_are_one_line(capsys, tmp_path):
     assert "did you mean lesions" in capsys.readouterr().err
     assert main(["at", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("at: error: ")
+
+
+def test_threads_are_told_to_sleep_before_torch_is_imported(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+
+    def imported(module):
+        assert os.environ["OMP_WAIT_POLICY"] == "passive"
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("xattn.eval.studies.__main__.import_module", imported)
+    with pytest.raises(ValueError, match="far enough"):
+        main(["blocks"])
