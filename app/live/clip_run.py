@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn.app import models
-from xattn.app.live.progress import PassCounter, note_memory
-from xattn.app.live.run import BATCH, MAX_FRAMES, LiveRun
-from xattn.app.live.saving import named_error
+from xattn.app.live.run import BATCH, MAX_FRAMES, LiveRun, PassCounter, named_error, note_memory
 from xattn.explaining.clips import explain_video
 from xattn.explaining.photos import set_up
 from xattn.packs.format import read_manifest

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from xattn.app import models
 from xattn.app.live import uploads
-from xattn.app.live.progress import PassCounter, note_memory
-from xattn.app.live.run import BATCH, LiveRun
-from xattn.app.live.saving import save_results
+from xattn.app.live.run import BATCH, LiveRun, PassCounter, note_memory, save_results
 from xattn.explaining.photos import explain_batch, set_up
 from xattn.packs.format import THUMBNAIL_SIDE
 from xattn.photos.ids import unique_id

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
+import shutil
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from xattn.app import models
+from xattn.app.jobs.job_files import JOBS
 from xattn.app.live.uploads import Problem, Upload
+from xattn.app.pictures.rendering import Look, overlay_bytes, photo_bytes
 from xattn.packs.explanation import Explanation
+from xattn.packs.format import read_manifest
+from xattn.packs.reader import load_pack
+from xattn.packs.writer import save_pack
+from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
+    from xattn.backbone import Backbone
+    from xattn.explainers import Explainer
 
 
 BATCH = 8  # photos or frames a pass
@@ -79,3 +94,126 @@ class LiveRun:
     def wait(self, seconds: float) -> bool:
         """Wait at most so many seconds; whether the run has finished."""
         return self.finished.wait(seconds)
+
+
+class PassCounter:
+    """Counts forward passes while a model works, and ends the work when its run is to stop."""
+
+    def __init__(self, run: LiveRun, total: int) -> None:
+        self.run, self.total, self.passes = run, max(total, 1), 0
+
+    @contextmanager
+    def watched(self, loaded: Backbone) -> Iterator[None]:
+        """Around each use of the model: its turn, and a look at the run before every pass.
+
+        ``head_point`` lies on the way of each pass of a timm model. Other models are asked between
+        two batches only.
+        """
+
+        def look(module: Any, inputs: tuple[Any, ...]) -> None:
+            self.check()
+            self.passes += len(inputs[0])
+            self.run.share = min(0.99, self.passes / self.total)
+
+        self.check()
+        with models.turn():
+            hook = loaded.head_point.register_forward_pre_hook(look)
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def check(self) -> None:
+        if self.run.stopping.is_set():
+            raise Stopped
+
+
+def note_memory(run: LiveRun, method: Explainer) -> None:
+    """Note once that memory ran out and fewer images go through a pass."""
+    if method.max_forward_batch < BATCH:
+        note = (
+            f"Memory ran out: {method.name} went on with {method.max_forward_batch} images a pass."
+        )
+        if note not in run.notes:
+            run.notes.append(note)
+
+
+FIRST = 3  # maps that are drawn before a browser asks for them, and while nobody else computes
+NAME = r"[^\W_][\w .+-]{0,79}"  # of a pack that is kept
+
+
+def save_results(run: LiveRun, folder: Path) -> None:
+    """Write what was explained, so that the pages can show it."""
+    if not run.unsaved:
+        return
+    run.step = "saving"
+    try:
+        run.folder = save_pack(folder, run.unsaved, overlays=False, skipped=run.problems)
+    except OSError as error:
+        raise OSError(
+            error.errno or 0,
+            f"The results cannot be written ({os.strerror(error.errno or 0)}); free some space on the "
+            f"disk of {tempfile.gettempdir()} and write them again. They are still in memory.",
+        ) from None
+    pack_id = run.library.add_scratch(folder)
+    run.unsaved = []
+    pack = run.library.open(pack_id)
+    for entry_id in pack.entries.index[:FIRST]:
+        overlay_bytes(pack, entry_id, Look(side=SIDE))
+        photo_bytes(pack, pack.entries.at[entry_id, "image_id"], SIDE)
+    run.pack_id = pack_id
+
+
+def keep(run: LiveRun, name: str) -> Path:
+    """Write the results of ``run`` as the pack ``name`` below the root.
+
+    Raises:
+        ValueError: a name that is taken or no name, or results that are gone.
+        OSError: the disk is full or may not be written; the results stay where they are.
+    """
+    name = name.strip()
+    if not re.fullmatch(NAME, name) or name.endswith("."):
+        raise ValueError(
+            "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
+        )
+    if name.casefold() == JOBS:
+        raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
+    if run.folder is None:
+        raise ValueError("There are no results to keep.")
+    if not run.library.keeps:
+        raise ValueError(
+            f"This viewer shows {run.library.root}, where it only reads. Start xattn app on a local "
+            f"folder to keep results."
+        )
+    target = run.library.root / name
+    try:
+        run.library.root.mkdir(parents=True, exist_ok=True)
+        target.mkdir()  # claims the name: two pages may ask at once
+    except FileExistsError:
+        raise ValueError(
+            f"There is a folder {name!r} already; choose another name. Nothing was overwritten."
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"{name} cannot be written ({error.strerror}); free some space or permit writing, and "
+            f"try again. The results are still here."
+        ) from None
+    film: Path | None = None
+    try:
+        skipped = [(s["file_name"], s["reason"]) for s in read_manifest(run.folder)["skipped"]]
+        if (run.folder / "overlay.mp4").exists():
+            film = Path(shutil.copy(run.folder / "overlay.mp4", run.folder.parent / "film.mp4"))
+        return save_pack(target, load_pack(run.folder), True, skipped, film)
+    except (ValueError, OSError) as error:
+        with suppress(OSError):
+            target.rmdir()  # empty still
+        raise named_error(error, target, name) from None
+    finally:
+        if film is not None:
+            film.unlink(missing_ok=True)
+
+
+def named_error(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
+    """The error with a name that people know in place of a path that they do not."""
+    kind = OSError if isinstance(error, OSError) else ValueError
+    return kind(reason(error).replace(str(path), name))

@@ -5,8 +5,7 @@ from object_stores import upload
 from small_explanations import make
 
 from xattn.app import remote_library, state
-from xattn.app.live.run import LiveRun, Request
-from xattn.app.live.saving import keep
+from xattn.app.live.run import LiveRun, Request, keep
 from xattn.app.remote_library import RemoteLibrary
 from xattn.cli import main
 from xattn.packs.contained_files import PackError

@@ -9,8 +9,8 @@ import streamlit as st
 from xattn.app import components as film_component
 from xattn.app import state
 from xattn.app.components import grid
-from xattn.app.live import queue, saving, uploads
-from xattn.app.live.run import SIDE, LiveRun
+from xattn.app.live import queue, uploads
+from xattn.app.live.run import SIDE, LiveRun, keep
 from xattn.app.live.uploads import Upload
 from xattn.app.navigation import address
 from xattn.app.pages.live.controls import begin, controls
@@ -131,7 +131,7 @@ def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
 
 def _keep(context: Context, run: LiveRun, name: str) -> None:
     try:
-        folder = saving.keep(run, name)
+        folder = keep(run, name)
     except (ValueError, OSError) as error:
         st.error(plain(reason(error)))
         return

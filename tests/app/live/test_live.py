@@ -20,10 +20,10 @@ from viewer_pages import opened
 
 from xattn.app import models, state
 from xattn.app.library import Library
-from xattn.app.live import clip_run, photo_run, queue, saving
+from xattn.app.live import clip_run, photo_run, queue
+from xattn.app.live import run as run_module
 from xattn.app.live.queue import LiveQueue
-from xattn.app.live.run import LiveRun, Request
-from xattn.app.live.saving import keep
+from xattn.app.live.run import LiveRun, Request, keep
 from xattn.app.live.uploads import Upload
 from xattn.app.pages.live import controls, page
 from xattn.app.pages.whatif import answer
@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_no_half_pack_and_the_results_where_they_are(jobs, li
         raise OSError(28, f"output: cannot write {folder} (No space left on device)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "save_pack", full)
+        patched.setattr(run_module, "save_pack", full)
         with pytest.raises(OSError, match="cannot write mine"):
             keep(job, "mine")
     assert not list(library.root.iterdir())
@@ -334,7 +334,7 @@ def test_results_that_could_not_be_written_are_written_on_request(jobs, library,
         raise OSError(28, f"output: cannot write {folder}; choose a writable folder")
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "save_pack", full)
+        patched.setattr(run_module, "save_pack", full)
         job = run(jobs, library)
     assert job.status == "failed" and "No space" in job.message
     assert "xattn-live" not in job.message and "choose" not in job.message, "what nobody can do"
