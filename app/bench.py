@@ -355,7 +355,7 @@ def bench(
     maps: int | None = None,
 ) -> Iterator[str]:
     """Lines of a Markdown table; ``images`` of the big pack and of the warm one. With ``maps`` the one pack
-    of format 2 that has so many, made, opened, sorted, filtered and browsed."""
+    that has so many, made, opened, sorted, filtered and browsed."""
     if maps is not None:
         yield from scale(rounds, maps)
         return
@@ -395,7 +395,7 @@ def bench(
 
 
 def scale(rounds: int, maps: int) -> Iterator[str]:
-    """Lines of a Markdown table about one pack of format 2 with so many maps; ``rounds`` at most 6."""
+    """Lines of a Markdown table about one pack with so many maps; ``rounds`` at most 6."""
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
         folder = Path(name)
         start = time.perf_counter()

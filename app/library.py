@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.packs.contained_files import PackError, open_inside, read_inside
-from xattn.packs.format import FIRST_MAPS, MANIFEST, MAPS
+from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
 from xattn.runtime.files import Signature
 from xattn.runtime.head_files import CONFIG_FILE
@@ -270,7 +270,7 @@ class Library:
                 photo=pack.key(pack.first_entry)[0],
             )
         except NotAPack as error:  # a manifest.json alone is likely to be of something else
-            damaged = any((folder / maps).exists() for maps in (MAPS, FIRST_MAPS))
+            damaged = (folder / MAPS).exists()
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
         except PackError as error:
             info = PackInfo(pack_id, name, problem=str(error))

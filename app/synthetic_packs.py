@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
+from xattn.packs import manifest
+from xattn.packs.columns import IMAGES, METRIC, entry_schema, write_rows
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.format import MANIFEST, SHARD_PHOTOS, check_output, is_pack, owned_files
-from xattn.packs.sharded.columns import IMAGES, METRIC, entry_schema, shard_file
-from xattn.packs.sharded.manifest_shards import ShardFile, manifest_bytes
-from xattn.packs.sharded.tensor_draft import TensorDraft
-from xattn.packs.sharded.written_rows import write_parquet
-from xattn.packs.writer import pack_writer, save_pack
+from xattn.packs.format import MANIFEST, SHARD_PHOTOS, is_pack, shard_file
+from xattn.packs.writer import pack_writer, save_pack, write_tensors
 from xattn.photos.view import View
 from xattn.runtime.files import atomic_folder
 
@@ -125,50 +122,36 @@ def described() -> dict[str, dict[str, Any]]:
 def big_pack(
     folder: Path, images: int = 10_000, methods: int = 1, pictures: int = 50, features: int = 0
 ) -> Path:
-    """Thousands of images in seconds: few different thumbnails, each the file of many images; with
-    ``features`` each has so many numbers, near those of its class."""
+    """Thousands of images in seconds, of few different thumbnails; with ``features`` each has so many
+    numbers, near those of its class."""
     middles = np.random.default_rng(0).normal(size=(len(CLASSES), features))
     names = [f"method{m}" for m in range(methods)]
-    jpegs = [_jpeg(picture(n, (512, 384))) for n in range(min(pictures, images))]
-    hashes = [hashlib.sha256(data).hexdigest() for data in jpegs]
-    with pack_writer(folder, overlays=False) as writer:
+    jpegs = [_jpeg(picture(n, (256, 192))) for n in range(min(pictures, images))]
+    with pack_writer(folder) as writer:
         writer.metrics = described()
-        thumbnails = [f"thumbnails/{n:05}.jpg" for n in range(len(jpegs))]
-        (writer.folder / "thumbnails").mkdir()
-        for name, data in zip(thumbnails, jpegs, strict=True):
-            (writer.folder / name).write_bytes(data)
         for i in range(images):
-            n = i % len(jpegs)
             group = [explanation(i, name) for name in names]
             if features:
                 row = middles[i % len(CLASSES)] + np.random.default_rng(i).normal(size=features)
                 facts = replace(group[0].facts, features=row.astype(np.float16))
                 group[0] = replace(group[0], facts=facts)
-            writer.add(group)
-            writer.use_thumbnail(group, thumbnails[n], hashes[n])
+            writer.add(group, jpegs[i % len(jpegs)])
     return folder
 
 
 def million_pack(folder: Path, maps: int = 1_000_000, methods: int = 4, side: int = 7) -> Path:
-    """A pack of format 2 with so many maps (side, side), ``methods`` a photo; a million take a minute.
+    """A pack with so many maps (side, side), ``methods`` a photo; a million take a minute.
 
     Every entry has its own row and its map in a shard; there are few different maps and pictures.
     """
-    folder, photos = check_output(folder), maps // methods
-    names = {
-        "methods": [f"method{m}" for m in range(methods)],
-        "metrics": list(METRICS),
-        "curves": ["deletion"],
-        "protocols": [json.dumps(_protocol(m)) for m in range(methods)],
-        "views": [json.dumps(VIEW.to_json())],
-    }
-    made = _Made(side)
-    with atomic_folder(folder, owned_files(folder), is_pack) as temporary:
+    photos, made = maps // methods, _Made(side)
+    names = [f"method{m}" for m in range(methods)]
+    with atomic_folder(folder, (), is_pack) as temporary:
         shards = [
             _shard(temporary, number, range(first, min(photos, first + SHARD_PHOTOS)), names, made)
             for number, first in enumerate(range(0, photos, SHARD_PHOTOS))
         ]
-        (temporary / MANIFEST).write_bytes(manifest_bytes(names, shards, described(), {}, []))
+        (temporary / MANIFEST).write_bytes(manifest.text(names, shards, described(), {}, []))
     return folder
 
 
@@ -183,36 +166,40 @@ class _Made:
     def __init__(self, side: int) -> None:
         rng = np.random.default_rng(0)
         self.side = side
-        self.values = rng.random((_DIFFERENT, side, side), np.float32)
-        self.maps = [values.astype("<f4").tobytes() for values in self.values]
-        self.jpegs = [_jpeg(picture(n, (96, 72))) for n in range(_DIFFERENT)]
+        self.maps = rng.random((_DIFFERENT, side, side), np.float32)
+        jpegs = [_jpeg(picture(n, (96, 72))) for n in range(_DIFFERENT)]
+        self.jpegs = [np.frombuffer(data, np.uint8) for data in jpegs]
         self.map_hashes, self.jpeg_hashes = (
-            np.array([hashlib.sha256(data).hexdigest() for data in group], object)
-            for group in (self.maps, self.jpegs)
+            np.array([hashlib.sha256(data).digest() for data in group], object)
+            for group in ([values.tobytes() for values in self.maps], jpegs)
         )
 
 
 def _shard(
-    folder: Path, number: int, photos: range, names: dict[str, list[str]], made: _Made
-) -> dict[str, ShardFile]:
+    folder: Path, number: int, photos: range, methods: list[str], made: _Made
+) -> manifest.Shard:
     rng = np.random.default_rng([1, number])
-    images = _images(photos, len(names["methods"]), made, rng)
-    entries = _entries(photos, images, names, made, rng)
-    schema = entry_schema(names["metrics"], names["curves"])
-    files = {}
-    for kind, columns, of, unique in (
-        ("entries", entries, schema, "entry_id"), ("images", images, IMAGES, "image_id")
-    ):  # fmt: skip
-        table = pa.table([pa.array(columns[f.name], f.type) for f in of], schema=of)
-        files[kind] = write_parquet(folder / shard_file(kind, number), of, [table], unique)
-    maps = TensorDraft(folder / shard_file("maps", number))
-    for i, id in enumerate(entries["entry_id"]):
-        maps.add(id, made.maps[_map_of(photos[0], i)], "F32", [made.side, made.side])
-    thumbnails = TensorDraft(folder / shard_file("thumbnails", number))
-    for photo, id in zip(photos, images["image_id"], strict=True):
-        data = made.jpegs[photo % _DIFFERENT]
-        thumbnails.add(id, data, "U8", [len(data)])
-    return {**files, "maps": maps.close(), "thumbnails": thumbnails.close()}
+    images = _images(photos, len(methods), made, rng)
+    entries = _entries(photos, images, methods, made, rng)
+    ids = entries["entry_id"]
+    maps, places = write_tensors(
+        folder / shard_file("maps", number),
+        {id: made.maps[_map_of(photos[0], i)] for i, id in enumerate(ids)},
+    )
+    entries["place"] = [places[id] for id in ids]
+    pictures = (made.jpegs[photo % _DIFFERENT] for photo in photos)
+    thumbnails, places = write_tensors(
+        folder / shard_file("thumbnails", number),
+        dict(zip(images["image_id"], pictures, strict=True)),
+    )
+    images["thumbnail_place"] = [places[id] for id in images["image_id"]]
+    schema = entry_schema(list(METRICS))
+    return manifest.Shard(
+        write_rows(folder / shard_file("entries", number), schema, entries),
+        write_rows(folder / shard_file("images", number), IMAGES, images),
+        maps,
+        thumbnails,
+    )
 
 
 def _map_of(first: int, row: int) -> int:
@@ -229,8 +216,8 @@ def _images(photos: range, methods: int, made: _Made, rng: np.random.Generator) 
     label = np.where(right, predicted, (predicted + 1) % len(CLASSES))
     confidence = 0.3 + 0.6 * rng.random(count)
     top = [
-        [{"class": int(c), "name": CLASSES[c], "probability": float(p)}]
-        for c, p in zip(predicted, confidence, strict=True)
+        json.dumps([[c, CLASSES[c], p]])
+        for c, p in zip(predicted.tolist(), confidence.tolist(), strict=True)
     ]
     return {
         "image_id": ids,
@@ -253,11 +240,12 @@ def _images(photos: range, methods: int, made: _Made, rng: np.random.Generator) 
 def _entries(
     photos: range,
     images: dict[str, Any],
-    names: dict[str, list[str]],
+    names: list[str],
     made: _Made,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    methods = len(names["methods"])
+    methods = len(names)
+    protocols = np.array([json.dumps(_protocol(m)) for m in range(methods)], object)
     count = len(photos) * methods
     of_photo = {
         key: np.repeat(np.array(images[key], object), methods) for key in ("image_id", "file_name")
@@ -266,27 +254,27 @@ def _entries(
     method = np.tile(np.arange(methods), len(photos))
     maps = _map_of(photos[0], np.arange(count))  # type: ignore[arg-type]
     p = np.repeat(images["confidence"], methods)
-    curves = list(p[:, None] * np.linspace(1, 0.02, _POINTS))
+    curves = (p[:, None] * np.linspace(1, 0.02, _POINTS)).round(4).tolist()
     return {
         "entry_id": list(_ids(of_photo["image_id"], target, method)),
         **of_photo,
         "title": of_photo["file_name"],
-        "method": np.array(names["methods"], object)[method],
+        "method": np.array(names, object)[method],
         "target": target,
         "target_name": np.array(CLASSES, object)[target],
         "probability": p,
         "is_value": np.zeros(count, bool),
         "is_mask": np.zeros(count, bool),
         "sanity": np.zeros(count, bool),
-        "protocol": method,
-        "view": np.zeros(count, int),
+        "protocol": protocols[method],
+        "view": [json.dumps(VIEW.to_json())] * count,
+        "min": made.maps.min((1, 2))[maps],
+        "max": made.maps.max((1, 2))[maps],
+        "curves": [json.dumps({"deletion": values}) for values in curves],
         "height": np.full(count, made.side),
         "width": np.full(count, made.side),
-        "min": made.values.min((1, 2))[maps],
-        "max": made.values.max((1, 2))[maps],
         "sha256": made.map_hashes[maps],
         **{METRIC + key: rng.random(count) for key in METRICS},
-        "curve:deletion": curves,
     }
 
 

@@ -42,14 +42,14 @@ from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.base import options_by_name
 from xattn.explainers.own import as_explainers
 from xattn.explaining.naming import named_photos
-from xattn.explaining.photos import true_classes_of
+from xattn.explaining.passes import true_classes_of
 from xattn.heads import Head
-from xattn.packs.format import check_output
+from xattn.packs.format import is_pack
 from xattn.photos.image_files import Files
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.part import limited
 from xattn.runtime.distributed import processes
-from xattn.runtime.files import write_text
+from xattn.runtime.files import check_output, write_text
 from xattn.runtime.stores import StorePath
 
 
@@ -110,7 +110,7 @@ def compare(
     images, limit = limited(images, limit, job.seed)
     packed = job.maps > 0 and can_pack(images)
     if packed:
-        check_output(output / "pack")
+        check_output(output / "pack", is_ours=is_pack)
     truth = None
     if job.labels is not None:  # refused now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)

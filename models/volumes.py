@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import sha256
-from xattn.explaining.photos import Explanations, warn_of_blank
+from xattn.explaining.passes import warn_of_blank
+from xattn.explaining.photos import Explanations
 from xattn.models.agunet import AGUNet
 from xattn.models.masks import load_network, network_record, predict_tiles
 from xattn.packs.explanation import Explanation, ImageFacts

@@ -135,7 +135,7 @@ COMMANDS = {
     "train-outcomes": "train {photos} --head evidence --objective outcomes --epochs 2 --batch-size 4",
     "explain": "explain {photos} --explainers gradcam layercam --top 2",
     "explain-head": "explain {photos} --heads {work}/train-masking/head",
-    "explain-shards": "explain {photos} --explainers gradcam --pack-format 2",
+    "explain-shards": "explain {photos} --explainers gradcam --overlays 0",
     "explain-limit": "explain {photos} --explainers gradcam --limit 3",
     "evaluate": "evaluate {photos} --explainers gradcam random --metrics masking complexity",
     "compare": "compare {photos} --explainers gradcam layercam --metrics masking road",

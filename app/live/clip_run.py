@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xattn.app import models
 from xattn.app.live.run import BATCH, MAX_FRAMES, LiveRun, PassCounter, named_error, note_memory
 from xattn.explaining.clips import explain_video
-from xattn.explaining.photos import set_up
+from xattn.explaining.passes import set_up
 from xattn.packs.format import read_manifest
 from xattn.photos.clip import open_clip, quiet
 from xattn.photos.images import MAX_PIXELS

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xattn.app import models
 from xattn.app.live import uploads
 from xattn.app.live.run import BATCH, LiveRun, PassCounter, note_memory, save_results
-from xattn.explaining.photos import explain_batch, set_up
+from xattn.explaining.passes import Prepared, explain_batch, set_up
 from xattn.packs.format import THUMBNAIL_SIDE
 from xattn.photos.ids import unique_id
 from xattn.photos.view import prepare
@@ -64,7 +64,9 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
         save_results(run, folder)
 
 
-def _prepared(run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int) -> list[Any]:
+def _prepared(
+    run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int
+) -> list[Prepared]:
     """The photos from ``start`` on that can be decoded; no others are in memory."""
     run.step = "reading photos"
     batch = []
@@ -77,5 +79,5 @@ def _prepared(run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: 
             run.problems.append((upload.name, str(error).removeprefix("image: ")))
             continue
         photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), 1)  # what the pack keeps; 1 is Lanczos
-        batch.append((pixels, view, image_id, photo))
+        batch.append(Prepared(pixels, view, image_id, photo))
     return batch

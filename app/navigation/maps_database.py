@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import duckdb
-import pandas as pd
 import pyarrow as pa
 
 from xattn.app.live.scratch import Scratch
@@ -57,48 +56,13 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
     return database
 
 
-def from_frame(frame: pd.DataFrame, types: Mapping[str, str], metrics: Mapping[str, str]) -> Any:
-    """An arrow table of these columns, the metrics by their columns."""
-    kinds = {
-        "VARCHAR": pa.string(),
-        "BIGINT": pa.int64(),
-        "DOUBLE": pa.float64(),
-        "BOOLEAN": pa.bool_(),
-    }
-    columns = {
-        name: pa.array(frame[name], kinds[kind], from_pandas=True) for name, kind in types.items()
-    }
-    return pa.table(
-        columns | {column: pa.array(frame[key], pa.float64()) for key, column in metrics.items()}
+def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchReader:
+    """Tables one after the other, with their columns renamed."""
+    renamed = (table.rename_columns(list(names)) for table in tables)
+    first = next(renamed)
+    return pa.RecordBatchReader.from_batches(
+        first.schema, (batch for table in chain([first], renamed) for batch in table.to_batches())
     )
-
-
-def from_parquet(
-    database: duckdb.DuckDBPyConnection,
-    folder: Path,
-    name: str,
-    paths: Sequence[Path],
-    types: Mapping[str, str],
-    metrics: Mapping[str, str],
-) -> duckdb.DuckDBPyRelation:
-    """The rows of Parquet files, one file after the other, with columns of these names and types.
-
-    The files are read through links, as duckdb takes marks in a path for patterns and partitions.
-    """
-    links = []
-    for number, path in enumerate(paths):
-        links.append(folder / f"{name}-{number:05}.parquet")
-        links[-1].symlink_to(path.resolve())
-    rows = database.read_parquet(
-        [str(link) for link in links], union_by_name=True, hive_partitioning=False
-    )
-    known = [
-        duckdb.ColumnExpression(column).cast(kind).alias(column) for column, kind in types.items()
-    ]
-    measured = [
-        duckdb.ColumnExpression(key).cast("DOUBLE").alias(column) for key, column in metrics.items()
-    ]
-    return rows.select(*known, *measured)
 
 
 def listed(columns: Iterable[str]) -> str:

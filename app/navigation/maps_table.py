@@ -1,7 +1,7 @@
 """A pack's maps as tables of duckdb, and what there is to choose from.
 
-A pack of one manifest is copied from its pandas tables, one of many files straight from their Parquet;
-after that the database sees no file but its own, which lies in a private folder. Values reach SQL as
+A pack's rows are copied shard by shard, as they were checked; the database sees no file but its own, which
+lies in a private folder. Values reach SQL as
 parameters alone, and columns have names of this module's own.
 """
 
@@ -22,14 +22,14 @@ import streamlit as st
 
 from xattn.app.navigation.maps_database import (
     MEMORY,
+    batches,
     connect,
     fold,
-    from_frame,
-    from_parquet,
     listed,
     scratch,
     told,
 )
+from xattn.packs.columns import METRIC
 from xattn.packs.contained_files import AGAIN, PackError
 from xattn.pictures.words import metric_about, named_metric
 from xattn.runtime.lru_cache import LRUCache
@@ -338,22 +338,18 @@ class MapsTable:
 
     def _fill(self, pack: Pack) -> None:
         """Copy the pack, then close the database to every other file."""
-        files = pack.parquet()
-        if files is None:
-            entries = from_frame(pack.entries.reset_index(), ENTRY, self._metrics)
-            images = from_frame(pack.images.reset_index(), IMAGE, {})
-            self._database.register("source_entries", entries)
-            self._database.register("source_images", images)
-        else:
-            folder = Path(self._folder.name)
-            metrics = {f"metric:{key}": column for key, column in self._metrics.items()}
-            for name, paths, types, own in (
-                ("entries", files[0], ENTRY, metrics),
-                ("images", files[1], IMAGE, {}),
-            ):
-                from_parquet(self._database, folder, name, paths, types, own).create_view(
-                    f"source_{name}"
-                )
+        metrics = {METRIC + key: column for key, column in self._metrics.items()}
+        for kind, types, own in (("entries", ENTRY, metrics), ("images", IMAGE, {})):
+            renamed = {name: name for name in types} | own
+            rows = batches(pack.rows(kind, list(renamed)), list(renamed.values()))
+            self._database.register(f"given_{kind}", rows)
+            kinds = types | dict.fromkeys(own.values(), "DOUBLE")
+            cast = ", ".join(
+                f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items()
+            )
+            self._database.execute(
+                f"CREATE TEMP VIEW source_{kind} AS SELECT {cast} FROM given_{kind}"
+            )
         measured = [
             f"CASE WHEN isfinite({column}) THEN {column} END AS {column}"
             for column in self._metrics.values()

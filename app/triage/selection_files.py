@@ -98,7 +98,7 @@ def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
     from xattn.packs.writer import pack_writer  # imports torch
 
     _check_count(found)
-    with pack_writer(folder, overlays=False) as writer:
+    with pack_writer(folder) as writer:
         writer.metrics = {m.key: m._asdict() for m in pack.metrics}
         writer.shares = pack.shares
         for image_id, group in _groups(pack, found):

@@ -29,7 +29,7 @@ from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.protocol import Protocol
 from xattn.explainers.own import WrongShapeError
-from xattn.explaining.photos import top_classes
+from xattn.explaining.passes import top_classes
 
 
 @dataclass(frozen=True, eq=False)

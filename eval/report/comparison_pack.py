@@ -19,7 +19,7 @@ from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.report.standings import CURVES, each_curve
 from xattn.eval.results import Results, is_baseline
 from xattn.explaining.naming import file_name_of, named_photos
-from xattn.explaining.photos import TrueClass
+from xattn.explaining.passes import TrueClass
 from xattn.explaining.provenance import protocol_of
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
@@ -59,7 +59,7 @@ def write_pack(
         images: those that were evaluated, see :func:`can_pack`.
         methods: the explainers by row.
         limit: how many of the first images to pack.
-        truth: true classes by image_id, see :func:`xattn.explaining.photos.true_classes_of`.
+        truth: true classes by image_id, see :func:`xattn.explaining.passes.true_classes_of`.
 
     Raises:
         ValueError: no map was kept.
@@ -68,7 +68,8 @@ def write_pack(
     maker = _ExplanationMaker(results, backbone, methods)
     sources = dict(named_photos(images))
     count = len(results.images) + len(results.skipped)
-    with pack_writer(folder, overlays=False) as writer:
+    with pack_writer(folder) as writer:
+        writer.metrics, writer.shares = _columns(results), maker.shares
         for kept in kept_images(state, count, limit):
             source = sources[kept.id]
             try:
@@ -86,8 +87,6 @@ def write_pack(
             if group:
                 writer.add(group)
         writer.skipped = [_skipped(s, sources[s.id]) for s in results.skipped]
-        writer.metrics = _columns(results)
-        writer.shares = maker.shares
     if maker.missing:
         say(f"pack: {maker.missing} maps were not kept")
     return folder

@@ -27,7 +27,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.options import LabelsAt, Network, PhotosAt
 from xattn.explainers import create_explainer
 from xattn.explaining.naming import named_photos
-from xattn.explaining.photos import true_classes_of
+from xattn.explaining.passes import true_classes_of
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import colorize

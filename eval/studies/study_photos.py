@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.explaining.naming import named_photos
-from xattn.explaining.photos import true_classes_of
+from xattn.explaining.passes import true_classes_of
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.runtime.files import file_sha256

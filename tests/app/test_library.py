@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,16 +23,27 @@ from PIL import Image
 
 pytest.importorskip("pandas")
 
+import pyarrow.parquet as pq
+from pack_files import ENTRIES, MAPS, edit, parquet, replaced, rewritten, signed
 from viewer_pages import only
 
 from xattn.app import library as library_module
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import METRICS, big_pack, explanation, picture, small_pack
+from xattn.app.synthetic_packs import (
+    METRICS,
+    VIEW,
+    big_pack,
+    described,
+    explanation,
+    picture,
+    small_pack,
+)
 from xattn.packs.contained_files import PackError
+from xattn.packs.contents import Contents
+from xattn.packs.explanation import ImageFacts
 from xattn.packs.reader import Pack, load_pack
-from xattn.packs.writer import manifest_text, save_pack
+from xattn.packs.writer import pack_writer, save_pack
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.tensor_file import TensorFile
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +58,7 @@ def root(tmp_path, written):
     return tmp_path / "root"
 
 
-def manifest_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def edit(folder, change):
-    """Rewrite a manifest after ``change(manifest)``."""
-    manifest = manifest_of(folder)
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+THUMBNAILS = "thumbnails-00000.safetensors"
 
 
 def flip(path, position):
@@ -82,16 +86,10 @@ def flip(path, position):
     ],
     ids=str,
 )
-def test_a_frame_is_titled_by_its_clip_number_and_time(root, video, title):
-    def as_clip(manifest):
-        manifest["protocols"] = [{**p, "video": video} for p in manifest["protocols"]]
-        for entry in manifest["entries"]:
-            if entry["image_id"] == "photo-00001":
-                entry.update(image_id="frame-001503", file_name="w.mp4")
-        manifest["images"]["frame-001503"] = manifest["images"].pop("photo-00001")
-
-    edit(root / "cats", as_clip)
-    titles = only(root).images["title"]
+def test_a_frame_is_titled_by_its_clip_number_and_time(tmp_path, video, title):
+    frame = {"image_id": "frame-001503", "file_name": "w.mp4", "protocol": {"video": video}}
+    save_pack(tmp_path / "root" / "clip", [explanation(1, **frame), explanation(2)])
+    titles = only(tmp_path / "root").images["title"]
     assert titles["frame-001503"] == title and titles["photo-00002"] == "photo-00002.jpg"
 
 
@@ -132,8 +130,8 @@ def test_maps_are_those_that_were_saved(root):
 
 def test_opening_reads_no_map_and_asking_reads_one(root, monkeypatch):
     asked = []
-    real = TensorFile.read
-    monkeypatch.setattr(TensorFile, "read", lambda self, *a: asked.append(a[0]) or real(self, *a))
+    real = Contents.map
+    monkeypatch.setattr(Contents, "map", lambda self, e: asked.append(e.id) or real(self, e))
     pack = only(root)
     assert asked == []
     pack.explanation(pack.entries.index[4])
@@ -160,40 +158,25 @@ def test_photos_are_thumbnails_of_any_smaller_side(root):
     assert np.abs(np.asarray(pack.photo("photo-00002")).astype(int) - want).mean() < 6
 
 
-def test_a_pack_of_before_these_keys_is_readable(root):
-    def strip(manifest):
-        for key in ("metrics", "shares", "images", "video_sha256"):
-            del manifest[key]
-        for entry in manifest["entries"]:
-            for key in ("metrics", "curves", "sha256", "sanity"):
-                del entry[key]
-
-    edit(root / "cats", strip)
-    pack = only(root)
-    assert pack.images["predicted"].tolist() == list(range(6)), "the most probable of top classes"
-    assert pack.images["right"].tolist() == [None] * 6
-    assert pack.images["disagreement"].isna().all() and not pack.entries["sanity"].any()
-    entry = pack.entries.index[0]
-    assert pack.curves(entry) == {} and pack.top("photo-00000") == [] and pack.metrics == []
-    assert pack.explanation(entry).map.shape == (7, 7)
-    assert pack.provenance(entry)["sha256"]["map"] is None
-    edit(root / "cats", lambda m: m["protocols"][0].update(classes="named"))
-    edit(root / "cats", lambda m: m["protocols"][1].update(classes="named"))
-    edit(root / "cats", lambda m: m["protocols"][2].update(classes="named"))
-    assert only(root).images["predicted"].tolist() == [None] * 6, "named classes say nothing"
+def test_without_first_classes_the_most_probable_of_the_explained_top_ones_is_predicted(tmp_path):
+    for name, classes in (("top", [0, None]), ("named", [None, None])):
+        protocol = {"classes": name}
+        found = [explanation(0, facts=ImageFacts(), protocol=protocol),
+                 explanation(1, facts=ImageFacts(), protocol={})]  # fmt: skip
+        pack = Pack(save_pack(tmp_path / name, found))
+        assert pack.images["predicted"].tolist() == classes
+        assert pack.images["right"].tolist() == [None] * 2 and pack.top("photo-00000") == []
+        assert pack.images["disagreement"].isna().all()
 
 
-def test_right_needs_a_label_and_a_prediction_of_the_classifier(root):
-    def change(manifest):
-        images = list(manifest["images"].values())
-        images[0]["label"] = None
-        images[1]["label"] = 7
-        for entry in manifest["entries"]:
-            entry["metrics"].pop("ROAD")
-
-    edit(root / "cats", change)
-    pack = only(root)
-    assert pack.images["right"].tolist()[:2] == [None, False]
+def test_right_needs_a_label_and_a_prediction_of_the_classifier(tmp_path):
+    top = explanation(0).facts.top
+    labels = (None, top[0][0], 7)
+    found = [
+        explanation(i, facts=ImageFacts(top, label), metrics={}) for i, label in enumerate(labels)
+    ]
+    pack = Pack(save_pack(tmp_path / "pack", found, metrics=described()))
+    assert pack.images["right"].tolist() == [None, True, False]
     assert pack.entries["ROAD"].isna().all()
 
 
@@ -205,7 +188,7 @@ def test_provenance_names_method_protocol_and_hashes(root):
     assert found["metrics"]["ROAD"] == "ROAD-made-up"
     data = pack.explanation(entry).map.tobytes()
     assert found["sha256"]["map"] == hashlib.sha256(data).hexdigest()
-    jpeg = (root / "cats/thumbnails/photo-00000.jpg").read_bytes()
+    jpeg = pack.photo_bytes("photo-00000")
     assert found["sha256"]["thumbnail"] == hashlib.sha256(jpeg).hexdigest()
     json.dumps(found)
 
@@ -219,8 +202,8 @@ def test_names_of_users_come_through_as_they_are_but_for_what_would_hide_letters
     pack = only(tmp_path / "root")
     assert pack.images["file_name"].tolist() == [name.replace("\u202e", "\ufffd")]
     assert pack.entries["target_name"].tolist() == ["<b>'\""]
-    edit(folder, lambda m: m["entries"][0].update(target_name="half \ud800 a character"))
-    assert only(tmp_path / "root").entries["target_name"].tolist() == ["half ? a character"]
+    rewritten(folder, "target_name", "\u202eolleh")
+    assert only(tmp_path / "root").entries["target_name"].tolist() == ["\ufffdolleh"]
 
 
 def test_a_film_is_checked_by_its_hash(tmp_path):
@@ -235,10 +218,10 @@ def test_a_film_is_checked_by_its_hash(tmp_path):
 
 def test_thousands_of_entries_are_an_index(tmp_path, monkeypatch):
     big_pack(tmp_path / "root" / "big", images=3000, methods=2, pictures=3)
-    monkeypatch.setattr(TensorFile, "read", lambda *a: pytest.fail("read a map"))
+    monkeypatch.setattr(Contents, "map", lambda *a: pytest.fail("read a map"))
     pack = only(tmp_path / "root")
     assert (len(pack.entries), len(pack.images)) == (6000, 3000)
-    assert pack.photo("photo-02999").size == (512, 384)
+    assert pack.photo("photo-02999").size == (256, 192)
 
 
 # ---------------------------------------------------------------------- the list
@@ -274,20 +257,22 @@ def test_other_programs_manifests_are_not_packs(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: edit(f, lambda m: m.update(version=3)), r"format version 3.*upgrade xattn"),
+        (lambda f: edit(f, lambda m: m.update(version=2)), r"format version 2.*upgrade xattn"),
         (
             lambda f: (f / "manifest.json").write_bytes(b'{"format": "xattn'),
             r"no readable manifest",
         ),
-        (lambda f: edit(f, lambda m: m.update(entries=[])), r"is empty; explain"),
-        (lambda f: (f / "maps.safetensors").unlink(), r"maps.safetensors is missing"),
-        (lambda f: os.truncate(f / "maps.safetensors", 999), r"maps.safetensors is damaged"),
-        (lambda f: os.truncate(f / "maps.safetensors", 0), r"maps.safetensors is damaged"),
-        (lambda f: edit(f, lambda m: m["entries"][0].pop("view")), r"manifest.json is damaged"),
-        (lambda f: edit(f, lambda m: m["entries"].append(m["entries"][0])), r"comes twice"),
+        (lambda f: edit(f, lambda m: m.update(shards=[])), r"manifest.json .*is damaged"),
+        (lambda f: (f / MAPS).unlink(), rf"{MAPS} is missing"),
+        (lambda f: os.truncate(f / MAPS, 999), rf"{MAPS} .*is damaged"),
+        (lambda f: os.truncate(f / ENTRIES, 0), rf"{ENTRIES} .*is damaged"),
+        (lambda f: flip(f / ENTRIES, 99), rf"{ENTRIES} .*is damaged: it is not the file"),
+        (lambda f: rewritten(f, "view", "{}"), r"manifest.json .*is damaged"),
         (
-            lambda f: edit(f, lambda m: m["entries"][0].update(thumbnail="thumbnails/../x.jpg")),
-            r"lies outside the pack",
+            lambda f: edit(
+                f, lambda m: m["shards"][0]["maps"].update(file="../maps-0.safetensors")
+            ),
+            r"a shard's maps are '../maps",
         ),
     ],
 )
@@ -298,8 +283,8 @@ def test_a_pack_that_cannot_be_shown_says_why_and_the_others_stay(root, written,
     bad, good = library.packs()
     assert re.search(says, bad.problem) and good.problem is None
     assert str(root) not in bad.problem and "\n" not in bad.problem
-    with pytest.raises(PackError, match=says):
-        library.open(bad.id)
+    with pytest.raises(PackError, match=says):  # rows are read when they are asked for
+        library.open(bad.id).provenance("photo-00000@0.gradcam")
     assert len(library.open(good.id).entries) == 18
 
 
@@ -322,10 +307,10 @@ def test_a_replaced_pack_is_noticed(root):
 
 def test_maps_that_come_back_are_noticed(root):
     library = Library(root)
-    (root / "cats/maps.safetensors").rename(root / "maps")
+    (root / "cats" / MAPS).rename(root / "maps")
     (info,) = library.packs()
     assert "missing" in info.problem
-    (root / "maps").rename(root / "cats/maps.safetensors")
+    (root / "maps").rename(root / "cats" / MAPS)
     assert library.packs()[0].problem is None
 
 
@@ -422,34 +407,30 @@ def test_a_pack_is_read_once_however_many_ask_for_it_at_once(root, monkeypatch):
 
 
 def test_a_changed_byte_spoils_one_map_and_no_other(root):
-    flip(root / "cats/maps.safetensors", -1)
+    flip(root / "cats" / MAPS, -1)  # of the last by name
     pack = only(root)
-    with pytest.raises(
-        PackError, match=r"map photo-00005@5.random is damaged.*not those that were"
-    ):
-        pack.explanation("photo-00005@5.random")
-    assert pack.explanation("photo-00005@5.saliency").map.shape == (28, 28)
+    with pytest.raises(PackError, match=r"the bytes of photo-00005@5.saliency are not those that"):
+        pack.explanation("photo-00005@5.saliency")
+    assert pack.explanation("photo-00005@5.gradcam").map.shape == (7, 7)
 
 
 def test_maps_that_change_under_an_open_pack_are_refused(root):
     pack = only(root)
-    os.truncate(root / "cats/maps.safetensors", 5000)
-    with pytest.raises(PackError, match="changed since it was opened"):
+    os.truncate(root / "cats" / MAPS, 5000)
+    with pytest.raises(PackError, match="it is truncated"):
         pack.explanation(pack.entries.index[-1])
-    (root / "cats/maps.safetensors").unlink()
+    (root / "cats" / MAPS).unlink()
     with pytest.raises(PackError, match="missing"):
         pack.explanation(pack.entries.index[-1])
 
 
 @pytest.mark.parametrize("key", ["photo_size", "resized", "box", "input_size"])
 def test_a_view_of_absurd_size_is_refused(root, key):
-    def change(manifest):
-        view = manifest["entries"][0]["view"]
-        view[key] = [10**7] * len(view[key])
-
-    edit(root / "cats", change)
+    view = VIEW.to_json()
+    rewritten(root / "cats", "view", json.dumps({**view, key: [10**7] * len(view[key])}))
+    pack = Pack(root / "cats")
     with pytest.raises(PackError, match="more than a million pixels a side"):
-        Pack(root / "cats")
+        pack.view(pack.first_entry)
 
 
 def test_an_endless_curve_is_damage(root):
@@ -466,49 +447,38 @@ def test_a_manifest_that_would_fill_the_memory_is_not_read(root):
 
 
 def test_a_changed_thumbnail_is_refused(root):
-    path = root / "cats/thumbnails/photo-00001.jpg"
-    flip(path, -20)
+    flip(root / "cats" / THUMBNAILS, -20)  # of the last photo
     pack = only(root)
     with pytest.raises(PackError, match="not the one that was written"):
-        pack.photo("photo-00001")
+        pack.photo("photo-00005")
     assert pack.photo("photo-00002").size == (128, 96)
-    path.unlink()
-    with pytest.raises(PackError, match=r"photo-00001.jpg is missing"):
-        pack.photo("photo-00001")
+    (root / "cats" / THUMBNAILS).unlink()
+    with pytest.raises(PackError, match=rf"{THUMBNAILS} is missing"):
+        pack.photo("photo-00002")
 
 
 @pytest.mark.parametrize("content", ["empty", "noise", "huge"])
-def test_pictures_of_old_packs_are_decoded_within_bounds(root, content):
-    def forget(manifest):
-        for record in manifest["images"].values():
-            del record["thumbnail_sha256"]
-
-    edit(root / "cats", forget)
-    path = root / "cats/thumbnails/photo-00000.jpg"
-    if content == "huge":
-        Image.new("L", (20_000, 400)).save(path)
-    else:
-        path.write_bytes(b"" if content == "empty" else os.urandom(3000))
+def test_pictures_are_decoded_within_bounds(tmp_path, content):
+    stream = io.BytesIO()
+    Image.new("L", (20_000, 400)).save(stream, "JPEG")
+    data = {"empty": b"\0", "noise": os.urandom(3000), "huge": stream.getvalue()}[content]
+    with pack_writer(tmp_path / "pack") as writer:
+        writer.add([explanation(0, metrics={})], data)
     with pytest.raises(PackError, match=r"picture of photo-00000 is damaged"):
-        only(root).photo("photo-00000")
+        Pack(tmp_path / "pack").photo("photo-00000")
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
-@pytest.mark.parametrize("name", ["manifest.json", "maps.safetensors", "thumbnails"])
+@pytest.mark.parametrize("name", ["manifest.json", MAPS, ENTRIES, THUMBNAILS])
 def test_links_out_of_a_pack_are_refused(tmp_path, root, name):
     outside = tmp_path / "outside"
     (root / "cats" / name).rename(outside)
     (root / "cats" / name).symlink_to(outside)
     library = Library(root)
     (info,) = library.packs()
-    if name == "thumbnails":
-        pack = library.open(info.id)
-        with pytest.raises(PackError, match="link that leads out"):
-            pack.photo("photo-00000")
-    else:
-        assert "link that leads out" in info.problem
-        with pytest.raises(PackError, match="link that leads out"):
-            library.open(info.id)
+    assert "link that leads out" in info.problem
+    with pytest.raises(PackError, match="link that leads out"):
+        library.open(info.id)
 
 
 def test_a_link_to_another_folder_is_listed_and_refused(tmp_path, root, written):
@@ -534,9 +504,7 @@ def test_a_folder_that_becomes_a_link_is_refused(tmp_path, root, written):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "maps.safetensors", "thumbnails/photo-00000.jpg"]
-)
+@pytest.mark.parametrize("name", ["manifest.json", MAPS, ENTRIES, THUMBNAILS])
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(root, name):
     (root / "cats" / name).unlink()
     os.mkfifo(root / "cats" / name)
@@ -564,7 +532,7 @@ def fuzzed(tmp_path_factory):
         picture(0).save(folder / "secret.jpg")
     small_pack(root / "pack", images=2, methods=("gradcam", "random"))
     sys.addaudithook(_watch)
-    return root, manifest_of(root / "pack"), (root / "pack/maps.safetensors").read_bytes()
+    return root, {p.name: p.read_bytes() for p in (root / "pack").iterdir()}
 
 
 def survives(root):
@@ -604,14 +572,11 @@ def read_all(pack):
 PATHS = (
     "../secret.jpg",
     "../../secret.jpg",
-    "thumbnails/../../elsewhere/secret.jpg",
-    "thumbnails/../../secret.jpg",
+    "maps-00000.safetensors/../../elsewhere/secret.jpg",
     "/etc/passwd",
-    "thumbnails/..\\..\\secret.jpg",
-    "thumbnails/\0.jpg",
-    "thumbnails/photo-00001.jpg",
-    "thumbnails/.jpg",
-    "thumbnails/" + "x" * 5000 + ".jpg",
+    "thumbnails-00000\\..\\secret.jpg",
+    "maps-00000.safetensors\0",
+    "maps-" + "0" * 5000 + ".safetensors",
     "file:///etc/passwd",
     "C:\\secret.jpg",
     "..",
@@ -686,11 +651,16 @@ EXAMPLES = settings(
     )
 )
 def test_whatever_a_manifest_says_is_a_pack_or_a_message(fuzzed, draws):
-    root, manifest, maps = fuzzed
-    (root / "pack/maps.safetensors").write_bytes(maps)
-    text = json.dumps(mutate(manifest, draws))
+    root, files = fuzzed
+    restore(root, files)
+    text = json.dumps(mutate(json.loads(files["manifest.json"]), draws))
     (root / "pack/manifest.json").write_text(text)
     survives(root)
+
+
+def restore(root, files):
+    for name, data in files.items():
+        (root / "pack" / name).write_bytes(data)
 
 
 @settings(EXAMPLES, max_examples=400)
@@ -702,9 +672,9 @@ def test_whatever_a_manifest_says_is_a_pack_or_a_message(fuzzed, draws):
     ),
 )
 def test_whatever_the_bytes_of_a_manifest_are_is_a_pack_or_a_message(fuzzed, places, cut, insert):
-    root, manifest, maps = fuzzed
-    (root / "pack/maps.safetensors").write_bytes(maps)
-    data = bytearray(manifest_text(manifest).encode())
+    root, files = fuzzed
+    restore(root, files)
+    data = bytearray(files["manifest.json"])
     for share, value in places:
         data[round(share * (len(data) - 1))] = value
     at = round(places[0][0] * len(data))
@@ -717,24 +687,41 @@ def test_whatever_the_bytes_of_a_manifest_are_is_a_pack_or_a_message(fuzzed, pla
 
 @settings(EXAMPLES, max_examples=500)
 @given(
+    column=st.sampled_from(["protocol", "view", "curves", "top"]),
     draws=st.lists(
         st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "add"]), HOSTILE),
         max_size=2,
     ),
-    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(32, 126)), max_size=2),
     cut=st.one_of(st.none(), st.floats(0, 1)),
-    length=st.one_of(st.none(), st.integers(0, 2**64 - 1)),
 )
-def test_whatever_the_maps_are_is_a_pack_or_a_message(fuzzed, draws, flips, cut, length):
-    root, manifest, maps = fuzzed
-    (root / "pack/manifest.json").write_text(manifest_text(manifest))
-    size = int.from_bytes(maps[:8], "little")
-    header = json.dumps(mutate(json.loads(maps[8 : 8 + size]), draws)).encode()
-    data = bytearray((len(header) if length is None else length).to_bytes(8, "little"))
-    data += header + maps[8 + size :]
+def test_whatever_the_texts_of_the_rows_are_is_a_pack_or_a_message(
+    fuzzed, column, draws, flips, cut
+):
+    root, files = fuzzed
+    restore(root, files)
+    name = "images-00000.parquet" if column == "top" else ENTRIES
+    table = pq.read_table(root / "pack" / name)
+    values = table[column].to_pylist()
+    data = bytearray(json.dumps(mutate(json.loads(values[0]), draws)).encode())
     for share, value in flips:
         data[round(share * (len(data) - 1))] = value
-    (root / "pack/maps.safetensors").write_bytes(
-        data[: None if cut is None else round(cut * len(data))]
-    )
+    text = data[: None if cut is None else round(cut * len(data))].decode("utf-8", "replace")
+    signed(root / "pack", name, parquet(replaced(table, column, [text, *values[1:]])))
+    survives(root)
+
+
+@settings(EXAMPLES, max_examples=300)
+@given(
+    name=st.sampled_from([ENTRIES, "images-00000.parquet", MAPS, THUMBNAILS]),
+    flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+    cut=st.one_of(st.none(), st.floats(0, 1)),
+)
+def test_whatever_the_bytes_of_a_signed_file_are_is_a_pack_or_a_message(fuzzed, name, flips, cut):
+    root, files = fuzzed
+    restore(root, files)
+    data = bytearray(files[name])
+    for share, value in flips:
+        data[round(share * (len(data) - 1))] = value
+    signed(root / "pack", name, bytes(data[: None if cut is None else round(cut * len(data))]))
     survives(root)

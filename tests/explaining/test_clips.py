@@ -106,7 +106,7 @@ def test_frames_are_explained_as_photos_are(backbone, head, tmp_path, options):
     assert loaded[0].file_name == "clip.mp4" and loaded[0].photo().size == (64, 48)
     assert loaded[0].protocol["video"] == {"fps": 25.0, "every": 1, "smoothing": 0.0}
     assert loaded[0].protocol["classes"] == ("named" if "classes" in options else "top")
-    assert read_manifest(tmp_path / "pack")["video"] == "overlay.mp4"
+    assert read_manifest(tmp_path / "pack")["video"]["file"] == "overlay.mp4"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "pack"]
 
 
@@ -147,9 +147,11 @@ def test_the_film_is_coloured_where_the_map_is_hot(backbone, tmp_path):
     assert hot[0] > cold[0] + 80 and hot[1] > cold[1] + 80
     explain_video(path, backbone, explainer=Half(backbone), output=tmp_path / "b", overlays=False)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "entries-00000.parquet",
+        "images-00000.parquet",
         "manifest.json",
-        "maps.safetensors",
-        "thumbnails",
+        "maps-00000.safetensors",
+        "thumbnails-00000.safetensors",
     ]
 
 
@@ -311,7 +313,7 @@ def test_a_clip_that_is_cut_off_is_explained_as_far_as_it_goes(backbone, head, t
         found = explain_video(path, backbone, head, output=tmp_path / "pack")
     assert len(found) == found.frames == left and found.announced == 12
     manifest = read_manifest(tmp_path / "pack")
-    assert manifest["skipped"][0]["file_name"] == "c.avi" and len(manifest["entries"]) == left
+    assert manifest["skipped"][0]["file_name"] == "c.avi" and manifest["entries"] == left
     assert len(read(tmp_path / "pack" / "overlay.mp4")) == left
 
 
@@ -408,7 +410,7 @@ def test_large_frames_and_bad_arguments_are_refused_before_any_work(backbone, tm
         ({"batch_size": 0}, r"batch_size: got 0"),
         ({"view": "middle"}, r"view: got 'middle'"),
         ({"classes": "tobby"}, r"class 'tobby'"),
-        ({"output": tmp_path / "mine"}, r"output: .* is not a pack of xattn"),
+        ({"output": tmp_path / "mine"}, r"output: .* was not written by xattn"),
     ]:
         with pytest.raises(ValueError, match=message):
             explain_video(path, backbone, explainer=explainer, **options)

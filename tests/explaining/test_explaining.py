@@ -165,8 +165,8 @@ def test_a_pack_holds_provenance_and_no_paths(backbone, head, folder, tmp_path):
     assert protocol["backbone"]["sha256"] == backbone.fingerprint
     assert protocol["head"]["name"] == "ttame" and len(protocol["head"]["sha256"]) == 64
     assert protocol["explainer"] == "head" and protocol["view"] == "crop"
-    manifest = (tmp_path / "pack" / "manifest.json").read_text(encoding="utf-8")
-    assert str(tmp_path) not in manifest
+    for file in (tmp_path / "pack").iterdir():
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes()
 
 
 def test_a_bad_output_is_refused_before_any_work(backbone, head, tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_bad_output_is_refused_before_any_work(backbone, head, tmp_path, monke
     monkeypatch.setattr("xattn.explaining.photos.load_image", lambda *_: pytest.fail("worked"))
     with pytest.raises(OSError, match=r"output: cannot write"):
         explain(photo(0), backbone, head, output=tmp_path / "file" / "pack")
-    with pytest.raises(ValueError, match=r"output: .* is not a pack of xattn"):
+    with pytest.raises(ValueError, match=r"output: .* was not written by xattn"):
         explain(photo(0), backbone, head, output=tmp_path)
 
 
@@ -327,8 +327,8 @@ def test_several_explainers_give_their_own_maps_photo_by_photo(backbone, head, f
         mine = [e for e in both if e.method == name]
         assert [e.id for e in mine] == [e.id for e in alone]
         assert all(np.array_equal(a.map, b.map) for a, b in zip(mine, alone, strict=True))
-    images = read_manifest(output)["images"]
-    assert len(images) == 5 and all(0 <= r["disagreement"] <= 2 for r in images.values())
+    images = Pack(output).images
+    assert len(images) == 5 and images["disagreement"].between(0, 2).all()
 
 
 @pytest.mark.parametrize("given", [[], ["gradcam", "gradcam"]])

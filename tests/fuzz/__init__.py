@@ -1,6 +1,6 @@
 """The fuzz suite: ``make fuzz``, and a part of it in ``make test``. A new reader is one entry of a target file."""
 
-from fuzz import commands, heads, labels, outcomes, packs, photos, regions, shards, states, viewer
+from fuzz import commands, heads, labels, outcomes, packs, photos, regions, states, viewer
 from fuzz.engine import (
     TARGETS,
     Failure,
@@ -16,5 +16,5 @@ from fuzz.engine import (
 
 __all__ = [
     "TARGETS", "Failure", "Tally", "Target", "attempt", "commands", "heads", "labels", "make_input", "outcomes", "packs", "photos", "regions",
-    "run", "shards", "shares", "states", "table", "viewer", "workspace",
+    "run", "shares", "states", "table", "viewer", "workspace",
 ]  # fmt: skip

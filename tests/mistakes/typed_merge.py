@@ -1,4 +1,4 @@
-"""Mistakes at the command line with packs: xattn merge, and the format of a pack."""
+"""Mistakes at the command line with packs: xattn merge, and the pictures of a pack."""
 
 from mistakes.table import Typed
 
@@ -9,6 +9,6 @@ MISTAKES = [
     Typed("merge {folder} {folder}", ("packs: ", "cannot be opened", "manifest.json")),
     Typed("merge {photo} {photo}", ("packs: ", "is no folder")),
     Typed("merge {folder} {folder} --ouput c", ("option: xattn merge has no --ouput", "--output")),
-    Typed("explain {photo} --pack-format 3", ("pack_format: got '3'; choose one of 1, 2",)),
-    Typed("explain {photo} --pack-format two", ("pack_format: got 'two'",)),
+    Typed("explain {photo} --overlays -1", ("overlays: got -1", "0 for none")),
+    Typed("explain {photo} --overlays two", ("overlays: got 'two'",)),
 ]

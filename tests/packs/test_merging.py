@@ -15,12 +15,9 @@ from xattn.packs.merging import merge_packs
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer
 
-pytest.importorskip("pyarrow")
 
-
-def write(folder: Path, photos, methods=("gradcam",), format=1, metrics=None, **changes) -> Path:
-    options = {"format": 2, "photos": 2} if format == 2 else {"overlays": False}
-    with pack_writer(folder, **options) as writer:
+def write(folder: Path, photos, methods=("gradcam",), metrics=None, **changes) -> Path:
+    with pack_writer(folder, photos=2) as writer:
         writer.metrics = described() if metrics is None else metrics
         writer.skipped = [(f"{folder.name}.png", "cut short")]
         for i in photos:
@@ -36,7 +33,7 @@ def merged(*folders: Path, output: Path) -> Pack:
 
 def test_packs_of_other_photos_stand_one_after_the_other(tmp_path):
     first = write(tmp_path / "a", range(3))
-    second = write(tmp_path / "b", range(3, 5), format=2)
+    second = write(tmp_path / "b", range(3, 5))
     found = merged(first, second, output=tmp_path / "c")
     assert found.counts == (5, 5) and found.skipped == [(f"{n}.png", "cut short") for n in "ab"]
     for pack in (Pack(first), Pack(second)):
@@ -52,10 +49,9 @@ def test_packs_of_other_photos_stand_one_after_the_other(tmp_path):
             assert pack.photo_bytes(a.image_id) == found.photo_bytes(b.image_id)
 
 
-@pytest.mark.parametrize("formats", [(1, 2), (2, 1)])
-def test_photos_that_both_have_get_the_methods_of_both(tmp_path, formats):
-    first = write(tmp_path / "a", range(4), ("gradcam", "random"), formats[0])
-    second = write(tmp_path / "b", range(2, 6), ("saliency", "random"), formats[1])
+def test_photos_that_both_have_get_the_methods_of_both(tmp_path):
+    first = write(tmp_path / "a", range(4), ("gradcam", "random"))
+    second = write(tmp_path / "b", range(2, 6), ("saliency", "random"))
     found = merged(first, second, output=tmp_path / "c")
     methods = [[found.key(id)[2] for id in found.entries_of(image)] for image in found.image_ids]
     assert methods == [["gradcam", "random"]] * 2 + [["gradcam", "random", "saliency"]] * 2 + [["saliency", "random"]] * 2  # fmt: skip
@@ -63,9 +59,9 @@ def test_photos_that_both_have_get_the_methods_of_both(tmp_path, formats):
 
 
 def test_merging_equal_packs_gives_the_bytes_of_writing_once(tmp_path):
-    whole = write(tmp_path / "whole", range(5), ("gradcam", "saliency"), 2)
+    whole = write(tmp_path / "whole", range(5), ("gradcam", "saliency"))
     parts = [
-        write(tmp_path / name, range(*ends), ("gradcam", "saliency"), 2)
+        write(tmp_path / name, range(*ends), ("gradcam", "saliency"))
         for name, ends in (("a", (0, 3)), ("b", (3, 5)))
     ]
     merged(*parts, output=tmp_path / "c")

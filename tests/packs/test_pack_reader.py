@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -56,12 +55,6 @@ def folder(tmp_path: Path) -> Path:
     return save_pack(tmp_path / "pack", found, metrics=metrics)
 
 
-def edit(folder: Path, change) -> None:
-    found = json.loads((folder / "manifest.json").read_text())
-    change(found)
-    (folder / "manifest.json").write_text(json.dumps(found))
-
-
 def test_packs_are_read_without_pandas(folder):
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_PANDAS, str(folder)], capture_output=True, text=True
@@ -72,7 +65,7 @@ def test_packs_are_read_without_pandas(folder):
 def test_the_tables_have_the_values_of_the_explanations(folder):
     pytest.importorskip("pandas")
     pack = Pack(folder)
-    assert pack.entry_ids == list(pack.entries.index) == ["cat@1.cam", "dog@1.cam"]
+    assert list(pack.entry_ids) == list(pack.entries.index) == ["cat@1.cam", "dog@1.cam"]
     assert pack.entries["AD"].fillna(-1).tolist() == [0.5, -1]
     for e in load_pack(folder):
         row = pack.entries.loc[e.id]
@@ -81,40 +74,20 @@ def test_the_tables_have_the_values_of_the_explanations(folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
-@pytest.mark.parametrize("name", ["manifest.json", "maps.safetensors", "thumbnails"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "entries-00000.parquet",
+        "maps-00000.safetensors",
+        "thumbnails-00000.safetensors",
+    ],
+)
 def test_only_a_pack_of_ones_own_may_have_links_that_lead_out(tmp_path, folder, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     assert [e.photo().size for e in load_pack(folder)] == [(50, 40)] * 2
     with pytest.raises(PackError, match="link that leads out"):
-        Pack(folder).photo("cat")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.update(metrics={"AD": {"formula": "a description without its direction"}}),
-        lambda m: m["metrics"].update(image_id=m["metrics"]["AD"]),
-        lambda m: m["entries"][0].update(metrics={"AD": "a half"}),
-        lambda m: m["entries"][0].update(metrics={"AD": 1e300}),
-        lambda m: m.update(shares={"deletion": ["a half"]}),
-        lambda m: m.update(video="film.avi"),
-        lambda m: m["entries"][0].update(curves={"deletion": [0.5] * 100_001}),
-        lambda m: m["entries"][0].pop("min"),
-        lambda m: m["entries"][0].update(method="x" * 500),
-    ],
-)
-def test_what_is_no_damage_is_loaded_though_the_viewer_refuses_it(folder, change):
-    edit(folder, change)
-    assert [e.image_id for e in load_pack(folder)] == ["cat", "dog"]
-    with pytest.raises(PackError):
-        Pack(folder)
-
-
-def test_an_empty_pack_loads_as_no_explanations(folder):
-    edit(folder, lambda m: m.update(entries=[]))
-    assert load_pack(folder) == []
-    with pytest.raises(PackError, match="is empty; explain"):
         Pack(folder)
 
 

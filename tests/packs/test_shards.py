@@ -1,25 +1,22 @@
-"""Packs of format 2: what is written, read back, and refused."""
+"""Packs of several shards: what is written, read back, and refused."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pack_files import edit, rewritten
 
 from xattn.app.library import Library
 from xattn.app.synthetic_packs import described, explanation, million_pack, picture
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import ImageFacts
-from xattn.packs.format import is_pack, photos_of_a_shard
+from xattn.packs.format import is_pack
 from xattn.packs.reader import Pack, load_pack
 from xattn.packs.writer import pack_writer
 
@@ -35,7 +32,7 @@ def fill(writer: Any, photos: int = 7) -> None:
 
 
 def shards(folder: Path, photos: int = 7, shard: int = 3) -> Path:
-    with pack_writer(folder, format=2, photos=shard) as writer:
+    with pack_writer(folder, photos=shard) as writer:
         fill(writer, photos)
     return folder
 
@@ -44,32 +41,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_both_formats_hold_the_same(tmp_path):
-    with pack_writer(tmp_path / "one", overlays=False) as writer:
-        fill(writer)
-    first, second = Pack(tmp_path / "one"), Pack(shards(tmp_path / "two"))
-    assert (second.counts, second.methods) == (first.counts, first.methods) == ((21, 7), METHODS)
-    assert list(second.entry_ids) == list(first.entry_ids)
-    for id in first.entry_ids:
-        a, b = first.explanation(id), second.explanation(id)
-        np.testing.assert_array_equal(a.map, b.map)
-        for name in ("target", "target_name", "probability", "method", "view", "protocol", "file_name",
-                     "is_mask", "facts", "metrics", "curves", "sanity", "source"):  # fmt: skip
-            assert getattr(a, name) == getattr(b, name), name
-        assert first.key(id) == second.key(id) and first.view(id) == second.view(id)
-        assert first.curves(id) == second.curves(id)
-        x, y = first.provenance(id), second.provenance(id)
-        assert x["sha256"].pop("manifest") != y["sha256"].pop("manifest") and x == y
-        assert first.photo_bytes(a.image_id) == second.photo_bytes(a.image_id)
-        assert first.top(a.image_id) == second.top(a.image_id)
-    same = {"check_dtype": False, "check_index_type": False}
-    pd.testing.assert_frame_equal(first.entries, second.entries, **same)
-    pd.testing.assert_frame_equal(first.images, second.images, **same)
-
-
 def test_what_is_at_a_known_place_is_found_without_all_ids(tmp_path, monkeypatch):
     ids = list(Pack(shards(tmp_path / "pack")).entry_ids)
-    monkeypatch.setattr("xattn.packs.sharded.shard_contents.Ids", None)
+    monkeypatch.setattr("xattn.packs.contents.Ids", None)
     pack = Pack(tmp_path / "pack")
     assert pack.first_entry == ids[0]
     pack.know_rows({ids[10]: 10, ids[4]: 5}, {"photo-00003": 3})
@@ -95,8 +69,8 @@ def test_a_trusted_pack_has_its_thumbnails_as_sources(tmp_path):
 
 
 def test_photos_without_pixels_have_no_thumbnails(tmp_path):
-    with pack_writer(tmp_path / "pack", format=2) as writer:
-        writer.add([explanation(0)])
+    with pack_writer(tmp_path / "pack") as writer:
+        writer.add([explanation(0, metrics={})])
     pack = Pack(tmp_path / "pack")
     assert "thumbnails-00000.safetensors" not in contents(tmp_path / "pack")
     with pytest.raises(PackError, match="holds no picture of photo-00000"):
@@ -105,7 +79,8 @@ def test_photos_without_pixels_have_no_thumbnails(tmp_path):
 
 
 def test_metrics_and_labels_that_some_photos_lack(tmp_path):
-    with pack_writer(tmp_path / "pack", format=2, photos=1) as writer:
+    with pack_writer(tmp_path / "pack", photos=1) as writer:
+        writer.metrics = {"ROAD": {"higher_is_better": True}}
         writer.add([explanation(0, metrics={}, curves={})])
         writer.add([explanation(1, metrics={"ROAD": 0.5}, curves={"deletion": [0.1, 0.2]})])
     pack = Pack(tmp_path / "pack")
@@ -138,21 +113,24 @@ def test_parquet_files_have_one_group_of_rows_and_no_schema_of_arrow(tmp_path):
         assert b"ARROW:schema" not in (found.metadata or {}), path.name
 
 
-def test_duckdb_reads_what_parquet_names(tmp_path):
+def test_duckdb_reads_the_rows_as_they_come_and_as_files(tmp_path):
     duckdb = pytest.importorskip("duckdb")
-    entries, images = Pack(shards(tmp_path / "pack")).parquet()
-    sums = f'select count(*), sum("metric:ROAD") from read_parquet({list(map(str, entries))})'
-    ((count, total),) = duckdb.sql(sums).fetchall()
-    assert count == 21 and total == pytest.approx(Pack(tmp_path / "pack").entries["ROAD"].sum())
-    counted = f"select count(*) from read_parquet({list(map(str, images))})"
-    assert duckdb.sql(counted).fetchall() == [(7,)]
+    pack = Pack(shards(tmp_path / "pack"))
+    wanted = pytest.approx(pack.entries["ROAD"].sum())
+    tables = list(pack.rows("entries", ["method", "metric:ROAD"]))
+    assert [len(table) for table in tables] == [9, 9, 3]
+    rows = duckdb.from_arrow(pa.concat_tables(tables))
+    assert rows.aggregate('sum("metric:ROAD")').fetchall() == [(wanted,)]
+    files = [str(p) for p in sorted((tmp_path / "pack").glob("entries-*.parquet"))]
+    sums = f'select count(*), sum("metric:ROAD") from read_parquet({files})'
+    assert duckdb.sql(sums).fetchall() == [(21, wanted)]
 
 
 def test_a_pack_appears_whole_or_not_at_all(tmp_path):
     before = contents(shards(tmp_path / "pack", 2))
 
     def stopped() -> None:
-        with pack_writer(tmp_path / "pack", format=2) as writer:
+        with pack_writer(tmp_path / "pack") as writer:
             fill(writer, 3)
             raise KeyboardInterrupt
 
@@ -165,7 +143,7 @@ def test_a_pack_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_shard_writer_that_keeps_makes_a_pack_of_what_came_before_an_error(tmp_path):
     def stopped(photos: int) -> None:
-        with pack_writer(tmp_path / "pack", format=2, photos=2, keep=True) as writer:
+        with pack_writer(tmp_path / "pack", photos=2, keep=True) as writer:
             fill(writer, photos)
             raise KeyboardInterrupt
 
@@ -180,34 +158,25 @@ def test_a_shard_writer_that_keeps_makes_a_pack_of_what_came_before_an_error(tmp
     whole = Pack(shards(tmp_path / "whole", 3, 2))
     assert list(Pack(tmp_path / "pack").entry_ids) == list(whole.entry_ids)
     skipped = json.loads((tmp_path / "pack" / "manifest.json").read_text())["skipped"]
-    assert [row["reason"] for row in skipped] == ["cut short", "stopped by KeyboardInterrupt"]
+    assert [row["reason"] for row in skipped] == ["cut short", "stopped after photo-00002 by KeyboardInterrupt"]
 
 
-def test_a_pack_of_one_format_replaces_one_of_the_other_and_keeps_notes(tmp_path):
+def test_a_pack_replaces_another_whole_and_keeps_notes(tmp_path):
     folder = shards(tmp_path / "pack")
     (folder / "notes.txt").write_text("mine")
-    with pack_writer(folder, overlays=False) as writer:
-        fill(writer, 2)
-    assert sorted(contents_of(folder)) == [
-        "manifest.json",
-        "maps.safetensors",
-        "notes.txt",
-        "thumbnails",
-    ]
     shards(folder, 2)
-    assert "maps.safetensors" not in contents_of(folder) and "notes.txt" in contents_of(folder)
-
-
-def contents_of(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir()]
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["entries-00000.parquet", "images-00000.parquet", "manifest.json",
+                     "maps-00000.safetensors", "notes.txt", "thumbnails-00000.safetensors"]  # fmt: skip
 
 
 def test_a_photo_that_comes_twice_is_refused_also_in_another_shard(tmp_path):
     for second in (0, 1):
         with (
             pytest.raises(ValueError, match="photo-00000"),
-            pack_writer(tmp_path / "pack", format=2, photos=1) as writer,
+            pack_writer(tmp_path / "pack", photos=1) as writer,
         ):
+            writer.metrics = described()
             writer.add([explanation(0)])
             if second:
                 writer.add([explanation(1)])
@@ -225,52 +194,52 @@ def test_a_photo_that_comes_twice_is_refused_also_in_another_shard(tmp_path):
 def test_what_cannot_be_read_back_is_not_written(tmp_path, changes, named):
     with (
         pytest.raises(ValueError, match=named),
-        pack_writer(tmp_path / "pack", format=2) as writer,
+        pack_writer(tmp_path / "pack") as writer,
     ):
+        writer.metrics = described()
         writer.add([explanation(0, **changes)])
     assert not (tmp_path / "pack").exists()
 
 
-def test_shards_of_photos_with_many_maps_have_fewer_photos():
-    assert [photos_of_a_shard(n) for n in (0, 1, 16, 17, 25, 1000, 10**9)] == [
-        4096, 4096, 4096, 3855, 2621, 65, 1,
-    ]  # fmt: skip
+def test_a_shard_ends_when_it_is_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("xattn.packs.writer.SHARD_BYTES", 20_000)
+    pack = Pack(shards(tmp_path / "pack", 7, 4096))
+    sizes = [p.stat().st_size for p in (tmp_path / "pack").iterdir()]
+    assert pack.counts == (21, 7) and len(sizes) > 6 and max(sizes) < 60_000
+    assert [e.image_id for e in load_pack(tmp_path / "pack")[::3]] == list(pack.image_ids)
 
 
 def test_a_shard_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("xattn.packs.sharded.checked_parquet.MAX_ROWS", 20)
+    monkeypatch.setattr("xattn.packs.bounded_parquet.MAX_ROWS", 20)
     with pytest.raises(ValueError, match="21 rows, over the limit of 20.*fewer photos in a shard"):
         shards(tmp_path / "pack", 7, 7)
     assert not (tmp_path / "pack").exists()
 
 
+def test_a_metric_that_nobody_described_is_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match="^metrics: AD@50 of .* is not described"),
+        pack_writer(tmp_path / "pack") as writer,
+    ):
+        writer.metrics = {"ROAD": {"higher_is_better": True}}
+        writer.add([explanation(0)])
+
+
 def test_long_curves_are_read_back(tmp_path):
     curve = np.linspace(0, 1, 30_000).tolist()
-    with pack_writer(tmp_path / "pack", format=2) as writer:
+    with pack_writer(tmp_path / "pack") as writer:
         for i in range(75):
-            writer.add([explanation(i, curves={"deletion": curve})])
+            writer.add([explanation(i, metrics={}, curves={"deletion": curve})])
     pack = Pack(tmp_path / "pack")
     assert pack.curves(pack.entry_ids[74]) == {"deletion": curve}
 
 
-def test_the_library_lists_a_pack_of_format_2_without_its_rows(tmp_path, monkeypatch):
+def test_the_library_lists_a_pack_without_its_rows(tmp_path, monkeypatch):
     shards(tmp_path / "runs" / "large")
     monkeypatch.setattr(Pack, "entries", property(lambda self: pytest.fail("rows were read")))
     info = Library(tmp_path / "runs").packs()[0]
     assert (info.name, info.entries, info.images, info.methods) == ("large", 21, 7, METHODS)
     assert is_pack(tmp_path / "runs" / "large")
-
-
-def test_without_pyarrow_the_line_to_type_is_named(tmp_path, monkeypatch):
-    folder = shards(tmp_path / "pack")
-    for name in [name for name in sys.modules if name.startswith("xattn.packs.sharded")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    line = r'a pack of format 2 needs pyarrow, .*; run: pip install "xattn\[app\]"$'
-    with pytest.raises(PackError, match=f"^pack: {line}"):
-        Pack(folder)
-    with pytest.raises(ValueError, match=f"^output: {line}"):
-        shards(tmp_path / "new")
 
 
 def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
@@ -283,10 +252,10 @@ def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
 
 
 def with_features(folder: Path, rows: dict[int, Any]) -> Path:
-    with pack_writer(folder, format=2, photos=2) as writer:
+    with pack_writer(folder, photos=2) as writer:
         for i in range(5):
             facts = ImageFacts(features=rows.get(i))
-            writer.add([explanation(i, facts=facts)])
+            writer.add([explanation(i, metrics={}, facts=facts)])
     return folder
 
 
@@ -317,25 +286,9 @@ def test_features_of_another_length_are_refused(tmp_path):
 # ---------------------------------------------------------------------- damage
 
 
-def signed(folder: Path, name: str, data: bytes, **changes: Any) -> None:
-    """Put ``data`` in place of a file as somebody would who wants it to be read: with its hash."""
-    (folder / name).write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for shard in manifest["shards"]:
-        for record in shard.values():
-            if record["file"] == name:
-                record |= {
-                    "bytes": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                    **changes,
-                }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def read_all(folder: Path) -> None:
     """All that a page asks of a pack."""
     pack = Pack(folder)
-    pack.parquet()
     len(pack.entries), len(pack.images)
     for id in pack.entry_ids:
         pack.explanation(id), pack.provenance(id), pack.photo(pack.key(id)[0])
@@ -378,15 +331,6 @@ def test_load_pack_names_the_file_that_is_missing_or_cut(tmp_path, file, cut):
     assert "\n" not in str(caught.value)
 
 
-def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        change(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-    return edit
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -399,36 +343,17 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
         lambda m: m["shards"][0].pop("images"),
         lambda m: m.update(shards=[]),
         lambda m: m.update(entries=10**15),
-        lambda m: m.update(protocols=[]),
-        lambda m: m.update(views=[{}]),
-        lambda m: m.update(curves=["x"]),
+        lambda m: m.update(video={"file": "overlay.mp4"}),
+        lambda m: m.update(shares={"deletion": ["a half"]}),
+        lambda m: m["metrics"].update(min=m["metrics"]["ROAD"]),
         lambda m: m.update(metrics={}),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path, change):
     folder = shards(tmp_path / "pack", 4)
-    edited(change)(folder)
+    edit(folder, change)
     with pytest.raises(PackError):
         read_all(folder)
-
-
-def table_of(folder: Path, name: str) -> Any:
-    return pq.read_table(folder / name)
-
-
-def rewritten(folder: Path, name: str, table: Any, **options: Any) -> None:
-    """A Parquet file with another table, signed."""
-    sink = pa.BufferOutputStream()
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "sha256")]  # fmt: skip
-    options = {"compression": "zstd", "store_schema": False, "use_dictionary": texts} | options
-    pq.write_table(table, sink, **options)
-    signed(folder, name, sink.getvalue().to_pybytes())
-
-
-def replaced(table: Any, column: str, values: Any) -> Any:
-    place = table.schema.get_field_index(column)
-    field = table.schema.field(column)
-    return table.set_column(place, field, pa.array(values, field.type))
 
 
 @pytest.mark.parametrize(
@@ -441,23 +366,47 @@ def replaced(table: Any, column: str, values: Any) -> Any:
         ("target", -1),
         ("probability", 1.5),
         ("probability", float("nan")),
-        ("protocol", 99),
-        ("view", -1),
+        ("protocol", "[]"),
+        ("protocol", "{"),
+        ("view", "{}"),
+        ("place", -1),
+        ("place", 1 << 40),
         ("height", 0),
         ("height", 1 << 30),
         ("width", 17),
         ("min", float("inf")),
-        ("sha256", "x"),
-        ("sha256", "0" * 64),
+        ("sha256", bytes(32)),
         ("metric:ROAD", float("inf")),
         ("target_name", "x" * 5000),
-        ("curve:deletion", [float("nan")]),
+        ("curves", '{"deletion": [NaN]}'),
+        ("curves", '{"deletion": [1e999]}'),
+        ("curves", '{"deletion": "x"}'),
+        ("curves", '{"deletion": [' + "1," * 100_000 + "1]}"),
     ],
 )
 def test_rows_that_no_pack_can_hold_are_refused(tmp_path, column, value):
     folder = shards(tmp_path / "pack", 2)
-    name = "entries-00000.parquet"
-    table = table_of(folder, name)
-    rewritten(folder, name, replaced(table, column, [value, *table[column].to_pylist()[1:]]))
+    rewritten(folder, column, value)
+    with pytest.raises(PackError):
+        read_all(folder)
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("image_id", "photo-00001"),
+        ("confidence", 1.5),
+        ("label", -1),
+        ("methods", 0),
+        ("top", "[[1, 2, 3]]"),
+        ("top", "5"),
+        ("top", '[[0, "x", 1.5]]'),
+        ("thumbnail_place", 1 << 40),
+        ("thumbnail_bytes", 1 << 40),
+        ("thumbnail_sha256", bytes(32)),
+    ],
+)
+def test_photos_that_no_pack_can_hold_are_refused(tmp_path, column, value):
+    folder = rewritten(shards(tmp_path / "pack", 2), column, value, "images-00000.parquet")
     with pytest.raises(PackError):
         read_all(folder)

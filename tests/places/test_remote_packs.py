@@ -31,9 +31,9 @@ def test_a_pack_is_read_as_from_a_folder(pack):
     assert opened.photo("cat").size == (90, 60) and opened.video is None
 
 
-def test_a_pack_of_format_2_is_read_as_from_a_folder(tmp_path, bucket):
+def test_a_pack_of_several_shards_is_read_as_from_a_folder(tmp_path, bucket):
     given = [make("cat", 3, seed=1), make("cat", 4, seed=2), make("dog", 3, seed=3)]
-    with pack_writer(tmp_path / "pack", format=2, photos=1) as writer:
+    with pack_writer(tmp_path / "pack", photos=1) as writer:
         writer.add(given[:2])
         writer.add(given[2:])
     url = upload(tmp_path / "pack", f"{bucket}/runs/shards")
@@ -41,7 +41,7 @@ def test_a_pack_of_format_2_is_read_as_from_a_folder(tmp_path, bucket):
     assert all(np.array_equal(a.map, b.map) for a, b in zip(found, given, strict=True))
     assert found[0].photo().size == (90, 60)
     opened = Pack(place_of(url))
-    assert opened.parquet() is None and list(opened.entries.index) == [e.id for e in given]
+    assert list(opened.entries.index) == [e.id for e in given]
 
 
 def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):
@@ -50,14 +50,15 @@ def test_a_map_costs_its_own_bytes(tmp_path, bucket, fetched):
         object.__setattr__(e, "map", np.random.default_rng(e.target).random((200, 300)))
     url = upload(save_pack(tmp_path / "pack", maps), f"{bucket}/pack")
     opened = Pack(place_of(url))
+    wanted = opened.entry_ids[3]
+    assert opened.key(wanted)[0] == "cat" and opened.has_photo("cat")
     fetched.clear()
-    found = opened.explanation(opened.entry_ids[3])
-    assert fetched == [("maps.safetensors", 200 * 300 * 4)]
+    found = opened.explanation(wanted)
+    assert fetched == [("maps-00000.safetensors", 200 * 300 * 4)]
     assert np.array_equal(found.map, maps[3].map.astype(np.float32))
-    opened.photo("cat")
     fetched.clear()
-    opened.photo("cat")
-    assert fetched == []  # a small file is kept
+    data = opened.photo_bytes("cat")
+    assert fetched == [("thumbnails-00000.safetensors", len(data))]
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a//b", "a/../../b", "a\\b", "a?v=1"])
@@ -146,10 +147,10 @@ def test_packs_of_a_store_are_merged_into_one_there(pack, bucket, tmp_path, caps
     words = ["merge", url, str(tmp_path / "other"), "--output", f"{bucket}/merged"]
     assert main(words) == 0
     assert f"pack: {bucket}/merged" in capsys.readouterr().out
-    merged = Pack(place_of(f"{bucket}/merged"))  # of format 2
+    merged = Pack(place_of(f"{bucket}/merged"))
     assert sorted(merged.images.index) == ["cat", "dog", "owl"]
     assert merged.explanation(merged.entry_ids[0]).map.shape == (7, 5)
-    assert merged.photo("owl").size == (90, 60) and merged.parquet() is None
+    assert merged.photo("owl").size == (90, 60)
     assert main(words) == 2 and "holds results already" in capsys.readouterr().err
 
 

@@ -58,9 +58,9 @@ def test_the_pack_holds_the_maps_of_before_and_of_the_last_checkpoint(backbone, 
     fit(head, backbone, photos, CONFIG, progress=False, on_checkpoint=sample)
     found = load_pack(tmp_path / "sample")
     assert {e.method for e in found} == {"step 0", "step 6"}
-    assert [e.protocol["step"] for e in found] == [0] * 4 + [6] * 4
+    assert [e.protocol["step"] for e in found] == [0, 6] * 4
     assert len({e.image_id for e in found}) == 4
-    first, last = found[:4], found[4:]
+    first, last = found[::2], found[1::2]
     assert [e.image_id for e in first] == [e.image_id for e in last]
     again = explain(sample.photos.paths, backbone, head)
     for a, b in zip(again, last, strict=True):
@@ -73,8 +73,8 @@ def test_a_resumed_run_keeps_the_maps_of_before(backbone, photos, tmp_path):
     first = load_pack(tmp_path / "sample")
     Sample(backbone, photos, tmp_path / "sample", 2)(8, head)
     found = load_pack(tmp_path / "sample")
-    assert [e.protocol["step"] for e in found] == [0, 0, 8, 8]
-    for a, b in zip(first, found, strict=False):
+    assert [e.protocol["step"] for e in found] == [0, 8] * 2
+    for a, b in zip(first, found[::2], strict=True):
         np.testing.assert_array_equal(a.map, b.map)
 
 

@@ -63,7 +63,7 @@ class Bench:
     raw: Path | None = None
     """A .csv for what every round measured; of the job "kernels" for its table."""
     maps: int | None = None
-    """For the job "app": one pack of format 2 with so many maps, for example 1000000, is made, opened,
+    """For the job "app": one pack with so many maps, for example 1000000, is made, opened,
     sorted, searched and browsed instead; 400 or more."""
 
     @property

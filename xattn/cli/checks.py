@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xattn.photos import image_names
-from xattn.runtime.files import follow_link
 from xattn.runtime.head_files import local_head
 from xattn.runtime.names import did_you_mean
 from xattn.runtime.stores import StorePath, is_remote, place_of
@@ -133,12 +132,3 @@ def check_name(argument: str, name: str, names: Collection[str]) -> None:
     """Raise a ``ValueError`` with near matches unless ``name`` is one of ``names``."""
     if name not in names:
         raise ValueError(f"{argument}: unknown {name!r}; {did_you_mean(name, names)}")
-
-
-def check_output(folder: Path) -> None:
-    """A folder to write to is no file and no link that leads nowhere; one of a store comes later."""
-    if is_remote(folder, "output"):
-        return
-    follow_link(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; name a folder")

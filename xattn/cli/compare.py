@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from xattn.cli.checks import check_annotations, check_labels, check_output
+from xattn.cli.checks import check_annotations, check_labels
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import MethodArgs, known
+from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs, Not
 
 

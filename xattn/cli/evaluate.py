@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from xattn.cli.checks import check_annotations, check_name, check_output
+from xattn.cli.checks import check_annotations, check_name
 from xattn.cli.heads import choose_heads, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
 from xattn.cli.shared import MethodArgs, known
+from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs
 
 

@@ -21,7 +21,7 @@ PLANE = (
     *("heads", "classes", "top", "view", "max_pixels", "seed", "batch_size"),
     *(field.name for field in fields(BackboneArgs) if field.name != "backbone"),
 )
-MOST_PHOTOS = 20_000  # of a pack of format 1, unless it is asked for
+SHOWN = 20  # explanations that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +62,9 @@ class Explain(MethodArgs):
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
     runs/explained-2 and so on if there are results."""
-    pack_format: Literal[1, 2] | None = None
-    """Format of the pack: 1, or 2 for many photos: Parquet and shards that are written as the maps come, no
-    overlay pictures; by default 2 under torchrun and for more than 20,000 photos."""
+    overlays: int = 1000
+    """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
+    0 for none."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: int = 8
@@ -75,6 +75,10 @@ class Explain(MethodArgs):
         super().check()
         self.model.check()
         check_labels(self.labels)
+        if self.overlays < 0:
+            raise ValueError(
+                f"overlays: got {self.overlays}; give a number of photos, or 0 for none"
+            )
         if len(self.images) == 1:
             return
         from xattn.photos.clip import is_video
@@ -105,14 +109,14 @@ class Explain(MethodArgs):
     def _explain(self) -> None:
         from xattn.explaining.clips import explain_video
         from xattn.explaining.photos import explain
-        from xattn.photos.clip import is_video
 
+        whole = self.input != "photos"
+        if whole and _processes() > 1:
+            raise ValueError(f"images: {self.images[0]} is {self.input}; use one process")
         if self.input == "a 3-D network's volume":
-            self._check_format("a volume")
             self._explain_volume()
             return
-        clip = is_video(self.images[0])
-        self._check_format("a clip" if clip else None)
+        clip = whole
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
         if clip and several:
             raise ValueError(f"explainers: {self.images[0]} is a clip; give one method")
@@ -124,6 +128,7 @@ class Explain(MethodArgs):
             "seed": self.seed,
             "max_pixels": self.max_pixels,
             "progress": True,
+            "overlays": self.overlays > 0,
         }
         found: Any
         with pack_output(self.output, "runs/explained", self.overwrite) as output:
@@ -133,45 +138,15 @@ class Explain(MethodArgs):
                 options.update(every=self.every, smoothing=self.smoothing)
                 found = explain_video(self.images[0], backbone, None, methods[0], **options)
             else:
-                options.update(labels=self.labels, features=self.features)
                 photos = self.chosen
-                if self._pack_format(photos) == 2:
-                    self._explain_to_shards(photos, backbone, methods, options, output)
-                    return
-                found = explain(photos, backbone, None, methods, **options)
+                options.update(labels=self.labels, features=self.features)
+                options["overlays"] = len(photos) <= self.overlays
+                found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        self._tell(found, len(found), output)
-
-    def _check_format(self, whole: str | None) -> None:
-        """Refuse what a format cannot hold: of clips and volumes (``whole``) packs have format 1."""
-        if whole is not None and (self.pack_format == 2 or _processes() > 1):
-            raise ValueError(
-                f"images, pack_format: {self.images[0]} is {whole}, whose pack has format 1; leave out "
-                f"--pack-format, and use one process"
-            )
-        if self.pack_format == 1 and _processes() > 1:
-            raise ValueError(
-                "pack_format: got 1 under torchrun; several processes write format 2, leave it out"
-            )
-
-    def _pack_format(self, photos: Any) -> int:
-        """The format of the pack for ``photos``, see ``pack_format``."""
-        if self.pack_format is not None:
-            return self.pack_format
-        return 2 if _processes() > 1 or len(photos) > MOST_PHOTOS else 1
-
-    def _explain_to_shards(
-        self, photos: Any, backbone: Any, methods: Any, options: dict[str, Any], output: Output
-    ) -> None:
-        from xattn.explaining.shards import explain_to_shards
-        from xattn.runtime.distributed import processes
-
-        found = explain_to_shards(photos, backbone, None, methods, **options)
-        if processes(backbone.device)[1] == 0:
-            for name, reason in found.skipped:
-                print(f"skipped {name}: {reason}", file=sys.stderr)
-            self._tell(found.first, found.maps, output)
+        self._tell(found, len(found) if clip else found.maps, output)
 
     @property
     def input(self) -> str:
@@ -208,10 +183,10 @@ class Explain(MethodArgs):
 
     def _tell(self, found: Any, count: int, output: Output) -> None:
         """The first of ``count`` explanations, and where the pack is."""
-        for item in found[:20]:
+        for item in found[:SHOWN]:
             print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
-        if count > 20:
-            print(f"... and {count - 20:,} more")
+        if count > SHOWN:
+            print(f"... and {count - SHOWN:,} more")
         print(f"pack: {output.place}")
 
     def _methods(self) -> tuple[Any, list[Any]]:

@@ -13,10 +13,10 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True)
 class Merge:
-    """Join packs, of other photos or of other methods on the same ones, into one of format 2."""
+    """Join packs, of other photos or of other methods on the same ones, into one."""
 
     packs: Annotated[tuple[Path, ...], Argument(positional=True)] = ()
-    """Folders, or their URLs, that xattn explain or compare wrote: two or more, of any format."""
+    """Folders, or their URLs, that xattn explain or compare wrote: two or more."""
     output: Path | None = None
     """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results."""
     overwrite: bool = False

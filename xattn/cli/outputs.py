@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from xattn.cli.checks import check_output
 from xattn.cli.printing import note
+from xattn.runtime.files import check_output
 from xattn.runtime.stores import StoreError, StorePath, place_of
 
 AT_ONCE = 8  # files that are uploaded at the same time

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from xattn.cli.checks import check_evidence, check_output
+from xattn.cli.checks import check_evidence
 from xattn.cli.shared import PhotoArgs
+from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs
 
 

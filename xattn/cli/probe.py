@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from xattn.cli.checks import check_labels, check_output
+from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import PhotoArgs, known
 from xattn.config import ProbeConfig
+from xattn.runtime.files import check_output
 from xattn.runtime.option_checks import Belongs
 
 

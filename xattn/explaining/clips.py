@@ -21,20 +21,16 @@ from tqdm.auto import tqdm
 from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import Explainer
 from xattn.explaining.film import Film
-from xattn.explaining.photos import (
-    Explanations,
-    Prepared,
-    explain_batch,
-    set_up,
-    warn_of_blank,
-)
+from xattn.explaining.passes import Prepared, explain_batch, set_up, warn_of_blank
+from xattn.explaining.photos import Explanations
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation
-from xattn.packs.format import check_output, interrupted_output
+from xattn.packs.format import interrupted_output, is_pack
 from xattn.packs.reader import load_pack
 from xattn.photos.clip import FALLBACK_FPS, Clip, open_clip, quiet
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.view import prepare
+from xattn.runtime.files import check_output
 from xattn.runtime.process import deferred_interrupt
 
 
@@ -133,7 +129,7 @@ def explain_video(
 
 def _check(output: str | Path | None, every: int, smoothing: float) -> None:
     if output is not None:
-        check_output(output)
+        check_output(output, is_ours=is_pack)
     if isinstance(every, bool) or every < 1:
         raise ValueError(f"every: got {every}; give 1 for each frame, 2 for every second, ...")
     if not 0 <= smoothing < 1:
@@ -174,14 +170,14 @@ def _explained(
     for batch in batches:
         found = list(explain(batch))
         count = len(found) // len(batch)
-        for i, (*_, photo) in enumerate(batch):
+        for i, item in enumerate(batch):
             group = found[i * count : (i + 1) * count]
             now = {e.target: e.map.astype(np.float64) for e in group}
             past = {k: smoothing * past.get(k, m) + (1 - smoothing) * m for k, m in now.items()}
             maps = {k: m.astype(np.float32) for k, m in past.items()}
-            assert isinstance(photo, Image.Image)
-            yield photo, [replace(e, map=maps[e.target], source=None) for e in group]
-        del batch, found, photo, group  # otherwise two batches of frames would be alive
+            assert isinstance(item.source, Image.Image)
+            yield item.source, [replace(e, map=maps[e.target], source=None) for e in group]
+        del batch, found, item, group  # otherwise two batches of frames would be alive
 
 
 def _batches(
@@ -198,7 +194,7 @@ def _batches(
         clip.frames(every), desc="explain", unit="frame", total=total, disable=not progress
     ):
         pixels, seen = prepare(photo, preprocessing, view)
-        batch.append((pixels, seen.check_size(), f"frame-{number:06d}", photo))
+        batch.append(Prepared(pixels, seen.check_size(), f"frame-{number:06d}", photo))
         if len(batch) == batch_size:
             yield batch
             batch = []

@@ -7,53 +7,67 @@ all their maps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from itertools import chain
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
-from xattn.backbone.classes import find_classes
-from xattn.backbone.pooled_features import FeatureRecord, recording
-from xattn.explainers import Explainer, as_explainer, create_explainer
-from xattn.explainers.base import Choose
+from xattn.explainers import as_explainer
 from xattn.explaining.aim import OneEach, PredictedAndTrue, aimed
-from xattn.explaining.naming import Picture, Source, each_photo, file_name_of, named_photos
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
+from xattn.explaining.passes import (
+    Prepared,
+    TrueClass,
+    explain_batch,
+    map_of,
+    set_up,
+    true_classes_of,
+    warn,
+)
 from xattn.heads import Head
-from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
-from xattn.packs.format import check_output, interrupted_output
-from xattn.packs.writer import save_pack
+from xattn.packs.explanation import Explanation
+from xattn.packs.format import OVERLAY_SIDE, SHARD_PHOTOS
+from xattn.packs.writer import PackWriter, pack_writer, thumbnail_jpeg
 from xattn.photos.arrays import ArrayImage, is_stream
-from xattn.photos.base import StoredPhoto
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
-from xattn.photos.labels import true_classes
 from xattn.photos.view import View, prepare
 from xattn.pictures import notebook
+from xattn.runtime.distributed import gather, processes, together
 from xattn.runtime.stores import StoreError
 
-Prepared = tuple[Tensor, View, str, Picture]
-TrueClass = tuple[int | None, str | None]
-TOP = 5  # how many classes of every photo a pack names
+FIRST = 20  # explanations that several processes return
+WAITING = 4  # photos that wait to be written while others are explained
 
 
 class Explanations(list[Explanation]):
-    """A list of explanations; ``skipped`` holds (file name, reason) of images that were left out."""
+    """A list of explanations.
+
+    Attributes:
+        skipped: (file name, reason) of images that were left out.
+        photos, maps: how many were explained, also where not all of them are in the list.
+        blank: the maps that are constant, in words.
+    """
 
     skipped: list[tuple[str, str]]
+    photos = maps = 0
 
     def __init__(self, items: Iterable[Explanation] = ()) -> None:
         super().__init__(items)
-        self.skipped = []
+        self.skipped, self.blank = [], list[str]()
+
+    def add(self, photo: Sequence[Explanation], keep: int | None = None) -> None:
+        """The explanations of a photo, in the list up to ``keep`` of all; constant maps are noted."""
+        self.photos, self.maps = self.photos + 1, self.maps + len(photo)
+        self.extend(photo if keep is None else photo[: max(0, keep - len(self))])
+        self.blank += [map_of(e, e.file_name or e.image_id) for e in photo if e.is_blank]
 
     def _repr_html_(self) -> str | None:
         return notebook.grid_html(self) if self else None
@@ -79,6 +93,9 @@ def explain(
     labels: str | Path | None = None,
     target: Any = None,
     features: bool = False,
+    *,
+    keep: int | None = None,
+    shard_photos: int = SHARD_PHOTOS,
 ) -> Explanations:
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
@@ -93,10 +110,13 @@ def explain(
         classes: explain these (names or indices) in every photo, or with ``"predicted,label"`` the
             predicted class and, of a mistake, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
-        output: folder to write a pack to, see :func:`~xattn.packs.writer.save_pack`.
+        output: folder to write a pack to, photo by photo, see :func:`~xattn.packs.writer.pack_writer`. Of
+            several processes (:func:`~xattn.runtime.distributed.processes`) number r of n explains the
+            blocks r, r + n, ... of ``shard_photos`` photos, and the pack is the one that a single process
+            writes, byte by byte.
         batch_size: images per pass.
         max_pixels: refuse larger photos before they are decoded.
-        overlays: whether the pack gets overlay pictures.
+        overlays: whether the pack gets overlay pictures; those of several processes get none.
         progress: show a progress bar if there is more than one photo.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
@@ -104,41 +124,108 @@ def explain(
             the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text.
         features: also keep what the classifier reads of each photo, of the first explainer's passes, in
             its ``facts`` and in the pack, for the viewer's map of the photos.
+        keep: how many explanations to return, the first ones, so that memory does not grow with the
+            maps; by default all, or 20 of several processes.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order of
         ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped with a
         warning and listed in ``.skipped``; a single such photo raises. After Ctrl-C or an error what was
-        explained until then is a pack in ``output``, or in ``<output>-interrupted`` beside an earlier one.
+        explained until then is a pack in ``output``, or in ``<output>-interrupted`` beside an earlier one;
+        several processes keep nothing.
 
     Raises:
         ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
             layout or range; a bad ``output``.
         OSError: a missing path, or an ``output`` that cannot be written.
     """
-    if output is not None:
-        check_output(output)
-    reading = Reading(view, batch_size, max_pixels, features, progress)
-    work = work_of(images, backbone, head, explainer, classes, top, seed, labels, target, reading)
+    count, rank = (1, 0) if output is None else processes(backbone.device)
+    with ExitStack() as stack:
+        writer, about = None, {"gather": gather, "rank": rank, "keep": count == 1}
+        if output is not None:
+            drawn = overlays and count == 1
+            writer = stack.enter_context(pack_writer(output, drawn, shard_photos, **about))
+        stored = None if writer is None else writer.overlays
+        reading = Reading(view, batch_size, max_pixels, features, progress and rank == 0, stored)
+        given = (images, backbone, head, explainer, classes, top, seed, labels, target, reading)
+        work = together(lambda: _work_of(*given)) if count > 1 else _work_of(*given)
+        blocks = _blocks(work.sources, shard_photos, count, rank)
+        result = _run(work, blocks, writer, FIRST if keep is None and count > 1 else keep)
+    warn(result.blank)
+    return result
+
+
+def _run(
+    work: Work,
+    blocks: Iterable[tuple[int, Iterable[tuple[str, Source]]]],
+    writer: PackWriter | None,
+    keep: int | None,
+) -> Explanations:
+    """Explain the blocks of this process; what is returned is of all processes that write a pack."""
     result = Explanations()
-    try:
-        for found in work.explained(work.sources, result.skipped):
-            result.extend(found)
-    except BaseException as error:
-        if output is not None and result:
-            _save_interrupted(output, result, overlays, error)
-        raise
-    if result.skipped or not result:
-        report(result.skipped, len({e.image_id for e in result}))
-    warn_of_blank([(e, e.file_name or e.image_id) for e in result])
-    if output is not None:
-        try:
-            save_pack(output, result, overlays, result.skipped)
-        except ValueError as error:
-            if not isinstance(error.__cause__, StoreError):
-                raise
-            _save_interrupted(output, result, overlays, error.__cause__)
-            raise error.__cause__ from None
+    if writer is not None:
+        result.skipped = writer.skipped
+    for found in _written(work, blocks, writer, result.skipped):
+        result.add(found, keep)
+    if writer is None:
+        if result.skipped or not result.photos:
+            report(result.skipped, result.photos)
+        return result
+    result = _together(result, keep)
+    if result.skipped or not result.photos:
+        together(lambda: report(result.skipped, result.photos, warn=writer.is_first))
+    return result
+
+
+def _written(
+    work: Work,
+    blocks: Iterable[tuple[int, Iterable[tuple[str, Source]]]],
+    writer: PackWriter | None,
+    skipped: list[tuple[str, str]],
+) -> Iterator[list[Explanation]]:
+    """The explanations of each photo, which a thread writes while the next ones are explained."""
+    waiting: deque[Future[None]] = deque()
+    total = len(work.sources) if isinstance(work.sources, list) else None
+    bar = tqdm(
+        None, "explain", total, unit="photo", disable=not work.reading.progress or total == 1
+    )
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool, bar:
+
+        def do(call: Callable[..., None], *arguments: Any) -> None:
+            waiting.append(pool.submit(call, *arguments))
+            while len(waiting) > WAITING:
+                waiting.popleft().result()
+
+        for number, block in blocks:
+            if writer is not None:
+                do(writer.block, number)
+            for item, found in work.explained(block, skipped, bar.update):
+                if writer is not None:
+                    do(writer.add, found, item.thumbnail, item.picture)
+                yield found
+        for future in waiting:
+            future.result()
+
+
+def _blocks(
+    sources: Iterable[tuple[str, Source]], photos: int, count: int, rank: int
+) -> Iterator[tuple[int, Iterator[tuple[str, Source]]]]:
+    """The numbered blocks of a process; nothing is read ahead from a loader."""
+    remaining = iter(sources)
+    for number, first in enumerate(remaining):
+        block = chain([first], islice(remaining, photos - 1))
+        if number % count == rank:
+            yield number, block
+        deque(block, maxlen=0)
+
+
+def _together(own: Explanations, keep: int | None) -> Explanations:
+    """The explanations of all processes."""
+    parts = gather((list(own), own.photos, own.maps, own.skipped))
+    result = Explanations([e for part in parts for e in part[0]][:keep])
+    result.photos, result.maps = (sum(part[i] for part in parts) for i in (1, 2))
+    result.skipped = [item for part in parts for item in part[3]]
+    result.blank = own.blank
     return result
 
 
@@ -150,6 +237,8 @@ class Reading(NamedTuple):
     max_pixels: int | None
     features: bool
     progress: bool
+    stored: bool | None
+    """Whether pictures are kept for overlays; None where not even thumbnails are stored."""
 
 
 class Work(NamedTuple):
@@ -163,20 +252,24 @@ class Work(NamedTuple):
     reading: Reading
 
     def explained(
-        self, sources: Iterable[tuple[str, Source]], skipped: list[tuple[str, str]]
-    ) -> Iterator[list[Explanation]]:
-        """The explanations of photos, batch by batch and photo by photo; (file name, reason) of those that
-        cannot be read go to ``skipped``."""
-        for batch in _batches(sources, self.backbone, self.reading, skipped):
-            by_photo: dict[str, list[Explanation]] = {item[2]: [] for item in batch}
+        self,
+        sources: Iterable[tuple[str, Source]],
+        skipped: list[tuple[str, str]],
+        tell: Callable[[], object],
+    ) -> Iterator[tuple[Prepared, list[Explanation]]]:
+        """Photos with their explanations; (file name, reason) of those that cannot be read go to
+        ``skipped``, and each that was read or skipped is told of."""
+        alone = isinstance(self.sources, list) and len(self.sources) == 1
+        for batch in _batches(sources, self.backbone, self.reading, skipped, alone, tell):
+            by_photo: dict[str, list[Explanation]] = {item.image_id: [] for item in batch}
             for i, job in enumerate(self.jobs):
                 features = self.reading.features and i == 0
                 for found in explain_batch(batch, self.backbone, *job, self.truth, features):
                     by_photo[found.image_id].append(found)
-            yield list(chain.from_iterable(by_photo.values()))
+            yield from zip(batch, by_photo.values(), strict=True)
 
 
-def work_of(
+def _work_of(
     images: Any,
     backbone: Backbone,
     head: Head | None,
@@ -226,150 +319,6 @@ def _listed(explainer: Any, backbone: Backbone, seed: int, batch_size: int) -> S
     return [as_explainer(e, backbone, name=row, **about) for row, e in explainer.items()]
 
 
-def _save_interrupted(
-    output: str | Path, result: Explanations, overlays: bool, error: BaseException
-) -> None:
-    reason = f"stopped after {result[-1].image_id} by {type(error).__name__}"
-    folder = interrupted_output(output)
-    skipped = [*result.skipped, ("", reason)]
-    try:
-        try:
-            save_pack(folder, result, overlays, skipped)
-            saved = f"{folder} holds what was explained"
-        except ValueError:  # photos are read again for their pictures
-            if not isinstance(error, StoreError):
-                raise
-            save_pack(folder, [replace(e, source=None) for e in result], False, skipped)
-            saved = f"{folder} holds what was explained, without photos"
-    except (OSError, ValueError) as second:  # the first error is the one to raise
-        saved = f"what was explained could not be saved ({second})"
-    warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=3)
-
-
-def set_up(
-    backbone: Backbone,
-    head: Head | None,
-    explainer: str | Explainer | None,
-    classes: int | str | Sequence[int | str] | OneEach | PredictedAndTrue | None,
-    top: int,
-    view: str,
-    batch_size: int,
-    seed: int,
-) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
-    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
-    if isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}; give at least 1")
-    method = _explainer(backbone, head, explainer, seed, batch_size)
-    backbone.require_classes()
-    protocol = protocol_of(backbone, method, view)
-    if isinstance(classes, OneEach | PredictedAndTrue):
-        kind = "named" if isinstance(classes, OneEach) else "predicted, label"
-        return method, classes, {**protocol, "classes": kind}
-    wanted = _classes(backbone, classes, top)
-    if wanted is not None:
-        protocol["classes"] = "named"
-
-    def choose(logits: Tensor) -> Tensor:
-        if wanted is None:
-            return logits.topk(top).indices
-        return torch.tensor(wanted, device=logits.device).expand(len(logits), -1)
-
-    return method, choose, protocol
-
-
-def explain_batch(
-    batch: list[Prepared],
-    backbone: Backbone,
-    method: Explainer,
-    choose: Choose | OneEach | PredictedAndTrue,
-    protocol: dict[str, Any],
-    truth: Mapping[str, TrueClass] | None = None,
-    features: bool = False,
-) -> Iterator[Explanation]:
-    """The explanations of prepared photos, photo by photo, in the order chosen for each.
-
-    ``truth`` has the true class by image_id; with ``features`` the facts of each photo hold what the
-    classifier reads of it.
-    """
-    pixels = torch.stack([item[0] for item in batch]).to(backbone.device)
-    with recording() if features else nullcontext() as record:
-        if isinstance(choose, OneEach | PredictedAndTrue):
-            logits, targets, maps = choose.maps(method, pixels, [item[2] for item in batch])
-        else:
-            logits, targets, maps = method.attribute_classes(pixels, choose)
-    read = _features(record, logits, backbone) if record else [None] * len(batch)
-    every = backbone.probabilities(logits)
-    probabilities = every.gather(1, targets)
-    values = maps.float().cpu().numpy()
-    for i, (_, seen, image_id, source) in enumerate(batch):
-        label, label_name = (truth or {}).get(image_id, (None, None))
-        facts = ImageFacts(top_classes(every[i], backbone), label, label_name, read[i])
-        for j, target in enumerate(dict.fromkeys(targets[i].tolist())):
-            yield Explanation(
-                map=values[i, j],
-                target=target,
-                target_name=backbone.class_names[target],
-                probability=float(probabilities[i, j]),
-                method=method.name,
-                view=seen,
-                image_id=image_id,
-                protocol=protocol if seen.mode != "tensor" else {**protocol, "view": "tensor"},
-                file_name=file_name_of(source),
-                is_mask=method.is_mask,
-                source=source,
-                facts=facts,
-            )
-
-
-def _features(
-    record: FeatureRecord, logits: Tensor, backbone: Backbone
-) -> Sequence[NDArray[np.float16] | None]:
-    """What the classifier read of each photo of a batch, (d,); None where that is not known."""
-    rows = record.rows(logits)
-    note = record.note or ("gives none, and the pack has none" if rows is None else "")
-    if note:
-        warnings.warn(f"features: {backbone.name} {note}", stacklevel=3)
-    if rows is None:
-        return [None] * len(logits)
-    most = torch.finfo(torch.float16).max
-    return list(rows.clamp(-most, most).half().numpy())
-
-
-def top_classes(probabilities: Tensor, backbone: Any) -> tuple[tuple[int, str, float], ...]:
-    """(K,) probabilities -> (class, its name, probability) of the five most probable; none of numbers that
-    are no probabilities.
-
-    ``backbone``: what has the names of the classes and the task.
-    """
-    if backbone.task == "regression":
-        return ()
-    values, classes = probabilities.topk(min(TOP, len(probabilities)))
-    pairs = zip(classes.tolist(), values.tolist(), strict=True)
-    return tuple((i, backbone.class_names[i], float(f"{p:.6g}")) for i, p in pairs)
-
-
-def true_classes_of(
-    sources: Iterable[tuple[str, Source]], labels: str | Path, backbone: Backbone
-) -> dict[str, TrueClass]:
-    """The true classes of photos by image_id, see :func:`xattn.photos.labels.true_classes`."""
-    names, ids = [], []
-    for image_id, source in sources:
-        if isinstance(source, Image.Image | ArrayImage):
-            raise ValueError(f"labels: {image_id} has no file name; give photos by path")
-        name = source.name if isinstance(source, StoredPhoto) else str(source)
-        names.append(source.as_posix() if isinstance(source, Path) else name)
-        ids.append(image_id)
-    found = true_classes(names, labels, backbone.class_names)
-    if all(number is None for number, _ in found):
-        shown = next((name for _, name in found if name is not None), "none")
-        warnings.warn(
-            f"labels: no photo has a class of {backbone.name} (the first: {shown}), so no prediction "
-            f"can be called right or wrong",
-            stacklevel=3,
-        )
-    return dict(zip(ids, found, strict=True))
-
-
 def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if not names or twice:
@@ -377,69 +326,30 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError(f"explainer: got {got}; give each method once")
 
 
-def _explainer(
-    backbone: Backbone,
-    head: Head | None,
-    explainer: str | Explainer | None,
-    seed: int,
-    batch_size: int,
-) -> Explainer:
-    if explainer is not None and not isinstance(explainer, str):
-        explainer = as_explainer(explainer, backbone, seed=seed, max_forward_batch=batch_size)
-        if explainer.backbone is not backbone:
-            raise ValueError(
-                f"explainer: {explainer.name} was made for another backbone "
-                f"({explainer.backbone.name}); create it with this one"
-            )
-        return explainer
-    if explainer is None:
-        if head is None:
-            raise ValueError(
-                "head: got none; give head=load_head(...), or explainer='gradcam' or another of "
-                "list_explainers()"
-            )
-        explainer = "head"
-    return create_explainer(explainer, backbone, head, seed=seed, max_forward_batch=batch_size)
-
-
-def _classes(
-    backbone: Backbone, classes: int | str | Sequence[int | str] | None, top: int
-) -> list[int] | None:
-    if classes is None:
-        if isinstance(top, bool) or not 1 <= top <= backbone.num_classes:
-            raise ValueError(
-                f"top: got {top}; {backbone.name} has 1..{backbone.num_classes} classes"
-            )
-        return None
-    names = [classes] if isinstance(classes, int | str) else list(classes)
-    if not names:
-        raise ValueError("classes: got an empty list; name at least one class, or pass None")
-    return find_classes(names, backbone.class_names, backbone.name)
-
-
 def _batches(
     sources: Iterable[tuple[str, Source]],
     backbone: Backbone,
     reading: Reading,
     skipped: list[tuple[str, str]],
+    alone: bool,
+    tell: Callable[[], object],
 ) -> Iterator[list[Prepared]]:
-    def read(pair: tuple[str, Source]) -> tuple[Tensor, View, Picture]:
-        return _prepared(pair[1], backbone.preprocessing, reading.view, reading.max_pixels)
-
     batch: list[Prepared] = []
-    ahead = read_ahead(read, sources, 2 * reading.batch_size)
-    count = len(sources) if isinstance(sources, list) else None
-    hidden = not reading.progress or count == 1
-    for (image_id, source), photo in tqdm(ahead, "explain", count, unit="photo", disable=hidden):
+    ahead = read_ahead(
+        lambda pair: _prepared(*pair, backbone.preprocessing, reading),
+        sources,
+        2 * reading.batch_size,
+    )
+    for (image_id, source), photo in ahead:
+        tell()
         try:
-            pixels, seen, picture = photo.result()
+            batch.append(photo.result())
         except (ValueError, OSError) as error:
-            if count == 1 or isinstance(error, StoreError):
+            if alone or isinstance(error, StoreError):
                 raise
             name = file_name_of(source) or image_id
             skipped.append((name, str(error).replace(str(source), name)))
             continue
-        batch.append((pixels, seen, image_id, picture))
         if len(batch) == reading.batch_size:
             yield batch
             batch = []
@@ -448,27 +358,28 @@ def _batches(
 
 
 def _prepared(
-    source: Source, preprocessing: Preprocessing, view: str, max_pixels: int | None
-) -> tuple[Tensor, View, Picture]:
-    """The model's input, what it shows of the photo, and where the photo's pixels are."""
-    photo = load_image(source, max_pixels)
+    image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
+) -> Prepared:
+    """A photo, decoded once."""
+    photo = load_image(source, reading.max_pixels)
+    as_given = None
     if isinstance(source, ArrayImage):
         height, width = size = source.size
         if source.is_tensor and size == tuple(preprocessing.input_size):
-            return source.input(), View("tensor", size, size, (0, 0, height, width), size), photo
+            as_given = source.input(), View("tensor", size, size, (0, 0, height, width), size)
         source = photo
-    pixels, seen = prepare(photo, preprocessing, view)
-    return pixels, seen.check_size(), source
+    pixels, seen = as_given or prepare(photo, preprocessing, reading.view)
+    found = Prepared(pixels, seen.check_size(), image_id, source)
+    if reading.stored is None:
+        return found
+    small = photo.copy() if photo is source else photo
+    small.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE), Image.Resampling.LANCZOS)
+    return found._replace(
+        thumbnail=thumbnail_jpeg(small), picture=small if reading.stored else None
+    )
 
 
-def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
-    """Warn once about all constant maps; each comes with the name of its photo or frame."""
-    blank = [map_name(e.method, e.target_name, name) for e, name in named if e.is_blank]
-    if blank:
-        warnings.warn(f"explain: {blank_note(blank)}", stacklevel=3)
-
-
-def report(skipped: Sequence[tuple[str, str]], explained: int) -> None:
+def report(skipped: Sequence[tuple[str, str]], explained: int, warn: bool = True) -> None:
     """Warn of the photos that were skipped beside so many that were explained.
 
     Raises:
@@ -481,6 +392,8 @@ def report(skipped: Sequence[tuple[str, str]], explained: int) -> None:
         raise ValueError("images: got none; the loader is empty")
     if not explained:
         raise ValueError(f"images: none of the {count} images can be read: {reasons}{more}")
+    if not warn:
+        return
     warnings.warn(
         f"explain: skipped {len(skipped)} of {count} images: {reasons}{more}", stacklevel=3
     )

@@ -1,28 +1,43 @@
-"""What a pack holds, behind one interface for both formats.
+"""What is stored of a pack: the manifest at once, rows, maps and pictures when they are asked for.
 
-:class:`~xattn.packs.reader.Pack` is what everybody uses; it asks one of these.
+:class:`~xattn.packs.reader.Pack` is what everybody uses; it asks this.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
-from xattn.packs.contained_files import PackError
-from xattn.packs.manifest import MetricInfo, Top
-from xattn.photos.base import StoredPhoto
+from xattn.packs import columns, manifest
+from xattn.packs.bounded_parquet import MAX_FILE, BoundedParquet
+from xattn.packs.contained_files import PackError, PackFolder, why
+from xattn.packs.format import MANIFEST
+from xattn.packs.manifest import DamagedFile, ShardFile, damaged
+from xattn.photos.base import Photos, StoredPhoto
+from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.photos.view import View
-from xattn.runtime.stores import StorePath
-
-if TYPE_CHECKING:
-    import pandas as pd
+from xattn.runtime import strict_json
+from xattn.runtime.display_text import encodable, visible
+from xattn.runtime.lru_cache import LRUCache
 
 MAX_THUMBNAIL = 32 << 20  # bytes
+MAX_FEATURES = 1 << 30  # bytes of a shard's features
+MAX_IDS = 128 << 20  # bytes of all ids of a kind
+MAX_TOP = 1000  # classes
+RECENT_ROWS = 48 << 20  # bytes of decoded rows that are kept
+KNOWN_ROWS = 1 << 14  # ids whose rows are kept
 
 
 class Entry(NamedTuple):
@@ -41,8 +56,10 @@ class Entry(NamedTuple):
     protocol: dict[str, Any]
     view: View
     metrics: dict[str, float]
-    curves: Mapping[str, Sequence[float]]
-    sha256: str | None
+    curves: dict[str, list[float]]
+    shape: tuple[int, int]
+    place: int
+    sha256: str
 
 
 class PhotoFacts(NamedTuple):
@@ -50,106 +67,362 @@ class PhotoFacts(NamedTuple):
 
     row: int
     image_id: str
-    top: Top
+    top: tuple[tuple[int, str, float], ...]
     label: int | None
     label_name: str | None
+    thumbnail: tuple[int, int]
+    """The place of its JPEG file, and its bytes."""
     thumbnail_sha256: str | None
 
 
-class Contents(ABC):
+class Ids(Sequence[str]):
+    """The ids of all rows; a million take as much memory as their letters.
+
+    Raises:
+        ValueError: an id comes twice.
+    """
+
+    def __init__(self, texts: pa.ChunkedArray) -> None:
+        self.texts = texts
+        if pc.count_distinct(texts).as_py() != len(texts):
+            counts = texts.value_counts()
+            twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+            raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
+
+    def row(self, id: Any) -> int:
+        """The row of an id; KeyError where there is none. It looks through all: 6 ms for a million."""
+        if not isinstance(id, str) or encodable(id) != id:
+            raise KeyError(id)
+        found = int(pc.index(self.texts, pa.scalar(id, pa.string())).as_py())
+        if found < 0:
+            raise KeyError(id)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.texts.to_pylist()[index]
+        return self.texts[range(len(self))[index]].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.texts.chunks:
+            yield from chunk.to_pylist()
+
+
+class Contents:
     """The entries and photos of a pack; safe to share between threads.
 
     Attributes:
-        xattn: the version of xattn that wrote the pack.
-        counts: how many entries and photos there are.
-        methods: the methods of the entries, in the order in which they come first.
-        skipped: (file name, reason) of images that were left out.
-        metrics, shares: see :class:`~xattn.packs.reader.Pack`.
-        has_features: whether the features of all photos are there.
-        video: the hash of the film, "" if the film has none, None without a film.
+        manifest: what the manifest says.
+
+    Raises:
+        PackError: the manifest is damaged, or a file is missing or of another size.
     """
 
-    xattn: str
-    counts: tuple[int, int]
-    methods: tuple[str, ...]
-    metrics: list[MetricInfo]
-    shares: dict[str, list[float]]
-    skipped: list[tuple[str, str]]
-    has_features = False
-    video: str | None
+    def __init__(self, files: PackFolder, parsed: dict[str, Any], trusted: bool) -> None:
+        self._files, self._trusted = files, trusted
+        self.manifest = found = manifest.read(parsed)
+        self._schemas = {
+            "entries": columns.entry_schema([m.key for m in found.metrics]),
+            "images": columns.IMAGES,
+        }
+        self._ends = {
+            kind: np.cumsum([file.rows for file in self._shards(kind)]) for kind in self._schemas
+        }
+        self._recent = LRUCache(RECENT_ROWS)
+        self._known_rows = LRUCache(KNOWN_ROWS)
+        if files.path is not None:  # elsewhere a question a file takes too long
+            self._check_sizes()
 
-    @property
-    @abstractmethod
-    def entry_ids(self) -> Sequence[str]:
+    # ------------------------------------------------------------------ rows
+
+    @cached_property
+    def entry_ids(self) -> Ids:
         """The ids of the entries, in their order."""
+        return self._ids("entries", "entry_id")
 
-    @property
-    @abstractmethod
-    def image_ids(self) -> Collection[str]:
-        """The ids of the photos, in their order; ``in`` is fast."""
+    @cached_property
+    def image_ids(self) -> Ids:
+        """The ids of the photos, in their order."""
+        return self._ids("images", "image_id")
 
     @property
     def first_entry(self) -> str:
         """The id of the first entry."""
-        return self.entry_ids[0]
+        found: str = self._row("entries", 0)["entry_id"]
+        self.know_rows({found: 0}, {})
+        return found
 
-    @abstractmethod
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
         """See :meth:`xattn.packs.reader.Pack.know_rows`."""
+        for kind, rows in (("entries", entries), ("images", images)):
+            for id, row in rows.items():
+                self._known_rows.put((kind, id), row, 1)
 
-    @abstractmethod
+    def _row_of(self, kind: str, id: str) -> int:
+        """The row of an entry or an image; callers compare the id there."""
+        if isinstance(id, str) and (known := self._known_rows.get((kind, id))) is not None:
+            return int(known)
+        try:
+            return (self.entry_ids if kind == "entries" else self.image_ids).row(id)
+        except KeyError:
+            what = "map" if kind == "entries" else "image"
+            raise PackError(f"The pack has no such {what}; choose one of its gallery") from None
+
     def entries_of(self, image_id: str) -> list[str]:
         """The ids of a photo's entries, in their order; PackError where there is no such photo."""
+        shard, _ = self._place("images", self._row_of("images", image_id))
+        key = ("ids", shard)
+        if (table := self._recent.get(key)) is None:
+            table = self._read("entries", shard, ["entry_id", "image_id"])
+            self._recent.put(key, table, table.nbytes)
+        rows = [_equal(chunk, image_id) for chunk in table["image_id"].chunks]
+        return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
-    @abstractmethod
     def entry(self, entry_id: str) -> Entry:
         """What is known of a map; PackError where there is none of this id."""
+        i = self._row_of("entries", entry_id)
+        row = self._row("entries", i)
+        if row["entry_id"] != entry_id:
+            raise damaged("it has changed since it was opened")
+        return Entry(
+            row=i,
+            id=entry_id,
+            image_id=row["image_id"],
+            file_name=self._shown(row["file_name"]),
+            method=row["method"],
+            target=row["target"],
+            target_name=self._shown(row["target_name"]),
+            probability=row["probability"],
+            is_mask=row["is_mask"],
+            sanity=row["sanity"],
+            protocol=_json(row["protocol"], dict),
+            view=_view(_json(row["view"], dict)),
+            metrics={
+                m.key: v for m in self.manifest.metrics if (v := row[columns.METRIC + m.key]) == v
+            },
+            curves=manifest.curves_of(_json(row["curves"], dict)),
+            shape=(row["height"], row["width"]),
+            place=row["place"],
+            sha256=row["sha256"].hex(),
+        )
 
-    @abstractmethod
     def photo(self, image_id: str) -> PhotoFacts:
         """What is known of a photo; PackError where there is none of this id."""
+        i = self._row_of("images", image_id)
+        row = self._row("images", i)
+        if row["image_id"] != image_id:
+            raise damaged("it has changed since it was opened")
+        name = row["label_name"]
+        return PhotoFacts(
+            row=i,
+            image_id=image_id,
+            top=tuple(map(self._top, _json(row["top"], list))),
+            label=row["label"],
+            label_name=None if name is None else self._shown(name),
+            thumbnail=(row["thumbnail_place"], row["thumbnail_bytes"]),
+            thumbnail_sha256=_hex(row["thumbnail_sha256"]),
+        )
 
-    @abstractmethod
+    def _top(self, item: Any) -> tuple[int, str, float]:
+        kinds = [type(v) for v in item] if type(item) is list else []
+        if kinds not in ([int, str, float], [int, str, int]):
+            raise damaged("an image's top classes are not [class, name, probability]")
+        number, name, p = item
+        if not (0 <= number < 1 << 31 and 0 <= p <= 1):
+            raise damaged("an image's top class is no class")
+        return number, self._shown(encodable(name)), float(p)
+
+    def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of all "entries" or "images", shard by shard and checked; texts are dictionaries."""
+        for shard in range(len(self.manifest.shards)):
+            yield self._read(kind, shard, names)
+
+    # ------------------------------------------------------------------ maps, pictures, features
+
     def map(self, entry: Entry) -> NDArray[np.float32]:
         """The map (h, w) of an entry, checked by its hash; ValueError or OSError if it is damaged."""
+        file = self.maps_file(entry)
+        data = self._bytes(file, entry.place, 4 * entry.shape[0] * entry.shape[1])
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ValueError(f"the bytes of {entry.id} are not those that were written")
+        return np.frombuffer(data, "<f4").reshape(entry.shape).astype(np.float32)
 
-    @abstractmethod
-    def maps_file(self, entry: Entry) -> str:
-        """The name of the file that has the map of an entry."""
+    def maps_file(self, entry: Entry) -> ShardFile:
+        """The file that has the map of an entry."""
+        return self._shards("maps")[self._place("entries", entry.row)[0]]
 
-    @abstractmethod
     def thumbnail_hashes(self) -> list[str | None]:
-        """The SHA-256 of each photo's JPEG file, in their order; None where it is not known."""
+        """The SHA-256 of each photo's JPEG file, in their order; None where there is none."""
+        name = "thumbnail_sha256"
+        return [_hex(found) for t in self.rows("images", [name]) for found in t[name].to_pylist()]
 
-    @abstractmethod
-    def has_thumbnail(self, photo: PhotoFacts) -> bool:
-        """Whether the pack names a JPEG file of a photo."""
-
-    @abstractmethod
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
         """The JPEG file of a photo, not checked by its hash; None where the pack has none."""
+        if photo.thumbnail_sha256 is None:
+            return None
+        place, size = photo.thumbnail
+        file = self.manifest.shards[self._place("images", photo.row)[0]].thumbnails
+        if file is None or not 0 < size <= MAX_THUMBNAIL:
+            raise damaged(f"the picture of {photo.image_id[:60]} is not there")
+        with _damage(file.name):
+            return self._bytes(file, place, size)
 
-    @abstractmethod
-    def stored_photo(self, image_id: str) -> Path | StorePath | StoredPhoto | None:
+    def stored_photo(self, image_id: str) -> StoredPhoto | None:
         """The thumbnail as the source of an explanation, None where the pack has none."""
+        photo = self.photo(image_id)
+        return None if photo.thumbnail_sha256 is None else StoredPhoto(_Thumbnails(self), photo.row)
 
-    @abstractmethod
-    def entry_table(self) -> pd.DataFrame:
-        """See :attr:`xattn.packs.reader.Pack.entries`."""
-
-    @abstractmethod
-    def image_table(self) -> pd.DataFrame:
-        """See :attr:`xattn.packs.reader.Pack.images`."""
+    def _bytes(self, file: ShardFile, place: int, size: int) -> bytes:
+        """A part of a file, which is checked by its own hash."""
+        if place + size > file.size:
+            raise ValueError("it is truncated")
+        with self._files.open(file.name) as stream:
+            stream.seek(place)
+            data = stream.read(size)
+        if len(data) != size:
+            raise ValueError("it is truncated")
+        return data
 
     def features(self) -> NDArray[np.float16] | None:
         """See :meth:`xattn.packs.reader.Pack.features`."""
-        return None
+        parts = []
+        for shard in self.manifest.shards:
+            if (file := shard.features) is None:
+                return None
+            with _damage(file.name):
+                found = load(self._whole(file, MAX_FEATURES)).get("features")
+                if found is None or found.ndim != 2 or len(found) != file.rows:
+                    raise ValueError("it has no features of its photos")
+                if found.dtype != np.float16 or not np.isfinite(found).all():
+                    raise ValueError("its features are not finite, or of another type")
+            parts.append(found)
+        with _damage(MANIFEST):
+            return np.concatenate(parts)
 
-    def parquet(self) -> tuple[list[Path], list[Path]] | None:
-        """See :meth:`xattn.packs.reader.Pack.parquet`."""
-        return None
+    # ------------------------------------------------------------------ files
+
+    def _shards(self, kind: str) -> list[ShardFile]:
+        return [getattr(shard, kind) for shard in self.manifest.shards]
+
+    def _ids(self, kind: str, column: str) -> Ids:
+        with _damage(self._shards(kind)[0].name):
+            return Ids(columns.join(self.rows(kind, [column]), column, MAX_IDS))
+
+    def _place(self, kind: str, i: int) -> tuple[int, int]:
+        """The shard of row ``i`` of all, and its row there."""
+        ends = self._ends[kind]
+        shard = int(np.searchsorted(ends, i, "right"))
+        return shard, i - (int(ends[shard - 1]) if shard else 0)
+
+    def _row(self, kind: str, i: int) -> dict[str, Any]:
+        """All columns of a row; the rows around it are decoded with it and kept."""
+        shard, row = self._place(kind, i)
+        ends = np.cumsum(self._open(kind, shard).group_rows)
+        group = int(np.searchsorted(ends, row, "right"))
+        key = (kind, shard, group)
+        if (table := self._recent.get(key)) is None:
+            table = self._read(kind, shard, self._schemas[kind].names, [group])
+            self._recent.put(key, table, table.nbytes)
+        return table.slice(row - int(ends[group]) + len(table), 1).to_pylist()[0]  # type: ignore[no-any-return]
+
+    def _read(
+        self, kind: str, shard: int, names: Sequence[str], groups: Sequence[int] | None = None
+    ) -> pa.Table:
+        with _damage(self._shards(kind)[shard].name):
+            table = self._open(kind, shard).read(names, groups)
+            columns.check_rows(table)
+        return table
+
+    def _open(self, kind: str, shard: int) -> BoundedParquet:
+        """A Parquet file; its hash is compared when it is read for the first time."""
+        file = self._shards(kind)[shard]
+        found: BoundedParquet | None = self._recent.get(file.name)
+        if found is None:
+            with _damage(file.name):
+                data = self._whole(file, MAX_FILE)
+                found = BoundedParquet(data, self._schemas[kind], file.rows)
+            self._recent.put(file.name, found, len(data))
+        return found
+
+    def _whole(self, file: ShardFile, most: int) -> bytes:
+        data = self._files.read(file.name, most)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise ValueError("it is not the file that was written")
+        return data
+
+    def _check_sizes(self) -> None:
+        for file in (file for shard in self.manifest.shards for file in shard if file is not None):
+            with _damage(file.name):
+                if (size := self._files.size(file.name)) != file.size:
+                    raise ValueError(f"it has {size:,} bytes, not {file.size:,}")
+
+    def _shown(self, text: str) -> str:
+        return text if self._trusted else visible(text)
 
 
-def no_such(what: str) -> PackError:
-    """The error of an id that the pack does not have."""
-    return PackError(f"The pack has no such {what}; choose one of its gallery")
+class _Thumbnails(Photos):
+    """The thumbnails of a pack as numbered photos, by the rows of its images."""
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+
+    def __len__(self) -> int:
+        return self._contents.manifest.images
+
+    def name(self, index: int) -> str:
+        return f"{self._contents.image_ids[index]}.jpg"
+
+    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+        image_id = self._contents.image_ids[index]
+        data = self._contents.thumbnail(self._contents.photo(image_id))
+        if data is None:
+            raise ValueError(f"image: the pack holds no picture of {image_id}")
+        return decode_image(io.BytesIO(data), self.name(index), max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        return {"count": len(self)}
+
+
+@contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Turn what is wrong with a file into a PackError that names it."""
+    try:
+        yield
+    except PackError:
+        raise
+    except (ValueError, OSError, MemoryError, SafetensorError) as error:
+        raise DamagedFile(name, why(error)) from None
+
+
+def _hex(sha256: bytes | None) -> str | None:
+    return None if sha256 is None else sha256.hex()
+
+
+def _json(text: str, kind: type) -> Any:
+    """The list or table that a column holds as JSON."""
+    try:
+        found = strict_json.parse(text)
+    except ValueError as error:
+        raise damaged(f"a text of its rows is no JSON ({why(error)})") from None
+    if type(found) is not kind or (type(found) is list and len(found) > MAX_TOP):
+        raise damaged("a text of its rows is another one")
+    return found
+
+
+def _view(record: dict[str, Any]) -> View:
+    try:
+        view = View.from_json(record)
+    except (ValueError, OverflowError):
+        raise damaged("an entry's view is no view") from None
+    try:
+        return view.check_size()
+    except ValueError:
+        raise damaged("an entry's view has more than a million pixels a side") from None
+
+
+def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:
+    """Which texts equal ``value``; they are not written out."""
+    return pc.equal(texts.indices, pa.scalar(pc.index(texts.dictionary, value).as_py(), pa.int32()))

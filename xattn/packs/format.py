@@ -1,4 +1,13 @@
-"""The files of a pack, its manifest, and where a pack may be written."""
+"""The files of a pack.
+
+manifest.json                metrics, counts, the files of each shard with their hashes
+entries-00000.parquet        a row per map, photo by photo
+images-00000.parquet         a row per photo
+maps-00000.safetensors       every map, float32 (h, w), by entry_id
+thumbnails-00000.safetensors JPEG files as uint8 (n,), by image_id
+features-00000.safetensors   what the classifier reads of each photo, float16 (M, d), where it was kept
+overlays/, overlay.mp4       pictures of the maps over the photos, and the film of a clip
+"""
 
 from __future__ import annotations
 
@@ -7,19 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from xattn.runtime import strict_json
-from xattn.runtime.files import follow_link, output_error, temporary_folder
-from xattn.runtime.stores import is_remote, place_of
 
-FORMAT, VERSION, LATEST = "xattn-pack", 1, 2
-MANIFEST, MAPS, VIDEO = "manifest.json", "maps.safetensors", "overlay.mp4"
-FIRST_MAPS = "maps-00000.safetensors"  # of a pack of format 2
-FEATURES = "features.safetensors"
-THUMBNAIL = r"thumbnails/[^/\\\0]+\.jpg"  # what a thumbnail may be named
+FORMAT, VERSION = "xattn-pack", 1
+MANIFEST, VIDEO, OVERLAYS = "manifest.json", "overlay.mp4", "overlays"
+MAPS = "maps-00000.safetensors"  # of the first shard
 SHARD_FILE = re.compile(
     r"(?:entries|images)-[0-9]{5,9}\.parquet|(?:maps|thumbnails|features)-[0-9]{5,9}\.safetensors"
 )
-_OWNED = (MANIFEST, MAPS, FEATURES, VIDEO, "thumbnails", "overlays")
-SHARD_PHOTOS, SHARD_MAPS = 4096, 1 << 16  # the most photos and maps of a shard of format 2
+SHARD_PHOTOS, SHARD_BYTES = 4096, 64 << 20  # after which a new shard begins
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
@@ -27,56 +31,34 @@ class LaterVersion(ValueError):
     """A pack that this xattn cannot read, and a later one can."""
 
 
-def check_output(folder: str | Path) -> Path:
-    """Refuse ``folder`` now rather than after the work.
+def shard_file(kind: str, number: int) -> str:
+    """The name of a file of shard ``number``.
 
-    Raises:
-        ValueError: it is a file, a link that leads nowhere, or a folder with other things in it than
-            a pack.
-        OSError: nothing can be written there.
+    >>> shard_file("maps", 12)
+    'maps-00012.safetensors'
     """
-    if is_remote(folder, "output"):
-        raise ValueError(
-            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
-            f"xattn explain --output"
-        )
-    folder = follow_link(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not is_pack(folder):
-        raise ValueError(
-            f"output: {folder} is not empty and is not a pack of xattn; choose a new folder, "
-            f"nothing was overwritten"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; name a folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder):
-            pass
-    except OSError as error:
-        raise output_error("output", folder, error) from error
-    return folder
+    ending = "parquet" if kind in ("entries", "images") else "safetensors"
+    return f"{kind}-{number:05}.{ending}"
 
 
 def is_pack_file(name: str) -> bool:
     """Whether a pack's writer replaces what has this name in its folder; all else is the user's."""
-    return name in _OWNED or SHARD_FILE.fullmatch(name) is not None
-
-
-def owned_files(folder: Path) -> list[str]:
-    """The names in a pack that its writer replaces, of both formats; all else is the user's."""
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return [*_OWNED, *(name for name in names if SHARD_FILE.fullmatch(name))]
+    return name in (MANIFEST, VIDEO, OVERLAYS) or SHARD_FILE.fullmatch(name) is not None
 
 
 def interrupted_output(folder: str | Path) -> Path:
-    """Where the pack of a run that was stopped goes: ``folder``, or beside a pack that is there."""
-    folder = Path(folder)
-    whole = (folder / MANIFEST).exists()
-    return folder.with_name(f"{folder.name}-interrupted") if whole else folder
+    """Where the pack of a run that was stopped goes: ``folder``, or a free name beside a pack that is
+    there."""
+    folder, number = Path(folder), 1
+    place = folder
+    while (place / MANIFEST).exists():
+        place = folder.with_name(f"{folder.name}-interrupted{f'-{number}' * (number > 1)}")
+        number += 1
+    return place
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The checked ``manifest.json`` of a pack.
+    """The ``manifest.json`` of a pack, known to be of a pack of this version.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: not a pack, damaged, or of a later version.
@@ -106,10 +88,10 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
         raise ValueError(
             f"pack: {MANIFEST} of {name} is not of a pack; it says format {found!r:.60}"
         )
-    if version > LATEST:
+    if version > VERSION:
+        shown = version if version < 1e9 else "of many digits"
         raise LaterVersion(
-            f"pack: {name} has format version {version}, this xattn reads up to {LATEST}; "
-            f"upgrade xattn"
+            f"pack: {name} has format version {shown}, this xattn reads up to {VERSION}; upgrade xattn"
         )
     return manifest  # type: ignore[no-any-return]
 
@@ -119,19 +101,6 @@ def unreadable_manifest(name: str, error: Exception) -> ValueError:
     return ValueError(
         f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
         f"give a folder that save_pack wrote"
-    )
-
-
-def photos_of_a_shard(maps: int) -> int:
-    """How many photos a shard holds, of photos with so many ``maps`` each."""
-    return max(1, min(SHARD_PHOTOS, SHARD_MAPS // max(1, maps)))
-
-
-def needs_pyarrow(argument: str, error: ModuleNotFoundError) -> str:
-    """What to say where a module of format 2 cannot be imported."""
-    return (
-        f"{argument}: a pack of format 2 needs {error.name}, which is not installed; "
-        f'run: pip install "xattn[app]"'
     )
 
 

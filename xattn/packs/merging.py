@@ -1,4 +1,4 @@
-"""Several packs as one of format 2: photos that they share get the maps of all."""
+"""Several packs as one: photos that they share get the maps of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.format import photos_of_a_shard
+from xattn.packs.format import SHARD_PHOTOS
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer
 
@@ -24,13 +24,13 @@ class Merged(NamedTuple):
 
 
 def merge_packs(
-    packs: Sequence[Pack], output: str | Path, shard_photos: int | None = None
+    packs: Sequence[Pack], output: str | Path, shard_photos: int = SHARD_PHOTOS
 ) -> Merged:
     """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`joined`.
 
     Every map keeps its protocol. What is known of a photo beside its maps is that of the first pack that
-    knows it. A shard has ``shard_photos`` photos, by default as many as format 2 holds. Films, overlay
-    pictures and features are left out.
+    knows it. A shard has at most ``shard_photos`` photos. Films, overlay pictures and features are left
+    out.
 
     Raises:
         ValueError: one pack alone, or packs that contradict each other: metrics that are described in
@@ -41,17 +41,16 @@ def merge_packs(
         raise ValueError(f"packs: got {len(packs)}; give two or more")
     metrics = _agreed("metrics", [(p, _described(p)) for p in packs])
     shares = _agreed("shares", [(p, p.shares) for p in packs])
-    if shard_photos is None:
-        shard_photos = photos_of_a_shard(sum(-(-p.counts[0] // p.counts[1]) for p in packs))
+    ids = [set(pack.image_ids) for pack in packs]
     photos = joined_photos = maps = 0
-    with pack_writer(output, format=2, photos=shard_photos) as writer:
+    with pack_writer(output, photos=shard_photos) as writer:
         writer.metrics, writer.shares = metrics, shares
         writer.skipped = list(dict.fromkeys(item for pack in packs for item in pack.skipped))
         for number, pack in enumerate(packs):
             for image_id in pack.image_ids:
-                if any(image_id in earlier.image_ids for earlier in packs[:number]):
+                if any(image_id in earlier for earlier in ids[:number]):
                     continue
-                holders = [p for p in packs[number:] if image_id in p.image_ids]
+                holders = [p for p, known in zip(packs, ids, strict=True) if image_id in known]
                 group, jpeg = joined(image_id, holders)
                 writer.add(group, jpeg)
                 photos, maps = photos + 1, maps + len(group)

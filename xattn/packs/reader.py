@@ -8,17 +8,15 @@ who opens it.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
-import math
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,16 +26,8 @@ from PIL import Image
 from xattn.packs.contained_files import AGAIN, PackError, PackFolder, why
 from xattn.packs.contents import Contents, Entry
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.format import (
-    MANIFEST,
-    VIDEO,
-    LaterVersion,
-    needs_pyarrow,
-    parse_manifest,
-    unreadable_manifest,
-)
-from xattn.packs.manifest import DamagedFile, damaged
-from xattn.packs.manifest_contents import ManifestContents
+from xattn.packs.format import MANIFEST, VIDEO, LaterVersion, parse_manifest, unreadable_manifest
+from xattn.packs.manifest import DamagedFile
 from xattn.packs.remote_folder import folder_of
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
@@ -47,8 +37,9 @@ from xattn.runtime.stores import StorePath, place_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
-MAX_MANIFEST = 256 << 20  # bytes; 200,000 maps, and reading takes up to 30 times as many
+MAX_MANIFEST = 64 << 20  # bytes; 100,000 shards
 MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
 AT_ONCE = 8  # maps that are asked of a store at the same time
 RECENT_MAPS = 64 << 20  # bytes of maps that are kept
@@ -69,13 +60,14 @@ class Pack:
         metrics: what the metrics' columns are.
         shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
             there has its values at equal steps over [0, 1].
+        skipped: (file name, reason) of images that were left out.
 
     Args:
         folder: where the pack is, a path or the URL of an object store.
         id, name: what the viewer calls the pack.
         cache: keeps the maps that were read last; packs may share one.
         trusted: the pack is the caller's own: links that lead out of the folder are followed, and names
-            stay as they were written; see :func:`xattn.packs.manifest.read_columns`.
+            stay as they were written.
 
     Raises:
         PackError: damaged, truncated, of a later version, or with files outside ``folder``.
@@ -98,10 +90,10 @@ class Pack:
         data = self._manifest_bytes()
         self._sha256 = hashlib.sha256(data).hexdigest()
         self.version = self._sha256[:12]
-        with _no_garbage_collection():
-            self._contents = self._open(data)
-        self.counts, self.methods = self._contents.counts, self._contents.methods
-        self.metrics, self.shares = self._contents.metrics, self._contents.shares
+        self._contents = self._open(data)
+        found = self._contents.manifest
+        self.counts, self.methods = (found.entries, found.images), tuple(found.methods)
+        self.metrics, self.shares, self.skipped = found.metrics, found.shares, found.skipped
 
     @property
     def folder(self) -> Path | None:
@@ -113,8 +105,7 @@ class Pack:
         """One row a map, by entry_id: image_id, method, target, target_name, probability, is_value
         (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
         max, and a column a metric."""
-        with _no_garbage_collection():
-            return self._contents.entry_table()
+        return _tables().entry_table(self._contents)  # type: ignore[no-any-return]
 
     @cached_property
     def images(self) -> pd.DataFrame:
@@ -125,18 +116,17 @@ class Pack:
         ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
         None where one of them is not known.
         """
-        with _no_garbage_collection():
-            return self._contents.image_table()
+        return _tables().image_table(self._contents)  # type: ignore[no-any-return]
 
-    def parquet(self) -> tuple[list[Path], list[Path]] | None:
-        """The Parquet files of the entries and of the images, whose pages were checked; None where the
-        pack has none on this machine's disk. Their columns: :mod:`xattn.packs.sharded.columns`."""
-        return self._contents.parquet()
+    def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Columns of all "entries" or "images" as tables of Arrow, shard by shard and checked; texts are
+        dictionaries. Columns: :mod:`xattn.packs.columns`."""
+        return self._contents.rows(kind, names)
 
     @property
     def has_features(self) -> bool:
         """Whether the pack holds the features of its photos."""
-        return self._contents.has_features
+        return all(shard.features is not None for shard in self._contents.manifest.shards)
 
     def features(self) -> NDArray[np.float16] | None:
         """What the classifier read of each photo, (M, d) in the order of :attr:`images`; None in a pack
@@ -156,13 +146,13 @@ class Pack:
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
         """Say at which places among all some entries and photos are, by id.
 
-        This saves the pack from reading all ids, which takes a second for a million. A wrong place of an
+        This saves the pack from reading and searching all ids. A wrong place of an
         entry or a photo is an error once the pack reads there.
         """
         self._contents.know_rows(entries, images)
 
     @property
-    def image_ids(self) -> Collection[str]:
+    def image_ids(self) -> Sequence[str]:
         """The ids of the photos, in their order."""
         return self._contents.image_ids
 
@@ -176,8 +166,9 @@ class Pack:
         Where ids differ (one pack is of a folder, the other of files in it), two photos are the same if
         their stored pictures are, byte for byte, and no other picture of their packs is.
         """
-        found = {i: i for i in self.image_ids if i in other.image_ids}
-        if len(found) in (len(self.image_ids), len(other.image_ids)):
+        known = set(other.image_ids)
+        found = {i: i for i in self.image_ids if i in known}
+        if len(found) in (len(self.image_ids), len(known)):
             return found
         own, others = (pack.by_picture() for pack in (self, other))
         for sha256, image_id in own.items():
@@ -191,11 +182,6 @@ class Pack:
         counts = Counter(hashes)
         pairs = zip(hashes, self.image_ids, strict=True)
         return {h: image_id for h, image_id in pairs if h is not None and counts[h] == 1}
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """(file name, reason) of images that were left out."""
-        return self._contents.skipped
 
     def key(self, entry_id: str) -> tuple[str, int, str]:
         """(image_id, target, method) of an entry."""
@@ -230,15 +216,14 @@ class Pack:
                 is_mask=entry.is_mask,
                 facts=ImageFacts(photo.top, photo.label, photo.label_name),
                 metrics=entry.metrics,
-                curves=_finite(entry),
+                curves=entry.curves,
                 sanity=entry.sanity,
                 source=self._contents.stored_photo(entry.image_id) if self._trusted else None,
             )
         except PackError:
             raise
         except (ValueError, OSError) as error:
-            message = f"The map {entry.id} is damaged ({why(error)}); {AGAIN}"
-            raise DamagedFile(self._contents.maps_file(entry), why(error), message) from None
+            raise DamagedFile(self._contents.maps_file(entry).name, why(error)) from None
 
     def view(self, entry_id: str) -> View:
         """Which part of the photo the network saw."""
@@ -259,7 +244,7 @@ class Pack:
 
     def has_photo(self, image_id: str) -> bool:
         """Whether the pack says that it holds a picture of a photo."""
-        return self._contents.has_thumbnail(self._contents.photo(image_id))
+        return self._contents.photo(image_id).thumbnail_sha256 is not None
 
     def photo_bytes(self, image_id: str) -> bytes:
         """The JPEG file of :meth:`photo`, checked by its hash."""
@@ -267,8 +252,7 @@ class Pack:
         data = self._contents.thumbnail(photo)
         if data is None:
             raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
-        sha256 = photo.thumbnail_sha256
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != photo.thumbnail_sha256:
             raise PackError(
                 f"The picture of {image_id} is not the one that was written; reload the page if the "
                 f"pack was just replaced, else {AGAIN}"
@@ -277,10 +261,10 @@ class Pack:
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
         """Scores while pixels go or come, by "deletion", "insertion", ...; {} where not measured."""
-        return _finite(self._contents.entry(entry_id))
+        return self._contents.entry(entry_id).curves
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
-        """(class, its name, probability) of the classifier's first classes; [] in old packs."""
+        """(class, its name, probability) of the classifier's first classes."""
         return list(self._contents.photo(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
@@ -294,7 +278,7 @@ class Pack:
             "backbone": _table(entry.protocol.get("backbone")),
             "head": _table(entry.protocol.get("head")),
             "protocol": entry.protocol,
-            "xattn": self._contents.xattn,
+            "xattn": self._contents.manifest.xattn,
             "metrics": {m.key: m.protocol_id for m in self.metrics if m.key in entry.metrics},
             "sha256": {
                 "map": entry.sha256,
@@ -306,10 +290,11 @@ class Pack:
     @property
     def video(self) -> Path | None:
         """The pack's film, or None; checked by its hash."""
-        if self._contents.video is None:
+        sha256 = self._contents.manifest.video
+        if sha256 is None:
             return None
         path = self.files.on_disk(VIDEO)
-        if self._contents.video and file_sha256(path) != self._contents.video:
+        if file_sha256(path) != sha256:
             raise PackError(f"{VIDEO} is not the film that was written; {AGAIN}")
         return path
 
@@ -320,7 +305,6 @@ class Pack:
             raise NotAPack(str(unreadable_manifest(self.name, error))) from None
 
     def _open(self, data: bytes) -> Contents:
-        """What a manifest lists; what was parsed is freed before the next garbage collection."""
         try:
             parsed = parse_manifest(data, self.name)
         except LaterVersion as error:
@@ -329,13 +313,7 @@ class Pack:
             raise PackError(str(error)) from None
         except ValueError as error:
             raise NotAPack(str(error)) from None
-        if parsed["version"] == 1:
-            return ManifestContents(self.files, parsed, self._trusted)
-        try:
-            from xattn.packs.sharded.shard_contents import ShardContents
-        except ModuleNotFoundError as error:
-            raise PackError(needs_pyarrow("pack", error)) from None
-        return ShardContents(self.files, parsed, self._trusted)
+        return Contents(self.files, parsed, self._trusted)
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
@@ -369,21 +347,11 @@ def _table(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _finite(entry: Entry) -> dict[str, list[float]]:
-    """The curves of an entry; DamagedFile where a value is not finite."""
-    if not all(math.isfinite(v) for values in entry.curves.values() for v in values):
-        raise damaged(f"the curves of {entry.id[:60]} are not finite")
-    return {name: list(values) for name, values in entry.curves.items()}
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Reading a large manifest makes a million objects and no garbage; looking for some takes longer
-    than reading."""
-    running = gc.isenabled()
-    gc.disable()
+def _tables() -> ModuleType:
     try:
-        yield
-    finally:
-        if running:
-            gc.enable()
+        from xattn.packs import tables
+    except ModuleNotFoundError:
+        raise ValueError(
+            'pack: its tables need pandas, which is not installed; run: pip install "xattn[tables]"'
+        ) from None
+    return tables

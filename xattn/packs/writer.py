@@ -1,85 +1,109 @@
-"""Writing a pack photo by photo: maps go to disk as they come, so that memory does not grow with them.
+"""Writing a pack photo by photo, by one process or by many, so that memory does not grow with the maps.
 
-    maps.safetensors   every map, float32 (h, w), by the entry's id
-    features.safetensors   what the classifier reads of each photo, float16 (M, d), where it was kept
-    manifest.json      an entry a line: class, method, view, metrics, curves, hashes; what is known of
-                       each image; the protocols
-    thumbnails/, overlays/   JPEG files by image and by entry
-    overlay.mp4        the film of a clip
-
-A pack appears whole or not at all, and carries the SHA-256 of every map and thumbnail. Everything
-is a pure function of what is written: equal explanations give equal bytes.
+The photos of a shard are held until it is full, then its files are written; the manifest comes last. A
+pack appears whole or not at all, and carries the SHA-256 of every map and thumbnail. Everything is a pure
+function of what is written: equal explanations give equal bytes, whatever process writes a block.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from xattn.correlation import disagreement
+from xattn.packs import columns, manifest
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import (
-    FEATURES,
     FORMAT,
     MANIFEST,
-    MAPS,
     OVERLAY_SIDE,
-    VERSION,
+    OVERLAYS,
+    SHARD_BYTES,
+    SHARD_PHOTOS,
+    THUMBNAIL_SIDE,
     VIDEO,
-    check_output,
+    interrupted_output,
     is_pack,
-    needs_pyarrow,
-    owned_files,
+    is_pack_file,
+    shard_file,
 )
-from xattn.packs.photo_summary import disagreement_of, features_of, jpeg, thumbnail_jpeg
+from xattn.packs.manifest import Shard, ShardFile
 from xattn.photos.ids import file_stem
 from xattn.pictures.overlay import overlay
-from xattn.runtime.files import atomic_folder, file_sha256
-from xattn.runtime.version import __version__
+from xattn.runtime.files import atomic_folder, file_sha256, follow_link, printable
+from xattn.runtime.stores import is_remote, place_of
 
-_DRAFT = "maps.data"
+PARTS = 100  # numbers of shards that a block has
+Gather = Callable[[Any], list[Any]]
+
+
+def alone(value: Any) -> list[Any]:
+    """What :func:`xattn.runtime.distributed.gather` gives to a single process."""
+    return [value]
 
 
 @contextmanager
 def pack_writer(
-    folder: str | Path, overlays: bool = True, format: int = 1, **options: Any
-) -> Iterator[Any]:
-    """A :class:`PackWriter` of the pack ``folder``, which appears, or replaces an earlier one, when the
-    block ends.
+    folder: str | Path,
+    overlays: bool = False,
+    photos: int = SHARD_PHOTOS,
+    gather: Gather = alone,
+    rank: int = 0,
+    keep: bool = False,
+) -> Iterator[PackWriter]:
+    """A writer of the pack ``folder``, which appears, or replaces an earlier pack, when the block ends.
 
-    ``format`` 2 is for many photos and has no overlays and no film: the writer is a
-    :class:`~xattn.packs.sharded.shard_writer.ShardWriter` and takes its ``options``.
+    Args:
+        overlays: also write pictures into ``overlays/``, the map in colour over the photo.
+        photos: the most photos of a shard.
+        gather, rank: of several processes that write one pack, see
+            :func:`xattn.runtime.distributed.gather`; each writes blocks of its own
+            (:meth:`PackWriter.block`), and all of them leave the ``with`` block together.
+        keep: after Ctrl-C or an error, make what was added a pack: in ``folder``, or in
+            ``<folder>-interrupted`` beside an earlier one. For a single process.
 
     Raises:
-        ValueError: a folder that is not a pack, nothing was added, or pyarrow is missing for format 2.
+        ValueError: a folder that is not a pack, or nothing was added.
         OSError: it cannot be written, or the disk is full; earlier results are intact.
     """
-    if format == 2:
-        try:
-            from xattn.packs.sharded.shard_writer import shard_writer
-        except ModuleNotFoundError as error:
-            raise ValueError(needs_pyarrow("output", error)) from None
-        with shard_writer(folder, **options) as shards:
-            yield shards
-        return
-    folder = check_output(folder)
-    with atomic_folder(folder, owned_files(folder), is_pack) as temporary:
-        writer = PackWriter(temporary, overlays)
+    if is_remote(folder, "output"):
+        raise ValueError(
+            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
+            f"xattn explain --output"
+        )
+    folder = follow_link(folder)
+    with ExitStack() as stack:
+        temporary: Path | None = None
+        if rank == 0:
+            names = os.listdir(folder) if folder.is_dir() else []
+            owned = [name for name in names if is_pack_file(name)]
+            temporary = stack.enter_context(atomic_folder(folder, owned, is_pack))
+        writer = PackWriter(gather(temporary)[0], overlays, photos, gather, rank)
         try:
             yield writer
             writer.close()
-        finally:
-            writer.abandon()
+        except BaseException as error:
+            if keep:
+                _rescue(writer, folder, error)
+            raise
+    gather(None)  # until the pack is in its place
 
 
 def save_pack(
@@ -93,6 +117,7 @@ def save_pack(
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
     Args:
+        explanations: those of one photo come one after the other in the pack.
         overlays: also write pictures into ``overlays/``, the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
@@ -103,87 +128,136 @@ def save_pack(
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
         OSError: the folder cannot be written or the disk is full; earlier results are intact.
     """
-    explanations = list(explanations)
     groups: dict[str, list[Explanation]] = {}
     for explanation in explanations:
         groups.setdefault(explanation.image_id, []).append(explanation)
     with pack_writer(folder, overlays) as writer:
+        carried = [key for group in groups.values() for e in group for key in e.metrics]
+        undescribed = {
+            key: {"higher_is_better": True} for key in carried if key not in (metrics or {})
+        }
+        writer.metrics = {**(metrics or {}), **undescribed}
+        writer.skipped = list(skipped)
         for group in groups.values():
             writer.add(group)
         if video is not None:
             writer.add_video(video)
-        writer.skipped = list(skipped)
-        writer.order = [e.id for e in explanations]
-        writer.metrics = metrics or {}
     return Path(folder)
+
+
+def _rescue(writer: PackWriter, folder: Path, error: BaseException) -> None:
+    """Make a pack of what was added before an error, and say where it is."""
+    reason = f"stopped after {writer.last} by {type(error).__name__}"
+    place = interrupted_output(folder)
+    try:
+        if not writer.finish_early(reason):
+            return
+        os.replace(writer.folder, place)
+        saved = f"{place} holds what was explained"
+    except (OSError, ValueError) as second:  # the first error is the one to raise
+        saved = f"what was explained could not be saved ({second})"
+    warnings.warn(f"explain: {reason}; {saved}", RuntimeWarning, stacklevel=4)
+
+
+class _Photo(NamedTuple):
+    """What was added of a photo; its rows lack the places that they have in the shard's files."""
+
+    image: dict[str, Any]
+    entries: list[dict[str, Any]]
+    maps: list[NDArray[np.float32]]
+    thumbnail: bytes | None
+    features: NDArray[np.float16] | None
+
+
+@dataclass
+class _Shard:
+    """A shard in the making."""
+
+    number: int
+    photos: list[_Photo] = field(default_factory=list)
+    size: int = 0
 
 
 class PackWriter:
     """See :func:`pack_writer`.
 
     Attributes:
-        skipped: (file name, reason) of images that could not be read.
+        skipped: (file name, reason) of images that could not be read, of this process.
         metrics: by column key, {"higher_is_better", "formula", "protocol_id"} of the metrics that
-            explanations carry.
+            explanations carry; to be set before the first is added.
         shares: by name of a curve, the shares of pixels that its values stand for, where they are not
             at equal steps over [0, 1].
-        order: the ids of the entries in the order of the manifest; by default as they were added.
+        last: the id of the photo that was added last.
+        is_first: whether this is the first process of those that write the pack.
     """
 
-    def __init__(self, folder: Path, overlays: bool) -> None:
-        self.folder, self.overlays = folder, overlays
+    last = ""
+
+    def __init__(
+        self, folder: Path, overlays: bool, photos: int, gather: Gather, rank: int
+    ) -> None:
+        self.folder, self.overlays, self.photos = folder, overlays, photos
         self.skipped: list[tuple[str, str]] = []
         self.metrics: Mapping[str, Mapping[str, Any]] = {}
         self.shares: Mapping[str, Sequence[float]] = {}
-        self.order: Sequence[str] | None = None
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._images: dict[str, dict[str, Any]] = {}
-        self._features: dict[str, NDArray[np.float16]] = {}
-        self._protocols: dict[str, int] = {}
-        self._header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+        self._gather, self.is_first = gather, rank == 0
+        self._skipped: list[tuple[int, tuple[str, str]]] = []  # with the number of their block
+        self._ids: set[str] = set()
+        self._stems: set[str] = set()
         self._video: str | None = None
-        self._end = 0
-        self._stems: dict[str, set[str]] = {"thumbnails": set(), "overlays": set()}
-        self._maps = (folder / _DRAFT).open("wb")
+        self._features_length: int | None = None
+        self._closed = False
+        self._shard = _Shard(0)
+        self._written: dict[int, tuple[Shard, list[str]]] = {}  # with the methods of each
 
-    def add(self, group: Sequence[Explanation], thumbnail: bytes | None = None) -> None:
-        """All explanations of one photo; ``thumbnail`` is its JPEG file where that is known already.
+    def block(self, number: int) -> None:
+        """Let the photos that are added from now on be those of block ``number``, a shard or, of large
+        maps, several; without a call, all are of one block."""
+        self._end_shard(number * PARTS)
+
+    def add(
+        self,
+        group: Sequence[Explanation],
+        thumbnail: bytes | None = None,
+        picture: Image.Image | None = None,
+    ) -> None:
+        """All explanations of one photo.
+
+        Args:
+            thumbnail: its JPEG file, where that is known already.
+            picture: its pixels, at most ``OVERLAY_SIDE`` a side; by default they are read from its source.
 
         Raises:
-            ValueError: a photo or an explanation that was added before, a view that is too large, or
-                features that are not finite or of another length than those before.
+            ValueError: a photo or an explanation that was added before, a view that is too large, a
+                text that is too long, or features of another length than before.
         """
-        photo = group[0]
-        if photo.image_id in self._images:
+        photo, image_id = group[0], printable(group[0].image_id)
+        if image_id in self._ids:
             raise ValueError(
                 f"explanations: {photo.image_id!r} was added before; add all of a photo at once"
             )
-        record = {**photo.facts.to_json(), "disagreement": _or_none(disagreement_of(group))}
         names = [e.id for e in group]
-        for number, name in enumerate(names):
-            if name in self._entries or name in names[:number]:
-                raise ValueError(
-                    f"explanations: {name!r} comes twice; give every photo its own image_id"
-                )
-        overlays: list[str | None] = [None] * len(group)
-        if thumbnail is None and photo.source is not None:
-            pixels = photo.photo(OVERLAY_SIDE)
-            overlays = [self._overlay(pixels, e) for e in group] if self.overlays else overlays
-            thumbnail = thumbnail_jpeg(pixels)
-        stored = None
-        if thumbnail is not None:
-            stored = self._file("thumbnails", photo.image_id, thumbnail)
-            record["thumbnail_sha256"] = hashlib.sha256(thumbnail).hexdigest()
-        for e, drawn in zip(group, overlays, strict=True):
-            self._entries[e.id] = self._entry(e, stored, drawn)
-        self._images[photo.image_id] = record
-        self._keep_features(group)
-
-    def use_thumbnail(self, group: Sequence[Explanation], name: str, sha256: str) -> None:
-        """Let a photo that was added without pixels use a thumbnail that is in the folder already."""
-        self._images[group[0].image_id]["thumbnail_sha256"] = sha256
-        for e in group:
-            self._entries[e.id]["thumbnail"] = name
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"explanations: {min(twice)!r} comes twice; give every photo its own image_id"
+            )
+        if thumbnail is None and picture is None and photo.source is not None:
+            picture = photo.photo(OVERLAY_SIDE)
+        if picture is not None:
+            for e in group if self.overlays else ():
+                self._draw(e, picture)
+            thumbnail = thumbnail_jpeg(picture) if thumbnail is None else thumbnail
+        if len(self._shard.photos) >= self.photos or self._shard.size >= SHARD_BYTES:
+            self._end_shard(self._shard.number + 1)
+        added = self._photo(group, thumbnail)
+        if added.features is not None:
+            self._features_length = len(added.features)
+        self._ids.add(image_id)
+        self.last = image_id
+        self._shard.size += len(thumbnail or b"") + 500
+        self._shard.size += sum(v.nbytes for v in added.maps)
+        self._shard.size += sum(500 + len(row["curves"]) for row in added.entries)
+        self._shard.photos.append(added)  # whole, whenever Ctrl-C is pressed
 
     def add_video(self, film: Path) -> None:
         """Move a film of overlays into the pack."""
@@ -191,93 +265,134 @@ class PackWriter:
         self._video = file_sha256(self.folder / VIDEO)
 
     def close(self) -> None:
-        """Write the maps and the manifest."""
-        if not self._entries:
+        """Finish the shards of this process; the first process writes the manifest."""
+        self._closed = True
+        self._end_shard(0)
+        noted = [item for found in self._gather(self._skipped) for item in found]
+        skipped = [item for _, item in sorted(noted, key=lambda item: item[0])]
+        every = {k: v for found in self._gather(self._written) for k, v in found.items()}
+        if not every:
             raise ValueError("explanations: got none; a pack needs at least one")
-        self._maps.close()
-        header = json.dumps(self._header, ensure_ascii=False, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)  # as safetensors aligns its data
-        with (self.folder / MAPS).open("wb") as whole, (self.folder / _DRAFT).open("rb") as draft:
-            whole.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(draft, whole, 1 << 20)
-        (self.folder / _DRAFT).unlink()
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "xattn": __version__,
-            "protocols": [json.loads(text) for text in self._protocols],
-            "skipped": [{"file_name": name, "reason": why} for name, why in self.skipped],
-            "metrics": self.metrics,
-            "shares": self.shares,
-            "features": self._write_features(),
-            "images": self._images,
-            "entries": [self._entries[i] for i in self.order or self._entries],
-            "video": None if self._video is None else VIDEO,
-            "video_sha256": self._video,
-        }
-        # A file name that is no UTF-8 has half characters, which JSON can write as \udc80.
-        data = manifest_text(manifest).encode("utf-8", "backslashreplace")
-        write_file(self.folder / MANIFEST, data)
+        shards = [every[number][0] for number in sorted(every)]
+        methods = [name for number in sorted(every) for name in every[number][1]]
+        if not all(shard.features for shard in shards):
+            for features in (shard.features for shard, _ in self._written.values()):
+                if features is not None:
+                    (self.folder / features.name).unlink()
+            shards = [shard._replace(features=None) for shard in shards]
+        self._gather(None)
+        if self.is_first:
+            self._check_photos(shards)
+            data = manifest.text(
+                list(dict.fromkeys(methods)),
+                shards,
+                self.metrics,
+                self.shares,
+                skipped,
+                self._video,
+            )
+            write_file(self.folder / MANIFEST, data)
 
-    def abandon(self) -> None:
-        """Close what is open."""
-        self._maps.close()
+    def finish_early(self, reason: str) -> bool:
+        """:meth:`close` after an error, with the ``reason`` among what was skipped; whether there was
+        anything to write."""
+        if self._closed or not (self._written or self._shard.photos):
+            return False
+        self.skipped.append(("", reason))
+        self.close()
+        return True
 
-    def _keep_features(self, group: Sequence[Explanation]) -> None:
-        first = next(iter(self._features.values()), None)
-        row = features_of(group, None if first is None else len(first))
-        if row is not None:
-            self._features[group[0].image_id] = row
+    # ------------------------------------------------------------------ a shard
 
-    def _write_features(self) -> dict[str, Any] | None:
-        """Write the features in the order of the entries, if every photo has some; returns what the
-        manifest says of them."""
-        names = dict.fromkeys(self._entries[i]["image_id"] for i in self.order or self._entries)
-        if not all(name in self._features for name in names):
-            return None
-        values = np.stack([self._features[name] for name in names])
-        save_file({"features": values}, self.folder / FEATURES)
-        return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
+    def _photo(self, group: Sequence[Explanation], thumbnail: bytes | None) -> _Photo:
+        maps = [np.ascontiguousarray(e.map, dtype="<f4") for e in group]
+        hashes = [hashlib.sha256(values.tobytes()).digest() for values in maps]
+        return _Photo(
+            columns.image_row(group, _disagreement(group), thumbnail),
+            [
+                columns.entry_row(e, sha256, self.metrics)
+                for e, sha256 in zip(group, hashes, strict=True)
+            ],
+            maps,
+            thumbnail,
+            _features(group, self._features_length),
+        )
 
-    def _entry(self, e: Explanation, thumbnail: str | None, drawn: str | None) -> dict[str, Any]:
-        e.view.check_size()
-        data = np.ascontiguousarray(e.map, dtype="<f4").tobytes()
-        begin, self._end = self._end, self._end + len(data)
-        self._maps.write(data)
-        shape = list(e.map.shape)
-        self._header[e.id] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, self._end]}
-        protocol = json.dumps(e.protocol, ensure_ascii=False, allow_nan=False)
-        return {
-            "id": e.id,
-            "image_id": e.image_id,
-            "file_name": Path(e.file_name).name,
-            "target": e.target,
-            "target_name": e.target_name,
-            "probability": e.probability,
-            "method": e.method,
-            "is_mask": e.is_mask,
-            "sanity": e.sanity,
-            "protocol": self._protocols.setdefault(protocol, len(self._protocols)),
-            "view": e.view.to_json(),
-            "shape": shape,
-            "min": float(e.map.min()),
-            "max": float(e.map.max()),
-            "thumbnail": thumbnail,
-            "overlay": drawn,
-            "metrics": {key: value for key, value in e.metrics.items() if math.isfinite(value)},
-            "curves": {key: list(values) for key, values in e.curves.items()},
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-
-    def _overlay(self, photo: Image.Image, e: Explanation) -> str:
+    def _draw(self, e: Explanation, photo: Image.Image) -> None:
         drawn = overlay(photo, e.on_photo((photo.height, photo.width)))
-        return self._file("overlays", e.id, jpeg(drawn))
+        write_file(self.folder / OVERLAYS / f"{file_stem(e.id, self._stems)}.jpg", _jpeg(drawn))
 
-    def _file(self, folder: str, id: str, data: bytes) -> str:
-        """Write a picture into a folder of the pack; its name."""
-        name = f"{folder}/{file_stem(id, self._stems[folder])}.jpg"
-        write_file(self.folder / name, data)
-        return name
+    def _end_shard(self, following: int) -> None:
+        """Write the files of a shard, and begin number ``following``; one without photos leaves none."""
+        number, photos = self._shard.number, self._shard.photos
+        self._skipped += [(number, item) for item in self.skipped[len(self._skipped) :]]
+        if photos:
+            self._written[number] = self._write(number, photos)
+        self._shard = _Shard(following)
+
+    def _write(self, number: int, photos: Sequence[_Photo]) -> tuple[Shard, list[str]]:
+        entries = [row for photo in photos for row in photo.entries]
+        images = [photo.image for photo in photos]
+
+        def write(
+            kind: str, tensors: Mapping[str, NDArray[Any]]
+        ) -> tuple[ShardFile, dict[str, int]]:
+            return write_tensors(self.folder / shard_file(kind, number), tensors)
+
+        every = (values for photo in photos for values in photo.maps)
+        maps, places = write(
+            "maps", {row["entry_id"]: v for row, v in zip(entries, every, strict=True)}
+        )
+        for row in entries:
+            row["place"] = places[row["entry_id"]]
+        thumbnails, features, places = None, None, {}
+        jpegs = {p.image["image_id"]: p.thumbnail for p in photos if p.thumbnail is not None}
+        if jpegs:
+            found = {id: np.frombuffer(data, np.uint8) for id, data in jpegs.items()}
+            thumbnails, places = write("thumbnails", found)
+        for row in images:
+            row["thumbnail_place"] = places.get(row["image_id"], 0)
+        read = [photo.features for photo in photos if photo.features is not None]
+        if len(read) == len(photos):
+            features, _ = write("features", {"features": np.stack(read).astype("<f2")})
+            features = features._replace(rows=len(photos))
+        files = []
+        for kind, schema, rows in (
+            ("entries", columns.entry_schema(list(self.metrics)), entries),
+            ("images", columns.IMAGES, images),
+        ):
+            values = {f.name: [row[f.name] for row in rows] for f in schema}
+            path = self.folder / shard_file(kind, number)
+            files.append(columns.write_rows(path, schema, values))
+        methods = list(dict.fromkeys(row["method"] for row in entries))
+        return Shard(files[0], files[1], maps, thumbnails, features), methods
+
+    def _check_photos(self, shards: Sequence[Shard]) -> None:
+        """Raise a ``ValueError`` if two shards, of other processes, have one photo."""
+        if self._gather is alone:
+            return
+        files = [self.folder / shard.images.name for shard in shards]
+        ids = pq.read_table(files, columns=["image_id"])["image_id"]
+        if pc.count_distinct(ids).as_py() != len(ids):
+            counts = ids.value_counts().to_pylist()
+            twice = next(item["values"] for item in counts if item["counts"] > 1)
+            raise ValueError(
+                f"explanations: {twice} comes twice; give every photo its own image_id"
+            )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, NDArray[Any]]
+) -> tuple[ShardFile, dict[str, int]]:
+    """Write a safetensors file; also the place of each tensor's first byte."""
+    data = save(dict(tensors), {"format": FORMAT})  # of several keys the order is not fixed
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    header.pop("__metadata__")
+    places = {name: begin + about["data_offsets"][0] for name, about in header.items()}
+    write_file(path, data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return ShardFile(path.name, len(tensors), len(data), sha256), places
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -286,25 +401,44 @@ def write_file(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """JSON with a line an entry and a line an image: for people, and read in half the time."""
-
-    def line(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-    parts = []
-    for key, value in manifest.items():
-        if key == "entries":
-            text = "[\n  " + ",\n  ".join(map(line, value)) + "\n ]"
-        elif key == "images" and value:
-            rows = (f"{line(name)}: {line(record)}" for name, record in value.items())
-            text = "{\n  " + ",\n  ".join(rows) + "\n }"
-        else:
-            text = line(value)
-        parts.append(f" {line(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def thumbnail_jpeg(photo: Image.Image) -> bytes:
+    """A photo, at most ``OVERLAY_SIDE`` a side, as the JPEG file of its thumbnail."""
+    small = photo.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return _jpeg(small)
 
 
-def _or_none(value: float) -> float | None:
-    """None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else value
+def _jpeg(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=88, optimize=True)
+    return stream.getvalue()
+
+
+def _disagreement(group: Sequence[Explanation]) -> float:
+    """Of the methods on one photo, sanity rows aside, on the classes that several explain; four decimals,
+    NaN without such."""
+    by_class: dict[Any, list[Explanation]] = {}
+    for e in group:
+        if not e.sanity and not e.is_mask:
+            by_class.setdefault((e.target, e.view), []).append(e)
+    values = [disagreement([e.map for e in maps]) for maps in by_class.values() if len(maps) > 1]
+    values = [v for v in values if math.isfinite(v)]
+    return round(sum(values) / len(values), 4) if values else math.nan
+
+
+def _features(group: Sequence[Explanation], length: int | None) -> NDArray[np.float16] | None:
+    """What the classifier read of a photo, (d,), None where that was not kept.
+
+    Raises:
+        ValueError: they are not finite, or not ``length`` numbers.
+    """
+    found = next((e.facts.features for e in group if e.facts.features is not None), None)
+    if found is None:
+        return None
+    row, name = np.asarray(found, np.float16), group[0].image_id
+    wanted = row.shape if length is None else (length,)
+    if row.ndim != 1 or row.shape != wanted or not row.size:
+        raise ValueError(f"features: those of {name} have shape {row.shape}; give {wanted}")
+    if not np.isfinite(row).all():
+        raise ValueError(f"features: those of {name} are not finite; check the weights")
+    return row

@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xattn.runtime.stores import StoreError
+from xattn.runtime.stores import StoreError, is_remote
 
+MANY = 64  # files
 NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
 
@@ -77,6 +78,29 @@ def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -
             temporary.unlink(missing_ok=True)
 
 
+def check_output(
+    folder: str | Path, argument: str = "output", is_ours: Callable[[Path], bool] | None = None
+) -> None:
+    """Refuse an output folder now rather than after the work; one of a store is checked when it is written.
+
+    Args:
+        is_ours: tells whether a folder that is not empty may be replaced; None trusts the caller.
+
+    Raises:
+        ValueError: it is a file, a link that leads nowhere, or a folder with other things in it.
+    """
+    if is_remote(folder, argument):
+        return
+    folder = follow_link(folder, argument)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{argument}: {folder} is a file; name a folder")
+    if is_ours is not None and folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        raise ValueError(
+            f"{argument}: {folder} is not empty and was not written by xattn; choose a new folder, "
+            f"nothing was overwritten"
+        )
+
+
 @contextmanager
 def atomic_folder(
     path: str | Path,
@@ -96,16 +120,11 @@ def atomic_folder(
             None trusts the caller.
     """
     path = follow_link(path, argument)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{argument}: {path} is a file; name a folder")
+    check_output(path, argument)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _restore(path)
-        if is_ours is not None and path.is_dir() and any(path.iterdir()) and not is_ours(path):
-            raise ValueError(
-                f"{argument}: {path} is not empty and was not written by xattn; choose a new "
-                f"folder, nothing was overwritten"
-            )
+        check_output(path, argument, is_ours)
         _sweep(path)
         with temporary_folder(path) as temporary:
             yield temporary
@@ -113,9 +132,7 @@ def atomic_folder(
                 if entry.name not in owned and not (temporary / entry.name).exists():
                     copy = shutil.copytree if entry.is_dir() else shutil.copy2
                     copy(entry, temporary / entry.name)
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
+            _sync_all([file for file in temporary.rglob("*") if file.is_file()])
             if path.exists():
                 _swap(temporary, path)
             else:
@@ -283,6 +300,14 @@ def file_sha256(path: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _sync_all(paths: Sequence[Path]) -> None:
+    if len(paths) > MANY and hasattr(os, "sync"):  # quicker than one file after the other
+        os.sync()
+        return
+    for path in paths:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -24,6 +24,7 @@ from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
 from xattn.app.pages.train.page import photo_folders
 from xattn.cli.model import BackboneArgs
+from xattn.packs.reader import load_pack
 
 SPEC = Spec("train", "photos", "tf_efficientnet_lite0", ("ttame",))
 # Stands in for the command line: writes a log like that of xattn train, and stops as it does.
@@ -411,8 +412,7 @@ def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
     assert job.state == "finished", jobs.tail("mine")
     assert (job.output / "head" / "model.safetensors").is_file()
     assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4]
-    manifest = json.loads((job.output / "sample" / "manifest.json").read_text())
-    assert {e["method"] for e in manifest["entries"]} == {"step 0", "step 4"}
+    assert {e.method for e in load_pack(job.output / "sample")} == {"step 0", "step 4"}
 
 
 def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
@@ -425,8 +425,7 @@ def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
     job = ended(jobs, "mine")
     assert job.state == "finished", jobs.tail("mine")
     for head in spec.heads:
-        manifest = json.loads((job.output / head / "sample" / "manifest.json").read_text())
-        names = [e["target_name"] for e in manifest["entries"]]
+        names = [e.target_name for e in load_pack(job.output / head / "sample")]
         assert len(names) == 8 and set(names) <= {"wren", "tit"}
 
 
@@ -438,7 +437,7 @@ def test_folders_of_photos_come_with_their_classes(tmp_path: Path) -> None:
         photos(tmp_path / name, 2 if name == "few" else 5)
     (tmp_path / "birds" / "labels.csv").write_text("photo,label\n")
     (tmp_path / "out").symlink_to("/")
-    photos(tmp_path / "pack" / "thumbnails")
+    photos(tmp_path / "pack" / "overlays")
     (tmp_path / "pack" / "manifest.json").write_text("{}")
     found, whole = photo_folders(tmp_path)
     assert whole and {f.name: f.photos for f in found} == {

@@ -15,9 +15,9 @@ from xattn.app import state
 from xattn.app.navigation import frame
 from xattn.app.pages import first_run
 from xattn.app.synthetic_packs import explanation, million_pack, picture, small_pack
+from xattn.packs import contents as pack_contents
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
-from xattn.packs.sharded import shard_contents
 from xattn.packs.writer import save_pack
 
 NAMES = [
@@ -414,7 +414,7 @@ def test_frames_of_a_clip_are_told_apart_and_found_by_number(tmp_path, monkeypat
 def test_pages_of_a_pack_of_many_files_do_without_all_its_ids(tmp_path, monkeypatch):
     million_pack(tmp_path / "pack", 40)
     monkeypatch.setattr(state, "_settings", state.Settings(root=tmp_path))
-    monkeypatch.setattr(shard_contents, "Ids", None)
+    monkeypatch.setattr(pack_contents, "Ids", None)
     assert [info.problem for info in state.library().packs()] == [None]
     cell = cells(run(sort="confidence"))[0]
 

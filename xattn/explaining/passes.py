@@ -1,0 +1,226 @@
+"""One pass: the explanations of a batch of prepared photos or frames."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.backbone.classes import find_classes
+from xattn.backbone.pooled_features import FeatureRecord, recording
+from xattn.explainers import Explainer, as_explainer, create_explainer
+from xattn.explainers.base import Choose
+from xattn.explaining.aim import OneEach, PredictedAndTrue
+from xattn.explaining.naming import Picture, Source, file_name_of
+from xattn.explaining.provenance import protocol_of
+from xattn.heads import Head
+from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
+from xattn.photos.arrays import ArrayImage
+from xattn.photos.base import StoredPhoto
+from xattn.photos.labels import true_classes
+from xattn.photos.view import View
+
+TrueClass = tuple[int | None, str | None]
+TOP = 5  # how many classes of every photo a pack names
+
+
+class Prepared(NamedTuple):
+    """A photo that was read: the model's input (3, H, W), what it shows, and where the pixels are.
+
+    ``thumbnail`` is the JPEG file for a pack, and ``picture`` its pixels for overlay pictures.
+    """
+
+    pixels: Tensor
+    view: View
+    image_id: str
+    source: Picture
+    thumbnail: bytes | None = None
+    picture: Image.Image | None = None
+
+
+def set_up(
+    backbone: Backbone,
+    head: Head | None,
+    explainer: str | Explainer | None,
+    classes: int | str | Sequence[int | str] | OneEach | PredictedAndTrue | None,
+    top: int,
+    view: str,
+    batch_size: int,
+    seed: int,
+) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
+    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
+    if isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; give at least 1")
+    method = _explainer(backbone, head, explainer, seed, batch_size)
+    backbone.require_classes()
+    protocol = protocol_of(backbone, method, view)
+    if isinstance(classes, OneEach | PredictedAndTrue):
+        kind = "named" if isinstance(classes, OneEach) else "predicted, label"
+        return method, classes, {**protocol, "classes": kind}
+    wanted = _classes(backbone, classes, top)
+    if wanted is not None:
+        protocol["classes"] = "named"
+
+    def choose(logits: Tensor) -> Tensor:
+        if wanted is None:
+            return logits.topk(top).indices
+        return torch.tensor(wanted, device=logits.device).expand(len(logits), -1)
+
+    return method, choose, protocol
+
+
+def explain_batch(
+    batch: list[Prepared],
+    backbone: Backbone,
+    method: Explainer,
+    choose: Choose | OneEach | PredictedAndTrue,
+    protocol: dict[str, Any],
+    truth: Mapping[str, TrueClass] | None = None,
+    features: bool = False,
+) -> Iterator[Explanation]:
+    """The explanations of prepared photos, photo by photo, in the order chosen for each.
+
+    ``truth`` has the true class by image_id; with ``features`` the facts of each photo hold what the
+    classifier reads of it.
+    """
+    pixels = torch.stack([item.pixels for item in batch]).to(backbone.device)
+    with recording() if features else nullcontext() as record:
+        if isinstance(choose, OneEach | PredictedAndTrue):
+            logits, targets, maps = choose.maps(method, pixels, [item.image_id for item in batch])
+        else:
+            logits, targets, maps = method.attribute_classes(pixels, choose)
+    read = _features(record, logits, backbone) if record else [None] * len(batch)
+    every = backbone.probabilities(logits)
+    probabilities = every.gather(1, targets)
+    values = maps.float().cpu().numpy()
+    for i, item in enumerate(batch):
+        label, label_name = (truth or {}).get(item.image_id, (None, None))
+        facts = ImageFacts(top_classes(every[i], backbone), label, label_name, read[i])
+        for j, target in enumerate(dict.fromkeys(targets[i].tolist())):
+            yield Explanation(
+                map=values[i, j],
+                target=target,
+                target_name=backbone.class_names[target],
+                probability=float(probabilities[i, j]),
+                method=method.name,
+                view=item.view,
+                image_id=item.image_id,
+                protocol=protocol if item.view.mode != "tensor" else {**protocol, "view": "tensor"},
+                file_name=file_name_of(item.source),
+                is_mask=method.is_mask,
+                source=item.source,
+                facts=facts,
+            )
+
+
+def _features(
+    record: FeatureRecord, logits: Tensor, backbone: Backbone
+) -> Sequence[NDArray[np.float16] | None]:
+    """What the classifier read of each photo of a batch, (d,); None where that is not known."""
+    rows = record.rows(logits)
+    note = record.note or ("gives none, and the pack has none" if rows is None else "")
+    if note:
+        warnings.warn(f"features: {backbone.name} {note}", stacklevel=3)
+    if rows is None:
+        return [None] * len(logits)
+    most = torch.finfo(torch.float16).max
+    return list(rows.clamp(-most, most).half().numpy())
+
+
+def top_classes(probabilities: Tensor, backbone: Any) -> tuple[tuple[int, str, float], ...]:
+    """(K,) probabilities -> (class, its name, probability) of the five most probable; none of numbers that
+    are no probabilities.
+
+    ``backbone``: what has the names of the classes and the task.
+    """
+    if backbone.task == "regression":
+        return ()
+    values, classes = probabilities.topk(min(TOP, len(probabilities)))
+    pairs = zip(classes.tolist(), values.tolist(), strict=True)
+    return tuple((i, backbone.class_names[i], float(f"{p:.6g}")) for i, p in pairs)
+
+
+def true_classes_of(
+    sources: Iterable[tuple[str, Source]], labels: str | Path, backbone: Backbone
+) -> dict[str, TrueClass]:
+    """The true classes of photos by image_id, see :func:`xattn.photos.labels.true_classes`."""
+    names, ids = [], []
+    for image_id, source in sources:
+        if isinstance(source, Image.Image | ArrayImage):
+            raise ValueError(f"labels: {image_id} has no file name; give photos by path")
+        name = source.name if isinstance(source, StoredPhoto) else str(source)
+        names.append(source.as_posix() if isinstance(source, Path) else name)
+        ids.append(image_id)
+    found = true_classes(names, labels, backbone.class_names)
+    if all(number is None for number, _ in found):
+        shown = next((name for _, name in found if name is not None), "none")
+        warnings.warn(
+            f"labels: no photo has a class of {backbone.name} (the first: {shown}), so no prediction "
+            f"can be called right or wrong",
+            stacklevel=3,
+        )
+    return dict(zip(ids, found, strict=True))
+
+
+def _explainer(
+    backbone: Backbone,
+    head: Head | None,
+    explainer: str | Explainer | None,
+    seed: int,
+    batch_size: int,
+) -> Explainer:
+    if explainer is not None and not isinstance(explainer, str):
+        explainer = as_explainer(explainer, backbone, seed=seed, max_forward_batch=batch_size)
+        if explainer.backbone is not backbone:
+            raise ValueError(
+                f"explainer: {explainer.name} was made for another backbone "
+                f"({explainer.backbone.name}); create it with this one"
+            )
+        return explainer
+    if explainer is None:
+        if head is None:
+            raise ValueError(
+                "head: got none; give head=load_head(...), or explainer='gradcam' or another of "
+                "list_explainers()"
+            )
+        explainer = "head"
+    return create_explainer(explainer, backbone, head, seed=seed, max_forward_batch=batch_size)
+
+
+def _classes(
+    backbone: Backbone, classes: int | str | Sequence[int | str] | None, top: int
+) -> list[int] | None:
+    if classes is None:
+        if isinstance(top, bool) or not 1 <= top <= backbone.num_classes:
+            raise ValueError(
+                f"top: got {top}; {backbone.name} has 1..{backbone.num_classes} classes"
+            )
+        return None
+    names = [classes] if isinstance(classes, int | str) else list(classes)
+    if not names:
+        raise ValueError("classes: got an empty list; name at least one class, or pass None")
+    return find_classes(names, backbone.class_names, backbone.name)
+
+
+def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
+    """Warn once about all constant maps; each comes with the name of its photo or frame."""
+    warn([map_of(e, name) for e, name in named if e.is_blank])
+
+
+def map_of(explanation: Explanation, photo: str) -> str:
+    """A map in words."""
+    return map_name(explanation.method, explanation.target_name, photo)
+
+
+def warn(blank: Sequence[str]) -> None:
+    if blank:
+        warnings.warn(f"explain: {blank_note(blank)}", stacklevel=3)

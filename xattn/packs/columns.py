@@ -1,0 +1,302 @@
+"""The columns of a pack's Parquet files: made from explanations, written, and checked when they are read.
+
+All columns are flat and nothing is compressed, so that what is decoded is no larger than the file and its
+number of rows say; see :mod:`xattn.packs.bounded_parquet`. Equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from xattn.packs.bounded_parquet import MAX_FILE, BoundedParquet
+from xattn.packs.explanation import MAX_CELLS, Explanation
+from xattn.packs.manifest import MAX_NAME, ShardFile
+from xattn.runtime.files import printable
+
+ROW_GROUP = 2048  # rows that are decoded to read one
+MAX_TEXT = 4096  # bytes of a text in UTF-8
+# Bytes of columns that hold JSON.
+LONG_TEXTS = {"protocol": 1 << 20, "view": MAX_TEXT, "curves": 16 << 20, "top": 1 << 20}
+METRIC = "metric:"
+_TEXTS = pa.string()
+_REPEAT = (_TEXTS, pa.int32(), pa.int64())
+_ENTRY: dict[str, pa.DataType] = {
+    "entry_id": _TEXTS,
+    "image_id": _TEXTS,
+    "file_name": _TEXTS,
+    "title": _TEXTS,
+    "method": _TEXTS,
+    "target": pa.int32(),
+    "target_name": _TEXTS,
+    "probability": pa.float64(),
+    "is_value": pa.bool_(),
+    "is_mask": pa.bool_(),
+    "sanity": pa.bool_(),
+    "protocol": _TEXTS,  # as JSON, as are the view, the curves and the top classes
+    "view": _TEXTS,
+    "min": pa.float32(),
+    "max": pa.float32(),
+    "curves": _TEXTS,  # {name: values}
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "place": pa.int64(),  # of the map's first byte in its file
+    "sha256": pa.binary(32),
+}
+_IMAGE: dict[str, pa.DataType] = {
+    "image_id": _TEXTS,
+    "file_name": _TEXTS,
+    "title": _TEXTS,
+    "label": pa.int32(),
+    "label_name": _TEXTS,
+    "predicted": pa.int32(),
+    "predicted_name": _TEXTS,
+    "confidence": pa.float64(),
+    "right": pa.bool_(),
+    "disagreement": pa.float64(),
+    "methods": pa.int32(),
+    "top": _TEXTS,  # [[class, name, probability], ...]
+    "thumbnail_place": pa.int64(),
+    "thumbnail_bytes": pa.int64(),
+    "thumbnail_sha256": pa.binary(32),
+}
+# Columns that may lack a value.
+MISSING = {"label", "label_name", "predicted", "predicted_name", "right", "thumbnail_sha256"}
+# All other texts and whole numbers repeat, and are written by dictionary.
+_UNIQUE = {"entry_id", "curves", "top", "place", "thumbnail_place", "thumbnail_bytes"}
+IMAGES = pa.schema([pa.field(k, kind, nullable=k in MISSING) for k, kind in _IMAGE.items()])
+# Of Pack.images.
+IMAGE_TABLE = ("file_name", "title", "label", "label_name", "predicted", "predicted_name", "confidence",
+               "right", "disagreement", "methods")  # fmt: skip
+_FRAME = re.compile(r"frame-([0-9]{6,15})")
+
+
+def entry_schema(metrics: Sequence[str]) -> pa.Schema:
+    """The columns of ``entries-*.parquet`` of a pack with these metrics."""
+    kinds = _ENTRY | {METRIC + key: pa.float64() for key in metrics}
+    return pa.schema([pa.field(k, kind, nullable=False) for k, kind in kinds.items()])
+
+
+# ---------------------------------------------------------------------- rows of explanations
+
+
+def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[str, Any]:
+    """The columns of a map, but for its place.
+
+    Raises:
+        ValueError: a text is too long, a curve is not finite, a view is too large, or a metric is not
+            among the pack's ``metrics``.
+    """
+    if unknown := set(e.metrics) - set(metrics):
+        raise ValueError(
+            f"metrics: {min(unknown)} of {e.id} is not described; set the writer's metrics first"
+        )
+    if not all(math.isfinite(v) for values in e.curves.values() for v in values):
+        raise ValueError(f"curves: those of {e.id} are not finite; give numbers")
+    curves = {name: [float(v) for v in values] for name, values in e.curves.items()}
+    file_name = text("file_name", Path(e.file_name).name)
+    height, width = e.map.shape
+    return {
+        "entry_id": id_text(e.id),
+        "image_id": id_text(e.image_id),
+        "file_name": file_name,
+        "title": title_of(printable(e.image_id), file_name, e.protocol),
+        "method": id_text(e.method),
+        "target": e.target,
+        "target_name": text("target_name", e.target_name),
+        "probability": e.probability,
+        "is_value": e.is_value,
+        "is_mask": e.is_mask,
+        "sanity": e.sanity,
+        "protocol": text(
+            "protocol", json.dumps(e.protocol, allow_nan=False), LONG_TEXTS["protocol"]
+        ),
+        "view": json.dumps(e.view.check_size().to_json()),
+        "min": float(e.map.min()),
+        "max": float(e.map.max()),
+        "curves": text("curves", json.dumps(curves), LONG_TEXTS["curves"]),
+        "height": height,
+        "width": width,
+        "sha256": sha256,
+        **{METRIC + key: _finite(e.metrics.get(key, math.nan)) for key in metrics},
+    }
+
+
+def image_row(
+    group: Sequence[Explanation], disagreement: float, jpeg: bytes | None
+) -> dict[str, Any]:
+    """The columns of a photo with its explanations, but for the place of its thumbnail."""
+    first, facts = group[0], group[0].facts
+    best = facts.top[0] if facts.top else _most_probable(group)
+    predicted, predicted_name, confidence = best or (None, None, math.nan)
+    file_name = text("file_name", Path(first.file_name).name)
+    known = facts.label is not None and predicted is not None
+    top = [(c, text("top", name), p) for c, name, p in facts.top]
+    return {
+        "image_id": id_text(first.image_id),
+        "file_name": file_name,
+        "title": title_of(printable(first.image_id), file_name, first.protocol),
+        "label": facts.label,
+        "label_name": None if facts.label_name is None else text("label", facts.label_name),
+        "predicted": predicted,
+        "predicted_name": None if predicted_name is None else text("top", predicted_name),
+        "confidence": confidence,
+        "right": facts.label == predicted if known else None,
+        "disagreement": disagreement,
+        "methods": len({e.method for e in group}),
+        "top": text("top", json.dumps(top, ensure_ascii=False), LONG_TEXTS["top"]),
+        "thumbnail_bytes": 0 if jpeg is None else len(jpeg),
+        "thumbnail_sha256": None if jpeg is None else hashlib.sha256(jpeg).digest(),
+    }
+
+
+def id_text(value: str) -> str:
+    """An id as the file has it; ValueError where it is longer than ids may be."""
+    value = printable(value)
+    if len(value) > MAX_NAME:
+        raise ValueError(f"image_id: {value[:60]!r} has {len(value):,} characters; give {MAX_NAME}")
+    return value
+
+
+def text(argument: str, value: str, most: int = MAX_TEXT) -> str:
+    """A text as the file has it; ValueError where it is longer than texts may be."""
+    value = printable(value)
+    if len(value.encode()) > most:
+        raise ValueError(f"{argument}: {value[:60]!r} has over {most:,} bytes; give a shorter one")
+    return value
+
+
+def title_of(image_id: str, file_name: str, protocol: Mapping[str, Any]) -> str:
+    """What to call an image: its file; a frame also by its number and its time, as a player shows it."""
+    name = file_name or image_id
+    video: Any = protocol.get("video")
+    frame = _FRAME.fullmatch(image_id)
+    if frame is None or type(video) is not dict:
+        return name
+    number, fps = int(frame[1]), video.get("fps") or 0
+    title = f"{name}, frame {number:,}"
+    if type(fps) not in (int, float) or not 0.001 <= fps <= 1000:
+        return title
+    minutes, hundredths = divmod(round(100 * number / fps), 6000)
+    hours, left = divmod(minutes, 60)
+    clock = f"{hours:,}:{left:02}" if hours else f"{minutes}"
+    return f"{title}, {clock}:{hundredths / 100:05.2f}"
+
+
+def _finite(value: float) -> float:
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _most_probable(group: Sequence[Explanation]) -> tuple[int, str, float] | None:
+    top = [e for e in group if e.protocol.get("classes") == "top"]
+    best = max(top, key=lambda e: e.probability, default=None)
+    return None if best is None else (best.target, best.target_name, float(best.probability))
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> ShardFile:
+    """Write the columns of ``schema``, each a sequence of values.
+
+    Raises:
+        ValueError: they are too many, or too large, to be read back.
+    """
+    table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=ROW_GROUP,
+        compression="none",
+        use_dictionary=[f.name for f in schema if f.type in _REPEAT and f.name not in _UNIQUE],
+        write_statistics=[f.name for f in schema if f.name not in LONG_TEXTS],
+        store_schema=False,
+        data_page_version="1.0",
+    )
+    data = path.read_bytes()
+    try:
+        if len(data) > MAX_FILE:
+            raise ValueError(f"it has {len(data):,} bytes, over the limit of {MAX_FILE:,}")
+        BoundedParquet(data, schema, len(table))
+    except ValueError as error:
+        raise ValueError(
+            f"explanations: {path.name} could not be read back ({error}); put fewer photos in a shard"
+        ) from None
+    return ShardFile(path.name, len(table), len(data), hashlib.sha256(data).hexdigest())
+
+
+# ---------------------------------------------------------------------- checks
+
+_IDS = ("entry_id", "image_id", "method")
+
+
+def check_rows(table: pa.Table) -> None:
+    """Raise a ``ValueError`` unless all values of the columns that are there can be a pack's."""
+    for name in table.column_names:
+        column = table[name]
+        if pa.types.is_dictionary(column.type):
+            _check_texts(column, name)
+        elif pa.types.is_integer(column.type):
+            sides = name in ("height", "width")
+            found = pc.min_max(column).as_py()
+            if found["min"] is not None and found["min"] < (sides or name == "methods"):
+                raise ValueError(f"a value of its column {name} is too small")
+            if sides and found["max"] > MAX_CELLS:
+                raise ValueError(f"a map has more than {MAX_CELLS:,} cells a side")
+        elif pa.types.is_floating(column.type):
+            values = column.to_numpy()
+            missing = name.startswith(METRIC) or name in ("disagreement", "confidence")
+            if not (np.isfinite(values) | (np.isnan(values) & missing)).all():
+                raise ValueError(f"a value of {name[:60]} is not finite")
+            if (
+                name == "confidence"
+                and not ((values >= 0) & (values <= 1) | np.isnan(values)).all()
+            ):
+                raise ValueError("a confidence is not in 0..1")
+    if {"probability", "is_value"} <= set(table.column_names):
+        values = table["probability"].to_numpy()[~table["is_value"].to_numpy()]
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("a probability is not in 0..1")
+
+
+def _check_texts(column: pa.ChunkedArray, name: str) -> None:
+    for chunk in column.chunks:
+        texts = chunk.dictionary
+        if (pc.max(pc.binary_length(texts)).as_py() or 0) > LONG_TEXTS.get(name, MAX_TEXT):
+            raise ValueError(f"a text of its column {name} is too long")
+        if name in _IDS:
+            found = pc.min_max(pc.utf8_length(texts)).as_py()
+            if (found["max"] or 0) > MAX_NAME or found["min"] == 0:
+                raise ValueError(f"a {name} is empty or too long")
+            if pc.any(pc.match_substring(texts, "\0")).as_py():
+                raise ValueError(f"a {name} holds a zero")
+
+
+def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
+    """Texts written out; a ValueError where they have more than ``most`` bytes together."""
+    lengths = [
+        pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in column.chunks
+    ]
+    if sum(lengths) > most:
+        raise ValueError(f"its texts have more than {most:,} bytes")
+    return column.cast(pa.string())
+
+
+def join(tables: Iterable[pa.Table], name: str, most: int) -> pa.ChunkedArray:
+    """One column of text of several shards, written out; a ValueError as :func:`dense`."""
+    chunks: list[pa.Array] = []
+    for table in tables:
+        made = dense(table[name], most)
+        most -= made.nbytes
+        chunks += [chunk for chunk in made.chunks if len(chunk)]
+    return pa.chunked_array(chunks, pa.string())
