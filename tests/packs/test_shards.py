@@ -158,7 +158,10 @@ def test_a_shard_writer_that_keeps_makes_a_pack_of_what_came_before_an_error(tmp
     whole = Pack(shards(tmp_path / "whole", 3, 2))
     assert list(Pack(tmp_path / "pack").entry_ids) == list(whole.entry_ids)
     skipped = json.loads((tmp_path / "pack" / "manifest.json").read_text())["skipped"]
-    assert [row["reason"] for row in skipped] == ["cut short", "stopped after photo-00002 by KeyboardInterrupt"]
+    assert [row["reason"] for row in skipped] == [
+        "cut short",
+        "stopped after photo-00002 by KeyboardInterrupt",
+    ]
 
 
 def test_a_pack_replaces_another_whole_and_keeps_notes(tmp_path):
