@@ -141,7 +141,8 @@ def explain(
     """
     count, rank = (1, 0) if output is None else processes(backbone.device)
     with ExitStack() as stack:
-        writer, about = None, {"gather": gather, "rank": rank, "keep": count == 1}
+        writer = None
+        about: dict[str, Any] = {"gather": gather, "rank": rank, "keep": count == 1}
         if output is not None:
             drawn = overlays and count == 1
             writer = stack.enter_context(pack_writer(output, drawn, shard_photos, **about))
