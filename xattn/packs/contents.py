@@ -29,8 +29,8 @@ from xattn.photos.base import Photos, StoredPhoto
 from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.photos.view import View
 from xattn.runtime import strict_json
-from xattn.runtime.display_text import encodable, visible
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import encodable, visible
 
 MAX_THUMBNAIL = 32 << 20  # bytes
 MAX_FEATURES = 1 << 30  # bytes of a shard's features

@@ -18,7 +18,7 @@ from xattn.packs import columns
 from xattn.packs.contained_files import PackError
 from xattn.packs.contents import Contents, Ids
 from xattn.packs.manifest import TABLE_COLUMNS
-from xattn.runtime.display_text import visible
+from xattn.runtime.names import visible
 
 MAX_ROWS = 1_500_000  # of a table
 MAX_TEXTS = 64 << 20  # bytes of texts of a table
