@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from xattn.attention.operators.base import Operator
+from xattn.kernels import softplus as kernel
 from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.softplus import reference as problem
-from xattn.kernels.softplus import softplus_attention
 from xattn.kernels.softplus.reference import weights
 
 
@@ -48,7 +47,7 @@ class SoftplusOperator(Operator):
 
     def matvec(self, x: Tensor) -> Tensor:
         values = x if widen(x).dtype == self.q.dtype else x.to(self.q.dtype)
-        y: Tensor = softplus_attention(
+        y: Tensor = kernel.softplus_attention(
             self.q,
             self.k,
             values,
@@ -62,7 +61,7 @@ class SoftplusOperator(Operator):
         return y.to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
-        asked = problem(
+        asked = kernel.problem(
             self.q,
             self.k,
             self.k,
