@@ -71,7 +71,7 @@ class TextClassifier(nn.Module):
         self,
         vocabulary: int,
         classes: int = 2,
-        attention: Literal["additive", "dot"] = "additive",
+        attention: str = "additive",
         embedding: int = 300,
         width: int = 128,
         vectors: Tensor | None = None,

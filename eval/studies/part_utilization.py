@@ -401,7 +401,7 @@ def study(
                 split = Split("parts", photos)
                 values = _train_and_measure(config, inputs, scenario, fold, split)
                 with atomic_file(path) as temporary:
-                    np.savez(temporary, **values)
+                    np.savez(temporary, **values)  # type: ignore[arg-type]
                 split.write(output / "splits" / f"{path.stem}.json")
                 yield line(scenario, fold, values)
             with np.load(path) as file:

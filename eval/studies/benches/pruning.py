@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from xattn.attention import converted_copy
-from xattn.runtime.measuring import median_ratio, operations, times
+from xattn.runtime.measuring import Job, median_ratio, operations, times
 from xattn.runtime.process import keep_memory
 
 MODEL = "vit_base_patch16_224"
@@ -49,7 +49,7 @@ def study(
         side: Any = dense.patch_embed
         size = (batch, 3, *side.img_size)
         x = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
-        jobs = {"dense": partial(dense, x), "pruned": partial(pruned, x)}
+        jobs: dict[str, Job] = {"dense": partial(dense, x), "pruned": partial(pruned, x)}
         took = times(jobs, rounds, warmup=2, of=f"batch {batch}")
         before, after = dense(x), pruned(x)
         change = (after - before).norm() / (before - before.mean(1, keepdim=True)).norm()

@@ -179,6 +179,7 @@ class Arbex(nn.Module):
     ) -> Balanced:
         """The corrected probabilities, and how reliable they are."""
         e = self.embed(images, landmarks)
+        assert self.balancing is not None, "create the model with reliability={...}"
         return self.balancing(e, self.classifier(e), trust)
 
     def loss(
