@@ -1,13 +1,12 @@
-"""Whether the URL of a script run is followed, or the state that the page holds.
+"""Widgets whose value is in the URL, too, and whether a run follows its URL or what the page holds.
 
 A click may be sent before the browser knows the URL that the last run wrote. Such a URL is not new, and
 following it would undo what was chosen since.
 
-Widgets whose value is in the URL, too: the value itself, where Streamlit's ``bind`` writes the label.
-
-A choice that equals its default is not in the URL. A new value in the URL (a link, a reload, Back)
-overrides the widget; a value that is no option is ignored. Every run sets the value, not only the one
-that changes it: of two runs in quick succession the browser may see but the last.
+The URL has the value itself, where Streamlit's ``bind`` writes the label. A choice that equals its default
+is not in the URL. A new value in the URL (a link, a reload, Back) overrides the widget; a value that is no
+option is ignored. Every run sets the value, not only the one that changes it: of two runs in quick
+succession the browser may see but the last.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a viewer without a pack shows: what xattn is for, an example, and three ways to begin.
 
-The picture of the first page: a photo that scikit-image ships, and where a network looks on it.
-
-``python -m xattn.app.pages.first_run`` draws it anew, from what ``pip install "xattn[demo]"`` installs.
+The example is a photo that scikit-image ships, and where a network looks on it;
+``python -m xattn.app.pages.first_run`` draws it anew, from what
+``pip install "xattn[demo]"`` installs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The middleware before every request of the viewer: host names, origins, the token, headers.
+"""The middleware before every request of the viewer: host names, origins, the token, headers, uploads.
 
 Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without looking at a
 session, so this ASGI middleware decides before any of its routes is reached, websockets included:
@@ -8,6 +8,8 @@ session, so this ASGI middleware decides before any of its routes is reached, we
 * With a token every path needs the cookie, which an address with ``?token=...`` is exchanged for once: the
   answer leads to the same address without it. All else is answered 401.
 * Every answer gets the headers that keep it out of frames, caches of others and sniffed types.
+
+The start page is Streamlit's own, with our title, colours and address.
 """
 
 from __future__ import annotations

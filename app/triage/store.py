@@ -5,8 +5,6 @@ on the same file. A transaction lasts as long as one change; whoever finds the f
 appears with the first change. It may come from anybody: another layout is refused, values are bound, and
 what is read is text.
 
-What a tag file holds of photos, and the journal of its changes, in SQL.
-
 A step is what a person did at once, perhaps to many photos: a row of the journal for each field that it
 changed, with the value before and after. Undoing a step leaves alone what somebody else has changed since.
 """

@@ -1,9 +1,8 @@
 """What the network says of a photo and of its changed copy, in numbers, words and bars.
 
-Masks over the model's input: as the browser sends them, of superpixels, and of the top of a map.
-
-A mask is (rows, columns) bool on a raster of the input's shape with at most ``MOST_SIDE`` cells a side.
-What a browser sends is not believed: it has to have exactly the size of the raster.
+Masks lie over the model's input: as the browser sends them, of superpixels, and of the top of a map. A mask
+is (rows, columns) bool on a raster of the input's shape with at most ``MOST_SIDE`` cells a side. What a
+browser sends is not believed: it has to have exactly the size of the raster.
 """
 
 from __future__ import annotations
