@@ -53,7 +53,7 @@ def turn() -> Iterator[None]:
 def backbones() -> list[str]:
     """Names to choose from: the model that the viewer was started with, then those of installed
     packages. Every other timm model can be named, too; its weights come from the hub."""
-    from xattn.models.weights import list_package_weights
+    from xattn.backbone.weights import list_package_weights
 
     own = _own()
     names = [] if own is None else [_label(own)]
@@ -122,8 +122,8 @@ def weight_files() -> dict[str, Path]:
     """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
     heads and maps are not."""
     from xattn.app import state
+    from xattn.backbone.pruning import pruned_folder
     from xattn.packs.format import is_pack_file
-    from xattn.pruning import pruned_folder
 
     root = state.settings().local_root.resolve()
     found = {}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "evaluate": "evaluation.engine",
-    "Results": "results",
-    "Row": "results",
-    "Difference": "results",
-    "ImageRecord": "results",
-    "MethodResult": "results",
-    "is_baseline": "results",
+    "Results": "evaluation.results",
+    "Row": "evaluation.results",
+    "Difference": "evaluation.results",
+    "ImageRecord": "evaluation.results",
+    "MethodResult": "evaluation.results",
+    "is_baseline": "evaluation.results",
     "Protocol": "protocol",
     "METRICS": "metrics.registry",
     "Annotation": "annotations",
@@ -36,7 +36,7 @@ _EXPORTS = {
     "create_probe": "metrics.registry",
     "register_metric": "metrics.own",
     "PROBES": "metrics.registry",
-    "MaskedScorer": "evaluation.scorer",
+    "MaskedScorer": "metrics.scorer",
     "AverageDrop": "metrics.masking",
     "AverageDropInDeletion": "metrics.masking",
     "AverageGain": "metrics.masking",
@@ -113,7 +113,14 @@ if TYPE_CHECKING:
     from xattn.eval.annotations.objects import Annotation, Annotations, load_annotations
     from xattn.eval.bootstrap import mean_interval, paired_difference
     from xattn.eval.evaluation.engine import evaluate
-    from xattn.eval.evaluation.scorer import MaskedScorer
+    from xattn.eval.evaluation.results import (
+        Difference,
+        ImageRecord,
+        MethodResult,
+        Results,
+        Row,
+        is_baseline,
+    )
     from xattn.eval.functional import (
         average_drop,
         average_drop_in_deletion,
@@ -135,18 +142,11 @@ if TYPE_CHECKING:
     from xattn.eval.metrics.measure import measure
     from xattn.eval.metrics.own import register_metric
     from xattn.eval.metrics.registry import METRICS, PROBES, create_probe
+    from xattn.eval.metrics.scorer import MaskedScorer
     from xattn.eval.protocol import Protocol
     from xattn.eval.report.aggregate_ranks import aggregate_ranks
     from xattn.eval.report.results_files import read_json, write_csv, write_json
     from xattn.eval.report.text_tables import format_table
-    from xattn.eval.results import (
-        Difference,
-        ImageRecord,
-        MethodResult,
-        Results,
-        Row,
-        is_baseline,
-    )
     from xattn.eval.sanity import randomized_backbone, randomized_explainer, sanity_rows
 
 

@@ -23,6 +23,7 @@ from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_probes, evaluate
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
+from xattn.eval.evaluation.results import Results
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.evaluation.targets import made_for, score_of
 from xattn.eval.interfaces import Explainer
@@ -36,7 +37,6 @@ from xattn.eval.metrics.registry import (
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
-from xattn.eval.results import Results
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.base import options_by_name

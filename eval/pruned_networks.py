@@ -1,6 +1,6 @@
 """What pruning a network costs and gains: accuracy, agreement, parameters and throughput, before and after.
 
-``write`` saves the pruned network with these figures, see :mod:`xattn.pruning`.
+``write`` saves the pruned network with these figures, see :mod:`xattn.backbone.pruning`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 from xattn.backbone import Backbone
 from xattn.backbone.fingerprint import sha256
+from xattn.backbone.pruning import save_pruned
 from xattn.config import PruneConfig
 from xattn.eval.bootstrap import mean_interval
 from xattn.photos.base import Data
 from xattn.photos.labels import true_classes
-from xattn.pruning import save_pruned
 from xattn.runtime.measuring import processor_clock, times
 from xattn.training.pruning_run import PruneResult, split
 

@@ -27,8 +27,8 @@ from xattn.attention import fit_static
 from xattn.backbone import Backbone, converted
 from xattn.backbone.transformers_networks import TransformersBlock
 from xattn.correlation import spearman
+from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream
-from xattn.eval.results import WITHOUT_CONTENT
 from xattn.explainers import create_explainer
 from xattn.explainers.base import probe_of
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.backbone.preprocessing import Preprocessing
+from xattn.backbone.weights import load_weight_file
 from xattn.models.agunet import AGUNet, Outputs
-from xattn.models.weights import load_weight_file
+from xattn.photos.preprocessing import Preprocessing
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json
 

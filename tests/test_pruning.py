@@ -13,8 +13,7 @@ from small_transformers import VARIANTS, photos, tiny
 
 from xattn.attention import convert, record, revert
 from xattn.backbone import load_backbone, sha256
-from xattn.explainers import create_explainer
-from xattn.pruning import (
+from xattn.backbone.pruning import (
     PRUNED_FILE,
     WEIGHTS_FILE,
     Pruning,
@@ -26,6 +25,7 @@ from xattn.pruning import (
     read_pruned,
     save_pruned,
 )
+from xattn.explainers import create_explainer
 from xattn.training.students.pruned import heads_only
 
 SHRP = Pruning("shrp", {2: (1,)}, 12)

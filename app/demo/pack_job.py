@@ -37,7 +37,7 @@ LIMIT = 8  # photos
 
 def missing() -> str | None:
     """What has to be installed first, as the line to run; None if nothing."""
-    from xattn.models.weights import list_package_weights
+    from xattn.backbone.weights import list_package_weights
 
     weights = {record.name for record in list_package_weights() if record.installed}
     try:

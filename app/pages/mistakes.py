@@ -19,6 +19,7 @@ from xattn.app.pictures.rendering import Look, data_uri, jpeg, overlay_url, phot
 from xattn.app.state import Context, plain, short
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
+from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.report.mistakes import (
     ClassRow,
     Confusion,
@@ -28,7 +29,6 @@ from xattn.eval.report.mistakes import (
     mean_map,
     slice_row,
 )
-from xattn.eval.results import MIN_IMAGES
 from xattn.pictures.overlay import colorize
 from xattn.pictures.words import method_title, metric_about, metric_title
 from xattn.runtime.names import visible

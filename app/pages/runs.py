@@ -25,6 +25,7 @@ from xattn.app.pictures.rendering import (
 )
 from xattn.app.state import Context, plain, short
 from xattn.correlation import disagreement
+from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.report.pack_differences import (
     Change,
     PackDifference,
@@ -33,7 +34,6 @@ from xattn.eval.report.pack_differences import (
     difference_lines,
     renamed_note,
 )
-from xattn.eval.results import MIN_IMAGES
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import legends_html

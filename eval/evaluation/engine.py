@@ -25,15 +25,15 @@ from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun
 from xattn.eval.evaluation.facts import run_facts
 from xattn.eval.evaluation.map_maker import Randomized
-from xattn.eval.evaluation.scorer import MaskedScorer, micro_batch
+from xattn.eval.evaluation.results import Results, collect
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.evaluation.targets import aimed, score_of
 from xattn.eval.interfaces import Classifier
 from xattn.eval.metrics.base import Probe
 from xattn.eval.metrics.registry import create_probe, group_name, own_infos
+from xattn.eval.metrics.scorer import MaskedScorer, micro_batch
 from xattn.eval.protocol import Protocol
-from xattn.eval.results import Results, collect
 from xattn.explainers.own import as_explainers
 from xattn.photos.images import MAX_PIXELS
 from xattn.runtime.distributed import gather, processes

@@ -20,13 +20,13 @@ from xattn.eval import functional
 from xattn.eval.annotations import Annotation, Annotations
 from xattn.eval.evaluation.database import ImageRow, ResultRow
 from xattn.eval.evaluation.map_maker import MapMaker, Randomized, reason
-from xattn.eval.evaluation.scorer import MaskedScorer, Ticket
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Finish, Probe, Sample
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
+from xattn.eval.metrics.scorer import MaskedScorer, Ticket
 from xattn.eval.protocol import Protocol
 from xattn.explainers.own import WrongShapeError
 from xattn.explaining.passes import top_classes

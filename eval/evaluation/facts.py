@@ -20,7 +20,7 @@ from xattn.runtime.version import __version__
 def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
     """What the results of a run depend on; each method under a key of its own, so that one can be added.
 
-    ``max_forward_batch``: of the passes as they run (:func:`~xattn.eval.evaluation.scorer.micro_batch`).
+    ``max_forward_batch``: of the passes as they run (:func:`~xattn.eval.metrics.scorer.micro_batch`).
     The explained classes are not among them.
     """
     backbone, protocol = evaluation.backbone, evaluation.protocol

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from xattn.eval.evaluation.scorer import pad_batch
 from xattn.eval.interfaces import Explainer, ExplainerFacts
+from xattn.eval.metrics.scorer import pad_batch
 from xattn.explainers.own import WrongShapeError, is_own
 
 Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]

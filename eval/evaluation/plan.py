@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn.eval.evaluation.scorer import micro_batch
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
 from xattn.eval.metrics.base import Probe, Sample
+from xattn.eval.metrics.scorer import micro_batch
 
 
 @dataclass(frozen=True)

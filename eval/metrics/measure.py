@@ -12,8 +12,8 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
-from xattn.eval.evaluation.scorer import MaskedScorer, Ticket, micro_batch
 from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
+from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
 
 
 def measure(

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
+from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results
 from xattn.eval.metrics.base import Column
-from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results
 
 MIN_METRICS = 3
 _SAME = 1e-9  # of z: what rounding may change

@@ -15,9 +15,9 @@ from PIL import Image
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
+from xattn.eval.evaluation.results import Results, is_baseline
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.report.standings import CURVES, each_curve
-from xattn.eval.results import Results, is_baseline
 from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.passes import TrueClass
 from xattn.explaining.provenance import protocol_of

@@ -20,8 +20,8 @@ from PIL import Image
 from xattn.backbone import Preprocessing
 from xattn.eval.evaluation.database import damaged
 from xattn.eval.evaluation.kept_maps import grey_maps
+from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.eval.report.standings import case_columns, curves, number, ranking
-from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.photos.images import MAX_PIXELS, decode_image, load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import data_url

@@ -18,13 +18,13 @@ from importlib import resources
 from pathlib import Path
 
 from xattn.backbone import Preprocessing
+from xattn.eval.evaluation.results import TOO_FEW, Results, is_baseline
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import AggregateRank
 from xattn.eval.report.html_data import page_data
 from xattn.eval.report.standings import Board, Standing
 from xattn.eval.report.text_tables import protocol_notes
-from xattn.eval.results import TOO_FEW, Results, is_baseline
 from xattn.pictures.design import FONT, VARIABLES
 from xattn.pictures.words import metric_about
 from xattn.runtime.files import printable

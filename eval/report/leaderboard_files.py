@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xattn.eval.evaluation.results import TOO_FEW, Results, is_baseline
 from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report.aggregate_ranks import aggregate_ranks
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import image_lines, to_dict
 from xattn.eval.report.standings import Standing, standings, too_few, wins
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import TOO_FEW, Results, is_baseline
 from xattn.runtime.files import atomic_file
 from xattn.runtime.stores import StorePath
 

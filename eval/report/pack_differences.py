@@ -18,7 +18,7 @@ import numpy as np
 
 from xattn.correlation import disagreement
 from xattn.eval.bootstrap import Interval, mean_intervals
-from xattn.eval.results import MIN_IMAGES
+from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.packs.explanation import Explanation
 from xattn.packs.reader import Pack
 

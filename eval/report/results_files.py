@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results, Row
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column, MetricInfo, Reads
 from xattn.eval.protocol import Protocol
-from xattn.eval.results import ImageRecord, MethodResult, Results, Row
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, write_text
 from xattn.runtime.version import __version__

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
+from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import MARK, OBJECTIVES
 from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
-from xattn.eval.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
 
 CURVES = {
     "deletion": ("Deletion", "share of pixels removed, most relevant first"),

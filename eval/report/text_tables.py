@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from xattn.eval.evaluation.results import Results, Row
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
-from xattn.eval.results import Results, Row
 
 
 def format_table(results: Results, style: str = "text") -> str:

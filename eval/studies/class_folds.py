@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.results import Difference, MethodResult, Results
 from xattn.eval.evaluation.split import Split
 from xattn.eval.report.results_files import read_json, write_csv, write_json
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import Difference, MethodResult, Results
 from xattn.eval.sanity import sanity_rows
 from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_backbone import study_backbone

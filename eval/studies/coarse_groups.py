@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
+from xattn.eval.evaluation.results import Results
 from xattn.eval.evaluation.split import Split
 from xattn.eval.report.results_files import write_csv, write_json
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import Results
 from xattn.eval.studies.class_folds import format_differences, merge, train_and_score
 from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image

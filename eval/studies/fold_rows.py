@@ -25,12 +25,12 @@ from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.results import Difference, Results
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.base import Column, Probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import Difference, Results
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.kept import kept_record
 from xattn.eval.studies.study_backbone import study_backbone

@@ -36,8 +36,8 @@ from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.eval.bootstrap import Interval, mean_interval, paired_difference
 from xattn.eval.evaluation.facts import describe
+from xattn.eval.evaluation.results import MIN_IMAGES, SURVIVES, TOO_FEW
 from xattn.eval.evaluation.split import Split
-from xattn.eval.results import MIN_IMAGES, SURVIVES, TOO_FEW
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
 from xattn.eval.studies.kept import finished_values

@@ -37,9 +37,9 @@ from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.annotations.objects import load_annotations
+from xattn.eval.evaluation.results import Results
 from xattn.eval.metrics.base import Probe
 from xattn.eval.report.text_tables import format_table
-from xattn.eval.results import Results
 from xattn.eval.studies import outcome_losses
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.fold_rows import (

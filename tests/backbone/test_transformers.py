@@ -14,11 +14,11 @@ from skimage import data
 from xattn import TrainConfig, create_explainer, create_head, explain, fit, load_backbone
 from xattn.attention import record
 from xattn.backbone.transformers_models import is_transformers, preprocessing_of_processor
+from xattn.backbone.weights import package_weights
 from xattn.cli import main
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.explainers import explainer_entry, list_explainers
 from xattn.heads import list_heads
-from xattn.models import package_weights
 from xattn.photos.view import prepare
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from small_transformers import tiny
 from xattn import create_explainer
 from xattn.attention import conversion, record
 from xattn.correlation import spearman
+from xattn.eval.evaluation.results import is_baseline
 from xattn.eval.leaderboard import Comparison, compare
-from xattn.eval.results import is_baseline
 from xattn.eval.sanity import (
     first_photos,
     likeness,

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from xattn.eval import Column, Protocol
+from xattn.eval.evaluation.results import RANDOMIZED, TOO_FEW, ImageRecord, MethodResult, Results
 from xattn.eval.leaderboard import Comparison, compare
 from xattn.eval.report.leaderboard_files import markdown, seconds_script, write_report
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import standings, wins
-from xattn.eval.results import RANDOMIZED, TOO_FEW, ImageRecord, MethodResult, Results
 
 AD, IC = Column("AD", 0.5), Column("IC", 0.5)  # lower and higher is better
 

@@ -224,7 +224,7 @@ def test_a_method_that_cannot_work_is_one_line_before_anything_is_scored(
     method, says, backbone, images, monkeypatch
 ):
     scored = []
-    monkeypatch.setattr("xattn.eval.evaluation.scorer.MaskedScorer.submit", scored.append)
+    monkeypatch.setattr("xattn.eval.metrics.scorer.MaskedScorer.submit", scored.append)
     with pytest.raises(ValueError, match=f"^{says}") as caught:
         methods = {"mine": method}
         evaluate(backbone, methods, images, progress=False, max_forward_batch=3)

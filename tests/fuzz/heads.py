@@ -18,8 +18,8 @@ import xattn
 from fuzz.engine import target
 from fuzz.labels import nasty_json
 from fuzz.mutations import deep
+from xattn.backbone.weights import load_weight_file
 from xattn.heads import create_head, load_head, parse_options, save_head
-from xattn.models.weights import load_weight_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

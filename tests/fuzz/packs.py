@@ -27,11 +27,11 @@ from xattn.app.pictures import rendering
 from xattn.app.pictures.export import maps_csv
 from xattn.app.pictures.rendering import Look
 from xattn.app.synthetic_packs import VIEW, described, explanation, picture
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.report.results_files import read_json
-from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import load_pack

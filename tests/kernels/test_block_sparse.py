@@ -14,11 +14,11 @@ from xattn.kernels.block_sparse import (
     check_index,
     neighbourhood,
     permuted,
+    problem,
     transpose_index,
     window,
 )
 from xattn.kernels.block_sparse import cpu as cpu_path
-from xattn.kernels.block_sparse import reference as problem
 from xattn.kernels.block_sparse.block_lists import transpose_groups
 from xattn.kernels.block_sparse.reference import inside
 from xattn.kernels.softmax import softmax_attention

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from xattn.kernels.flows import causal as causal_form
-from xattn.kernels.flows import flows
-from xattn.kernels.flows import reference as problem
+from xattn.kernels.flows import flows, reference
 from xattn.runtime.measuring import peak_memory
 
-E = problem.EPS
+E = reference.EPS
 SIZES = [(1, 1), (31, 31), (32, 32), (33, 33), (7, 50), (197, 197)]
 
 

@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import xattn
 from mistakes.table import Bench, Mistake
+from xattn.eval.evaluation.results import Results
 from xattn.eval.metrics import AverageDrop, MaxSensitivity, PointingGame
-from xattn.eval.results import Results
 
 
 def explained(change):

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 import xattn
 from xattn.backbone import sha256
+from xattn.backbone.pruning import pruned
 from xattn.cli import main
 from xattn.config import PruneConfig
-from xattn.pruning import pruned
 from xattn.training import pruning_run
 from xattn.training.pruning_run import read_photos, split
 from xattn.training.students.pruned import PrunedStudent, check_tail, choose_heads, seen_by

@@ -1,13 +1,13 @@
 """A frozen classifier whose logits and feature maps come out of one hook-free pass."""
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.classes import Task, read_classes
 from xattn.backbone.conversion import converted, load_conversion
 from xattn.backbone.fingerprint import sha256, state_sha256
 from xattn.backbone.loading import load_backbone
-from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.resizing import resized
 from xattn.backbone.taps import PRE_NORM_BLOCKS, TapModule, Taps
+from xattn.photos.classes import Task, read_classes
+from xattn.photos.preprocessing import Preprocessing
 
 __all__ = [
     "PRE_NORM_BLOCKS",

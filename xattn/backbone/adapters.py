@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from xattn.backbone.preprocessing import Preprocessing, channels_of
+from xattn.photos.preprocessing import Preprocessing, channels_of
 from xattn.runtime.copies import frozen_copy
 from xattn.runtime.names import did_you_mean
 
@@ -258,7 +258,7 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
     import torchvision.models as zoo
 
-    from xattn.models.weights import class_count, load_weight_file, part_of
+    from xattn.backbone.weights import class_count, load_weight_file, part_of
 
     whole = load_weight_file(weights)
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import conversion
 from xattn.attention.model.spec import Conversion, describe
-from xattn.backbone.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
 from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import Hashed, hashed_of, is_still, network_sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import classified
-from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
 from xattn.backbone.taps import (
     Taps,
     default_map_taps,
@@ -37,6 +35,8 @@ from xattn.backbone.taps import (
     wanted_intermediates,
 )
 from xattn.photos.arrays import layout_remedy
+from xattn.photos.classes import Task, as_classes, class_names_of, find_class, p_of, resolve_task
+from xattn.photos.preprocessing import Preprocessing, preprocessing_record
 from xattn.runtime.copies import remember_copies
 from xattn.runtime.devices import Movable
 from xattn.runtime.locking import alone, lock_of

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.classes import Task
 from xattn.backbone.loading import load_backbone
-from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.scored import View
 from xattn.backbone.targets import Target
+from xattn.photos.classes import Task
+from xattn.photos.preprocessing import Preprocessing
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYERS = {

@@ -143,7 +143,7 @@ def load_conversion(
         ValueError: the conversion belongs to another backbone (both hashes are named), or its files
             are damaged or changed. FileNotFoundError: nothing is there.
     """
-    from xattn.models.weights import load_weight_file
+    from xattn.backbone.weights import load_weight_file
 
     made, config = read_conversion(folder)
     if config["backbone"]["sha256"] != backbone.fingerprint:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import conversion
 from xattn.attention.model.spec import Conversion
-from xattn.backbone.preprocessing import Preprocessing, preprocessing_record
+from xattn.photos.preprocessing import Preprocessing, preprocessing_record
 
 
 def sha256(module: nn.Module) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.adapters import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
-from xattn.backbone.preprocessing import channels_of
+from xattn.photos.preprocessing import channels_of
 from xattn.runtime.names import did_you_mean
 
 _FOUND: ContextVar[dict[int, Tensor] | None] = ContextVar("found", default=None)

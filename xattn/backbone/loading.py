@@ -14,15 +14,7 @@ from torch import nn
 
 from xattn.backbone.adapters import UntraceableError, load_torchvision, traced_classifier
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.classes import Task, read_classes
 from xattn.backbone.hooked import from_hooks
-from xattn.backbone.preprocessing import (
-    LARGEST_SIDE,
-    channels_of,
-    given_preprocessing,
-    preprocessing_of,
-    says_normalization,
-)
 from xattn.backbone.resizing import tile_positions as repeat_positions
 from xattn.backbone.segmentation import Segmenter, is_segmentation
 from xattn.backbone.taps import TapModule
@@ -36,6 +28,14 @@ from xattn.backbone.transformers_models import (
     name_of,
 )
 from xattn.backbone.transformers_networks import TransformersNetwork
+from xattn.photos.classes import Task, read_classes
+from xattn.photos.preprocessing import (
+    LARGEST_SIDE,
+    channels_of,
+    given_preprocessing,
+    preprocessing_of,
+    says_normalization,
+)
 from xattn.runtime.copies import calls_of, frozen, frozen_copy, without_wrappers
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.preprocessing import LARGEST_SIDE
+from xattn.photos.preprocessing import LARGEST_SIDE
 from xattn.runtime.copies import shared_copy
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.classes import Task
 from xattn.backbone.pooled_features import classified
-from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.taps import Taps
 from xattn.backbone.targets import Target, as_target
+from xattn.photos.classes import Task
+from xattn.photos.preprocessing import Preprocessing
 
 
 class View(Backbone):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone.preprocessing import Preprocessing
+from xattn.photos.preprocessing import Preprocessing
 
 
 class Segmenter(nn.Module):

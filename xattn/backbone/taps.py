@@ -23,7 +23,7 @@ PRE_NORM_BLOCKS = frozenset(
         "DiffBlock",
         "RelPosBlock",
         "DiffParallelScalingBlock",
-        "SingleHeadBlock",  # of xattn.pruning, as RoutedBlock
+        "SingleHeadBlock",  # of xattn.backbone.pruning, as RoutedBlock
         "RoutedBlock",
         "TransformersBlock",  # of Hugging Face transformers
     }
@@ -57,7 +57,7 @@ class TapModule(Protocol):
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
     4-D NCHW maps; optional attributes ``preprocessing`` (a
-    :class:`~xattn.backbone.preprocessing.Preprocessing`), ``tap_names`` (one per map),
+    :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
     ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
     output Grad-CAM reads) are used where present.
     :func:`xattn.backbone.adapters.from_torchvision` makes one.

@@ -21,7 +21,7 @@ def create_timm_model(
     """A timm model whose ``pretrained_cfg`` fits its weights; arguments as in ``load_backbone``."""
     import timm
 
-    from xattn.pruning import pruned_folder
+    from xattn.backbone.pruning import pruned_folder
 
     _check_name(name)
     options: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
 def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    from xattn.models.weights import package_weights
+    from xattn.backbone.weights import package_weights
 
     architecture, package_options, state, overrides, count = package_weights(name, size)
     if options.get("num_classes") not in (None, count):
@@ -133,7 +133,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """With as many classes as the file has, unless ``options`` say otherwise."""
     import timm
 
-    from xattn.models.weights import class_count, load_weight_file, part_of
+    from xattn.backbone.weights import class_count, load_weight_file, part_of
 
     whole = load_weight_file(weights)
     key = _config(name).get("classifier")
@@ -167,8 +167,8 @@ def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
     import timm
 
     from xattn.backbone.fingerprint import state_sha256
-    from xattn.models.weights import load_weight_file
-    from xattn.pruning import prune_in_place, read_pruned
+    from xattn.backbone.pruning import prune_in_place, read_pruned
+    from xattn.backbone.weights import load_weight_file
 
     saved = read_pruned(folder)
     saved.check_backbone(name, options.get("num_classes"))

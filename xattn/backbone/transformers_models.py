@@ -25,13 +25,13 @@ from PIL import Image
 from torch import nn
 
 from xattn.attention.model.convert import evaluating
-from xattn.backbone.classes import Task
-from xattn.backbone.preprocessing import Preprocessing
 from xattn.backbone.transformers_networks import (
     TransformersMaps,
     TransformersNetwork,
     TransformersViT,
 )
+from xattn.photos.classes import Task
+from xattn.photos.preprocessing import Preprocessing
 from xattn.runtime.locking import alone
 
 PREFIX = "transformers:"

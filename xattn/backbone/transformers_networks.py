@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone.classes import Task
-from xattn.backbone.preprocessing import Preprocessing
+from xattn.photos.classes import Task
+from xattn.photos.preprocessing import Preprocessing
 
 
 class Projections(NamedTuple):

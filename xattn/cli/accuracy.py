@@ -35,7 +35,7 @@ class Accuracy(PhotoArgs):
                 raise ValueError(f"{name}: got {value}; give at least 1")
 
     def run(self) -> None:
-        from xattn.eval.evaluation.accuracy import measure_accuracy
+        from xattn.eval.accuracy import measure_accuracy
         from xattn.photos.part import limited
 
         networks: list[Any] = [self.model.load()]

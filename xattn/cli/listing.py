@@ -47,7 +47,7 @@ class List:
 
 
 def _print_models(pattern: str | None) -> None:
-    from xattn.models.weights import list_package_weights
+    from xattn.backbone.weights import list_package_weights
 
     print("backbones with package weights:")
     for record in list_package_weights():

@@ -176,7 +176,7 @@ class BackboneArgs:
 
 
 def weight_source(source: str, backbone: str) -> str | None:
-    from xattn.models.weights import list_package_weights
+    from xattn.backbone.weights import list_package_weights
 
     if source == "auto":
         shipped = {record.name for record in list_package_weights() if record.installed}

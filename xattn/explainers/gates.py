@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.backbone.classes import as_classes
 from xattn.explainers.base import Explainer, register_explainer
+from xattn.photos.classes import as_classes
 
 FORMS = ("gradient", "plus", "minus")
 

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.backbone.classes import find_classes
 from xattn.backbone.pooled_features import FeatureRecord, recording
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
@@ -26,6 +25,7 @@ from xattn.heads import Head
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
 from xattn.photos.arrays import ArrayImage
 from xattn.photos.base import StoredPhoto
+from xattn.photos.classes import find_classes
 from xattn.photos.labels import true_classes
 from xattn.photos.view import View
 

@@ -473,7 +473,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_head(folder: Path, backbone: Backbone) -> Head:
-    from xattn.models.weights import load_weight_file
+    from xattn.backbone.weights import load_weight_file
 
     config = read_config(folder)
     check_backbone(folder.name, config["backbone"], backbone)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.backbone.classes import wordnet_ids
+from xattn.photos.classes import wordnet_ids
 from xattn.photos.image_names import SUFFIXES
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable

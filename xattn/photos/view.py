@@ -20,7 +20,7 @@ from xattn.photos.images import load_image
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from xattn.backbone import Preprocessing
+    from xattn.photos.preprocessing import Preprocessing
 
 MAX_SIDE = 1_000_000  # pixels of a side of a view in a pack, for writers and readers alike
 DIRECT_PIXELS = (

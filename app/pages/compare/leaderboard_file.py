@@ -10,10 +10,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from xattn.app.library import LEADERBOARD
+from xattn.eval.evaluation.results import Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import Board, Standing
-from xattn.eval.results import Results
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache

@@ -64,7 +64,7 @@ def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
 def _sha256(weights: Path, changed: int) -> str:
     """The hash of the head as loaded: in single precision, whatever the file holds."""
     from xattn.backbone import state_sha256
-    from xattn.models.weights import load_weight_file
+    from xattn.backbone.weights import load_weight_file
 
     state = load_weight_file(weights)
     return state_sha256({k: v.float() if v.is_floating_point() else v for k, v in state.items()})

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.attention.base import whole
-from xattn.backbone.preprocessing import Preprocessing
 from xattn.blocks import create_block
+from xattn.photos.preprocessing import Preprocessing
 
 STEMS = ("shared", "place", "conv")
 

@@ -19,10 +19,10 @@ from xattn.app.library import LEADERBOARD, Library
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard_file import parse, read
 from xattn.app.synthetic_packs import small_pack
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.leaderboard_files import write_report
-from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 

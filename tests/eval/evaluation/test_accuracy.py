@@ -10,7 +10,7 @@ from torch import nn
 
 from xattn import load_backbone
 from xattn.cli.commands import main
-from xattn.eval.evaluation.accuracy import measure_accuracy
+from xattn.eval.accuracy import measure_accuracy
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

@@ -11,7 +11,7 @@ from eval_fakes import FakeBackbone, Maps
 from PIL import Image
 
 from xattn.eval import Column, MaskedScorer, Protocol, evaluate, functional
-from xattn.eval.evaluation.scorer import pad_batch
+from xattn.eval.metrics.scorer import pad_batch
 
 LEVELS = (1.0, 0.5, 0.15)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from xattn.eval import Column, Protocol, aggregate_ranks, format_table
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.report.standings import standings
-from xattn.eval.results import ImageRecord, MethodResult, Results
 
 LOWER = [Column("deletion"), Column("AD", 0.5), Column("AD", 0.15), Column("ROAD-MoRF")]
 HIGHER = [Column("insertion"), Column("ADD", 0.5), Column("IC", 0.5)]

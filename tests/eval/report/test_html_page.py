@@ -17,13 +17,13 @@ from PIL import Image
 from xattn.backbone import Preprocessing
 from xattn.eval import Column, Protocol, evaluate
 from xattn.eval.evaluation.database import ImageRow, ResultRow
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics import create_probe
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import from_dict, to_dict
 from xattn.eval.report.standings import standings
-from xattn.eval.results import ImageRecord, MethodResult, Results
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 

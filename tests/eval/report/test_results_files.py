@@ -11,8 +11,8 @@ import torch
 from eval_fakes import FakeBackbone
 
 from xattn.eval import Column, evaluate, format_table, functional, read_json, write_csv, write_json
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.report.results_files import from_dict, to_dict
-from xattn.eval.results import ImageRecord, MethodResult, Results
 
 
 @pytest.fixture(scope="module")

@@ -144,8 +144,8 @@ def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[
     Raises:
         ValueError: they cannot be read.
     """
-    from xattn.backbone.preprocessing import preprocessing_of
     from xattn.photos.images import list_images, load_image
+    from xattn.photos.preprocessing import preprocessing_of
     from xattn.photos.view import prepare
 
     preprocessing = preprocessing_of(model)

@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
-from xattn.backbone.classes import Task, as_classes
-from xattn.blocks.routing_usage import usage_entropy
-from xattn.config import PruneConfig
-from xattn.pruning import (
+from xattn.backbone.pruning import (
     Pruning,
     RoutedBlock,
     check_keep,
@@ -29,6 +26,9 @@ from xattn.pruning import (
     mark_pruned,
     prune_in_place,
 )
+from xattn.blocks.routing_usage import usage_entropy
+from xattn.config import PruneConfig
+from xattn.photos.classes import Task, as_classes
 from xattn.runtime.copies import shared_copy
 from xattn.training.students.closeness import divergence, last_tokens
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import chosen_layers, conversion, run_one_image
 from xattn.attention.model.spec import format_layers, parse_layers
-from xattn.backbone.preprocessing import LARGEST_SIDE
 from xattn.backbone.taps import PRE_NORM_BLOCKS
 from xattn.blocks.routing_usage import Choice, HeadRouter
+from xattn.photos.preprocessing import LARGEST_SIDE
 from xattn.runtime import strict_json
 from xattn.runtime.copies import shared_copy
 from xattn.runtime.files import atomic_folder

