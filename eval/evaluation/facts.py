@@ -41,24 +41,18 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
 def describe(explainer: Explainer) -> dict[str, Any]:
     """What an explainer is: its class, options, and the hashes of its head and network.
 
-    Options come in the order in which the explainer declares them; those that were ``added_later`` are
-    left out at their default.
+    Options come in the order in which the explainer declares them.
     """
     if isinstance(explainer, OwnExplainer):
         return _describe_own(explainer)
     hidden = ("head", "backbone", "reader")  # a reader's layer has a name among the options
     values = getattr(explainer, "__dict__", {})
-    declared = list(getattr(explainer, "listed_first", ()))
-    defaults = {f.name: f.default for f in fields(explainer)} if is_dataclass(explainer) else {}
-    declared += defaults
+    declared = [field.name for field in fields(explainer)] if is_dataclass(explainer) else []
     options = {
         key: _fact(values[key])
         for key in dict.fromkeys([*declared, *values])
         if key in values and not key.startswith("_") and key not in hidden
     }
-    for key in getattr(explainer, "added_later", ()):
-        if key in options and values[key] == defaults.get(key):
-            del options[key]
     record: dict[str, Any] = {"class": type(explainer).__qualname__, "options": options}
     if isinstance(explainer, FunctionExplainer):
         record["code"] = _code(type(explainer).function)

@@ -15,9 +15,10 @@ from xattn.attention import (
     register_attention,
 )
 from xattn.attention.base import MECHANISMS
+from xattn.attention.description import described
 from xattn.cli import main
 from xattn.cli.conversion_accuracy import read_accuracy
-from xattn.cli.listing import ADDS, declared, described, registered
+from xattn.cli.listing import ADDS, declared, registered
 
 
 @pytest.fixture

@@ -413,3 +413,19 @@ def test_the_mask_of_ones_is_constant_on_purpose(backbone, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explain(folder, backbone, explainer=["ones", "gradcam"])
+
+
+def test_explaining_loads_only_what_it_needs(tmp_path):
+    """No other heads, mechanisms or explainers: at most 140 modules of xattn."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (80, 60), "teal").save(photo)
+    code = (
+        "import sys; from xattn.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    words = ["explain", str(photo), "--weights", "package", "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = [name for name in done.stdout.splitlines() if f"{name}.".startswith("xattn.")]
+    assert "xattn.heads.evidence" in loaded and len(loaded) <= 140, (len(loaded), loaded)

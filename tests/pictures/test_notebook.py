@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from small_explanations import make
 
-from xattn.explaining import Explanations
+from xattn.explaining.photos import Explanations
 from xattn.pictures import notebook
 
 

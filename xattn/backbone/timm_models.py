@@ -21,8 +21,6 @@ def create_timm_model(
     """A timm model whose ``pretrained_cfg`` fits its weights; arguments as in ``load_backbone``."""
     import timm
 
-    from xattn.backbone.pruning import pruned_folder
-
     _check_name(name)
     options: dict[str, Any] = {}
     if num_classes is not None:
@@ -35,6 +33,8 @@ def create_timm_model(
         return _from_hub(name, options)
     if weights == "package":
         return _from_package(name, size, options)
+    from xattn.backbone.pruning import pruned_folder
+
     folder = pruned_folder(weights)
     if folder is not None:
         return _from_pruned(name, folder, options)

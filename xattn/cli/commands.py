@@ -1,6 +1,6 @@
 """All commands of ``xattn``, and its entry point.
 
-Only dataclasses are imported here, so that ``xattn --help`` answers at once; torch and timm
+Only the module of the command that is named is imported, without torch and timm; torch and timm
 load when a job starts. Errors of the user's input are one line and exit code 2.
 """
 
@@ -10,52 +10,43 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
-from xattn.cli.accuracy import Accuracy
-from xattn.cli.app import App
-from xattn.cli.bench import Bench
-from xattn.cli.compare import Compare
-from xattn.cli.diff import Diff
-from xattn.cli.distill import Distill
-from xattn.cli.evaluate import Evaluate
-from xattn.cli.explain import Explain
-from xattn.cli.export import Export
 from xattn.cli.imports import HELP, import_own, take_imports
-from xattn.cli.listing import List
-from xattn.cli.merge import Merge
 from xattn.cli.outputs import refuse_remote
-from xattn.cli.parts import Parts
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
-from xattn.cli.probe import Probe
-from xattn.cli.prune import Prune
-from xattn.cli.train import Train
 from xattn.runtime.arguments import choose
 from xattn.runtime.process import sleep_while_waiting
 from xattn.runtime.version import __version__
 
-COMMANDS: dict[str, type[Any]] = {
-    "train": Train,
-    "probe": Probe,
-    "distill": Distill,
-    "prune": Prune,
-    "explain": Explain,
-    "evaluate": Evaluate,
-    "compare": Compare,
-    "accuracy": Accuracy,
-    "diff": Diff,
-    "merge": Merge,
-    "parts": Parts,
-    "export": Export,
-    "app": App,
-    "bench": Bench,
-    "list": List,
-}
+NAMES = (
+    *("train", "probe", "distill", "prune", "explain", "evaluate", "compare", "accuracy", "diff"),
+    *("merge", "parts", "export", "app", "bench", "list"),
+)
+UPLOADING = ("explain", "evaluate", "merge")  # the commands whose output may be the URL of a store
 
-UPLOADING = (Explain, Evaluate, Merge)  # the commands whose output may be the URL of a store
 
+class Commands(Mapping[str, type[Any]]):
+    """The class of each command by name; its module is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[Any]:
+        if name not in NAMES:
+            raise KeyError(name)
+        module = import_module(f"xattn.cli.{'listing' if name == 'list' else name}")
+        found: type[Any] = getattr(module, name.capitalize())
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+
+COMMANDS = Commands()
 DESCRIPTION = (
     "Train, use and measure explanation heads on frozen image classifiers. --version prints the "
     f"version. {HELP}"
@@ -97,7 +88,7 @@ def _run(arguments: list[str]) -> int:
     try:
         arguments, sources = take_imports(arguments)
         command = choose(COMMANDS, arguments, "xattn", DESCRIPTION)
-        if type(command) not in UPLOADING:
+        if arguments[0] not in UPLOADING:
             refuse_remote(arguments[0], getattr(command, "output", None))
         if hasattr(command, "check"):
             command.check()

@@ -107,7 +107,6 @@ class Explain(MethodArgs):
         replace(self, explainers=names)._explain()
 
     def _explain(self) -> None:
-        from xattn.explaining.clips import explain_video
         from xattn.explaining.photos import explain
 
         whole = self.input != "photos"
@@ -135,6 +134,8 @@ class Explain(MethodArgs):
             backbone, methods = self._methods()
             options["output"] = output.folder
             if clip:
+                from xattn.explaining.clips import explain_video
+
                 options.update(every=self.every, smoothing=self.smoothing)
                 found = explain_video(self.images[0], backbone, None, methods[0], **options)
             else:

@@ -174,10 +174,7 @@ class Explainer(CaptumMethod, ABC):
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
     ``needs_head``; ``per_class``, whether it has maps of classes alone, and none of other targets;
-    ``is_mask``, whether the map is already a mask, to be shown without min-max;
-    ``listed_first``, options that records of results list before all others, as they always did;
-    ``added_later``, options whose default is what was done before there was a choice: records leave it
-    out, so that earlier results still count.
+    ``is_mask``, whether the map is already a mask, to be shown without min-max.
     """
 
     name: ClassVar[str]
@@ -187,8 +184,6 @@ class Explainer(CaptumMethod, ABC):
     needs_head: ClassVar[bool] = False
     per_class: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
-    listed_first: ClassVar[tuple[str, ...]] = ()
-    added_later: ClassVar[tuple[str, ...]] = ("aug_smooth",)
 
     backbone: Backbone
     head: Head | None = None
@@ -549,6 +544,10 @@ def _hint(name: str) -> str:
 EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
     "xattn.explainers",
     base=Explainer,
+    homes=(
+        *("xattn.explainers.cams", "xattn.explainers.masking", "xattn.explainers.relevance"),
+        "xattn.explainers",
+    ),
     argument="explainer",
     noun="explainer",
     given=("backbone", "head", "seed", "max_forward_batch"),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from xattn.backbone import Taps
 from xattn.explainers.base import Choose, Explainer, register_explainer
-from xattn.heads import AttentiveHead, WordHead
+from xattn.heads import AttentiveHead
 from xattn.heads.fusion import resize
 from xattn.heads.mixer import SHARES
 
@@ -139,11 +139,12 @@ class HeadExplainer(Explainer):
     caption: str | None = None
     needs_head = True
     per_class = True
-    added_later = (*Explainer.added_later, "passes", "caption")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.caption is not None:
+            from xattn.heads import WordHead
+
             if not isinstance(self.head, WordHead) or not isinstance(self.caption, str):
                 name = getattr(self.head, "name", None)
                 raise ValueError(

@@ -39,7 +39,6 @@ from xattn.packs.writer import PackWriter, pack_writer, thumbnail_jpeg
 from xattn.photos.arrays import ArrayImage, is_stream
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.view import View, prepare
-from xattn.pictures import notebook
 from xattn.runtime.distributed import gather, processes, together
 from xattn.runtime.stores import StoreError
 
@@ -70,9 +69,13 @@ class Explanations(list[Explanation]):
         self.blank += [map_of(e, e.file_name or e.image_id) for e in photo if e.is_blank]
 
     def _repr_html_(self) -> str | None:
+        from xattn.pictures import notebook
+
         return notebook.grid_html(self) if self else None
 
     def _repr_png_(self) -> bytes | None:
+        from xattn.pictures import notebook
+
         return notebook.png(self) if self else None
 
 

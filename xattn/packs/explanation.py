@@ -20,7 +20,6 @@ from PIL import Image
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import load_image
 from xattn.photos.view import View
-from xattn.pictures import notebook
 from xattn.pictures.scales import overlay_of
 from xattn.runtime.stores import StorePath
 
@@ -181,12 +180,18 @@ class Explanation:
 
     def figure(self, cmap: str = "inferno", width: float = 8.0, style: str = "overlay") -> Figure:
         """Photo, map and colour bar as a matplotlib figure, see :func:`xattn.pictures.notebook.figure`."""
+        from xattn.pictures import notebook
+
         return notebook.figure(self, cmap, width, style)
 
     def _repr_html_(self) -> str:
+        from xattn.pictures import notebook
+
         return notebook.grid_html([self])
 
     def _repr_png_(self) -> bytes:
+        from xattn.pictures import notebook
+
         return notebook.png([self])
 
 

@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from xattn.photos.base import Data, Photos
-from xattn.photos.huggingface import open_dataset
 from xattn.photos.image_files import Files
 from xattn.photos.images import list_images
-from xattn.photos.shards import open_webdataset
 from xattn.photos.volumes import AxialSlices, is_volume
 from xattn.runtime.stores import StorePath, place_of
 
@@ -70,8 +68,12 @@ def open_photos(data: Data) -> Photos:
         if match is None:
             raise ValueError(f"data: got {data!r}; give {scheme}/NAME_OR_PATH[:split]")
         if scheme.lower() == "hfds":
+            from xattn.photos.huggingface import open_dataset
+
             return open_dataset(match[1], match[2])
         if scheme.lower() == "wds":
+            from xattn.photos.shards import open_webdataset
+
             return open_webdataset(match[1], match[2])
         raise ValueError(
             "data: hfids/ (Hugging Face streaming) does not say how many samples a shard holds, so "

@@ -115,7 +115,8 @@ def probe(
         OSError: ``output`` cannot be written.
     """
     config = config or ProbeConfig()
-    config = replace(config, attention=METHODS.name(config.attention))
+    if (name := METHODS.name(config.attention)) != config.attention:  # "AT" is at
+        config = replace(config, attention=name)
     _check_head(head, features, config)
     shared = set(train) & set(validation)
     if shared:

@@ -273,8 +273,6 @@ class LayerExplainer(Explainer):
         reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
     """
 
-    added_later = (*Explainer.added_later, "layers", "reshape")
-
     layer: nn.Module | str | None = None
     layers: Sequence[nn.Module | str] = ()
     reshape: Callable[[Tensor], Tensor] | None = None

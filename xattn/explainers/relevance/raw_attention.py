@@ -42,8 +42,6 @@ class RawAttention(AttentionExplainer):
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
-    listed_first = ("layer", "fusion")
-
     layer: int = -1
     fusion: str | int = "mean"
 
@@ -94,8 +92,6 @@ class ColumnMass(AttentionExplainer):
     Raises:
         ValueError: a layer whose attention may be negative.
     """
-
-    listed_first = ("layer",)
 
     layer: int | None = -1
     start: Start | None = field(default="patches", init=False)

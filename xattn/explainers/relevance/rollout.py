@@ -50,8 +50,6 @@ class Rollout(AttentionExplainer):
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
-    listed_first = ("fusion", "residual", "discard", "keep_class", "start_layer")
-
     fusion: str = "mean"
     residual: float = 0.5
     discard: float = 0.0
