@@ -26,11 +26,11 @@ _EXPORTS = {
     "Comparison": "leaderboard",
     "compare": "leaderboard",
     "Column": "metrics.base",
-    "Probe": "metrics.base",
+    "PerturbationMetric": "metrics.base",
     "Reads": "metrics.base",
     "Request": "metrics.base",
     "Sample": "metrics.base",
-    "MaskingProbe": "metrics.masking",
+    "MaskingMetric": "metrics.masking",
     "measure": "metrics.measure",
     "MetricInfo": "metrics.base",
     "create_probe": "metrics.registry",
@@ -73,10 +73,10 @@ __all__ = [
     "ImageRecord",
     "IncreaseInConfidence",
     "MaskedScorer",
-    "MaskingProbe",
+    "MaskingMetric",
     "MethodResult",
     "MetricInfo",
-    "Probe",
+    "PerturbationMetric",
     "Protocol",
     "Reads",
     "Request",
@@ -131,13 +131,20 @@ if TYPE_CHECKING:
     )
     from xattn.eval.leaderboard import Comparison, compare
     from xattn.eval.metric_presets import preset
-    from xattn.eval.metrics.base import Column, MetricInfo, Probe, Reads, Request, Sample
+    from xattn.eval.metrics.base import (
+        Column,
+        MetricInfo,
+        PerturbationMetric,
+        Reads,
+        Request,
+        Sample,
+    )
     from xattn.eval.metrics.masking import (
         AverageDrop,
         AverageDropInDeletion,
         AverageGain,
         IncreaseInConfidence,
-        MaskingProbe,
+        MaskingMetric,
     )
     from xattn.eval.metrics.measure import measure
     from xattn.eval.metrics.own import register_metric

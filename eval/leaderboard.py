@@ -27,7 +27,7 @@ from xattn.eval.evaluation.results import Results
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.evaluation.targets import made_for, score_of
 from xattn.eval.interfaces import Explainer
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import (
     create_probe,
     direct_groups,
@@ -70,7 +70,7 @@ class Comparison:
     heads: Mapping[str, Head] = field(default_factory=dict)
     explainers: Sequence[str] | Mapping[str, Any] = ("gradcam",)
     options: Sequence[str] = ()
-    metrics: Sequence[str | Probe] = ("direct",)
+    metrics: Sequence[str | PerturbationMetric] = ("direct",)
     annotations: Path | None = None
     again_limit: int | None = 2
     view: str = "crop"
@@ -190,7 +190,7 @@ def _write_likeness(
 def _say_plan(
     job: Comparison,
     methods: Mapping[str, Explainer],
-    probes: Sequence[Probe],
+    probes: Sequence[PerturbationMetric],
     images: Any,
     limit: int | None,
     ranks: int,
@@ -223,9 +223,9 @@ def _paths(images: Any) -> dict[str, Path | StorePath]:
     return dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
 
 
-def groups_of(job: Comparison) -> list[str | Probe]:
+def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
     """The groups of metrics, by name, and probes; those that need annotations come with them."""
-    names: list[str | Probe] = []
+    names: list[str | PerturbationMetric] = []
     for name in job.metrics:
         if name == "direct":
             names += direct_groups()
@@ -238,9 +238,11 @@ def groups_of(job: Comparison) -> list[str | Probe]:
     return [name for i, name in enumerate(names) if name not in names[:i]]
 
 
-def _defined(job: Comparison, protocol: Protocol, say: Callable[[str], Any]) -> list[str | Probe]:
+def _defined(
+    job: Comparison, protocol: Protocol, say: Callable[[str], Any]
+) -> list[str | PerturbationMetric]:
     """The groups of metrics without those that "direct" and "all" bring and the score does not allow."""
-    names: list[str | Probe] = []
+    names: list[str | PerturbationMetric] = []
     for name in groups_of(job):
         problem = None
         if isinstance(name, str) and name not in job.metrics:

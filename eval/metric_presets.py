@@ -13,7 +13,7 @@ from typing import Any
 
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.interfaces import Classifier, Explainer
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import Protocol
 from xattn.runtime.names import did_you_mean
@@ -21,7 +21,9 @@ from xattn.runtime.names import did_you_mean
 Mean = tuple[float, ...] | None
 
 
-def preset(name: str, mean: Sequence[float] | None = None) -> tuple[Protocol, list[Probe]]:
+def preset(
+    name: str, mean: Sequence[float] | None = None
+) -> tuple[Protocol, list[PerturbationMetric]]:
     """Protocol and probes of a preset; ``mean`` (3,) is the data set's mean colour in [0, 1].
 
     Raises:
@@ -37,25 +39,25 @@ def preset(name: str, mean: Sequence[float] | None = None) -> tuple[Protocol, li
     return PRESETS[name](None if mean is None else tuple(float(v) for v in mean))
 
 
-def _ttame(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _ttame(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """Black behind grey maps at 100, 50 and 15 %, IC strict."""
     protocol = Protocol(ic_margin=0.0)
     return protocol, [create_probe("masking", protocol, metrics=("AD", "IC"))]
 
 
-def _lift_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _lift_cam(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """Grey maps at full level only; ADD on the complement, signed."""
     protocol = Protocol(levels=(1.0,), ic_margin=0.0, normalization="minmax_upsampled")
     return protocol, [create_probe("masking", protocol, metrics=("AD", "IC", "ADD"))]
 
 
-def _opti_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _opti_cam(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """Grey maps at full level only; AG beside AD and IC."""
     protocol = Protocol(levels=(1.0,), ic_margin=0.0, normalization="minmax_upsampled")
     return protocol, [create_probe("masking", protocol, metrics=("AD", "IC", "AG"))]
 
 
-def _rise(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _rise(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """224 pixels a step; deletion to 0 after normalisation, insertion onto the normalised image,
     padded with zeros and blurred."""
     probe = create_probe(
@@ -64,19 +66,19 @@ def _rise(mean: Mean) -> tuple[Protocol, list[Probe]]:
     return Protocol(normalization="minmax_upsampled"), [probe]
 
 
-def _road(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _road(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01; the class's mean
     probability, which the authors' program gives beside the accuracy that the paper reports."""
     return Protocol(), [create_probe("road")]
 
 
-def _torch_cam(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _torch_cam(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """What torch-cam computes without ``logits_fn``: AD and IC of logits, mean colour behind."""
     protocol = Protocol(score="logit", levels=(1.0,), masked_value="mean", ic_margin=0.0)
     return protocol, [create_probe("masking", protocol, mean, metrics=("AD", "IC"), bounded=False)]
 
 
-def _grad_cam_lib(mean: Mean) -> tuple[Protocol, list[Probe]]:
+def _grad_cam_lib(mean: Mean) -> tuple[Protocol, list[PerturbationMetric]]:
     """pytorch-grad-cam's: the drop is not divided by p; mean colour behind. It scales its maps to
     [0, 1] before and after resizing, which is the same as after it."""
     protocol = Protocol(
@@ -85,7 +87,7 @@ def _grad_cam_lib(mean: Mean) -> tuple[Protocol, list[Probe]]:
     return protocol, [create_probe("masking", protocol, mean, metrics=("drop", "IC"))]
 
 
-PRESETS: dict[str, Callable[[Mean], tuple[Protocol, list[Probe]]]] = {
+PRESETS: dict[str, Callable[[Mean], tuple[Protocol, list[PerturbationMetric]]]] = {
     "ttame": _ttame,
     "lift-cam": _lift_cam,
     "opti-cam": _opti_cam,

@@ -30,7 +30,7 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.evaluation.targets import aimed, score_of
 from xattn.eval.interfaces import Classifier
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import create_probe, group_name, own_infos
 from xattn.eval.metrics.scorer import MaskedScorer, micro_batch
 from xattn.eval.protocol import Protocol
@@ -44,7 +44,7 @@ def evaluate(
     explainers: Mapping[str, Any],
     images: Any,
     *,
-    metrics: str | Probe | Sequence[str | Probe] = ("masking",),
+    metrics: str | PerturbationMetric | Sequence[str | PerturbationMetric] = ("masking",),
     levels: Sequence[float] | None = None,
     max_forward_batch: int = 32,
     view: str | None = None,
@@ -217,21 +217,23 @@ def _run(
 
 
 def create_probes(
-    metrics: str | Probe | Sequence[str | Probe], protocol: Protocol, mean: Sequence[float]
-) -> list[Probe]:
+    metrics: str | PerturbationMetric | Sequence[str | PerturbationMetric],
+    protocol: Protocol,
+    mean: Sequence[float],
+) -> list[PerturbationMetric]:
     """The probes of groups by name; a ValueError where a column would stand twice."""
     if not metrics:
         raise ValueError("metrics: got none; give names of xattn list")
-    given = [metrics] if isinstance(metrics, str | Probe) else metrics
+    given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics
     probes = [
         create_probe(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
         for m in given
     ]
     for probe in probes:
-        if not isinstance(probe, Probe):
+        if not isinstance(probe, PerturbationMetric):
             raise ValueError(
-                f"metrics: got {probe!r}; give names of xattn list, or instances of Probe (functions by "
-                f"register_metric)"
+                f"metrics: got {probe!r}; give names of xattn list, or instances of "
+                f"PerturbationMetric (functions by register_metric)"
             )
         own_infos(probe)
         problem = probe.score_problem(protocol.score)

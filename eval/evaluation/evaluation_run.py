@@ -23,7 +23,7 @@ from xattn.eval.evaluation.map_maker import MapMaker, Randomized, reason
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, Explainer
-from xattn.eval.metrics.base import Finish, Probe, Sample
+from xattn.eval.metrics.base import Finish, PerturbationMetric, Sample
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket
@@ -42,7 +42,7 @@ class Evaluation:
     backbone: Classifier
     explainers: Mapping[str, Explainer]
     protocol: Protocol
-    probes: Sequence[Probe]
+    probes: Sequence[PerturbationMetric]
     annotations: Annotations | None = None
     randomized: Randomized = field(default_factory=dict)
     again_limit: int | None = None
@@ -82,7 +82,7 @@ class _Pending:
     """One explanation whose scores are not all there yet."""
 
     row: ResultRow
-    finishes: list[tuple[Probe, Finish, dict[str, list[Ticket]]]]
+    finishes: list[tuple[PerturbationMetric, Finish, dict[str, list[Ticket]]]]
 
     @property
     def done(self) -> bool:
@@ -368,7 +368,7 @@ class EvaluationRun:
         )
         self._pending.append(_Pending(row, finishes))
 
-    def _applies(self, probe: Probe, name: str, image: ScoredImage) -> bool:
+    def _applies(self, probe: PerturbationMetric, name: str, image: ScoredImage) -> bool:
         """Whether a probe is measured on an image for a method."""
         if probe.needs_annotation:
             note = image.annotation
@@ -429,7 +429,7 @@ class EvaluationRun:
         }
 
 
-def _own_error(probe: Probe, error: Exception) -> Exception:
+def _own_error(probe: PerturbationMetric, error: Exception) -> Exception:
     """An error of a probe from outside the package in one line that names it."""
     own = not type(probe).__module__.startswith("xattn.")
     if not own or str(error).startswith("metrics: "):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
-from xattn.eval.metrics.base import Probe, Sample
+from xattn.eval.metrics.base import PerturbationMetric, Sample
 from xattn.eval.metrics.scorer import micro_batch
 
 
@@ -56,7 +56,7 @@ class Plan:
 def plan(
     backbone: Classifier,
     explainers: Mapping[str, Explainer],
-    probes: Sequence[Probe],
+    probes: Sequence[PerturbationMetric],
     image: Tensor,
     count: int,
     *,
@@ -104,7 +104,7 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     return took / len(batch)
 
 
-def _dry_run(probe: Probe, image: Tensor) -> tuple[int, int]:
+def _dry_run(probe: PerturbationMetric, image: Tensor) -> tuple[int, int]:
     """How many images a probe wants scored, and how many explained again."""
     if probe.needs_annotation:
         return 0, 0

@@ -24,7 +24,7 @@ from xattn.eval.evaluation.database import ImageRow
 from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
-from xattn.eval.metrics.base import Column, MetricInfo, Probe
+from xattn.eval.metrics.base import Column, MetricInfo, PerturbationMetric
 from xattn.eval.metrics.objectives import LEGEND, OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
@@ -620,7 +620,7 @@ def is_baseline(name: str) -> bool:
 def collect(
     store: Store,
     protocol: Protocol,
-    probes: Sequence[Probe],
+    probes: Sequence[PerturbationMetric],
     explainers: Mapping[str, Explainer],
     backbone: Classifier,
     cost: dict[str, int],

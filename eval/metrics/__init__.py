@@ -12,7 +12,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "MeanMetric",
     "MetricGroup",
     "MetricInfo",
-    "Probe",
+    "PerturbationMetric",
     "Request",
     "Sample",
     "create_probe",

@@ -29,7 +29,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -93,7 +93,7 @@ def _check(maps: Tensor, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class AdccProbe(Probe):
+class AdccMetric(PerturbationMetric):
     """Coherency, complexity and ADCC: one more explanation and one forward pass an image.
 
     The pass is on image * grey, the very image of AD at level 1 with black behind it. Pearson's
@@ -166,7 +166,7 @@ class ADCC(MeanMetric):
 
 GROUP = MetricGroup(
     "adcc",
-    AdccProbe,
+    AdccMetric,
     {
         "coherency": MetricInfo("(Pearson(m(x), m(x o m)) + 1) / 2", True, kind="robustness"),
         "complexity": MetricInfo(

@@ -1,9 +1,9 @@
 """A metric of explanations: which perturbed images to score, and what their scores say.
 
-A :class:`Probe` is one group of metrics that share perturbed images (insertion with deletion, AD with
-IC). For one explanation of one image it yields the images it wants scored and returns a function
-that turns the scores into values; the engine schedules the requests of all probes and methods
-together and knows nothing else about them.
+A :class:`PerturbationMetric` is one group of metrics that share perturbed images (insertion with deletion,
+AD with IC). For one explanation of one image it yields the images it wants scored and returns a function
+that turns the scores into values; the engine schedules the requests of all probes and methods together and
+knows nothing else about them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class MaskingChoices(Protocol):
     def ic_margin(self) -> float: ...
 
 
-class Probe(ABC):
+class PerturbationMetric(ABC):
     """A group of metrics that share perturbed images: a frozen dataclass whose fields are options.
 
     Class attributes tell the engine what ``measure`` needs beside the image and its map:
@@ -200,7 +200,7 @@ class MetricGroup:
     """
 
     name: str
-    probe: type[Probe]
+    probe: type[PerturbationMetric]
     metrics: Mapping[str, MetricInfo]
     classes: tuple[type[Any], ...] = ()
     cases: tuple[Mapping[str, Any], ...] = ({},)

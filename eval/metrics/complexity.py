@@ -23,7 +23,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -66,7 +66,7 @@ def _magnitudes(maps: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ComplexityProbe(Probe):
+class ComplexityMetric(PerturbationMetric):
     """Gini index and entropy of the raw map; no forward passes."""
 
     @property
@@ -105,7 +105,7 @@ class Entropy(MeanMetric):
 
 GROUP = MetricGroup(
     "complexity",
-    ComplexityProbe,
+    ComplexityMetric,
     {
         "Gini": MetricInfo(
             "sum (2 i - n - 1) v_i / (n sum v), v = |phi| ascending", True, kind="complexity"

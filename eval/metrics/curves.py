@@ -23,7 +23,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -63,7 +63,7 @@ def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class InsertionDeletionProbe(Probe):
+class InsertionDeletionMetric(PerturbationMetric):
     """Insertion (higher is better) and deletion (lower is better), each with T forward passes.
 
     Pixels go in stable descending order of the grey map, ties in row-major order. A constant map
@@ -235,7 +235,7 @@ def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
 
 GROUP = MetricGroup(
     "insertion-deletion",
-    InsertionDeletionProbe,
+    InsertionDeletionMetric,
     {
         "deletion": MetricInfo(
             "area under the score while pixels are removed by rank",

@@ -21,7 +21,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -72,7 +72,7 @@ def _curve(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PixelFlippingProbe(Probe):
+class PixelFlippingMetric(PerturbationMetric):
     """AOPC, higher is better, with ``steps`` forward passes.
 
     The defaults remove 15 % of an image of 224 pixels, as the paper does (100 squares of 9 pixels).
@@ -84,7 +84,7 @@ class PixelFlippingProbe(Probe):
         per_step: regions removed in one step.
         steps: T, or fewer where nothing is left before; None: until nothing is left.
         fill: what replaces a region, as in
-            :class:`~xattn.eval.metrics.curves.InsertionDeletionProbe`. The paper draws noise; one
+            :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`. The paper draws noise; one
             draw an image is made here, the same for all methods.
         mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
     """
@@ -175,7 +175,7 @@ def with_clean(clean: float, scores: Tensor) -> Tensor:
 
 GROUP = MetricGroup(
     "pixel-flipping",
-    PixelFlippingProbe,
+    PixelFlippingMetric,
     {
         "AOPC": MetricInfo(
             "mean over steps of f(x) - f(x_t), patches removed by rank",

@@ -22,7 +22,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -62,7 +62,7 @@ def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> 
 
 
 @dataclass(frozen=True)
-class InfidelityProbe(Probe):
+class InfidelityMetric(PerturbationMetric):
     """Infidelity on ``samples`` perturbations that depend on the image alone, not on the method.
 
     A map has one value a pixel, an image three. phi / 3 stands for each channel, so that I . phi is
@@ -163,7 +163,7 @@ class Infidelity(MeanMetric):
         self.scale = scale
         super().__init__(backbone, **kwargs)
 
-    def _default_probe(self) -> Probe:
+    def _default_probe(self) -> PerturbationMetric:
         return replace(super()._default_probe(), scale=self.scale)  # type: ignore[type-var]
 
     def update(self, products: Tensor, changes: Tensor, valid: Tensor | None = None) -> None:
@@ -172,7 +172,7 @@ class Infidelity(MeanMetric):
 
 GROUP = MetricGroup(
     "infidelity",
-    InfidelityProbe,
+    InfidelityMetric,
     {
         "infidelity": MetricInfo(
             "E (I . phi - (f(x) - f(x - I)))^2",

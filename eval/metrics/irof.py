@@ -23,7 +23,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -76,7 +76,7 @@ def _relative(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IrofProbe(Probe):
+class IrofMetric(PerturbationMetric):
     """IROF, with one forward pass a superpixel, of which SLIC finds about ``n_segments``.
 
     NaN for a constant map, which ranks nothing, and for an image of a single superpixel.
@@ -85,7 +85,7 @@ class IrofProbe(Probe):
         n_segments, compactness, sigma: of ``skimage.segmentation.slic``, on the RGB image in
             [0, 1], which it converts to Lab; its other parameters are scikit-image's defaults.
         fill: ``"image-mean"``, the image's own mean colour, or one of the fills of
-            :class:`~xattn.eval.metrics.curves.InsertionDeletionProbe`.
+            :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`.
         mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
     """
 
@@ -172,7 +172,7 @@ def superpixels(
 
 GROUP = MetricGroup(
     "irof",
-    IrofProbe,
+    IrofMetric,
     {
         "IROF": MetricInfo(
             "1 - area under f(x_t) / f(x), superpixels removed by rank",

@@ -25,7 +25,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -145,7 +145,7 @@ def _check_threshold(threshold: float | None) -> None:
 
 
 @dataclass(frozen=True)
-class LocalizationProbe(Probe):
+class LocalizationMetric(PerturbationMetric):
     """Pointing game, energy-based pointing game and IoU; no forward passes.
 
     NaN where the image has no annotation of the explained class.
@@ -225,7 +225,7 @@ class LocalizationIoU(MeanMetric):
 
 GROUP = MetricGroup(
     "localization",
-    LocalizationProbe,
+    LocalizationMetric,
     {
         "pointing": MetricInfo(
             "100 mean [argmax lies on the object]", True, 0, 100, "localisation"

@@ -24,7 +24,7 @@ from xattn.eval.metrics.base import (
     MaskingChoices,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -36,7 +36,7 @@ _READS = Reads("class", "the map", "black")
 
 
 @dataclass(frozen=True)
-class MaskingProbe(Probe):
+class MaskingMetric(PerturbationMetric):
     """AD, IC, ADD and AG at every level.
 
     At level 1 m is the grey map itself (LIFT-CAM's ADD), below it the thresholded one.
@@ -85,7 +85,7 @@ class MaskingProbe(Probe):
                 "such as 'curves'"
             )
         return (
-            "score: AD, ADD and AG are of probabilities; for logits give MaskingProbe(bounded=False, "
+            "score: AD, ADD and AG are of probabilities; for logits give MaskingMetric(bounded=False, "
             "metrics=('AD', 'IC')), or the preset torch-cam"
         )
 
@@ -146,8 +146,8 @@ class _MaskingMetric(MeanMetric):
         self.level = level
         super().__init__(backbone, **kwargs)
 
-    def _default_probe(self) -> Probe:
-        return MaskingProbe(levels=(self.level,), metrics=(self.metric,))
+    def _default_probe(self) -> PerturbationMetric:
+        return MaskingMetric(levels=(self.level,), metrics=(self.metric,))
 
     def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
         self._add(type(self).values(p, q), valid)
@@ -177,7 +177,7 @@ class IncreaseInConfidence(_MaskingMetric):
         self.margin = margin
         super().__init__(backbone, level, **kwargs)
 
-    def _default_probe(self) -> Probe:
+    def _default_probe(self) -> PerturbationMetric:
         return replace(super()._default_probe(), ic_margin=self.margin)  # type: ignore[type-var]
 
     def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
@@ -202,7 +202,7 @@ class AverageGain(_MaskingMetric):
 
 GROUP = MetricGroup(
     "masking",
-    MaskingProbe,
+    MaskingMetric,
     {
         "AD": MetricInfo("100 mean max(0, p - q) / p", False, 0, 100, reads=_READS),
         "IC": MetricInfo("100 mean [q > p + margin max(p, q)]", True, 0, 100, reads=_READS),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from xattn.eval import functional
-from xattn.eval.metrics.base import Column, MetricGroup, Probe
+from xattn.eval.metrics.base import Column, MetricGroup, PerturbationMetric
 from xattn.eval.metrics.measure import measure
 from xattn.photos.arrays import input_batch
 
@@ -64,7 +64,7 @@ class MeanMetric(Metric):
         self,
         backbone: Any = None,
         *,
-        probe: Probe | None = None,
+        probe: PerturbationMetric | None = None,
         explainer: Any = None,
         randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         is_mask: bool = False,
@@ -98,12 +98,12 @@ class MeanMetric(Metric):
                 f"(b, 3, H, W) that returns logits"
             )
 
-    def _default_probe(self) -> Probe:
+    def _default_probe(self) -> PerturbationMetric:
         """The group's probe with its default options."""
         assert self.group is not None
         return self.group.probe(**self._colour(self.group.probe))
 
-    def _colour(self, probe: type[Probe]) -> dict[str, Any]:
+    def _colour(self, probe: type[PerturbationMetric]) -> dict[str, Any]:
         """The data set's mean colour, for a probe that has an option for it."""
         preprocessing = getattr(self._network[0], "preprocessing", None)
         taken = is_dataclass(probe) and any(f.name == "mean" for f in fields(probe))

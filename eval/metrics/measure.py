@@ -12,12 +12,12 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
-from xattn.eval.metrics.base import Column, Finish, Probe, Request, Sample
+from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Request, Sample
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
 
 
 def measure(
-    probe: Probe,
+    probe: PerturbationMetric,
     f: Any,
     images: Tensor,
     maps: Tensor,
@@ -98,7 +98,9 @@ def measure(
     return values
 
 
-def finished(probe: Probe, finish: Finish, scores: Mapping[str, Tensor]) -> dict[Column, float]:
+def finished(
+    probe: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
+) -> dict[Column, float]:
     """What ``finish`` makes of the scores; a ``ValueError`` where that is not a number a column."""
     values = finish(scores)
     if not isinstance(values, Mapping) or not set(values) <= set(probe.columns):

@@ -20,7 +20,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -48,7 +48,7 @@ def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MonotonicityProbe(Probe):
+class MonotonicityMetric(PerturbationMetric):
     """Monotonicity correlation on the squares of a grid, ``samples`` forward passes a square.
 
     The noise depends on the image alone, so all methods score the same perturbed images. NaN for
@@ -108,7 +108,7 @@ class MonotonicityCorrelation(MeanMetric):
 
 GROUP = MetricGroup(
     "monotonicity",
-    MonotonicityProbe,
+    MonotonicityMetric,
     {
         "monotonicity": MetricInfo(
             "Spearman correlation of |phi| of a patch and the change of f under noise there",

@@ -17,7 +17,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -44,7 +44,8 @@ def register_metric(
     classes: Sequence[type[MeanMetric]] = (),
     cases: Sequence[Mapping[str, Any]] = ({},),
 ) -> Callable[[Metric], Metric]:
-    """Decorator: make a :class:`~xattn.eval.metrics.Probe`, or a function, a group of metrics ``name``.
+    """Decorator: make a :class:`~xattn.eval.metrics.PerturbationMetric`, or a function, the group
+    ``name`` of metrics.
 
     A function returns a number and asks by the names of its parameters for any of ``image`` (3, H, W) in
     [0, 1], ``map`` (H, W) in [0, 1], min-maxed, ``raw`` (H, W), the explainer's own values, ``target``, the
@@ -61,7 +62,7 @@ def register_metric(
     """
 
     def add(metric: Metric) -> Metric:
-        is_probe = isinstance(metric, type) and issubclass(metric, Probe)
+        is_probe = isinstance(metric, type) and issubclass(metric, PerturbationMetric)
         given: Any = {name: info} if isinstance(info, MetricInfo) else info
         if not given and is_probe:
             given = metric.info  # type: ignore[attr-defined]
@@ -84,7 +85,7 @@ def register_metric(
 
 
 @dataclass(frozen=True)
-class FunctionProbe(Probe):
+class FunctionMetric(PerturbationMetric):
     """Base of the probes that :func:`register_metric` makes of functions."""
 
     function: ClassVar[Callable[..., Any]]
@@ -96,9 +97,13 @@ class FunctionProbe(Probe):
         return lambda scores: {self.columns[0]: value}
 
 
-def _function_probe(name: str, function: Any, metrics: Mapping[str, MetricInfo]) -> type[Probe]:
+def _function_probe(
+    name: str, function: Any, metrics: Mapping[str, MetricInfo]
+) -> type[PerturbationMetric]:
     if not callable(function) or isinstance(function, type):
-        raise ValueError(f"metric: got {function!r}; decorate a function, or a subclass of Probe")
+        raise ValueError(
+            f"metric: got {function!r}; decorate a function, or a subclass of PerturbationMetric"
+        )
     if set(metrics) != {name}:
         raise ValueError(f"info: got {', '.join(metrics)}; a function is one metric, {name!r}")
     parameters = inspect.signature(function).parameters.values()
@@ -114,10 +119,10 @@ def _function_probe(name: str, function: Any, metrics: Mapping[str, MetricInfo])
         "__qualname__": function.__qualname__,
         "__doc__": function.__doc__,
     }
-    return dataclass(frozen=True)(type(function.__name__, (FunctionProbe,), about))
+    return dataclass(frozen=True)(type(function.__name__, (FunctionMetric,), about))
 
 
-def _forget_reloaded(name: str, cls: type[Probe]) -> None:
+def _forget_reloaded(name: str, cls: type[PerturbationMetric]) -> None:
     """Make room for a metric whose file was changed and imported again."""
     before = REGISTRY.registered().get(name)
     if before is not None:

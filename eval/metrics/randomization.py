@@ -24,7 +24,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -87,7 +87,7 @@ def _prepared(maps: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class RandomizationProbe(Probe):
+class RandomizationMetric(PerturbationMetric):
     """Similarity of a map to those of the method on randomised networks, mean over ``stages``.
 
     Needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` gives; a method without
@@ -151,7 +151,7 @@ class RandomizationSSIM(_Similarity):
 
 GROUP = MetricGroup(
     "randomization",
-    RandomizationProbe,
+    RandomizationMetric,
     {
         "randomization-Spearman": MetricInfo(
             "rank correlation with the map after randomising weights", False, -1, 1, "sanity"

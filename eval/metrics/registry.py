@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, Probe
+from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, PerturbationMetric
 from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.registry import Registry, Table
 from xattn.runtime.names import same_name
@@ -73,7 +73,7 @@ def _hint(name: str) -> str:
     return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
 
 
-REGISTRY: Registry[Probe, MetricGroup] = Registry(
+REGISTRY: Registry[PerturbationMetric, MetricGroup] = Registry(
     "xattn.metrics",
     argument="metrics",
     noun="group",
@@ -83,7 +83,7 @@ REGISTRY: Registry[Probe, MetricGroup] = Registry(
     refusal="{name} takes no {option}; it has {options}",
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
-PROBES: Table[type[Probe]] = REGISTRY.classes()
+PROBES: Table[type[PerturbationMetric]] = REGISTRY.classes()
 """The probe of each group."""
 METRICS: Table[MetricInfo] = REGISTRY.table(lambda group: group.metrics)
 """Every metric by its name in a table."""
@@ -109,12 +109,12 @@ def groups_with_annotations() -> list[str]:
     return [name for name, probe in PROBES.items() if probe.needs_annotation]
 
 
-def group_name(probe: Probe) -> str:
+def group_name(probe: PerturbationMetric) -> str:
     """The name of a probe's group, or of its class where it has none."""
     return next((n for n, cls in PROBES.items() if cls is type(probe)), type(probe).__name__)
 
 
-def own_infos(probe: Probe) -> dict[str, MetricInfo]:
+def own_infos(probe: PerturbationMetric) -> dict[str, MetricInfo]:
     """What the metrics of a probe from outside the package are, registered or not; none of xattn's own.
 
     Raises:
@@ -144,7 +144,7 @@ def create_probe(
     protocol: MaskingChoices | None = None,
     mean: tuple[float, ...] | None = None,
     **options: Any,
-) -> Probe:
+) -> PerturbationMetric:
     """A group of metrics by name.
 
     Args:

@@ -30,7 +30,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Reads,
     Request,
     Sample,
@@ -101,7 +101,7 @@ class RoadCombined(MeanMetric):
 
 
 @dataclass(frozen=True)
-class RoadProbe(Probe):
+class RoadMetric(PerturbationMetric):
     """ROAD-MoRF, ROAD-LeRF and ROAD: the levels of one order are imputed as one batch.
 
     Args:
@@ -160,7 +160,7 @@ def _check_levels(levels: Sequence[float]) -> None:
 _READS = Reads("class", "thresholds of the map", "imputed")
 GROUP = MetricGroup(
     "road",
-    RoadProbe,
+    RoadMetric,
     {
         "ROAD-MoRF": MetricInfo(
             "mean score with the most relevant pixels imputed", False, reads=_READS

@@ -21,7 +21,7 @@ from xattn.eval.metrics.base import (
     Finish,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
 )
@@ -65,7 +65,7 @@ def _ratio(moves: Tensor, norms: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MaxSensitivityProbe(Probe):
+class MaxSensitivityMetric(PerturbationMetric):
     """Max-sensitivity: explains ``samples`` perturbed images and once more the image itself.
 
     x + d is clamped to [0, 1], which explainers ask for; ``captum.metrics.sensitivity_max`` does not
@@ -126,7 +126,7 @@ class MaxSensitivity(MeanMetric):
 
 GROUP = MetricGroup(
     "sensitivity",
-    MaxSensitivityProbe,
+    MaxSensitivityMetric,
     {
         "max-sensitivity": MetricInfo(
             "max |phi(x + d) - phi(x)| / |phi(x)|, |d| <= r", False, 0, math.inf, "robustness"

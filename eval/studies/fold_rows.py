@@ -27,7 +27,7 @@ from xattn.config import TrainConfig
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.evaluation.results import Difference, Results
 from xattn.eval.evaluation.split import Split
-from xattn.eval.metrics.base import Column, Probe
+from xattn.eval.metrics.base import Column, PerturbationMetric
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
 from xattn.eval.report.text_tables import format_table
@@ -112,7 +112,7 @@ def score_row(
     held_out: Sequence[Path],
     folder: Path,
     *,
-    metrics: Sequence[str | Probe] = METRICS,
+    metrics: Sequence[str | PerturbationMetric] = METRICS,
     table: Outcomes | None = None,
     precision: str = "float32",
     max_forward_batch: int = 16,
@@ -153,7 +153,7 @@ def score_explainer(
     folder: Path,
     split: Split,
     *,
-    metrics: Sequence[str | Probe] = METRICS,
+    metrics: Sequence[str | PerturbationMetric] = METRICS,
     precision: str = "float32",
     max_forward_batch: int = 16,
     progress: bool = True,

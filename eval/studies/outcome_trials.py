@@ -38,7 +38,7 @@ from xattn.backbone import Backbone
 from xattn.config import TrainConfig
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.results import Results
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.report.text_tables import format_table
 from xattn.eval.studies import outcome_losses
 from xattn.eval.studies.class_folds import class_folds, merge
@@ -329,7 +329,7 @@ def score_trial(
     run: TrialRun,
     held_out: Sequence[Path],
     *,
-    metrics: Sequence[str | Probe] = METRICS,
+    metrics: Sequence[str | PerturbationMetric] = METRICS,
     precision: str = "float32",
 ) -> Results:
     """Run ``trial`` in the folder of ``run``, and score it on ``held_out``."""

@@ -15,7 +15,7 @@ TOYS = """
 from dataclasses import dataclass
 
 import torch
-from xattn.eval.metrics import Column, MetricGroup, MetricInfo, Probe
+from xattn.eval.metrics import Column, MetricGroup, MetricInfo, PerturbationMetric
 from xattn.explainers import Explainer
 from xattn.heads.probing.gap import Gap
 from xattn.heads.ttame import TTame
@@ -38,7 +38,7 @@ class ToyChange(RandomPerturbation):
 
 
 @dataclass(frozen=True)
-class ToyProbe(Probe):
+class ToyMetric(PerturbationMetric):
     @property
     def columns(self):
         return (Column("toy_metric"),)
@@ -48,7 +48,7 @@ class ToyProbe(Probe):
         return lambda scores: {Column("toy_metric"): float(sample.grey.mean())}
 
 
-TOY_GROUP = MetricGroup("toy_group", ToyProbe, {"toy_metric": MetricInfo("mean of m", True)})
+TOY_GROUP = MetricGroup("toy_group", ToyMetric, {"toy_metric": MetricInfo("mean of m", True)})
 """
 PROBES = """
 from xattn.heads import register_head
@@ -56,7 +56,7 @@ from xattn.heads.probing.efficient_probe import EfficientProbe
 
 
 @register_head("toy_probe", cases=({"queries": 2},))
-class ToyProbe(EfficientProbe):
+class ToyMetric(EfficientProbe):
     pass
 """
 MIXERS = """

@@ -14,7 +14,7 @@ from references import cases
 from torch import Tensor
 
 from xattn.eval.metric_presets import preset
-from xattn.eval.metrics import Column, Probe, Sample, create_probe
+from xattn.eval.metrics import Column, PerturbationMetric, Sample, create_probe
 from xattn.eval.metrics import measure as measure_in_batches
 
 TOLERANCE = 1e-4
@@ -50,7 +50,7 @@ def same(ours, theirs, tolerance: float = TOLERANCE) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def measure(probe: Probe, *inputs, **options) -> dict[Column, Tensor]:
+def measure(probe: PerturbationMetric, *inputs, **options) -> dict[Column, Tensor]:
     """In small passes: every pass is filled up to its size."""
     return measure_in_batches(probe, *inputs, max_forward_batch=4, **options)
 
@@ -126,10 +126,10 @@ def test_road_of_pytorch_grad_cam_level_by_level(slow_case, order):
 
 def test_road_of_pytorch_grad_cam_by_the_probe(slow_case):
     """The probe solves to 1e-3 of a pixel, which moves a mean probability by as much at most."""
-    from xattn.eval.metrics.road import RoadProbe
+    from xattn.eval.metrics.road import RoadMetric
 
     case, theirs = slow_case, stored("gradcam", slow_case)["softmax"]
-    probe = RoadProbe(levels=tuple(1 - int(p) / 100 for p in theirs["MoRF"]), noise=0.0)
+    probe = RoadMetric(levels=tuple(1 - int(p) / 100 for p in theirs["MoRF"]), noise=0.0)
     values = measure(probe, case.f, case.images, case.maps, case.targets)
     same(values[Column("ROAD-MoRF")], np.mean(list(theirs["MoRF"].values()), 0), 1e-3)
     same(values[Column("ROAD-LeRF")], np.mean(list(theirs["LeRF"].values()), 0), 1e-3)
@@ -172,11 +172,11 @@ def test_captum_on_the_perturbations_of_the_probe(perturbation):
     """Captum is at hand: its infidelity, with the very images that our probe asks for."""
     from captum.metrics import infidelity
 
-    from xattn.eval.metrics.infidelity import InfidelityProbe
+    from xattn.eval.metrics.infidelity import InfidelityMetric
 
     case = _case("synthetic")
     for scale in (False, True):
-        probe = InfidelityProbe(samples=5, perturbation=perturbation, scale=scale)
+        probe = InfidelityMetric(samples=5, perturbation=perturbation, scale=scale)
         image, phi, target = case.images[:1], case.squares(4)[:1], case.targets[:1]
         ours = measure(probe, case.f, image, phi, target)[Column("infidelity")]
         sample = Sample(image[0], phi[0], phi[0], int(target), 0.0, seed=0)
@@ -208,14 +208,14 @@ def top_1(case: cases.Case):
 
 def test_road_of_quantus(slow_case):
     """One channel: with three its ROAD fails."""
-    from xattn.eval.metrics.road import RoadProbe
+    from xattn.eval.metrics.road import RoadMetric
 
     case, theirs = slow_case, stored("quantus", slow_case)
     levels = tuple(int(p) / 100 for p in theirs["ROAD, one channel"])
     images = case.monochrome.expand(-1, 3, -1, -1).contiguous()
     with torch.no_grad():
         targets = case.f(images).argmax(1)
-    probe = RoadProbe(levels=levels, noise=0.0)
+    probe = RoadMetric(levels=levels, noise=0.0)
     values = measure(probe, top_1(case), images, case.ranks, targets, score="logit")
     survived = np.array(theirs["ROAD, one channel, by image"])
     same(values[Column("ROAD-MoRF")], survived.mean(1))
@@ -225,7 +225,9 @@ def test_road_of_quantus(slow_case):
 # ---------------------------------------------------------------- Quantus: removing by rank
 
 
-def curves(probe: Probe, f, images: Tensor, maps: Tensor, targets: Tensor) -> list[Tensor]:
+def curves(
+    probe: PerturbationMetric, f, images: Tensor, maps: Tensor, targets: Tensor
+) -> list[Tensor]:
     """What a probe asks for, scored: one curve (T + 1,) an image, the clean probability first."""
     rows = []
     for image, raw, target in zip(images, maps, targets, strict=True):
@@ -244,11 +246,11 @@ def flipping(case: cases.Case) -> tuple[cases.Case, dict[str, int]]:
 
 
 def test_pixel_flipping_of_quantus(slow_case):
-    from xattn.eval.metrics.flipping import PixelFlippingProbe, aopc, pixel_flipping_auc
+    from xattn.eval.metrics.flipping import PixelFlippingMetric, aopc, pixel_flipping_auc
 
     theirs = stored("quantus", slow_case)["PixelFlipping, 0.0"]
     case, options = flipping(slow_case)
-    probe = PixelFlippingProbe(patch=1, per_step=options["per_step"], steps=None)
+    probe = PixelFlippingMetric(patch=1, per_step=options["per_step"], steps=None)
     ours = torch.stack(curves(probe, case.f, case.images, case.ranks, case.targets))
     same(ours[:, 1:], theirs["curve"])
     same(pixel_flipping_auc(ours), theirs["auc"])
@@ -287,10 +289,10 @@ def test_monotonicity_correlation_of_quantus(slow_case):
 
 
 def test_irof_of_quantus(slow_case):
-    from xattn.eval.metrics.irof import IrofProbe, irof_area, irof_values
+    from xattn.eval.metrics.irof import IrofMetric, irof_area, irof_values
 
     case, theirs = slow_case, stored("quantus", slow_case)
-    probe = IrofProbe(fill="black")
+    probe = IrofMetric(fill="black")
     ours = curves(probe, case.f, case.images, case.ranks, case.targets)
     same([irof_area(c) for c in ours], theirs["IROF, RGB, black, batch_size=1"])
     # In a batch it pads the curves of images with fewer superpixels by 0: one trapezoid too many.

@@ -10,7 +10,7 @@ from own_names import forgetting
 
 import xattn
 from mistakes.table import Bench, Mistake
-from xattn.eval import Comparison, MetricInfo, Probe, compare, evaluate
+from xattn.eval import Comparison, MetricInfo, PerturbationMetric, compare, evaluate
 
 INFO = MetricInfo("one", True)
 
@@ -19,7 +19,7 @@ class Plain:
     """A class that derives from nothing."""
 
 
-class Nameless(Probe):
+class Nameless(PerturbationMetric):
     """A probe that does not say what it measures."""
 
     def measure(self, sample):
@@ -66,7 +66,7 @@ MISTAKES = [
     Mistake(
         "a probe's class instead of a probe",
         lambda b: evaluated(b, "gradcam", [Nameless]),
-        ("metrics: got <class", "instances of Probe"),
+        ("metrics: got <class", "instances of PerturbationMetric"),
     ),
     Mistake(
         "a function as a metric",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -40,7 +40,7 @@ def ratios(
 
 
 def times(
-    jobs: dict[str, Job],
+    jobs: Mapping[str, Job],
     rounds: int,
     warmup: int = 1,
     clock: Clock = time.perf_counter,

@@ -25,9 +25,9 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
-from xattn.eval.metrics.base import Probe
+from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import create_probe
-from xattn.eval.metrics.road import RoadProbe
+from xattn.eval.metrics.road import RoadMetric
 from xattn.runtime.measuring import Job, keep_rounds, median_ratio, times
 from xattn.runtime.process import keep_memory
 
@@ -94,7 +94,7 @@ def _passes(backbone: Backbone, images: Tensor, count: int, batch: int) -> Job:
     return job
 
 
-def _evaluation(backbone: Backbone, images: Tensor, probe: Probe, batch: int) -> Job:
+def _evaluation(backbone: Backbone, images: Tensor, probe: PerturbationMetric, batch: int) -> Job:
     def job() -> None:
         evaluate(
             backbone,
@@ -147,7 +147,7 @@ def _road_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
         yield "| ROAD imputation, 7 levels | pytorch-grad-cam is not installed | | | | |"
     images = photos_like(backbone, 4)
     jobs = {
-        "job": lambda: _morf(backbone, images, RoadProbe(), batch),
+        "job": lambda: _morf(backbone, images, RoadMetric(), batch),
         "floor": _passes(backbone, images, 8 * len(images), batch),
     }
     took = times(jobs, rounds, of="ROAD, MoRF in total")

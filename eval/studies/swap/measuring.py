@@ -45,7 +45,7 @@ from xattn.config import DistillConfig
 from xattn.correlation import spearman
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.evaluation.split import Split
-from xattn.eval.metrics.base import Column, Probe
+from xattn.eval.metrics.base import Column, PerturbationMetric
 from xattn.eval.metrics.registry import create_probe
 from xattn.eval.protocol import Protocol
 from xattn.eval.studies.kept import finished_values, kept_record
@@ -227,7 +227,7 @@ class Explaining:
         size = batch_size(network.preprocessing.input_size[0])
         return create_explainer(name, network, None, 0, size, **options)
 
-    def probes(self, protocol: Protocol, mean: Sequence[float]) -> list[Probe]:
+    def probes(self, protocol: Protocol, mean: Sequence[float]) -> list[PerturbationMetric]:
         colour = tuple(float(v) for v in mean)
         return [
             create_probe("masking", protocol, colour, metrics=("AD", "IC", "ADD")),

@@ -18,8 +18,8 @@ from xattn.eval.metrics.road import (
     LEVELS,
     RoadCombined,
     RoadLeRF,
+    RoadMetric,
     RoadMoRF,
-    RoadProbe,
     removed_pixels,
     road_combined_values,
     road_values,
@@ -215,7 +215,7 @@ def brightest_left(images):
 
 def test_the_probe_equals_its_definition():
     images, maps = rand(2, 3, 16, 18), torch.cat([smooth_map(16, 18), smooth_map(16, 18, seed=5)])
-    probe = RoadProbe(levels=(0.2, 0.6), noise=0.0)
+    probe = RoadMetric(levels=(0.2, 0.6), noise=0.0)
     values = measure(probe, brightest_left, images, maps, 0, score="logit")
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
     grey = (maps - low) / (high - low)
@@ -239,7 +239,7 @@ def test_a_map_that_knows_the_evidence_beats_its_opposite():
     image[..., 6:18, 3:9] = 1
     maps = image[:, :1] + 1e-3 * rand(1, 1, 24, 24)
     for sign in (1, -1):
-        values = measure(RoadProbe(), brightest_left, image, sign * maps, 0, score="logit")
+        values = measure(RoadMetric(), brightest_left, image, sign * maps, 0, score="logit")
         assert sign * float(values[Column("ROAD")]) > 0
 
 
@@ -251,7 +251,7 @@ def test_a_constant_mask_is_undefined_and_scores_nothing():
         return brightest_left(images)
 
     ones = torch.ones(1, 1, 12, 12)
-    values = measure(RoadProbe(), model, rand(1, 3, 12, 12), ones, 0, is_mask=True)
+    values = measure(RoadMetric(), model, rand(1, 3, 12, 12), ones, 0, is_mask=True)
     assert set(values) == {Column("ROAD-MoRF"), Column("ROAD-LeRF"), Column("ROAD")}
     assert all(math.isnan(v) for v in values.values())
     assert len(calls) == 1  # the clean image
@@ -277,11 +277,11 @@ def test_values_and_torchmetrics():
 
 
 def test_levels_may_be_a_list():
-    given, kept = RoadProbe(levels=[0.2, 0.6]), RoadProbe(levels=(0.2, 0.6))
+    given, kept = RoadMetric(levels=[0.2, 0.6]), RoadMetric(levels=(0.2, 0.6))
     assert given == kept and hash(given) == hash(kept)
 
 
 @pytest.mark.parametrize("levels", [(), (0.0, 0.5), (1.0,)])
 def test_levels_are_checked(levels):
     with pytest.raises(ValueError, match="levels"):
-        RoadProbe(levels=levels)
+        RoadMetric(levels=levels)

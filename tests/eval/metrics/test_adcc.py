@@ -17,7 +17,7 @@ from xattn.eval.metrics.adcc import (
     coherency_values,
     complexity_values,
 )
-from xattn.eval.metrics.masking import MaskingProbe
+from xattn.eval.metrics.masking import MaskingMetric
 
 COHERENCY, COMPLEXITY, WHOLE = Column("coherency"), Column("complexity"), Column("ADCC")
 FRACTIONS = st.lists(st.floats(0, 1), min_size=3, max_size=3)
@@ -178,7 +178,7 @@ def finished(probe, given):
 def test_its_only_pass_is_that_of_average_drop_with_black_behind_the_mask():
     given = sample()
     ours, _ = finished(create_probe("adcc"), given)
-    theirs, _ = finished(MaskingProbe(levels=(1.0,)), given)
+    theirs, _ = finished(MaskingMetric(levels=(1.0,)), given)
     assert [(r.key, r.shared) for r in ours] == [("q", True)]
     assert torch.equal(ours[0].image, next(r.image for r in theirs if r.key == "q@100"))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from xattn.eval.fills import fill
 from xattn.eval.metrics import create_probe, measure
 from xattn.eval.metrics.base import Column, Sample
-from xattn.eval.metrics.curves import Deletion, Insertion, InsertionDeletionProbe, auc, curves
+from xattn.eval.metrics.curves import Deletion, Insertion, InsertionDeletionMetric, auc, curves
 
 DELETION, INSERTION = Column("deletion"), Column("insertion")
 SIZE = (9, 11)
@@ -89,7 +89,9 @@ def test_classes_average_the_areas_and_count_undefined_ones():
 @pytest.mark.parametrize("step", [1, 7, 50, 98, 99, 500])
 def test_each_step_moves_the_next_pixels_of_the_ranking(kinds, step):
     image, grey = draw(3, *SIZE, seed=1), ranks(2)[0] / 98
-    probe = InsertionDeletionProbe(step, deletion_fill=kinds[0], insertion_fill=kinds[1], mean=MEAN)
+    probe = InsertionDeletionMetric(
+        step, deletion_fill=kinds[0], insertion_fill=kinds[1], mean=MEAN
+    )
     asked = requests(probe, sample(image, grey))
     count = math.ceil(99 / step)
     by_key = {name: [i for key, i, _ in asked if key == name] for name in ("deletion", "insertion")}
@@ -106,14 +108,14 @@ def test_each_step_moves_the_next_pixels_of_the_ranking(kinds, step):
 def test_fills_are_those_asked_for():
     image, grey = draw(3, *SIZE, seed=1), ranks(2)[0] / 98
     for kind, colour in (("black", (0.0, 0.0, 0.0)), ("mean", MEAN)):
-        probe = InsertionDeletionProbe(deletion_fill=kind, insertion_fill=kind, mean=MEAN)
+        probe = InsertionDeletionMetric(deletion_fill=kind, insertion_fill=kind, mean=MEAN)
         asked = requests(probe, sample(image, grey))
         flat = torch.tensor(colour)[:, None, None].expand_as(image)
         count = len(asked) // 2
         assert torch.equal(asked[count - 1][1], flat)  # deletion ends
         assert torch.equal(asked[count][1], flat)  # insertion starts
     image = draw(3, 64, 70)
-    probe = InsertionDeletionProbe(steps=1)
+    probe = InsertionDeletionMetric(steps=1)
     blurred = requests(probe, sample(image, ranks(2, (64, 70))[0] / 4479))[1][1]
     assert torch.equal(blurred, fill(image, torch.ones(1, 64, 70, dtype=torch.bool), "blur"))
     assert blurred.std() < 0.5 * image.std()
@@ -122,7 +124,7 @@ def test_fills_are_those_asked_for():
 @pytest.mark.parametrize("kind", ["inpaint", "road"])
 def test_where_nothing_remains_estimates_are_the_mean_colour_of_the_image(kind):
     image, grey = draw(3, *SIZE, seed=1), ranks(2)[0] / 98
-    probe = InsertionDeletionProbe(40, deletion_fill=kind, insertion_fill=kind)
+    probe = InsertionDeletionMetric(40, deletion_fill=kind, insertion_fill=kind)
     asked = requests(probe, sample(image, grey))
     for _, blank, shared in (asked[2], asked[3]):
         assert shared
@@ -130,7 +132,7 @@ def test_where_nothing_remains_estimates_are_the_mean_colour_of_the_image(kind):
 
 
 def test_only_the_fills_alone_can_be_shared_with_other_maps():
-    asked = requests(InsertionDeletionProbe(10), sample(draw(3, *SIZE), ranks()[0] / 98))
+    asked = requests(InsertionDeletionMetric(10), sample(draw(3, *SIZE), ranks()[0] / 98))
     assert [(t, key) for t, (key, _, shared) in enumerate(asked) if shared] == [
         (9, "deletion"),
         (10, "insertion"),
@@ -141,7 +143,7 @@ def test_the_samples_image_and_map_stay_as_they_are():
     image, grey = draw(3, *SIZE), ranks()[0] / 98
     copies = image.clone(), grey.clone()
     for kind in ("black", "inpaint"):
-        probe = InsertionDeletionProbe(20, deletion_fill=kind, insertion_fill=kind)
+        probe = InsertionDeletionMetric(20, deletion_fill=kind, insertion_fill=kind)
         requests(probe, sample(image, grey))
     assert torch.equal(image, copies[0]) and torch.equal(grey, copies[1])
 
@@ -149,7 +151,7 @@ def test_the_samples_image_and_map_stay_as_they_are():
 def test_ties_go_in_row_major_order():
     image, grey = torch.ones(3, 4, 4), torch.zeros(1, 4, 4)
     grey[0, 2] = 1
-    asked = requests(InsertionDeletionProbe(2), sample(image, grey))
+    asked = requests(InsertionDeletionMetric(2), sample(image, grey))
     gone = [(black[0] == 0).flatten().nonzero().flatten().tolist() for _, black, _ in asked[:4]]
     assert gone == [[8, 9], [8, 9, 10, 11], [0, 1, 8, 9, 10, 11], [0, 1, 2, 3, 8, 9, 10, 11]]
 
@@ -159,7 +161,7 @@ def test_ties_go_in_row_major_order():
     [((224, 224), 56, 56), (SIZE, 56, 50), (SIZE, 1, 1), (SIZE, 999, 99)],
 )
 def test_steps_are_rounded_up_to_whole_pixels(size, steps, count):
-    asked = InsertionDeletionProbe(steps=steps).measure(
+    asked = InsertionDeletionMetric(steps=steps).measure(
         sample(torch.ones(3, *size), ranks(size=size)[0])
     )
     assert sum(request.key == "deletion" for request in asked) == count
@@ -170,7 +172,7 @@ def test_steps_are_rounded_up_to_whole_pixels(size, steps, count):
 
 def test_values_are_those_of_the_definition():
     image, grey, f = draw(1, 3, *SIZE), ranks(3), softmax_of(1, 0.3)
-    got = measure(InsertionDeletionProbe(10, insertion_fill="mean", mean=MEAN), f, image, grey, 1)
+    got = measure(InsertionDeletionMetric(10, insertion_fill="mean", mean=MEAN), f, image, grey, 1)
     order = np.argsort(-grey.numpy().ravel())
     mean = torch.tensor(MEAN)[:, None]
     for column, start, end in (
@@ -189,7 +191,7 @@ def test_values_are_those_of_the_definition():
 def test_curves_start_and_end_with_the_clean_score():
     image, grey, f = draw(3, *SIZE), ranks(3)[0] / 98, softmax_of(1, 0.3)
     clean = f(image[None])[0, 0].item()
-    probe = InsertionDeletionProbe(10)
+    probe = InsertionDeletionMetric(10)
     generator, scores = probe.measure(sample(image, grey, clean)), {"deletion": [], "insertion": []}
     while True:
         try:
@@ -210,7 +212,7 @@ def test_curves_start_and_end_with_the_clean_score():
 def test_equal_contributions_give_the_mean_of_both_ends(step):
     image = torch.full((1, 3, *SIZE), 0.25)
     f = linear(torch.full((3, *SIZE), 2.0))
-    probe = InsertionDeletionProbe(step, insertion_fill="mean", mean=(1.0, 0.0, 0.5))
+    probe = InsertionDeletionMetric(step, insertion_fill="mean", mean=(1.0, 0.0, 0.5))
     got = measure(probe, f, image, ranks(4), 0, score="logit")
     clean, start = 99 * 3 * 0.25 * 2, 99 * 1.5 * 2
     assert got[DELETION].item() == pytest.approx(clean / 2, rel=1e-6)
@@ -224,7 +226,7 @@ def test_no_order_beats_the_contributions_of_an_additive_model(seed, step):
     image = draw(1, 3, *SIZE, seed=seed + 1)
     contributions = (weight * image).sum(1, keepdim=True)
     maps = torch.cat([contributions, ranks(seed), -contributions])
-    probe = InsertionDeletionProbe(step, insertion_fill="black")
+    probe = InsertionDeletionMetric(step, insertion_fill="black")
     got = measure(probe, linear(weight), image.expand(3, -1, -1, -1), maps, 0, score="logit")
     best, other, worst = got[DELETION].tolist()
     assert best - 1e-6 <= other <= worst + 1e-6
@@ -236,7 +238,7 @@ def test_no_order_beats_the_contributions_of_an_additive_model(seed, step):
 @given(SEEDS, st.integers(1, 120), st.floats(0.01, 30))
 def test_areas_of_probabilities_lie_between_zero_and_one(seed, step, gain):
     got = measure(
-        InsertionDeletionProbe(step),
+        InsertionDeletionMetric(step),
         softmax_of(seed, gain),
         draw(2, 3, *SIZE, seed=seed),
         draw(2, 1, 4, 5, seed=seed),
@@ -251,7 +253,7 @@ def test_areas_of_probabilities_lie_between_zero_and_one(seed, step, gain):
 def test_strictly_increasing_functions_of_a_map_have_its_values(seed, function):
     image, f = draw(1, 3, *SIZE, seed=seed), softmax_of(seed)
     grey = 0.1 + ranks(seed) / 98
-    probe = InsertionDeletionProbe(9)
+    probe = InsertionDeletionMetric(9)
     expected, got = (measure(probe, f, image, maps, 0) for maps in (grey, function(grey)))
     for column in probe.columns:
         assert got[column].item() == expected[column].item()
@@ -260,9 +262,14 @@ def test_strictly_increasing_functions_of_a_map_have_its_values(seed, function):
 def test_a_constant_map_ranks_nothing_and_costs_nothing():
     image = draw(3, *SIZE)
     for value in (0.0, 0.3, 1.0):
-        assert not requests(InsertionDeletionProbe(), sample(image, torch.full((1, *SIZE), value)))
+        assert not requests(InsertionDeletionMetric(), sample(image, torch.full((1, *SIZE), value)))
     got = measure(
-        InsertionDeletionProbe(), softmax_of(), image[None], torch.ones(1, 1, 2, 2), 0, is_mask=True
+        InsertionDeletionMetric(),
+        softmax_of(),
+        image[None],
+        torch.ones(1, 1, 2, 2),
+        0,
+        is_mask=True,
     )
     assert all(values.isnan().all() for values in got.values())
 
@@ -286,7 +293,7 @@ def test_a_constant_map_ranks_nothing_and_costs_nothing():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        InsertionDeletionProbe(**options)
+        InsertionDeletionMetric(**options)
 
 
 def test_a_columns_options_are_those_it_depends_on():

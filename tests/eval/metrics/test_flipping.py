@@ -11,19 +11,19 @@ from scipy.stats import spearmanr
 
 from xattn.eval.metrics import create_probe, irof, measure
 from xattn.eval.metrics.base import Column, Sample
-from xattn.eval.metrics.curves import InsertionDeletionProbe
+from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.flipping import (
     PixelFlipping,
-    PixelFlippingProbe,
+    PixelFlippingMetric,
     aopc,
     grid,
     pixel_flipping_auc,
     rank_regions,
 )
-from xattn.eval.metrics.irof import IROF, IrofProbe, irof_area, irof_values, superpixels
+from xattn.eval.metrics.irof import IROF, IrofMetric, irof_area, irof_values, superpixels
 from xattn.eval.metrics.monotonicity import (
     MonotonicityCorrelation,
-    MonotonicityProbe,
+    MonotonicityMetric,
     monotonicity_values,
 )
 
@@ -31,9 +31,9 @@ AOPC, IROF_COLUMN, MONOTONICITY = Column("AOPC"), Column("IROF"), Column("monoto
 SIZE = (9, 11)
 SEEDS = st.integers(0, 2**31)
 PROBES = [
-    PixelFlippingProbe(patch=2, steps=None),
-    IrofProbe(n_segments=12),
-    MonotonicityProbe(patch=3),
+    PixelFlippingMetric(patch=2, steps=None),
+    IrofMetric(n_segments=12),
+    MonotonicityMetric(patch=3),
 ]
 T = torch.tensor
 
@@ -92,7 +92,7 @@ def test_a_batch_equals_a_loop_and_any_micro_batch(probe):
     assert whole.isfinite().all()
     for i, target in enumerate([0, 1, 1]):
         one = measure(probe, f, images[i : i + 1], maps[i : i + 1], target, max_forward_batch=5)
-        if not isinstance(probe, MonotonicityProbe):  # there the place of an image seeds the noise
+        if not isinstance(probe, MonotonicityMetric):  # there the place of an image seeds the noise
             assert one[probe.columns[0]].item() == whole[i].item()
 
 
@@ -202,7 +202,7 @@ def test_regions_vanish_most_relevant_first(fill, per_step, steps, count):
     image, labels = 0.1 + draw(3, 5, 7, seed=1), grid(5, 7, 3)
     relevance = T([0.3, -2.0, 5.0, 0.0, -0.1, 1.0])  # of the squares: 2, 5, 0, 3, 4, 1
     rank = T([2, 5, 0, 3, 4, 1])
-    probe = PixelFlippingProbe(3, per_step, steps, fill)
+    probe = PixelFlippingMetric(3, per_step, steps, fill)
     asked = images_of(probe, sample(image, relevance[labels][None]))
     assert len(asked) == count
     for t, perturbed in enumerate(asked, start=1):
@@ -213,7 +213,7 @@ def test_regions_vanish_most_relevant_first(fill, per_step, steps, count):
 
 def test_equal_contributions_give_half_of_the_whole_drop():
     image = torch.full((1, 3, 8, 8), 0.25)
-    probe = PixelFlippingProbe(patch=2, steps=None)
+    probe = PixelFlippingMetric(patch=2, steps=None)
     f = linear(torch.full((3, 8, 8), 0.1))
     got = measure(probe, f, image, normal(1, 1, 8, 8), 0, score="logit")
     assert got[AOPC].item() == pytest.approx(64 * 3 * 0.25 * 0.1 / 2, rel=1e-6)
@@ -221,7 +221,7 @@ def test_equal_contributions_give_half_of_the_whole_drop():
 
 def test_noise_is_drawn_once_an_image():
     image, raw = draw(3, *SIZE), normal(1, *SIZE)
-    probe = PixelFlippingProbe(3, steps=None, fill="noise")
+    probe = PixelFlippingMetric(3, steps=None, fill="noise")
     ends = [
         images_of(probe, sample(image, m, seed=s))[-1] for m, s in ((raw, 1), (-raw, 1), (raw, 2))
     ]
@@ -234,7 +234,7 @@ def test_no_order_beats_the_contributions_of_an_additive_model(seed, patch, per_
     weight, image = normal(3, 8, 8, seed=seed), draw(1, 3, 8, 8, seed=seed + 1)
     contributions = (weight * image).sum(1, keepdim=True)
     maps = torch.cat([contributions, normal(1, 1, 8, 8, seed=seed), -contributions])
-    probe = PixelFlippingProbe(patch, per_step, steps=None)
+    probe = PixelFlippingMetric(patch, per_step, steps=None)
     got = measure(probe, linear(weight), image.expand(3, -1, -1, -1), maps, 0, score="logit")
     best, other, worst = got[AOPC].tolist()
     assert best + 1e-6 >= other >= worst - 1e-6
@@ -242,8 +242,8 @@ def test_no_order_beats_the_contributions_of_an_additive_model(seed, patch, per_
 
 def test_single_pixels_are_those_of_deletion():
     image, raw = draw(3, *SIZE), draw(1, *SIZE, seed=3)
-    flipped = images_of(PixelFlippingProbe(1, 8, None), sample(image, raw))
-    deleted = images_of(InsertionDeletionProbe(8), sample(image, raw))[: len(flipped)]
+    flipped = images_of(PixelFlippingMetric(1, 8, None), sample(image, raw))
+    deleted = images_of(InsertionDeletionMetric(8), sample(image, raw))[: len(flipped)]
     assert len(flipped) == 13
     assert all(torch.equal(a, b) for a, b in zip(flipped, deleted, strict=True))
 
@@ -276,7 +276,7 @@ def test_irof_is_the_area_over_the_relative_curve():
 def test_irof_needs_a_positive_clean_score(clean):
     assert irof_values(T([clean, 0.5, 0.2])).isnan()
     image, f = quadrants()[None], linear(torch.zeros(3, 16, 16))
-    got = measure(IrofProbe(4), f, image, draw(1, 1, 2, 2), 0, score="logit")
+    got = measure(IrofMetric(4), f, image, draw(1, 1, 2, 2), 0, score="logit")
     assert got[IROF_COLUMN].isnan().all()
 
 
@@ -285,7 +285,7 @@ def test_superpixels_vanish_most_relevant_first():
     quarter = grid(16, 16, 8)
     assert torch.equal(superpixels(image, 4).long(), quarter)
     raw = means.flatten()[quarter][None] + 0.1 * normal(1, 16, 16)
-    asked = images_of(IrofProbe(4), sample(image, raw))
+    asked = images_of(IrofMetric(4), sample(image, raw))
     assert len(asked) == 4
     mean = image.double().mean((1, 2)).float()[:, None, None].expand_as(image)
     for t, perturbed in enumerate(asked, start=1):
@@ -297,7 +297,7 @@ def test_the_one_superpixel_that_counts_comes_first_or_last():
     image, weight = quadrants()[None], torch.zeros(3, 16, 16)
     weight[:, :8, 8:] = 1.0
     f, seen = linear(weight), weight[:1][None]
-    probe = IrofProbe(4, fill="black")
+    probe = IrofMetric(4, fill="black")
     got = measure(probe, f, image.expand(2, -1, -1, -1), torch.cat([seen, -seen]), 0, score="logit")
     assert got[IROF_COLUMN].tolist() == pytest.approx([1 - 1 / 8, 1 / 8])
 
@@ -305,9 +305,9 @@ def test_the_one_superpixel_that_counts_comes_first_or_last():
 def test_an_image_of_one_superpixel_has_no_order():
     image, raw = torch.full((3, 4, 4), 0.5), normal(1, 4, 4)
     assert (superpixels(image, 2) == 0).all()
-    assert not images_of(IrofProbe(2), sample(image, raw))
+    assert not images_of(IrofMetric(2), sample(image, raw))
     f = linear(normal(3, 4, 4))
-    assert measure(IrofProbe(2), f, image[None], raw[None], 0)[IROF_COLUMN].isnan().all()
+    assert measure(IrofMetric(2), f, image[None], raw[None], 0)[IROF_COLUMN].isnan().all()
 
 
 def test_labels_are_whole_numbers_from_zero_and_every_one_is_in_use():
@@ -376,7 +376,7 @@ def test_attributions_in_the_order_of_the_effects_correlate_fully(samples):
         squares = torch.stack([changed[:, labels.flatten() == i].any(1) for i in range(6)], 1)
         return torch.stack([squares.double() @ gains.double(), torch.zeros(len(images))], 1)
 
-    probe = MonotonicityProbe(3, samples)
+    probe = MonotonicityMetric(3, samples)
     maps = torch.stack([gains, -gains, 1 / gains, gains * T([1, -1, 1, -1, 1, -1])])[:, labels]
     got = measure(probe, f, image.expand(4, -1, -1, -1), maps[:, None], 0, score="logit")
     assert got[MONOTONICITY].tolist() == pytest.approx([1, 1, -1, 1])
@@ -384,7 +384,7 @@ def test_attributions_in_the_order_of_the_effects_correlate_fully(samples):
 
 def test_effects_are_mean_squares_over_the_draws():
     image, raw = draw(3, 4, 6), normal(1, 4, 6)
-    generator = MonotonicityProbe(2, 2).measure(sample(image, raw, score=0.5))
+    generator = MonotonicityMetric(2, 2).measure(sample(image, raw, score=0.5))
     count = 0
     with pytest.raises(StopIteration) as stop:
         while True:
@@ -401,7 +401,7 @@ def test_effects_are_mean_squares_over_the_draws():
 
 def test_methods_share_the_noise_which_stays_in_its_square():
     image, labels = draw(3, *SIZE), grid(*SIZE, 3)
-    probe = MonotonicityProbe(3, 2)
+    probe = MonotonicityMetric(3, 2)
     one = images_of(probe, sample(image, normal(1, *SIZE), seed=5))
     other = images_of(probe, sample(image, draw(1, *SIZE), seed=5))
     count = int(labels.max()) + 1

@@ -11,7 +11,7 @@ from xattn.eval.metrics import Column, Sample, measure
 from xattn.eval.metrics.infidelity import (
     PERTURBATIONS,
     Infidelity,
-    InfidelityProbe,
+    InfidelityMetric,
     infidelity_values,
 )
 
@@ -45,7 +45,7 @@ def requested(probe, image, raw, seed=0):
 @pytest.mark.parametrize("perturbation", ["square", "noise"])
 def test_equals_captum_on_the_same_perturbations(perturbation, scale):
     f, images, maps = FakeBackbone().logits, rand(2, 3, 18, 20), rand(2, 1, 18, 20, seed=1) - 0.4
-    probe = InfidelityProbe(samples=6, perturbation=perturbation, scale=scale, sigma=0.2)
+    probe = InfidelityMetric(samples=6, perturbation=perturbation, scale=scale, sigma=0.2)
     ours = measure(probe, f, images, maps, 2, max_forward_batch=4, seed=3)[COLUMN]
 
     from xattn.eval.metrics.measure import sample_seed
@@ -77,7 +77,7 @@ def test_the_gradient_of_a_linear_score_has_none(scale):
     phi = weight.sum(0)[None, None]
     grey = rand(1, 1, *SIZE).expand(1, 3, *SIZE)
     for perturbation, images in (("noise", rand(1, 3, *SIZE)), ("square", grey)):
-        probe = InfidelityProbe(samples=8, perturbation=perturbation, scale=scale)
+        probe = InfidelityMetric(samples=8, perturbation=perturbation, scale=scale)
         right, wrong = (
             float(measure(probe, linear(weight), images, m, 0, score="logit")[COLUMN])
             for m in (phi, phi.flip(2))
@@ -90,7 +90,7 @@ def test_contributions_of_a_linear_score_have_none_under_occlusion():
     contributions = (weight * images).sum(1, keepdim=True)
     options = {"samples": 8, "scale": False}
     for perturbation, exact in (("occlusion", True), ("square", False)):
-        probe = InfidelityProbe(perturbation=perturbation, **options)
+        probe = InfidelityMetric(perturbation=perturbation, **options)
         value = measure(probe, linear(weight), images, contributions, 0, score="logit")[COLUMN]
         assert (float(value) < 1e-8) == exact
 
@@ -119,7 +119,7 @@ def test_a_map_of_zeros_foretells_no_change():
 
 def test_squares_are_black_lie_inside_and_move():
     image = 0.1 + 0.8 * rand(3, *SIZE)
-    probe = InfidelityProbe(samples=30, side=0.4)
+    probe = InfidelityMetric(samples=30, side=0.4)
     corners = set()
     for changed in requested(probe, image, rand(1, *SIZE)):
         gone = changed[0] == 0
@@ -133,7 +133,7 @@ def test_squares_are_black_lie_inside_and_move():
 
 def test_noise_is_equal_in_all_channels_and_not_clipped():
     image = rand(3, *SIZE).round()
-    probe = InfidelityProbe(samples=20, perturbation="noise", sigma=0.3)
+    probe = InfidelityMetric(samples=20, perturbation="noise", sigma=0.3)
     noise = torch.stack([image - c for c in requested(probe, image, rand(1, *SIZE))])
     torch.testing.assert_close(noise[:, 0], noise[:, 2], atol=1e-6, rtol=0)
     assert float(noise.std()) == pytest.approx(0.3, rel=0.05)
@@ -142,7 +142,7 @@ def test_noise_is_equal_in_all_channels_and_not_clipped():
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_all_methods_ask_for_the_same_images(perturbation):
-    image, probe = rand(3, *SIZE), InfidelityProbe(samples=4, perturbation=perturbation)
+    image, probe = rand(3, *SIZE), InfidelityMetric(samples=4, perturbation=perturbation)
     first, second = (requested(probe, image, rand(1, *SIZE, seed=s), seed=7) for s in (1, 2))
     other = requested(probe, image, rand(1, *SIZE, seed=1), seed=8)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -176,7 +176,7 @@ def test_the_class_is_the_mean_over_images_and_counts_invalid_ones():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        InfidelityProbe(**options)
+        InfidelityMetric(**options)
 
 
 def test_bad_shapes_are_refused():
@@ -186,6 +186,6 @@ def test_bad_shapes_are_refused():
 
 
 def test_a_columns_options_are_those_it_depends_on():
-    square, noise = InfidelityProbe(), InfidelityProbe(perturbation="noise")
+    square, noise = InfidelityMetric(), InfidelityMetric(perturbation="noise")
     assert set(square.column_options(COLUMN)) == {"samples", "perturbation", "side", "scale"}
     assert set(noise.column_options(COLUMN)) == {"samples", "perturbation", "sigma", "scale"}

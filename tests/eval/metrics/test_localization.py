@@ -13,7 +13,7 @@ from xattn.eval.metrics import Column, Sample, create_probe, measure
 from xattn.eval.metrics.localization import (
     EnergyPointingGame,
     LocalizationIoU,
-    LocalizationProbe,
+    LocalizationMetric,
     PointingGame,
     energy_pointing_values,
     iou_values,
@@ -201,7 +201,7 @@ def test_masks_of_another_kind_are_refused(values):
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LocalizationProbe(**options)
+        LocalizationMetric(**options)
 
 
 def test_options_of_a_column_are_those_it_depends_on():

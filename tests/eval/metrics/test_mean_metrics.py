@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 
 from xattn.eval import create_probe, evaluate
 from xattn.eval.metrics import AverageDrop, IncreaseInConfidence
-from xattn.eval.metrics.masking import MaskingProbe
+from xattn.eval.metrics.masking import MaskingMetric
 from xattn.eval.metrics.registry import CLASSES, GROUPS
 
 ON_IMAGES = {name: cls for name, cls in CLASSES.items() if not cls.group.probe.needs_annotation}
@@ -110,9 +110,9 @@ def test_maps_that_are_not_one_an_image_are_refused(shape):
 
 
 def test_logits_have_the_masking_metrics_that_need_no_bound():
-    assert MaskingProbe(metrics=("AD", "IC", "drop"), bounded=False).columns
+    assert MaskingMetric(metrics=("AD", "IC", "drop"), bounded=False).columns
     with pytest.raises(ValueError, match="logits have only AD, IC and drop"):
-        MaskingProbe(metrics=("AD", "ADD"), bounded=False)
+        MaskingMetric(metrics=("AD", "ADD"), bounded=False)
 
 
 def test_without_a_backbone_scores_are_taken_as_before():

@@ -15,7 +15,7 @@ from xattn.eval.metrics import (
     MeanMetric,
     MetricGroup,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     Sample,
     registry,
@@ -24,7 +24,7 @@ from xattn.eval.report.standings import standings
 
 
 @dataclass(frozen=True)
-class Brightness(Probe):
+class Brightness(PerturbationMetric):
     """The mean of the grey map."""
 
     gain: float = 1.0

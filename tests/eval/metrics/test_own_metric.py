@@ -14,7 +14,7 @@ from xattn.eval import (
     METRICS,
     Column,
     MetricInfo,
-    Probe,
+    PerturbationMetric,
     Request,
     evaluate,
     format_table,
@@ -28,7 +28,7 @@ from xattn.eval.report.leaderboard_files import write_report
 INFO = MetricInfo("p minus the score of the upper half", True, low=-1.0)
 
 
-class UpperHalf(Probe):
+class UpperHalf(PerturbationMetric):
     """How much of the score the lower half of the image carries; not a dataclass, and not registered."""
 
     info: ClassVar = {"lower-half": INFO}
@@ -143,7 +143,10 @@ class Elsewhere(UpperHalf):
             Elsewhere(),
             "metrics: Elsewhere gives 'lower-half'; give {column: value} for its columns",
         ),
-        (UpperHalf, "metrics: got <class .*; give names of xattn list, or instances of Probe"),
+        (
+            UpperHalf,
+            "metrics: got <class .*; give names of xattn list, or instances of PerturbationMetric",
+        ),
         (len, "metrics: got <built-in function len>; give names"),
         (
             type("None_", (UpperHalf,), {"info": {}})(),
@@ -167,7 +170,11 @@ def test_what_cannot_be_measured_is_one_line(metric, says):
         (lambda map: 0.0, None, "info: got None for 'toy_probe'; give MetricInfo"),
         (lambda heat: 0.0, INFO, "metric: toy_probe asks for heat; a function may ask for image"),
         (lambda map: 0.0, {"a": INFO}, "info: got a; a function is one metric, 'toy_probe'"),
-        (dict, INFO, "metric: got <class 'dict'>; decorate a function, or a subclass of Probe"),
+        (
+            dict,
+            INFO,
+            "metric: got <class 'dict'>; decorate a function, or a subclass of PerturbationMetric",
+        ),
         (lambda map: 0.0, {"AD": INFO, "IC": INFO}, "info: got AD, IC; a function is one metric"),
     ],
 )

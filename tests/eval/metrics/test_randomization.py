@@ -13,7 +13,7 @@ from xattn.backbone import load_backbone
 from xattn.eval.functional import upsample
 from xattn.eval.metrics import Column, Sample
 from xattn.eval.metrics.randomization import (
-    RandomizationProbe,
+    RandomizationMetric,
     RandomizationSpearman,
     RandomizationSSIM,
     randomization_curves,
@@ -211,7 +211,7 @@ def test_gradcam_changes_and_the_centre_does_not(backbone, images):
                 0.5,
                 explain_randomized=lambda k, x, method=method: method(k, x, 2),
             )
-            values[name, i] = finish(RandomizationProbe(stages=4), sample)
+            values[name, i] = finish(RandomizationMetric(stages=4), sample)
     for i in range(len(images)):
         for column in (SPEARMAN, SSIM):
             assert values["centre", i][column] == pytest.approx(1, abs=1e-6)
@@ -305,7 +305,7 @@ def test_a_map_that_vanishes_shares_nothing_and_an_invalid_one_is_undefined():
 
 def test_methods_that_cannot_be_rebuilt_are_undefined():
     image, raw = rand(3, 14, 15), rand(1, 14, 15)
-    values = finish(RandomizationProbe(), Sample(image, raw, raw, 0, 0.5))
+    values = finish(RandomizationMetric(), Sample(image, raw, raw, 0, 0.5))
     assert set(values) == {SPEARMAN, SSIM} and all(math.isnan(v) for v in values.values())
 
 
@@ -319,7 +319,7 @@ def test_maps_of_any_resolution_are_compared_at_that_of_the_image():
         return 3 * small
 
     sample = Sample(image, raw, raw, 0, 0.5, explain_randomized=explain)
-    for value in finish(RandomizationProbe(stages=3), sample).values():
+    for value in finish(RandomizationMetric(stages=3), sample).values():
         assert value == pytest.approx(1, abs=1e-6)
     assert stages == [0, 1, 2]
 
@@ -338,7 +338,7 @@ def test_classes_are_means_over_images():
 
 def test_bad_options_and_shapes_are_refused():
     with pytest.raises(ValueError, match="stages: got 0"):
-        RandomizationProbe(stages=0)
+        RandomizationMetric(stages=0)
     for shape in ((2, 3, 1, 14, 16), (2, 0, 1, 14, 15), (2, 1, 14, 15)):
         with pytest.raises(ValueError, match="maps, randomized: got"):
             randomization_values(rand(2, 1, 14, 15), rand(*shape))

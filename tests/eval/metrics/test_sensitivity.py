@@ -11,7 +11,7 @@ from xattn.eval.metrics import Column, Sample, measure
 from xattn.eval.metrics.sensitivity import (
     BATCH,
     MaxSensitivity,
-    MaxSensitivityProbe,
+    MaxSensitivityMetric,
     max_sensitivity_values,
 )
 
@@ -48,7 +48,7 @@ def curved(images):
 
 def test_equals_captum_away_from_black_and_white():
     image = 0.1 + 0.8 * rand(3, *SIZE)
-    probe = MaxSensitivityProbe(radius=0.05, samples=7)
+    probe = MaxSensitivityMetric(radius=0.05, samples=7)
     ours, (seen,) = run(probe, image, curved)
     d = seen[1:] - image
     theirs = sensitivity_max(
@@ -63,7 +63,7 @@ def test_equals_captum_away_from_black_and_white():
 
 def test_perturbed_images_stay_in_range_where_captums_do_not():
     image = rand(3, *SIZE).round()
-    _, (seen,) = run(MaxSensitivityProbe(radius=0.1, samples=9), image, curved)
+    _, (seen,) = run(MaxSensitivityMetric(radius=0.1, samples=9), image, curved)
     assert torch.equal(seen[0], image)
     assert float(seen.min()) == 0 and float(seen.max()) == 1
     moved = (seen[1:] - image).abs()
@@ -73,7 +73,7 @@ def test_perturbed_images_stay_in_range_where_captums_do_not():
 
 def test_perturbations_are_uniform_in_the_ball():
     image = 0.2 + 0.6 * rand(3, 40, 40)
-    _, (seen,) = run(MaxSensitivityProbe(radius=0.1), image, curved)
+    _, (seen,) = run(MaxSensitivityMetric(radius=0.1), image, curved)
     d = (seen[1:] - image) / 0.1
     assert float(d.abs().max()) <= 1 + 1e-5
     assert abs(float(d.mean())) < 0.01
@@ -84,7 +84,7 @@ def test_perturbations_are_uniform_in_the_ball():
 
 
 def test_a_map_that_ignores_the_image_has_none():
-    value, _ = run(MaxSensitivityProbe(), rand(3, *SIZE), lambda x: rand(1, 1, 4, 5).expand(len(x), -1, -1, -1))  # fmt: skip
+    value, _ = run(MaxSensitivityMetric(), rand(3, *SIZE), lambda x: rand(1, 1, 4, 5).expand(len(x), -1, -1, -1))  # fmt: skip
     assert value == 0
 
 
@@ -99,13 +99,13 @@ def test_the_gradient_of_a_linear_score_has_none():
     images = rand(2, 3, *SIZE)
     maps = gradient(images, None)
     f = FakeBackbone().logits
-    values = measure(MaxSensitivityProbe(samples=3), f, images, maps, 0, explain=gradient)[COLUMN]
+    values = measure(MaxSensitivityMetric(samples=3), f, images, maps, 0, explain=gradient)[COLUMN]
     assert values.tolist() == [0, 0]
 
 
 def test_the_identity_moves_by_the_perturbation():
     image = 0.2 + 0.6 * rand(3, *SIZE)
-    value, (seen,) = run(MaxSensitivityProbe(samples=5), image, lambda x: x[:, :1])
+    value, (seen,) = run(MaxSensitivityMetric(samples=5), image, lambda x: x[:, :1])
     expected = (seen[1:, 0] - image[0]).flatten(1).norm(dim=1).max() / image[0].norm()
     assert value == pytest.approx(float(expected), rel=1e-5)
 
@@ -135,7 +135,7 @@ def test_undefined_for_zero_and_non_finite_maps():
 
 def test_many_samples_go_in_bounded_batches_with_the_same_value():
     image = rand(3, *SIZE)
-    value, seen = run(MaxSensitivityProbe(samples=40), image, curved)
+    value, seen = run(MaxSensitivityMetric(samples=40), image, curved)
     assert max(map(len, seen)) <= BATCH and sum(map(len, seen)) == 41
     perturbed = torch.cat([*seen])[1:]
     whole = max_sensitivity_values(curved(image[None]), curved(perturbed)[None])
@@ -149,10 +149,10 @@ def test_errors_of_the_explainer_are_not_swallowed():
     raw = rand(1, *SIZE)
     sample = Sample(rand(3, *SIZE), raw, raw, 0, 0.0, explain=broken)
     with pytest.raises(RuntimeError, match="no map"):
-        next(MaxSensitivityProbe().measure(sample))
+        next(MaxSensitivityMetric().measure(sample))
     sample = Sample(rand(3, *SIZE), raw, raw, 0, 0.0)
     with pytest.raises(ValueError, match="explain: None; max-sensitivity needs the explainer"):
-        next(MaxSensitivityProbe().measure(sample))
+        next(MaxSensitivityMetric().measure(sample))
 
 
 def test_the_class_is_the_mean_over_images():
@@ -172,7 +172,7 @@ def test_the_class_is_the_mean_over_images():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        MaxSensitivityProbe(**options)
+        MaxSensitivityMetric(**options)
 
 
 def test_bad_shapes_are_refused():
