@@ -398,7 +398,6 @@ def test_rows_that_no_pack_can_hold_are_refused(tmp_path, column, value):
     "column, value",
     [
         ("image_id", "photo-00001"),
-        ("confidence", 1.5),
         ("label", -1),
         ("methods", 0),
         ("top", "[[1, 2, 3]]"),

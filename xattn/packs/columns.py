@@ -258,11 +258,6 @@ def check_rows(table: pa.Table) -> None:
             missing = name.startswith(METRIC) or name in ("disagreement", "confidence")
             if not (np.isfinite(values) | (np.isnan(values) & missing)).all():
                 raise ValueError(f"a value of {name[:60]} is not finite")
-            if (
-                name == "confidence"
-                and not ((values >= 0) & (values <= 1) | np.isnan(values)).all()
-            ):
-                raise ValueError("a confidence is not in 0..1")
     if {"probability", "is_value"} <= set(table.column_names):
         values = table["probability"].to_numpy()[~table["is_value"].to_numpy()]
         if not ((values >= 0) & (values <= 1)).all():
