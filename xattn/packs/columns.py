@@ -213,9 +213,10 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
         ValueError: they are too many, or too large, to be read back.
     """
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+    written = pa.BufferOutputStream()  # pyarrow takes no path that is not UTF-8
     pq.write_table(
         table,
-        path,
+        written,
         row_group_size=ROW_GROUP,
         compression="none",
         use_dictionary=[f.name for f in schema if f.type in _REPEAT and f.name not in _UNIQUE],
@@ -223,7 +224,8 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
         store_schema=False,
         data_page_version="1.0",
     )
-    data = path.read_bytes()
+    data = written.getvalue().to_pybytes()
+    path.write_bytes(data)
     try:
         if len(data) > MAX_FILE:
             raise ValueError(f"it has {len(data):,} bytes, over the limit of {MAX_FILE:,}")

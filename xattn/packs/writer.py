@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -372,7 +373,10 @@ class PackWriter:
         if self._gather is alone:
             return
         files = [self.folder / shard.images.name for shard in shards]
-        ids = pq.read_table(files, columns=["image_id"])["image_id"]
+        tables = [
+            pq.read_table(pa.BufferReader(f.read_bytes()), columns=["image_id"]) for f in files
+        ]
+        ids = pa.concat_tables(tables)["image_id"]
         if pc.count_distinct(ids).as_py() != len(ids):
             counts = ids.value_counts().to_pylist()
             twice = next(item["values"] for item in counts if item["counts"] > 1)
