@@ -18,7 +18,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,7 +165,7 @@ class Cache:
     def _read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard, mapped into memory; they are hashed once."""
         shard = self.shards[number]
-        with safe_open(shard.path, "pt") as file:
+        with _opened(shard.path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if number not in self._intact:
             if _sha256(shard.record, tensors) != shard.record["sha256"]:
@@ -261,13 +261,22 @@ def _store(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The open safetensors file; its library takes no path that is not UTF-8, but the file's number."""
+    with path.open("rb") as plain:
+        utf8 = str(path).encode("utf-8", "replace").decode() == str(path)
+        with safe_open(path if utf8 else f"/dev/fd/{plain.fileno()}", "pt") as file:
+            yield file
+
+
 def _shard(path: Path, digest: str) -> Shard:
     """What the name and the metadata of a file say; an error if they are not of a shard under that key."""
     match = SHARD.fullmatch(path.name)
     if match is None:
         raise ValueError("its name is none")
     start, stop = int(match[1]), int(match[2])
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         record = strict_json.parse(file.metadata()[RECORD])
     names, reasons = list(record["names"]), list(record["reasons"])
     if (record["key"], record["start"]) != (digest, start):
