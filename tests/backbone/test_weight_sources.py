@@ -427,7 +427,7 @@ def test_file_that_cannot_be_read_is_an_os_error(tmp_path, suffix, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(sources.torch, "load", denied)
-    monkeypatch.setattr("safetensors.torch.load_file", denied)
+    monkeypatch.setattr(sources, "open_tensors", denied)
     with pytest.raises(OSError, match="weights: cannot read") as caught:
         load_weight_file(path)
     assert_one_line(caught)

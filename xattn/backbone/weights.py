@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.runtime.files import printable
+from xattn.runtime.files import open_tensors
 from xattn.runtime.names import did_you_mean
 
 MOST_LEVELS = 10  # of {"state_dict": ...} around a state dict; in a pickle it may contain itself
@@ -253,12 +253,10 @@ def _check_path(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> StateDict:
     from safetensors import SafetensorError
-    from safetensors.torch import load, load_file
 
     try:
-        if printable(str(path)) != str(path):  # load_file wants a UTF-8 name
-            return load(path.read_bytes())
-        return load_file(path, device="cpu")
+        with open_tensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"weights: {str(path)!r} is not a whole safetensors file ({_first_line(error)}); "

@@ -346,3 +346,15 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
     elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
         raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """The open safetensors file, whose tensors are read as they are asked for. Its library takes no path
+    that is not UTF-8, so such a file is opened by its number."""
+    from safetensors import safe_open
+
+    with path.open("rb") as plain:
+        utf8 = printable(str(path)) == str(path)
+        with safe_open(path if utf8 else f"/dev/fd/{plain.fileno()}", "pt") as file:
+            yield file

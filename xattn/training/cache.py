@@ -18,13 +18,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,7 +33,7 @@ from xattn.backbone import Preprocessing
 from xattn.photos.base import Photos
 from xattn.runtime import strict_json
 from xattn.runtime.distributed import gather, peers, together
-from xattn.runtime.files import atomic_file, write_json
+from xattn.runtime.files import atomic_file, open_tensors, write_json
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.run_folder import LOCK_FILE, locked
 
@@ -101,16 +101,17 @@ class Cache:
         self.digest = key_digest(key)
         self.shards: list[Shard] = []
         self.damaged: list[Path] = []
-        self._intact: set[int] = set()
-        self._tensors = functools.lru_cache(OPEN)(self._read)
+        self._intact: set[Path] = set()
+        self._tensors = functools.lru_cache(OPEN)(lambda number: self._read(self.shards[number]))
         for path in sorted(folder.glob("rows-*")):
             try:
-                self.shards.append(_shard(path, self.digest))
+                shard = _shard(path, self.digest)
                 if kind.thorough:
-                    self._read(len(self.shards) - 1)
+                    self._read(shard)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError):
-                self.shards = [shard for shard in self.shards if shard.path != path]
                 self.damaged.append(path)
+            else:
+                self.shards.append(shard)
         self.shards.sort(key=lambda shard: shard.start)
         self._shard_of = torch.full((self.count * self.crops,), -1)
         for number, shard in enumerate(self.shards):
@@ -124,6 +125,7 @@ class Cache:
         """Whether all rows are there."""
         return bool((self._shard_of >= 0).all())
 
+    @functools.cached_property
     def photos(self) -> tuple[list[int], list[str], list[tuple[str, str]]]:
         """Of a whole cache: the numbers and names of the photos that could be read in all crops, and (name,
         reason) of the others."""
@@ -162,15 +164,14 @@ class Cache:
                 f"delete it and {self.kind.verb} again, which goes on with its rows alone"
             ) from None
 
-    def _read(self, number: int) -> dict[str, Tensor]:
+    def _read(self, shard: Shard) -> dict[str, Tensor]:
         """The tensors of a shard, mapped into memory; they are hashed once."""
-        shard = self.shards[number]
-        with _opened(shard.path) as file:
+        with open_tensors(shard.path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if number not in self._intact:
+        if shard.path not in self._intact:
             if _sha256(shard.record, tensors) != shard.record["sha256"]:
                 raise ValueError("its checksum is another")
-            self._intact.add(number)
+            self._intact.add(shard.path)
         return tensors
 
     # ------------------------------------------------------------------ writing
@@ -261,22 +262,13 @@ def _store(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The open safetensors file; its library takes no path that is not UTF-8, but the file's number."""
-    with path.open("rb") as plain:
-        utf8 = str(path).encode("utf-8", "replace").decode() == str(path)
-        with safe_open(path if utf8 else f"/dev/fd/{plain.fileno()}", "pt") as file:
-            yield file
-
-
 def _shard(path: Path, digest: str) -> Shard:
     """What the name and the metadata of a file say; an error if they are not of a shard under that key."""
     match = SHARD.fullmatch(path.name)
     if match is None:
         raise ValueError("its name is none")
     start, stop = int(match[1]), int(match[2])
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         record = strict_json.parse(file.metadata()[RECORD])
     names, reasons = list(record["names"]), list(record["reasons"])
     if (record["key"], record["start"]) != (digest, start):
@@ -364,7 +356,7 @@ def filled_cache(
                 together(lambda: fill(cache))
                 found = together(lambda: Cache(folder, key, kind, names))
     assert found is not None
-    kept, _, skipped = found.photos()
+    kept, _, skipped = found.photos
     if not kept:
         raise ValueError(
             f"data: none of the {len(skipped)} images could be read; the first: {skipped[0][1]}"

@@ -266,10 +266,7 @@ def _step(
             terms = logit_losses(student, images)
         else:
             terms = layer_losses(student, images, config, run.step, part == STUDENT)
-    run.backward(weight * terms["loss"])
-    run.optimizer.step()
-    losses = run.mean(weight * torch.stack([term.detach().float() for term in terms.values()]))
-    return dict(zip(terms, losses.tolist(), strict=True))
+    return run.take_step(terms, weight)
 
 
 def layer_losses(

@@ -26,7 +26,7 @@ from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
 from xattn.runtime.memory import is_out_of_memory
-from xattn.training.cache import FEATURES, Cache, filled_cache, key_digest, open_cache
+from xattn.training.cache import FEATURES, Cache, filled_cache, open_cache
 
 PREFIX = "prefix"
 Kind = Literal["float32", "float16"]
@@ -65,7 +65,7 @@ class Features:
     @property
     def digest(self) -> str:
         """SHA-256 of the key."""
-        return key_digest(self.key)
+        return self._cache.digest
 
     @property
     def views(self) -> int:
@@ -105,7 +105,7 @@ def open_features(folder: str | Path) -> Features:
 
 
 def _features(cache: Cache) -> Features:
-    kept, names, skipped = cache.photos()
+    kept, names, skipped = cache.photos
     row = cache.first_row()
     return Features(
         names=names,

@@ -401,7 +401,7 @@ def open_outcomes(folder: str | Path) -> Outcomes:
 
 
 def _outcomes(cache: Cache) -> Outcomes:
-    kept, names, skipped = cache.photos()
+    kept, names, skipped = cache.photos
     return Outcomes(cache.key, names, skipped, torch.tensor(kept, device="cpu"), cache)
 
 

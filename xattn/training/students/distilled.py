@@ -203,7 +203,7 @@ class Student(nn.Module):
         for i in self.conversion.layers:
             path = f"blocks.{i}.attn.mechanism"
             self.mechanism(i).load_state_dict(trained.model.get_submodule(path).state_dict())
-        self.started = config.get("sha256")
+        self.started = config["sha256"]
 
     @property
     def network(self) -> Backbone:
