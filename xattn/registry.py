@@ -122,7 +122,7 @@ class Registry(Generic[T, E]):
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
         own = cls.__module__.startswith("xattn.")
-        if not own:
+        if not own and not self._loaded:
             self._import_own()  # whose names are taken
         if self.base is not None and not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(
@@ -216,10 +216,10 @@ class Registry(Generic[T, E]):
         """The registered form of ``name``, or None."""
         if not isinstance(name, str):
             return None
-        if name not in self._found:
+        if name not in self._found and not self._loaded:
             self._import_own(name)
-        if name not in self._found:
-            self.load()
+            if name not in self._found:
+                self.load()
         return same_name(name, self._found)
 
     # ------------------------------------------------------------------ creating

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from xattn.photos.clip import SUFFIXES as CLIPS
-from xattn.photos.image_names import SUFFIXES
+from xattn.photos.image_names import CLIPS, SUFFIXES
 from xattn.photos.images import MAX_PIXELS, decode_image, readable_formats
 
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)

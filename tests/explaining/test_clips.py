@@ -19,7 +19,8 @@ from xattn.explaining.photos import explain
 from xattn.packs.format import read_manifest
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
-from xattn.photos.clip import Clip, is_video
+from xattn.photos.clip import Clip
+from xattn.photos.image_names import is_video
 from xattn.pictures.overlay import overlay
 
 

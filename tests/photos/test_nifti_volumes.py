@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from xattn.explaining.naming import named_photos
+from xattn.photos.image_names import is_volume
 from xattn.photos.sources import open_photos
-from xattn.photos.volumes import Volume, is_volume, read_volume, write_volume
+from xattn.photos.volumes import Volume, read_volume, write_volume
 
 nibabel = pytest.importorskip("nibabel", reason="the extra xattn[volumes] is not installed")
 

@@ -14,7 +14,9 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
 from xattn.cli.shared import Images, MethodArgs, known
+from xattn.photos.image_names import is_video, is_volume
 from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.stores import is_remote
 
 # What a 3-D network, whose folder says all of it, does not read.
 PLANE = (
@@ -81,18 +83,12 @@ class Explain(MethodArgs):
             )
         if len(self.images) == 1:
             return
-        from xattn.photos.clip import is_video
-
         clips = [name for name in self.images if is_video(name)]
         if clips:
             raise ValueError(f"images: {clips[0]} is a clip; give it alone")
 
     def _check_kinds(self) -> None:
         """Refuse clips and volumes of a store, whose readers want files on disk."""
-        from xattn.photos.clip import is_video
-        from xattn.photos.volumes import is_volume
-        from xattn.runtime.stores import is_remote
-
         for name in self.images:
             if is_remote(name, "images") and (is_video(name) or is_volume(name)):
                 kind = "clip" if is_video(name) else "volume"
@@ -109,13 +105,13 @@ class Explain(MethodArgs):
     def _explain(self) -> None:
         from xattn.explaining.photos import explain
 
-        whole = self.input != "photos"
-        if whole and _processes() > 1:
-            raise ValueError(f"images: {self.images[0]} is {self.input}; use one process")
-        if self.input == "a 3-D network's volume":
+        kind = self.input
+        if kind != "photos" and _processes() > 1:
+            raise ValueError(f"images: {self.images[0]} is {kind}; use one process")
+        if kind == "a 3-D network's volume":
             self._explain_volume()
             return
-        clip = whole
+        clip = kind == "a clip"
         several = len(self.explainers) + len(self.heads) - ("head" in self.explainers) > 1
         if clip and several:
             raise ValueError(f"explainers: {self.images[0]} is a clip; give one method")
@@ -152,8 +148,6 @@ class Explain(MethodArgs):
     @property
     def input(self) -> str:
         """What is explained, on which the options depend; slices of a volume are photos, too."""
-        from xattn.photos.clip import is_video
-
         if self.model.network == "a mask network":
             from xattn.models.masks import network_record
 
@@ -164,7 +158,6 @@ class Explain(MethodArgs):
     def _explain_volume(self) -> None:
         from xattn.explainers.base import options_by_name
         from xattn.models.volumes import explain_volume
-        from xattn.photos.volumes import is_volume
 
         if not is_volume(self.images[0]) or len(self.images) > 1 or self.explainers != ("gates",):
             raise ValueError(

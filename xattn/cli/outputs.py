@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -121,6 +120,8 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
 
 def _each(work: Callable[[str], object], names: Sequence[str]) -> None:
     """``work(name)`` for all names, several at once; the first error ends it."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload") as pool:
         futures = [pool.submit(work, name) for name in names]
         try:

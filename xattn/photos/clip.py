@@ -13,16 +13,8 @@ from PIL import Image
 
 from xattn.runtime.files import printable
 
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .mjpeg".split()
-)
 FALLBACK_FPS = 25.0
 RETRIES = 32  # failed reads in a row before a clip counts as cut off
-
-
-def is_video(path: str | Path) -> bool:
-    """Whether ``path`` is named like a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
-    return Path(path).suffix.lower() in SUFFIXES
 
 
 class Clip:

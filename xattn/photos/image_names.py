@@ -1,16 +1,31 @@
-"""Which files are photos, by their names; no photo is opened, and neither numpy nor Pillow is needed."""
+"""Which files are photos, clips and volumes, by their names: neither numpy nor Pillow is needed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from xattn.runtime.stores import StorePath, place_of
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
 )
+CLIPS = frozenset(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .mjpeg".split()
+)
+VOLUMES = (".nii", ".nii.gz")
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether ``path`` is named like a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
+    return Path(path).suffix.lower() in CLIPS
+
+
+def is_volume(data: Any) -> bool:
+    """Whether ``data`` names a NIfTI file."""
+    return isinstance(data, str | Path) and str(data).lower().endswith(VOLUMES)
 
 
 def check_images(path: str | Path | StorePath) -> None:

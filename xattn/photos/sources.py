@@ -24,8 +24,8 @@ from typing import Any
 
 from xattn.photos.base import Data, Photos
 from xattn.photos.image_files import Files
+from xattn.photos.image_names import is_volume
 from xattn.photos.images import list_images
-from xattn.photos.volumes import AxialSlices, is_volume
 from xattn.runtime.stores import StorePath, place_of
 
 SCHEMES = ("hfds", "wds")
@@ -61,6 +61,8 @@ def open_photos(data: Data) -> Photos:
     if isinstance(data, Photos):
         return data
     if is_volume(data):
+        from xattn.photos.volumes import AxialSlices
+
         return AxialSlices(data)  # type: ignore[arg-type]
     if is_stored(data):
         scheme, _, rest = str(data).partition("/")

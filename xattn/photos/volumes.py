@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.photos.base import Photos
+from xattn.photos.image_names import is_volume
 from xattn.photos.images import MAX_PIXELS, load_image
-
-SUFFIXES = (".nii", ".nii.gz")
 
 
 class Volume(NamedTuple):
@@ -33,11 +32,6 @@ class Volume(NamedTuple):
     def spacing(self) -> tuple[float, ...]:
         """Millimetres of a voxel, an axis."""
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
-
-
-def is_volume(data: Any) -> bool:
-    """Whether ``data`` names a NIfTI file."""
-    return isinstance(data, str | Path) and str(data).lower().endswith(SUFFIXES)
 
 
 def read_volume(path: str | Path) -> Volume:

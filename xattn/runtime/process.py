@@ -6,9 +6,9 @@ program holds the core of a thread that is awaited, the others burn its whole ti
 busy programs on two cores takes about five times the processor time, and keeps the other programs waiting
 as long. Asleep, it takes that of one thread.
 
-Entry points of programs call this first, since OpenMP reads its settings when torch is imported.
-``import xattn`` does not: the process belongs to the program that imports a library. The number of threads
-stays torch's own: sixteen that sleep on two cores take little more than two.
+Entry points of programs call :func:`sleep_while_waiting` first, since OpenMP reads its settings when torch
+is imported. ``import xattn`` does not: the process belongs to the program that imports a library. The
+number of threads stays torch's own: sixteen that sleep on two cores take little more than two.
 
 By default glibc returns large tensors to the kernel each time they are freed. On a CPU, convolutional
 networks then spend most of their time in page faults. The CLI, the benchmarks and the data workers call
@@ -17,9 +17,7 @@ networks then spend most of their time in page faults. The CLI, the benchmarks a
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -60,6 +58,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 def keep_memory(threshold: int = 1 << 30) -> bool:
     """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False where it has no effect."""
+    import ctypes
+    import platform
+
     if os.environ.get("XATTN_ALLOCATOR") == "system" or platform.libc_ver()[0] != "glibc":
         return False
     try:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.request import url2pathname
 
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds after the first attempt, doubled after each
@@ -250,6 +249,8 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         return Path(given)
     scheme, rest = match[1].lower(), match[2]
     if scheme in _LOCAL:
+        from urllib.request import url2pathname  # which imports http, ssl and email
+
         return Path(url2pathname(f"/{rest}"))
     if scheme not in _known_schemes():
         kept = isinstance(given, str) and "://" not in given
