@@ -13,7 +13,7 @@ from xattn.cli import main
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["maps", "--maps", "1000"], "maps: for job app alone, got maps; leave out --maps"),
+        (["train", "--maps", "1000"], "maps: for job app alone, got train; leave out --maps"),
         (["app", "--maps", "399"], "maps: got 399; give 400 or more"),
     ],
 )
