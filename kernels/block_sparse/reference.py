@@ -5,8 +5,6 @@
     o_i = sum_{j in J(i)} exp(s_ij - lse_i) v_j
 
 Dense softmax attention whose bias is -inf outside J; each key head has H / Hk query heads.
-
-The arguments of attention over lists of key blocks, as one record.
 """
 
 from __future__ import annotations
@@ -22,7 +20,10 @@ from xattn.kernels.softmax.reference import Problem as DenseProblem
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.block_sparse.block_sparse_attention`; the box may be None."""
+    """The arguments of attention over lists of key blocks.
+
+    See :func:`xattn.kernels.block_sparse.block_sparse_attention`; the box may be None.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

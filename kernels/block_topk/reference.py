@@ -5,8 +5,6 @@
     r'_mj = max, sum or mean of r_mc over c in [j stride - padding, j stride - padding + kernel)
 
 and the s best j of each m: the forced ones first, then by descending score, ties to the lowest j.
-
-The arguments of the choice of blocks, as one record.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.block_topk.block_topk`."""
+    """The arguments of the choice of blocks. See :func:`xattn.kernels.block_topk.block_topk`."""
 
     q: Tensor
     """(B, H, N, D)"""

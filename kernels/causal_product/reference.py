@@ -1,8 +1,6 @@
 """The definition of causal low-rank products, in plain torch; stores N x N.
 
 Y = tril(L R^T) X,   or with triu in place of tril if the sum runs over later tokens
-
-The arguments of causal low-rank products, as one record.
 """
 
 from __future__ import annotations
@@ -15,7 +13,10 @@ from xattn.kernels.softmax.reference import widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.causal_product.causal_product`; the leading dimensions as one, H."""
+    """The arguments of causal low-rank products.
+
+    See :func:`xattn.kernels.causal_product.causal_product`; the leading dimensions as one, H.
+    """
 
     left: Tensor
     """(H, N, f)"""

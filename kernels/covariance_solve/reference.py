@@ -8,8 +8,6 @@ With dx given, u_i = A_i^-1 dx_i is db, and
     dt_ij = -p_ij [(x_i . t_ij) u_i + (u_i . t_ij) x_i],   df_j = sum_i dt_ij,   dm_i = -sum_j dt_ij
 
 and from dS = p o dp on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
-
-The arguments of a solve with every query's own covariance of keys, as one record.
 """
 
 from __future__ import annotations
@@ -25,7 +23,10 @@ from xattn.kernels.softmax.reference import scores, weights, widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.covariance_solve.covariance_solve`."""
+    """The arguments of a solve with every query's own covariance of keys.
+
+    See :func:`xattn.kernels.covariance_solve.covariance_solve`.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

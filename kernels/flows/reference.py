@@ -1,7 +1,4 @@
-"""The definition of flows, in plain torch, differentiated by autograd.
-
-The arguments of flows, as one record.
-"""
+"""The definition of flows, in plain torch, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ EPS = 1e-6
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.flows.flows`."""
+    """The arguments of flows. See :func:`xattn.kernels.flows.flows`."""
 
     q: Tensor
     """(B, H, N, D)"""

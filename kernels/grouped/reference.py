@@ -1,7 +1,4 @@
-"""The definition of grouped attention, in plain torch; stores N x S scores.
-
-The arguments of grouped attention over lists of key blocks, as one record.
-"""
+"""The definition of grouped attention, in plain torch; stores N x S scores."""
 
 from __future__ import annotations
 
@@ -17,7 +14,10 @@ from xattn.kernels.softmax.reference import delta, per_key_head, per_query_head,
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.grouped.grouped_attention`."""
+    """The arguments of grouped attention over lists of key blocks.
+
+    See :func:`xattn.kernels.grouped.grouped_attention`.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

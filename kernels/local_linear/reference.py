@@ -7,8 +7,6 @@ With dY given and G = dY V^T: dV = A^T dY, and with W = p o G
     dX = W F - rowsum(W) m,   dF = W^T X,   dm = -rowsum(W) x,   dS = A o G
 
 and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
-
-The arguments of local linear attention with known slopes, as one record.
 """
 
 from __future__ import annotations
@@ -22,7 +20,10 @@ from xattn.kernels.softmax.reference import scores, weights, widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.local_linear.local_linear`."""
+    """The arguments of local linear attention with known slopes.
+
+    See :func:`xattn.kernels.local_linear.local_linear`.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

@@ -5,8 +5,6 @@
 A row whose scores are all -inf has p = 0, o = 0 and lse = -inf. With dO and dlse given:
 
     dS = p o (dO v^T - rowsum(dO o O) + dlse) = dB,   dQ = scale dS k,   dK = scale dS^T q,   dV = p^T dO
-
-The arguments of softmax pooling, as one record.
 """
 
 from __future__ import annotations
@@ -21,7 +19,9 @@ from xattn.kernels.softmax.reference import delta, wide, widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.pooling.softmax_pooling`; ``q`` and ``k`` are None if ``bias`` is the
+    """The arguments of softmax pooling.
+
+    See :func:`xattn.kernels.pooling.softmax_pooling`; ``q`` and ``k`` are None if ``bias`` is the
     scores."""
 
     q: Tensor | None

@@ -1,8 +1,6 @@
 """The definition of attention of some of the queries: all of it, then only the rows that are kept.
 
 A row with lse = -inf has no weights, so the gradients are those of :mod:`xattn.kernels.softmax.reference`.
-
-The arguments of attention of some of the queries, as one record.
 """
 
 from __future__ import annotations
@@ -18,7 +16,10 @@ from xattn.kernels.softmax.reference import Problem as DenseProblem
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.ragged_queries.ragged_attention`."""
+    """The arguments of attention of some of the queries.
+
+    See :func:`xattn.kernels.ragged_queries.ragged_attention`.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

@@ -6,8 +6,6 @@ Causal attention has s_ij = -inf for j > i. A row whose scores are all -inf has 
 H / Hk query heads read one key head. With dO and dlse given, P the weights:
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse),   dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dO
-
-The arguments of softmax attention, as one record.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.softmax.softmax_attention`."""
+    """The arguments of softmax attention. See :func:`xattn.kernels.softmax.softmax_attention`."""
 
     q: Tensor
     """(B, H, N, D)"""

@@ -13,8 +13,6 @@ p = 1 and no offset W_ij = a_ij / (sum_j a_ij + eps). With y_i = W_i V and dY gi
 
 A factor of a row of r cancels in W, so its maximum, which keeps the power from underflowing, has no
 gradient of its own.
-
-The arguments of softplus attention, as one record.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.softplus.softplus_attention`."""
+    """The arguments of softplus attention. See :func:`xattn.kernels.softplus.softplus_attention`."""
 
     q: Tensor
     """(B, H, N, D)"""

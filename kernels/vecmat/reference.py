@@ -8,8 +8,6 @@ with respect to P, and W the relevance of Chefer, Gur, Wolf (ICCV 2021, arXiv 21
     dW = r^T dout,   dS = W o dW,   dr = dout W^T,   d(G V^T) = dW o P where G V^T > 0
 
 and from dS on as in softmax attention: dQ = scale dS K, dK = scale dS^T Q, dlse = -rowsum(dS).
-
-The arguments of row vectors times attention, as one record.
 """
 
 from __future__ import annotations
@@ -24,7 +22,10 @@ from xattn.kernels.softmax.reference import per_key_head, per_query_head, scores
 
 
 class Problem(NamedTuple):
-    """See :func:`xattn.kernels.vecmat.gradient_vecmat`; ``v`` and ``grad`` are None for plain attention."""
+    """The arguments of row vectors times attention.
+
+    See :func:`xattn.kernels.vecmat.gradient_vecmat`; ``v`` and ``grad`` are None for plain attention.
+    """
 
     q: Tensor
     """(B, H, N, D)"""

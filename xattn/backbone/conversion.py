@@ -134,8 +134,6 @@ def load_conversion(
 ) -> Backbone:
     """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
 
-    A folder without a checksum, which the first versions wrote, is not compared with one.
-
     Args:
         onto: the network to convert, if it is not ``backbone`` but the same at another size.
 

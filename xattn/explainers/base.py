@@ -207,7 +207,7 @@ class Explainer(CaptumMethod, ABC):
         if self.needs_head and self.head is None:
             raise ValueError(
                 f"head: explainer {self.name!r} needs one; give head=load_head(...), "
-                f"or a folder: --head, --heads or --probe"
+                f"or a folder: --heads or --probe"
             )
         if self.head is not None:
             check_head(self.head, self.backbone)

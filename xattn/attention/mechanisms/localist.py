@@ -20,8 +20,7 @@ A region is a number for each patch, 0 to R - 1, in raster order.
 
 One region holds all n keys at first. Each step proposes one around the keys that are explained worst, lets
 all regions move (EM), and keeps it if the cost falls. So the cost falls strictly, and no more regions than
-its first value over a price are recruited. Localist LLMs: arXiv 2510.17358, 2510.09338 (abstracts; the
-formulas are ours). Superpixels are SLIC's, by scikit-image.
+its first value over a price are recruited. Superpixels are SLIC's, by scikit-image.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and that takes all relevance (Arras et al. 2019, arXiv 1909.12114).
 
 In attention of :mod:`xattn.attention`, these rules hold where a mechanism makes its operator of queries,
 keys and tokens; there, functions with a value at 0, such as exp in feature maps, keep their own gradient,
-as softmax does. The rules of operators follow, see :mod:`xattn.explainers.relevance.attn_lrp_functions`.
+as softmax does. The rules of operators follow.
 
 With ``constant_attention`` all of A, softmax and pooling weights are constants, and relevance passes
 through the values alone. Then every function is affine where it stands, and the rules are those of
