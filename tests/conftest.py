@@ -62,9 +62,9 @@ def held_elsewhere():
 def browser():
     """A running Chromium; a process can have one."""
     pytest.importorskip("playwright.sync_api")
-    from xattn.app import bench
+    import served_viewer
 
-    if bench.chromium() is None:
+    if served_viewer.chromium() is None:
         pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
-    with bench.browser() as running:
+    with served_viewer.browser() as running:
         yield running

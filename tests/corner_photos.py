@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-
-from xattn.app.synthetic_packs import CLASSES, explanation, picture
+from synthetic_packs import CLASSES, explanation, picture
 
 COUNT = 48
 

@@ -8,10 +8,10 @@ pytest.importorskip("streamlit")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 
 from xattn.app import main, state
 from xattn.app.navigation.selection import NAMES
-from xattn.app.synthetic_packs import small_pack
 
 SECRET = "outsiders"  # a method of the pack outside the root
 SHOWN = ("gallery", "image", "mistakes", "photomap", "runs", "whatif")  # that show the open pack

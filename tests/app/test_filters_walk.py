@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import SCREENS, choose_option, served
-
-from xattn.app.synthetic_packs import small_pack
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 
 from xattn.app import library as library_module
 from xattn.app import state
@@ -16,7 +17,6 @@ from xattn.app.live import uploads
 from xattn.app.navigation import frame
 from xattn.app.pages import PAGES, first_run
 from xattn.app.pages.live import photo_files
-from xattn.app.synthetic_packs import small_pack
 from xattn.packs.format import MANIFEST, MAPS
 
 

@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import picture, small_pack
 from viewer_pages import SCREENS, choose_pack, served, shot
 
 from xattn.app.demo import pack_job
 from xattn.app.navigation import frame
 from xattn.app.pages import PAGES, first_run
-from xattn.app.synthetic_packs import picture, small_pack
 
 
 @pytest.mark.parametrize(("size", "scheme"), SCREENS)

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import explanation, picture, small_pack
 from viewer_pages import choose_pack, served
 
-from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.packs.writer import save_pack
 
 FOCUSED = """() => {

@@ -25,11 +25,7 @@ pytest.importorskip("pandas")
 
 import pyarrow.parquet as pq
 from pack_files import ENTRIES, MAPS, edit, parquet, replaced, rewritten, signed
-from viewer_pages import only
-
-from xattn.app import library as library_module
-from xattn.app.library import Library
-from xattn.app.synthetic_packs import (
+from synthetic_packs import (
     METRICS,
     VIEW,
     big_pack,
@@ -38,6 +34,10 @@ from xattn.app.synthetic_packs import (
     picture,
     small_pack,
 )
+from viewer_pages import only
+
+from xattn.app import library as library_module
+from xattn.app.library import Library
 from xattn.packs.contained_files import PackError
 from xattn.packs.contents import Contents
 from xattn.packs.explanation import ImageFacts

@@ -4,9 +4,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import SCREENS, served
-
-from xattn.app.synthetic_packs import small_pack
 
 SHOWN = "cell => Number(getComputedStyle(cell.querySelector('.bare')).opacity) === 1"
 

@@ -9,14 +9,15 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+import served_viewer
+from synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from viewer_pages import choose_pack
 
-from xattn.app import bench, components
+from xattn.app import components
 from xattn.app.components import theme
 from xattn.app.components.theme import name_html
 from xattn.app.demo import pack_job
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.cli import main
 from xattn.packs.writer import save_pack
 
@@ -55,7 +56,7 @@ def demo(root, tmp_path_factory):
 def address(root, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log.txt"
     script = Path(__file__).with_name("failing_viewer.py")
-    with bench.served(root, log, run=[str(script)]) as (base, _):
+    with served_viewer.served(root, log, run=[str(script)]) as (base, _):
         yield base
 
 

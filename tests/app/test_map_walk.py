@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("streamlit")
 
 from corner_photos import COUNT, photo
+from synthetic_packs import described
 from viewer_pages import SCREENS, served, shot
 
-from xattn.app.synthetic_packs import described
 from xattn.packs.writer import save_pack
 
 

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import picture
 from viewer_pages import only
 
 from xattn.app import models, state
 from xattn.app.library import Library
 from xattn.app.models import ModelError
-from xattn.app.synthetic_packs import picture
 from xattn.attention import Conversion
 from xattn.backbone import converted
 from xattn.backbone.conversion import save_conversion
@@ -180,7 +180,7 @@ def test_other_weights_are_named(start):
 
 
 def test_a_pack_without_a_model_says_so(start):
-    from xattn.app.synthetic_packs import explanation
+    from synthetic_packs import explanation
 
     root = start()
     save_pack(root / "pack", [explanation(0, protocol={"classes": "top"})], overlays=False)

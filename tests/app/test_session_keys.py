@@ -4,11 +4,11 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import opened
 
 from xattn.app import state
 from xattn.app.main import PAGES
-from xattn.app.synthetic_packs import small_pack
 
 
 def script():

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import SCREENS, choose_option, choose_pack, served, shot, vit_pack
 
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import small_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 PAGES = {  # name: the pack, and a text that is there when the page is

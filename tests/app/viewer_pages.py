@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import served_viewer
 import torch
 from safetensors.torch import save_file
+from synthetic_packs import picture
 
-from xattn.app import bench
-from xattn.app.synthetic_packs import picture
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
@@ -52,7 +52,7 @@ def only(root: Path) -> Any:
 @contextmanager
 def served(root: Path, *arguments: str, log: Path) -> Iterator[str]:
     """The address of ``xattn app root``, which runs until the block ends."""
-    with bench.served(root, log, *arguments) as (address, _):
+    with served_viewer.served(root, log, *arguments) as (address, _):
         yield address
 
 
@@ -91,7 +91,7 @@ def choose_option(page: Any, box: Any, name: str) -> None:
     """
     page.locator("[data-test-script-state=notRunning]").wait_for()
     box.click()
-    bench.pointed_at(page, name).click()
+    served_viewer.pointed_at(page, name).click()
 
 
 def shot(page: Any, name: str) -> None:

@@ -21,7 +21,6 @@ ASKED = {
     "tokens": (64,),
     "only": ("dma",),
     "filter": "softmax",
-    "maps": 500,
     "plot": Path("times.png"),
 }
 NAMED = {"names": "only"}  # the option of an argument by another name

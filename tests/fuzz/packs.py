@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from synthetic_packs import VIEW, described, explanation, picture
 
 from fuzz.engine import target
 from fuzz.heads import nasty_safetensors
@@ -26,7 +27,6 @@ from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pictures import rendering
 from xattn.app.pictures.export import maps_csv
 from xattn.app.pictures.rendering import Look
-from xattn.app.synthetic_packs import VIEW, described, explanation, picture
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from synthetic_packs import picture
 
 from fuzz.engine import target
 from fuzz.labels import nasty_json
 from xattn.app.live.uploads import accept, accept_clip, photo
-from xattn.app.synthetic_packs import picture
 from xattn.backbone import Preprocessing
 from xattn.photos.clip import open_clip, quiet
 from xattn.photos.images import load_image

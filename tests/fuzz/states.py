@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from synthetic_packs import picture
 
 from fuzz.engine import target
 from fuzz.heads import network
 from fuzz.labels import lines, nasty_json
 from fuzz.packs import results
-from xattn.app.synthetic_packs import picture
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.database import ImageRow, ResultRow
 from xattn.eval.evaluation.kept_maps import kept_images

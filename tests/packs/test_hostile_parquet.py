@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pack_files import ENTRIES, parquet, replaced, signed
+from synthetic_packs import described, explanation, picture
 
-from xattn.app.synthetic_packs import described, explanation, picture
 from xattn.packs.bounded_parquet import BoundedParquet
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_packs import described, explanation, picture
 
-from xattn.app.synthetic_packs import described, explanation, picture
 from xattn.cli.commands import main
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.merging import merge_packs

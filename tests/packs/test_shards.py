@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pack_files import edit, rewritten
+from synthetic_packs import described, explanation, million_pack, picture
 
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import described, explanation, million_pack, picture
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.format import is_pack

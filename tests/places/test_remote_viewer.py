@@ -8,10 +8,9 @@ import pytest
 pytest.importorskip("streamlit")
 pytest.importorskip("playwright.sync_api")
 
+import served_viewer
 from object_stores import upload
-
-from xattn.app import bench
-from xattn.app.synthetic_packs import small_pack
+from synthetic_packs import small_pack
 
 WAYS = [(1280, "light"), (390, "dark")]
 
@@ -20,7 +19,7 @@ def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path,
     small_pack(tmp_path / "runs/measured", 12, ("gradcam", "saliency"))
     url = upload(tmp_path / "runs", f"{bucket}/runs")
     shots = Path(os.environ.get("XATTN_SCREENS", tmp_path))
-    with bench.served(url, tmp_path / "log.txt") as (address, _):
+    with served_viewer.served(url, tmp_path / "log.txt") as (address, _):
         for width, scheme in WAYS:
             context = browser.new_context(
                 viewport={"width": width, "height": 900}, color_scheme=scheme

@@ -8,8 +8,8 @@ import stat
 import time
 
 import pytest
+from synthetic_packs import small_pack
 
-from xattn.app.synthetic_packs import small_pack
 from xattn.runtime import files
 from xattn.runtime.files import atomic_file, atomic_folder, write_json
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic_packs import small_pack
 
 import xattn
-from xattn.app.synthetic_packs import small_pack
 from xattn.cli import main
 from xattn.runtime.files import atomic_folder, check_folder
 from xattn.training import fit

@@ -14,7 +14,6 @@ from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs, Not
 
 BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
-LEAST_MAPS = 400  # of a pack to browse: some pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +26,16 @@ class Bench:
         Belongs("batches", job=["explain", "train", "all"]),
         Belongs("rounds", job=Not("kernels")),
         Belongs("aot", "filter", job="kernels"),
-        Belongs("maps", job="app"),
         Belongs("tokens", "only", "plot", job="attention"),
     )
 
     job: Annotated[
-        Literal["explain", "train", "folder", "attention", "kernels", "app", "photomap", "all"],
+        Literal["explain", "train", "folder", "attention", "kernels", "all"],
         Argument(positional=True),
     ] = "all"
     """What to measure. explain: explaining against a forward pass; train: a training step against its
     floor; folder: images per second; all: these three. attention: mechanisms against dense attention;
-    kernels: Triton kernels; app: the viewer's pages in Chromium; photomap: its map of 10,000 photos."""
+    kernels: Triton kernels."""
     images: Images = ()
     """A folder of photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
     backbones: tuple[str, ...] = ()
@@ -62,9 +60,6 @@ class Bench:
     """For the job "attention": a .png or .svg of times over tokens."""
     raw: Path | None = None
     """A .csv for what every round measured; of the job "kernels" for its table."""
-    maps: int | None = None
-    """For the job "app": one pack with so many maps, for example 1000000, is made, opened,
-    sorted, searched and browsed instead; 400 or more."""
 
     @property
     def folder(self) -> Path | None:
@@ -75,8 +70,6 @@ class Bench:
             check_images(self.images)
         if len(self.images) > 1:
             raise ValueError(f"images: got {self.images[-1]} as well; give one folder")
-        if self.maps is not None and self.maps < LEAST_MAPS:
-            raise ValueError(f"maps: got {self.maps}; give {LEAST_MAPS} or more")
         if self.job == "kernels" and not self.aot:
             raise ValueError("bench kernels: give --aot, which compiles and times nothing")
 
@@ -117,9 +110,4 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     **dict.fromkeys(("explain", "train", "folder", "all"), ("xattn.eval.bench.speed", _speed)),
     "attention": ("xattn.eval.bench.attention", _attention),
     "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter}),
-    "photomap": ("xattn.app.pages.photomap.bench", lambda o: {"rounds": _rounds(o, 15)}),
-    "app": (
-        "xattn.app.bench",
-        lambda o: {"rounds": _rounds(o, 15 if o.maps is None else 6), "maps": o.maps},
-    ),
 }

@@ -19,6 +19,7 @@ pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import picture
 from viewer_pages import opened
 
 from xattn.app import models, state
@@ -48,7 +49,6 @@ from xattn.app.attention.view import (
 )
 from xattn.app.components import _checked
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import picture
 from xattn.attention import (
     Inputs,
     LowRankOperator,

@@ -13,13 +13,13 @@ import pytest
 pytest.importorskip("streamlit")
 from fake_jobs import fake_job
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 from viewer_pages import opened, served
 
 from xattn.app import state
 from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
 from xattn.app.state import Settings
-from xattn.app.synthetic_packs import small_pack
 
 TRAIN = Spec("train", "photos", heads=("ttame",))
 PROBE = Spec("probe", "photos", heads=("gap", "abmilp"))

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 from test_jobs import begun, end_all, ended, photos, stand_in, until
 from viewer_pages import choose_option, only, opened, served
 
@@ -22,7 +23,6 @@ from xattn.app.jobs.jobs import Jobs
 from xattn.app.pages.train import job_view
 from xattn.app.pages.train.page import PhotoFolder
 from xattn.app.state import Settings
-from xattn.app.synthetic_packs import small_pack
 
 ONE_BAR = """
 import signal, sys

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import picture
 from viewer_pages import opened
 
 from xattn.app import models, state
@@ -28,7 +29,6 @@ from xattn.app.live.uploads import Upload
 from xattn.app.pages.live import controls, page
 from xattn.app.pages.whatif import answer
 from xattn.app.pictures import film
-from xattn.app.synthetic_packs import picture
 from xattn.cli.model import BackboneArgs
 from xattn.explaining.photos import explain
 from xattn.heads import create_head, save_head

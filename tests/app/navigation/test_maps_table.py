@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("streamlit")
 
 from pandas.testing import assert_frame_equal
+from synthetic_packs import described, explanation, picture, small_pack
 from viewer_pages import only
 
 from xattn.app.navigation.maps_table import MapsTable
 from xattn.app.navigation.selection import Selection, defaults
-from xattn.app.synthetic_packs import described, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
+from synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from viewer_pages import only
 
 from xattn.app.navigation import maps_database, maps_table, selection
 from xattn.app.navigation.maps_table import SORTS, MapsTable
 from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.app.pictures.rendering import COLOURS, SCALES
-from xattn.app.synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack

@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 from viewer_pages import opened
 
 from xattn.app import state
 from xattn.app.library import LEADERBOARD, Library
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard_file import parse, read
-from xattn.app.synthetic_packs import small_pack
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol

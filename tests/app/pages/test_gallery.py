@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import explanation, million_pack, picture, small_pack
 from viewer_pages import opened
 
 from xattn.app import state
 from xattn.app.navigation import frame
 from xattn.app.pages import first_run
-from xattn.app.synthetic_packs import explanation, million_pack, picture, small_pack
 from xattn.packs import contents as pack_contents
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS

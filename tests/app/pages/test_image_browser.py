@@ -7,9 +7,8 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import SCREENS, served, shot
-
-from xattn.app.synthetic_packs import small_pack
 
 
 @pytest.fixture(scope="module")

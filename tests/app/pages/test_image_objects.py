@@ -12,10 +12,10 @@ from PIL import Image
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 
 from xattn.app import state
 from xattn.app.pages.image.objects import rings
-from xattn.app.synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.eval.annotations import annotations_of_classes
 from xattn.eval.functional import saliency
 from xattn.eval.metrics.localization import energy_pointing_values

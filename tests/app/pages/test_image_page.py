@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import CLASSES, described, explanation, picture, small_pack
+
 from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack

@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 
 from xattn.app import state
 from xattn.app.navigation import selection
-from xattn.app.synthetic_packs import small_pack
 
 
 @pytest.fixture(scope="module")

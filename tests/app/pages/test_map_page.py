@@ -13,10 +13,10 @@ pytest.importorskip("streamlit")
 
 from corner_photos import COUNT, photo
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import CLASSES, described, small_pack
 
 from xattn.app import state
 from xattn.app.pages.photomap import data, page
-from xattn.app.synthetic_packs import CLASSES, described, small_pack
 from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack

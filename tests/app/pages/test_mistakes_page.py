@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import CLASSES, described, explanation, picture, small_pack
 
 from xattn.app import state
-from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.packs.writer import save_pack
 
 

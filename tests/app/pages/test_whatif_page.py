@@ -13,6 +13,7 @@ pytest.importorskip("streamlit")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_packs import picture, small_pack
 from viewer_pages import opened
 
 from xattn.app import models, state
@@ -20,7 +21,6 @@ from xattn.app.library import Library
 from xattn.app.pages.whatif import answer, page
 from xattn.app.pages.whatif import page as whatif
 from xattn.app.pages.whatif.page import KEY, Painting
-from xattn.app.synthetic_packs import picture, small_pack
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
 from xattn.packs.contained_files import PackError

@@ -13,11 +13,11 @@ pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from viewer_pages import only
 
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import Look
-from xattn.app.synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.format import MAPS
 from xattn.packs.writer import save_pack

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_packs import explanation
 
 from xattn.app.pictures.rendering import MOST_CELLS, map_box, map_cells
-from xattn.app.synthetic_packs import explanation
 from xattn.photos.view import View, make_view
 
 

@@ -11,12 +11,12 @@ pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 from viewer_pages import only
 
 from xattn.app.library import Library
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
-from xattn.app.synthetic_packs import CLASSES, VIEW, explanation, picture, small_pack
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import contrast
 from xattn.packs.writer import save_pack

@@ -19,6 +19,7 @@ pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
 from itsdangerous import TimestampSigner
+from served_viewer import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -26,7 +27,6 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from xattn.app.bench import free_port
 from xattn.app.serving.guard import HEADERS, LIFETIME, Guard
 from xattn.app.serving.server import VARIABLE, Address, token_of
 

@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("streamlit")
 
 from PIL import Image
+from synthetic_packs import explanation, picture, small_pack
 
 from xattn.app.library import Library
 from xattn.app.navigation.selection import Selection, View, table
 from xattn.app.pictures.export import selection_csv
-from xattn.app.synthetic_packs import explanation, picture, small_pack
 from xattn.app.triage import selection_files, tag_files
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack

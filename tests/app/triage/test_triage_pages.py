@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
+from synthetic_packs import small_pack
 
 from xattn.app import state
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.image import page
-from xattn.app.synthetic_packs import small_pack
 from xattn.app.triage import tag_files
 from xattn.app.triage.store import Mark, Store, identity
 from xattn.app.triage.tag_files import Person

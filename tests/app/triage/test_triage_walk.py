@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from synthetic_packs import small_pack
 from viewer_pages import SCREENS, choose_option, served, shot
 
 from xattn.app.library import Library
-from xattn.app.synthetic_packs import small_pack
 from xattn.app.triage import tag_files
 
 

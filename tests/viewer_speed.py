@@ -1,35 +1,31 @@
-"""What a person waits for in the viewer, measured in Chromium: ``xattn bench app``.
+"""What a person waits for in the viewer, measured in Chromium: ``python tests/viewer_speed.py``.
 
 A server of its own shows packs of made-up photos. "Pixels" are there when every picture in sight is
 decoded; the browser's own clock runs from the click to the first frame in which they are. Memory is the
-resident set of the server's process. Needs the ``playwright`` package and an installed Chromium.
+resident set of the server's process. ``--maps 1000000`` measures one pack with so many maps instead, and
+``--photos 10000`` the page Map. There points and groups are computed once for a pack, here in this process;
+the import of UMAP counts. A lasso is timed from the release of the button to the points drawn anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xattn.app.synthetic_packs import big_pack, million_pack, picture
-from xattn.runtime.measuring import keep_rounds
+import numpy as np
+from served_viewer import READY, browser, pointed_at, served, until_pixels
+from synthetic_packs import CLASSES, big_pack, million_pack, picture
 
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+from xattn.runtime.measuring import keep_rounds, raw_rounds
+from xattn.runtime.process import keep_memory, sleep_while_waiting
+
 SIZE = {"width": 1280, "height": 900}
 MANY, WARM = 10_000, 1_000  # images of the two packs
 PAINT, TURN, CLICK, LIVE, STROKE = 2.0, 0.5, 0.3, 0.15, 0.3  # seconds that are allowed
@@ -37,19 +33,9 @@ SCALE_PAINT, SORTED, PHOTO = 3.0, 1.5, 0.4  # seconds, in a pack of a million ma
 SCALE_MEMORY = 1000  # MB that the server may have then
 GROWTH = 50  # MB that the server may grow by over the views after the first tenth
 VIEWS = 500
+FEATURES = 1280
+PROJECTION, LASSO = 60.0, 0.3  # seconds, on the page Map
 LIVE_BACKBONE, LIVE_HEAD = "tf_efficientnet_lite0", "ttame-efficientnet-lite0"
-# Pictures of all grids, which live in shadow roots; true when those in sight are decoded and the first
-# cell is not `key`, the one before the click.
-_READY = """key => {
-  const roots = root => [root, ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot)
-    .flatMap(e => roots(e.shadowRoot))];
-  const cells = roots(document).flatMap(root => [...root.querySelectorAll(".cell")]);
-  const images = cells.flatMap(cell => [...cell.querySelectorAll("img")]);
-  return images.length > 0 && cells[0].dataset.id !== key && images.every(i => {
-    const box = i.getBoundingClientRect();
-    return box.bottom < 0 || box.top > innerHeight || (i.complete && i.naturalWidth > 0);
-  });
-}"""
 _WATCH = """([kind, key]) => {
   const ready = READY;
   window.xattnTook = new Promise((resolve, reject) => addEventListener(kind, event => {
@@ -61,7 +47,7 @@ _WATCH = """([kind, key]) => {
     };
     look();
   }, { capture: true, once: true }));
-}""".replace("READY", _READY)
+}""".replace("READY", READY)
 
 # From the end of a stroke to the first frame in which the network's answer is another one.
 _WATCH_STROKE = """() => {
@@ -79,100 +65,7 @@ _WATCH_STROKE = """() => {
 }"""
 
 
-def chromium() -> str | None:
-    """The path of Debian's Chromium or of Chrome; None if neither is installed."""
-    return next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@contextmanager
-def served(
-    root: Path, log: Path, *arguments: str, run: Sequence[str] = ("-m", "xattn.cli")
-) -> Iterator[tuple[str, int]]:
-    """``xattn app root`` on a free port until the block ends: its address and process number.
-
-    ``run``: the arguments that make Python run xattn.
-
-    Raises:
-        RuntimeError: it ended early or did not answer within five minutes; with what it wrote to ``log``.
-    """
-    port = free_port()
-    command = [sys.executable, *run, "app", str(root), "--port", str(port)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen([*command, *arguments], stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(lambda: process.poll() is not None or _answers(address), log)
-        if process.poll() is not None:
-            raise RuntimeError(f"xattn app ended early:\n{log.read_text()}")
-        yield address, process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait(ready: Callable[[], bool], log: Path, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise RuntimeError(f"xattn app did not answer:\n{log.read_text()}")
-        time.sleep(0.05)
-
-
-def _answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/_stcore/health", timeout=1).close()
-    except urllib.error.HTTPError:  # a server with a token
-        return True
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """A running Chromium.
-
-    Raises:
-        ValueError: Chromium or the ``playwright`` package is missing.
-    """
-    path = chromium()
-    if path is None:
-        raise ValueError("bench app: no Chromium; install Debian's chromium, or Chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise ValueError(
-            "bench app: the playwright package is missing; run: pip install playwright"
-        ) from None
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        try:
-            yield running
-        finally:
-            running.close()
-
-
 # ---------------------------------------------------------------------- one measure each
-
-
-def until_pixels(page: Any, key: str = "", seconds: float = 30) -> None:
-    """Wait until all pictures in sight are decoded, in grids whose first cell is not ``key``."""
-    end = time.monotonic() + seconds
-    while not page.evaluate(_READY, key):
-        if time.monotonic() > end:
-            raise RuntimeError(f"bench app: no pictures after {seconds:g} s at {page.url}")
-        page.wait_for_timeout(5)
 
 
 def _first_cell(page: Any) -> str:
@@ -233,16 +126,6 @@ def next_images(page: Any, rounds: int) -> list[float]:
     return took
 
 
-def pointed_at(page: Any, name: str | re.Pattern[str]) -> Any:
-    """The option of an open list, with the pointer on it. Hovering redraws the list, and a click
-    during that is lost."""
-    option = page.get_by_role("option", name=name).first
-    option.hover()
-    option = option.and_(page.locator("[data-focused=true]"))
-    option.wait_for()
-    return option
-
-
 def orders(page: Any, names: Sequence[str]) -> list[float]:
     """Seconds from the choice of an order of the gallery to its pictures."""
     took = []
@@ -295,9 +178,7 @@ def live(page: Any, address: str, photo: Path, rounds: int) -> tuple[list[float]
     from xattn.backbone import load_backbone
     from xattn.explaining.photos import explain
     from xattn.heads import load_head
-    from xattn.runtime.process import keep_memory
 
-    keep_memory()
     backbone = load_backbone(LIVE_BACKBONE, weights="package")
     head = load_head(LIVE_HEAD, backbone)  # what the page chooses by itself
     in_page, alone = [], []
@@ -348,17 +229,8 @@ def strokes(page: Any, address: str, root: Path, photo: Path, rounds: int) -> li
 HEADER = ("| what | median | slowest | wanted |", "| :-- | --: | --: | --: |")
 
 
-def bench(
-    rounds: int = 15,
-    views: int = VIEWS,
-    images: tuple[int, int] = (MANY, WARM),
-    maps: int | None = None,
-) -> Iterator[str]:
-    """Lines of a Markdown table; ``images`` of the big pack and of the warm one. With ``maps`` the one pack
-    that has so many, made, opened, sorted, filtered and browsed."""
-    if maps is not None:
-        yield from scale(rounds, maps)
-        return
+def pages(rounds: int, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM)) -> Iterator[str]:
+    """Lines of a Markdown table; ``images`` of the big pack and of the warm one."""
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
         folder = Path(name)
         big_pack(folder / "root" / "many", images[0])
@@ -452,3 +324,97 @@ def _memory(page: Any, process: int, views: int) -> Iterator[str]:
         f"| server's memory over {views} image pages | {before:.0f} MB, then {after - before:+.0f} MB "
         f"| | flat: at most +{GROWTH} MB |"
     )
+
+
+# ---------------------------------------------------------------------- the page Map
+
+
+def photo_map(rounds: int, photos: int, features: int = FEATURES) -> Iterator[str]:
+    """Lines of a Markdown table about the page Map of a pack with so many photos."""
+    from xattn.eval.report.photo_map.clusters import clusters
+    from xattn.eval.report.photo_map.pooled_maps import read, unit
+    from xattn.eval.report.photo_map.projection import METHODS, offered, project
+    from xattn.packs.reader import Pack
+
+    with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name:
+        folder = Path(name)
+        pack = Pack(big_pack(folder / "root" / "map", photos, features=features))
+        yield f"| {photos:,} photos, {features:,} features | took | wanted |"
+        yield "| :-- | --: | --: |"
+        begun = time.perf_counter()
+        maps = read(pack, list(pack.entry_ids))
+        yield _once("maps read and pooled, once", time.perf_counter() - begun)
+        values = unit(pack.features())  # type: ignore[arg-type]
+        for method in offered(photos):
+            begun = time.perf_counter()
+            project(values, method)
+            yield _once(f"{METHODS[method]}, once", time.perf_counter() - begun)
+        begun = time.perf_counter()
+        classes = [CLASSES[i % len(CLASSES)] for i in range(photos)]
+        clusters(maps, classes, [None] * photos)
+        yield _once("groups, once", time.perf_counter() - begun)
+        took = lassos(folder, rounds)
+        keep_rounds("lasso", "", took)
+        for which, seconds in (("median", statistics.median(took)), ("slowest", max(took))):
+            yield f"| lasso, {which} | {1000 * seconds:.0f} ms | {1000 * LASSO:.0f} ms |"
+
+
+def lassos(folder: Path, rounds: int) -> list[float]:
+    """Seconds that the map of the pack in ``folder/root`` takes to answer a lasso around half of it."""
+    (pack_id,) = _packs(folder / "root").values()
+    with (
+        browser() as running,
+        served(folder / "root", folder / "log") as (at, _),
+    ):
+        page = running.new_context(viewport=SIZE).new_page()
+        page.goto(f"{at}/photomap?pack={pack_id}&projection=pca")
+        plane = page.locator(".drawing")
+        plane.wait_for(timeout=120_000)
+        return [_lasso(page, plane, turn) for turn in range(rounds)]
+
+
+def _lasso(page: Any, plane: Any, turn: int) -> float:
+    """Draw a ring of sixty corners, another one each time."""
+    box = plane.bounding_box()
+    angles = np.linspace(0, 2 * np.pi, 60)
+    radius = 0.3 + 0.1 * (turn % 2)
+    corners = zip(0.5 + radius * np.cos(angles), 0.5 + radius * np.sin(angles), strict=True)
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in corners]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place)
+    page.mouse.up()
+    took = float(page.locator(".scatter").get_attribute("data-answered"))
+    page.locator(".st-key-photomap-photos .frame.there").first.wait_for()
+    return took / 1000
+
+
+def _once(label: str, seconds: float) -> str:
+    keep_rounds(label, "", [seconds])
+    return f"| {label} | {seconds:.1f} s | {PROJECTION:.0f} s |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="What a person waits for in the viewer.")
+    parser.add_argument("--rounds", type=int, help="by default 15, of --maps 6")
+    parser.add_argument("--maps", type=int, help="browse one pack of so many maps, 400 or more")
+    parser.add_argument("--photos", type=int, help="the page Map of so many photos")
+    parser.add_argument("--raw", type=Path, help="a .csv for what every round measured")
+    asked = parser.parse_args(arguments)
+    sleep_while_waiting()
+    keep_memory()
+    with raw_rounds(asked.raw):
+        if asked.maps is not None:
+            lines = scale(asked.rounds or 6, asked.maps)
+        elif asked.photos is not None:
+            lines = photo_map(asked.rounds or 15, asked.photos)
+        else:
+            lines = pages(asked.rounds or 15)
+        for line in lines:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
