@@ -120,15 +120,17 @@ def backbone_of(pack: Any) -> Backbone:
 
 def weight_files() -> dict[str, Path]:
     """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
-    heads and maps are not."""
+    heads, maps and cached rows are not."""
     from xattn.app import state
     from xattn.backbone.pruning import pruned_folder
     from xattn.packs.format import is_pack_file
+    from xattn.training.cache import SHARD
 
     root = state.settings().local_root.resolve()
     found = {}
     for path in sorted(p for depth in range(3) for p in root.glob("*/" * depth + "*.safetensors")):
-        alone = not is_pack_file(path.name) and not (path.parent / "config.json").exists()
+        part = is_pack_file(path.name) or SHARD.fullmatch(path.name)
+        alone = not part and not (path.parent / "config.json").exists()
         if alone and path.is_file() and path.resolve().is_relative_to(root):
             name = path.relative_to(root).as_posix()
             found[hashlib.sha256(name.encode()).hexdigest()[:12]] = pruned_folder(path) or path

@@ -99,6 +99,8 @@ def test_a_safetensors_file_below_the_root_is_loaded_by_its_id(start):
     save_file(own.model.state_dict(), root / "mine" / "net.safetensors")
     torch.save(own.model.state_dict(), root / "mine" / "net.pth")
     (root / "out.safetensors").symlink_to("/etc/hostname")
+    for part in ("rows-0-64.safetensors", "maps-00000.safetensors"):  # of a cache, of a pack
+        (root / "mine" / part).write_bytes(b"")
     files = models.weight_files()
     assert [path.name for path in files.values()] == ["net.safetensors"]
     loaded = models.backbone(CNN, next(iter(files)))
