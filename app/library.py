@@ -27,6 +27,8 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
+JOBS = "jobs"  # the folder of all jobs, below the root
+NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder that a person names
 DEPTH = 3  # folders below the root
 MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
@@ -191,6 +193,30 @@ class Library:
         if comparison_id not in found:
             raise PackError("There is no such comparison; choose one from the list")
         return found[comparison_id][0]
+
+    def new_folder(self, name: str) -> Path:
+        """The folder ``name`` below the root, for results that a person keeps.
+
+        Raises:
+            ValueError: no name for a folder, one that is taken, or a root that is only read.
+        """
+        name = name.strip()
+        if not re.fullmatch(NAME, name) or name.endswith("."):
+            raise ValueError(
+                "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
+            )
+        if name.casefold() == JOBS:
+            raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
+        if not self.keeps:
+            raise ValueError(
+                f"This viewer shows {self.root}, where it only reads. Start xattn app on a local folder "
+                f"to keep results."
+            )
+        if (self.root / name).exists():
+            raise ValueError(
+                f"There is a folder {name!r} already; choose another name. Nothing was overwritten."
+            )
+        return Path(self.root / name)
 
     # ------------------------------------------------------------------ looking
 

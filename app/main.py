@@ -16,10 +16,10 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import theme
-from xattn.app.navigation import address, frame, last_view, selection
+from xattn.app.navigation import address, frame, last_view
 from xattn.app.navigation.frame import bottom_bar
-from xattn.app.pages import PAGES
-from xattn.app.state import Context, plain
+from xattn.app.state import PAGES, Context, plain
+from xattn.app.triage import selection
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def warm() -> None:
 @functools.cache
 def _module(name: str) -> ModuleType:
     """The page ``name``, imported when it is first shown: some imports take seconds."""
-    found = state.imported(PAGES[name].module)
+    found = importlib.import_module(PAGES[name].module)
     _freeze()
     return found
 

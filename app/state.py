@@ -7,15 +7,12 @@ from files and models are text: ``plain`` makes them safe inside Markdown.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import urlencode
 
 import streamlit as st
@@ -30,7 +27,33 @@ if TYPE_CHECKING:
 
 DEFAULT_PAGE = "gallery"
 ROOT_VARIABLE = "XATTN_APP_ROOT"
+Made = TypeVar("Made", bound=Callable[..., Any])
 SCRIPT = Path(__file__).parent / "script" / "run.py"  # for App and AppTest.from_file
+_PAGES = "xattn.app.pages"
+
+
+class Page(NamedTuple):
+    """A page: its title, whether it shows a pack (without one it is not called), its module, and its
+    icon, a name of Material Symbols."""
+
+    title: str
+    shows_pack: bool
+    module: str
+    icon: str = "pageview"
+
+
+PAGES = {
+    "gallery": Page("Gallery", True, f"{_PAGES}.gallery.page", "grid_view"),
+    "image": Page("Image", True, f"{_PAGES}.image.page", "image"),
+    "attention": Page("Attention", True, f"{_PAGES}.attention", "center_focus_weak"),
+    "whatif": Page("What if", True, f"{_PAGES}.whatif.page", "brush"),
+    "mistakes": Page("Mistakes", True, f"{_PAGES}.mistakes", "rule"),
+    "photomap": Page("Map", True, f"{_PAGES}.photomap.page", "scatter_plot"),
+    "runs": Page("Two runs", True, f"{_PAGES}.runs", "difference"),
+    "live": Page("Live", False, f"{_PAGES}.live.page", "add_a_photo"),
+    "compare": Page("Compare", False, f"{_PAGES}.compare.page", "leaderboard"),
+    "train": Page("Train", False, f"{_PAGES}.train.page", "model_training"),
+}
 
 
 class ModelArgs(Protocol):
@@ -63,7 +86,6 @@ class Settings:
 
 
 _settings: Settings | None = None
-_importing = threading.Lock()
 
 
 def configure(settings: Settings) -> None:
@@ -77,11 +99,12 @@ def settings() -> Settings:
     return _settings or Settings(root=Path(os.environ.get(ROOT_VARIABLE, "runs")))
 
 
-def imported(module: str) -> ModuleType:
-    """A module, imported by one thread at a time: modules that import one another in a circle cannot be
-    imported from two sides at once."""
-    with _importing:
-        return importlib.import_module(module)
+def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
+    """A decorator that keeps what a function of a pack returns, until the pack is another version."""
+    version = {"xattn.packs.reader.Pack": lambda pack: (pack.id, pack.version)}
+    found: Callable[[Made], Made]
+    found = st.cache_resource(max_entries=entries, show_spinner=spinner, hash_funcs=version)
+    return found
 
 
 def library() -> Library:
@@ -192,6 +215,15 @@ def plain(text: object) -> str:
     """
     shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
     return _MARKDOWN.sub(r"\\\1", shown)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "photo"), counted(1200, "photo")
+    ('1 photo', '1,200 photos')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def short(name: str) -> str:

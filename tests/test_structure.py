@@ -49,9 +49,10 @@ def test_imports_run_downwards_only():
 
 
 def folder(name: str) -> str:
-    """The room of the house that a module lies in: a folder of xattn or of xattn.eval."""
+    """The room of the house that a module lies in: a folder of xattn, xattn.eval, the viewer or its pages."""
     parts = name.split(".")
-    return ".".join(parts[: 3 if parts[1:2] == ["eval"] else 2])
+    depth = 4 if parts[1:3] == ["app", "pages"] else 3 if parts[1:2] in (["eval"], ["app"]) else 2
+    return ".".join(parts[:depth])
 
 
 def test_folders_import_each_other_in_one_direction():

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
-from xattn.app.navigation import selection
+from xattn.app.triage import selection
 from xattn.attention import Operator, converted_copy, list_attention, mechanism_class
 from xattn.attention.base import Size
 from xattn.attention.statistics import Statistics, row_shares, sample_queries, statistics

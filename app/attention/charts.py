@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -42,50 +43,42 @@ SMALL = 96  # pixels of its place on the page, at least
 
 def heads(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
     """The heads of the view's layer; ``rows`` are the query's, (H, N) a layer."""
-    st.header(f"Heads of layer {view.layer}", anchor=False)
-    prefix, token = len(seen.prefix), token_of(view.patch, seen)
-    own = rows[view.layer]
-    maps = [row[prefix:].unflatten(0, seen.grid) for row in own]
-    scale = shares(maps, view.scale)
-    cells = [
-        {
-            "id": str(head),
-            "src": png(m, scale, kept_keys(m) if seen.hides else None, SIDE),
-            "alt": alt_text(f"Head {head}, from {name_of(token, seen)}", m, seen),
-            "title": f"Head {head}",
-            "lines": _lines(row, seen),
-            "selected": view.head == str(head),
-        }
-        for head, (row, m) in enumerate(zip(own, maps, strict=True))
-    ]
     label = f"Heads of layer {view.layer}"
-    _grid(cells, "heads", label, seen, _head_opened)
-    legend(scale, "share of a head's attention that a patch gets")
+    unit = "share of a head's attention that a patch gets"
+    _rows("head", dict(enumerate(rows[view.layer])), label, unit, seen, view)
 
 
 def layers(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
     """The view's head, or the mean of all, in each layer."""
     what = "Mean of all heads" if view.head == MEAN else f"Head {view.head}"
-    st.header(f"{what}, layer by layer", anchor=False)
-    prefix, token = len(seen.prefix), token_of(view.patch, seen)
     there = [i for i in range(seen.layers) if view.head == MEAN or int(view.head) < seen.heads(i)]
     shown = {i: fused(rows[i], view.head) for i in there}
-    maps = {i: row[prefix:].unflatten(0, seen.grid) for i, row in shown.items()}
+    unit = "share of the attention that a patch gets"
+    _rows("layer", shown, f"{what}, layer by layer", unit, seen, view)
+
+
+def _rows(
+    name: str, rows: Mapping[int, Tensor], label: str, unit: str, seen: Reading, view: View
+) -> None:
+    """The query's rows (N,), one a ``name`` of the view, on one scale; a click shows that one."""
+    st.header(label, anchor=False)
+    token = token_of(view.patch, seen)
+    maps = {i: row[len(seen.prefix) :].unflatten(0, seen.grid) for i, row in rows.items()}
     scale = shares(list(maps.values()), view.scale)
+    title = name.capitalize()
     cells = [
         {
             "id": str(i),
             "src": png(m, scale, kept_keys(m) if seen.hides else None, SIDE),
-            "alt": alt_text(f"Layer {i}, from {name_of(token, seen)}", m, seen),
-            "title": f"Layer {i}",
-            "lines": _lines(shown[i], seen),
-            "selected": view.layer == i,
+            "alt": alt_text(f"{title} {i}, from {name_of(token, seen)}", m, seen),
+            "title": f"{title} {i}",
+            "lines": _lines(rows[i], seen),
+            "selected": str(getattr(view, name)) == str(i),
         }
         for i, m in maps.items()
     ]
-    label = f"{what} in each layer"
-    _grid(cells, "strip", label, seen, _layer_opened)
-    legend(scale, "share of the attention that a patch gets")
+    _grid(cells, name, label, seen, partial(_opened, name))
+    legend(scale, unit)
 
 
 def _grid(
@@ -93,28 +86,21 @@ def _grid(
 ) -> None:
     # Rows without a rest where that can be.
     columns = next((n for n in (6, 8, 7) if len(cells) % n == 0), 6)
-    aspect = seen.grid[1] / seen.grid[0]
     grid(
         cells,
-        KEY + key,
+        f"{KEY}grid of {key}",
         label=label,
         columns=columns,
         width=SMALL,
-        aspect=aspect,
+        aspect=seen.grid[1] / seen.grid[0],
         on_open=on_open,
     )
 
 
-def _head_opened() -> None:
-    opened = sent(f"{KEY}heads", "open")
+def _opened(name: str) -> None:
+    opened = sent(f"{KEY}grid of {name}", "open")
     if opened is not None:
-        change(head=opened)
-
-
-def _layer_opened() -> None:
-    opened = sent(f"{KEY}strip", "open")
-    if opened is not None:
-        change(layer=int(opened))
+        change(**{name: opened if name == "head" else int(opened)})
 
 
 def _lines(row: Tensor, seen: Reading) -> list[str]:
@@ -205,7 +191,6 @@ SINKS = 5  # patches that count as the most attended ones
 PARTS = ("prefix tokens", f"top {SINKS} patches")
 PICKED = "pick"  # the charts' selection
 _ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
-_PART_COLOURS = ("#c9602f", "#8a857e")
 
 
 def heads_table(reading: Reading) -> pd.DataFrame:
@@ -254,7 +239,7 @@ def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
             color=alt.Color(
                 "part:N",
                 title=None,
-                scale=alt.Scale(domain=parts, range=list(_PART_COLOURS[-len(parts) :])),
+                scale=alt.Scale(domain=parts, range=[_ACCENT, _GREY][-len(parts) :]),
                 legend=alt.Legend(orient="top", labelLimit=300),
             ),
             order="order:Q",
@@ -378,7 +363,7 @@ def _show_distance(seen: Reading, view: View, heads: pd.DataFrame) -> None:
             lambda: distance_chart(heads, seen.grid, *shown).to_dict(),
         ),
         key=f"{KEY}distance",
-        on_select=_distance_picked,
+        on_select=partial(_point_picked, "distance"),
         selection_mode=PICKED,
     )
     st.caption(
@@ -408,7 +393,7 @@ def _show_entropy(seen: Reading, view: View, heads: pd.DataFrame) -> None:
                 lambda: entropy_chart(chosen, most, *shown).to_dict(),
             ),
             key=f"{KEY}entropy",
-            on_select=_entropy_picked,
+            on_select=partial(_point_picked, "entropy"),
             selection_mode=PICKED,
         )
     st.caption(
@@ -444,14 +429,6 @@ def _sinks_text(seen: Reading, view: View) -> str:
         f"Mean over heads and queries. Most attended patches of layer {view.layer}: {listed}. "
         f"An even share is {even:.2%}. Prefix tokens stand before the patches: the class token, registers."
     )
-
-
-def _distance_picked() -> None:
-    _point_picked("distance")
-
-
-def _entropy_picked() -> None:
-    _point_picked("entropy")
 
 
 def _point_picked(chart: str) -> None:

@@ -7,8 +7,9 @@ data and becomes text by ``textContent``, never HTML.
 from __future__ import annotations
 
 import base64
+import mimetypes
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -36,6 +37,14 @@ def component(name: str, *parts: str) -> Any:
     )
     html = f'<div class="{name}"></div>'
     return st.components.v2.component(f"xattn_{name}", html=html, css=css, js=js)
+
+
+def _show(
+    name: str, key: str, on: Mapping[str, Callable[[], None] | None], *parts: str, **data: Any
+) -> Any:
+    """Show the component ``name``; ``on`` are its callbacks by what the browser sends."""
+    callbacks = {f"on_{what}_change": act or (lambda: None) for what, act in on.items()}
+    return component(name, *parts)(data=data, key=key, **callbacks)
 
 
 def sent(key: str, name: str) -> Any:
@@ -84,8 +93,8 @@ def keys(names: Sequence[str], key: str, on_act: Any) -> None:
         names: of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
         on_act: called before the script runs again, without arguments.
     """
-    data = {"keys": list(names), "taken": _taken().last.get(key, 0)}
-    component("keys", "acts")(data=data, key=key, on_act_change=on_act)
+    taken = _taken().last.get(key, 0)
+    _show("keys", key, {"act": on_act}, "acts", keys=list(names), taken=taken)
 
 
 def grid(
@@ -132,26 +141,31 @@ def grid(
             and a click. :func:`acts` has ``{"of": photos of this page, "chosen": those of them}``, and for
             the keys of :func:`keys` ``{"key", "photo": the one in focus or None}``; J and K move.
     """
-    data = {
-        "cells": [dict(cell) for cell in cells],
-        "label": label,
-        "columns": columns,
-        "width": width,
-        "aspect": aspect,
-        "cover": cover,
-        "scroll": scroll,
-        "linked": None if linked is None else dict(linked),
-        "keys": on_act is not None,
-        "taken": _taken().last.get(key, 0),
-    }
-    result = component("grid", "zoom", "acts")(
-        data=data,
-        key=key,
-        on_open_change=on_open or (lambda: None),
-        on_turn_change=on_turn or (lambda: None),
-        on_act_change=on_act or (lambda: None),
+    result = _show(
+        "grid",
+        key,
+        {"open": on_open, "turn": on_turn, "act": on_act},
+        "zoom",
+        "acts",
+        cells=[dict(cell) for cell in cells],
+        label=label,
+        columns=columns,
+        width=width,
+        aspect=aspect,
+        cover=cover,
+        scroll=scroll,
+        linked=None if linked is None else dict(linked),
+        keys=on_act is not None,
+        taken=_taken().last.get(key, 0),
     )
-    return result.open
+    return result.open  # type: ignore[no-any-return]
+
+
+def verdict(right: bool | None) -> dict[str, str] | None:
+    """The badge of a cell: whether the prediction is right; None where that is not known."""
+    if right is None:
+        return None
+    return {"text": "Right", "kind": "good"} if right else {"text": "Wrong", "kind": "bad"}
 
 
 def brush(
@@ -183,27 +197,24 @@ def brush(
         regions: label, count, label, count, ...: the raster's regions, row by row.
         label: what the whole is called by a screen reader; ``alt``: what the picture shows.
         said: read out when it changes.
-        on_paint: called before the script runs again; :func:`painted` of ``key`` is the mask then.
+        on_paint: called before the script runs again; ``sent(key, "paint")`` is the mask then.
     """
-    data = {
-        "photo": photo,
-        "rows": raster[0],
-        "columns": raster[1],
-        "subject": subject,
-        "aspect": aspect,
-        "mask": mask,
-        "stamp": stamp,
-        "regions": list(regions),
-        "label": label,
-        "alt": alt,
-        "said": said,
-    }
-    component("brush")(data=data, key=key, on_paint_change=on_paint or (lambda: None))
-
-
-def painted(key: str) -> Any:
-    """What the picture ``key`` sent, as the browser gave it, inside its ``on_paint``."""
-    return sent(key, "paint")
+    _show(
+        "brush",
+        key,
+        {"paint": on_paint},
+        photo=photo,
+        rows=raster[0],
+        columns=raster[1],
+        subject=subject,
+        aspect=aspect,
+        mask=mask,
+        stamp=stamp,
+        regions=list(regions),
+        label=label,
+        alt=alt,
+        said=said,
+    )
 
 
 def film(
@@ -227,19 +238,21 @@ def film(
         on_rest: called before the script runs again, when the slider has come to rest;
             :func:`resting` of ``key`` is the frame then.
     """
-    data = {
-        "source": source,
-        "titles": list(titles),
-        "rate": rate,
-        "start": start,
-        "label": label,
-    }
-    component("film")(data=data, key=key, on_rest_change=on_rest or (lambda: None))
+    _show(
+        "film",
+        key,
+        {"rest": on_rest},
+        source=source,
+        titles=list(titles),
+        rate=rate,
+        start=start,
+        label=label,
+    )
 
 
 def resting(key: str, count: int) -> int | None:
     """The frame that the slider of ``key`` has come to rest at, inside its ``on_rest``."""
-    found = getattr(st.session_state.get(key), "rest", None)
+    found = sent(key, "rest")
     return found if type(found) is int and 0 <= found < count else None
 
 
@@ -251,8 +264,8 @@ def matrix(
     label: str,
     corner: str = "",
     on_open: Any = None,
-) -> str | None:
-    """Show counts; returns the id of the cell that was just opened.
+) -> None:
+    """Show counts; ``sent(key, "open")`` is the id of the cell that was just opened.
 
     The arrow keys move between cells that hold something, Enter and a click open.
 
@@ -264,14 +277,15 @@ def matrix(
         label: what the whole is called by a screen reader; ``corner``: what stands in the corner.
         on_open: called before the script runs again, without arguments.
     """
-    data = {
-        "columns": list(columns),
-        "rows": [dict(row) for row in rows],
-        "label": label,
-        "corner": corner,
-    }
-    result = component("matrix")(data=data, key=key, on_open_change=on_open or (lambda: None))
-    return result.open
+    _show(
+        "matrix",
+        key,
+        {"open": on_open},
+        columns=list(columns),
+        rows=[dict(row) for row in rows],
+        label=label,
+        corner=corner,
+    )
 
 
 def patches(
@@ -285,8 +299,8 @@ def patches(
     label: str,
     alt: str,
     on_pick: Any = None,
-) -> tuple[int, int] | None:
-    """Show a photo under its patch grid; returns the patch that was just picked, (row, column) from 0.
+) -> None:
+    """Show a photo under its patch grid, to pick a patch from.
 
     The arrow keys, Home and End (with Ctrl: of the whole grid) move a cursor, which is picked when it
     rests, or at once by Enter; the row and column are read out. A slider fades the map.
@@ -299,28 +313,24 @@ def patches(
         label: what the whole is called by a screen reader; ``alt``: what the picture shows.
         on_pick: called before the script runs again; :func:`picked_patch` of ``key`` is the patch then.
     """
-    rows, columns = grid
-    data = {
-        "photo": photo,
-        "map": map,
-        "aspect": aspect,
-        "rows": rows,
-        "columns": columns,
-        "picked": None if picked is None else list(picked),
-        "label": label,
-        "alt": alt,
-    }
-    result = component("patches")(data=data, key=key, on_pick_change=on_pick or (lambda: None))
-    return _checked(result.pick, grid)
+    _show(
+        "patches",
+        key,
+        {"pick": on_pick},
+        photo=photo,
+        map=map,
+        aspect=aspect,
+        rows=grid[0],
+        columns=grid[1],
+        picked=None if picked is None else list(picked),
+        label=label,
+        alt=alt,
+    )
 
 
 def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """What was just picked in the picture ``key``, inside its ``on_pick``."""
-    return _checked(getattr(st.session_state.get(key), "pick", None), grid)
-
-
-def _checked(value: Any, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """A browser's answer, if it is a patch of the grid."""
+    """The patch that was just picked in the picture ``key``: (row, column) from 0."""
+    value = sent(key, "pick")
     try:
         row, column = (int(v) for v in value)
     except (TypeError, ValueError):
@@ -382,12 +392,7 @@ def scatter(
         known = np.nan_to_num(values, nan=0.0) * (LEVELS - 1) + 1
         data["scale"] = dict(scale)
         data["values"] = _packed(np.where(np.isfinite(values), known, 0).astype(np.uint16))
-    component("scatter")(
-        data=data,
-        key=key,
-        on_choose_change=on_choose or (lambda: None),
-        on_open_change=on_open or (lambda: None),
-    )
+    _show("scatter", key, {"choose": on_choose, "open": on_open}, **data)
 
 
 def _levels(points: NDArray[np.floating]) -> NDArray[np.uint16]:
@@ -423,10 +428,40 @@ def slide(
         label: what the slider is called by a screen reader.
         alt: what the pictures show.
     """
-    data = {
-        "before": {"src": before[0], "name": before[1]},
-        "after": {"src": after[0], "name": after[1]},
-        "label": label,
-        "alt": alt,
-    }
-    component("slide")(data=data, key=key)
+    _show(
+        "slide",
+        key,
+        {},
+        before={"src": before[0], "name": before[1]},
+        after={"src": after[0], "name": after[1]},
+        label=label,
+        alt=alt,
+    )
+
+
+# ---------------------------------------------------------------------- Streamlit's own, our way
+
+
+def download(place: Any, label: str, make: Callable[[], str | bytes], file: str, key: str) -> None:
+    """A button for a file, which is made at the click."""
+    kind = mimetypes.guess_type(file)[0]
+    place.download_button(label, make, file, kind, key=key, on_click="ignore")
+
+
+def command(line: str) -> None:
+    """A command line to be copied."""
+    st.code(line, language="sh", wrap_lines=True)
+
+
+def chosen_row(table: Any, key: str, **columns: Any) -> int | None:
+    """Show a table; returns the number of the row that was chosen."""
+    event = st.dataframe(
+        table,
+        hide_index=True,
+        width="stretch",
+        column_config=columns,
+        key=key,
+        on_select="rerun",
+        selection_mode="single-row",
+    )
+    return next(iter(event["selection"]["rows"]), None)

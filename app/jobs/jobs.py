@@ -44,6 +44,7 @@ from xattn.app.jobs.job_files import (
     Spec,
     spec_of,
 )
+from xattn.app.state import Settings
 from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
 
@@ -268,6 +269,11 @@ class Jobs:
         self._files = JobFiles(self.root)
         self._commands = CommandLines(self.root, self.data, model, imports)
 
+    @classmethod
+    def of(cls, settings: Settings) -> Jobs:
+        """The jobs of a viewer that was started so."""
+        return cls(settings.local_root, settings.data, settings.model, settings.imports)
+
     def all(self) -> list[Job]:
         """All jobs, the latest first; folders that are no jobs are left out."""
         found = []
@@ -489,12 +495,6 @@ class Jobs:
                 return int(match[1]), int(match[2]), match[3]
         return None
 
-    def time_left(self, job_id: str) -> str:
-        """How long the last progress bar says that it will take, in words, "" where it does not."""
-        found = self.progress(job_id)
-        left = re.search(r"<([0-9:]+)", found[2] if found else "")
-        return f"about {left[1]} left" if left else ""
-
     def _folder(self, job_id: str) -> Path:
         folder = self.root / JOBS / job_id
         if not NAME.fullmatch(job_id) or folder.is_symlink() or (self.root / JOBS).is_symlink():
@@ -532,6 +532,12 @@ class Jobs:
 
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
+
+
+def time_left(progress: tuple[int, int, str]) -> str:
+    """How long a progress bar says that it will take, in words, "" where it does not."""
+    left = re.search(r"<([0-9:]+)", progress[2])
+    return f", about {left[1]} left" if left else ""
 
 
 _starting = threading.Lock()

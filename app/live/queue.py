@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from xattn.app.live.clip_run import explain_clip
 from xattn.app.live.photo_run import explain_photos
 from xattn.app.live.run import LiveRun, Request, Stopped, save_results
-from xattn.app.live.scratch import Scratch
+from xattn.app.scratch import Scratch
 from xattn.runtime.names import reason
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from xattn.app import models
-from xattn.app.jobs.job_files import JOBS
 from xattn.app.live.uploads import Problem, Upload
 from xattn.app.pictures.rendering import Look, overlay_bytes, photo_bytes
 from xattn.packs.explanation import Explanation
@@ -139,7 +137,6 @@ def note_memory(run: LiveRun, method: Explainer) -> None:
 
 
 FIRST = 3  # maps that are drawn before a browser asks for them, and while nobody else computes
-NAME = r"[^\W_][\w .+-]{0,79}"  # of a pack that is kept
 
 
 def save_results(run: LiveRun, folder: Path) -> None:
@@ -171,32 +168,16 @@ def keep(run: LiveRun, name: str) -> Path:
         ValueError: a name that is taken or no name, or results that are gone.
         OSError: the disk is full or may not be written; the results stay where they are.
     """
-    name = name.strip()
-    if not re.fullmatch(NAME, name) or name.endswith("."):
-        raise ValueError(
-            "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
-        )
-    if name.casefold() == JOBS:
-        raise ValueError(f"The folder {JOBS} is for trainings; choose another name.")
     if run.folder is None:
         raise ValueError("There are no results to keep.")
-    if not run.library.keeps:
-        raise ValueError(
-            f"This viewer shows {run.library.root}, where it only reads. Start xattn app on a local "
-            f"folder to keep results."
-        )
-    target = run.library.root / name
+    target = run.library.new_folder(name)
     try:
-        run.library.root.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.mkdir()  # claims the name: two pages may ask at once
-    except FileExistsError:
-        raise ValueError(
-            f"There is a folder {name!r} already; choose another name. Nothing was overwritten."
-        ) from None
     except OSError as error:
         raise OSError(
-            f"{name} cannot be written ({error.strerror}); free some space or permit writing, and "
-            f"try again. The results are still here."
+            f"{target.name} cannot be written ({error.strerror}); free some space or permit writing, "
+            f"and try again. The results are still here."
         ) from None
     film: Path | None = None
     try:
@@ -207,7 +188,7 @@ def keep(run: LiveRun, name: str) -> Path:
     except (ValueError, OSError) as error:
         with suppress(OSError):
             target.rmdir()  # empty still
-        raise named_error(error, target, name) from None
+        raise named_error(error, target, target.name) from None
     finally:
         if film is not None:
             film.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.app import state
+from xattn.pictures.words import method_title
 
 ADDRESSES = "_addresses"  # the session's key of what pages wrote
 WRITTEN = 50  # addresses that are remembered as a page's own
@@ -84,6 +85,13 @@ def selectbox(
     chosen = st.selectbox(label, options, key=key, **rest)
     _write(key, None if chosen == first or chosen is None else chosen)
     return chosen
+
+
+def maps_by(methods: Sequence[str], width: int) -> str:
+    """Whose maps a page shows: of several methods the person's choice."""
+    if len(methods) == 1:
+        return methods[0]
+    return selectbox("Maps by", methods, "method", format_func=method_title, width=width)
 
 
 def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:

@@ -10,9 +10,8 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import component, sent
-from xattn.app.pages import PAGES
 from xattn.app.pictures.rendering import PICTURE
-from xattn.app.state import plain
+from xattn.app.state import PAGES, counted, plain
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, PackInfo
@@ -68,9 +67,9 @@ def facts(pack: Pack) -> str:
     """What is in the pack, in a few words."""
     network = (pack.provenance(pack.first_entry)["backbone"] or {}).get("name")
     maps, photos = pack.counts
-    parts = [_count(photos, "photo"), _count(maps, "map"), _count(len(pack.methods), "method")]
+    parts = [counted(photos, "photo"), counted(maps, "map"), counted(len(pack.methods), "method")]
     if pack.metrics:
-        parts.append(_count(len(pack.metrics), "metric"))
+        parts.append(counted(len(pack.metrics), "metric"))
     return " · ".join([*parts, *([f"network {network}"] if network else [])])
 
 
@@ -100,14 +99,10 @@ def listed(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
 def _line(info: PackInfo) -> str:
     when = time.strftime("%d %b %Y, %H:%M", time.localtime(info.modified))
     return (
-        f"{when} · {_count(info.images, 'photo')} · {_count(info.entries, 'map')} · "
+        f"{when} · {counted(info.images, 'photo')} · {counted(info.entries, 'map')} · "
         f"{', '.join(info.methods[:3])}"
         + (f" and {len(info.methods) - 3} more" if len(info.methods) > 3 else "")
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _thumbnail(info: PackInfo) -> str:

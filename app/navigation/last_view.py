@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
 from xattn.app import state
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import selection
+from xattn.app.triage import selection
+from xattn.app.triage.selection import View
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def remembered(pack: Pack) -> str:
     """The text of the view of this pack that was used last, "" if there is none."""
     of, text = st.session_state.get(_KEY, ("", ""))
     return text if of == pack.id else ""
+
+
+def to_gallery(pack: Pack, view: View) -> None:
+    """Show a view of the pack's maps in the gallery."""
+    choices = selection.table(pack).choices
+    remember(pack, selection.to_text(view, choices))
+    state.go("gallery", **view.params(choices))
 
 
 def forget() -> None:
@@ -51,6 +59,26 @@ def image_of_url(pack: Pack) -> str:
     return table.image_id(0)
 
 
+def steps(
+    bar: Any,
+    key: str,
+    before: Any,
+    after: Any,
+    go: Callable[[Any], None],
+    shortcuts: tuple[str | None, str | None] = ("Shift+Left", "Shift+Right"),
+) -> None:
+    """The buttons Previous and Next, which call ``go`` with what lies there; None: nothing does."""
+    for label, to, keys in zip(("Previous", "Next"), (before, after), shortcuts, strict=True):
+        bar.button(
+            label,
+            key=f"{key}{label}",
+            on_click=go,
+            args=(to,),
+            disabled=to is None,
+            shortcut=keys,
+        )
+
+
 def photo_bar(
     pack: Pack, page: str, key: str, carried: Callable[[], Mapping[str, str | None]]
 ) -> str:
@@ -72,11 +100,9 @@ def photo_bar(
     if row is None:
         raise PackError("This pack has no such image; choose one in the gallery.")
     view = selection.from_text(remembered(pack), selection.table(pack).choices)
-    before, after, number, count = selection.neighbours(pack, view, image_id)
+    before, after, number, count = selection.selected(pack, view).neighbours(image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-    for label, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
-        if bar.button(label, key=f"{key}{label}", disabled=other is None, shortcut=keys):
-            state.go(page, image=other, **carried())
+    steps(bar, key, before, after, lambda other: state.go(page, image=other, **carried()))
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
     bar.caption(place, width="content")
     bar.space("stretch")

@@ -16,8 +16,9 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.demo import pack_offer
+from xattn.app.components import command
 from xattn.app.demo.pack_job import BACKBONE, embedded_photos
+from xattn.app.jobs import demo_offer
 from xattn.app.pages.live.photo_files import hand_over, photo_uploader
 from xattn.app.state import Context, plain
 from xattn.runtime.files import atomic_file
@@ -88,23 +89,17 @@ def _photo() -> None:
 def _demo() -> None:
     st.subheader("Look around", anchor=False)
     if state.settings().training:
-        pack_offer.offer(f"Make a demo pack {pack_offer.WITH}")
+        demo_offer.offer(f"Make a demo pack {demo_offer.WITH}")
         return
     st.markdown("Jobs are off in this viewer. Its owner can start it with the demo:")
-    st.code(
-        f"xattn app {shlex.quote(str(state.settings().local_root))} --demo",
-        language="sh",
-        wrap_lines=True,
-    )
+    command(f"xattn app {shlex.quote(str(state.settings().local_root))} --demo")
 
 
 def _own() -> None:
     st.subheader("Your data", anchor=False)
     st.markdown("A pack is a folder of photos with their maps. Make one of your own photos:")
     output = state.settings().root / "first"
-    st.code(
-        f"xattn explain PHOTOS --output {shlex.quote(str(output))}", language="sh", wrap_lines=True
-    )
+    command(f"xattn explain PHOTOS --output {shlex.quote(str(output))}")
     st.caption("This page shows it as soon as you reload.")
 
 

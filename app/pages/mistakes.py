@@ -12,16 +12,15 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import grid, matrix, sent
-from xattn.app.navigation import address, last_view, selection
-from xattn.app.navigation.selection import View
-from xattn.app.pictures.rendering import Look, data_uri, jpeg, overlay_url, photo_url
-from xattn.app.state import Context, plain, short
-from xattn.app.triage import tag_files
+from xattn.app.components import chosen_row, command, grid, matrix, sent
+from xattn.app.navigation import address, last_view
+from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
+from xattn.app.state import Context, counted, kept, plain, short
+from xattn.app.triage import selection, tag_files
+from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.report.mistakes import (
-    ClassRow,
     Confusion,
     SliceRow,
     class_rows,
@@ -53,7 +52,7 @@ def slice_table(pack: Pack, method: str) -> None:
             "No slice is saved yet. Filter the gallery and save its view under Slices, or tag some photos."
         )
         return
-    rows = _rows(pack, f"{pack.id} {pack.version} {revision} {method}", method, views)
+    rows = _rows(pack, revision, method, views)
     keys = [m.key for m in pack.metrics if any(m.key in row.metrics for row in rows.values())]
     table = pd.DataFrame(
         {
@@ -65,26 +64,15 @@ def slice_table(pack: Pack, method: str) -> None:
             **{key: [_metric(rows.get(n), key) for n in views] for key in keys},
         }
     )
-    event = st.dataframe(
-        table,
-        hide_index=True,
-        width="stretch",
-        column_config={
-            "slice": st.column_config.TextColumn(pinned=True),
-            "right": st.column_config.NumberColumn(format="%.1f %%"),
-            "ECE": st.column_config.NumberColumn(
-                format="%.3f", help="Expected calibration error, of 15 bins"
-            ),
-        },
-        key="mistakes.slices",
-        on_select="rerun",
-        selection_mode="single-row",
-    )
-    for chosen in event["selection"]["rows"][:1]:
-        choices = selection.table(pack).choices
-        view = list(views.values())[chosen]
-        last_view.remember(pack, selection.to_text(view, choices))
-        state.go("gallery", **view.params(choices))
+    columns = {
+        "slice": st.column_config.TextColumn(pinned=True),
+        "right": st.column_config.NumberColumn(format="%.1f %%"),
+        "ECE": st.column_config.NumberColumn(
+            format="%.3f", help="Expected calibration error, of 15 bins"
+        ),
+    }
+    if (chosen := chosen_row(table, "mistakes.slices", **columns)) is not None:
+        last_view.to_gallery(pack, list(views.values())[chosen])
     few = any(0 < row.known < MIN_IMAGES for row in rows.values())
     measured = f" Metrics are of the maps by {method_title(method)}." if keys else ""
     st.caption(
@@ -108,13 +96,13 @@ def _views(pack: Pack, method: str) -> dict[str, View]:
     return found | {f"tag: {tag}": replace(usual, tag=(tag,)) for tag, _ in tags}
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _rows(_pack: Pack, key: str, method: str, _views: dict[str, View]) -> dict[str, SliceRow]:
+@kept(4)
+def _rows(pack: Pack, revision: str, method: str, _views: dict[str, View]) -> dict[str, SliceRow]:
     """What is known of each slice that has photos, of the first 100,000 of them."""
     rows = {}
     for name, view in _views.items():
-        if photos := selection.selected(_pack, view).photos(MOST_AT_ONCE):
-            rows[name] = slice_row(_pack, name, photos, method)
+        if photos := selection.selected(pack, view).photos(MOST_AT_ONCE):
+            rows[name] = slice_row(pack, name, photos, method)
     return rows
 
 
@@ -142,11 +130,11 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     st.title("Mistakes", anchor=False)
-    found = _confusion(pack, f"{pack.id} {pack.version}")
+    found = _confusion(pack)
     if not found.classes:
         _nothing(pack)
         return
-    method = _method(pack)
+    method = address.maps_by(selection.table(pack).choices.under_test, 220)
     _headline(pack, found)
     cell = _chosen(found)
     left, right = st.columns([4, 3], gap="medium")
@@ -163,25 +151,19 @@ def page(context: Context) -> None:
             slice_table(pack, method)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _confusion(_pack: Pack, key: str) -> Confusion:
-    return confusion(_pack)
+_confusion = kept(8)(confusion)
+_class_rows = kept(8)(class_rows)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _class_rows(_pack: Pack, key: str, method: str) -> list[ClassRow]:
-    return class_rows(_pack, method)
+@kept(8)
+def _whole(pack: Pack) -> SliceRow:
+    return slice_row(pack, "all", list(pack.images.index))
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _whole(_pack: Pack, key: str) -> SliceRow:
-    return slice_row(_pack, "all", list(_pack.images.index))
-
-
-@st.cache_resource(max_entries=32, show_spinner=False)
-def _mean_map(_pack: Pack, key: str, entry_ids: tuple[str, ...]) -> str:
+@kept(32)
+def _mean_map(pack: Pack, entry_ids: tuple[str, ...]) -> str:
     """The mean of these maps as the address of a picture."""
-    values = mean_map(_pack, entry_ids)
+    values = mean_map(pack, entry_ids)
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
     picture = Image.fromarray(colorize(scaled)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -193,29 +175,17 @@ def _nothing(pack: Pack) -> None:
         st.markdown("**No photo of this pack has a true class.**")
         st.markdown("Explain the photos with their classes, and this page shows what is confused:")
         output = shlex.quote(str(state.settings().root / "labelled"))
-        st.code(
-            f"xattn explain PHOTOS --labels folders --classes predicted,label --output {output}",
-            language="sh",
-            wrap_lines=True,
+        command(
+            f"xattn explain PHOTOS --labels folders --classes predicted,label --output {output}"
         )
         st.caption(
             "--labels also takes a .csv or .json file. Classes have to be ones that the network tells."
         )
 
 
-def _method(pack: Pack) -> str:
-    """Whose maps are shown; of several methods the person's choice."""
-    choices = selection.table(pack).choices
-    if len(choices.under_test) == 1:
-        return choices.under_test[0]
-    return address.selectbox(
-        "Maps by", list(choices.under_test), "method", format_func=method_title, width=220
-    )
-
-
 def _headline(pack: Pack, found: Confusion) -> None:
     """How often the network is right, and how sure it is."""
-    whole = _whole(pack, f"{pack.id} {pack.version}")
+    whole = _whole(pack)
     mean, lo, hi, n = whole.accuracy
     parts = [f"**{mean:.1%}** of {n:,} photos are told right (95 % interval {lo:.1%} to {hi:.1%})"]
     parts.append(f"expected calibration error {whole.ece:.3f}")
@@ -240,7 +210,7 @@ def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
                 cells.append(None)
                 continue
             mixed = i == j and found.classes[i][0] is None
-            what = f"{_photos(count)} of {short(true)} predicted as {short(predicted)}"
+            what = f"{counted(count, 'photo')} of {short(true)} predicted as {short(predicted)}"
             cells.append(
                 {
                     "id": _name(found, (i, j)),
@@ -262,10 +232,6 @@ def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
         on_open=_opened,
     )
     st.caption("A cell opens its photos. The arrow keys move between cells, Enter opens.")
-
-
-def _photos(count: int) -> str:
-    return "1 photo" if count == 1 else f"{count:,} photos"
 
 
 def _name(found: Confusion, cell: tuple[int, int]) -> str:
@@ -311,10 +277,10 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
         cells.append(
             {
                 "id": "mean",
-                "src": _mean_map(pack, f"{pack.id} {pack.version}", ids),
+                "src": _mean_map(pack, ids),
                 "alt": f"Mean of the maps by {title} of these photos",
                 "title": "Mean map",
-                "lines": [f"of {_photos(len(ids))}, by {title}"],
+                "lines": [f"of {counted(len(ids), 'photo')}, by {title}"],
             }
         )
     choices = selection.table(pack).choices
@@ -324,13 +290,10 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
     for image_id in photos[:FEW]:
         row = images.loc[image_id]
         entry_id = entries.get(image_id)
-        look = Look(side=SIDE)
         cells.append(
             {
                 "id": image_id,
-                "src": overlay_url(pack, entry_id, look)
-                if entry_id
-                else photo_url(pack, image_id, SIDE),
+                "src": map_url(pack, image_id, entry_id, Look(side=SIDE)),
                 "alt": f"Map by {title} on {row['title']}" if entry_id else f"{row['title']}",
                 "title": f"{short(row['predicted_name'])}  {row['confidence']:.1%}",
                 "lines": [f"true: {short(row['label_name'])}", row["title"]],
@@ -373,7 +336,7 @@ def _open_photo(view: str | None) -> None:
 
 def _classes(pack: Pack, method: str) -> None:
     """A row a class; a row leads to its photos in the gallery."""
-    rows = _class_rows(pack, f"{pack.id} {pack.version}", method)
+    rows = _class_rows(pack, method)
     keys = [key for key in (m.key for m in pack.metrics) if any(key in r.metrics for r in rows)]
     table = pd.DataFrame(
         {
@@ -403,21 +366,9 @@ def _classes(pack: Pack, method: str) -> None:
             if m.key in keys
         },
     }
-    event = st.dataframe(
-        table,
-        hide_index=True,
-        width="stretch",
-        column_config=config,
-        key="mistakes.classes",
-        on_select="rerun",
-        selection_mode="single-row",
-    )
-    for chosen in event["selection"]["rows"][:1]:
-        row = rows[chosen]
-        choices = selection.table(pack).choices
-        view = selection.View(method=method, label=(str(row.number),))
-        last_view.remember(pack, selection.to_text(view, choices))
-        state.go("gallery", **view.params(choices))
+    if (chosen := chosen_row(table, "mistakes.classes", **config)) is not None:
+        label = (str(rows[chosen].number),)
+        last_view.to_gallery(pack, View(method=method, label=label))
     measured = (
         f" Metrics are of the maps by {method_title(method)}, with 95 % intervals." if keys else ""
     )

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid, sent
+from xattn.app.components import command, download, grid, sent, verdict
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import address, selection
+from xattn.app.navigation import address, last_view
 from xattn.app.pictures.rendering import (
     Look,
     data_uri,
     jpeg,
     legends,
     map_cells,
+    map_url,
     overlay_url,
     photo_url,
 )
-from xattn.app.state import Context, plain, short
+from xattn.app.state import Context, counted, kept, plain, short
+from xattn.app.triage import selection
 from xattn.correlation import disagreement
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.report.pack_differences import (
@@ -74,16 +77,9 @@ def _bar(image_id: str, listed: Sequence[str]) -> None:
     at = listed.index(image_id) if image_id in listed else -1
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
     bar.button("All photos", key="runs.all", on_click=_close, help="Back to the lists")
-    for text, to, keys in (("Previous", at - 1, "Shift+Left"), ("Next", at + 1, "Shift+Right")):
-        there = at >= 0 and 0 <= to < len(listed)
-        bar.button(
-            text,
-            key=f"runs.{text.lower()}",
-            on_click=_show,
-            args=(listed[to] if there else image_id,),
-            disabled=not there,
-            shortcut=keys,
-        )
+    before = listed[at - 1] if at > 0 else None
+    after = listed[at + 1] if 0 <= at < len(listed) - 1 else None
+    last_view.steps(bar, "runs.", before, after, _show)
     if at >= 0:
         bar.caption(f"{at + 1:,} of {len(listed):,}", width="content")
 
@@ -260,10 +256,9 @@ def page(context: Context) -> None:
     runs = _choose(context.library, pack)
     if runs is None:
         return
-    key = " ".join(f"{p.id} {p.version}" for p in (runs.before, runs.after))
     try:
         with st.spinner("Comparing the packs", show_time=True):
-            found = _compared(runs, key, runs.methods)
+            found = _compared(runs.before, runs.after, runs.methods, MOST)
     except ValueError as error:
         st.error(plain(error))
         return
@@ -283,9 +278,7 @@ def page(context: Context) -> None:
     pair_of_maps(*runs, by_id[image_id], [photo.image_id for photo in chosen])
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _compared(_runs: Runs, key: str, methods: tuple[str, str]) -> PackDifference:
-    return compare_packs(_runs.before, _runs.after, methods, MOST)
+_compared = kept(8)(compare_packs)
 
 
 # ---------------------------------------------------------------------- which two
@@ -368,11 +361,7 @@ def _nothing(pack: Pack) -> None:
             "- how accuracy and each metric changed"
         )
         output = shlex.quote(str(state.settings().root / "second"))
-        st.code(
-            f"xattn explain PHOTOS --labels folders --output {output}",
-            language="sh",
-            wrap_lines=True,
-        )
+        command(f"xattn explain PHOTOS --labels folders --output {output}")
 
 
 # ---------------------------------------------------------------------- figures
@@ -381,7 +370,7 @@ def _nothing(pack: Pack) -> None:
 def _headline(runs: Runs, found: PackDifference) -> None:
     """What changed, in a sentence or two."""
     count = len(found.common)
-    photos = "1 photo" if count == 1 else f"{count:,} photos"
+    photos = counted(count, "photo")
     if found.shared > count:
         photos += f" (of {found.shared:,}, evenly spread)"
     if runs.same_pack:
@@ -537,18 +526,14 @@ def _two_cells(
             lines = ["" if moved is None else f"map moved by {moved:.2f}"]
         else:
             lines = [f"true: {short(photo.label_name)}" if photo.label_name else "", photo.title]
-        right = photo.right[side]
-        badge = {"text": "Right" if right else "Wrong", "kind": "good" if right else "bad"}
         cells.append(
             {
                 "id": f"{side} {photo.image_id}",
-                "src": overlay_url(pack, entry_id, Look(side=SIDE))
-                if entry_id
-                else photo_url(pack, image_id, SIDE),
+                "src": map_url(pack, image_id, entry_id, Look(side=SIDE)),
                 "alt": f"{run}: map on {photo.title}" if entry_id else f"{run}: {photo.title}",
                 "title": _predicted(photo, side),
                 "lines": [run, *filter(None, lines)],
-                "badge": None if right is None else badge,
+                "badge": verdict(photo.right[side]),
                 "href": href,
             }
         )
@@ -579,19 +564,10 @@ def _opened(name: str) -> None:
 def _export(found: PackDifference) -> None:
     """What ``xattn diff`` prints and writes, as files."""
     bar = st.container(horizontal=True, gap="small")
-    bar.download_button(
-        "Report, Markdown",
-        data=lambda: "\n".join(difference_lines(found)) + "\n",
-        file_name="difference.md",
-        mime="text/markdown",
-        on_click="ignore",
-        key="runs.report",
-    )
-    bar.download_button(
-        "All photos, JSON",
-        data=lambda: json.dumps(found.to_json(), ensure_ascii=False, indent=1),
-        file_name="difference.json",
-        mime="application/json",
-        on_click="ignore",
-        key="runs.json",
-    )
+    download(bar, "Report, Markdown", partial(_report, found), "difference.md", "runs.report")
+    photos = partial(json.dumps, found.to_json(), ensure_ascii=False, indent=1)
+    download(bar, "All photos, JSON", photos, "difference.json", "runs.json")
+
+
+def _report(found: PackDifference) -> str:
+    return "\n".join(difference_lines(found)) + "\n"

@@ -1,10 +1,9 @@
-"""What leaves the viewer: a CSV of maps, a figure with caption and provenance, a static HTML report."""
+"""What leaves the viewer as a picture: a figure with caption and provenance, a static HTML report."""
 
 from __future__ import annotations
 
-import csv as csv_module
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
-from xattn.app.triage.selection_files import marked_lines
+from xattn.app.state import counted
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -25,8 +24,6 @@ from xattn.pictures.contact_sheet import (
 from xattn.pictures.words import method_title, metric_about, named_metric
 
 if TYPE_CHECKING:
-    from xattn.app.navigation.selection import Selection
-    from xattn.app.triage.store import Store
     from xattn.packs.manifest import MetricInfo
     from xattn.packs.reader import Pack
     from xattn.photos.view import View
@@ -35,66 +32,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
 SIDE = 320  # of a picture in a figure, in pixels
-CSV = "/xattn/csv"
 COLUMNS = 5  # of a figure of one photo
-_OF_IMAGE = [
-    "file_name",
-    "label",
-    "label_name",
-    "predicted",
-    "predicted_name",
-    "confidence",
-    "right",
-    "disagreement",
-]
-
-
-def csv(pack: Pack, image_ids: Iterable[str]) -> str:
-    """:func:`maps_csv` of all maps of these images, in their order."""
-    wanted = list(dict.fromkeys(image_ids))
-    entries = pack.entries[pack.entries["image_id"].isin(wanted)]
-    order = pd.Categorical(entries["image_id"], wanted, ordered=True).argsort(kind="stable")
-    return maps_csv(pack, entries.index[order])
-
-
-def maps_csv(pack: Pack, entry_ids: Sequence[str] | pd.Index) -> str:
-    """One line a map, in their order: classes, probabilities, every metric.
-
-    Text that a spreadsheet would run as a formula is put behind an apostrophe.
-    """
-    entries = pack.entries.loc[list(entry_ids)]
-    of_image = pack.images.reindex(entries["image_id"])
-    own = [name for name in entries.columns if name != "image_id"]
-    images = of_image[_OF_IMAGE].itertuples(index=False, name=None)
-    maps = entries[own].itertuples(index=False, name=None)
-    each = zip(entries["image_id"], entries.index, images, maps, strict=True)
-    header = ("image_id", *_OF_IMAGE, "entry_id", *own)
-    return _csv_lines([header, *((i, *left, e, *right) for i, e, left, right in each)])
-
-
-def selection_csv(found: Selection, store: Store | None) -> Iterator[str]:
-    """The lines of :func:`maps_csv` for a selection of any size, some thousand at a time, with the tags,
-    rating and note of each photo."""
-    yield from map(_csv_lines, marked_lines(found, store))
-
-
-def _csv_lines(rows: Iterable[Iterable[Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv_module.writer(stream, lineterminator="\r\n")
-    writer.writerows(map(cell, row) for row in rows)
-    return stream.getvalue()
-
-
-def cell(value: Any) -> Any:
-    """A value as a cell of a CSV: missing is empty, and text never starts a formula."""
-    if isinstance(value, str):
-        return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
-    if value is None or value != value:
-        return ""
-    return value
-
-
-# ---------------------------------------------------------------------- figure and report
 
 
 def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None = None) -> bytes:
@@ -145,11 +83,10 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
     metrics = [m for m in pack.metrics if entries[m.key].notna().any()]
     table = _table(pack, entries, metrics) if metrics else None
     notes = [_note(m) for m in metrics]
-    count = len(rows)
     return contact_sheet_html(
         rows,
         _title(pack, entry_ids),
-        f"{len(entries)} map{'s' * (len(entries) != 1)} of {count} photo{'s' * (count != 1)}",
+        f"{counted(len(entries), 'map')} of {counted(len(rows), 'photo')}",
         table,
         "Fidelity of each map (↑ higher is better, ↓ lower)" if table else "",
         [*left_out, *notes, *provenance(pack, entry_ids, look)],

@@ -214,6 +214,11 @@ def overlay_url(pack: Pack, entry_id: str, look: Look) -> str:
     return f"{OVERLAY}?{urlencode(query)}"
 
 
+def map_url(pack: Pack, image_id: str, entry_id: str | None, look: Look) -> str:
+    """:func:`overlay_url`, or :func:`photo_url` of a photo without such a map."""
+    return overlay_url(pack, entry_id, look) if entry_id else photo_url(pack, image_id, look.side)
+
+
 # ---------------------------------------------------------------------- drawing
 
 

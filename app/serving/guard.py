@@ -37,7 +37,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from xattn.app.live.uploads import MAX_CLIP_BYTES, MAX_TOTAL
-from xattn.app.pages import PAGES
+from xattn.app.state import PAGES
 from xattn.pictures.design import DARK, LIGHT
 
 # Without it the front end of a page like /train asks for /train/_stcore/health first, a 404 each time.

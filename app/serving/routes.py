@@ -19,11 +19,10 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from xattn.app import state
-from xattn.app.navigation import selection
-from xattn.app.navigation.selection import Selection
-from xattn.app.pictures import export, film, rendering
+from xattn.app.pictures import film, rendering
 from xattn.app.pictures.rendering import Look
-from xattn.app.triage import tag_files
+from xattn.app.triage import selection, selection_files, tag_files
+from xattn.app.triage.selection import Selection
 from xattn.app.triage.store import Store
 from xattn.packs.contained_files import PackError
 
@@ -47,7 +46,7 @@ def routes() -> list[Route]:
         Route(rendering.PICTURE, _answer(photo_request), methods=["GET"]),
         Route(rendering.OVERLAY, _answer(overlay_request), methods=["GET"]),
         Route(film.FRAME, _answer(frame_request), methods=["GET"]),
-        Route(export.CSV, csv_endpoint, methods=["GET"]),
+        Route(selection_files.CSV, csv_endpoint, methods=["GET"]),
     ]
 
 
@@ -144,7 +143,7 @@ async def csv_endpoint(request: Request) -> Response:
         return selection.selected(pack, view), tag_files.usable_store(pack)
 
     try:
-        lines = export.selection_csv(*await asyncio.to_thread(found))
+        lines = selection_files.selection_csv(*await asyncio.to_thread(found))
     except PackError as error:
         return _text(404, error)
     name = f'attachment; filename="{pack_id}.csv"'  # ids of packs are letters, digits, "-" and "_"

@@ -158,8 +158,7 @@ def application(
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    from xattn.app import main, state
-    from xattn.app.live import scratch
+    from xattn.app import main, scratch, state
     from xattn.app.serving import guard, routes
 
     load_config_options(streamlit_options(address, upload_mb))
@@ -213,16 +212,15 @@ def serve(
     """
     import uvicorn
 
-    from xattn.app import main, state
-    from xattn.app.demo import pack_offer
-    from xattn.app.live import scratch
+    from xattn.app import main, scratch, state
+    from xattn.app.jobs import demo_offer
 
     scratch.sweep()
     with bind(address) as listener:
         port = listener.getsockname()[1]
         state.configure(settings)
         if settings.demo:
-            pack_offer.make()
+            demo_offer.make()
 
         def ready() -> None:
             printed = token is not None and VARIABLE not in os.environ

@@ -6,10 +6,12 @@ by photo.
 
 from __future__ import annotations
 
+import csv
 import importlib
+import io
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +26,7 @@ from xattn.photos.ids import file_stem
 from xattn.runtime.files import atomic_folder
 
 if TYPE_CHECKING:
-    from xattn.app.navigation.selection import Selection
+    from xattn.app.triage.selection import Selection
     from xattn.app.triage.store import Store
     from xattn.packs.explanation import Explanation
     from xattn.packs.reader import Pack
@@ -33,7 +35,7 @@ MOST_LISTED = 100_000  # photos of a list
 MOST_WRITTEN = 20_000  # maps of a pack or a data set
 CHUNK = 2000
 MARKS = ("tags", "rating", "note")  # columns of a CSV
-NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder below the root
+CSV = "/xattn/csv"
 
 
 def image_list(found: Selection) -> str:
@@ -55,37 +57,32 @@ def image_list(found: Selection) -> str:
     return "\n".join(lines) + "\n"
 
 
-def marked_lines(
-    found: Selection, store: Store | None, count: int = CHUNK
-) -> Iterator[list[tuple[Any, ...]]]:
-    """The header and the lines of a selection's maps with the tags, rating and note of their photos, some
-    thousand lines at a time."""
-    at = found.header.index("image_id")
-    yield [(*found.header, *MARKS)]
-    for start in range(0, found.count, count):
-        lines = found.lines(start, count)
-        marks = {} if store is None else store.marks([line[at] for line in lines])
-        yield [(*line, *_cells(marks.get(line[at], Mark()))) for line in lines]
+def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> Iterator[str]:
+    """A selection as CSV, some thousand lines at a time: a line a map, with its classes, probabilities and
+    metrics, and the tags, rating and note of its photo.
 
-
-def _cells(mark: Mark) -> tuple[str, int | str, str]:
-    return "; ".join(mark.tags), mark.rating or "", mark.note
-
-
-def check_name(root: Path, name: str) -> Path:
-    """The folder ``name`` below the root, which is not there yet.
-
-    Raises:
-        ValueError: no name for a folder, or one that is taken.
+    Text that a spreadsheet would run as a formula is put behind an apostrophe.
     """
-    name = name.strip()
-    if not re.fullmatch(NAME, name) or name.endswith("."):
-        raise ValueError(
-            "Give a name of letters, digits, spaces, dots and dashes; it becomes a folder's name."
-        )
-    if (root / name).exists():
-        raise ValueError(f"There is a folder {name!r} already; choose another name.")
-    return root / name
+    at = found.header.index("image_id")
+    yield _lines([(*found.header, *MARKS)])
+    for start in range(0, found.count, count):
+        rows = found.lines(start, count)
+        marks = {} if store is None else store.marks([row[at] for row in rows])
+        each = ((row, marks.get(row[at], Mark())) for row in rows)
+        yield _lines((*row, "; ".join(m.tags), m.rating or "", m.note) for row, m in each)
+
+
+def _lines(rows: Iterable[Iterable[Any]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\r\n").writerows(map(cell, row) for row in rows)
+    return stream.getvalue()
+
+
+def cell(value: Any) -> Any:
+    """A value as a cell of a CSV: missing is empty, and text never starts a formula."""
+    if isinstance(value, str):
+        return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
+    return "" if value is None or value != value else value
 
 
 def write_pack(pack: Pack, found: Selection, folder: Path) -> int:

@@ -22,9 +22,9 @@ from weakref import WeakKeyDictionary, ref
 
 import streamlit as st
 
-from xattn.app.navigation import maps_table
-from xattn.app.navigation.maps_table import MapsTable
-from xattn.app.state import plain
+from xattn.app.state import counted, plain
+from xattn.app.triage import maps_table
+from xattn.app.triage.maps_table import MapsTable
 from xattn.app.triage.store import Store, TagsError, Undone, identity
 
 if TYPE_CHECKING:
@@ -156,11 +156,6 @@ def say() -> None:
         (st.warning if wrong else st.toast)(plain(text))
 
 
-def photos(count: int) -> str:
-    """A number of photos in words."""
-    return "1 photo" if count == 1 else f"{count:,} photos"
-
-
 def _press(store: Store, person: str, key: str, image_ids: Sequence[str]) -> str:
     if key in ("undo", "redo"):
         return _turned(store.undo(person) if key == "undo" else store.redo(person), key)
@@ -170,15 +165,13 @@ def _press(store: Store, person: str, key: str, image_ids: Sequence[str]) -> str
     if not image_ids:
         return "No photo is chosen. Move to one with J, or choose some."
     on = store.toggle(person, image_ids, tag)
-    return (
-        f"{tag}: {photos(len(image_ids))}" if on else f"no longer {tag}: {photos(len(image_ids))}"
-    )
+    return f"{'' if on else 'no longer '}{tag}: {counted(len(image_ids), 'photo')}"
 
 
 def _turned(done: Undone | None, key: str) -> str:
     if done is None:
         return f"There is nothing to {key}."
-    text = f"{'Undone' if key == 'undo' else 'Done again'}: {photos(len(done.photos))}"
+    text = f"{'Undone' if key == 'undo' else 'Done again'}: {counted(len(done.photos), 'photo')}"
     if done.stayed:
-        text += f"; {photos(done.stayed)} stay as somebody else has changed them since"
+        text += f"; {counted(done.stayed, 'photo')} stay as somebody else has changed them since"
     return text

@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
 
 from xattn.app import main, state
-from xattn.app.navigation.selection import NAMES
+from xattn.app.triage.selection import NAMES
 
 SECRET = "outsiders"  # a method of the pack outside the root
 SHOWN = ("gallery", "image", "mistakes", "photomap", "runs", "whatif")  # that show the open pack

@@ -84,10 +84,10 @@ def clicks():
 
     from xattn.app import state
     from xattn.app.attention import charts
-    from xattn.app.navigation import selection
     from xattn.app.pages.gallery import page as gallery_page
     from xattn.app.pages.image import page as image_page
     from xattn.app.pages.image import photo_tabs
+    from xattn.app.triage import selection
 
     library = state.library()
     pack = library.open(library.packs()[0].id)

@@ -22,11 +22,11 @@ from fuzz.labels import nasty_json
 from fuzz.mutations import deep
 from fuzz.photos import _nasty_photos, photos
 from xattn.app.library import Library
-from xattn.app.navigation.maps_table import MapsTable
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pictures import rendering
 from xattn.app.pictures.export import maps_csv
 from xattn.app.pictures.rendering import Look
+from xattn.app.triage.maps_table import MapsTable
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol

@@ -20,10 +20,10 @@ from xattn.app.attention import view as attention_view
 from xattn.app.jobs.job_files import EXIT, JOB, JOBS, PROCESS, Spec
 from xattn.app.jobs.jobs import Jobs
 from xattn.app.library import Library
-from xattn.app.navigation import selection
-from xattn.app.navigation.maps_table import Choices, Measure
 from xattn.app.serving import routes
 from xattn.app.serving.guard import Guard
+from xattn.app.triage import selection
+from xattn.app.triage.maps_table import Choices, Measure
 
 HOST = b"localhost:8501"
 

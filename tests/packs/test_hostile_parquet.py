@@ -120,7 +120,7 @@ def test_more_rows_or_row_groups_than_a_shard_has_are_refused(tmp_path):
 
 
 def test_a_map_of_a_photo_that_is_not_there_is_damage(tmp_path):
-    maps_table = pytest.importorskip("xattn.app.navigation.maps_table", exc_type=ImportError)
+    maps_table = pytest.importorskip("xattn.app.triage.maps_table", exc_type=ImportError)
     folder = make(tmp_path / "pack")
     table = pq.read_table(folder / ENTRIES)
     ids = ["another", *table["image_id"].to_pylist()[1:]]

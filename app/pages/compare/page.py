@@ -10,14 +10,14 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid
-from xattn.app.demo import pack_offer
+from xattn.app.components import command, grid
+from xattn.app.jobs import demo_offer
 from xattn.app.navigation import address
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
 from xattn.app.pages.compare.photos import open_photo, photos_tab
 from xattn.app.pictures.rendering import Look, legends, overlay_url
-from xattn.app.state import Context, plain
+from xattn.app.state import Context, kept, plain
 from xattn.eval.report.differences import Apart, by_maps, by_metric
 from xattn.eval.report.standings import Board, case_columns, format_number, number_form
 from xattn.packs.contained_files import PackError
@@ -69,9 +69,9 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         return
     if by == MAPS:
         with st.spinner("Comparing maps", show_time=True):
-            found, damaged = _by_maps(pack.id, pack.version, a, b, pack)
+            found, damaged = _by_maps(pack, a, b)
         if damaged:
-            _by_maps.clear(pack.id, pack.version, a, b)  # they may be repaired
+            _by_maps.clear(pack, a, b)  # they may be repaired
             count = "One photo has" if damaged == 1 else f"{damaged:,} photos have"
             st.warning(f"{count} a map that cannot be read, and is left out.")
         if len(pairs) > MAX_PAIRS:
@@ -122,16 +122,16 @@ def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
     return sides[0].merge(sides[1], on=keys, suffixes=("_a", "_b"))
 
 
-@st.cache_data(max_entries=16, show_spinner=False)
-def _by_maps(pack_id: str, version: str, a: str, b: str, _pack: Pack) -> tuple[list[Apart], int]:
+@kept(16)
+def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[Apart], int]:
     """The pairs by their maps, and how many are left out because a map of theirs cannot be read."""
-    pairs = _pairs(_pack, a, b).head(MAX_PAIRS)
+    pairs = _pairs(pack, a, b).head(MAX_PAIRS)
     readable: list[int] = []
 
     def maps() -> Iterator[list[Any]]:
         for position, pair in enumerate(zip(pairs["entry_a"], pairs["entry_b"], strict=True)):
             try:
-                both = [_pack.explanation(entry_id).map for entry_id in pair]
+                both = [pack.explanation(entry_id).map for entry_id in pair]
             except PackError:
                 continue
             readable.append(position)
@@ -242,9 +242,9 @@ def _nothing(context: Context) -> None:
         st.markdown("**There is no comparison yet.**")
         st.markdown("Measure several methods on your photos and this page shows who is ahead:")
         output = shlex.quote(str(state.settings().local_root / "comparison"))
-        st.code(f"xattn compare PHOTOS --output {output}", language="sh", wrap_lines=True)
+        command(f"xattn compare PHOTOS --output {output}")
         st.caption("A folder of an earlier run can be put below the viewer's folder as it is.")
-        pack_offer.offer()
+        demo_offer.offer()
 
 
 def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:

@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
+from xattn.app.components import chosen_row
 from xattn.app.pages.compare.leaderboard import (
     SHAPES,
     method_colour,
@@ -102,15 +103,7 @@ def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str
         st.dataframe(shown, hide_index=True, column_config=config)
         return
     st.caption("Choose a row to open its photo.")
-    event = st.dataframe(
-        shown,
-        hide_index=True,
-        column_config=config,
-        key="dots_table",
-        on_select="rerun",
-        selection_mode="single-row",
-    )
-    for row in event["selection"]["rows"][:1]:
+    if (row := chosen_row(shown, "dots_table", **config)) is not None:
         open_photo(pack, table["entry"].iloc[row], names)
 
 

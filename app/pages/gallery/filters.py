@@ -11,9 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.navigation import frame, selection
-from xattn.app.navigation.maps_table import SORTS
-from xattn.app.navigation.selection import ALL, MAPS, NOTES, RATINGS, RIGHT, SIZES, Choices, View
+from xattn.app.navigation import frame
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.marking import (
     KEY,
@@ -26,13 +24,16 @@ from xattn.app.pages.gallery.marking import (
     typed_range,
 )
 from xattn.app.state import plain, short
+from xattn.app.triage import selection
+from xattn.app.triage.maps_table import SORTS
+from xattn.app.triage.selection import ALL, MAPS, NOTES, RATINGS, RIGHT, SIZES, Choices, View
 from xattn.pictures.design import DARK, LIGHT
 from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     import altair as alt
 
-    from xattn.app.navigation.maps_table import Measure
+    from xattn.app.triage.maps_table import Measure
     from xattn.packs.reader import Pack
 
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import components
-from xattn.app.navigation import selection
-from xattn.app.navigation.selection import NAMES, NOTES, RATINGS, Choices, View
-from xattn.app.state import plain
-from xattn.app.triage import tag_files
+from xattn.app.state import counted, plain
+from xattn.app.triage import selection, tag_files
+from xattn.app.triage.selection import NAMES, NOTES, RATINGS, Choices, View
 from xattn.app.triage.store import KEYS, MOST_AT_ONCE, TAG_LENGTH, Mark, Store, TagsError
-from xattn.app.triage.tag_files import Person, photos
+from xattn.app.triage.tag_files import Person
 from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
-    from xattn.app.navigation.selection import Selection
+    from xattn.app.triage.selection import Selection
     from xattn.packs.reader import Pack
 
 
@@ -194,7 +193,7 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
     """Choosing and tagging, in a popover and beside it; ``shown`` are the photos of this page."""
     now, person = chosen(pack), Person.of(pack)
-    with bar.popover(f"{photos(len(now))} chosen" if now else "Tags", key=f"{KEY}tags"):
+    with bar.popover(f"{counted(len(now), 'photo')} chosen" if now else "Tags", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
         row.button(
             f"Choose this page ({len(shown):,})",
@@ -293,7 +292,7 @@ def _rate(person: Person, held: _Stars) -> None:
 def _give(person: Person, ids: Sequence[str], rating: int) -> None:
     def act(store: Store, name: str) -> str:
         store.set_rating(name, ids, rating)
-        return f"{'★' * rating or 'No stars'}: {photos(len(ids))}"
+        return f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
 
     person.change(act)
 
@@ -303,7 +302,7 @@ def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
 
     def act(store: Store, name: str) -> str:
         store.change_tags(name, ids, [tag] if on else [], [] if on else [tag])
-        return f"{tag}: {photos(len(ids))}" if on else f"no longer {tag}: {photos(len(ids))}"
+        return f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
 
     person.change(act)
 

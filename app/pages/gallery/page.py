@@ -13,18 +13,18 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid, sent
+from xattn.app.components import download, grid, sent, verdict
 from xattn.app.components.look import STYLES as TITLES
 from xattn.app.components.look import look_control
-from xattn.app.navigation import address, last_view, selection
-from xattn.app.navigation.selection import ALL, NAMES, Choices, Selection, View
+from xattn.app.navigation import address, last_view
 from xattn.app.pages.gallery import marking
 from xattn.app.pages.gallery.filters import chips, toolbar
 from xattn.app.pages.gallery.marking import KEY, clear, from_widgets, go_to, to_widgets
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
-from xattn.app.state import Context, plain, short
-from xattn.app.triage import selection_files, tag_files
+from xattn.app.state import Context, counted, plain, short
+from xattn.app.triage import selection, selection_files, tag_files
+from xattn.app.triage.selection import ALL, NAMES, Choices, Selection, View
 from xattn.app.triage.store import SLICE_LENGTH, Store, TagsError
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
@@ -34,6 +34,7 @@ from xattn.pictures.words import method_title
 from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
+    from xattn.app.library import Library
     from xattn.packs.reader import Pack
 
 
@@ -155,16 +156,10 @@ def cell(
         "title": explained,
         "value": probability_text(row["probability"], row["is_value"]),
         "lines": lines,
-        "badge": _badge(row["right"]),
+        "badge": verdict(row["right"]),
         "selected": row["image_id"] == last,
         "href": state.link("image", pack=pack.id, image=row["image_id"], view=text or None),
     }
-
-
-def _badge(right: Any) -> dict[str, str] | None:
-    if right is True:
-        return {"text": "Right", "kind": "good"}
-    return {"text": "Wrong", "kind": "bad"} if right is False else None
 
 
 def _figure(key: str, value: float) -> str:
@@ -300,11 +295,7 @@ def _opened(pack: Pack, choices: Choices) -> None:
 def _turned() -> None:
     by = sent(CELLS, "turn")
     if by is not None:
-        _turn(by)
-
-
-def _turn(by: Any) -> None:
-    go_to(max(1, st.session_state.get(f"{KEY}page", 1) + (1 if by == 1 else -1)))
+        go_to(max(1, st.session_state.get(f"{KEY}page", 1) + (1 if by == 1 else -1)))
 
 
 def _jump() -> None:
@@ -335,7 +326,7 @@ def _count(count: int, start: int, shown: int) -> str:
     """How many maps there are, and which of them the page shows if not all."""
     if count == 0:
         return "No maps"
-    maps = "1 map" if count == 1 else f"{count:,} maps"
+    maps = counted(count, "map")
     if shown == count:
         return maps
     if shown == 1:
@@ -369,18 +360,8 @@ def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
 
 def _pager(bar: Any, view: View, count: int) -> None:
     st.session_state[f"{KEY}jump"] = view.page
-    for text, by, keys, end in (
-        ("Previous", -1, "Shift+Left", 1),
-        ("Next", 1, "Shift+Right", count),
-    ):
-        bar.button(
-            text,
-            key=KEY + text.lower(),
-            on_click=_turn,
-            args=(by,),
-            disabled=view.page == end,
-            shortcut=keys,
-        )
+    before, after = (n if 1 <= n <= count else None for n in (view.page - 1, view.page + 1))
+    last_view.steps(bar, KEY, before, after, go_to)
     bar.number_input(
         f"Page of {count:,}",
         min_value=1,
@@ -396,30 +377,21 @@ def files(pack: Pack, view: View, found: Selection) -> None:
     chosen = marking.chosen(pack)
     which = "the selection"
     if chosen:
-        names = {True: f"{tag_files.photos(len(chosen))} chosen", False: "The whole selection"}
+        names = {True: f"{counted(len(chosen), 'photo')} chosen", False: "The whole selection"}
         if st.radio("Export", list(names), key=f"{KEY}export_of", format_func=names.__getitem__):
             found = Selection(selection.table(pack), view.unfiltered(), chosen)
             which = "the chosen photos"
     _csv(pack, view, found, which)
     most = export.MOST_MAPS["html"]
     several = found.count > most
-    st.download_button(
-        f"HTML of the first {most} maps" if several else f"HTML of {which}",
-        data=lambda: _html(pack, view, found.ids(most)),
-        file_name=f"{pack.id}.html",
-        mime="text/html",
-        on_click="ignore",
-        key=f"{KEY}export_html",
-    )
+    label = f"HTML of the first {most} maps" if several else f"HTML of {which}"
+    report = partial(_html, pack, view, found.ids(most))
+    download(st, label, report, f"{pack.id}.html", f"{KEY}export_html")
     listed = selection_files.MOST_LISTED
-    st.download_button(
-        f"List of the first {listed:,} photos" if len(found.images) > listed else "List of photos",
-        data=lambda: selection_files.image_list(found),
-        file_name=f"{pack.id}.txt",
-        mime="text/plain",
-        on_click="ignore",
-        key=f"{KEY}export_list",
-    )
+    several = len(found.images) > listed
+    label = f"List of the first {listed:,} photos" if several else "List of photos"
+    photos = partial(selection_files.image_list, found)
+    download(st, label, photos, f"{pack.id}.txt", f"{KEY}export_list")
     st.caption(
         "The CSV has a line for each map, with its figures, tags, stars and note. The HTML opens without "
         "a server. The list has the names of the photos' files: put it into their folder, and give it to "
@@ -432,30 +404,29 @@ def _csv(pack: Pack, view: View, found: Selection, which: str) -> None:
     """All of a view is sent while it is made; chosen photos are in this session alone."""
     if which == "the selection":
         query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
-        st.link_button(f"CSV of {which}", f"{export.CSV}?{urlencode(query)}")
+        st.link_button(f"CSV of {which}", f"{selection_files.CSV}?{urlencode(query)}")
         return
-    st.download_button(
+    download(
+        st,
         f"CSV of {which}",
-        data=lambda: "".join(export.selection_csv(found, tag_files.usable_store(pack))),
-        file_name=f"{pack.id}.csv",
-        mime="text/csv",
-        on_click="ignore",
-        key=f"{KEY}export_csv",
+        lambda: "".join(selection_files.selection_csv(found, tag_files.usable_store(pack))),
+        f"{pack.id}.csv",
+        f"{KEY}export_csv",
     )
 
 
 def _folders(pack: Pack, found: Selection) -> None:
     """What becomes a folder below the root."""
-    root = state.library().root
-    if not isinstance(root, Path):
-        return  # a store of objects, which packs cannot be written to photo by photo
+    library = state.library()
+    if not library.keeps:
+        return
     st.text_input("Name of a new folder", key=f"{KEY}export_name", max_chars=80)
     row = st.container(horizontal=True, gap="small")
     row.button(
         "Write a pack",
         key=f"{KEY}export_pack",
         on_click=lambda: _write(
-            root, lambda to: selection_files.write_pack(pack, found, to), "map"
+            library, lambda to: selection_files.write_pack(pack, found, to), "map"
         ),
     )
     there = selection_files.fiftyone() is not None
@@ -464,7 +435,7 @@ def _folders(pack: Pack, found: Selection) -> None:
         key=f"{KEY}export_fiftyone",
         disabled=not there,
         on_click=lambda: _write(
-            root,
+            library,
             lambda to: selection_files.write_fiftyone(
                 pack, found, to, tag_files.usable_store(pack)
             ),
@@ -475,17 +446,15 @@ def _folders(pack: Pack, found: Selection) -> None:
         st.caption("FiftyOne is not installed where this viewer runs: `pip install fiftyone`.")
 
 
-def _write(root: Path, write: Callable[[Path], int], what: str) -> None:
+def _write(library: Library, write: Callable[[Path], int], what: str) -> None:
     said = st.session_state.setdefault(tag_files.SAID, [])
     try:
-        folder = selection_files.check_name(
-            root, str(st.session_state.get(f"{KEY}export_name") or "")
-        )
+        folder = library.new_folder(str(st.session_state.get(f"{KEY}export_name") or ""))
         with st.spinner("Writing"):
             count = write(folder)
-        said.append((f"{folder.name} is written: {count:,} {what}{'s' * (count != 1)}.", False))
+        said.append((f"{folder.name} is written: {counted(count, what)}.", False))
     except (PackError, ValueError, OSError) as error:
-        said.append((str(error).replace(str(root), root.name), True))
+        said.append((str(error).replace(str(library.root), library.root.name), True))
 
 
 def _html(pack: Pack, view: View, entry_ids: list[str]) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from xattn.app import state
-from xattn.app.navigation import selection
 from xattn.app.pages.image.shown import Shown
 from xattn.app.pictures.rendering import on_picture
+from xattn.app.triage import selection
 from xattn.eval.annotations import Annotation, Annotations, annotations_of_classes
 from xattn.eval.functional import saliency
 from xattn.eval.metrics.localization import energy_pointing_values, pointing_values
@@ -24,7 +24,7 @@ from xattn.photos.view import View
 from xattn.runtime.files import Signature
 
 if TYPE_CHECKING:
-    from xattn.app.navigation.maps_table import MapsTable
+    from xattn.app.triage.maps_table import MapsTable
     from xattn.packs.reader import Pack
 
 RASTER = 512  # pixels of the longer side on which outlines are found

@@ -14,8 +14,7 @@ from xattn.app import components, state
 from xattn.app.components import grid, sent
 from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
-from xattn.app.navigation import address, frame, last_view, selection
-from xattn.app.navigation.selection import View
+from xattn.app.navigation import address, frame, last_view
 from xattn.app.pages.image import photo_tabs
 from xattn.app.pages.image.shown import (
     SIDE,
@@ -30,7 +29,8 @@ from xattn.app.pages.image.shown import (
 )
 from xattn.app.pictures.rendering import blank_maps, map_cells, overlay_url
 from xattn.app.state import Context, plain, short
-from xattn.app.triage import tag_files
+from xattn.app.triage import selection, tag_files
+from xattn.app.triage.selection import View
 from xattn.app.triage.store import KEYS, NOTE_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
 from xattn.packs.contained_files import PackError
@@ -52,9 +52,9 @@ PLACE = (
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
-    """:func:`selection.neighbours`; of a photo that has just left the selection, because its tags were
+    """:meth:`Selection.neighbours`; of a photo that has just left the selection, because its tags were
     changed, those that it had."""
-    before, after, number, count = selection.neighbours(pack, view, image_id)
+    before, after, number, count = selection.selected(pack, view).neighbours(image_id)
     kept: dict[str, tuple[str | None, str | None]] = st.session_state.setdefault(BESIDE, {})
     if number:
         kept.clear()
@@ -236,8 +236,9 @@ FIRST_METHODS = 6  # that are shown before anybody chooses
 
 
 def _similar_tab(pack: Pack, shown: Shown) -> None:
-    # Imported when it is asked for: with torch, that takes seconds.
-    state.imported("xattn.app.pages.image.similar").similar_tab(pack, shown)
+    from xattn.app.pages.image.similar import similar_tab  # and with it torch, which takes seconds
+
+    similar_tab(pack, shown)
 
 
 TABS = {
@@ -286,15 +287,7 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
         on_click=lambda: state.go("gallery", **view.params(selection.table(pack).choices)),
         help="Back to the gallery, where you left it",
     )
-    for text, other, keys in (("Previous", before, "Shift+Left"), ("Next", after, "Shift+Right")):
-        bar.button(
-            text,
-            key=f"go_{text}",
-            on_click=_step,
-            args=(other,),
-            disabled=other is None,
-            shortcut=keys,
-        )
+    last_view.steps(bar, "go_", before, after, _step)
     place = f"{number:,} of {count:,}" if number else "not in the gallery's selection"
     bar.caption(place, width="content")
     bar.space("stretch")

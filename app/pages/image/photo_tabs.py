@@ -15,12 +15,14 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import state
-from xattn.app.components import grid, sent, slide
+from xattn.app.components import download, grid, sent, slide
 from xattn.app.components.theme import facts_html
 from xattn.app.pages.image.shown import WIDTH, Shown, aspect, file_name, legend, photo_of, select
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
+from xattn.app.triage import selection, selection_files, tag_files
+from xattn.app.triage.selection import ALL, Selection, View
 from xattn.photos.ids import file_stem
 from xattn.pictures.explained import probability_text
 from xattn.pictures.words import method_title, metric_about, named_metric
@@ -329,28 +331,16 @@ def export_tab(pack: Pack, shown: Shown) -> None:
         "The gallery exports its whole selection."
     )
     bar = st.container(horizontal=True, gap="small")
-    for kind, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
-        bar.download_button(
-            f"Figure, {kind.upper()}",
-            data=partial(export.figure, pack, shown.ids, kind, shown.look),
-            file_name=f"{name}.{kind}",
-            mime=mime,
-            on_click="ignore",
-            key=f"export_{kind}",
-        )
-    bar.download_button(
-        "Report, HTML",
-        data=lambda: export.html(pack, shown.ids, shown.look),
-        file_name=f"{name}.html",
-        mime="text/html",
-        on_click="ignore",
-        key="export_html",
-    )
-    bar.download_button(
-        "Figures of this photo, CSV",
-        data=lambda: export.csv(pack, [shown.image_id]),
-        file_name=f"{name}.csv",
-        mime="text/csv",
-        on_click="ignore",
-        key="export_csv",
-    )
+    for kind in export.FORMATS:
+        make = partial(export.figure, pack, shown.ids, kind, shown.look)
+        download(bar, f"Figure, {kind.upper()}", make, f"{name}.{kind}", f"export_{kind}")
+    report = partial(export.html, pack, shown.ids, shown.look)
+    download(bar, "Report, HTML", report, f"{name}.html", "export_html")
+    figures = partial(_csv, pack, shown.image_id)
+    download(bar, "Figures of this photo, CSV", figures, f"{name}.csv", "export_csv")
+
+
+def _csv(pack: Pack, image_id: str) -> str:
+    everything = View(method=ALL, maps="every")
+    found = Selection(selection.table(pack), everything, [image_id])
+    return "".join(selection_files.selection_csv(found, tag_files.usable_store(pack)))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from xattn.app.navigation import selection
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
+from xattn.app.triage import selection
 from xattn.packs.format import THUMBNAIL_SIDE
 from xattn.pictures.contact_sheet import legends_html
 

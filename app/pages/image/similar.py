@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from xattn.app.navigation import address, selection
+from xattn.app.navigation import address
 from xattn.app.pages.image.shown import Shown
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import photos_grid
 from xattn.app.state import plain
+from xattn.app.triage import selection
 from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled, unit
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from xattn.app.pictures.rendering import (
     photo_bytes,
     photo_url,
 )
-from xattn.app.state import Context, plain
+from xattn.app.state import Context, counted, plain
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
 from xattn.runtime.names import reason
@@ -114,8 +114,7 @@ def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
     clip = "" if run.given.clip is None else f"{plain(run.given.clip.name)}: "
     line = st.container(horizontal=True, vertical_alignment="center", gap="small")
     line.markdown(
-        f"**{clip}{images} {unit}{'s' * (images != 1)}, {maps} map{'s' * (maps != 1)}** "
-        f"in {run.seconds:.1f} s",
+        f"**{clip}{counted(images, unit)}, {counted(maps, 'map')}** in {run.seconds:.1f} s",
         width="stretch",
     )
     if line.button("Open in the gallery", key="open", type="tertiary"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from xattn.app import state
-from xattn.app.components import grid, sent
-from xattn.app.navigation import last_view, selection
-from xattn.app.pictures.rendering import Look, overlay_url, photo_url
-from xattn.app.state import plain, short
+from xattn.app.components import grid, sent, verdict
+from xattn.app.navigation import last_view
+from xattn.app.pictures.rendering import Look, map_url
+from xattn.app.state import counted, kept, plain, short
+from xattn.app.triage import selection
 from xattn.eval.report.mistakes import accuracy
 from xattn.eval.report.photo_map.clusters import Cluster, clusters
-from xattn.eval.report.photo_map.kept import kept
+from xattn.eval.report.photo_map.kept import kept as on_disk
 from xattn.eval.report.photo_map.pooled_maps import MOST_PHOTOS, directions, read, sample, unit
 from xattn.eval.report.photo_map.projection import project
 
@@ -40,20 +42,18 @@ PHOTO = {
 Rows = NDArray[np.int64]
 
 
-def subject(pack: Pack) -> str:
-    """The pack and its version, for keys of caches."""
-    return f"{pack.id} {pack.version}"
-
-
 def rows_of(pack: Pack) -> Rows:
     """The photos of the map, by their place in the pack: all, or a sample of many."""
     return sample(pack.counts[1])
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _photos(_pack: Pack, key: str, method: str) -> pd.DataFrame:
-    table, rows = selection.table(_pack), rows_of(_pack)
-    metrics = [m.key for m in _pack.metrics if m.key in table.choices.measures]
+@kept(8)
+def photos(pack: Pack, method: str) -> pd.DataFrame:
+    """What is known of the photos of the map, by their place in the pack: the columns of ``PHOTO``,
+    ``entry_id`` (of the map by ``method`` of the most probable class, None without one) and that map's
+    metrics as ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
+    table, rows = selection.table(pack), rows_of(pack)
+    metrics = [m.key for m in pack.metrics if m.key in table.choices.measures]
     columns = [*PHOTO, "entry_id", *(f"measure:{key}" for key in metrics)]
     own = [table.column(key) for key in metrics]
     query = f"""WITH own AS (SELECT * FROM maps WHERE method = $1 AND is_first)
@@ -67,39 +67,28 @@ def _photos(_pack: Pack, key: str, method: str) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(numbers, float))
 
 
-def photos(pack: Pack, method: str) -> pd.DataFrame:
-    """What is known of the photos of the map, by their place in the pack: the columns of ``PHOTO``,
-    ``entry_id`` (of the map by ``method`` of the most probable class, None without one) and that map's
-    metrics as ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
-    return _photos(pack, subject(pack), method)
-
-
-@st.cache_resource(max_entries=8, show_spinner="The maps are being read")
-def _looks(_pack: Pack, key: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    own = photos(_pack, method)["entry_id"].dropna()
-
-    def make() -> Mapping[str, NDArray[np.generic]]:
-        return {"values": read(_pack, own.tolist())}
-
-    stored = kept(_pack.version, f"maps by {method}, {MOST_PHOTOS}", make)
+@kept(8, "The maps are being read")
+def looks(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
+    """The photos of the map that have a map by ``method``, and these maps, pooled, (n, 64)."""
+    own = photos(pack, method)["entry_id"].dropna()
+    stored = on_disk(
+        pack.version,
+        f"maps by {method}, {MOST_PHOTOS}",
+        lambda: {"values": read(pack, own.tolist())},
+    )
     return own.index.to_numpy(np.int64), stored["values"].astype(np.float32)
 
 
-def looks(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    """The photos of the map that have a map by ``method``, and these maps, pooled, (n, 64)."""
-    return _looks(pack, subject(pack), method)
-
-
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _features(_pack: Pack, key: str) -> NDArray[np.float32]:
-    found = _pack.features()
+@kept(4)
+def _features(pack: Pack) -> NDArray[np.float32]:
+    found = pack.features()
     assert found is not None, "asked for where the pack has features"
-    return unit(found[rows_of(_pack)])
+    return unit(found[rows_of(pack)])
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _toward(_pack: Pack, key: str, method: str) -> NDArray[np.float32]:
-    return directions(looks(_pack, method)[1])
+@kept(8)
+def _toward(pack: Pack, method: str) -> NDArray[np.float32]:
+    return directions(looks(pack, method)[1])
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
@@ -109,40 +98,30 @@ def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]
         of: "features" or "maps"; ``method``: of the maps.
     """
     if of == "features":
-        return rows_of(pack), _features(pack, subject(pack))
-    return looks(pack, method)[0], _toward(pack, subject(pack), method)
+        return rows_of(pack), _features(pack)
+    return looks(pack, method)[0], _toward(pack, method)
 
 
-@st.cache_resource(max_entries=16, show_spinner="The photos are being placed")
-def _placed(
-    _pack: Pack, key: str, of: str, method: str, projection: str
-) -> tuple[Rows, NDArray[np.float32]]:
-    rows, values = vectors(_pack, of, method)
+@kept(16, "The photos are being placed")
+def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDArray[np.float32]]:
+    """Photos and their points (n, 2); those whose map is constant are left out."""
+    rows, values = vectors(pack, of, method)
     known = np.any(values != 0, axis=1)
     rows, values = rows[known], values[known]
     what = f"{projection} of {of} {method if of == 'maps' else ''}, {MOST_PHOTOS}"
     if len(rows) < 2:
         return rows, np.zeros((len(rows), 2), np.float32)
-    stored = kept(_pack.version, what, lambda: {"points": project(values, projection)})
+    stored = on_disk(pack.version, what, lambda: {"points": project(values, projection)})
     return rows, stored["points"].astype(np.float32)
 
 
-def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDArray[np.float32]]:
-    """Photos and their points (n, 2); those whose map is constant are left out."""
-    return _placed(pack, subject(pack), of, method, projection)
-
-
-@st.cache_resource(max_entries=8, show_spinner="The maps are being grouped")
-def _groups(_pack: Pack, key: str, method: str) -> list[Cluster]:
-    rows, values = looks(_pack, method)
-    own = photos(_pack, method).loc[rows]
-    return clusters(values, texts(own["predicted_name"]), verdicts(own["right"]))
-
-
+@kept(8, "The maps are being grouped")
 def groups(pack: Pack, method: str) -> list[Cluster]:
     """Groups of photos on which the network looks at the same place; ``rows`` count the photos of
     :func:`looks`."""
-    return _groups(pack, subject(pack), method)
+    rows, values = looks(pack, method)
+    own = photos(pack, method).loc[rows]
+    return clusters(values, texts(own["predicted_name"]), verdicts(own["right"]))
 
 
 def texts(column: pd.Series) -> list[str | None]:
@@ -184,14 +163,8 @@ def photos_grid(
     grid(cells, key, label=label, width=130, on_open=lambda: _open(pack, key))
     if pages > 1:
         bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
-        for text, by in (("Previous", -1), ("Next", 1)):
-            bar.button(
-                text,
-                key=f"{key}.{text}",
-                on_click=_turn,
-                args=(of, number + by),
-                disabled=not 0 <= number + by < pages,
-            )
+        before, after = (n if 0 <= n < pages else None for n in (number - 1, number + 1))
+        last_view.steps(bar, f"{key}.", before, after, partial(_turn, of), (None, None))
         bar.caption(f"{start + 1:,} to {start + len(shown):,} of {len(rows):,}", width="content")
 
 
@@ -200,20 +173,17 @@ def _turn(of: str, number: int) -> None:
 
 
 def _cell(pack: Pack, found: dict[str, Any], method: str, note: str) -> dict[str, Any]:
-    image_id, entry_id, right = found["image_id"], found["entry_id"], found["right"]
+    image_id, entry_id = found["image_id"], found["entry_id"]
     predicted, label = found["predicted_name"], found["label_name"]
     sure = "" if found["confidence"] != found["confidence"] else f"  {found['confidence']:.1%}"
     title = f"{short(predicted)}{sure}" if predicted else str(found["title"])
-    look = Look(side=SIDE)
     return {
         "id": image_id,
-        "src": overlay_url(pack, entry_id, look) if entry_id else photo_url(pack, image_id, SIDE),
+        "src": map_url(pack, image_id, entry_id, Look(side=SIDE)),
         "alt": f"Map by {method} on {found['title']}" if entry_id else f"Photo {found['title']}",
         "title": title,
         "lines": [*filter(None, [note, f"true: {short(label)}" if label else ""]), found["title"]],
-        "badge": None
-        if right is None
-        else {"text": "Right" if right else "Wrong", "kind": "good" if right else "bad"},
+        "badge": verdict(found["right"]),
         "href": state.link("image", pack=pack.id, image=image_id),
     }
 
@@ -227,7 +197,7 @@ def _open(pack: Pack, key: str) -> None:
 def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
     """What these photos have in common, as Markdown."""
     images = photos(pack, method).loc[list(rows)]
-    parts = ["1 photo" if len(rows) == 1 else f"{len(rows):,} photos"]
+    parts = [counted(len(rows), "photo")]
     predicted = sorted(name for name in texts(images["predicted_name"]) if name)
     if predicted:
         name, most = Counter(predicted).most_common(1)[0]
@@ -250,9 +220,5 @@ def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None
     key_of_class = min(found, key=lambda key: (-found[key], choices.predicted[str(key)]))
     name = choices.predicted[str(key_of_class)]
     view = selection.View(method=method, predicted=(str(key_of_class),))
-
-    def go() -> None:
-        last_view.remember(pack, selection.to_text(view, choices))
-        state.go("gallery", **view.params(choices))
-
-    st.button(plain(f"All predicted as {short(name)}, in the gallery"), key=key, on_click=go)
+    label = plain(f"All predicted as {short(name)}, in the gallery")
+    st.button(label, key=key, on_click=last_view.to_gallery, args=(pack, view))

@@ -13,17 +13,18 @@ import streamlit as st
 from PIL import Image
 
 from xattn.app import state
-from xattn.app.components import grid, scatter, sent
-from xattn.app.navigation import address, selection
+from xattn.app.components import command, grid, scatter, sent
+from xattn.app.navigation import address
 from xattn.app.pages.photomap import data
 from xattn.app.pages.photomap.data import class_button, photos_grid, summary
 from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
 from xattn.app.state import Context, plain, short
+from xattn.app.triage import selection
 from xattn.eval.report.photo_map.clusters import Cluster
 from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
 from xattn.eval.report.photo_map.projection import METHODS, offered
 from xattn.pictures.overlay import overlay
-from xattn.pictures.words import method_title, named_metric
+from xattn.pictures.words import named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -270,7 +271,7 @@ def _pictures(pack: Pack) -> str:
 
 
 def _subject(pack: Pack, of: str, method: str, count: int) -> tuple[str, ...]:
-    return (data.subject(pack), of, method if of == "maps" else "", str(count))
+    return (pack.id, pack.version, of, method if of == "maps" else "", str(count))
 
 
 def _chosen(pack: Pack, of: str, method: str, count: int) -> list[int]:
@@ -332,7 +333,7 @@ def page(context: Context) -> None:
             _points(pack)
     if groups.open:
         with groups:
-            groups_tab(pack, _method(st, pack))
+            groups_tab(pack, address.maps_by(selection.table(pack).choices.under_test, WIDTH))
 
 
 def _points(pack: Pack) -> None:
@@ -344,24 +345,12 @@ def _points(pack: Pack) -> None:
         of = address.selectbox(
             "Near by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
         )
-    points_tab(pack, of, _method(bar, pack), bar)
-
-
-def _method(place: Any, pack: Pack) -> str:
-    """Whose maps are shown and compared; of several methods the person's choice."""
-    choices = selection.table(pack).choices
-    if len(choices.under_test) == 1:
-        return choices.under_test[0]
-    with place.container(width=WIDTH):
-        return address.selectbox(
-            "Maps by", list(choices.under_test), "method", format_func=method_title
-        )
+        method = address.maps_by(selection.table(pack).choices.under_test, WIDTH)
+    points_tab(pack, of, method, bar)
 
 
 def _without_features() -> None:
     with st.expander("This pack has no features, so photos are near by their maps alone."):
         st.markdown("Explain the photos again with what the network reads of each:")
         output = shlex.quote(str(state.settings().root / "with-features"))
-        st.code(
-            f"xattn explain PHOTOS --features --output {output}", language="sh", wrap_lines=True
-        )
+        command(f"xattn explain PHOTOS --features --output {output}")

@@ -16,9 +16,9 @@ import pandas as pd
 import streamlit as st
 
 from xattn.app import models, state
-from xattn.app.components import grid
+from xattn.app.components import command, grid
 from xattn.app.jobs.job_files import JobError
-from xattn.app.jobs.jobs import Job, Jobs
+from xattn.app.jobs.jobs import Job, Jobs, time_left
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.eval.evaluation.plan import duration
@@ -237,7 +237,7 @@ def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None
         if folder.parent.name == best and len(job.spec.heads) > 1:
             name += ", the most accurate,"
     st.markdown(f"**Use {name}** on the command line:")
-    st.code(jobs.explain_line(job.spec, folder), language="sh", wrap_lines=True)
+    command(jobs.explain_line(job.spec, folder))
 
 
 def head_folder(job: Job, head: str | None) -> Path:
@@ -384,7 +384,10 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     st.caption(plain(_facts(job)))
     progress = jobs.progress(job.id) if job.alive else None
     if progress is not None:
-        _progress(job, progress[0], progress[1], jobs.time_left(job.id))
+        done, total, _ = progress
+        unit = " steps" if job.spec.kind == "train" else ""
+        text = f"{done:,} of {total:,}{unit}{time_left(progress)}"
+        st.progress(min(done / total, 1.0), text)
     _problem(job)
     logs = jobs.losses(job.id)
     if any(logs.values()):
@@ -405,7 +408,7 @@ def _show(jobs: Jobs, job: Job, context: Context) -> None:
     with st.expander("What the job printed"):
         st.code(jobs.tail(job.id) or "Nothing yet.", language=None, wrap_lines=True)
     with st.expander("The same on the command line"):
-        st.code(jobs.preview(job.spec, job.id), language="sh", wrap_lines=True)
+        command(jobs.preview(job.spec, job.id))
 
 
 @contextmanager
@@ -470,12 +473,6 @@ def _facts(job: Job) -> str:
     return " · ".join(parts)
 
 
-def _progress(job: Job, done: int, total: int, left: str) -> None:
-    more = f", {left}" if left else ""
-    unit = " steps" if job.spec.kind == "train" else ""
-    st.progress(min(done / total, 1.0), f"{done:,} of {total:,}{unit}{more}")
-
-
 def _problem(job: Job) -> None:
     if job.state == "failed":
         st.error(plain(job.message or f"The job ended with exit code {job.code}."))
@@ -521,7 +518,7 @@ def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
             "**No pack of this job has true classes yet.** Make one of photos that it was not trained on, "
             "and press the button again:"
         )
-        st.code(jobs.mistakes_line(job, folder), language="sh", wrap_lines=True)
+        command(jobs.mistakes_line(job, folder))
         st.caption("--labels also takes a .csv or .json with the class of each photo.")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import streamlit as st
 
 from xattn.app import models, state
-from xattn.app.components import component, sent
+from xattn.app.components import command, component, sent
 from xattn.app.jobs.job_files import JOBS, JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
 from xattn.app.navigation import address
@@ -263,7 +263,7 @@ def _command(jobs: Jobs, spec: Spec, name: str) -> None:
     except JobError:
         return
     with st.expander("The same on the command line"):
-        st.code(line, language="sh", wrap_lines=True)
+        command(line)
 
 
 TABLE = "train.jobs"  # key of the table
@@ -311,17 +311,15 @@ def _choose() -> None:
 
 
 def _row(jobs: Jobs, job: Job, open_job: str, names: Sequence[str]) -> dict[str, Any]:
-    progress = jobs.progress(job.id)
+    progress = None if job.state == "finished" else jobs.progress(job.id)
     share = min(progress[0] / progress[1], 1.0) if progress else None
-    if job.state == "finished":
-        share, progress = 1.0, None
     ended = time.time() if job.alive else job.ended
     return {
         "id": job.id,
         "what": what(job),
         "state": STATES[job.state],
         "kind": "busy" if job.alive else "bad" if job.state in ("failed", "killed") else "plain",
-        "share": share,
+        "share": 1.0 if job.state == "finished" else share,
         "done": f"{progress[0]:,} of {progress[1]:,}" if progress else "",
         "best": _best(jobs, job, job.id, _stamps(job)),
         "started": time.strftime("%d %b, %H:%M", time.localtime(job.started)),
@@ -393,7 +391,7 @@ def page(context: Context) -> None:
             "token. Start it without --no-token to train here."
         )
         return
-    jobs = Jobs(settings.root, settings.data, settings.model, settings.imports)
+    jobs = Jobs.of(settings)
     known = {job.id: job for job in jobs.all()}
     chosen = st.query_params.get("job", NEW)
     if chosen and chosen not in known:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xattn.app import models
-from xattn.app.navigation import selection
 from xattn.app.state import short
+from xattn.app.triage import selection
 from xattn.eval.fills import fill
 from xattn.eval.functional import upsample
 from xattn.explainers.masking.masked_passes import superpixels

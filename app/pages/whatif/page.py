@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.app import models
-from xattn.app.components import brush, painted
+from xattn.app.components import brush, sent
 from xattn.app.models import ModelError
-from xattn.app.navigation import address, selection
+from xattn.app.navigation import address
 from xattn.app.navigation.last_view import photo_bar
 from xattn.app.pages.whatif.answer import (
     FILLS,
@@ -34,6 +34,7 @@ from xattn.app.pages.whatif.answer import (
     verdict,
 )
 from xattn.app.state import Context, plain, short
+from xattn.app.triage import selection
 from xattn.backbone import sha256
 from xattn.explainers import create_explainer
 from xattn.packs.contained_files import PackError
@@ -284,11 +285,11 @@ def _canvas(painting: Painting, subject: str, pixels: Tensor, words: str) -> Non
 
 
 def _painted(painting: Painting) -> None:
-    sent = painted(f"{KEY}canvas")
-    if sent is None:
+    mask = sent(f"{KEY}canvas", "paint")
+    if mask is None:
         return
     try:
-        painting.mask, painting.problem = decoded(sent, painting.raster), ""
+        painting.mask, painting.problem = decoded(mask, painting.raster), ""
     except ValueError as error:
         painting.problem = f"{error}. What was painted before still counts."
 

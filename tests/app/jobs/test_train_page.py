@@ -16,7 +16,8 @@ from test_jobs import begun, end_all, ended, photos, stand_in, until
 from viewer_pages import choose_option, only, opened, served
 
 from xattn.app import state
-from xattn.app.demo import pack_job, pack_offer
+from xattn.app.demo import pack_job
+from xattn.app.jobs import demo_offer
 from xattn.app.jobs import jobs as jobs_module
 from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
@@ -56,9 +57,9 @@ def script() -> None:
 
 
 def welcome() -> None:
-    from xattn.app.demo import pack_offer
+    from xattn.app.jobs import demo_offer
 
-    pack_offer.offer()
+    demo_offer.offer()
 
 
 def open_train(**params: str) -> AppTest:
@@ -212,7 +213,7 @@ def test_the_first_run_offers_the_demo(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     page = opened(welcome)
     button(page, "Make the demo pack").click().run()
     assert not page.exception and not page.error
-    assert pack_offer.demo(jobs) is not None
+    assert demo_offer.demo(jobs) is not None
     assert "Making the demo pack" in texts(page)
     page = opened(welcome)  # another tab
     assert "Making the demo pack" in texts(page) and len(jobs.all()) == 1
@@ -225,7 +226,7 @@ def test_a_demo_that_lacks_packages_says_what_to_install(
     page = opened(welcome)
     assert "pip install" in texts(page) and not page.button
     with pytest.raises(ValueError, match="pip install"):
-        pack_offer.make()
+        demo_offer.make()
 
 
 def test_the_demo_is_a_comparison_of_photos_that_are_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
 
 from xattn.app import state
-from xattn.app.navigation import selection
+from xattn.app.triage import selection
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from synthetic_packs import million_pack, small_pack
 
 from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.navigation import selection
 from xattn.app.pictures import export, rendering
 from xattn.app.serving import routes
+from xattn.app.triage import selection
 from xattn.app.triage.selection_files import marked_lines
 
 TestClient = pytest.importorskip("starlette.testclient").TestClient

@@ -16,9 +16,9 @@ from PIL import Image
 from synthetic_packs import explanation, picture, small_pack
 
 from xattn.app.library import Library
-from xattn.app.navigation.selection import Selection, View, table
 from xattn.app.pictures.export import selection_csv
 from xattn.app.triage import selection_files, tag_files
+from xattn.app.triage.selection import Selection, View, table
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
 from xattn.photos.images import list_images

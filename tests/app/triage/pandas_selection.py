@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from xattn.app.navigation.maps_database import fold
-from xattn.app.navigation.maps_table import MEASURES, SORTS
-from xattn.app.navigation.selection import ALL, View
+from xattn.app.triage.maps_table import MEASURES, SORTS, fold
+from xattn.app.triage.selection import ALL, View
 
 
 def make_table(images: pd.DataFrame, entries: pd.DataFrame, metrics: Sequence[Any]) -> pd.DataFrame:

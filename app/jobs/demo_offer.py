@@ -7,7 +7,7 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.demo import pack_job
 from xattn.app.jobs.job_files import JobError, Spec
-from xattn.app.jobs.jobs import Job, Jobs
+from xattn.app.jobs.jobs import Job, Jobs, time_left
 from xattn.app.state import plain
 
 EVERY = 1.0  # seconds
@@ -21,7 +21,7 @@ def offer(text: str = f"Or look around first, {WITH}") -> None:
     settings = state.settings()
     if not settings.training:
         return
-    jobs = Jobs(settings.local_root, settings.data, settings.model, settings.imports)
+    jobs = Jobs.of(settings)
     job = demo(jobs)
     if job is not None and job.alive:
         st.fragment(_follow, run_every=EVERY)(jobs, job.id)
@@ -64,7 +64,7 @@ def make() -> None:
     settings = state.settings()
     if (line := pack_job.missing()) is not None:
         raise ValueError(f"demo: photos or weights are missing; run: {line}")
-    start(Jobs(settings.local_root, settings.data, settings.model, settings.imports))
+    start(Jobs.of(settings))
 
 
 def _follow(jobs: Jobs, job_id: str) -> None:
@@ -76,6 +76,5 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     if found is None:
         st.progress(0.0, "The network is being loaded")
     else:
-        left = jobs.time_left(job_id)
-        text = f"{found[0]:,} of {found[1]:,} maps measured" + (f", {left}" if left else "")
+        text = f"{found[0]:,} of {found[1]:,} maps measured{time_left(found)}"
         st.progress(min(found[0] / found[1], 1.0), text)

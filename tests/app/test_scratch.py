@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from xattn.app.live import scratch
-from xattn.app.live.scratch import LOCK, PREFIX, Scratch, sweep
+from xattn.app import scratch
+from xattn.app.scratch import LOCK, PREFIX, Scratch, sweep
 
 pytest.importorskip("fcntl")
 KEEP = """
 import signal, sys, time
-from xattn.app.live.scratch import Scratch
+from xattn.app.scratch import Scratch
 kept = Scratch()
 (kept.path / "photo.jpg").write_bytes(b"private")
 print(kept.path, flush=True)

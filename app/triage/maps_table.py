@@ -1,36 +1,34 @@
 """A pack's maps as tables of duckdb, and what there is to choose from.
 
-A pack's rows are copied shard by shard, as they were checked; the database sees no file but its own, which
-lies in a private folder. Values reach SQL as
-parameters alone, and columns have names of this module's own.
+A pack's rows are copied shard by shard, as they were checked, into a database of their own. It sees no file
+but its own, which lies in a private folder. Values reach SQL as parameters alone, and columns have names of
+this module's own.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import duckdb
 import numpy as np
 import pandas as pd
-import streamlit as st
+import pyarrow as pa
 
-from xattn.app.navigation.maps_database import (
-    MEMORY,
-    batches,
-    connect,
-    fold,
-    listed,
-    scratch,
-    told,
-)
+from xattn.app.scratch import Scratch
+from xattn.app.state import kept
 from xattn.packs.columns import METRIC
-from xattn.packs.contained_files import AGAIN, PackError
+from xattn.packs.contained_files import AGAIN, PackError, why
 from xattn.pictures.words import metric_about, named_metric
 from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
@@ -75,6 +73,8 @@ IMAGE: dict[str, str] = {
     "disagreement": "DOUBLE",
     "methods": "BIGINT",
 }
+FILLING, MEMORY = "256MB", "128MB"  # while it is filled, and then; beyond that it sorts on disk
+THREADS = 4
 RECENT = 64  # answers about single photos that are kept: a page asks for the same many times
 _ROW = (  # columns of `maps` that the gallery shows
     *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
@@ -417,14 +417,14 @@ class MapsTable:
 
 def table(pack: Pack) -> MapsTable:
     """The pack's maps as a table; kept for the packs that were used last."""
-    found: MapsTable = _table(pack, f"{pack.id} {pack.version}")
+    found: MapsTable = _table(pack)
     found.know_rows = pack.know_rows  # it may have been opened again since
     return found
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _table(_pack: Pack, key: str) -> MapsTable:
-    return MapsTable(_pack)
+@kept(4)
+def _table(pack: Pack) -> MapsTable:
+    return MapsTable(pack)
 
 
 def class_names(found: Mapping[str, str]) -> dict[str, str]:
@@ -438,3 +438,66 @@ def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
     """A row whose names are made visible: those of Parquet files are as somebody wrote them."""
     each = zip(columns, row, strict=True)
     return tuple(visible(v) if c in _NAMES and v is not None else v for c, v in each)
+
+
+# ---------------------------------------------------------------------- the database
+
+
+def fold(text: object) -> str:
+    """Text as it is compared: composed, without case."""
+    return unicodedata.normalize("NFC", str(text)).casefold()
+
+
+_SCRATCH: list[Scratch] = []
+
+
+def scratch() -> Scratch:
+    """The folder of all databases of this process, deleted when the viewer ends."""
+    if not (_SCRATCH and _SCRATCH[-1].path.is_dir()):
+        _SCRATCH.append(Scratch())
+    return _SCRATCH[-1]
+
+
+def connect(folder: Path) -> duckdb.DuckDBPyConnection:
+    """An empty database in a folder, with the room that filling it takes; it loads no extensions."""
+    database = duckdb.connect(
+        str(folder / "maps.duckdb"),
+        config={
+            "memory_limit": FILLING,
+            "threads": min(THREADS, os.cpu_count() or 1),
+            "temp_directory": str(folder / "sorting"),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+        },
+    )
+    database.execute("PRAGMA force_compression = 'uncompressed'")  # quicker, on more disk
+    # ASCII needs no Python.
+    database.create_function("fold_any", fold, ["VARCHAR"], "VARCHAR")
+    database.execute(
+        "CREATE MACRO fold(s) AS CASE WHEN strlen(s) = length(s) THEN lower(s) ELSE fold_any(s) END"
+    )
+    return database
+
+
+def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchReader:
+    """Tables one after the other, with their columns renamed."""
+    renamed = (table.rename_columns(list(names)) for table in tables)
+    first = next(renamed)
+    return pa.RecordBatchReader.from_batches(
+        first.schema, (batch for table in chain([first], renamed) for batch in table.to_batches())
+    )
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Columns as SQL lists them; their names are the viewer's own, never a pack's."""
+    return ", ".join(f'"{column}"' for column in columns)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What duckdb finds wrong as a :class:`PackError`."""
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise PackError(f"The pack's tables cannot be read ({why(error)}); {AGAIN}") from None

@@ -1,7 +1,7 @@
 """A selection of a pack's maps: filters, order and page, read from a URL and written to one.
 
 Everything here is a pure function of the pack and the parameters; bad parameters become defaults
-and a message. The pack's own database answers, see :mod:`xattn.app.navigation.maps_table`.
+and a message. The pack's own database answers, see :mod:`xattn.app.triage.maps_table`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from urllib.parse import parse_qs, urlencode
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
-from xattn.app.navigation.maps_database import fold
-from xattn.app.navigation.maps_table import KEYS, TEXT, Choices, MapsTable, table
 from xattn.app.pictures import rendering
+from xattn.app.state import kept
 from xattn.app.triage import tag_files
+from xattn.app.triage.maps_table import KEYS, TEXT, Choices, MapsTable, fold, table
 from xattn.app.triage.store import BEST, TAG_LENGTH
 from xattn.runtime.names import encodable
 
@@ -175,13 +174,12 @@ class Selection:
 def selected(pack: Pack, view: View) -> Selection:
     """The selection of a view; kept for the views that were used last."""
     revision, marked = tag_files.filtered(pack, view) or ("", None)
-    key = f"{pack.id} {pack.version} {revision}"
-    return _selected(pack, key, replace(view, page=1, size=0, **LOOK), marked)
+    return _selected(pack, revision, replace(view, page=1, size=0, **LOOK), marked)
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
-def _selected(_pack: Pack, key: str, view: View, _marked: Collection[str] | None) -> Selection:
-    return Selection(table(_pack), view, _marked)
+@kept(16)
+def _selected(pack: Pack, revision: str, view: View, _marked: Collection[str] | None) -> Selection:
+    return Selection(table(pack), view, _marked)
 
 
 def histogram(pack: Pack, view: View) -> list[int]:
@@ -190,12 +188,12 @@ def histogram(pack: Pack, view: View) -> list[int]:
     no_order: dict[str, Any] = {"sort": "pack", "order": "asc", "page": 1, "size": 0}
     everywhere = replace(view, low=None, high=None, **no_order, **LOOK)
     revision, marked = tag_files.filtered(pack, view) or ("", None)
-    return _histogram(pack, f"{pack.id} {pack.version} {revision}", everywhere, marked)
+    return _histogram(pack, revision, everywhere, marked)
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _histogram(_pack: Pack, key: str, view: View, _marked: Collection[str] | None) -> list[int]:
-    own = table(_pack)
+@kept(64)
+def _histogram(pack: Pack, revision: str, view: View, _marked: Collection[str] | None) -> list[int]:
+    own = table(pack)
     measure, column = own.choices.measures[view.measure], own.column(view.measure)
     where, parameters = _where(own, view, _marked)
     span = measure.high - measure.low
@@ -209,11 +207,6 @@ def _histogram(_pack: Pack, key: str, view: View, _marked: Collection[str] | Non
     ):
         counts[i] += count
     return counts
-
-
-def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
-    """See :meth:`Selection.neighbours`."""
-    return selected(pack, view).neighbours(image_id)
 
 
 def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tuple[str, list[Any]]:

@@ -15,10 +15,10 @@ from pandas_selection import make_table, select
 from synthetic_packs import CLASSES, METRICS, explanation, small_pack
 from viewer_pages import only
 
-from xattn.app.navigation import maps_database, maps_table, selection
-from xattn.app.navigation.maps_table import SORTS, MapsTable
-from xattn.app.navigation.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.app.pictures.rendering import COLOURS, SCALES
+from xattn.app.triage import maps_table, selection
+from xattn.app.triage.maps_table import SORTS, MapsTable
+from xattn.app.triage.selection import ALL, NAMES, Selection, View, defaults, parse
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack
@@ -117,7 +117,7 @@ def test_a_missing_value_comes_last_and_equal_ones_keep_the_packs_order(odd, ord
 
 def test_names_sort_without_case_and_accents_composed(odd):
     names = shown(selection.table(odd), sort="name")["file_name"].tolist()
-    assert names == sorted(names, key=maps_database.fold)
+    assert names == sorted(names, key=maps_table.fold)
 
 
 def test_the_packs_order_can_be_turned(table):

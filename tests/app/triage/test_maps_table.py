@@ -14,8 +14,8 @@ from pandas.testing import assert_frame_equal
 from synthetic_packs import described, explanation, picture, small_pack
 from viewer_pages import only
 
-from xattn.app.navigation.maps_table import MapsTable
-from xattn.app.navigation.selection import Selection, defaults
+from xattn.app.triage.maps_table import MapsTable
+from xattn.app.triage.selection import Selection, defaults
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack
