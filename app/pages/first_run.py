@@ -1,8 +1,7 @@
 """What a viewer without a pack shows: what xattn is for, an example, and three ways to begin.
 
-The example is a photo that scikit-image ships, and where a network looks on it;
-``python -m xattn.app.pages.first_run`` draws it anew, from what
-``pip install "xattn[demo]"`` installs.
+The example is a photo that scikit-image ships, and where a network looks on it, drawn by
+``tests/draw_example.py``.
 """
 
 from __future__ import annotations
@@ -13,18 +12,13 @@ import shlex
 from importlib import resources
 
 import streamlit as st
-from PIL import Image
 
 from xattn.app import state
 from xattn.app.components import command
-from xattn.app.demo.pack_job import BACKBONE, embedded_photos
 from xattn.app.jobs import demo_offer
 from xattn.app.pages.live.photo_files import hand_over, photo_uploader
 from xattn.app.state import Context, plain
-from xattn.runtime.files import atomic_file
 
-FILE, PHOTO, HEAD = "example.jpg", "chelsea.png", "evidence-efficientnet-lite0"
-SIDE = 400  # pixels: the width of each picture
 TEXT = (
     "A photo, and where EfficientNet-Lite0 finds its evidence for tiger cat: bright is much, dark is "
     "little."
@@ -33,31 +27,14 @@ TEXT = (
 
 def html() -> str:
     """The picture with what it shows, as a part of a page."""
-    data = base64.b64encode((resources.files("xattn.app.demo") / FILE).read_bytes()).decode("ascii")
+    data = base64.b64encode(
+        (resources.files("xattn.app.demo") / "example.jpg").read_bytes()
+    ).decode("ascii")
     text = markup.escape(TEXT)
     return (
         f'<figure class="example"><img alt="{text}" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>"
     )
-
-
-def draw() -> Image.Image:
-    """The photo and its map side by side."""
-    from xattn.backbone import load_backbone
-    from xattn.explaining.photos import explain
-    from xattn.heads import load_head
-
-    backbone = load_backbone(BACKBONE, weights="package")
-    (path,) = (p for p in embedded_photos() if p.name == PHOTO)
-    (found,) = explain([path], backbone, load_head(HEAD, backbone))
-    print(found.target_name, f"{found.probability:.3f}")
-    pictures = [Image.open(path).convert("RGB"), found.overlay()]
-    height = round(SIDE * pictures[0].height / pictures[0].width)
-    sheet = Image.new("RGB", (2 * SIDE, height))
-    for i, picture in enumerate(pictures):
-        small = picture.resize((SIDE, height), Image.Resampling.LANCZOS)
-        sheet.paste(small, (i * SIDE, 0))
-    return sheet
 
 
 AIM = "See what an image classifier looks at, and measure which explanation to trust."
@@ -101,9 +78,3 @@ def _own() -> None:
     output = state.settings().root / "first"
     command(f"xattn explain PHOTOS --output {shlex.quote(str(output))}")
     st.caption("This page shows it as soon as you reload.")
-
-
-if __name__ == "__main__":
-    with resources.as_file(resources.files("xattn.app.demo")) as folder:
-        with atomic_file(folder / FILE) as temporary:
-            draw().save(temporary, "JPEG", quality=85)

@@ -14,7 +14,6 @@ The start page is Streamlit's own, with our title, colours and address.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import hashlib
@@ -23,13 +22,11 @@ import ipaddress
 import re
 import socket
 import threading
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from itsdangerous import BadSignature, TimestampSigner
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request, cookie_parser
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
@@ -68,7 +65,6 @@ _HEAD = f"""<title>xattn</title>
     </style>
     <script>{_ADDRESS}</script>
     <script>{_HISTORY}</script>"""
-_NOSCRIPT = "<noscript><p>The viewer needs JavaScript.</p></noscript>"
 
 
 @functools.cache
@@ -81,9 +77,7 @@ def _streamlit() -> str:
 @functools.cache
 def page() -> str:
     """The HTML; where another version of Streamlit has other marks, they are left as they are."""
-    html = re.sub(r"<!--.*?-->", "", _streamlit(), flags=re.DOTALL)
-    html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", html)
-    html = re.sub(r"<noscript>.*?</noscript>", _NOSCRIPT, html, flags=re.DOTALL)
+    html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", _streamlit())
     # Or a phone leaves room beside its rounded corners, and tells the bar of pages of none below.
     html = html.replace("shrink-to-fit=no", "shrink-to-fit=no, viewport-fit=cover")
     return html.replace("<title>Streamlit</title>", _HEAD)
@@ -132,7 +126,7 @@ def _default(request: Request) -> RedirectResponse:
 
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-LIFETIME = 12 * 3600  # seconds that a cookie is good for
+LIFETIME = 12 * 3600  # seconds that a browser keeps the cookie
 CLOSED = (
     "This viewer opens by the address with ?token=... that xattn app printed when it started, once in "
     "each browser."
@@ -169,7 +163,7 @@ class Guard:
         self.names = {name.lower().rstrip(".") for name in names} | LOCAL
         if not loopback:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        self.signer = TimestampSigner(token or "", salt=cookie, digest_method=hashlib.sha256)
+        self.value = hmac.new((token or "").encode(), cookie.encode(), hashlib.sha256).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -184,16 +178,11 @@ class Guard:
             await self.app(scope, receive, send)
         elif (entry := self._entry(scope)) is not None:
             await entry(scope, receive, send)
-        elif (left := self._left(headers)) <= 0:
+        elif self._known(headers):
+            await self.app(scope, receive, send)
+        else:
             closed = PlainTextResponse(CLOSED, 401, {"Cache-Control": "no-store"})
             await _answer(closed, scope, receive, send)
-        elif scope["type"] == "websocket":  # it ends with its cookie
-            try:
-                await asyncio.wait_for(self.app(scope, receive, send), left)
-            except asyncio.TimeoutError:
-                await send({"type": "websocket.close", "code": 1008, "reason": "the cookie is old"})
-        else:
-            await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
         """Why a request that names another host, or comes from another site, is not answered."""
@@ -219,14 +208,14 @@ class Guard:
             return None
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         given = "".join(value for name, value in query if name == "token")
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
+        if not _same(given, self.token):
             return None
         rest = urlencode([pair for pair in query if pair[0] != "token"])
         path = "/" + scope["path"].lstrip("/\\")  # of this server
         response = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
         response.set_cookie(
             self.cookie,
-            self.signer.sign(b"in").decode(),
+            self.value,
             max_age=LIFETIME,
             httponly=True,
             secure=scope["scheme"] == "https",
@@ -235,16 +224,14 @@ class Guard:
         response.headers["Cache-Control"] = "no-store"
         return response
 
-    def _left(self, headers: Headers) -> float:
-        """Seconds that the request's cookie is still good for; 0 without one of ours."""
-        for line in headers.getlist("cookie"):
-            value = cookie_parser(line).get(self.cookie, "").encode("utf-8", "replace")
-            try:
-                _, made = self.signer.unsign(value, max_age=LIFETIME, return_timestamp=True)
-            except BadSignature:
-                continue
-            return made.timestamp() + LIFETIME - time.time()
-        return 0.0
+    def _known(self, headers: Headers) -> bool:
+        """Whether the request has our cookie."""
+        found = (cookie_parser(line).get(self.cookie, "") for line in headers.getlist("cookie"))
+        return any(_same(value, self.value) for value in found)
+
+
+def _same(given: str, wanted: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
 
 
 def _with_headers(send: Send) -> Send:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from xattn.runtime.names import reason
+
 BACKLOG = 128
 VARIABLE = "XATTN_APP_TOKEN"
 STOP_SECONDS = 3  # how long open pages may hold up the end of the server
@@ -82,30 +84,16 @@ def bind(address: Address) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, UnicodeError):
-        raise ValueError(
-            f"host: {address.host!r} is no address of this machine; give 127.0.0.1"
-        ) from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
+        return socket.create_server(where[:2], family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise ValueError(
                 f"port: {address.port} is taken, perhaps by another xattn app; give another --port"
             ) from None
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise ValueError(
-                f"host: {address.host} is no address of this machine; give 127.0.0.1"
-            ) from None
         raise ValueError(
-            f"port: cannot listen on {address.host}:{address.port} ({error.strerror}); "
-            f"give another --port"
+            f"host: cannot listen on {address.host!r}, port {address.port} ({reason(error)}); give "
+            f"127.0.0.1, or another --port"
         ) from None
-    return listener
 
 
 def url(host: str, port: int) -> str:

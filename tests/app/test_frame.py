@@ -15,8 +15,9 @@ from xattn.app import library as library_module
 from xattn.app import state
 from xattn.app.live import uploads
 from xattn.app.navigation import frame
-from xattn.app.pages import PAGES, first_run
+from xattn.app.pages import first_run
 from xattn.app.pages.live import photo_files
+from xattn.app.state import PAGES
 from xattn.packs.format import MANIFEST, MAPS
 
 

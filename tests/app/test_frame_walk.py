@@ -11,7 +11,8 @@ from viewer_pages import SCREENS, choose_pack, served, shot
 
 from xattn.app.demo import pack_job
 from xattn.app.navigation import frame
-from xattn.app.pages import PAGES, first_run
+from xattn.app.pages import first_run
+from xattn.app.state import PAGES
 
 
 @pytest.mark.parametrize(("size", "scheme"), SCREENS)

@@ -725,3 +725,21 @@ def test_whatever_the_bytes_of_a_signed_file_are_is_a_pack_or_a_message(fuzzed, 
         data[round(share * (len(data) - 1))] = value
     signed(root / "pack", name, bytes(data[: None if cut is None else round(cut * len(data))]))
     survives(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *(
+            (name, "letters")
+            for name in ("", "..", "a/b", "../out", ".hidden", "a\\b", "a" * 81, "a.")
+        ),
+        *(("jobs", "trainings"), ("Jobs", "trainings"), (" there ", "'there' already")),
+    ],
+)
+def test_a_new_folder_has_a_free_name_that_is_no_path(tmp_path, name, says):
+    (tmp_path / "there").mkdir()
+    library = Library(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        library.new_folder(name)
+    assert library.new_folder(" my photos ") == library.root / "my photos"

@@ -96,10 +96,8 @@ def clicks():
         gallery_page._turned,
         partial(image_page._focus, ["a"]),
         photo_tabs._open_class,
-        charts._head_opened,
-        charts._layer_opened,
-        charts._distance_picked,
-        charts._entropy_picked,
+        *(partial(charts._opened, name) for name in ("head", "layer")),
+        *(partial(charts._point_picked, chart) for chart in ("distance", "entropy")),
     ):
         callback()
 

@@ -24,9 +24,10 @@ from fuzz.photos import _nasty_photos, photos
 from xattn.app.library import Library
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pictures import rendering
-from xattn.app.pictures.export import maps_csv
 from xattn.app.pictures.rendering import Look
 from xattn.app.triage.maps_table import MapsTable
+from xattn.app.triage.selection import ALL, Selection, View
+from xattn.app.triage.selection_files import selection_csv
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
 from xattn.eval.protocol import Protocol
@@ -87,8 +88,8 @@ def _show(folder: Path) -> None:
     try:
         for info in library.packs():
             pack = library.open(info.id)
-            MapsTable(pack)
-            maps_csv(pack, pack.entries.index)
+            everything = Selection(MapsTable(pack), View(method=ALL, maps="every"))
+            assert "".join(selection_csv(everything, None))
             assert len(pack.images) == len(pack.image_ids)
             for entry_id in list(pack.entry_ids)[:4]:
                 pack.provenance(entry_id), pack.entries_of(pack.key(entry_id)[0])

@@ -22,7 +22,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic_packs import picture
 from viewer_pages import opened
 
-from xattn.app import models, state
+from xattn.app import components, models, state
 from xattn.app.attention import attention_pass, charts
 from xattn.app.attention.attention_pass import (
     AS_TRAINED,
@@ -47,7 +47,6 @@ from xattn.app.attention.view import (
     usual,
     view_of,
 )
-from xattn.app.components import _checked
 from xattn.app.library import Library
 from xattn.attention import (
     Inputs,
@@ -594,5 +593,7 @@ def test_any_parameters_give_a_view_of_what_is_there(params):
 
 @given(st.none() | st.integers() | st.text() | st.lists(st.integers() | st.text(), max_size=3))
 def test_whatever_a_browser_sends_is_a_patch_or_nothing(value):
-    found = _checked(value, GRID)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "sent", lambda key, name: value)
+        found = components.picked_patch("picture", GRID)
     assert found is None or (0 <= found[0] < 3 and 0 <= found[1] < 5)

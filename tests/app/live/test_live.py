@@ -290,22 +290,6 @@ def test_a_kept_pack_has_the_same_maps_and_its_overlays(jobs, library):
     assert kept.images["predicted"].equals(scratch.images["predicted"])
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "../out", ".hidden", "a\\b", "a" * 81, "a."])
-def test_a_name_is_no_path(jobs, library, name):
-    job = run(jobs, library, photos=photos(1))
-    with pytest.raises(ValueError, match="letters"):
-        keep(job, name)
-    assert not list(library.root.iterdir())
-
-
-@pytest.mark.parametrize("name", ["jobs", "Jobs"])
-def test_the_folder_of_trainings_is_not_taken(jobs, library, name):
-    job = run(jobs, library, photos=photos(1))
-    with pytest.raises(ValueError, match="trainings"):
-        keep(job, name)
-    assert not list(library.root.iterdir())
-
-
 def test_a_taken_name_is_refused_and_nothing_is_overwritten(jobs, library):
     job = run(jobs, library, photos=photos(1))
     (library.root / "mine").mkdir()

@@ -87,13 +87,13 @@ def test_a_page_of_pictures_is_sent_and_no_more():
 def test_the_next_page_has_the_rest_and_its_own_url():
     app = run()
     seen = [c["id"] for c in cells(app)]
-    checked(app.button(key="gallery.next").click().run())
+    checked(app.button(key="gallery.Next").click().run())
     assert app.query_params["page"] == "2"
     seen += [c["id"] for c in cells(app)]
     pack = opened_pack("first")
     assert seen == list(pack.entries.index[pack.entries["method"] == "gradcam"])
-    assert app.button(key="gallery.next").disabled
-    checked(app.button(key="gallery.previous").click().run())
+    assert app.button(key="gallery.Next").disabled
+    checked(app.button(key="gallery.Previous").click().run())
     assert "page" not in app.query_params
 
 
@@ -162,9 +162,9 @@ def test_another_url_wins_over_the_widgets_and_the_same_does_not():
 
 def test_a_click_that_comes_with_the_url_of_the_click_before_is_not_undone():
     app = run(method="all")
-    checked(app.button(key="gallery.next").click().run())
+    checked(app.button(key="gallery.Next").click().run())
     del app.query_params["page"]  # the browser has not heard of the new one yet
-    checked(app.button(key="gallery.next").click().run())
+    checked(app.button(key="gallery.Next").click().run())
     assert len(cells(app)) == 12
     assert app.query_params["page"] == "3"
 

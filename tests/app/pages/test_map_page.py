@@ -21,7 +21,7 @@ from xattn.eval.report.photo_map import pooled_maps
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 
-CACHES = (data._photos, data._looks, data._features, data._toward, data._placed)
+CACHES = (data.photos, data.looks, data._features, data._toward, data.placed)
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_a_photo_has_its_two_maps_and_their_difference(show):
         True,
         False,
     ]  # whose values the pointer tells
-    assert app.button(key="runs.previous").disabled and not app.button(key="runs.next").disabled
+    assert app.button(key="runs.Previous").disabled and not app.button(key="runs.Next").disabled
     back = app.button(key="runs.all").click().run()
     assert not back.exception and cells(back, "runs.pairs")
 

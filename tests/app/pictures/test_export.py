@@ -1,6 +1,5 @@
-"""Exports: CSV, figures and the static report hold what was asked for, as text, and nothing runs."""
+"""Exports: figures and the static report hold what was asked for, as text, and nothing runs."""
 
-import csv
 import io
 import re
 import xml.etree.ElementTree as ET
@@ -10,8 +9,6 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from synthetic_packs import CLASSES, described, explanation, picture, small_pack
 from viewer_pages import only
@@ -44,47 +41,6 @@ def pack(tmp_path_factory):
     ]
     save_pack(folder / "pack", found, overlays=False, metrics=described())
     return only(folder)
-
-
-def read(text):
-    return list(csv.DictReader(io.StringIO(text)))
-
-
-# ---------------------------------------------------------------------- CSV
-
-
-def test_the_csv_has_one_line_a_map_in_the_order_of_the_images(pack):
-    rows = read(export.csv(pack, ["photo-00002", "photo-00000", "photo-00002"]))
-    assert [r["image_id"] for r in rows] == ["photo-00002"] * 4 + ["photo-00000"] * 4
-    own = pack.entries[pack.entries["image_id"] == "photo-00002"]
-    assert [r["entry_id"] for r in rows[:4]] == list(own.index)
-    assert float(rows[0]["probability"]) == own["probability"].iloc[0]
-    assert rows[0]["AD@50"] == "12.5" and rows[0]["ROAD"] == "-0.25", "numbers stay numbers"
-    assert rows[0]["right"] == str(pack.images.loc["photo-00002", "right"])
-
-
-def test_a_missing_figure_is_an_empty_cell(pack):
-    rows = read(export.csv(pack, ["photo-00000"]))
-    assert [r["AD@50"] for r in rows] == ["12.5", "12.5", "", ""]
-
-
-def test_text_that_would_be_a_formula_is_put_behind_an_apostrophe(pack):
-    rows = read(export.csv(pack, ["photo-00001"]))
-    assert rows[0]["file_name"] == "'" + NAME
-
-
-@given(st.text())
-def test_no_cell_of_text_starts_a_formula(text):
-    found = export.cell(text)
-    assert found[:1] not in ("=", "+", "-", "@") and found.lstrip()[:1] not in tuple("=+-@")
-    assert found in (text, f"'{text}")
-
-
-def test_an_image_that_is_not_there_has_no_lines(pack):
-    assert read(export.csv(pack, ["none"])) == []
-
-
-# ---------------------------------------------------------------------- figures
 
 
 def test_the_png_carries_its_provenance(pack):

@@ -1,5 +1,6 @@
 """The picture routes: answers, caching, and that no query gets a traceback or a file outside."""
 
+import csv
 import io
 from urllib.parse import quote, urlencode
 
@@ -15,10 +16,9 @@ from synthetic_packs import million_pack, small_pack
 
 from xattn.app import state
 from xattn.app.library import Library
-from xattn.app.pictures import export, rendering
+from xattn.app.pictures import rendering
 from xattn.app.serving import routes
-from xattn.app.triage import selection
-from xattn.app.triage.selection_files import marked_lines
+from xattn.app.triage import selection, selection_files
 
 TestClient = pytest.importorskip("starlette.testclient").TestClient
 
@@ -58,26 +58,17 @@ def test_a_photo_and_an_overlay_are_served_as_jpeg(client, pack):
 
 @pytest.mark.parametrize("view", ["", "method=all&sort=ROAD&order=desc", "q=photo-00001"])
 def test_a_selection_is_sent_as_the_csv_of_its_maps(client, pack, view):
-    answer = client.get(f"{export.CSV}?{urlencode({'pack': pack.id, 'view': view})}")
+    answer = client.get(f"{selection_files.CSV}?{urlencode({'pack': pack.id, 'view': view})}")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/csv")
     assert answer.headers["content-disposition"] == f'attachment; filename="{pack.id}.csv"'
     found = selection.selected(pack, selection.from_text(view, selection.table(pack).choices))
-    assert without_marks(answer.text) == export.maps_csv(pack, found.ids())
-
-
-def without_marks(text):
-    """The lines without their last columns: tags, rating and note."""
-    header, *lines = text.splitlines()
-    assert header.endswith(",tags,rating,note") and all(line.endswith(",,,") for line in lines)
-    rows = [header.removesuffix(",tags,rating,note"), *(line[:-3] for line in lines)]
-    return "".join(f"{row}\r\n" for row in rows)
-
-
-def test_a_csv_is_made_in_parts(pack):
-    found = selection.selected(pack, selection.View(maps="every"))
-    assert [len(part) for part in marked_lines(found, None, 4)] == [1, 4, 2]
-    whole = "".join(export.selection_csv(found, None))
-    assert without_marks(whole) == export.maps_csv(pack, pack.entries.index)
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["entry_id"] for row in rows] == found.ids()
+    for row in rows:
+        entry, image = pack.entries.loc[row["entry_id"]], pack.images.loc[row["image_id"]]
+        assert row["image_id"] == entry["image_id"] and row["method"] == entry["method"]
+        assert float(row["ROAD"]) == entry["ROAD"] and float(row["max"]) == entry["max"]
+        assert row["right"] == str(image["right"]) and row["label_name"] == image["label_name"]
 
 
 @pytest.mark.slow
@@ -85,7 +76,7 @@ def test_a_selection_of_100_000_maps_leaves_as_lines(tmp_path, monkeypatch):
     million_pack(tmp_path / "root" / "pack", 100_000, methods=1)
     own = Library(tmp_path / "root")
     monkeypatch.setattr(state, "library", lambda: own)
-    url = f"{export.CSV}?{urlencode({'pack': own.packs()[0].id, 'view': 'sort=ROAD'})}"
+    url = f"{selection_files.CSV}?{urlencode({'pack': own.packs()[0].id, 'view': 'sort=ROAD'})}"
     with (
         TestClient(Starlette(routes=routes.routes())) as client,
         client.stream("GET", url) as answer,
@@ -95,7 +86,7 @@ def test_a_selection_of_100_000_maps_leaves_as_lines(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("query", "status"), [("", 400), ("?pack=..%2F..", 404), ("?pack=x", 404)])
 def test_a_csv_of_no_pack_is_one_line_of_text(client, query, status):
-    answer = client.get(export.CSV + query)
+    answer = client.get(selection_files.CSV + query)
     assert (answer.status_code, answer.text.count("\n")) == (status, 1)
 
 

@@ -18,7 +18,6 @@ import pytest
 pytest.importorskip("streamlit")
 from hypothesis import given
 from hypothesis import strategies as st
-from itsdangerous import TimestampSigner
 from served_viewer import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -136,14 +135,8 @@ def test_no_text_is_a_cookie(text: str) -> None:
     assert client(TOKEN).get("/", headers=[(b"cookie", cookie)]).status_code == 401
 
 
-def test_a_cookie_ends_by_time_and_with_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cookie_ends_with_its_token() -> None:
     web = client(TOKEN)
-    monkeypatch.setattr(
-        TimestampSigner, "get_timestamp", lambda self: int(time.time()) - LIFETIME - 9
-    )
-    web.get(f"/?token={TOKEN}")
-    monkeypatch.undo()
-    assert web.cookies and web.get("/").status_code == 401
     web.get(f"/?token={TOKEN}")
     assert web.get("/").status_code == 200
     other = client(TOKEN + "x")
@@ -159,7 +152,7 @@ def test_a_cookie_of_another_port_opens_nothing() -> None:
     assert other.get("/").status_code == 401
 
 
-def test_a_websocket_needs_the_cookie_and_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_websocket_needs_the_cookie() -> None:
     web = client(TOKEN)
     with pytest.raises(WebSocketDisconnect), web.websocket_connect(SOCKET):
         pass
@@ -167,10 +160,6 @@ def test_a_websocket_needs_the_cookie_and_ends_with_it(monkeypatch: pytest.Monke
     with web.websocket_connect(SOCKET) as socket:
         socket.send_text("hello")
         assert socket.receive_text() == "hello"
-    monkeypatch.setattr(Guard, "_left", lambda self, headers: 1e-3)
-    with web.websocket_connect(SOCKET) as socket:
-        with pytest.raises(WebSocketDisconnect):
-            socket.receive_text()
 
 
 # ---------------------------------------------------------------------- names, origins, headers

@@ -12,13 +12,15 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from synthetic_packs import explanation, picture, small_pack
+from synthetic_packs import described, explanation, picture, small_pack
 
 from xattn.app.library import Library
-from xattn.app.pictures.export import selection_csv
 from xattn.app.triage import selection_files, tag_files
 from xattn.app.triage.selection import Selection, View, table
+from xattn.app.triage.selection_files import selection_csv
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
 from xattn.photos.images import list_images
@@ -74,8 +76,22 @@ def test_the_csv_has_tags_rating_and_note_and_runs_no_formula(pack, found):
         "4",
     )
     assert (other["image_id"], other["tags"], other["note"]) == ("photo-00003", "", "'=1+1")
-    chunks = list(selection_files.marked_lines(found, store, count=4))
-    assert [len(chunk) for chunk in chunks] == [1, 4, 2]
+    parts = selection_csv(found, store, 4)
+    assert [part.count("\r\n") for part in parts] == [1, 4, 2]
+
+
+def test_a_missing_figure_is_an_empty_cell(tmp_path):
+    found = [explanation(i, metrics={"ROAD": -0.25} if i else {}) for i in range(2)]
+    pack = opened(save_pack(tmp_path / "root" / "pack", found, False, metrics=described()))
+    lines = "".join(selection_csv(Selection(table(pack), View()), None))
+    assert [row["ROAD"] for row in csv.DictReader(io.StringIO(lines))] == ["", "-0.25"]
+
+
+@given(st.text())
+def test_no_cell_of_text_starts_a_formula(text):
+    found = selection_files.cell(text)
+    assert found[:1] not in ("=", "+", "-", "@") and found.lstrip()[:1] not in tuple("=+-@")
+    assert found in (text, f"'{text}")
 
 
 def test_a_pack_of_the_selection_has_its_maps_figures_and_photos(pack, found, tmp_path):
@@ -94,18 +110,6 @@ def test_too_many_maps_are_refused_before_anything_is_written(pack, found, tmp_p
     with pytest.raises(ValueError, match="has 6 maps; 1 to 5 can be written"):
         selection_files.write_pack(pack, found, tmp_path / "part")
     assert not (tmp_path / "part").exists()
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x."])
-def test_a_folder_needs_a_name(tmp_path, name):
-    with pytest.raises(ValueError, match="Give a name of letters"):
-        selection_files.check_name(tmp_path, name)
-
-
-def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="There is a folder 'there' already"):
-        selection_files.check_name(tmp_path, " there ")
 
 
 # ---------------------------------------------------------------------- FiftyOne, by a stand-in
