@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +97,11 @@ class Library:
         self.root = Path(root).resolve()
         self._lock = threading.Lock()
         self._maps = LRUCache(RECENT_MAPS)
-        self._open: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
-        self._passing: OrderedDict[str, tuple[Signatures, Pack]] = OrderedDict()
+        self._open, self._passing = LRUCache(OPEN_PACKS), LRUCache(PASSING_PACKS)
         self._opening: dict[str, threading.Lock] = {}
         self._infos: dict[str, tuple[Signatures, PackInfo | None]] = {}
         self._known: dict[str, tuple[Path, str]] = {}
-        self._scratch: OrderedDict[str, Path] = OrderedDict()
+        self._scratch = LRUCache(SCRATCH_PACKS)
 
     def packs(self) -> list[PackInfo]:
         """All packs by name, those that cannot be opened among them."""
@@ -147,12 +145,7 @@ class Library:
     def add_scratch(self, folder: str | Path) -> str:
         """The id of a pack outside the root: nobody can guess it, and no list has it."""
         pack_id = f"scratch-{secrets.token_urlsafe(24)}"
-        with self._lock:
-            self._scratch[pack_id] = Path(folder).resolve()
-            while len(self._scratch) > SCRATCH_PACKS:
-                gone, _ = self._scratch.popitem(last=False)
-                self._open.pop(gone, None)
-                self._opening.pop(gone, None)
+        self._scratch.put(pack_id, Path(folder).resolve(), 1)
         return pack_id
 
     def comparisons(self) -> list[ComparisonInfo]:
@@ -224,10 +217,9 @@ class Library:
         unknown = PackError("There is no such pack; choose one from the list")
         if not isinstance(pack_id, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", pack_id):
             raise unknown
-        with self._lock:
-            if pack_id in self._scratch:
-                return self._scratch[pack_id], "live result"
-            place = self._known.get(pack_id)
+        if (scratch := self._scratch.get(pack_id)) is not None:
+            return scratch, "live result"
+        place = self._known.get(pack_id)
         if place is None or place[0].resolve() != place[0]:
             found = self._look()
             if pack_id in found.outside:
@@ -251,18 +243,13 @@ class Library:
                 signature = self._signature(folder)
             except OSError:
                 raise PackError("It is gone; choose another one, or put it back") from None
-            with self._lock:
-                passing = passing and pack_id not in self._open
-                known = self._open.get(pack_id) or self._passing.pop(pack_id, None)
-            pack = None if known is None or known[0] != signature else known[1]
+            known = self._open.get(pack_id)
+            kept = self._passing if passing and known is None else self._open
+            known = known or self._passing.get(pack_id)
+            pack: Pack | None = None if known is None or known[0] != signature else known[1]
             if pack is None or pack.files.address != str(folder):
                 pack = Pack(folder, pack_id, name, self._maps)
-            with self._lock:
-                kept = self._passing if passing else self._open
-                kept[pack_id] = (signature, pack)
-                kept.move_to_end(pack_id)
-                while len(kept) > (PASSING_PACKS if passing else OPEN_PACKS):
-                    kept.popitem(last=False)
+            kept.put(pack_id, (signature, pack), 1)
         return pack
 
     def _signature(self, folder: Any) -> Signatures:

@@ -6,11 +6,10 @@ session keeps the ``KEPT`` images that it looked at last.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -24,29 +23,17 @@ from xattn.attention.statistics import Statistics, row_shares, sample_queries, s
 from xattn.explainers.relevance.attention import read_attention
 from xattn.explainers.relevance.rollout import rollout_row
 from xattn.photos.view import prepare
+from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.packs.reader import Pack
 
-KEPT = (
-    2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S at 224 px
-)
+KEPT = 2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S
 MOST_QUERIES = 512  # rows that statistics read in a layer
 TRAINED = "trained"
-_MADE = 24  # queries, rollouts and charts kept of a reading
-Made = TypeVar("Made")
-
-
-def keep(cache: OrderedDict[Any, Made], key: Any, make: Callable[[], Made], most: int) -> Made:
-    """The value of ``key`` in ``cache``, made if it is missing; the ``most`` last used ones are kept."""
-    if key not in cache:
-        cache[key] = make()
-    cache.move_to_end(key)
-    while len(cache) > most:
-        cache.popitem(last=False)
-    return cache[key]
+_MADE = 72  # queries, rollouts and charts kept of a reading
 
 
 @dataclass(frozen=True)
@@ -76,9 +63,7 @@ class Reading:
     grid: tuple[int, int]
     prefix: tuple[str, ...]
     """What the prefix tokens are, the first tokens of the sequence."""
-    _rows: OrderedDict[Any, list[Tensor]] = field(default_factory=OrderedDict)
-    _rollouts: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
-    _charts: OrderedDict[Any, dict[str, Any]] = field(default_factory=OrderedDict)
+    _made: LRUCache = field(default_factory=lambda: LRUCache(_MADE))
 
     @property
     def layers(self) -> int:
@@ -107,7 +92,7 @@ class Reading:
                 for operator, row in zip(self.operators, rows, strict=True)
             ]
 
-        return keep(self._rows, token, make, _MADE)
+        return self._made.kept(("rows", token), make)
 
     def rollout(self, token: int, layer: int) -> Tensor:
         """Rollout up to ``layer`` from ``token``, (N,)."""
@@ -115,11 +100,11 @@ class Reading:
         def make() -> Tensor:
             return rollout_row(self.operators[: layer + 1], token)[0].float().cpu()
 
-        return keep(self._rollouts, (token, layer), make, _MADE)
+        return self._made.kept(("rollout", token, layer), make)
 
     def chart(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A chart of this reading: altair takes its time to make one."""
-        return keep(self._charts, key, make, _MADE)
+        return self._made.kept(("chart", key), make)
 
     @cached_property
     def statistics(self) -> list[Statistics]:
@@ -178,7 +163,7 @@ def read(
     image_id: str,
     backbone: Backbone,
     choice: Choice,
-    kept: OrderedDict[Any, Reading],
+    kept: LRUCache,
 ) -> Reading:
     """The reading of an image, from ``kept`` or by a pass.
 
@@ -189,7 +174,7 @@ def read(
         ValueError: the mechanism does not run in it. PackError: the photo is gone or damaged.
     """
     key = (pack.id, pack.version, image_id, backbone.fingerprint, choice)
-    return keep(kept, key, lambda: _read(pack, image_id, backbone, choice), KEPT)
+    return kept.kept(key, lambda: _read(pack, image_id, backbone, choice))
 
 
 def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Reading:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,7 @@ from xattn.app.navigation.last_view import photo_bar
 from xattn.app.state import Context, plain
 from xattn.attention.statistics import bits, breadth, kept_keys, row_distance, row_entropy
 from xattn.explainers.relevance.attention import NoAttention, layers_text
+from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -66,7 +66,7 @@ def page(context: Context) -> None:
     new = arrived(pack.id, image_id, url)
     size_grid = attention_pass.grid_of(backbone)
     choice, messages = choice_of(url if new else current(), size_grid)
-    kept = st.session_state.setdefault(f"{KEY}kept", OrderedDict())
+    kept = st.session_state.setdefault(f"{KEY}kept", LRUCache(attention_pass.KEPT))
     try:
         with st.spinner("Reading the attention of this photo …"):
             read = partial(attention_pass.read, pack, image_id, backbone)
@@ -96,7 +96,7 @@ def page(context: Context) -> None:
 
 
 def _fitting(
-    read: Callable[..., Reading], choice: Choice, kept: OrderedDict[Any, Reading]
+    read: Callable[..., Reading], choice: Choice, kept: LRUCache
 ) -> tuple[Reading, Choice, str]:
     """The reading of ``choice``; where its mechanism does not run on this photo, that of the network as
     trained, and why."""

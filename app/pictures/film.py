@@ -51,14 +51,14 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
         PackError: no film, no such frame, or a damaged film.
     """
     key = (pack.id, pack.version, index, check_side(side))
-    data = _CACHE.get(key)
-    if data is None:
+
+    def draw() -> bytes:
         with closing(_Reader(pack)) as reader:
             image = reader.frame(index)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        data = jpeg(image)
-        _CACHE.put(key, data, len(data))
-    return data
+        return jpeg(image)
+
+    return _CACHE.kept(key, draw, len)
 
 
 def _film(pack: Pack) -> Path | None:

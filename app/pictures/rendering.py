@@ -10,7 +10,7 @@ import base64
 import contextlib
 import io
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -351,14 +351,6 @@ def data_uri(data: bytes) -> str:
 _CACHE = LRUCache(CACHE_BYTES)
 
 
-def _kept(key: Hashable, make: Callable[[], Image.Image]) -> bytes:
-    data = _CACHE.get(key)
-    if data is None:
-        data = jpeg(make())
-        _CACHE.put(key, data, len(data))
-    return data
-
-
 def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = None) -> bytes:
     """The photo as JPEG; with ``crop``, the part of it that the model saw for that entry.
 
@@ -371,10 +363,10 @@ def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = N
             raise PackError("This map is of another photo; open the gallery again")
         view = pack.view(crop)
     key = (pack.id, pack.version, image_id, check_side(side), view)
-    return _kept(key, lambda: photo_image(pack, image_id, side, view))
+    return _CACHE.kept(key, lambda: jpeg(photo_image(pack, image_id, side, view)), len)
 
 
 def overlay_bytes(pack: Pack, entry_id: str, look: Look) -> bytes:
     """The map over its photo as JPEG."""
     key = (pack.id, pack.version, entry_id, look)
-    return _kept(key, lambda: overlay_image(pack, entry_id, look))
+    return _CACHE.kept(key, lambda: jpeg(overlay_image(pack, entry_id, look)), len)

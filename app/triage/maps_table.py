@@ -13,7 +13,7 @@ import tempfile
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -279,7 +279,7 @@ class MapsTable:
     def entries_of(self, image_id: str) -> pd.DataFrame:
         """The maps of one image, as :attr:`Pack.entries` has them, kept: not to be changed; none of an
         unknown one."""
-        return self._kept("entries", image_id, self._entries_of)  # type: ignore[no-any-return]
+        return self._recent.kept(("entries", image_id), lambda: self._entries_of(image_id))
 
     def _entries_of(self, image_id: str) -> pd.DataFrame:
         columns = (*ENTRY, *self._metrics.values())
@@ -295,14 +295,6 @@ class MapsTable:
         )
         return table.astype(dict.fromkeys(self._metrics, float))
 
-    def _kept(self, what: str, image_id: str, read: Callable[[str], Any]) -> Any:
-        """What was read of one of the last images, else what is read now."""
-        if (found := self._recent.get((what, image_id))) is None:
-            found = read(image_id)
-            if found is not None:
-                self._recent.put((what, image_id), found, 1)
-        return found
-
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
         """The method's map of the most probable class of each of these images, by image, the most probable
         first."""
@@ -314,7 +306,7 @@ class MapsTable:
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
         """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
-        return self._kept("image", image_id, self._image)  # type: ignore[no-any-return]
+        return self._recent.kept(("image", image_id), lambda: self._image(image_id))
 
     def _image(self, image_id: str) -> dict[str, Any] | None:
         for row in self.answer(

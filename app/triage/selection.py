@@ -7,7 +7,7 @@ and a message. The pack's own database answers, see :mod:`xattn.app.triage.maps_
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -270,90 +270,61 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
     usual = defaults(choices)
     messages: list[str] = []
     found: dict[str, Any] = {}
-
-    def last(name: str) -> str | None:
-        values = params.get(name) or ()
-        return values[-1] if len(values) else None
-
-    def refuse(name: str, value: str, instead: str) -> None:
-        messages.append(f"{name}: there is no {_short(value)}; {instead}.")
-
-    options: dict[str, tuple[Mapping[str, Any] | Sequence[str], str]] = {
-        "method": ((*choices.methods, ALL), f"maps by {usual.method} are shown"),
-        "maps": (MAPS, "the most probable class is shown"),
-        "sort": (choices.sorts, "maps are in the order of the pack"),
-        "order": (ORDERS, "the order is ascending"),
-        "show": (SHOWS, "overlays are shown"),
-        "part": (PARTS, "the model's crop is shown"),
-        "scale": (rendering.SCALES, "each map has its own scale"),
-        "colours": (rendering.COLOURS, "the colours are automatic"),
-        "size": ([str(s) for s in SIZES], f"{usual.size} a page are shown"),
-        "right": (RIGHT, "right and wrong are shown"),
-        "measure": (choices.measures, "its range is not used"),
-        "rating": (list(map(str, RATINGS)), "photos of any rating are shown"),
-        "note": (NOTES, "photos with and without a note are shown"),
+    options: dict[str, Collection[str]] = {
+        "method": (*choices.methods, ALL),
+        "maps": MAPS,
+        "sort": choices.sorts,
+        "order": ORDERS,
+        "show": SHOWS,
+        "part": PARTS,
+        "scale": rendering.SCALES,
+        "colours": rendering.COLOURS,
+        "size": [str(s) for s in SIZES],
+        "right": RIGHT,
+        "measure": choices.measures,
+        "rating": list(map(str, RATINGS)),
+        "note": NOTES,
     }
-    for name, (known, instead) in options.items():
-        value = last(name)
-        if value is None:
-            continue
-        if value in known:
+
+    def last(name: str) -> list[str]:
+        return list(params.get(name) or ())[-1:]
+
+    def known(name: str, values: Iterable[str], options: Collection[str]) -> tuple[str, ...]:
+        """Those of the values that there are; the others are told."""
+        each = list(dict.fromkeys(values))
+        gone = [value for value in each if value not in options]
+        messages.extend(f"{name}: there is no {_short(v)}; it is left out." for v in gone)
+        return tuple(value for value in each if value in options)
+
+    for name, values in options.items():
+        for value in known(name, last(name), values):
             found[name] = int(value) if name in ("size", "rating") else value
-        else:
-            refuse(name, value, instead)
-    classes = {"label": choices.labels, "predicted": choices.predicted}
-    for name, known in classes.items():
-        good = []
-        for value in dict.fromkeys(params.get(name) or ()):
-            if value in known:
-                good.append(value)
-            else:
-                refuse(name, value, "this class is left out of the filter")
-        found[name] = tuple(good)
+    for name, classes in (("label", choices.labels), ("predicted", choices.predicted)):
+        found[name] = known(name, params.get(name) or (), classes)
     tags = [" ".join(encodable(tag).split())[:TAG_LENGTH] for tag in params.get("tag") or ()]
     found["tag"] = tuple(dict.fromkeys(filter(None, tags)))[:MOST_TAGS]
-    if (page := last("page")) is not None:
-        number = _number(page)
-        if number is None or number < 1 or number != int(number):
-            messages.append(f"page: got {_short(page)}; give a number from 1. Page 1 is shown.")
-        else:
-            found["page"] = int(number)
-    if (search := last("q")) is not None:
-        found["q"] = " ".join(encodable(search).split())[:SEARCH_LENGTH]
-    messages += _parse_range(last("low"), last("high"), "measure" in found, found, params, usual)
+    for text in last("q"):
+        found["q"] = " ".join(encodable(text).split())[:SEARCH_LENGTH]
+    for name in ("page", "low", "high"):
+        for text in last(name):
+            number = _number(text)
+            if number is None or (name == "page" and (number < 1 or number % 1)):
+                want = "a number from 1" if name == "page" else "a number"
+                messages.append(f"{name}: got {_short(text)}; give {want}. It is left out.")
+            else:
+                found[name] = int(number) if name == "page" else number
+    wrong = ""
+    if not usual.measure and (last("low") or last("high")):
+        wrong = "low, high: this pack has no measure; the range is not used."
+    elif found.get("low", -math.inf) > found.get("high", math.inf):
+        wrong = f"low, high: {found['low']:g} is above {found['high']:g}; no range is used."
+    if wrong or (
+        params.get("measure") and "measure" not in found
+    ):  # of a measure that is not there
+        found.pop("low", None)
+        found.pop("high", None)
+    messages += [wrong] if wrong else []
     return replace(usual, **found), messages
-
-
-def _parse_range(
-    low: str | None,
-    high: str | None,
-    known: bool,
-    found: dict[str, Any],
-    params: Mapping[str, Sequence[str]],
-    usual: View,
-) -> list[str]:
-    """Read the range into ``found``; returns messages."""
-    if low is None and high is None:
-        return []
-    if not known and params.get("measure"):
-        return []  # the measure was refused, and its range with it
-    if not usual.measure:
-        return ["low, high: this pack has no measure; the range is not used."]
-    messages = []
-    for name, text in (("low", low), ("high", high)):
-        if text is None:
-            continue
-        value = _number(text)
-        if value is None:
-            messages.append(f"{name}: got {_short(text)}; give a number. The limit is not used.")
-        else:
-            found[name] = value
-    if found.get("low", -math.inf) > found.get("high", math.inf):
-        messages.append(
-            f"low, high: {found['low']:g} is above {found['high']:g}; no range is used."
-        )
-        del found["low"], found["high"]
-    return messages
 
 
 def _number(text: str) -> float | None:

@@ -330,13 +330,14 @@ def test_an_unknown_id_is_a_message(root, id):
 
 
 def test_scratch_packs_are_not_listed_and_only_so_many(tmp_path, root, written, monkeypatch):
+    monkeypatch.setattr(library_module, "SCRATCH_PACKS", 2)
     library = Library(root)
     shutil.copytree(written, tmp_path / "live")
     first, second = library.add_scratch(tmp_path / "live"), library.add_scratch(tmp_path / "live")
     assert first != second and len(first) > 32
     assert len(library.packs()) == 1
     assert len(library.open(first).entries) == 18
-    monkeypatch.setattr(library_module, "SCRATCH_PACKS", 1)
+    library.add_scratch(tmp_path / "live")
     library.add_scratch(tmp_path / "live")
     with pytest.raises(PackError, match="no such pack"):
         library.open(first)

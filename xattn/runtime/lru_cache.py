@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 class LRUCache:
@@ -30,3 +33,13 @@ class LRUCache:
             self._kept[key] = (value, size)
             while self._total > self._limit:
                 self._total -= self._kept.popitem(last=False)[1][1]
+
+    def kept(
+        self, key: Any, make: Callable[[], Made], size: Callable[[Made], int] | None = None
+    ) -> Made:
+        """The value of ``key``, made if it is missing; ``size`` tells what it takes, by default 1."""
+        value: Made | None = self.get(key)
+        if value is None:
+            value = make()
+            self.put(key, value, 1 if size is None else size(value))
+        return value

@@ -36,11 +36,7 @@ def read(library: Library, comparison_id: str) -> Board:
         PackError: no such comparison, or a file that is too large, damaged or of another version.
     """
     key = (comparison_id, library.signature(comparison_id, LEADERBOARD))
-    board: Board | None = _BOARDS.get(key)
-    if board is None:
-        board = parse(library.read(comparison_id, LEADERBOARD, MAX_BYTES))
-        _BOARDS.put(key, board, 1)
-    return board
+    return _BOARDS.kept(key, lambda: parse(library.read(comparison_id, LEADERBOARD, MAX_BYTES)))
 
 
 def parse(data: bytes) -> Board:

@@ -90,15 +90,15 @@ def painting_of(pack: Pack, image_id: str, backbone: Backbone) -> Painting:
     Raises:
         PackError, ValueError: as :func:`seen`.
     """
-    kept = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
+    kept: LRUCache = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
     key = (pack.id, pack.version, image_id, backbone.fingerprint)
-    found: Painting | None = kept.get(key)
-    if found is None:
+
+    def begin() -> Painting:
         photo = seen(pack, image_id, backbone)
         raster = raster_of((photo.pixels.shape[1], photo.pixels.shape[2]))
-        found = Painting(photo, np.zeros(raster, bool), region_runs(photo.pixels, raster))
-        kept.put(key, found, min(2 * photo.pixels.nbytes, KEPT))
-    return found
+        return Painting(photo, np.zeros(raster, bool), region_runs(photo.pixels, raster))
+
+    return kept.kept(key, begin, lambda found: min(2 * found.seen.pixels.nbytes, KEPT))
 
 
 MOST_PASSES = 200  # of a method that explains while somebody waits

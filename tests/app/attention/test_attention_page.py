@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +29,6 @@ from xattn.app.attention.attention_pass import (
     TRAINED,
     Choice,
     Reading,
-    keep,
     prefix_names,
 )
 from xattn.app.attention.view import (
@@ -63,6 +61,7 @@ from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
 from xattn.photos.view import prepare
 from xattn.pictures.scales import Scale, make_scale
+from xattn.runtime.lru_cache import LRUCache
 
 GRID = (3, 5)  # of the packs' model: 48 x 80 pixels in patches of 16
 LAYERS, HEADS = 6, 2
@@ -107,6 +106,11 @@ def script() -> None:
 
     library = state.library()
     page(Context(library, library.open(library.packs()[0].id), st.query_params.to_dict()))
+
+
+def readings(app):
+    """The readings that the session keeps."""
+    return [value for value, _ in app.session_state["attention.kept"]._kept.values()]
 
 
 def shown(**params: str) -> AppTest:
@@ -299,7 +303,7 @@ def test_a_window_of_three_reads_nine_patches_and_the_class_token(pack, backbone
 def test_agents_show_what_they_read_and_the_query_spreads_over_them(pack, backbone):
     app = shown(mechanism="agent", size="4")
     assert "What each agent of layer 5 reads" in words(app)
-    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    seen = next(r for r in readings(app) if any(r.maps))
     assert seen.maps[0]["agents"].shape == (4, *GRID)
     assert torch.allclose(seen.agent_shares(0, 3).sum(-1), torch.ones(HEADS))
 
@@ -340,7 +344,7 @@ def test_the_dial_is_a_slider_beside_p_and_agreement(pack, backbone):
         in text
     )
     assert f"<dt>Agreement</dt><dd>{'the same' if now == k else 'another'} class" in text
-    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    seen = next(r for r in readings(app) if any(r.maps))
     region, rows = seen.maps[5]["region"][0].flatten(), seen.rows(0)[5][:, 1:]
     masses = torch.stack([rows[:, region == b].sum(1) for b in range(4)], 1)
     assert f"gets {masses.amax(1).mean():.1%}, mean over heads" in text
@@ -362,7 +366,7 @@ def test_the_dial_steers_all_queries_to_one_region(pack):
     app = shown(mechanism="localist", size="64", patch="class-token")
     box(app, "Looks at").set_value("Bottom left").run()
     assert address(app)["target"] == "2" and not app.exception
-    seen = next(r for r in app.session_state["attention.kept"].values() if any(r.maps))
+    seen = next(r for r in readings(app) if any(r.maps))
     region = seen.maps[5]["region"][0]
     assert region[0, 0] == 0 and region[0, -1] == 1 and region[-1, 0] == 2 and region[-1, -1] == 3
     below = region.flatten() == 2
@@ -397,7 +401,7 @@ def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
     monkeypatch.setattr(models, "backbone_of", lambda pack: own)
     app = shown()
     assert "would attend to by positions alone in layer 5" in words(app)
-    (seen,) = app.session_state["attention.kept"].values()
+    (seen,) = readings(app)
     assert seen.maps[5]["prior"].shape == (HEADS, *GRID)
 
 
@@ -405,7 +409,7 @@ def test_the_prior_of_a_rotation_is_shown(pack, backbone, monkeypatch):
 
 
 def test_the_grid_lies_on_the_very_pixels_that_the_model_saw(pack, backbone):
-    seen = attention_pass.read(pack, "photo-1.png", backbone, AS_TRAINED, OrderedDict())
+    seen = attention_pass.read(pack, "photo-1.png", backbone, AS_TRAINED, LRUCache(KEPT))
     _, images = own_rows(pack, backbone, 0, "photo-1.png")
     assert torch.equal(torch.from_numpy(np.array(seen.pixels)).permute(2, 0, 1) / 255, images)
 
@@ -422,14 +426,7 @@ def test_a_session_keeps_a_few_images_and_asks_the_model_once_for_each(pack, mon
     for i in (1, 2, 3):
         app.query_params["image"] = f"photo-{i}.png"
         app.run()
-    assert len(passes) == 4 and len(app.session_state["attention.kept"]) == KEPT
-
-
-def test_what_was_used_last_is_kept():
-    cache = OrderedDict()
-    for key in (1, 2, 1, 3):
-        keep(cache, key, lambda: object(), 2)
-    assert list(cache) == [1, 3]
+    assert len(passes) == 4 and len(readings(app)) == KEPT
 
 
 @pytest.mark.parametrize(
