@@ -2,8 +2,8 @@
 
 Every change is a row of a journal, so that a person can undo and redo their own changes while others work
 on the same file. A transaction lasts as long as one change; whoever finds the file locked waits. The file
-appears with the first change. It may come from anybody: another layout is refused, values are bound, and
-what is read is text.
+appears with the first change. It may come from anybody: another layout is refused (its tables are strict,
+so each column holds what it says), and values are bound.
 
 A step is what a person did at once, perhaps to many photos: a row of the journal for each field that it
 changed, with the value before and after. Undoing a step leaves alone what somebody else has changed since.
@@ -67,7 +67,7 @@ class Change(NamedTuple):
 def revision(base: sqlite3.Connection) -> str:
     """The file's own name and a number that every change raises."""
     query = "SELECT value FROM about WHERE name IN ('file', 'revision') ORDER BY name"
-    return "-".join(_text(value) for (value,) in base.execute(query))
+    return "-".join(value for (value,) in base.execute(query))
 
 
 def raise_revision(base: sqlite3.Connection) -> None:
@@ -79,11 +79,11 @@ def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Ma
     """The marks of these photos, those that have any."""
     tags: dict[str, list[str]] = {}
     for image_id, tag in _rows_of(base, "SELECT image_id, tag FROM tags", image_ids):
-        tags.setdefault(image_id, []).append(_text(tag))
+        tags.setdefault(image_id, []).append(tag)
     notes = dict(_rows_of(base, "SELECT image_id, note FROM notes", image_ids))
     ratings = dict(_rows_of(base, "SELECT image_id, rating FROM ratings", image_ids))
     return {
-        i: Mark(tuple(sorted(tags.get(i, ()))), _text(notes.get(i)), _whole(ratings.get(i)))
+        i: Mark(tuple(sorted(tags.get(i, ()))), notes.get(i, ""), ratings.get(i, 0))
         for i in dict.fromkeys(image_ids)
         if i in tags or i in notes or i in ratings
     }
@@ -103,16 +103,6 @@ def _rows_of(
     for start in range(0, len(ids), _FEW):
         part = ids[start : start + _FEW]
         yield from base.execute(f"{select} WHERE image_id IN ({', '.join('?' * len(part))})", part)
-
-
-def _text(value: Any) -> str:
-    """A text of the file, which may hold anything, "" if it is none."""
-    return value if isinstance(value, str) else ""
-
-
-def _whole(value: Any) -> int:
-    """A number of the file, 0 if it is none."""
-    return int(value) if str(value).isdecimal() and len(str(value)) < 16 else 0
 
 
 # ---------------------------------------------------------------------- changes
@@ -151,7 +141,7 @@ def turn(base: sqlite3.Connection, person: str, undo: bool) -> Undone | None:
     query = (
         "SELECT field, image_id, name, before, after FROM journal WHERE step = ? ORDER BY number"
     )
-    rows = [Change(*map(_text, row)) for row in base.execute(query, [number])]
+    rows = [Change(*row) for row in base.execute(query, [number])]
     marks = marks_of(base, [row.image_id for row in rows])
     turned, stayed = [], set()
     for row in rows:
@@ -199,15 +189,16 @@ DEFAULT_KEYS = {1: "look again", 2: "wrong label", 3: "looks elsewhere"}  # of a
 APPLICATION, LAYOUT = 0x78415447, 1  # application_id and user_version of the file
 PATIENCE = 5.0  # seconds to wait for another writer
 _TABLES = {
-    "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    "tags": "(image_id TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (image_id, tag)) WITHOUT ROWID",
-    "notes": "(image_id TEXT PRIMARY KEY, note TEXT NOT NULL) WITHOUT ROWID",
-    "ratings": "(image_id TEXT PRIMARY KEY, rating INTEGER NOT NULL) WITHOUT ROWID",
-    "keys": "(key INTEGER PRIMARY KEY, tag TEXT NOT NULL UNIQUE)",
-    "slices": "(name TEXT PRIMARY KEY, view TEXT NOT NULL) WITHOUT ROWID",
+    "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID, STRICT",
+    "tags": "(image_id TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (image_id, tag)) "
+    "WITHOUT ROWID, STRICT",
+    "notes": "(image_id TEXT PRIMARY KEY, note TEXT NOT NULL) WITHOUT ROWID, STRICT",
+    "ratings": "(image_id TEXT PRIMARY KEY, rating INTEGER NOT NULL) WITHOUT ROWID, STRICT",
+    "keys": "(key INTEGER PRIMARY KEY, tag TEXT NOT NULL UNIQUE) STRICT",
+    "slices": "(name TEXT PRIMARY KEY, view TEXT NOT NULL) WITHOUT ROWID, STRICT",
     "journal": "(number INTEGER PRIMARY KEY, step INTEGER NOT NULL, person TEXT NOT NULL, "
     "state INTEGER NOT NULL, field TEXT NOT NULL, image_id TEXT NOT NULL, name TEXT NOT NULL, "
-    "before TEXT NOT NULL, after TEXT NOT NULL)",
+    "before TEXT NOT NULL, after TEXT NOT NULL) STRICT",
 }
 _SCHEMA = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()} | {
     "CREATE INDEX tag_photos ON tags (tag)",
@@ -258,9 +249,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many photos each tag has, by name."""
-        return dict(
-            self._pairs("SELECT tag, count(*) FROM tags GROUP BY tag ORDER BY tag", MOST_TAGS)
-        )
+        return self._pairs("SELECT tag, count(*) FROM tags GROUP BY tag ORDER BY tag", MOST_TAGS)
 
     def photos(
         self, tags: Sequence[str] = (), rating: int | None = None, note: bool = False
@@ -284,21 +273,16 @@ class Store:
         """The tags of the keys 1 to 9."""
         if not self._there():
             return dict(DEFAULT_KEYS)
-        pairs = self._pairs("SELECT tag, key FROM keys ORDER BY key", len(KEYS))
-        return {key: tag for tag, key in pairs if key in KEYS}
+        return self._pairs("SELECT key, tag FROM keys ORDER BY key", len(KEYS))
 
     def slices(self) -> dict[str, str]:
         """The saved slices, by name: the text of each one's view."""
-        pairs = self._pairs("SELECT name, view FROM slices ORDER BY name", MOST_SLICES)
-        return {name: view for name, view in pairs if isinstance(view, str)}
+        return self._pairs("SELECT name, view FROM slices ORDER BY name", MOST_SLICES)
 
-    def _pairs(self, query: str, most: int) -> list[tuple[str, Any]]:
-        """Rows of a name and a value; what is no name is left out, since anybody may have written it."""
+    def _pairs(self, query: str, most: int) -> dict[Any, Any]:
+        """The first rows of an answer with two columns."""
         with self._reading() as base:
-            if base is None:
-                return []
-            rows = base.execute(f"{query} LIMIT ?", [most])
-            return [(name, value) for name, value in rows if isinstance(name, str)]
+            return {} if base is None else dict(base.execute(f"{query} LIMIT ?", [most]))
 
     # ------------------------------------------------------------------ changing photos
 

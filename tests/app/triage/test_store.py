@@ -188,16 +188,6 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         store.toggle("ann", ["a"], "x")
 
 
-def test_values_of_a_wrong_kind_are_read_as_none(store, path):
-    store.toggle("ann", ["a"], "x")
-    with closing(sqlite3.connect(path)) as base, base:
-        base.execute("INSERT INTO ratings VALUES ('a', 'five')")
-        base.execute("INSERT INTO notes VALUES ('a', x'00ff')")
-        base.execute("INSERT INTO slices VALUES ('s', x'00')")
-    assert store.marks(["a"]) == {"a": Mark(("x",), "", 0)}
-    assert store.slices() == {}
-
-
 def test_hostile_text_is_text(store):
     store.change_tags("ann", [HOSTILE], [HOSTILE])
     store.set_note("ann", HOSTILE, f"{HOSTILE} \ud800")
