@@ -1,5 +1,8 @@
-"""The gallery in a browser: keys move, open and turn the page; Back restores; text stays text."""
+"""The gallery in Chromium: keys move, open and turn the page; Back restores; text stays text; filters and
+looks as a person uses them."""
 
+import csv
+import re
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -7,7 +10,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from synthetic_packs import explanation, picture, small_pack
-from viewer_pages import choose_pack, served
+from viewer_pages import choose_option, choose_pack, downloaded, served
 
 from xattn.packs.writer import save_pack
 
@@ -16,6 +19,7 @@ FOCUSED = """() => {
   while (at.shadowRoot) at = at.shadowRoot.activeElement;
   return at.dataset.id ?? null;
 }"""
+SHOWN = "cell => Number(getComputedStyle(cell.querySelector('.bare')).opacity) === 1"
 NAME = "<img src=x onerror=\"document.title='run'\"> 😀 تصویر"
 
 
@@ -24,6 +28,7 @@ def address(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     odd = [explanation(0, file_name=NAME, source=picture(0))]
     save_pack(root / "odd", odd, overlays=False)
+    small_pack(root / "filtered", 60, ("gradcam", "random"))
     small_pack(
         root / "first", 30, ("gradcam",)
     )  # the newest is what an address without a pack shows
@@ -136,13 +141,90 @@ def test_files_of_the_selection_are_made_when_they_are_asked_for(address, open_p
     page = open_page(f"{address}/?q=tench&sort=name")
     cell(page, 0).wait_for()
     page.get_by_role("button", name="Export").click()
-    with page.expect_download() as got:
-        page.get_by_role("link", name="CSV of the selection").click()
-    lines = got.value.path().read_text(encoding="utf-8").splitlines()
+    link = page.get_by_role("link", name="CSV of the selection")
+    lines = downloaded(page, link).path().read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + page.locator(".cell").count()
     assert all("tench" in line for line in lines[1:])
-    with page.expect_download() as got:
-        page.get_by_role("button", name="HTML of the selection").click()
-    report = got.value.path().read_text(encoding="utf-8")
+    button = page.get_by_role("button", name="HTML of the selection")
+    report = downloaded(page, button).path().read_text(encoding="utf-8")
     assert report.startswith("<!doctype html>")
     assert 'src="data:image' in report
+
+
+def wait_shown(page, cell):
+    cell.locator(".bare").wait_for(state="attached")
+    page.wait_for_function(f"cell => ({SHOWN})(cell)", arg=cell.element_handle())
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("wide", "light"), ("narrow", "dark")])
+def test_from_the_gallery_to_an_outline_on_the_photos_page(address, open_page, size, scheme):
+    page = open_page(address, size, scheme)
+    first, second = (page.locator(".cell").nth(i) for i in (0, 1))
+    first.locator(".frame.there").wait_for()
+    box, beside = first.locator(".frame").bounding_box(), second.locator(".frame").bounding_box()
+    assert abs(box["width"] - box["height"]) < 1
+    if size == "narrow":
+        assert beside["y"] == box["y"] and beside["x"] + beside["width"] > 390 - 20
+    first.focus()
+    page.keyboard.press("ArrowRight")
+    wait_shown(page, second)
+    assert first.locator(".frame").bounding_box() == box, "nothing moves"
+    if size == "wide":
+        first.hover()
+        wait_shown(page, first)
+    page.get_by_role("button", name="Look").click()
+    assert page.get_by_role("radio", name="Overlay").is_checked()
+    page.get_by_role("radio", name="Outline").click()
+    page.wait_for_url("**show=outline**")
+    page.keyboard.press("Escape")
+    page.locator('.cell img[src*="style=outline"]').first.wait_for()
+    first.click()
+    page.wait_for_url("**/image?**")
+    page.locator('.st-key-maps img[src*="style=outline"]').first.wait_for()
+
+
+def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_page):
+    page = open_page(address, "narrow", "dark")
+    choose_pack(page, "filtered")
+    page.get_by_text("1 to 24 of 60 maps", exact=True).wait_for()
+    page.goto(f"{page.url}&right=wrong")
+    chips = page.locator(".st-key-gallery-chips")
+    chips.get_by_role("button", name="Wrong").wait_for()
+    page.get_by_text("15 maps, filtered from 60", exact=True).wait_for()
+    page.get_by_role("button", name="Filters").click()
+    assert page.get_by_role("radio", name="Wrong", exact=True).is_checked()
+    choose_option(page, page.get_by_role("combobox", name="True class"), "hen (")
+    page.wait_for_url(re.compile("label=2"))
+    page.keyboard.press("Escape")
+    page.get_by_role("option").first.wait_for(state="hidden")  # it lay over the chart
+    chips.get_by_role("button", name="true: hen").wait_for()
+    bars = page.locator(".st-key-gallery-histogram [data-testid=stVegaLiteChart]")
+    bars.scroll_into_view_if_needed()
+    bars.locator("canvas, svg").first.wait_for()
+    box = bars.bounding_box()
+    at = [(box["x"] + x * box["width"], box["y"] + 30) for x in (0.1, 0.5, 0.9)]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    page.mouse.move(*at[1], steps=4)
+    page.mouse.move(*at[2], steps=4)
+    page.mouse.up()
+    page.wait_for_url(re.compile(r"low=.*high="))
+    chips.get_by_role("button", name="Confidence").wait_for()
+    low, high = (float(re.search(rf"{name}=([^&]+)", page.url)[1]) for name in ("low", "high"))
+    assert 0.3 < low < high < 0.9  # confidences of the made-up maps
+    page.keyboard.press("Escape")
+    overflow = "() => document.documentElement.scrollWidth - innerWidth"
+    assert page.evaluate(overflow) <= 0
+    chips.get_by_role("button", name="Confidence").click()
+    page.wait_for_url(re.compile("^(?!.*low=)"))
+    chips.get_by_role("button", name="true: hen").click()
+    page.wait_for_url(re.compile("^(?!.*label=)"))
+    page.get_by_text("15 maps, filtered from 60", exact=True).wait_for()
+    page.get_by_role("button", name="Export").click()
+    csv_link = page.get_by_role("link", name="CSV of the selection")
+    csv_link.evaluate("link => { link.target = ''; }")
+    lines = list(csv.reader(downloaded(page, csv_link).path().read_text().splitlines()))
+    assert len(lines) == 16
+    chips.get_by_role("button", name="Clear all").click()
+    page.get_by_text("1 to 24 of 60 maps", exact=True).wait_for()
+    assert chips.count() == 0

@@ -10,7 +10,7 @@ pytest.importorskip("streamlit")
 
 from corner_photos import COUNT, photo
 from synthetic_packs import described
-from viewer_pages import SCREENS, served, shot
+from viewer_pages import served, shot
 
 from xattn.packs.writer import save_pack
 
@@ -45,15 +45,12 @@ def chosen(page):
     return int(re.match(r"\d+", page.locator(".scatter .count").inner_text())[0])
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_page, size, scheme):
-    page = open_page(address, size, scheme)
+def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_page):
+    page = open_page(address)
     page.locator(".cell .frame.there").first.wait_for()
-    if size == "narrow":
-        page.locator(".st-key-bottom-bar").get_by_role("button", name="More").click()
     page.get_by_role("link", name="Map", exact=True).last.click()
     page.get_by_text(f"{COUNT} photos", exact=True).wait_for()
-    shot(page, f"map-{size}-{scheme}")
+    shot(page, "map")
 
     drawn(page, [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98)])
     page.get_by_text(f"{COUNT} of {COUNT} chosen").wait_for()
@@ -66,7 +63,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     legend.click()
     own = int(legend.locator("span").last.inner_text())
     page.get_by_text(re.compile(rf"^{own} photos, 100% predicted as ")).wait_for()
-    shot(page, f"map-chosen-{size}-{scheme}")
+    shot(page, "map-chosen")
     page.locator(".drawing").focus()
     page.keyboard.press("Escape")
     page.keyboard.press("ArrowRight")
@@ -78,7 +75,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.wait_for_url(re.compile(r"/image\?.*tab=Similar"))
     page.locator(".st-key-similar .frame.there").nth(1).wait_for()
     page.get_by_text(re.compile("^distance 0")).first.wait_for()
-    shot(page, f"similar-{size}-{scheme}")
+    shot(page, "similar")
     page.go_back()
     page.get_by_text("1 of 48 chosen").wait_for()
     page.get_by_role("tab", name="Groups").click()
@@ -86,7 +83,7 @@ def test_from_the_gallery_to_chosen_photos_to_one_and_its_like(address, open_pag
     page.locator(".st-key-photomap-groups .cell").nth(1).click()
     page.wait_for_url(re.compile("group=2"))
     page.get_by_role("heading", name=re.compile("^Group 2: ")).wait_for()
-    shot(page, f"groups-{size}-{scheme}")
+    shot(page, "groups")
     page.reload()
     page.get_by_role("heading", name=re.compile("^Group 2: ")).wait_for()
     page.locator(".st-key-photomap-group .cell").first.click()

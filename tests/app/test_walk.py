@@ -1,5 +1,5 @@
-"""The main path in Chromium, from the gallery to an exported file; and every page at two widths and in
-two themes, with screenshots in the folder that ``XATTN_SCREENS`` names."""
+"""The main path in Chromium, from the gallery to an exported file; every page at two widths, with screenshots
+in the folder that ``XATTN_SCREENS`` names; and patches of the attention page, picked by pointer and keys."""
 
 import re
 import shutil
@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("streamlit")
 
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from synthetic_packs import small_pack
-from viewer_pages import SCREENS, choose_option, choose_pack, served, shot, vit_pack
+from viewer_pages import choose_option, choose_pack, downloaded, served, shot, vit_pack
 
 from xattn.app.library import Library
 
@@ -26,6 +27,12 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "compare": ("measured", "There is no comparison yet."),
     "train": ("measured", "Train a head"),
 }
+FOLDED = (
+    "gallery",
+    "image",
+    "attention",
+    "compare",
+)  # whose controls are elsewhere on a narrow screen
 
 
 # Whether every picture in sight is there, those in the shadow roots of grids included.
@@ -80,14 +87,12 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
 
     page.goto(shared.replace("/attention", "/image"))
     page.get_by_role("tab", name="Export").click()
-    with page.expect_download() as download:
-        page.get_by_role("button", name=re.compile(", PNG$")).click()
-    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+    figure = downloaded(page, page.get_by_role("button", name=re.compile(", PNG$")))
+    assert figure.path().read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_page, size, scheme):
-    page = open_page(address, size, scheme)
+def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_page):
+    page = open_page(address)
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "vit")
     page.locator('.cell[data-id^="photo-1.png@"]').click()
@@ -107,7 +112,7 @@ def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_p
     hidden.wait_for()
     assert page.locator(".answers tbody tr").first.locator("td").count() == 4
     brushed = hidden.inner_text()
-    shot(page, f"whatif-painted-{size}-{scheme}")
+    shot(page, "whatif-painted")
     page.get_by_role("button", name="Superpixel").click()
     page.mouse.click(at[0][0], box["y"] + 0.1 * box["height"])
     page.get_by_text(brushed).wait_for(state="detached")
@@ -150,9 +155,8 @@ def test_each_view_is_one_press_of_back(root, address, open_page):
     page.get_by_role("heading", name="photo-00002").wait_for()
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page, size, scheme):
-    page = open_page(address, size, scheme)
+def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page):
+    page = open_page(address, "narrow", "dark")
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "measured")
     page.get_by_role("link", name="Mistakes").filter(visible=True).first.click()
@@ -160,12 +164,12 @@ def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page,
     page.wait_for_url(re.compile(r"/mistakes\?.*cell=\d+\.\d+"))
     page.keyboard.press("ArrowRight")
     page.locator(".st-key-mistakes-cells .frame.there").nth(1).wait_for()
-    shot(page, f"mistakes-cell-{size}-{scheme}")
+    shot(page, "mistakes-cell")
     page.locator(".st-key-mistakes-cells .cell").nth(1).click()
     page.wait_for_url(re.compile(r"/image\?.*image=photo-"))
     page.get_by_role("heading", name=re.compile(", true: ")).wait_for()
     page.locator(".st-key-maps .frame.there").nth(1).wait_for()
-    shot(page, f"mistake-{size}-{scheme}")
+    shot(page, "mistake")
     page.get_by_role("button", name="Gallery").click()
     page.get_by_text(re.compile(r"^\d maps?, filtered from 30$")).wait_for()
     page.go_back()
@@ -173,8 +177,7 @@ def test_from_the_gallery_to_a_mistake_to_its_photo_and_back(address, open_page,
     page.locator(".matrix .wrong[aria-current]").wait_for()
 
 
-@pytest.mark.parametrize("size", ["wide", "narrow"])
-@pytest.mark.parametrize("popover", ["measured", "Filters"])
+@pytest.mark.parametrize(("size", "popover"), [("wide", "measured"), ("narrow", "Filters")])
 def test_another_page_opens_while_a_popover_is_open(address, open_page, popover, size):
     page = open_page(address, size)
     page.locator(".cell .frame.there").first.wait_for()
@@ -188,9 +191,8 @@ def test_another_page_opens_while_a_popover_is_open(address, open_page, popover,
     page.locator(".matrix .wrong").first.wait_for()
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page, size, scheme):
-    page = open_page(address, size, scheme)
+def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page):
+    page = open_page(address)
     page.locator(".cell .frame.there").first.wait_for()
     choose_pack(page, "measured")
     page.locator('.cell[data-id^="photo-00002@"]').click()
@@ -199,7 +201,7 @@ def test_from_a_photo_to_its_maps_in_two_runs_and_back(address, open_page, size,
     page.wait_for_url(re.compile(r"/runs\?.*image=photo-00002"))
     page.get_by_role("heading", name="photo-00002").wait_for()
     page.get_by_text("Difference", exact=True).wait_for()
-    shot(page, f"two-runs-{size}-{scheme}")
+    shot(page, "two-runs")
     page.get_by_role("button", name="All photos").click()
     page.locator(".st-key-runs-pairs .cell").nth(3).click()
     page.get_by_text("2 of 30").wait_for()
@@ -236,19 +238,6 @@ def test_a_photos_attention_opens_anew_after_another_page(address, open_page):
     page.get_by_text(re.compile("^layer 2, mean of all heads, from row 3, column 3$")).wait_for()
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-@pytest.mark.parametrize("name", PAGES)
-def test_pages_fit_the_screen(root, address, open_page, name, size, scheme):
-    pack, text = PAGES[name]
-    ids = {info.name: info.id for info in Library(root[0]).packs()}
-    path = "" if name == "gallery" else name
-    page = open_page(f"{address}/{path}?pack={ids[pack]}", size, scheme)
-    page.get_by_test_id("stMain").get_by_text(text, exact=True).first.wait_for()
-    page.wait_for_load_state("networkidle")
-    page.wait_for_function(ALL_LOADED)
-    shot(page, f"{name}-{size}-{scheme}")
-
-
 # What is chosen in every widget in sight, in their order.
 CHOSEN = """() => [...document.querySelectorAll(
   "[data-testid=stMain] :is([role=radio], [role=combobox], [role=slider], [role=tab], input, [data-tag])"
@@ -257,22 +246,26 @@ CHOSEN = """() => [...document.querySelectorAll(
 ].join(" ")).sort()"""
 
 
-@pytest.mark.parametrize("name", ["whatif", "mistakes", "photomap", "runs", "live", "train"])
-def test_a_narrow_screen_shows_the_same_choices(root, address, open_page, name):
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_fit_wide_and_narrow_screens_and_offer_the_same_there(root, address, open_page, name):
     pack, text = PAGES[name]
     ids = {info.name: info.id for info in Library(root[0]).packs()}
-    pages = [open_page(f"{address}/{name}?pack={ids[pack]}", size) for size in ("wide", "narrow")]
-    for page in pages:
+    path = "" if name == "gallery" else name
+    pages = {
+        size: open_page(f"{address}/{path}?pack={ids[pack]}", size, scheme)
+        for size, scheme in (("wide", "light"), ("narrow", "dark"))
+    }
+    for size, page in pages.items():
         page.get_by_test_id("stMain").get_by_text(text, exact=True).first.wait_for()
         page.locator("[data-test-script-state=notRunning]").wait_for()
         page.wait_for_load_state("networkidle")
-    for _ in range(600):  # widgets come one by one
-        shown = [page.evaluate(CHOSEN) for page in pages]
-        if shown[0] == shown[1] and (shown[0] or name == "train"):  # which begins without any
-            break
-        pages[0].wait_for_timeout(500)
-    assert shown[0] == shown[1]
-    assert bool(shown[0]) == (name != "train")
+        page.wait_for_function(ALL_LOADED)
+        shot(page, f"{name}-{size}")
+    if name not in FOLDED:
+        one, other = pages.values()
+        one.wait_for_function(f"() => ({CHOSEN})().length > 0")
+        shown = one.evaluate(CHOSEN)
+        other.wait_for_function(f"shown => ({CHOSEN})().join() === shown.join()", arg=shown)
 
 
 def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, address, open_page):
@@ -286,3 +279,162 @@ def test_a_pack_that_goes_or_changes_while_it_is_shown_is_a_message(root, addres
     page.get_by_role("alert").first.wait_for()
     page.get_by_role("link", name="Gallery").first.click()
     page.locator(".cell .frame.there").first.wait_for()
+
+
+# ---------------------------------------------------------------------- patches of the attention page
+
+
+@pytest.fixture
+def attention(root, address):
+    """The attention page of the ViT's pack."""
+    ids = {info.name: info.id for info in Library(root[0]).packs()}
+    return f"{address}/attention?pack={ids['vit']}"
+
+
+@pytest.fixture
+def page(attention, open_page):
+    opened = open_page(attention)
+    ready(opened, "from row 3, column 3")
+    return opened
+
+
+def ready(page, text):
+    """Wait until the facts of the row say ``text``."""
+    page.get_by_text(re.compile(f"^layer.*{re.escape(text)}$|^{re.escape(text)}$")).first.wait_for()
+
+
+def picker(page):
+    return of_picker(page, ".frame")
+
+
+def of_picker(page, part):
+    """A part of the large picture; rollout's is a picker, too, and may be there first."""
+    return page.locator(f".st-key-attention-picker {part}")
+
+
+def click(page, row, column):
+    """On the middle of a patch, counted from 1."""
+    box = picker(page).bounding_box()
+    at = ((c - 0.5) / SIDE for c in (column, row))
+    x, y = (share * side for share, side in zip(at, (box["width"], box["height"]), strict=True))
+    picker(page).click(position={"x": x, "y": y})
+
+
+def url(page, **wanted):
+    """Wait until the address has these parameters."""
+    for name, value in wanted.items():
+        page.wait_for_url(re.compile(rf"[?&]{name}={re.escape(value)}(&|$)"))
+
+
+def test_a_click_shows_the_attention_of_the_patch_and_a_reload_restores_it(page):
+    before = of_picker(page, "img.map").get_attribute("src")
+    click(page, 2, 4)
+    ready(page, "from row 2, column 4")
+    url(page, patch="2%2C4")
+    after = of_picker(page, "img.map").get_attribute("src")
+    assert after != before
+    page.reload()
+    ready(page, "from row 2, column 4")
+    assert of_picker(page, "img.map").get_attribute("src") == after
+    outline = of_picker(page, ".picked").evaluate("e => [e.style.top, e.style.left]")
+    assert outline == ["20%", "60%"]
+
+
+def test_arrow_keys_home_and_end_move_and_read_out_the_place(page):
+    picker(page).focus()
+    status = of_picker(page, ".status")
+    for key, place in (
+        ("ArrowRight", (3, 4)),
+        ("ArrowUp", (2, 4)),
+        ("End", (2, 5)),
+        ("ArrowRight", (2, 5)),  # the edge holds
+        ("Home", (2, 1)),
+        ("Control+End", (5, 5)),
+        ("Control+Home", (1, 1)),
+        ("ArrowDown", (2, 1)),
+    ):
+        page.keyboard.press(key)
+        assert status.text_content() == f"row {place[0]} of 5, column {place[1]} of 5"
+    ready(page, "from row 2, column 1")
+    url(page, patch="2%2C1")
+    focused = page.evaluate(
+        "() => { let a = document.activeElement;"
+        " while (a.shadowRoot) a = a.shadowRoot.activeElement; return a.className; }"
+    )
+    assert focused == "frame"
+
+
+def test_the_answer_to_an_earlier_key_does_not_move_the_cursor_back(attention, open_page):
+    page = open_page("about:blank")
+    held: list = []
+    holding = False
+
+    def between(browser):
+        server = browser.connect_to_server()
+        server.on_message(lambda m: held.append((browser, m)) if holding else browser.send(m))
+
+    page.route_web_socket("**/_stcore/stream", between)
+    page.goto(attention)
+    ready(page, "from row 3, column 3")
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    holding = True
+    picker(page).focus()
+    page.keyboard.press("ArrowRight")
+    while not any(
+        ForwardMsg.FromString(m).WhichOneof("type") == "script_finished" for _, m in held
+    ):
+        page.wait_for_timeout(50)  # until the cursor rests and is answered
+    page.keyboard.press("ArrowDown")
+    holding = False
+    for browser, message in held:
+        browser.send(message)
+    ready(page, "from row 4, column 4")
+    url(page, patch="4%2C4")
+
+
+def test_focus_is_to_be_seen_and_the_pointer_outlines_a_patch(page):
+    frame = picker(page)
+    page.keyboard.press("Tab")
+    frame.focus()
+    page.keyboard.press("ArrowLeft")
+    assert frame.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    box = frame.bounding_box()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
+    cursor = of_picker(page, ".cursor")
+    assert cursor.evaluate("e => [e.style.top, e.style.left]") == ["0%", "80%"]
+
+
+def test_a_head_and_a_layer_are_chosen_by_their_pictures_one_after_the_other(page):
+    page.locator(".cell", has_text="Head 1").click()
+    # Streamlit drops a click when the next one arrives before its callback ran.
+    page.get_by_text("head 1, from row 3, column 3").wait_for()
+    page.locator(".cell", has_text="Layer 2").click()
+    page.get_by_text("layer 2, head 1, from row 3, column 3").wait_for()
+    url(page, layer="2", head="1")
+    page.go_back()
+    page.get_by_text("layer 2, head 1, from").wait_for(state="detached")
+
+
+def test_a_bar_of_the_entropy_chart_shows_its_head(page):
+    page.get_by_text("All layers", exact=True).click()
+    bar = page.get_by_text("layer 0, head 1", exact=True)
+    bar.wait_for()
+    page.locator("[aria-roledescription=bar][aria-label*='layer 0, head 1']").click()
+    ready(page, "layer 0, head 1, from row 3, column 3")
+    url(page, layer="0", head="1")
+
+
+def test_the_class_token_may_ask_and_the_next_photo_is_asked_the_same(page):
+    page.get_by_text("Class token", exact=True).click()
+    ready(page, "from the class token")
+    page.get_by_role("button", name="Next").click()
+    page.get_by_role("heading", name="photo-1.png").wait_for()
+    ready(page, "from the class token")
+    url(page, image="photo-1.png", patch="class-token")
+
+
+def test_nothing_of_a_conversion_is_wider_than_a_narrow_screen(attention, open_page):
+    page = open_page(f"{attention}&mechanism=gna&size=3", "narrow")
+    page.get_by_text("The figures as a table").wait_for()
+    page.get_by_text("after a conversion without training").wait_for()
+    shot(page, "attention-converted")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pytest
 import served_viewer
 import torch
 from safetensors.torch import save_file
@@ -19,13 +18,6 @@ from synthetic_packs import picture
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
 from xattn.packs.writer import save_pack
-
-SCREENS = [
-    ("wide", "light"),
-    ("narrow", "dark"),
-    pytest.param("wide", "dark", marks=pytest.mark.slow),
-    pytest.param("narrow", "light", marks=pytest.mark.slow),
-]
 
 
 def opened(script: Callable[[], None], **params: str) -> Any:
@@ -92,6 +84,19 @@ def choose_option(page: Any, box: Any, name: str) -> None:
     page.locator("[data-test-script-state=notRunning]").wait_for()
     box.click()
     served_viewer.pointed_at(page, name).click()
+
+
+def downloaded(page: Any, button: Any) -> Any:
+    """What a click on a button downloads.
+
+    The viewer makes the file after the click and forgets it with the run that made the button, so no run
+    may be under way.
+    """
+    button.wait_for()
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    with page.expect_download() as got:
+        button.click()
+    return got.value
 
 
 def shot(page: Any, name: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from synthetic_packs import small_pack
-from viewer_pages import SCREENS, choose_option, served, shot
+from viewer_pages import choose_option, downloaded, served, shot
 
 from xattn.app.library import Library
 from xattn.app.triage import tag_files
@@ -56,9 +56,8 @@ def cell(page, number):
     return page.locator(f'.cell[data-id^="photo-{number:05}@"]')
 
 
-@pytest.mark.parametrize(("size", "scheme"), SCREENS)
-def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, scheme):
-    page = open_page(address, size, scheme)
+def test_choose_tag_undo_filter_save_and_export(address, open_page, root):
+    page = open_page(address)
     cell(page, 0).locator(".frame.there").wait_for()
     cell(page, 0).focus()
     page.keyboard.press("x")
@@ -85,7 +84,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     search.press("Enter")
     page.get_by_text("10 maps, filtered from 26").wait_for()
     assert page.locator(".mark", has_text="look again").count() == 3
-    shot(page, f"triage-{size}-{scheme}")
+    shot(page, "triage")
 
     search.fill("")
     search.press("Enter")
@@ -97,7 +96,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     chart.locator("canvas, svg").first.wait_for()  # it moves what is below it
     choose_option(page, tags, "wrong label (3)")
     page.wait_for_url(re.compile(r"tag=wrong\+label"))
-    shot(page, f"triage-filters-{size}-{scheme}")
+    shot(page, "triage-filters")
     page.keyboard.press("Escape")  # closes the list of tags
     page.keyboard.press("Escape")
     page.get_by_test_id("stPopoverBody").wait_for(state="detached")
@@ -113,16 +112,14 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     page.keyboard.press("Escape")
 
     page.get_by_role("button", name="Export").click()
-    with page.expect_download() as got:
-        page.get_by_role("button", name="List of photos").click()
-    names = got.value.path().read_text(encoding="utf-8").splitlines()[1:]
+    listed = downloaded(page, page.get_by_role("button", name="List of photos"))
+    names = listed.path().read_text(encoding="utf-8").splitlines()[1:]
     assert names == [f"photo-0000{n}" for n in (3, 4, 5)]
-    folder = f"set-{size}-{scheme}"
-    page.get_by_label("Name of a new folder").fill(folder)
+    page.get_by_label("Name of a new folder").fill("set")
     page.get_by_label("Name of a new folder").press("Enter")
     page.get_by_role("button", name="Write a FiftyOne data set").click()
-    page.get_by_text(f"{folder} is written: 3 photos.").wait_for()
-    assert (root / folder / "samples.json").read_text() == "3"
+    page.get_by_text("set is written: 3 photos.").wait_for()
+    assert (root / "set" / "samples.json").read_text() == "3"
 
     page.get_by_role("link", name="Mistakes").filter(visible=True).first.click()
     page.get_by_role("tab", name="Slices").click()
@@ -130,7 +127,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root, size, 
     table.locator("canvas").first.wait_for()
     table.scroll_into_view_if_needed()
     table.get_by_text("to be told anew").wait_for(state="attached")
-    shot(page, f"slices-{size}-{scheme}")
+    shot(page, "slices")
     box = table.bounding_box()
     page.mouse.click(box["x"] + 20, box["y"] + 52)  # the box of the first row
     page.wait_for_url(re.compile(r"^[^?]*/\?.*tag=wrong\+label"))
