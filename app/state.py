@@ -7,6 +7,7 @@ from files and models are text: ``plain`` makes them safe inside Markdown.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -199,6 +200,20 @@ def tell_again(*keys: str) -> None:
     for key in keys:
         if key in st.session_state:
             st.session_state[key] = st.session_state[key]
+
+
+def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
+    """The key of a widget that is to show ``value``; a new one where the widget of before holds another.
+
+    With each click a browser sends the values of all widgets, even stale ones. What was changed by other
+    ways than the widget itself would be taken for a choice.
+    """
+    numbers: dict[str, int] = st.session_state.setdefault("_replaced", {})
+    key = f"{what} {numbers.setdefault(what, 0)}"
+    if key in st.session_state and not same(st.session_state[key], value):
+        numbers[what] += 1
+        key = f"{what} {numbers[what]}"
+    return key
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")

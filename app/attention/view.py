@@ -16,6 +16,7 @@ import streamlit as st
 from PIL import Image
 from torch import Tensor
 
+from xattn.app import state
 from xattn.app.attention.attention_pass import (
     AS_TRAINED,
     TRAINED,
@@ -265,15 +266,8 @@ def change(**values: Any) -> None:
 
 
 def shown(name: str, value: Any) -> str:
-    """The key of the widget ``name``, which shows ``value``.
-
-    With each click a browser sends the values of all widgets, even stale ones. So a value that was set
-    elsewhere gets a widget with a new key.
-    """
-    key = _key(name)
-    if key in st.session_state and st.session_state[key] != value:
-        _made()[name] += 1
-        key = _key(name)
+    """The key of the widget ``name``, which shows ``value``."""
+    key = state.widget_key(KEY + name, value)
     st.session_state[key] = value
     return key
 
@@ -284,17 +278,9 @@ def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None 
     A browser may send a widget that the last run replaced; Streamlit has forgotten that one and takes its
     old value for a choice.
     """
-    if key == _key(name):
-        value = st.session_state[key]
+    value = st.session_state[key]
+    if key == state.widget_key(KEY + name, value):
         change(**({name: value} if changes is None else changes(value)))
-
-
-def _key(name: str) -> str:
-    return f"{KEY}{name} {_made().setdefault(name, 0)}"
-
-
-def _made() -> dict[str, int]:
-    return st.session_state.setdefault(f"{KEY}widgets", {})  # type: ignore[no-any-return]
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:

@@ -54,16 +54,7 @@ def slice_table(pack: Pack, method: str) -> None:
         return
     rows = _rows(pack, revision, method, views)
     keys = [m.key for m in pack.metrics if any(m.key in row.metrics for row in rows.values())]
-    table = pd.DataFrame(
-        {
-            "slice": [visible(name) for name in views],
-            "photos": [rows[n].photos if n in rows else 0 for n in views],
-            "right": [_percent(rows.get(n)) for n in views],
-            "right, 95 %": [_range(rows.get(n)) for n in views],
-            "ECE": [rows[n].ece if n in rows else float("nan") for n in views],
-            **{key: [_metric(rows.get(n), key) for n in views] for key in keys},
-        }
-    )
+    table = pd.DataFrame([_slice_line(name, rows.get(name), keys) for name in views])
     columns = {
         "slice": st.column_config.TextColumn(pinned=True),
         "right": st.column_config.NumberColumn(format="%.1f %%"),
@@ -106,17 +97,19 @@ def _rows(pack: Pack, revision: str, method: str, _views: dict[str, View]) -> di
     return rows
 
 
-def _percent(row: SliceRow | None) -> float:
-    return float("nan") if row is None else 100 * row.accuracy.mean
-
-
-def _range(row: SliceRow | None) -> str:
-    known = row is not None and row.known
-    return f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}" if row and known else ""
-
-
-def _metric(row: SliceRow | None, key: str) -> str:
-    return row.metrics[key].text(3) if row is not None and key in row.metrics else ""
+def _slice_line(name: str, row: SliceRow | None, keys: list[str]) -> dict[str, Any]:
+    """A slice in the table; without photos it has no figures."""
+    line: dict[str, Any] = {"slice": visible(name), "photos": 0}
+    if row is None:
+        return line | dict.fromkeys(("right, 95 %", *keys), "")
+    figures = {key: row.metrics[key].text(3) if key in row.metrics else "" for key in keys}
+    return line | {
+        "photos": row.photos,
+        "right": 100 * row.accuracy.mean,
+        "right, 95 %": f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}" if row.known else "",
+        "ECE": row.ece,
+        **figures,
+    }
 
 
 SIDE = 240  # pixels of a picture's longer side
@@ -340,17 +333,15 @@ def _classes(pack: Pack, method: str) -> None:
     keys = [key for key in (m.key for m in pack.metrics) if any(key in r.metrics for r in rows)]
     table = pd.DataFrame(
         {
-            "class": [short(row.name) for row in rows],
-            "photos": [len(row.photos) for row in rows],
-            "right": [100 * row.accuracy.mean for row in rows],
-            "right, 95 %": [f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}" for row in rows],
-            "confidence": [100 * row.confidence.mean for row in rows],
-            "surer than right by": [100 * row.overconfidence.mean for row in rows],
-            **{
-                key: [r.metrics[key].text(3) if key in r.metrics else "" for r in rows]
-                for key in keys
-            },
+            "class": short(row.name),
+            "photos": len(row.photos),
+            "right": 100 * row.accuracy.mean,
+            "right, 95 %": f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}",
+            "confidence": 100 * row.confidence.mean,
+            "surer than right by": 100 * row.overconfidence.mean,
+            **{key: row.metrics[key].text(3) if key in row.metrics else "" for key in keys},
         }
+        for row in rows
     )
     config: dict[str, Any] = {
         "class": st.column_config.TextColumn(pinned=True),

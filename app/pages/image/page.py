@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 PRESSED = "image.keys"  # the component of the keys
 BESIDE = "_beside"  # the session's key of the photos before and after one, by its id
-REPLACED = "_replaced"  # the session's key of how often each widget was replaced
 HELD = "_note"  # the session's key of the :class:`_Held` of the page's note
 PLACE = (
     "_place"  # the session's key of where keys are: {"at": photo, "keys": whether they led there}
@@ -117,7 +116,9 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         st.warning(plain(error))
         return
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
-    held = _Held(image_id, _key(f"tags of {image_id}", list(mark.tags)), list(mark.tags))
+    held = _Held(
+        image_id, state.widget_key(f"tags of {image_id}", list(mark.tags), _same), list(mark.tags)
+    )
     bar.multiselect(
         "Tags",
         list(known),
@@ -129,7 +130,7 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         args=(person, held),
         width=420,
     )
-    held = _Held(image_id, _key(f"note of {image_id}", mark.note), mark.note)
+    held = _Held(image_id, state.widget_key(f"note of {image_id}", mark.note, _same), mark.note)
     st.session_state[HELD] = held
     bar.text_area(
         "Note",
@@ -142,7 +143,7 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         width="stretch",
     )
     stars = mark.rating - 1 if mark.rating else None
-    held = _Held(image_id, _key(f"stars of {image_id}", stars), stars)
+    held = _Held(image_id, state.widget_key(f"stars of {image_id}", stars), stars)
     bar.feedback("stars", key=held.key, default=stars, on_change=_rate, args=(person, held))
     names = [f"{number} {tag}" for number, tag in tags.items()]
     st.caption(plain(" · ".join([*names, "J next", "K previous", "Z undo", "Shift+Z redo"])))
@@ -151,20 +152,6 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
         PRESSED,
         on_act=lambda: _pressed(pack, view),
     )
-
-
-def _key(what: str, value: object) -> str:
-    """The key of the widget that holds what the tag file has.
-
-    A widget is replaced when its value was changed by other ways than itself: the browser may still send
-    what it held before, and that would be taken for a change.
-    """
-    replaced: dict[str, int] = st.session_state.setdefault(REPLACED, {})
-    key = f"{what}, {replaced.get(what, 0)}"
-    if key in st.session_state and not _same(st.session_state[key], value):
-        replaced[what] = replaced.get(what, 0) + 1
-        key = f"{what}, {replaced[what]}"
-    return key
 
 
 def _same(held: Any, value: Any) -> bool:
