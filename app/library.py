@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xattn.app.jobs.job_files import JOBS
 from xattn.packs.contained_files import PackError, open_inside, read_inside
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
@@ -26,7 +27,6 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
-JOBS = "jobs"  # the folder of all jobs, below the root
 NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder that a person names
 DEPTH = 3  # folders below the root
 MAX_FOLDERS = 20_000

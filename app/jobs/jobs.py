@@ -34,6 +34,7 @@ from xattn.app.jobs.job_files import (
     ARGUMENTS,
     EXIT,
     JOB,
+    JOBS,
     PROCESS,
     STDERR,
     STDOUT,
@@ -43,8 +44,6 @@ from xattn.app.jobs.job_files import (
     Spec,
     spec_of,
 )
-from xattn.app.library import JOBS
-from xattn.app.state import Settings
 from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
 
@@ -270,8 +269,8 @@ class Jobs:
         self._commands = CommandLines(self.root, self.data, model, imports)
 
     @classmethod
-    def of(cls, settings: Settings) -> Jobs:
-        """The jobs of a viewer that was started so."""
+    def of(cls, settings: Any) -> Jobs:
+        """The jobs of a viewer by its ``state.Settings``."""
         return cls(settings.local_root, settings.data, settings.model, settings.imports)
 
     def all(self) -> list[Job]:

@@ -15,7 +15,7 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import command
-from xattn.app.jobs import demo_offer
+from xattn.app.pages import demo_offer
 from xattn.app.pages.live.photo_files import hand_over, photo_uploader
 from xattn.app.state import Context, plain
 

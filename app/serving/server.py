@@ -201,7 +201,7 @@ def serve(
     import uvicorn
 
     from xattn.app import main, scratch, state
-    from xattn.app.jobs import demo_offer
+    from xattn.app.pages import demo_offer
 
     scratch.sweep()
     with bind(address) as listener:

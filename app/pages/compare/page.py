@@ -11,8 +11,8 @@ import streamlit as st
 
 from xattn.app import state
 from xattn.app.components import command, grid
-from xattn.app.jobs import demo_offer
 from xattn.app.navigation import address
+from xattn.app.pages import demo_offer
 from xattn.app.pages.compare import leaderboard_file
 from xattn.app.pages.compare.leaderboard import curves_tab, leaderboard_tab
 from xattn.app.pages.compare.photos import open_photo, photos_tab

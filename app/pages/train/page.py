@@ -14,9 +14,8 @@ import streamlit as st
 
 from xattn.app import models, state
 from xattn.app.components import command, component, sent
-from xattn.app.jobs.job_files import JobError, Spec
+from xattn.app.jobs.job_files import JOBS, JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
-from xattn.app.library import JOBS
 from xattn.app.navigation import address
 from xattn.app.pages.train.job_view import (
     EVERY,

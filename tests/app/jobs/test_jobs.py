@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from fake_jobs import fake_job
 from PIL import Image
 
 from xattn.app.jobs import jobs as jobs_module
@@ -101,6 +102,12 @@ def ended(jobs: Jobs, job_id: str) -> Job:
     return jobs.get(job_id)
 
 
+def finished(jobs: Jobs, spec: Spec, name: str) -> Job:
+    """A job that has run to its end."""
+    fake_job(jobs.root, name, spec, tuple(1 / (i + 1) for i in range(spec.epochs or 0)))
+    return jobs.get(name)
+
+
 def begun(jobs: Jobs, job_id: str, steps: int = 2) -> None:
     until(lambda: len(jobs.losses(job_id)[""]) >= steps, lambda: jobs.tail(job_id))
 
@@ -175,8 +182,7 @@ def test_another_server_finds_a_running_job_and_stops_it(jobs: Jobs) -> None:
 
 
 def test_another_process_of_the_same_number_is_not_the_job(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     folder = jobs.root / "jobs" / "mine"
     (folder / "exit.json").unlink()
     record = {"pid": os.getpid(), "born": time.time() - 10**6, "started": 0.0}
@@ -267,8 +273,7 @@ def test_nothing_of_a_request_becomes_another_option(jobs: Jobs, spec: Spec) -> 
 
 
 def test_a_changed_record_runs_nothing_else(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     folder = jobs.root / "jobs" / "mine"
     record = json.loads((folder / "job.json").read_text())
     record["spec"]["data"] = "../.."
@@ -283,8 +288,7 @@ def test_a_changed_record_runs_nothing_else(jobs: Jobs) -> None:
     "text", ["", "{}", "[]", '{"spec": {"kind": "rm"}, "created": 0}', '{"spec": "train"}', "\x00"]
 )
 def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "good")
-    ended(jobs, "good")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "good")
     (jobs.root / "jobs" / "bad").mkdir()
     (jobs.root / "jobs" / "bad" / "job.json").write_text(text)
     assert [job.id for job in jobs.all()] == ["good"]
@@ -296,8 +300,7 @@ def test_a_damaged_record_hides_no_other_job(jobs: Jobs, text: str) -> None:
 @pytest.mark.parametrize("name", ["job.json", "exit.json", "process.json", "log.jsonl"])
 def test_damaged_files_of_a_job_hide_no_other(jobs: Jobs, name: str, deep: str) -> None:
     for job_id in ("good", "bad"):
-        jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), job_id)
-        ended(jobs, job_id)
+        finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), job_id)
     folder = jobs.root / "bad" if name == "log.jsonl" else jobs.root / "jobs" / "bad"
     (folder / name).write_text(deep)
     assert "good" in [job.id for job in jobs.all()]
@@ -316,8 +319,7 @@ def test_a_time_that_no_calendar_has_is_a_damaged_record(jobs: Jobs, created: ob
 
 
 def test_only_numbers_of_a_log_are_losses(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     lines = '{"step": 1, "epoch": "x", "loss": "y"}', '{"step": 2, "loss": NaN}', '{"step": 1e400}'
     (jobs.root / "mine" / "log.jsonl").write_text("\n".join(lines))
     first, second = jobs.losses("mine")[""]
@@ -368,8 +370,7 @@ def test_labels_are_below_the_data_folder(jobs: Jobs) -> None:
 
 
 def test_a_record_cannot_name_another_process_to_be_ended(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     folder = jobs.root / "jobs" / "mine"
     (folder / "exit.json").unlink()
     sleeper = [sys.executable, "-c", "import time; time.sleep(3600)"]
@@ -407,8 +408,7 @@ def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
     photos(tmp_path / "data" / "photos")
     model = BackboneArgs(weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
     assert job.state == "finished", jobs.tail("mine")
     assert (job.output / "head" / "model.safetensors").is_file()
     assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4]
@@ -421,8 +421,7 @@ def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
     model = BackboneArgs(weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
     spec = Spec("probe", "photos", heads=("gap", "abmilp"), epochs=3, batch_size=4)
-    jobs.start(spec, "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, spec, "mine")
     assert job.state == "finished", jobs.tail("mine")
     for head in spec.heads:
         names = [e.target_name for e in load_pack(job.output / head / "sample")]
@@ -472,8 +471,7 @@ def test_a_renamed_job_keeps_its_results_and_can_be_resumed(jobs: Jobs) -> None:
 
 
 def test_a_name_that_is_taken_or_malformed_renames_nothing(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     (jobs.root / "taken").mkdir()
     for name in ("taken", "jobs", "mine", "../up", "a b", "", "-x", "a" * 65):
         with pytest.raises(JobError, match="name: "):
@@ -483,8 +481,7 @@ def test_a_name_that_is_taken_or_malformed_renames_nothing(jobs: Jobs) -> None:
 
 def test_a_deleted_job_takes_its_record_and_results_and_nothing_else(jobs: Jobs) -> None:
     for name in ("mine", "other"):
-        jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), name)
-        ended(jobs, name)
+        finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), name)
     outside = jobs.root.parent / "outside"
     outside.mkdir()
     (outside / "kept.txt").write_text("kept")
@@ -506,8 +503,7 @@ def test_a_running_job_is_neither_renamed_nor_deleted(jobs: Jobs) -> None:
 
 
 def test_results_behind_a_link_are_not_deleted(jobs: Jobs) -> None:
-    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2), "mine")
     outside = jobs.root.parent / "outside"
     job.output.rename(outside)
     job.output.symlink_to(outside)

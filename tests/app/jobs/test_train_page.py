@@ -12,15 +12,15 @@ import pytest
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
-from test_jobs import begun, end_all, ended, photos, stand_in, until
+from test_jobs import begun, end_all, ended, finished, photos, stand_in, until
 from viewer_pages import choose_option, only, opened, served
 
 from xattn.app import state
 from xattn.app.demo import pack_job
-from xattn.app.jobs import demo_offer
 from xattn.app.jobs import jobs as jobs_module
 from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
+from xattn.app.pages import demo_offer
 from xattn.app.pages.train import job_view
 from xattn.app.pages.train.page import PhotoFolder
 from xattn.app.state import Settings
@@ -57,7 +57,7 @@ def script() -> None:
 
 
 def welcome() -> None:
-    from xattn.app.jobs import demo_offer
+    from xattn.app.pages import demo_offer
 
     demo_offer.offer()
 
@@ -106,11 +106,10 @@ def test_a_second_start_is_refused_in_words(jobs: Jobs) -> None:
 
 
 def test_a_job_is_shown_by_its_address_with_its_losses(jobs: Jobs) -> None:
-    jobs.start(SPEC, "mine")
-    ended(jobs, "mine")
+    finished(jobs, SPEC, "mine")
     page = open_train(job="mine")
     shown = texts(page)
-    assert "step 5, epoch 5" in shown and "--head" in shown
+    assert "step 5, epoch 3" in shown and "--head" in shown
     assert page.get("vega_lite_chart") or page.get("arrow_vega_lite_chart")
     assert "Stop" not in (labels := [b.label for b in page.button]) and "Resume" not in labels
 
@@ -157,8 +156,7 @@ def test_classifier_heads_take_folders_as_labels(jobs: Jobs) -> None:
 
 
 def test_the_maps_of_each_head_are_shown_the_last_one_first(jobs: Jobs) -> None:
-    jobs.start(Spec("probe", "photos", heads=("gap", "abmilp", "cait"), epochs=5), "mine")
-    ended(jobs, "mine")
+    finished(jobs, Spec("probe", "photos", heads=("gap", "abmilp", "cait"), epochs=5), "mine")
     assert "Maps of" not in texts(open_train(job="mine"))
     small_pack(jobs.root / "mine" / "gap" / "sample", 2, ("step 0", "step 3"))
     page = open_train(job="mine")
@@ -285,8 +283,7 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
 def test_damaged_results_of_a_job_are_a_message(jobs: Jobs, name: str, text: str) -> None:
     probe = "gap" in name or name.endswith("csv")
     spec = Spec("probe", "photos", heads=("gap",), epochs=2) if probe else SPEC
-    jobs.start(spec, "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, spec, "mine")
     (job.output / "gap").mkdir(exist_ok=True)
     (job.output / name).write_text(text)
     if probe:
@@ -298,8 +295,7 @@ def test_damaged_results_of_a_job_are_a_message(jobs: Jobs, name: str, text: str
 
 
 def test_results_behind_a_link_are_not_shown(jobs: Jobs, tmp_path: Path) -> None:
-    jobs.start(Spec("probe", "photos", heads=("gap",), epochs=2), "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, Spec("probe", "photos", heads=("gap",), epochs=2), "mine")
     secret = "head,accuracy,accuracy_lo,accuracy_hi,ece,parameters,photos\nsecret,1,1,1,1,1,1"
     (tmp_path / "secret.csv").write_text(secret)
     (job.output / "results.csv").symlink_to(tmp_path / "secret.csv")
@@ -318,8 +314,7 @@ def line_of_use(page: AppTest) -> str:
 
 def test_the_best_head_is_the_one_to_use_or_the_one_that_is_looked_at(jobs: Jobs) -> None:
     heads = ("gap", "abmilp", "cait")
-    jobs.start(Spec("probe", "photos", "test_vit", heads=heads, epochs=2), "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, Spec("probe", "photos", "test_vit", heads=heads, epochs=2), "mine")
     (job.output / "results.csv").write_text(results(("gap", 0.6), ("abmilp", 0.9), ("cait", 0.7)))
     page = open_train(job="mine")
     assert "mine/abmilp/head" in line_of_use(page) and "the most accurate" in texts(page)
@@ -343,8 +338,7 @@ def test_maps_of_before_and_after_are_on_one_scale_unless_each_is_asked_for(
         "overlay_url",
         lambda pack, entry, look: (looks.append(look), drawn(pack, entry, look))[1],
     )
-    jobs.start(SPEC, "mine")
-    job = ended(jobs, "mine")
+    job = finished(jobs, SPEC, "mine")
     small_pack(job.output / "sample", 2, ("step 0", "step 3"))
     page = open_train(job="mine")
     entries = only(job.output).entries
