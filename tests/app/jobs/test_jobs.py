@@ -408,7 +408,8 @@ def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
     photos(tmp_path / "data" / "photos")
     model = BackboneArgs(weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
-    job = finished(jobs, Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
+    jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
+    job = ended(jobs, "mine")
     assert job.state == "finished", jobs.tail("mine")
     assert (job.output / "head" / "model.safetensors").is_file()
     assert [r["step"] for r in jobs.losses("mine")[""]] == [1, 2, 3, 4]
@@ -421,7 +422,8 @@ def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
     model = BackboneArgs(weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
     spec = Spec("probe", "photos", heads=("gap", "abmilp"), epochs=3, batch_size=4)
-    job = finished(jobs, spec, "mine")
+    jobs.start(spec, "mine")
+    job = ended(jobs, "mine")
     assert job.state == "finished", jobs.tail("mine")
     for head in spec.heads:
         names = [e.target_name for e in load_pack(job.output / head / "sample")]
