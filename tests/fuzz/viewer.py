@@ -120,7 +120,7 @@ def picture_address(folder: Path) -> None:
 
 
 TOKEN = "a-token-of-the-viewer"
-COOKIE = b"xattn_session=" + Guard(None, TOKEN).signer.sign(b"in")  # type: ignore[arg-type]
+COOKIE = b"xattn_session=" + Guard(None, TOKEN).value.encode()  # type: ignore[arg-type]
 
 
 def _request(
@@ -149,7 +149,7 @@ def _request(
     ],
     nasty=lambda: [
         b"", b"\n\n", b"GET ", _request((b"host", b"evil.example")), _request((b"cookie", b"\xff=\xff; ;;=")), _request((b"cookie", b"xattn_session=" + b"x" * 100_000)),
-        _request((b"cookie", b"xattn_session=in.AAAA." + b"A" * 43)), _request((b"cookie", b"xattn_session=...")), _request((b"cookie", b"xattn_session=\xd9\xa1.x.y")),
+        _request((b"cookie", b"xattn_session=" + b"0" * 64)), _request((b"cookie", b"xattn_session=")), _request((b"cookie", b"xattn_session=\xd9\xa1.x.y")),
         _request((b"origin", b"null")), _request((b"origin", b"http://[::1")), _request((b"origin", b"\xff")), _request((b"sec-fetch-site", b"cross-site")),
         _request(query=b"token=" + b"%" * 5000), _request(query=b"token=" + b"x" * 100_000), _request(query=b"token=\xff&=&token"), _request(path=b"/../../etc/passwd"),
         *(_request(path=path, query=b"token=" + TOKEN.encode()) for path in (b"//evil.example", b"/\\evil.example", b"/%5cevil.example", b"/\tevil", b"/@evil", b"/" * 5000)),

@@ -32,9 +32,7 @@ from xattn.app.attention.attention_pass import (
     prefix_names,
 )
 from xattn.app.attention.view import (
-    MEAN,
     Colours,
-    View,
     choice_of,
     name_of,
     place_of,
@@ -560,32 +558,6 @@ def test_the_root_is_for_shares_only():
     assert Colours(Scale(0, 4), "root")(np.array([1.0])) == pytest.approx(0.5)
     signed = Colours(make_scale([(-1.0, 1.0)]), "root")
     assert signed(np.array([-1.0, 0.0, 1.0])).tolist() == [0, 0.5, 1]
-
-
-# ---------------------------------------------------------------------- anything in the URL
-
-TEXT = st.text(max_size=12) | st.sampled_from(
-    ["0", "-1", "1,1", "3,5", "mean", "class-token", "gna", "localist"]
-)
-PARAMS = st.dictionaries(
-    st.sampled_from(["layer", "head", "patch", "depth", "scale", "mechanism", "size", "target"]),
-    TEXT,
-)
-SEEN = made(prefix=2)
-
-
-@given(PARAMS)
-def test_any_parameters_give_a_view_of_what_is_there(params):
-    choice, _ = choice_of(params, GRID)
-    assert choice.target in ((None, 0, 1, 2, 3) if choice.mechanism == "localist" else (None,))
-    start = usual(SEEN, choice)
-    view, _ = view_of(params, start, SEEN)
-    assert 0 <= view.layer < 3 and 0 <= view.depth < 3
-    assert view.head == MEAN or 0 <= int(view.head) < HEADS
-    assert 0 <= token_of(view.patch, SEEN) < 17
-    again, messages = view_of(view.params(start), start, SEEN)
-    assert again == view and not messages
-    assert isinstance(view, View)
 
 
 @given(st.none() | st.integers() | st.text() | st.lists(st.integers() | st.text(), max_size=3))
