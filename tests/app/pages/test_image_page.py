@@ -316,15 +316,9 @@ def test_export_offers_the_figure_the_report_and_the_figures(show, pack):
     "bad",
     [
         {"image": "../../etc/passwd"},
-        {"image": ""},
-        {"entry": "<script>"},
-        {"class": "-1", "minus": "none"},
-        {"methods": ["none", "gradcam"]},
-        {"methods": ""},
-        {"opacity": "nan"},
-        {"opacity": "7", "threshold": "-inf"},
-        {"scale": "x", "colours": "jet", "contrast_of": "?"},
-        {"tab": "None"},
+        {"image": "", "entry": "<script>", "class": "-1", "minus": "none", "methods": ""},
+        {"methods": ["none", "gradcam"], "opacity": "nan", "threshold": "-inf", "tab": "None"},
+        {"opacity": "7", "scale": "x", "colours": "jet", "contrast_of": "?"},
         {"view": "sort=none&page=-1&low=x&q=" + "a" * 5000},
     ],
 )
