@@ -1,7 +1,6 @@
 """How maps are drawn: scales, thresholds, contrasts, and pictures that are kept."""
 
 import io
-import math
 
 import numpy as np
 import pytest
@@ -18,11 +17,9 @@ from xattn.app.library import Library
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
 from xattn.packs.contained_files import PackError
-from xattn.packs.explanation import contrast
 from xattn.packs.writer import save_pack
 from xattn.photos.view import View
-from xattn.pictures.overlay import DIVERGING, STYLES, colorize, gradient, overlay
-from xattn.pictures.scales import Scale, legend_of, make_scale, own_scale
+from xattn.pictures.overlay import DIVERGING, STYLES, overlay
 
 
 @pytest.fixture(scope="module")
@@ -44,102 +41,6 @@ def ids(pack, **wanted):
     for name, value in wanted.items():
         rows = rows[rows[name] == value]
     return list(rows.index)
-
-
-# ---------------------------------------------------------------------- scales
-
-
-def test_a_map_without_negative_values_is_min_maxed():
-    e = explanation()
-    scale = own_scale(e)
-    assert scale.cmap == "inferno"
-    assert np.array_equal(scale(e.map), e.normalized())
-
-
-def test_a_signed_map_is_centred_on_zero_and_as_long_on_both_sides():
-    e = explanation(signed=True)
-    scale = own_scale(e)
-    largest = np.abs(e.map).max()
-    assert scale.cmap == DIVERGING and (scale.low, scale.high) == (-largest, largest)
-    assert scale(np.zeros(1))[0] == 0.5
-    assert np.allclose(scale(e.map) + scale(-e.map), 1, atol=1e-6)
-
-
-def test_a_mask_is_shown_as_it_is():
-    e = explanation(map=np.linspace(0.2, 0.6, 49).reshape(7, 7), is_mask=True)
-    assert np.array_equal(own_scale(e)(e.map), e.map)
-
-
-def test_a_constant_map_shows_nothing():
-    e = explanation(map=np.full((7, 7), 3.0))
-    assert not own_scale(e)(e.map).any()
-    assert (Scale(0, 0, DIVERGING)(np.zeros(3)) == 0.5).all()
-
-
-def test_a_shared_scale_keeps_the_order_of_two_maps():
-    weak, strong = (explanation(map=np.full((2, 2), v)) for v in (1.0, 4.0))
-    scale = make_scale([(0.0, 1.0), (2.0, 4.0)])
-    assert scale(weak.map)[0, 0] == 0.25 and scale(strong.map)[0, 0] == 1
-    assert make_scale([(-1.0, 4.0)]) == Scale(-4.0, 4.0, DIVERGING)
-
-
-def test_limits_that_are_no_numbers_are_refused():
-    for limits in ([], [(math.nan, 1.0)], [(0.0, math.inf)]):
-        with pytest.raises(ValueError, match="limits: "):
-            make_scale(limits)
-
-
-def test_diverging_colours_are_dark_at_the_centre_and_equally_light_at_both_ends():
-    skimage = pytest.importorskip("skimage.color")
-    lightness = skimage.rgb2lab(colorize(np.linspace(0, 1, 256), DIVERGING)[None] / 255)[0, :, 0]
-    assert np.abs(lightness - lightness[::-1]).max() < 3
-    assert (np.diff(lightness[128:]) >= 0).all() and lightness[127] < 10
-    low, high = colorize(np.array([0.1, 0.9]), DIVERGING).astype(int)
-    assert low[2] > low[0] and high[0] > high[2], "blue below the centre, orange above"
-    assert gradient(DIVERGING).count("rgb(") == 18
-
-
-def test_a_contrast_is_the_difference_of_the_maps():
-    one, other = explanation(target=1), explanation(image=0, method="gradcam", target=2)
-    other = explanation(target=2, map=one.map[::-1] * 3)
-    assert np.allclose(contrast(one, other), one.normalized() - other.normalized())
-    assert np.allclose(contrast(one, other, raw=True), one.map - other.map)
-    assert not contrast(one, one).any()
-    for wrong in (explanation(side=5), explanation(image=1)):
-        with pytest.raises(ValueError, match="other: .* not on the grid"):
-            contrast(one, wrong)
-
-
-def test_legends_say_whose_scale_it_is():
-    own = legend_of(Scale(0, 7))
-    assert (own.low, own.high) == ("0", "1") and "per map" in own.text
-    shared = legend_of(Scale(-2, 2, DIVERGING), shared=True)
-    assert (shared.low, shared.high) == ("-2", "2")
-    assert "one scale for all" in shared.text and "against" in shared.text
-
-
-# ---------------------------------------------------------------------- overlays
-
-
-def test_below_the_threshold_the_photo_stays_as_it_is():
-    photo, values = picture(0, (8, 2)), np.tile(np.linspace(0, 1, 8, dtype=np.float32), (2, 1))
-    drawn = np.asarray(overlay(photo, values, threshold=0.5))
-    original, full = np.asarray(photo), np.asarray(overlay(photo, values))
-    low = values < 0.5
-    assert np.array_equal(drawn[low], original[low])
-    assert np.array_equal(drawn[~low], full[~low])
-
-
-def test_the_threshold_of_a_diverging_scale_counts_from_its_centre():
-    photo, values = picture(0, (5, 1)), np.array([[0.0, 0.3, 0.5, 0.7, 1.0]], np.float32)
-    drawn = np.asarray(overlay(photo, values, cmap=DIVERGING, threshold=0.9))
-    kept = (drawn == np.asarray(photo)).all(-1)[0]
-    assert kept.tolist() == [False, True, True, True, False]
-
-
-def test_a_threshold_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="threshold: got 2"):
-        overlay(picture(0, (2, 2)), np.zeros((2, 2)), threshold=2)
 
 
 # ---------------------------------------------------------------------- pictures of a pack
