@@ -47,6 +47,21 @@ def turn() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_pass(what: str) -> Iterator[None]:
+    """:func:`turn`; too little memory ``what`` is for becomes a ``ValueError`` of one sentence."""
+    try:
+        with turn():
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
+            f"--input-size."
+        ) from error
+
+
 # ---------------------------------------------------------------------- backbones
 
 

@@ -24,7 +24,6 @@ from xattn.explainers.relevance.attention import read_attention
 from xattn.explainers.relevance.rollout import rollout_row
 from xattn.photos.view import prepare
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -181,23 +180,15 @@ def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Read
     first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
     images, _ = prepare(pack.photo(image_id), backbone.preprocessing, mode)
-    try:
-        with models.turn(), torch.no_grad():
-            model = backbone
-            if choice != AS_TRAINED:
-                own = offered()[choice.mechanism]
-                options = {**own.options, own.option: choice.size}
-                if choice.target is not None:
-                    options["target"] = choice.target
-                model = converted_copy(backbone, choice.mechanism, options=options)
-            found = read_attention(model, images[None].to(model.device, model.mean.dtype))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"There is not enough memory to read the attention of {backbone.name}; close other "
-            f"models, or start the viewer with a smaller --input-size."
-        ) from error
+    with models.one_pass(f"to read the attention of {backbone.name}"), torch.no_grad():
+        model = backbone
+        if choice != AS_TRAINED:
+            own = offered()[choice.mechanism]
+            options = {**own.options, own.option: choice.size}
+            if choice.target is not None:
+                options["target"] = choice.target
+            model = converted_copy(backbone, choice.mechanism, options=options)
+        found = read_attention(model, images[None].to(model.device, model.mean.dtype))
     return Reading(
         pixels=Image.fromarray((images.permute(1, 2, 0) * 255).round().byte().numpy()),
         operators=[call.operator for call in found.layers],

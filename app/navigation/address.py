@@ -12,7 +12,7 @@ succession the browser may see but the last.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -21,6 +21,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from xattn.app import state
 from xattn.pictures.words import method_title
 
+Options = Sequence[str] | Mapping[str, str]  # values, or values with what they are called
 ADDRESSES = "_addresses"  # the session's key of what pages wrote
 WRITTEN = 50  # addresses that are remembered as a page's own
 
@@ -63,13 +64,21 @@ def back() -> bool:
     return run is not None and run.is_history_navigation
 
 
+def _named(options: Options, rest: dict[str, Any]) -> list[str]:
+    """The values; what they are called becomes an argument of their widget."""
+    if isinstance(options, Mapping):
+        rest["format_func"] = lambda value: options.get(value, value)
+    return list(options)
+
+
 def selectbox(
-    label: str, options: Sequence[str], key: str, *, default: str | None = None, **rest: Any
+    label: str, choices: Options, key: str, *, default: str | None = None, **rest: Any
 ) -> str:
     """``st.selectbox`` under ``key``, in the URL, too; ``rest`` goes to the widget.
 
     With ``accept_new_options=True`` any value of at most 200 characters is taken from the URL.
     """
+    options = _named(choices, rest)
     first = options[0] if default is None else default
     free = bool(rest.get("accept_new_options"))
 
@@ -94,8 +103,9 @@ def maps_by(methods: Sequence[str], width: int) -> str:
     return selectbox("Maps by", methods, "method", format_func=method_title, width=width)
 
 
-def segmented(label: str, options: Sequence[str], key: str, **rest: Any) -> str:
+def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
     """``st.segmented_control`` under ``key``, the first option by default, in the URL, too."""
+    options = _named(choices, rest)
     url = st.query_params.get(key)
     if _changed(key, url) or st.session_state[key] not in options:
         _follow(key, url, url if url in options else options[0])

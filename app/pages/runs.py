@@ -469,13 +469,8 @@ def _list(runs: Runs, found: PackDifference) -> None:
     """The photos of one list, each with its map in both packs."""
     name = _list_name(runs, found)
     if len(names := _names(runs, found)) > 1:
-        name = address.segmented(
-            "Photos",
-            names,
-            "list",
-            format_func=lambda key: f"{LISTS[key]} ({len(_photos(found, key)):,})",
-            label_visibility="collapsed",
-        )
+        titles = {key: f"{LISTS[key]} ({len(_photos(found, key)):,})" for key in names}
+        name = address.segmented("Photos", titles, "list", label_visibility="collapsed")
     photos = _photos(found, name)
     if not photos:
         st.info(

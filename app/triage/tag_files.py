@@ -131,21 +131,17 @@ class Person:
         """Do what a key says: "1" to "9" toggle a tag, "undo" and "redo" are of the person's steps."""
         self.change(lambda store, name: _press(store, name, key, image_ids))
 
-    def change(self, act: Callable[[Store, str], str | None]) -> bool:
-        """Call ``act(store, name)`` and keep what it returns to be told; whether it succeeded."""
+    def change(self, act: Callable[[Store, str], object], text: str = "") -> bool:
+        """Call ``act(store, name)``, and keep ``text``, or the text that it returns, to be told; whether it
+        succeeded."""
         try:
-            text = act(self.store, self.name)
+            told = act(self.store, self.name)
         except TagsError as error:
             self.said.append((str(error), True))
             return False
-        if text:
+        if text := told if isinstance(told, str) else text:
             self.said.append((text, False))
         return True
-
-
-def change(pack: Pack, act: Callable[[Store, str], str | None]) -> bool:
-    """:meth:`Person.change` of this session's person."""
-    return Person.of(pack).change(act)
 
 
 def say() -> None:

@@ -21,16 +21,9 @@ LINES = 4  # methods in a chart before anybody chooses
 
 def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
     """A select box of the columns, with their direction and what they mean."""
-    keys = list(board.columns)
     first = first or case_columns(board.results)[0].key
-    return address.selectbox(
-        label, keys, key, default=first, format_func=lambda k: _titled(k, board), width=380
-    )
-
-
-def _titled(key: str, board: Board) -> str:
-    """A column's key with its direction and its title."""
-    return board.titled(key) + named_metric(key).removeprefix(key)
+    titles = {k: board.titled(k) + named_metric(k).removeprefix(k) for k in board.columns}
+    return address.selectbox(label, titles, key, default=first, width=380)
 
 
 def methods_box(board: Board, key: str, names: list[str], count: int = LINES) -> list[str]:

@@ -45,15 +45,12 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         a = address.selectbox("Method", names, "a")
     with second:
         b = address.selectbox("and method", names, "b", default=names[1])
-    by_keys = [*board.columns, *([MAPS] if pack is not None else [])]
+    orders = {key: board.titled(key) for key in board.columns}
+    if pack is not None:
+        orders[MAPS] = "Order of their maps"
     with third:
-        by = address.selectbox(
-            "Differ by",
-            by_keys,
-            "by",
-            default=case_columns(board.results)[0].key,
-            format_func=lambda k: "Order of their maps" if k == MAPS else board.titled(k),
-        )
+        first = case_columns(board.results)[0].key
+        by = address.selectbox("Differ by", orders, "by", default=first)
     if a == b:
         st.info("Choose two methods that are not the same.")
         return
@@ -256,10 +253,9 @@ def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
         st.warning("The comparison of this address is not here any more; this is another one.")
     chosen = address.selectbox(
         "Comparison",
-        list(by_id),
+        {key: info.name for key, info in by_id.items()},
         "board",
         default=own[0] if own else None,
-        format_func=lambda i: by_id[i].name,
         width=420,
     )
     return by_id[chosen]

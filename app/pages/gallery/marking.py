@@ -290,21 +290,15 @@ def _rate(person: Person, held: _Stars) -> None:
 
 
 def _give(person: Person, ids: Sequence[str], rating: int) -> None:
-    def act(store: Store, name: str) -> str:
-        store.set_rating(name, ids, rating)
-        return f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
-
-    person.change(act)
+    text = f"{'★' * rating or 'No stars'}: {counted(len(ids), 'photo')}"
+    person.change(lambda store, name: store.set_rating(name, ids, rating), text)
 
 
 def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
     tag = str(st.session_state.get(f"{KEY}tag_name") or "")
-
-    def act(store: Store, name: str) -> str:
-        store.change_tags(name, ids, [tag] if on else [], [] if on else [tag])
-        return f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
-
-    person.change(act)
+    add, drop = ([tag], []) if on else ([], [tag])
+    text = f"{'' if on else 'no longer '}{tag}: {counted(len(ids), 'photo')}"
+    person.change(lambda store, name: store.change_tags(name, ids, add, drop), text)
 
 
 def _keys(pack: Pack, store: Store) -> None:
@@ -329,9 +323,4 @@ def _keys(pack: Pack, store: Store) -> None:
 
 def _save_keys(pack: Pack, names: Mapping[int, str]) -> None:
     wanted = {key: str(st.session_state.get(name) or "") for key, name in names.items()}
-
-    def act(store: Store, person: str) -> str:
-        store.set_keys(wanted)
-        return "The keys are saved."
-
-    tag_files.change(pack, act)
+    Person.of(pack).change(lambda store, _: store.set_keys(wanted), "The keys are saved.")

@@ -25,7 +25,8 @@ from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url,
 from xattn.app.state import Context, counted, plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, NAMES, Choices, Selection, View
-from xattn.app.triage.store import SLICE_LENGTH, Store, TagsError
+from xattn.app.triage.store import SLICE_LENGTH, TagsError
+from xattn.app.triage.tag_files import Person
 from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
@@ -66,8 +67,8 @@ def tools(bar: Any, pack: Pack, view: View) -> None:
         row.button(
             "Delete",
             key=f"{KEY}slice_delete",
-            on_click=lambda: tag_files.change(
-                pack, _told(lambda s: s.delete_slice(name), "Deleted.")
+            on_click=lambda: Person.of(pack).change(
+                lambda store, _: store.delete_slice(name), "Deleted."
             ),
         )
         st.text_input("New name", key=f"{KEY}slice_new", max_chars=SLICE_LENGTH)
@@ -76,22 +77,14 @@ def tools(bar: Any, pack: Pack, view: View) -> None:
 
 def _save(pack: Pack, text: str) -> None:
     name = str(st.session_state.get(f"{KEY}slice_name") or "")
-    if tag_files.change(pack, _told(lambda s: s.save_slice(name, text), f"Saved: {name}")):
+    if Person.of(pack).change(lambda s, _: s.save_slice(name, text), f"Saved: {name}"):
         st.session_state[f"{KEY}slice_name"] = ""
 
 
 def _rename(pack: Pack, name: str) -> None:
     new = str(st.session_state.get(f"{KEY}slice_new") or "")
-    if tag_files.change(pack, _told(lambda s: s.rename_slice(name, new), f"Renamed: {new}")):
+    if Person.of(pack).change(lambda s, _: s.rename_slice(name, new), f"Renamed: {new}"):
         st.session_state[f"{KEY}slice_new"] = ""
-
-
-def _told(act: Callable[[Store], None], text: str) -> Callable[[Store, str], str]:
-    def change(store: Store, person: str) -> str:
-        act(store)
-        return text
-
-    return change
 
 
 SIDE = 240  # pixels of a picture's longer side

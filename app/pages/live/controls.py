@@ -142,9 +142,8 @@ def _backbone() -> tuple[str, str]:
     if files:
         weights = address.selectbox(
             "Weights",
-            ["auto", *files],
+            {"auto": "Its own"} | {key: _name_of(file) for key, file in files.items()},
             "weights",
-            format_func=lambda w: "Its own" if w == "auto" else _name_of(files[w]),
         )
     return name or "", weights
 
@@ -174,10 +173,9 @@ def _head(name: str) -> str:
         return ""
     chosen = address.selectbox(
         "Head",
-        [NO_HEAD, *heads],
+        {NO_HEAD: "None"} | heads,
         "head",
         default=next(iter(heads)),
-        format_func=lambda h: heads.get(h, "None"),
         help="A trained head explains in one pass. One of xattn probe also brings its own classes.",
     )
     return "" if chosen == NO_HEAD else chosen
@@ -232,12 +230,11 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
 
 
 def _view(kind: str) -> dict[str, Any]:
-    order = list(VIEWS) if kind == "photos" else list(VIEWS)[::-1]
+    order = list(VIEWS.items()) if kind == "photos" else list(VIEWS.items())[::-1]
     view = address.segmented(
         "What the network sees",
-        order,
+        dict(order),
         f"see_{kind}",
-        format_func=lambda v: VIEWS[v],
         help="The centre crop is what the network was tested on. The whole picture is squeezed "
         "into its input.",
     )

@@ -256,9 +256,8 @@ def _both_sides(context: Context) -> None:
     with left:
         kind = address.segmented(
             "Input",
-            list(INPUTS),
+            INPUTS,
             "input",
-            format_func=lambda k: INPUTS[k],
             label_visibility="collapsed",
         )
     given = st.query_params.get("job")

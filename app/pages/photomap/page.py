@@ -135,9 +135,7 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
             "Projection", choices, "projection", format_func=METHODS.__getitem__, width=WIDTH
         )
         colours = _colours(pack, method)
-        colour = address.selectbox(
-            "Colour", list(colours), "colour", format_func=colours.__getitem__, width=WIDTH
-        )
+        colour = address.selectbox("Colour", colours, "colour", width=WIDTH)
     rows, points = data.placed(pack, of, method, projection)
     if not len(rows):
         st.info(

@@ -122,16 +122,14 @@ def form(jobs: Jobs, running: Job | None) -> None:
     with left:
         kind = address.segmented(
             "Kind",
-            list(TRAINED),
+            TRAINED,
             "kind",
-            format_func=lambda k: TRAINED[k],
             label_visibility="collapsed",
         )
         st.caption(ABOUT[kind])
         by_id = {f.id: f for f in found}
-        folder = by_id[
-            address.selectbox("Photos", list(by_id), "data", format_func=lambda i: _title(by_id[i]))
-        ]
+        titles = {key: _title(f) for key, f in by_id.items()}
+        folder = by_id[address.selectbox("Photos", titles, "data")]
         if not whole:
             st.caption("There are more folders than could be looked at; start with --data FOLDER.")
         model = _model()

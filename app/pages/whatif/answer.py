@@ -27,7 +27,6 @@ from xattn.eval.functional import upsample
 from xattn.explainers.masking.masked_passes import superpixels
 from xattn.photos.view import prepare
 from xattn.pictures.explained import probability_text
-from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -133,17 +132,9 @@ def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
 
 def predict(backbone: Backbone, pixels: Tensor) -> Tensor:
     """The network's answer to (3, H, W) in [0, 1]: a probability a class, (K,) float64."""
-    try:
-        with models.turn(), torch.no_grad():
-            images = pixels[None].to(backbone.device, backbone.mean.dtype)
-            return backbone.probabilities(backbone.logits(images))[0].cpu()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"There is not enough memory for a pass of {backbone.name}; close other models, or start "
-            f"the viewer with a smaller --input-size."
-        ) from error
+    with models.one_pass(f"for a pass of {backbone.name}"), torch.no_grad():
+        images = pixels[None].to(backbone.device, backbone.mean.dtype)
+        return backbone.probabilities(backbone.logits(images))[0].cpu()
 
 
 def changed(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> Tensor:

@@ -43,7 +43,6 @@ from xattn.pictures.overlay import data_url, overlay
 from xattn.pictures.scales import own_scale
 from xattn.pictures.words import method_title
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from xattn.backbone import Backbone
@@ -129,7 +128,7 @@ def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> 
         ModelError: the head is gone. ValueError: the method cannot be run again, or not while one waits.
     """
     entry = pack.explanation(entry_id)
-    with models.turn():
+    with models.one_pass(f"to explain by {entry.method}"):
         method = _method(pack.provenance(entry_id), backbone)
         passes = method.total_forwards or 1
         if passes > MOST_PASSES:
@@ -138,12 +137,7 @@ def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> 
                 f"most {MOST_PASSES}."
             )
         images = pixels[None].to(backbone.device, backbone.mean.dtype)
-        try:
-            maps = method.attribute(images, torch.tensor([entry.target], device=backbone.device))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(f"There is not enough memory to explain by {entry.method}.") from error
+        maps = method.attribute(images, torch.tensor([entry.target], device=backbone.device))
     return replace(entry, map=maps[0, 0].float().cpu().numpy())
 
 
@@ -247,14 +241,11 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
     with bar:
         kind = address.segmented(
             "Fill",
-            list(FILLS),
+            FILLS,
             "fill",
-            format_func=lambda k: FILLS[k],
             help="What stands where a part of the photo is hidden.",
         )
-        paint = address.segmented(
-            "What is painted", list(PAINTED), "paint", format_func=lambda p: PAINTED[p]
-        )
+        paint = address.segmented("What is painted", PAINTED, "paint")
         methods = list(dict.fromkeys(entries["method"]))
         method = address.selectbox("Map", methods, "method", format_func=method_title, width=220)
     return _entry(entries[entries["method"] == method]), kind, paint == "kept"
