@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +31,29 @@ def opened(script: Callable[[], None], **params: str) -> Any:
     page.run()
     assert not page.exception, page.exception
     return page
+
+
+def run_viewer(**params: Any) -> Any:
+    """The ``AppTest`` of the whole viewer at an address with these parameters."""
+    from streamlit.testing.v1 import AppTest
+
+    from xattn.app import state
+
+    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
+    app.query_params.update(params)
+    return checked(app.run())
+
+
+def checked(app: Any) -> Any:
+    """The same page, without an exception."""
+    assert not app.exception, [e.value for e in app.exception]
+    return app
+
+
+def cells(app: Any) -> list[Any]:
+    """What the first grid of a page was given, [] where there is none."""
+    grids = [e for e in app.get("bidi_component") if "cells" in e.proto.json]
+    return json.loads(grids[0].proto.json)["cells"] if grids else []
 
 
 def only(root: Path) -> Any:

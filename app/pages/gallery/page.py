@@ -188,7 +188,7 @@ def page(context: Context) -> None:
     view = _line(pack, view, table.choices, found, start, list(shown["image_id"]))
     text = selection.to_text(view, table.choices)
     if shown.empty:
-        _nothing(table.choices)
+        _nothing()
     else:
         look = look_of(pack, view, list(shown.index))
         if view.show != "photo":
@@ -327,7 +327,7 @@ def _count(count: int, start: int, shown: int) -> str:
     return f"{start + 1:,} to {start + shown:,} of {maps}"
 
 
-def _nothing(choices: Choices) -> None:
+def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**No map passes these filters.**")
         st.caption(

@@ -1,6 +1,5 @@
 """The gallery page: widgets, URL, paging, what is sent to the browser, empty and damaged packs."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from streamlit.testing.v1 import AppTest
 from synthetic_packs import explanation, million_pack, picture, small_pack
-from viewer_pages import opened
+from viewer_pages import cells, checked, opened
+from viewer_pages import run_viewer as run
 
 from xattn.app import state
 from xattn.app.navigation import frame
@@ -43,27 +42,10 @@ def started(root, monkeypatch):
     monkeypatch.setattr(state, "_settings", state.Settings(root=root))
 
 
-def run(**params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
-    app.query_params.update(params)
-    return checked(app.run())
-
-
 def opened_filters(app):
     """The page with its popover of filters open."""
     app.session_state["gallery.filters"] = True
     return checked(app.run())
-
-
-def checked(app):
-    assert not app.exception
-    return app
-
-
-def cells(app):
-    """What the grid was given, [] where there is none."""
-    grids = [e for e in app.get("bidi_component") if "cells" in e.proto.json]
-    return json.loads(grids[0].proto.json)["cells"] if grids else []
 
 
 def pack_id(name):

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from synthetic_packs import CLASSES, described, explanation, picture, small_pack
+from viewer_pages import checked
 
 from xattn.app import state
 from xattn.app.library import Library
@@ -82,11 +83,6 @@ def script():
     library = state.library()
     pack = library.open(st.query_params["pack"])
     image.page(Context(library, pack, st.query_params.to_dict()))
-
-
-def checked(app):
-    assert not app.exception, [e.value for e in app.exception]
-    return app
 
 
 def data(app, key):

@@ -1,6 +1,5 @@
 """Tags in the gallery: filters, badges, who sees what, and tag files that cannot be used."""
 
-import json
 import shutil
 from importlib.util import find_spec
 
@@ -10,6 +9,8 @@ pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
+from viewer_pages import cells, checked
+from viewer_pages import run_viewer as run
 
 from xattn.app import state
 from xattn.app.pages.gallery import marking
@@ -43,22 +44,6 @@ def pack():
 @pytest.fixture
 def store(pack):
     return tag_files.store_of(pack)
-
-
-def run(**params):
-    app = AppTest.from_file(state.SCRIPT, default_timeout=600)
-    app.query_params.update(params)
-    return checked(app.run())
-
-
-def checked(app):
-    assert not app.exception
-    return app
-
-
-def cells(app):
-    grids = [e for e in app.get("bidi_component") if "cells" in e.proto.json]
-    return json.loads(grids[0].proto.json)["cells"] if grids else []
 
 
 def ids(app):
