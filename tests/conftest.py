@@ -33,6 +33,12 @@ def pytest_configure(config):
     config.pluginmanager.register(_PlainRoot())
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests that start a server or a process spend time waiting."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def held_elsewhere():
     """``with held_elsewhere(folder):`` another process owns the run folder, as a run of its own would."""
