@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn.app.jobs.job_files import JOBS
-from xattn.packs.contained_files import PackError, open_inside, read_inside
+from xattn.packs.contained_files import LocalFolder, PackError, open_inside
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
 from xattn.runtime.files import Signature
@@ -170,7 +170,7 @@ class Library:
         Raises:
             PackError: no such comparison or file, or one that leads out of it.
         """
-        return read_inside(self._comparison(comparison_id), name, limit)
+        return LocalFolder(self._comparison(comparison_id)).read(name, limit)
 
     def signature(self, comparison_id: str, name: str) -> Signature:
         """The stat signature of the file that :meth:`read` reads, which shows whether it has changed.

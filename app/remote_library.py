@@ -22,10 +22,9 @@ from xattn.app.library import (
     Signatures,
     id_of,
 )
-from xattn.packs.contained_files import PackError
+from xattn.packs.contained_files import PackError, RemoteFolder
 from xattn.packs.format import MANIFEST
 from xattn.packs.reader import MAX_MANIFEST
-from xattn.packs.remote_folder import RemoteFolder
 from xattn.runtime.files import Signature
 from xattn.runtime.names import visible
 from xattn.runtime.stores import StoreError, StorePath

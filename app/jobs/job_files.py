@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from xattn.packs.contained_files import PackError, open_inside, read_inside
+from xattn.packs.contained_files import LocalFolder, PackError
 from xattn.runtime import strict_json
 
 Kind = Literal["train", "probe", "demo"]
@@ -70,13 +69,14 @@ class JobFiles:
 
     root: Path
 
-    def _inside(self, path: Path) -> tuple[Path, str]:
-        return self.root.resolve(), str(path.relative_to(self.root))
+    def _inside(self, path: Path) -> tuple[LocalFolder, str]:
+        return LocalFolder(self.root), str(path.relative_to(self.root))
 
     def read(self, path: Path) -> dict[str, Any]:
         """A JSON table; {} where there is none that can be read."""
+        folder, name = self._inside(path)
         try:
-            found = strict_json.parse(read_inside(*self._inside(path), MAX_RECORD), nan=True)
+            found = strict_json.parse(folder.read(name, MAX_RECORD), nan=True)
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
@@ -84,8 +84,9 @@ class JobFiles:
     def records(self, path: Path) -> list[dict[str, float]]:
         """The lines of a log that are tables of numbers."""
         found = []
+        folder, name = self._inside(path)
         with contextlib.suppress(PackError):
-            for line in read_inside(*self._inside(path), MAX_LOG).splitlines():
+            for line in folder.read(name, MAX_LOG).splitlines():
                 with contextlib.suppress(ValueError):  # one that is being written
                     record = strict_json.parse(line, nan=True)
                     if isinstance(record, dict) and _is_count(record.get("step")):
@@ -96,10 +97,10 @@ class JobFiles:
 
     def tail(self, path: Path) -> str:
         """The end of a log."""
+        folder, name = self._inside(path)
         try:
-            with open_inside(*self._inside(path)) as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL))
-                return stream.read(TAIL).decode("utf-8", "replace")
+            size = folder.size(name)
+            return folder.part(name, max(0, size - TAIL), size).decode("utf-8", "replace")
         except (OSError, PackError):
             return ""
 

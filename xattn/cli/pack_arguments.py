@@ -33,8 +33,8 @@ def open_packs(folders: Sequence[Path]) -> list[Pack]:
 
 def _pack_of(place: Any) -> Any:
     """The pack that a folder is, or holds as xattn compare writes it."""
+    from xattn.packs.contained_files import folder_of
     from xattn.packs.format import MANIFEST
-    from xattn.packs.remote_folder import folder_of
 
     if isinstance(place, Path) and not place.is_dir():
         raise ValueError(f"packs: {place} is no folder; give one that xattn explain wrote")

@@ -1,18 +1,28 @@
-"""Files of a folder that somebody else may have filled: opened inside that folder, or not at all.
+"""Files of a folder that somebody else may have filled: read inside that folder, or not at all.
 
-:class:`PackFolder` is what the reader of packs sees of a folder, wherever it is; :class:`LocalFolder` is
-one on this machine's disk.
+:class:`PackFolder` is what the reader of packs sees of a folder: :class:`LocalFolder` is one on this
+machine's disk, :class:`RemoteFolder` one of an object store, whose files are read by range, so that a map
+costs its own bytes and no more.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
+from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.stores import BLOCK, StoreError, StorePath, place_of
+
 AGAIN = "make the pack again"
+SMALL = 1 << 20  # bytes; smaller files of a store are kept
+KEPT = 32 << 20  # bytes of small files that are kept
 
 
 class PackError(ValueError):
@@ -33,12 +43,16 @@ class PackFolder(ABC):
     path: Path | None
 
     @abstractmethod
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading at any place.
+    def part(self, name: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` of a file; fewer where it ends before.
 
         Raises:
             PackError: it is missing, not the folder's own, or cannot be read.
         """
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """The bytes of a file; raises as :meth:`part`."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -48,19 +62,28 @@ class PackFolder(ABC):
     def on_disk(self, name: str) -> Path:
         """A file for readers that want a path; of a folder elsewhere a copy that goes with this object."""
 
-    def size(self, name: str) -> int:
-        """The bytes of a file; raises as :meth:`open`."""
-        with self.open(name) as stream:
-            return stream.seek(0, os.SEEK_END)
-
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file, at most ``limit``.
 
         Raises:
-            PackError: as :meth:`open`, or the file is larger.
+            PackError: as :meth:`part`, or the file is larger.
         """
-        with self.open(name) as stream:
-            return _read_all(stream, name, limit)
+        size = self.size(name)
+        if size > limit:
+            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
+        return self.part(name, 0, size)
+
+
+def folder_of(
+    given: str | Path | StorePath, argument: str = "pack", trusted: bool = False
+) -> PackFolder:
+    """The folder of a pack, on disk or in a store.
+
+    Raises:
+        ValueError: a URL of no store that can be read.
+    """
+    place = place_of(given, argument)
+    return RemoteFolder(place) if isinstance(place, StorePath) else LocalFolder(place, trusted)
 
 
 class LocalFolder(PackFolder):
@@ -78,15 +101,97 @@ class LocalFolder(PackFolder):
         self.address, self.name = str(self.path), self.path.name
         self._trusted = trusted
 
-    def open(self, name: str) -> IO[bytes]:
+    def _open(self, name: str) -> IO[bytes]:
         return (self.path / name).open("rb") if self._trusted else open_inside(self.path, name)
+
+    def part(self, name: str, start: int, end: int) -> bytes:
+        with self._open(name) as stream:
+            stream.seek(start)
+            return stream.read(end - start)
+
+    def size(self, name: str) -> int:
+        with self._open(name) as stream:
+            return os.fstat(stream.fileno()).st_size
 
     def exists(self, name: str) -> bool:
         return (self.path / name).is_file()
 
     def on_disk(self, name: str) -> Path:
-        self.open(name).close()
+        self._open(name).close()
         return (self.path / name).resolve()
+
+
+class RemoteFolder(PackFolder):
+    """A folder of an object store.
+
+    Files are taken to stay as they are while this object lives, since a pack's manifest has their hashes:
+    sizes and small files are asked for once.
+    """
+
+    path: None = None
+
+    def __init__(self, place: StorePath) -> None:
+        self.place = place
+        self.address, self.name = place.url, place.name
+        self._sizes: dict[str, int] = {}
+        self._kept = LRUCache(KEPT)
+        self._copying = threading.Lock()
+        self._copies: TemporaryDirectory[str] | None = None
+
+    def part(self, name: str, start: int, end: int) -> bytes:
+        with self._asking(name) as file:
+            return file.read(start, end)
+
+    def size(self, name: str) -> int:
+        if name not in self._sizes:
+            with self._asking(name) as file:
+                self._sizes[name] = file.known_size()
+        return self._sizes[name]
+
+    def exists(self, name: str) -> bool:
+        with self._asking(name) as file:
+            return file.exists()
+
+    def read(self, name: str, limit: int) -> bytes:
+        data: bytes | None = self._kept.get(name)
+        if data is None:
+            data = self.part(name, 0, SMALL)  # without asking for the size of a small file
+        size = len(data) if len(data) < SMALL else self.size(name)
+        if size > limit:
+            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
+        if len(data) < SMALL:
+            self._kept.put(name, data, size)
+            return data
+        return data + self.part(name, SMALL, size)
+
+    def on_disk(self, name: str) -> Path:
+        with self._copying:
+            if self._copies is None:
+                self._copies = TemporaryDirectory(prefix="xattn-")
+            path = Path(self._copies.name, name.replace("/", "__"))
+            if not path.exists():
+                size = self.size(name)
+                with path.with_suffix(".part").open("wb") as copy:
+                    for start in range(0, size, BLOCK):
+                        copy.write(self.part(name, start, min(start + BLOCK, size)))
+                path.with_suffix(".part").rename(path)
+        return path
+
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[StorePath]:
+        """A file of this folder; a name that could lead out of it, a file that is missing and a store that
+        does not answer are PackErrors."""
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0?#"):
+            raise PackError(f"{name!r:.60} cannot be the name of a file of a pack; {AGAIN}")
+        try:
+            yield self.place / name
+        except FileNotFoundError:
+            raise PackError(
+                f"{self.place}/{name} is missing; upload the pack again, or {AGAIN}"
+            ) from None
+        except StoreError as error:
+            raise PackError(str(error)) from None
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:
@@ -116,27 +221,6 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
 def _open_without_waiting(path: str, flags: int) -> int:
     # Opening a named pipe would otherwise block until somebody writes to it.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
-
-
-def read_inside(folder: Path, name: str, limit: int) -> bytes:
-    """All bytes of a file of ``folder``, at most ``limit``.
-
-    Raises:
-        PackError: as :func:`open_inside`, or the file is larger.
-    """
-    with open_inside(folder, name) as stream:
-        return _read_all(stream, name, limit)
-
-
-def _read_all(stream: IO[bytes], name: str, limit: int) -> bytes:
-    size = stream.seek(0, os.SEEK_END)
-    if size > limit:
-        raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
-    stream.seek(0)
-    try:
-        return stream.read(size + 1)
-    except OSError as error:
-        raise PackError(f"{name} cannot be read ({why(error)}); try again") from None
 
 
 def why(error: BaseException) -> str:

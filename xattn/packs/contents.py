@@ -1,6 +1,6 @@
 """What is stored of a pack: the manifest at once, rows, maps and pictures when they are asked for.
 
-:class:`~xattn.packs.reader.Pack` is what everybody uses; it asks this.
+:class:`~xattn.packs.reader.Pack` is what everybody uses; it adds whole explanations and pictures.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Contents:
     """The entries and photos of a pack; safe to share between threads.
 
     Attributes:
+        files: the folder that the pack's files are read from.
         manifest: what the manifest says.
 
     Raises:
@@ -122,7 +123,7 @@ class Contents:
     """
 
     def __init__(self, files: PackFolder, parsed: dict[str, Any], trusted: bool) -> None:
-        self._files, self._trusted = files, trusted
+        self.files, self._trusted = files, trusted
         self.manifest = found = manifest.read(parsed)
         self._schemas = {
             "entries": columns.entry_schema([m.key for m in found.metrics]),
@@ -150,13 +151,17 @@ class Contents:
 
     @property
     def first_entry(self) -> str:
-        """The id of the first entry."""
+        """The id of the first entry, found without reading all ids."""
         found: str = self._row("entries", 0)["entry_id"]
         self.know_rows({found: 0}, {})
         return found
 
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """See :meth:`xattn.packs.reader.Pack.know_rows`."""
+        """Say at which places among all some entries and photos are, by id.
+
+        This saves the pack from reading and searching all ids. A wrong place of an
+        entry or a photo is an error once the pack reads there.
+        """
         for kind, rows in (("entries", entries), ("images", images)):
             for id, row in rows.items():
                 self._known_rows.put((kind, id), row, 1)
@@ -209,7 +214,7 @@ class Contents:
             sha256=row["sha256"].hex(),
         )
 
-    def photo(self, image_id: str) -> PhotoFacts:
+    def facts_of(self, image_id: str) -> PhotoFacts:
         """What is known of a photo; PackError where there is none of this id."""
         i = self._row_of("images", image_id)
         row = self._row("images", i)
@@ -236,7 +241,8 @@ class Contents:
         return number, self._shown(encodable(name)), float(p)
 
     def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns of all "entries" or "images", shard by shard and checked; texts are dictionaries."""
+        """Columns of all "entries" or "images" as tables of Arrow, shard by shard and checked; texts are
+        dictionaries. Columns: :mod:`xattn.packs.columns`."""
         for shard in range(len(self.manifest.shards)):
             yield self._read(kind, shard, names)
 
@@ -254,11 +260,6 @@ class Contents:
         """The file that has the map of an entry."""
         return self._shards("maps")[self._place("entries", entry.row)[0]]
 
-    def thumbnail_hashes(self) -> list[str | None]:
-        """The SHA-256 of each photo's JPEG file, in their order; None where there is none."""
-        name = "thumbnail_sha256"
-        return [_hex(found) for t in self.rows("images", [name]) for found in t[name].to_pylist()]
-
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
         """The JPEG file of a photo, not checked by its hash; None where the pack has none."""
         if photo.thumbnail_sha256 is None:
@@ -272,22 +273,18 @@ class Contents:
 
     def stored_photo(self, image_id: str) -> StoredPhoto | None:
         """The thumbnail as the source of an explanation, None where the pack has none."""
-        photo = self.photo(image_id)
+        photo = self.facts_of(image_id)
         return None if photo.thumbnail_sha256 is None else StoredPhoto(_Thumbnails(self), photo.row)
 
     def _bytes(self, file: ShardFile, place: int, size: int) -> bytes:
         """A part of a file, which is checked by its own hash."""
         if place + size > file.size:
             raise ValueError("it is truncated")
-        with self._files.open(file.name) as stream:
-            stream.seek(place)
-            data = stream.read(size)
-        if len(data) != size:
-            raise ValueError("it is truncated")
-        return data
+        return self.files.part(file.name, place, place + size)
 
     def features(self) -> NDArray[np.float16] | None:
-        """See :meth:`xattn.packs.reader.Pack.features`."""
+        """What the classifier read of each photo, (M, d) in the order of :attr:`image_ids`; None in a pack
+        without. Read now, and checked by its hash."""
         parts = []
         for shard in self.manifest.shards:
             if (file := shard.features) is None:
@@ -348,7 +345,7 @@ class Contents:
         return found
 
     def _whole(self, file: ShardFile, most: int) -> bytes:
-        data = self._files.read(file.name, most)
+        data = self.files.read(file.name, most)
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise ValueError("it is not the file that was written")
         return data
@@ -356,7 +353,7 @@ class Contents:
     def _check_sizes(self) -> None:
         for file in (file for shard in self.manifest.shards for file in shard if file is not None):
             with _damage(file.name):
-                if (size := self._files.size(file.name)) != file.size:
+                if (size := self.files.size(file.name)) != file.size:
                     raise ValueError(f"it has {size:,} bytes, not {file.size:,}")
 
     def _shown(self, text: str) -> str:
@@ -377,7 +374,7 @@ class _Thumbnails(Photos):
 
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
         image_id = self._contents.image_ids[index]
-        data = self._contents.thumbnail(self._contents.photo(image_id))
+        data = self._contents.thumbnail(self._contents.facts_of(image_id))
         if data is None:
             raise ValueError(f"image: the pack holds no picture of {image_id}")
         return decode_image(io.BytesIO(data), self.name(index), max_pixels)

@@ -12,23 +12,19 @@ import hashlib
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from xattn.packs.contained_files import AGAIN, PackError, PackFolder, why
+from xattn.packs.contained_files import AGAIN, PackError, PackFolder, folder_of, why
 from xattn.packs.contents import Contents, Entry
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import MANIFEST, VIDEO, LaterVersion, parse_manifest, unreadable_manifest
 from xattn.packs.manifest import DamagedFile
-from xattn.packs.remote_folder import folder_of
 from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import file_sha256
@@ -37,7 +33,6 @@ from xattn.runtime.stores import StorePath, place_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
 
 MAX_MANIFEST = 64 << 20  # bytes; 100,000 shards
 MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
@@ -49,11 +44,11 @@ class NotAPack(PackError):
     """The manifest cannot be read at all, or is another program's."""
 
 
-class Pack:
+class Pack(Contents):
     """A pack that was opened; cheap to keep, safe to share between threads.
 
     Attributes:
-        files: the folder that the pack's files are read from.
+        files, manifest: see :class:`~xattn.packs.contents.Contents`.
         version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
         counts: how many entries and photos it has; nothing is read for it.
         methods: the methods of its entries, in the order in which they come first.
@@ -81,17 +76,26 @@ class Pack:
         cache: LRUCache | None = None,
         trusted: bool = False,
     ) -> None:
-        self.files = (
-            folder if isinstance(folder, PackFolder) else folder_of(folder, trusted=trusted)
-        )
-        self.id, self.name = id, name or self.files.name
+        files = folder if isinstance(folder, PackFolder) else folder_of(folder, trusted=trusted)
+        self.id, self.name = id, name or files.name
         self._cache = LRUCache(RECENT_MAPS) if cache is None else cache
-        self._trusted = trusted
-        data = self._manifest_bytes()
+        try:
+            data = files.read(MANIFEST, sys.maxsize if trusted else MAX_MANIFEST)
+            parsed = parse_manifest(data, self.name)
+        except OSError as error:
+            raise NotAPack(str(unreadable_manifest(self.name, error))) from None
+        except LaterVersion as error:
+            if trusted:
+                raise
+            raise PackError(str(error)) from None
+        except PackError:
+            raise
+        except ValueError as error:
+            raise NotAPack(str(error)) from None
         self._sha256 = hashlib.sha256(data).hexdigest()
         self.version = self._sha256[:12]
-        self._contents = self._open(data)
-        found = self._contents.manifest
+        super().__init__(files, parsed, trusted)
+        found = self.manifest
         self.counts, self.methods = (found.entries, found.images), tuple(found.methods)
         self.metrics, self.shares, self.skipped = found.metrics, found.shares, found.skipped
 
@@ -105,7 +109,7 @@ class Pack:
         """One row a map, by entry_id: image_id, method, target, target_name, probability, is_value
         (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
         max, and a column a metric."""
-        return _tables().entry_table(self._contents)  # type: ignore[no-any-return]
+        return _tables().entry_table(self)  # type: ignore[no-any-return]
 
     @cached_property
     def images(self) -> pd.DataFrame:
@@ -116,49 +120,12 @@ class Pack:
         ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
         None where one of them is not known.
         """
-        return _tables().image_table(self._contents)  # type: ignore[no-any-return]
-
-    def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns of all "entries" or "images" as tables of Arrow, shard by shard and checked; texts are
-        dictionaries. Columns: :mod:`xattn.packs.columns`."""
-        return self._contents.rows(kind, names)
+        return _tables().image_table(self)  # type: ignore[no-any-return]
 
     @property
     def has_features(self) -> bool:
         """Whether the pack holds the features of its photos."""
-        return all(shard.features is not None for shard in self._contents.manifest.shards)
-
-    def features(self) -> NDArray[np.float16] | None:
-        """What the classifier read of each photo, (M, d) in the order of :attr:`images`; None in a pack
-        without. Read now, and checked by its hash."""
-        return self._contents.features()
-
-    @property
-    def entry_ids(self) -> Sequence[str]:
-        """The ids of the entries, in their order."""
-        return self._contents.entry_ids
-
-    @property
-    def first_entry(self) -> str:
-        """The id of the first entry, found without reading all ids."""
-        return self._contents.first_entry
-
-    def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Say at which places among all some entries and photos are, by id.
-
-        This saves the pack from reading and searching all ids. A wrong place of an
-        entry or a photo is an error once the pack reads there.
-        """
-        self._contents.know_rows(entries, images)
-
-    @property
-    def image_ids(self) -> Sequence[str]:
-        """The ids of the photos, in their order."""
-        return self._contents.image_ids
-
-    def entries_of(self, image_id: str) -> list[str]:
-        """The ids of a photo's entries, in their order."""
-        return self._contents.entries_of(image_id)
+        return all(shard.features is not None for shard in self.manifest.shards)
 
     def same_photos(self, other: Pack) -> dict[str, str]:
         """The photos that another pack has, too, by their id here: their id there.
@@ -178,14 +145,17 @@ class Pack:
 
     def by_picture(self) -> dict[str, str]:
         """The ids of photos by the SHA-256 of their stored pictures, where it is of one photo alone."""
-        hashes = self._contents.thumbnail_hashes()
+        name = "thumbnail_sha256"
+        hashes = [
+            sha256 for table in self.rows("images", [name]) for sha256 in table[name].to_pylist()
+        ]
         counts = Counter(hashes)
         pairs = zip(hashes, self.image_ids, strict=True)
-        return {h: image_id for h, image_id in pairs if h is not None and counts[h] == 1}
+        return {h.hex(): image_id for h, image_id in pairs if h is not None and counts[h] == 1}
 
     def key(self, entry_id: str) -> tuple[str, int, str]:
         """(image_id, target, method) of an entry."""
-        entry = self._contents.entry(entry_id)
+        entry = self.entry(entry_id)
         return entry.image_id, entry.target, entry.method
 
     def explanation(self, entry_id: str) -> Explanation:
@@ -196,15 +166,15 @@ class Pack:
         key = (self.files.address, self.version, entry_id)
         found: Explanation | None = self._cache.get(key)
         if found is None:
-            found = self._read_explanation(self._contents.entry(entry_id))
+            found = self._read_explanation(self.entry(entry_id))
             self._cache.put(key, found, found.map.nbytes)
         return found
 
     def _read_explanation(self, entry: Entry) -> Explanation:
-        photo = self._contents.photo(entry.image_id)
+        photo = self.facts_of(entry.image_id)
         try:
             return Explanation(
-                map=self._contents.map(entry),
+                map=self.map(entry),
                 target=entry.target,
                 target_name=entry.target_name,
                 probability=entry.probability,
@@ -218,16 +188,16 @@ class Pack:
                 metrics=entry.metrics,
                 curves=entry.curves,
                 sanity=entry.sanity,
-                source=self._contents.stored_photo(entry.image_id) if self._trusted else None,
+                source=self.stored_photo(entry.image_id) if self._trusted else None,
             )
         except PackError:
             raise
         except (ValueError, OSError) as error:
-            raise DamagedFile(self._contents.maps_file(entry).name, why(error)) from None
+            raise DamagedFile(self.maps_file(entry).name, why(error)) from None
 
     def view(self, entry_id: str) -> View:
         """Which part of the photo the network saw."""
-        return self._contents.entry(entry_id).view
+        return self.entry(entry_id).view
 
     def photo(self, image_id: str, side: int | None = None) -> Image.Image:
         """The stored thumbnail of a photo, RGB, shrunk to ``side`` pixels if it is larger."""
@@ -244,12 +214,12 @@ class Pack:
 
     def has_photo(self, image_id: str) -> bool:
         """Whether the pack says that it holds a picture of a photo."""
-        return self._contents.photo(image_id).thumbnail_sha256 is not None
+        return self.facts_of(image_id).thumbnail_sha256 is not None
 
     def photo_bytes(self, image_id: str) -> bytes:
         """The JPEG file of :meth:`photo`, checked by its hash."""
-        photo = self._contents.photo(image_id)
-        data = self._contents.thumbnail(photo)
+        photo = self.facts_of(image_id)
+        data = self.thumbnail(photo)
         if data is None:
             raise PackError(f"The pack holds no picture of {image_id}; {AGAIN} from photos on disk")
         if hashlib.sha256(data).hexdigest() != photo.thumbnail_sha256:
@@ -261,28 +231,28 @@ class Pack:
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
         """Scores while pixels go or come, by "deletion", "insertion", ...; {} where not measured."""
-        return self._contents.entry(entry_id).curves
+        return self.entry(entry_id).curves
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
         """(class, its name, probability) of the classifier's first classes."""
-        return list(self._contents.photo(image_id).top)
+        return list(self.facts_of(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
         """Where a map comes from: method, head, protocol, versions and hashes.
 
         ``backbone`` and ``head`` are tables or None; ``protocol`` is as it was recorded.
         """
-        entry = self._contents.entry(entry_id)
+        entry = self.entry(entry_id)
         return {
             "method": entry.method,
             "backbone": _table(entry.protocol.get("backbone")),
             "head": _table(entry.protocol.get("head")),
             "protocol": entry.protocol,
-            "xattn": self._contents.manifest.xattn,
+            "xattn": self.manifest.xattn,
             "metrics": {m.key: m.protocol_id for m in self.metrics if m.key in entry.metrics},
             "sha256": {
                 "map": entry.sha256,
-                "thumbnail": self._contents.photo(entry.image_id).thumbnail_sha256,
+                "thumbnail": self.facts_of(entry.image_id).thumbnail_sha256,
                 "manifest": self._sha256,
             },
         }
@@ -290,30 +260,13 @@ class Pack:
     @property
     def video(self) -> Path | None:
         """The pack's film, or None; checked by its hash."""
-        sha256 = self._contents.manifest.video
+        sha256 = self.manifest.video
         if sha256 is None:
             return None
         path = self.files.on_disk(VIDEO)
         if file_sha256(path) != sha256:
             raise PackError(f"{VIDEO} is not the film that was written; {AGAIN}")
         return path
-
-    def _manifest_bytes(self) -> bytes:
-        try:
-            return self.files.read(MANIFEST, sys.maxsize if self._trusted else MAX_MANIFEST)
-        except OSError as error:
-            raise NotAPack(str(unreadable_manifest(self.name, error))) from None
-
-    def _open(self, data: bytes) -> Contents:
-        try:
-            parsed = parse_manifest(data, self.name)
-        except LaterVersion as error:
-            if self._trusted:
-                raise
-            raise PackError(str(error)) from None
-        except ValueError as error:
-            raise NotAPack(str(error)) from None
-        return Contents(self.files, parsed, self._trusted)
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:

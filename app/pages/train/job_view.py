@@ -22,7 +22,7 @@ from xattn.app.jobs.jobs import Job, Jobs, time_left
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.eval.evaluation.plan import duration
-from xattn.packs.contained_files import PackError, read_inside
+from xattn.packs.contained_files import LocalFolder, PackError
 from xattn.pictures.contact_sheet import legends_html
 from xattn.runtime.names import reason
 
@@ -196,7 +196,7 @@ def results_table(job: Job) -> pd.DataFrame | None:
         return None
     folder = job.output.parent.resolve()
     try:
-        data = read_inside(folder, f"{job.output.name}/results.csv", MAX_RESULTS)
+        data = LocalFolder(folder).read(f"{job.output.name}/results.csv", MAX_RESULTS)
     except PackError:
         return None  # not there yet
     try:
