@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import sha256
+from xattn.explainers.base import method_title
 from xattn.explaining.passes import warn_of_blank
 from xattn.explaining.photos import Explanations
 from xattn.models.agunet import AGUNet
@@ -123,6 +124,7 @@ def explain_volume(
                 target_name=names[1],
                 probability=p,
                 method="gates",
+                method_title=method_title("gates"),
                 view=View("whole", size, size, (0, 0, height, width), size),
                 image_id=photo.name,
                 protocol=protocol,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xattn.explainers.base import method_title
 from xattn.packs import manifest
 from xattn.packs.columns import IMAGES, METRIC, entry_schema, write_rows
 from xattn.packs.explanation import Explanation, ImageFacts
@@ -80,6 +81,7 @@ def explanation(
         "target_name": CLASSES[target],
         "probability": p,
         "method": method,
+        "method_title": method_title(method),
         "view": VIEW,
         "image_id": f"photo-{image:05}",
         "protocol": {
@@ -151,7 +153,9 @@ def million_pack(folder: Path, maps: int = 1_000_000, methods: int = 4, side: in
             _shard(temporary, number, range(first, min(photos, first + SHARD_PHOTOS)), names, made)
             for number, first in enumerate(range(0, photos, SHARD_PHOTOS))
         ]
-        (temporary / MANIFEST).write_bytes(manifest.text(names, shards, described(), {}, []))
+        titles = dict(zip(names, names, strict=True))
+        text = manifest.text(titles, shards, described(), {}, [])
+        (temporary / MANIFEST).write_bytes(text)
     return folder
 
 

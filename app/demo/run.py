@@ -83,7 +83,7 @@ def main(output: Path, epochs: int) -> None:
         "evidence, shipped": create_explainer("head", backbone, shipped),
     }
     found = [
-        replace(e, method=name)
+        replace(e, method=name, method_title="")
         for name, method in methods.items()
         for e in explain(shown, backbone, explainer=method)
     ]

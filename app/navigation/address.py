@@ -19,7 +19,6 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.app import state
-from xattn.pictures.words import method_title
 
 Options = Sequence[str] | Mapping[str, str]  # values, or values with what they are called
 ADDRESSES = "_addresses"  # the session's key of what pages wrote
@@ -96,11 +95,11 @@ def selectbox(
     return chosen
 
 
-def maps_by(methods: Sequence[str], width: int) -> str:
+def maps_by(pack: Any, methods: Sequence[str], width: int) -> str:
     """Whose maps a page shows: of several methods the person's choice."""
     if len(methods) == 1:
         return methods[0]
-    return selectbox("Maps by", methods, "method", format_func=method_title, width=width)
+    return selectbox("Maps by", methods, "method", format_func=pack.title_of, width=width)
 
 
 def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:

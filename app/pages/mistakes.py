@@ -29,7 +29,7 @@ from xattn.eval.report.mistakes import (
     slice_row,
 )
 from xattn.pictures.overlay import colorize
-from xattn.pictures.words import method_title, metric_about, metric_title
+from xattn.pictures.words import metric_about, metric_title
 from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def slice_table(pack: Pack, method: str) -> None:
     if (chosen := chosen_row(table, "mistakes.slices", **columns)) is not None:
         last_view.to_gallery(pack, list(views.values())[chosen])
     few = any(0 < row.known < MIN_IMAGES for row in rows.values())
-    measured = f" Metrics are of the maps by {method_title(method)}." if keys else ""
+    measured = f" Metrics are of the maps by {pack.title_of(method)}." if keys else ""
     st.caption(
         plain(
             f"Choose a row to see its photos. Intervals hold for 95 % of samples.{measured}"
@@ -127,7 +127,7 @@ def page(context: Context) -> None:
     if not found.classes:
         _nothing(pack)
         return
-    method = address.maps_by(selection.table(pack).choices.under_test, 220)
+    method = address.maps_by(pack, selection.table(pack).choices.under_test, 220)
     _headline(pack, found)
     cell = _chosen(found)
     left, right = st.columns([4, 3], gap="medium")
@@ -263,7 +263,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
         plain(f"{true}, told right" if right else f"{true} predicted as {predicted}"), anchor=False
     )
     entries = selection.table(pack).first_maps(method, photos)
-    title = method_title(method)
+    title = pack.title_of(method)
     cells = []
     if entries:
         ids = tuple(entries.values())
@@ -361,7 +361,7 @@ def _classes(pack: Pack, method: str) -> None:
         label = (str(rows[chosen].number),)
         last_view.to_gallery(pack, View(method=method, label=label))
     measured = (
-        f" Metrics are of the maps by {method_title(method)}, with 95 % intervals." if keys else ""
+        f" Metrics are of the maps by {pack.title_of(method)}, with 95 % intervals." if keys else ""
     )
     st.caption(
         plain(

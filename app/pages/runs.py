@@ -42,7 +42,6 @@ from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.overlay import DIVERGING, overlay
 from xattn.pictures.scales import Legend, make_scale
-from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -141,7 +140,7 @@ def _row(
     ):
         if entry_id is None:
             continue
-        explanation, title = pack.explanation(entry_id), method_title(method)
+        explanation, title = pack.explanation(entry_id), pack.title_of(method)
         explained.append(explanation)
         keys += legends(pack, [entry_id], look)
         cells.append(
@@ -241,7 +240,7 @@ class Runs(NamedTuple):
     @property
     def names(self) -> tuple[str, str]:
         """What the two are called: by their packs, or by their methods where these differ."""
-        by, by2 = map(method_title, self.methods)
+        by, by2 = self.before.title_of(self.methods[0]), self.after.title_of(self.methods[1])
         if self.same_pack:
             return by, by2
         one, two = self.before.name, self.after.name
@@ -312,9 +311,9 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     after = pack if other_id == pack.id else library.open(other_id)
     ones, others_by = _methods(pack), _methods(after)
     with bar:
-        one = _method("Maps by", ones, "by", ones[0])
+        one = _method(pack, "Maps by", ones, "by", ones[0])
         same = one if one in others_by and after is not pack else others_by[-1]
-        two = _method("and by", others_by, "by2", same)
+        two = _method(after, "and by", others_by, "by2", same)
     bar.button("Swap", key="runs.swap", on_click=_swap, args=(pack.id, after.id, one, two))
     return Runs(pack, after, (one, two))
 
@@ -325,11 +324,11 @@ def _methods(pack: Pack) -> list[str]:
     return list(dict.fromkeys([*choices.under_test, *choices.methods]))
 
 
-def _method(label: str, methods: list[str], key: str, default: str) -> str:
+def _method(pack: Pack, label: str, methods: list[str], key: str, default: str) -> str:
     if len(methods) == 1:
         return methods[0]
     return address.selectbox(
-        label, methods, key, default=default, format_func=method_title, width=200
+        label, methods, key, default=default, format_func=pack.title_of, width=200
     )
 
 

@@ -21,7 +21,7 @@ from xattn.pictures.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
-from xattn.pictures.words import method_title, metric_about, named_metric
+from xattn.pictures.words import metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.manifest import MetricInfo
@@ -107,7 +107,7 @@ def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> 
     ]
     several = entries["image_id"].nunique() > 1
     for row in entries.to_dict("records"):
-        name = f"{method_title(row['method'])}, {row['target_name'].split(',')[0]}"
+        name = f"{pack.title_of(row['method'])}, {row['target_name'].split(',')[0]}"
         if several:
             name += f", {pack.images.loc[row['image_id'], 'title']}"
         values = [row[m.key] for m in metrics]

@@ -18,6 +18,7 @@ from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.results import Results, is_baseline
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.report.standings import CURVES, each_curve
+from xattn.explainers.base import method_title
 from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.passes import TrueClass
 from xattn.explaining.provenance import protocol_of
@@ -121,6 +122,7 @@ class _ExplanationMaker:
                     target_name=kept.target_name,
                     probability=_probability(self.results, kept),
                     method=_plain(name),
+                    method_title=method_title(_plain(name)),
                     view=view,
                     image_id=kept.id,
                     protocol=self.records[name],

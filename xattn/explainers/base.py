@@ -515,6 +515,8 @@ class ExplainerEntry:
     """What the registry knows about an explainer."""
 
     name: str
+    title: str = ""
+    """What it is called in running text, such as "Grad-CAM++"; the name by default."""
     networks: tuple[str, ...] = ("cnn", "vit")
     """The kinds of network that it explains."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
@@ -570,6 +572,26 @@ def explainer_class(name: str) -> type[Explainer]:
 def explainer_entry(name: str) -> ExplainerEntry:
     """What the registry knows about an explainer; raises as :func:`explainer_class` does."""
     return EXPLAINERS.entry(name)
+
+
+# Rows of tables that a method has to beat, by the prefix of their names.
+CONTROLS = {
+    "qk_randomized_": "random attention",
+    "randomized_": "random weights",
+    "static_": "fixed attention",
+}
+
+
+def method_title(name: str) -> str:
+    """What a method is called in running text; a name that is not registered, such as a head's, as it is.
+
+    >>> method_title("gradcam_plusplus"), method_title("randomized_gradcam"), method_title("my-head")
+    ('Grad-CAM++', 'Grad-CAM, random weights', 'my-head')
+    """
+    for prefix, how in CONTROLS.items():
+        if name.startswith(prefix):
+            return f"{method_title(name.removeprefix(prefix))}, {how}"
+    return (name in EXPLAINERS and EXPLAINERS.entry(name).title) or name
 
 
 def create_explainer(

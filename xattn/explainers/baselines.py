@@ -17,7 +17,7 @@ from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer, register_explainer
 
 
-@register_explainer("random")
+@register_explainer("random", title="Random")
 class Random(Explainer):
     """Baseline: uniform noise on the grid of the last tap, fixed by the seed and the pixels."""
 
@@ -35,7 +35,7 @@ class Random(Explainer):
         return torch.from_numpy(np.stack(maps)).to(images)
 
 
-@register_explainer("centre")
+@register_explainer("centre", title="Centre")
 @dataclass(kw_only=True, eq=False, repr=False)
 class Centre(Explainer):
     """Baseline: a Gaussian around the image's centre.
@@ -63,7 +63,7 @@ class Centre(Explainer):
         return value.to(images)[None, None].repeat(images.shape[0], 1, 1, 1)
 
 
-@register_explainer("ones")
+@register_explainer("ones", title="All ones")
 class Ones(Explainer):
     """Baseline: the mask of ones, which keeps the image as it is."""
 

@@ -26,7 +26,9 @@ from xattn.photos.classes import as_classes
 FORMS = ("gradient", "plus", "minus")
 
 
-@register_explainer("gates", networks=("masks",), cases=({}, {"form": "minus", "level": 1}))
+@register_explainer(
+    "gates", title="Attention gates", networks=("masks",), cases=({}, {"form": "minus", "level": 1})
+)
 @dataclass(kw_only=True, eq=False, repr=False)
 class Gates(Explainer):
     """psi times the gradient of the mask's score, or psi itself; for :mod:`xattn.models.masks`.

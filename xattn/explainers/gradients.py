@@ -22,7 +22,7 @@ from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer, register_explainer
 
 
-@register_explainer("saliency")
+@register_explainer("saliency", title="Saliency")
 class Saliency(Explainer):
     """max over the three channels of ``|g|``, (B, 1, H, W), never negative."""
 
@@ -30,7 +30,7 @@ class Saliency(Explainer):
         return pixel_gradient(self.backbone, images, target).abs().amax(1, keepdim=True)
 
 
-@register_explainer("input_x_gradient")
+@register_explainer("input_x_gradient", title="Input × gradient")
 class InputXGradient(Explainer):
     """Sum over the three channels of x * g, (B, 1, H, W), signed. Black pixels get 0."""
 
@@ -42,7 +42,7 @@ class InputXGradient(Explainer):
         return maps.detach().sum(1, keepdim=True)
 
 
-@register_explainer("guided_backprop", networks=("cnn",))
+@register_explainer("guided_backprop", title="Guided backprop", networks=("cnn",))
 class GuidedBackprop(Explainer):
     """max over the three channels of the absolute guided gradient, (B, 1, H, W), never negative.
 

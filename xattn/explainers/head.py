@@ -114,7 +114,7 @@ def _moved(x: Tensor, by: float, axis: int) -> Tensor:
 PASSES = (1, 2, 4)
 
 
-@register_explainer("head", cases=({}, {"passes": 4}))
+@register_explainer("head", title="Explanation head", cases=({}, {"passes": 4}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.

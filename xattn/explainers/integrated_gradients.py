@@ -56,7 +56,7 @@ class _GradientSum(Explainer):
         raise NotImplementedError
 
 
-@register_explainer("integrated_gradients", cases=({"steps": 3},))
+@register_explainer("integrated_gradients", title="Integrated gradients", cases=({"steps": 3},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class IntegratedGradients(_GradientSum):
     """(x - b) * integral_0^1 df(b + a (x - b))/dx da, summed over the channels, (B, 1, H, W), signed.
@@ -93,7 +93,7 @@ class IntegratedGradients(_GradientSum):
         return (self._sum(points, target) * difference).sum(0, keepdim=True)
 
 
-@register_explainer("gradient_shap", cases=({"samples": 3},))
+@register_explainer("gradient_shap", title="GradientSHAP", cases=({"samples": 3},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradientShap(_GradientSum):
     """mean_k (x_k - b_k) * df(b_k + a_k (x_k - b_k))/dx, summed over the channels, (B, 1, H, W), signed.
@@ -149,7 +149,7 @@ class GradientShap(_GradientSum):
         return self._sum(points, target).sum(0, keepdim=True)
 
 
-@register_explainer("smoothgrad", cases=({"samples": 3},))
+@register_explainer("smoothgrad", title="SmoothGrad", cases=({"samples": 3},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class SmoothGrad(_GradientSum):
     """max over the channels of ``|mean_k df(x + e_k)/dx|``, (B, 1, H, W); saliency where e_k is 0.

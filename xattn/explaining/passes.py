@@ -17,7 +17,7 @@ from torch import Tensor
 from xattn.backbone import Backbone
 from xattn.backbone.pooled_features import FeatureRecord, recording
 from xattn.explainers import Explainer, as_explainer, create_explainer
-from xattn.explainers.base import Choose
+from xattn.explainers.base import Choose, method_title
 from xattn.explaining.aim import OneEach, PredictedAndTrue
 from xattn.explaining.naming import Picture, Source, file_name_of
 from xattn.explaining.provenance import protocol_of
@@ -112,6 +112,7 @@ def explain_batch(
                 target_name=backbone.class_names[target],
                 probability=float(probabilities[i, j]),
                 method=method.name,
+                method_title=method_title(method.name),
                 view=item.view,
                 image_id=item.image_id,
                 protocol=protocol if item.view.mode != "tensor" else {**protocol, "view": "tensor"},

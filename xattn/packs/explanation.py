@@ -70,7 +70,8 @@ class Explanation:
     file, an image, or None. ``is_mask`` marks maps that are
     in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
     such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
-    that every method has to beat, come with comparisons.
+    that every method has to beat, come with comparisons. ``method_title`` is what the method is called in
+    running text, its name by default; give another method another one.
     """
 
     map: NDArray[np.float32]
@@ -88,6 +89,7 @@ class Explanation:
     metrics: Mapping[str, float] = field(default_factory=dict, repr=False)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
     sanity: bool = False
+    method_title: str = ""
 
     def __post_init__(self) -> None:
         values = np.array(self.map, dtype=np.float32)
@@ -107,6 +109,7 @@ class Explanation:
             raise ValueError(f"image_id, method: got {self.id!r}; give names without zero bytes")
         values.setflags(write=False)
         object.__setattr__(self, "map", values)
+        object.__setattr__(self, "method_title", self.method_title or self.method)
 
     @property
     def is_value(self) -> bool:

@@ -74,7 +74,7 @@ class Manifest:
         xattn: the version of xattn that wrote the pack.
         metrics: what the metrics are.
         shares: by name of a curve, the shares of pixels that its values stand for.
-        methods: the methods of the entries, in the order in which they come first.
+        methods: the methods of the entries and their titles, in the order in which they come first.
         skipped: (file name, reason) of images that were left out.
         video: the hash of the film, None without one.
         entries, images: the numbers of rows of all shards.
@@ -83,7 +83,7 @@ class Manifest:
     xattn: str
     metrics: list[MetricInfo]
     shares: dict[str, list[float]]
-    methods: list[str]
+    methods: dict[str, str]
     skipped: list[tuple[str, str]]
     video: str | None
     entries: int
@@ -107,7 +107,7 @@ def read(manifest: dict[str, Any]) -> Manifest:
         xattn=encodable(str(manifest.get("xattn", "")))[:MAX_NAME],
         metrics=_metrics(_table(manifest, "metrics")),
         shares=curves_of(_table(manifest, "shares")),
-        methods=_names(manifest, "methods", MAX_METHODS),
+        methods=_titles(_table(manifest, "methods")),
         skipped=_skipped(manifest),
         video=None if manifest.get("video") is None else _hash(_table(manifest, "video")),
         entries=_count(manifest, "entries"),
@@ -121,7 +121,7 @@ def read(manifest: dict[str, Any]) -> Manifest:
 
 
 def text(
-    methods: Sequence[str],
+    methods: Mapping[str, str],
     shards: Sequence[Shard],
     metrics: Mapping[str, Mapping[str, Any]],
     shares: Mapping[str, Sequence[float]],
@@ -131,7 +131,7 @@ def text(
     """The file of a manifest.
 
     Args:
-        methods: those of the entries, in the order in which they come first.
+        methods: those of the entries and their titles, in the order in which they come first.
         metrics, shares, skipped: see :class:`~xattn.packs.writer.PackWriter`.
         video: the hash of the film.
     """
@@ -218,6 +218,14 @@ def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
     return metrics
 
 
+def _titles(given: dict[str, Any]) -> dict[str, str]:
+    """Methods with their titles."""
+    if len(given) > MAX_METHODS or not all(type(title) is str for title in given.values()):
+        raise damaged("its methods are no names with titles")
+    _check_names(given, "method")
+    return {name: visible(encodable(title))[:MAX_NAME] for name, title in given.items()}
+
+
 def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
     """Curves, or shares of pixels, by name; DamagedFile where they are no finite numbers."""
     for values in given.values():
@@ -256,16 +264,6 @@ def _tables(manifest: dict[str, Any], key: str) -> list[dict[str, Any]]:
     if type(found) is not list or not set(map(type, found)) <= {dict}:
         raise damaged(f"it lists no {key}")
     return found
-
-
-def _names(manifest: dict[str, Any], key: str, most: int) -> list[str]:
-    names = manifest.get(key, [])
-    if type(names) is not list or len(names) > most or not all(type(n) is str for n in names):
-        raise damaged(f"its {key} are no names")
-    _check_names(names, key)
-    if len(set(names)) != len(names):
-        raise damaged(f"one of its {key} comes twice")
-    return names
 
 
 def _check_names(values: Iterable[str], key: str) -> None:

@@ -51,7 +51,7 @@ class Pack(Contents):
         files, manifest: see :class:`~xattn.packs.contents.Contents`.
         version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
         counts: how many entries and photos it has; nothing is read for it.
-        methods: the methods of its entries, in the order in which they come first.
+        methods: the methods of its entries, in the order in which they come first; see :meth:`title_of`.
         metrics: what the metrics' columns are.
         shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
             there has its values at equal steps over [0, 1].
@@ -153,6 +153,10 @@ class Pack(Contents):
         pairs = zip(hashes, self.image_ids, strict=True)
         return {h.hex(): image_id for h, image_id in pairs if h is not None and counts[h] == 1}
 
+    def title_of(self, method: str) -> str:
+        """What a method of the pack is called in running text."""
+        return self.manifest.methods.get(method, method)
+
     def key(self, entry_id: str) -> tuple[str, int, str]:
         """(image_id, target, method) of an entry."""
         entry = self.entry(entry_id)
@@ -179,6 +183,7 @@ class Pack(Contents):
                 target_name=entry.target_name,
                 probability=entry.probability,
                 method=entry.method,
+                method_title=self.title_of(entry.method),
                 view=entry.view,
                 image_id=entry.image_id,
                 protocol=entry.protocol,

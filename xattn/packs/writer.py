@@ -29,7 +29,8 @@ from PIL import Image
 from safetensors.numpy import save
 
 from xattn.correlation import disagreement
-from xattn.packs import columns, manifest
+from xattn.packs import manifest
+from xattn.packs.columns import IMAGES, entry_row, entry_schema, image_row, text, write_rows
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import (
     FORMAT,
@@ -165,6 +166,7 @@ class _Photo(NamedTuple):
 
     image: dict[str, Any]
     entries: list[dict[str, Any]]
+    titles: dict[str, str]
     maps: list[NDArray[np.float32]]
     thumbnail: bytes | None
     features: NDArray[np.float16] | None
@@ -209,7 +211,7 @@ class PackWriter:
         self._features_length: int | None = None
         self._closed = False
         self._shard = _Shard(0)
-        self._written: dict[int, tuple[Shard, list[str]]] = {}  # with the methods of each
+        self._written: dict[int, tuple[Shard, dict[str, str]]] = {}  # with the methods' titles
 
     def block(self, number: int) -> None:
         """Let the photos that are added from now on be those of block ``number``, a shard or, of large
@@ -275,7 +277,9 @@ class PackWriter:
         if not every:
             raise ValueError("explanations: got none; a pack needs at least one")
         shards = [every[number][0] for number in sorted(every)]
-        methods = [name for number in sorted(every) for name in every[number][1]]
+        titles: dict[str, str] = {}
+        for number in sorted(every):
+            titles |= {k: v for k, v in every[number][1].items() if k not in titles}
         if not all(shard.features for shard in shards):
             for features in (shard.features for shard, _ in self._written.values()):
                 if features is not None:
@@ -285,7 +289,7 @@ class PackWriter:
         if self.is_first:
             self._check_photos(shards)
             data = manifest.text(
-                list(dict.fromkeys(methods)),
+                titles,
                 shards,
                 self.metrics,
                 self.shares,
@@ -309,11 +313,9 @@ class PackWriter:
         maps = [np.ascontiguousarray(e.map, dtype="<f4") for e in group]
         hashes = [hashlib.sha256(values.tobytes()).digest() for values in maps]
         return _Photo(
-            columns.image_row(group, _disagreement(group), thumbnail),
-            [
-                columns.entry_row(e, sha256, self.metrics)
-                for e, sha256 in zip(group, hashes, strict=True)
-            ],
+            image_row(group, _disagreement(group), thumbnail),
+            [entry_row(e, sha256, self.metrics) for e, sha256 in zip(group, hashes, strict=True)],
+            {printable(e.method): text("method_title", e.method_title) for e in group},
             maps,
             thumbnail,
             _features(group, self._features_length),
@@ -331,7 +333,7 @@ class PackWriter:
             self._written[number] = self._write(number, photos)
         self._shard = _Shard(following)
 
-    def _write(self, number: int, photos: Sequence[_Photo]) -> tuple[Shard, list[str]]:
+    def _write(self, number: int, photos: Sequence[_Photo]) -> tuple[Shard, dict[str, str]]:
         entries = [row for photo in photos for row in photo.entries]
         images = [photo.image for photo in photos]
 
@@ -359,13 +361,14 @@ class PackWriter:
             features = features._replace(rows=len(photos))
         files = []
         for kind, schema, rows in (
-            ("entries", columns.entry_schema(list(self.metrics)), entries),
-            ("images", columns.IMAGES, images),
+            ("entries", entry_schema(list(self.metrics)), entries),
+            ("images", IMAGES, images),
         ):
             values = {f.name: [row[f.name] for row in rows] for f in schema}
             path = self.folder / shard_file(kind, number)
-            files.append(columns.write_rows(path, schema, values))
-        methods = list(dict.fromkeys(row["method"] for row in entries))
+            files.append(write_rows(path, schema, values))
+        titles = {name: title for photo in photos[::-1] for name, title in photo.titles.items()}
+        methods = {row["method"]: titles[row["method"]] for row in entries}
         return Shard(files[0], files[1], maps, thumbnails, features), methods
 
     def _check_photos(self, shards: Sequence[Shard]) -> None:

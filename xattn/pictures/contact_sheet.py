@@ -19,7 +19,6 @@ from xattn.pictures.highlights import line_sample
 from xattn.pictures.lettering import load_font, shorten, wrap
 from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient
 from xattn.pictures.scales import OUTLINE, Legend, Scale, legend_of, overlay_of
-from xattn.pictures.words import method_title
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def sheet_rows(
         cells = [Cell(photo, "Photo", name, alt=f"Photo {name}")]
         for e in group:
             drawn = draw(e, photo) if draw else overlay_of(e, photo, opacity, cmap, style)
-            cells.append(labelled(e, drawn, method_title(e.method)))
+            cells.append(labelled(e, drawn, e.method_title))
         rows.append(Row(name, cells))
     return rows
 

@@ -18,7 +18,6 @@ from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image, labelle
 from xattn.pictures.explained import Explained, amount
 from xattn.pictures.overlay import SEQUENTIAL, colorize, data_url
 from xattn.pictures.scales import overlay_of
-from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +113,7 @@ def _cell(explanation: Explained) -> Cell:
     except ValueError:
         picture = Image.fromarray(colorize(explanation.normalized()))
         picture = picture.resize((SIDE, SIDE * picture.height // picture.width or 1))
-    return labelled(explanation, picture, f"{name} · {method_title(explanation.method)}")
+    return labelled(explanation, picture, f"{name} · {explanation.method_title}")
 
 
 def _figure_html(cell: Cell) -> str:

@@ -117,7 +117,7 @@ class Sample:
 
 def _at(explanation: Explanation, step: int) -> Explanation:
     protocol: dict[str, Any] = {**explanation.protocol, "step": step}
-    return replace(explanation, method=step_method(step), protocol=protocol)
+    return replace(explanation, method=step_method(step), method_title="", protocol=protocol)
 
 
 def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[int]:

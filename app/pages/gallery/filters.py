@@ -28,7 +28,6 @@ from xattn.app.triage import selection
 from xattn.app.triage.maps_table import SORTS
 from xattn.app.triage.selection import ALL, MAPS, NOTES, RATINGS, RIGHT, SIZES, Choices, View
 from xattn.pictures.design import DARK, LIGHT
-from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     import altair as alt
@@ -186,21 +185,21 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
     state.tell_again(*(KEY + name for name in (*IN_ORDER, "classes", *IN_POPOVER)))
     narrow = frame.narrow()
     if not narrow:
-        _order(bar, choices)
+        _order(bar, choices, pack)
     popover = bar.popover("Filters", key=f"{KEY}filters", on_change="rerun")
     if popover.open:
         with popover:
             if narrow:
-                _order(st, choices)
+                _order(st, choices, pack)
             _filters(pack, choices)
             marking.filters(pack, view.tag)
     return from_widgets(choices)
 
 
-def _order(place: Any, choices: Choices) -> None:
+def _order(place: Any, choices: Choices, pack: Pack) -> None:
     """Whose maps are shown, in which order; on a narrow screen in the popover of filters."""
     if len(choices.methods) > 1:
-        methods = {m: _method_name(m, choices) for m in (*choices.methods, ALL)}
+        methods = {m: _method_name(m, choices, pack) for m in (*choices.methods, ALL)}
         _choice(place.selectbox, "Method", methods, "method", width=160)
     _choice(place.selectbox, "Sort by", choices.sorts, "sort", width=180)
     orders = _order_names(st.session_state[f"{KEY}sort"])
@@ -226,10 +225,10 @@ def _counted(classes: Mapping[str, str], photos: Mapping[str, int]) -> dict[str,
     return {key: f"{names[key]} ({photos[key]:,})" for key in keys}
 
 
-def _method_name(method: str, choices: Choices) -> str:
+def _method_name(method: str, choices: Choices, pack: Pack) -> str:
     if method == ALL:
         return "All methods"
-    title = method_title(method)
+    title = pack.title_of(method)
     return f"{title} (sanity row)" if method in choices.controls else title
 
 

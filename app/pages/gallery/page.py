@@ -31,7 +31,6 @@ from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
 from xattn.pictures.overlay import STYLES
-from xattn.pictures.words import method_title
 from xattn.runtime.names import visible
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def cell(
     row: dict[str, Any],
 ) -> dict[str, Any]:
     explained = short(row["target_name"])
-    name, method = row["title"], method_title(row["method"])
+    name, method = row["title"], pack.title_of(row["method"])
     lines = [method] if view.method == ALL else []
     if row["label_name"] and short(row["label_name"]) != explained:
         lines.append(f"true: {short(row['label_name'])}")

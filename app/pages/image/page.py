@@ -35,7 +35,6 @@ from xattn.app.triage.store import KEYS, NOTE_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
-from xattn.pictures.words import method_title
 
 if TYPE_CHECKING:
     from xattn.app.pages.image.objects import Objects
@@ -394,7 +393,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
                 everything,
                 "methods",
                 default=choices.under_test[:FIRST_METHODS],
-                format_func=method_title,
+                format_func=pack.title_of,
                 width=420,
             )
     look = replace(look_control(bar, bound=True, first=_first_look(pack)), side=SIDE)
@@ -406,7 +405,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     ids = [by_method[m] for m in methods if m in by_method]
     missing = [m for m in methods if m not in by_method]
     if not ids:
-        names = plain(", ".join(map(method_title, methods)))
+        names = plain(", ".join(map(pack.title_of, methods)))
         st.info(f"No map of this class by {names}. Choose another class or method above.")
         return None
     focus = st.query_params.get("entry") or by_method.get(_view(pack).method, ids[0])
@@ -475,7 +474,7 @@ def _maps(pack: Pack, shown: Shown) -> None:
     if note := blank_maps(pack, ids, selection.table(pack).title):
         st.warning(plain(note))
     if shown.missing:
-        missing = ", ".join(map(method_title, shown.missing))
+        missing = ", ".join(map(pack.title_of, shown.missing))
         st.caption(plain(f"No map of this class by {missing}."))
 
 
@@ -519,7 +518,7 @@ def _outlined(found: Objects | None) -> list[dict[str, Any]]:
 def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dict[str, Any]:
     row = shown.entries.loc[entry_id]
     low, high = f"{row['min']:.3g}", f"{row['max']:.3g}"
-    method = method_title(row["method"])
+    method = pack.title_of(row["method"])
     numbers = (found.numbers if found is not None else None) or {}
     on_object = [numbers[entry_id]] if entry_id in numbers else []
     return {

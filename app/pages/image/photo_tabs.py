@@ -25,7 +25,7 @@ from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, Selection, View
 from xattn.photos.ids import file_stem
 from xattn.pictures.explained import probability_text
-from xattn.pictures.words import method_title, metric_about, named_metric
+from xattn.pictures.words import metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -98,7 +98,7 @@ DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 def classes_tab(pack: Pack, shown: Shown) -> None:
     """The classifier's first classes with their maps by the method in focus, and a contrast."""
     method = shown.entries.loc[shown.focus, "method"]
-    title = method_title(method)
+    title = pack.title_of(method)
     own = shown.entries[shown.entries["method"] == method]
     by_class = dict(zip(own["target"].astype(int), own.index, strict=True))
     top = pack.top(shown.image_id)[:TOP]
@@ -192,7 +192,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
 
 def slider_tab(pack: Pack, shown: Shown) -> None:
     """The map in focus against the photo or another map."""
-    own = shown.entries.loc[shown.ids, "method"].map(method_title)
+    own = shown.entries.loc[shown.ids, "method"].map(pack.title_of)
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
     other = st.query_params.get("against", "")
     other = other if other in others else ""
@@ -214,13 +214,13 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
     rows = shown.entries.loc[shown.ids]
     metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
     curves = {
-        method_title(rows.loc[i, "method"]): found for i in shown.ids if (found := pack.curves(i))
+        pack.title_of(rows.loc[i, "method"]): found for i in shown.ids if (found := pack.curves(i))
     }
     if not metrics and not curves:
         st.info("This pack has no fidelity figures. `xattn compare` writes a pack with them.")
         return
     if metrics:
-        table = rows[[m.key for m in metrics]].set_axis(rows["method"].map(method_title), axis=0)
+        table = rows[[m.key for m in metrics]].set_axis(rows["method"].map(pack.title_of), axis=0)
         arrow = {True: "↑", False: "↓"}
         config = {
             m.key: st.column_config.NumberColumn(
@@ -297,7 +297,7 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
     found = pack.provenance(shown.focus)
     backbone, head = found["backbone"] or {}, found["head"] or {}
     facts = {
-        "method": _titled(found["method"]),
+        "method": _titled(pack, found["method"]),
         "network": backbone.get("name"),
         "network's weights, sha256": backbone.get("sha256"),
         "head": head.get("name"),
@@ -317,9 +317,9 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
         st.json(found, expanded=2)
 
 
-def _titled(method: str) -> str:
+def _titled(pack: Pack, method: str) -> str:
     """A method's title, with the name by which it is asked for."""
-    title = method_title(method)
+    title = pack.title_of(method)
     return title if title == method else f"{title} ({method})"
 
 

@@ -331,7 +331,7 @@ def page(context: Context) -> None:
             _points(pack)
     if groups.open:
         with groups:
-            groups_tab(pack, address.maps_by(selection.table(pack).choices.under_test, WIDTH))
+            groups_tab(pack, address.maps_by(pack, selection.table(pack).choices.under_test, WIDTH))
 
 
 def _points(pack: Pack) -> None:
@@ -343,7 +343,7 @@ def _points(pack: Pack) -> None:
         of = address.selectbox(
             "Near by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
         )
-        method = address.maps_by(selection.table(pack).choices.under_test, WIDTH)
+        method = address.maps_by(pack, selection.table(pack).choices.under_test, WIDTH)
     points_tab(pack, of, method, bar)
 
 

@@ -41,7 +41,6 @@ from xattn.packs.contained_files import PackError
 from xattn.photos.view import View
 from xattn.pictures.overlay import data_url, overlay
 from xattn.pictures.scales import own_scale
-from xattn.pictures.words import method_title
 from xattn.runtime.lru_cache import LRUCache
 
 if TYPE_CHECKING:
@@ -247,7 +246,7 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
         )
         paint = address.segmented("What is painted", PAINTED, "paint")
         methods = list(dict.fromkeys(entries["method"]))
-        method = address.selectbox("Map", methods, "method", format_func=method_title, width=220)
+        method = address.selectbox("Map", methods, "method", format_func=pack.title_of, width=220)
     return _entry(entries[entries["method"] == method]), kind, paint == "kept"
 
 
@@ -335,14 +334,14 @@ def _maps(
     except PackError as error:
         st.warning(plain(error))
         return
-    title = f"{method_title(own.method)} of {short(own.target_name)}"
+    title = f"{own.method_title} of {short(own.target_name)}"
     if entry_id not in painting.drawn:
         painting.drawn[entry_id] = map_url(painting.seen.pixels, own)
     pictures = [(painting.drawn[entry_id], title)]
     key = (entry_id, painting.mask.tobytes(), *how)
     if pressed and pixels is not None:
         try:
-            with st.spinner(f"Explaining by {plain(method_title(own.method))} …"):
+            with st.spinner(f"Explaining by {plain(own.method_title)} …"):
                 painting.fresh = {key: explained(pack, entry_id, pixels, backbone)}
         except ValueError as error:
             st.warning(plain(error))

@@ -20,7 +20,7 @@ from xattn.explainers.gradients import probe_image
 from xattn.runtime.memory import ForwardBatches
 
 
-@register_explainer("ablationcam")
+@register_explainer("ablationcam", title="Ablation-CAM")
 class AblationCam(LayerExplainer, ImageByImage):
     """Ablation-CAM: one pass per channel.
 

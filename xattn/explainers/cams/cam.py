@@ -18,7 +18,7 @@ from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads.class_reading import class_reading
 
 
-@register_explainer("cam")
+@register_explainer("cam", title="CAM")
 class Cam(Explainer):
     """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
 

@@ -18,7 +18,7 @@ from xattn.explainers.cams.gradcam import GradientCam
 from xattn.explainers.cams.layers import LayerExplainer
 
 
-@register_explainer("eigencam")
+@register_explainer("eigencam", title="Eigen-CAM")
 class EigenCam(LayerExplainer):
     """Eigen-CAM: what activates the network, not what supports a class; no gradient is needed.
 
@@ -34,7 +34,7 @@ class EigenCam(LayerExplainer):
         return one.expand(-1, classes.shape[1], -1, -1)
 
 
-@register_explainer("eigengradcam")
+@register_explainer("eigengradcam", title="Eigen-Grad-CAM")
 class EigenGradCam(GradientCam):
     """Eigen-Grad-CAM: the strongest common pattern of the channels, each weighted by its gradient.
 

@@ -26,7 +26,7 @@ from xattn.explainers.relevance.attn_lrp_functions import added_bias
 Part = Callable[[Tensor, bool], object]
 
 
-@register_explainer("fullgrad")
+@register_explainer("fullgrad", title="FullGrad")
 class FullGrad(Explainer):
     """FullGrad, (B, 1, H, W), never negative: one forward and one backward pass.
 

@@ -47,7 +47,7 @@ class GradientCam(LayerExplainer):
         raise NotImplementedError
 
 
-@register_explainer("gradcam")
+@register_explainer("gradcam", title="Grad-CAM")
 class GradCam(GradientCam):
     """Grad-CAM, with Captum's gradients.
 
@@ -59,7 +59,7 @@ class GradCam(GradientCam):
         return gradients.mean((2, 3), keepdim=True)
 
 
-@register_explainer("gradcam_plusplus")
+@register_explainer("gradcam_plusplus", title="Grad-CAM++")
 class GradCamPlusPlus(GradientCam):
     """Grad-CAM++: positions are weighted so that several objects of one class count equally.
 
@@ -74,7 +74,7 @@ class GradCamPlusPlus(GradientCam):
         return (alpha * torch.relu(gradients)).sum((2, 3), keepdim=True)
 
 
-@register_explainer("layercam")
+@register_explainer("layercam", title="LayerCAM")
 class LayerCam(GradientCam):
     """LayerCAM: one weight per position, so that early layers can be read, too.
 
@@ -86,7 +86,7 @@ class LayerCam(GradientCam):
         return torch.relu(gradients)
 
 
-@register_explainer("hirescam")
+@register_explainer("hirescam", title="HiResCAM")
 class HiResCam(GradientCam):
     """HiResCAM, the layer times its gradient at each place: (B, 1, h, w).
 
@@ -101,7 +101,7 @@ class HiResCam(GradientCam):
         return gradients
 
 
-@register_explainer("xgradcam")
+@register_explainer("xgradcam", title="XGrad-CAM")
 class XGradCam(GradientCam):
     """XGrad-CAM: Grad-CAM whose gradients are averaged by where their channel is active.
 

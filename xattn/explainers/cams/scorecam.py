@@ -20,7 +20,7 @@ from xattn.explainers.gradients import probe_image
 from xattn.explainers.masking.masked_passes import PerturbationExplainer
 
 
-@register_explainer("scorecam")
+@register_explainer("scorecam", title="Score-CAM")
 @dataclass(kw_only=True, eq=False, repr=False)
 class ScoreCam(LayerExplainer, PerturbationExplainer):
     """Score-CAM: one forward pass per channel that is not constant.

@@ -19,7 +19,7 @@ from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import SuperpixelExplainer
 
 
-@register_explainer("kernel_shap", cases=({"samples": 6},))
+@register_explainer("kernel_shap", title="KernelSHAP", cases=({"samples": 6},))
 class KernelShap(SuperpixelExplainer):
     """KernelSHAP: estimated Shapley values of the superpixels for the probability of the class.
 

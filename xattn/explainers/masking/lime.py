@@ -17,7 +17,7 @@ from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import SuperpixelExplainer
 
 
-@register_explainer("lime", cases=({"samples": 6},))
+@register_explainer("lime", title="LIME", cases=({"samples": 6},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Lime(SuperpixelExplainer):
     """LIME: a weighted ridge regression of the probability on which superpixels are visible.

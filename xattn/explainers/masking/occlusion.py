@@ -17,7 +17,7 @@ from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import PerturbationExplainer, at_least
 
 
-@register_explainer("occlusion", cases=({"size": 16, "stride": 16},))
+@register_explainer("occlusion", title="Occlusion", cases=({"size": 16, "stride": 16},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Occlusion(PerturbationExplainer):
     """Occlusion: how much the probability falls, on average, when a square window hides a pixel.

@@ -17,7 +17,7 @@ from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import PerturbationExplainer, at_least
 
 
-@register_explainer("rise", cases=({"masks": 6},))
+@register_explainer("rise", title="RISE", cases=({"masks": 6},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Rise(PerturbationExplainer):
     """RISE: the mean mask, weighted by the probability that the masked image keeps.

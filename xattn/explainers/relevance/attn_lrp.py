@@ -25,7 +25,7 @@ from xattn.explainers.relevance.attention import patch_grid
 from xattn.explainers.relevance.attn_lrp_functions import Rules
 
 
-@register_explainer("attn_lrp", networks=("vit",))
+@register_explainer("attn_lrp", title="AttnLRP", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class AttnLrp(Explainer):
     """AttnLRP of a model with attention: softmax or any mechanism of :mod:`xattn.attention`.

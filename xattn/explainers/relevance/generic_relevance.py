@@ -19,7 +19,7 @@ from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.attention import AttentionExplainer, Reading
 
 
-@register_explainer("generic_relevance", networks=("vit",))
+@register_explainer("generic_relevance", title="Generic relevance", networks=("vit",))
 class GenericRelevance(AttentionExplainer):
     """Gradient-weighted attention of all layers: one forward pass, and a backward pass per class.
 

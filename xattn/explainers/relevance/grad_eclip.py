@@ -31,7 +31,7 @@ from xattn.explainers.relevance.legrad import check_layers
 from xattn.kernels.softmax.reference import widen
 
 
-@register_explainer("grad_eclip", networks=("vit",), cases=({}, {"layers": 2}))
+@register_explainer("grad_eclip", title="Grad-ECLIP", networks=("vit",), cases=({}, {"layers": 2}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradEclip(AttentionExplainer):
     """Grad-ECLIP of the token that the classifier reads: one forward pass, and a backward pass a class.

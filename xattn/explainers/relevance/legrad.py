@@ -37,7 +37,9 @@ class LayerReading(Reading):
     images: Tensor
 
 
-@register_explainer("legrad", networks=("vit",), cases=({}, {"pool": "model", "layers": 1}))
+@register_explainer(
+    "legrad", title="LeGrad", networks=("vit",), cases=({}, {"pool": "model", "layers": 1})
+)
 @dataclass(kw_only=True, eq=False, repr=False)
 class LeGrad(AttentionExplainer):
     """LeGrad of all layers or the last few: one forward pass, and a short backward pass a layer and class.

@@ -42,6 +42,7 @@ BASES = ("fullgrad_plus", "fullgrad", "input_x_gradient")
 
 @register_explainer(
     "libragrad",
+    title="LibraGrad",
     networks=("vit",),
     cases=({}, {"base": "fullgrad"}, {"base": "input_x_gradient", "at": "pixels"}),
 )

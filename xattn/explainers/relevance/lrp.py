@@ -22,7 +22,7 @@ from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.explainers.gradients import calling, check_same_logits, named, probe_image
 
 
-@register_explainer("lrp", networks=("cnn",))
+@register_explainer("lrp", title="LRP", networks=("cnn",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Lrp(Explainer):
     """LRP of a CNN: relevance of the normalised image, summed over its channels, (B, 1, H, W), signed.

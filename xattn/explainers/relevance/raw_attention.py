@@ -30,7 +30,7 @@ from xattn.explainers.relevance.attention import (
 )
 
 
-@register_explainer("raw_attention", networks=("vit",))
+@register_explainer("raw_attention", title="Raw attention", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
     """The starting row's attention in one layer, O(N d) where it reads a few tokens; with its sign.
@@ -80,7 +80,7 @@ class RawAttention(AttentionExplainer):
         return fuse(rows, self.fusion) if isinstance(self.fusion, str) else rows[:, self.fusion]
 
 
-@register_explainer("column_mass", networks=("vit",))
+@register_explainer("column_mass", title="Attention received", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
     """Attention that each patch receives: mean over queries and heads; queries whose rows sum to more

@@ -32,7 +32,7 @@ from xattn.explainers.relevance.attention import (
 )
 
 
-@register_explainer("rollout", networks=("vit",))
+@register_explainer("rollout", title="Attention rollout", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Rollout(AttentionExplainer):
     """Attention rollout.
