@@ -19,7 +19,7 @@ from xattn.cli.imports import HELP, import_own, take_imports
 from xattn.cli.outputs import refuse_remote
 from xattn.cli.printing import one_line, plain_warnings, reader_is_gone
 from xattn.runtime.arguments import choose
-from xattn.runtime.process import sleep_while_waiting
+from xattn.runtime.process import keep_memory, launched, sleep_while_waiting
 from xattn.runtime.version import __version__
 
 NAMES = (
@@ -57,7 +57,7 @@ DESCRIPTION = (
 def _group() -> Iterator[None]:
     """Leave the process group of a launch of several processes at the end of the block; where another
     process died, that is one line. A single process does not wait for torch to be imported."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched()[0] == 1:
         yield
         return
     from xattn.runtime.distributed import leave, peers
@@ -94,8 +94,6 @@ def _run(arguments: list[str]) -> int:
             command.check()
         for source in sources:
             import_own(source)
-        from xattn.runtime.process import keep_memory
-
         keep_memory()
         with plain_warnings(), _group():
             command.run()
@@ -106,7 +104,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
         return 130
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+    if launched()[1] > 0:
         return 0
     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     return 0
@@ -120,7 +118,7 @@ def _refused(error: BaseException) -> int:
     elif isinstance(error, OSError) and error.filename is None and error.args:
         text = error.args[-1]
     print(f"xattn: error: {one_line(str(text))}", file=sys.stderr)
-    if isinstance(error, ConnectionError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if isinstance(error, ConnectionError) and launched()[0] > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2)  # threads of a broken process group may abort an orderly exit
     return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from xattn.cli.printing import note
 from xattn.cli.shared import Images, MethodArgs, known
 from xattn.photos.image_names import is_video, is_volume
 from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.process import launched
 from xattn.runtime.stores import is_remote
 
 # What a 3-D network, whose folder says all of it, does not read.
@@ -106,7 +106,7 @@ class Explain(MethodArgs):
         from xattn.explaining.photos import explain
 
         kind = self.input
-        if kind != "photos" and _processes() > 1:
+        if kind != "photos" and launched()[0] > 1:
             raise ValueError(f"images: {self.images[0]} is {kind}; use one process")
         if kind == "a 3-D network's volume":
             self._explain_volume()
@@ -139,7 +139,7 @@ class Explain(MethodArgs):
                 options.update(labels=self.labels, features=self.features)
                 options["overlays"] = len(photos) <= self.overlays
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
-        if int(os.environ.get("RANK", "0")) > 0:
+        if launched()[1] > 0:
             return
         for name, reason in () if clip else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
@@ -218,8 +218,3 @@ class Explain(MethodArgs):
             method.name = name  # of several heads, each has its own
             methods.append(method)
         return backbone, methods
-
-
-def _processes() -> int:
-    """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,7 +6,6 @@ readers never see a part of them.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from xattn.cli.printing import note
 from xattn.runtime.files import check_output
+from xattn.runtime.process import launched
 from xattn.runtime.stores import StoreError, StorePath, place_of
 
 AT_ONCE = 8  # files that are uploaded at the same time
@@ -165,7 +165,7 @@ def output_folder(
         folder = _local_folder(place, default, overwrite, whole)
         yield Output(folder, folder)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched()[0] > 1:
         raise ValueError(
             f"output: got {place}; several processes write to a folder that they share, give a local one"
         )

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """A title, and one sentence without its full stop; ``{kept}`` or ``{removed}`` in it are the part of the
-    photo that is meant at the metric's level."""
+    """A title, and one sentence without its full stop; ``{kept}`` or ``{removed}`` in it is the part of
+    the photo that is meant at the metric's level."""
 
     title: str
     about: str

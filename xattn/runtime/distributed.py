@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+
+from xattn.runtime.process import launched
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ def processes(device: torch.device) -> tuple[int, int]:
     The group uses gloo for a CPU ``device`` and nccl for a GPU. (1, 0) if there is no group, or this
     process has left it; :func:`gather` collects from the same processes.
     """
-    if not _joined() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not _joined() and launched()[0] > 1:
         from accelerate import PartialState
 
         PartialState(cpu=device.type == "cpu")

@@ -53,6 +53,12 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+def launched() -> tuple[int, int]:
+    """(count, rank) of the processes that ``torchrun`` or ``accelerate launch`` has started; torch is not
+    needed to tell."""
+    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
