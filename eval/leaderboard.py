@@ -45,9 +45,8 @@ from xattn.explaining.naming import named_photos
 from xattn.explaining.passes import true_classes_of
 from xattn.heads import Head
 from xattn.packs.format import is_pack
-from xattn.photos.image_files import Files
 from xattn.photos.images import MAX_PIXELS
-from xattn.photos.part import limited
+from xattn.photos.sources import Files, limited
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
 from xattn.runtime.stores import StorePath

@@ -10,7 +10,7 @@ from xattn.app.live import uploads
 from xattn.app.live.run import BATCH, LiveRun, PassCounter, note_memory, save_results
 from xattn.explaining.passes import Prepared, explain_batch, set_up
 from xattn.packs.format import THUMBNAIL_SIDE
-from xattn.photos.ids import unique_id
+from xattn.photos.image_names import unique_id
 from xattn.photos.view import prepare
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.app.triage.store import Mark
-from xattn.photos.ids import file_stem
+from xattn.photos.image_names import file_stem
 from xattn.runtime.files import atomic_folder
 
 if TYPE_CHECKING:

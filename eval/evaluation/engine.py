@@ -81,7 +81,7 @@ def evaluate(
         target: another name of ``classes``; or a number of the network's answer, as in
             :func:`xattn.explain`. The explainers are made again for it.
         max_pixels: larger photos are skipped as decompression bombs.
-        limit: only so many images, chosen by ``seed`` as :func:`~xattn.photos.part.limited` says.
+        limit: only so many images, chosen by ``seed`` as :func:`~xattn.photos.sources.limited` says.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: by method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.sanity.Cascade`.

@@ -12,8 +12,7 @@ from torch import Tensor
 from xattn.explaining.naming import check_kind, each_photo, named
 from xattn.photos.arrays import input_batch, is_stream, single_images
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
-from xattn.photos.part import limited
-from xattn.photos.sources import is_listed
+from xattn.photos.sources import is_listed, limited
 from xattn.photos.view import View, prepare
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StoreError
@@ -40,7 +39,7 @@ class Skipped(NamedTuple):
 class ImageStream:
     """The images of a file, a folder, a list file, a dataset (:mod:`xattn.photos.sources`), a list of
     paths or PIL images, tensors or arrays, or a loader of them; with a ``limit`` those that
-    :func:`~xattn.photos.part.some_of` takes of files and datasets, and the first of others.
+    :func:`~xattn.photos.sources.some_of` takes of files and datasets, and the first of others.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
     they are; photos, and arrays (H, W, 3) or (B, H, W, 3), are prepared as the backbone wants them.

@@ -14,9 +14,8 @@ from xattn.eval.probing.probe_table import HeadScores, ProbeRow, table_row
 from xattn.heads import AttentiveHead, head_class
 from xattn.heads.base import seeded_head
 from xattn.photos.base import Photos
-from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import Files, open_photos
 from xattn.training import labelled as splits
 from xattn.training.features import Features, cache_features
 from xattn.training.probe import ProbeScores, answers, probe

@@ -46,8 +46,7 @@ from xattn.heads import AttentiveHead, create_head, head_class
 from xattn.parts import cut_parts, draw_macro, draw_text, write_lettered
 from xattn.parts.macros import BOXES
 from xattn.photos.images import load_image
-from xattn.photos.part import limited
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import limited, open_photos
 from xattn.photos.view import make_view
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_file, write_json, write_rows

@@ -51,9 +51,8 @@ from xattn.heads.random_feature import (
     random_weights,
     with_one,
 )
-from xattn.photos.image_files import Files
 from xattn.photos.labels import Labels, read_labels
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import Files, open_photos
 from xattn.runtime import strict_json
 from xattn.runtime.files import check_folder, write_json
 from xattn.training.features import Features, cache_features

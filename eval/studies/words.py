@@ -36,10 +36,9 @@ from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.heads import AttentiveHead, Tokens, WordHead, save_head
 from xattn.heads.base import seeded_head
-from xattn.photos.image_files import Files
 from xattn.photos.images import list_images, load_image
 from xattn.photos.labels import Labels, read_labels
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import Files, open_photos
 from xattn.photos.view import make_view
 from xattn.runtime.files import check_folder
 from xattn.training.features import Features, cache_features

@@ -17,9 +17,8 @@ from xattn.eval.evaluation.stream import ImageStream
 from xattn.explaining.naming import named_photos
 from xattn.packs.reader import Pack
 from xattn.photos.base import Photos
-from xattn.photos.ids import LONGEST, file_stem, photo_ids
-from xattn.photos.part import every_nth, limited, some_of
-from xattn.photos.sources import open_photos
+from xattn.photos.image_names import LONGEST, file_stem, photo_ids
+from xattn.photos.sources import every_nth, limited, open_photos, some_of
 from xattn.runtime.stores import StorePath
 
 SIZES = {"birds/owl": 6, "dogs": 2, "fish": 3}

@@ -18,8 +18,7 @@ import xattn
 from xattn.backbone import converted, sha256
 from xattn.backbone.conversion import with_trained
 from xattn.cli import main
-from xattn.photos.part import every_nth
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import every_nth, open_photos
 from xattn.training.distilling import layer_losses, learning_rate, part_of, softmax_passes
 from xattn.training.students.closeness import (
     Closeness,

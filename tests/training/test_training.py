@@ -24,8 +24,7 @@ import xattn
 from xattn.app.demo.pack_job import embedded_photos
 from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
-from xattn.photos.image_files import Files
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import Files, open_photos
 from xattn.training import data as photo_batches
 from xattn.training import fit, objective
 from xattn.training.data import TrainImages, epoch_batches

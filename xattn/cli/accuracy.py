@@ -36,7 +36,7 @@ class Accuracy(PhotoArgs):
 
     def run(self) -> None:
         from xattn.eval.accuracy import measure_accuracy
-        from xattn.photos.part import limited
+        from xattn.photos.sources import limited
 
         networks: list[Any] = [self.model.load()]
         if self.model.mechanism is not None:

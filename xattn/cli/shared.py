@@ -51,7 +51,7 @@ class MethodArgs(PhotoArgs):
     @property
     def chosen(self) -> Any:
         """The photos that ``limit`` leaves; none is read yet."""
-        from xattn.photos.part import limited
+        from xattn.photos.sources import limited
 
         return limited(self.photos, self.limit, self.seed)[0]
 

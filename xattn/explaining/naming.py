@@ -10,7 +10,7 @@ from PIL import Image
 
 from xattn.photos.arrays import ArrayImage, array_images, flattened, is_array, is_stream
 from xattn.photos.base import StoredPhoto
-from xattn.photos.ids import unique_id
+from xattn.photos.image_names import unique_id
 from xattn.photos.sources import is_listed, open_photos
 from xattn.runtime.stores import StorePath, place_of
 
@@ -34,8 +34,9 @@ def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
 def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
     """(image_id, photo) pairs, one by one, of all that :mod:`xattn.photos.arrays` lists.
 
-    The ids of files are those of :mod:`xattn.photos.ids`; in a list of other things too, a file's id is its
-    name. "image 0" stands for the first image if it is a tensor, an array, or a PIL image without a name.
+    Ids of files: :func:`~xattn.photos.image_names.photo_ids`; in a list of other things too, a file's id is
+    its name. "image 0" stands for the first image if it is a tensor, an array, or a PIL image without a
+    name.
     """
     if is_listed(images):
         photos = open_photos(images)

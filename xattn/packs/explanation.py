@@ -66,8 +66,8 @@ class Explanation:
     ``MAX_CELLS`` a side;
     ``probability`` is the softmax over all classes, the class's sigmoid (multi-label), or of a target
     that is a number of any size (``is_value``) that number;
-    ``image_id`` names the photo, see :mod:`xattn.photos.ids`, and ``source`` is where its pixels are: a
-    file, an image, or None. ``is_mask`` marks maps that are
+    ``image_id`` names the photo, see :mod:`xattn.photos.image_names`, and ``source`` is where its pixels
+    are: a file, an image, or None. ``is_mask`` marks maps that are
     in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
     such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
     that every method has to beat, come with comparisons. ``method_title`` is what the method is called in

@@ -47,7 +47,7 @@ from xattn.packs.format import (
     shard_file,
 )
 from xattn.packs.manifest import Shard, ShardFile
-from xattn.photos.ids import file_stem
+from xattn.photos.image_names import file_stem
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, file_sha256, follow_link, printable
 from xattn.runtime.stores import is_remote, place_of

@@ -50,7 +50,7 @@ class Photos(Sequence[StoredPhoto]):
         """The photo's name in lists, known without reading it."""
 
     def id(self, index: int) -> str:
-        """What names the photo in packs and tables, see :mod:`xattn.photos.ids`; no other has it."""
+        """What names the photo in packs, see :mod:`~xattn.photos.image_names`; no other has it."""
         return self.name(index)
 
     def source(self, index: int) -> Path | StorePath | StoredPhoto:

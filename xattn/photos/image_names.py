@@ -1,12 +1,23 @@
-"""Which files are photos, clips and volumes, by their names: neither numpy nor Pillow is needed."""
+"""Which files are photos, clips and volumes, by their names, and the ids of photos.
+
+The id of a photo is its path below the folder that was named, with ``/`` between the parts. Every command
+and function names a photo so (``explain``, ``compare``, ``evaluate``, packs, tables), and a part of the
+photos keeps the ids of the whole, so that what was made of them apart can be joined. Neither numpy nor
+Pillow is needed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from xattn.runtime.files import printable
+from xattn.runtime.names import visible
 from xattn.runtime.stores import StorePath, place_of
 
 SUFFIXES = frozenset(
@@ -61,3 +72,78 @@ def walk(folder: Path) -> Iterator[Path]:
         for name in files:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
                 yield Path(root, name)
+
+
+# ---------------------------------------------------------------------- ids
+
+LONGEST = 240  # characters of an id
+STEM_BYTES = 180  # of a file's name, which may have 255
+
+
+def photo_ids(
+    files: Sequence[Path | StorePath], folder: Path | StorePath | None = None
+) -> list[str]:
+    """The ids of files: their paths below ``folder``, or, where there is none or a file lies outside, below
+    the deepest folder that holds them all; of one file its name.
+
+    >>> photo_ids([Path("photos/fish/x.jpg"), Path("photos/dog/x.jpg")])
+    ['fish/x.jpg', 'dog/x.jpg']
+    >>> photo_ids([Path("photos/fish/x.jpg")])
+    ['x.jpg']
+    >>> photo_ids([Path("photos/fish/x.jpg")], Path("photos"))
+    ['fish/x.jpg']
+    """
+    parts = [_parts(file) for file in files]
+    above = [] if folder is None else _parts(folder)
+    if not above or any(p[: len(above)] != above for p in parts):
+        folders = [p[:-1] for p in parts]
+        ends = zip(min(folders), max(folders), strict=False)  # what these share, all share
+        above = [low for low, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]
+    taken: set[str] = set()
+    return [unique_id("/".join(p[len(above) :]), taken) for p in parts]
+
+
+def unique_id(name: str, taken: set[str]) -> str:
+    """``name`` as an id that differs from all in ``taken``, which it joins.
+
+    Of a name over 240 characters the end is replaced by a hash; bytes that are no text are escaped.
+
+    >>> taken = set()
+    >>> [unique_id("x.jpg", taken) for _ in range(2)]
+    ['x.jpg', 'x.jpg-2']
+    """
+    name = visible(printable(name))
+    if len(name) > LONGEST:
+        name = f"{name[: LONGEST - 13]}-{_hash(name)}"
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}-{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def file_stem(id: str, taken: set[str]) -> str:
+    """An id, of a photo or a map, as the stem of a file's name on any system, which differs from all in
+    ``taken`` even if case is ignored, and joins them.
+
+    >>> taken = set()
+    >>> [file_stem(id, taken) for id in ("fish/x.jpg@3.head", "my photo.jpg", "my_photo.jpg")]
+    ['fish__x.jpg@3.head', 'my_photo.jpg', 'my_photo.jpg-c3b42380ffbe']
+    """
+    stem = re.sub(r"[^\w.+@-]+", "_", id.replace("/", "__")).strip(".") or "image"
+    if len(stem.encode()) > STEM_BYTES or stem.casefold() in taken:
+        stem = f"{stem.encode()[:STEM_BYTES].decode(errors='ignore')}-{_hash(id)}"
+    taken.add(stem.casefold())
+    return stem
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _parts(file: Path | StorePath) -> list[str]:
+    """The parts of a file's whole path or URL."""
+    if isinstance(file, StorePath):
+        return file.url.split("/")
+    return os.path.abspath(file).replace(os.sep, "/").rstrip("/").split("/")

@@ -23,20 +23,7 @@ from xattn.runtime.stores import StorePath, place_of
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 1 << 30  # of a photo in a store, which is read into memory
 # Formats that run other programs or draw vectors (EPS, WMF, ...) are never opened.
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "DIB",
-    "GIF",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-    "TGA",
-)
+FORMATS = "JPEG MPO PNG WEBP BMP DIB GIF TIFF PPM JPEG2000 AVIF TGA".split()
 _RECENT = LRUCache(64 << 20)  # bytes of photos in stores, which packs read again for their pictures
 _COPYING = threading.Lock()  # two threads must not decode one lazily opened image
 

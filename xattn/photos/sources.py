@@ -17,17 +17,24 @@ A local folder named ``hfds`` or ``wds`` is written ``./hfds``.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import random
 import re
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from xattn.photos.base import Data, Photos
-from xattn.photos.image_files import Files
-from xattn.photos.image_names import is_volume
-from xattn.photos.images import list_images
+from xattn.photos.image_names import is_volume, photo_ids
+from xattn.photos.images import MAX_PIXELS, decode_image, list_images, load_image
+from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath, place_of
 
+TAIL = 4096  # last bytes of a photo that its description holds
 SCHEMES = ("hfds", "wds")
 
 
@@ -70,9 +77,7 @@ def open_photos(data: Data) -> Photos:
         if match is None:
             raise ValueError(f"data: got {data!r}; give {scheme}/NAME_OR_PATH[:split]")
         if scheme.lower() == "hfds":
-            from xattn.photos.huggingface import open_dataset
-
-            return open_dataset(match[1], match[2])
+            return _open_dataset(match[1], match[2])
         if scheme.lower() == "wds":
             from xattn.photos.shards import open_webdataset
 
@@ -88,3 +93,236 @@ def open_photos(data: Data) -> Photos:
     if not paths:
         raise ValueError("data: got an empty list of images; give at least one path")
     return Files(paths)
+
+
+# ---------------------------------------------------------------------- files and rows
+
+
+class Files(Photos):
+    """Image files; ``folder`` is the one that was named, ``ids`` are those of a larger whole."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path | StorePath],
+        folder: Path | StorePath | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        self.paths: list[Any] = list(paths)
+        self._folder, self._ids = folder, ids
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """See :func:`xattn.photos.image_names.photo_ids`."""
+        if self._ids is None:
+            self._ids = photo_ids(self.paths, self._folder)
+        return self._ids
+
+    def part(self, numbers: Sequence[int]) -> Files:
+        """Some of the files, under the ids that they have here."""
+        return Files([self.paths[i] for i in numbers], ids=[self.ids[i] for i in numbers])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def id(self, index: int) -> str:
+        return self.ids[index]
+
+    def source(self, index: int) -> Path | StorePath:
+        return self.paths[index]  # type: ignore[no-any-return]
+
+    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+        return load_image(self.paths[index], max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            if isinstance(path, StorePath):  # what a listing told; nothing is read for it
+                text = f"{path.parent.name}/{path.name}:{path.size}:{path.mark};"
+                digest.update(printable(text).encode())
+                continue
+            size = path.stat().st_size if path.is_file() else -1
+            digest.update(printable(f"{path.parent.name}/{path.name}:{size};").encode())
+            if size > 0:
+                digest.update(_end(path, size))
+        return {"count": len(self), "sha256": digest.hexdigest()}
+
+
+def _end(path: Path, size: int) -> bytes:
+    """The last bytes of a file: other pixels of the same size differ there, too."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, size - TAIL))
+            return stream.read(TAIL)
+    except OSError:  # an unreadable photo is skipped and listed when its turn comes
+        return b""
+
+
+class Rows(Photos):
+    """The image column (undecoded) of a map-style Hugging Face dataset."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self.dataset, self.column = dataset, column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"row-{index}"
+
+    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+        cell = self.dataset[index][self.column] or {}
+        if cell.get("bytes"):
+            label = cell.get("path") or self.name(index)
+            return decode_image(io.BytesIO(cell["bytes"]), label, max_pixels)
+        if not cell.get("path"):
+            raise ValueError(f"image: {self.name(index)} holds no image")
+        return load_image(cell["path"], max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "hfds", "count": len(self), "fingerprint": self.dataset._fingerprint}
+
+
+def _hf_dataset(name: str, split: str | None) -> Any:
+    import datasets
+    from timm.data import create_dataset
+
+    if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        return create_dataset(f"hfds/{name}", split=split or "train").reader.dataset
+    saved = datasets.load_from_disk(name)  # timm's reader does not open what save_to_disk wrote
+    if not isinstance(saved, dict):
+        split = split or str(saved.split)
+        saved = {str(saved.split): saved}
+    split = split or "train"
+    if split not in saved:
+        raise ValueError(f"unknown split {split!r}, it has {', '.join(saved)}")
+    return saved[split]
+
+
+def _open_dataset(name: str, split: str | None) -> Rows:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            'data: hfds/ needs datasets, which is not installed; run: pip install "xattn[data]"'
+        ) from None
+    folder = Path(name).expanduser()
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~"))):
+        raise FileNotFoundError(f"data: no folder {name}; check the path after hfds/")
+    try:
+        dataset = _hf_dataset(str(folder) if folder.exists() else name, split)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"data: hfds/{name} cannot be opened ({reason}); give a dataset as "
+            f"hfds/NAME_OR_PATH:SPLIT"
+        ) from error
+    if not len(dataset):
+        raise ValueError(f"data: hfds/{name} is empty; give another dataset or split")
+    columns = [
+        column
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.Image)
+        # timm adds an empty column "image" where there is none of that name
+        and dataset.data.column(column).null_count < len(dataset.data)
+    ]
+    if "image" not in columns and len(columns) != 1:
+        raise ValueError(
+            f"data: hfds/{name} has the image columns {columns}; it needs just one, or one that is "
+            f"called image"
+        )
+    column = "image" if "image" in columns else columns[0]
+    dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return Rows(dataset, column)
+
+
+# ---------------------------------------------------------------------- some of the photos
+
+
+class PartOfPhotos(Photos):
+    """The photos ``numbers`` of ``whole``, which is read at random, not streamed."""
+
+    def __init__(self, whole: Photos, numbers: Sequence[int]) -> None:
+        self.whole, self.numbers = whole, list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.numbers[index])
+
+    def id(self, index: int) -> str:
+        return self.whole.id(self.numbers[index])
+
+    def source(self, index: int) -> Any:
+        return self.whole.source(self.numbers[index])
+
+    def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+        return self.whole.load(self.numbers[index], max_pixels)
+
+    def describe(self) -> dict[str, Any]:
+        text = ",".join(map(str, self.numbers))
+        part = {"count": len(self), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return {**self.whole.describe(), "part": part}
+
+    def close(self) -> None:
+        self.whole.close()
+
+
+def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
+    """``limit`` of the photos, spread over their folders by ``seed``: one of each folder in turn, in an
+    order of the folders and within each that the seed draws. A smaller limit has the first of them.
+
+    Of photos without folders it is a random sample, and of streamed ones the first ``limit``.
+    """
+    numbers: Sequence[int] = range(len(photos))
+    if not photos.streamed:
+        folders: dict[str, list[int]] = {}
+        for i in numbers:
+            folders.setdefault(photos.id(i).rpartition("/")[0], []).append(i)
+        for name, members in folders.items():
+            random.Random(f"{seed}/{name}").shuffle(members)
+        names = sorted(folders)
+        random.Random(seed).shuffle(names)
+        rounds = chain.from_iterable(zip_longest(*(folders[name] for name in names)))
+        numbers = [i for i in rounds if i is not None]
+    numbers = numbers[:limit]
+    return photos.part(numbers) if isinstance(photos, Files) else PartOfPhotos(photos, numbers)
+
+
+def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | None]:
+    """:func:`some_of` what ``images`` names, and the limit that is left to heed: of pixels and loaders,
+    which stay as they are, the first ``limit`` are taken.
+
+    Raises:
+        ValueError, OSError: as :func:`~xattn.photos.sources.open_photos`; or a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: got {limit}; give at least 1")
+    if not is_listed(images):
+        return images, limit
+    photos = open_photos(images)
+    return (photos if limit is None else some_of(photos, limit, seed)), None
+
+
+def every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
+    """All photos but every ``n``-th, and these; the same photos each time.
+
+    Raises:
+        ValueError: fewer than ``n`` photos, or streamed ones.
+    """
+    if photos.streamed:
+        raise ValueError(
+            "validation: shards cannot be split; name the photos to measure on (--validation)"
+        )
+    if len(photos) < n:
+        raise ValueError(
+            f"data: got {len(photos)} photos, one of {n} is kept to measure on; give more, or name "
+            f"other photos to measure on (--validation)"
+        )
+    numbers = range(len(photos))
+    kept = set(numbers[n - 1 :: n])
+    rest = [i for i in numbers if i not in kept]
+    return PartOfPhotos(photos, rest), PartOfPhotos(photos, sorted(kept))

@@ -30,8 +30,7 @@ from xattn.backbone.conversion import save_conversion, with_trained
 from xattn.config import DistillConfig
 from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Data, Photos
-from xattn.photos.part import every_nth
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import every_nth, open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.data import PhotoBatch, PhotoBatches

@@ -25,8 +25,7 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.backbone.pruning import Pruning, check_keep, check_prunable, heads_of
 from xattn.config import PruneConfig
 from xattn.photos.base import Data, Photos
-from xattn.photos.part import PartOfPhotos
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import PartOfPhotos, open_photos
 from xattn.runtime.files import check_run_folder
 from xattn.training import processes
 from xattn.training.data import TrainImages, load_batches

@@ -20,9 +20,8 @@ from xattn.packs.explanation import Explanation
 from xattn.packs.reader import load_pack
 from xattn.packs.writer import save_pack
 from xattn.photos.base import Data
-from xattn.photos.image_files import Files
 from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.photos.sources import open_photos
+from xattn.photos.sources import Files, open_photos
 from xattn.photos.view import prepare
 
 SAMPLE_FOLDER = "sample"
