@@ -43,20 +43,6 @@ class ImageFacts:
     label_name: str | None = None
     features: NDArray[np.float16] | None = field(default=None, compare=False, repr=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the features have a file of their own."""
-        return {
-            "top": [list(item) for item in self.top],
-            "label": self.label,
-            "label_name": self.label_name,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ImageFacts:
-        """What :meth:`to_json` wrote; all of it may be missing."""
-        top = tuple((int(i), str(name), float(p)) for i, name, p in data.get("top", ()))
-        return cls(top, data.get("label"), data.get("label_name"))
-
 
 @dataclass(frozen=True, eq=False)
 class Explanation:

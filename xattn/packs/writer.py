@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save
@@ -270,6 +268,11 @@ class PackWriter:
     def close(self) -> None:
         """Finish the shards of this process; the first process writes the manifest."""
         self._closed = True
+        ids = Counter(id for found in self._gather(self._ids) for id in found)
+        if twice := [id for id, count in ids.items() if count > 1]:
+            raise ValueError(
+                f"explanations: {twice[0]} comes twice; give every photo its own image_id"
+            )
         self._end_shard(0)
         noted = [item for found in self._gather(self._skipped) for item in found]
         skipped = [item for _, item in sorted(noted, key=lambda item: item[0])]
@@ -287,7 +290,6 @@ class PackWriter:
             shards = [shard._replace(features=None) for shard in shards]
         self._gather(None)
         if self.is_first:
-            self._check_photos(shards)
             data = manifest.text(
                 titles,
                 shards,
@@ -370,22 +372,6 @@ class PackWriter:
         titles = {name: title for photo in photos[::-1] for name, title in photo.titles.items()}
         methods = {row["method"]: titles[row["method"]] for row in entries}
         return Shard(files[0], files[1], maps, thumbnails, features), methods
-
-    def _check_photos(self, shards: Sequence[Shard]) -> None:
-        """Raise a ``ValueError`` if two shards, of other processes, have one photo."""
-        if self._gather is alone:
-            return
-        files = [self.folder / shard.images.name for shard in shards]
-        tables = [
-            pq.read_table(pa.BufferReader(f.read_bytes()), columns=["image_id"]) for f in files
-        ]
-        ids = pa.concat_tables(tables)["image_id"]
-        if pc.count_distinct(ids).as_py() != len(ids):
-            counts = ids.value_counts().to_pylist()
-            twice = next(item["values"] for item in counts if item["counts"] > 1)
-            raise ValueError(
-                f"explanations: {twice} comes twice; give every photo its own image_id"
-            )
 
 
 def write_tensors(
