@@ -80,7 +80,7 @@ def test_other_stores_are_read_by_their_own_file_system(scheme, monkeypatch):
     place = place_of(f"{scheme}://bucket/photos")
     (place / "a/b.jpg").write(b"photo")
     assert [str(file) for file in place.files()] == [f"{scheme}://bucket/photos/a/b.jpg"]
-    assert Fake.store.keys() == {"/bucket/photos/a/b.jpg"} and place.is_folder()
+    assert Fake.store.keys() == {"/bucket/photos/a/b.jpg"} and place.is_dir()
 
 
 def test_files_are_listed_in_order_measured_and_read_by_range(bucket, monkeypatch):
@@ -92,13 +92,13 @@ def test_files_are_listed_in_order_measured_and_read_by_range(bucket, monkeypatc
     assert [f.below(root) for f in root.files(depth=1)] == ["a-b.bin", "b.bin", "empty"]
     file = root / "b.bin"
     assert file.info().size == 25 and file.info().mark and (root / "a").info() is None
-    assert file.read() == b"b.bin" * 5 and file.read(3, 13) == (b"b.bin" * 5)[3:13]
-    assert (root / "empty").read() == b"" and file.read(20, 99) == b"b.bin"
-    assert root.is_folder() and not file.is_folder() and not (root / "c").is_folder()
+    assert file.read_bytes() == b"b.bin" * 5 and file.read(3, 13) == (b"b.bin" * 5)[3:13]
+    assert (root / "empty").read_bytes() == b"" and file.read(20, 99) == b"b.bin"
+    assert root.is_dir() and not file.is_dir() and not (root / "c").is_dir()
     file.remove()
     file.remove()
     with pytest.raises(FileNotFoundError, match=r"^no file .*/x/b\.bin$"):
-        file.read()
+        file.read_bytes()
 
 
 def test_a_file_that_was_replaced_has_another_mark(bucket):
@@ -123,7 +123,7 @@ def test_a_request_is_repeated_until_the_store_answers(monkeypatch):
         return read(self, *arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
-    assert place.read() == b"data" and not failures
+    assert place.read_bytes() == b"data" and not failures
 
 
 def test_a_store_that_refuses_is_asked_once(monkeypatch):

@@ -73,7 +73,7 @@ def _check_root(root: Any, demo: bool) -> None:
     """Refuse a folder of a store that is not there, or does not answer, before the server starts."""
     if demo:
         raise ValueError(f"demo: {root} is only read; give a local folder to make the demo pack in")
-    if not root.is_folder():
+    if not root.is_dir():
         raise ValueError(
             f"root: {root} is no folder; give the URL of a pack, or of a folder of packs"
         )

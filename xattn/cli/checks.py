@@ -14,7 +14,7 @@ from pathlib import Path
 from xattn.photos import image_names
 from xattn.runtime.head_files import local_head
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.stores import StorePath, is_remote, place_of
+from xattn.runtime.stores import is_remote, place_of
 
 STORED = ("hfds/", "wds/", "hfids/")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -69,10 +69,6 @@ def check_file(argument: str, path: Path | None, wanted: str) -> None:
 def check_labels(labels: str | Path | None) -> None:
     if labels is not None and str(labels) != "folders":
         path = place_of(labels, "labels")
-        if isinstance(path, StorePath):
-            if path.info() is None:
-                raise FileNotFoundError(f"labels: no file {path}; give a .json or .csv file")
-            return
         if path.is_dir():
             raise ValueError(
                 f'labels: {path} is a folder; give a .json or .csv file, or "folders" for the photos\' own'

@@ -96,15 +96,15 @@ def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: by
         raise ValueError(
             f"output: got {place}; write to a local folder, then upload it with the command hf upload"
         )
-    if place.info() is not None:
+    if place.is_file():
         raise ValueError(f"output: {place} is a file; name a folder")
     there = {file.name for file in place.files(depth=1)}
     if last in there and not overwrite:
         raise ValueError(
             f"output: {place} holds results already; give another folder, or --overwrite to replace them"
         )
-    ours = begins in (place / last).read(0, 4096) if last in there else not place.is_folder()
-    unfinished = (place / _WRITING).exists()
+    ours = begins in (place / last).read(0, 4096) if last in there else not place.is_dir()
+    unfinished = (place / _WRITING).is_file()
     if not ours and not unfinished:
         raise ValueError(
             f"output: {place} is not empty and was not written by xattn; choose a new folder, nothing was "

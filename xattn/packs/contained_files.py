@@ -150,7 +150,7 @@ class RemoteFolder(PackFolder):
 
     def exists(self, name: str) -> bool:
         with self._asking(name) as file:
-            return file.exists()
+            return file.is_file()
 
     def read(self, name: str, limit: int) -> bytes:
         data: bytes | None = self._kept.get(name)

@@ -43,17 +43,11 @@ def check_images(path: str | Path | StorePath) -> None:
     """Refuse a path that is not there and a folder without images, as ``list_images`` does, but at
     the first image; of a store, that something is there."""
     path = place_of(path, "images")
-    if isinstance(path, StorePath):
-        if path.info() is None and not path.is_folder():
-            raise FileNotFoundError(
-                f"images: no file or folder {path}; give an image, a folder or a .txt list"
-            )
-        return
-    if path.is_dir() and next(walk(path), None) is None:
+    if isinstance(path, Path) and path.is_dir() and next(walk(path), None) is None:
         raise ValueError(
             f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
         )
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(
             f"images: no file or folder {path}; give an image, a folder or a .txt list"
         )

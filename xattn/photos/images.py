@@ -83,9 +83,8 @@ def _stored_images(place: StorePath) -> list[StorePath]:
 
 
 def _read_lines(path: Path | StorePath) -> list[str]:
-    data = path.read_bytes() if isinstance(path, Path) else path.read()
     try:
-        return [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+        return [line.strip() for line in path.read_bytes().decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(
             f"images: {path} is not a UTF-8 text list; write one path per line"

@@ -151,11 +151,10 @@ def _from_file(names: Sequence[str], file: Path | StorePath) -> list[str | None]
 
 def _given(names: Sequence[str], file: Path | StorePath) -> list[tuple[str, Any]]:
     """(key, value) of every photo in ``file``; the value is a label or a table with a "group"."""
-    if not (file.is_file() if isinstance(file, Path) else file.info()):
+    if not file.is_file():
         raise FileNotFoundError(f"labels: no file {file}; give a .json or .csv file")
     try:
-        data = file.read_bytes() if isinstance(file, Path) else file.read()
-        text = data.decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
         csv_file = file.suffix.lower() == ".csv"
         table: Any = _csv(text) if csv_file else strict_json.parse(text, table=_object)
     except (ValueError, csv.Error) as error:

@@ -40,7 +40,7 @@ class StoreError(OSError):
 
 @dataclass(frozen=True)
 class StorePath:
-    """A file or folder of an object store.
+    """A file or folder of an object store, asked as a :class:`~pathlib.Path` is.
 
     Attributes:
         url: as fsspec reads it, without a slash at the end.
@@ -97,11 +97,11 @@ class StorePath:
         found = self._info()
         return self._described(found) if found is not None and found["type"] == "file" else None
 
-    def exists(self) -> bool:
+    def is_file(self) -> bool:
         """Whether there is a file of this name."""
         return self.info() is not None
 
-    def is_folder(self) -> bool:
+    def is_dir(self) -> bool:
         """Whether anything lies below."""
         found = self._info()
         return found is not None and found["type"] == "directory"
@@ -113,14 +113,16 @@ class StorePath:
         except FileNotFoundError:
             return None
 
-    def read(self, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes ``start`` to ``end`` (exclusive; the end of the file by default).
+    def read_bytes(self) -> bytes:
+        """The whole file; raises as :meth:`read`."""
+        return self.read(0, self.known_size())
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` (exclusive).
 
         Raises:
             FileNotFoundError: no such file.
         """
-        if end is None:
-            end = self.known_size()
         parts = [self._range(at, min(at + BLOCK, end)) for at in range(start, end, BLOCK)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
