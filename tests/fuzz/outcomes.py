@@ -8,13 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fuzz.engine import target
 from fuzz.heads import network
 from fuzz.labels import nasty_json
 from fuzz.states import edited, files_of, photos, put
-from xattn.training.outcomes import OutcomeBatch, Outcomes, cache_outcomes, open_outcomes
+from xattn.training.outcomes import Outcomes, cache_outcomes, open_outcomes
 
 SHARD = "rows-00000000-00000002.safetensors"
 
@@ -45,18 +43,6 @@ def _open(folder: Path) -> None:
     batch.log_odds(batch.top(2))
 
 
-@functools.cache
-def _numbers() -> OutcomeBatch:
-    with tempfile.TemporaryDirectory() as name:
-        return _cached(Path(name)).batch([0, 1])
-
-
-def _again(folder: Path) -> None:
-    """Whatever was damaged, the numbers are those of the whole table."""
-    found, whole = _cached(folder).batch([0, 1]), _numbers()
-    assert torch.equal(found.logits, whole.logits) and torch.equal(found.masks, whole.masks)
-
-
 def _nasty_keys() -> list[bytes]:
     whole = table_files()["key.json"]
     values: dict[str, tuple[Any, ...]] = {
@@ -81,15 +67,3 @@ def shard(folder: Path) -> None:
 )  # fmt: skip
 def key(folder: Path) -> None:
     _open(folder)
-
-
-for what, file, nasty in (("key", "key.json", _nasty_keys), ("shard", SHARD, lambda: ())):
-    target(
-        f"outcomes repaired after another {what}",
-        f"table/{file}",
-        functools.partial(lambda name: [table_files()[name]], file),
-        nasty,
-        template=_table,
-        says="table: ",
-        share=0.2,
-    )(_again)

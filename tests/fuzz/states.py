@@ -1,4 +1,4 @@
-"""What runs leave and go on from: run records, logs, checkpoints, features, states in SQLite, studies."""
+"""What runs leave and go on from: run records, logs, checkpoints, features, states in SQLite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from synthetic_packs import picture
 
 from fuzz.engine import target
 from fuzz.heads import network
-from fuzz.labels import lines, nasty_json
+from fuzz.labels import nasty_json
 from fuzz.packs import results
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.database import ImageRow, ResultRow
@@ -27,10 +27,6 @@ from xattn.eval.evaluation.kept_maps import kept_images
 from xattn.eval.evaluation.store import Store
 from xattn.eval.probing import check_results
 from xattn.eval.report.html_data import map_images
-from xattn.eval.studies import part_utilization, sst
-from xattn.eval.studies.attention_text import Progress, Vocabulary
-from xattn.eval.studies.attention_text import Run as TextRun
-from xattn.eval.studies.part_utilization import PartStudyConfig
 from xattn.heads import create_head
 from xattn.parts import cut_parts
 from xattn.training import fit
@@ -237,20 +233,6 @@ target(
 )(_open)
 
 
-@target(
-    "features of another run",
-    "features/key.json",
-    lambda: [feature_files()["key.json"]],
-    _nasty_keys,
-    kind="json",
-    template=_features,
-    says="features: ",
-    share=0.2,
-)
-def features_again(folder: Path) -> None:
-    cache_features(network(), photos(folder / "photos"), folder / "features", progress=False)
-
-
 # ---------------------------------------------------------------------- evaluations
 
 
@@ -398,7 +380,7 @@ def state(folder: Path) -> None:
     _work(folder)
 
 
-# ---------------------------------------------------------------------- studies and records
+# ---------------------------------------------------------------------- records of other commands
 
 
 @target(
@@ -412,85 +394,6 @@ def state(folder: Path) -> None:
 )
 def probe_results(folder: Path) -> None:
     check_results(folder)
-
-
-SETTINGS = {"epochs": 2, "data": {"sha256": "0"}}
-
-
-def _settings(folder: Path) -> None:
-    (folder / "settings.json").write_text(json.dumps(SETTINGS))
-
-
-def _text_run() -> bytes:
-    return json.dumps({"run": TextRun("additive", "at", 0.5, 1.0, 0), "f1": 0.5}).encode() + b"\n"
-
-
-@target("study runs", "runs.jsonl", lambda: [_text_run()], lambda: [b"5\n", b"null\n", b'{"run": 5}\n', b'{"run": []}\n', b'{"run": [[], {}, 1, 2, 3]}\n', b"\xff\n", *nasty_json()],
-        kind="json lines", template=_settings, says="output: ", share=0.6)  # fmt: skip
-def study_runs(folder: Path) -> None:
-    Progress(folder, SETTINGS)
-
-
-@target(
-    "study settings",
-    "settings.json",
-    lambda: [json.dumps(SETTINGS).encode()],
-    nasty_json,
-    kind="json",
-    says="output: ",
-    share=0.4,
-)
-def study_settings(folder: Path) -> None:
-    Progress(folder, SETTINGS)
-
-
-@functools.cache
-def _part_study() -> bytes:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        part_utilization._claim(folder / "study", photos(folder / "photos"), PartStudyConfig())
-        return (folder / "study" / "study.json").read_bytes()
-
-
-@target(
-    "study record",
-    "study/study.json",
-    lambda: [_part_study()],
-    nasty_json,
-    kind="json",
-    says="output: ",
-    share=0.4,
-)
-def study_record(folder: Path) -> None:
-    part_utilization._claim(folder / "study", photos(folder / "photos"), PartStudyConfig())
-
-
-@target(
-    "sentiment trees",
-    "train.txt",
-    valid=lambda: [lines("(3 (2 It) (4 (2 's) (4 lovely)))", "", "(1 (2 a) (0 bore))")],
-    nasty=lambda: [b"", b"(", b")", b"(3", b"(9 x)", b"(3 )", b"()", b"(3 " * 50_000, b"(3 " * 5000 + b"x" + b")" * 5000, b"\xff", "(² x)".encode(), b"(3 x) y", b"(3 x)(2 y)"],
-    kind="text",
-    says="data: ",
-    share=0.6,
-)  # fmt: skip
-def sentiment_trees(folder: Path) -> None:
-    sst.read(folder / "train.txt")
-
-
-@target(
-    "word vectors",
-    "vectors.txt",
-    valid=lambda: [lines("3 4", "cat 1 2 3 4", "dog .5 -1e-3 0 2", "emu 1 2 3 4"), lines("cat 1 2", "dog 3 4")],
-    nasty=lambda: [b"", b"cat", b"cat x y", b"cat 1 2\ndog 3", b"cat nan 1", b"cat 1e999 1", b"cat 1e50 1", b"cat  1 2", b"\xff", b"cat " + b"1 " * 200_000, b"cat " + b"9" * 5000,
-                   b"x" * 1_000_000, b"cat 1 2\ncat 3\n", "cat １ ２".encode()],
-    kind="text",
-    says="vectors: ",
-    share=0.6,
-)  # fmt: skip
-def word_vectors(folder: Path) -> None:
-    found = Vocabulary([["cat", "dog"]], 1).vectors(folder / "vectors.txt", torch.Generator())
-    assert torch.isfinite(found).all()
 
 
 def _parts(folder: Path) -> None:

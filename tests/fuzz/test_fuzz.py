@@ -44,7 +44,7 @@ def test_the_inputs_add_up_and_every_target_gets_some():
 
 
 def test_inputs_are_a_function_of_seed_target_and_number():
-    for name in ("labels csv", "labels json", "sentiment trees"):
+    for name in ("labels csv", "labels json", "list of photos"):
         inputs = [make_input(TARGETS[name], i, 0) for i in range(60)]
         assert inputs == [make_input(TARGETS[name], i, 0) for i in range(60)]
         assert inputs != [make_input(TARGETS[name], i, 1) for i in range(60)]

@@ -87,15 +87,6 @@ def test_writers_and_readers_share_the_largest_side_of_a_map(tmp_path):
             read(wide)
 
 
-def test_maps_are_a_safetensors_file(tmp_path):
-    saved = [make(side=3), make("dög", side=8), make("dög", "other", side=1)]
-    folder = save_pack(tmp_path / "pack", saved)
-    theirs = load_file(folder / MAPS)
-    assert set(theirs) == {e.id for e in saved}
-    for e in saved:
-        assert np.array_equal(theirs[e.id], e.map)
-
-
 def test_equal_explanations_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         save_pack(tmp_path / name, [make(), make("dog", side=9), make(method="other")])

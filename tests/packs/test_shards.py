@@ -89,10 +89,6 @@ def test_metrics_and_labels_that_some_photos_lack(tmp_path):
     assert pack.entries["ROAD"].isna().tolist() == [True, False]
 
 
-def test_equal_explanations_give_equal_bytes(tmp_path):
-    assert contents(shards(tmp_path / "a")) == contents(shards(tmp_path / "b"))
-
-
 def test_any_safetensors_reader_has_the_maps_and_thumbnails_by_their_ids(tmp_path):
     from safetensors.numpy import load_file
 
