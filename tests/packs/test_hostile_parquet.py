@@ -13,7 +13,7 @@ import pytest
 from pack_files import ENTRIES, parquet, replaced, signed
 from synthetic_packs import described, explanation, picture
 
-from xattn.packs.bounded_parquet import BoundedParquet
+from xattn.packs.columns import BoundedParquet
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer

@@ -209,7 +209,7 @@ def test_a_shard_ends_when_it_is_large(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("xattn.packs.bounded_parquet.MAX_ROWS", 20)
+    monkeypatch.setattr("xattn.packs.columns.MAX_ROWS", 20)
     with pytest.raises(ValueError, match="21 rows, over the limit of 20.*fewer photos in a shard"):
         shards(tmp_path / "pack", 7, 7)
     assert not (tmp_path / "pack").exists()

@@ -9,8 +9,16 @@ from small_explanations import make
 
 from xattn.photos.view import View
 from xattn.pictures.contact_sheet import contact_sheet_html, contact_sheet_image
-from xattn.pictures.highlights import DARK, LIGHT, half_mass_level, outlines
-from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, STYLES, overlay
+from xattn.pictures.overlay import (
+    DARK,
+    DIVERGING,
+    LIGHT,
+    SEQUENTIAL,
+    STYLES,
+    half_mass_level,
+    outlines,
+    overlay,
+)
 
 VIEW = View("crop", (98, 130), (56, 74), (3, 9, 49, 49), (49, 49))  # 7 x 7 cells over the middle
 

@@ -1,7 +1,6 @@
 """Parts of images: finding evidence, the largest crop without it, and images with drawn text."""
 
-from xattn.parts.crop import Crop, largest_crop, rectangles
-from xattn.parts.cutting import Parts, cut_parts
+from xattn.parts.cutting import Crop, Parts, cut_parts, largest_crop, rectangles
 from xattn.parts.evidence import (
     BoxFile,
     DetectorText,

@@ -9,15 +9,14 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
 from xattn.pictures.design import DARK, FONT, LEGENDS, LIGHT, VARIABLES
 from xattn.pictures.explained import Explained, amount
-from xattn.pictures.highlights import line_sample
 from xattn.pictures.lettering import load_font, shorten, wrap
-from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient
+from xattn.pictures.overlay import SEQUENTIAL, colour_bar, data_url, gradient, line_sample
 from xattn.pictures.scales import OUTLINE, Legend, Scale, legend_of, overlay_of
 
 
@@ -238,16 +237,10 @@ tbody th{font-weight:500}footer p{max-width:75ch;color:var(--quiet)}
 
 # ---------------------------------------------------------------------- image and SVG
 
-
-@dataclass(frozen=True)
-class _Colours:
-    ink: str = LIGHT.text
-    soft: str = LIGHT.quiet
-    ground: str = "#ffffff"
+PAPER = replace(LIGHT, ground="#ffffff")
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     """A line of text whose top left corner is at (x, y)."""
 
     x: float
@@ -258,8 +251,7 @@ class _Line:
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _Picture(NamedTuple):
     """An image in a box."""
 
     x: int
@@ -269,8 +261,7 @@ class _Picture:
     alt: str = ""
 
 
-@dataclass(frozen=True)
-class _Sheet:
+class _Sheet(NamedTuple):
     size: tuple[int, int]
     items: list[_Line | _Picture]
 
@@ -377,7 +368,7 @@ def contact_sheet_image(
         notes: paragraphs below.
         style: of maps given as explanations: "overlay", "outline" or "spotlight".
     """
-    colours = _Colours(DARK.text, DARK.quiet, DARK.ground) if dark else _Colours()
+    colours = DARK if dark else PAPER
     laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     sheet = Image.new("RGB", laid.size, colours.ground)
     draw = ImageDraw.Draw(sheet)
@@ -386,7 +377,7 @@ def contact_sheet_image(
             picture = item.image.convert("RGB").resize(item.size, Image.Resampling.LANCZOS)
             sheet.paste(picture, (item.x, item.y))
         else:
-            ink = colours.soft if item.soft else colours.ink
+            ink = colours.quiet if item.soft else colours.text
             draw.text((item.x, item.y), item.text, ink, load_font(item.size, bold=item.bold))
     return sheet
 
@@ -401,14 +392,13 @@ def contact_sheet_svg(
     style: str = "overlay",
 ) -> str:
     """:func:`contact_sheet_image` as SVG: text stays text, pictures keep their own pixels."""
-    colours = _Colours()
     laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)
     width, height = laid.size
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" font-family="DejaVu Sans, Verdana, sans-serif">',
         f"<title>{_xml(title or 'Explanations')}</title>",
-        f'<rect width="{width}" height="{height}" fill="{colours.ground}"/>',
+        f'<rect width="{width}" height="{height}" fill="{PAPER.ground}"/>',
     ]
     for item in laid.items:
         if isinstance(item, _Picture):
@@ -418,7 +408,7 @@ def contact_sheet_svg(
                 f"<title>{_xml(item.alt)}</title></image>"
             )
         elif item.text:
-            ink = colours.soft if item.soft else colours.ink
+            ink = PAPER.quiet if item.soft else PAPER.text
             weight = ' font-weight="bold"' if item.bold else ""
             # Pillow draws from the top of the letters, SVG from the baseline.
             parts.append(
