@@ -152,7 +152,7 @@ class Registry(Generic[T, E]):
     # ------------------------------------------------------------------ asking
 
     def names(self) -> list[str]:
-        """All names, with those of installed packages."""
+        """All names that :meth:`create` accepts, with those of installed packages."""
         self.load()
         return list(self._found) if self.ordered else sorted(self._found)
 

@@ -379,9 +379,7 @@ def register_attention(
     return MECHANISMS.register(Entry(name, paper, complexity, **properties))
 
 
-def list_attention() -> list[str]:
-    """Names that :func:`create_attention` accepts."""
-    return MECHANISMS.names()
+list_attention = MECHANISMS.names
 
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:

@@ -216,9 +216,7 @@ def register_rotation(
     return ROTATIONS.register(RotationEntry(name, paper, **properties))
 
 
-def list_rotations() -> list[str]:
-    """Names that :func:`create_rotation` accepts."""
-    return ROTATIONS.names()
+list_rotations = ROTATIONS.names
 
 
 def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -> GridRotation:

@@ -154,14 +154,8 @@ def register_block(
     return BLOCKS.register(BlockEntry(name, paper, complexity, **properties))
 
 
-def list_blocks() -> list[str]:
-    """Names that :func:`create_block` accepts."""
-    return BLOCKS.names()
-
-
-def block_class(name: str) -> type[Block]:
-    """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    return BLOCKS.get(name)
+list_blocks = BLOCKS.names
+block_class = BLOCKS.get
 
 
 def create_block(name: str, dim: int, **options: Any) -> Block:

@@ -559,21 +559,9 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
 )
 
 
-def list_explainers() -> list[str]:
-    """Names that :func:`create_explainer` accepts."""
-    return EXPLAINERS.names()
-
-
-def explainer_class(name: str) -> type[Explainer]:
-    """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    return EXPLAINERS.get(name)
-
-
-def explainer_entry(name: str) -> ExplainerEntry:
-    """What the registry knows about an explainer; raises as :func:`explainer_class` does."""
-    return EXPLAINERS.entry(name)
-
-
+list_explainers = EXPLAINERS.names
+explainer_class = EXPLAINERS.get
+explainer_entry = EXPLAINERS.entry
 # Rows of tables that a method has to beat, by the prefix of their names.
 CONTROLS = {
     "qk_randomized_": "random attention",

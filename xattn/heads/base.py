@@ -332,19 +332,9 @@ HEADS: Registry[Head, HeadEntry] = Registry(
 )
 
 
-def list_heads() -> list[str]:
-    """Names that :func:`create_head` accepts."""
-    return HEADS.names()
-
-
-def head_class(name: str) -> type[Head]:
-    """The registered class; a ``ValueError`` with near matches for an unknown name."""
-    return HEADS.get(name)
-
-
-def head_entry(name: str) -> HeadEntry:
-    """What the registry knows about a head; raises as :func:`head_class` does."""
-    return HEADS.entry(name)
+list_heads = HEADS.names
+head_class = HEADS.get
+head_entry = HEADS.entry
 
 
 def head_options(name: str) -> tuple[str, ...]:
