@@ -44,7 +44,7 @@ class Target:
         file: the input's path in that folder.
         valid: inputs that must be accepted, made when they are first asked for.
         nasty: further inputs, written by hand, that are not valid.
-        kind: how inputs are mutated: one of :data:`fuzz.mutations.KINDS`.
+        kind: how inputs are mutated: one of :data:`fuzz.mutations.KINDS`; by default as the file's name says.
         template: fills a folder with the other files that ``read`` needs.
         says: how an error of this reader begins, as a regular expression.
         share: how many inputs it gets beside the others.
@@ -70,6 +70,8 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {}
+SUFFIXES = {".json": "json", ".jsonl": "json lines", ".safetensors": "safetensors"}
+SUFFIXES |= dict.fromkeys((".txt", ".csv", ".yaml"), "text")
 
 
 def target(
@@ -83,7 +85,8 @@ def target(
 
     def add(read: Callable[[Path], object]) -> Callable[[Path], object]:
         assert name not in TARGETS, name
-        TARGETS[name] = Target(name, read, file, valid, nasty, **options)
+        kind = options.pop("kind", SUFFIXES.get(Path(file).suffix, "bytes"))
+        TARGETS[name] = Target(name, read, file, valid, nasty, kind, **options)
         return read
 
     return add

@@ -99,7 +99,6 @@ def _nasty_configs() -> list[bytes]:
     CONFIG,
     lambda: [head_files()[0][CONFIG]],
     _nasty_configs,
-    kind="json",
     template=_weights,
     share=2,
 )
@@ -160,7 +159,6 @@ def nasty_safetensors(name: str) -> list[bytes]:
     WEIGHTS,
     lambda: [head_files()[0][WEIGHTS]],
     lambda: [head_files()[1][WEIGHTS], *nasty_safetensors("bias")],
-    kind="safetensors",
     template=_config,
     says="head: ",
 )
@@ -181,7 +179,6 @@ def _tensors() -> dict[str, torch.Tensor]:
     "w.safetensors",
     lambda: [save(_tensors())],
     lambda: nasty_safetensors("a.weight"),
-    kind="safetensors",
     says="weights: ",
 )
 def weights_safetensors(folder: Path) -> None:

@@ -49,7 +49,6 @@ def _read(file: Path) -> None:
         lines(*(f"{p},-{i}" for i, p in enumerate(PHOTOS))), lines(*(f"{p},²{i}" for i, p in enumerate(PHOTOS))),
         lines(*(f"{p},--{i}" for i, p in enumerate(PHOTOS))), lines("1.jpg,cat", "2.jpg,dog"),
     ],
-    kind="text",
     says="labels: ",
     share=2,
 )  # fmt: skip
@@ -86,7 +85,6 @@ def _nasty_label_tables() -> list[bytes]:
     "labels.json",
     _label_tables,
     _nasty_label_tables,
-    kind="json",
     says="labels: ",
     share=2,
 )
@@ -94,9 +92,7 @@ def labels_json(folder: Path) -> None:
     _read(folder / "labels.json")
 
 
-@target(
-    "true classes", "labels.json", _label_tables, _nasty_label_tables, kind="json", says="labels: "
-)
+@target("true classes", "labels.json", _label_tables, _nasty_label_tables, says="labels: ")
 def labels_as_classes(folder: Path) -> None:
     for number, _ in true_classes(PHOTOS, folder / "labels.json", CLASSES):
         assert number is None or 0 <= number < len(CLASSES)
@@ -107,7 +103,6 @@ def labels_as_classes(folder: Path) -> None:
     "classes.json",
     lambda: _label_tables()[:1],
     _nasty_label_tables,
-    kind="json",
     says="data: ",
 )
 def groups(folder: Path) -> None:
@@ -119,7 +114,6 @@ def groups(folder: Path) -> None:
     "classes.txt",
     valid=lambda: [lines("cat", "dog", "", "tench, Tinca tinca"), "ä\r\nö\r\n".encode("utf-8-sig")],
     nasty=lambda: [b"", b"\xff", b"\x00", "\ud800".encode("utf-8", "surrogatepass"), b"\n" * 1000, b"a" * 1_000_000],
-    kind="text",
     says="class_names: ",
     share=0.5,
 )  # fmt: skip
@@ -139,7 +133,6 @@ def _photos(folder: Path) -> None:
     valid=lambda: [lines("a.jpg", "b c.jpg", "# note", "", "sub/d.png"), lines("a.jpg 3", "b c.jpg\tcat")],
     nasty=lambda: [b"", b"#", b"\x00", b"a.jpg\x00", b"/", b".", b"..", b"\xff", b"x" * 100_000, b"a.jpg/b", b"~",
                    b"/proc/self/mem", b"/dev/zero", "\ud800.jpg".encode("utf-8", "surrogatepass")],
-    kind="text",
     template=_photos,
     says="images: ",
 )  # fmt: skip

@@ -63,7 +63,7 @@ def shard(folder: Path) -> None:
 
 @target(
     "outcomes key", "table/key.json", lambda: [table_files()["key.json"]], _nasty_keys,
-    kind="json", template=_table, says="table: ", share=0.4,
+    template=_table, says="table: ", share=0.4,
 )  # fmt: skip
 def key(folder: Path) -> None:
     _open(folder)

@@ -133,13 +133,13 @@ def _nasty_manifests() -> list[bytes]:
 
 
 @target("pack manifest", f"pack/{MANIFEST}", lambda: [pack_files()[MANIFEST]], _nasty_manifests,
-        kind="json", template=_pack, says="pack: |source: |image: ", share=2)  # fmt: skip
+        template=_pack, says="pack: |source: |image: ", share=2)  # fmt: skip
 def pack_manifest(folder: Path) -> None:
     _look_at(folder)
 
 
 @target("viewer manifest", f"pack/{MANIFEST}", lambda: [pack_files()[MANIFEST]], _nasty_manifests,
-        kind="json", template=_pack, says=PERSON, share=2)  # fmt: skip
+        template=_pack, says=PERSON, share=2)  # fmt: skip
 def viewer_manifest(folder: Path) -> None:
     _show(folder)
 
@@ -209,8 +209,8 @@ ENTRIES, IMAGES = "entries-00000.parquet", "images-00000.parquet"
 
 @target("pack entries", f"pack/{ENTRIES}", lambda: [pack_files()[ENTRIES]], lambda: _other_tables(ENTRIES), template=_pack, says=SAYS, share=3)  # fmt: skip
 @target("pack images", f"pack/{IMAGES}", lambda: [pack_files()[IMAGES]], lambda: _other_tables(IMAGES), template=_pack, says=SAYS, share=3)  # fmt: skip
-@target("pack maps", f"pack/{MAPS}", lambda: [pack_files()[MAPS]], lambda: [*_other_maps(), *nasty_safetensors("photo-00000@0.gradcam")], kind="safetensors", template=_pack, says=SAYS)  # fmt: skip
-@target("pack thumbnails", f"pack/{THUMBNAILS}", lambda: [pack_files()[THUMBNAILS]], lambda: nasty_safetensors("photo-00000"), kind="safetensors", template=_pack, says=SAYS, share=0.5)  # fmt: skip
+@target("pack maps", f"pack/{MAPS}", lambda: [pack_files()[MAPS]], lambda: [*_other_maps(), *nasty_safetensors("photo-00000@0.gradcam")], template=_pack, says=SAYS)  # fmt: skip
+@target("pack thumbnails", f"pack/{THUMBNAILS}", lambda: [pack_files()[THUMBNAILS]], lambda: nasty_safetensors("photo-00000"), template=_pack, says=SAYS, share=0.5)  # fmt: skip
 def signed_pack(folder: Path) -> None:
     _both(folder)
 
@@ -310,7 +310,6 @@ def _nasty_leaderboards() -> list[bytes]:
     "comparison/leaderboard.json",
     lambda: [leaderboard()],
     _nasty_leaderboards,
-    kind="json",
     says="leaderboard.json cannot",
 )
 def leaderboard_page(folder: Path) -> None:
@@ -330,7 +329,6 @@ def leaderboard_page(folder: Path) -> None:
     "results.json",
     lambda: [leaderboard()],
     _nasty_leaderboards,
-    kind="json",
     says="results: ",
 )
 def results_file(folder: Path) -> None:

@@ -194,7 +194,6 @@ def _info(**splits: object) -> bytes:
         for names in ("shard-0.tar", [5], [None], ["../../etc/passwd"], ["\0"], [""], [["a"]], {}, 5, ["x" * 5000], ["http://127.0.0.1:1/x.tar"], ["pipe:echo"])
     ]
     + [_info(), _info(train=[]), _info(train={}), _info(train={"filenames": ["shard-0.tar"]}), b'{"splits": []}', *nasty_json()],
-    kind="json",
     template=_shard,
     says="data: ",
 )  # fmt: skip

@@ -74,7 +74,6 @@ def _nasty_boxes() -> list[bytes]:
         [{"class": "cat", "box": [1, 2, 9, 10.5]}, {"class": 16, "box": [5, 5, 30, 20]}]
     ),
     _nasty_boxes,
-    kind="json",
     says="annotations: ",
     share=2,
 )
@@ -89,7 +88,6 @@ def boxes_json(folder: Path) -> None:
     nasty=lambda: [b"", b"\n", b"\xff", b"15", b"15 nan nan nan nan", b"15 inf 0 1 1", b"15 1e999 0 1 1", b"15 0.5 0.5 -1 -1",
                    b"9" * 5000 + b" .5 .5 .1 .1", b"15 " + b"9" * 100_000 + b" 1 1 1", b"15 1_0 .5 .1 .1", b"-1 .5 .5 .1 .1",
                    b"99999999999999999999 .5 .5 .1 .1", "１５ ０.5 .5 .1 .1".encode(), b"15 .5 .5 .1 .1 .1"],
-    kind="text",
     says="annotations: ",
 )  # fmt: skip
 def boxes_yolo(folder: Path) -> None:
@@ -144,7 +142,6 @@ def _one_mask(folder: Path) -> None:
             b"%c: &%c {<<: [%s]}\n" % (c + 1, c + 1, b",".join([b"*%c" % c] * 9)) for c in range(ord("a"), ord("i"))
         ) + b"classes: {17: *i}\n",
     ],
-    kind="text",
     template=_one_mask,
     says="annotations: ",
     share=2,
@@ -163,7 +160,6 @@ def _marked(source: Path) -> None:
     "boxes.json",
     lambda: _box_files([[1, 2, 9, 10.5], [[1, 1], [9, 1], [5, 9]], {"box": [5, 5, 30, 20]}]),
     _nasty_boxes,
-    kind="json",
     says="evidence: ",
     share=2,
 )

@@ -243,50 +243,25 @@ def _nasty_jobs() -> list[bytes]:
     ]
 
 
-target(
-    "job record",
-    f"root/{JOBS}/one/{JOB}",
-    lambda: [_job_file(f"root/{JOBS}/one/{JOB}")],
-    _nasty_jobs,
-    kind="json",
-    template=_jobs,
-    says="$",
-    share=0.6,
-)(_look)
-
-
-@target("job process", f"root/{JOBS}/one/{PROCESS}", lambda: [_job_file(f"root/{JOBS}/one/{PROCESS}")],
-        lambda: [b'{"pid": 1, "born": 0}', b'{"pid": -1}', b'{"pid": ' + b"9" * 400 + b', "born": ' + b"9" * 400 + b"}", b'{"pid": 99999, "born": NaN}', *nasty_json()],
-        kind="json", template=_jobs, says="$", share=0.4)  # fmt: skip
-def job_process(folder: Path) -> None:
+def _without_end(folder: Path) -> None:
     (folder / "root" / JOBS / "one" / EXIT).unlink()
     _look(folder)
 
 
-target(
-    "job end",
-    f"root/{JOBS}/one/{EXIT}",
-    lambda: [_job_file(f"root/{JOBS}/one/{EXIT}")],
-    nasty_json,
-    kind="json",
-    template=_jobs,
-    says="$",
-    share=0.3,
-)(_look)
-
-
-target(
-    "job log",
-    "root/one/log.jsonl",
-    lambda: [_job_file("root/one/log.jsonl")],
-    nasty_json,
-    kind="json lines",
-    template=_jobs,
-    says="$",
-    share=0.4,
-)(_look)
-
-
-target("job messages", f"root/{JOBS}/one/stderr", lambda: [_job_file(f"root/{JOBS}/one/stderr")],
-        lambda: [b"\xff" * 1000, b"9" * 5000 + b"/" + b"9" * 5000 + b" [x", b"1/0 [", b"\r" * 10_000, "١/٢ [".encode(), b"xattn: error: "],
-        kind="text", template=_jobs, says="$", share=0.4)(_look)  # fmt: skip
+_OF_JOB = f"root/{JOBS}/one"
+for name, file, nasty, options in (
+    ("record", f"{_OF_JOB}/{JOB}", _nasty_jobs, {"share": 0.6}),
+    ("end", f"{_OF_JOB}/{EXIT}", nasty_json, {}),
+    ("log", "root/one/log.jsonl", nasty_json, {}),
+    ("process", f"{_OF_JOB}/{PROCESS}", lambda: [
+        b'{"pid": 1, "born": 0}', b'{"pid": -1}', b'{"pid": ' + b"9" * 400 + b', "born": ' + b"9" * 400 + b"}", b'{"pid": 99999, "born": NaN}', *nasty_json()
+    ], {}),
+    ("messages", f"{_OF_JOB}/stderr", lambda: [
+        b"\xff" * 1000, b"9" * 5000 + b"/" + b"9" * 5000 + b" [x", b"1/0 [", b"\r" * 10_000, "١/٢ [".encode(), b"xattn: error: "
+    ], {"kind": "text"}),
+):  # fmt: skip
+    valid = functools.partial(lambda file: [_job_file(file)], file)
+    options = {"share": 0.4, "template": _jobs, "says": "$", **options}
+    target(f"job {name}", file, valid, nasty, **options)(
+        _without_end if name == "process" else _look
+    )
