@@ -1,8 +1,7 @@
-"""A local object store for all tests of this folder, and what is counted of its answers."""
+"""Object stores for the tests of this folder: in memory, and of S3 where its libraries are installed."""
 
 import logging
 import uuid
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -10,17 +9,14 @@ from PIL import Image
 
 from xattn.runtime import stores
 
-MISSING = any(find_spec(package) is None for package in ("s3fs", "moto"))
-collect_ignore_glob = ["test_*.py"] if MISSING else []
-
 
 @pytest.fixture(scope="session")
 def store():
     """An S3 server of this process, as the environment names it to every client."""
-    from moto.server import ThreadedMotoServer
-
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -33,8 +29,14 @@ def store():
 
 
 @pytest.fixture
-def bucket(store):
-    """The URL of an empty bucket of the test's own."""
+def bucket():
+    """The URL of an empty folder in memory."""
+    return f"memory://bucket-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def s3_bucket(store):
+    """The URL of an empty bucket of S3."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     stores.file_system("s3").mkdir(name)
     return f"s3://{name}"

@@ -87,7 +87,7 @@ def test_a_viewer_on_a_store_keeps_no_results(root, monkeypatch, tmp_path):
     run = LiveRun(Request("test_resnet", ("cam",)), library)
     run.folder = save_pack(tmp_path / "live", [make("fox")])
     with pytest.raises(
-        ValueError, match=r"^This viewer shows s3://.*, where it only reads\. Start"
+        ValueError, match=r"^This viewer shows memory://.*, where it only reads\. Start"
     ):
         keep(run, "mine")
     live = library.open(library.add_scratch(run.folder))  # but they are shown

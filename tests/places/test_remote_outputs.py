@@ -32,9 +32,9 @@ def names(url):
 
 
 def test_a_pack_is_uploaded_with_its_manifest_last(
-    bucket, explained, tmp_path, capsys, monkeypatch
+    s3_bucket, explained, tmp_path, capsys, monkeypatch
 ):
-    url, order = f"{bucket}/runs/x", []
+    url, order = f"{s3_bucket}/runs/x", []
     put = StorePath.put
 
     def noted(self, file):
@@ -131,7 +131,9 @@ def test_figures_are_uploaded_too_and_other_commands_say_that_they_write_to_disk
             f"output: got {bucket}/figures, but xattn {command} writes to disk as it goes; give a"
         )
         assert line in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"^output: got s3://.*; write the pack to a local folder"):
+    with pytest.raises(
+        ValueError, match=r"^output: got memory://.*; write the pack to a local folder"
+    ):
         save_pack(f"{bucket}/pack", [])
     assert explained("hf://datasets/me/pack") == 2
     assert "output: got hf://datasets/me/pack; write to a local folder" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from moto.server import ThreadedMotoServer
 from object_stores import fresh_file_systems, upload
 from PIL import Image
 
@@ -107,10 +106,12 @@ def test_photos_that_cannot_be_read_are_skipped_and_named(remote, bucket, backbo
     with pytest.warns(UserWarning, match=r"skipped 1 of 4 images: image: 1\.jpg is not an"):
         found = xattn.explain(remote, backbone, explainer="gradcam")
     assert len(found) == 3
-    with pytest.raises(FileNotFoundError, match=r"^images: no file or folder s3://.*/none; give"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^images: no file or folder memory://.*/none; give"
+    ):
         xattn.explain(f"{bucket}/none", backbone, explainer="gradcam")
     with pytest.raises(
-        FileNotFoundError, match=r"^image: no file s3://.*/none\.png; check the URL$"
+        FileNotFoundError, match=r"^image: no file memory://.*/none\.png; check the URL$"
     ):
         load_image(f"{bucket}/none.png")
 
@@ -142,7 +143,7 @@ def test_a_server_that_is_closed_in_the_middle_is_named_and_nothing_is_half_writ
     photos, backbone, store, impatient, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("xattn.photos.images._RECENT", LRUCache(0))
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = type(store)(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     batch = xattn.explaining.photos.explain_batch
@@ -214,7 +215,7 @@ def test_commands_take_urls(remote, tmp_path, capsys):
     assert main(["explain", f"{remote}/clip.mp4"]) == 2
     assert "is a clip in a store; copy it to a local folder first" in capsys.readouterr().err
     assert main(["explain", f"{remote}/none.jpg"]) == 2
-    assert "images: no file or folder s3://" in capsys.readouterr().err
+    assert "images: no file or folder memory://" in capsys.readouterr().err
 
 
 def test_heads_and_probes_train_on_urls(bucket, tmp_path):

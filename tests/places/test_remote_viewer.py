@@ -15,9 +15,9 @@ from synthetic_packs import small_pack
 WAYS = [(1280, "light"), (390, "dark")]
 
 
-def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(bucket, tmp_path, browser):
+def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(s3_bucket, tmp_path, browser):
     small_pack(tmp_path / "runs/measured", 12, ("gradcam", "saliency"))
-    url = upload(tmp_path / "runs", f"{bucket}/runs")
+    url = upload(tmp_path / "runs", f"{s3_bucket}/runs")
     shots = Path(os.environ.get("XATTN_SCREENS", tmp_path))
     with served_viewer.served(url, tmp_path / "log.txt") as (address, _):
         for width, scheme in WAYS:

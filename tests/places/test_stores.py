@@ -13,6 +13,8 @@ from object_stores import fresh_file_systems
 from xattn.runtime import stores
 from xattn.runtime.stores import StoreError, StorePath, is_remote, place_of
 
+pytest.importorskip("s3fs")
+
 
 @pytest.mark.parametrize(
     ("given", "place"),
@@ -83,9 +85,9 @@ def test_other_stores_are_read_by_their_own_file_system(scheme, monkeypatch):
     assert Fake.store.keys() == {"/bucket/photos/a/b.jpg"} and place.is_dir()
 
 
-def test_files_are_listed_in_order_measured_and_read_by_range(bucket, monkeypatch):
+def test_files_are_listed_in_order_measured_and_read_by_range(s3_bucket, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK", 7)
-    root = place_of(f"{bucket}/x")
+    root = place_of(f"{s3_bucket}/x")
     for name in ("b.bin", "a/c.bin", "a-b.bin", ".hidden/d.bin", "empty"):
         (root / name).write(b"" if name == "empty" else name.encode() * 5)
     assert [f.below(root) for f in root.files()] == ["a/c.bin", "a-b.bin", "b.bin", "empty"]
@@ -101,8 +103,8 @@ def test_files_are_listed_in_order_measured_and_read_by_range(bucket, monkeypatc
         file.read_bytes()
 
 
-def test_a_file_that_was_replaced_has_another_mark(bucket):
-    file = place_of(f"{bucket}/a")
+def test_a_file_that_was_replaced_has_another_mark(s3_bucket):
+    file = place_of(f"{s3_bucket}/a")
     file.write(b"one")
     (before,) = file.parent.files()
     file.write(b"two")
