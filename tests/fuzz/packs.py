@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +55,7 @@ def pack_files() -> dict[str, bytes]:
             writer.metrics = described()
             for i in range(3):
                 writer.add([explanation(i, m, source=picture(i)) for m in ("gradcam", "random")])
-        _show(Path(folder))  # the first table of pandas reserves a gigabyte of address space
+        _show_all(Path(folder))  # the first table of pandas reserves a gigabyte of address space
         return {p.name: p.read_bytes() for p in (Path(folder) / "pack").iterdir()}
 
 
@@ -81,8 +83,37 @@ def _look_at(folder: Path) -> None:
             found.overlay(max_side=64)
 
 
+_OPENED: list[str] | None = None  # while a pack is shown, the files that were opened
+
+
+def _watch(event: str, arguments: Any) -> None:
+    if _OPENED is not None and event == "open" and isinstance(arguments[0], str | bytes | Path):
+        _OPENED.append(os.fsdecode(arguments[0]))
+
+
+sys.addaudithook(_watch)
+
+
 def _show(folder: Path) -> None:
-    """As the viewer does: the list, the gallery's table, pictures, and a CSV."""
+    """As the viewer does, and no file is opened but the pack's own and what programs are made of."""
+    global _OPENED
+    _OPENED = opened = []
+    try:
+        _show_all(folder)
+    finally:
+        _OPENED = None
+        known = (
+            str((folder / "pack").resolve()),
+            *filter(None, sys.path),
+            sys.base_prefix,
+            "/proc/",
+        )
+        strange = [path for path in opened if not path.startswith(known)]
+        assert not strange, strange
+
+
+def _show_all(folder: Path) -> None:
+    """The list, the gallery's table, pictures, and a CSV."""
     library = Library(folder)
     problems = [info.problem for info in library.packs() if info.problem]
     try:
@@ -92,7 +123,11 @@ def _show(folder: Path) -> None:
             assert "".join(selection_csv(everything, None))
             assert len(pack.images) == len(pack.image_ids)
             for entry_id in list(pack.entry_ids)[:4]:
-                pack.provenance(entry_id), pack.entries_of(pack.key(entry_id)[0])
+                image_id = pack.key(entry_id)[0]
+                pack.provenance(entry_id), pack.entries_of(image_id), pack.top(image_id)
+                assert np.isfinite(
+                    [v for curve in pack.curves(entry_id).values() for v in curve]
+                ).all()
                 rendering.overlay_bytes(pack, entry_id, Look(side=64))
     except PackError:
         raise
