@@ -72,12 +72,26 @@ def test_a_bad_record_is_refused():
 
 
 def test_a_pack_gives_back_what_was_saved(tmp_path):
-    saved = [make(), make(target=5, seed=1), make("dög", method="cam", mode="whole", seed=2)]
+    shown = {"method_title": "Explanation head"}
+    saved = [
+        make(**shown),
+        make(target=5, seed=1, **shown),
+        make("dög", method="cam", mode="whole", seed=2),
+    ]
     folder = save_pack(tmp_path / "pack", saved, skipped=[("bad.jpg", "truncated")])
     loaded = load_pack(folder)
     for a, b in zip(saved, loaded, strict=True):
         assert np.array_equal(a.map, b.map) and a.view == b.view and a.protocol == b.protocol
-        for key in ("id", "target", "target_name", "probability", "method", "file_name", "is_mask"):
+        for key in (
+            "id",
+            "target",
+            "target_name",
+            "probability",
+            "method",
+            "method_title",
+            "file_name",
+            "is_mask",
+        ):
             assert getattr(a, key) == getattr(b, key)
         assert b.photo().size == SIZE[::-1]
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

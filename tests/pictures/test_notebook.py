@@ -74,7 +74,9 @@ def test_a_list_is_a_grid():
 
 
 def test_a_value_that_is_no_probability_is_shown_as_it_is():
-    age = replace(make(), probability=41.25, protocol={"probability": "value"})
+    age = replace(
+        make(method_title="Explanation head"), probability=41.25, protocol={"probability": "value"}
+    )
     page = age._repr_html_()
     assert "41.25 · Explanation head" in page and "%" not in re.sub(
         r"base64,[^\"]*|max-width:100%", "", page
