@@ -229,16 +229,14 @@ def _titles(given: dict[str, Any]) -> dict[str, str]:
 def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
     """Curves, or shares of pixels, by name; DamagedFile where they are no finite numbers."""
     for values in given.values():
-        if type(values) is not list or not all(map(_is_finite, values)):
+        # Finite numbers that float can hold.
+        if type(values) is not list or not all(
+            type(v) in (int, float) and abs(v) < 1e300 for v in values
+        ):
             raise damaged("the values of a curve are no numbers")
         if len(values) > MAX_CURVE:
             raise damaged(f"a curve has more than {MAX_CURVE:,} values")
     return {encodable(name): [float(v) for v in values] for name, values in given.items()}
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a value is a finite number that ``float`` can hold."""
-    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _skipped(manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -35,12 +35,6 @@ from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath, place_of
 
 TAIL = 4096  # last bytes of a photo that its description holds
-SCHEMES = ("hfds", "wds")
-
-
-def is_stored(data: Any) -> bool:
-    """Whether ``data`` names a dataset by a scheme rather than files."""
-    return isinstance(data, str) and data.partition("/")[0].lower() in (*SCHEMES, "hfids")
 
 
 def is_listed(images: Any) -> bool:
@@ -71,8 +65,8 @@ def open_photos(data: Data) -> Photos:
         from xattn.photos.volumes import AxialSlices
 
         return AxialSlices(data)  # type: ignore[arg-type]
-    if is_stored(data):
-        scheme, _, rest = str(data).partition("/")
+    scheme, _, rest = data.partition("/") if isinstance(data, str) else ("", "", "")
+    if scheme.lower() in ("hfds", "wds", "hfids"):
         match = re.fullmatch(r"(.+?)(?::([A-Za-z_][\w+-]*(?:\[[^\]]*\])?))?", rest)
         if match is None:
             raise ValueError(f"data: got {data!r}; give {scheme}/NAME_OR_PATH[:split]")

@@ -64,19 +64,14 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _of_the_group(error):
+        # gloo's is a plain RuntimeError that names its source file, that of joining a DistError.
+        joining = isinstance(error, getattr(torch.distributed, "DistError", ()))
+        if not joining and not (_joined() and "gloo" in str(error).lower()):
             raise
         raise ConnectionError(
             f"processes: another process of this run died or ended with an error; {remedy}, nothing "
             f"that was written is lost"
         ) from error
-
-
-def _of_the_group(error: RuntimeError) -> bool:
-    """Whether gloo (a plain RuntimeError that names its source file) or joining (DistError) failed."""
-    if isinstance(error, getattr(torch.distributed, "DistError", ())):
-        return True
-    return _joined() and "gloo" in str(error).lower()
 
 
 def leave() -> None:

@@ -95,7 +95,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     """Raise a ``ValueError`` that names ``name`` unless the annotation ``hint`` allows ``value``."""
     if not _allows(hint, value):
         note = ""
-        if isinstance(value, str) and not _texts(hint):
+        texts = all(part is str or get_origin(part) is Literal for part in _options(hint))
+        if isinstance(value, str) and not texts:
             note = " (options written as name=value are JSON: true, false, null, 4, 0.5)"
         raise ValueError(f"{name}: got {reprlib.repr(value)}; give {_words(hint)}{note}")
 
@@ -160,8 +161,3 @@ def _words_one(hint: Any) -> str:
         NoneType: "None",
     }
     return names.get(hint, str(hint))
-
-
-def _texts(hint: Any) -> bool:
-    """Whether ``hint`` allows nothing but strings."""
-    return all(part is str or get_origin(part) is Literal for part in _options(hint))

@@ -254,7 +254,9 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         from urllib.request import url2pathname  # which imports http, ssl and email
 
         return Path(url2pathname(f"/{rest}"))
-    if scheme not in _known_schemes():
+    import fsspec
+
+    if scheme == "data" or scheme not in fsspec.available_protocols():
         kept = isinstance(given, str) and "://" not in given
         if kept or Path(f"{match[1]}:").exists():  # a local folder whose name has a colon
             return Path(given)
@@ -264,7 +266,13 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         )
     if "::" in rest or not rest.strip("/"):
         raise ValueError(f"{argument}: got {given}; give {scheme}://BUCKET/FOLDER")
-    check_library(scheme, argument)
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError):
+        library = LIBRARIES.get(scheme, "its fsspec library")
+        raise ValueError(
+            f"{argument}: {scheme}:// needs a library that is not installed; run: pip install {library}"
+        ) from None
     return StorePath(f"{scheme}://{rest.strip('/')}")
 
 
@@ -275,19 +283,6 @@ def is_remote(given: Any, argument: str = "path") -> bool:
         and _URL.fullmatch(str(given)) is not None
         and isinstance(place_of(given, argument), StorePath)
     )
-
-
-def check_library(scheme: str, argument: str) -> None:
-    """Raise a ``ValueError`` unless the library of a store is installed."""
-    from fsspec import get_filesystem_class
-
-    try:
-        get_filesystem_class(scheme)
-    except (ImportError, ValueError):
-        library = LIBRARIES.get(scheme, "its fsspec library")
-        raise ValueError(
-            f"{argument}: {scheme}:// needs a library that is not installed; run: pip install {library}"
-        ) from None
 
 
 def file_system(scheme: str) -> Any:
@@ -309,12 +304,6 @@ def _fresh(fs: Any) -> Any:
     """The file system without its memory of what folders hold."""
     fs.invalidate_cache()
     return fs
-
-
-def _known_schemes() -> set[str]:
-    from fsspec import available_protocols
-
-    return set(available_protocols()) - {*_LOCAL, "data"}
 
 
 def _is_refusal(error: BaseException) -> bool:
