@@ -11,6 +11,7 @@ fifth in turn, with a probe and heads of its own, and merges the numbers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,15 @@ from xattn.eval.report.text_tables import format_table
 from xattn.eval.studies.class_folds import format_differences, merge, train_and_score
 from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image
-from xattn.photos.labels import read_groups
 from xattn.photos.view import prepare
 from xattn.training.labelled import FOLDS, stratified_folds
+
+
+def photos_by_group(folder: Path) -> dict[Path, str]:
+    """The group of every photo whose folder has one in ``classes.json``."""
+    table = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    groups = {path: table[path.parent.name]["group"] for path in list_images(folder)}
+    return {path: group for path, group in groups.items() if group is not None}
 
 
 @torch.inference_mode()
@@ -95,7 +102,7 @@ class Groups:
 
 def compare_on_groups(args: Groups, progress: bool = True) -> tuple[Results, str]:
     """Probes, heads and scores; the results and a line about the probes."""
-    group_of = read_groups(list_images(args.data), args.data / "classes.json")
+    group_of = photos_by_group(args.data)
     paths, groups = list(group_of), list(group_of.values())
     names = sorted(set(groups))
     labels = torch.tensor([names.index(group) for group in groups])

@@ -9,7 +9,7 @@ from fuzz.engine import target
 from fuzz.mutations import deep
 from xattn.backbone import read_classes
 from xattn.photos.images import list_images
-from xattn.photos.labels import read_groups, read_labels, true_classes
+from xattn.photos.labels import read_labels, true_classes
 
 PHOTOS = ["photos/cat/1.jpg", "photos/cat/2.jpg", "photos/dog/1.jpg", "photos/dog/3.jpg"]
 CLASSES = ["tench, cat", "dog", "house cat", "house cat", "1"]
@@ -96,17 +96,6 @@ def labels_json(folder: Path) -> None:
 def labels_as_classes(folder: Path) -> None:
     for number, _ in true_classes(PHOTOS, folder / "labels.json", CLASSES):
         assert number is None or 0 <= number < len(CLASSES)
-
-
-@target(
-    "groups",
-    "classes.json",
-    lambda: _label_tables()[:1],
-    _nasty_label_tables,
-    says="data: ",
-)
-def groups(folder: Path) -> None:
-    read_groups([Path(p) for p in PHOTOS], folder / "classes.json")
 
 
 @target(

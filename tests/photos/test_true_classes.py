@@ -1,7 +1,6 @@
 """Labels of photos as classes of a classifier: what is right and what is wrong."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from torchvision.models import ResNet18_Weights
 
 from xattn import explain, load_backbone
 from xattn.packs.reader import Pack
-from xattn.photos.labels import read_groups, read_labels, true_classes
+from xattn.photos.labels import read_labels, true_classes
 
 CLASSES = ["tench, Tinca tinca", "crane", "crane, bird", "fish", "4"]
 NAMES = ["n1/a.jpg", "n1/b.jpg", "n2/c.jpg"]
@@ -85,16 +84,6 @@ def test_a_number_of_thousands_of_digits_is_a_name(tmp_path):
     file = table(tmp_path, f"a.jpg,{long}\nb.jpg,7\nc.jpg,fish\n", "labels.csv")
     assert read_labels(NAMES, file).names == ["7", long, "fish"]
     assert true_classes(NAMES, file, CLASSES)[0] == (None, long)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["[", "[" * 50_000, "[]", '{"n1": {"group": "a"}, "n2": {"label": "b"}}', '{"n1": 1, "n2": 2}',
-     '{"n1": {"group": "a"}, "n2": {"group": ["b"]}}'],
-)  # fmt: skip
-def test_a_table_of_groups_of_another_form_is_refused(tmp_path, content):
-    with pytest.raises(ValueError, match="data: .* (is damaged|has another form)"):
-        read_groups([Path(name) for name in NAMES], table(tmp_path, content))
 
 
 # ---------------------------------------------------------------------- ImageNet's own layout

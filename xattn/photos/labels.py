@@ -28,26 +28,6 @@ class Labels:
     used: list[int]
 
 
-def read_groups(paths: Sequence[Path], file: Path) -> dict[Path, str]:
-    """The group of every photo whose folder has one in the JSON ``file``."""
-    if not file.is_file():
-        raise FileNotFoundError(f"data: no file {file}; give {{folder: {{'group': name}}}} as JSON")
-    classes = strict_json.read(file, "data", "mend it")
-    folders = {p.parent.name for p in paths}
-    missing = sorted(folders - set(classes)) if isinstance(classes, dict) else []
-    if missing:
-        raise ValueError(f"data: {file} does not name the folders {', '.join(missing[:5])}")
-    if not isinstance(classes, dict) or not all(
-        _has_group(classes[name]) and isinstance(classes[name]["group"], str | None)
-        for name in folders
-    ):
-        raise ValueError(
-            f"data: {file} has another form; give {{folder: {{'group': name or null}}}} as JSON"
-        )
-    groups = {p: classes[p.parent.name]["group"] for p in paths}
-    return {p: group for p, group in groups.items() if group is not None}
-
-
 def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     """The classes of photos by their ``names``, as :class:`~xattn.photos.base.Photos` gives them.
 

@@ -127,15 +127,6 @@ def peak_memory(job: Callable[[], Any]) -> int:
     return peak
 
 
-def available_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # a system that does not tell
-        return 8 << 30
-
-
 # ---------------------------------------------------------------- operations
 
 

@@ -10,6 +10,7 @@ faster than they are. A ViT-S/16 (12 layers of 6 heads of 64) with random weight
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,7 +23,6 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.explainers import create_explainer
 from xattn.runtime.measuring import (
     Job,
-    available_memory,
     keep_rounds,
     median_ratio,
     peak_memory,
@@ -143,3 +143,12 @@ def _class_row(maps: Sequence[Tensor]) -> Tensor:
 
 def _as_map(backbone: Backbone, row: Tensor, images: Tensor) -> Tensor:
     return row[..., 1:].unflatten(-1, backbone.grid(*images.shape[-2:]))
+
+
+def available_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system that does not tell
+        return 8 << 30

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.eval.studies.benches.maps import study
-from xattn.runtime.measuring import available_memory, peak_memory
+from xattn.eval.studies.benches.maps import available_memory, study
+from xattn.runtime.measuring import peak_memory
 
 
 def test_both_sides_of_the_table_compute_the_same_maps():
