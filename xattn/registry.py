@@ -29,8 +29,6 @@ from typing import Any, Generic, Protocol, TypeVar
 from xattn.runtime.names import did_you_mean, same_name
 from xattn.runtime.option_checks import checked
 
-REFUSAL = "{name} does not take that option ({option}); its options: {options}"
-
 
 class Named(Protocol):
     """What every entry has."""
@@ -64,8 +62,6 @@ class Registry(Generic[T, E]):
         mark: ``mark(cls, entry)`` changes what :meth:`register` has added, for example gives it its name.
         ordered: whether names keep the order of registration; else they are sorted.
         hint: ``hint(name)`` says more of an unknown name that it knows, else "".
-        refusal: the error for an option that is not there, with ``{name}``, ``{option}`` and
-            ``{options}``.
     """
 
     def __init__(
@@ -82,12 +78,11 @@ class Registry(Generic[T, E]):
         mark: Callable[[Any, Any], object] | None = None,
         ordered: bool = False,
         hint: Callable[[str], str] = lambda name: "",
-        refusal: str = REFUSAL,
     ) -> None:
         self.group, self.base, self.argument, self.noun = group, base, argument, noun
         self.homes = homes
         self.options_argument = options_argument or argument
-        self.given, self.ordered, self.refusal = frozenset(given), ordered, refusal
+        self.given, self.ordered = frozenset(given), ordered
         self._adopt, self._mark, self._hint = adopt, mark, hint
         self._found: dict[str, tuple[type[T], E]] = {}  # replaced, never changed
         self._failures: dict[tuple[str, str], str] = {}  # by distribution and name
@@ -234,10 +229,11 @@ class Registry(Generic[T, E]):
         unknown = [] if own is None else [option for option in options if option not in own]
         if own is None or not unknown:
             return
-        listed = ", ".join(own) or "none"
-        message = self.refusal.format(name=name, option=", ".join(unknown), options=listed)
         hint = did_you_mean(unknown[0], own, "")
-        raise ValueError(f"{self.options_argument}: {message}{hint and f'; {hint}'}")
+        raise ValueError(
+            f"{self.options_argument}: {name} does not take that option ({', '.join(unknown)}); its "
+            f"options: {', '.join(own) or 'none'}{hint and f'; {hint}'}"
+        )
 
     def create(self, name: str, /, *given: Any, **options: Any) -> T:
         """``cls(*given, **options)`` of that name.

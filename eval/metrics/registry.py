@@ -80,7 +80,6 @@ REGISTRY: Registry[PerturbationMetric, MetricGroup] = Registry(
     adopt=_adopt,
     ordered=True,
     hint=_hint,
-    refusal="{name} takes no {option}; it has {options}",
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
 PROBES: Table[type[PerturbationMetric]] = REGISTRY.classes()

@@ -435,7 +435,7 @@ def test_bad_input_is_named():
         at.loss(scores[0, 0], predict, target)
     with pytest.raises(ValueError, match="did you mean iat"):
         create_perturbation("iatt", epsilon=1.0)
-    with pytest.raises(ValueError, match="at refuses"):
+    with pytest.raises(ValueError, match="at does not take that option"):
         create_perturbation("at", epsilon=1.0, xi=0.1)
     for kind in (AttentionIAT, AttentionIVAT):
         with pytest.raises(ValueError, match="norm: got 'col'"):

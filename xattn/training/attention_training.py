@@ -180,7 +180,6 @@ METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
     ordered=True,
     adopt=adopting(Perturbation, register_perturbation),
     mark=with_name,
-    refusal="{name} refuses {option}; its options: {options}",
 )
 PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
 """The methods by name."""

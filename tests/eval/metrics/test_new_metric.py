@@ -61,7 +61,9 @@ def test_it_is_a_group_a_metric_and_a_class():
     assert PROBES["brightness"] is Brightness and METRICS["brightness"].higher_is_better
     assert metrics.MeanBrightness is MeanBrightness
     assert create_probe("brightness", gain=2.0) == Brightness(2.0)
-    with pytest.raises(ValueError, match="brightness takes no speed; it has gain"):
+    with pytest.raises(
+        ValueError, match=r"brightness does not take that option \(speed\); its options: gain"
+    ):
         create_probe("brightness", speed=1)
 
 
