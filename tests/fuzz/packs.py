@@ -242,8 +242,8 @@ def _both(folder: Path) -> None:
 ENTRIES, IMAGES = "entries-00000.parquet", "images-00000.parquet"
 
 
-@target("pack entries", f"pack/{ENTRIES}", lambda: [pack_files()[ENTRIES]], lambda: _other_tables(ENTRIES), template=_pack, says=SAYS, share=3)  # fmt: skip
-@target("pack images", f"pack/{IMAGES}", lambda: [pack_files()[IMAGES]], lambda: _other_tables(IMAGES), template=_pack, says=SAYS, share=3)  # fmt: skip
+@target("pack entries", f"pack/{ENTRIES}", lambda: [pack_files()[ENTRIES]], lambda: _other_tables(ENTRIES), template=_pack, says=SAYS, share=2)  # fmt: skip
+@target("pack images", f"pack/{IMAGES}", lambda: [pack_files()[IMAGES]], lambda: _other_tables(IMAGES), template=_pack, says=SAYS, share=2)  # fmt: skip
 @target("pack maps", f"pack/{MAPS}", lambda: [pack_files()[MAPS]], lambda: [*_other_maps(), *nasty_safetensors("photo-00000@0.gradcam")], template=_pack, says=SAYS)  # fmt: skip
 @target("pack thumbnails", f"pack/{THUMBNAILS}", lambda: [pack_files()[THUMBNAILS]], lambda: nasty_safetensors("photo-00000"), template=_pack, says=SAYS, share=0.5)  # fmt: skip
 def signed_pack(folder: Path) -> None:

@@ -17,7 +17,7 @@ from fuzz import engine as fuzz_engine
 from fuzz.__main__ import suite
 from fuzz.mutations import KINDS
 
-COUNT, SEED = 2_000, 0
+COUNT, SEED = 1_000, 0
 SHARES = shares(list(TARGETS.values()), COUNT)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by Linux's means")
 

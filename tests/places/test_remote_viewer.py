@@ -12,34 +12,26 @@ import served_viewer
 from object_stores import upload
 from synthetic_packs import small_pack
 
-WAYS = [(1280, "light"), (390, "dark")]
-
 
 def test_packs_of_a_store_are_walked_from_the_gallery_to_a_map(s3_bucket, tmp_path, browser):
     small_pack(tmp_path / "runs/measured", 12, ("gradcam", "saliency"))
     url = upload(tmp_path / "runs", f"{s3_bucket}/runs")
     shots = Path(os.environ.get("XATTN_SCREENS", tmp_path))
     with served_viewer.served(url, tmp_path / "log.txt") as (address, _):
-        for width, scheme in WAYS:
-            context = browser.new_context(
-                viewport={"width": width, "height": 900}, color_scheme=scheme
-            )
-            page, wrong = context.new_page(), []
-            page.set_default_timeout(300_000)
-            page.on(
-                "console", lambda m, wrong=wrong: wrong.append(m.text) if m.type == "error" else 0
-            )
-            page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
-            page.goto(address)
-            page.locator(".cell .frame.there").first.wait_for()
-            page.screenshot(path=shots / f"remote-gallery-{width}-{scheme}.png")
-            page.locator(".cell").first.click()
-            page.wait_for_url("**/image**")
-            page.locator(".st-key-maps .frame.there").nth(1).wait_for()
-            page.screenshot(path=shots / f"remote-image-{width}-{scheme}.png")
-            page.goto(f"{address}/train")
-            page.get_by_text("Training is off, because this viewer shows").wait_for()
-            page.screenshot(path=shots / f"remote-train-{width}-{scheme}.png")
-            assert page.locator("[data-testid=stException]").count() == 0
-            context.close()
-            assert not wrong, wrong
+        page, wrong = browser.new_page(viewport={"width": 390, "height": 900}), []
+        page.set_default_timeout(300_000)
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else 0)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(address)
+        page.locator(".cell .frame.there").first.wait_for()
+        page.screenshot(path=shots / "remote-gallery.png")
+        page.locator(".cell").first.click()
+        page.wait_for_url("**/image**")
+        page.locator(".st-key-maps .frame.there").nth(1).wait_for()
+        page.screenshot(path=shots / "remote-image.png")
+        page.goto(f"{address}/train")
+        page.get_by_text("Training is off, because this viewer shows").wait_for()
+        page.screenshot(path=shots / "remote-train.png")
+        assert page.locator("[data-testid=stException]").count() == 0
+        page.close()
+    assert not wrong, wrong
