@@ -339,7 +339,6 @@ def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
 
 
 LEVELS = 65_535  # of a coordinate, and of a value of a scale
-GROUPS = 8  # colours; a ninth group and those after it share the last
 
 
 def scatter(
@@ -369,7 +368,7 @@ def scatter(
         label: what the whole is called by a screen reader.
         words: up to three columns of n texts each, what is said of a point beside its picture.
         legend: the groups: each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
-        groups: (n,) the group of each point.
+        groups: (n,) the group of each point; the eighth and those after it share a colour.
         scale: instead of groups ``{"name", "low", "high"}``; ``values``: (n,) of the points in [0, 1], NaN
             where there is none.
         chosen: the points that are chosen when the map is first shown; later ones are the person's.

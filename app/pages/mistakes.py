@@ -125,7 +125,7 @@ def page(context: Context) -> None:
     st.title("Mistakes", anchor=False)
     found = _confusion(pack)
     if not found.classes:
-        _nothing(pack)
+        _nothing()
         return
     method = address.maps_by(pack, selection.table(pack).choices.under_test, 220)
     _headline(pack, found)
@@ -163,7 +163,7 @@ def _mean_map(pack: Pack, entry_ids: tuple[str, ...]) -> str:
     return data_uri(jpeg(picture))
 
 
-def _nothing(pack: Pack) -> None:
+def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**No photo of this pack has a true class.**")
         st.markdown("Explain the photos with their classes, and this page shows what is confused:")

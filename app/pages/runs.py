@@ -290,7 +290,7 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     several = len(_methods(pack)) > 1
     others = [i for i in names if i != pack.id or several]
     if not others:
-        _nothing(pack)
+        _nothing()
         return None
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     wanted = st.query_params.get("other")
@@ -351,7 +351,7 @@ def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
     return pack.id if pack.id in others else others[0]
 
 
-def _nothing(pack: Pack) -> None:
+def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**There is no second pack yet.**")
         st.markdown("Explain the same photos with another network or head, and this page shows:")

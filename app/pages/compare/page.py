@@ -209,7 +209,7 @@ def page(context: Context) -> None:
     st.title("Compare methods", anchor=False)
     found = context.library.comparisons()
     if not found:
-        _nothing(context)
+        _nothing()
         return
     info = _choose(found, context.pack)
     try:
@@ -234,7 +234,7 @@ def page(context: Context) -> None:
     _notes(board)
 
 
-def _nothing(context: Context) -> None:
+def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**There is no comparison yet.**")
         st.markdown("Measure several methods on your photos and this page shows who is ahead:")

@@ -57,7 +57,7 @@ def outcome(context: Context, run: LiveRun) -> None:
             st.error("No photo could be explained.")
     else:
         pack = context.library.open(run.pack_id)
-        _summary(context, run, pack)
+        _summary(run, pack)
         if note := blank_maps(pack, pack.entries.index, pack.images["title"].__getitem__):
             st.warning(plain(note))
         if films.frames(pack):
@@ -107,7 +107,7 @@ def _unsaved(run: LiveRun) -> None:
             st.rerun()
 
 
-def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
+def _summary(run: LiveRun, pack: Pack) -> None:
     """One line on the run, and what to do with its results."""
     images, maps = len(pack.images), len(pack.entries)
     unit = "frame" if films.frames(pack) else "photo"
@@ -125,10 +125,10 @@ def _summary(context: Context, run: LiveRun, pack: Pack) -> None:
         name = st.text_input("Name", key="keep_name", placeholder="my photos", max_chars=80)
         st.caption("Becomes a folder beside the other packs.")
         if st.button("Keep", key="keep", type="primary", disabled=not name.strip()):
-            _keep(context, run, name)
+            _keep(run, name)
 
 
-def _keep(context: Context, run: LiveRun, name: str) -> None:
+def _keep(run: LiveRun, name: str) -> None:
     try:
         folder = keep(run, name)
     except (ValueError, OSError) as error:

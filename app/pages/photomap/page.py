@@ -162,12 +162,12 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
         on_open=lambda: _open(names),
         **_colouring(images, colour, colours[colour]),
     )
-    _captions(pack, of, method, len(rows))
+    _captions(pack, method, len(rows))
     if chosen:
         _photos(pack, [int(rows[i]) for i in chosen], method)
 
 
-def _captions(pack: Pack, of: str, method: str, shown: int) -> None:
+def _captions(pack: Pack, method: str, shown: int) -> None:
     every, drawn = pack.counts[1], len(data.rows_of(pack))
     notes = ["Draw around some photos to see them below; a press on the legend chooses a colour."]
     if drawn < every:

@@ -406,7 +406,7 @@ def test_the_command_line_is_the_one_to_copy(jobs: Jobs) -> None:
 
 def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
     photos(tmp_path / "data" / "photos")
-    model = BackboneArgs(weights="random", device="cpu")
+    model = BackboneArgs(backbone="test_efficientnet", weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
     jobs.start(Spec("train", "photos", heads=("ttame",), epochs=2, batch_size=2), "mine")
     job = ended(jobs, "mine")
@@ -419,7 +419,7 @@ def test_a_real_training_leaves_head_log_and_maps(tmp_path: Path) -> None:
 def test_a_real_probe_leaves_maps_of_each_head(tmp_path: Path) -> None:
     for name in ("wren", "tit"):
         photos(tmp_path / "data" / "photos" / name, 10)
-    model = BackboneArgs(weights="random", device="cpu")
+    model = BackboneArgs(backbone="test_efficientnet", weights="random", device="cpu")
     jobs = Jobs(tmp_path / "root", tmp_path / "data", model)
     spec = Spec("probe", "photos", heads=("gap", "abmilp"), epochs=3, batch_size=4)
     jobs.start(spec, "mine")

@@ -133,7 +133,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=100)
 @given(
     ANYTHING
     | st.fixed_dictionaries(
@@ -324,7 +324,7 @@ def test_a_pack_whose_network_is_not_at_hand_says_which_command_loads_it(tmp_pat
     assert "start the viewer with it: xattn app --backbone made up --weights FILE. " in words(app)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(500, marks=pytest.mark.slow)])
 def test_any_address_opens_the_page_or_is_a_sentence(pack, count):
     @settings(max_examples=count)
     @given(

@@ -175,14 +175,14 @@ def accepted(query):
     return found
 
 
-@settings(max_examples=2000)
+@settings(max_examples=200)
 @given(queries)
 def test_any_query_is_a_bounded_request_or_an_error_that_names_it(query):
     accepted({"pack": "p", "image": "i", "entry": "e", **query})
     accepted(query)
 
 
-@settings(max_examples=300)
+@settings(max_examples=60)
 @given(queries, st.booleans(), st.sampled_from([rendering.PICTURE, rendering.OVERLAY]))
 def test_any_query_gets_a_picture_or_a_line_of_text(client, pack, query, known, path):
     if known:
