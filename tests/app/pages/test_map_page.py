@@ -138,7 +138,7 @@ def test_near_photos_are_of_one_class_by_features(show):
 def test_chosen_photos_are_told_and_shown_page_by_page(show):
     app = show("whole")
     pack = state.library().open(app.query_params["pack"])
-    key = (f"{pack.id} {pack.version}", "features", "", str(COUNT))
+    key = (pack.id, pack.version, "features", "", str(COUNT))
     chosen = {"photomap.chosen": (key, list(range(30)))}
     app = show("whole", session=chosen)
     assert "30 photos" in text_of(app) and "told right (95 % interval" in text_of(app)
