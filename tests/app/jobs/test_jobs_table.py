@@ -14,11 +14,13 @@ pytest.importorskip("streamlit")
 from fake_jobs import fake_job
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
-from viewer_pages import opened, served
+from test_jobs import photos
+from viewer_pages import choose_option, opened, served
 
 from xattn.app import state
 from xattn.app.jobs.job_files import Spec
 from xattn.app.jobs.jobs import Jobs
+from xattn.app.pages.train.page import PhotoFolder
 from xattn.app.state import Settings
 
 TRAIN = Spec("train", "photos", heads=("ttame",))
@@ -150,9 +152,14 @@ def test_a_head_that_is_there_opens_in_live(root: Path, monkeypatch: pytest.Monk
 
 
 def test_the_table_in_the_browser(root: Path, open_page: Callable[..., Any]) -> None:
-    """Two are compared; one is opened, leads to its mistakes, is renamed and deleted."""
+    """Two are compared; one is opened, leads to its mistakes, is renamed and deleted; then the labels of a
+    new one are those of the chosen folder."""
     small_pack(root / "first" / "mistakes", 6, ("head",))
-    with served(root, log=root.parent / "log") as address:
+    data = root.parent / "data"
+    for name in ("birds/wren", "birds/tit", "fish/cod", "fish/eel"):
+        photos(data / name)
+    options = ("--data", str(data), "--weights", "random", "--device", "cpu")
+    with served(root, *options, log=root.parent / "log") as address:
         page = open_page(f"{address}/train", "narrow", "dark")
         page.get_by_role("checkbox", name="Compare the losses of first").check()
         page.wait_for_url(re.compile("with=first"))
@@ -177,4 +184,10 @@ def test_the_table_in_the_browser(root: Path, open_page: Callable[..., Any]) -> 
         page.get_by_role("button", name="Delete for good").click()
         page.get_by_role("heading", name="Start a new one").wait_for()
         assert sorted(job.id for job in Jobs(root).all()) == ["heads", "second"]
+        page.goto(f"{address}/train?kind=probe&data={PhotoFolder('birds', 0, (), ()).id}")
+        shows = "text => [...document.querySelectorAll('input')].some(i => i.value === text)"
+        page.wait_for_function(shows, arg="The 2 folders: tit, wren")
+        box = page.locator("[data-testid=stSelectbox] input").first
+        choose_option(page, box, "fish · 8 photos")
+        page.wait_for_function(shows, arg="The 2 folders: cod, eel")
         page.close()

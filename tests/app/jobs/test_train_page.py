@@ -13,7 +13,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import small_pack
 from test_jobs import begun, end_all, ended, finished, photos, stand_in, until
-from viewer_pages import choose_option, only, opened, served
+from viewer_pages import only, opened, served
 
 from xattn.app import state
 from xattn.app.demo import pack_job
@@ -363,22 +363,6 @@ def test_labels_are_those_of_the_chosen_folder(jobs: Jobs) -> None:
     labels().set_value("labels.csv").run()
     choose_photos(page, "other")
     assert labels().value == "" and labels().options[0] == "The 3 folders: cod, eel, pike"
-
-
-def test_the_labels_that_a_browser_shows_are_those_of_the_chosen_folder(
-    tmp_path: Path, open_page: Callable[..., Any]
-) -> None:
-    for name in ("birds/wren", "birds/tit", "fish/cod", "fish/eel"):
-        photos(tmp_path / "root" / name)
-    arguments = ("--weights", "random", "--device", "cpu")
-    with served(tmp_path / "root", *arguments, log=tmp_path / "log") as address:
-        page = open_page(f"{address}/train?kind=probe&data={PhotoFolder('birds', 0, (), ()).id}")
-        shows = "text => [...document.querySelectorAll('input')].some(i => i.value === text)"
-        page.wait_for_function(shows, arg="The 2 folders: tit, wren")
-        box = page.locator("[data-testid=stSelectbox] input").first
-        choose_option(page, box, "fish · 8 photos")
-        page.wait_for_function(shows, arg="The 2 folders: cod, eel")
-        page.close()
 
 
 def test_the_demo_says_how_long_it_takes(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
