@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 from PIL import Image
 
-from xattn.app.pictures.rendering import check_side, jpeg
+from xattn.app.pictures.rendering import jpeg
 from xattn.packs.contained_files import PackError
 from xattn.runtime.files import Signature
 from xattn.runtime.lru_cache import LRUCache
@@ -40,7 +40,7 @@ def rate(pack: Pack) -> float:
 
 def frame_url(pack: Pack, side: int = 960) -> str:
     """Where the browser gets a frame; its number, from 0, is still to be put behind."""
-    query = {"pack": pack.id, "side": check_side(side), "v": pack.version}
+    query = {"pack": pack.id, "side": side, "v": pack.version}
     return f"{FRAME}?{urlencode(query)}&frame="
 
 
@@ -50,7 +50,7 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
     Raises:
         PackError: no film, no such frame, or a damaged film.
     """
-    key = (pack.id, pack.version, index, check_side(side))
+    key = (pack.id, pack.version, index, side)
 
     def draw() -> bytes:
         with closing(_Reader(pack)) as reader:

@@ -202,7 +202,7 @@ def photo_url(pack: Pack, image_id: str, side: int = 240, crop: str | None = Non
 
     ``crop`` is the entry whose view of the photo is shown; by default the whole photo is.
     """
-    query = {"pack": pack.id, "image": image_id, "side": check_side(side), "v": pack.version}
+    query = {"pack": pack.id, "image": image_id, "side": side, "v": pack.version}
     if crop is not None:
         query["crop"] = crop
     return f"{PICTURE}?{urlencode(query)}"
@@ -362,7 +362,7 @@ def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = N
         if pack.key(crop)[0] != image_id:
             raise PackError("This map is of another photo; open the gallery again")
         view = pack.view(crop)
-    key = (pack.id, pack.version, image_id, check_side(side), view)
+    key = (pack.id, pack.version, image_id, side, view)
     return _CACHE.kept(key, lambda: jpeg(photo_image(pack, image_id, side, view)), len)
 
 
