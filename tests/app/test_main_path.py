@@ -82,13 +82,6 @@ def open_map(page):
     page.locator(f".st-key-maps .cell[aria-current=true][data-id='{name}']").wait_for()
 
 
-@pytest.mark.parametrize("name", ["one", "many"])
-def test_from_the_gallery_to_a_photo_to_a_map(root, address, open_page, name):
-    page = open_page(gallery(root, address, name))
-    open_photo(page)
-    open_map(page)
-
-
 def test_from_the_demo_packs_gallery_to_a_photo_to_a_map(root, demo, address, open_page):
     page = open_page(gallery(root, address, "demo"))
     open_photo(page)
