@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
+
+from xattn.config import RECIPES
 
 
 def write_folder(folder: Path) -> None:
@@ -26,6 +29,12 @@ def write_folder(folder: Path) -> None:
     model = timm.create_model("resnet18", num_classes=3)
     torch.save(model.state_dict(), folder / "mine.pth")
     (folder / "classes.txt").write_text("cat\ndog\nbird\n")
+
+
+def train_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are trained for two epochs, so that what is printed runs in seconds."""
+    for recipe in RECIPES.values():
+        monkeypatch.setitem(recipe, "epochs", 2)
 
 
 def write_clip(path: Path, photo: Image.Image) -> None:

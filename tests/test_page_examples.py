@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from own_names import forgetting
-from reader_folder import write_folder
+from reader_folder import train_shortly, write_folder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NOT_RUN = {
@@ -56,6 +56,7 @@ def reader(prepared, tmp_path, monkeypatch):
     """A fresh copy of the folder to work in; what a page imports from there is forgotten."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    train_shortly(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     before, environment = set(sys.modules), dict(os.environ)
     with forgetting():

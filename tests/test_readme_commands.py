@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from reader_folder import write_folder
+from reader_folder import train_shortly, write_folder
 
 from xattn.cli.commands import COMMANDS, main
 from xattn.cli.imports import take_imports
@@ -76,6 +76,7 @@ def folder(tmp_path_factory):
 
 def run_all(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted) -> int:
     monkeypatch.chdir(folder)
+    train_shortly(monkeypatch)
     printed = [words for page in RUN for words in commands(page)]
     printed = [c for n, c in enumerate(printed) if c not in printed[:n]]
     chosen = [c for c in printed if wanted(c) and not starts(c, NOT_RUN)]
