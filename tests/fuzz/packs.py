@@ -102,12 +102,8 @@ def _show(folder: Path) -> None:
         _show_all(folder)
     finally:
         _OPENED = None
-        known = (
-            str((folder / "pack").resolve()),
-            *filter(None, sys.path),
-            sys.base_prefix,
-            "/proc/",
-        )
+        inside, scratch = (folder / "pack").resolve(), f"{tempfile.gettempdir()}/xattn-live-"
+        known = (str(inside), scratch, *filter(None, sys.path), sys.base_prefix, "/proc/")
         strange = [path for path in opened if not path.startswith(known)]
         assert not strange, strange
 
