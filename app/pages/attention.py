@@ -113,10 +113,6 @@ def _fitting(
 # ---------------------------------------------------------------------- the top of the page
 
 
-def _leave(image_id: str) -> None:
-    state.go("image", image=image_id, view=st.query_params.get("view"))
-
-
 def _carried() -> dict[str, str | None]:
     """The view and the gallery's selection, for another photo."""
     return {**current(), "view": st.query_params.get("view")}
@@ -136,7 +132,7 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
                 plain(f"It {error.found}; this page shows attention from all tokens to all tokens.")
             )
         if st.button("Open the maps of this photo", key=f"{KEY}back", type="primary"):
-            _leave(image_id)
+            state.go("image", image=image_id, view=st.query_params.get("view"))
 
 
 def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
@@ -558,10 +557,12 @@ def _opened(name: str) -> None:
 def _export(found: PackDifference) -> None:
     """What ``xattn diff`` prints and writes, as files."""
     bar = st.container(horizontal=True, gap="small")
-    download(bar, "Report, Markdown", partial(_report, found), "difference.md", "runs.report")
-    photos = partial(json.dumps, found.to_json(), ensure_ascii=False, indent=1)
+
+    def report() -> str:
+        return "\n".join([*difference_lines(found), ""])
+
+    def photos() -> str:
+        return json.dumps(found.to_json(), ensure_ascii=False, indent=1)
+
+    download(bar, "Report, Markdown", report, "difference.md", "runs.report")
     download(bar, "All photos, JSON", photos, "difference.json", "runs.json")
-
-
-def _report(found: PackDifference) -> str:
-    return "\n".join(difference_lines(found)) + "\n"

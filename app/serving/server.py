@@ -16,7 +16,6 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from xattn.runtime.names import reason
@@ -173,11 +172,6 @@ def application(
     )
 
 
-def _stop(server: Any, number: int, frame: Any) -> None:
-    """End as after Ctrl-C."""
-    server.should_exit = True
-
-
 def _quiet(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Do not log browsers that disconnect in the middle of a response."""
     if not isinstance(context.get("exception"), ConnectionError):
@@ -233,7 +227,7 @@ def serve(
             )
         )
         if hasattr(signal, "SIGHUP"):  # the terminal was closed; uvicorn knows the other signals
-            signal.signal(signal.SIGHUP, partial(_stop, server))
+            signal.signal(signal.SIGHUP, lambda *_: setattr(server, "should_exit", True))
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its clean end

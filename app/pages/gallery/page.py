@@ -290,10 +290,6 @@ def _turned() -> None:
         go_to(max(1, st.session_state.get(f"{KEY}page", 1) + (1 if by == 1 else -1)))
 
 
-def _jump() -> None:
-    go_to(int(st.session_state[f"{KEY}jump"]))
-
-
 # ---------------------------------------------------------------------- the page's parts
 
 
@@ -359,7 +355,7 @@ def _pager(bar: Any, view: View, count: int) -> None:
         min_value=1,
         max_value=count,
         key=f"{KEY}jump",
-        on_change=_jump,
+        on_change=lambda: go_to(int(st.session_state[f"{KEY}jump"])),
         width=140,
     )
 
@@ -377,7 +373,11 @@ def files(pack: Pack, view: View, found: Selection) -> None:
     most = export.MOST_MAPS["html"]
     several = found.count > most
     label = f"HTML of the first {most} maps" if several else f"HTML of {which}"
-    report = partial(_html, pack, view, found.ids(most))
+
+    def report() -> str:
+        ids = found.ids(most)
+        return export.html(pack, ids, look_of(pack, view, ids))
+
     download(st, label, report, f"{pack.id}.html", f"{KEY}export_html")
     listed = selection_files.MOST_LISTED
     several = len(found.images) > listed
@@ -447,7 +447,3 @@ def _write(library: Library, write: Callable[[Path], int], what: str) -> None:
         said.append((f"{folder.name} is written: {counted(count, what)}.", False))
     except (PackError, ValueError, OSError) as error:
         said.append((str(error).replace(str(library.root), library.root.name), True))
-
-
-def _html(pack: Pack, view: View, entry_ids: list[str]) -> str:
-    return export.html(pack, entry_ids, look_of(pack, view, entry_ids))

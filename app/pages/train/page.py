@@ -112,6 +112,8 @@ PROBES = ("gap", "efficient_probe", "abmilp")
 
 def form(jobs: Jobs, running: Job | None) -> None:
     """Show the form; ``running`` is the job that has to end first."""
+    from xattn.heads import head_entry
+
     found, whole = photo_folders(jobs.data)
     if state.settings().data is None:  # the root also holds packs and results
         found.sort(key=lambda f: f.name == ".")
@@ -134,7 +136,7 @@ def form(jobs: Jobs, running: Job | None) -> None:
             st.caption("There are more folders than could be looked at; start with --data FOLDER.")
         model = _model()
         heads, labels, problem = _heads(kind, folder)
-        recipe = _recipe(heads[0]) if kind == "train" else "small"
+        recipe = head_entry(heads[0]).recipe if kind == "train" else "small"
         epochs, batch_size, seed = _more(kind, recipe)
     spec = Spec(kind, folder.name, model, heads, labels, epochs, batch_size, seed, recipe)
     with right:
@@ -222,12 +224,6 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
         help="Each is trained on the same features; their accuracies end in one table.",
     )
     return tuple(heads), labels, None if heads else "Choose at least one head."
-
-
-def _recipe(head: str) -> str:
-    from xattn.heads import head_entry
-
-    return head_entry(head).recipe
 
 
 def _some(names: tuple[str, ...], most: int = 4) -> str:
