@@ -176,9 +176,3 @@ def _packs(library: Library) -> None:
             label=plain(info.name),
             query_params={"pack": info.id},
         )
-
-
-if __name__ == "__main__":
-    # streamlit run app/main.py: this module is made anew for every run, the imported one is kept.
-    # An address of another page as the very first one needs app/script/run.py, see there.
-    importlib.import_module("xattn.app.main").main()

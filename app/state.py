@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 DEFAULT_PAGE = "gallery"
-ROOT_VARIABLE = "XATTN_APP_ROOT"
 Made = TypeVar("Made", bound=Callable[..., Any])
 SCRIPT = Path(__file__).parent / "script" / "run.py"  # for App and AppTest.from_file
 _PAGES = "xattn.app.pages"
@@ -96,8 +94,8 @@ def configure(settings: Settings) -> None:
 
 
 def settings() -> Settings:
-    """The process's settings; under ``streamlit run`` the root is ``XATTN_APP_ROOT``, or ``runs``."""
-    return _settings or Settings(root=Path(os.environ.get(ROOT_VARIABLE, "runs")))
+    """The process's settings; the root is ``runs`` where nothing else is set."""
+    return _settings or Settings(root=Path("runs"))
 
 
 def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:

@@ -1,4 +1,4 @@
-"""What Streamlit runs for every view and every click: ``streamlit run app/script/run.py``."""
+"""What Streamlit runs for every view and every click."""
 
 from xattn.app.main import main
 

@@ -87,12 +87,9 @@ def test_a_link_is_a_path_with_the_parameters_and_no_more():
     }
 
 
-def test_settings_are_those_of_the_process_or_of_the_environment(monkeypatch, tmp_path):
+def test_settings_are_those_of_the_process(monkeypatch, tmp_path):
     monkeypatch.setattr(state, "_settings", None)
-    monkeypatch.delenv(state.ROOT_VARIABLE, raising=False)
     assert state.settings().root == Path("runs")
-    monkeypatch.setenv(state.ROOT_VARIABLE, str(tmp_path))
-    assert state.settings().root == tmp_path
     given = state.Settings(root=tmp_path / "other", training=False)
     state.configure(given)
     assert state.settings() is given

@@ -62,8 +62,7 @@ def opened(root, name):
 @pytest.fixture
 def show(root, monkeypatch):
     """``show(pack, **query)`` -> the page that this URL shows, without an exception."""
-    monkeypatch.setenv(state.ROOT_VARIABLE, str(root))
-    monkeypatch.setattr(state, "_settings", None)
+    monkeypatch.setattr(state, "_settings", state.Settings(root=root))
 
     def show(pack, **query):
         app = AppTest.from_function(script, default_timeout=600)
