@@ -51,11 +51,6 @@ def saved(b: Bench, kind: str) -> str:
     return f"transformers:{b.folder / kind}"
 
 
-def without_model(b: Bench) -> str:
-    processor().save_pretrained(b.folder / "processor")
-    return f"transformers:{b.folder / 'processor'}"
-
-
 VIT = "ViTForImageClassification"
 GIVE = "AutoModelForImageClassification.from_pretrained"
 MISTAKES = [
@@ -105,34 +100,9 @@ MISTAKES = [
         ("processor: ", "mean= and std="),
     ),
     Mistake(
-        "an architecture's weights asked for beside a folder",
-        lambda b: xattn.load_backbone(saved(b, VIT), "weights.safetensors"),
-        ("weights: got 'weights.safetensors'", "leave it out"),
-    ),
-    Mistake(
-        "a number of classes beside a folder",
-        lambda b: xattn.load_backbone(saved(b, VIT), num_classes=10),
-        ("num_classes: got 10", "leave it out"),
-    ),
-    Mistake(
-        "a folder that is not there",
-        lambda b: xattn.load_backbone("transformers:my-vit"),
-        ("backbone: no folder 'my-vit'", "OWNER/NAME", "transformers:"),
-    ),
-    Mistake(
-        "a folder with the processor alone",
-        lambda b: xattn.load_backbone(without_model(b)),
-        ("backbone: transformers:", "no config.json", "save_pretrained"),
-    ),
-    Mistake(
         "a folder with an encoder",
         lambda b: xattn.load_backbone(saved(b, "ViTModel")),
         ("backbone: transformers:", "ViTModel", "without a classifier", GIVE),
-    ),
-    Mistake(
-        "a name of the hub without the prefix",
-        lambda b: xattn.load_backbone("google/vit-base-patch16-224"),
-        ("backbone: ", "transformers:google/vit-base-patch16-224"),
     ),
     Mistake(
         "regression on several outputs",
@@ -143,11 +113,6 @@ MISTAKES = [
         "a tap by transformers' own name",
         lambda b: loaded(taps=["vit.layers.0.layernorm_before"]),
         ("taps: got 'vit.layers.0.layernorm_before'", "norm1"),
-    ),
-    Mistake(
-        "pixels that the processor has normalised",
-        lambda b: xattn.create_explainer("gradcam", loaded()).attribute(b.images * 2 - 1, 0),
-        ("inputs: got values in [-1, 1]", "the backbone normalises them itself"),
     ),
     Mistake(
         "attention of windows",

@@ -6,7 +6,7 @@ import torch
 import xattn
 from mistakes.table import Bench, Mistake
 from xattn.attention import convert, create_attention, record
-from xattn.eval import create_probe, evaluate, format_table, load_annotations, preset
+from xattn.eval import evaluate, format_table
 
 
 def vit() -> torch.nn.Module:
@@ -57,11 +57,6 @@ MISTAKES = [
         ("grid: ", "for example"),
     ),
     Mistake(
-        "the class token forgotten",
-        lambda b: create_attention("gna", dim=64, num_heads=2)(torch.rand(1, 65, 64), grid=(8, 8)),
-        ("grid: ", "holds 64 tokens", "got 65"),
-    ),
-    Mistake(
         "a vector of the wrong length",
         lambda b: last_operator().vecmat(torch.ones(1, 1, 4)),
         ("r: ", "got shape (1, 1, 4)", "(1, R, 5)"),
@@ -72,24 +67,9 @@ MISTAKES = [
         ("heads: ", "got 'max'", "'mean'"),
     ),
     Mistake(
-        "a metric's column as a group",
-        lambda b: create_probe("insertion"),
-        ("metrics: ", "a column of the group insertion-deletion: give insertion-deletion"),
-    ),
-    Mistake(
-        "another library as a preset",
-        lambda b: preset("captum"),
-        ("preset: ", "torch-cam"),
-    ),
-    Mistake(
         "shares in percent",
         lambda b: evaluate(b.cnn, {"gradcam": "gradcam"}, b.images, levels=[50]),
         ("levels: ", "got [50]", "(0, 1]"),
-    ),
-    Mistake(
-        "names without rows",
-        lambda b: evaluate(b.cnn, ["gradcam"], b.images),
-        ("explainers: ", "{name: explainer}"),
     ),
     Mistake(
         "LaTeX as a style",
@@ -107,18 +87,8 @@ MISTAKES = [
         ("metric, level: ", "got AD", "this run has Gini"),
     ),
     Mistake(
-        "a pack that is not there",
-        lambda b: xattn.load_pack(b.folder / "pack"),
-        ("pack: ", "no folder", "save_pack"),
-    ),
-    Mistake(
         "a colour map that is not there",
         lambda b: xattn.explain(b.photo, b.cnn, explainer="centre")[0].overlay(cmap="rainbowish"),
         ("cmap: ", "did you mean rainbow"),
-    ),
-    Mistake(
-        "annotations that are not there",
-        lambda b: load_annotations(b.folder / "masks", b.cnn),
-        ("annotations: ", "masks/ or boxes/"),
     ),
 ]
