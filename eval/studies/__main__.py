@@ -13,7 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit('studies: tyro is not installed; run in the checkout: pip install -e ".[studies]"')
 
 from xattn.runtime.names import did_you_mean
 from xattn.runtime.process import sleep_while_waiting

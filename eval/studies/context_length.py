@@ -3,9 +3,8 @@
     python -m xattn.eval.studies length
 
 Each mechanism is the only layer of a small network (:mod:`~xattn.eval.studies.length.network`), trained on
-sequences of one length for each task (:mod:`~xattn.eval.studies.length.network`) and tested at others. All
-are trained for as many steps. The learning rate is chosen for each mechanism and task, by a network of
-another seed and sequences that no table shows.
+sequences of one length for each task and tested at others. All are trained for as many steps. The learning
+rate is chosen for each mechanism and task, by a network of another seed and sequences that no table shows.
 
 What is finished stays in the output folder: scores by which a learning rate is chosen, a trained network,
 and its scores at a length. The same command goes on there; a training that was stopped starts again.

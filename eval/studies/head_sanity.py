@@ -40,7 +40,7 @@ from xattn.eval.evaluation.results import MIN_IMAGES, SURVIVES, TOO_FEW
 from xattn.eval.evaluation.split import Split
 from xattn.eval.sanity import Cascade
 from xattn.eval.studies.fold_rows import names
-from xattn.eval.studies.kept import finished_values
+from xattn.eval.studies.kept import finished_values, joined
 from xattn.eval.studies.sanity_checks import (
     ALL_RANDOM,
     ANOTHER,
@@ -383,7 +383,7 @@ def measure(
                 parts[one.method.label][check].append(values)
                 bar.update(len(paths))
     return {
-        label: {check: _joined(found) for check, found in of_checks.items()}
+        label: {check: joined(found) for check, found in of_checks.items()}
         for label, of_checks in parts.items()
     }
 
@@ -395,13 +395,6 @@ def _prepared(backbone: Backbone, paths: Sequence[Path]) -> Block:
 
 def _plain(values: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(v) else v for v in values]
-
-
-def _joined(parts: Sequence[Mapping[str, Sequence[float | None]]]) -> Found:
-    return {
-        name: np.concatenate([np.array(part[name], dtype=np.float64) for part in parts])
-        for name in parts[0]
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from xattn.eval.evaluation.split import Split
 from xattn.runtime import strict_json
@@ -33,6 +35,16 @@ def kept_values(file: Path, measure: Callable[[], Any]) -> Any:
     if not file.is_file():
         write_json(file, measure())
     return strict_json.read(file, "output", AGAIN)
+
+
+def joined(
+    parts: Sequence[Mapping[str, Sequence[float | None]]],
+) -> dict[str, NDArray[np.float64]]:
+    """Values by name, those of all parts one after the other; None becomes NaN."""
+    return {
+        name: np.concatenate([np.array(part[name], dtype=np.float64) for part in parts])
+        for name in parts[0]
+    }
 
 
 def finished_values(file: Path, record: Mapping[str, Any]) -> Any:

@@ -2,11 +2,8 @@
 
     python -m xattn.eval.studies pointer
 
-What is finished stays
-in the output folder; the same command goes on there. With photos the command is another study, see
-:mod:`~xattn.eval.studies.cell_orders`.
-
-Pointer networks on points: hulls at numbers they were not trained on, shortest tours, and triangles.
+What is finished stays in the output folder; the same command goes on there. Orders of the cells of photos
+are another study, :mod:`~xattn.eval.studies.cell_orders`.
 
 Every network has the same width, samples, batches and learning rate; only the encoder or the task differs.
 Samples are drawn anew for every step, with a number of points drawn for the step; tests are drawn apart.

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone
+from xattn.correlation import spearman
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.functional import check_maps, upsample
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.localization import energy_pointing_values, iou_values, pointing_values
 from xattn.eval.metrics.randomization import SPEARMAN, randomization_curves
-from xattn.eval.similarity import spearman
 from xattn.training.outcome_rows import background
 
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))

@@ -26,7 +26,7 @@ from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
 from xattn.eval.metrics.base import PerturbationMetric
-from xattn.eval.metrics.registry import create_probe
+from xattn.eval.metrics.registry import create_metric
 from xattn.eval.metrics.road import RoadMetric
 from xattn.runtime.measuring import Job, keep_rounds, median_ratio, times
 from xattn.runtime.process import keep_memory
@@ -110,9 +110,9 @@ def _evaluation(backbone: Backbone, images: Tensor, probe: PerturbationMetric, b
 
 def _metric_rows(backbone: Backbone, batch: int, rounds: int) -> Iterator[str]:
     mean = tuple(backbone.preprocessing.mean)
-    curves = create_probe("insertion-deletion", None, mean)
+    curves = create_metric("insertion-deletion", None, mean)
     cases = (
-        ("AD, IC, ADD, AG at three levels", create_probe("masking"), 2 * batch, 7, 1.1),
+        ("AD, IC, ADD, AG at three levels", create_metric("masking"), 2 * batch, 7, 1.1),
         ("insertion and deletion, 56 steps each", curves, 4, 112, 1.15),
     )
     for label, probe, count, passes, most in cases:
@@ -193,7 +193,7 @@ from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.studies.benches.fidelity import Given, photos_like
-from xattn.eval.metrics import create_probe
+from xattn.eval.metrics import create_metric
 
 name, count, steps, explainers = sys.argv[1], *map(int, sys.argv[2:5])
 keep_memory()
@@ -204,7 +204,7 @@ backbone.model.to(memory_format=torch.channels_last)
 ranks, rank = processes(backbone.device)
 one = photos_like(backbone, 8)
 images = (one[i % 8] * (1 - 0.001 * (i // 8)) for i in range(count))
-probe = create_probe("insertion-deletion", steps=steps)
+probe = create_metric("insertion-deletion", steps=steps)
 def run(images):
     return evaluate(backbone, {str(i): Given() for i in range(explainers)}, images,
                     metrics=["masking", probe], max_forward_batch=8, progress=False)

@@ -21,8 +21,6 @@ from xattn.attention.base import whole
 from xattn.blocks import create_block
 from xattn.photos.preprocessing import Preprocessing
 
-STEMS = ("shared", "place", "conv")
-
 
 class PlaceEmbedding(nn.Module):
     """A linear layer of its own for the patch at every place: (B, N, P) -> (B, N, C)."""

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from xattn.attention.base import whole
 from xattn.heads.pointer import Pointing, left_over
 
-ENCODERS = ("set", "lstm")
 State = tuple[Tensor, Tensor]
 
 
@@ -189,8 +188,6 @@ def _of(x: Tensor, parent: Tensor) -> Tensor:
 
 Points = NDArray[np.float64]
 Indices = NDArray[np.int64]
-MOST_CITIES = 12
-TASKS = ("hull", "delaunay", "tsp")
 
 
 class Samples(NamedTuple):

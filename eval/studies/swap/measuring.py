@@ -46,9 +46,9 @@ from xattn.correlation import spearman
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.base import Column, PerturbationMetric
-from xattn.eval.metrics.registry import create_probe
+from xattn.eval.metrics.registry import create_metric
 from xattn.eval.protocol import Protocol
-from xattn.eval.studies.kept import finished_values, kept_record
+from xattn.eval.studies.kept import finished_values, joined, kept_record
 from xattn.eval.studies.study_photos import Photo, images_of
 from xattn.eval.studies.swap.rows import AS_TRAINED, Swap
 from xattn.explainers import Explainer, create_explainer
@@ -230,9 +230,9 @@ class Explaining:
     def probes(self, protocol: Protocol, mean: Sequence[float]) -> list[PerturbationMetric]:
         colour = tuple(float(v) for v in mean)
         return [
-            create_probe("masking", protocol, colour, metrics=("AD", "IC", "ADD")),
-            create_probe("insertion-deletion", protocol, colour, steps=self.steps),
-            create_probe("road", protocol, colour),
+            create_metric("masking", protocol, colour, metrics=("AD", "IC", "ADD")),
+            create_metric("insertion-deletion", protocol, colour, steps=self.steps),
+            create_metric("road", protocol, colour),
         ]
 
 
@@ -436,7 +436,7 @@ class Measuring:
                     write_json(file, {"record": record, "values": values, "splits": splits})
                 if key in parts:
                     parts[key].append(values)
-        return {key: _joined(values) for key, values in parts.items() if values}
+        return {key: joined(values) for key, values in parts.items() if values}
 
     def _measured(
         self, part: str, swap: Swap, size: int, block: Block, first: int, photos: Sequence[Photo]
@@ -513,10 +513,3 @@ class Measuring:
                 cost["threads"] = torch.get_num_threads()
                 write_json(files[key], {"record": records[key], "values": cost})
                 table.costs[key] = cost
-
-
-def _joined(parts: Sequence[Mapping[str, Sequence[float | None]]]) -> Found:
-    return {
-        name: np.concatenate([np.array(part[name], dtype=np.float64) for part in parts])
-        for name in parts[0]
-    }

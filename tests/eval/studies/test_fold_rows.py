@@ -5,14 +5,14 @@ import torch
 from test_class_folds import backbone, paths  # noqa: F401
 
 import xattn
-from xattn.eval import create_probe, evaluate
+from xattn.eval import create_metric, evaluate
 from xattn.eval.studies import fold_rows
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.class_folds import class_folds, merge
 from xattn.eval.studies.fold_rows import Row, differences, score_row, side_by_side, table_of
 from xattn.explainers import create_explainer
 
-METRICS = (create_probe("pixel-flipping", patch=16),)
+METRICS = (create_metric("pixel-flipping", patch=16),)
 
 
 def test_a_row_splits_its_options_between_training_and_head():

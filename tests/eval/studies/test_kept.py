@@ -2,7 +2,9 @@
 
 import csv
 
-from xattn.eval.studies.kept import raw_rows, reported
+import pytest
+
+from xattn.eval.studies.kept import measure_rows, raw_rows, reported
 
 
 def test_numbers_and_samples_have_lines_of_their_own():
@@ -20,6 +22,32 @@ def test_numbers_and_samples_have_lines_of_their_own():
     assert len(rows) == 3 + 2 * (1 + 2 + 1) and not any(
         "split" in key for row in rows for key in row
     )
+
+
+def test_a_stopped_study_measures_what_is_missing_and_refuses_other_settings(tmp_path):
+    asked = []
+
+    def measured(name):
+        def measure(split, seed):
+            asked.append((name, seed))
+            split.score([seed])
+            return {"right": 0.5 + seed}
+
+        return measure
+
+    jobs = {name: measured(name) for name in ("one", "two")}
+    whole = measure_rows(tmp_path, {"steps": 3}, jobs, 2)
+    assert asked == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    (tmp_path / "two-1.json").unlink()
+    again = measure_rows(tmp_path, {"steps": 3}, jobs, 2)
+    assert asked[4:] == [("two", 1)]
+    assert [[row["right"] for row in rows] for rows in again.values()] == [[0.5, 1.5]] * 2
+    assert list(whole) == list(again)
+    with pytest.raises(ValueError, match="^output: .* has other settings or photos; choose a new"):
+        measure_rows(tmp_path, {"steps": 4}, jobs, 2)
+    (tmp_path / "one-0.json").write_text("{")
+    with pytest.raises(ValueError, match="^output: .*one-0.json"):
+        measure_rows(tmp_path, {"steps": 3}, jobs, 2)
 
 
 def test_a_report_has_its_values_beside_it(tmp_path):

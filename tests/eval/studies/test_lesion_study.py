@@ -1,11 +1,8 @@
 """The study of lesions: what it measures, resuming, refusals, its command, and its networks in others."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from xattn import cli
 from xattn.eval.studies import lesions
@@ -72,26 +69,6 @@ def test_patches_of_training_volumes_are_half_on_a_lesion(monkeypatch):
     lesions.train_volumes(None, seen, LesionConfig(steps=4), 0)
     shares = torch.stack(shares)
     assert shares.shape == (4, 4) and (shares[:, :2] > 0).all()
-
-
-def test_a_stopped_study_goes_on_and_gives_the_same_report(output, monkeypatch):
-    report = (output / "report.md").read_text()
-    assert "| plain U-Net | " in report and "| DAUNet, level 2 | " in report
-    with Image.open(output / "gates-slices.jpg") as picture:
-        assert picture.size == (6 * 128, 4 * 128)  # slices, lesions, psi, psi times gradient
-    kept = json.loads((output / "slices-unet-0.json").read_text())
-    (output / "slices-unet-0.json").unlink()
-    done = []
-    measure = lesions.measure
-    monkeypatch.setattr(
-        lesions, "measure", lambda *args: done.append((*args[2:4], args[-1])) or measure(*args)
-    )
-    torch.manual_seed(5)
-    config = LesionConfig(**{**vars(SHORT), "parts": ("slices",)})
-    list(lesions.study(output, config))
-    assert done == [("slices", "unet", 0)]
-    again = json.loads((output / "slices-unet-0.json").read_text())
-    assert {**again, "seconds": 0} == {**kept, "seconds": 0}
 
 
 def test_other_settings_are_refused(output):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_class_folds import backbone, paths  # noqa: F401
 
-from xattn.eval import create_probe
+from xattn.eval import create_metric
 from xattn.eval.annotations.objects import Annotation
 from xattn.eval.studies import fold_rows, outcome_trials, trial_training
 from xattn.eval.studies.__main__ import main
@@ -40,7 +40,7 @@ from xattn.training.outcomes import OutcomeBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")
 QUICK = {"epochs": 2, "batch_size": 4, "workers": 0, "masks": 10, "lr": 0.02}
-METRICS = (create_probe("pixel-flipping", patch=16),)
+METRICS = (create_metric("pixel-flipping", patch=16),)
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def joined(output, key, part):
 
 def test_fidelity_is_that_of_the_evaluation(done, photos, backbone):
     from xattn.eval import Protocol, evaluate
-    from xattn.eval.metrics import create_probe
+    from xattn.eval.metrics import create_metric
     from xattn.eval.metrics.base import Column
 
     output, _ = done
@@ -169,7 +169,7 @@ def test_fidelity_is_that_of_the_evaluation(done, photos, backbone):
     images = torch.stack([prepare(load_image(p.path), backbone.preprocessing)[0] for p in listed])
     results = evaluate(
         backbone, {"rollout": create_explainer("rollout", backbone)}, images,
-        metrics=["masking", create_probe("insertion-deletion", steps=4), "road"],
+        metrics=["masking", create_metric("insertion-deletion", steps=4), "road"],
         protocol=Protocol(levels=(0.5,)), progress=False,
     )  # fmt: skip
     values, found = results.methods["rollout"].values, joined(output, "as-trained", "fidelity")

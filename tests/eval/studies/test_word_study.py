@@ -1,6 +1,5 @@
 """The study of words: captions, what is measured, resuming, refusals, the command; bounds with a real ViT."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -136,24 +135,6 @@ def test_what_is_measured_of_a_map_is_that_of_its_word(done, found):
     others = words.measure_maps(found, "block.1", head, "another word")
     assert others["energy"][0] == pytest.approx(areas(found)[0])
     assert others["energy"][2] == pytest.approx(cars)
-
-
-def test_a_stopped_study_goes_on_with_what_is_missing(done, photos, objects, backbone, monkeypatch):
-    output, lines = done
-    (output / "head-gap-1.json").unlink()
-    asked = []
-    before = words.measure
-    monkeypatch.setattr(
-        words, "measure", lambda *a: (asked.append((*a[1:3], a[-1])), before(*a))[1]
-    )
-    again = list(study(backbone, photos, objects, None, output, CONFIG, progress=False))
-    assert asked == [("head", "gap", 1)]
-    assert [line for line in again if "gap |" not in line] == [
-        line for line in lines if "gap |" not in line
-    ]
-    other = dataclasses.replace(CONFIG, steps=3)
-    with pytest.raises(ValueError, match="output: .* has other settings or photos"):
-        list(study(backbone, photos, objects, None, output, other, progress=False))
 
 
 def test_photos_without_an_object_of_a_word_are_refused(photos, objects, backbone, tmp_path):
