@@ -17,6 +17,7 @@ from xattn.photos.base import Data
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.labels import FOLDERS, true_classes
 from xattn.photos.sources import open_photos
+from xattn.runtime.tables import markdown
 
 TOP = (1, 5)
 
@@ -43,11 +44,11 @@ class Accuracy:
 
     def lines(self) -> Iterator[str]:
         """Markdown: a row a network, and what a second one gets wrong and right beside the first."""
-        yield "| network | top-1, % | top-5, % |"
-        yield "| :-- | --: | --: |"
-        for i, name in enumerate(self.networks):
-            shares = [Interval(*(100 * x for x in self.top(i, k)[:3]), 0).text(1) for k in TOP]
-            yield f"| {name} | {' | '.join(shares)} |"
+        rows = [
+            (name, *(Interval(*(100 * x for x in self.top(i, k)[:3]), 0).text(1) for k in TOP))
+            for i, name in enumerate(self.networks)
+        ]
+        yield from markdown(["network", "top-1, %", "top-5, %"], rows)
         yield ""
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         yield (

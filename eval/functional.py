@@ -222,28 +222,8 @@ def mean_compute(total: Tensor, n: Tensor) -> Tensor:
     return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
 
 
-def _average_drop_update(
-    p: Tensor, q: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean_update(average_drop_values(p, q), valid)
-
-
-def _increase_in_confidence_update(
-    p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean_update(increase_in_confidence_values(p, q, margin), valid)
-
-
-def _average_drop_in_deletion_update(
-    p: Tensor, d: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean_update(average_drop_in_deletion_values(p, d), valid)
-
-
-def _average_gain_update(
-    p: Tensor, q: Tensor, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return mean_update(average_gain_values(p, q), valid)
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    return mean_compute(*mean_update(values, valid)[:2])
 
 
 def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -252,21 +232,21 @@ def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
     >>> average_drop(torch.tensor([0.8]), torch.tensor([0.6])).round(decimals=4)
     tensor(25., dtype=torch.float64)
     """
-    return mean_compute(*_average_drop_update(p, q, valid)[:2])
+    return _mean(average_drop_values(p, q), valid)
 
 
 def increase_in_confidence(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> Tensor:
     """Share of images whose masked image scores higher, in percent, higher is better."""
-    return mean_compute(*_increase_in_confidence_update(p, q, valid, margin)[:2])
+    return _mean(increase_in_confidence_values(p, q, margin), valid)
 
 
 def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) -> Tensor:
     """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1]."""
-    return mean_compute(*_average_drop_in_deletion_update(p, d, valid)[:2])
+    return _mean(average_drop_in_deletion_values(p, d), valid)
 
 
 def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
     """Average gain in percent, higher is better."""
-    return mean_compute(*_average_gain_update(p, q, valid)[:2])
+    return _mean(average_gain_values(p, q), valid)

@@ -20,21 +20,20 @@ from torch import Tensor
 from xattn.backbone import Backbone
 from xattn.backbone.scored import View, scored
 from xattn.eval.annotations.objects import load_annotations
-from xattn.eval.evaluation.engine import create_probes, evaluate
+from xattn.eval.evaluation.engine import create_metrics, evaluate, made_for
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.evaluation.results import Results
 from xattn.eval.evaluation.stream import ImageStream
-from xattn.eval.evaluation.targets import made_for, score_of
 from xattn.eval.interfaces import Explainer
 from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import (
-    create_probe,
+    create_metric,
     direct_groups,
     groups_with_annotations,
     groups_without_annotations,
 )
-from xattn.eval.protocol import Protocol
+from xattn.eval.protocol import Protocol, score_of
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
@@ -49,7 +48,6 @@ from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import Files, limited
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
-from xattn.runtime.stores import StorePath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class Comparison:
 
     ``heads`` are trained heads by row name. ``explainers`` are names; or by row name names, explainers,
     trained heads or methods of other makes (:mod:`xattn.explainers.own`), which have no rows on randomised
-    networks unless they are registered. ``metrics`` are names or probes. ``options`` are
+    networks unless they are registered. ``metrics`` are names or metrics. ``options`` are
     ``explainer.name=value``, for heads ``head.name=value`` or ``row.name=value``. The maps of the first
     ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
     ``target`` is a number of the network's answer that is explained in place of the predicted class, see
@@ -116,7 +114,9 @@ def compare(
     protocol = Protocol(
         score_of(job.backbone), precision=job.precision, seed=job.seed, view=job.view
     )
-    probes = create_probes(_defined(job, protocol, say), protocol, job.backbone.preprocessing.mean)
+    metrics = create_metrics(
+        _defined(job, protocol, say), protocol, job.backbone.preprocessing.mean
+    )
     annotations = None
     if job.annotations is not None:
         annotations = load_annotations(job.annotations, job.backbone)
@@ -128,26 +128,27 @@ def compare(
     first = next(iter(recipes), None)
     if first is not None and recipes[first].head is not None:
         say(f"randomized_head: the head of the row {first}, on random weights")
-    _say_plan(job, methods, probes, images, limit, ranks, say)
+    _say_plan(job, methods, metrics, images, limit, ranks, say)
     results = evaluate(
         job.backbone,
         methods,
         images,
-        metrics=probes,
+        metrics=metrics,
         protocol=protocol,
         max_forward_batch=job.max_forward_batch,
         max_pixels=job.max_pixels,
         limit=limit,
         progress=progress,
         annotations=annotations,
-        randomized=_randomized(job, recipes) if any(p.explains_randomized for p in probes) else {},
+        randomized=_randomized(job, recipes) if any(p.explains_randomized for p in metrics) else {},
         again_limit=job.again_limit,
         state=output / "state.sqlite",
         kept_maps=job.maps if packed else 0,
     )
     if rank > 0:
         return results, []
-    files = write_report(results, output, _paths(images), job.backbone.preprocessing)
+    paths = dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
+    files = write_report(results, output, paths, job.backbone.preprocessing)
     files += _write_likeness(job, methods, recipes, photos, output / "sanity.csv", say)
     if packed:
         write_pack(
@@ -189,7 +190,7 @@ def _write_likeness(
 def _say_plan(
     job: Comparison,
     methods: Mapping[str, Explainer],
-    probes: Sequence[PerturbationMetric],
+    metrics: Sequence[PerturbationMetric],
     images: Any,
     limit: int | None,
     ranks: int,
@@ -207,7 +208,7 @@ def _say_plan(
         expected = plan(
             job.backbone,
             methods,
-            probes,
+            metrics,
             first[0].image,
             stream.length,
             max_forward_batch=job.max_forward_batch,
@@ -217,13 +218,8 @@ def _say_plan(
         say(str(expected))
 
 
-def _paths(images: Any) -> dict[str, Path | StorePath]:
-    """Paths of photos in files, by image id."""
-    return dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
-
-
 def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
-    """The groups of metrics, by name, and probes; those that need annotations come with them."""
+    """The groups of metrics, by name, and metrics; those that need annotations come with them."""
     names: list[str | PerturbationMetric] = []
     for name in job.metrics:
         if name == "direct":
@@ -245,8 +241,8 @@ def _defined(
     for name in groups_of(job):
         problem = None
         if isinstance(name, str) and name not in job.metrics:
-            probe = create_probe(name, protocol, tuple(job.backbone.preprocessing.mean))
-            problem = probe.score_problem(protocol.score)
+            metric = create_metric(name, protocol, tuple(job.backbone.preprocessing.mean))
+            problem = metric.score_problem(protocol.score)
         if problem is None:
             names.append(name)
         else:

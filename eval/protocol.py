@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from xattn.backbone.scored import Scored
 from xattn.eval.fills import KINDS
+from xattn.eval.interfaces import Classifier
 from xattn.eval.metrics.registry import METRICS
 
 # What p, q and d are, by the backbone's task.
@@ -166,6 +168,11 @@ class Protocol:
                 f"evaluate again"
             )
         return protocol
+
+
+def score_of(backbone: Classifier) -> str:
+    """What p, q and d are, see :class:`Protocol`: the target's choice, else the task's."""
+    return backbone.score if isinstance(backbone, Scored) else SCORES[backbone.task]
 
 
 def _hash(meaning: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from xattn.eval.bootstrap import mean_interval
 from xattn.photos.base import Data
 from xattn.photos.labels import true_classes
 from xattn.runtime.measuring import processor_clock, times
+from xattn.runtime.tables import markdown
 from xattn.training.pruning_run import PruneResult, split
 
 STAGES = {
@@ -158,27 +159,19 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
         f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the "
         f"processor; measured on {figures['photos']} others",
         "",
-        "| network | top-1, % | same class, % | cosine of tokens | parameters | images/s |",
-        "| :-- | --: | --: | --: | --: | --: |",
     ]
+    rows = []
     networks = {"whole": "whole", "cut": "pruned", "trained": "pruned"}
     for stage, name in STAGES.items():
         if stage not in figures["stages"]:
             continue
         of = figures["stages"][stage]
-        size = figures["networks"].get(networks.get(stage, ""), None)
-        cells = [
-            name,
-            _percent(of.get("accuracy")),
-            _percent(of.get("same")),
-            f"{of['cosine']:.3f}",
-        ]
-        cells += (
-            ["-", "-"]
-            if size is None
-            else [f"{size['parameters']:,}", f"{size['images_per_second']:.1f}"]
-        )
-        found.append(f"| {' | '.join(cells)} |")
+        size = figures["networks"].get(networks.get(stage, ""))
+        sizes = (f"{size['parameters']:,}", f"{size['images_per_second']:.1f}") if size else "--"
+        shares = _percent(of.get("accuracy")), _percent(of.get("same"))
+        rows.append((name, *shares, f"{of['cosine']:.3f}", *sizes))
+    titles = "network", "top-1, %", "same class, %", "cosine of tokens", "parameters", "images/s"
+    found += markdown(titles, rows)
     for title, rows in (
         ("change of the answer without each head", result.changes),
         ("usage of each head", result.usage),

@@ -39,7 +39,7 @@ from xattn.attention.base import MECHANISMS
 from xattn.blocks import block_class, create_block, list_blocks
 from xattn.cli import main as command
 from xattn.eval import evaluate
-from xattn.eval.metrics.registry import PROBES
+from xattn.eval.metrics.registry import GROUPS
 from xattn.heads import list_heads
 from xattn.heads.base import seeded_head
 
@@ -120,7 +120,7 @@ def metrics(photos: Path) -> Iterator[Output]:
     """Every group of metrics for two methods on eight photos: the numbers of each photo."""
     backbone = made("cnn")
     methods = {"gradcam": "gradcam", "random": "random"}
-    for group in PROBES:
+    for group in GROUPS:
         try:
             results = evaluate(backbone, methods, photos, metrics=[group], progress=False)
         except ValueError:  # localisation needs annotations

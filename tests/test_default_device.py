@@ -14,7 +14,7 @@ from xattn import evaluate, explain, load_backbone
 from xattn.attention import Inputs, convert, create_mechanism, list_attention, record
 from xattn.attention.base import MECHANISMS as REGISTERED
 from xattn.attention.statistics import sample_queries, statistics
-from xattn.eval import PROBES, create_probe, randomized_backbone
+from xattn.eval import GROUPS, create_metric, randomized_backbone
 from xattn.explainers import create_explainer
 from xattn.heads import create_head, list_heads, load_head, save_head
 
@@ -59,14 +59,14 @@ def test_explainers(name, kind, images, meta):
 
 
 # Localization needs annotations, randomization networks of its own; see the test below.
-@pytest.mark.parametrize("probe", sorted(set(PROBES) - {"localization", "randomization"}))
+@pytest.mark.parametrize("probe", sorted(set(GROUPS) - {"localization", "randomization"}))
 def test_metrics(probe, photos, meta):
     backbone = made("cnn")
 
     def run():
         methods = {name: create_explainer(name, backbone) for name in ("gradcam", "random")}
         found = evaluate(
-            backbone, methods, photos, metrics=[create_probe(probe)], max_forward_batch=2
+            backbone, methods, photos, metrics=[create_metric(probe)], max_forward_batch=2
         )
         return [v for m in found.methods.values() for v in m.values.values()]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_page_examples import BLOCK
 
-from xattn.eval import PROBES
+from xattn.eval import GROUPS
 from xattn.explainers import list_explainers
 from xattn.heads import list_heads
 
@@ -55,7 +55,7 @@ def test_the_groups_of_metrics_exist(page):
     found = re.findall(r"(?:metrics|groups) ?= ?\[([^\]]*)\]", text_of(page))
     assert found
     for names in found:
-        assert {name.strip('" ') for name in names.split(",")} <= set(PROBES), names
+        assert {name.strip('" ') for name in names.split(",")} <= set(GROUPS), names
 
 
 @pytest.mark.parametrize("page", [WHICH, ROOT / "README.md"], ids=lambda page: page.stem)

@@ -21,7 +21,7 @@ from xattn.backbone import Backbone, load_backbone
 from xattn.config import TrainConfig
 from xattn.eval import Results, evaluate, format_table, sanity_rows, write_csv, write_json
 from xattn.eval.evaluation.plan import duration
-from xattn.eval.metrics.registry import create_probe
+from xattn.eval.metrics.registry import create_metric
 from xattn.explainers import Explainer, create_explainer
 from xattn.explaining.photos import explain
 from xattn.heads import Head, load_head, save_head
@@ -88,7 +88,7 @@ def main(output: Path, epochs: int) -> None:
         for e in explain(shown, backbone, explainer=method)
     ]
     rows: Mapping[str, Explainer] = {**methods, **sanity_rows(backbone, "head", head=shipped)}
-    curves = create_probe("insertion-deletion", steps=14)
+    curves = create_metric("insertion-deletion", steps=14)
     results = evaluate(backbone, rows, photos, metrics=("masking", curves))
     write_json(results, output / "results.json")
     write_csv(results, output / "results.csv")

@@ -20,6 +20,7 @@ from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
 from xattn.eval.evaluation.results import MIN_IMAGES
+from xattn.eval.metric_words import metric_about, metric_title
 from xattn.eval.report.mistakes import (
     Confusion,
     SliceRow,
@@ -29,7 +30,6 @@ from xattn.eval.report.mistakes import (
     slice_row,
 )
 from xattn.pictures.overlay import colorize
-from xattn.pictures.words import metric_about, metric_title
 from xattn.runtime.names import visible
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
 from xattn.app.state import counted
+from xattn.eval.metric_words import metric_about, named_metric
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -21,7 +22,6 @@ from xattn.pictures.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
-from xattn.pictures.words import metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.manifest import MetricInfo

@@ -27,9 +27,9 @@ import pyarrow as pa
 
 from xattn.app.scratch import Scratch
 from xattn.app.state import kept
+from xattn.eval.metric_words import metric_about, named_metric
 from xattn.packs.columns import METRIC
 from xattn.packs.contained_files import AGAIN, PackError, why
-from xattn.pictures.words import metric_about, named_metric
 from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 

@@ -3,8 +3,6 @@
 A pixel of the model's input lies on an object if its centre, carried back onto the photo by the
 :class:`~xattn.photos.view.View`, lies in a pixel of the object's mask, or in its box. What the view
 cuts off is gone, and what it pads is background.
-
-YAML from files that may be damaged or hostile: any fault of the text is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -29,42 +27,6 @@ from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.strict_json import check_depth
-
-
-def parse(text: str) -> Any:
-    """The value of YAML with plain types only.
-
-    An alias may stand for a text or number, but not for a list or table: nine lists, each with nine
-    aliases of the previous one, stand for 9^9 values.
-
-    Raises:
-        ValueError: not YAML, nested too deep, or an alias of a list or table.
-
-    >>> parse("names: {1: &cat cat, 2: *cat}")
-    {'names': {1: 'cat', 2: 'cat'}}
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            is_alias = self.check_event(yaml.AliasEvent)
-            node = super().compose_node(parent, index)
-            if is_alias and not isinstance(node, yaml.ScalarNode):
-                raise ValueError("an alias in it stands for a list or table; write that out")
-            return node
-
-    try:
-        value = yaml.load(text, Loader)
-    except MemoryError:
-        raise
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except Exception as error:  # parsing numbers and dates can fail in any way
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
-    check_depth(value)
-    return value
-
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
@@ -367,10 +329,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_names(path: Path) -> dict[int, str]:
     """The ``classes`` of a YAML file, without those that mean no class."""
+    import yaml
+
     try:
-        table = parse(_text(path))
-    except ValueError as error:
-        raise ValueError(f"annotations: {path} is not plain YAML ({error})") from None
+        table = yaml.safe_load(_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"annotations: {path} is not plain YAML ({reason})") from None
     try:
         names = {int(number): _name(name) for number, name in table["classes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):

@@ -1,6 +1,6 @@
 """Measure the explanations of many methods on many images with one bounded stream of forward passes.
 
-    images -> clean pass (score, class) -> maps of each method -> grey masks -> probes -> scorer
+    images -> clean pass (score, class) -> maps of each method -> grey masks -> metrics -> scorer
 
 Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
 passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
@@ -20,23 +20,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.backbone.scored import Scored
+from xattn.backbone import Backbone
+from xattn.backbone.scored import Scored, View, is_score, scored
 from xattn.eval.annotations import Annotations
-from xattn.eval.evaluation.evaluation_run import Evaluation, EvaluationRun
-from xattn.eval.evaluation.facts import run_facts
+from xattn.eval.evaluation.evaluation_run import EvaluationRun
+from xattn.eval.evaluation.facts import Evaluation, run_facts
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.results import Results, collect
-from xattn.eval.evaluation.store import Store
+from xattn.eval.evaluation.store import Store, naming
 from xattn.eval.evaluation.stream import ImageStream, Item
-from xattn.eval.evaluation.targets import aimed, score_of
-from xattn.eval.interfaces import Classifier
+from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import PerturbationMetric
-from xattn.eval.metrics.registry import create_probe, group_name, own_infos
+from xattn.eval.metrics.registry import create_metric, group_name, own_infos
 from xattn.eval.metrics.scorer import MaskedScorer, micro_batch
-from xattn.eval.protocol import Protocol
+from xattn.eval.protocol import Protocol, score_of
+from xattn.explainers import Explainer
 from xattn.explainers.own import as_explainers
 from xattn.photos.images import MAX_PIXELS
-from xattn.runtime.distributed import gather, processes
+from xattn.runtime.distributed import gather, processes, together
+
+Classes = int | str | Sequence[int | str] | None
 
 
 def evaluate(
@@ -51,7 +54,7 @@ def evaluate(
     seed: int | None = None,
     protocol: Protocol | None = None,
     progress: bool = True,
-    classes: int | str | Sequence[int | str] | None = None,
+    classes: Classes = None,
     target: Any = None,
     max_pixels: int | None = MAX_PIXELS,
     limit: int | None = None,
@@ -69,7 +72,7 @@ def evaluate(
             :mod:`xattn.explainers.own` takes, which is tried on the first images before others.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
-        metrics: groups by name (:data:`xattn.eval.metrics.PROBES`), or probes, also of your own.
+        metrics: groups by name (:data:`xattn.eval.metrics.GROUPS`), or metrics, also of your own.
         protocol: its ``class_policy`` follows ``classes``, its ``score`` the backbone's task unless
             it is ``"logit"``.
         levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
@@ -100,7 +103,7 @@ def evaluate(
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")
     explainers = as_explainers(explainers, backbone, max_forward_batch)
-    backbone, explainers, classes = aimed(backbone, explainers, classes, target)
+    backbone, explainers, classes = _for_target(backbone, explainers, classes, target)
     given = {"levels": levels, "view": view, "seed": seed}
     protocol = _settled(protocol or Protocol(), backbone, classes is not None, given)
     chosen = (protocol.view, max_pixels, limit, protocol.seed)
@@ -110,7 +113,7 @@ def evaluate(
         backbone,
         explainers,
         protocol,
-        create_probes(metrics, protocol, backbone.preprocessing.mean),
+        create_metrics(metrics, protocol, backbone.preprocessing.mean),
         annotations,
         randomized or {},
         again_limit,
@@ -119,6 +122,27 @@ def evaluate(
     _check_needs(evaluation, stream, randomized)
     wanted = _wanted_classes(backbone, classes, stream.length)
     return _run(evaluation, stream, wanted, state, max_forward_batch, progress)
+
+
+def _for_target(
+    backbone: Classifier, explainers: Mapping[str, Explainer], classes: Classes, target: Any
+) -> tuple[Any, Mapping[str, Explainer], Classes]:
+    """Backbone, explainers and classes for ``target``; as they are where there is none."""
+    if classes is not None and target is not None:
+        raise ValueError("target: got one, and classes as well; give one of them")
+    if target is None or not isinstance(backbone, Backbone) or not is_score(backbone, target):
+        check_classes(backbone)
+        named = target.tolist() if isinstance(target, Tensor) else target
+        return backbone, explainers, classes if target is None else named
+    view = scored(backbone, target)
+    return view, made_for(view, explainers), None
+
+
+def made_for(view: View, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
+    """Explainers of ``view``, from explainers of the backbone that it is a view of."""
+    return {
+        name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()
+    }
 
 
 def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
@@ -147,22 +171,19 @@ def _settled(
 def _check_needs(
     evaluation: Evaluation, stream: ImageStream, randomized: Randomized | None
 ) -> None:
-    """Raise a ValueError if a probe lacks what it measures with."""
-    for probe in evaluation.probes:
-        if probe.needs_annotation and evaluation.annotations is None:
+    """Raise a ValueError if a metric lacks what it measures with."""
+    for metric in evaluation.metrics:
+        name = group_name(metric)
+        if metric.needs_annotation and evaluation.annotations is None:
             raise ValueError(
-                f"metrics: {group_name(probe)} needs to know where objects are; give annotations, or "
-                f"leave it out"
+                f"metrics: {name} needs to know where objects are; give annotations, or leave it out"
             )
-        if probe.needs_annotation and stream.tensors:
+        if metric.needs_annotation and stream.tensors:
+            raise ValueError(f"metrics: {name} needs photos with file names; tensors have none")
+        if metric.explains_randomized and randomized is None:
             raise ValueError(
-                f"metrics: {group_name(probe)} needs photos with file names; tensors have none"
-            )
-    for probe in evaluation.probes:
-        if probe.explains_randomized and randomized is None:
-            raise ValueError(
-                f"metrics: {group_name(probe)} needs each method on randomised networks; give "
-                f"randomized, see Cascade (xattn compare does)"
+                f"metrics: {name} needs each method on randomised networks; give randomized, see "
+                f"Cascade (xattn compare does)"
             )
     limit = evaluation.again_limit
     if limit is not None and limit < 1:
@@ -185,7 +206,7 @@ def _run(
     size = micro_batch(max_forward_batch, stream.length)
     scorer = MaskedScorer(backbone, size, protocol.score, protocol.precision)
     facts = {**run_facts(evaluation, size), "classes": wanted}
-    with closing(Store(path, facts, rank)) as store:
+    with naming(path), closing(_opened(path, facts, rank)) as store:
         run = EvaluationRun(evaluation, scorer, store)
         with tqdm(
             total=None if stream.length is None else stream.length * methods,
@@ -201,70 +222,57 @@ def _run(
                 if ranks > 1 and chunk:  # the other processes' share
                     bar.update((chunk[-1].position + 1) * methods - bar.n)
         run.finish(stream)
-        costs = gather(run.cost())
+        costs = gather(run.cost())  # all have written
         cost = {key: sum(part[key] for part in costs) for key in costs[0]}
         cost["max_forward_batch"] = size
-        _merge_processes(store, ranks, rank, path)
-        return collect(
-            store,
-            protocol,
-            evaluation.probes,
-            evaluation.explainers,
-            backbone,
-            cost,
-            stream.length,
-        )
+        if path is None and ranks > 1:
+            for tables in gather(store.tables()):
+                store.take_in(tables)
+        results = collect(store, evaluation, cost, stream.length)
+        if rank > 0:
+            store.close()
+        gather(None)  # the first process closes the file last
+        return results
 
 
-def create_probes(
+def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:
+    """The state; of several processes the first makes the file."""
+    first = together(lambda: Store(path, facts) if rank == 0 else None)
+    return first or Store(path, facts)
+
+
+def create_metrics(
     metrics: str | PerturbationMetric | Sequence[str | PerturbationMetric],
     protocol: Protocol,
     mean: Sequence[float],
 ) -> list[PerturbationMetric]:
-    """The probes of groups by name; a ValueError where a column would stand twice."""
+    """The metrics of groups by name; a ValueError where a column would stand twice."""
     if not metrics:
         raise ValueError("metrics: got none; give names of xattn list")
     given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics
-    probes = [
-        create_probe(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
+    made = [
+        create_metric(m, protocol, tuple(float(v) for v in mean)) if isinstance(m, str) else m
         for m in given
     ]
-    for probe in probes:
-        if not isinstance(probe, PerturbationMetric):
+    for metric in made:
+        if not isinstance(metric, PerturbationMetric):
             raise ValueError(
-                f"metrics: got {probe!r}; give names of xattn list, or instances of "
+                f"metrics: got {metric!r}; give names of xattn list, or instances of "
                 f"PerturbationMetric (functions by register_metric)"
             )
-        own_infos(probe)
-        problem = probe.score_problem(protocol.score)
+        own_infos(metric)
+        problem = metric.score_problem(protocol.score)
         if problem is not None:
             raise ValueError(problem)
-    columns = [column for probe in probes for column in probe.columns]
+    columns = [column for metric in made for column in metric.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:
         raise ValueError(f"metrics: {', '.join(twice)} asked for twice; leave one out")
-    return probes
-
-
-def _merge_processes(store: Store, ranks: int, rank: int, path: Path | None) -> None:
-    """All processes' rows into the store of each, or into the one file."""
-    if path is None:
-        for other, (images, results) in enumerate(gather(store.rows()) if ranks > 1 else []):
-            if other != rank:
-                store.take_in(images, results)
-        return
-    if rank > 0:
-        store.close()
-    gather(None)  # all have written
-    if rank == 0:
-        store.merge()
-    gather(None)
-    if rank > 0:
-        store.reopen()
+    return made
 
 
 def _wanted_classes(
-    backbone: Classifier, classes: int | str | Sequence[int | str] | None, length: int | None
+    backbone: Classifier, classes: Classes, length: int | None
 ) -> int | list[int] | None:
     if classes is None:
         return None

@@ -1,4 +1,4 @@
-"""One evaluation under way: clean passes, maps, the requests of all probes, and what they give."""
+"""One evaluation under way: clean passes, maps, the requests of all metrics, and what they give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -17,44 +17,24 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval import functional
-from xattn.eval.annotations import Annotation, Annotations
-from xattn.eval.evaluation.database import ImageRow, ResultRow
-from xattn.eval.evaluation.map_maker import MapMaker, Randomized, reason
-from xattn.eval.evaluation.store import Store
+from xattn.eval.annotations import Annotation
+from xattn.eval.evaluation.facts import Evaluation
+from xattn.eval.evaluation.map_maker import MapMaker, reason
+from xattn.eval.evaluation.store import ImageRow, ResultRow, Store
 from xattn.eval.evaluation.stream import ImageStream, Item
-from xattn.eval.interfaces import Classifier, Explainer
 from xattn.eval.metrics.base import Finish, PerturbationMetric, Sample
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket
-from xattn.eval.protocol import Protocol
 from xattn.explainers.own import WrongShapeError
 from xattn.explaining.passes import top_classes
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """What is evaluated, how, and by which probes; see :func:`~xattn.eval.evaluate`.
-
-    ``kept_maps``: of how many of the first images the state keeps the maps.
-    """
-
-    backbone: Classifier
-    explainers: Mapping[str, Explainer]
-    protocol: Protocol
-    probes: Sequence[PerturbationMetric]
-    annotations: Annotations | None = None
-    randomized: Randomized = field(default_factory=dict)
-    again_limit: int | None = None
-    kept_maps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredImage:
     """An image with its clean score and the class that is explained.
 
-    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none, with a
-    ``note`` where it cannot be used.
+    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none that can be used.
     """
 
     item: Item
@@ -62,7 +42,6 @@ class ScoredImage:
     score: float
     target: int
     annotation: Annotation | None = None
-    note: str | None = None
 
     @property
     def position(self) -> int:
@@ -115,7 +94,7 @@ class EvaluationRun:
         if len(sizes) > 1:
             raise ValueError(f"images: got sizes {sorted(sizes)}; prepare them to one size")
         finished = self.store.finished(chunk[0].position, chunk[-1].position)
-        missing = {i.position: self._missing(i, finished) for i in chunk}
+        missing = {i.position: set(self.methods) - finished.get(i.position, set()) for i in chunk}
         done(len(self.methods) * len(chunk) - sum(map(len, missing.values())))
         self._check_known(chunk, finished)
         if chunk[0].position < self.evaluation.kept_maps:
@@ -135,10 +114,6 @@ class EvaluationRun:
             for part, made in zip_longest(parts[name], first.pop(name, [])):
                 self._explain(name, part, made or self._make(name, part), done)
         self.scorer.forget()
-
-    def _missing(self, item: Item, finished: Mapping[int, set[str]]) -> set[str]:
-        """The methods that have no result of an image yet."""
-        return set(self.methods) - finished.get(item.position, set())
 
     def _check_known(self, chunk: Sequence[Item], finished: Mapping[int, set[str]]) -> None:
         """Raise a ValueError if the state measured other images at these positions."""
@@ -162,12 +137,18 @@ class EvaluationRun:
         pixels = self._on_device(items)
         scores, classes, every = self.scorer.clean_classes(pixels, targets)
         self._keep_tops(items, every)
-        images = []
-        for i, (item, score, target) in enumerate(
-            zip(items, scores.tolist(), classes.tolist(), strict=True)
+        names = self.backbone.class_names
+        images, rows = [], []
+        for item, image, score, target in zip(
+            items, pixels, scores.tolist(), classes.tolist(), strict=True
         ):
-            images.append(ScoredImage(item, pixels[i], score, target, *self._annotation(item)))
-        self._record(images)
+            if not math.isfinite(score):
+                raise ValueError(f"backbone: its logits for {item.id} are not finite")
+            annotation, note = self._annotation(item)
+            images.append(ScoredImage(item, image, score, target, annotation))
+            about = item.position, item.id, target, names[target], score
+            rows.append(ImageRow(*about, note=note, digest=_digest(item.image)))
+        self.store.add_images(rows)
         return images
 
     def _on_device(self, items: Sequence[Item]) -> Tensor:
@@ -182,27 +163,6 @@ class EvaluationRun:
             return annotations.of(item.source, item.view), None
         except (ValueError, OSError) as error:
             return None, " ".join(str(error).split())
-
-    def _record(self, images: Sequence[ScoredImage]) -> None:
-        names = self.backbone.class_names
-        rows = []
-        for image in images:
-            item = image.item
-            if not math.isfinite(image.score):
-                raise ValueError(f"backbone: its logits for {item.id} are not finite")
-            rows.append(
-                ImageRow(
-                    item.position,
-                    item.id,
-                    image.target,
-                    names[image.target],
-                    image.score,
-                    None,
-                    image.note,
-                    _digest(item.image),
-                )
-            )
-        self.store.add_images(rows)
 
     # ------------------------------------------------------------------ kept maps
 
@@ -237,19 +197,12 @@ class EvaluationRun:
         for name in self.methods:
             items = [i for i in kept if name in without_map.get(i.position, set())]
             for part in self.maker.passes(name, items):
-                targets = self._stored_targets(part)
+                known = [self.store.image(item.position) for item in part]
+                targets = torch.tensor([row.target for row in known if row], device="cpu")
                 maps, reasons = self.maker.maps(name, self._on_device(part), targets)
                 for item, values, why in zip(part, maps, reasons, strict=True):
                     if why is None:
                         self._keep_map(name, item.position, values)
-
-    def _stored_targets(self, items: Sequence[Item]) -> Tensor:
-        """The explained classes of images that an earlier run has measured."""
-        known = [self.store.image(item.position) for item in items]
-        classes = [row.target for row in known if row is not None]
-        if not all(k is not None and 0 <= k < len(self.backbone.class_names) for k in classes):
-            raise self.store.damaged("a class that the classifier does not have")
-        return torch.tensor(classes, device="cpu")
 
     # ------------------------------------------------------------------ explanations
 
@@ -279,7 +232,7 @@ class EvaluationRun:
     def _explain(
         self, name: str, images: list[ScoredImage], made: _Made, done: Callable[[int], Any]
     ) -> None:
-        """The requests of all probes on the maps of one method on some images of a chunk."""
+        """The requests of all metrics on the maps of one method on some images of a chunk."""
         seconds = made.seconds
         for image, values, why in zip(images, made.maps, made.reasons, strict=True):
             grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
@@ -332,27 +285,27 @@ class EvaluationRun:
     def _request(
         self, name: str, image: ScoredImage, sample: Sample, why: str | None, seconds: float
     ) -> None:
-        """Hand the requests of all probes to the scorer; ``why`` says that the map is invalid."""
+        """Hand the requests of all metrics to the scorer; ``why`` says that the map is invalid."""
         measured: dict[str, float] = {}
         finishes, failed = [], []
         before = self.scorer.requested
-        for probe in self.evaluation.probes:
-            if not self._applies(probe, name, image):
+        for metric in self.evaluation.metrics:
+            if not self._applies(metric, name, image):
                 continue
-            measured.update({column.key: math.nan for column in probe.columns})
+            measured.update({column.key: math.nan for column in metric.columns})
             if why is not None:
                 continue
             tickets: dict[str, list[Ticket]] = {}
             try:
-                finish = submit_all(probe.measure(sample), self.scorer, sample.target, tickets)
+                finish = submit_all(metric.measure(sample), self.scorer, sample.target, tickets)
             except MemoryError:
                 raise
             except Exception as error:
-                if not probe.explains_again:
-                    raise _own_error(probe, error) from error
-                failed.append(f"{probe.columns[0].metric}: {reason(error)}")
+                if not metric.explains_again:
+                    raise _own_error(metric, error) from error
+                failed.append(f"{metric.columns[0].metric}: {reason(error)}")
                 continue
-            finishes.append((probe, finish, tickets))
+            finishes.append((metric, finish, tickets))
         keep = why is None and self.store.path is not None
         row = ResultRow(
             position=image.position,
@@ -368,14 +321,14 @@ class EvaluationRun:
         )
         self._pending.append(_Pending(row, finishes))
 
-    def _applies(self, probe: PerturbationMetric, name: str, image: ScoredImage) -> bool:
-        """Whether a probe is measured on an image for a method."""
-        if probe.needs_annotation:
+    def _applies(self, metric: PerturbationMetric, name: str, image: ScoredImage) -> bool:
+        """Whether a metric is measured on an image for a method."""
+        if metric.needs_annotation:
             note = image.annotation
             return note is not None and note.mask(image.target) is not None
-        if not probe.explains_again:
+        if not metric.explains_again:
             return True
-        if probe.explains_randomized and name not in self.evaluation.randomized:
+        if metric.explains_randomized and name not in self.evaluation.randomized:
             return False
         limit = self.evaluation.again_limit
         return not self.maker.facts[name].perturbs or limit is None or image.position < limit
@@ -395,13 +348,13 @@ class EvaluationRun:
         while self._pending and self._pending[0].done:
             pending = self._pending.popleft()
             row = pending.row
-            for probe, finish, tickets in pending.finishes:
+            for metric, finish, tickets in pending.finishes:
                 scores = scores_of(tickets)
                 if all(bool(values.isfinite().all()) for values in scores.values()):
                     try:
-                        values = finished(probe, finish, scores)
+                        values = finished(metric, finish, scores)
                     except Exception as error:
-                        raise _own_error(probe, error) from error
+                        raise _own_error(metric, error) from error
                     row.measured.update({c.key: value for c, value in values.items()})
                 else:
                     failed = "; ".join(filter(None, [row.failed, "non-finite score"]))
@@ -429,12 +382,12 @@ class EvaluationRun:
         }
 
 
-def _own_error(probe: PerturbationMetric, error: Exception) -> Exception:
-    """An error of a probe from outside the package in one line that names it."""
-    own = not type(probe).__module__.startswith("xattn.")
+def _own_error(metric: PerturbationMetric, error: Exception) -> Exception:
+    """An error of a metric from outside the package in one line that names it."""
+    own = not type(metric).__module__.startswith("xattn.")
     if not own or str(error).startswith("metrics: "):
         return error
-    return ValueError(f"metrics: {group_name(probe)} failed ({reason(error)}); correct it")
+    return ValueError(f"metrics: {group_name(metric)} failed ({reason(error)}); correct it")
 
 
 def _digest(image: Tensor) -> str:

@@ -1,9 +1,10 @@
-"""What a stored result depends on: protocol, backbone, metrics, and each explainer with its options."""
+"""What is evaluated, and what a stored result depends on: protocol, backbone, metrics, explainers."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,30 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import sha256
-from xattn.eval.evaluation.evaluation_run import Evaluation
-from xattn.eval.interfaces import Explainer
+from xattn.eval.annotations import Annotations
+from xattn.eval.evaluation.map_maker import Randomized
+from xattn.eval.interfaces import Classifier, Explainer
+from xattn.eval.metrics.base import PerturbationMetric
+from xattn.eval.protocol import Protocol
 from xattn.explainers.own import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What is evaluated, how, and by which metrics; see :func:`~xattn.eval.evaluate`.
+
+    ``kept_maps``: of how many of the first images the state keeps the maps.
+    """
+
+    backbone: Classifier
+    explainers: Mapping[str, Explainer]
+    protocol: Protocol
+    metrics: Sequence[PerturbationMetric]
+    annotations: Annotations | None
+    randomized: Randomized
+    again_limit: int | None
+    kept_maps: int
 
 
 def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
@@ -28,7 +49,7 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
     return {
         "protocol": {**protocol.to_dict(), "id": protocol.id},
         "backbone": [backbone.fingerprint, backbone.task, repr(backbone.preprocessing)],
-        "metrics": [[type(p).__name__, p.options()] for p in evaluation.probes],
+        "metrics": [[type(p).__name__, p.options()] for p in evaluation.metrics],
         "xattn": __version__,
         "max_forward_batch": max_forward_batch,
         "again_limit": evaluation.again_limit,

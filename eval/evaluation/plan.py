@@ -56,13 +56,12 @@ class Plan:
 def plan(
     backbone: Classifier,
     explainers: Mapping[str, Explainer],
-    probes: Sequence[PerturbationMetric],
+    metrics: Sequence[PerturbationMetric],
     image: Tensor,
     count: int,
     *,
     max_forward_batch: int = 32,
     again_limit: int | None = 2,
-    stages: int = 5,
     processes: int = 1,
 ) -> Plan:
     """Count the passes on one ``image`` (3, H, W) and time a micro-batch.
@@ -70,16 +69,15 @@ def plan(
     Args:
         count: how many images there will be.
         again_limit: see :func:`xattn.eval.evaluate`.
-        stages: of the randomisation check.
         processes: how many share the work.
     """
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
     seconds_a_pass = _seconds_a_pass(backbone, batch)
     requests, again, making = 0, 0, 0.0
-    for probe in probes:
+    for metric in metrics:
         started = time.perf_counter()
-        scored, explained = _dry_run(probe, image.to(backbone.device))
+        scored, explained = _dry_run(metric, image.to(backbone.device))
         making += time.perf_counter() - started
         requests, again = requests + scored, again + explained
     explaining, scoring, seconds = {}, {}, count * seconds_a_pass
@@ -104,9 +102,9 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     return took / len(batch)
 
 
-def _dry_run(probe: PerturbationMetric, image: Tensor) -> tuple[int, int]:
-    """How many images a probe wants scored, and how many explained again."""
-    if probe.needs_annotation:
+def _dry_run(metric: PerturbationMetric, image: Tensor) -> tuple[int, int]:
+    """How many images a metric wants scored, and how many explained again."""
+    if metric.needs_annotation:
         return 0, 0
     y, x = (torch.linspace(-1, 1, side, device="cpu") for side in image.shape[-2:])
     grey = torch.exp(-2 * (y[:, None] ** 2 + x**2))[None].to(image)
@@ -125,7 +123,7 @@ def _dry_run(probe: PerturbationMetric, image: Tensor) -> tuple[int, int]:
         explain=explain,
         explain_randomized=lambda stage, images: explain(images),
     )
-    return sum(1 for _ in probe.measure(sample)), explained[0]
+    return sum(1 for _ in metric.measure(sample)), explained[0]
 
 
 def duration(seconds: float) -> str:

@@ -1,9 +1,7 @@
 """The outcome of an evaluation: per-image numbers, means with intervals, comparisons, warnings.
 
-Results for papers, notebooks and other programs: pandas, CSV, LaTeX and HTML.
-
-Each takes a :class:`~xattn.eval.evaluation.results.Results`, whose methods ``to_pandas``, ``to_csv`` and
-``to_latex`` these are. The best method of a column is bold where there are images enough for a verdict.
+:class:`Results` also gives pandas, CSV, LaTeX and HTML for papers, notebooks and other programs. The best
+method of a column is bold where there are images enough for a verdict.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xattn.eval import bootstrap
-from xattn.eval.evaluation.database import ImageRow
-from xattn.eval.evaluation.store import Store
+from xattn.eval.evaluation.facts import Evaluation
+from xattn.eval.evaluation.store import ImageRow, Store
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts
-from xattn.eval.metrics.base import Column, MetricInfo, PerturbationMetric
+from xattn.eval.interfaces import Explainer, ExplainerFacts
+from xattn.eval.metrics.base import Column, MetricInfo
 from xattn.eval.metrics.objectives import LEGEND, OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import METRICS, own_infos
 from xattn.eval.protocol import Protocol
@@ -38,205 +36,6 @@ _LATEX = {
 }  # fmt: skip
 _SHOWN = 5  # warnings in a notebook
 _CELL = "padding:2px 10px;text-align:right;white-space:nowrap"
-
-
-def table_rows(results: Any) -> list[dict[str, Any]]:
-    """One row a method: its name, each column's mean, interval and number of images, and its passes."""
-    rows: dict[str, dict[str, Any]] = {name: {"method": name} for name in results.methods}
-    for row in results.rows():
-        key = Column(row.metric, row.level).key
-        found = {key: row.mean, f"{key} lo": row.lo, f"{key} hi": row.hi, f"{key} n": row.n}
-        rows[row.method].update(found)
-    for name, method in results.methods.items():
-        rows[name]["forwards"] = method.forwards
-    return list(rows.values())
-
-
-def image_rows(results: Any) -> list[dict[str, Any]]:
-    """One row an image, method and column: image, method, target, target_name, metric and value."""
-    return [
-        {
-            "image": image.id,
-            "method": name,
-            "target": image.target,
-            "target_name": image.target_name,
-            "metric": column.key,
-            "value": float(values[i]),
-        }
-        for name, method in results.methods.items()
-        for column, values in method.values.items()
-        for i, image in enumerate(results.images)
-    ]
-
-
-def to_pandas(results: Any, per_image: bool = False) -> Any:
-    """:func:`table_rows` as a ``DataFrame``, or :func:`image_rows` with ``per_image``.
-
-    Raises:
-        ValueError: pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError:
-        raise ValueError(
-            'to_pandas: pandas is not installed; run: pip install "xattn[tables]"'
-        ) from None
-    return pd.DataFrame(image_rows(results) if per_image else table_rows(results))
-
-
-def value_rows(results: Any) -> list[dict[str, Any]]:
-    """One row an image and method: its number of the class, and the value of each column to six digits."""
-    return [
-        {"image": image.id, "target": image.target, "method": name}
-        | {column.key: float(f"{values[i]:.6g}") for column, values in method.values.items()}
-        for name, method in results.methods.items()
-        for i, image in enumerate(results.images)
-    ]
-
-
-def to_csv(results: Any, path: str | Path | None = None, per_image: bool = False) -> str | None:
-    """The same table as CSV, or :func:`value_rows` with ``per_image``, which keeps the raw values small:
-    written to ``path``, or returned; NaN is an empty cell.
-
-    Raises:
-        OSError: the file cannot be written; an earlier file is intact.
-    """
-    rows = value_rows(results) if per_image else table_rows(results)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([_blank(value) for value in row.values()] for row in rows)
-    if path is None:
-        return stream.getvalue()
-    write_text(path, stream.getvalue())
-    return None
-
-
-def to_latex(
-    results: Any,
-    columns: Sequence[str] | None = None,
-    methods: Sequence[str] | None = None,
-    intervals: bool = True,
-    caption: str | None = None,
-    label: str | None = None,
-) -> str:
-    """A ``tabular`` for the package booktabs; with ``caption`` or ``label`` a ``table`` around it.
-
-    Arrows say whether higher or lower is better, a dagger what is close to a head's training. The best
-    method of a column is bold; of fewer than eight images none is, and a comment says why.
-
-    Args:
-        columns: keys such as ``"AD@50"``; all by default.
-        methods: rows, in this order; all by default. They do not change which one is bold.
-        intervals: with the 95 % bootstrap interval of each mean.
-
-    Raises:
-        ValueError: a column or method that the results do not have.
-    """
-    keys = {column.key: column for column in results.columns}
-    chosen = [keys[key] for key in _known("columns", columns, keys)]
-    names = _known("methods", methods, results.methods)
-    cells = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
-    heads = [f"{_latex(c.key)} ${_arrow(results, c, 'uparrow', 'downarrow')}$" for c in chosen]
-    lines = [rf"\begin{{tabular}}{{l{'r' * len(chosen)}}}", r"\toprule"]
-    lines += [" & ".join(["Method", *heads]) + r" \\", r"\midrule"]
-    for name in names:
-        row = [
-            _latex_cell(
-                cells[name, c], results.info(c.metric).digits, _is_best(results, name, c), intervals
-            )
-            for c in chosen
-        ]
-        lines.append(" & ".join([_latex(name), *row]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    notes = [f"{len(results.images)} images"]
-    if intervals:
-        notes.append("brackets: 95 % bootstrap interval")
-    if any(cells[name, c].trained_on for name in names for c in chosen):
-        notes.append(f"dagger: {LEGEND}")
-    notes += [line for line in results.warnings() if "too few images" in line]
-    text = "".join(f"% {' '.join(note.split())}\n" for note in notes) + "\n".join(lines) + "\n"
-    if caption is None and label is None:
-        return text
-    about = [rf"\caption{{{_latex(caption)}}}"] if caption is not None else []
-    about += [rf"\label{{{label}}}"] if label is not None else []
-    return "\n".join([r"\begin{table}", r"\centering", *about, text + r"\end{table}"]) + "\n"
-
-
-def notebook_html(results: Any) -> str:
-    """The table as HTML: means with intervals, the best bold, and the first warnings."""
-    cells = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
-    heads = "".join(
-        f'<th style="{_CELL}">{html.escape(c.key)} {_arrow(results, c, "↑", "↓")}</th>'
-        for c in results.columns
-    )
-    body = ""
-    for name in results.methods:
-        body += f'<tr><th style="{_CELL};text-align:left">{html.escape(name)}</th>'
-        for c in results.columns:
-            row, digits = cells[name, c], results.info(c.metric).digits
-            shown = f"{row.mean:.{digits}f}" if row.n else "-"
-            if _is_best(results, name, c):
-                shown = f"<b>{shown}</b>"
-            interval = f"[{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else ""
-            body += f'<td style="{_CELL}">{shown} <small>{interval}</small></td>'
-        body += "</tr>"
-    lines = results.warnings()
-    warned = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:_SHOWN])
-    rest = (
-        f"<li>and {len(lines) - _SHOWN} more: results.warnings()</li>"
-        if len(lines) > _SHOWN
-        else ""
-    )
-    return (
-        f'<div class="xattn-results" style="overflow-x:auto"><table><thead><tr><th></th>{heads}</tr>'
-        f"</thead><tbody>{body}</tbody></table><div>{len(results.images)} images; means with 95 % "
-        f"bootstrap intervals; bold: the best</div>{f'<ul>{warned}{rest}</ul>' if lines else ''}</div>"
-    )
-
-
-# ---------------------------------------------------------------------- cells
-
-
-def _known(argument: str, wanted: Sequence[str] | None, known: Any) -> list[str]:
-    if wanted is None:
-        return list(known)
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(
-            f"{argument}: got {', '.join(map(str, unknown)) or 'none'}; give some of {', '.join(known)}"
-        )
-    return names
-
-
-def _is_best(results: Any, name: str, column: Column) -> bool:
-    return bool(results.best(column) == name)
-
-
-def _arrow(results: Any, column: Column, up: str, down: str) -> str:
-    latex = "\\" if up.isascii() else ""
-    return latex + (up if results.info(column.metric).higher_is_better else down)
-
-
-def _latex_cell(row: Any, digits: int, best: bool, interval: bool) -> str:
-    if not row.n:
-        return "--"
-    shown = f"{row.mean:.{digits}f}"
-    shown = rf"\textbf{{{shown}}}" if best else shown
-    shown += r"$^\dagger$" if row.trained_on else ""
-    return shown + (
-        rf" {{\scriptsize [{row.lo:.{digits}f}, {row.hi:.{digits}f}]}}" if interval else ""
-    )
-
-
-def _latex(text: str) -> str:
-    """Text for LaTeX; what it takes for commands is escaped."""
-    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
-
-
-def _blank(value: Any) -> Any:
-    return "" if value is None or value != value else value
 
 
 # Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
@@ -440,15 +239,59 @@ class Results:
         return name if name and self.images_of_both(name, name, column) >= MIN_IMAGES else None
 
     def to_pandas(self, per_image: bool = False) -> Any:
-        """A ``DataFrame`` of one row a method, or one an image, method and metric.
+        """A ``DataFrame`` of one row a method: its name, each column's mean, interval and number of images,
+        and its passes; with ``per_image`` one row an image, method and metric.
 
-        See :func:`xattn.eval.evaluation.results.to_pandas`.
+        Raises:
+            ValueError: pandas is not installed.
         """
-        return to_pandas(self, per_image)
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ValueError(
+                'to_pandas: pandas is not installed; run: pip install "xattn[tables]"'
+            ) from None
+        if not per_image:
+            return pd.DataFrame(self._table())
+        rows = [
+            (image.id, name, image.target, image.target_name, column.key, float(values[i]))
+            for name, method in self.methods.items()
+            for column, values in method.values.items()
+            for i, image in enumerate(self.images)
+        ]
+        names = ["image", "method", "target", "target_name", "metric", "value"]
+        return pd.DataFrame(rows, columns=names)
 
     def to_csv(self, path: str | Path | None = None, per_image: bool = False) -> str | None:
-        """The same table as CSV, see :func:`xattn.eval.evaluation.results.to_csv`."""
-        return to_csv(self, path, per_image)
+        """The table as CSV, written to ``path``, or returned; NaN is an empty cell. With ``per_image`` one
+        row an image and method, with the value of each column to six digits.
+
+        Raises:
+            OSError: the file cannot be written; an earlier file is intact.
+        """
+        rows = self._table()
+        if per_image:
+            rows = [
+                {"image": image.id, "target": image.target, "method": name}
+                | {c.key: float(f"{values[i]:.6g}") for c, values in method.values.items()}
+                for name, method in self.methods.items()
+                for i, image in enumerate(self.images)
+            ]
+        text = csv_text([[*rows[0]], *(row.values() for row in rows)])
+        if path is None:
+            return text
+        write_text(path, text)
+        return None
+
+    def _table(self) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {name: {"method": name} for name in self.methods}
+        for row in self.rows():
+            key = Column(row.metric, row.level).key
+            numbers = {key: row.mean, f"{key} lo": row.lo, f"{key} hi": row.hi, f"{key} n": row.n}
+            found[row.method].update(numbers)
+        for name, method in self.methods.items():
+            found[name]["forwards"] = method.forwards
+        return list(found.values())
 
     def to_latex(
         self,
@@ -458,11 +301,73 @@ class Results:
         caption: str | None = None,
         label: str | None = None,
     ) -> str:
-        """A table for the package booktabs, see :func:`xattn.eval.evaluation.results.to_latex`."""
-        return to_latex(self, columns, methods, intervals, caption, label)
+        """A ``tabular`` for the package booktabs; with ``caption`` or ``label`` a ``table`` around it.
+
+        Arrows say whether higher or lower is better, a dagger what is close to a head's training. The best
+        method of a column is bold; of fewer than eight images none is, and a comment says why.
+
+        Args:
+            columns: keys such as ``"AD@50"``; all by default.
+            methods: rows, in this order; all by default. They do not change which one is bold.
+            intervals: with the 95 % bootstrap interval of each mean.
+
+        Raises:
+            ValueError: a column or method that the results do not have.
+        """
+        keys = {column.key: column for column in self.columns}
+        chosen = [keys[key] for key in _known("columns", columns, keys)]
+        names = _known("methods", methods, self.methods)
+        cells = {(r.method, Column(r.metric, r.level)): r for r in self.rows()}
+        arrow = {True: r"$\uparrow$", False: r"$\downarrow$"}
+        heads = [f"{_latex(c.key)} {arrow[self.info(c.metric).higher_is_better]}" for c in chosen]
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(chosen)}}}", r"\toprule"]
+        lines += [" & ".join(["Method", *heads]) + r" \\", r"\midrule"]
+        for name in names:
+            row = [_latex_cell(self, cells[name, c], intervals) for c in chosen]
+            lines.append(" & ".join([_latex(name), *row]) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        notes = [f"{len(self.images)} images"]
+        if intervals:
+            notes.append("brackets: 95 % bootstrap interval")
+        if any(cells[name, c].trained_on for name in names for c in chosen):
+            notes.append(f"dagger: {LEGEND}")
+        notes += [line for line in self.warnings() if "too few images" in line]
+        text = "".join(f"% {' '.join(note.split())}\n" for note in notes) + "\n".join(lines) + "\n"
+        if caption is None and label is None:
+            return text
+        about = [rf"\caption{{{_latex(caption)}}}"] if caption is not None else []
+        about += [rf"\label{{{label}}}"] if label is not None else []
+        return "\n".join([r"\begin{table}", r"\centering", *about, text + r"\end{table}"]) + "\n"
 
     def _repr_html_(self) -> str:
-        return notebook_html(self)
+        """The table for a notebook: means with intervals, the best bold, and the first warnings."""
+        cells = {(r.method, Column(r.metric, r.level)): r for r in self.rows()}
+        heads = "".join(
+            f'<th style="{_CELL}">{html.escape(c.key)} '
+            f"{'↑' if self.info(c.metric).higher_is_better else '↓'}</th>"
+            for c in self.columns
+        )
+        body = ""
+        for name in self.methods:
+            body += f'<tr><th style="{_CELL};text-align:left">{html.escape(name)}</th>'
+            for c in self.columns:
+                row, digits = cells[name, c], self.info(c.metric).digits
+                shown = f"{row.mean:.{digits}f}" if row.n else "-"
+                interval = f"[{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else ""
+                if self.best(c) == name:
+                    shown = f"<b>{shown}</b>"
+                body += f'<td style="{_CELL}">{shown} <small>{interval}</small></td>'
+            body += "</tr>"
+        lines = self.warnings()
+        shown = [html.escape(line) for line in lines[:_SHOWN]]
+        if len(lines) > _SHOWN:
+            shown.append(f"and {len(lines) - _SHOWN} more: results.warnings()")
+        warned = f"<ul>{''.join(f'<li>{line}</li>' for line in shown)}</ul>" if lines else ""
+        return (
+            f'<div class="xattn-results" style="overflow-x:auto"><table><thead><tr><th></th>{heads}</tr>'
+            f"</thead><tbody>{body}</tbody></table><div>{len(self.images)} images; means with 95 % "
+            f"bootstrap intervals; bold: the best</div>{warned}</div>"
+        )
 
     def metric_id(self, column: Column) -> str:
         """See :meth:`xattn.eval.Protocol.metric_id`."""
@@ -618,15 +523,10 @@ def is_baseline(name: str) -> bool:
 
 
 def collect(
-    store: Store,
-    protocol: Protocol,
-    probes: Sequence[PerturbationMetric],
-    explainers: Mapping[str, Explainer],
-    backbone: Classifier,
-    cost: dict[str, int],
-    count: int | None = None,
+    store: Store, evaluation: Evaluation, cost: dict[str, int], count: int | None = None
 ) -> Results:
     """The results of a finished evaluation, of the first ``count`` images in their order."""
+    backbone, metrics = evaluation.backbone, evaluation.metrics
     rows = [row for row in store.images() if count is None or row.position < count]
     skipped = [Skipped(row.id, row.skipped) for row in rows if row.skipped is not None]
     scored = [row for row in rows if row.skipped is None]
@@ -635,22 +535,22 @@ def collect(
             f"images: none of {len(skipped)} could be read; the first: {skipped[0].reason}"
         )
     index = {row.position: i for i, row in enumerate(scored)}
-    columns = [column for probe in probes for column in probe.columns]
+    columns = [column for metric in metrics for column in metric.columns]
     methods = {
         name: _method(store, name, explainer, columns, index)
-        for name, explainer in explainers.items()
+        for name, explainer in evaluation.explainers.items()
     }
     invalid = sum(int((~method.valid).sum()) for method in methods.values())
     return Results(
-        protocol=replace(protocol, n=len(scored), n_invalid=invalid),
+        protocol=replace(evaluation.protocol, n=len(scored), n_invalid=invalid),
         images=[_record(row) for row in scored],
         methods=methods,
         skipped=skipped,
         backbone={"name": backbone.name, "sha256": backbone.fingerprint},
         cost=cost,
-        options={c.key: probe.column_options(c) for probe in probes for c in probe.columns},
+        options={c.key: metric.column_options(c) for metric in metrics for c in metric.columns},
         notes={row.id: row.note for row in scored if row.note is not None},
-        infos={m: info for probe in probes for m, info in own_infos(probe).items()},
+        infos={m: info for metric in metrics for m, info in own_infos(metric).items()},
     )
 
 
@@ -681,8 +581,6 @@ def _method(
         method.tied += row.tied
         method.requests += row.requests
         method.seconds += row.seconds
-        if not by_key.keys() >= row.measured.keys():
-            raise store.damaged(f"a metric of {name} that was not requested")
         for key, value in row.measured.items():
             method.values[by_key[key]][i] = value
             method.measured[by_key[key]][i] = True
@@ -699,3 +597,44 @@ def _method(
 def _record(row: ImageRow) -> ImageRecord:
     assert row.target is not None and row.target_name is not None and row.score is not None
     return ImageRecord(row.id, row.target, row.target_name, row.score)
+
+
+# ---------------------------------------------------------------- cells
+
+
+def csv_text(lines: Iterable[Iterable[Any]]) -> str:
+    """Lines of cells as CSV; None and NaN are empty."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(
+        ["" if cell is None or cell != cell else cell for cell in line] for line in lines
+    )
+    return stream.getvalue()
+
+
+def _known(argument: str, wanted: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
+    if wanted is None:
+        return list(known)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"{argument}: got {', '.join(map(str, unknown)) or 'none'}; give some of {', '.join(known)}"
+        )
+    return names
+
+
+def _latex_cell(results: Results, row: Row, interval: bool) -> str:
+    if not row.n:
+        return "--"
+    column, digits = Column(row.metric, row.level), results.info(row.metric).digits
+    shown = f"{row.mean:.{digits}f}"
+    shown = rf"\textbf{{{shown}}}" if results.best(column) == row.method else shown
+    shown += r"$^\dagger$" if row.trained_on else ""
+    return shown + (
+        rf" {{\scriptsize [{row.lo:.{digits}f}, {row.hi:.{digits}f}]}}" if interval else ""
+    )
+
+
+def _latex(text: str) -> str:
+    """Text for LaTeX; what it takes for commands is escaped."""
+    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))

@@ -12,23 +12,22 @@ is missing was not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a sm
 ``failed`` says which metrics raised an error, and which. A row is committed once a method is finished
 with its image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name,
 probability], ...]; both are kept for packs, for as many of the first images as the run was asked for.
-Each of several processes writes a file of its own, ``name.rankN.sqlite``; these are merged at the end.
+Several processes of one run write into the one file. Its contents are trusted.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import math
+import re
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from xattn.eval.evaluation.database import Database, ImageRow, ResultRow, damaged
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
@@ -43,63 +42,111 @@ CREATE TABLE IF NOT EXISTS maps(
     PRIMARY KEY(position, method));
 CREATE TABLE IF NOT EXISTS tops(position INTEGER PRIMARY KEY, top TEXT);
 """
-_METHODS = "SELECT position, method FROM results WHERE position BETWEEN ? AND ?"
-_INSERT_MAP = "INSERT OR REPLACE INTO maps VALUES (?, ?, ?, ?, ?)"
-_INSERT_TOP = "INSERT OR REPLACE INTO tops VALUES (?, ?)"
-_INSERT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_TABLES = {"meta", "images", "results", "maps", "tops"}
+_PATIENCE = 60  # seconds to wait for another process that writes
+
+
+class ImageRow(NamedTuple):
+    """``skipped`` says why it could not be read, ``note`` why its annotation cannot be used.
+
+    ``digest`` is a hash of the pixels.
+    """
+
+    position: int
+    id: str
+    target: int | None
+    target_name: str | None
+    score: float | None
+    skipped: str | None = None
+    note: str | None = None
+    digest: str | None = None
+
+
+class ResultRow(NamedTuple):
+    """``reason`` says why a map is invalid, or None; ``seconds`` is what explaining took."""
+
+    position: int
+    method: str
+    reason: str | None
+    tied: int
+    requests: int
+    seconds: float
+    measured: dict[str, float]
+    scores: dict[str, list[float]]
+    map: bytes | None = None
+    failed: str | None = None
+
+
+class KeptImage(NamedTuple):
+    """An image of a finished state: ``number`` counts the scored images, ``top`` are the first classes,
+    ``maps`` (h, w) float32 by method."""
+
+    number: int
+    position: int
+    id: str
+    target: int
+    target_name: str
+    score: float
+    top: list[list[Any]]
+    maps: dict[str, NDArray[np.float32]]
+
+
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Turn an error of SQLite into one line that names the file and the remedy.
+
+    Raises:
+        ValueError: the file is damaged, or not an SQLite file.
+        OSError: it cannot be read or written.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        if re.search(r"locked|full|read-?only|unable to open|disk I/O", str(error)):
+            raise OSError(
+                f"state: {path} cannot be read or written ({error}); free space, check its "
+                f"permissions, or give another file"
+            ) from error
+        raise ValueError(
+            f"state: {path} cannot be used ({error}); delete it to measure everything again, or give "
+            f"another file"
+        ) from error
 
 
 class Store:
     """Reads and writes one state; ``path`` None keeps it in memory.
 
-    Every method may raise:
-        ValueError: the file belongs to another run or program, is damaged, or is not an SQLite file.
-        OSError: it cannot be read or written.
+    Raises:
+        ValueError: the file belongs to another run or program.
+        sqlite3.Error: from every method, see :func:`naming`.
     """
 
-    def __init__(self, path: Path | None, facts: Mapping[str, Any], rank: int = 0) -> None:
+    def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
-        own = None if path is None else _ranked(path, rank)
-        self._own, self._others = Database(own), []
-        if path is not None:
-            try:
-                self._own.check_tables()
-            except BaseException:
-                self._own.close()  # settling would change another program's file
-                raise
+        self._file = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        strange = [name for (name,) in self._file.execute(query) if name not in _TABLES]
+        if strange:
+            self._file.close()
+            raise ValueError(
+                f"state: {path} is not of an evaluation, it has a table {strange[0]!r:.60}; give "
+                f"another file"
+            )
         try:
             if path is not None:
-                self._own.run("PRAGMA journal_mode=WAL")
-                self._own.run("PRAGMA synchronous=NORMAL")
-                self._others = [Database(p) for p in _files(path) if p != own]
-            self._own.script(_SCHEMA)
-            for database in self._all:
-                self._check(database, facts)
-            for database in self._others:
-                if not _begun(database):
-                    database.close()
-            self._others = [database for database in self._others if database.open]
+                self._file.execute("PRAGMA journal_mode=WAL")
+                self._file.execute("PRAGMA synchronous=NORMAL")
+            self._file.executescript(_SCHEMA)
+            self._check(facts)
             rows = [(key, json.dumps(value, sort_keys=True)) for key, value in facts.items()]
-            self._own.write("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+            self._write("meta", rows)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def _all(self) -> tuple[Database, ...]:
-        return (self._own, *self._others)
-
-    def damaged(self, what: str) -> ValueError:
-        """The error of a state that is damaged."""
-        return damaged(self.path, what)
-
-    def _check(self, database: Database, facts: Mapping[str, Any]) -> None:
-        if not _begun(database):  # another process is just making it
-            return
-        database.check_pages()
-        stored = {
-            key: database.value(text) for key, text in database.rows("SELECT key, value FROM meta")
-        }
+    def _check(self, facts: Mapping[str, Any]) -> None:
+        query = "SELECT key, value FROM meta"
+        stored = {key: json.loads(text) for key, text in self._file.execute(query)}
         fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
         other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
         if other:
@@ -114,145 +161,164 @@ class Store:
                 f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; {remedy}"
             )
 
+    def _write(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        """One transaction; if the disk is full, what was committed before stays."""
+        if rows:
+            places = ", ".join("?" * len(rows[0]))
+            with self._file:
+                self._file.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
+
+    # ------------------------------------------------------------------ what is there
+
     def finished(self, first: int, last: int) -> dict[int, set[str]]:
         """The finished methods by position, for the positions from ``first`` to ``last``."""
-        return _methods(self._all, _METHODS, first, last)
+        return self._methods(
+            "SELECT position, method FROM results WHERE position BETWEEN ? AND ?", first, last
+        )
+
+    def without_map(self, first: int, last: int) -> dict[int, set[str]]:
+        """Methods by position whose valid map was not kept."""
+        query = (
+            "SELECT position, method FROM results WHERE position BETWEEN ? AND ? AND reason IS NULL "
+            "EXCEPT SELECT position, method FROM maps"
+        )
+        return self._methods(query, first, last)
+
+    def without_top(self, first: int, last: int) -> set[int]:
+        """Positions of scored images whose first classes were not kept."""
+        query = (
+            "SELECT position FROM images WHERE position BETWEEN ? AND ? AND skipped IS NULL "
+            "EXCEPT SELECT position FROM tops"
+        )
+        return {position for (position,) in self._file.execute(query, (first, last))}
 
     def image(self, position: int) -> ImageRow | None:
         """The row of an image, if there is one."""
         query = "SELECT * FROM images WHERE position = ?"
-        for database in self._all:
-            for row in database.rows(query, (position,)):
-                return database.image(row)
-        return None
+        row = self._file.execute(query, (position,)).fetchone()
+        return None if row is None else ImageRow(*row)
 
     def worked(self, method: str) -> bool:
         """Whether a method has given a valid map of some image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
-        return any(database.rows(query, (method,)) for database in self._all)
-
-    def without_map(self, first: int, last: int) -> dict[int, set[str]]:
-        """Methods by position whose valid map was not kept (older versions kept none)."""
-        valid = _methods(self._all, f"{_METHODS} AND reason IS NULL", first, last)
-        query = "SELECT position, method FROM maps WHERE position BETWEEN ? AND ?"
-        kept = _methods(filter(_keeps, self._all), query, first, last)
-        missing = {position: names - kept.get(position, set()) for position, names in valid.items()}
-        return {position: names for position, names in missing.items() if names}
-
-    def without_top(self, first: int, last: int) -> set[int]:
-        """Positions of scored images whose first classes were not kept."""
-        query = "SELECT position FROM images WHERE skipped IS NULL AND position BETWEEN ? AND ?"
-        scored = {p for d in self._all for (p,) in d.rows(query, (first, last))}
-        query = "SELECT position FROM tops WHERE position BETWEEN ? AND ?"
-        kept = {p for d in filter(_keeps, self._all) for (p,) in d.rows(query, (first, last))}
-        return scored - kept
-
-    def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
-        """Keep a raw map (h, w)."""
-        data = np.ascontiguousarray(values, dtype="<f4")
-        self._own.write(_INSERT_MAP, [(position, method, *data.shape, data.tobytes())])
-
-    def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        """Keep the first classes of images by position."""
-        self._own.write(_INSERT_TOP, [(p, json.dumps(top)) for p, top in rows])
-
-    def add_images(self, rows: Sequence[ImageRow]) -> None:
-        self._own.write("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-
-    def add(self, row: ResultRow) -> None:
-        """Commit what one method measured on one image."""
-        self._own.write(_INSERT, [_packed(row)])
-
-    def rows(self) -> tuple[list[ImageRow], list[tuple[Any, ...]]]:
-        """Everything in this process's own file, for other processes to take in."""
-        images = [self._own.image(row) for row in self._own.rows("SELECT * FROM images")]
-        return images, self._own.rows("SELECT * FROM results")
-
-    def take_in(self, images: Sequence[ImageRow], results: Sequence[tuple[Any, ...]]) -> None:
-        """Add the rows of another process."""
-        self.add_images(images)
-        self._own.write(_INSERT, results)
-
-    def merge(self) -> None:
-        """Merge the files of the other processes into this one, and delete them."""
-        assert self.path is not None
-        for database in self._others:
-            database.close()
-        self._others = []
-        for path in _files(self.path):
-            if path == _ranked(self.path, 0):
-                continue
-            with closing(Database(path)) as other:
-                if _begun(other):
-                    images = [other.image(row) for row in other.rows("SELECT * FROM images")]
-                    self.take_in(images, other.rows("SELECT * FROM results"))
-                if _keeps(other):
-                    self._own.write(_INSERT_MAP, other.each("SELECT * FROM maps"))
-                    self._own.write(_INSERT_TOP, other.each("SELECT * FROM tops"))
-            path.unlink()
-        self._own.settle()
-
-    def reopen(self) -> None:
-        """Read from the file that another process has merged (:meth:`merge`)."""
-        self.close()
-        self._others = []
-        self._own = Database(self.path)
+        return self._file.execute(query, (method,)).fetchone() is not None
 
     def images(self) -> list[ImageRow]:
         """All images, by position."""
-        query = "SELECT * FROM images ORDER BY position"
-        return [self._own.image(row) for row in self._own.rows(query)]
+        return [
+            ImageRow(*row) for row in self._file.execute("SELECT * FROM images ORDER BY position")
+        ]
 
     def results(self, method: str) -> Iterator[ResultRow]:
         """What a method measured, by position."""
         query = "SELECT * FROM results WHERE method = ? ORDER BY position"
-        for row in self._own.each(query, (method,)):
-            yield self._own.result(row)
+        for row in self._file.execute(query, (method,)):
+            measured = {key: _number(value) for key, value in json.loads(row[6]).items()}
+            scores = {key: [*map(_number, curve)] for key, curve in json.loads(row[7]).items()}
+            yield ResultRow(*row[:6], measured, scores, *row[8:])
+
+    def _methods(self, query: str, first: int, last: int) -> dict[int, set[str]]:
+        found: dict[int, set[str]] = {}
+        for position, method in self._file.execute(query, (first, last)):
+            found.setdefault(position, set()).add(method)
+        return found
+
+    # ------------------------------------------------------------------ what is added
+
+    def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
+        """Keep a raw map (h, w)."""
+        data = np.ascontiguousarray(values, dtype="<f4")
+        self._write("maps", [(position, method, *data.shape, data.tobytes())])
+
+    def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
+        """Keep the first classes of images by position."""
+        self._write("tops", [(position, json.dumps(top)) for position, top in rows])
+
+    def add_images(self, rows: Sequence[ImageRow]) -> None:
+        self._write("images", rows)
+
+    def add(self, row: ResultRow) -> None:
+        """Commit what one method measured on one image."""
+        measured = {key: _null(value) for key, value in row.measured.items()}
+        scores = {key: [*map(_null, curve)] for key, curve in row.scores.items()}
+        packed = (*row[:6], json.dumps(measured), json.dumps(scores), *row[8:])
+        self._write("results", [packed])
+
+    def tables(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Images and results, for another process to take in."""
+        return {
+            name: self._file.execute(f"SELECT * FROM {name}").fetchall()
+            for name in ("images", "results")
+        }
+
+    def take_in(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
+        """Add what another process holds in memory."""
+        for name, rows in tables.items():
+            self._write(name, rows)
 
     def close(self) -> None:
-        """Close the file, and leave no ``-wal`` or ``-shm`` beside it."""
-        self._own.settle()
-        for database in self._all:
-            database.close()
+        """Close the file; the last process to do so leaves no ``-wal`` or ``-shm`` beside it."""
+        with suppress(sqlite3.Error):
+            self._file.execute("PRAGMA busy_timeout=0")
+            self._file.execute("PRAGMA journal_mode=DELETE")
+        self._file.close()
 
 
-def _methods(
-    databases: Iterable[Database], query: str, first: int, last: int
-) -> dict[int, set[str]]:
-    """Methods by position, from a query over a range of positions."""
-    found: dict[int, set[str]] = {}
-    for database in databases:
-        for position, method in database.rows(query, (first, last)):
-            found.setdefault(position, set()).add(method)
-    return found
+# ---------------------------------------------------------------- reading a finished state
 
 
-def _packed(row: ResultRow) -> tuple[Any, ...]:
-    measured = {k: None if math.isnan(v) else v for k, v in row.measured.items()}
-    scores = {k: [None if math.isnan(v) else v for v in r] for k, r in row.scores.items()}
-    return (*row[:6], json.dumps(measured), json.dumps(scores), row.map, row.failed)
+def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage]:
+    """Yield the images of a state with their kept maps, up to image ``limit`` of the run's ``count``.
+
+    Raises:
+        ValueError, OSError: see :func:`naming`.
+    """
+    most = limit if count is None else min(limit, count)
+    with naming(path), closing(_reading(path)) as file:
+        query = "SELECT * FROM images WHERE skipped IS NULL AND position < ? ORDER BY position"
+        rows = file.execute(query, (most,)).fetchall()
+        for number, row in enumerate(rows):
+            position = row[0]
+            query = "SELECT top FROM tops WHERE position = ?"
+            top = file.execute(query, (position,)).fetchone()
+            query = "SELECT method, height, width, data FROM maps WHERE position = ?"
+            maps = {
+                method: np.frombuffer(data, "<f4").reshape(height, width)
+                for method, height, width, data in file.execute(query, (position,))
+            }
+            yield KeptImage(number, *row[:5], json.loads(top[0]) if top else [], maps)
 
 
-def _keeps(database: Database) -> bool:
-    """Whether this state has map tables (older versions do not)."""
-    return _has(database, "maps", "tops")
+def grey_maps(
+    path: Path, identities: Sequence[str], wanted: Iterable[tuple[str, int]]
+) -> Iterator[tuple[str, int, bytes]]:
+    """Yield (method, i, small grey PNG) for each ``wanted`` (method, i) that a state has.
+
+    i counts ``identities``, the ids of a run's images in their order.
+
+    Raises:
+        ValueError, OSError: see :func:`naming`.
+    """
+    with naming(path), closing(_reading(path)) as file:
+        positions: dict[str, list[int]] = {}
+        query = "SELECT id, position FROM images WHERE skipped IS NULL ORDER BY position DESC"
+        for identity, position in file.execute(query):
+            positions.setdefault(identity, []).append(position)
+        # One photo can be listed twice: its first record has the first of its positions.
+        ordered = [positions[i].pop() if positions.get(i) else None for i in identities]
+        query = "SELECT map FROM results WHERE position = ? AND method = ? AND map IS NOT NULL"
+        for method, i in wanted:
+            for (png,) in file.execute(query, (ordered[i], method)):
+                yield method, i, png
 
 
-def _begun(database: Database) -> bool:
-    return _has(database, "meta", "images", "results")
+def _reading(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=_PATIENCE, uri=True)
 
 
-def _has(database: Database, *tables: str) -> bool:
-    there = {name for (name,) in database.rows("SELECT name FROM sqlite_master")}
-    return there.issuperset(tables)
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
-def _ranked(path: Path, rank: int) -> Path:
-    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-
-
-def _files(path: Path) -> list[Path]:
-    """The state's files that exist: its own and those of other processes."""
-    ranked = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"))
-    ranked = [p for p in ranked if p.stem.removeprefix(f"{path.stem}.rank").isdigit()]
-    return ([path] if path.exists() else []) + ranked
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,6 +1,6 @@
 """What stands where pixels were removed: colours, blurs, noise, inpainting and imputation."""
 
 from xattn.eval.fills.fill import COLOURED, KINDS, blur, fill, inpaint, rise_blur
-from xattn.eval.fills.imputation import impute, impute_direct
+from xattn.eval.fills.imputation import impute
 
-__all__ = ["COLOURED", "KINDS", "blur", "fill", "impute", "impute_direct", "inpaint", "rise_blur"]
+__all__ = ["COLOURED", "KINDS", "blur", "fill", "impute", "inpaint", "rise_blur"]

@@ -66,13 +66,9 @@ def impute(
         (B, 3, H, W) in the dtype of ``images`` (half precision is solved in float32), without
         gradients.
     """
-    images, removed = _check(images, removed)
-    if not noise >= 0:
-        raise ValueError(f"noise: got {noise}; give a standard deviation >= 0")
-    if not tolerance > 0 or max_iterations < 1:
-        raise ValueError(
-            f"tolerance, max_iterations: got {tolerance} and {max_iterations}; give positive values"
-        )
+    batch = max(len(images), len(removed))
+    images = images.expand(batch, -1, -1, -1)
+    removed = removed.to(images.device).expand(batch, -1, -1, -1)
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     images = images.detach()
     x = images.to(dtype)
@@ -92,56 +88,6 @@ def impute(
         )
         filled.add_(field.to(filled), alpha=noise)
     return torch.where(removed, filled.to(images.dtype), images)
-
-
-def impute_direct(image: Tensor, removed: Tensor) -> Tensor:
-    """The same without noise by SciPy's direct sparse solver in float64: the reference.
-
-    (3, H, W) and (1, H, W) bool -> (3, H, W) in the dtype of ``image``.
-    """
-    import numpy as np
-    from scipy import sparse
-    from scipy.sparse.linalg import spsolve
-
-    batch, mask = _check(image[None], removed[None])
-    values, flat = batch[0].flatten(1).T.double().cpu().numpy().copy(), mask.flatten().cpu().numpy()
-    if not flat.any():
-        return image.clone()
-    if flat.all():
-        return image.mean((1, 2), keepdim=True).expand_as(image).clone()
-    index = torch.arange(flat.size, device="cpu").view(image.shape[1:])
-    rows = np.concatenate([index[i].flatten().numpy() for i, _ in _PAIRS])
-    columns = np.concatenate([index[j].flatten().numpy() for _, j in _PAIRS])
-    weights = np.concatenate(
-        [np.full(index[i].numel(), k) for (i, _), (*_, k) in zip(_PAIRS, _LINKS, strict=True)]
-    )
-    links = sparse.coo_array((weights, (rows, columns)), shape=(flat.size, flat.size)).tocsr()
-    links = links + links.T
-    system = (sparse.diags_array(links.sum(1)) - links).tocsr()[flat]
-    right = -(system[:, ~flat] @ values[~flat])
-    values[flat] = spsolve(system[:, flat].tocsc(), right).reshape(right.shape)
-    return torch.from_numpy(values.T.copy()).view_as(image).to(image)
-
-
-def _check(images: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 2:
-        raise ValueError(
-            f"images: got shape {tuple(images.shape)}; give (B, 3, H, W) with H, W >= 2"
-        )
-    if not images.is_floating_point():
-        raise ValueError(f"images: got {images.dtype}; give floating point pixels, in [0, 1]")
-    if removed.dtype != torch.bool or removed.ndim != 4 or removed.shape[1] != 1:
-        raise ValueError(
-            f"removed: got {removed.dtype} of shape {tuple(removed.shape)}; give bool (B, 1, H, W)"
-        )
-    sizes = {len(images), len(removed)}
-    if removed.shape[2:] != images.shape[2:] or (len(sizes) > 1 and 1 not in sizes):
-        raise ValueError(
-            f"removed: got shape {tuple(removed.shape)} for images {tuple(images.shape)}; give one "
-            f"mask an image, of its size"
-        )
-    batch = max(sizes)
-    return images.expand(batch, -1, -1, -1), removed.to(images.device).expand(batch, -1, -1, -1)
 
 
 # ---------------------------------------------------------------- conjugate gradients

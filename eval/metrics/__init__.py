@@ -1,4 +1,4 @@
-"""The metrics: one file a family, with pure functions, torchmetrics classes and the probe.
+"""The metrics: one file a family, with pure functions, torchmetrics classes and what the engine runs.
 
 The torchmetrics classes, such as ``AverageDrop`` or ``Deletion``, are attributes of this package.
 """
@@ -19,11 +19,10 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.mean_metric import MeanMetric
 from xattn.eval.metrics.measure import measure
 from xattn.eval.metrics.own import register_metric
-from xattn.eval.metrics.registry import CLASSES, PROBES, create_probe, direct_groups, register
+from xattn.eval.metrics.registry import CLASSES, GROUPS, create_metric, register
 
 __all__ = [
-    "DIRECT",
-    "PROBES",
+    "GROUPS",
     "Column",
     "Finish",
     "MeanMetric",
@@ -32,7 +31,7 @@ __all__ = [
     "PerturbationMetric",
     "Request",
     "Sample",
-    "create_probe",
+    "create_metric",
     "measure",
     "register",
     "register_metric",
@@ -40,8 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DIRECT":
-        return tuple(direct_groups())
     if name[:1].isupper() and name in CLASSES:
         return CLASSES[name]
     raise AttributeError(f"module 'xattn.eval.metrics' has no attribute {name!r}")

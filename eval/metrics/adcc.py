@@ -45,7 +45,7 @@ def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
     Raises:
         ValueError: other shapes.
     """
-    _check(maps, "maps")
+    functional.check_maps(maps)
     if others.shape != maps.shape:
         raise ValueError(f"others: got shape {tuple(others.shape)}; give {tuple(maps.shape)}")
     a, b = (x.detach().double().flatten(1) for x in (maps, others))
@@ -58,7 +58,7 @@ def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
 
 def complexity_values(maps: Tensor) -> Tensor:
     """Mean magnitude of grey maps (B, 1, H, W) -> (B,) float64 in [0, 1]; lower is better."""
-    _check(maps, "maps")
+    functional.check_maps(maps)
     return maps.detach().double().abs().mean((1, 2, 3))
 
 
@@ -87,11 +87,6 @@ def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
     return 3 / good.clamp_min(0).reciprocal().sum(0)
 
 
-def _check(maps: Tensor, name: str) -> None:
-    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
-        raise ValueError(f"{name}: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
-
-
 @dataclass(frozen=True)
 class AdccMetric(PerturbationMetric):
     """Coherency, complexity and ADCC: one more explanation and one forward pass an image.
@@ -103,10 +98,6 @@ class AdccMetric(PerturbationMetric):
     """
 
     explains_again: ClassVar[bool] = True
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return Column("coherency"), Column("complexity"), Column("ADCC")
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if sample.explain is None:
@@ -137,9 +128,7 @@ class Coherency(MeanMetric):
 
     metric = "coherency"
     higher_is_better = True
-
-    def update(self, maps: Tensor, others: Tensor, valid: Tensor | None = None) -> None:
-        self._add(coherency_values(maps, others), valid)
+    values = coherency_values
 
 
 class Complexity(MeanMetric):
@@ -147,9 +136,7 @@ class Complexity(MeanMetric):
 
     metric = "complexity"
     higher_is_better = False
-
-    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
-        self._add(complexity_values(maps), valid)
+    values = complexity_values
 
 
 class ADCC(MeanMetric):
@@ -157,11 +144,7 @@ class ADCC(MeanMetric):
 
     metric = "ADCC"
     higher_is_better = True
-
-    def update(
-        self, coherency: Tensor, complexity: Tensor, drop: Tensor, valid: Tensor | None = None
-    ) -> None:
-        self._add(adcc_values(coherency, complexity, drop), valid)
+    values = adcc_values
 
 
 GROUP = MetricGroup(
@@ -177,6 +160,11 @@ GROUP = MetricGroup(
             True,
             reads=Reads("class", "the map", "black"),
         ),
+    },
+    words={
+        "coherency": ("Coherency", "How alike the map stays when the photo is masked with it"),
+        "complexity": ("Extent", "How much of the photo the map marks"),
+        "ADCC": ("ADCC", "Average drop, coherency and extent in one number"),
     },
     classes=(Coherency, Complexity, ADCC),
 )

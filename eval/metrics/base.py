@@ -2,7 +2,7 @@
 
 A :class:`PerturbationMetric` is one group of metrics that share perturbed images (insertion with deletion,
 AD with IC). For one explanation of one image it yields the images it wants scored and returns a function
-that turns the scores into values; the engine schedules the requests of all probes and methods together and
+that turns the scores into values; the engine schedules the requests of all metrics and methods together and
 knows nothing else about them.
 """
 
@@ -71,7 +71,7 @@ class MetricInfo(NamedTuple):
 class Request(NamedTuple):
     """One perturbed image to score; scores of one ``key`` come back together, in order.
 
-    ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the probe may change it in
+    ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the metric may change it in
     place afterwards. ``shared`` says whether some other request may want the very same image; the
     engine then looks for it by a hash of the pixels, which costs about a quarter of a millisecond.
     """
@@ -83,7 +83,7 @@ class Request(NamedTuple):
 
 @dataclass(eq=False, frozen=True)
 class Sample:
-    """One explanation of one image, as a probe sees it.
+    """One explanation of one image, as a metric sees it.
 
     Attributes:
         image: (3, H, W) float32 in [0, 1], raw pixels; the backbone normalises.
@@ -124,7 +124,7 @@ class Sample:
 
 
 class MaskingChoices(Protocol):
-    """The choices of a protocol that a probe may take over."""
+    """The choices of a protocol that a metric may take over."""
 
     @property
     def levels(self) -> tuple[float, ...]: ...
@@ -145,7 +145,7 @@ class PerturbationMetric(ABC):
     * ``explains_randomized``: calls ``sample.explain_randomized``;
     * ``needs_annotation``: reads ``sample.annotation``.
 
-    ``info`` says of each metric what it is. A probe of your own that is not registered needs it; those
+    ``info`` says of each metric what it is. A metric of your own that is not registered needs it; those
     that are have it from their group.
     """
 
@@ -156,7 +156,7 @@ class PerturbationMetric(ABC):
 
     @classmethod
     def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
-        """The options that this probe takes from a protocol."""
+        """The options that this metric takes from a protocol."""
         return {}
 
     def score_problem(self, score: str) -> str | None:
@@ -193,26 +193,30 @@ class MetricGroup:
 
     Attributes:
         name: what ``--metrics`` calls the group.
-        probe: what measures it.
-        metrics: its metrics by name; the probe's columns are of these.
+        metric: what measures it.
+        metrics: its metrics by name; the columns are of these.
+        words: a title and one sentence for each of ``metrics``, without a full stop; the sentence may have
+            ``{kept}`` or ``{removed}``, which part of the photo that is at the metric's level.
         classes: its torchmetrics classes, :class:`~xattn.eval.metrics.MeanMetric`.
         cases: options that the tests of every group try; the first are cheap.
     """
 
     name: str
-    probe: type[PerturbationMetric]
+    metric: type[PerturbationMetric]
     metrics: Mapping[str, MetricInfo]
     classes: tuple[type[Any], ...] = ()
     cases: tuple[Mapping[str, Any], ...] = ({},)
+    words: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.metric.info = self.metric.info or self.metrics
         for cls in self.classes:
             cls.group = self
 
     @property
     def direct(self) -> bool:
         """Whether it needs no annotation and explains nothing again."""
-        return not (self.probe.explains_again or self.probe.needs_annotation)
+        return not (self.metric.explains_again or self.metric.needs_annotation)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xattn.eval.functional import check_maps
 from xattn.eval.metrics.base import (
     Column,
     Finish,
@@ -59,8 +60,7 @@ def entropy_values(maps: Tensor) -> Tensor:
 
 def _magnitudes(maps: Tensor) -> Tensor:
     """(B, 1, H, W) -> |phi| / max |phi|, (B, n) float64: sums cannot overflow; NaN where invalid."""
-    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
-        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
+    check_maps(maps)
     v = maps.detach().double().abs().flatten(1)
     return v / v.amax(1, keepdim=True)
 
@@ -68,10 +68,6 @@ def _magnitudes(maps: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class ComplexityMetric(PerturbationMetric):
     """Gini index and entropy of the raw map; no forward passes."""
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return Column("Gini"), Column("entropy")
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         yield from ()
@@ -88,9 +84,7 @@ class Gini(MeanMetric):
 
     metric = "Gini"
     higher_is_better = True
-
-    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
-        self._add(gini_values(maps), valid)
+    values = gini_values
 
 
 class Entropy(MeanMetric):
@@ -98,9 +92,7 @@ class Entropy(MeanMetric):
 
     metric = "entropy"
     higher_is_better = False
-
-    def update(self, maps: Tensor, valid: Tensor | None = None) -> None:
-        self._add(entropy_values(maps), valid)
+    values = entropy_values
 
 
 GROUP = MetricGroup(
@@ -113,6 +105,10 @@ GROUP = MetricGroup(
         "entropy": MetricInfo(
             "-sum pi log pi, pi = |phi| / sum |phi|", False, 0, math.inf, "complexity"
         ),
+    },
+    words={
+        "Gini": ("Concentration (Gini)", "How much the map concentrates on a few places"),
+        "entropy": ("Entropy", "How widely the map is spread over the photo"),
     },
     classes=(Gini, Entropy),
 )

@@ -43,15 +43,20 @@ def auc(scores: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two scores.
     """
-    if scores.ndim == 0 or scores.shape[-1] < 2:
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
-    s = scores.double()
+    s = checked_curve(scores)
     ends = (s[..., 0] + s[..., -1]) / 2
     return (s.sum(-1) - ends) / (s.shape[-1] - 1)
 
 
+def checked_curve(scores: Tensor) -> Tensor:
+    """Scores (..., T + 1) in float64; a ValueError for fewer than two."""
+    if scores.ndim == 0 or scores.shape[-1] < 2:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
+    return scores.double()
+
+
 def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
-    """Both curves (T + 1,) float64 from the scores (T,) of the probe's requests.
+    """Both curves (T + 1,) float64 from the scores (T,) of the metric's requests.
 
     The clean image is asked for by neither: deletion starts and insertion ends with its score.
     """
@@ -96,10 +101,6 @@ class InsertionDeletionMetric(PerturbationMetric):
         check_fill("deletion_fill", self.deletion_fill, self.mean)
         check_fill("insertion_fill", self.insertion_fill, self.mean)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return Column("deletion"), Column("insertion")
-
     def column_options(self, column: Column) -> dict[str, Any]:
         kind = self.deletion_fill if column.metric == "deletion" else self.insertion_fill
         size = {"steps": self.steps} if self.step is None else {"step": self.step}
@@ -129,8 +130,7 @@ class InsertionDeletionMetric(PerturbationMetric):
 class _Area(MeanMetric):
     """``update(scores, valid=None)`` with curves (B, T + 1); ``compute()`` gives the mean AUC."""
 
-    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
-        self._add(auc(scores), valid)
+    values = auc
 
 
 class Deletion(_Area):
@@ -246,6 +246,16 @@ GROUP = MetricGroup(
             "area under the score while pixels are inserted by rank",
             True,
             reads=Reads("class", "thresholds of the map", "blur"),
+        ),
+    },
+    words={
+        "deletion": (
+            "Deletion",
+            "How much confidence is left while pixels are removed, the most important first",
+        ),
+        "insertion": (
+            "Insertion",
+            "How much confidence there is while pixels come back, the most important first",
         ),
     },
     classes=(Deletion, Insertion),

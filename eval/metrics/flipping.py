@@ -29,6 +29,7 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.curves import (
     check_count,
     check_fill,
+    checked_curve,
     fill_options,
     is_constant,
     removals,
@@ -47,7 +48,7 @@ def aopc(scores: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two scores.
     """
-    s = _curve(scores)
+    s = checked_curve(scores)
     return s[..., 0] - s.mean(-1)
 
 
@@ -61,14 +62,8 @@ def pixel_flipping_auc(scores: Tensor) -> Tensor:
     224 pixels. Its "black" is the least value of the image that the network is given;
     ``perturb_baseline=0.0`` is ``fill="black"`` for a network that normalises by itself.
     """
-    s = _curve(scores)[..., 1:]
+    s = checked_curve(scores)[..., 1:]
     return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2
-
-
-def _curve(scores: Tensor) -> Tensor:
-    if scores.ndim == 0 or scores.shape[-1] < 2:
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., T + 1) with T >= 1")
-    return scores.double()
 
 
 @dataclass(frozen=True)
@@ -102,10 +97,6 @@ class PixelFlippingMetric(PerturbationMetric):
             check_count("steps", self.steps)
         check_fill("fill", self.fill, self.mean)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("AOPC"),)
-
     def column_options(self, column: Column) -> dict[str, Any]:
         sizes = {"patch": self.patch, "per_step": self.per_step, "steps": self.steps}
         return {**sizes, **fill_options(self.fill, self.mean)}
@@ -133,9 +124,7 @@ class PixelFlipping(MeanMetric):
 
     metric = "AOPC"
     higher_is_better = True
-
-    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
-        self._add(aopc(scores), valid)
+    values = aopc
 
 
 # ---------------------------------------------------------------- regions
@@ -182,6 +171,12 @@ GROUP = MetricGroup(
             True,
             -1,
             reads=Reads("class", "squares", "black"),
+        ),
+    },
+    words={
+        "AOPC": (
+            "Pixel flipping",
+            "How much confidence is lost while patches are removed, the most important first",
         ),
     },
     classes=(PixelFlipping,),

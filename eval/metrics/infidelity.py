@@ -104,10 +104,6 @@ class InfidelityMetric(PerturbationMetric):
         if not 0 < self.side <= 1:
             raise ValueError(f"side: got {self.side}; give a part of the image's side in (0, 1]")
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("infidelity"),)
-
     def column_options(self, column: Column) -> dict[str, Any]:
         own = "sigma" if self.perturbation == "noise" else "side"
         names = ("samples", "perturbation", own, "scale")
@@ -163,11 +159,11 @@ class Infidelity(MeanMetric):
         self.scale = scale
         super().__init__(backbone, **kwargs)
 
-    def _default_probe(self) -> PerturbationMetric:
-        return replace(super()._default_probe(), scale=self.scale)  # type: ignore[type-var]
+    def _default_metric(self) -> PerturbationMetric:
+        return replace(super()._default_metric(), scale=self.scale)  # type: ignore[type-var]
 
-    def update(self, products: Tensor, changes: Tensor, valid: Tensor | None = None) -> None:
-        self._add(infidelity_values(products, changes, self.scale), valid)
+    def _values(self, products: Tensor, changes: Tensor) -> Tensor:
+        return infidelity_values(products, changes, self.scale)
 
 
 GROUP = MetricGroup(
@@ -181,6 +177,9 @@ GROUP = MetricGroup(
             math.inf,
             reads=Reads("class", "squares", "black"),
         ),
+    },
+    words={
+        "infidelity": ("Infidelity", "How badly the map foretells what a change of the photo does"),
     },
     classes=(Infidelity,),
     cases=({"samples": 5},),

@@ -32,6 +32,7 @@ from xattn.eval.metrics.curves import (
     auc,
     check_count,
     check_fill,
+    checked_curve,
     fill_options,
     is_constant,
     removals,
@@ -69,10 +70,9 @@ def irof_area(scores: Tensor) -> Tensor:
 
 
 def _relative(scores: Tensor) -> Tensor:
-    if scores.ndim == 0 or scores.shape[-1] < 2:
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (..., R + 1) with R >= 1")
-    clean = scores[..., :1].double()
-    return scores.double() / torch.where(clean > 0, clean, math.nan)
+    s = checked_curve(scores)
+    clean = s[..., :1]
+    return s / torch.where(clean > 0, clean, math.nan)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,6 @@ class IrofMetric(PerturbationMetric):
         if self.fill != IMAGE_MEAN:
             check_fill("fill", self.fill, self.mean)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("IROF"),)
-
     def column_options(self, column: Column) -> dict[str, Any]:
         slic = {name: getattr(self, name) for name in ("n_segments", "compactness", "sigma")}
         return {**slic, **fill_options(self.fill, self.mean)}
@@ -142,9 +138,7 @@ class IROF(MeanMetric):
 
     metric = "IROF"
     higher_is_better = True
-
-    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
-        self._add(irof_values(scores), valid)
+    values = irof_values
 
 
 def superpixels(
@@ -179,6 +173,12 @@ GROUP = MetricGroup(
             True,
             -math.inf,
             reads=Reads("class", "superpixels", IMAGE_MEAN),
+        ),
+    },
+    words={
+        "IROF": (
+            "Removal of superpixels",
+            "How fast confidence falls while superpixels are removed, the most important first",
         ),
     },
     classes=(IROF,),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xattn.eval.functional import check_maps
 from xattn.eval.metrics.base import (
     Column,
     Finish,
@@ -120,8 +121,7 @@ def _within(mask: Tensor, tolerance: float) -> Tensor:
 
 def _checked(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (B, n) float64, masks (B, n), and which images are valid (B,)."""
-    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
-        raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, H, W)")
+    check_maps(maps)
     if masks.dtype != torch.bool or masks.shape != maps.shape:
         raise ValueError(
             f"masks: got {masks.dtype} of shape {tuple(masks.shape)}; give bool "
@@ -164,10 +164,6 @@ class LocalizationMetric(PerturbationMetric):
         _check_tolerance(self.tolerance)
         _check_threshold(self.iou_threshold)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return POINTING, ENERGY, IOU
-
     def column_options(self, column: Column) -> dict[str, Any]:
         if column == POINTING:
             return {"tolerance": self.tolerance}
@@ -195,8 +191,8 @@ class PointingGame(MeanMetric):
         super().__init__(backbone, **kwargs)
         self.tolerance = tolerance
 
-    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
-        self._add(pointing_values(maps, masks, self.tolerance), valid)
+    def _values(self, maps: Tensor, masks: Tensor) -> Tensor:
+        return pointing_values(maps, masks, self.tolerance)
 
 
 class EnergyPointingGame(MeanMetric):
@@ -204,9 +200,7 @@ class EnergyPointingGame(MeanMetric):
 
     metric = "energy-pointing"
     higher_is_better = True
-
-    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
-        self._add(energy_pointing_values(maps, masks), valid)
+    values = energy_pointing_values
 
 
 class LocalizationIoU(MeanMetric):
@@ -219,8 +213,8 @@ class LocalizationIoU(MeanMetric):
         super().__init__(backbone, **kwargs)
         self.threshold = threshold
 
-    def update(self, maps: Tensor, masks: Tensor, valid: Tensor | None = None) -> None:
-        self._add(iou_values(maps, masks, self.threshold), valid)
+    def _values(self, maps: Tensor, masks: Tensor) -> Tensor:
+        return iou_values(maps, masks, self.threshold)
 
 
 GROUP = MetricGroup(
@@ -239,6 +233,14 @@ GROUP = MetricGroup(
             0,
             1,
             "localisation",
+        ),
+    },
+    words={
+        "pointing": ("Pointing game", "How often the map's highest point lies on the object"),
+        "energy-pointing": ("Share on the object", "How much of the map lies on the object"),
+        "IoU": (
+            "Overlap with the object",
+            "How well the map's highest part covers the object alone",
         ),
     },
     classes=(PointingGame, EnergyPointingGame, LocalizationIoU),

@@ -9,7 +9,7 @@ m is the grey map, thresholded at each level; b is what stands behind the mask. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,17 +140,12 @@ class _MaskingMetric(MeanMetric):
         level: with a backbone, the share of the pixels that is kept; 1 multiplies by the grey map itself.
     """
 
-    values: Callable[..., Tensor]
-
     def __init__(self, backbone: Any = None, level: float = 1.0, **kwargs: Any) -> None:
         self.level = level
         super().__init__(backbone, **kwargs)
 
-    def _default_probe(self) -> PerturbationMetric:
+    def _default_metric(self) -> PerturbationMetric:
         return MaskingMetric(levels=(self.level,), metrics=(self.metric,))
-
-    def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
-        self._add(type(self).values(p, q), valid)
 
 
 class AverageDrop(_MaskingMetric):
@@ -177,11 +172,11 @@ class IncreaseInConfidence(_MaskingMetric):
         self.margin = margin
         super().__init__(backbone, level, **kwargs)
 
-    def _default_probe(self) -> PerturbationMetric:
-        return replace(super()._default_probe(), ic_margin=self.margin)  # type: ignore[type-var]
+    def _default_metric(self) -> PerturbationMetric:
+        return replace(super()._default_metric(), ic_margin=self.margin)  # type: ignore[type-var]
 
-    def update(self, p: Tensor, q: Tensor, valid: Tensor | None = None) -> None:
-        self._add(functional.increase_in_confidence_values(p, q, self.margin), valid)
+    def _values(self, p: Tensor, q: Tensor) -> Tensor:
+        return functional.increase_in_confidence_values(p, q, self.margin)
 
 
 class AverageDropInDeletion(_MaskingMetric):
@@ -209,6 +204,16 @@ GROUP = MetricGroup(
         "ADD": MetricInfo("100 mean (p - d) / p, signed", True, -math.inf, 100, reads=_READS),
         "AG": MetricInfo("100 mean max(0, q - p) / (1 - p)", True, 0, 100, reads=_READS),
         "drop": MetricInfo("100 mean max(0, p - q)", False, 0, 100, reads=_READS),
+    },
+    words={
+        "AD": ("Average drop", "How much confidence is lost when {kept} is kept"),
+        "IC": ("Increase in confidence", "How often confidence rises when {kept} is kept"),
+        "ADD": (
+            "Average drop in deletion",
+            "How much confidence is lost when {removed} is removed",
+        ),
+        "AG": ("Average gain", "How much of the missing confidence is won when {kept} is kept"),
+        "drop": ("Drop", "How many points of confidence are lost when {kept} is kept"),
     },
     classes=(AverageDrop, AverageDropInDeletion, AverageGain, IncreaseInConfidence),
 )

@@ -8,7 +8,6 @@ Both add up the same per-image values. With a backbone they are those of :func:`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
@@ -33,15 +32,15 @@ class MeanMetric(Metric):
         backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it ``update`` takes
             images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w) and the class, one for all or
             a LongTensor (B,). Without it ``update`` takes the scores that the class names.
-        probe: how it is measured; by default by the default options of its group.
+        measured_by: how it is measured; by default by the default options of its group.
         explainer: an explainer, or a function (images, target) -> maps, for metrics that explain again.
         randomized: (stage, images, target) -> maps on randomised networks, for those that need it, see
             :class:`xattn.eval.sanity.Cascade`.
         is_mask: maps are masks in [0, 1], not to be min-maxed.
         kwargs: torchmetrics' own.
 
-    Class attributes: ``metric``, which column of its group it is; ``group`` is set by
-    :class:`~xattn.eval.metrics.MetricGroup`.
+    Class attributes: ``metric``, which column of its group it is; ``values``, the function that ``update``
+    hands scores or maps to; ``group`` is set by :class:`~xattn.eval.metrics.MetricGroup`.
 
     Raises:
         ValueError: a metric that needs annotations, an explainer or randomised networks without them.
@@ -51,20 +50,16 @@ class MeanMetric(Metric):
     full_state_update = False
     metric: ClassVar[str] = ""
     group: ClassVar[MetricGroup | None] = None
+    values: ClassVar[Callable[..., Tensor]]
     total: Tensor
     n: Tensor
     n_invalid: Tensor
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "update" in cls.__dict__:
-            cls.update = _for_scores_or_images(cls.update)  # type: ignore[method-assign]
 
     def __init__(
         self,
         backbone: Any = None,
         *,
-        probe: PerturbationMetric | None = None,
+        measured_by: PerturbationMetric | None = None,
         explainer: Any = None,
         randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
         is_mask: bool = False,
@@ -83,7 +78,7 @@ class MeanMetric(Metric):
         self._randomized, self._is_mask = randomized, is_mask
         if backbone is not None:
             self._check_backbone(backbone)
-            self._probe = probe or self._default_probe()
+            self._measured_by = measured_by or self._default_metric()
             self._check_needs()
 
     def _check_backbone(self, backbone: Any) -> None:
@@ -98,41 +93,61 @@ class MeanMetric(Metric):
                 f"(b, 3, H, W) that returns logits"
             )
 
-    def _default_probe(self) -> PerturbationMetric:
-        """The group's probe with its default options."""
+    def _default_metric(self) -> PerturbationMetric:
+        """The group's metric with its default options."""
         assert self.group is not None
-        return self.group.probe(**self._colour(self.group.probe))
+        return self.group.metric(**self._colour(self.group.metric))
 
-    def _colour(self, probe: type[PerturbationMetric]) -> dict[str, Any]:
-        """The data set's mean colour, for a probe that has an option for it."""
+    def _colour(self, metric: type[PerturbationMetric]) -> dict[str, Any]:
+        """The data set's mean colour, for a metric that has an option for it."""
         preprocessing = getattr(self._network[0], "preprocessing", None)
-        taken = is_dataclass(probe) and any(f.name == "mean" for f in fields(probe))
+        taken = is_dataclass(metric) and any(f.name == "mean" for f in fields(metric))
         return {"mean": tuple(preprocessing.mean)} if preprocessing and taken else {}
 
     def _check_needs(self) -> None:
-        name, probe = type(self).__name__, self._probe
-        if probe.needs_annotation:
+        name, metric = type(self).__name__, self._measured_by
+        if metric.needs_annotation:
             raise ValueError(
                 f"backbone: {name} looks at maps and objects alone; make it without, and give "
                 f"update(maps, masks)"
             )
-        if probe.explains_randomized and self._randomized is None:
+        if metric.explains_randomized and self._randomized is None:
             raise ValueError(
                 f"randomized: {name} needs maps of randomised networks; give "
                 f"randomized=Cascade(backbone).method('gradcam'), or the name of your explainer"
             )
-        if probe.explains_again and not probe.explains_randomized and self._explain[0] is None:
+        if metric.explains_again and not metric.explains_randomized and self._explain[0] is None:
             raise ValueError(
                 f"explainer: {name} explains again; give {name}(backbone, explainer=explainer)"
             )
 
     @property
     def _column(self) -> Column:
-        columns = [c for c in self._probe.columns if not self.metric or c.metric == self.metric]
+        columns = [
+            c for c in self._measured_by.columns if not self.metric or c.metric == self.metric
+        ]
         if not columns:
-            found = ", ".join(c.key for c in self._probe.columns)
-            raise ValueError(f"probe: it measures {found} and not {self.metric}; give another")
+            found = ", ".join(c.key for c in self._measured_by.columns)
+            raise ValueError(
+                f"measured_by: it measures {found} and not {self.metric}; give another"
+            )
         return columns[0]
+
+    def update(self, *given: Any, valid: Tensor | None = None, **named: Any) -> None:
+        """Scores or maps as the class says, ``valid`` (B,) bool; with a backbone images, maps and class."""
+        if self._network[0] is None:
+            self._add(self._values(*given, **named), valid)
+        elif len(given) + len(named) == 3 and valid is None:
+            self._measure(*given, **named)
+        else:
+            raise ValueError(
+                f"images, maps, target: got {len(given) + len(named)} arguments; "
+                f"{type(self).__name__}(backbone) takes update(images, maps, target)"
+            )
+
+    def _values(self, *given: Any, **named: Any) -> Tensor:
+        """Per-image values (B,)."""
+        return type(self).values(*given, **named)
 
     def _measure(self, images: Any, maps: Tensor, target: Tensor | int) -> None:
         backbone = self._network[0]
@@ -145,7 +160,7 @@ class MeanMetric(Metric):
                 f"maps: got shape {tuple(maps.shape)} for {len(images)} images; give (B, 1, h, w)"
             )
         values = measure(
-            self._probe,
+            self._measured_by,
             backbone,
             images,
             maps,
@@ -167,20 +182,3 @@ class MeanMetric(Metric):
     def compute(self) -> Tensor:
         """The mean over valid images, float64; NaN if there was none."""
         return functional.mean_compute(self.total, self.n)
-
-
-def _for_scores_or_images(update: Callable[..., None]) -> Callable[..., None]:
-    """``update`` of a class, which gives way to images and maps where there is a backbone."""
-
-    @functools.wraps(update)
-    def either(self: MeanMetric, *args: Any, **kwargs: Any) -> None:
-        if self._network[0] is None:
-            return update(self, *args, **kwargs)
-        if len(args) + len(kwargs) != 3:
-            raise ValueError(
-                f"images, maps, target: got {len(args) + len(kwargs)} arguments; "
-                f"{type(self).__name__}(backbone) takes update(images, maps, target)"
-            )
-        return self._measure(*args, **kwargs)
-
-    return either

@@ -1,4 +1,4 @@
-"""One probe on a batch of maps, with any callable as the model: the functional form of a metric."""
+"""One metric on a batch of maps, with any callable as the model: the functional form of a metric."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
 
 
 def measure(
-    probe: PerturbationMetric,
+    metric: PerturbationMetric,
     f: Any,
     images: Tensor,
     maps: Tensor,
@@ -47,7 +47,7 @@ def measure(
         explain, explain_randomized: (images, targets) or (stage, images, targets) -> raw maps
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
-    batch = len(images)
+    batch, size = len(images), images.shape[-2:]
     classes = (
         torch.full((batch,), targets, device="cpu") if isinstance(targets, int) else targets.cpu()
     )
@@ -55,15 +55,15 @@ def measure(
         raise ValueError(
             f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
         )
-    scorer = MaskedScorer(_scored(f), micro_batch(max_forward_batch, batch), score=score)
-    size = images.shape[-2:]
+    network = f if hasattr(f, "probabilities") else _Callable(f)
+    scorer = MaskedScorer(network, micro_batch(max_forward_batch, batch), score=score)
     grey, valid = functional.saliency(
         maps, size, is_mask=is_mask, normalization=normalization, resize=resize
     )
     raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
     values = {
         column: torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
-        for column in probe.columns
+        for column in metric.columns
     }
     for part in torch.arange(batch, device="cpu").split(scorer.max_forward_batch):
         scores, _ = scorer.clean(images[part], classes[part])
@@ -88,27 +88,27 @@ def measure(
                 annotation=None if annotations is None else annotations[i],
             )
             tickets: dict[str, list[Ticket]] = {}
-            finish = submit_all(probe.measure(sample), scorer, target, tickets)
+            finish = submit_all(metric.measure(sample), scorer, target, tickets)
             waiting.append((i, finish, tickets))
         scorer.flush()
         for i, finish, tickets in waiting:
-            for column, value in finished(probe, finish, scores_of(tickets)).items():
+            for column, value in finished(metric, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
     return values
 
 
 def finished(
-    probe: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
+    metric: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
 ) -> dict[Column, float]:
     """What ``finish`` makes of the scores; a ``ValueError`` where that is not a number a column."""
     values = finish(scores)
-    if not isinstance(values, Mapping) or not set(values) <= set(probe.columns):
+    if not isinstance(values, Mapping) or not set(values) <= set(metric.columns):
         keys = values if isinstance(values, Mapping) else [values]
         got = ", ".join(getattr(key, "key", repr(key)) for key in keys)
-        known = ", ".join(f"{tuple(column)}" for column in probe.columns)
+        known = ", ".join(f"{tuple(column)}" for column in metric.columns)
         raise ValueError(
-            f"metrics: {type(probe).__name__} gives {got}; give {{column: value}} for its columns, "
+            f"metrics: {type(metric).__name__} gives {got}; give {{column: value}} for its columns, "
             f"{known}"
         )
     return {column: float(value) for column, value in values.items()}
@@ -120,7 +120,7 @@ def submit_all(
     target: int,
     tickets: dict[str, list[Ticket]],
 ) -> Finish:
-    """Hand a probe's requests to ``scorer``; their tickets go into ``tickets`` by key."""
+    """Hand a metric's requests to ``scorer``; their tickets go into ``tickets`` by key."""
     while True:
         try:
             request = next(requests)
@@ -151,10 +151,6 @@ class _Callable:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.double().softmax(1)
-
-
-def _scored(f: Any) -> Any:
-    return f if hasattr(f, "probabilities") else _Callable(f)
 
 
 def _explain(explain: Callable[[Tensor, Tensor], Tensor], target: int, images: Tensor) -> Tensor:

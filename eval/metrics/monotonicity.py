@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xattn.correlation import spearman
 from xattn.eval.metrics.base import (
     Column,
     Finish,
@@ -28,7 +29,6 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.curves import check_count, is_constant
 from xattn.eval.metrics.flipping import grid, region_sums
 from xattn.eval.metrics.mean_metric import MeanMetric
-from xattn.eval.similarity import spearman
 
 
 def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
@@ -69,10 +69,6 @@ class MonotonicityMetric(PerturbationMetric):
         check_count("patch", self.patch)
         check_count("samples", self.samples)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("monotonicity"),)
-
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if is_constant(sample.raw.abs()):
             return lambda scores: {Column("monotonicity"): math.nan}
@@ -101,9 +97,7 @@ class MonotonicityCorrelation(MeanMetric):
 
     metric = "monotonicity"
     higher_is_better = True
-
-    def update(self, attributions: Tensor, effects: Tensor, valid: Tensor | None = None) -> None:
-        self._add(monotonicity_values(attributions, effects), valid)
+    values = monotonicity_values
 
 
 GROUP = MetricGroup(
@@ -115,6 +109,12 @@ GROUP = MetricGroup(
             True,
             -1,
             reads=Reads("class", "squares", "noise"),
+        ),
+    },
+    words={
+        "monotonicity": (
+            "Monotonicity",
+            "How well a patch's value in the map goes with its effect on the score",
         ),
     },
     classes=(MonotonicityCorrelation,),

@@ -1,4 +1,4 @@
-"""Metrics of your own: a probe, or a plain function of an image and its map, registered by a decorator.
+"""Metrics of your own: a metric, or a plain function of an image and its map, registered by a decorator.
 
 @register_metric("in_middle", MetricInfo("share of the map in the middle", higher_is_better=True))
 def in_middle(image, map):
@@ -22,7 +22,7 @@ from xattn.eval.metrics.base import (
     Sample,
 )
 from xattn.eval.metrics.mean_metric import MeanMetric
-from xattn.eval.metrics.registry import REGISTRY, register
+from xattn.eval.metrics.registry import register
 
 Metric = TypeVar("Metric", bound=Callable[..., Any])
 
@@ -43,6 +43,7 @@ def register_metric(
     *,
     classes: Sequence[type[MeanMetric]] = (),
     cases: Sequence[Mapping[str, Any]] = ({},),
+    words: Mapping[str, tuple[str, str]] | None = None,
 ) -> Callable[[Metric], Metric]:
     """Decorator: make a :class:`~xattn.eval.metrics.PerturbationMetric`, or a function, the group
     ``name`` of metrics.
@@ -53,18 +54,19 @@ def register_metric(
 
     Args:
         name: what ``--metrics`` calls it; for a single metric also the name of its column.
-        info: of that metric, or of each by name; by default the probe's own ``info``.
+        info: of that metric, or of each by name; by default the metric's own ``info``.
         classes: torchmetrics classes that come with it.
         cases: options that the tests of every group try; the first are cheap.
+        words: a title and a sentence for each metric by name, as the viewer shows them.
 
     Raises:
         ValueError: the name is taken, or a function asks for something else.
     """
 
     def add(metric: Metric) -> Metric:
-        is_probe = isinstance(metric, type) and issubclass(metric, PerturbationMetric)
+        is_class = isinstance(metric, type) and issubclass(metric, PerturbationMetric)
         given: Any = {name: info} if isinstance(info, MetricInfo) else info
-        if not given and is_probe:
+        if not given and is_class:
             given = metric.info  # type: ignore[attr-defined]
         metrics = dict(given) if isinstance(given, Mapping) else {}
         if not metrics or not all(isinstance(one, MetricInfo) for one in metrics.values()):
@@ -72,13 +74,12 @@ def register_metric(
                 f"info: got {info!r} for {name!r}; give MetricInfo(formula, higher_is_better), or one a "
                 f"metric by name"
             )
-        if is_probe:
+        if is_class:
             cls: Any = metric
             cls.info = metrics
         else:
-            cls = _function_probe(name, metric, metrics)
-        _forget_reloaded(name, cls)
-        register(MetricGroup(name, cls, metrics, tuple(classes), tuple(cases)))
+            cls = _function_metric(name, metric, metrics)
+        register(MetricGroup(name, cls, metrics, tuple(classes), tuple(cases), words or {}))
         return metric
 
     return add
@@ -86,7 +87,7 @@ def register_metric(
 
 @dataclass(frozen=True)
 class FunctionMetric(PerturbationMetric):
-    """Base of the probes that :func:`register_metric` makes of functions."""
+    """Base of the metrics that :func:`register_metric` makes of functions."""
 
     function: ClassVar[Callable[..., Any]]
 
@@ -97,7 +98,7 @@ class FunctionMetric(PerturbationMetric):
         return lambda scores: {self.columns[0]: value}
 
 
-def _function_probe(
+def _function_metric(
     name: str, function: Any, metrics: Mapping[str, MetricInfo]
 ) -> type[PerturbationMetric]:
     if not callable(function) or isinstance(function, type):
@@ -120,12 +121,3 @@ def _function_probe(
         "__doc__": function.__doc__,
     }
     return dataclass(frozen=True)(type(function.__name__, (FunctionMetric,), about))
-
-
-def _forget_reloaded(name: str, cls: type[PerturbationMetric]) -> None:
-    """Make room for a metric whose file was changed and imported again."""
-    before = REGISTRY.registered().get(name)
-    if before is not None:
-        one, other = before[0], cls
-        if (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__):
-            REGISTRY.remove(name)

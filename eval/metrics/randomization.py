@@ -6,6 +6,12 @@ Adebayo et al. 2018 (arXiv 1810.03292): cascading, from the classifier down to t
 (:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the network has
 learned. Low is good, and no proof: noise is dissimilar too. A map that never reads the classifier
 (a trained head, Eigen-CAM) rightly stays the same at the first stage.
+
+Similarity is Spearman's rank correlation, or structural similarity (Wang et al. 2004, doi
+10.1109/TIP.2003.819861), where m, s^2 and s_ab are means, variances and covariance in a window around u:
+
+    SSIM = mean_u l(a, b; u) cs(a, b; u)
+    l = (2 m_a m_b + C1) / (m_a^2 + m_b^2 + C1),    cs = (2 s_ab + C2) / (s_a^2 + s_b^2 + C2)
 """
 
 from __future__ import annotations
@@ -17,7 +23,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from xattn.correlation import check_same, pearson, ranks, varies
 from xattn.eval import functional
 from xattn.eval.metrics.base import (
     Column,
@@ -30,9 +38,10 @@ from xattn.eval.metrics.base import (
 )
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.metrics.mean_metric import MeanMetric
-from xattn.eval.similarity import pearson, ranks, ssim
 
 SPEARMAN, SSIM = Column("randomization-Spearman"), Column("randomization-SSIM")
+WINDOW, SIGMA = 11, 1.5
+K1, K2 = 0.01, 0.03
 
 
 def randomization_curves(
@@ -41,7 +50,7 @@ def randomization_curves(
     """Similarity at each stage, (B, S) float64 in [-1, 1] by column.
 
     Maps are min-maxed, their absolute values by default, and compared by
-    :func:`xattn.eval.similarity.spearman` and :func:`~xattn.eval.similarity.ssim`. A constant map of
+    :func:`xattn.correlation.spearman` and :func:`ssim`. A constant map of
     a randomised network shares nothing with a map that varies: 0. NaN where the map itself is
     constant, or either is not finite.
 
@@ -86,6 +95,46 @@ def _prepared(maps: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
     return functional.minmax(maps.abs() if absolute else maps)
 
 
+def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
+    """Structural similarity of two (B, 1, H, W) -> (B,) float64 in [-1, 1]; NaN where one is constant or
+    not finite.
+
+    The settings are Wang's: a Gaussian window of 11 x 11 pixels with sigma 1.5, variances divided
+    by the window's weight (not by n - 1), C1 = (0.01 L)^2 and C2 = (0.03 L)^2, and the mean over
+    the pixels whose window lies inside the map. With scikit-image these are
+    ``structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    data_range=L)``; its own default is a uniform 7 x 7 window.
+
+    Args:
+        data_range: L, the largest value minus the smallest possible one; 1 for min-maxed maps.
+
+    Raises:
+        ValueError: other shapes, or sides below 11 pixels.
+    """
+    check_same(a, b)
+    if a.ndim != 4 or a.shape[1] != 1 or min(a.shape[2:]) < WINDOW:
+        raise ValueError(
+            f"a, b: got shape {tuple(a.shape)}; give (B, 1, H, W) of at least {WINDOW} pixels a side"
+        )
+    a, b = a.detach().double(), b.detach().double()
+    mean_a, mean_b, aa, bb, ab = _windowed(torch.cat([a, b, a * a, b * b, a * b], 1)).unbind(1)
+    var_a, var_b, cov = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    value = (luminance * structure).mean((1, 2))
+    return torch.where(varies(a.flatten(1)) & varies(b.flatten(1)), value, torch.nan)
+
+
+def _windowed(x: Tensor) -> Tensor:
+    """Gaussian-weighted means (B, C, H - 10, W - 10) of every whole window of (B, C, H, W)."""
+    offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weight = torch.exp(-(offset**2) / (2 * SIGMA**2))
+    weight = (weight / weight.sum()).expand(x.shape[1], 1, 1, WINDOW)
+    rows = F.conv2d(x, weight, groups=x.shape[1])
+    return F.conv2d(rows, weight.transpose(2, 3), groups=x.shape[1])
+
+
 @dataclass(frozen=True)
 class RandomizationMetric(PerturbationMetric):
     """Similarity of a map to those of the method on randomised networks, mean over ``stages``.
@@ -106,10 +155,6 @@ class RandomizationMetric(PerturbationMetric):
     def __post_init__(self) -> None:
         check_count("stages", self.stages)
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return SPEARMAN, SSIM
-
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         yield from ()
         if sample.explain_randomized is None:
@@ -129,24 +174,21 @@ class _Similarity(MeanMetric):
     """``update(maps, randomized, valid=None)`` as in :func:`randomization_values`."""
 
     higher_is_better = False
-    column: ClassVar[Column]
 
-    def update(self, maps: Tensor, randomized: Tensor, valid: Tensor | None = None) -> None:
-        self._add(randomization_values(maps, randomized)[self.column], valid)
+    def _values(self, maps: Tensor, randomized: Tensor) -> Tensor:
+        return randomization_values(maps, randomized)[Column(self.metric)]
 
 
 class RandomizationSpearman(_Similarity):
     """Mean rank correlation with the maps of randomised networks."""
 
     metric = "randomization-Spearman"
-    column = SPEARMAN
 
 
 class RandomizationSSIM(_Similarity):
     """Mean structural similarity to the maps of randomised networks."""
 
     metric = "randomization-SSIM"
-    column = SSIM
 
 
 GROUP = MetricGroup(
@@ -158,6 +200,16 @@ GROUP = MetricGroup(
         ),
         "randomization-SSIM": MetricInfo(
             "structural similarity to the map after randomising weights", False, -1, 1, "sanity"
+        ),
+    },
+    words={
+        "randomization-Spearman": (
+            "Likeness on random weights, by ranks",
+            "How alike the map stays when the network forgets what it learned",
+        ),
+        "randomization-SSIM": (
+            "Likeness on random weights, by structure",
+            "How alike the map looks when the network forgets what it learned",
         ),
     },
     classes=(RandomizationSpearman, RandomizationSSIM),

@@ -41,19 +41,17 @@ def register(group: MetricGroup) -> None:
     """
     taken: set[str] = set()
     for _, other in REGISTRY.registered().values():
-        if not _reloaded(other, group):
+        if (other.name, _path(other)) != (group.name, _path(group)):  # not its file, imported again
             taken |= {group.name} & {other.name}
             taken |= group.metrics.keys() & other.metrics.keys()
             taken |= _classes(group).keys() & _classes(other).keys()
     if taken:
         raise ValueError(f"group: {', '.join(sorted(taken))} is taken; choose another name")
-    REGISTRY.add(group.probe, group)
+    REGISTRY.add(group.metric, group)
 
 
-def _reloaded(one: MetricGroup, other: MetricGroup) -> bool:
-    """Whether both are the same declaration, of a module that was imported again."""
-    names = [(g.name, g.probe.__module__, g.probe.__qualname__, {*g.metrics}) for g in (one, other)]
-    return names[0] == names[1]
+def _path(group: MetricGroup) -> str:
+    return f"{group.metric.__module__}.{group.metric.__qualname__}"
 
 
 def _classes(group: MetricGroup) -> dict[str, type[MeanMetric]]:
@@ -82,10 +80,11 @@ REGISTRY: Registry[PerturbationMetric, MetricGroup] = Registry(
     hint=_hint,
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
-PROBES: Table[type[PerturbationMetric]] = REGISTRY.classes()
-"""The probe of each group."""
+"""What each file declares."""
 METRICS: Table[MetricInfo] = REGISTRY.table(lambda group: group.metrics)
 """Every metric by its name in a table."""
+WORDS: Table[tuple[str, str]] = REGISTRY.table(lambda group: group.words)
+"""Title and sentence of metrics."""
 CLASSES: Table[type[MeanMetric]] = REGISTRY.table(_classes)
 """torchmetrics classes."""
 
@@ -100,45 +99,46 @@ def direct_groups() -> list[str]:
 
 def groups_without_annotations() -> list[str]:
     """The groups that need no annotations: ``--metrics all``."""
-    return [name for name, probe in PROBES.items() if not probe.needs_annotation]
+    return [name for name, group in GROUPS.items() if not group.metric.needs_annotation]
 
 
 def groups_with_annotations() -> list[str]:
     """The groups that come with ``--annotations``."""
-    return [name for name, probe in PROBES.items() if probe.needs_annotation]
+    return [name for name, group in GROUPS.items() if group.metric.needs_annotation]
 
 
-def group_name(probe: PerturbationMetric) -> str:
-    """The name of a probe's group, or of its class where it has none."""
-    return next((n for n, cls in PROBES.items() if cls is type(probe)), type(probe).__name__)
+def group_name(metric: PerturbationMetric) -> str:
+    """The name of a metric's group, or of its class where it has none."""
+    groups = (name for name, group in GROUPS.items() if group.metric is type(metric))
+    return next(groups, type(metric).__name__)
 
 
-def own_infos(probe: PerturbationMetric) -> dict[str, MetricInfo]:
-    """What the metrics of a probe from outside the package are, registered or not; none of xattn's own.
+def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
+    """What the columns of a metric from outside the package are, registered or not; none of xattn's own.
 
     Raises:
         ValueError: it has no columns, says nothing of one, or something else of a registered one.
     """
-    if not probe.columns:
+    if not metric.columns:
         raise ValueError(
-            f"metrics: {type(probe).__name__} has no columns; give it info = {{name: MetricInfo(...)}}"
+            f"metrics: {type(metric).__name__} has no columns; give it info = {{name: MetricInfo(...)}}"
         )
     found = {}
-    for metric in dict.fromkeys(column.metric for column in probe.columns):
-        info, known = probe.info.get(metric), METRICS.get(metric)
+    for name in dict.fromkeys(column.metric for column in metric.columns):
+        info, known = metric.info.get(name), METRICS.get(name)
         if info is None and known is None:
             raise ValueError(
-                f"metrics: {type(probe).__name__} says nothing of its column {metric!r}; give it info = "
-                f"{{{metric!r}: MetricInfo(formula, higher_is_better)}}"
+                f"metrics: {type(metric).__name__} says nothing of its column {name!r}; give it info = "
+                f"{{{name!r}: MetricInfo(formula, higher_is_better)}}"
             )
         if info is not None and known is not None and info != known:
-            raise ValueError(f"metrics: {metric} is another metric's name; choose a new one")
-        if not type(probe).__module__.startswith("xattn."):
-            found[metric] = info or METRICS[metric]
+            raise ValueError(f"metrics: {name} is another metric's name; choose a new one")
+        if not type(metric).__module__.startswith("xattn."):
+            found[name] = info or METRICS[name]
     return found
 
 
-def create_probe(
+def create_metric(
     name: str,
     protocol: MaskingChoices | None = None,
     mean: tuple[float, ...] | None = None,
@@ -149,7 +149,7 @@ def create_probe(
     Args:
         protocol: where ``masking`` takes its levels, threshold and masked value from.
         mean: (3,) the data set's mean colour in [0, 1], for masked values and fills that use it.
-        options: fields of the probe.
+        options: fields of the metric.
 
     Raises:
         ValueError: an unknown name (with near matches) or option.

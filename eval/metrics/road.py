@@ -72,8 +72,7 @@ def road_combined_values(lerf: Tensor, morf: Tensor) -> Tensor:
 class _RoadMetric(MeanMetric):
     """``update(scores, valid=None)`` with (B, L) scores, one a level."""
 
-    def update(self, scores: Tensor, valid: Tensor | None = None) -> None:
-        self._add(road_values(scores), valid)
+    values = road_values
 
 
 class RoadMoRF(_RoadMetric):
@@ -95,9 +94,7 @@ class RoadCombined(MeanMetric):
 
     metric = "ROAD"
     higher_is_better = True
-
-    def update(self, lerf: Tensor, morf: Tensor, valid: Tensor | None = None) -> None:
-        self._add(road_combined_values(lerf, morf), valid)
+    values = road_combined_values
 
 
 @dataclass(frozen=True)
@@ -124,10 +121,6 @@ class RoadMetric(PerturbationMetric):
             raise ValueError(f"noise: got {self.noise}; give a standard deviation >= 0")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance: got {self.tolerance}; give a positive value")
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return Column("ROAD-MoRF"), Column("ROAD-LeRF"), Column("ROAD")
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if sample.grey.min() == sample.grey.max():
@@ -157,6 +150,7 @@ def _check_levels(levels: Sequence[float]) -> None:
         raise ValueError(f"levels: got {tuple(levels)}; give removed fractions in (0, 1)")
 
 
+_REPLACED = "pixels are replaced by what is around them"
 _READS = Reads("class", "thresholds of the map", "imputed")
 GROUP = MetricGroup(
     "road",
@@ -169,6 +163,20 @@ GROUP = MetricGroup(
             "mean score with the least relevant pixels imputed", True, reads=_READS
         ),
         "ROAD": MetricInfo("mean (LeRF - MoRF) / 2", True, -0.5, 0.5, reads=_READS),
+    },
+    words={
+        "ROAD-MoRF": (
+            "ROAD, most important first",
+            f"How much confidence is left when the most important {_REPLACED}",
+        ),
+        "ROAD-LeRF": (
+            "ROAD, least important first",
+            f"How much confidence is left when the least important {_REPLACED}",
+        ),
+        "ROAD": (
+            "ROAD",
+            "How much more confidence the most important pixels carry than the least important",
+        ),
     },
     classes=(RoadMoRF, RoadLeRF, RoadCombined),
 )

@@ -86,10 +86,6 @@ class MaxSensitivityMetric(PerturbationMetric):
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius: got {self.radius}; give a change of pixel values in (0, 1]")
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("max-sensitivity"),)
-
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         if sample.explain is None:
             raise ValueError("explain: None; max-sensitivity needs the explainer; give explain=...")
@@ -119,9 +115,7 @@ class MaxSensitivity(MeanMetric):
 
     metric = "max-sensitivity"
     higher_is_better = False
-
-    def update(self, maps: Tensor, perturbed: Tensor, valid: Tensor | None = None) -> None:
-        self._add(max_sensitivity_values(maps, perturbed), valid)
+    values = max_sensitivity_values
 
 
 GROUP = MetricGroup(
@@ -130,6 +124,12 @@ GROUP = MetricGroup(
     {
         "max-sensitivity": MetricInfo(
             "max |phi(x + d) - phi(x)| / |phi(x)|, |d| <= r", False, 0, math.inf, "robustness"
+        ),
+    },
+    words={
+        "max-sensitivity": (
+            "Greatest change",
+            "How much the map changes when the photo changes a little, at most",
         ),
     },
     classes=(MaxSensitivity,),

@@ -20,6 +20,7 @@ from xattn.photos.labels import Labels
 from xattn.runtime import strict_json
 from xattn.runtime.files import write_json, write_rows
 from xattn.runtime.measuring import operations
+from xattn.runtime.tables import markdown
 from xattn.training.features import Features
 from xattn.training.probe import ProbeScores
 
@@ -95,19 +96,18 @@ RESULTS, TABLE, ANSWERS = "results.json", "results.csv", "answers.csv"
 
 def format_rows(rows: Sequence[ProbeRow]) -> str:
     """Markdown: accuracy with its 95 % bootstrap interval over photos, ECE, parameters, MACs, seconds."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "| :-- | --: | --: | --: | --: | --: |"]
-    for row in rows:
-        a = row.accuracy
-        cells = (
+    cells = [
+        (
             row.head,
-            f"{100 * a.mean:.1f} [{100 * a.lo:.1f}, {100 * a.hi:.1f}]",
+            Interval(*(100 * x for x in row.accuracy[:3]), row.accuracy.n).text(1),
             f"{100 * row.ece:.1f}",
             f"{row.parameters:,}",
             f"{row.macs:,}",
             f"{row.seconds:.3f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return "\n".join(markdown(COLUMNS, cells))
 
 
 def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 
 from xattn.backbone import Backbone
 from xattn.eval.evaluation.facts import describe
-from xattn.eval.evaluation.kept_maps import KeptImage, kept_images
 from xattn.eval.evaluation.results import Results, is_baseline
+from xattn.eval.evaluation.store import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.report.standings import CURVES, each_curve
 from xattn.explainers.base import method_title

@@ -18,11 +18,10 @@ import numpy as np
 from PIL import Image
 
 from xattn.backbone import Preprocessing
-from xattn.eval.evaluation.database import damaged
-from xattn.eval.evaluation.kept_maps import grey_maps
 from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results, is_baseline
+from xattn.eval.evaluation.store import grey_maps
 from xattn.eval.report.standings import case_columns, curves, number, ranking
-from xattn.photos.images import MAX_PIXELS, decode_image, load_image
+from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.overlay import data_url
 from xattn.runtime.stores import StoreError, StorePath
@@ -124,10 +123,7 @@ def map_images(
     identities = [image.id for image in results.images]
     found = {}
     for name, i, png in grey_maps(state, identities, ((names[m], i) for m, i in wanted)):
-        try:
-            image = decode_image(io.BytesIO(png), "a map", MAX_PIXELS).convert("L")
-        except ValueError as error:
-            raise damaged(state, str(error)) from None
+        image = Image.open(io.BytesIO(png))
         image.putpalette(_palette())
         found[f"{number[name]}:{i}"] = data_url(image, "PNG", optimize=True)
     return found

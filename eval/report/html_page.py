@@ -19,6 +19,7 @@ from pathlib import Path
 
 from xattn.backbone import Preprocessing
 from xattn.eval.evaluation.results import TOO_FEW, Results, is_baseline
+from xattn.eval.metric_words import metric_about
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import AggregateRank
@@ -26,7 +27,6 @@ from xattn.eval.report.html_data import page_data
 from xattn.eval.report.standings import Board, Standing
 from xattn.eval.report.text_tables import protocol_notes
 from xattn.pictures.design import FONT, VARIABLES
-from xattn.pictures.words import metric_about
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath
 

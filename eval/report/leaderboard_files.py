@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xattn.eval.evaluation.results import TOO_FEW, Results, is_baseline
+from xattn.eval.evaluation.results import TOO_FEW, Results, csv_text, is_baseline
 from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report.aggregate_ranks import aggregate_ranks
 from xattn.eval.report.html_page import html_page
@@ -19,6 +17,7 @@ from xattn.eval.report.standings import Standing, standings, too_few, wins
 from xattn.eval.report.text_tables import format_table
 from xattn.runtime.files import atomic_file
 from xattn.runtime.stores import StorePath
+from xattn.runtime.tables import markdown as markdown_table
 
 
 def write_report(
@@ -41,7 +40,7 @@ def write_report(
     state = folder / "state.sqlite"
     texts = {
         "leaderboard.md": markdown(results, table),
-        "leaderboard.csv": _csv(_standing_lines(results, table)),
+        "leaderboard.csv": csv_text(_standing_lines(results, table)),
         "leaderboard.json": _json(
             {
                 **to_dict(results),
@@ -50,7 +49,7 @@ def write_report(
                 "aggregate_ranks": _ranking(results),
             }
         ),
-        "images.csv": _csv(image_lines(results)),
+        "images.csv": csv_text(image_lines(results)),
         "report.html": html_page(
             results,
             table,
@@ -72,17 +71,16 @@ def markdown(results: Results, table: Sequence[Standing]) -> str:
     """The tables with protocol and warnings; who is best, in words; and who is level with the best."""
     verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
     verdicts += [f"- {few}"] if (few := too_few(table)) else []
-    lines = [*verdicts, ""] if verdicts else []
-    lines += ["| metric | best | not told apart from the best (paired 95 % interval holds 0) |"]
-    lines += ["| :-- | :-- | :-- |"]
+    rows = []
     for column in results.columns:
         cells = [s for s in table if s.column == column and s.n]
         winner = next((s for s in cells if s.best), None)
         if winner is not None:
-            level = _level_with(cells)
-            lines.append(f"| {column.key} | {_marked(winner)} | {level} |")
+            rows.append((column.key, _marked(winner), _level_with(cells)))
         elif any(not s.judged for s in cells):
-            lines.append(f"| {column.key} | {TOO_FEW} | {TOO_FEW} |")
+            rows.append((column.key, TOO_FEW, TOO_FEW))
+    titles = "metric", "best", "not told apart from the best (paired 95 % interval holds 0)"
+    lines = [*verdicts, *([""] if verdicts else []), *markdown_table(titles, rows, 3)]
     return "# Leaderboard\n\n" + format_table(results, "markdown") + "\n" + "\n".join(lines) + "\n"
 
 
@@ -123,12 +121,9 @@ def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[An
     ranking = aggregate_ranks(results)
     places = {r.method: r[1:5] for r in (ranking.ranks if ranking else ())}
     for s in table:
-        numbers = ["" if v != v else v for v in s[2:-1]]
-        cost = results.methods[s.method].forwards
-        level = "" if s.column.level is None else s.column.level
-        facts = (cost, results.metric_id(s.column), s.trained_on)
-        place = places.get(s.method, ("",) * len(ranks))
-        lines.append([s.method, s.column.metric, level, *numbers, *facts, *place])
+        facts = (results.methods[s.method].forwards, results.metric_id(s.column), s.trained_on)
+        place = places.get(s.method, (None,) * len(ranks))
+        lines.append([s.method, *s.column, *s[2:-1], *facts, *place])
     return lines
 
 
@@ -148,12 +143,6 @@ def _ranking(results: Results) -> dict[str, Any] | None:
     if ranking is None:
         return None
     return {**ranking._asdict(), "ranks": [r._asdict() for r in ranking.ranks]}
-
-
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(lines)
-    return stream.getvalue()
 
 
 def _json(value: Any) -> str:

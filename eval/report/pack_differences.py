@@ -21,6 +21,7 @@ from xattn.eval.bootstrap import Interval, mean_intervals
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.packs.explanation import Explanation
 from xattn.packs.reader import Pack
+from xattn.runtime.tables import markdown
 
 SHOWN = 10  # photos of each list in the text
 
@@ -310,15 +311,14 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
         yield f"\n{renamed_note(found.renamed)}"
     rows = [] if found.accuracy is None else [("", "accuracy", found.accuracy)]
     rows += [(method, key, change) for (method, key), change in found.metrics.items()]
-    if rows:
-        yield "\n| method | measure | before | after | difference | photos |"
-        yield "| :-- | :-- | --: | --: | --: | --: |"
+    cells = []
     for method, key, change in rows:
         mean, lo, hi, n = change.difference
-        yield (
-            f"| {method} | {key} | {change.before.mean:.3f} | {change.after.mean:.3f} | "
-            f"{mean:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n} |"
-        )
+        means = f"{change.before.mean:.3f}", f"{change.after.mean:.3f}"
+        cells.append((method, key, *means, f"{mean:+.3f} [{lo:+.3f}, {hi:+.3f}]", n))
+    if rows:
+        titles = ("method", "measure", "before", "after", "difference", "photos")
+        yield from ("", *markdown(titles, cells, 2))
     if rows and count < MIN_IMAGES:
         yield f"\n{photos}: too few images for a verdict."
     if found.left_out:
@@ -330,11 +330,11 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
     if found.moved:
         mean = sum(m.moved for m in found.moved) / len(found.moved)
         yield f"\n## Maps that moved most ({len(found.moved)} compared, {mean:.3f} on average)"
-        yield "\n| photo | class | by | moved |"
-        yield "| :-- | :-- | :-- | --: |"
-    for moved in found.moved[:SHOWN]:
-        methods = " and ".join(dict.fromkeys(moved.methods))
-        yield f"| {moved.title} | {moved.target_name} | {methods} | {moved.moved:.3f} |"
+        moves = [
+            (m.title, m.target_name, " and ".join(dict.fromkeys(m.methods)), f"{m.moved:.3f}")
+            for m in found.moved[:SHOWN]
+        ]
+        yield from ("", *markdown(["photo", "class", "by", "moved"], moves, 3))
 
 
 def renamed_note(count: int) -> str:
@@ -349,11 +349,10 @@ def _photos(heading: str, photos: Sequence[Photo]) -> Iterator[str]:
     if not photos:
         return
     yield f"\n## {heading} ({len(photos)})"
-    yield "\n| photo | true class | before | after |"
-    yield "| :-- | :-- | :-- | :-- |"
+    rows = []
     for photo in photos[:SHOWN]:
-        cells = " | ".join(
-            f"{name} {100 * p:.1f} %"
-            for name, p in zip(photo.predicted, photo.confidence, strict=True)
+        both = zip(photo.predicted, photo.confidence, strict=True)
+        rows.append(
+            (photo.title, photo.label_name, *(f"{name} {100 * p:.1f} %" for name, p in both))
         )
-        yield f"| {photo.title} | {photo.label_name} | {cells} |"
+    yield from ("", *markdown(["photo", "true class", "before", "after"], rows, 4))

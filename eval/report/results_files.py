@@ -6,7 +6,6 @@ written under a temporary name and renamed: a failed write leaves the earlier fi
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results, Row
+from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results, Row, csv_text
 from xattn.eval.evaluation.stream import Skipped
 from xattn.eval.metrics.base import Column, MetricInfo, Reads
 from xattn.eval.protocol import Protocol
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_file, write_text
+from xattn.runtime.files import write_text
 from xattn.runtime.version import __version__
 
 FORMAT = "xattn-results"
@@ -36,7 +35,7 @@ def to_dict(results: Results) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "xattn": _version(),
+        "xattn": __version__,
         "protocol": {**protocol.to_dict(), "id": protocol.id},
         "formulas": {
             m: results.info(m).formula for m in dict.fromkeys(c.metric for c in results.columns)
@@ -67,10 +66,14 @@ def from_dict(data: dict[str, Any]) -> Results:
         )
     methods = {}
     for name, record in data["methods"].items():
+        if not isinstance(record["objective"], str | None):
+            raise ValueError(
+                f"results: the objective of {name} is {record['objective']!r}; evaluate again"
+            )
         methods[name] = MethodResult(
             forwards=record["forwards"],
             is_mask=record["is_mask"],
-            objective=_objective(name, record["objective"]),
+            objective=record["objective"],
             tied=record["tied"],
             requests=record["requests"],
             reasons={int(i): reason for i, reason in record["reasons"].items()},
@@ -94,7 +97,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         n_resamples=data["n_resamples"],
         options=data["options"],
         notes=data["notes"],
-        infos={m: _info(m, record) for m, record in data.get("infos", {}).items()},
+        infos={m: _info(m, record) for m, record in data["infos"].items()},
     )
 
 
@@ -148,25 +151,11 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
     }
 
 
-def _objective(name: str, value: Any) -> str | None:
-    """What a head was trained on; None for methods without training."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"results: the objective of {name} is {value!r}; evaluate again")
-    return value
-
-
 def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
     """What a metric from outside the package is; infinite ends of its range are null in the file."""
-    low, high = (record[key] for key in ("low", "high"))
-    reads = record.get("reads")
-    info = MetricInfo(
-        formula=record["formula"],
-        higher_is_better=record["higher_is_better"],
-        low=-math.inf if low is None else float(low),
-        high=math.inf if high is None else float(high),
-        kind=record["kind"],
-        reads=None if reads is None else Reads(*reads),
-    )
+    low, high, reads = (record[key] for key in ("low", "high", "reads"))
+    ends = {"low": -math.inf if low is None else low, "high": math.inf if high is None else high}
+    info = MetricInfo(**{**record, **ends, "reads": None if reads is None else Reads(*reads)})
     texts = (info.formula, info.kind, *(info.reads or ()))
     if not all(isinstance(t, str) for t in texts) or not isinstance(info.higher_is_better, bool):
         raise ValueError(f"results: what {metric} is cannot be read; evaluate again")
@@ -187,10 +176,6 @@ def _array(values: list[Any]) -> NDArray[np.float64]:
     return np.array(values, dtype=np.float64)  # None becomes NaN
 
 
-def _version() -> str:
-    return __version__
-
-
 # ---------------------------------------------------------------- CSV
 
 
@@ -205,32 +190,22 @@ def write_csv(results: Results, path: str | Path) -> Path:
     """
     path = Path(path)
     sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")
-    _write_lines(sibling, image_lines(results))
-    rows = [["" if _plain(v) is None else v for v in row] for row in results.rows()]
-    _write_lines(path, [list(Row._fields), *rows])
+    write_text(sibling, csv_text(image_lines(results)))
+    write_text(path, csv_text([Row._fields, *results.rows()]))
     return sibling
 
 
 def image_lines(results: Results) -> list[list[Any]]:
     """One line an image and method: class, validity, clean score, scores and values."""
     # Curves stay in the JSON file.
-    keys = list(
-        dict.fromkeys(
-            k for m in results.methods.values() for k, v in m.scores.items() if v.ndim == 1
-        )
-    )
+    methods = results.methods.values()
+    keys = list(dict.fromkeys(k for m in methods for k, v in m.scores.items() if v.ndim == 1))
     missing = np.full(len(results.images), np.nan)
     header = ["image", "class", "class_name", "method", "valid", "p", *keys]
     lines: list[list[Any]] = [header + [column.key for column in results.columns]]
     for name, method in results.methods.items():
         table = [*(method.scores.get(key, missing) for key in keys), *method.values.values()]
         for i, image in enumerate(results.images):
-            numbers = [_plain(float(column[i])) for column in table]
             first = [image.id, image.target, image.target_name, name, int(method.valid[i]), image.p]
-            lines.append(first + ["" if v is None else repr(v) for v in numbers])
+            lines.append(first + [_plain(float(column[i])) for column in table])
     return lines
-
-
-def _write_lines(path: Path, lines: list[list[Any]]) -> None:
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)

@@ -8,6 +8,7 @@ from xattn.eval.evaluation.results import Results, Row
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
+from xattn.runtime.tables import markdown
 
 
 def format_table(results: Results, style: str = "text") -> str:
@@ -86,21 +87,16 @@ def _span(counts: Iterable[int]) -> str:
 
 
 def _table(title: str, lines: list[list[str]], style: str) -> str:
+    if style == "markdown":
+        return "\n".join([f"**{title}**", "", *markdown(lines[0], lines[1:])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def padded(line: list[str]) -> list[str]:
         rest = zip(line[1:], widths[1:], strict=True)
         return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in rest)]
 
-    body = [padded(line) for line in lines]
-    if style == "text":
-        text = ["  ".join(line) for line in body]
-        return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
-    rule = [":" + "-" * max(2, widths[0] - 1), *("-" * max(2, w - 1) + ":" for w in widths[1:])]
-    return "\n".join(
-        [f"**{title}**", "", *("| " + " | ".join(x) + " |" for x in (body[0], rule))]
-        + ["| " + " | ".join(line) + " |" for line in body[1:]]
-    )
+    text = ["  ".join(padded(line)) for line in lines]
+    return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
 
 
 def protocol_notes(results: Results) -> list[str]:

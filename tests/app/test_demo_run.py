@@ -9,7 +9,7 @@ from PIL import Image
 from xattn import load_backbone
 from xattn.app.demo import run
 from xattn.eval import evaluate, read_json, sanity_rows, write_json
-from xattn.eval.metrics.registry import create_probe
+from xattn.eval.metrics.registry import create_metric
 from xattn.explainers import create_explainer
 from xattn.explaining.photos import explain
 
@@ -23,7 +23,7 @@ def measured(tmp_path_factory):
         Image.fromarray(noise).resize((70, 70)).save(path)
     backbone = load_backbone("test_efficientnet", weights=None, input_size=64)
     rows = {"Grad-CAM": create_explainer("gradcam", backbone), **sanity_rows(backbone, "gradcam")}
-    probes = ("masking", create_probe("insertion-deletion", steps=4))
+    probes = ("masking", create_metric("insertion-deletion", steps=4))
     results = evaluate(backbone, rows, photos, metrics=probes, progress=False)
     found = explain(photos, backbone, explainer=rows["Grad-CAM"])
     return folder, rows, results, found

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from eval_fakes import impute_direct
 from references import cases
 from torch import Tensor
 
 from xattn.eval.metric_presets import preset
-from xattn.eval.metrics import Column, PerturbationMetric, Sample, create_probe
+from xattn.eval.metrics import Column, PerturbationMetric, Sample, create_metric
 from xattn.eval.metrics import measure as measure_in_batches
 
 TOLERANCE = 1e-4
@@ -84,7 +85,7 @@ def test_confidence_change_of_pytorch_grad_cam(case, setting):
     _, probes = preset("grad-cam-lib", colour(case))
     probe = probes[0]
     if setting == "logits":
-        probe = create_probe("masking", None, colour(case), levels=(1.0,), masked_value="mean",
+        probe = create_metric("masking", None, colour(case), levels=(1.0,), masked_value="mean",
                              ic_margin=0.0, metrics=("drop", "IC"), bounded=False)  # fmt: skip
     score = "logit" if setting == "logits" else "probability"
     values = measure(probe, case.f, case.images, case.maps, case.targets, score=score)
@@ -94,7 +95,7 @@ def test_confidence_change_of_pytorch_grad_cam(case, setting):
 
 
 def test_filled_pixels_of_pytorch_grad_cam(case):
-    from xattn.eval.fills.imputation import impute, impute_direct
+    from xattn.eval.fills.imputation import impute
     from xattn.eval.metrics.road import removed_pixels
 
     theirs = stored("gradcam", case)["filled"]
@@ -309,7 +310,7 @@ def test_irof_of_quantus(slow_case):
 def test_sparseness_and_complexity_of_quantus(case):
     """Both take magnitudes; it adds 1e-7 to them for the one and 1e-12 in the logarithm."""
     theirs = stored("quantus", case)
-    probe = create_probe("complexity")
+    probe = create_metric("complexity")
     for kind, maps in (("grey", case.grey), ("raw", case.maps)):
         values = measure(probe, case.f, case.images, maps, case.targets)
         same(values[Column("Gini")], theirs[f"Sparseness, {kind}"])
@@ -323,7 +324,7 @@ def test_localisation_of_quantus(case):
     theirs = stored("quantus", case)
     boxes = zip(case.targets.tolist(), case.boxes, strict=True)
     annotations = [Annotation({target: box}) for target, box in boxes]
-    probe = create_probe("localization", tolerance=0.0)
+    probe = create_metric("localization", tolerance=0.0)
     inputs = (case.f, case.images, case.grey, case.targets)
     values = measure(probe, *inputs, is_mask=True, annotations=annotations)
     same(values[Column("pointing")] / 100, theirs["PointingGame"])

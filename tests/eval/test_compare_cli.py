@@ -49,15 +49,6 @@ def test_all_metrics_of_passing_and_perturbing_explainers(photos, tmp_path, caps
     assert "randomized_gradcam" in page and "rise" in page
 
 
-def test_two_runs_of_one_seed_give_the_same_bytes(photos, tmp_path):
-    for name in ("a", "b"):
-        assert compare(photos, tmp_path / name, *CHEAP) == 0
-    for file in ("leaderboard.md", "leaderboard.csv", "leaderboard.json", "images.csv"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    pages = [(tmp_path / name / "report.html").read_bytes() for name in ("a", "b")]
-    assert pages[0] == pages[1]
-
-
 def test_the_state_of_other_arguments_is_refused_and_kept(photos, tmp_path, capsys):
     assert compare(photos, tmp_path / "out", *CHEAP) == 0
     before = (tmp_path / "out" / "leaderboard.json").read_bytes()

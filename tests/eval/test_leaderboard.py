@@ -8,11 +8,9 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from xattn.eval import Column, Protocol
 from xattn.eval.evaluation.results import RANDOMIZED, TOO_FEW, ImageRecord, MethodResult, Results
-from xattn.eval.leaderboard import Comparison, compare
 from xattn.eval.report.leaderboard_files import markdown, seconds_script, write_report
 from xattn.eval.report.results_files import from_dict
 from xattn.eval.report.standings import standings, wins
@@ -70,12 +68,6 @@ def test_a_sanity_row_or_a_mask_is_never_best():
     assert not table(results)["centre", AD].level_with_best
 
 
-def test_no_method_under_test_no_best():
-    cells = standings(made_up(random=BASE, centre=BASE))
-    assert not any(s.best or s.level_with_best for s in cells)
-    assert all(math.isnan(s.diff) for s in cells)
-
-
 def test_a_method_without_values_is_neither_best_nor_level():
     cells = table(made_up(dead=np.full(10, np.nan), mine=BASE))
     dead = cells["dead", AD]
@@ -103,13 +95,6 @@ def test_a_difference_counts_only_images_valid_in_both():
     cells = table(made_up(mine=np.where(np.arange(10) == 9, np.nan, BASE), holes=holes))
     assert cells["holes", AD].diff == pytest.approx(4)
     assert (cells["holes", AD].n, cells["holes", AD].n_invalid) == (7, 3)
-
-
-def test_every_method_and_column_has_one_standing_in_order():
-    results = made_up(b=BASE, a=BASE + 1, random=BASE + 2)
-    assert [(s.method, s.column) for s in standings(results)] == [
-        (name, column) for column in (AD, IC) for name in ("b", "a", "random")
-    ]
 
 
 # ---------------------------------------------------------------- metrics that a head was trained on
@@ -175,22 +160,6 @@ def test_the_table_of_the_best_marks_names_in_metrics_that_they_were_trained_on(
     assert "| IC@50 | mine † | rival |" in lines or "| IC@50 | rival | mine † |" in lines
     assert "| ROAD | rival | none |" in lines
     assert "- † close to this head's training: the same score, and the same fill or masks" in lines
-
-
-def test_too_few_images_give_no_verdict_on_who_is_best():
-    few = made_up(mine=BASE[:4], rival=BASE[:4] + 30, random=BASE[:4] + 50)
-    assert wins(few, standings(few)) == []
-
-
-def test_csv_and_json_say_what_a_head_was_trained_on(tmp_path):
-    write_report(trained("masking"), tmp_path)
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
-    found = {(row["method"], row["metric"]) for row in rows if row["trained_on"] == "True"}
-    data = json.loads((tmp_path / "leaderboard.json").read_text())
-    assert found == {(s["method"], s["column"][:2]) for s in data["standings"] if s["trained_on"]}
-    assert found == {(m, c) for m in ("mine", "randomized_head") for c in ("AD", "IC")}
-    assert data["methods"]["mine"]["objective"] == "masking"
-    assert data["methods"]["rival"]["objective"] is None
 
 
 # ---------------------------------------------------------------- files
@@ -282,37 +251,6 @@ def test_reports_of_equal_results_are_byte_identical(results, tmp_path):
         *("report.html", "seconds.js"),
     ]
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
-
-
-def test_a_comparison_run_twice_and_gone_on_with_is_byte_identical(tmp_path):
-    """A CNN with random weights on three photos, one of them broken."""
-    from xattn import load_backbone
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 255, (70, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photos / f"{i}.png")
-    (photos / "broken.png").write_bytes(b"no picture")
-    job = Comparison(
-        backbone=load_backbone("test_resnet", weights=None, input_size=64, num_classes=5),
-        explainers=("gradcam",),
-        metrics=("masking",),
-        max_forward_batch=4,
-        seed=3,
-    )
-    said = []
-
-    def run(folder):
-        results, paths = compare(job, photos, tmp_path / folder, progress=False, say=said.append)
-        return results, {p.name: p.read_bytes() for p in paths if p.name != "seconds.js"}
-
-    (results, first), (_, second), (_, third) = run("a"), run("b"), run("a")
-    assert first == second, "a fresh run"
-    assert first == third, "a finished run that is only read"
-    assert list(results.methods) == ["gradcam", "random", "centre", "ones", "randomized_gradcam"]
-    assert [s.id for s in results.skipped] == ["broken.png"]
-    assert said, "the plan is told"
 
 
 # ---------------------------------------------------------------- few images

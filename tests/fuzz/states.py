@@ -1,32 +1,22 @@
-"""What runs leave and go on from: run records, logs, checkpoints, features, states in SQLite."""
+"""What runs leave and go on from: run records, logs, checkpoints, features."""
 
 from __future__ import annotations
 
 import functools
-import io
 import json
-import sqlite3
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from synthetic_packs import picture
 
 from fuzz.engine import target
 from fuzz.heads import network
 from fuzz.labels import nasty_json
-from fuzz.packs import results
 from xattn.config import TrainConfig
-from xattn.eval.evaluation.database import ImageRow, ResultRow
-from xattn.eval.evaluation.kept_maps import kept_images
-from xattn.eval.evaluation.store import Store
 from xattn.eval.probing import check_results
-from xattn.eval.report.html_data import map_images
 from xattn.heads import create_head
 from xattn.parts import cut_parts
 from xattn.training import fit
@@ -228,153 +218,6 @@ target(
     says="features: ",
     share=0.7,
 )(_open)
-
-
-# ---------------------------------------------------------------------- evaluations
-
-
-FACTS = {"protocol": {"seed": 0}, "methods": ["gradcam"]}
-
-
-@functools.cache
-def state_file() -> bytes:
-    """A state of two images and two methods."""
-    grey = io.BytesIO()
-    Image.new("L", (7, 7), 9).save(grey, "PNG")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.sqlite"
-        store = Store(path, FACTS)
-        store.add_images([ImageRow(i, f"photo {i}.jpg", 1, "dog", 0.9) for i in range(3)])
-        store.add_images([ImageRow(3, "bad.jpg", None, None, None, "image: damaged")])
-        for i in range(3):
-            for method in ("gradcam", "saliency"):
-                store.add(
-                    ResultRow(
-                        i,
-                        method,
-                        None,
-                        0,
-                        5,
-                        0.1,
-                        {"AD@50": 1.0},
-                        {"deletion": [0.5, 0.1]},
-                        grey.getvalue(),
-                    )
-                )
-                store.add_map(i, method, np.ones((7, 7), np.float32))
-        store.add_tops([(i, [[1, "dog", 0.9]]) for i in range(3)])
-        store.close()
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("PRAGMA journal_mode=DELETE")
-        return path.read_bytes()
-
-
-def _altered(*statements: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.sqlite"
-        path.write_bytes(state_file())
-        with closing(sqlite3.connect(path)) as database:
-            for statement in statements:
-                database.execute(statement)
-            database.commit()
-        return path.read_bytes()
-
-
-def _nasty_states_in_sqlite() -> list[bytes]:
-    texts = (
-        "''",
-        "'['",
-        "'5'",
-        "'null'",
-        "'[]'",
-        "x'ff'",
-        "NULL",
-        "5",
-        '\'{"AD@50": "x"}\'',
-        "'{\"AD@50\": [1]}'",
-        f"'{'[' * 50_000}'",
-        "'{\"d\": 5}'",
-        '\'{"d": ["x"]}\'',
-    )
-    found = [
-        _altered(f"UPDATE OR REPLACE results SET {column} = {text}")
-        for column in ("measured", "scores", "map", "tied", "seconds", "method", "reason")
-        for text in texts
-    ]
-    found += [
-        _altered(f"UPDATE OR REPLACE maps SET {column} = {text}")
-        for column in ("height", "width", "data", "method")
-        for text in ("-1", "0", "7.5", "'x'", "NULL", "x'00'", "1000000000")
-    ]
-    found += [
-        _altered(f"UPDATE images SET {column} = {text}")
-        for column in ("id", "target", "target_name", "score", "skipped", "digest")
-        for text in ("-1", "7.5", "'x'", "NULL", "x'00'", "9e999")
-    ]
-    found += [_altered(f"UPDATE tops SET top = {text}") for text in texts]
-    found += [_altered(f"UPDATE OR REPLACE meta SET value = {text}") for text in texts]
-    found += [
-        _altered(f"DROP TABLE {table}") for table in ("meta", "images", "results", "maps", "tops")
-    ]
-    found += [
-        _altered(f"DROP TABLE {table}", f"CREATE TABLE {table}(a, b)")
-        for table in ("meta", "images", "results", "maps", "tops")
-    ]
-    found += [
-        _altered(f"DROP TABLE {table}", f"CREATE VIEW {table} AS SELECT 1")
-        for table in ("meta", "images", "results", "maps")
-    ]
-    found += [
-        _altered("ALTER TABLE images ADD COLUMN more"),
-        _altered("ALTER TABLE results DROP COLUMN failed"),
-        _altered("DELETE FROM images"),
-    ]
-    found += [
-        _altered("CREATE TRIGGER t BEFORE INSERT ON results BEGIN SELECT RAISE(ABORT, 'no'); END")
-    ]
-    whole = state_file()
-    return [
-        *found,
-        b"",
-        b"SQLite format 3\0",
-        whole[:100],
-        whole[:4096],
-        whole[:-4096],
-        whole[:5000],
-        whole[:18] + b"\2\2" + whole[20:],
-        b"x" * 8192,
-    ]
-
-
-def _work(folder: Path) -> None:
-    path = folder / "state.sqlite"
-    store = Store(path, FACTS)
-    try:
-        store.finished(0, 9)
-        store.image(0)
-        store.worked("gradcam")
-        store.without_map(0, 9)
-        store.without_top(0, 9)
-        store.add(ResultRow(9, "gradcam", None, 0, 5, 0.1, {}, {}, None))
-        store.images()
-        for method in ("gradcam", "saliency"):
-            list(store.results(method))
-    finally:
-        store.close()
-    list(kept_images(path, None, 9))
-    map_images(results(), path, [(0, 0), (1, 2)])
-
-
-@target(
-    "state",
-    "state.sqlite",
-    lambda: [state_file()],
-    _nasty_states_in_sqlite,
-    says="state: ",
-    share=2,
-)
-def state(folder: Path) -> None:
-    _work(folder)
 
 
 # ---------------------------------------------------------------------- records of other commands

@@ -2,9 +2,9 @@
 
 import pytest
 
-from xattn.eval.metrics.registry import METRICS
+from xattn.eval import metric_words as words
+from xattn.eval.metrics.registry import METRICS, WORDS
 from xattn.explainers.base import EXPLAINERS, method_title
-from xattn.pictures import words
 
 
 def test_every_explainer_has_a_title_of_its_own():
@@ -16,15 +16,14 @@ def test_every_explainer_has_a_title_of_its_own():
 
 @pytest.mark.parametrize("name", [n for n in METRICS if not n.startswith("toy")])
 def test_every_metric_has_words(name):
-    found = words.METRICS[name]
-    assert found.title and found.about and "_" not in found.title
-    assert found.about[0].isupper() and not found.about.endswith(".") and len(found.about) < 100
-    assert "\n" not in found.about
+    title, about = WORDS[name]
+    assert title and about and "_" not in title and "\n" not in about
+    assert about[0].isupper() and not about.endswith(".") and len(about) < 100
 
 
 def test_no_words_are_left_of_what_is_gone_and_titles_tell_metrics_apart():
-    assert set(words.METRICS) <= set(METRICS)
-    assert len({found.title for found in words.METRICS.values()}) == len(words.METRICS)
+    assert set(WORDS) <= set(METRICS)
+    assert len({title for title, _ in WORDS.values()}) == len(WORDS)
 
 
 def test_a_row_that_a_method_has_to_beat_is_named_by_the_method():

@@ -10,11 +10,11 @@ import streamlit as st
 
 from xattn.app.navigation import address
 from xattn.app.state import plain
+from xattn.eval.metric_words import metric_about, named_metric
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking
 from xattn.eval.report.standings import Board, case_columns
 from xattn.pictures.design import SERIES_DARK, SERIES_LIGHT
-from xattn.pictures.words import metric_about, named_metric
 
 LINES = 4  # methods in a chart before anybody chooses
 

@@ -23,9 +23,9 @@ from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, Selection, View
+from xattn.eval.metric_words import metric_about, named_metric
 from xattn.photos.image_names import file_stem
 from xattn.pictures.explained import probability_text
-from xattn.pictures.words import metric_about, named_metric
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

@@ -20,11 +20,11 @@ from xattn.app.pages.photomap.data import class_button, photos_grid, summary
 from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
 from xattn.app.state import Context, plain, short
 from xattn.app.triage import selection
+from xattn.eval.metric_words import named_metric
 from xattn.eval.report.photo_map.clusters import Cluster
 from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
 from xattn.eval.report.photo_map.projection import METHODS, offered
 from xattn.pictures.overlay import overlay
-from xattn.pictures.words import named_metric
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

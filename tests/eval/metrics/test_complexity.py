@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xattn.eval.metrics import Column, Sample, create_probe, measure
-from xattn.eval.metrics.complexity import Entropy, Gini, entropy_values, gini_values
+from xattn.eval.metrics import Column, Sample, create_metric, measure
+from xattn.eval.metrics.complexity import entropy_values, gini_values
 
 SEEDS = st.integers(0, 2**31)
 
@@ -71,37 +71,26 @@ def test_maps_of_zeros_or_with_nan_are_undefined_and_leave_the_others_alone(valu
 @pytest.mark.parametrize("values", [gini_values, entropy_values])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 5, 6), (2, 1, 0, 6)])
 def test_other_shapes_are_refused(values, shape):
-    with pytest.raises(ValueError, match=r"maps: got shape .*give \(B, 1, H, W\)"):
+    with pytest.raises(ValueError, match="maps: got shape"):
         values(torch.ones(shape))
 
 
 def test_the_probe_reads_the_raw_map_and_asks_for_no_pass():
     raw, grey = draw(1, 8, 8), draw(1, 8, 8, seed=1).abs()
     sample = Sample(image=torch.rand(3, 8, 8), grey=grey, raw=raw, target=0, score=0.5)
-    generator = create_probe("complexity").measure(sample)
+    generator = create_metric("complexity").measure(sample)
     with pytest.raises(StopIteration) as stop:
         next(generator)
     values = stop.value.value({})
     assert values[Column("Gini")] == gini_values(raw[None]).item()
     assert values[Column("entropy")] == entropy_values(raw[None]).item()
-    assert set(values) == set(create_probe("complexity").columns)
+    assert set(values) == set(create_metric("complexity").columns)
 
 
 def test_the_all_ones_mask_is_the_least_sparse_of_all():
     images = torch.rand(1, 3, 8, 8)
     options = {"max_forward_batch": 4, "is_mask": True}
     ones = torch.ones(1, 1, 2, 2)
-    got = measure(create_probe("complexity"), lambda x: x.mean((2, 3)), images, ones, 0, **options)
+    got = measure(create_metric("complexity"), lambda x: x.mean((2, 3)), images, ones, 0, **options)
     assert got[Column("Gini")].item() == pytest.approx(0, abs=1e-12)
     assert got[Column("entropy")].item() == pytest.approx(math.log(64), abs=1e-12)
-
-
-@pytest.mark.parametrize(("cls", "values"), [(Gini, gini_values), (Entropy, entropy_values)])
-def test_the_classes_are_means_over_valid_images(cls, values):
-    maps = draw(5, 1, 4, 4)
-    maps[3] = 0
-    metric = cls()
-    metric.update(maps[:2])
-    metric.update(maps[2:])
-    assert metric.compute().item() == pytest.approx(values(maps)[[0, 1, 2, 4]].mean().item())
-    assert (metric.n.item(), metric.n_invalid.item()) == (4, 1)

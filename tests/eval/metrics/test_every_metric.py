@@ -10,19 +10,18 @@ from eval_fakes import FakeBackbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xattn.eval import METRICS, PROBES, Protocol, create_probe, evaluate, measure
+from xattn.eval import GROUPS, METRICS, Protocol, create_metric, evaluate, measure
 from xattn.eval.annotations import Annotation
 from xattn.eval.metric_presets import PRESETS, preset
 from xattn.eval.metrics.base import Column
-from xattn.eval.metrics.registry import GROUPS
 
-NAMES = sorted(PROBES)
+NAMES = sorted(GROUPS)
 MEAN = (0.5, 0.4, 0.3)
 RANKING = ("insertion-deletion", "irof", "pixel-flipping")
 
 
 def probe_of(name):
-    return create_probe(name, mean=MEAN, **GROUPS[name].cases[0])
+    return create_metric(name, mean=MEAN, **GROUPS[name].cases[0])
 
 
 def object_at(size, target):
@@ -95,8 +94,10 @@ def test_a_batch_equals_a_loop_and_a_permutation_permutes(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs_agree_bit_for_bit_whatever_the_global_generators(name):
     images, maps = drawn(5, 1)
+    copies = images.clone(), maps.clone()
     torch.manual_seed(1)
     first = values_of(name, images, maps)
+    assert torch.equal(images, copies[0]) and torch.equal(maps, copies[1])
     torch.manual_seed(2)
     np.random.seed(3)
     for column, values in values_of(name, images, maps).items():
@@ -151,9 +152,38 @@ def test_all_metrics_run_together_in_the_engine_as_alone():
                 assert np.array_equal(a, b, equal_nan=True), column
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("insertion-deletion", {"step": 0.5}, "step: got 0.5; give a whole number, at least 1"),
+        ("insertion-deletion", {"steps": None}, "steps: got None"),
+        ("insertion-deletion", {"deletion_fill": "white"}, "deletion_fill: got 'white'; choose"),
+        ("insertion-deletion", {"insertion_fill": "mean"}, "mean: None; insertion_fill='mean'"),
+        ("pixel-flipping", {"per_step": 0}, "per_step: got 0"),
+        ("pixel-flipping", {"fill": "white"}, "fill: got 'white'; choose one of"),
+        ("irof", {"n_segments": 1}, "n_segments: got 1; give at least 2"),
+        ("irof", {"compactness": 0.0}, "compactness: got 0.0"),
+        ("irof", {"sigma": -1.0}, "sigma: got -1.0"),
+        ("irof", {"fill": "mean"}, "mean: None; fill='mean' needs the mean colour"),
+        ("monotonicity", {"samples": 0}, "samples: got 0"),
+        ("infidelity", {"perturbation": "squares"}, "perturbation: got 'squares'; choose one of"),
+        ("infidelity", {"sigma": 0.0}, "sigma: got 0.0"),
+        ("infidelity", {"side": 1.5}, "side: got 1.5"),
+        ("localization", {"tolerance": math.nan}, "tolerance: got nan"),
+        ("localization", {"iou_threshold": 1.5}, "iou_threshold: got 1.5"),
+        ("sensitivity", {"radius": 0.0}, "radius: got 0.0"),
+        ("randomization", {"stages": 0}, "stages: got 0"),
+        ("road", {"levels": (0.0, 0.5)}, "levels: got"),
+    ],
+)
+def test_bad_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_metric(name, **options)
+
+
 def test_ids_tell_options_apart():
     base = Protocol()
-    one, two = (create_probe("insertion-deletion", mean=MEAN, steps=n) for n in (28, 56))
+    one, two = (create_metric("insertion-deletion", mean=MEAN, steps=n) for n in (28, 56))
     column = Column("deletion")
     ids = {base.metric_id(*column, p.column_options(column)) for p in (one, two)}
     assert len(ids) == 2
@@ -166,7 +196,7 @@ def test_ids_tell_options_apart():
 def test_every_preset_runs_and_has_ids_of_its_own(name):
     protocol, probes = preset(name, MEAN)
     if name == "rise":
-        probes = [create_probe("insertion-deletion", mean=MEAN, step=20)]
+        probes = [create_metric("insertion-deletion", mean=MEAN, step=20)]
     rows = {"bright": fakes.Maps(fakes.brightness)}
     options = {"max_forward_batch": 4, "progress": False}
     results = evaluate(
@@ -237,7 +267,7 @@ def test_scores_that_are_not_finite_are_counted_with_a_reason():
 
     rows = {"bright": fakes.Maps(fakes.brightness)}
     options = {"max_forward_batch": 4, "progress": False, "protocol": Protocol(score="logit")}
-    metrics = [create_probe("insertion-deletion", steps=5)]
+    metrics = [create_metric("insertion-deletion", steps=5)]
     results = evaluate(Overflows(), rows, fakes.images(3), metrics=metrics, **options)
     row = next(r for r in results.rows() if r.metric == "deletion")
     assert (row.n, row.n_invalid) == (0, 3)

@@ -9,20 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from xattn.eval.metrics import create_probe, irof, measure
+from xattn.eval.metrics import create_metric, irof, measure
 from xattn.eval.metrics.base import Column, Sample
-from xattn.eval.metrics.curves import InsertionDeletionMetric
+from xattn.eval.metrics.curves import InsertionDeletionMetric, auc
 from xattn.eval.metrics.flipping import (
-    PixelFlipping,
     PixelFlippingMetric,
     aopc,
     grid,
     pixel_flipping_auc,
     rank_regions,
 )
-from xattn.eval.metrics.irof import IROF, IrofMetric, irof_area, irof_values, superpixels
+from xattn.eval.metrics.irof import IrofMetric, irof_area, irof_values, superpixels
 from xattn.eval.metrics.monotonicity import (
-    MonotonicityCorrelation,
     MonotonicityMetric,
     monotonicity_values,
 )
@@ -30,11 +28,6 @@ from xattn.eval.metrics.monotonicity import (
 AOPC, IROF_COLUMN, MONOTONICITY = Column("AOPC"), Column("IROF"), Column("monotonicity")
 SIZE = (9, 11)
 SEEDS = st.integers(0, 2**31)
-PROBES = [
-    PixelFlippingMetric(patch=2, steps=None),
-    IrofMetric(n_segments=12),
-    MonotonicityMetric(patch=3),
-]
 T = torch.tensor
 
 
@@ -75,87 +68,6 @@ def quadrants(seed: int = 0) -> torch.Tensor:
 # ---------------------------------------------------------------- all three
 
 
-@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: type(probe).__name__)
-def test_a_constant_map_ranks_nothing_and_costs_nothing(probe):
-    image = draw(3, *SIZE)
-    for value in (0.0, -2.0, 1.0):
-        assert not images_of(probe, sample(image, torch.full((1, *SIZE), value)))
-    f, ones = linear(normal(3, *SIZE)), torch.ones(1, 1, 2, 2)
-    assert measure(probe, f, image[None], ones, 0, is_mask=True)[probe.columns[0]].isnan().all()
-
-
-@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: type(probe).__name__)
-def test_a_batch_equals_a_loop_and_any_micro_batch(probe):
-    images, maps = torch.stack([quadrants(seed) for seed in range(3)]), normal(3, 1, 4, 5)
-    f = linear(0.1 * normal(3, 16, 16))
-    whole = measure(probe, f, images, maps, T([0, 1, 1]))[probe.columns[0]]
-    assert whole.isfinite().all()
-    for i, target in enumerate([0, 1, 1]):
-        one = measure(probe, f, images[i : i + 1], maps[i : i + 1], target, max_forward_batch=5)
-        if not isinstance(probe, MonotonicityMetric):  # there the place of an image seeds the noise
-            assert one[probe.columns[0]].item() == whole[i].item()
-
-
-@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: type(probe).__name__)
-def test_the_samples_image_and_map_stay_as_they_are(probe):
-    image, raw = draw(3, *SIZE), normal(1, *SIZE)
-    copies = image.clone(), raw.clone()
-    assert images_of(probe, sample(image, raw))
-    assert torch.equal(image, copies[0]) and torch.equal(raw, copies[1])
-
-
-@settings(max_examples=15)
-@given(SEEDS, st.floats(0.01, 30))
-def test_values_of_probabilities_keep_their_bounds(seed, gain):
-    images, maps = draw(1, 3, *SIZE, seed=seed), normal(1, 1, 4, 5, seed=seed)
-    f = linear(gain * normal(3, *SIZE, seed=seed))
-    for probe, low in zip(PROBES, (-1, -math.inf, -1), strict=True):
-        (value,) = measure(probe, f, images, maps, 0)[probe.columns[0]].tolist()
-        assert math.isnan(value) or low <= value <= 1
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("pixel-flipping", {"patch": 0}, "patch: got 0; give a whole number, at least 1"),
-        ("pixel-flipping", {"per_step": 0}, "per_step: got 0"),
-        ("pixel-flipping", {"steps": 0}, "steps: got 0"),
-        ("pixel-flipping", {"fill": "white"}, "fill: got 'white'; choose one of"),
-        ("pixel-flipping", {"fill": "mean"}, "mean: None; fill='mean' needs the mean colour"),
-        ("irof", {"n_segments": 1}, "n_segments: got 1; give at least 2"),
-        ("irof", {"n_segments": 0}, "n_segments: got 0"),
-        ("irof", {"compactness": 0.0}, "compactness: got 0.0"),
-        ("irof", {"sigma": -1.0}, "sigma: got -1.0"),
-        ("irof", {"fill": "white"}, "fill: got 'white'"),
-        ("irof", {"fill": "mean"}, "mean: None; fill='mean' needs the mean colour"),
-        ("monotonicity", {"patch": 0}, "patch: got 0"),
-        ("monotonicity", {"samples": 0}, "samples: got 0"),
-    ],
-)
-def test_bad_options_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        create_probe(name, **options)
-
-
-def test_classes_average_values_and_count_undefined_ones():
-    curves = 0.1 + draw(4, 6)
-    curves[1, 0] = math.nan
-    for cls, values in ((PixelFlipping, aopc), (IROF, irof_values)):
-        metric = cls()
-        metric.update(curves[:2])
-        metric.update(curves[2:], T([True, False]))
-        assert metric.higher_is_better
-        assert metric.compute().item() == pytest.approx(values(curves[[0, 2]]).mean().item())
-        assert (metric.n.item(), metric.n_invalid.item()) == (2, 2)
-    metric = MonotonicityCorrelation()
-    attributions, effects = draw(3, 9), draw(3, 9, seed=1)
-    attributions[1] = 2.0
-    metric.update(attributions, effects)
-    expected = monotonicity_values(attributions, effects)[[0, 2]].mean().item()
-    assert metric.compute().item() == pytest.approx(expected)
-    assert (metric.n.item(), metric.n_invalid.item()) == (2, 1)
-
-
 # ---------------------------------------------------------------- pixel flipping
 
 
@@ -172,7 +84,7 @@ def test_quantus_number_is_trapezoids_of_unit_width_without_the_clean_score():
     assert pixel_flipping_auc(scores[:, :2]).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("function", [aopc, pixel_flipping_auc, irof_values, irof_area])
+@pytest.mark.parametrize("function", [auc, aopc, pixel_flipping_auc, irof_values, irof_area])
 @pytest.mark.parametrize("shape", [(), (1,), (3, 1)])
 def test_a_curve_needs_two_scores(function, shape):
     with pytest.raises(ValueError, match="scores: got shape"):
@@ -249,11 +161,11 @@ def test_single_pixels_are_those_of_deletion():
 
 
 def test_columns_depend_on_a_colour_only_where_they_use_it():
-    probe = create_probe("pixel-flipping", mean=(0.5, 0.4, 0.3))
+    probe = create_metric("pixel-flipping", mean=(0.5, 0.4, 0.3))
     assert "mean" not in probe.column_options(AOPC)
-    probe = create_probe("pixel-flipping", mean=(0.5, 0.4, 0.3), fill="mean")
+    probe = create_metric("pixel-flipping", mean=(0.5, 0.4, 0.3), fill="mean")
     assert probe.column_options(AOPC)["mean"] == [0.5, 0.4, 0.3]
-    options = create_probe("irof", mean=(0.5, 0.4, 0.3)).column_options(IROF_COLUMN)
+    options = create_metric("irof", mean=(0.5, 0.4, 0.3)).column_options(IROF_COLUMN)
     assert options == {
         "n_segments": 100, "compactness": 10.0, "sigma": 0.0, "fill": "image-mean"
     }  # fmt: skip

@@ -9,12 +9,29 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 from torchmetrics import MetricCollection
 
-from xattn.eval import create_probe, evaluate
-from xattn.eval.metrics import AverageDrop, IncreaseInConfidence
+from xattn.eval import create_metric, evaluate, functional, metrics
+from xattn.eval.metrics import (
+    AverageDrop,
+    IncreaseInConfidence,
+    adcc,
+    complexity,
+    curves,
+    flipping,
+    infidelity,
+    irof,
+    localization,
+    monotonicity,
+    road,
+    sensitivity,
+)
+from xattn.eval.metrics.infidelity import infidelity_values
+from xattn.eval.metrics.localization import iou_values, pointing_values
 from xattn.eval.metrics.masking import MaskingMetric
+from xattn.eval.metrics.randomization import SPEARMAN, SSIM
+from xattn.eval.metrics.randomization import randomization_values as stages
 from xattn.eval.metrics.registry import CLASSES, GROUPS
 
-ON_IMAGES = {name: cls for name, cls in CLASSES.items() if not cls.group.probe.needs_annotation}
+ON_IMAGES = {name: cls for name, cls in CLASSES.items() if not cls.group.metric.needs_annotation}
 
 
 def brightness(images, target):
@@ -28,11 +45,11 @@ def at_stage(stage, images, target):
 def probe_of(group):
     """Options under which a small image has a value, where the group's own are too coarse for it."""
     options = {"irof": {"compactness": 1000.0}}.get(group.name, group.cases[0])
-    return create_probe(group.name, **options) if options else None
+    return create_metric(group.name, **options) if options else None
 
 
 def on_images(cls, backbone, **options):
-    probe = cls.group.probe
+    probe = cls.group.metric
     if probe.explains_again:
         options["explainer"] = brightness
     if probe.explains_randomized:
@@ -43,7 +60,7 @@ def on_images(cls, backbone, **options):
 @pytest.fixture(scope="module")
 def expected():
     """Means by metric of eight images, of all groups, by evaluate."""
-    groups = [group for group in GROUPS.values() if not group.probe.needs_annotation]
+    groups = [group for group in GROUPS.values() if not group.metric.needs_annotation]
     probes = [probe_of(group) or group.name for group in groups]
     found = evaluate(
         FakeBackbone(), {"m": Maps(brightness)}, fakes.images(8), metrics=probes, levels=(1.0,),
@@ -55,13 +72,66 @@ def expected():
 @pytest.mark.parametrize("name", ON_IMAGES)
 def test_values_are_those_of_evaluate(name, expected):
     cls = ON_IMAGES[name]
-    metric = on_images(cls, FakeBackbone(), probe=probe_of(cls.group))
+    metric = on_images(cls, FakeBackbone(), measured_by=probe_of(cls.group))
     images = fakes.images(8)
     target = FakeBackbone().logits(images).argmax(1)
     for part in (slice(0, 4), slice(4, 8)):
         metric.update(images[part], brightness(images[part], None), target[part])
     assert float(metric.compute()) == pytest.approx(expected[cls.metric], rel=1e-9, abs=1e-12)
     assert int(metric.n + metric.n_invalid) == 8
+
+
+def draw(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+MAPS, SCORES, TWO = draw(4, 1, 14, 15), draw(4, 9), draw(2, 4, 9)
+STAGES, MASKS = draw(4, 2, 1, 14, 15), draw(4, 1, 14, 15) > 0.5
+P = draw(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "values"),
+    [
+        (metrics.AverageDrop(), P[:2], functional.average_drop_values),
+        (metrics.AverageGain(), P[:2], functional.average_gain_values),
+        (metrics.AverageDropInDeletion(), P[:2], functional.average_drop_in_deletion_values),
+        (metrics.Deletion(), (SCORES,), curves.auc),
+        (metrics.Insertion(), (SCORES,), curves.auc),
+        (metrics.PixelFlipping(), (SCORES,), flipping.aopc),
+        (metrics.IROF(), (SCORES,), irof.irof_values),
+        (metrics.RoadMoRF(), (SCORES,), road.road_values),
+        (metrics.RoadLeRF(), (SCORES,), road.road_values),
+        (metrics.RoadCombined(), TWO, road.road_combined_values),
+        (metrics.MonotonicityCorrelation(), TWO, monotonicity.monotonicity_values),
+        (metrics.Infidelity(), TWO, infidelity.infidelity_values),
+        (metrics.Infidelity(scale=False), TWO, lambda a, b: infidelity_values(a, b, False)),
+        (metrics.Gini(), (MAPS,), complexity.gini_values),
+        (metrics.Entropy(), (MAPS,), complexity.entropy_values),
+        (metrics.Coherency(), (MAPS, STAGES[:, 0]), adcc.coherency_values),
+        (metrics.Complexity(), (MAPS,), adcc.complexity_values),
+        (metrics.ADCC(), P, adcc.adcc_values),
+        (metrics.MaxSensitivity(), (MAPS, STAGES), sensitivity.max_sensitivity_values),
+        (metrics.PointingGame(tolerance=1), (MAPS, MASKS), lambda a, m: pointing_values(a, m, 1)),
+        (metrics.EnergyPointingGame(), (MAPS, MASKS), localization.energy_pointing_values),
+        (metrics.LocalizationIoU(threshold=0.5), (MAPS, MASKS), lambda a, m: iou_values(a, m, 0.5)),
+        (metrics.RandomizationSpearman(), (MAPS, STAGES), lambda *x: stages(*x)[SPEARMAN]),
+        (metrics.RandomizationSSIM(), (MAPS, STAGES), lambda *x: stages(*x)[SSIM]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, metrics.MeanMetric) else "",
+)
+def test_without_a_backbone_a_class_averages_its_values_and_counts_undefined_ones(
+    metric, given, values
+):
+    valid = torch.tensor([True, True, False, True])
+    metric.update(*(part[:1] for part in given))
+    metric.update(*(part[1:] for part in given), valid=valid[1:])
+    assert float(metric.compute()) == pytest.approx(float(values(*given)[valid].mean()))
+    assert (int(metric.n), int(metric.n_invalid)) == (3, 1)
+    undefined = [torch.full_like(given[0], torch.nan), *given[1:]]
+    if type(metric) is not metrics.Coherency:  # which is 0 there
+        metric.update(*undefined)
+        assert int(metric.n_invalid) == 5
 
 
 def test_every_class_names_a_metric_of_its_group():
@@ -96,8 +166,8 @@ def test_levels_options_and_shapes_of_maps():
     maps = brightness(images, None)
     half = AverageDrop(FakeBackbone(), level=0.5)
     half.update(images, maps[:, 0], torch.tensor([0, 1, 2, 3]))
-    probe = create_probe("masking", levels=(0.5,))
-    other = AverageDrop(FakeBackbone().logits, probe=probe)
+    probe = create_metric("masking", levels=(0.5,))
+    other = AverageDrop(FakeBackbone().logits, measured_by=probe)
     other.update(images.permute(0, 2, 3, 1).numpy(), maps, torch.tensor([0, 1, 2, 3]))
     assert float(half.compute()) == pytest.approx(float(other.compute()), rel=1e-9)
 
@@ -113,9 +183,3 @@ def test_logits_have_the_masking_metrics_that_need_no_bound():
     assert MaskingMetric(metrics=("AD", "IC", "drop"), bounded=False).columns
     with pytest.raises(ValueError, match="logits have only AD, IC and drop"):
         MaskingMetric(metrics=("AD", "ADD"), bounded=False)
-
-
-def test_without_a_backbone_scores_are_taken_as_before():
-    metric = AverageDrop()
-    metric.update(torch.tensor([0.8, 0.4]), torch.tensor([0.4, 0.5]))
-    assert float(metric.compute()) == pytest.approx(25)

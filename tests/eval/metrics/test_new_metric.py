@@ -7,8 +7,9 @@ import eval_fakes as fakes
 import pytest
 from eval_fakes import FakeBackbone
 
-from xattn.eval import METRICS, PROBES, create_probe, evaluate, format_table, metrics
+from xattn.eval import GROUPS, METRICS, create_metric, evaluate, format_table, metrics
 from xattn.eval.leaderboard import Comparison, groups_of
+from xattn.eval.metric_words import metric_about
 from xattn.eval.metrics import (
     Column,
     Finish,
@@ -39,7 +40,10 @@ class Brightness(PerturbationMetric):
 
 
 class MeanBrightness(MeanMetric):
-    """Nothing but a name in a table."""
+    """The mean over photos."""
+
+    metric = "brightness"
+    values = staticmethod(lambda maps: maps.mean((1, 2, 3)))
 
 
 GROUP = MetricGroup(
@@ -47,6 +51,7 @@ GROUP = MetricGroup(
     Brightness,
     {"brightness": MetricInfo("mean of m", True, kind="complexity")},
     classes=(MeanBrightness,),
+    words={"brightness": ("Brightness", "How bright {removed} is")},
 )
 
 
@@ -58,13 +63,13 @@ def made_up():
 
 
 def test_it_is_a_group_a_metric_and_a_class():
-    assert PROBES["brightness"] is Brightness and METRICS["brightness"].higher_is_better
+    assert GROUPS["brightness"] is GROUP and METRICS["brightness"].higher_is_better
     assert metrics.MeanBrightness is MeanBrightness
-    assert create_probe("brightness", gain=2.0) == Brightness(2.0)
+    assert create_metric("brightness", gain=2.0) == Brightness(2.0)
     with pytest.raises(
         ValueError, match=r"brightness does not take that option \(speed\); its options: gain"
     ):
-        create_probe("brightness", speed=1)
+        create_metric("brightness", speed=1)
 
 
 @pytest.mark.parametrize("choice", ["direct", "all"])
@@ -86,9 +91,16 @@ def test_evaluate_and_the_leaderboard_have_its_column():
     assert "brightness ↑" in format_table(results)
 
 
+def test_the_viewer_has_its_words():
+    assert metric_about("brightness", True) == "How bright what the map marks is. Higher is better."
+
+
 def test_names_that_are_taken_are_refused():
+    class Other(Brightness):
+        """Another metric."""
+
     with pytest.raises(ValueError, match="group: brightness is taken"):
-        registry.register(MetricGroup("brightness", Brightness, {}))
+        registry.register(MetricGroup("brightness", Other, {}))
     registry.register(GROUP)  # its file was imported again
     with pytest.raises(ValueError, match="group: AD is taken"):
         registry.register(MetricGroup("new", Brightness, {"AD": GROUP.metrics["brightness"]}))

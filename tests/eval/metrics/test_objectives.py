@@ -9,7 +9,7 @@ import torch
 
 from xattn import create_head, load_backbone
 from xattn.config import ProbeConfig, TrainConfig
-from xattn.eval import METRICS, Protocol, create_probe
+from xattn.eval import METRICS, Protocol, create_metric
 from xattn.eval.metrics.objectives import OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import direct_groups
 from xattn.eval.sanity import sanity_rows
@@ -68,7 +68,7 @@ def test_another_fill_takes_a_mark_away_or_gives_one():
 
 def test_the_fill_that_a_metric_declares_is_its_default():
     for name in direct_groups():
-        probe = create_probe(name, Protocol())
+        probe = create_metric(name, Protocol())
         for column in probe.columns:
             options, reads = probe.column_options(column), METRICS[column.metric].reads
             for option in options.keys() & {"fill", "masked_value"}:

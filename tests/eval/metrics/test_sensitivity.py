@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from xattn.eval.metrics import Column, Sample, measure
 from xattn.eval.metrics.sensitivity import (
     BATCH,
-    MaxSensitivity,
     MaxSensitivityMetric,
     max_sensitivity_values,
 )
@@ -153,26 +152,6 @@ def test_errors_of_the_explainer_are_not_swallowed():
     sample = Sample(rand(3, *SIZE), raw, raw, 0, 0.0)
     with pytest.raises(ValueError, match="explain: None; max-sensitivity needs the explainer"):
         next(MaxSensitivityMetric().measure(sample))
-
-
-def test_the_class_is_the_mean_over_images():
-    maps, perturbed = rand(3, 1, 3, 4), rand(3, 2, 1, 3, 4, seed=1)
-    maps[1] = 0
-    metric = MaxSensitivity()
-    metric.update(maps[:2], perturbed[:2])
-    metric.update(maps[2:], perturbed[2:])
-    values = max_sensitivity_values(maps, perturbed)
-    torch.testing.assert_close(metric.compute(), values[[0, 2]].mean())
-    assert int(metric.n_invalid) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"samples": 0}, "samples: got 0"), ({"radius": 0.0}, "radius: got 0.0")],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaxSensitivityMetric(**options)
 
 
 def test_bad_shapes_are_refused():

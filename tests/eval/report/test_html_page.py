@@ -16,11 +16,10 @@ from PIL import Image
 
 from xattn.backbone import Preprocessing
 from xattn.eval import Column, Protocol, evaluate
-from xattn.eval.evaluation.database import ImageRow, ResultRow
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
-from xattn.eval.evaluation.store import Store
+from xattn.eval.evaluation.store import ImageRow, ResultRow, Store
 from xattn.eval.evaluation.stream import Skipped
-from xattn.eval.metrics import create_probe
+from xattn.eval.metrics import create_metric
 from xattn.eval.report.html_page import html_page
 from xattn.eval.report.results_files import from_dict, to_dict
 from xattn.eval.report.standings import standings
@@ -87,7 +86,7 @@ def run(tmp_path_factory):
     rows["flat"] = fakes.Flat(FakeBackbone())
     state = tmp_path_factory.mktemp("run") / "state.sqlite"
     protocol = Protocol(view="tensor")
-    probes = [create_probe("masking", protocol), create_probe("insertion-deletion", steps=6)]
+    probes = [create_metric("masking", protocol), create_metric("insertion-deletion", steps=6)]
     results = evaluate(
         FakeBackbone(),
         rows,

@@ -146,15 +146,6 @@ def trained():
     return results
 
 
-def test_a_dagger_stands_beside_a_metric_that_a_head_was_trained_on():
-    text = format_table(trained())
-    _, _, _, *rows = text.split("\n\n")[0].splitlines()
-    assert [row.split()[0] for row in rows if "†" in row] == ["mine"]
-    assert len({len(row) for row in rows}) == 1 and len({row.rindex("]") for row in rows}) == 1
-    assert "\n† close to this head's training: the same score, and the same fill or masks\n" in text
-    assert "†" not in format_table(made_up(gradcam=np.linspace(30, 60, 20)))
-
-
 @pytest.mark.parametrize(("fill", "marked"), [("black", True), ("rise", True), ("noise", False)])
 def test_a_mark_follows_the_fill_that_was_measured(fill, marked):
     results = made_up(mine=np.linspace(30, 60, 20))
