@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: demo test test-slow fuzz lint docs bench clean
+.PHONY: demo test test-slow fuzz mutants lint docs bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ test-slow: $(VENV)/.dev $(VENV)/.browser
 # 24,000 hostile inputs to all that reads files and addresses; COUNT and SEED give others.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --count $(or $(COUNT),24000) --seed $(or $(SEED),0)
+
+# 150 small faults put into the code, one at a time: does a test notice? Hours; a stopped run goes on.
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py --count $(or $(COUNT),150) --seed $(or $(SEED),0) --workers $(if $(filter auto,$(WORKERS)),2,$(WORKERS))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
