@@ -4,16 +4,17 @@ import timm
 import torch
 
 from xattn import load_backbone
-from xattn.explainers import create_explainer, explainer_entry, list_explainers
+from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers.base import EXPLAINERS
 from xattn.models.agunet import AGUNet
 from xattn.models.masks import MaskClassifier
 
-PAIRS = [(name, kind) for name in list_explainers() for kind in explainer_entry(name).networks]
+PAIRS = [(name, kind) for name in list_explainers() for kind in EXPLAINERS.entry(name).networks]
 
 
 def cheap(name, backbone, head=None):
     """The explainer of that name with the first options of its entry."""
-    return create_explainer(name, backbone, head, **explainer_entry(name).cases[0])
+    return create_explainer(name, backbone, head, **EXPLAINERS.entry(name).cases[0])
 
 
 def made(kind):

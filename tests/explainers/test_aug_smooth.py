@@ -6,7 +6,8 @@ from small_networks import PAIRS, cheap, made
 from test_gradient_explainers import Net, backbone, close
 
 from xattn.eval.evaluation.facts import describe
-from xattn.explainers import create_explainer, explainer_class, explainer_entry
+from xattn.explainers import create_explainer, explainer_class
+from xattn.explainers.base import EXPLAINERS
 from xattn.heads import create_head
 
 KINDS = sorted({kind for _, kind in PAIRS})
@@ -26,7 +27,7 @@ def images():
 def explainers(name, net):
     """The explainer of that name, plain and with aug_smooth."""
     head = create_head("ttame", net).double() if explainer_class(name).needs_head else None
-    options = explainer_entry(name).cases[0]
+    options = EXPLAINERS.entry(name).cases[0]
     smooth = create_explainer(name, net, head, aug_smooth=True, **options)
     return cheap(name, net, head), smooth
 

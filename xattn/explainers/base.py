@@ -11,7 +11,7 @@ Test-time augmentation: the mean over the maps of six copies of a photo, each ma
 m is the network's mean colour, so that k scales the normalised photo. pytorch-grad-cam has the same copies
 under this name, and scales each map to [0, 1] before the mean. Every explainer takes it as an option.
 
-What Captum asks of an attribution method, so that it takes an explainer of xattn as it is.
+Captum takes an explainer of xattn as it is (:class:`CaptumMethod`).
 
     NoiseTunnel(explainer).attribute(images, nt_samples=8, stdevs=0.1, target=281)
     sensitivity_max(explainer.attribute, images, target=281)
@@ -19,8 +19,6 @@ What Captum asks of an attribution method, so that it takes an explainer of xatt
 
 ``NoiseTunnel`` calls ``attribute.__wrapped__``, and its metrics give a tuple and expect one. Both add noise
 to images, so there alone pixels may leave [0, 1].
-
-Options of explainers as the command line gives them, ``explainer.name=value``.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -51,6 +49,7 @@ from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.names import same_name
+from xattn.runtime.option_checks import check
 
 
 def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -145,6 +144,17 @@ OTHERS = (
 Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
 
 
+@functools.cache
+def _option_hints(cls: type) -> dict[str, Any]:
+    """The annotations of the options of an explainer."""
+    try:
+        found = get_type_hints(cls, include_extras=True)
+    except NameError:  # names that only a type checker sees: such options are not checked
+        return {}
+    given = ("backbone", "head", "seed", "max_forward_batch")
+    return {f.name: found[f.name] for f in fields(cls) if f.init and f.name not in given}
+
+
 class _MicroBatchSize:
     """Descriptor of the field ``max_forward_batch``, which lives in the explainer's ``_batches``."""
 
@@ -160,7 +170,8 @@ class Explainer(CaptumMethod, ABC):
     """One way to explain a classifier's decision for a class.
 
     A subclass with options of its own is a dataclass, too: it declares each as a field
-    (``@dataclass(kw_only=True, eq=False, repr=False)``) and checks it in ``__post_init__``.
+    (``@dataclass(kw_only=True, eq=False, repr=False)``), whose annotation says what it may be, see
+    :mod:`xattn.runtime.option_checks`, and checks the rest in ``__post_init__``.
 
     Args:
         backbone: the classifier.
@@ -195,8 +206,11 @@ class Explainer(CaptumMethod, ABC):
     _aimed: tuple[Any, Explainer] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.aug_smooth, bool):
-            raise ValueError(f"aug_smooth: got {self.aug_smooth!r}; give True or False")
+        hints = _option_hints(type(self))
+        for option in fields(self):
+            value = getattr(self, option.name, None)
+            if option.name in hints and value is not option.default:
+                check(option.name, value, hints[option.name])
         if self.aug_smooth:
             self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
         if self.per_class and isinstance(self.backbone, Scored):

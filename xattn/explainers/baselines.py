@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.explainers.base import Explainer, register_explainer
+from xattn.runtime.option_checks import Positive
 
 
 @register_explainer("random", title="Random")
@@ -44,15 +45,8 @@ class Centre(Explainer):
         sigma: standard deviation, as a fraction of the height and of the width.
     """
 
-    sigma: float = 0.25
+    sigma: Positive = 0.25
     forwards = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.sigma > 0:
-            raise ValueError(
-                f"sigma: got {self.sigma}; give a positive fraction of the image's side"
-            )
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         y, x = (

@@ -23,8 +23,6 @@ from torch import Tensor
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.photos.classes import as_classes
 
-FORMS = ("gradient", "plus", "minus")
-
 
 @register_explainer(
     "gates", title="Attention gates", networks=("masks",), cases=({}, {"form": "minus", "level": 1})
@@ -53,8 +51,6 @@ class Gates(Explainer):
             kept = getattr(self.backbone.model, "gate_choice", None)
             self.form, level = kept or ("gradient", None)
             self.level = level if self.level is None else self.level
-        if self.form not in FORMS:
-            raise ValueError(f"form: got {self.form!r}; choose one of {', '.join(FORMS)}")
         if not hasattr(self.backbone.model, "forward_gates"):
             raise ValueError(
                 f"explainer: 'gates' reads the gates of a mask network, {self.backbone.name} has "

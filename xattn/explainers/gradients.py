@@ -90,6 +90,14 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
     return Captum(backbone.logits).attribute(leaf, target, abs=False).detach()
 
 
+def class_gradients(logits: Tensor, x: Tensor, classes: Tensor) -> Iterator[Tensor]:
+    """d logit / d x of each column of ``classes`` (B, M), from one graph, which the last one frees."""
+    columns = classes.unbind(1)
+    for number, column in enumerate(columns, 1):
+        score = logits.gather(1, column[:, None]).sum()
+        yield torch.autograd.grad(score, x, retain_graph=number < len(columns))[0]
+
+
 # ------------------------------------------------------------------- a network's function calls
 
 

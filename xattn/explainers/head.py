@@ -3,9 +3,7 @@
     S(x) = mean_i T_i^-1 S_1(T_i x),    T_i: identity, mirror, shift by half a cell, both the other way
 
 S_1 are the head's scores of one pass. Shifts fill in what a coarse grid of cells leaves open: they read
-the network between its cells.
-
-The same image in other poses, mirrored and moved by half a cell, and maps of them brought back.
+the network between its cells:
 
     x' [i] = x[i - p],    p = round(H / 2 h) pixels of H,  h cells of the coarsest tap
     S  [j] = S'[j + d],   d = p n / H cells of a map of n;  unknown where j + d lies outside of S'
@@ -18,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,9 +109,6 @@ def _moved(x: Tensor, by: float, axis: int) -> Tensor:
     return lower + (whole - by) * (upper - lower)
 
 
-PASSES = (1, 2, 4)
-
-
 @register_explainer("head", title="Explanation head", cases=({}, {"passes": 4}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class HeadExplainer(Explainer):
@@ -135,7 +130,7 @@ class HeadExplainer(Explainer):
     """
 
     maps: str | None = None
-    passes: int = 1
+    passes: Literal[1, 2, 4] = 1
     caption: str | None = None
     needs_head = True
     per_class = True
@@ -145,7 +140,7 @@ class HeadExplainer(Explainer):
         if self.caption is not None:
             from xattn.heads import WordHead
 
-            if not isinstance(self.head, WordHead) or not isinstance(self.caption, str):
+            if not isinstance(self.head, WordHead):
                 name = getattr(self.head, "name", None)
                 raise ValueError(
                     f"caption: got {self.caption!r} for the head {name!r}; give a text, to the head 'words'"
@@ -158,10 +153,6 @@ class HeadExplainer(Explainer):
             choices.append("attention")
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
-        if type(self.passes) is not int or self.passes not in PASSES:
-            raise ValueError(
-                f"passes: got {self.passes!r}; choose 1, 2 (with the mirror image) or 4 (with shifts)"
-            )
         if self.passes > 1:  # else nothing is set, as records of results list what is set
             self.forwards = self.passes
         if self.maps is not None:

@@ -11,9 +11,9 @@ continue with smaller micro-batches when memory runs out. Here each image is sum
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.explainers.gradients import pixel_gradient
+from xattn.runtime.option_checks import Count, Where
 
 # Indices (n,) of perturbed images -> these images (n, 3, H, W) and their weights, which broadcast.
+NOISE = "the standard deviation as a fraction of the image's range, such as 0.15"
 Points = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -71,14 +73,11 @@ class IntegratedGradients(_GradientSum):
             colour by which the backbone normalises (zeros for its first layer).
     """
 
-    steps: int = 32
-    baseline: str = "black"
+    steps: Count = 32
+    baseline: Literal["black", "mean"] = "black"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("steps", self.steps)
-        if self.baseline not in ("black", "mean"):
-            raise ValueError(f"baseline: got {self.baseline!r}; give 'black' or 'mean'")
         self.forwards = self.steps
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
@@ -109,14 +108,12 @@ class GradientShap(_GradientSum):
         noise: standard deviation of the Gaussian noise, as a fraction of the image's range of values.
     """
 
-    samples: int = 32
+    samples: Count = 32
     baselines: Tensor | None = None
-    noise: float = 0.0
+    noise: Annotated[float, Where(lambda x: x >= 0, NOISE)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("samples", self.samples)
-        _check_noise(self.noise, 0.0 <= self.noise)
         mean = self.backbone.mean.detach().cpu()
         if self.baselines is None:
             self.baselines = torch.cat([torch.zeros_like(mean), torch.ones_like(mean), mean])
@@ -160,13 +157,11 @@ class SmoothGrad(_GradientSum):
             the paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
     """
 
-    samples: int = 32
-    noise: float = 0.15
+    samples: Count = 32
+    noise: Annotated[float, Where(lambda x: x > 0, NOISE)] = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("samples", self.samples)
-        _check_noise(self.noise, 0.0 < self.noise)
         self.forwards = self.samples
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
@@ -202,19 +197,6 @@ class _Draws:
 def _range(image: Tensor) -> float:
     low, high = image.float().aminmax()
     return float(high - low)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: got {value!r}; give a whole number of at least 1")
-
-
-def _check_noise(noise: float, allowed: bool) -> None:
-    if not allowed or not math.isfinite(noise):
-        raise ValueError(
-            f"noise: got {noise}; give the standard deviation as a fraction of the image's range, "
-            f"such as 0.15"
-        )
 
 
 def _checked(baselines: Tensor, channels: int) -> Tensor:

@@ -32,8 +32,6 @@ from xattn.runtime.copies import copies_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-CHANNELS = ("signed", "absolute")
-PIXELS = ("raw", "normalised")
 _OFFERED = ("backbone", "head", "seed")  # what a function may ask for beside images and target
 
 
@@ -54,10 +52,6 @@ class AdaptedExplainer(Explainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels not in CHANNELS:
-            raise ValueError(
-                f"channels: got {self.channels!r}; choose one of {', '.join(CHANNELS)}"
-            )
         self._note(f"attributions of several channels: {self.channels} sum")
 
     def with_target(self, target: Any) -> Explainer:
@@ -129,8 +123,6 @@ class OwnExplainer(AdaptedExplainer):
     def __post_init__(self) -> None:
         self.name = _name_of(self.method)  # type: ignore[misc]
         super().__post_init__()
-        if self.pixels not in PIXELS:
-            raise ValueError(f"pixels: got {self.pixels!r}; choose one of {', '.join(PIXELS)}")
         self.forwards = getattr(self.method, "forwards", None)  # type: ignore[assignment]
         for fact in ("perturbs", "one_by_one", "is_mask"):
             setattr(self, fact, bool(getattr(self.method, fact, False)))
@@ -327,10 +319,8 @@ def _is_captum(method: Any) -> bool:
 
 def _name_of(method: Any) -> str:
     name = getattr(method, "name", None) or getattr(method, "__name__", None)
-    return name if isinstance(name, str) and name != "<lambda>" else _kind_of(method)
-
-
-def _kind_of(method: Any) -> str:
+    if isinstance(name, str) and name != "<lambda>":
+        return name
     return "function" if inspect.isroutine(method) else type(method).__name__
 
 

@@ -59,26 +59,8 @@ class Attended:
         return scores.flatten(1, 2) if scores.ndim == 4 else scores
 
     def with_scores(self, scores: Tensor) -> Attended:
-        """The same with other ``scores`` (B, Q, T), such as perturbed ones.
-
-        Raises:
-            ValueError: they are not floating point, or not of the shape of these.
-        """
-        shape = self._shape()
-        if scores.shape != shape or not scores.is_floating_point():
-            raise ValueError(
-                f"scores: got {scores.dtype} of shape {tuple(scores.shape)}; give floating point "
-                f"(B, Q, T), here {shape}"
-            )
+        """The same with other ``scores`` (B, Q, T), such as perturbed ones."""
         return replace(self, source=scores)
-
-    def _shape(self) -> tuple[int, ...]:
-        """(B, Q, T), without forming the scores."""
-        if isinstance(self.source, Tensor):
-            return tuple(self.source.shape)
-        q, k, _ = self.source
-        batch, tokens = max(q.shape[0], k.shape[0]), k.shape[-2]
-        return batch, (q.shape[1] if q.ndim == 3 else q.shape[1] * q.shape[2]), tokens
 
     def pool(self) -> Tensor:
         """softmax(s) v, (B, Q, V), by the op. Written out in exported graphs, which have no custom

@@ -9,9 +9,7 @@ constant; where ``finish`` is linear, rest_k is the classifier's bias (and the n
 every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
 belong to rest; maps show the N patches. With a ``mixer``, tokens are those that it mixed. A head gives
 :meth:`AttentiveHead.scores_and_values` and, unless it concatenates its queries,
-:meth:`AttentiveHead.finish`.
-
-Heads whose weights are solved for in closed form, in place of training by steps.
+:meth:`AttentiveHead.finish`. A head that is :class:`Solvable` finds its weights in closed form.
 """
 
 from __future__ import annotations
@@ -85,16 +83,6 @@ class FeatureNorm(nn.BatchNorm1d):
         variance = self.moments(z)[1] if self.training else self.running_var
         assert variance is not None
         return (variance + self.eps).rsqrt()
-
-    def beside(self, z: Tensor, other: Tensor) -> Tensor:
-        """``other`` (..., Z), normalised as :meth:`forward` normalises z (B, Z)."""
-        if self.training and z.shape[0] == 1:
-            raise ValueError(
-                "norm: one image has no batch statistics; call eval() on the head first"
-            )
-        mean = self.moments(z)[0] if self.training else self.running_mean
-        assert mean is not None
-        return (other - mean) * self.gain(z)
 
     def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (Z,) of a batch z (B, Z)."""
@@ -261,24 +249,12 @@ class AttentiveHead(Head):
     def tokens(self, taps: Taps) -> Tokens:
         """The tokens of the last ``num_taps`` taps, other grids averaged to the last one's."""
         maps = taps.maps[-self.num_taps :]
-        grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
-        patches = tuple(
-            (m if m.shape[2:] == maps[-1].shape[2:] else F.adaptive_avg_pool2d(m, grid))
-            .flatten(2)
-            .transpose(1, 2)
-            for m in maps
-        )
-        prefix = taps.prefix
-        if prefix is None:
-            prefix = patches[-1][:, :0]
-        return Tokens(patches, prefix, grid)
+        patches = patches_of(maps)
+        prefix = patches[-1][:, :0] if taps.prefix is None else taps.prefix
+        return Tokens(patches, prefix, (int(maps[-1].shape[2]), int(maps[-1].shape[3])))
 
     def logits(self, tokens: Tokens, scores: Tensor | None = None) -> Tensor:
-        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own.
-
-        Raises:
-            ValueError: ``scores`` are not floating point, or of another shape.
-        """
+        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own."""
         attended = self.attend(tokens)
         return self.classify(attended if scores is None else attended.with_scores(scores))
 
@@ -315,38 +291,6 @@ class AttentiveHead(Head):
         """The two losses of the anchors, a scalar, for labels (B,)."""
         balancing, e = self._anchored(), self.embed(attended)
         return balancing.anchor_loss() + balancing.center_loss(e, self.classifier(e), target)
-
-    def anchor_maps(self, tokens: Tokens) -> Tensor:
-        """(B, K, h, w): for each patch, the geometric label distribution of what the classifier would
-        read if that patch had the weight of all patches; it sums to 1 over the classes.
-
-        Everything else stays as in the whole image: the weight of prefix tokens, the patch's values
-        and gates and, in training mode, the batch's statistics. So if all patches are alike, or the
-        head reads none of them, every patch has the image's own distribution. Where weights are a
-        softmax over patches whose values do not depend on each other, it is the distribution of an
-        image that consists of this patch alone.
-
-        Raises:
-            ValueError: the head has no anchors, or it is in training mode and gets a single image.
-        """
-        balancing = self._anchored()
-        with keeping_statistics(self):
-            attended = self.attend(tokens)
-        weights = self.weights(attended.scores)
-        z = self.finish(pool_by(weights, attended.values), attended)[0]
-        weights, values = self.sources(weights, attended)
-        front = weights.shape[-1] - tokens.grid[0] * tokens.grid[1]
-        kept = pool_by(weights[..., :front], values[:, :, :front])
-        moved = weights[..., front:].sum(-1, keepdim=True)
-
-        def alone(value: Tensor) -> Tensor:  # (B, G, V)
-            share = moved.unflatten(1, (value.shape[1], -1)) * value[:, :, None]
-            own = self.finish(kept + share.flatten(1, 2), attended)[0]
-            return balancing.geometric(own if self.norm is None else self.norm.beside(z, own))
-
-        # Dropout, in training mode, is drawn for each patch.
-        over = torch.vmap(alone, 2, 2, randomness="different", chunk_size=64)
-        return over(values[:, :, front:]).unflatten(-1, tokens.grid)
 
     def _anchored(self) -> ReliabilityBalancing:
         if self.balancing is None:
@@ -416,6 +360,17 @@ class AttentiveHead(Head):
         index = class_rows(class_index, self.num_classes, tokens.prefix.shape[0])
         count = self.num_classes if index is None else index.shape[1]
         return self.query_maps(tokens).mean(1, keepdim=True).expand(-1, count, -1, -1)
+
+
+def patches_of(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Maps (B, C_i, h_i, w_i) as tokens (B, N, C_i), other grids averaged to the last one's."""
+    grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
+    return tuple(
+        (m if m.shape[2:] == maps[-1].shape[2:] else F.adaptive_avg_pool2d(m, grid))
+        .flatten(2)
+        .transpose(1, 2)
+        for m in maps
+    )
 
 
 def prefixed(tokens: Tokens) -> Tensor:

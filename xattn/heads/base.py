@@ -2,21 +2,17 @@
 
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
 backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
-tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights.
-
-Whether a saved head belongs to a backbone, by what its config says of the one it was trained on.
-
-Untrained heads whose weights depend on a seed alone.
+tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights,
+by which a saved head is known to belong to a backbone.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -26,12 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xattn.attention.model.spec import Conversion, describe, how_to_convert
 from xattn.backbone import Backbone, Taps
 from xattn.heads.mixer import Mixer, create_mixer
-from xattn.registry import Registry, adopting, with_name
+from xattn.registry import Registry, adopting, with_checked_name
 from xattn.runtime import strict_json
 from xattn.runtime.devices import Movable
-from xattn.runtime.files import atomic_folder
+from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
-from xattn.runtime.option_checks import checked
 from xattn.runtime.version import __version__
 
 TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
@@ -111,7 +106,7 @@ def _how_to_get_weights(wanted: Mapping[str, Any], backbone: Backbone) -> str:
     return ", such as --mechanism FOLDER of xattn distill"
 
 
-MASK_POLICIES = ("raw_normalize", "renormalize", "normalized", "feature")
+MaskPolicy = Literal["raw_normalize", "renormalize", "normalized", "feature"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -139,7 +134,7 @@ class Head(
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
     learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> times the usual rate
     options: dict[str, Any]
-    mask_policy: str
+    mask_policy: MaskPolicy
     backbone_name: str
     backbone_fingerprint: str
     summary: dict[str, Any]
@@ -163,16 +158,10 @@ class Head(
         self.num_classes = backbone.num_classes
         self.summary = {}
         self.mask_policy = options.get("mask_policy", "raw_normalize")
-        if self.mask_policy not in MASK_POLICIES:
-            raise ValueError(
-                f"mask_policy: got {self.mask_policy!r}; choose one of {', '.join(MASK_POLICIES)}"
-            )
         if self.mask_policy == "feature":
             backbone.require_pooled_tap()
         self.mixer: Mixer | None = None
         self.explain_with = options.get("explain_with", "scores")
-        if self.explain_with not in ("scores", "mask"):
-            raise ValueError(f"explain_with: got {self.explain_with!r}; choose 'scores' or 'mask'")
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         raise NotImplementedError
@@ -250,15 +239,11 @@ class Head(
         }
 
     def _save_pretrained(self, save_directory: Path, dtype: torch.dtype | None = None) -> None:
-        from safetensors.torch import save
-
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        state = self.state_dict()
         if dtype is not None:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        # Serialised in memory: a full disk is then an OSError of the write.
-        (save_directory / WEIGHTS_FILE).write_bytes(save(state, metadata={"format": "pt"}))
-        text = json.dumps(self.config(), indent=2, ensure_ascii=False) + "\n"
-        (save_directory / CONFIG_FILE).write_text(text, "utf-8", "backslashreplace")
+        put_tensors(save_directory / WEIGHTS_FILE, state)
+        put_json(save_directory / CONFIG_FILE, self.config())
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, backbone: Backbone, **options: Any) -> Head:  # type: ignore[override]
@@ -315,11 +300,6 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
     return HEADS.register(HeadEntry(name, **about))
 
 
-def _with_name(cls: Any, entry: HeadEntry) -> None:
-    with_name(cls, entry)
-    cls.__init__ = checked(cls.__init__)
-
-
 HEADS: Registry[Head, HeadEntry] = Registry(
     "xattn.heads",
     base=Head,
@@ -328,7 +308,7 @@ HEADS: Registry[Head, HeadEntry] = Registry(
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),
     adopt=adopting(Head, register_head),
-    mark=_with_name,
+    mark=with_checked_name,
 )
 
 
@@ -399,17 +379,9 @@ def save_head(
         head.summary = summary
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; choose one of {', '.join(DTYPES)}")
-    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), _is_head) as temporary:
+    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), read_by(read_config)) as temporary:
         head._save_pretrained(temporary, None if dtype is None else DTYPES[dtype])
     return Path(folder)
-
-
-def _is_head(folder: Path) -> bool:
-    try:
-        read_config(folder)
-    except (ValueError, OSError):
-        return False
-    return True
 
 
 def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Head:

@@ -1,4 +1,4 @@
-"""Multi-head attention of a few queries to many tokens, projected after pooling.
+"""Attention of a few queries to many tokens, projected after pooling, and self-attention of all tokens.
 
     s_qht = (W_q,h q) . (W_k,h x_t) / sqrt(d) = (W_k,h^T W_q,h q / sqrt(d)) . x_t
     o_q = W_o concat_h W_v,h (A_qh X)
@@ -6,10 +6,6 @@
 Keys and values are never formed: for Q queries and H heads that is 2 N Q H D instead of 2 N D^2
 multiplications, with the numbers of the usual order (Vaswani et al., arXiv 1706.03762). A bias of the
 keys adds the same number to all scores of a query, so there is none.
-
-Self-attention of all tokens, without biases except for an optional one of the output.
-
-softmax(X W_q,h (X W_k,h)^T / sqrt(d)) X W_v,h,   concatenated over the heads, then W_o (+ b)
 """
 
 from __future__ import annotations
@@ -22,7 +18,8 @@ from xattn.heads.pullback import Step, step
 
 
 class SelfAttention(nn.Module):
-    """The weights: 4 D^2 parameters, and D for the output's bias."""
+    """The weights of W_o concat_h softmax(X W_q,h (X W_k,h)^T / sqrt(d)) X W_v,h (+ b): 4 D^2 parameters,
+    and D for the output's bias."""
 
     def __init__(self, width: int, heads: int = 1, bias: bool = False) -> None:
         super().__init__()

@@ -81,34 +81,15 @@ class ClassSemanticAttention(nn.Module):
 
     def scores(self, evidence: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What goes into the sigmoids: (B, C_f) of the channels and (B, 1, ...) of the places; None for a
-        branch that is left out.
-
-        Raises:
-            ValueError: ``evidence`` has another number of axes or channels.
-        """
-        if evidence.ndim != 2 + self.axes or evidence.shape[1] != self.evidence:
-            shape = "(B, C_r, T)" if self.axes == 1 else "(B, C_r, h, w)"
-            raise ValueError(
-                f"evidence: got shape {tuple(evidence.shape)}; give {shape} of C_r = {self.evidence}"
-            )
+        branch that is left out."""
         return (
             None if self.channels is None else self.channels(evidence),
             None if self.places is None else self.places(evidence),
         )
 
     def forward(self, evidence: Tensor, features: Tensor) -> Tensor:
-        """F o s_c + F o s_t.
-
-        Raises:
-            ValueError: shapes that do not fit.
-        """
-        found = self.scores(evidence)
-        wanted = (evidence.shape[0], self.features, *evidence.shape[2:])
-        if features.shape != wanted:
-            raise ValueError(
-                f"features: got shape {tuple(features.shape)}; give {wanted}, as long as the evidence"
-            )
-        channels, places = found
+        """F o s_c + F o s_t."""
+        channels, places = self.scores(evidence)
         gates = [] if channels is None else [channels[(..., *[None] * self.axes)].sigmoid()]
         gates += [] if places is None else [places.sigmoid()]
         return features * sum(gates)

@@ -4,15 +4,9 @@
 
 Elements e are cells of a coarse grid: the ranks of cheap maps of the class, which the taps hold, the tokens
 of the first tap, and the place; s is linear in the ranks, plus a number for each place. Without memory d is
-the same at every step, and the order is a draw of Plackett and Luce, whose scores are a map. With memory d
+the same at every step, and the order is a draw of Plackett and Luce, whose scores are a map: the first
+place is drawn by softmax, the next by softmax over what is left, and so on. With memory d
 is an LSTM over the cells that were pointed to.
-
-Pointing: a distribution over the elements of the input, by additive attention (arXiv 1506.03134).
-
-    u_tj = v . tanh(W_1 e_j + W_2 d_t),    p_t = softmax over the j that are still allowed
-
-If d_t is the same at every step, the likelihood of an order is that of Plackett and Luce with the scores
-u_j: the first place is drawn by softmax, the next by softmax over what is left, and so on.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ LARGEST = 2**24  # entries of the tanh at once
 
 
 class Pointing(nn.Module):
-    """Scores (B, T, n) of elements (B, n, C) by queries (B, T, C)."""
+    """Scores v . tanh(W_1 e_j + W_2 d_t) (B, T, n) of elements e (B, n, C) by queries d (B, T, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -53,18 +47,6 @@ def left_over(orders: Tensor, count: int) -> Tensor:
     of no step before. Entries beyond them, such as -1, take none."""
     taken = orders[..., None] == torch.arange(count, device=orders.device)
     return taken.cumsum(1) - taken.long() == 0
-
-
-def plackett_luce(scores: Tensor, orders: Tensor) -> Tensor:
-    """Log likelihood (B,) of ``orders`` (B, T) of the elements with ``scores`` (B, n); T may be below n.
-
-    >>> plackett_luce(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2, 0]])).exp()
-    tensor([0.1667])
-    """
-    chosen = scores.gather(1, orders)
-    rest = scores.scatter(1, orders, -torch.inf).logsumexp(1, keepdim=True)
-    left = torch.cat([chosen, rest], 1).flip(1).logcumsumexp(1).flip(1)
-    return (chosen - left[:, :-1]).sum(1)
 
 
 Layers = Annotated[int, Where(lambda n: 0 <= n <= 8, "an int from 0 to 8")]

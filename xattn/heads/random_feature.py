@@ -6,32 +6,13 @@ Of M heads, W_m is random and stays as it is; the v_km solve a ridge regression 
 :meth:`RandomFeature.solve`. So a logit is a sum over patches, of which each map shows what a patch adds
 to that of the mean patch: logit_k = f_k(query, mean patch) + sum_i C_ki.
 
-Ridge regression in the dual, in float64: from the kernel of the examples alone.
-
-    alpha = (H K H + lambda I)^-1 H Y,    f(x) = b + sum_i alpha_i k(x_i, x),    H = I - 1 1^T / n
-
-The intercept b is not shrunk. lambda is given relative to the mean of the eigenvalues of H K H, so it does
-not depend on the scale of the features. All leave-one-out residuals follow from one decomposition,
-alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and they choose lambda.
-
-Features of random-feature attention (NeurIPS 2023, arXiv 2307.11353): M frozen heads with ReLU scores.
-
-    Phi_m = 1/N sum_i relu(x~_0^T W_m x~_i) x~_i,    x~ = [x; 1]
-
-RFA: W_m has independent entries of variance 1/4. BRFA: W_m is that plus W_0 = [I 0; 0 0], so a head begins
-with the product <x_0, x_i>. A function that is linear in Phi is what a single attention layer with M random
-heads computes; as M grows, the kernel of RFA becomes that of arc cosines, see :func:`arc_cosine`.
-
-Patches centred by a mean patch, reduced to principal components, and scaled; queries likewise.
-
-    x = V^T (u - mean u) / s,   x_0 = V^T (u_0 - mean u_0) / s_0,   with mean |x|^2 = mean |x_0|^2 = 1
-
-The statistics are those of photos, from :meth:`TokenScale.fit`; until then x = V^T u, V the first channels.
+W_m has independent entries of variance 1/4 (RFA), or is that plus W_0 = [I 0; 0 0], so that a head begins
+with the product <x_0, x_i> (BRFA). As M grows, the kernel of RFA becomes that of arc cosines (Cho and Saul
+2009). Patches x and queries x_0 are centred, reduced and scaled by :class:`TokenScale`.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -51,7 +32,11 @@ ALIKE = 1e-10  # share of the mean square below which a variance is rounding
 
 
 class TokenScale(nn.Module):
-    """Maps patches (..., C) and queries (..., C) to D dimensions.
+    """Patches and queries (..., C), centred, in D dimensions, and scaled.
+
+        x = V^T (u - mean u) / s,   x_0 = V^T (u_0 - mean u_0) / s_0,   with mean |x|^2 = mean |x_0|^2 = 1
+
+    The statistics are those of photos, from :meth:`fit`; until then x = V^T u, V the first channels.
 
     Args:
         channels: C.
@@ -175,20 +160,6 @@ def features(queries: Tensor, keys: Tensor) -> Tensor:
     return attention(queries @ keys.mT) @ keys
 
 
-def arc_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """E relu(<W, A>) relu(<W, B>) for matrices of which ``a`` and ``b`` (..., P) are the entries, over W
-    with independent normal entries of variance 1: |A| |B| (sqrt(1 - t^2) + t (pi - arccos t)) / (2 pi),
-    t the cosine between them (Cho and Saul 2009).
-
-    >>> x = torch.tensor([3.0, 4.0])
-    >>> arc_cosine(x, x).item(), arc_cosine(x, -x).item()
-    (12.5, 0.0)
-    """
-    sizes = a.norm(dim=-1) * b.norm(dim=-1)
-    t = ((a * b).sum(-1) / sizes).clamp(-1, 1)
-    return sizes * ((1 - t.square()).sqrt() + t * (math.pi - t.arccos())) / (2 * math.pi)
-
-
 # Half decades of lambda, relative to the mean eigenvalue.
 RIDGES = tuple(10 ** (k / 2) for k in range(-12, 7))
 SINGULAR = 1e-12  # eigenvalues below this share of the largest are 0
@@ -207,17 +178,21 @@ class RidgeFit(NamedTuple):
 
 
 class DualRidge:
-    """The decomposed ``kernel`` (n, n) of n examples, to fit any targets by.
+    """Ridge regression in the dual, in float64, on the ``kernel`` (n, n) of n examples.
+
+        alpha = (H K H + lambda I)^-1 H Y,    f(x) = b + sum_i alpha_i k(x_i, x),    H = I - 1 1^T / n
+
+    The intercept b is not shrunk. lambda is given relative to the mean of the eigenvalues of H K H, so it
+    does not depend on the scale of the features. All leave-one-out residuals follow from one
+    decomposition, alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and choose lambda.
 
     Raises:
-        ValueError: fewer than two examples, or a kernel that is not finite or the same for all of them.
+        ValueError: a kernel that is not finite, or the same for all examples.
     """
 
     def __init__(self, kernel: Tensor) -> None:
         kernel = kernel.double()
         n = len(kernel)
-        if n < 2:
-            raise ValueError(f"features: got {n} examples; give two or more")
         if not kernel.isfinite().all():
             raise ValueError("features: got numbers that are not finite; check the tokens")
         self.means = kernel.mean(0)
@@ -246,10 +221,8 @@ class DualRidge:
                 :data:`RIDGES` with the least squared leave-one-out error.
 
         Raises:
-            ValueError: a negative or infinite ridge, or one of 0 with a singular kernel.
+            ValueError: a ridge of 0 with a singular kernel.
         """
-        if ridge is not None and not 0 <= ridge < float("inf"):
-            raise ValueError(f"ridge: got {ridge}; give 0 or more, or None to choose it")
         if ridge == 0 and self.rank < len(self.values):
             raise ValueError(
                 f"ridge: got 0, and the kernel of {len(self.means)} examples is singular (rank "

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.heads.base import Head, register_head
+from xattn.heads.base import Head, MaskPolicy, register_head
 from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
 from xattn.heads.mixer import Depth
 from xattn.runtime.option_checks import Count
@@ -61,8 +61,6 @@ class Branch(nn.Module):
 def _fusion(kind: str, backbone: Backbone, channels: list[int], rank: int | None) -> Fusion:
     if kind == "per_class":
         return PerClassFusion(channels, backbone.num_classes)
-    if kind != "classifier":
-        raise ValueError(f"fusion: got {kind!r}; choose 'classifier' or 'per_class'")
     weight = backbone.classifier_weight
     if weight is None:
         raise ValueError(
@@ -105,7 +103,7 @@ class TTame(Head):
         skip: bool = True,
         norm: bool = True,
         activation: Literal["relu", "sigmoid"] = "relu",
-        mask_policy: str = "raw_normalize",
+        mask_policy: MaskPolicy = "raw_normalize",
         fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
         mixer: str | None = None,
@@ -166,7 +164,7 @@ class LCam(Head):
         self,
         backbone: Backbone,
         fusion: Literal["classifier", "per_class"] = "per_class",
-        mask_policy: str = "raw_normalize",
+        mask_policy: MaskPolicy = "raw_normalize",
         fusion_rank: Count | None = 64,
         explain_with: Literal["scores", "mask"] | None = None,
         mixer: str | None = None,

@@ -118,6 +118,8 @@ def _kind_and_values(hint: Any) -> tuple[Any, Literal["none", "one", "many"] | i
     if typing.get_origin(hint) is tuple:
         kinds = hint.__args__
         return kinds[0], "many" if kinds[-1] is ... else len(kinds)
+    if typing.get_origin(hint) is Annotated:
+        hint = hint.__origin__
     return hint, "none" if hint is bool else "one"
 
 

@@ -248,11 +248,36 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, argument: str = "output", mode: int = 0o666) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_file(path, argument, mode) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-            errors="backslashreplace",  # lone surrogates, which JSON reads back from \udc80
-        )
+        put_json(temporary, value)
+
+
+def put_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON into a folder that becomes whole later."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Lone surrogates are escaped, which JSON reads back from \udc80.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def put_tensors(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state dict as a safetensors file into a folder that becomes whole later. It is made in
+    memory first: a full disk is then an ``OSError`` of the write."""
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
+    """``is_ours`` of :func:`atomic_folder` for folders that ``read`` takes without an error."""
+
+    def is_ours(folder: Path) -> bool:
+        try:
+            read(folder)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    return is_ours
 
 
 def write_rows(

@@ -8,6 +8,7 @@ refuses ``queries=2.0``, ``gamma=nan`` and ``norm="false"``; a bool is no number
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import reprlib
@@ -65,6 +66,7 @@ class Belongs:
 
 
 Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1")]
+Whole: TypeAlias = Annotated[int, Where(lambda n: n >= 0, "0 or more")]
 Positive: TypeAlias = Annotated[
     float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
 ]
@@ -99,6 +101,13 @@ def check(name: str, value: Any, hint: Any) -> None:
         if isinstance(value, str) and not texts:
             note = " (options written as name=value are JSON: true, false, null, 4, 0.5)"
         raise ValueError(f"{name}: got {reprlib.repr(value)}; give {_words(hint)}{note}")
+
+
+def check_fields(made: Any) -> None:
+    """Raise a ``ValueError`` for the first field of a dataclass that its annotation does not allow."""
+    hints = get_type_hints(type(made), include_extras=True)
+    for field in dataclasses.fields(made):
+        check(field.name, getattr(made, field.name), hints[field.name])
 
 
 @functools.cache

@@ -50,7 +50,8 @@ class FullGrad(Explainer):
             images = self._move(inputs)
             biases = images.new_zeros(len(images), dtype=torch.float64)
             logits, x, layers = self._pass(images)
-            layers.part = lambda part, _: biases.add_(_by_image(part, len(images)))
+            # A part's batch may be several windows of each image.
+            layers.part = lambda part, _: biases.add_(part.double().reshape(len(images), -1).sum(1))
             image = self._gradient(logits, x, targets.to(logits.device)) * x.detach()
         return image.double().flatten(1).sum(1), biases
 
@@ -118,11 +119,6 @@ class _Layers(TorchFunctionMode):
 
             z.register_hook(hand_on)  # z itself an activation may change in place
         return z
-
-
-def _by_image(part: Tensor, count: int) -> Tensor:
-    """Sums (B,) of a part whose batch may be several windows of each image."""
-    return part.double().reshape(count, -1).sum(1)
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, without
 prefix tokens, as a map. Maps of several layers are fused as pytorch-grad-cam does: each is scaled to
 [0, 1] by its minimum and maximum, up-sampled to the image, and the mean is taken.
-
-Which module of a network a CAM method reads: the default, or the one of a dotted name.
 """
 
 from __future__ import annotations
@@ -274,7 +272,7 @@ class LayerExplainer(Explainer):
     """
 
     layer: nn.Module | str | None = None
-    layers: Sequence[nn.Module | str] = ()
+    layers: Any = ()
     reshape: Callable[[Tensor], Tensor] | None = None
     layer_name: str = field(init=False, default="")
     reader: LayerReader = field(init=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.masking.masked_passes import SuperpixelExplainer
+from xattn.runtime.option_checks import Positive
 
 
 @register_explainer("lime", title="LIME", cases=({"samples": 6},))
@@ -33,14 +34,8 @@ class Lime(SuperpixelExplainer):
             coefficients by about ridge / (ridge + sum of weights / 4).
     """
 
-    width: float = 0.25
-    ridge: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("width", self.width), ("ridge", self.ridge)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}: got {value}; give a positive number")
+    width: Positive = 0.25
+    ridge: Positive = 1.0
 
     def _coalitions(self, segments: int) -> Tensor:
         kept = self._generator(segments).random((self.samples, segments)) < 0.5

@@ -10,7 +10,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from xattn.explainers.base import ImageByImage
 from xattn.runtime.memory import ForwardBatches
-
-FILLS = ("black", "mean")
+from xattn.runtime.option_checks import Count, Positive, Where
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -35,13 +34,8 @@ class PerturbationExplainer(ImageByImage):
             colour of the backbone's preprocessing, 0 after normalisation.
     """
 
-    fill: str = "black"
+    fill: Literal["black", "mean"] = "black"
     perturbs = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fill not in FILLS:
-            raise ValueError(f"fill: got {self.fill!r}; choose one of {', '.join(FILLS)}")
 
     def _scores(
         self,
@@ -67,7 +61,7 @@ class PerturbationExplainer(ImageByImage):
         # other bits for another batch shape, and the repeats that fill up the last one cost time.
         steps = -(-count // self.max_forward_batch)
         batches = ForwardBatches(-(-count // steps))
-        fill = self._fill_color(image)
+        fill = self.backbone.mean.view(-1, 1, 1).to(image) if self.fill == "mean" else None
 
         def step(index: Tensor) -> Tensor:
             repeats = torch.arange(batches.size, device="cpu").clamp_max(len(index) - 1)
@@ -87,10 +81,6 @@ class PerturbationExplainer(ImageByImage):
         if batches.halved:
             self.max_forward_batch = batches.size
         return scores
-
-    def _fill_color(self, image: Tensor) -> Tensor | None:
-        """(3, 1, 1), or None for black."""
-        return self.backbone.mean.view(-1, 1, 1).to(image) if self.fill == "mean" else None
 
     def _generator(self, *key: object) -> np.random.Generator:
         """A generator that depends only on the explainer's name, the seed and ``key``."""
@@ -112,17 +102,13 @@ class SuperpixelExplainer(PerturbationExplainer):
         fill: see :class:`PerturbationExplainer`.
     """
 
-    samples: int = 500
-    n_segments: int = 50
-    compactness: float = 10.0
+    samples: Annotated[int, Where(lambda n: n >= 2, "an int of at least 2")] = 500
+    n_segments: Count = 50
+    compactness: Positive = 10.0
     forwards: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.samples = at_least("samples", self.samples, 2)
-        self.n_segments = at_least("n_segments", self.n_segments, 1)
-        if not self.compactness > 0:
-            raise ValueError(f"compactness: got {self.compactness}; give a positive number")
         self.forwards = self.samples
 
     @abstractmethod
@@ -160,10 +146,3 @@ def superpixels(image: Tensor, n_segments: int = 50, compactness: float = 10.0) 
     pixels = image.detach().double().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
     labels = slic(pixels, n_segments=n_segments, compactness=compactness, start_label=0)
     return torch.from_numpy(np.unique(labels, return_inverse=True)[1].reshape(labels.shape)).long()
-
-
-def at_least(name: str, value: int, low: int) -> int:
-    """``value``; a ``ValueError`` unless it is an int of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ValueError(f"{name}: got {value!r}; give an int of at least {low}")
-    return int(value)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.masking.masked_passes import PerturbationExplainer, at_least
+from xattn.explainers.masking.masked_passes import PerturbationExplainer
+from xattn.runtime.option_checks import Count
 
 
 @register_explainer("occlusion", title="Occlusion", cases=({"size": 16, "stride": 16},))
@@ -31,13 +32,11 @@ class Occlusion(PerturbationExplainer):
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.
     """
 
-    size: int | None = None
-    stride: int | None = None
+    size: Count | None = None
+    stride: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.size = None if self.size is None else at_least("size", self.size, 1)
-        self.stride = None if self.stride is None else at_least("stride", self.stride, 1)
         rows, columns = self._windows(*self.backbone.preprocessing.input_size)
         self.forwards = 1 + len(rows) * len(columns)
 

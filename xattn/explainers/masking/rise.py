@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.masking.masked_passes import PerturbationExplainer, at_least
+from xattn.explainers.masking.masked_passes import PerturbationExplainer
+from xattn.runtime.option_checks import Count, Where
 
 
 @register_explainer("rise", title="RISE", cases=({"masks": 6},))
@@ -32,16 +34,12 @@ class Rise(PerturbationExplainer):
         fill: ``"mean"`` is the paper's, which masks normalised images with zeros.
     """
 
-    masks: int = 1000
-    cells: int = 7
-    keep: float = 0.5
+    masks: Count = 1000
+    cells: Count = 7
+    keep: Annotated[float, Where(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.masks = at_least("masks", self.masks, 1)
-        self.cells = at_least("cells", self.cells, 1)
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep: got {self.keep}; give a probability between 0 and 1")
         self.forwards = self.masks
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:

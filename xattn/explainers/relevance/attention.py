@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from xattn.backbone import Backbone
 from xattn.explainers.base import Choose, Explainer
 
 Start = str | Sequence[int]
+Fusion = Literal["mean", "max", "min"]
 CLASS_AND_PATCHES = "class+patches"
 
 
@@ -171,12 +172,6 @@ def fuse(per_head: Tensor, fusion: str) -> Tensor:
     if fusion == "mean":
         return per_head.mean(1)
     return per_head.amax(1) if fusion == "max" else per_head.amin(1)
-
-
-def check_fusion(fusion: str) -> str:
-    if fusion not in ("mean", "max", "min"):
-        raise ValueError(f"fusion: got {fusion!r}; give 'mean', 'max' or 'min'")
-    return fusion
 
 
 # ---------------------------------------------------------------------- what a model's attention is

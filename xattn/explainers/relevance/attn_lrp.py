@@ -14,13 +14,14 @@ passes through the values, and the map's provenance says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from xattn.attention.record import answering_by, fused_layers
 from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.explainers.gradients import class_gradients
 from xattn.explainers.relevance.attention import patch_grid
 from xattn.explainers.relevance.attn_lrp_functions import Rules
 
@@ -38,13 +39,11 @@ class AttnLrp(Explainer):
         ValueError: a model without attention, or one that calls a function without a rule.
     """
 
-    at: str = "tokens"
+    at: Literal["tokens", "pixels"] = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        backbone, at = self.backbone, self.at
-        if at not in ("tokens", "pixels"):
-            raise ValueError(f"at: got {at!r}; give 'tokens' or 'pixels'")
+        backbone = self.backbone
         if self._reads_embeddings and not hasattr(backbone.model, "patch_embed"):
             raise ValueError(f"at='tokens': {backbone.name} has no patch_embed; give at='pixels'")
         with self._guard(), torch.enable_grad():
@@ -78,12 +77,8 @@ class AttnLrp(Explainer):
         with torch.enable_grad():
             logits, x, _ = self._run(images)
             classes = self._chosen(choose, logits.detach())
-            maps: list[Tensor] = []
-            for column in classes.unbind(1):
-                score = logits.gather(1, column[:, None]).sum()
-                last = len(maps) == classes.shape[1] - 1
-                grad = torch.autograd.grad(score, x, retain_graph=not last)[0]
-                maps.append(self._map(x.detach() * grad, images))
+            gradients = class_gradients(logits, x, classes)
+            maps = [self._map(x.detach() * gradient, images) for gradient in gradients]
         return logits.detach(), classes, torch.stack(maps, 1)
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:

@@ -13,6 +13,7 @@ A_l are the weights with which it pools z_l, as in the paper.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ from xattn.explainers.gradients import probe_image
 from xattn.explainers.relevance.attention import AttentionExplainer, Reading, Start, read_attention
 from xattn.explainers.relevance.token_blocks import block_outputs, output_replaced, token_blocks
 from xattn.kernels.softmax.reference import widen
-
-POOLS = ("average", "model")
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,11 @@ class LeGrad(AttentionExplainer):
 
     gradients = True
 
-    pool: str = "average"
+    pool: Literal["average", "model"] = "average"
     layers: int | None = None
     start: Start | None = field(default="patches", init=False)
     _classified: str = field(default="last", init=False)
     _blocks: list[nn.Module] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise ValueError(f"pool: got {self.pool!r}; give 'average' or 'model'")
-        super().__post_init__()
 
     def _check(self, reading: Reading) -> None:
         check_layers(self.layers, len(reading.layers))

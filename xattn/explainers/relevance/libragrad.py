@@ -24,7 +24,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,6 @@ from xattn.explainers.relevance.attn_lrp import AttnLrp
 from xattn.explainers.relevance.attn_lrp_functions import Rules
 from xattn.explainers.relevance.token_blocks import block_inputs, token_blocks
 from xattn.kernels.softmax.reference import widen
-
-BASES = ("fullgrad_plus", "fullgrad", "input_x_gradient")
 
 
 @register_explainer(
@@ -60,11 +58,9 @@ class LibraGrad(AttnLrp):
             calls a function without a rule.
     """
 
-    base: str = "fullgrad_plus"
+    base: Literal["fullgrad_plus", "fullgrad", "input_x_gradient"] = "fullgrad_plus"
 
     def __post_init__(self) -> None:
-        if self.base not in BASES:
-            raise ValueError(f"base: got {self.base!r}; choose one of {', '.join(BASES)}")
         if self.at == "pixels" and self.base != "input_x_gradient":
             raise ValueError(
                 f"at='pixels': base {self.base!r} adds up tokens; give base='input_x_gradient'"

@@ -9,17 +9,25 @@ denominator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xattn.explainers.base import Choose, Explainer, register_explainer
-from xattn.explainers.gradients import calling, check_same_logits, named, probe_image
+from xattn.explainers.gradients import (
+    calling,
+    check_same_logits,
+    class_gradients,
+    named,
+    probe_image,
+)
+from xattn.runtime.option_checks import Where
+
+NotNegative = Annotated[float, Where(lambda x: x >= 0, "a finite number of at least 0")]
 
 
 @register_explainer("lrp", title="LRP", networks=("cnn",))
@@ -46,15 +54,12 @@ class Lrp(Explainer):
         ValueError: a network that calls a function without a rule; the message names it and its layer.
     """
 
-    gamma: float = 0.25
-    epsilon: float | None = None
+    gamma: NotNegative = 0.25
+    epsilon: NotNegative | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.backbone
-        for name, value in (("gamma", self.gamma), ("epsilon", self.epsilon)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: got {value}; give a finite number of at least 0")
         rules = _Rules(self.gamma, self.epsilon)
         with self._guard(), torch.enable_grad():
             images = self._move(probe_image(backbone))
@@ -74,12 +79,8 @@ class Lrp(Explainer):
         with torch.enable_grad():
             logits, x = self._run(images, _Rules(self.gamma, self.epsilon))
             classes = self._chosen(choose, logits.detach())
-            maps: list[Tensor] = []
-            for column in classes.unbind(1):
-                score = logits.gather(1, column[:, None]).sum()
-                last = len(maps) == classes.shape[1] - 1
-                gradient = torch.autograd.grad(score, x, retain_graph=not last)[0]
-                maps.append((x.detach() * gradient).sum(1))
+            gradients = class_gradients(logits, x, classes)
+            maps = [(x.detach() * gradient).sum(1) for gradient in gradients]
         return logits.detach(), classes, torch.stack(maps, 1)
 
     def _run(self, images: Tensor, rules: _Rules) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ from xattn.attention.record import Call
 from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.attention import (
     AttentionExplainer,
+    Fusion,
     Reading,
     Start,
-    check_fusion,
     choose_layer,
     first_row,
     fuse,
@@ -43,12 +43,7 @@ class RawAttention(AttentionExplainer):
     """
 
     layer: int = -1
-    fusion: str | int = "mean"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.fusion, int):
-            check_fusion(self.fusion)
-        super().__post_init__()
+    fusion: Fusion | int = "mean"
 
     def _check(self, reading: Reading) -> None:
         layers = len(reading.layers) + (self.start is None)

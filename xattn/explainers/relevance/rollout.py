@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,13 +24,14 @@ from xattn.attention.statistics import row_shares
 from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.attention import (
     AttentionExplainer,
+    Fusion,
     Reading,
-    check_fusion,
     choose_layer,
     first_row,
     fuse,
     layers_text,
 )
+from xattn.runtime.option_checks import Share, Where
 
 
 @register_explainer("rollout", title="Attention rollout", networks=("vit",))
@@ -50,19 +52,11 @@ class Rollout(AttentionExplainer):
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
-    fusion: str = "mean"
-    residual: float = 0.5
-    discard: float = 0.0
+    fusion: Fusion = "mean"
+    residual: Annotated[float, Where(lambda x: 0 <= x <= 1, "a weight in [0, 1]")] = 0.5
+    discard: Share = 0.0
     keep_class: bool = True
     start_layer: int = 0
-
-    def __post_init__(self) -> None:
-        check_fusion(self.fusion)
-        if not 0 <= self.residual <= 1:
-            raise ValueError(f"residual: got {self.residual}; give a weight in [0, 1]")
-        if not 0 <= self.discard < 1:
-            raise ValueError(f"discard: got {self.discard}; give a share in [0, 1)")
-        super().__post_init__()
 
     def _check(self, reading: Reading) -> None:
         self.start_layer = choose_layer(self.start_layer, len(reading.layers), "start_layer")
