@@ -48,7 +48,7 @@ from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, check_folder, write_json
-from xattn.training.distilling import share_of_peak
+from xattn.training.optimizers import share_of_peak
 
 
 @dataclass(frozen=True)

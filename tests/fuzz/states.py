@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from xattn.eval.probing import check_results
 from xattn.heads import create_head
 from xattn.parts import cut_parts
 from xattn.training import fit
-from xattn.training.features import cache_features, open_features
+from xattn.training.features import cache_features
 from xattn.training.run_folder import claim
 
 QUICK = TrainConfig(recipe="small", epochs=2, batch_size=2, workers=0, checkpoint_every=1)
@@ -177,7 +178,11 @@ def _features(folder: Path) -> None:
 
 
 def _open(folder: Path) -> None:
-    found = open_features(folder / "features")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is damaged is named, and computed again
+        found = cache_features(
+            network(), photos(folder / "photos"), folder / "features", progress=False
+        )
     found.taps(range(len(found)))
     list(found.skipped)
 

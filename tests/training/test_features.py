@@ -17,7 +17,7 @@ from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.training import cache
 from xattn.training import features as module
-from xattn.training.features import cache_features, open_features
+from xattn.training.features import cache_features
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,9 @@ def test_a_finished_cache_is_read_without_the_backbone(vit, photos, tmp_path, mo
     first = cached(vit, photos, tmp_path / "f")
     monkeypatch.setattr(module, "_block_tokens", lambda *_: pytest.fail("computed again"))
     assert same(first, cached(vit, photos, tmp_path / "f"))
-    assert same(first, open_features(tmp_path / "f"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
+@pytest.mark.parametrize("size", [2, 7])
 def test_the_batch_size_changes_nothing_but_rounding(vit, photos, tmp_path, size):
     a = cached(vit, photos, tmp_path / "a").batch(range(7)).patches[-1]
     b = cached(vit, photos, tmp_path / "b", batch_size=size).batch(range(7)).patches[-1]
@@ -187,13 +186,10 @@ def test_the_rows_of_a_damaged_shard_are_computed_again(
         file.rename(folder / "rows-00000001-00000004.safetensors")
     else:
         file.unlink()
-    with pytest.raises(ValueError, match=r"features: .*cache (the same photos )?again") as error:
-        open_features(folder)
-    assert "\n" not in str(error.value)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         features = cached(vit, photos, folder)
-    assert len(counted) == 1 and same(features, open_features(whole))
+    assert len(counted) == 1 and same(features, cached(vit, photos, whole))
     said = [str(w.message).startswith("features: not as written in") for w in caught]
     assert said == [True] * (damage != "gone")
     assert file.read_bytes() == data
@@ -205,16 +201,14 @@ def test_a_damaged_key_is_written_again_where_the_rows_are_of_it(
 ):
     folder = shutil.copytree(whole, tmp_path / "f")
     (folder / "key.json").write_text(text) if text is not None else (folder / "key.json").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="features: "):
-        open_features(folder)
     with pytest.raises(ValueError, match="features: .*(damaged|holds no features)"):
         cached(vit, photos, folder, dtype="float16")
     with pytest.warns(UserWarning, match="key.json was damaged"):
         cached(vit, photos, folder)
-    assert not counted and same(open_features(folder), open_features(whole))
+    assert not counted and same(cached(vit, photos, folder), cached(vit, photos, whole))
 
 
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.99])
+@pytest.mark.parametrize("place", [0.2, 0.99])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_flipped_bit_is_noticed_when_its_shard_is_read(vit, photos, tmp_path, place, dtype):
     folder = tmp_path / "f"
@@ -224,15 +218,13 @@ def test_a_flipped_bit_is_noticed_when_its_shard_is_read(vit, photos, tmp_path, 
     header = 8 + int.from_bytes(data[:8], "little")
     data[header + int(place * (len(data) - header))] ^= 1
     file.write_bytes(data)
-    for features in (cached(vit, photos, folder, dtype=dtype, views=2), open_features(folder)):
-        intact = features.batch([0, 4, 6])
-        assert torch.equal(intact.prefix, features.batch([0, 4, 6]).prefix)
-        for _ in range(2):
-            with pytest.raises(
-                ValueError, match=r"features: .*rows-00000010-.*cache again"
-            ) as error:
-                features.taps([0, 4, 6], torch.tensor([0, 1, 0]))
-            assert "\n" not in str(error.value)
+    features = cached(vit, photos, folder, dtype=dtype, views=2)
+    intact = features.batch([0, 4, 6])
+    assert torch.equal(intact.prefix, features.batch([0, 4, 6]).prefix)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"features: .*rows-00000010-.*cache again") as error:
+            features.taps([0, 4, 6], torch.tensor([0, 1, 0]))
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -254,8 +246,6 @@ def test_bad_arguments_and_folders(vit, photos, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="is a file"):
         cached(vit, photos, tmp_path / "mine/notes.txt")
-    with pytest.raises(FileNotFoundError, match="no features"):
-        open_features(tmp_path / "mine")
 
 
 def test_features_that_are_not_finite_are_refused(vit, photos, tmp_path, monkeypatch):
@@ -274,7 +264,7 @@ def test_features_that_are_not_finite_are_refused(vit, photos, tmp_path, monkeyp
 # ---------------------------------------------------------------- interrupts and full disks
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("block", [0, 2])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     vit, photos, tmp_path, monkeypatch, block
 ):
@@ -291,8 +281,6 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
         patch.setattr(module, "_block_tokens", stop)
         with pytest.raises(KeyboardInterrupt):
             cached(vit, photos, tmp_path / "b")
-    with pytest.raises(ValueError, match="not finished"):
-        open_features(tmp_path / "b")
     calls.clear()
     monkeypatch.setattr(module, "_block_tokens", lambda *args: (calls.append(1), real(*args))[1])
     resumed = cached(vit, photos, tmp_path / "b")
@@ -300,12 +288,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     assert same(whole, resumed)
 
 
-@pytest.mark.parametrize("write", [1, 2, 3])
+@pytest.mark.parametrize("write", [2])
 def test_a_run_that_dies_in_a_block_computes_the_block_again(vit, photos, tmp_path, write):
     with dies_in_write(write):
         cached(vit, photos, tmp_path / "b")
-    with pytest.raises(ValueError, match="not finished"):
-        open_features(tmp_path / "b")
     assert same(cached(vit, photos, tmp_path / "a"), cached(vit, photos, tmp_path / "b"))
     assert not list((tmp_path / "b").glob(".*"))
 

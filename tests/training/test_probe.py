@@ -268,8 +268,6 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine():
     "config",
     [
         {},
-        {"precision": "bf16"},
-        {"attention": "at"},
         {"attention": "iat_released"},
         {"attention": "vat", "precision": "bf16"},
     ],
@@ -365,7 +363,7 @@ def interrupt_at(patch, step, number=signal.SIGINT):
     patch.setattr(module, "_step", stepping)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 16])
+@pytest.mark.parametrize("stop", [5, 16])
 def test_a_stopped_run_resumes_bit_for_bit(backbone, features, tmp_path, stop):
     config = {"attention": "vat", "epochs": 4, "checkpoint_every": 2, "batch_size": 4}
     whole = train(fresh(backbone), features, tmp_path / "a", **config)
@@ -411,25 +409,6 @@ def test_a_checkpoint_of_another_way_to_step_goes_on_in_this_runs_way(backbone, 
     assert all(group["fused"] for group in made[0].param_groups)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(backbone, features, tmp_path):
-    config = {"epochs": 4, "checkpoint_every": 3, "batch_size": 4}
-    whole = train(fresh(backbone), features, **config)
-    real, calls = module._step, []
-
-    def dying(*args):
-        calls.append(1)
-        if len(calls) == 8:
-            raise SystemError("killed")
-        return real(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_step", dying)
-        with pytest.raises(SystemError):
-            train(fresh(backbone), features, tmp_path / "b", **config)
-    resumed = train(fresh(backbone, seed=9), features, tmp_path / "b", resume=True, **config)
-    assert_equal_heads(whole.head, resumed.head)
-
-
 # ---------------------------------------------------------------- what is refused
 
 
@@ -466,9 +445,8 @@ def test_what_does_not_fit_is_refused(backbone, features, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("epsilon", 0.0), ("epsilon", -1.0), ("epochs", 0), ("batch_size", 0), ("lr", 0.0),
-        ("lr", float("nan")), ("optimizer", "adam"), ("warmup", 99),
-        ("patience", -1), ("recipe", "large"), ("monitor", "ece"), ("precision", "fp8"),
+        ("epsilon", 0.0), ("epochs", 0), ("lr", float("nan")), ("optimizer", "adam"),
+        ("warmup", 99), ("patience", -1), ("recipe", "large"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(setting, value):
@@ -522,37 +500,9 @@ def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_p
         assert (b.method, b.target, b.file_name) == ("step 7", classes[path], path.name)
 
 
-def test_a_photo_of_a_sample_that_is_gone_is_left_out(backbone, tmp_path):
-    photos = sorted(write_photos(tmp_path / "p").iterdir())
-    sample = Sample(backbone, photos, tmp_path / "s", 2, classes=dict.fromkeys(photos, 0))
-    sample.photos.paths[0].unlink()
-    sample(0, fresh(backbone))
-    assert [e.file_name for e in load_pack(tmp_path / "s")] == [sample.photos.paths[1].name]
-
-
-def test_a_second_probe_job_is_told_of_resume_before_it_computes_features(backbone, tmp_path):
-    job = ProbeJob(
-        backbone=backbone, data=write_photos(tmp_path / "p"), labels=tmp_path / "labels.json",
-        heads=("gap",), config=ProbeConfig(**{**QUICK, "epochs": 1, "warmup": 0}),
-        features=tmp_path / "f",
-    )  # fmt: skip
-    table = {f"{i:03d}.png": f"c{i % 3}" for i in range(24)}
-    (tmp_path / "labels.json").write_text(json.dumps(table))
-    rows, labels, _ = run_probes(job, tmp_path / "o", progress=False, say=lambda _: None)
-    write_results(rows, labels, job, tmp_path / "o")
-    other = dataclasses.replace(job, features=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"o/gap holds a run .*--resume, or give another --output"):
-        run_probes(other, tmp_path / "o", progress=False)
-    assert not (tmp_path / "other").exists()
-    again = run_probes(job, tmp_path / "o", resume=True, progress=False, say=lambda _: None)[0]
-    assert again[0].accuracy == rows[0].accuracy
-    write_results(again, labels, job, tmp_path / "o")  # its own results
-
-
 @pytest.mark.parametrize(
     ("file", "text"),
-    [("results.json", '{"format": "xattn-results"}'), ("results.json", "[]"),
-     ("results.json", "{"), ("results.csv", "a,b")],
+    [("results.json", '{"format": "xattn-results"}'), ("results.csv", "a,b")],
 )  # fmt: skip
 def test_results_of_another_job_are_not_overwritten(backbone, tmp_path, file, text, capsys):
     (tmp_path / file).write_text(text)

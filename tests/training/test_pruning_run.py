@@ -18,8 +18,14 @@ from xattn.backbone.pruning import pruned
 from xattn.cli import main
 from xattn.config import PruneConfig
 from xattn.training import pruning_run
-from xattn.training.pruning_run import read_photos, split
-from xattn.training.students.pruned import PrunedStudent, check_tail, choose_heads, seen_by
+from xattn.training.pruning_run import (
+    PrunedStudent,
+    check_tail,
+    choose_heads,
+    read_photos,
+    seen_by,
+    split,
+)
 
 HEADS = PruneConfig(batch_size=4, epochs=3, scored=8, checkpoint_every=2)
 SHRP = replace(HEADS, method="shrp", lr=1e-3, epochs=6)
@@ -159,8 +165,8 @@ def test_unreadable_photos_are_left_out_and_told(vit, photos, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"keep": 0}, "keep: got 0; give a positive number"),
-        ({"method": "tails"}, "method: got 'tails'; choose one of heads, shrp"),
+        ({"keep": 0}, "keep: got 0; give an int of at least 1"),
+        ({"method": "tails"}, "method: got 'tails'; give 'heads' or 'shrp'"),
         ({"method": "shrp", "keep": 2}, "keep: got 2; shrp keeps a single head, give 1"),
         ({"method": "shrp", "epochs": 0}, "epochs: got 0; shrp trains what it puts in"),
         ({"routed": 1.0}, "routed: got 1.0; give a share of the steps"),

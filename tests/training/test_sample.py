@@ -78,16 +78,6 @@ def test_a_resumed_run_keeps_the_maps_of_before(backbone, photos, tmp_path):
         np.testing.assert_array_equal(a.map, b.map)
 
 
-def test_the_head_stays_in_its_mode_and_the_random_numbers_where_they_were(
-    backbone, photos, tmp_path
-):
-    head = new_head(backbone).train()
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    Sample(backbone, photos, tmp_path / "sample", 2)(0, head)
-    assert head.training and torch.equal(before, torch.random.get_rng_state())
-
-
 def test_photos_that_cannot_be_read_are_passed_over(backbone, photos, tmp_path):
     for name in ("0.png", "2.png"):
         (photos / name).write_bytes(b"")

@@ -9,12 +9,11 @@ import copy
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 import xattn
-from xattn.config import AttentionTraining, DistillConfig, ProbeConfig, TrainConfig
+from xattn.config import DistillConfig, ProbeConfig, TrainConfig
 from xattn.heads import (
     AttentiveHead,
     MemeTector,
@@ -44,11 +43,11 @@ COUPLED = ["aim", "delf", "gap", "memetector"]  # BatchNorm of tokens or none, d
 def cases(dtype):
     """(name, head, options, config, data) of every training: ``fit`` has photos, ``probe`` features.
 
-    What differs by a setting and not by the head is trained in float64 alone.
+    Float64 tells; in float32 a few heads show that nothing but rounding is added.
     """
     fine = dtype == "float64"
     published = {"epochs": 2, "lr": 0.05, "workers": 0}
-    for name in [n for n in HEADS if n not in CLASSIFIERS]:
+    for name in [n for n in HEADS if n not in CLASSIFIERS and (fine or n == "ttame")]:
         fusions = ("classifier", "per_class") if "fusion" in head_options(name) else ("classifier",)
         for fusion in fusions:
             for mode in ("batch", "own", "top") if fine else ("batch",):
@@ -63,17 +62,17 @@ def cases(dtype):
     ):  # not ttame: its bias adds a constant, to which outcomes are blind, so rounding moves it
         config = TrainConfig("outcomes", epochs=6, lr=0.01, workers=0, masks=8, batch_size=BATCH)
         yield "outcomes-evidence", "evidence", {}, config, "photos"
-    for name in COUPLED:  # fit takes classifiers, too, and trains their maps
+    for name in COUPLED if fine else []:  # fit takes classifiers, too, and trains their maps
         config = TrainConfig(**{**published, "epochs": 3, "lr": 5e-4}, batch_size=BATCH)
         yield f"fit-{name}", name, {}, config, "even photos"
     probing = {"epochs": 2, "warmup": 1, "lr": 1.0, "batch_size": BATCH}
-    for name in CLASSIFIERS:
+    for name in CLASSIFIERS if fine else ["abmilp", "cait"]:
         yield f"probe-{name}", name, {}, ProbeConfig(**probing), "features"
     if fine:
         for name in [n for n in COUPLED if head_class(n).learns_scores]:
             config = ProbeConfig(**probing, attention="vat")
             yield f"probe-{name}-vat", name, {}, config, "features"
-        for attention in get_args(AttentionTraining):
+        for attention in ("none", "random", "iat"):
             anchors = {"reliability": {"anchors": 2}}
             config = ProbeConfig(**probing, attention=attention)
             yield f"probe-anchors-{attention}", "efficient_probe", anchors, config, "features"

@@ -575,7 +575,6 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
 
 list_explainers = EXPLAINERS.names
 explainer_class = EXPLAINERS.get
-explainer_entry = EXPLAINERS.entry
 # Rows of tables that a method has to beat, by the prefix of their names.
 CONTROLS = {
     "qk_randomized_": "random attention",

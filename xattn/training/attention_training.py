@@ -26,7 +26,8 @@ from xattn.heads.attended import Attended
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.base import keeping_statistics
 from xattn.kernels.softmax.reference import widen
-from xattn.registry import Registry, Table, adopting, with_name
+from xattn.registry import Registry, Table, adopting, with_checked_name
+from xattn.runtime.option_checks import Count, Positive
 
 LossFn: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -64,21 +65,12 @@ class Perturbation:
         seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
             raises by 1. A resumed run sets ``step``. Where several processes share a batch, each sets
             ``examples`` to its rows and the size of the batch: numbers are drawn for the whole batch.
-
-    Raises:
-        ValueError: epsilon is not a positive number.
     """
 
     name: ClassVar[str]
-    needs_target: ClassVar[bool] = True
     examples: tuple[Sequence[int], int] | None = None
 
-    def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
-        if not 0 < epsilon < float("inf"):
-            raise ValueError(
-                f"epsilon: got {epsilon}; give a positive norm, or train with 'none' to leave the "
-                f"scores alone"
-            )
+    def __init__(self, epsilon: Positive, weight: float = 1.0, seed: int = 0) -> None:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
@@ -109,12 +101,8 @@ class Perturbation:
             target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also take None.
             module: the module whose BatchNorm layers ``predict`` runs; their running statistics are then
                 updated by the clean pass only.
-
-        Raises:
-            ValueError: ``target`` is missing or not (B,) integers, a shape does not fit.
         """
         valid = _valid(scores, mask)
-        self._check_target(target, len(scores))
         wide = widen(scores)
         if not wide.requires_grad:
             wide = wide.detach().requires_grad_()
@@ -130,19 +118,6 @@ class Perturbation:
     def _extra(self, done: _Clean) -> Tensor:
         """The loss at s + r, before its weight."""
         raise NotImplementedError
-
-    def _check_target(self, target: Tensor | None, count: int) -> None:
-        if target is None:
-            if self.needs_target:
-                raise ValueError(
-                    f"target: got None, and {self.name!r} needs labels; train on unlabelled "
-                    f"examples with 'vat' or 'ivat'"
-                )
-        elif target.shape != (count,) or target.is_floating_point():
-            raise ValueError(
-                f"target: got {target.dtype} of shape {tuple(target.shape)}; give ({count},) class "
-                f"indices, {UNLABELLED} for an unlabelled example"
-            )
 
     def _noise(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Random unit vectors, drawn on the CPU so that they are the same for every device."""
@@ -179,7 +154,7 @@ METHODS: Registry[Perturbation, PerturbationEntry] = Registry(
     argument="attention training",
     ordered=True,
     adopt=adopting(Perturbation, register_perturbation),
-    mark=with_name,
+    mark=with_checked_name,
 )
 PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
 """The methods by name."""
@@ -218,7 +193,7 @@ class AttentionAT(Perturbation):
         # The clean pass is differentiated twice: here w.r.t. the scores, later w.r.t. the parameters.
         gradient = _gradient(done.clean, done.scores, retain_graph=True)
         r = self._along(gradient, done.scores.detach(), done.valid)
-        return _mean(_cross_entropy(done.predict(_added(done.scores, r)), done.target), done.target)
+        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
 @register_perturbation("random")
@@ -231,7 +206,7 @@ class RandomPerturbation(Perturbation):
     def _extra(self, done: _Clean) -> Tensor:
         assert done.target is not None
         r = self._sized(self._noise(done.scores.detach(), done.valid))
-        return _mean(_cross_entropy(done.predict(_added(done.scores, r)), done.target), done.target)
+        return _mean(_cross_entropy(done.predict(done.scores + r), done.target), done.target)
 
 
 @register_perturbation("vat")
@@ -243,23 +218,15 @@ class AttentionVAT(Perturbation):
         iterations: of the power method.
     """
 
-    needs_target = False
-
     def __init__(
         self,
-        epsilon: float,
+        epsilon: Positive,
         weight: float = 1.0,
         seed: int = 0,
-        xi: float = 0.1,
-        iterations: int = 1,
+        xi: Positive = 0.1,
+        iterations: Count = 1,
     ) -> None:
         super().__init__(epsilon, weight, seed)
-        if not 0 < xi < float("inf"):
-            raise ValueError(
-                f"xi: got {xi}; give a positive step such as 0.1, the divergence has no slope at 0"
-            )
-        if iterations < 1:
-            raise ValueError(f"iterations: got {iterations}; give at least 1")
         self.xi, self.iterations = xi, iterations
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
@@ -279,7 +246,7 @@ class AttentionVAT(Perturbation):
             return divergence(done.logits, done.predict(scores))
 
         r = self.perturbation(done.scores, moved, done.valid)
-        return moved(_added(done.scores, r)).mean()
+        return moved(done.scores + r).mean()
 
 
 class _Differences(Perturbation):
@@ -319,14 +286,14 @@ class AttentionIAT(_Differences, AttentionAT):
 
     def __init__(
         self,
-        epsilon: float,
+        epsilon: Positive,
         weight: float = 1.0,
         seed: int = 0,
         norm: Literal["matrix", "row", "released"] = "matrix",
         rescale: bool = True,
     ) -> None:
         super().__init__(epsilon, weight, seed)
-        self.norm, self.rescale = _one_of(norm, ("matrix", "row", "released")), rescale
+        self.norm, self.rescale = norm, rescale
 
     def _sized(self, r: Tensor) -> Tensor:
         return super()._sized(-r if self.norm == "released" else r)
@@ -340,7 +307,7 @@ class AttentionIATReleased(AttentionIAT):
     learning rate.
     """
 
-    def __init__(self, epsilon: float, weight: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, epsilon: Positive, weight: float = 1.0, seed: int = 0) -> None:
         super().__init__(epsilon, weight, seed, norm="released")
 
 
@@ -351,16 +318,16 @@ class AttentionIVAT(_Differences, AttentionVAT):
 
     def __init__(
         self,
-        epsilon: float,
+        epsilon: Positive,
         weight: float = 1.0,
         seed: int = 0,
-        xi: float = 0.1,
-        iterations: int = 1,
+        xi: Positive = 0.1,
+        iterations: Count = 1,
         norm: Literal["matrix", "row"] = "matrix",
         rescale: bool = True,
     ) -> None:
         super().__init__(epsilon, weight, seed, xi, iterations)
-        self.norm, self.rescale = _one_of(norm, ("matrix", "row")), rescale
+        self.norm, self.rescale = norm, rescale
 
 
 def create_perturbation(name: str, **options: Any) -> Perturbation:
@@ -386,7 +353,6 @@ def head_loss(
     perturbation they stay inside the pooling op.
     """
     if isinstance(perturbation, NoPerturbation):
-        perturbation._check_target(target, len(attended.values))
         perturbation.step += 1
         return _mean(_cross_entropy(head.predict(attended), target), target)
     return perturbation.loss(
@@ -412,16 +378,6 @@ def _mean(losses: Tensor, target: Tensor) -> Tensor:
     return losses.sum() / (target != UNLABELLED).sum().clamp_min(1)
 
 
-def _added(scores: Tensor, r: Tensor) -> Tensor:
-    """s + r, of one shape: a broadcast r would have another norm than epsilon."""
-    if r.shape != scores.shape or not r.is_floating_point():
-        raise ValueError(
-            f"perturbation: got r in {r.dtype} of shape {tuple(r.shape)}; give floating point of the "
-            f"scores' shape {tuple(scores.shape)}"
-        )
-    return scores + r
-
-
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
     """dL/d(at) up to a positive factor, since only directions count.
 
@@ -441,19 +397,10 @@ def _unit(x: Tensor) -> Tensor:
 
 def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Where the scores (B, Q, T) or (B, T) are real; ``mask`` is (B, T), or of their shape."""
-    if scores.ndim not in (2, 3):
-        raise ValueError(f"scores: got shape {tuple(scores.shape)}; give (B, Q, T) or (B, T)")
     valid = scores.detach() > -torch.inf
     if mask is None:
         return valid
-    if mask.shape == scores.shape:
-        return valid & mask
-    if mask.shape != (scores.shape[0], scores.shape[-1]):
-        raise ValueError(
-            f"mask: got shape {tuple(mask.shape)}; give ({scores.shape[0]}, {scores.shape[-1]}), "
-            f"true at real tokens"
-        )
-    return valid & mask[:, None]
+    return valid & (mask if mask.shape == scores.shape else mask[:, None])
 
 
 def _replaying(predict: LossFn, device: torch.device) -> LossFn:
@@ -473,9 +420,3 @@ def _replaying(predict: LossFn, device: torch.device) -> LossFn:
             return predict(scores)
 
     return run
-
-
-def _one_of(norm: str, allowed: tuple[str, ...]) -> str:
-    if norm not in allowed:
-        raise ValueError(f"norm: got {norm!r}; choose one of {', '.join(allowed)}")
-    return norm

@@ -52,10 +52,8 @@ class CacheKind:
     """What such a folder holds."""
     version: int
     """Of the format of the rows."""
-    writer: str
-    """The function that writes it."""
     verb: str
-    """What that function does, for "delete it and VERB again"."""
+    """What its function does, for "delete it and VERB again"."""
     thorough: bool
     """Whether every shard is compared with its checksum when the folder is opened. Else each is when it is
     read for the first time."""
@@ -63,10 +61,8 @@ class CacheKind:
     """An option that takes less space, as a part of a sentence."""
 
 
-FEATURES = CacheKind(
-    "features", "features", 3, "cache_features", "cache", False, "use dtype='float16', "
-)
-OUTCOMES = CacheKind("table", "table of outcomes", 2, "cache_outcomes", "compute", True)
+FEATURES = CacheKind("features", "features", 3, "cache", False, "use dtype='float16', ")
+OUTCOMES = CacheKind("table", "table of outcomes", 2, "compute", True)
 
 
 class Shard(NamedTuple):
@@ -300,35 +296,6 @@ def key_digest(key: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- folders
 
 
-def open_cache(folder: Path, kind: CacheKind) -> Cache:
-    """The finished cache in ``folder``.
-
-    Raises:
-        ValueError: it is damaged, or not finished. FileNotFoundError: there is nothing of this kind.
-    """
-    if not (folder / KEY).is_file():
-        raise FileNotFoundError(
-            f"{kind.argument}: no {kind.holds} in {folder}; name a folder of {kind.writer}"
-        )
-    try:
-        key = _key(folder)
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, kind, f"{KEY}: {error}") from None
-    if _is_ours(folder, key):
-        cache = Cache(folder, key, kind)
-        if cache.whole:
-            return cache
-        damaged = cache.damaged
-    else:
-        damaged = sorted(folder.glob("rows-*"))
-    if damaged:
-        files = ", ".join(path.name for path in damaged[:3])
-        raise _damaged(folder, kind, f"{files} not as written under {KEY}")
-    raise ValueError(
-        f"{kind.argument}: {folder} is not finished; {kind.verb} the same photos again to go on"
-    )
-
-
 def filled_cache(
     folder: Path,
     key: dict[str, Any],
@@ -420,7 +387,9 @@ def _refuse(folder: Path, key: dict[str, Any], kind: CacheKind) -> None:
     try:
         old = _key(folder)
     except (OSError, ValueError) as error:
-        raise _damaged(folder, kind, f"{KEY}: {error}") from None
+        raise ValueError(
+            f"{kind.argument}: {folder} is damaged ({KEY}: {error}); {kind.verb} again, or delete it first"
+        ) from None
     if old == key:
         return  # all its shards are damaged
     differ = [
@@ -440,12 +409,6 @@ def _key(folder: Path) -> dict[str, Any]:
     if not isinstance(key, dict):
         raise ValueError("it is no object")
     return key
-
-
-def _damaged(folder: Path, kind: CacheKind, reason: str) -> ValueError:
-    return ValueError(
-        f"{kind.argument}: {folder} is damaged ({reason}); {kind.verb} again, or delete it first"
-    )
 
 
 def _drop_damaged(cache: Cache) -> None:

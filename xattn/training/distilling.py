@@ -13,7 +13,6 @@ network's own logits. No labels are read. The procedure is that of Hedgehog (arX
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +33,7 @@ from xattn.photos.sources import every_nth, open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.data import PhotoBatch, PhotoBatches
+from xattn.training.optimizers import decayed, share_of_peak
 from xattn.training.run import PhotoLoopState, Run, RunOptions, train_on_photos
 from xattn.training.students.closeness import Closeness, closeness, divergence
 from xattn.training.students.distilled import (
@@ -47,7 +47,6 @@ from xattn.training.students.distilled import (
 
 CONVERSION_FOLDER, REPORT = "conversion", "report.json"
 HELD_OUT = 10  # one of so many photos is measured on, not trained on
-RISE = 0.05  # of the steps, in which the learning rate rises
 TEACHER, STUDENT, FINETUNE = range(3)  # the parts of training
 
 
@@ -168,7 +167,7 @@ def _distill(
     resumed = options.folder if options.resume else None
     batches = PhotoBatches(photos, teacher.preprocessing, config, rank, ranks, resumed)
     state = _State(accelerator)
-    optimizer = _optimizer(student, config)
+    optimizer = torch.optim.AdamW(decayed(student, config.weight_decay), lr=config.lr)
     run = Run(student, optimizer, accelerator, config, state, batches.total, options)
     facts = {
         "images": batches.describe(),
@@ -361,22 +360,3 @@ def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
     part, step, total = part_of(step, per_epoch, config)
     peak = config.parts[part][1]
     return peak * share_of_peak(step, total)
-
-
-def share_of_peak(step: int, total: int) -> float:
-    """Of the learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a cosine."""
-    rise = max(1, round(RISE * total))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * min(step - rise, total) / max(total - rise, 1)))
-
-
-def _optimizer(student: Student, config: DistillConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-    )

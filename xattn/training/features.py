@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps
-from xattn.heads.attentive import Tokens
+from xattn.heads.attentive import Tokens, patches_of
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
-from xattn.runtime.memory import is_out_of_memory
-from xattn.training.cache import FEATURES, Cache, filled_cache, open_cache
+from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.option_checks import Count, check
+from xattn.training.cache import FEATURES, Cache, filled_cache
 
 PREFIX = "prefix"
 Kind = Literal["float32", "float16"]
@@ -93,15 +93,6 @@ class Features:
         tokens = self.batch(index, view)
         maps = tuple(p.transpose(1, 2).unflatten(2, self.grid) for p in tokens.patches)
         return Taps(tokens.prefix.new_empty(len(tokens.prefix), 0), maps, tokens.prefix)
-
-
-def open_features(folder: str | Path) -> Features:
-    """The finished features in ``folder``.
-
-    Raises:
-        ValueError: they are damaged, or not finished. FileNotFoundError: there are none.
-    """
-    return _features(open_cache(Path(folder), FEATURES))
 
 
 def _features(cache: Cache) -> Features:
@@ -171,11 +162,9 @@ def cache_features(
             be read; ``dtype`` cannot hold the features.
         OSError: ``folder`` cannot be written, or the disk has no room.
     """
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype: got {dtype!r}; choose 'float32' or 'float16'")
-    for name, value in (("batch_size", batch_size), ("views", views)):
-        if isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: got {value}; give a positive number")
+    check("batch_size", batch_size, Count)
+    check("views", views, Count)
+    check("dtype", dtype, Kind)
     photos = open_photos(data)
     ranks, rank = processes(backbone.device)
     key = feature_key(backbone, photos, dtype, views, seed, max_pixels)
@@ -219,21 +208,11 @@ def _block_tokens(
     images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5, device="cpu")
     if batch is not None:
         images[readable] = batch
-    try:
+    with out_of_memory_is(
+        MemoryError(f"batch_size: out of memory with {batch_size} photos a pass; cache with fewer")
+    ):
         taps = backbone(images.to(backbone.device, next(backbone.parameters()).dtype))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(
-            f"batch_size: out of memory with {batch_size} photos a pass; cache with fewer"
-        ) from error
-    grid = taps.maps[-1].shape[2:]
-    patches = [
-        (m if m.shape[2:] == grid else F.adaptive_avg_pool2d(m, tuple(grid)))
-        .flatten(2)
-        .transpose(1, 2)
-        for m in taps.maps
-    ]
+    patches = patches_of(taps.maps)
     prefix = patches[-1].new_empty(batch_size, 0, 0) if taps.prefix is None else taps.prefix
     return [*patches, prefix]
 

@@ -133,7 +133,9 @@ def fit_job(
     device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
-    if head.reads_statistics and not _resumes(options):
+    folder = options.folder
+    resumes = options.resume and folder is not None and has_checkpoint(folder / CHECKPOINTS)
+    if head.reads_statistics and not resumes:  # a checkpoint holds the head's statistics, too
         head.calibrate(job.calibration(backbone))
     optimizer = head_optimizer(head, config)
     scheduler = one_cycle(optimizer, job.batches.total)
@@ -176,12 +178,6 @@ class FitState(PhotoLoopState):
         if self.scheduler.last_epoch + 1 < self.scheduler.total_steps:  # type: ignore[attr-defined]
             self.scheduler.step()
         return float(self.scheduler.get_last_lr()[0])
-
-
-def _resumes(options: RunOptions) -> bool:
-    """Whether the run has a checkpoint to go on from, which holds the head's statistics, too."""
-    folder = options.folder
-    return options.resume and folder is not None and has_checkpoint(folder / CHECKPOINTS)
 
 
 class Job(Protocol):

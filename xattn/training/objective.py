@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
+from xattn.heads.base import MaskPolicy
 from xattn.heads.fusion import resize
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.distributed import gather
@@ -64,7 +65,11 @@ def variation(masks: Tensor) -> Tensor:
 
 
 def masked_logits(
-    backbone: Backbone, images: Tensor, mask: Tensor, policy: str, taps: Taps | None = None
+    backbone: Backbone,
+    images: Tensor,
+    mask: Tensor,
+    policy: MaskPolicy,
+    taps: Taps | None = None,
 ) -> Tensor:
     """Logits (B, K) of ``images`` (B, 3, H, W) under a ``mask`` (B, 1, h, w), both in [0, 1].
 
@@ -82,9 +87,7 @@ def masked_logits(
     x = backbone.normalize(images)
     if policy == "normalized":
         return backbone.logits_normalized(x * mask)
-    if policy == "renormalize":
-        return backbone.logits_normalized(backbone.normalize(backbone.denormalize(x) * mask))
-    raise ValueError(f"mask_policy: got {policy!r}; see xattn.heads.base.MASK_POLICIES")
+    return backbone.logits_normalized(backbone.normalize(backbone.denormalize(x) * mask))
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def objective(
     backbone: Backbone,
     images: Tensor,
     config: TrainConfig,
-    policy: str = "raw_normalize",
+    policy: MaskPolicy = "raw_normalize",
     part: Part | None = None,
 ) -> Terms:
     """The loss of a batch of ``images`` (B, 3, H, W) in [0, 1]; gradients reach only the head.

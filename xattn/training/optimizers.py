@@ -8,15 +8,18 @@ scalars (biases, gains) get neither trust ratio nor decay: their step is plain S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from xattn.config import TrainConfig
 from xattn.heads import Head
+
+RISE = 0.05  # of the steps, in which a learning rate rises
 
 
 class LARS(torch.optim.Optimizer):
@@ -66,6 +69,23 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
     size, slope = w.norm(), w.grad.norm()
     ratio = trust * size / (slope + decay * size)
     return torch.where((size > 0) & (slope > 0), ratio, 1.0) * (w.grad + decay * w)
+
+
+def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as groups of an optimizer: those of two axes or more decay."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def share_of_peak(step: int, total: int) -> float:
+    """Of the learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a cosine."""
+    rise = max(1, round(RISE * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(step - rise, total) / max(total - rise, 1)))
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:

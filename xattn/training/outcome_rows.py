@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.heads import Head
-from xattn.runtime.memory import is_out_of_memory
+from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.option_checks import Count, Where, check_fields
 
 CELLS = 28
-KINDS = ("squares32", "squares16", "blobs", "evidence")
-FILLS = ("black", "blur", "mean")
+Kind = Literal["squares32", "squares16", "blobs", "evidence", "superpixels"]
+Fill = Literal["black", "blur", "mean"]
+KINDS: tuple[Kind, ...] = ("squares32", "squares16", "blobs", "evidence")
+FILLS: tuple[Fill, ...] = ("black", "blur", "mean")
 LEVELS = (0.2, 0.8)  # the share that a mask keeps is drawn from here
 
 
@@ -97,8 +100,6 @@ def background(image: Tensor, fill: str) -> Tensor:
         return torch.zeros_like(image)
     if fill == "mean":
         return image.mean((1, 2), keepdim=True).expand_as(image)
-    if fill != "blur":
-        raise ValueError(f"fills: got {fill!r}; choose among {', '.join(FILLS)}")
     small = F.adaptive_avg_pool2d(image[None], 14)
     return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
 
@@ -116,8 +117,6 @@ def _cells(kind: str, evidence: Tensor, rng: random.Random, draw: torch.Generato
         return (field < level).float()
     if kind == "blobs":
         return _above(_smooth_noise(rng, draw), level)
-    if kind != "evidence":
-        raise ValueError(f"kinds: got {kind!r}; choose among {', '.join((*KINDS, 'superpixels'))}")
     guess = F.interpolate(
         evidence[None, None].float().cpu(), (CELLS, CELLS), mode="bilinear", align_corners=False
     )[0, 0]
@@ -191,30 +190,23 @@ class HeadGuide:
         return self.head(taps, class_index)
 
 
+def _paired(masks: int) -> bool:
+    return masks > 0 and masks % 2 == 0
+
+
 @dataclass(frozen=True)
 class MaskSettings:
     """What is asked of each photo, see :func:`~xattn.training.outcomes.cache_outcomes`."""
 
-    crops: int = 1
-    masks: int = 16
-    kinds: Sequence[str] = KINDS
-    fills: Sequence[str] = FILLS
+    crops: Count = 1
+    masks: Annotated[int, Where(_paired, "an even number, masks come in pairs")] = 16
+    kinds: Annotated[Sequence[Kind], Where(bool, f"a list of {', '.join(get_args(Kind))}")] = KINDS
+    fills: Annotated[Sequence[Fill], Where(bool, f"a list of {', '.join(FILLS)}")] = FILLS
     seed: int = 0
     precision: Precision = "no"
 
     def __post_init__(self) -> None:
-        for name in ("crops", "masks"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: got {value!r}; give a positive number")
-        if self.masks % 2:
-            raise ValueError(f"masks: got {self.masks}; give an even number, masks come in pairs")
-        for name, known in (("kinds", (*KINDS, "superpixels")), ("fills", FILLS)):
-            given = getattr(self, name)
-            if isinstance(given, str) or not given or not set(given) <= set(known):
-                raise ValueError(f"{name}: got {given!r}; give a list of {', '.join(known)}")
-        if self.precision not in ("no", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}; choose 'no' or 'bf16'")
+        check_fields(self)
 
 
 def row_layout(masks: int, classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -306,15 +298,11 @@ class RowMaker:
     def _pass(self, images: Tensor, function: Any) -> Any:
         device = self.backbone.device
         half = self.settings.precision == "bf16"
-        try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                return function(images.to(device, self.dtype))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(
-                f"masks: out of memory with {len(images)} images a pass; give fewer masks"
-            ) from error
+        full = MemoryError(
+            f"masks: out of memory with {len(images)} images a pass; give fewer masks"
+        )
+        with out_of_memory_is(full), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return function(images.to(device, self.dtype))
 
     def _guess(self, taps: Taps) -> Tensor:
         """A first guess (h, w) of the evidence for the most probable class, standardised."""
@@ -358,37 +346,17 @@ def kept_logits(logits: Tensor) -> list[Tensor]:
 # ---------------------------------------------------------------------- the price
 
 
-@dataclass(frozen=True)
-class OutcomeCost:
-    """What a table costs: ``rows`` of it are to be computed in about ``seconds``; ``row_bytes`` on disk
-    a row."""
-
-    photos: int
-    crops: int
-    masks: int
-    rows: int
-    row_bytes: int
-    seconds: float
-
-    @property
-    def passes(self) -> int:
-        """Images that pass through the network."""
-        return self.rows * (1 + self.masks)
-
-    @property
-    def bytes(self) -> int:
-        """Of the whole table on disk."""
-        return self.photos * self.crops * self.row_bytes
-
-    def __str__(self) -> str:
-        photos, crops = _counted(self.photos, "photo"), _counted(self.crops, "crop")
-        what = f"{photos} x {crops} x {self.masks:,} masks"
-        whole = self.photos * self.crops
-        left = "" if self.rows == whole else f", {self.rows:,} of {whole:,} rows to compute"
-        return (
-            f"table of outcomes: {what}{left} = {self.passes:,} passes, about "
-            f"{_duration(self.seconds)}, {self.bytes / 1e6:,.1f} MB"
-        )
+def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
+    """What ``rows`` missing rows of a table of ``photos`` cost ``ranks`` processes, in words; the time of
+    one row is measured."""
+    crops, masks = maker.settings.crops, maker.settings.masks
+    whole = photos * crops
+    left = "" if rows == whole else f", {rows:,} of {whole:,} rows to compute"
+    return (
+        f"table of outcomes: {_counted(photos, 'photo')} x {_counted(crops, 'crop')} x {masks:,} masks"
+        f"{left} = {rows * (1 + masks):,} passes, about {_duration(rows * time_row(maker) / ranks)}, "
+        f"{whole * maker.row_bytes / 1e6:,.1f} MB"
+    )
 
 
 def _counted(number: int, noun: str) -> str:

@@ -25,7 +25,7 @@ from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
-from xattn.training.cache import OUTCOMES, Cache, filled_cache, key_digest, open_cache
+from xattn.training.cache import OUTCOMES, Cache, filled_cache, key_digest
 from xattn.training.objective import log_odds
 from xattn.training.outcome_rows import (
     FILLS,
@@ -33,23 +33,19 @@ from xattn.training.outcome_rows import (
     Guide,
     HeadGuide,
     MaskSettings,
-    OutcomeCost,
     Precision,
     RowMaker,
+    cost_line,
     guess_name,
     masks_of,
-    time_row,
 )
 
 __all__ = [
     "Guide",
     "HeadGuide",
     "OutcomeBatch",
-    "OutcomeCost",
     "Outcomes",
     "cache_outcomes",
-    "open_outcomes",
-    "outcome_cost",
     "outcome_key",
 ]
 
@@ -354,7 +350,7 @@ def cache_outcomes(
         maker = RowMaker(backbone, settings, guide)
         cache.require_room(maker.row_bytes)
         if cache.missing_rows and say is not None and rank == 0:
-            say(str(_cost(maker, cache.count, cache.missing_rows, ranks)))
+            say(cost_line(maker, cache.count, cache.missing_rows, ranks))
         cache.fill(
             photos,
             backbone.preprocessing,
@@ -366,7 +362,9 @@ def cache_outcomes(
             desc="outcomes",
         )
 
-    found = _outcomes(filled_cache(Path(folder), key, OUTCOMES, photos, rank, fill))
+    cache = filled_cache(Path(folder), key, OUTCOMES, photos, rank, fill)
+    kept, names, skipped = cache.photos
+    found = Outcomes(cache.key, names, skipped, torch.tensor(kept, device="cpu"), cache)
     if len(found) < FEW and rank == 0:
         warnings.warn(
             f"table: {len(found)} photos could be read; a head needs {FEW} or more to learn from",
@@ -389,20 +387,6 @@ def _rows(
         seed = f"{maker.settings.seed}/{crop}/{block[place]}"
         rows[place] = maker(image, seed, photos.name(block[place]))
     return {name: torch.stack([row[name] for row in rows]) for name in maker.layout}
-
-
-def open_outcomes(folder: str | Path) -> Outcomes:
-    """The finished table in ``folder``; all rows are compared with their checksums.
-
-    Raises:
-        ValueError: it is damaged, or not finished. FileNotFoundError: there is none.
-    """
-    return _outcomes(open_cache(Path(folder), OUTCOMES))
-
-
-def _outcomes(cache: Cache) -> Outcomes:
-    kept, names, skipped = cache.photos
-    return Outcomes(cache.key, names, skipped, torch.tensor(kept, device="cpu"), cache)
 
 
 def outcomes_to_train_on(
@@ -428,24 +412,3 @@ def outcomes_to_train_on(
         progress=progress,
         say=say,
     )
-
-
-def outcome_cost(
-    backbone: Backbone,
-    photos: Data | int,
-    *,
-    crops: int = 1,
-    masks: int = 16,
-    kinds: Sequence[str] = KINDS,
-    fills: Sequence[str] = FILLS,
-    precision: Precision = "no",
-) -> OutcomeCost:
-    """What a new table of ``photos`` (or of so many) costs; the time of one row is measured."""
-    maker = RowMaker(backbone, MaskSettings(crops, masks, kinds, fills, precision=precision))
-    count = photos if isinstance(photos, int) else len(open_photos(photos))
-    return _cost(maker, count, count * crops, 1)
-
-
-def _cost(maker: RowMaker, photos: int, rows: int, ranks: int) -> OutcomeCost:
-    settings, seconds = maker.settings, rows * time_row(maker) / ranks
-    return OutcomeCost(photos, settings.crops, settings.masks, rows, maker.row_bytes, seconds)

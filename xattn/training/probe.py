@@ -41,7 +41,7 @@ from xattn.training.labelled import (
     check_labels,
     to_head,
 )
-from xattn.training.optimizers import LARS
+from xattn.training.optimizers import LARS, decayed
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
 
@@ -352,13 +352,9 @@ def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -
 
 def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Optimizer:
     """LARS or AdamW; weight decay only on tensors with two axes or more."""
-    parameters = [p for p in head.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = decayed(head, config.weight_decay)
     if config.optimizer == "adamw":
         # One pass over the weights: a step of efficient probing takes a quarter less on a CPU.
-        fused = parameters[0].device.type in ("cpu", "cuda")
+        fused = next(head.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
     return LARS(groups, lr=config.lr)

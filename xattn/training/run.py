@@ -20,7 +20,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TextIO, TypeVar, cast
@@ -33,7 +33,7 @@ from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.heads import Head, save_head
 from xattn.photos.base import Photos
 from xattn.runtime.files import output_error, printable
-from xattn.runtime.memory import is_out_of_memory
+from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.process import deferred_interrupt
 from xattn.training import processes
 from xattn.training.data import PhotoBatch
@@ -239,18 +239,14 @@ class Run(Generic[HeadT]):
         """The mean of the processes' ``losses``, each of which they have weighted by their share."""
         return processes.average(self.accelerator, losses)
 
-    @contextmanager
-    def naming_batch_size(self, items: str) -> Iterator[None]:
+    def naming_batch_size(self, items: str) -> AbstractContextManager[None]:
         """Report exhausted memory as an error of ``batch_size``, which counts ``items``."""
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise MemoryError(
+        return out_of_memory_is(
+            MemoryError(
                 f"batch_size: out of memory with {self.config.batch_size} {items} a step; train with "
                 f"fewer, or on more processes"
-            ) from error
+            )
+        )
 
     def check_finite(self, step: int, *losses: float) -> None:
         """Raise a ValueError that names ``step`` and the learning rate unless ``losses`` are finite."""

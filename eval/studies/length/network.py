@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from xattn.attention import create_attention
 from xattn.attention.model.spec import parse_mechanism
 from xattn.eval.evaluation.split import Split
-from xattn.training.distilling import share_of_peak
+from xattn.training.optimizers import share_of_peak
 
 FIXED, GROWING = "fixed", "growing"
 

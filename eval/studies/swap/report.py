@@ -141,7 +141,7 @@ def photo_values(
 def accuracies(
     tables: Tables, rows: Mapping[str, Swap], depth: int, backbone: str
 ) -> dict[str, Any]:
-    """What :mod:`~xattn.cli.conversion_accuracy` keeps, of registered mechanisms."""
+    """What ``xattn list attention`` shows, of registered mechanisms."""
     sizes = []
     for size, table in tables.items():
         dense = table.values.get(AS_TRAINED.key(depth), {}).get("right")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plackett_luce import plackett_luce
 from small_transformers import tiny
 
 from xattn.backbone import load_backbone
@@ -25,7 +26,7 @@ from xattn.eval.studies.cell_orders import (
     without_end,
 )
 from xattn.heads import load_head
-from xattn.heads.pointer import Cells, plackett_luce
+from xattn.heads.pointer import Cells
 
 SHORT = OrderStudyConfig(photos=5, tested=3, cells=3, passes=24, draws=1, epochs=1)
 

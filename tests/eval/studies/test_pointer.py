@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from plackett_luce import plackett_luce
 
 from xattn.eval.studies.models.point_sets import PointerNet
-from xattn.heads.pointer import Pointing, left_over, plackett_luce
+from xattn.heads.pointer import Pointing, left_over
 
 
 def network(seed=0, **options):

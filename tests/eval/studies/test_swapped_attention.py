@@ -25,7 +25,7 @@ from xattn.attention import (
 from xattn.attention.base import Entry
 from xattn.backbone import resized
 from xattn.backbone.conversion import WEIGHTS_FILE
-from xattn.cli.conversion_accuracy import read_accuracy
+from xattn.cli.listing import measured, read_accuracy
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import Interval
@@ -335,9 +335,9 @@ def test_the_command_measures_the_rows_that_it_is_told(photos, tmp_path, capsys)
     gna = [s.label for s in SWAPS if s.name == "gna"]
     assert [line.split(" | ")[1] for line in rows] == ["as trained", *gna, "uniform (control)"]
     accuracy = read_accuracy(tmp_path / "study" / "accuracy.json")
-    (at,) = accuracy.sizes
-    assert [figure.mechanism for figure in at.figures] == ["gna"] * len(gna)
-    assert at.photos == 2 and at.size == 160
+    (at,) = accuracy["sizes"]
+    assert [row["mechanism"] for row in at["rows"]] == ["gna"] * len(gna)
+    assert at["photos"] == 2 and at["size"] == 160
 
 
 def test_every_swap_converts_a_network(tmp_path):
@@ -415,21 +415,17 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
     accuracy = read_accuracy()
     text = (ROOT / "docs" / "attention" / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.M))
-    kept = {figure.mechanism for at in accuracy.sizes for figure in at.figures}
+    kept = {row["mechanism"] for at in accuracy["sizes"] for row in at["rows"]}
     assert kept <= set(list_attention())
-    dense = {at.dense for at in accuracy.sizes}
+    dense = {at["dense"] for at in accuracy["sizes"]}
     assert {swap.name for swap in SWAPS} <= set(list_attention())
     for name in list_attention():
         entry = mechanism_class(name).entry
         free, kind = entry.training_free, "a control" if entry.control else "needs training"
         assert rows[name].startswith("training-free" if free else kind)
         said = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?) %", rows[name])}
-        measured = {figure.right for figure in accuracy.of(name)}
-        assert said and (not measured or said <= measured | dense), (
-            name,
-            said,
-            measured,
-        )
+        figures = {row["right"] for _, row in measured(accuracy, name)}
+        assert said and (not figures or said <= figures | dense), (name, said, figures)
         assert not free or any(swap.name == name for swap in SWAPS)
 
 
@@ -448,5 +444,5 @@ def test_what_is_called_training_free_keeps_most_of_the_accuracy_of_a_trained_vi
     ))  # fmt: skip
     accuracy = read_accuracy(tmp_path / "accuracy.json")
     for name in {swap.name for swap in free}:
-        figure = accuracy.of(name)[0]  # the first row has the settings that the claim is made for
-        assert figure.right > 0.8 * accuracy.first.dense, figure
+        at, row = measured(accuracy, name)[0]  # with the settings that the claim is made for
+        assert row["right"] > 0.8 * at["dense"], row
