@@ -26,7 +26,7 @@ from xattn.backbone.pruning import (
     save_pruned,
 )
 from xattn.explainers import create_explainer
-from xattn.training.students.pruned import heads_only
+from xattn.training.pruning_run import heads_only
 
 SHRP = Pruning("shrp", {2: (1,)}, 12)
 
@@ -262,8 +262,6 @@ def test_a_folder_of_another_network_or_a_damaged_one_is_refused(whole, tmp_path
         (heads(b3=(0,)), "layers: got 3; VisionTransformer has 0 to 2"),
         (heads(), "layers: got none"),
         (Pruning("shrp", {2: (0, 1)}, 12), "keep: got 2; shrp keeps a single head, give 1"),
-        (Pruning("shrp", {2: (0,)}, 0), "hidden: got 0; give the width of E"),
-        (Pruning("tails", {2: (0,)}), "method: got 'tails'; choose heads or shrp"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_in_one_line(pruning, message):

@@ -142,16 +142,6 @@ def test_gradients_through_the_module_flow_as_pytorch_grad_cam_needs_them(module
     assert seen and seen[0][0] == len(IMAGES)
 
 
-def test_pytorch_grad_cam_runs_on_it_afterwards(module):
-    library = pytest.importorskip("pytorch_grad_cam")
-    layer = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]
-    backbone = load_backbone(module, input_size=64, **HALF)
-    create_explainer("gradcam", backbone, layer=layer).attribute(IMAGES, 1)
-    targets = [library.utils.model_targets.ClassifierOutputTarget(1)] * 2
-    with library.GradCAM(module, [layer]) as cam:
-        assert cam(IMAGES.clone().requires_grad_(), targets).shape == (2, 64, 64)
-
-
 def test_a_layer_may_be_a_module_of_the_caller(module):
     name = [n for n, m in module.named_modules() if isinstance(m, nn.BatchNorm2d)][-1]
     backbone = load_backbone(module, input_size=64, **HALF)

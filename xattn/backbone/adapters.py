@@ -258,7 +258,7 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
     import torchvision.models as zoo
 
-    from xattn.backbone.weights import class_count, load_weight_file, part_of
+    from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
 
     whole = load_weight_file(weights)
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
@@ -267,16 +267,11 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
         count = class_count(whole, last)
         options = options if count is None else {**options, "num_classes": count}
     model = zoo.get_model(name, weights=None, **options)
-    state = part_of(whole, model.state_dict().keys(), weights)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in lines[1:3])[:300]
-        raise ValueError(
-            f"weights: {weights} does not fit torchvision's {name} ({reason}); give the file of this "
-            f"architecture, of a ViT with its own input_size"
-        ) from None
+    refusal = (
+        f"weights: {weights} does not fit torchvision's {name} ({{reason}}); give the file of this "
+        f"architecture, of a ViT with its own input_size"
+    )
+    load_into(model, part_of(whole, model.state_dict().keys(), weights), refusal)
     return model
 
 

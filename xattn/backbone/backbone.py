@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from xattn.attention.model.convert import conversion
 from xattn.attention.model.spec import Conversion, describe
-from xattn.backbone.classifier import linear_classifier
 from xattn.backbone.fingerprint import Hashed, hashed_of, is_still, network_sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
-from xattn.backbone.pooled_features import classified
+from xattn.backbone.pooled_features import classified, linear_classifier
 from xattn.backbone.taps import (
     Taps,
     default_map_taps,

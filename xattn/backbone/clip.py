@@ -28,17 +28,25 @@ from xattn.backbone.backbone import Backbone
 from xattn.backbone.loading import load_backbone
 from xattn.backbone.scored import View
 from xattn.backbone.targets import Target
+from xattn.backbone.weights import load_into
 from xattn.photos.classes import Task
 from xattn.photos.preprocessing import Preprocessing
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-_LAYERS = {
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    "self_attn.out_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+_NAMES = (  # of transformers, then of timm
+    ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("embeddings.class_embedding", "cls_token"),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("pre_layrnorm", "norm_pre"),
+    ("post_layernorm", "norm"),
+    ("encoder.layers", "blocks"),
+    ("layer_norm", "norm"),
+    ("self_attn.out_proj", "attn.proj"),
+    ("head.probe", "attn_pool.latent"),
+    ("head.attention.out_proj", "attn_pool.proj"),
+    ("head.layernorm", "attn_pool.norm"),
+    ("head.mlp", "attn_pool.mlp"),
+)
 
 
 def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
@@ -61,7 +69,6 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
             f"model: its activation {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}; put the "
             f"towers together with xattn.backbone.clip.Clip(image_backbone, encode_text)"
         )
-    state = vision.state_dict()
     pooled = hasattr(vision, "head")
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and then replaced
         tower = VisionTransformer(
@@ -78,62 +85,37 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
             norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
             act_layer=get_act_layer(_ACTIVATIONS[config.hidden_act]),
         )
-    weights = _stem(state) | _blocks(state, config.num_hidden_layers)
-    weights |= _renamed(state, "post_layernorm", "norm")
-    if pooled:
-        weights |= _pool(state)
+    weights = _under_timms_names(vision.state_dict())
     if projection is not None:
         weight = projection.weight
         weights |= {"head.weight": weight, "head.bias": weight.new_zeros(weight.shape[0])}
-    try:
-        tower.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model: the weights of its image tower do not fit ({reason}); put the towers together with "
-            f"xattn.backbone.clip.Clip(image_backbone, encode_text)"
-        ) from None
+    load_into(
+        tower,
+        weights,
+        "model: the weights of its image tower do not fit ({reason}); put the towers together with "
+        "xattn.backbone.clip.Clip(image_backbone, encode_text)",
+    )
     return tower.to(weights["norm.weight"])
 
 
-def _renamed(state: dict[str, Tensor], theirs: str, own: str) -> dict[str, Tensor]:
-    return {
-        f"{own}.{part}": state[f"{theirs}.{part}"]
-        for part in ("weight", "bias")
-        if f"{theirs}.{part}" in state
-    }
-
-
-def _stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = _renamed(state, "embeddings.patch_embedding", "patch_embed.proj")
-    found["pos_embed"] = state["embeddings.position_embedding.weight"][None]
-    if "embeddings.class_embedding" in state:
-        found["cls_token"] = state["embeddings.class_embedding"].view(1, 1, -1)
-        found |= _renamed(state, "pre_layrnorm", "norm_pre")
-    return found
-
-
-def _blocks(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+def _under_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An image tower's weights as timm has them: queries, keys and values of a block in one matrix, and of
+    SigLIP's head in two."""
     found: dict[str, Tensor] = {}
-    for i in range(depth):
-        layer, block = f"encoder.layers.{i}", f"blocks.{i}"
-        for theirs, own in _LAYERS.items():
-            found |= _renamed(state, f"{layer}.{theirs}", f"{block}.{own}")
-        for part in ("weight", "bias"):
-            three = [state[f"{layer}.self_attn.{name}_proj.{part}"] for name in "qkv"]
-            found[f"{block}.attn.qkv.{part}"] = torch.cat(three)
-    return found
-
-
-def _pool(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SigLIP's head; its one matrix for queries, keys and values is two in timm."""
-    found = {"attn_pool.latent": state["head.probe"]}
-    names = (("attention.out_proj", "proj"), ("layernorm", "norm"), ("mlp.fc1", "mlp.fc1"))
-    for theirs, own in (*names, ("mlp.fc2", "mlp.fc2")):
-        found |= _renamed(state, f"head.{theirs}", f"attn_pool.{own}")
+    for name, value in state.items():
+        for theirs, own in _NAMES:
+            name = name.replace(theirs, own)
+        found[name] = value
+    found["pos_embed"] = found["pos_embed"][None]
+    if "cls_token" in found:
+        found["cls_token"] = found["cls_token"].view(1, 1, -1)
+    for name in [name for name in found if ".self_attn.q_proj." in name]:
+        three = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        found[name.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(three)
     for part in ("weight", "bias"):
-        query, *others = state[f"head.attention.in_proj_{part}"].chunk(3)
-        found |= {f"attn_pool.q.{part}": query, f"attn_pool.kv.{part}": torch.cat(others)}
+        if (joint := found.pop(f"head.attention.in_proj_{part}", None)) is not None:
+            query, *others = joint.chunk(3)
+            found |= {f"attn_pool.q.{part}": query, f"attn_pool.kv.{part}": torch.cat(others)}
     return found
 
 

@@ -25,7 +25,7 @@ from xattn.attention.model.spec import Conversion
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.fingerprint import state_sha256
 from xattn.runtime import strict_json
-from xattn.runtime.files import atomic_folder
+from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -70,8 +70,6 @@ def save_conversion(
     Raises:
         ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
     """
-    from safetensors.torch import save
-
     config = {
         "format": 1,
         "xattn": __version__,
@@ -80,11 +78,9 @@ def save_conversion(
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
         "training": dict(summary),
     }
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in trained.items()}
-    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), _is_conversion) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(state, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, "utf-8", "backslashreplace")
+    with atomic_folder(folder, (WEIGHTS_FILE, CONFIG_FILE), read_by(read_conversion)) as temporary:
+        put_tensors(temporary / WEIGHTS_FILE, trained)
+        put_json(temporary / CONFIG_FILE, config)
     return Path(folder)
 
 
@@ -92,14 +88,6 @@ def trained_sha256(made: Conversion, state: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) of mechanism, layers, options and tensors of a trained conversion."""
     text = json.dumps([state_sha256(state), made.record()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_conversion(folder: Path) -> bool:
-    try:
-        read_conversion(folder)
-    except (ValueError, OSError):
-        return False
-    return True
 
 
 def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:

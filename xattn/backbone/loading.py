@@ -41,12 +41,25 @@ from xattn.runtime.copies import calls_of, frozen, frozen_copy, without_wrappers
 
 @dataclass(frozen=True)
 class Asked:
-    """What an adapter of a module needs to know; as in :func:`load_backbone`."""
+    """What is asked of a backbone, as in :func:`load_backbone`; ``photos`` are mean, std, crop and
+    interpolation."""
 
-    taps: tuple[str, ...] | None
+    taps: tuple[str, ...] | str | None
     input_size: tuple[int, int] | None
-    processor: Any = None
-    task: Task | None = None
+    class_names: list[str] | None
+    task: Task | None
+    processor: Any
+    photos: dict[str, Any]
+
+    @property
+    def tap_list(self) -> tuple[str, ...] | None:
+        """``taps``, of which a single one may be a str; None for those of the architecture."""
+        return (self.taps,) if isinstance(self.taps, str) else self.taps or None
+
+    @property
+    def normalised(self) -> bool:
+        """Whether mean and std are given."""
+        return None not in (self.photos["mean"], self.photos["std"])
 
 
 def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
@@ -74,14 +87,14 @@ def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
     """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
     try:
-        return traced_classifier(module, asked.taps, None, asked.input_size)
+        return traced_classifier(module, asked.tap_list, None, asked.input_size)
     except UntraceableError:
         return None
 
 
 def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
     """Any other module, run as it is."""
-    return from_hooks(module, asked.taps, input_size=asked.input_size)
+    return from_hooks(module, asked.tap_list, input_size=asked.input_size)
 
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
@@ -153,58 +166,53 @@ def load_backbone(
     size = _size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
-    names = read_classes(class_names)
-    given = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
+    photos = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
+    given = taps if isinstance(taps, str | None) else tuple(taps)
+    asked = Asked(given, size, read_classes(class_names), task, processor, photos)
     if isinstance(name_or_module, nn.Module):
-        backbone = _of_module(name_or_module, taps, size, names, task, given, processor)
-        return _given_to(device, backbone, given)
-    if not isinstance(name_or_module, str):
+        backbone = _of_module(name_or_module, asked)
+    elif isinstance(name_or_module, str):
+        backbone = _of_name(name_or_module, weights, num_classes, tile_positions, asked)
+    else:
         raise TypeError(
             f"name_or_module: got a {type(name_or_module).__name__}; give a name or a torch.nn.Module"
         )
-    name = name_or_module
-    own_size = None if tile_positions else size
-    model = _named(name, weights, taps, own_size, num_classes, processor, task)
-    taps = None if name.startswith("torchvision/") else taps
-    if tile_positions and size is not None:
-        repeat_positions(model, size)
-    check_processor(model, processor, mean is not None and std is not None)
-    backbone = _backbone(model, name, taps, size, names, task, given)
-    return _given_to(device, backbone, given)
-
-
-def _given_to(
-    device: str | torch.device | None, backbone: Backbone, given: dict[str, Any]
-) -> Backbone:
-    """The backbone on ``device``; a warning where its mean and std are assumed."""
-    assumed = given["mean"] is None and given["std"] is None
-    if assumed and not says_normalization(backbone.model):
+    if mean is None and std is None and not says_normalization(backbone.model):
         warnings.warn(
             f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
             f"are used; give mean= and std= (--mean, --std)",
-            stacklevel=3,
+            stacklevel=2,
         )
     return backbone.to(device) if device is not None else backbone
 
 
-def _of_module(
-    module: nn.Module,
-    taps: str | Sequence[str] | None,
-    size: tuple[int, int] | None,
-    class_names: list[str] | None,
-    task: Task | None,
-    given: dict[str, Any],
-    processor: Any,
+def _of_name(
+    name: str, weights: str | Path | None, num_classes: int | None, tile: bool, asked: Asked
 ) -> Backbone:
+    size, own = asked.input_size, name.startswith("torchvision/")
+    with _device_with_values():
+        if name.startswith(PREFIX):
+            model: Any = load_transformers(name, weights, asked.processor, num_classes, asked.task)
+        elif own:
+            model = load_torchvision(
+                name.partition("/")[2], weights, asked.tap_list, size, num_classes
+            )
+        else:
+            model = create_timm_model(name, weights, None if tile else size, num_classes)
+    if tile and size is not None:
+        repeat_positions(model, size)
+    return _backbone(model, name, None if own else asked.taps, asked)
+
+
+def _of_module(module: nn.Module, asked: Asked) -> Backbone:
     """A backbone over a frozen copy of a caller's module."""
     module = without_wrappers(module)
 
     def made(whole: nn.Module) -> Backbone:
-        model = _adapted(whole, taps, size, processor, task)
+        found = (adapter(whole, asked) for adapter in ADAPTERS)
+        model = next(adapted for adapted in found if adapted is not None)
         own = model is whole or isinstance(model, TransformersNetwork)
-        check_processor(model, processor, None not in (given["mean"], given["std"]))
-        named = taps if own else None
-        return _backbone(model, _name_of(module), named, size, class_names, task, given)
+        return _backbone(model, _name_of(module), asked.taps if own else None, asked)
 
     copied = frozen_copy(module)
     if copied is module:
@@ -231,20 +239,16 @@ def _size_of(input_size: int | tuple[int, int] | None) -> tuple[int, int] | None
 
 
 def _backbone(
-    model: nn.Module,
-    name: str,
-    taps: str | Sequence[str] | None,
-    size: tuple[int, int] | None,
-    class_names: list[str] | None,
-    task: Task | None,
-    given: dict[str, Any],
+    model: nn.Module, name: str, taps: tuple[str, ...] | str | None, asked: Asked
 ) -> Backbone:
-    """A backbone over ``model``, prepared as it says itself but for what is ``given``."""
+    """A backbone over ``model``, prepared as it says itself but for what is asked."""
+    check_processor(model, asked.processor, asked.normalised)
+    task, class_names = asked.task, asked.class_names
     if isinstance(model, TransformersNetwork):
         task, class_names = task or model.task, class_names or model.class_names
-    own = preprocessing_of(model, size)
+    own = preprocessing_of(model, asked.input_size)
     channels = channels_of(model, own)
-    preprocessing = given_preprocessing(own, channels, **given)
+    preprocessing = given_preprocessing(own, channels, **asked.photos)
     try:
         task = task or getattr(model, "default_task", None)
         return Backbone(model, name, preprocessing, taps, class_names, task)
@@ -258,44 +262,6 @@ def _backbone(
         raise ValueError(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error
-
-
-def _adapted(
-    module: nn.Module,
-    taps: str | Sequence[str] | None,
-    size: tuple[int, int] | None,
-    processor: Any,
-    task: Task | None,
-) -> nn.Module:
-    """What the first of ``ADAPTERS`` that takes ``module`` makes of it."""
-    named = (taps,) if isinstance(taps, str) else tuple(taps) if taps else None
-    asked = Asked(named, size, processor, task)
-    for adapter in ADAPTERS:
-        adapted = adapter(module, asked)
-        if adapted is not None:
-            return adapted
-    raise ValueError(
-        f"name_or_module: no adapter takes a {type(module).__name__}; give it a method "
-        f"forward_taps(x) -> (logits, maps)"
-    )
-
-
-def _named(
-    name: str,
-    weights: str | Path | None,
-    taps: str | Sequence[str] | None,
-    size: tuple[int, int] | None,
-    num_classes: int | None,
-    processor: Any,
-    task: Task | None,
-) -> nn.Module:
-    with _device_with_values():
-        if name.startswith(PREFIX):
-            return load_transformers(name, weights, processor, num_classes, task)
-        if name.startswith("torchvision/"):
-            nodes = [taps] if isinstance(taps, str) else taps
-            return load_torchvision(name.partition("/")[2], weights, nodes, size, num_classes)
-        return create_timm_model(name, weights, size, num_classes)
 
 
 def _name_of(module: nn.Module) -> str:

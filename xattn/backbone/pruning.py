@@ -17,7 +17,6 @@ weights=folder)`` builds the stock model, slices it as recorded, and loads the t
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from xattn.blocks.routing_usage import Choice, HeadRouter
 from xattn.photos.preprocessing import LARGEST_SIDE
 from xattn.runtime import strict_json
 from xattn.runtime.copies import shared_copy
-from xattn.runtime.files import atomic_folder
+from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
 from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"
@@ -80,11 +79,8 @@ class Pruning(NamedTuple):
         except (KeyError, TypeError, AttributeError):
             raise ValueError("it lacks method, layers, kept or hidden") from None
         numbers = [hidden, *(head for heads in made.values() for head in heads)]
-        if (
-            method not in METHODS
-            or len(kept) != len(made)
-            or any(type(n) is not int for n in numbers)
-        ):
+        known = method in METHODS and len(kept) == len(made)
+        if not known or any(type(n) is not int for n in numbers) or not 0 <= hidden <= WIDEST:
             raise ValueError(f"its method is {method!r}, with heads {kept!r} and hidden {hidden!r}")
         return cls(method, made, hidden)
 
@@ -108,8 +104,7 @@ def prune_in_place(model: nn.Module, pruning: Pruning) -> None:
     """:func:`pruned` without the copy; parameters of E are new, and W_2 is zero."""
     layers = check_prunable(model, pruning.layers)
     for i in layers:
-        check_kept(pruning.kept[i], heads_of(model, i), f"block {i}")
-    _check_method(pruning)
+        check_kept(pruning, i, heads_of(model, i))
     blocks: Any = model.blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -309,17 +304,10 @@ def _check_block(block: Any, i: int) -> None:
             f"backbone: {name} has no layer 'qkv' of three parts for its heads; choose a ViT such as "
             f"vit_tiny_patch16_224"
         )
-    own = [
-        n
-        for n in ("gate", "norm")
-        if not isinstance(getattr(attention, n, None), nn.Identity | None)
-    ]
-    proj = getattr(attention, "proj", None)
-    if (
-        own
-        or getattr(attention, "q_bias", None) is not None
-        or getattr(proj, "in_features", 0) != width
-    ):
+    parts = {part: getattr(attention, part, None) for part in ("gate", "norm")}
+    own = [part for part, layer in parts.items() if not isinstance(layer, nn.Identity | None)]
+    biased = getattr(attention, "q_bias", None) is not None
+    if own or biased or getattr(getattr(attention, "proj", None), "in_features", 0) != width:
         why = f"'{own[0]}'" if own else "biases or a projection of another form"
         raise ValueError(
             f"backbone: {name} has {why} across its heads, which cannot be sliced; choose a ViT such as "
@@ -327,32 +315,21 @@ def _check_block(block: Any, i: int) -> None:
         )
 
 
-def check_kept(kept: Sequence[int], heads: int, where: str) -> None:
-    """Raise a ``ValueError`` unless ``kept`` are different heads of ``heads``, at least one."""
+def check_kept(pruning: Pruning, layer: int, heads: int) -> None:
+    """Raise a ``ValueError`` unless different heads of the ``heads`` of a block stay, of shrp one."""
+    kept = pruning.kept[layer]
     if not kept or len(set(kept)) != len(kept) or not all(0 <= h < heads for h in kept):
         raise ValueError(
-            f"keep: got heads {list(kept)} in {where}; give different ones of 0 to {heads - 1}"
+            f"keep: got heads {list(kept)} in block {layer}; give different ones of 0 to {heads - 1}"
         )
+    if pruning.method == "shrp" and len(kept) > 1:
+        raise ValueError(f"keep: got {len(kept)}; shrp keeps a single head, give 1")
 
 
 def check_keep(keep: int, heads: int, where: str) -> None:
     """Raise a ``ValueError`` unless ``keep`` of ``heads`` heads can stay."""
     if not 1 <= keep <= heads:
         raise ValueError(f"keep: got {keep} for {where} of {heads} heads; give 1 to {heads}")
-
-
-def _check_method(pruning: Pruning) -> None:
-    if pruning.method not in METHODS:
-        raise ValueError(f"method: got {pruning.method!r}; choose heads or shrp")
-    if pruning.method == "heads":
-        return
-    if not 1 <= pruning.hidden <= WIDEST:
-        raise ValueError(f"hidden: got {pruning.hidden}; give the width of E, 1 to {WIDEST}")
-    more = [i for i in pruning.layers if len(pruning.kept[i]) > 1]
-    if more:
-        raise ValueError(
-            f"keep: got {len(pruning.kept[more[0]])}; shrp keeps a single head, give 1"
-        )
 
 
 # ---------------------------------------------------------------------- folders
@@ -452,20 +429,7 @@ def save_pruned(folder: str | Path, state: Mapping[str, Tensor], record: Mapping
     Raises:
         ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
     """
-    from safetensors.torch import save
-
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    whole = {"format": FORMAT, "xattn": __version__, **record}
-    with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), _is_pruned) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
-        (temporary / PRUNED_FILE).write_text(text, "utf-8", "backslashreplace")
+    with atomic_folder(folder, (WEIGHTS_FILE, PRUNED_FILE), read_by(read_pruned)) as temporary:
+        put_tensors(temporary / WEIGHTS_FILE, state)
+        put_json(temporary / PRUNED_FILE, {"format": FORMAT, "xattn": __version__, **record})
     return Path(folder)
-
-
-def _is_pruned(folder: Path) -> bool:
-    try:
-        read_pruned(folder)
-    except (ValueError, OSError):
-        return False
-    return True

@@ -1,11 +1,7 @@
-"""A ViT at another resolution: the same weights, and positions that are resized or tiled.
+"""A ViT at another resolution: the same weights, and positions that are resized, or repeated over the grid.
 
 backbone = resized(backbone, 448)                    # 28 x 28 patches of 16 pixels
 backbone = resized(backbone, 448, positions="tile")  # each window of 14 x 14 has the trained positions
-
-A vision transformer at a larger input whose position embeddings are repeated instead of resized.
-
-A window of the training grid's size then holds every trained position exactly once, wherever it lies.
 """
 
 from __future__ import annotations

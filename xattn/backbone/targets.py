@@ -190,9 +190,10 @@ class _AtMask:
 
     def __call__(self, logits: Tensor) -> Tensor:
         size = (logits.shape[2], logits.shape[3])
-        if _aspect_differs(tuple(self.weights.shape), size):
+        given = tuple(self.weights.shape)
+        if abs(given[0] * size[1] - given[1] * size[0]) >= max(*given, *size):
             raise ValueError(
-                f"mask: got {tuple(self.weights.shape)} for logits of {size}; give a mask over the model's "
+                f"mask: got {given} for logits of {size}; give a mask over the model's "
                 f"input, of its aspect ratio"
             )
         weights = F.adaptive_avg_pool2d(self.weights[None, None], size)[0, 0].to(logits)
@@ -209,7 +210,3 @@ class _AtPoint:
         height, width = logits.shape[2:]
         y, x = min(int(self.row * height), height - 1), min(int(self.column * width), width - 1)
         return _class_of(logits, self.index)[:, y, x]
-
-
-def _aspect_differs(given: tuple[int, ...], size: tuple[int, ...]) -> bool:
-    return abs(given[0] * size[1] - given[1] * size[0]) >= max(*given, *size)

@@ -133,7 +133,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     """With as many classes as the file has, unless ``options`` say otherwise."""
     import timm
 
-    from xattn.backbone.weights import class_count, load_weight_file, part_of
+    from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
 
     whole = load_weight_file(weights)
     key = _config(name).get("classifier")
@@ -142,23 +142,19 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
         options = {"num_classes": count, **options}
     model = timm.create_model(name, pretrained=False, **options)
     state = part_of(whole, model.state_dict().keys(), weights)
+    refusal = (
+        f"weights: {weights} does not fit {name} ({{reason}}); give the file of this architecture"
+    )
     try:
-        try:
-            model.load_state_dict(state, strict=True)
-        except RuntimeError:
-            # A ViT's file may hold the positions of its own size, to be resized afterwards.
-            own = options.pop("img_size", None)
-            if own is None or not hasattr(model, "set_input_size"):
-                raise
-            model = timm.create_model(name, pretrained=False, **options)
-            model.load_state_dict(state, strict=True)
-            model.set_input_size(img_size=own)  # type: ignore[operator]
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in first[1:3])[:300]
-        raise ValueError(
-            f"weights: {weights} does not fit {name} ({reason}); give the file of this architecture"
-        ) from None
+        load_into(model, state, refusal)
+    except ValueError:
+        # A ViT's file may hold the positions of its own size, to be resized afterwards.
+        own = options.pop("img_size", None)
+        if own is None or not hasattr(model, "set_input_size"):
+            raise
+        model = timm.create_model(name, pretrained=False, **options)
+        load_into(model, state, refusal)
+        model.set_input_size(img_size=own)  # type: ignore[operator]
     return model
 
 

@@ -224,6 +224,17 @@ def part_of(state: StateDict, names: Collection[str], path: str | Path) -> State
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
+def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
+    """Load a state dict that has all tensors of ``model``; else a ``ValueError`` with the ``refusal``, in
+    which ``{reason}`` says what does not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in lines[1:3])[:300]
+        raise ValueError(refusal.format(reason=reason)) from None
+
+
 def class_count(state: StateDict, classifier: str) -> int | None:
     """How many classes the layer `classifier` of a state dict has, wherever in it the network stands."""
     key = f"{classifier}.weight"

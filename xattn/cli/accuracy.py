@@ -9,6 +9,7 @@ from typing import Any
 from xattn.cli.checks import check_labels
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs
+from xattn.runtime.option_checks import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +19,17 @@ class Accuracy(PhotoArgs):
     model: BackboneArgs = field(default_factory=BackboneArgs)
     labels: str = "folders"
     """"folders", whose names are those of classes, or a .json or .csv file of the photos' classes."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only so many photos, spread over their folders: those of other commands with --seed 0."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Photos a pass."""
 
     def check(self) -> None:
         super().check()
         self.model.check()
         check_labels(self.labels)
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}; give at least 1")
 
     def run(self) -> None:
         from xattn.eval.accuracy import measure_accuracy

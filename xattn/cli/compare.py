@@ -12,7 +12,7 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import MethodArgs, known
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.option_checks import Belongs, Count, Not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Compare(MethodArgs):
     """What the model sees."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the scoring passes."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Perturbed images per pass."""
     maps: int = 1000
     """Keep the maps of so many photos for the viewer, up to 0.2 MB per photo and method; 0 keeps none."""

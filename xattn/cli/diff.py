@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from xattn.cli.pack_arguments import open_packs
+from xattn.cli.shared import open_packs
 from xattn.runtime.arguments import Argument
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from xattn.cli.checks import check_annotations, check_name
-from xattn.cli.heads import choose_heads, row_name
+from xattn.cli.heads import choose_heads, explainers_of, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, output_folder
 from xattn.cli.shared import MethodArgs, known
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import Belongs, Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Evaluate(MethodArgs):
     """What the model sees."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Masked images per pass."""
     output: Path | None = None
     """Folder or URL for results.json and results.csv; by default runs/evaluation, or runs/evaluation-2 and
@@ -77,7 +77,6 @@ class Evaluate(MethodArgs):
         from xattn.eval.metrics.registry import groups_with_annotations
         from xattn.eval.sanity import first_photos, likeness, without_content
         from xattn.explainers import create_explainer
-        from xattn.explainers.base import options_by_name
         from xattn.runtime.distributed import processes
         from xattn.runtime.files import check_folder
 
@@ -93,20 +92,11 @@ class Evaluate(MethodArgs):
         if self.sanity:
             shown = first_photos(photos, backbone, self.view)
             sanity = sanity_rows(backbone, row, head=first, photos=shown, **shared)
-        labels: list[str] = []
+        named: dict[str, Any] = {}
         for source, head in zip(sources, heads, strict=True):
-            labels.append(row_name(source, head.name, {*self.explainers, *labels, *sanity}))
-        options = options_by_name(
-            self.options, [*labels, *self.explainers, *["head"][: len(heads)]]
-        )
-        methods: dict[str, Any] = {}
-        for label, head in zip(labels, heads, strict=True):
-            chosen = options.get("head", {}) | options.get(label, {})
-            methods[label] = create_explainer("head", backbone, head, **shared, **chosen)
-        for name in self.explainers:
-            if name not in sanity:
-                chosen = options.get(name, {})
-                methods[name] = create_explainer(name, backbone, first, **shared, **chosen)
+            named[row_name(source, head.name, {*self.explainers, *named, *sanity})] = head
+        rows = [*named, *(name for name in self.explainers if name not in sanity)]
+        methods = explainers_of(rows, named, self.options, backbone, **shared)
         protocol, metrics = Protocol(levels=self.levels), list(self.metrics)
         if self.preset is not None:
             protocol, metrics = preset(self.preset, backbone.preprocessing.mean)
@@ -132,7 +122,7 @@ class Evaluate(MethodArgs):
         write_csv(results, output / "results.csv")
         print(format_table(results))
         if heads and sanity:
-            print(f"randomized_head: the head of the row {labels[0]}, on random weights")
+            print(f"randomized_head: the head of the row {next(iter(named))}, on random weights")
         content = without_content(sanity)
         if content and shown is not None and len(shown) > 1:
             method = create_explainer(row, backbone, first, **shared)

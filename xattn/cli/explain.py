@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from xattn.cli.checks import check_labels
-from xattn.cli.heads import choose_head, fits_a_head, load_with_classifier, row_name
+from xattn.cli.heads import choose_head, explainers_of, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
 from xattn.cli.shared import Images, MethodArgs, known
 from xattn.photos.image_names import is_video, is_volume
-from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 from xattn.runtime.process import launched
 from xattn.runtime.stores import is_remote
 
@@ -50,12 +50,12 @@ class Explain(MethodArgs):
     """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); or
     "predicted,label", the predicted class and, of a mistake, the true one of --labels; the most probable
     ones by default."""
-    top: int = 1
+    top: Count = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None
     """What the model sees: its own centre crop (the default for photos) or the whole picture, squeezed
     (clips)."""
-    every: int = 1
+    every: Count = 1
     """Explain every n-th frame of a clip."""
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
@@ -64,12 +64,12 @@ class Explain(MethodArgs):
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
     runs/explained-2 and so on if there are results."""
-    overlays: int = 1000
+    overlays: Whole = 1000
     """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
     0 for none."""
     overwrite: bool = False
     """Replace the results in the output folder."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images per pass."""
 
     def check(self) -> None:
@@ -77,10 +77,6 @@ class Explain(MethodArgs):
         super().check()
         self.model.check()
         check_labels(self.labels)
-        if self.overlays < 0:
-            raise ValueError(
-                f"overlays: got {self.overlays}; give a number of photos, or 0 for none"
-            )
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
@@ -185,9 +181,6 @@ class Explain(MethodArgs):
 
     def _methods(self) -> tuple[Any, list[Any]]:
         """The backbone and the explainers, with their options."""
-        from xattn.explainers import create_explainer
-        from xattn.explainers.base import options_by_name
-
         backbone, sources = load_with_classifier(self.model, self.heads)
         names = list(self.explainers)
         heads: dict[str, Any] = {}
@@ -203,18 +196,10 @@ class Explain(MethodArgs):
                 f"makes a head, --explainers chooses a method"
             )
             names = ["gradcam"]
-        first = next(iter(heads.values()), None)
         place = names.index("head") if "head" in names else 0
         names[place : place + ("head" in names)] = heads
-        options = options_by_name(self.options, [*names, *(["head"] if heads else [])])
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
-        methods = []
-        for name in names:
-            chosen = options.get(name, {})
-            if name in heads:
-                chosen = options.get("head", {}) | chosen
-            kind, head = ("head", heads[name]) if name in heads else (name, first)
-            method: Any = create_explainer(kind, backbone, head, **shared, **chosen)
+        methods = explainers_of(names, heads, self.options, backbone, **shared)
+        for name, method in methods.items():
             method.name = name  # of several heads, each has its own
-            methods.append(method)
-        return backbone, methods
+        return backbone, list(methods.values())

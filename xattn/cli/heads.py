@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ def choose_heads(sources: tuple[str, ...], backbone: Any) -> tuple[list[str], li
             )
     names = list(sources) or list(filter(None, [default_head(backbone)]))
     return names, [choose_head(name, backbone) for name in names]
+
+
+def explainers_of(
+    rows: Sequence[str],
+    heads: Mapping[str, Any],
+    given: Sequence[str],
+    backbone: Any,
+    **shared: Any,
+) -> dict[str, Any]:
+    """An explainer for each of ``rows``, the name of one of ``heads`` or of a method, with the options
+    ``given``."""
+    from xattn.explainers import create_explainer
+    from xattn.explainers.base import options_by_name
+
+    options = options_by_name(given, [*rows, *(["head"] if heads else [])])
+    first = next(iter(heads.values()), None)
+    found = {}
+    for row in rows:
+        kind, head = ("head", heads[row]) if row in heads else (row, first)
+        chosen = (options.get("head", {}) if row in heads else {}) | options.get(row, {})
+        found[row] = create_explainer(kind, backbone, head, **shared, **chosen)
+    return found
 
 
 def row_name(source: str, name: str, taken: set[str]) -> str:

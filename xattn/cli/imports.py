@@ -126,7 +126,8 @@ def _run(load: Callable[[], ModuleType | None], name: str, path: Path) -> None:
         load()
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:500] or "no message"
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if _is(f, path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename) == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f" at line {line}" if line is not None else ""
         how = name if name.endswith(".py") else f"-m {name}"
@@ -143,7 +144,3 @@ def _check_registered(name: str, count: int) -> None:
             f"import: {name} registers nothing; decorate what it defines by register_metric, "
             f"register_explainer, register_head, register_attention or register_block of xattn"
         )
-
-
-def _is(frame: traceback.FrameSummary, path: Path) -> bool:
-    return Path(frame.filename) == path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +19,8 @@ from xattn.runtime.option_checks import Belongs
 
 ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explainers", "blocks")}
 """The decorators by which the files of a kind register their classes."""
+MEASURED = Path(__file__).with_name("conversion_accuracy.json")
+"""A copy of the accuracy.json that the study of swapped attention writes, in percent."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +110,9 @@ def head_lines() -> Iterator[str]:
         yield f"  {name:34} {folder}"
 
 
-def explainer_lines() -> Iterator[str]:
-    yield "explainers:"
-    yield from _described("explainers")
-
-
-def block_lines() -> Iterator[str]:
-    yield "blocks:"
-    yield from _described("blocks")
+def described_lines(kind: str) -> Iterator[str]:
+    yield f"{kind}:"
+    yield from _described(kind)
 
 
 def metric_lines() -> Iterator[str]:
@@ -159,9 +158,9 @@ def attention_table() -> Iterator[str]:
     """What is known of every mechanism, a row each, and what the columns mean."""
     from xattn.attention.base import MECHANISMS
     from xattn.attention.description import described
-    from xattn.cli.conversion_accuracy import read_accuracy
 
     accuracy = read_accuracy()
+    first = accuracy["sizes"][0]
     titles = (
         "mechanism",
         "paper",
@@ -175,22 +174,21 @@ def attention_table() -> Iterator[str]:
     yield "|" + " :-- |" * len(titles)
     for entry in MECHANISMS.entries():
         found = described(entry.name)
-        measured = "; ".join(_shown(accuracy, entry.name))
         cells = [
             entry.name,
             entry.paper,
             entry.complexity,
             _training(entry),
-            measured or ("see docs/results/controls.md" if entry.control else "not measured"),
+            "; ".join(_shown(accuracy, entry.name))
+            or ("see docs/results/controls.md" if entry.control else "not measured"),
             ", ".join(found.kernels) or "none",
             ", ".join(found.maps) or "none",
         ]
         yield f"| {' | '.join(cells)} |"
-    first = accuracy.first
     yield (
-        f"\ntop-1 after conversion: of {accuracy.backbone} at {first.size} px on {first.photos} photos, "
-        f"{first.dense:.1f} % as it was trained, in all blocks and without training unless it says "
-        f"otherwise (docs/results/swapped-attention.md)"
+        f"\ntop-1 after conversion: of {accuracy['backbone']} at {first['size']} px on "
+        f"{first['photos']} photos, {first['dense']:.1f} % as it was trained, in all blocks and without "
+        f"training unless it says otherwise (docs/results/swapped-attention.md)"
     )
     yield (
         "kernels: ops of xattn.kernels, which run in Triton on a GPU unless it says PyTorch; where a call "
@@ -204,31 +202,51 @@ def _training(entry: Any) -> str:
     return "training-free" if entry.training_free else "needs training"
 
 
+def read_accuracy(file: Path = MEASURED) -> Any:
+    """What the study of swapped attention wrote: for each size of a network's input the accuracy as it was
+    trained ("dense"), and "rows" of conversions; a row is "dense" where its options leave nothing out."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def measured(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
+    """The (size, row) of all rows of a mechanism, in the order of the study."""
+    return [(at, row) for at in accuracy["sizes"] for row in at["rows"] if row["mechanism"] == name]
+
+
 def _shown(accuracy: Any, name: str) -> Iterator[str]:
     """The figures at the first size, and at others of rows whose positions are tiled for these.
 
     Those of settings that leave nothing out give way to the others, where there are any.
     """
+    first = accuracy["sizes"][0]
     shown = [
-        (at, figure)
-        for at in accuracy.sizes
-        for figure in at.figures
-        if figure.mechanism == name and (at is accuracy.first or figure.positions == "tile")
+        (at, row)
+        for at, row in measured(accuracy, name)
+        if at is first or row["positions"] == "tile"
     ]
-    sparse = [(at, figure) for at, figure in shown if not figure.dense]
-    for at, figure in sparse or shown:
-        where = f", at {at.size} px on {at.photos} photos (as trained {at.dense:.1f} %)"
-        yield figure.text + ("" if at is accuracy.first else where)
+    sparse = [(at, row) for at, row in shown if not row["dense"]]
+    for at, row in sparse or shown:
+        where = f", at {at['size']} px on {at['photos']} photos (as trained {at['dense']:.1f} %)"
+        yield _figure(row) + ("" if at is first else where)
     if sparse and len(sparse) < len(shown):
-        yield f"the dense network at {accuracy.first.size} px by default"
+        yield f"the dense network at {first['size']} px by default"
+
+
+def _figure(row: Any) -> str:
+    """Such as "31.2 % (agents=49) in 3 of 12 blocks, trained"."""
+    options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+    converted, _, depth = row["blocks"].partition(" of ")
+    text = f"{row['right']:.1f} %" + (f" ({options})" if options else "")
+    text += "" if converted == depth else f" in {row['blocks']} blocks"
+    return text + (", trained" if row["trained"] else "")
 
 
 DETAILS: dict[str, Callable[[], Iterable[str]]] = {
     "all": tuple,
     "models": tuple,
     "heads": head_lines,
-    "explainers": explainer_lines,
+    "explainers": partial(described_lines, "explainers"),
     "attention": attention_table,
-    "blocks": block_lines,
+    "blocks": partial(described_lines, "blocks"),
     "metrics": metric_lines,
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from xattn.cli.outputs import pack_output
-from xattn.cli.pack_arguments import open_packs
+from xattn.cli.shared import open_packs
 from xattn.runtime.arguments import Argument
 
 

@@ -99,80 +99,57 @@ class BackboneArgs:
         return probed(backbone, load_head(self.probe, backbone))  # type: ignore[arg-type]
 
     def _load(self) -> Any:
-        from xattn.backbone import load_backbone
+        from xattn.backbone import converted, load_backbone, load_conversion
 
-        self._check_mechanism()
-        if self.network == "a mask network":
-            return self._mask_network()
-        taps: Any = self.taps or None
-        if len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage"):
-            taps = self.taps[0]
-        backbone = load_backbone(
-            self.backbone,
-            weight_source(self.weights, self.backbone),
-            taps,
-            device_name(self.device),
-            input_size=self.input_size,
-            class_names=self.class_names,
-            task=self.task,
-            tile_positions=self.tile_positions,
-            **self._preprocessing(),
-        )
-        return self._converted(backbone)
-
-    def _check_mechanism(self) -> None:
-        """Refuse an unknown mechanism before a network is loaded."""
-        from xattn.attention.base import MECHANISMS
-        from xattn.attention.model.spec import parse_mechanism
-
-        if self.mechanism is None or Path(self.mechanism).exists():
-            return
-        name, options = parse_mechanism(self.mechanism)
-        with saying("mechanism"):
-            MECHANISMS.get(name)
-            MECHANISMS.check_options(name, options)
-
-    def _mask_network(self) -> Any:
-        from xattn.backbone import load_backbone
-        from xattn.models.masks import load_classifier
-
-        module, names = load_classifier(self.backbone)
-        return load_backbone(
-            module,
-            device=device_name(self.device),
-            input_size=self.input_size,
-            class_names=self.class_names or names,
-            task=self.task,
-            **self._preprocessing(),
-        )
-
-    def _preprocessing(self) -> dict[str, Any]:
-        """The arguments of ``load_backbone`` that say how photos become the model's input."""
-        return {
+        named = self._named_mechanism()
+        shared: dict[str, Any] = {
+            "device": device_name(self.device),
+            "input_size": self.input_size,
+            "task": self.task,
             "mean": self.mean or None,
             "std": self.std or None,
             "crop": self.crop_pct,
             "interpolation": self.interpolation,
         }
+        if self.network == "a mask network":
+            from xattn.models.masks import load_classifier
 
-    def _converted(self, backbone: Any) -> Any:
+            module, names = load_classifier(self.backbone)
+            return load_backbone(module, class_names=self.class_names or names, **shared)
+        short = len(self.taps) == 1 and self.taps[0] in ("norm1", "block", "stage")
+        backbone = load_backbone(
+            self.backbone,
+            weight_source(self.weights, self.backbone),
+            self.taps[0] if short else self.taps or None,
+            class_names=self.class_names,
+            tile_positions=self.tile_positions,
+            **shared,
+        )
+        if named is not None:
+            return converted(backbone, named[0], self.layers, named[1])
+        if self.mechanism is None:
+            return backbone
+        if self.layers is not None:
+            raise ValueError(
+                f"layers: got {self.layers}; {self.mechanism} says itself which layers it converts, "
+                f"leave out --layers"
+            )
+        return load_conversion(self.mechanism, backbone)
+
+    def _named_mechanism(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the mechanism, None of a folder's; an unknown one is refused before a network
+        is loaded."""
+        if self.mechanism is None:
+            return None
         from xattn.attention.base import MECHANISMS
         from xattn.attention.model.spec import parse_mechanism
-        from xattn.backbone import converted, load_conversion
 
-        if self.mechanism is None:
-            if self.layers is not None:
-                raise ValueError(f"layers: got {self.layers} without --mechanism; give both")
-            return backbone
+        if self.mechanism not in MECHANISMS and Path(self.mechanism).exists():
+            return None
         name, options = parse_mechanism(self.mechanism)
-        if name not in MECHANISMS and (Path(self.mechanism).exists() or "/" in name):
-            if self.layers is not None:
-                raise ValueError(
-                    f"layers: got {self.layers}; {self.mechanism} says itself which layers it converts, "
-                    f"leave out --layers"
-                )
-            return load_conversion(self.mechanism, backbone)
-        return converted(backbone, name, self.layers, options)
+        with saying("mechanism"):
+            MECHANISMS.check_options(name, options)
+        return name, options
 
 
 def weight_source(source: str, backbone: str) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from xattn.cli.checks import check_heads, check_images, saying
 from xattn.runtime.arguments import Argument
+from xattn.runtime.option_checks import Count, check_fields
 
 Images: TypeAlias = Annotated[tuple[str, ...], Argument(positional=True, metavar="PHOTOS")]
 
@@ -23,6 +24,7 @@ class PhotoArgs:
 
     def check(self) -> None:
         """Refuse paths and values that are wrong at first sight, before torch is imported."""
+        check_fields(self)
         check_images(self.images)
 
     @property
@@ -41,7 +43,7 @@ class MethodArgs(PhotoArgs):
     options: tuple[str, ...] = ()
     """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
     all heads, and the name of a head's row for that one alone."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only so many photos, spread over their folders by --seed: the same in every command."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
@@ -58,8 +60,6 @@ class MethodArgs(PhotoArgs):
     def check(self) -> None:
         super().check()
         check_heads(self.heads, "heads")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit: got {self.limit}; give at least 1")
 
 
 def files_of(images: Sequence[str]) -> list[Path]:
@@ -74,3 +74,39 @@ def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tup
     ``more`` are allowed, too."""
     with saying(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
+
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+
+def open_packs(folders: Sequence[Path]) -> list[Pack]:
+    """The packs in folders or at URLs, also in those of ``xattn compare``.
+
+    Raises:
+        ValueError: one of them is no pack, or damaged.
+    """
+    from xattn.packs.contained_files import PackError
+    from xattn.packs.reader import Pack
+    from xattn.runtime.stores import place_of
+
+    opened = []
+    for folder in folders:
+        place = place_of(folder, "packs")
+        try:
+            place = _pack_of(place)
+            opened.append(Pack(place, name=str(place), trusted=True))
+        except PackError as error:
+            raise ValueError(f"packs: {place} cannot be opened ({error})") from None
+    return opened
+
+
+def _pack_of(place: Any) -> Any:
+    """The pack that a folder is, or holds as xattn compare writes it."""
+    from xattn.packs.contained_files import folder_of
+    from xattn.packs.format import MANIFEST
+
+    if isinstance(place, Path) and not place.is_dir():
+        raise ValueError(f"packs: {place} is no folder; give one that xattn explain wrote")
+    inside = not folder_of(place).exists(MANIFEST) and folder_of(place / "pack").exists(MANIFEST)
+    return place / "pack" if inside else place

@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone, Preprocessing
 from xattn.explainers import as_explainer
-from xattn.explaining.aim import OneEach, PredictedAndTrue, aimed
 from xattn.explaining.naming import Source, each_photo, file_name_of, named_photos
 from xattn.explaining.passes import (
+    OneEach,
+    PredictedAndTrue,
     Prepared,
     TrueClass,
+    aimed,
     explain_batch,
     map_of,
     set_up,

@@ -7,7 +7,6 @@ from typing import Any
 from xattn.backbone import Backbone, sha256
 from xattn.backbone.scored import Scored
 from xattn.explainers import Explainer
-from xattn.heads import Head
 from xattn.runtime.version import __version__
 
 # What p is, by the task.
@@ -22,6 +21,9 @@ P = {
 def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
     """The record of how maps of ``method`` are made; ``target`` and ``notes`` only where there are any."""
     head = method.head if method.needs_head else None
+    record = None
+    if head is not None:
+        record = {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}
     target = {"target": backbone.target_id} if isinstance(backbone, Scored) else {}
     notes = {"notes": list(method.notes)} if method.notes else {}
     return {
@@ -34,7 +36,7 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
             **backbone.conversion_record(),
             **backbone.preprocessing_record(),
         },
-        "head": None if head is None else _head_record(head),
+        "head": record,
         "explainer": method.name,
         "forward_passes": method.total_forwards,
         "seed": method.seed,
@@ -46,7 +48,3 @@ def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, A
         **target,
         **notes,
     }
-
-
-def _head_record(head: Head) -> dict[str, Any]:
-    return {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}

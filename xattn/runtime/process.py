@@ -25,11 +25,6 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def launched() -> tuple[int, int]:
-    """(count, rank) of the processes that ``torchrun`` or ``accelerate launch`` started; (1, 0) of one."""
-    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int]]:
     """Hold back the first Ctrl-C (or SIGTERM) until the caller asks; a second one acts at once.
