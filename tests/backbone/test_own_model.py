@@ -15,10 +15,10 @@ from xattn.cli import main
 USAGE = Path(__file__).resolve().parents[2] / "docs" / "usage.md"
 
 
-def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, monkeypatch):
+def test_a_network_of_three_classes_is_trained_for_explained_and_measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=3)
+    model = timm.create_model("test_resnet", num_classes=3)
     torch.save({"state_dict": model.state_dict()}, "mine.pth")
     Path("classes.txt").write_text("ant\nbee\ncat\n")
     Path("photos/deep").mkdir(parents=True)
@@ -32,13 +32,15 @@ def test_a_three_class_resnet18_is_trained_for_explained_and_measured(tmp_path, 
     )
     lines = [line for line in block[2].splitlines() if line]
     assert [line.split()[1] for line in lines] == ["train", "explain", "evaluate"]
+    assert "--backbone resnet18 " in block[1]
+    network = block[1].replace("resnet18", "test_resnet")  # of few layers
     quick = {
         "train": "--epochs 1 --workers 0",
         "explain": "--top 2",
         "evaluate": "--batch-size 4",
     }
     for line in lines:
-        arguments = shlex.split(line.replace("$MODEL", block[1]))[1:]
+        arguments = shlex.split(line.replace("$MODEL", network))[1:]
         assert main([*arguments, *quick[arguments[0]].split(), "--device", "cpu"]) == 0
     pack = xattn.load_pack("runs/explained")
     assert len(pack) == 10 and {e.target_name for e in pack} <= {"ant", "bee", "cat"}

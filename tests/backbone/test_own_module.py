@@ -59,8 +59,8 @@ def state(model):
     return {
         "modes": [m.training for m in model.modules()],
         "needed": [p.requires_grad for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "values": [v.tolist() for v in model.state_dict().values()],
+        "grads": [None if p.grad is None else p.grad.numpy().tobytes() for p in model.parameters()],
+        "values": [v.numpy().tobytes() for v in model.state_dict().values()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
     }
 

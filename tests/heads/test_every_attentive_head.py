@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 import xattn
 from xattn.explainers import create_explainer
-from xattn.heads import create_head, load_head, overlap, save_head
+from xattn.heads import create_head, head_entry, load_head, overlap, save_head
 
 N = GRID[0] * GRID[1]
 
@@ -73,10 +73,13 @@ def reference(head, tokens):
         return (head.mean_patch_logits(tokens) - head.classify(nothing))[..., None] / N
 
 
-@pytest.mark.parametrize("name", HEADS)
+VARIANTS = [(name, case) for name in HEADS for case in head_entry(name).cases]
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-def test_shares_are_value_times_slope_with_held_gates_and_sum_to_the_logit(name, norm):
-    head = make(name, norm=norm)
+def test_shares_are_value_times_slope_with_held_gates_and_sum_to_the_logit(name, options, norm):
+    head = make(name, norm=norm, **options)
     tokens = random_tokens(head)
     with torch.no_grad():
         logits, (maps, rest) = head.logits(tokens), head.class_maps(tokens)

@@ -155,6 +155,6 @@ MISTAKES = [
     Mistake(
         "both channels",
         lambda b: xattn.as_explainer(lambda x, t: x, b.cnn, channels="sum"),
-        ("channels: got 'sum'", "signed, absolute"),
+        ("channels: got 'sum'", "give 'signed' or 'absolute'"),
     ),
 ]

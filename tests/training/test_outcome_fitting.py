@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import killed_and_resumed, write_photos, write_weights
+from training_runs import write_photos, write_weights
 
 import xattn
 from xattn.cli import main
@@ -448,9 +448,3 @@ def test_an_interrupted_table_goes_on_by_the_same_command(command, tmp_path, cap
     assert "; the same command goes on" in capsys.readouterr().err
     assert main(line) == 0
     assert f"{COUNT - 16} of {COUNT} rows to compute" in capsys.readouterr().out
-
-
-def test_a_run_killed_by_sigkill_is_resumed_bit_for_bit(command, tmp_path):
-    line = [*command, "--head", "evidence", "--epochs", "12", "--batch-size", "2"]
-    line += ["--checkpoint-every", "5"]
-    killed_and_resumed(line, tmp_path, 132, {"OMP_NUM_THREADS": "1"}, "head", 40)

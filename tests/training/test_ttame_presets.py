@@ -1,4 +1,4 @@
-"""The published settings: taps, parameter counts, and a dry run of each with random weights."""
+"""The published settings: taps, parameter counts, and a dry run with random weights."""
 
 import numpy as np
 import pytest
@@ -44,13 +44,12 @@ def test_pooled_taps_are_the_tensors_behind_vggs_pools():
     assert torch.equal(F.max_pool2d(inner, 2), seen[3])
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_two_steps_of_each_preset(name, tmp_path, capsys):
+def test_two_steps_of_a_preset(tmp_path, capsys):
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         (tmp_path / "p").mkdir(exist_ok=True)
         Image.fromarray(noise).resize((240, 240)).save(tmp_path / f"p/{i}.png")
-    command = ["train", "--preset", name, "--weights", "random", str(tmp_path / "p")]
+    command = ["train", "--preset", "ttame-resnet50", "--weights", "random", str(tmp_path / "p")]
     short = ["--epochs", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
     assert main([*command, *short, "--output", str(tmp_path / "run")]) == 0
     assert "2 steps" in capsys.readouterr().out

@@ -50,11 +50,12 @@ def cases(dtype):
     for name in [n for n in HEADS if n not in CLASSIFIERS and (fine or n == "ttame")]:
         fusions = ("classifier", "per_class") if "fusion" in head_options(name) else ("classifier",)
         for fusion in fusions:
-            for mode in ("batch", "own", "top") if fine else ("batch",):
+            every = fine and name == "ttame" and fusion == "classifier"
+            for mode in ("batch", "own", "top") if every else ("batch",):
                 config = TrainConfig(**published, class_mode=mode, batch_size=BATCH)
                 options = {"fusion": fusion} if len(fusions) > 1 else {}
                 yield f"fit-{name}-{fusion}-{mode}", name, options, config, "photos"
-        if fine:
+        if fine and name == "ttame":
             config = TrainConfig(**published, batch_size=BATCH)
             yield f"fit-{name}-multilabel", name, {}, config, "multilabel"
     if (

@@ -9,6 +9,7 @@ the softmax cancels. Constant channels mask nothing and get weight 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
         fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
     """
 
-    fill: str = "mean"
+    fill: Literal["black", "mean"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
