@@ -57,7 +57,7 @@ class Gates(Explainer):
                 f"none; give a folder of the study of lesions, or use 'gradcam'"
             )
         size = self.backbone.preprocessing.input_size
-        with torch.no_grad():
+        with self._guard(), torch.no_grad():
             levels = len(self._gates(torch.zeros(1, 3, *size, device=self.backbone.device))[1])
         if not levels:
             raise ValueError("explainer: this network has gates=False; train one with gates")
