@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fuzz.engine import target
 from fuzz.heads import network
 from fuzz.labels import nasty_json

@@ -37,7 +37,6 @@ from xattn.blocks.routing_usage import usage_entropy
 from xattn.config import PruneConfig
 from xattn.photos.base import Data, Photos
 from xattn.photos.classes import Task, as_classes
-
 from xattn.photos.sources import PartOfPhotos, open_photos
 from xattn.runtime.copies import shared_copy
 from xattn.runtime.files import check_run_folder
