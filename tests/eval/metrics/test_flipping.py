@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from xattn.eval.metrics import create_metric, irof, measure
+from xattn.eval.metrics import irof, measure
 from xattn.eval.metrics.base import Column, Sample
 from xattn.eval.metrics.curves import InsertionDeletionMetric, auc
 from xattn.eval.metrics.flipping import (
@@ -160,17 +160,6 @@ def test_single_pixels_are_those_of_deletion():
     assert all(torch.equal(a, b) for a, b in zip(flipped, deleted, strict=True))
 
 
-def test_columns_depend_on_a_colour_only_where_they_use_it():
-    probe = create_metric("pixel-flipping", mean=(0.5, 0.4, 0.3))
-    assert "mean" not in probe.column_options(AOPC)
-    probe = create_metric("pixel-flipping", mean=(0.5, 0.4, 0.3), fill="mean")
-    assert probe.column_options(AOPC)["mean"] == [0.5, 0.4, 0.3]
-    options = create_metric("irof", mean=(0.5, 0.4, 0.3)).column_options(IROF_COLUMN)
-    assert options == {
-        "n_segments": 100, "compactness": 10.0, "sigma": 0.0, "fill": "image-mean"
-    }  # fmt: skip
-
-
 # ---------------------------------------------------------------- IROF
 
 
@@ -220,13 +209,6 @@ def test_an_image_of_one_superpixel_has_no_order():
     assert not images_of(IrofMetric(2), sample(image, raw))
     f = linear(normal(3, 4, 4))
     assert measure(IrofMetric(2), f, image[None], raw[None], 0)[IROF_COLUMN].isnan().all()
-
-
-def test_labels_are_whole_numbers_from_zero_and_every_one_is_in_use():
-    for seed in range(3):
-        labels = superpixels(draw(3, 33, 41, seed=seed), 30, 1.0)
-        assert labels.shape == (33, 41)
-        assert torch.equal(labels.unique(), torch.arange(int(labels.max()) + 1, dtype=torch.int32))
 
 
 def test_one_segmentation_serves_all_methods_and_old_ones_are_dropped(monkeypatch):

@@ -153,9 +153,3 @@ def test_bad_shapes_are_refused():
     for products, changes in ((rand(3), rand(3)), (rand(2, 3), rand(2, 4)), (rand(2, 0),) * 2):
         with pytest.raises(ValueError, match="products, changes: got"):
             infidelity_values(products, changes)
-
-
-def test_a_columns_options_are_those_it_depends_on():
-    square, noise = InfidelityMetric(), InfidelityMetric(perturbation="noise")
-    assert set(square.column_options(COLUMN)) == {"samples", "perturbation", "side", "scale"}
-    assert set(noise.column_options(COLUMN)) == {"samples", "perturbation", "sigma", "scale"}

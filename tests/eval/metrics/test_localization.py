@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xattn.eval.annotations import Annotation
-from xattn.eval.metrics import Column, Sample, create_metric, measure
+from xattn.eval.metrics import Column, create_metric, measure
 from xattn.eval.metrics.localization import (
     energy_pointing_values,
     iou_values,
@@ -96,12 +96,6 @@ def test_the_energy_of_the_object_itself_is_one_and_of_its_complement_zero():
     assert energy_pointing_values(1 - mask.float(), mask).tolist() == [0]
 
 
-def test_energies_of_parts_add_up():
-    maps, left, right = draw(1, 1, 9, 11), box(0, 0, 9, 4), box(0, 4, 9, 11)
-    total = energy_pointing_values(maps, left) + energy_pointing_values(maps, right)
-    assert total.item() == pytest.approx(1, abs=1e-12)
-
-
 def test_the_energy_of_a_map_below_zero_is_refused():
     with pytest.raises(ValueError, match="maps: values from -1; give grey maps, at least 0"):
         energy_pointing_values(-torch.ones(1, 1, 9, 11), box(0, 0, 2, 2))
@@ -174,17 +168,6 @@ def test_masks_of_another_kind_are_refused(values):
         values(maps[:, 0], maps > 0)
 
 
-def test_options_of_a_column_are_those_it_depends_on():
-    probe = create_metric("localization", tolerance=3, iou_threshold=0.2)
-    assert probe.needs_annotation
-    got = {column.key: probe.column_options(column) for column in probe.columns}
-    assert got == {
-        "pointing": {"tolerance": 3},
-        "energy-pointing": {},
-        "IoU": {"iou_threshold": 0.2},
-    }
-
-
 def test_the_probe_measures_the_grey_map_on_the_explained_class():
     maps, masks = draw(2, 1, 9, 11), torch.cat([box(3, 3, 6, 6), box(0, 0, 4, 9)])
     notes = [Annotation({2: masks[0], 1: masks[1]}), Annotation({1: masks[1]})]
@@ -203,12 +186,3 @@ def test_the_probe_measures_the_grey_map_on_the_explained_class():
     for column, values in expected.items():
         assert got[column][0].item() == pytest.approx(values[0].item(), abs=1e-6)
         assert got[column][1].isnan(), "the second image shows no object of class 2"
-
-
-def test_without_an_annotation_every_value_is_undefined():
-    sample = Sample(
-        image=draw(3, 9, 11), grey=draw(1, 9, 11), raw=draw(1, 9, 11), target=0, score=1
-    )
-    with pytest.raises(StopIteration) as stop:
-        next(create_metric("localization").measure(sample))
-    assert all(math.isnan(value) for value in stop.value.value({}).values())

@@ -1,8 +1,6 @@
 """Tables, comparisons, warnings, and files that are written whole or not at all."""
 
 import csv
-import errno
-import os
 
 import eval_fakes as fakes
 import numpy as np
@@ -204,26 +202,3 @@ def test_csv_holds_the_table_and_the_images_beside_it(results, tmp_path):
     assert len(images) == 5 * 7
     mine = [float(r["AD@15"]) for r in images if r["method"] == "bright"]
     assert mine == results.methods["bright"].values[Column("AD", 0.15)].tolist()
-
-
-@pytest.mark.parametrize("write", [write_json, write_csv])
-def test_a_full_disk_keeps_the_earlier_file(write, results, tmp_path, monkeypatch):
-    path = tmp_path / "r.out"
-    path.write_text("earlier")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"output: cannot write .*No space.*choose"):
-        write(results, path)
-    assert path.read_text() == "earlier"
-    assert [p.name for p in tmp_path.iterdir()] == ["r.out"]
-
-
-def test_an_unwritable_folder_is_named_with_the_remedy(results, tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("mine")
-    with pytest.raises(OSError, match=r"output: cannot write .*choose a writable folder"):
-        write_json(results, blocker / "r.json")
-    assert blocker.read_text() == "mine"
