@@ -137,9 +137,9 @@ def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
     size = offered().get(mechanism)
     if size is None:
         return []
-    if size.dial:
+    if size.unit == "steps":
         return list(size.values)
-    most = min(grid) if size.per_side else grid[0] * grid[1]
+    most = min(grid) if size.unit == "patches a side" else grid[0] * grid[1]
     return [n for n in size.values if n <= most]
 
 

@@ -139,7 +139,7 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
         size = int(wish)
     else:
         messages.append(f"{own.option} cannot be {_short(wish)} here; {size} is shown.")
-    target = _whole(params.get("target", ""), len(own.targets))
+    target = _whole(params.get("target", ""), len(own.regions))
     if "target" in params and target is None:
         messages.append(f"There is no region {_short(params['target'])} to look at here.")
     return Choice(wanted, size, target), messages

@@ -243,9 +243,9 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
     if view.mechanism != TRAINED and size_grid is not None:
         size = offered[view.mechanism]
         fitting_sizes = attention_pass.sizes(view.mechanism, size_grid)
-        if size.targets:
+        if size.regions:
             second, beside = st.columns(2)
-            regions = [OWN, *map(str.capitalize, size.targets)]
+            regions = [OWN, *map(str.capitalize, size.regions)]
             beside.selectbox(
                 "Looks at",
                 regions,
@@ -256,7 +256,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
                     lambda at: {"target": None if at == OWN else regions.index(at) - 1},
                 ),
             )
-        if size.dial:
+        if size.unit == "steps":
             second.select_slider(size.title, fitting_sizes, **_widget("size", view.size))
         else:
             second.selectbox(size.title, fitting_sizes, **_widget("size", view.size))
@@ -323,7 +323,7 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
         return f"gets {float(masses.amax(1).mean()):.1%}, mean over heads, each with its own"
     own = masses[int(view.head)]
     best = int(own.argmax())
-    names = attention_pass.offered()[view.mechanism].targets if view.mechanism != TRAINED else ()
+    names = attention_pass.offered()[view.mechanism].regions if view.mechanism != TRAINED else ()
     name = names[best] if len(names) == len(own) else f"{best}, of 0 to {len(own) - 1},"
     return f"{name} gets {float(own[best]):.1%}"
 

@@ -3,9 +3,9 @@
     python -m xattn.eval.studies attention-maps photo.jpg -b vit_tiny_patch16_224 --weights FILE
 
 Every layer of a trained ViT gets the mechanism, the photo is run once, and one layer's maps are drawn
-(:meth:`xattn.attention.base.Mechanism.maps`). ``SETTINGS`` says with which options, at which size and in
-which layer each is worth seeing: a mechanism that is dense on 14 x 14 patches needs a larger photo or
-smaller blocks. Nothing is trained here; ``distilled`` takes conversions of ``xattn distill``.
+(:meth:`xattn.attention.base.Mechanism.maps`). A mechanism's entry in the registry says with which options,
+at which size and in which layer it is worth seeing: one that is dense on 14 x 14 patches needs a larger
+photo or smaller blocks. Nothing is trained here; ``distilled`` takes conversions of ``xattn distill``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from xattn.eval.studies.options import Network, OutputAt, PhotosAt
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 from xattn.pictures.contact_sheet import Cell, Row, contact_sheet_image
-from xattn.pictures.overlay import DIVERGING
 from xattn.pictures.scales import Legend
 from xattn.runtime.files import atomic_file, check_folder
 
@@ -69,37 +68,13 @@ class Setting:
     legends: Mapping[str, Legend] = field(default_factory=dict)
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "act": Setting(depth=1.0),
-    "agent": Setting(channels={"agents": Channels("no.", (9, 24, 39))}),
-    "dma": Setting({"window": 64}),
-    "flow": Setting(depth=0.0),  # untrained, later layers read what nothing was trained for
-    "freeswim": Setting(positions="tile"),
-    "gna": Setting({"kernel": 7}),
-    "hip": Setting({"keep": 96, "block": 4}, channels={"survived": Channels("round")}),
-    "infllm_v2": Setting({"selected": 4, "block": 4, "dense_below": 0}),
-    "landmark": Setting({"block": 4, "selected": 8}),
-    "llsa": Setting({"block": 2, "levels": 2}),
-    "lla": Setting(
-        legends=dict.fromkeys(
-            ("row", "correction", "received"),
-            Legend("subtracted", "added", "row, correction, received", DIVERGING),
-        )
-    ),
-    "localist": Setting(
-        {"regions": "recruited"},
-        depth=1.0,
-        legends={"region": Legend("first", "last", "region", "turbo")},
-    ),
-    "moh": Setting(channels={"gates": Channels("head")}),
-    "nsa": Setting({"block": 4}),
-    "routing": Setting(
-        {"centroids": "call"},
-        channels={"cluster": Channels("head", (0,))},
-        legends={"cluster": Legend("first", "last", "cluster", "turbo")},
-    ),
-    "spatten": Setting(depth=1.0),
-}
+def setting_of(name: str) -> Setting:
+    """The setting that the mechanism's entry asks for, in ``studies["attention-maps"]``: arguments of
+    :class:`Setting`, with plain tuples as channels and legends."""
+    asked = dict(mechanism_class(name).entry.studies.get("attention-maps", {}))
+    for key, kind in (("channels", Channels), ("legends", Legend)):
+        asked[key] = {of: kind(*values) for of, values in asked.get(key, {}).items()}
+    return Setting(**asked)
 
 
 def with_maps() -> list[str]:
@@ -122,7 +97,7 @@ def study(
     Args:
         backbone: a trained ViT; it stays as it is.
         only: draw these mechanisms alone.
-        size, layer: in place of those of ``SETTINGS``.
+        size, layer: in place of those that a mechanism's entry asks for.
         distilled: folders of conversions of ``backbone``, each drawn in place of the untrained one.
     """
     if conversion(backbone.model):
@@ -165,7 +140,7 @@ def _sheet(
     folder: Path | None,
 ) -> Image.Image:
     """The picture of one mechanism."""
-    setting = SETTINGS.get(name, Setting())
+    setting = setting_of(name)
     dense = resized(backbone, size or setting.size, setting.positions)
     if folder is None:
         options = dict(setting.options)

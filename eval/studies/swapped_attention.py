@@ -7,7 +7,8 @@ where a mechanism keeps most of the accuracy does the registry call it training-
 training have a second row, distilled on photos that it is not measured on. Positions are resized to
 larger sizes. Controls say what a figure is worth.
 
-A new mechanism is a line in ``SWAPS``. Everything finished is kept in the output folder.
+A mechanism's entry in the registry says which rows it has. Everything finished is kept in the output
+folder.
 
 Attention to compare mechanisms with: random blocks, the exact best keys, and all keys alike.
 
@@ -38,7 +39,7 @@ from xattn.eval.studies.options import LabelsAt, Network, OutputAt, PhotosAt
 from xattn.eval.studies.study_photos import labelled_photos
 from xattn.eval.studies.swap.measuring import Measuring, Networks, SwapStudyConfig
 from xattn.eval.studies.swap.report import photo_values, table_lines, write
-from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, with_trained
+from xattn.eval.studies.swap.rows import AS_TRAINED, Swap, all_swaps, with_trained
 from xattn.runtime.files import check_folder, write_rows
 
 
@@ -92,43 +93,6 @@ with_entry(ExactTopK, Entry("exact top-k", "a control", "N^2 D"))
 CONTROLS = (RandomBlocks, ExactTopK, Uniform)
 
 
-__all__ = ["SWAPS", "Swap", "study"]
-
-_AGENTS = {"training_free": True}
-SWAPS = (
-    Swap("softmax"),
-    Swap("gna", {"kernel": 7}),
-    Swap("gna", {"kernel": 7}, 2 / 3),
-    Swap("freeswim", positions="tile"),
-    Swap("dma", {"window": 64}),
-    Swap("agent", {"agents": 49}),
-    Swap("agent", {"agents": 49, **_AGENTS}),
-    Swap("agent", {"agents": 49, **_AGENTS}, 1 / 4),
-    Swap("agent", {"agents": 196, **_AGENTS}),
-    Swap("agent", {"agents": 196, **_AGENTS}, 1 / 4),
-    Swap("hedgehog"),
-    Swap("flow"),
-    Swap("based"),
-    Swap("nsa"),
-    Swap("lla"),
-    Swap("moh"),
-    Swap("infllm_v2"),
-    Swap("infllm_v2", {"block": 2, "stride": 1, "dense_below": 0}),
-    Swap("llsa"),
-    Swap("act"),
-    Swap("routing", {"centroids": "call"}),
-    Swap("spatten"),
-    Swap("spatten", {"last": 3}),
-    Swap("hip"),
-    Swap("hip", {"keep": 96, "block": 4}),
-    Swap("landmark"),
-    Swap("lssa"),
-    Swap("lssar"),
-    Swap("lssar", {"power": 3}),
-    Swap("localist", share=-1 / 4),
-)
-
-
 DEFAULTS = SwapStudyConfig()
 
 
@@ -138,7 +102,7 @@ def study(
     labels: LabelsAt = "folders",
     output: OutputAt = "runs/study-swap",
     config: SwapStudyConfig = DEFAULTS,
-    swaps: tyro.conf.Suppress[tyro.conf.Fixed[Sequence[Swap]]] = SWAPS,
+    swaps: tyro.conf.Suppress[tyro.conf.Fixed[Sequence[Swap] | None]] = None,
     *,
     distilled: Sequence[Path] = (),
     only: Sequence[str] = (),
@@ -164,6 +128,7 @@ def study(
     depth = networks.depth
     for folder in distilled:
         load_conversion(folder, networks.dense(config.sizes[0]))
+    swaps = all_swaps() if swaps is None else swaps
     rows = [AS_TRAINED, *with_trained(swaps, distilled), *(Swap(control) for control in CONTROLS)]
     wanted = _wanted(rows, only, depth)
     unknown = sorted(set(only_sizes) - set(config.sizes))

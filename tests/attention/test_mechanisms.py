@@ -24,6 +24,12 @@ CASES = [
     for options in entry.cases
 ]
 GRID, DIM, HEADS = (5, 6), 32, 2
+BY_ALL = {"act", "routing", "spatten"}  # choose keys by what all queries give them, later ones, too
+
+
+def is_causal(name, options):
+    """Whether a case has a causal form, which lays tokens out in a row: no option for each side."""
+    return MECHANISMS.entry(name).causal and not any(isinstance(x, tuple) for x in options.values())
 
 
 def inputs(prefix, grid=GRID, batch=2, seed=0, dtype=torch.float64):
@@ -52,7 +58,7 @@ def mechanism(name, options, dtype=torch.float64):
     return made
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("name, options", CASES)
 def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, prefix):
     q, k, v = inputs(prefix)
@@ -80,7 +86,7 @@ def test_all_questions_to_the_operator_agree_with_its_matrix(name, options, pref
     assert torch.allclose(operator.vecmat(own), own @ a, atol=1e-9)
 
 
-@pytest.mark.parametrize("count", [1, 16, 17, 35])
+@pytest.mark.parametrize("count", [1, 17])
 @pytest.mark.parametrize("name, options", CASES)
 def test_gradient_weighted_rows_take_any_number_of_row_vectors(name, options, count):
     q, k, v = inputs(1)
@@ -158,7 +164,7 @@ def test_values_of_another_width(name, options):
     q, k, v = inputs(1)
     layer, x = mechanism(name, options), tokens(q)
     wide = torch.cat([v, v[..., :3]], -1)
-    if MECHANISMS.entry(name).reads_values:
+    if "values" in MECHANISMS.get(name).reads:
         with pytest.raises(ValueError, match=f"v: got width 19; {name} needs 16"):
             layer(q, k, wide, GRID, 1, x=x)
         return
@@ -229,17 +235,43 @@ def test_a_causal_call_sees_nothing_later_or_is_refused(entry):
     for gradient in found[:3]:
         assert (gradient[:, :, 11:] == 0).all() and gradient.abs().sum() > 0
     assert found[3] is None or (found[3][:, 11:] == 0).all()
+    few = [x.detach()[:1, :, :12].requires_grad_() for x in (q, k, v)]
+    few.append(x.detach()[:1, :12].requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda *t: layer(*t[:3], (12,), x=t[3], causal=True), few, atol=1e-5, fast_mode=True
+    )
 
 
-@pytest.mark.parametrize("prefix", [1, 2, 5])
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.causal], ids=lambda entry: entry.name)
-def test_prefix_tokens_of_a_causal_call_see_nothing_later_either(entry, prefix):
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("name, options", [c for c in CASES if is_causal(*c.values)])
+def test_later_tokens_change_no_row_of_a_causal_call_and_no_choice(name, options, prefix):
     q, k, v = inputs(prefix)
-    layer = mechanism(entry.name, entry.cases[0])
+    layer = mechanism(name, options)
     asked = given(q, k, v, (30,), prefix, causal=True)
-    a = layer.operator(asked).rows(torch.arange(q.shape[2]))
+    a, y = layer.operator(asked).rows(torch.arange(q.shape[2])), layer.attend(asked)
     assert (a.triu(1) == 0).all()
-    assert torch.allclose(layer.attend(asked), a @ v, atol=1e-10)
+    assert torch.allclose(y, a @ v, atol=1e-10)
+    if name in BY_ALL:
+        return
+    for at in (prefix + 2, prefix + 17):
+        later = (torch.arange(prefix + 30) > at)[:, None]
+        moved = {key: getattr(asked, key) for key in "qkvx"}
+        moved = {key: torch.where(later, 3 * x.flip(0), x) for key, x in moved.items()}
+        found = layer.attend(asked.replace(**moved))
+        assert torch.allclose(found[:, :, : at + 1], y[:, :, : at + 1], atol=1e-10)
+        assert not torch.allclose(found, y)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_keys_that_are_no_numbers_end_the_call(name, options):
+    q, k, v = inputs(1)
+    k[:, :, 5] = torch.nan
+    layer, x = mechanism(name, options), tokens(q)
+    if options.get("regions") == "recruited":  # by clusters of the keys
+        with pytest.raises(ValueError, match="points: .* finite numbers"):
+            layer(q, k, v, GRID, 1, x=x)
+    else:
+        assert layer(q, k, v, GRID, 1, x=x).shape == q.shape
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -413,45 +445,46 @@ def test_gna_is_causal_in_the_dimensions_asked_for():
         assert (a[:, :, y, :, y + 1 :] == 0).all() and (a[:, :, y, :, y] > 0).any()
 
 
-def test_causal_softmax_stores_no_square_matrix():
-    n = 4096
-    q, k, v = (x.float()[:1, :1] for x in inputs(0, (64, 64)))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    layer, r = create_mechanism("softmax", 16, 1), torch.ones(1, 1, n)
+MEMORY = [
+    ("softmax", {}, True, 1 / 4),
+    ("act", {"alpha": 1.2}, None, 1),
+    ("act", {"alpha": 1.2, "stride": 8}, None, 1),
+    ("based", {"width": 4}, None, 1 / 4),
+    ("flow", {}, None, 1 / 4),
+    ("freeswim", {"kernel": 4, "refresh": 2}, False, 1 / 2),
+    ("hip", {"keep": 128, "block": 16}, False, 1 / 4),
+    ("infllm_v2", {"selected": 2, "local": 0}, False, 1 / 5),  # 4 windows of 16 patches in 64 x 64
+    ("landmark", {"block": 4, "selected": 4}, False, 1 / 4),
+    ("lla", {"iterations": 2, "tolerance": 0.5}, None, 1),
+    ("llsa", {"selected": 4, "levels": 2}, False, 1 / 4),
+    ("localist", {}, False, 1 / 4),
+    ("lssar", {}, None, 1),
+    ("routing", {}, None, 1),
+    ("spatten", {"values": 0.5}, None, 1),
+]
 
-    def run():
-        layer(*leaves, causal=True).sum().backward()
-        with torch.no_grad():
-            operator = layer.operator(Inputs(q, k, v, causal=True))
-            operator.vecmat(r), operator.rows(torch.tensor([5, 4095]))
 
-    assert peak_memory(run) < 4 * n * n / 4
-
-
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "name, options",
+    "name, options, causal, share",
     [
-        ("act", {"alpha": 1.2}),
-        ("act", {"alpha": 1.2, "stride": 8}),
-        ("routing", {}),
-        ("spatten", {"values": 0.5}),
-        ("lla", {"iterations": 2, "tolerance": 0.5}),
+        (name, options, form, share)
+        for name, options, only, share in MEMORY
+        for form in ((False, True) if only is None else (only,))
     ],
 )
-def test_no_square_matrix_is_stored_on_the_way_to_an_operator(name, options, causal):
-    n = 4096
+def test_no_square_matrix_is_stored(name, options, causal, share):
+    n, grid = 4096, None if causal else (64, 64)
     q, k, v = (x.float()[:1, :1] for x in inputs(0, (64, 64)))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     layer, r = create_mechanism(name, 16, 1, **options), torch.ones(1, 1, n)
 
     def run():
-        layer(*leaves, causal=causal).sum().backward()
+        layer(*leaves, grid, causal=causal).sum().backward()
         with torch.no_grad():
-            operator = layer.operator(Inputs(q, k, v, causal=causal))
+            operator = layer.operator(Inputs(q, k, v, None, grid, causal=causal))
             operator.vecmat(r), operator.rows(torch.tensor([5, n - 1]))
 
-    assert peak_memory(run) < 4 * n * n
+    assert peak_memory(run) < share * 4 * n * n
 
 
 def test_gna_locality_is_the_dense_mass_inside_the_window():
@@ -691,7 +724,7 @@ def test_a_log_sum_exp_kept_without_gradient_serves_no_gradient():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("name, options", [c for c in CASES if "backend" not in c.values[1]])
 def test_triton_equals_the_reference_forward_and_backward(name, options, prefix):
     grid = (3, 5)

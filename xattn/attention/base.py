@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from xattn.attention.positions import (
 from xattn.attention.recall import Choice, Recall, recall
 from xattn.attention.record import Call, answered_by, keep, own_layer, recording
 from xattn.kernels.backend import choose
-from xattn.registry import Registry, with_entry
+from xattn.registry import Registry, options_of, with_entry
 
 
 @dataclass(frozen=True)
@@ -46,34 +46,21 @@ class Entry:
     """Whether keys may be others than the queries' own tokens, of any number."""
     grouped: bool = False
     """Whether it handles fewer key heads itself; the others get one for each query head."""
-    reads_values: bool = False
-    """Whether it reads the values beside mixing them, so that they must be as wide as the keys."""
-    needs_tokens: bool = False
-    """Whether it reads the layer's tokens x, for gates or routers."""
     control: bool = False
     """Whether it is there for others to be compared with, not to be used."""
-    reads_embedding: bool = False
-    """Whether it reads the tokens that enter the first block, which converted models leave for it as
-    ``carried["embedding"]``."""
-    by_layer: bool = False
-    """Whether it has an option ``layer``, the number of its layer in the network, from 0 on, which
-    :func:`~xattn.attention.convert` and the mixers of heads give it."""
-    around_block: bool = False
-    """Whether :meth:`Mechanism.enter` and :meth:`Mechanism.leave` change the tokens of the blocks of a
-    converted model."""
     training_free: bool = False
-    """Whether it can replace the softmax layers of a trained classifier, all or those of ``last``,
-    without training and keep most of the accuracy, as :mod:`xattn.eval.studies.swapped_attention`
-    measures."""
-    last: float = 1.0
-    """The share of a model's blocks, counted from the last, that :func:`~xattn.attention.convert` takes
-    by default."""
+    """Whether it can replace the softmax layers of a trained classifier, those of
+    :meth:`Mechanism.default_blocks`, without training and keep most of the accuracy, as
+    :mod:`xattn.eval.studies.swapped_attention` measures."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide, with 2 heads."""
     bench: tuple[Mapping[str, Any], ...] = ({},)
     """Options with which ``xattn bench attention`` times it."""
     size: Size | None = None
     """The option that the viewer's attention page offers, where it converts a model."""
+    studies: Mapping[str, Any] = field(default_factory=dict)
+    """What studies of ``xattn.eval.studies`` are to show, by their names, if not the defaults; each says
+    which form that has."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +68,10 @@ class Size:
     """A whole-number option that sets how much a mechanism reads.
 
     Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
-    the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``per_side``,
-    whether it counts patches along a side, not patches; ``options``, the others that the viewer sets;
-    ``dial``, whether it is no number of patches but a strength, which fits every grid and gets a slider;
-    ``targets``, what values 0, 1, ... of an option ``target`` stand for, if the mechanism has one.
+    the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``unit``, what
+    it counts: "patches", "patches a side", or "steps" of a strength, which fit every grid and get a
+    slider; ``options``, the others that the viewer sets; ``regions``, names of the regions 0, 1, ... of
+    the photo that an option ``target`` chooses from, if the mechanism has one.
     """
 
     option: str
@@ -92,10 +79,9 @@ class Size:
     title: str
     values: tuple[int, ...]
     usual: int
-    per_side: bool = False
+    unit: Literal["patches", "patches a side", "steps"] = "patches"
     options: Mapping[str, Any] = field(default_factory=dict)
-    dial: bool = False
-    targets: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
 
 
 class Mechanism(nn.Module, ABC):
@@ -103,12 +89,16 @@ class Mechanism(nn.Module, ABC):
 
     Args:
         dim: C, width of the tokens; ``num_heads``: H, which divides it.
+        layer: a mechanism with this option is given the number of its layer in the network, from 0 on, by
+            :func:`~xattn.attention.convert` and the mixers of heads.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
     """
 
     entry: ClassVar[Entry]
-    reads_photo = False
-    """Whether a pass of a converted model has to carry the photo, ``inputs.carried["photo"]``."""
+    reads: tuple[str, ...] = ()
+    """What it reads beside queries and keys: "values", which then have to be as wide as the keys; "tokens",
+    the layer's x, for gates or routers; and what a pass of a converted model keeps for it in
+    ``inputs.carried``: "photo", the model's input, or "embedding", tokens that enter the first block."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -161,7 +151,7 @@ class Mechanism(nn.Module, ABC):
         Raises:
             ValueError: no ``v`` for a mechanism that chooses by values.
         """
-        if v is None and self.entry.reads_values:
+        if v is None and "values" in self.reads:
             raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
         inputs = self.accepted(Inputs(q, k, k if v is None else v, x, grid, prefix, causal=causal))
         choice = self.choice(inputs)
@@ -181,8 +171,15 @@ class Mechanism(nn.Module, ABC):
             ValueError: a model that does not give it; it is left unconverted.
         """
 
+    @classmethod
+    def default_blocks(cls, count: int) -> range:
+        """The blocks, of ``count``, that :func:`~xattn.attention.convert` takes where none are named."""
+        return range(count)
+
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
-        """The tokens that the block of a converted model computes on; see ``Entry.around_block``.
+        """The tokens that the block of a converted model computes on.
+
+        A mechanism that has this method, and :meth:`leave`, of its own stands around the whole block.
 
         Args:
             x: (B, N, C), those that it gets; ``prefix`` of them are no patches.
@@ -262,11 +259,11 @@ class Mechanism(nn.Module, ABC):
                 f"q: got {q.shape[1]} heads of {q.shape[3]}; {name} was made for {self.num_heads} "
                 f"heads of {self.dim // self.num_heads}"
             )
-        if entry.needs_tokens and inputs.x is None:
+        if "tokens" in self.reads and inputs.x is None:
             raise ValueError(f"x: {name} reads the layer's tokens; give x (B, N, {self.dim})")
         if inputs.x is not None:
             shape = tuple(inputs.x.shape)
-            width = self.dim if entry.needs_tokens or len(shape) != 3 else shape[2]
+            width = self.dim if "tokens" in self.reads or len(shape) != 3 else shape[2]
             if shape != (q.shape[0], q.shape[2], width):
                 raise ValueError(
                     f"x: got shape {shape}; give ({q.shape[0]}, {q.shape[2]}, {self.dim})"
@@ -292,7 +289,7 @@ class Mechanism(nn.Module, ABC):
                 f"k: got {k.shape[1]} heads for {q.shape[1]} of the queries; give a number that "
                 f"divides it"
             )
-        if self.entry.reads_values and v.shape[3] != k.shape[3]:
+        if "values" in self.reads and v.shape[3] != k.shape[3]:
             raise ValueError(
                 f"v: got width {v.shape[3]}; {name} needs {k.shape[3]}, that of the keys"
             )
@@ -392,8 +389,8 @@ def with_layer(
     name: str | type[Mechanism], options: Mapping[str, Any], layer: int
 ) -> dict[str, Any]:
     """``options``, with the number of the layer if the mechanism takes it and they do not name it."""
-    own = {"layer": layer} if mechanism_class(name).entry.by_layer else {}
-    return {**own, **options}
+    takes_layer = "layer" in (options_of(mechanism_class(name)) or ())
+    return {"layer": layer, **options} if takes_layer else dict(options)
 
 
 def create_mechanism(

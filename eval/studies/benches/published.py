@@ -141,7 +141,7 @@ def jobs(setting: Setting, device: str, dtype: torch.dtype) -> dict[str, tuple[J
     k, v = (random(1, setting.kv_heads, n, setting.width) for _ in range(2))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     g = random(1, setting.heads, n, setting.width)
-    if mechanism_class(setting.mechanism).entry.needs_tokens:
+    if "tokens" in mechanism_class(setting.mechanism).reads:
         x = random(1, n, dim)
     torch.manual_seed(0)
     layer = create_mechanism(setting.mechanism, dim, setting.heads, **setting.options)

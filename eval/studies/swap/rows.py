@@ -8,7 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xattn.attention.base import Mechanism, create_mechanism, mechanism_class
+from xattn.attention.base import (
+    Mechanism,
+    create_mechanism,
+    list_attention,
+    mechanism_class,
+)
 from xattn.attention.model.spec import format_layers
 from xattn.backbone.conversion import read_conversion
 
@@ -93,6 +98,18 @@ class Swap:
 
 AS_TRAINED = Swap("as trained")
 """The network with its own attention, which all others are compared with."""
+
+
+def all_swaps() -> list[Swap]:
+    """The rows that each mechanism's entry asks for, in ``studies["swap"]``: arguments of :class:`Swap`
+    beside the name, by default none. Controls have no row."""
+    entries = (mechanism_class(name).entry for name in list_attention())
+    return [
+        Swap(entry.name, **row)
+        for entry in entries
+        if not entry.control
+        for row in entry.studies.get("swap", ({},))
+    ]
 
 
 def with_trained(swaps: Sequence[Swap], distilled: Sequence[Path] = ()) -> Iterator[Swap]:

@@ -13,7 +13,7 @@ from xattn.backbone import Backbone, converted, load_backbone
 from xattn.backbone.conversion import save_conversion
 from xattn.eval.studies import attention_maps
 from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.attention_maps import LARGEST, SETTINGS, study, with_maps
+from xattn.eval.studies.attention_maps import LARGEST, setting_of, study, with_maps
 from xattn.pictures.contact_sheet import contact_sheet_image
 
 
@@ -33,7 +33,12 @@ def backbone(tmp_path) -> Backbone:
 
 def test_mechanisms_with_maps_are_those_that_record_some():
     assert with_maps() == [name for name in MECHANISMS.names() if described(name).maps]
-    assert set(SETTINGS) <= set(with_maps())
+
+
+def test_what_a_mechanism_asks_to_show_are_maps_that_it_has():
+    for name in MECHANISMS.names():
+        setting = setting_of(name)
+        assert {*setting.channels, *setting.legends} <= set(described(name).maps), name
 
 
 def test_every_mechanism_with_maps_has_a_small_picture(backbone, photo, tmp_path):

@@ -32,10 +32,9 @@ from xattn.eval.bootstrap import Interval
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.swap import measuring, report
 from xattn.eval.studies.swap.measuring import Networks, Photo, SwapStudyConfig
-from xattn.eval.studies.swap.rows import AS_TRAINED, with_trained
+from xattn.eval.studies.swap.rows import AS_TRAINED, all_swaps, with_trained
 from xattn.eval.studies.swapped_attention import (
     CONTROLS,
-    SWAPS,
     ExactTopK,
     RandomBlocks,
     Swap,
@@ -332,7 +331,7 @@ def test_the_command_measures_the_rows_that_it_is_told(photos, tmp_path, capsys)
     command += "--sizes 160 --photos 2 --maps 0 --fidelity 0 --rounds 0 --only gna uniform".split()
     assert main([*command, "--output", str(tmp_path / "study")]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 160 |")]
-    gna = [s.label for s in SWAPS if s.name == "gna"]
+    gna = [s.label for s in all_swaps() if s.name == "gna"]
     assert [line.split(" | ")[1] for line in rows] == ["as trained", *gna, "uniform (control)"]
     accuracy = read_accuracy(tmp_path / "study" / "accuracy.json")
     (at,) = accuracy["sizes"]
@@ -343,7 +342,7 @@ def test_the_command_measures_the_rows_that_it_is_told(photos, tmp_path, capsys)
 def test_every_swap_converts_a_network(tmp_path):
     photo = Photo("a", tmp_path / "a.png", 0, "")
     networks = Networks(tiny(grid=(14, 14)), 56, [photo] * 2, DistillConfig(), tmp_path, False)
-    for swap in SWAPS:
+    for swap in all_swaps():
         made = networks.of(swap, 56).conversion
         assert [(one.name, one.options) for one in made] == [(swap.name, dict(swap.options))]
 
@@ -401,7 +400,7 @@ def test_controls_are_no_mechanisms_to_use():
 
 
 def test_rows_after_training_are_those_of_mechanisms_that_learn():
-    rows = [AS_TRAINED, *with_trained(SWAPS)]
+    rows = [AS_TRAINED, *with_trained(all_swaps())]
     assert len({row.key(12) for row in rows}) == len(rows)
     for row in rows:
         free = row == AS_TRAINED or mechanism_class(row.name).entry.training_free
@@ -418,7 +417,7 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
     kept = {row["mechanism"] for at in accuracy["sizes"] for row in at["rows"]}
     assert kept <= set(list_attention())
     dense = {at["dense"] for at in accuracy["sizes"]}
-    assert {swap.name for swap in SWAPS} <= set(list_attention())
+    assert {swap.name for swap in all_swaps()} <= set(list_attention())
     for name in list_attention():
         entry = mechanism_class(name).entry
         free, kind = entry.training_free, "a control" if entry.control else "needs training"
@@ -426,7 +425,7 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
         said = {float(number) for number in re.findall(r"(\d+(?:\.\d+)?) %", rows[name])}
         figures = {row["right"] for _, row in measured(accuracy, name)}
         assert said and (not figures or said <= figures | dense), (name, said, figures)
-        assert not free or any(swap.name == name for swap in SWAPS)
+        assert not free or any(swap.name == name for swap in all_swaps())
 
 
 @pytest.mark.slow
@@ -437,7 +436,7 @@ def test_what_is_called_training_free_keeps_most_of_the_accuracy_of_a_trained_vi
     backbone = load_backbone("vit_tiny_patch16_224", file)
     sample = SHARED / "imagenet-sample"
     config = SwapStudyConfig((224,), (100,), (0,), (0,), (0,))
-    free = [s for s in SWAPS if mechanism_class(s.name).entry.training_free and s.share == 1]
+    free = [s for s in all_swaps() if mechanism_class(s.name).entry.training_free and s.share == 1]
     list(study(
         backbone, sample, sample / "classes.json", tmp_path, config, free,
         only=[swap.label for swap in free], progress=False,

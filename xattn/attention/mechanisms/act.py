@@ -40,6 +40,7 @@ HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits
     training_free=True,
     cases=({"alpha": 1.5}, {"alpha": 1.2, "beta": 0.0, "stride": 3}, {"alpha": 2.0, "heads": (1,)}),
     bench=({}, {"stride": 8}),
+    studies={"attention-maps": {"depth": 1.0}},
 )
 class ACT(Mechanism):
     """Softmax attention whose sinks are damped, in all heads or in those that a search found.

@@ -37,12 +37,21 @@ SIDE = 7  # of the coarse part of the biases
     paper="arXiv 2312.08874",
     complexity="N n D",
     grid=(2,),
-    reads_values=True,
     cases=({"agents": 4, "window": (3, 3)}, {"agents": 9, "training_free": True}),
     bench=({"agents": 49, "training_free": True},),
     size=Size(
         "agents", "Agents", "Agents", (4, 9, 16, 25, 49, 100), 16, options={"training_free": True}
     ),
+    studies={
+        "swap": (
+            {"options": {"agents": 49}},
+            {"options": {"agents": 49, "training_free": True}},
+            {"options": {"agents": 49, "training_free": True}, "share": 1 / 4},
+            {"options": {"agents": 196, "training_free": True}},
+            {"options": {"agents": 196, "training_free": True}, "share": 1 / 4},
+        ),
+        "attention-maps": {"channels": {"agents": ("no.", (9, 24, 39))}},
+    },
 )
 class Agent(Mechanism):
     """Agent attention on a 2-D grid.
@@ -54,6 +63,8 @@ class Agent(Mechanism):
             are interpolated for other grids.
         training_free: see the module.
     """
+
+    reads = ("values",)
 
     def __init__(
         self,

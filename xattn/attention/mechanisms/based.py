@@ -39,7 +39,6 @@ from xattn.kernels.softmax.reference import widen
     complexity="N f^2 D, or N w D",
     grid=(0, 1, 2, 3),
     causal=True,
-    by_layer=True,
     cases=(
         {"width": 4},
         {"form": "taylor", "width": None},

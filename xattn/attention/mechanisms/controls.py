@@ -229,13 +229,7 @@ class Taylor(Based):
         super().__init__(dim, num_heads, None, form="taylor", backend=backend)
 
 
-@register_attention(
-    "static_embedding",
-    paper=PAPER,
-    complexity="N^2 D",
-    control=True,
-    reads_embedding=True,
-)
+@register_attention("static_embedding", paper=PAPER, complexity="N^2 D", control=True)
 class StaticEmbedding(Mechanism):
     """Queries and keys of the tokens that enter the first block, values of the layer's own.
 
@@ -246,6 +240,8 @@ class StaticEmbedding(Mechanism):
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         norm: in a converted model, whether the block's ``norm1`` goes before; False is the paper's form.
     """
+
+    reads = ("embedding",)
 
     def __init__(
         self, dim: int, num_heads: int, norm: bool = True, *, backend: str = "auto"

@@ -31,7 +31,6 @@ ROWS = 2**22  # scores held at a time while the causal lists are made
     paper="arXiv 2508.02124",
     complexity="N w D",
     causal=True,
-    reads_values=True,
     cases=(
         {"window": 4},
         {"window": 4, "causal": True},
@@ -39,6 +38,7 @@ ROWS = 2**22  # scores held at a time while the causal lists are made
         {"window": 64},
     ),
     bench=({"window": 128}, {"window": 512}),
+    studies={"swap": ({"options": {"window": 64}},), "attention-maps": {"options": {"window": 64}}},
 )
 class DMA(Mechanism):
     """Dynamic mask attention.
@@ -51,6 +51,8 @@ class DMA(Mechanism):
 
     ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it learns.
     """
+
+    reads = ("values",)
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class Shares(NamedTuple):
     causal=True,
     cross=True,
     cases=({}, {"clamp": None}, {"eps_style": "vision", "clamp": (-0.9, 1.1)}),
+    studies={"attention-maps": {"depth": 0.0}},
 )
 class Flow(Mechanism):
     """Flow-Attention, which has no parameters of its own.

@@ -33,7 +33,6 @@ from xattn.kernels.softmax import softmax_attention
     complexity="N k^2 D",
     grid=(1, 2, 3),
     causal=True,
-    by_layer=True,
     training_free=True,
     cases=(
         {"kernel": 3},
@@ -47,8 +46,9 @@ from xattn.kernels.softmax import softmax_attention
         "Window, patches a side",
         (7, 10, 14, 16, 20, 24, 28),
         14,
-        per_side=True,
+        "patches a side",
     ),
+    studies={"swap": ({"positions": "tile"},), "attention-maps": {"positions": "tile"}},
 )
 class FreeSwim(Mechanism):
     """Windows of the training grid's size for patches, all tokens for prefix tokens.

@@ -49,8 +49,12 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
         "Window, patches a side",
         tuple(range(3, 32, 2)),
         7,
-        per_side=True,
+        "patches a side",
     ),
+    studies={
+        "swap": ({"options": {"kernel": 7}}, {"options": {"kernel": 7}, "share": 2 / 3}),
+        "attention-maps": {"options": {"kernel": 7}},
+    },
 )
 class GNA(Mechanism):
     """Generalized neighborhood attention on grids of 1 to 3 dimensions.

@@ -264,6 +264,13 @@ def _index(scores: Tensor, blocks: Tensor, s: int) -> Tensor:
         {"keep": 12, "block": 4, "search": "halves"},
     ),
     bench=({"keep": 512},),
+    studies={
+        "swap": ({}, {"options": {"keep": 96, "block": 4}}),
+        "attention-maps": {
+            "options": {"keep": 96, "block": 4},
+            "channels": {"survived": ("round",)},
+        },
+    },
 )
 class HiP(Mechanism):
     """Hierarchically pruned attention, on a grid or in a row of tokens; causal over tokens in a row.

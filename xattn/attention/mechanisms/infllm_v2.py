@@ -197,6 +197,10 @@ SMALL = {"block": 2, "stride": 1, "dense_below": 0}
         "selected", "Chosen blocks", "Blocks beside the near ones", (1, 2, 4, 8, 16), 4,
         options={**SMALL},
     ),
+    studies={
+        "swap": ({}, {"options": {"block": 2, "stride": 1, "dense_below": 0}}),
+        "attention-maps": {"options": {"selected": 4, "block": 4, "dense_below": 0}},
+    },
 )  # fmt: skip
 class InfLLMv2(Mechanism):
     """Blocks chosen by overlapping windows, on a grid or in a row of tokens; causal over tokens in order.

@@ -45,6 +45,7 @@ LANDMARKS = ("mean", "token", "last")
         {"block": 2, "selected": 3, "backend": "cpu"},
     ),
     bench=({"block": 8, "selected": 8},),
+    studies={"attention-maps": {"options": {"block": 4, "selected": 8}}},
 )
 class Landmark(Mechanism):
     """Landmark attention, on a grid or in a row of tokens; causal over tokens in a row.

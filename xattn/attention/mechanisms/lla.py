@@ -41,6 +41,14 @@ LEAST, MOST = 1e-6, 1e6  # of an absolute ridge
         {"iterations": 20, "tolerance": 1e-9},
         {"ridge": "absolute", "ridge_lambda": 10.0, "iterations": 20, "tolerance": 1e-9},
     ),
+    studies={
+        "attention-maps": {
+            "legends": dict.fromkeys(
+                ("row", "correction", "received"),
+                ("subtracted", "added", "row, correction, received", "diverging"),
+            )
+        }
+    },
 )
 class LLA(Mechanism):
     """Softmax attention with a local linear fit.

@@ -39,6 +39,7 @@ TOP = 64  # the most means of the top level by default
         {"selected": 1},
     ),
     bench=({}, {"levels": 3}),
+    studies={"attention-maps": {"options": {"block": 2, "levels": 2}}},
 )
 class LLSA(Mechanism):
     """Log-linear sparse attention on a grid or in a row of tokens; causal over tokens in their order.

@@ -225,7 +225,6 @@ KINDS = ("quadrants", "grid", "slic", "recruited")
     complexity="N^2 D",
     grid=(1, 2, 3),
     training_free=True,
-    last=1 / 4,
     cases=(
         {"beta": 3.0},
         {"beta": 0.0},
@@ -239,9 +238,17 @@ KINDS = ("quadrants", "grid", "slic", "recruited")
         "Dial, beta",
         (0, 1, 2, 4, 8, 16, 32, 64),
         16,
-        dial=True,
-        targets=("top left", "top right", "bottom left", "bottom right"),
+        "steps",
+        regions=("top left", "top right", "bottom left", "bottom right"),
     ),
+    studies={
+        "swap": ({"share": -1 / 4},),
+        "attention-maps": {
+            "options": {"regions": "recruited"},
+            "depth": 1.0,
+            "legends": {"region": ("first", "last", "region", "turbo")},
+        },
+    },
 )
 class Localist(Mechanism):
     """Softmax attention with a dial from distributed to local.
@@ -285,8 +292,13 @@ class Localist(Mechanism):
         self.kind = regions if isinstance(regions, str) else "given"
         self.numbers = None if isinstance(regions, str) else list(regions)
         self.sides, self.segments = whole("sides", sides), whole("segments", segments)
-        self.reads_photo = regions == "slic"
+        self.reads = ("photo",) if regions == "slic" else ()
         self._kept = Kept()
+
+    @classmethod
+    def default_blocks(cls, count: int) -> range:
+        """The last quarter."""
+        return range(count)[-max(1, round(count / 4)) :]
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
         members = self.members(inputs)

@@ -97,6 +97,7 @@ class LSSA(_LengthScaled):
     causal=True,
     cross=True,
     cases=({}, {"power": 3, "eps_style": "reference"}),
+    studies={"swap": ({}, {"options": {"power": 3}})},
 )
 class LSSAR(_LengthScaled):
     """Softplus attention with re-weighting: of each row only the keys above its mean, to the power p.

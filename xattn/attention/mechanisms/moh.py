@@ -30,9 +30,9 @@ from xattn.kernels.softmax.reference import widen
     complexity="N^2 D",
     causal=True,
     grouped=True,
-    needs_tokens=True,
     cases=({"shared": 0, "active": 1}, {"shared": 1}, {"shared": 2}),
     bench=({},),
+    studies={"attention-maps": {"channels": {"gates": ("head",)}}},
 )
 class MoH(Mechanism):
     """Softmax attention with heads that are chosen for each token.
@@ -48,6 +48,8 @@ class MoH(Mechanism):
     W_0 and W_1 start at zero, W_r with a deviation of 0.02. From 256 keys on, a CPU computes only the
     heads that a token uses, except in a causal call.
     """
+
+    reads = ("tokens",)
 
     def __init__(
         self,

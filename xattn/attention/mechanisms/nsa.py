@@ -86,13 +86,13 @@ START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is 
     grid=(0, 1, 2),
     causal=True,
     grouped=True,
-    needs_tokens=True,
     cases=(
         {"block": 2, "selected": 2, "window": 3},
         {"block": 4, "selected": 2, "window": 3, "pooling": "conv", "backend": "cpu"},
         {"block": 2, "selected": 2, "window": 3, "pooling": "mlp"},
     ),
     bench=({"block": 8, "selected": 8, "window": 7},),
+    studies={"attention-maps": {"options": {"block": 4}}},
 )
 class NSA(Mechanism):
     """Native sparse attention, on a grid or in a row of tokens; causal over tokens in their order.
@@ -113,6 +113,8 @@ class NSA(Mechanism):
         differentiable: whether the choice has a gradient, by a factor for each chosen block that is 1
             and has the gradient of the block's importance (straight through).
     """
+
+    reads = ("tokens",)
 
     def __init__(
         self,

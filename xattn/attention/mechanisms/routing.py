@@ -48,6 +48,14 @@ SELF = -5e4  # added to a token's own score where queries are keys: only a last 
         {"clusters": 3, "shared": True},
     ),
     bench=({"clusters": 8}, {"clusters": 32}),
+    studies={
+        "swap": ({"options": {"centroids": "call"}},),
+        "attention-maps": {
+            "options": {"centroids": "call"},
+            "channels": {"cluster": ("head", (0,))},
+            "legends": {"cluster": ("first", "last", "cluster", "turbo")},
+        },
+    },
 )
 class Routing(Mechanism):
     """Attention within clusters, which are the same for all images or those of each call.

@@ -13,13 +13,6 @@ Within a layer
               and is computed again with all bits (emulated: numbers are rounded, not packed)
 
 Wang, Zhang, Han, arXiv 2012.09852.
-
-Tokens and heads that leave a converted model on the way: which are left, and what has been counted.
-
-Between the blocks the whole grid goes on: a block computes on the tokens that are left, and its output
-is put back among the others, which pass it by as they are.
-
-Numbers in few bits, emulated: rounded, not packed.
 """
 
 from __future__ import annotations
@@ -67,20 +60,79 @@ class Alive(NamedTuple):
     """(B, N), the last layer in which each token that is gone was there."""
 
 
-class Cascade(Mechanism):
-    """Base of mechanisms that prune tokens and heads by their importance in the layers before.
+def _rows(tokens: Tensor, x: Tensor) -> Tensor:
+    """Numbers of the rows ``tokens`` (B, n) in x (B, N, C) without its first dimension: (B n,)."""
+    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
+    return (first + tokens).flatten()
 
-    Attributes: ``layer``, the number of the block; ``keep``, ``first``, ``last``, the share of the
-    patches that is left in the end and the blocks from which it falls and until which; ``keep_heads``,
-    ``first_head``, the same of heads.
+
+@register_attention(
+    "spatten",
+    paper="arXiv 2012.09852",
+    complexity="r^2 N^2 D",
+    causal=True,
+    training_free=True,
+    cases=(
+        {},
+        {"first": 1, "last": 1},
+        {"values": 0.5},
+        {"first": 1, "keep_heads": 0.5, "first_head": 1},
+    ),
+    bench=({},),
+    studies={"swap": ({}, {"options": {"last": 3}}), "attention-maps": {"depth": 1.0}},
+)
+class SpAtten(Mechanism):
+    """Softmax attention, with cascade pruning between the layers of a converted model.
+
+    Args:
+        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
+        keep: share of the patches that are left in block ``last``.
+        first: the first block, counted from 0, that patches leave before; from there on their share falls
+            linearly until ``last``. ``first = last`` takes all at once.
+        last: the block from which on the share stays; 11 is the end of a ViT with 12 blocks.
+        keep_heads, first_head: the same for heads.
+        values: share of the keys whose values a head reads, those with the largest sum of P.
+        bits: (high, low) bits of queries and keys, for example (6, 4); None leaves numbers as they are.
+        refetch: a row is computed with all bits if its largest weight is below this.
+        rank: "all", s counts all queries; "class", only the first token.
+        layer: number of the block; :func:`~xattn.attention.convert` gives it.
     """
 
-    layer: int
-    keep: float
-    first: int
-    last: int
-    keep_heads: float
-    first_head: int
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        keep: float = 0.5,
+        first: int = 3,
+        last: int = 11,
+        keep_heads: float = 1.0,
+        first_head: int = 4,
+        values: float = 1.0,
+        bits: tuple[int, int] | None = None,
+        refetch: float = 0.1,
+        rank: str = "all",
+        layer: int = 0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, backend=backend)
+        for name, share in (("keep", keep), ("keep_heads", keep_heads), ("values", values)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}: got {share}; give a share above 0, at most 1")
+        for name, block, share in (("first", first, 0), ("first_head", first_head, keep_heads)):
+            if share < 1 and not 1 <= block <= last:
+                raise ValueError(
+                    f"{name}, last: got {block}, {last}; give the numbers of blocks from 1 on, in order"
+                )
+        if bits is not None and (len(bits) != 2 or bits[0] < 2 or bits[1] < 0 or sum(bits) > 16):
+            raise ValueError(f"bits: got {bits}; give at least 2 high bits, and 16 in all at most")
+        if rank not in ("all", "class"):
+            raise ValueError(f"rank: got {rank!r}; give 'all' or 'class'")
+        if layer < 0:
+            raise ValueError(f"layer: got {layer}; give the number of the block, from 0 on")
+        self.keep, self.first, self.last, self.layer = keep, first, last, layer
+        self.keep_heads, self.first_head, self.values = keep_heads, first_head, values
+        self.bits, self.refetch, self.rank = None if bits is None else tuple(bits), refetch, rank
 
     def share(self, layer: int, heads: bool = False) -> float:
         """r or rho of a block."""
@@ -188,82 +240,6 @@ class Cascade(Mechanism):
         if self.keep_heads < 1:
             e = e + widen(operator.detach().matvec(v.detach())).abs().sum((2, 3)).to(e.dtype)
         return alive._replace(s=s, e=e)
-
-
-def _rows(tokens: Tensor, x: Tensor) -> Tensor:
-    """Numbers of the rows ``tokens`` (B, n) in x (B, N, C) without its first dimension: (B n,)."""
-    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
-    return (first + tokens).flatten()
-
-
-@register_attention(
-    "spatten",
-    paper="arXiv 2012.09852",
-    complexity="r^2 N^2 D",
-    causal=True,
-    by_layer=True,
-    around_block=True,
-    training_free=True,
-    cases=(
-        {},
-        {"first": 1, "last": 1},
-        {"values": 0.5},
-        {"first": 1, "keep_heads": 0.5, "first_head": 1},
-    ),
-    bench=({},),
-)
-class SpAtten(Cascade):
-    """Softmax attention, with cascade pruning between the layers of a converted model.
-
-    Args:
-        dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: share of the patches that are left in block ``last``.
-        first: the first block, counted from 0, that patches leave before; from there on their share falls
-            linearly until ``last``. ``first = last`` takes all at once.
-        last: the block from which on the share stays; 11 is the end of a ViT with 12 blocks.
-        keep_heads, first_head: the same for heads.
-        values: share of the keys whose values a head reads, those with the largest sum of P.
-        bits: (high, low) bits of queries and keys, for example (6, 4); None leaves numbers as they are.
-        refetch: a row is computed with all bits if its largest weight is below this.
-        rank: "all", s counts all queries; "class", only the first token.
-        layer: number of the block; :func:`~xattn.attention.convert` gives it.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        keep: float = 0.5,
-        first: int = 3,
-        last: int = 11,
-        keep_heads: float = 1.0,
-        first_head: int = 4,
-        values: float = 1.0,
-        bits: tuple[int, int] | None = None,
-        refetch: float = 0.1,
-        rank: str = "all",
-        layer: int = 0,
-        *,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(dim, num_heads, backend=backend)
-        for name, share in (("keep", keep), ("keep_heads", keep_heads), ("values", values)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{name}: got {share}; give a share above 0, at most 1")
-        for name, block, share in (("first", first, 0), ("first_head", first_head, keep_heads)):
-            if share < 1 and not 1 <= block <= last:
-                raise ValueError(
-                    f"{name}, last: got {block}, {last}; give the numbers of blocks from 1 on, in order"
-                )
-        if bits is not None and (len(bits) != 2 or bits[0] < 2 or bits[1] < 0 or sum(bits) > 16):
-            raise ValueError(f"bits: got {bits}; give at least 2 high bits, and 16 in all at most")
-        if rank not in ("all", "class"):
-            raise ValueError(f"rank: got {rank!r}; give 'all' or 'class'")
-        if layer < 0:
-            raise ValueError(f"layer: got {layer}; give the number of the block, from 0 on")
-        self.keep, self.first, self.last, self.layer = keep, first, last, layer
-        self.keep_heads, self.first_head, self.values = keep_heads, first_head, values
-        self.bits, self.refetch, self.rank = None if bits is None else tuple(bits), refetch, rank
 
     def operator(self, inputs: Inputs) -> Operator:
         n, alive = inputs.q.shape[2], self._alive(inputs)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,9 +40,11 @@ NEEDED = "a mechanism needs a timm ViT, such as -b vit_tiny_patch16_224"
 
 
 def chosen_layers(
-    model: nn.Module, numbers: Iterable[int] | str | None, last: float = 1.0
+    model: nn.Module,
+    numbers: Iterable[int] | str | None,
+    default: Callable[[int], Iterable[int]] = range,
 ) -> Layers:
-    """The attention layers of the blocks ``numbers`` (the share ``last`` of them by default), by path.
+    """The attention layers of the blocks ``numbers``, or else of ``default(count of all)``, by path.
 
     Raises:
         ValueError: no blocks, a number that is not there, or a block without attention.
@@ -52,7 +54,7 @@ def chosen_layers(
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
         raise ValueError(f"mechanism: {kind} has no list of blocks with attention; {NEEDED}")
     if numbers is None:
-        numbers = range(len(blocks))[-max(1, round(last * len(blocks))) :]
+        numbers = default(len(blocks))
     found = {}
     for i in _numbers(numbers, len(blocks), kind):
         layer = getattr(blocks[i], "attn", None)
@@ -216,7 +218,7 @@ def convert(
         name: see :func:`~xattn.attention.list_attention`, or a class of mechanisms with an ``entry``,
             which need not be registered; layers converted before are converted anew.
         layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
-            "0,3,8-11"; by default all, or as many of the last as the mechanism's ``entry.last`` says.
+            "0,3,8-11"; by default those of :meth:`Mechanism.default_blocks`, mostly all.
         options: of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
             takes the place of the layer's own rotary embedding; see :func:`create_mechanism`.
 
@@ -287,7 +289,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: Any) -> None:
     model = _network(model)
     _check_unfolded(model)
     with alone(model):
-        layers = chosen_layers(model, numbers, cls.entry.last)
+        layers = chosen_layers(model, numbers, cls.default_blocks)
         known = {path for path, layer in layers.items() if isinstance(layer, _Converted)}
         check(model, layers, cls.entry.name, cls.entry.causal, known)
         made: dict[str, Mechanism] = {}
@@ -327,10 +329,15 @@ def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
         raise ValueError(
             f"rotate: got {rotate!r}; give a name with options, such as 'axial:base=10'"
         )
-    if rotate is not None and cls.entry.around_block:
+    if rotate is not None and _stands_around(cls):
         raise ValueError(
             f"rotate: {cls.entry.name} leaves tokens out, so that places are lost; leave out rotate"
         )
+
+
+def _stands_around(cls: type[Mechanism]) -> bool:
+    """Whether the mechanism changes which tokens a block computes on."""
+    return cls.enter is not Mechanism.enter
 
 
 def _check_unfolded(model: nn.Module) -> None:
@@ -393,7 +400,7 @@ def _take(layer: nn.Module, mechanism: Mechanism, options: dict[str, Any], layou
     layer.__dict__["layout"] = layout
     layer.__dict__["mechanism_options"] = {k: v for k, v in options.items() if k != "backend"}
     layer.mechanism = mechanism
-    layout.keeps_photo |= mechanism.reads_photo
+    layout.keeps_photo |= "photo" in mechanism.reads
     layer.__class__ = _converted(type(layer))
 
 
@@ -492,8 +499,7 @@ class _Swap(TorchFunctionMode):
         x = self.tokens
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (query.shape[0], count):
             x = None
-        reads = entry.by_layer or entry.reads_embedding or self.mechanism.reads_photo
-        carried = self.layout.carried if reads else None
+        carried = self.layout.carried
         return self.mechanism(
             query, key, value, grid, prefix, scale, x=x, causal=is_causal, carried=carried
         )
@@ -565,11 +571,13 @@ def _stand_around_blocks(model: nn.Module) -> None:
                 del hooks[key]
                 block._forward_pre_hooks_with_kwargs.pop(key, None)
         layer = getattr(block, "attn", None)
-        if isinstance(layer, _Converted) and layer.mechanism.entry.around_block:
+        if not isinstance(layer, _Converted):
+            continue
+        if _stands_around(type(layer.mechanism)):
             enter = _Enter(layer.mechanism, layer.layout)
             block.register_forward_pre_hook(enter, with_kwargs=True)
             block.register_forward_hook(_Leave(layer.mechanism, layer.layout))
-        if isinstance(layer, _Converted) and layer.mechanism.entry.reads_embedding:
+        if "embedding" in layer.mechanism.reads:
             layout = layer.layout
     if layout is not None:
         blocks[0].register_forward_pre_hook(_Embed(layout), prepend=True)
