@@ -24,7 +24,7 @@ OPS = (
     "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
     "local_linear", "softplus", "ragged_queries",
 )  # fmt: skip
-"""Folders of ``xattn.kernels`` with Triton kernels; column_mass uses the one of vecmat."""
+"""Folders of ``xattn.kernels`` with Triton kernels."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (16, 24, 32, 48, 64, 80, 96, 128)

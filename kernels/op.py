@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from functools import cache, cached_property, update_wrapper
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from xattn.kernels.backend import interpreted, own_precision
 
 P = TypeVar("P", bound=NamedTuple)
+A = ParamSpec("A")
 
 Derivative = Callable[[P, Sequence[Tensor | None], Collection[str]], dict[str, Tensor]]
 """(problem, gradients of the outputs, fields that are wanted) to gradients by field."""
@@ -88,6 +89,22 @@ def register(
         return lambda p: call(*p)
     chosen = 0 if n == 1 else slice(n)
     return lambda p: call(*p)[chosen]
+
+
+def runs(op: Callable[[P], Any]) -> Callable[[Callable[A, P]], OpCall[A, P]]:
+    """Decorator of a function that checks its arguments and gives a problem: :class:`OpCall`."""
+    return lambda problem: OpCall(op, problem)
+
+
+class OpCall(Generic[A, P]):
+    """A call runs the op on ``problem(...)``, the record of the checked arguments."""
+
+    def __init__(self, op: Callable[[P], Any], problem: Callable[A, P]) -> None:
+        update_wrapper(self, problem)
+        self.op, self.problem = op, problem
+
+    def __call__(self, *args: A.args, **options: A.kwargs) -> Any:
+        return self.op(self.problem(*args, **options))
 
 
 LAYOUTS: dict[str, tuple[int, list[int]]] = {}

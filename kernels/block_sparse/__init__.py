@@ -24,7 +24,7 @@ from xattn.kernels.checks import (
     check_positive,
     score_scale,
 )
-from xattn.kernels.op import register
+from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import empty_outputs
 
 __all__ = [
@@ -40,6 +40,17 @@ __all__ = [
 ]
 
 
+_op = register(
+    "block_sparse",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v", "bias"),
+    check=lambda p: check_index(p.lists, p.key_blocks),
+)
+
+
+@runs(_op)
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -52,7 +63,7 @@ def block_sparse_attention(
     box: Box | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Problem:
     """Attention of each query block to the key blocks that it lists, with log-sum-exp.
 
     Args:
@@ -74,28 +85,6 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
             row (on a GPU only with ``XATTN_CHECK=1``, because looking stalls the stream).
     """
-    return _op(
-        problem(
-            q, k, v, index, q_block=q_block, k_block=k_block, bias=bias, box=box, scale=scale,
-            backend=backend,
-        )
-    )  # fmt: skip
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor,
-    *,
-    q_block: int,
-    k_block: int,
-    bias: Tensor | None = None,
-    box: Box | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Problem:
-    """The checked arguments of :func:`block_sparse_attention`."""
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
     check_lists(q, k, index, q_block, bias)
@@ -140,13 +129,3 @@ def _check_box(box: Box, q: Tensor, k: Tensor) -> None:
         if x.shape != (rows, dimensions):
             raise ValueError(f"box.{name}: got shape {tuple(x.shape)}; give ({rows}, {dimensions})")
         check_int32(f"box.{name}", x, q)
-
-
-_op = register(
-    "block_sparse",
-    Problem,
-    outputs=("o", "lse"),
-    empty=empty_outputs,
-    gradients=("q", "k", "v", "bias"),
-    check=lambda p: check_index(p.lists, p.key_blocks),
-)

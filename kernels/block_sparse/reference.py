@@ -10,7 +10,7 @@ Dense softmax attention whose bias is -inf outside J; each key head has H / Hk q
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,17 @@ def backward(
     return found
 
 
-def visible(p: Problem) -> Tensor:
-    """Whether key j is in J(i): bool (B or 1, heads of the index, N, S)."""
+def listed(p: Any) -> Tensor:
+    """Whether the block of query i lists key block c: bool (B or 1, heads of the lists, N, blocks)."""
     blocks = p.key_blocks
     table = p.lists.new_zeros(*p.lists.shape[:3], blocks + 1, dtype=torch.bool)
     table.scatter_(-1, torch.where(p.lists < 0, blocks, p.lists).long(), True)
-    seen = table[..., :-1].repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
-    seen = seen.repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
+    return table[..., :-1].repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
+
+
+def visible(p: Problem) -> Tensor:
+    """Whether key j is in J(i): bool (B or 1, heads of the lists, N, S)."""
+    seen = listed(p).repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
     if p.low is not None and p.high is not None and p.position is not None:
         seen = seen & inside(p.low, p.high, p.position, p.dilation)
     return seen
@@ -107,14 +111,14 @@ def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:
 
 def _dense(p: Problem) -> DenseProblem:
     """The same attention with a bias (B, H, N, S) that is -inf where a key is not visible."""
-    seen = _heads(visible(p), p.q).expand(*p.q.shape[:3], p.k.shape[2])
+    seen = spread(visible(p), p.q).expand(*p.q.shape[:3], p.k.shape[2])
     values = p.q.new_zeros((), dtype=softmax.wide(p.q.dtype))
     if p.bias is not None:
-        values = _heads(p.bias[:, :, None], p.q)
+        values = spread(p.bias[:, :, None], p.q)
     bias = torch.where(seen, values, -torch.inf)
     return DenseProblem(p.q, p.k, p.v, bias, p.scale, False, p.backend)
 
 
-def _heads(x: Tensor, q: Tensor) -> Tensor:
+def spread(x: Tensor, q: Tensor) -> Tensor:
     """``x`` with one entry per query head (or one for all), from one per key head or per query head."""
     return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // x.shape[1], 1)

@@ -20,36 +20,17 @@ from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_sparse.block_lists import transpose_groups
 from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.softmax.reference import delta
-from xattn.kernels.softmax.triton import padded, supported
-
-
-@triton.jit
-def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
-    lane = tl.arange(0, TILE)
-    if BLOCK % TILE == 0:
-        block = tl.load(blocks + start // BLOCK)
-        token = block * BLOCK + start % BLOCK + lane
-        return tl.where((block >= 0) & (token < limit), token, -1)
-    else:
-        entry = (start + lane) // BLOCK
-        block = tl.load(blocks + entry, mask=entry < count, other=-1)
-        token = block * BLOCK + (start + lane) % BLOCK
-        return tl.where((block >= 0) & (token < limit), token, -1)
-
-
-@triton.jit
-def load_rows(base, rows, columns, width, stride: tl.constexpr):
-    """Rows of a contiguous matrix; 0 for row -1 and beyond its width."""
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
-
-
-@triton.jit
-def store_rows(base, rows, columns, width, value, stride: tl.constexpr):
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    inside = (rows[:, None] >= 0) & (columns[None, :] < width)
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+from xattn.kernels.tiles import (
+    list_tokens,
+    load_rows,
+    own_rows,
+    padded,
+    softmax_end,
+    softmax_step,
+    softmax_weights,
+    store_rows,
+    supported,
+)
 
 
 @triton.jit
@@ -93,16 +74,6 @@ def _scores(
 
 
 @triton.jit
-def own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The query block of this program and its rows; -1 where there is none."""
-    tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
-    block = tl.program_id(0) // tiles
-    inner = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    row = block * Q_BLOCK + inner
-    return block, tl.where((inner < Q_BLOCK) & (row < N), row, -1)
-
-
-@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, o_ptr, lse_ptr,
     stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
@@ -119,39 +90,23 @@ def forward_kernel(
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
+    q = load_rows(q_ptr + line * N * D, rows, d, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
     for start in range(0, L * K_BLOCK, COLUMNS):
         keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
-        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
-        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         s = _scores(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
             rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
         )  # fmt: skip
-        new = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - safe[:, None])
-        keep = tl.exp2(top - safe)
-        total = total * keep + tl.sum(p, 1)
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = new
-    some = total > 0
-    store_rows(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
-    lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
-    tl.store(lse_ptr + line * N + rows, tl.where(some, lse, float("-inf")), mask=rows >= 0)
-
-
-@triton.jit
-def _gradient(s, products, lse, delta):
-    """Weights P and score gradients dS of one tile from its scores and from dO V^T."""
-    seen = lse != float("-inf")
-    p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
-    p = tl.where(seen, p, 0.0)
-    return p, p * (products - delta)
+        top, total, acc = softmax_step(s, v, top, total, acc)
+    acc, lse = softmax_end(top, total, acc)
+    store_rows(o_ptr + line * N * DV, rows, w, DV, acc)
+    tl.store(lse_ptr + line * N + rows, lse, mask=rows >= 0)
 
 
 @triton.jit
@@ -171,24 +126,24 @@ def dq_kernel(
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
-    g = load_rows(g_ptr + line * N * DV, rows, w, DV, DV)
+    q = load_rows(q_ptr + line * N * D, rows, d, D)
+    g = load_rows(g_ptr + line * N * DV, rows, w, DV)
     lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
     for start in range(0, L * K_BLOCK, COLUMNS):
         keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
-        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
-        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         s = _scores(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
             rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
         )  # fmt: skip
         products = tl.dot(g, tl.trans(v), input_precision="ieee")
-        _, ds = _gradient(s, products, lse[:, None], delta[:, None])
+        ds = softmax_weights(s, lse[:, None]) * (products - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
+    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale)
 
 
 @triton.jit
@@ -212,8 +167,8 @@ def dkv_kernel(
     key = unit * span + inner
     keys = tl.where((inner < span) & (key < S), key, -1)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    k = load_rows(k_ptr + line * S * D, keys, d, D, D)
-    v = load_rows(v_ptr + line * S * DV, keys, w, DV, DV)
+    k = load_rows(k_ptr + line * S * D, keys, d, D)
+    v = load_rows(v_ptr + line * S * DV, keys, w, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     for member in range(0, GROUP):
@@ -228,8 +183,8 @@ def dkv_kernel(
         db = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, count * Q_BLOCK, ROWS):
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
-            q = load_rows(q_ptr + query_line * N * D, rows, d, D, D)
-            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV, DV)
+            q = load_rows(q_ptr + query_line * N * D, rows, d, D)
+            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
             lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             seen = tl.full([COLUMNS, ROWS], 1, tl.int1)
@@ -243,15 +198,16 @@ def dkv_kernel(
                 HAS_BIAS, DIMENSIONS, D0, D1, D2,
             )  # fmt: skip
             products = tl.dot(v, tl.trans(g), input_precision="ieee")
-            p, ds = _gradient(s, products, lse[None, :], delta[None, :])
+            p = softmax_weights(s, lse[None, :])
+            ds = p * (products - delta[None, :])
             dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
             dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
             if WRITE:
                 db += tl.sum(ds, 1)
         if WRITE:
             tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
-    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
-    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
+    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale)
+    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -331,10 +287,10 @@ def _case(
         2.0 * products * n * s * block * width,
         float(tensors * n * width * dtype.itemsize),
         wide=("bias_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
+        integers=("index_ptr", "pointer_ptr", "queries_ptr", "low_ptr", "high_ptr", "position_ptr"),
     )  # fmt: skip
-    integers = ("index_ptr", "pointer_ptr", "queries_ptr", "low_ptr", "high_ptr", "position_ptr")
-    kinds = dict.fromkeys(integers, "*i32") | {"bits_ptr": "*i64"}
-    case.signature.update({name: kinds[name] for name in kinds if name in case.signature})
+    if "bits_ptr" in case.signature:
+        case.signature["bits_ptr"] = "*i64"
     return case
 
 

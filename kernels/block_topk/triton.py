@@ -22,7 +22,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
 from xattn.kernels.block_topk.reference import Problem
-from xattn.kernels.softmax.triton import padded, supported
+from xattn.kernels.tiles import padded, supported
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 LOG2_E = 1.4426950408889634
@@ -256,7 +256,7 @@ def _check_supported(p: Problem) -> None:
 
 def compile_cases() -> Iterator[Case]:
     """The best 16 of 256 blocks for 256 query blocks, by sums, and by softmax with all options."""
-    n = 16384
+    n, integers = 16384, ("forced_ptr", "within_ptr", "visible_ptr", "table_ptr", "index_ptr")
     for (name, dtype), width, linear in product(DTYPES.items(), WIDTHS, (True, False)):
         if name == "fp16" and linear:
             continue
@@ -273,21 +273,16 @@ def compile_cases() -> Iterator[Case]:
         kind, work = "topk", 2.0 * 256 * blocks * width
         if not linear:
             kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
-            yield _integers(make_case(
+            yield make_case(
                 lse_kernel, name, options | {"HAS_VISIBLE": True}, f"block_topk lse {name} D={width}",
                 2.0 * n * blocks * width, float(size * width * (n + blocks)), wide=("lse_ptr",),
-            ))  # fmt: skip
-        yield _integers(make_case(
+                integers=integers,
+            )  # fmt: skip
+        yield make_case(
             topk_kernel, name, options | _options(p), f"block_topk {kind} {name} D={width}",
             work, float(size * width * (q.shape[2] + blocks)), wide=("lse_ptr", "scores_ptr"),
-        ))  # fmt: skip
-
-
-def _integers(case: Case) -> Case:
-    for name in ("forced_ptr", "within_ptr", "visible_ptr", "table_ptr", "index_ptr"):
-        if name in case.signature:
-            case.signature[name] = "*i32"
-    return case
+            integers=integers,
+        )  # fmt: skip
 
 
 _LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "num_warps", "num_stages")

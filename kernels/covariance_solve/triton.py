@@ -20,7 +20,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.softmax.triton import load_tile, padded, softmax_weights, supported
+from xattn.kernels.tiles import load_tile, padded, softmax_weights, store_tile, supported
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
@@ -29,14 +29,6 @@ TILES = {
     "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     "keys": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
 }
-
-
-@triton.jit
-def store_tile(base, rows, columns, count, width, value, stride: tl.constexpr):
-    """Write a tile (rows, columns) of a contiguous (count, width) matrix."""
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,15 +66,15 @@ def _times(
     """(C + ridge I) x for the rows of a tile."""
     acc = tl.zeros([ROWS, WIDTH_F], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    shift = tl.sum(x * load_tile(mean_ptr, rows, w, N, F, F), 1)
+    shift = tl.sum(x * load_tile(mean_ptr, rows, w, N, F), 1)
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr, columns, d, S, D, D)
-        features = load_tile(f_ptr, columns, w, S, F, F)
+        k = load_tile(k_ptr, columns, d, S, D)
+        features = load_tile(f_ptr, columns, w, S, F)
         t = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL) * along(x, features, shift)
         acc += tl.dot(t, features, input_precision="ieee")
         total += tl.sum(t, 1)
-    mean = load_tile(mean_ptr, rows, w, N, F, F)  # anew: it would take registers all the while
+    mean = load_tile(mean_ptr, rows, w, N, F)  # anew: it would take registers all the while
     return acc - total[:, None] * mean + ridge[:, None] * x
 
 
@@ -97,9 +89,9 @@ def solve_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
     k_head, f_head = k_ptr + head * S * D, f_ptr + head * S * F
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     mean_head = mean_ptr + head * N * F
-    r = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
+    r = load_tile(right_ptr + head * N * F, rows, w, N, F)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
     ridge = tl.load(ridge_ptr + head * N + rows, mask=rows < N, other=1.0)
     line = tl.load(line_ptr + head * N + rows, mask=rows < N, other=0.0)
@@ -129,12 +121,12 @@ def solve_kernel(
         x, q, lse, ridge, k_head, f_head, mean_head, rows, d, w, stop, N, S, scale,
         D, F, ROWS, WIDTH_F, COLUMNS, CAUSAL,
     )  # fmt: skip
-    right = load_tile(right_ptr + head * N * F, rows, w, N, F, F)
+    right = load_tile(right_ptr + head * N * F, rows, w, N, F)
     size = tl.sum(right * right, 1)
     left = tl.sum((right - t) * (right - t), 1)
     solvable = tl.max(tl.abs(x), 1) > 0
     residual = tl.where(solvable, tl.sqrt(left / tl.where(size > 0, size, 1.0)), 0.0)
-    store_tile(x_ptr + head * N * F, rows, w, N, F, x, F)
+    store_tile(x_ptr + head * N * F, rows, w, N, F, x)
     tl.store(residual_ptr + head * N + rows, residual, mask=rows < N)
 
 
@@ -149,9 +141,9 @@ def rows_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    x = load_tile(x_ptr + head * N * F, rows, w, N, F, F)
-    u = load_tile(u_ptr + head * N * F, rows, w, N, F, F)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    x = load_tile(x_ptr + head * N * F, rows, w, N, F)
+    u = load_tile(u_ptr + head * N * F, rows, w, N, F)
     inside = rows < N
     lse = tl.load(lse_ptr + head * N + rows, mask=inside, other=0.0)
     shift_x = tl.load(shift_x_ptr + head * N + rows, mask=inside, other=0.0)
@@ -162,8 +154,8 @@ def rows_kernel(
     stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+        features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         by_u = along(u, features, shift_u)
         share = p * along(x, features, shift_x)
@@ -172,7 +164,7 @@ def rows_kernel(
         ds = -share * by_u
         dlse -= tl.sum(ds, 1)
         dq += tl.dot(ds, k.to(tl.float32), input_precision="ieee")
-    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale, D)
+    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
     tl.store(dlse_ptr + head * N + rows, dlse, mask=inside)
     tl.store(total_x_ptr + head * N + rows, total_x, mask=inside)
     tl.store(total_u_ptr + head * N + rows, total_u, mask=inside)
@@ -189,17 +181,17 @@ def keys_kernel(
     head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
-    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-    features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+    features = load_tile(f_ptr + head * S * F, columns, w, S, F)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     df = tl.zeros([COLUMNS, WIDTH_F], tl.float32)
     first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = rows < N
-        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-        x = load_tile(x_ptr + head * N * F, rows, w, N, F, F)
-        u = load_tile(u_ptr + head * N * F, rows, w, N, F, F)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+        x = load_tile(x_ptr + head * N * F, rows, w, N, F)
+        u = load_tile(u_ptr + head * N * F, rows, w, N, F)
         lse = tl.load(lse_ptr + head * N + rows, mask=inside, other=0.0)
         shift_x = tl.load(shift_x_ptr + head * N + rows, mask=inside, other=0.0)
         shift_u = tl.load(shift_u_ptr + head * N + rows, mask=inside, other=0.0)
@@ -209,8 +201,8 @@ def keys_kernel(
         dk += tl.dot(-p * by_x * by_u, q.to(tl.float32), input_precision="ieee")
         df -= tl.dot(p * by_x, u, input_precision="ieee")
         df -= tl.dot(p * by_u, x, input_precision="ieee")
-    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
-    store_tile(df_ptr + head * S * F, columns, w, S, F, df, F)
+    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale)
+    store_tile(df_ptr + head * S * F, columns, w, S, F, df)
 
 
 def forward(p: Problem) -> tuple[Tensor]:

@@ -29,12 +29,23 @@ from xattn.kernels.checks import (
     score_scale,
 )
 from xattn.kernels.grouped.reference import Problem
-from xattn.kernels.op import register
+from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import empty_outputs
 
 __all__ = ["grouped_attention"]
 
 
+_op = register(
+    "grouped",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v", "marks", "bias"),
+    check=lambda p: check_index(p.lists, p.key_blocks),
+)
+
+
+@runs(_op)
 def grouped_attention(
     q: Tensor,
     k: Tensor,
@@ -48,7 +59,7 @@ def grouped_attention(
     weight: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Problem:
     """Grouped attention of each query block to the key blocks that it lists, with log-sum-exp.
 
     Args:
@@ -73,29 +84,6 @@ def grouped_attention(
         ValueError: shapes, dtypes or devices that do not match; an index out of range or twice in a
             row (on a GPU only with ``XATTN_CHECK=1``); key blocks too long for Triton.
     """
-    return _op(
-        problem(
-            q, k, v, marks, index, q_block=q_block, k_block=k_block, bias=bias, weight=weight,
-            scale=scale, backend=backend,
-        )
-    )  # fmt: skip
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    marks: Tensor,
-    index: Tensor,
-    *,
-    q_block: int,
-    k_block: int,
-    bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
-) -> Problem:
-    """The checked arguments of :func:`grouped_attention`."""
     check_attention(q, k, v)
     check_positive(q_block=q_block, k_block=k_block)
     check_lists(q, k, index, q_block, bias)
@@ -123,12 +111,3 @@ def problem(
 
 
 LONGEST = 64  # a tile holds a whole key block
-
-_op = register(
-    "grouped",
-    Problem,
-    outputs=("o", "lse"),
-    empty=empty_outputs,
-    gradients=("q", "k", "v", "marks", "bias"),
-    check=lambda p: check_index(p.lists, p.key_blocks),
-)

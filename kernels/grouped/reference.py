@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.block_sparse.reference import reduce_bias
+from xattn.kernels.block_sparse.reference import listed, reduce_bias, spread
 from xattn.kernels.softmax.reference import delta, per_key_head, per_query_head, weights, widen
 
 
@@ -100,24 +100,11 @@ def _weights(p: Problem) -> Weights:
     q, k, m = (widen(per_query_head(x, p.q)) for x in (p.q, p.k, p.marks))
     s = p.scale * (q @ k.transpose(-2, -1))
     if p.bias is not None:
-        s = s + _heads(p.bias, p.q)[:, :, None].to(s.dtype)
+        s = s + spread(p.bias, p.q)[:, :, None].to(s.dtype)
     t = p.scale * (q @ m.transpose(-2, -1))
     if p.weight is not None:
         t = t + p.weight.to(t.dtype).log()
-    return grouped(_blocks(s, p, -torch.inf), t.masked_fill(~_listed(p), -torch.inf))
-
-
-def _listed(p: Problem) -> Tensor:
-    """Whether block c is in J(i): bool (B or 1, H or 1, N, M)."""
-    table = p.lists.new_zeros(*p.lists.shape[:3], p.key_blocks + 1, dtype=torch.bool)
-    table.scatter_(-1, torch.where(p.lists < 0, p.key_blocks, p.lists).long(), True)
-    seen = table[..., :-1].repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
-    return _heads(seen, p.q)
-
-
-def _heads(x: Tensor, q: Tensor) -> Tensor:
-    """One entry per query head, or one for all."""
-    return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+    return grouped(_blocks(s, p, -torch.inf), t.masked_fill(~spread(listed(p), p.q), -torch.inf))
 
 
 def _blocks(x: Tensor, p: Problem, fill: float) -> Tensor:

@@ -18,16 +18,19 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_sparse.block_lists import transpose_index
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.block_sparse.triton import (
+from xattn.kernels.block_sparse.triton import strides_of
+from xattn.kernels.grouped.reference import Problem
+from xattn.kernels.softmax.reference import delta
+from xattn.kernels.tiles import (
     list_tokens,
     load_rows,
     own_rows,
+    padded,
+    softmax_end,
+    softmax_weights,
     store_rows,
-    strides_of,
+    supported,
 )
-from xattn.kernels.grouped.reference import Problem
-from xattn.kernels.softmax.reference import delta
-from xattn.kernels.softmax.triton import padded, supported
 
 
 @triton.jit
@@ -55,14 +58,6 @@ def _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _shares(t, lse):
-    """g from t and log-sum-exp; 0 in rows that see nothing."""
-    seen = lse != float("-inf")
-    g = tl.exp2(t - tl.where(seen, lse, 0.0) * 1.4426950408889634)
-    return tl.where(seen, g, 0.0)
-
-
-@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, marks_ptr, index_ptr, bias_ptr, weight_ptr, o_ptr, lse_ptr,
     stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
@@ -78,7 +73,7 @@ def forward_kernel(
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
+    q = load_rows(q_ptr + line * N * D, rows, d, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
@@ -86,8 +81,8 @@ def forward_kernel(
         block = tl.load(blocks + entry)
         token = block * K_BLOCK + lane
         keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
-        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
-        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         inner, some = _inner(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
             scale, HAS_BIAS, 1,
@@ -102,10 +97,9 @@ def forward_kernel(
         part = tl.dot(inner.to(v.dtype), v, input_precision="ieee")
         acc = acc * keep[:, None] + share[:, None] * part
         top = new
-    some = total > 0
-    store_rows(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None], DV)
-    lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
-    tl.store(lse_ptr + line * N + rows, tl.where(some, lse, float("-inf")), mask=rows >= 0)
+    acc, lse = softmax_end(top, total, acc)
+    store_rows(o_ptr + line * N * DV, rows, w, DV, acc)
+    tl.store(lse_ptr + line * N + rows, lse, mask=rows >= 0)
 
 
 @triton.jit
@@ -124,8 +118,8 @@ def dq_kernel(
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
-    q = load_rows(q_ptr + line * N * D, rows, d, D, D)
-    g = load_rows(g_ptr + line * N * DV, rows, w, DV, DV)
+    q = load_rows(q_ptr + line * N * D, rows, d, D)
+    g = load_rows(g_ptr + line * N * DV, rows, w, DV)
     lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -133,7 +127,7 @@ def dq_kernel(
         block = tl.load(blocks + entry)
         token = block * K_BLOCK + lane
         keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
-        k = load_rows(k_ptr + key_line * S * D, keys, d, D, D)
+        k = load_rows(k_ptr + key_line * S * D, keys, d, D)
         inner, some = _inner(
             tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
             scale, HAS_BIAS, 1,
@@ -141,14 +135,14 @@ def dq_kernel(
         at = marks_ptr + (key_line * M + block) * D + d
         mark = tl.load(at, mask=tl.where(block >= 0, d, D) < D, other=0.0).to(tl.float32)
         t = _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT)
-        share = _shares(t, lse)
-        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV, DV)
+        share = softmax_weights(t, lse)
+        v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         dp = tl.dot(g, tl.trans(v), input_precision="ieee")
         c = tl.sum(inner * dp, 1)
         ds = share[:, None] * inner * (dp - c[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         dq += (share * (c - delta))[:, None] * mark[None, :]
-    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale, D)
+    store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale)
 
 
 @triton.jit
@@ -168,8 +162,8 @@ def dkv_kernel(
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     token = unit * K_BLOCK + lane
     keys = tl.where((lane < K_BLOCK) & (token < S), token, -1)
-    k = load_rows(k_ptr + line * S * D, keys, d, D, D)
-    v = load_rows(v_ptr + line * S * DV, keys, w, DV, DV)
+    k = load_rows(k_ptr + line * S * D, keys, d, D)
+    v = load_rows(v_ptr + line * S * DV, keys, w, DV)
     at = (line * M + unit) * D + d
     mark = tl.load(marks_ptr + at, mask=d < D, other=0.0).to(tl.float32)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
@@ -187,8 +181,8 @@ def dkv_kernel(
         db = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, count * Q_BLOCK, ROWS):
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
-            q = load_rows(q_ptr + query_line * N * D, rows, d, D, D)
-            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV, DV)
+            q = load_rows(q_ptr + query_line * N * D, rows, d, D)
+            g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
             lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             inner, some = _inner(
@@ -196,7 +190,7 @@ def dkv_kernel(
                 keys[:, None], scale, HAS_BIAS, 0,
             )  # fmt: skip
             t = _gate(q, mark, weight_ptr, unit, some, scale, HAS_WEIGHT)
-            share = _shares(t, lse)
+            share = softmax_weights(t, lse)
             dp = tl.dot(v, tl.trans(g), input_precision="ieee")
             c = tl.sum(inner * dp, 0)
             a = share[None, :] * inner
@@ -208,8 +202,8 @@ def dkv_kernel(
                 db += tl.sum(ds, 1)
         if WRITE:
             tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
-    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale, D)
-    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv, DV)
+    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale)
+    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv)
     tl.store(dm_ptr + at, (dm * scale).to(dm_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -279,17 +273,14 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
     if role == "dkv":
         options["WRITE"] = biased
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
-    case = make_case(
+    return make_case(
         kernel, name, options,
         f"grouped {role} {name} D={width}" + (" bias" if biased else ""),
         2.0 * products * n * s * block * width,
         float(tensors * n * width * dtype.itemsize),
         wide=("bias_ptr", "weight_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
+        integers=("index_ptr", "pointer_ptr", "queries_ptr"),
     )  # fmt: skip
-    for argument in ("index_ptr", "pointer_ptr", "queries_ptr"):
-        if argument in case.signature:
-            case.signature[argument] = "*i32"
-    return case
 
 
 # (role, half precision, padded width above 64): rows, warps and stages that no target spills.

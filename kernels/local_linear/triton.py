@@ -19,13 +19,12 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.triton import (
     along,
-    store_tile,
     tile_of,
     tile_weights,
     transposed_weights,
 )
 from xattn.kernels.local_linear.reference import Problem
-from xattn.kernels.softmax.triton import load_tile, padded, supported
+from xattn.kernels.tiles import load_tile, padded, store_tile, supported
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
@@ -46,8 +45,8 @@ def forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    x = load_tile(slope_ptr + head * N * F, rows, w, N, F, F)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    x = load_tile(slope_ptr + head * N * F, rows, w, N, F)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
     shift = tl.load(shift_ptr + head * N + rows, mask=rows < N, other=0.0)
     y = tl.zeros([ROWS, WIDTH_V], tl.float32)
@@ -55,13 +54,13 @@ def forward_kernel(
     stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
-        features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
+        features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         a = p * (1.0 + along(x, features, shift))
         y += tl.dot(a, v.to(tl.float32), input_precision="ieee")
-    store_tile(y_ptr + head * N * DV, rows, dv, N, DV, y, DV)
+    store_tile(y_ptr + head * N * DV, rows, dv, N, DV, y)
 
 
 @triton.jit
@@ -76,9 +75,9 @@ def rows_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV, DV)
-    x = load_tile(slope_ptr + head * N * F, rows, w, N, F, F)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
+    x = load_tile(slope_ptr + head * N * F, rows, w, N, F)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
     shift = tl.load(shift_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -87,9 +86,9 @@ def rows_kernel(
     stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
-        features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
+        features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         share = p * tl.dot(g, tl.trans(v), input_precision="ieee")
         ds = share * (1.0 + along(x, features, shift))
@@ -97,8 +96,8 @@ def rows_kernel(
         dlse -= tl.sum(ds, 1)
         dslope += tl.dot(share, features, input_precision="ieee")
         dq += tl.dot(ds, k.to(tl.float32), input_precision="ieee")
-    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale, D)
-    store_tile(dslope_ptr + head * N * F, rows, w, N, F, dslope, F)
+    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
+    store_tile(dslope_ptr + head * N * F, rows, w, N, F, dslope)
     tl.store(dlse_ptr + head * N + rows, dlse, mask=rows < N)
     tl.store(total_ptr + head * N + rows, total, mask=rows < N)
 
@@ -115,18 +114,18 @@ def keys_kernel(
     head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
-    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-    v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
-    features = load_tile(f_ptr + head * S * F, columns, w, S, F, F)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+    v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
+    features = load_tile(f_ptr + head * S * F, columns, w, S, F)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dvalue = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     df = tl.zeros([COLUMNS, WIDTH_F], tl.float32)
     first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-        g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV, DV)
-        x = load_tile(slope_ptr + head * N * F, rows, w, N, F, F)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+        g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
+        x = load_tile(slope_ptr + head * N * F, rows, w, N, F)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
         shift = tl.load(shift_ptr + head * N + rows, mask=rows < N, other=0.0)
         p = transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL)
@@ -135,9 +134,9 @@ def keys_kernel(
         dvalue += tl.dot(p * factor, g.to(tl.float32), input_precision="ieee")
         df += tl.dot(share, x, input_precision="ieee")
         dk += tl.dot(share * factor, q.to(tl.float32), input_precision="ieee")
-    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale, D)
-    store_tile(dv_ptr + head * S * DV, columns, dv, S, DV, dvalue, DV)
-    store_tile(df_ptr + head * S * F, columns, w, S, F, df, F)
+    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale)
+    store_tile(dv_ptr + head * S * DV, columns, dv, S, DV, dvalue)
+    store_tile(df_ptr + head * S * F, columns, w, S, F, df)
 
 
 def forward(p: Problem) -> tuple[Tensor]:

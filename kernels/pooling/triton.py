@@ -23,23 +23,10 @@ from torch import Tensor
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import delta
+from xattn.kernels.tiles import load_tile, store_tile, supported
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
-
-
-@triton.jit
-def _load(base, rows, columns, count, width, stride):
-    """A tile (rows, columns) of a (count, width) matrix, 0 outside."""
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
-
-
-@triton.jit
-def _store(base, rows, columns, count, width, stride, value):
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,13 +47,13 @@ def scores_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        q = _load(q_ptr + image * stride_qb, rows, d, Q, D, D)
-        k = _load(k_ptr + image * T * D, columns, d, T, D, D)
+        q = load_tile(q_ptr + image * stride_qb, rows, d, Q, D)
+        k = load_tile(k_ptr + image * T * D, columns, d, T, D)
         acc += tl.dot(q, tl.trans(k), input_precision="ieee")
     acc = acc * scale
     if HAS_BIAS:
-        acc += _load(bias_ptr + image * Q * T, rows, columns, Q, T, T).to(tl.float32)
-    _store(s_ptr + image * Q * T, rows, columns, Q, T, T, acc)
+        acc += load_tile(bias_ptr + image * Q * T, rows, columns, Q, T).to(tl.float32)
+    store_tile(s_ptr + image * Q * T, rows, columns, Q, T, acc)
 
 
 @triton.jit
@@ -83,8 +70,8 @@ def pool_kernel(
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, T, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        v = _load(v_ptr + group * T * V, columns, w, T, V, V)
-        p = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+        v = load_tile(v_ptr + group * T * V, columns, w, T, V)
+        p = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
         if SOFTMAX:
             p = tl.where(columns[None, :] < T, p, float("-inf"))
             new = tl.maximum(top, tl.max(p, 1))
@@ -104,7 +91,7 @@ def pool_kernel(
             tl.store(lse_ptr + group * Q + rows, lse, mask=rows < Q)
     else:
         acc = acc * scale
-    _store(o_ptr + group * Q * V, rows, w, Q, V, V, acc)
+    store_tile(o_ptr + group * Q * V, rows, w, Q, V, acc)
 
 
 @triton.jit
@@ -118,14 +105,14 @@ def slope_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, V, BLOCK):
         w = start + tl.arange(0, BLOCK)
-        g = _load(g_ptr + group * Q * V, rows, w, Q, V, V)
-        v = _load(v_ptr + group * T * V, columns, w, T, V, V)
+        g = load_tile(g_ptr + group * Q * V, rows, w, Q, V)
+        v = load_tile(v_ptr + group * T * V, columns, w, T, V)
         acc += tl.dot(g, tl.trans(v), input_precision="ieee")
     lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
     delta = tl.load(delta_ptr + group * Q + rows, mask=rows < Q, other=0.0)
-    s = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+    s = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
     ds = _weights(s, lse[:, None]) * (acc - delta[:, None])
-    _store(ds_ptr + group * Q * T, rows, columns, Q, T, T, ds)
+    store_tile(ds_ptr + group * Q * T, rows, columns, Q, T, ds)
 
 
 @triton.jit
@@ -140,18 +127,18 @@ def spread_kernel(
     acc = tl.zeros([COLUMNS, BLOCK], tl.float32)
     for start in range(0, Q, ROWS):
         rows = start + tl.arange(0, ROWS)
-        x = _load(x_ptr + group * stride_xb, rows, w, Q, W, W)
-        p = _load(s_ptr + group * Q * T, rows, columns, Q, T, T)
+        x = load_tile(x_ptr + group * stride_xb, rows, w, Q, W)
+        p = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
         if EXP:
             lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
             p = _weights(p, lse[:, None])
         acc += tl.dot(tl.trans(p).to(x.dtype), x, input_precision="ieee")
-    _store(out_ptr + group * T * W, columns, w, T, W, W, acc * scale)
+    store_tile(out_ptr + group * T * W, columns, w, T, W, acc * scale)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """o, lse and the scores, an empty tensor where they are the bias."""
-    v = _supported(p.v).contiguous()
+    v = supported(p.v, None).contiguous()
     (batch, queries, _), (groups, tokens, width) = p.sizes, v.shape[1:]
     if p.q is None or p.k is None:
         assert p.bias is not None
@@ -250,15 +237,6 @@ def _options(queries: int) -> dict[str, Any]:
         "ROWS": rows, "COLUMNS": TOKENS, "BLOCK": WIDTH,
         "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _supported(x: Tensor) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"backend='triton': got {x.dtype}; give float32, float16 or bfloat16, or use "
-            f"backend='cpu'"
-        )
-    return x
 
 
 def compile_cases() -> Iterator[Case]:

@@ -14,11 +14,20 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, score_scale
-from xattn.kernels.op import register
+from xattn.kernels.op import register, runs
 from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax.reference import empty_outputs
 
+_op = register(
+    "ragged_queries",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v"),
+)
 
+
+@runs(_op)
 def ragged_attention(
     q: Tensor,
     k: Tensor,
@@ -28,7 +37,7 @@ def ragged_attention(
     scale: float | None = None,
     causal: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Problem:
     """``softmax(scale q k^T) v`` in the rows that are kept, and the log-sum-exp of their scores.
 
     Args:
@@ -46,23 +55,6 @@ def ragged_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
-    found: tuple[Tensor, Tensor] = _op(
-        problem(q, k, v, keep, scale=scale, causal=causal, backend=backend)
-    )
-    return found
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    backend: str = "auto",
-) -> Problem:
-    """The checked arguments of :func:`ragged_attention`."""
     check_attention(q, k, v, causal)
     if keep.shape != q.shape[:3] or keep.dtype != torch.bool or keep.device != q.device:
         raise ValueError(
@@ -70,12 +62,3 @@ def problem(
             f"of shape {tuple(q.shape[:3])} on {q.device}, one for each query"
         )
     return Problem(q, k, v, keep, score_scale(scale, q), causal, choose(backend, q.device))
-
-
-_op = register(
-    "ragged_queries",
-    Problem,
-    outputs=("o", "lse"),
-    empty=empty_outputs,
-    gradients=("q", "k", "v"),
-)

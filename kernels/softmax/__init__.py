@@ -12,10 +12,19 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_bias, score_scale
-from xattn.kernels.op import register
+from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import Problem, empty_outputs
 
+_op = register(
+    "softmax",
+    Problem,
+    outputs=("o", "lse"),
+    empty=empty_outputs,
+    gradients=("q", "k", "v", "bias"),
+)
 
+
+@runs(_op)
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -25,7 +34,7 @@ def softmax_attention(
     scale: float | None = None,
     causal: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Problem:
     """``softmax(scale q k^T + bias) v`` and the log-sum-exp of the scores.
 
     Args:
@@ -43,29 +52,6 @@ def softmax_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match.
     """
-    return _op(problem(q, k, v, bias, scale=scale, causal=causal, backend=backend))
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    backend: str = "auto",
-) -> Problem:
-    """The checked arguments of :func:`softmax_attention`."""
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
     return Problem(q, k, v, bias, score_scale(scale, q), causal, choose(backend, q.device))
-
-
-_op = register(
-    "softmax",
-    Problem,
-    outputs=("o", "lse"),
-    empty=empty_outputs,
-    gradients=("q", "k", "v", "bias"),
-)

@@ -18,6 +18,15 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.reference import Problem, delta, reduce_to
+from xattn.kernels.tiles import (
+    load_tile,
+    padded,
+    softmax_end,
+    softmax_step,
+    softmax_weights,
+    store_tile,
+    supported,
+)
 
 # (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
 # possible without spills on sm_80 and sm_90, see compile_cases; not timed on a GPU.
@@ -101,21 +110,6 @@ def transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: 
 
 
 @triton.jit
-def load_tile(base, rows, columns, count, width, stride: tl.constexpr):
-    """A tile (rows, columns) of a contiguous (count, width) matrix, 0 outside."""
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(base, rows, columns, count, width, value, stride: tl.constexpr):
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    at = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _queries(queries_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: tl.constexpr):
     """A tile's queries, from place ``start`` of all or of its head's list; N beyond the last one."""
     rows = start + tl.arange(0, ROWS)
@@ -149,41 +143,23 @@ def forward_kernel(
     rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
+        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
         seen = columns[None, :] < S
         if CAUSAL:
             seen = seen & (columns[None, :] <= rows[:, None])
         s = tl.where(seen, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - safe[:, None])
-        keep = tl.exp2(top - safe)
-        total = total * keep + tl.sum(p, 1)
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        top = new
-    some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
-    _store(o_ptr + head * N * DV, rows, dv, N, DV, acc, DV)
-    lse = tl.where(
-        some, (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf")
-    )
+        top, total, acc = softmax_step(s, v, top, total, acc)
+    acc, lse = softmax_end(top, total, acc)
+    store_tile(o_ptr + head * N * DV, rows, dv, N, DV, acc)
     tl.store(lse_ptr + head * N + rows, lse, mask=rows < N)
-
-
-@triton.jit
-def softmax_weights(s, lse):
-    """exp(score - lse) of scores in base 2; 0 in rows without a key, whose lse is -inf."""
-    seen = lse != float("-inf")
-    p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
-    return tl.where(seen, p, 0.0)
 
 
 @triton.jit
@@ -201,15 +177,15 @@ def dq_kernel(
     rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV, DV)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
+        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV)
         s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
         seen = columns[None, :] < S
         if CAUSAL:
@@ -221,7 +197,7 @@ def dq_kernel(
             inside = (rows[:, None] < N) & (columns[None, :] < S)
             at = ds_ptr + head * N * S + rows[:, None].to(tl.int64) * S + columns[None, :]
             tl.store(at, ds, mask=inside)
-    _store(dq_ptr + head * N * D, rows, d, N, D, dq * scale, D)
+    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
 
 
 @triton.jit
@@ -248,8 +224,8 @@ def dkv_kernel(
     key_head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
-    v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV, DV)
+    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
+    v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     begin = tl.program_id(0) * COLUMNS
@@ -260,8 +236,8 @@ def dkv_kernel(
         first, stop = _places(ends_ptr, head, begin, N, ROWS, CAUSAL, LISTED)
         for start in range(first, stop, ROWS):
             rows = _queries(queries_ptr, ends_ptr, head, start, N, ROWS, LISTED)
-            q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
+            q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV)
             lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
             delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
             # Keys outside the matrix need no mask here: each has its own row of dk and dv.
@@ -276,8 +252,8 @@ def dkv_kernel(
                 db += tl.sum(ds, 1)
         if WRITE:  # the gradient of a bias per key
             tl.store(db_ptr + head * S + columns, db, mask=columns < S)
-    _store(dk_ptr + key_head * S * D, columns, d, S, D, dk * scale, D)
-    _store(dv_ptr + key_head * S * DV, columns, w, S, DV, dv, DV)
+    store_tile(dk_ptr + key_head * S * D, columns, d, S, D, dk * scale)
+    store_tile(dv_ptr + key_head * S * DV, columns, w, S, DV, dv)
 
 
 class Lists(NamedTuple):
@@ -346,15 +322,6 @@ def backward(
     return found
 
 
-def supported(x: Tensor, widest: int = 256) -> Tensor:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1] > widest:
-        raise ValueError(
-            f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
-            f"bfloat16 of at most {widest}, or use backend='cpu'"
-        )
-    return x
-
-
 def _options(kernel: str, p: Problem, lists: Lists | None) -> dict[str, Any]:
     half, group = p.q.dtype != torch.float32, p.q.shape[1] // p.k.shape[1]
     d, dv = p.q.shape[3], p.v.shape[3]
@@ -387,11 +354,6 @@ def options(
         "LISTED": listed,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def padded(width: int) -> int:
-    """The width of a tile: a power of two of at least 16."""
-    return max(16, triton.next_power_of_2(width))
 
 
 def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:

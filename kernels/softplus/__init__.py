@@ -14,10 +14,20 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, check_positive
-from xattn.kernels.op import register
+from xattn.kernels.op import register, runs
 from xattn.kernels.softplus.reference import Problem, empty_outputs
 
+_op = register(
+    "softplus",
+    Problem,
+    outputs=("o",),
+    kept=("statistics",),
+    empty=empty_outputs,
+    gradients=("q", "k", "v"),
+)
 
+
+@runs(_op)
 def softplus_attention(
     q: Tensor,
     k: Tensor,
@@ -29,7 +39,7 @@ def softplus_attention(
     eps: float = 0.0,
     causal: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Problem:
     """``W v`` as in :mod:`xattn.kernels.softplus.reference`.
 
     Args:
@@ -48,34 +58,6 @@ def softplus_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or numbers out of range.
     """
-    return _op(  # type: ignore[no-any-return]
-        problem(
-            q,
-            k,
-            v,
-            scale=scale,
-            power=power,
-            offset=offset,
-            eps=eps,
-            causal=causal,
-            backend=backend,
-        )
-    )
-
-
-def problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    power: int = 1,
-    offset: float = 0.0,
-    eps: float = 0.0,
-    causal: bool = False,
-    backend: str = "auto",
-) -> Problem:
-    """The checked arguments of :func:`softplus_attention`."""
     check_attention(q, k, v.to(q.dtype) if v.is_floating_point() else v, causal)
     if q.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"q: got {q.dtype}; give float32 or float64, v may be of half precision")
@@ -86,13 +68,3 @@ def problem(
         raise ValueError(f"offset, eps: got {offset}, {eps}; give an offset in [0, 1], a small eps")
     path = choose(backend, q.device)
     return Problem(q, k, v, float(scale), power, float(offset), float(eps), causal, path)
-
-
-_op = register(
-    "softplus",
-    Problem,
-    outputs=("o",),
-    kept=("statistics",),
-    empty=empty_outputs,
-    gradients=("q", "k", "v"),
-)

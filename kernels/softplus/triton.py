@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.softmax.triton import load_tile, padded, supported
 from xattn.kernels.softplus.reference import FLAT, OPEN, Problem, is_plain
+from xattn.kernels.tiles import load_tile, padded, store_tile, supported
 
 # (kernel, half precision, wider than 64): rows and columns of a tile, warps, stages.
 TILES = {
@@ -92,7 +92,7 @@ def forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     tau, count, offset = _rows(rows, S, scale, OFFSET, CAUSAL, OPEN)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.zeros([ROWS], tl.float32)
@@ -102,7 +102,7 @@ def forward_kernel(
     stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
         a, _ = _softplus(s)
         seen = columns[None, :] < S
@@ -112,7 +112,7 @@ def forward_kernel(
         total += tl.sum(a, 1)
         top = tl.maximum(top, tl.max(a, 1))
         if PLAIN:
-            v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+            v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
             acc += tl.dot(a.to(v.dtype), v, input_precision="ieee")
     mean = offset * (total + EPS) / count
     height = top - mean
@@ -129,8 +129,8 @@ def forward_kernel(
     else:
         for start in range(0, stop, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
-            k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-            v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+            k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+            v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
             a, _ = _softplus(s)
             seen = columns[None, :] < S
@@ -144,9 +144,7 @@ def forward_kernel(
         some = (inverse > 0) & (power > 0)
         norm = tl.where(some, 1.0 / tl.where(some, power + floor, 1.0), 0.0)
         damped = POWER * (1.0 - power * norm) / (total + EPS) if EPS > 0 else power * 0.0
-    inside = (rows[:, None] < N) & (dv[None, :] < DV)
-    at = o_ptr + head * N * DV + rows[:, None].to(tl.int64) * DV + dv[None, :]
-    tl.store(at, (acc * norm[:, None]).to(o_ptr.dtype.element_ty), mask=inside)
+    store_tile(o_ptr + head * N * DV, rows, dv, N, DV, acc * norm[:, None])
     base = stat_ptr + head * 4 * N + rows
     tl.store(base, mean, mask=rows < N)
     tl.store(base + N, inverse, mask=rows < N)
@@ -165,8 +163,8 @@ def dq_kernel(
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV, DV)
+    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
     tau, count, offset = _rows(rows, S, scale, OFFSET, CAUSAL, OPEN)
     base = stat_ptr + head * 4 * N + rows
     mean = tl.load(base, mask=rows < N, other=0.0)
@@ -181,8 +179,8 @@ def dq_kernel(
     stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV, DV)
+        k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+        v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
         a, z = _softplus(s)
         seen = columns[None, :] < S
@@ -199,9 +197,7 @@ def dq_kernel(
             sums += tl.sum(h, 1)
     c = tl.where(mean > 0, offset / count, 0.0) * sums + damped * inner
     dq = (first - c[:, None] * second) * tau[:, None]
-    inside = (rows[:, None] < N) & (d[None, :] < D)
-    at = dq_ptr + head * N * D + rows[:, None].to(tl.int64) * D + d[None, :]
-    tl.store(at, dq, mask=inside)
+    store_tile(dq_ptr + head * N * D, rows, d, N, D, dq)
     tl.store(mean_ptr + head * N + rows, c, mask=rows < N)
 
 
@@ -216,15 +212,15 @@ def dkv_kernel(
     head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    k = load_tile(k_ptr + head * S * D, columns, d, S, D, D)
-    v = load_tile(v_ptr + head * S * DV, columns, w, S, DV, DV)
+    k = load_tile(k_ptr + head * S * D, columns, d, S, D)
+    v = load_tile(v_ptr + head * S * DV, columns, w, S, DV)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     begin = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(begin, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
-        g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+        g = load_tile(g_ptr + head * N * DV, rows, w, N, DV)
         tau, _, _ = _rows(rows, S, scale, OFFSET, CAUSAL, OPEN)
         base = stat_ptr + head * 4 * N + rows
         # Rows outside have zeros, so they add nothing; keys outside have rows of dk and dv of their own.
@@ -246,12 +242,8 @@ def dkv_kernel(
         h = less * e * (POWER * norm * inverse)[None, :]
         ds = (h - c[None, :]) * slope * tau[None, :]
         dk += tl.dot(ds, q, input_precision=PRECISION)
-    inside = (columns[:, None] < S) & (d[None, :] < D)
-    at = dk_ptr + head * S * D + columns[:, None].to(tl.int64) * D + d[None, :]
-    tl.store(at, dk, mask=inside)
-    inside = (columns[:, None] < S) & (w[None, :] < DV)
-    at = dv_ptr + head * S * DV + columns[:, None].to(tl.int64) * DV + w[None, :]
-    tl.store(at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    store_tile(dk_ptr + head * S * D, columns, d, S, D, dk)
+    store_tile(dv_ptr + head * S * DV, columns, w, S, DV, dv)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:

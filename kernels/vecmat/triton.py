@@ -18,14 +18,11 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.triton import (
-    load_tile,
-    padded,
     sizes,
-    softmax_weights,
-    supported,
     transposed_scores,
     with_strides,
 )
+from xattn.kernels.tiles import load_tile, padded, softmax_weights, supported
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
 
@@ -56,14 +53,14 @@ def vecmat_kernel(
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
     r_base = r_ptr + (head // H) * stride_rb + (head % H) * stride_rh
-    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D, D)
+    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
     if GRADIENT:
-        v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV, DV)
+        v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV)
     acc = tl.zeros([COLUMNS, LINES], tl.float32)
     first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
-        q = load_tile(q_ptr + head * N * D, rows, d, N, D, D)
+        q = load_tile(q_ptr + head * N * D, rows, d, N, D)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         # Keys outside the matrix need no mask: each has its own row of the result.
         s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
@@ -71,7 +68,7 @@ def vecmat_kernel(
             s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
         p = softmax_weights(s, lse[None, :])
         if GRADIENT:
-            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV, DV)
+            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV)
             p *= tl.maximum(tl.dot(v, tl.trans(g), input_precision="ieee"), 0.0)
         if LINES == 1:
             r = tl.load(r_base + rows, mask=rows < N, other=0.0)
@@ -123,8 +120,7 @@ def options(
 
 
 def compile_cases() -> Iterator[Case]:
-    """One row and sixteen, plain and weighted by gradients, at N = S = 4096 with 12 heads; column mass
-    is the plain case of one row."""
+    """One row and sixteen, plain and weighted by gradients, at N = S = 4096 with 12 heads."""
     n, heads = 4096, 12
     kinds = (
         (False, 1, False, False),

@@ -47,17 +47,6 @@ def test_the_transposed_product_is_a_reversed_one():
     assert torch.allclose(found, r @ (left @ right.transpose(-2, -1)).tril())
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_gradients_of_first_and_second_order(reverse, monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK", 3)
-    monkeypatch.setattr(cpu, "STEPS", 2)
-    leaves = [x.requires_grad_() for x in inputs(8, 2, 3, leading=(2,))]
-    assert torch.autograd.gradcheck(lambda *x: causal_product(*x, reverse=reverse), leaves)
-    assert torch.autograd.gradgradcheck(
-        lambda *x: causal_product(*x, reverse=reverse), leaves, fast_mode=True
-    )
-
-
 @pytest.mark.parametrize("n", [45, SPAN + 40])
 def test_no_gradient_and_no_bit_comes_from_later_tokens(n):
     given = inputs(n, 4, 3, dtype=torch.float32)
@@ -99,13 +88,6 @@ def test_memory_grows_with_tokens_and_not_with_their_square():
         return peak_memory(lambda: torch.autograd.grad(causal_product(*leaves), leaves, g))
 
     assert peak(8 * SPAN) < 3 * peak(4 * SPAN) < 9 * 4 * 2 * 8 * 4 * SPAN * 4
-
-
-def test_it_passes_torch_checks_of_operators_and_compiles():
-    given = [x.requires_grad_() for x in inputs(40, 4, 3, leading=(2,), dtype=torch.float32)]
-    torch.library.opcheck(torch.ops.xattn.causal_product_forward, (*given, False, "cpu"))
-    compiled = torch.compile(causal_product, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(*given), causal_product(*given))
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,10 @@ def _part(q: Tensor, s: Segment, scale: float | None, backend: str) -> Part:
         return Part("grouped", _grouped(q, s, scale, backend), s.shift, offset)
     if s.rule is None and (s.blocks is None or (backend == "auto" and reads_all(s.k, s.blocks))):
         bias = None if s.bias is None else to_heads(s.bias, q.shape[1])[:, :, None, :]
-        dense = softmax.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
+        dense = softmax.softmax_attention.problem(q, s.k, s.v, bias, scale=scale, backend=backend)
         return Part("softmax", dense, s.shift, offset)
     blocks = s.blocks or visible_blocks(s.rule, 64, 64)  # type: ignore[arg-type]
-    sparse = block_sparse.problem(
+    sparse = block_sparse.block_sparse_attention.problem(
         q,
         s.k,
         s.v,
@@ -207,7 +207,7 @@ def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> groupe
     if s.blocks is None or s.rule is not None:
         raise ValueError("segments: marks need blocks and no rule; give Segment(k, v, blocks)")
     assert s.v is not None and s.marks is not None
-    return grouped.problem(
+    return grouped.grouped_attention.problem(
         q,
         s.k,
         s.v,

@@ -1,0 +1,112 @@
+"""What the Triton kernels of several ops share: tiles in and out, lists of blocks, the softmax.
+
+Inlined where they are called. Scores are in base 2: multiplied by log2 e, so that exp2 serves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_tile(base, rows, columns, count, width):
+    """A tile (rows, columns) of a contiguous (count, width) matrix, 0 outside."""
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, columns, count, width, value):
+    """Write a tile (rows, columns) of a contiguous (count, width) matrix."""
+    inside = (rows[:, None] < count) & (columns[None, :] < width)
+    at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_rows(base, rows, columns, width):
+    """Rows of a contiguous matrix; 0 for row -1 and beyond its width."""
+    at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
+    return tl.load(at, mask=(rows[:, None] >= 0) & (columns[None, :] < width), other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, columns, width, value):
+    """Write rows of a contiguous matrix, without row -1."""
+    at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
+    inside = (rows[:, None] >= 0) & (columns[None, :] < width)
+    tl.store(at, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
+    lane = tl.arange(0, TILE)
+    if BLOCK % TILE == 0:
+        block = tl.load(blocks + start // BLOCK)
+        token = block * BLOCK + start % BLOCK + lane
+        return tl.where((block >= 0) & (token < limit), token, -1)
+    else:
+        entry = (start + lane) // BLOCK
+        block = tl.load(blocks + entry, mask=entry < count, other=-1)
+        token = block * BLOCK + (start + lane) % BLOCK
+        return tl.where((block >= 0) & (token < limit), token, -1)
+
+
+@triton.jit
+def own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The query block of this program and its rows; -1 where there is none."""
+    tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
+    block = tl.program_id(0) // tiles
+    inner = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
+    row = block * Q_BLOCK + inner
+    return block, tl.where((inner < Q_BLOCK) & (row < N), row, -1)
+
+
+@triton.jit
+def softmax_step(s, v, top, total, acc):
+    """Scores ``s`` (rows, keys) and values ``v`` of some more keys join the running sums."""
+    new = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - safe[:, None])
+    keep = tl.exp2(top - safe)
+    total = total * keep + tl.sum(p, 1)
+    return new, total, acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+
+
+@triton.jit
+def softmax_end(top, total, acc):
+    """Output and log-sum-exp (in base e) of the sums; 0 and -inf in rows without a key."""
+    some = total > 0
+    whole = tl.where(some, total, 1.0)
+    lse = (top + tl.log2(whole)) * 0.6931471805599453
+    return acc / whole[:, None], tl.where(some, lse, float("-inf"))
+
+
+@triton.jit
+def softmax_weights(s, lse):
+    """exp(score - lse); 0 in rows without a key, whose lse is -inf."""
+    seen = lse != float("-inf")
+    p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
+    return tl.where(seen, p, 0.0)
+
+
+def padded(width: int) -> int:
+    """The width of a tile: a power of two of at least 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def supported(x: Tensor, widest: int | None = 256) -> Tensor:
+    """``x``, if kernels take its dtype and width; else a ``ValueError``."""
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not known or (widest is not None and x.shape[-1] > widest):
+        limit = "" if widest is None else f" of at most {widest}"
+        raise ValueError(
+            f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
+            f"bfloat16{limit}, or use backend='cpu'"
+        )
+    return x
