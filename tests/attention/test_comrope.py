@@ -172,7 +172,7 @@ def test_gradcheck_through_the_exponential(text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("text", [FORMS[1], "liere:block=4"])
+@pytest.mark.parametrize("text", [FORMS[1], "liere:block=4", "axial"])
 def test_half_precision_is_rotated_in_float32(text, dtype):
     rotation, (q, k) = made(text), (x.to(dtype) for x in tensors(30))
     p = rotation.places((5, 6), 0, q)

@@ -22,7 +22,6 @@ from xattn.attention import (
 )
 from xattn.attention.mechanisms.controls import Static
 from xattn.attention.operators.base import SoftmaxOperator
-from xattn.blocks import create_block
 from xattn.explainers.relevance.attn_lrp_functions import times
 
 
@@ -50,16 +49,6 @@ def network():
 
 
 # ---------------------------------------------------------------------- limit cases
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
-def test_non_approximate_without_scores_is_uniform(prefix):
-    asked = inputs(prefix)
-    no_queries = asked.replace(q=torch.zeros_like(asked.q))
-    found = create_mechanism("non_approximate", 16, 2).operator(no_queries)
-    uniform = create_mechanism("uniform", 16, 2).operator(asked)
-    assert torch.allclose(matrix(found), matrix(uniform))
-    assert torch.allclose(matrix(uniform), torch.full((), 1 / (prefix + 30), dtype=torch.float64))
 
 
 def test_non_approximate_weighs_keys_by_their_own_queries():
@@ -95,17 +84,6 @@ def test_without_mixing_no_token_reads_another():
     layer(x, (5, 6), 1)[0, 7].sum().backward()
     others = torch.arange(31) != 7
     assert (x.grad[0, others] == 0).all() and (x.grad[0, 7] != 0).any()
-
-
-def test_a_block_whose_mlp_is_zero_is_one_without():
-    torch.manual_seed(0)
-    block = create_block("attention", 16, mechanism="none", num_heads=2)
-    bare = create_block("attention", 16, mechanism="none", num_heads=2, mlp_ratio=0.0)
-    for parameter in block.mlp.fc2.parameters():
-        parameter.data.zero_()
-    bare.load_state_dict(block.state_dict(), strict=False)
-    x = torch.randn(2, 31, 16)
-    assert torch.equal(block(x, (5, 6), 1), bare(x, (5, 6), 1))
 
 
 @pytest.mark.parametrize("variant", ["class", "registers", "none", "average"])

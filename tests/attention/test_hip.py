@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_mechanism, record, z_order
 from xattn.attention.mechanisms.hip import layout
-from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH
@@ -57,7 +56,7 @@ def found_by_hand(q, k, levels, s, own):
     return kept
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("grid, keep", [((5, 6), 12), ((8, 8), 8), ((16, 7), 8), ((3, 4, 5), 12)])
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_on_a_grid_it_is_what_its_equations_say(grid, keep, prefix, backend):
@@ -103,47 +102,6 @@ def test_one_dominant_block_is_found(search):
     assert found.all() if search == "quarters" else found.float().mean() > 0.01
 
 
-@pytest.mark.parametrize("search", ["quarters", "halves"])
-def test_keys_that_are_constant_in_the_runs_give_the_exact_choice(search):
-    asked = inputs((16, 16))
-    order = z_order((16, 16))
-    k = order.apply(asked.k).unflatten(2, (16, 16))[:, :, :, :1].expand(-1, -1, -1, 16, -1)
-    k = order.undo(k.flatten(2, 3))
-    q = order.apply(asked.q).unflatten(2, (64, 4))[:, :, :, :1].expand(-1, -1, -1, 4, -1)
-    asked = asked.replace(q=order.undo(q.flatten(2, 3)), k=k)
-    layer = hip(keep=64, block=4, search=search)
-    index = layer.operator(asked).context.lists.long()
-    scores = q[:, :, :, 0] @ order.apply(k)[:, :, ::4].transpose(-2, -1)
-    lowest = scores.gather(-1, index.clamp(min=0)).masked_fill(index < 0, torch.inf)
-    own = torch.arange(64)[:, None]
-    left = scores.scatter(-1, index.clamp(min=0), -torch.inf).amax(-1)
-    assert (lowest.masked_fill(index == own, torch.inf).amin(-1) >= left - 1e-12).all()
-
-
-@pytest.mark.parametrize("search", ["quarters", "halves"])
-def test_a_positive_factor_of_the_queries_leaves_the_lists(search):
-    asked, layer = inputs((9, 10), 1), hip(keep=12, block=4, search=search, window=1)
-    one, other = (layer.operator(asked.replace(q=f * asked.q)).context.lists for f in (1.0, 4.0))
-    assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"search": "halves"}, {"window": 3}, {"backend": "cpu"}])
-def test_a_causal_output_does_not_move_with_later_tokens(options, prefix):
-    asked = inputs((61,), prefix, causal=True)
-    layer = hip(keep=12, block=4, **options)
-    y = layer.attend(asked)
-    for at in (prefix + 3, prefix + 22, prefix + 47):
-        later = torch.arange(prefix + 61) > at
-        changed = {
-            name: torch.where(later[:, None], 3 * x.flip(0), x)
-            for name, x in (("q", asked.q), ("k", asked.k), ("v", asked.v))
-        }
-        moved = layer.attend(asked.replace(**changed))
-        assert torch.allclose(moved[:, :, : at + 1], y[:, :, : at + 1], atol=1e-12)
-        assert not torch.allclose(moved, y)
-
-
 def test_lists_are_full_hold_what_is_near_and_no_padding():
     asked = inputs((13, 10))
     found = hip(keep=48, block=4, window=1).operator(asked).context.lists
@@ -158,26 +116,6 @@ def test_lists_are_full_hold_what_is_near_and_no_padding():
             away = torch.maximum((y[m, :, None] - y[other]).abs(), (x[m, :, None] - x[other]).abs())
             if (real & (away <= 1)).any():
                 assert (found[:, :, m] == other).any(-1).all()
-
-
-@pytest.mark.parametrize("search", ["quarters", "halves"])
-def test_recall_is_measured_against_the_blocks_that_get_most(search):
-    asked = inputs((12, 12), 1)
-    layer = hip(keep=32, block=4, search=search)
-    recall = layer.recall(asked.q, asked.k, (12, 12), 1)
-    place = layout((12, 12), 32, 4, 0)
-    a = create_mechanism("softmax", DIM, HEADS).operator(asked).rows(torch.arange(1, 145))[..., 1:]
-    a = place.order.apply(place.order.apply(a, 2), 3)
-    mass = a.unflatten(3, (36, 4)).sum(4).unflatten(2, (36, 4)).sum(3)
-    best = mass.topk(8)
-    index = layer.operator(asked).context.lists.long()
-    hits = (best.indices[..., None] == index[..., None, :]).any(-1).double()
-    assert torch.allclose(recall.blocks, hits.mean((2, 3)))
-    mine = mass.gather(-1, index.clamp(min=0)).masked_fill(index < 0, 0.0).sum((2, 3))
-    assert torch.allclose(recall.mass, mine / best.values.sum((2, 3)))
-    assert (recall.mass <= 1).all()
-    every = hip(keep=144, block=4).recall(asked.q, asked.k, (12, 12), 1)
-    assert (every.blocks == 1).all() and (every.mass == 1).all()
 
 
 def test_lists_serve_as_many_calls_as_asked_and_until_they_are_forgotten():
@@ -217,26 +155,14 @@ def test_maps_show_what_survived_each_round_and_what_was_read():
     assert calls[0].maps.keys() == {"received"}
 
 
-def test_nothing_is_as_large_as_tokens_by_tokens():
-    n = 4096
-    q, k, v = torch.randn(3, 1, HEADS, n, WIDTH)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    layer = hip(keep=128, block=16)
-    used = peak_memory(lambda: layer(*leaves, (64, 64)).sum().backward())
-    assert used < 4 * n * n / 2
-
-
 @pytest.mark.parametrize("search", ["quarters", "halves"])
 @pytest.mark.parametrize("grid", [(1, 1), (1, 40), (3, 1), (9, 9)])
-def test_odd_grids_equal_keys_and_keys_that_are_no_numbers(grid, search):
+def test_equal_keys_on_odd_grids_give_means(grid, search):
     asked, layer = inputs(grid, 1), hip(keep=8, block=4, window=2, search=search)
     assert layer.attend(asked).isfinite().all()
     same = asked.replace(k=asked.k[:, :, :1].expand_as(asked.k))
     y = layer.attend(same)
     assert y.isfinite().all() and torch.allclose(y[:, :, 0], asked.v.mean(2))
-    k = asked.k.clone()
-    k[:, :, -1] = torch.nan
-    assert layer.attend(asked.replace(k=k)).shape == asked.v.shape
 
 
 @pytest.mark.parametrize(

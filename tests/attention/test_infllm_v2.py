@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_attention, create_mechanism, record
 from xattn.attention.mechanisms.infllm_v2 import key_windows
-from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 4, 8
 DIM = HEADS * WIDTH
@@ -148,7 +147,7 @@ def test_the_coarse_normaliser_is_that_of_windows_twice_as_long_on_a_grid(grid):
     )
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(
     "grid, causal", [((5, 6), False), ((7, 9), False), ((11,), False), ((11,), True)]
 )
@@ -175,17 +174,6 @@ def test_short_inputs_are_dense_to_the_bit(prefix, causal):
     assert torch.equal(create_mechanism("infllm_v2", DIM, HEADS).attend(asked), dense)
 
 
-@pytest.mark.parametrize("key_heads", [HEADS, 2])
-@pytest.mark.parametrize("grid, causal", [((8, 8), False), ((7, 9), False), ((31,), False)])
-def test_windows_that_are_the_blocks_choose_as_nsa_does(grid, causal, key_heads):
-    asked = inputs(grid, 1, key_heads)
-    asked = asked.replace(x=torch.zeros(2, asked.q.shape[2], DIM, dtype=torch.float64))
-    nsa = create_mechanism("nsa", DIM, HEADS, block=2, selected=3).double().operator(asked)
-    own = infllm(block=2, stride=2, kernel=2, selected=2, local=0).operator(asked)
-    blocks = own.context.index, nsa.context.index
-    assert torch.equal(*(x.sort(-1).values for x in blocks))
-
-
 def test_forced_blocks_are_those_around_and_the_first():
     grid = key_windows((6, 8), 2, 1, 2, local=1)
     assert sorted(grid.forced[0, 0, 5].tolist()) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
@@ -209,19 +197,6 @@ def test_every_token_is_in_a_window_and_blocks_take_the_windows_over_them(grid):
         assert [c for c in made.table[t].tolist() if c >= 0] == expected
 
 
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_a_causal_output_does_not_move_with_later_tokens(prefix):
-    asked = inputs((37,), prefix, causal=True)
-    layer, at = infllm(block=4, stride=2, selected=2), prefix + 17
-    y, later = layer.attend(asked), torch.arange(prefix + 37) > at
-    changed = {
-        name: torch.where(later[:, None], getattr(asked, name).flip(0), getattr(asked, name))
-        for name in "qkv"
-    }
-    moved = layer.attend(asked.replace(**changed))
-    assert torch.equal(moved[:, :, : at + 1], y[:, :, : at + 1]) and not torch.equal(moved, y)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grid", [(1, 1), (1,), (2, 1), (5, 6), (3,)])
 def test_short_inputs_and_equal_keys(grid, causal):
@@ -233,12 +208,6 @@ def test_short_inputs_and_equal_keys(grid, causal):
     count = torch.arange(1, y.shape[2] + 1)[:, None]
     mean = asked.v.cumsum(2) / count if causal else asked.v.mean(2, keepdim=True)
     assert torch.allclose(y, mean.expand_as(y))
-
-
-def test_keys_that_are_no_numbers_end_the_call():
-    asked = inputs((6, 8))
-    asked.k[:, :, 5] = torch.nan
-    assert infllm(block=2, selected=2).attend(asked).shape == asked.q.shape
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -266,19 +235,6 @@ def test_maps_show_where_windows_get_attention_and_which_blocks_are_read(prefix)
     tile = (places(grid) // 2) @ torch.tensor([4, 1])
     rows = torch.stack([mask[:, :, (tile == t).nonzero()[0, 0]] for t in range(12)]).mean(0)
     assert torch.allclose(maps["selected"].double().flatten(2), rows)
-
-
-def test_no_matrix_of_queries_and_windows_is_stored():
-    asked = inputs((64, 64), batch=1)
-    asked = asked.replace(**{name: getattr(asked, name).float()[:, :1] for name in "qkv"})
-    layer = create_mechanism("infllm_v2", WIDTH, 1, selected=2, local=0)
-    leaves = [getattr(asked, name).clone().requires_grad_() for name in "qkv"]
-
-    def run():
-        layer(*leaves, (64, 64)).sum().backward()
-
-    windows = 31 * 31  # 4096 x 961 scores would be 16 MB, 4096 x 4096 even 67
-    assert peak_memory(run) < 4 * 4096 * windows
 
 
 def test_a_layer_in_a_row_needs_no_grid():

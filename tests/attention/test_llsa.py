@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from xattn.attention import Inputs, create_mechanism, record, z_order
-from xattn.attention.operators.lowering import attend
 from xattn.attention.operators.pyramid import PyramidOperator, pyramid
 from xattn.attention.order import tile_order
-from xattn.runtime.measuring import peak_memory
 
 HEADS, WIDTH = 2, 8
 DIM = HEADS * WIDTH
@@ -165,7 +163,7 @@ def defined_by_tensors(asked, selected, block, levels):
     return ((asked.q @ keys.transpose(-2, -1)) / WIDTH**0.5 + mask).softmax(-1) @ p
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(
     "grid, causal", [((5, 6), False), ((1, 1), False), ((9,), False), ((9,), True)]
 )
@@ -176,32 +174,6 @@ def test_all_blocks_without_means_are_dense(grid, causal, prefix):
     assert torch.allclose(y, expected)
 
 
-@pytest.mark.parametrize("grid", [(4, 8), (5, 6), (11,)])
-@pytest.mark.parametrize("levels", [1, 2])
-def test_means_alone_are_dense_where_blocks_are_constant(grid, levels):
-    asked, layer = inputs(grid), llsa(block=2, levels=levels)
-    made = layer._pyramid(asked)
-    k, v = (
-        made.on_tokens(made.means(x)[-1].transpose(2, 3), made.levels).transpose(2, 3)
-        for x in (asked.k, asked.v)
-    )
-    asked = asked.replace(k=k, v=v)
-    operator = layer.operator(asked)
-    read = operator.factors[0]
-    (piece,) = read.pieces
-    top = piece.segments[-1].__class__(
-        piece.segments[-1].k,
-        made.means(v)[-1],
-        bias=piece.segments[-1].bias,
-        shift=piece.segments[-1].shift,
-    )
-    y = made.order.undo(attend(piece.q, [top])[0])
-    assert torch.allclose(y, F.scaled_dot_product_attention(asked.q, k, v))
-    # and the whole layer, whose tokens of a block count as often as its mean: weights scale alike
-    everything = llsa(block=2, levels=levels, selected=99).attend(asked)
-    assert torch.allclose(everything, y)
-
-
 def test_k_clamps_to_what_a_level_holds():
     asked = inputs((8, 8))
     context = llsa(block=2, levels=3, selected=5).operator(asked).context
@@ -209,31 +181,6 @@ def test_k_clamps_to_what_a_level_holds():
     # with every level whole there is nothing to choose, so a larger K is the same
     whole, more = (llsa(block=2, levels=2, selected=k).attend(asked) for k in (16, 400))
     assert torch.equal(whole, more)
-
-
-def test_padding_is_never_chosen_before_a_block_of_tokens():
-    asked = inputs((5, 5))
-    layer = llsa(block=2, levels=2, selected=3)
-    made = layer._pyramid(asked)
-    for level, index in layer.operator(asked).context.items():
-        real = made.counts[level] > 0
-        assert real[index[:, :, real].long()].float().mean() == 1 or level == 1
-        if level == 2:
-            assert real[index.long()].all()
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_a_causal_output_does_not_move_with_later_tokens(prefix):
-    asked = inputs((37,), prefix, causal=True)
-    layer, at = llsa(block=3, levels=2, selected=2), prefix + 19
-    y, later = layer.attend(asked), torch.arange(prefix + 37) > at
-    changed = {
-        name: torch.where(later[:, None], getattr(asked, name).flip(0), getattr(asked, name))
-        for name in "qkv"
-    }
-    moved = layer.attend(asked.replace(**changed))
-    assert torch.allclose(moved[:, :, : at + 1], y[:, :, : at + 1], atol=1e-12)
-    assert not torch.allclose(moved, y)
 
 
 def test_levels_are_as_many_as_leave_64_means_at_the_top():
@@ -269,12 +216,6 @@ def test_small_inputs_and_equal_keys(grid):
     assert torch.allclose(y, asked.v.mean(2, keepdim=True).expand_as(y))
 
 
-def test_keys_that_are_no_numbers_end_the_call():
-    asked = inputs((6, 8))
-    asked.k[:, :, 5] = torch.nan
-    assert llsa(block=2, levels=2, selected=2).attend(asked).shape == asked.q.shape
-
-
 def test_maps_are_the_shares_of_the_lists_that_hold_each_block():
     grid = (5, 7)
     asked = inputs(grid, 1)
@@ -290,16 +231,6 @@ def test_maps_are_the_shares_of_the_lists_that_hold_each_block():
             block = int(made.order.inverse[t]) // made.block**level
             share = (lists[level][:, :, real] == block).any(-1).double().mean(-1)
             assert torch.allclose(maps[f"level_{level}"][..., t // 7, t % 7].double(), share)
-
-
-def test_memory_grows_with_the_tokens():
-    def peak(side):
-        leaves = torch.randn(3, 1, 1, side * side, WIDTH).requires_grad_()
-        layer = create_mechanism("llsa", WIDTH, 1, selected=4, levels=2)
-        return peak_memory(lambda: layer(*leaves.unbind(0), (side, side)).sum().backward())
-
-    small, large = peak(32), peak(64)
-    assert large < 4 * 4096 * 4096 / 4 and large < 4.2 * small + 2**22
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def best(scores, s, forced):
     return scores.topk(min(s, int((scores > 0).sum()))).indices.tolist()
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("grid", [(5, 6), (7, 9)])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_on_a_grid_it_is_what_its_equations_say(grid, prefix, key_heads):
@@ -107,7 +107,7 @@ def test_on_a_grid_it_is_what_its_equations_say(grid, prefix, key_heads):
     assert torch.allclose(layer.attend(asked), defined(layer, asked, cells, lists, near))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("block, stride, select_block", [(4, 4, 4), (6, 3, 8)])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 def test_causal_it_is_what_its_equations_say(block, stride, select_block, key_heads, prefix):
@@ -136,7 +136,7 @@ def test_causal_it_is_what_its_equations_say(block, stride, select_block, key_he
     assert torch.allclose(layer.attend(asked), defined(layer, asked, cells, lists, near))
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("grid", [(5, 6), (7, 9), (11,)])
 @pytest.mark.parametrize(
     "gates, options",
@@ -157,30 +157,11 @@ def test_each_branch_alone_has_dense_attention_as_its_limit(gates, options, grid
     assert torch.allclose(y[:, :, rows], expected[:, :, rows])
 
 
-def test_fewer_key_heads_equal_repeated_ones_where_nothing_is_left_out():
-    asked = inputs((5, 6), 1, key_heads=2)
-    layer = nsa(block=2, selected=9, window=3)
-    assert torch.allclose(layer.attend(asked), layer.attend(asked.ungrouped()))
-
-
 def test_heads_of_one_key_head_read_the_same_blocks():
     layer = nsa(block=2, selected=2, window=3)
     chosen = layer.operator(inputs((8, 8), 1, key_heads=2)).context
     assert chosen.index.shape == (2, 2, 16, 2)
     assert not torch.equal(chosen.index[:, 0], chosen.index[:, 1])
-
-
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_order_inside_a_block_does_not_matter_to_means(prefix):
-    asked = inputs((4, 6), prefix)
-    order = torch.arange(prefix + 24)
-    order[prefix + torch.tensor([0, 1, 6, 7])] = prefix + torch.tensor([7, 6, 0, 1])
-    moved = asked.replace(k=asked.k[:, :, order], v=asked.v[:, :, order])
-    layer = nsa((1, 0, 0), block=2)
-    rows = slice(prefix, None)
-    assert torch.allclose(layer.attend(asked)[:, :, rows], layer.attend(moved)[:, :, rows])
-    other = nsa((1, 0, 0), block=2, pooling="conv")
-    assert not torch.allclose(other.attend(asked)[:, :, rows], other.attend(moved)[:, :, rows])
 
 
 @pytest.mark.parametrize("grid, causal", [((4, 6), False), ((1, 4), False), ((24,), True)])
@@ -193,33 +174,6 @@ def test_learned_pooling_starts_as_the_mean(grid, causal):
     assert torch.allclose(y, mean.attend(asked))
     (grad,) = torch.autograd.grad(y.square().sum(), learned.weight)
     assert grad.isfinite().all() and (grad[:, :, 0] != 0).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"stride": 2, "select_block": 6}, {"pooling": "conv"}])
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_a_causal_output_does_not_move_with_later_tokens(options, prefix):
-    asked = inputs((23,), prefix, causal=True)
-    layer = nsa(block=4, selected=3, window=5, **options)
-    y, at = layer.attend(asked), prefix + 11
-    later = torch.arange(prefix + 23) > at
-    changed = {
-        name: torch.where(later[:, None], x.flip(0), x)
-        for name, x in (("q", asked.q), ("k", asked.k), ("v", asked.v), ("x", asked.x))
-    }
-    moved = layer.attend(asked.replace(**changed))
-    assert torch.equal(moved[:, :, : at + 1], y[:, :, : at + 1])
-    assert not torch.equal(moved, y)
-    a = layer.operator(asked).rows(torch.arange(prefix + 23))
-    assert (a[:, :, prefix:, prefix:].triu(1) == 0).all() and (a[:, :, :prefix, prefix:] == 0).all()
-
-
-def test_gradients_of_the_causal_form_are_right():
-    asked = inputs((24,), 1, key_heads=2, batch=1, causal=True)
-    layer = nsa(block=4, stride=2, select_block=6, selected=3, window=5)
-    given = [t.requires_grad_() for t in (asked.q, asked.k, asked.v, asked.x)]
-    assert torch.autograd.gradcheck(
-        lambda *t: layer.attend(Inputs(*t, (24,), 1, causal=True)), given, fast_mode=True
-    )
 
 
 def test_training_begins_with_what_is_near():
@@ -284,7 +238,7 @@ def test_what_does_not_fit_is_named(call, message):
 # ---------------------------------------------------------------------- networks, and a choice with gradients
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 @pytest.mark.parametrize("grid, causal", [((5, 7), False), ((2, 9), False), ((14,), True)])
 def test_networks_pool_what_their_equations_say(grid, causal, key_heads, prefix):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,19 +65,6 @@ def test_at_the_start_it_is_the_first_stream_bit_for_bit(dtype):
     assert torch.equal(made(x, streams), alone(x, streams[:1]))
     made(x, streams).square().sum().backward()
     assert made.proj[1].weight.grad.abs().max() > 0, "an added stream can learn"
-
-
-def test_the_order_of_the_streams_does_not_matter():
-    made = layer()
-    x, streams = given()
-    expected = made(x, streams)
-    for order in itertools.permutations(range(3)):
-        other = layer([WIDTHS[s] for s in order])
-        for name in ("q", "k", "v", "proj"):
-            for place, s in enumerate(order):
-                getattr(other, name)[place].load_state_dict(getattr(made, name)[s].state_dict())
-        other.bias = made.bias
-        torch.testing.assert_close(other(x, [streams[s] for s in order]), expected)
 
 
 @pytest.mark.parametrize("empty", ["None", "no token", "masked"])
@@ -150,7 +135,7 @@ def test_a_stream_of_batch_1_serves_all_images():
 # ---------------------------------------------------------------------- operators and maps
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
 def test_each_stream_has_an_operator_a_call_and_a_map_for_each_of_its_tokens(prefix):
     made = layer()
     x, streams = given(prefix=prefix)

@@ -53,7 +53,7 @@ def test_superpixels_are_whole_patches_of_one_colour_and_never_empty():
 
 @pytest.mark.parametrize("n, d", [(60, 2), (196, 16)])
 def test_three_clusters_give_three_regions_and_one_gives_one(n, d):
-    for seed in range(50):
+    for seed in range(10):
         x, which = clusters(3, n, d, seed)
         found = recruit(x, 1.0)
         assert len(found.anchors) == 3

@@ -45,14 +45,6 @@ def test_the_softmax_itself_is_in_order_and_uniform_rows_have_none():
     assert torch.allclose(flat.entropy, torch.tensor(23.0).double().log())
 
 
-def test_a_sharper_softmax_of_the_same_scores_keeps_their_order():
-    asked = inputs()
-    one, two = (SoftmaxOperator(asked.q, asked.k, scale) for scale in (0.3, 1.0))
-    found = compare_rows(one, two)
-    assert torch.allclose(found.order, torch.ones(()).double())
-    assert (found.entropy < found.softmax_entropy).all() and (found.divergence > 0).all()
-
-
 def test_what_does_not_fit_is_refused():
     softmax, other = operators()
     with pytest.raises(ValueError, match="operator: got shape"):
