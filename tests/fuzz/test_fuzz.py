@@ -29,15 +29,6 @@ def test_no_hostile_input_gives_a_traceback(name, tmp_path):
     assert not found, f"{saved}\nread one again by: python -m fuzz --target {name!r} --input FILE"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TARGETS if name.startswith("pack ")])
-def test_two_thousand_packs_give_no_traceback(name, tmp_path):
-    targets = [target for target in TARGETS.values() if target.name.startswith("pack ")]
-    numbers = range(shares(targets, 2_000)[name])
-    found = [f for _, f in run(TARGETS[name], numbers, SEED + 1) if isinstance(f, Failure)]
-    assert not found, "\n".join(f"{f.what}: {f.save(tmp_path)}" for f in found)
-
-
 def test_the_inputs_add_up_and_every_target_gets_some():
     assert sum(SHARES.values()) == COUNT and min(SHARES.values()) > 0
     assert sum(shares(list(TARGETS.values()), 24_000).values()) == 24_000

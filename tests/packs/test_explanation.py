@@ -203,20 +203,8 @@ def test_damaged_packs_are_refused_in_one_line(tmp_path):
             lambda: edit(folder, lambda m: m.update(version=99)),
             r"format version 99, this xattn reads up to 1",
         ),
-        (lambda: edit(folder, lambda m: m.update(shards=[])), r"manifest.json is damaged"),
         (lambda: rewritten(folder, "height", 1), r"maps-.* is missing or damaged"),
-        (lambda: rewritten(folder, "view", "{}"), r"manifest.json is damaged"),
         (lambda: (folder / "manifest.json").write_text("{"), r"no readable manifest"),
-        (
-            lambda: (folder / "maps-00000.safetensors").unlink(),
-            r"maps-00000.safetensors is missing or damaged",
-        ),
-        (
-            lambda: (folder / "maps-00000.safetensors").write_bytes(
-                (folder / "maps-00000.safetensors").read_bytes()[:-9]
-            ),
-            r"maps-00000.safetensors is missing or damaged",
-        ),
     ]
     for damage, message in cases:
         if (folder / "manifest.json").is_file():

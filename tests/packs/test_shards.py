@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pack_files import edit, rewritten
-from synthetic_packs import described, explanation, million_pack, picture
+from synthetic_packs import described, explanation, picture
 
 from xattn.app.library import Library
 from xattn.packs.contained_files import PackError
@@ -239,15 +239,6 @@ def test_the_library_lists_a_pack_without_its_rows(tmp_path, monkeypatch):
     info = Library(tmp_path / "runs").packs()[0]
     assert (info.name, info.entries, info.images, info.methods) == ("large", 21, 7, METHODS)
     assert is_pack(tmp_path / "runs" / "large")
-
-
-def test_a_synthetic_pack_has_a_row_and_a_map_for_each_entry(tmp_path):
-    million_pack(tmp_path / "pack", maps=60, methods=4, side=2)
-    pack = Pack(tmp_path / "pack")
-    assert pack.counts == (60, 15) and len(pack.entries) == 60 and len(set(pack.entry_ids)) == 60
-    for id in pack.entry_ids:
-        assert pack.explanation(id).map.shape == (2, 2)
-        pack.photo(pack.key(id)[0])
 
 
 def with_features(folder: Path, rows: dict[int, Any]) -> Path:

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import check_killed_and_resumed, write_weights
 
 import xattn
 from xattn.config import TrainConfig
@@ -444,18 +443,6 @@ def test_resume_on_other_data_is_refused(tmp_path, stored, photos, backbone, kin
         resume=True,
         progress=False,
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wds", "hfds saved"])
-def test_a_run_ended_by_sigkill_resumes_to_bit_identical_weights(tmp_path, stored, backbone, kind):
-    weights = write_weights(tmp_path / "w.safetensors", backbone)
-    command = [
-        get(stored, kind), "--backbone", "test_efficientnet", "--input-size", "64",
-        "--weights", str(weights), "--epochs", "6", "--batch-size", "4", "--checkpoint-every", "3",
-        "--lr", "0.01", "--recipe", "published",
-    ]  # fmt: skip
-    check_killed_and_resumed(command, tmp_path, 24, {"OMP_NUM_THREADS": "1"})
 
 
 # ---------------------------------------------------------------- explaining and evaluating
