@@ -57,16 +57,9 @@ def test_options_and_photos_stand_in_any_order_and_the_last_one_counts(line, sam
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("explan a", "command: xattn has no 'explan'; did you mean explain?"),
-        ("explain a --tpo 2", "option: xattn explain has no --tpo; did you mean --top?"),
-        ("explain a --top two", "top: got 'two'; give a whole number"),
         ("explain a --smoothing x", "smoothing: got 'x'; give a number"),
-        ("explain a --view hole", "view: got 'hole'; did you mean whole?"),
-        ("explain a --top", "top: expected one argument; see xattn explain --help"),
-        ("list head", "what: got 'head'; did you mean heads?"),
         ("diff a", "packs: got 1; give 2"),
         ("app a b", "argument: got 'b'; xattn app takes 1 without an option, see xattn app --help"),
-        ("export", "path: got none; give xattn export PATH ..."),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(line, message):
