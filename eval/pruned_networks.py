@@ -160,7 +160,7 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
         f"processor; measured on {figures['photos']} others",
         "",
     ]
-    rows = []
+    table = []
     networks = {"whole": "whole", "cut": "pruned", "trained": "pruned"}
     for stage, name in STAGES.items():
         if stage not in figures["stages"]:
@@ -169,9 +169,9 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
         size = figures["networks"].get(networks.get(stage, ""))
         sizes = (f"{size['parameters']:,}", f"{size['images_per_second']:.1f}") if size else "--"
         shares = _percent(of.get("accuracy")), _percent(of.get("same"))
-        rows.append((name, *shares, f"{of['cosine']:.3f}", *sizes))
+        table.append((name, *shares, f"{of['cosine']:.3f}", *sizes))
     titles = "network", "top-1, %", "same class, %", "cosine of tokens", "parameters", "images/s"
-    found += markdown(titles, rows)
+    found += markdown(titles, table)
     for title, rows in (
         ("change of the answer without each head", result.changes),
         ("usage of each head", result.usage),

@@ -359,10 +359,10 @@ class Results:
                 body += f'<td style="{_CELL}">{shown} <small>{interval}</small></td>'
             body += "</tr>"
         lines = self.warnings()
-        shown = [html.escape(line) for line in lines[:_SHOWN]]
+        told = [html.escape(line) for line in lines[:_SHOWN]]
         if len(lines) > _SHOWN:
-            shown.append(f"and {len(lines) - _SHOWN} more: results.warnings()")
-        warned = f"<ul>{''.join(f'<li>{line}</li>' for line in shown)}</ul>" if lines else ""
+            told.append(f"and {len(lines) - _SHOWN} more: results.warnings()")
+        warned = f"<ul>{''.join(f'<li>{line}</li>' for line in told)}</ul>" if lines else ""
         return (
             f'<div class="xattn-results" style="overflow-x:auto"><table><thead><tr><th></th>{heads}</tr>'
             f"</thead><tbody>{body}</tbody></table><div>{len(self.images)} images; means with 95 % "

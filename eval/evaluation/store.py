@@ -215,7 +215,7 @@ class Store:
         for row in self._file.execute(query, (method,)):
             measured = {key: _number(value) for key, value in json.loads(row[6]).items()}
             scores = {key: [*map(_number, curve)] for key, curve in json.loads(row[7]).items()}
-            yield ResultRow(*row[:6], measured, scores, *row[8:])
+            yield ResultRow._make((*row[:6], measured, scores, *row[8:]))
 
     def _methods(self, query: str, first: int, last: int) -> dict[int, set[str]]:
         found: dict[int, set[str]] = {}
@@ -286,7 +286,7 @@ def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage
                 method: np.frombuffer(data, "<f4").reshape(height, width)
                 for method, height, width, data in file.execute(query, (position,))
             }
-            yield KeptImage(number, *row[:5], json.loads(top[0]) if top else [], maps)
+            yield KeptImage._make((number, *row[:5], json.loads(top[0]) if top else [], maps))
 
 
 def grey_maps(
