@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import urlencode
 
 import streamlit as st
@@ -100,10 +100,10 @@ def settings() -> Settings:
 
 def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
     """A decorator that keeps what a function of a pack returns, until the pack is another version."""
+    version: dict[str | type[Any], Callable[[Any], Any]]
     version = {"xattn.packs.reader.Pack": lambda pack: (pack.id, pack.version)}
-    found: Callable[[Made], Made]
-    found = st.cache_resource(max_entries=entries, show_spinner=spinner, hash_funcs=version)
-    return found
+    cached = st.cache_resource(max_entries=entries, show_spinner=spinner, hash_funcs=version)
+    return cast(Callable[[Made], Made], cached)
 
 
 def library() -> Library:
