@@ -202,8 +202,8 @@ def test_a_state_tells_options_apart_that_are_no_plain_values():
     made = [
         create_explainer("gradient_shap", backbone, baselines=torch.zeros(1, 3, 1, 1)),
         create_explainer("gradient_shap", backbone, baselines=torch.ones(1, 3, 1, 1)),
-        create_explainer("rise", backbone, masks=np.int64(8)),
-        create_explainer("rise", backbone, masks=np.int64(9)),
+        create_explainer("rise", backbone, masks=8),
+        create_explainer("rise", backbone, masks=9),
         create_explainer("head", backbone, head, maps="scores"),
         create_explainer("head", backbone, head, maps="mask"),
         create_explainer("layercam", backbone, layer=backbone.model.layer1),
