@@ -20,6 +20,7 @@ FAMILIES = {
         **{"img_size": 64, "embed_dim": (16, 24, 32), "num_heads": (1, 2, 2)},
         "depth": (1, 1, 1),
     },
+    "nextvit_small": {"depths": (1, 1, 5, 1)},
     "efficientformer_l1": {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 16, 24)},
     "lambda_resnet26t": {"img_size": 32},
 }

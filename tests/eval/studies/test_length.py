@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xattn.eval.evaluation.split import Split
+from xattn.eval.studies import context_length
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.context_length import study
 from xattn.eval.studies.length.network import (
@@ -53,6 +54,30 @@ def test_a_report_of_every_mechanism_at_every_length(done):
 def test_both_forms_of_recall_are_the_same_where_it_was_trained(done):
     kept = json.loads((done[0] / "recall" / "softmax" / "seed-0" / "32.json").read_text())
     assert kept["fixed"] == kept["growing"]
+
+
+def test_a_stopped_study_goes_on_and_gives_the_same_report(done, monkeypatch):
+    output, _ = done
+    report = (output / "figures.csv").read_bytes()
+    folder = output / "recall" / "softmax" / "seed-1"
+    (folder / "training.json").unlink()
+    for length in CONFIG.lengths:
+        (folder / f"{length}.json").unlink()
+    (output / "regression" / "softmax" / "seed-0" / "64.json").unlink()
+    titles = []
+    monkeypatch.setattr(context_length, "train", lambda *a: (titles.append(a[5]), train(*a))[1])
+    torch.manual_seed(5)
+    list(study(output, CONFIG, progress=False))
+    assert titles == ["softmax, recall, seed 1"]
+    assert (output / "figures.csv").read_bytes() == report
+    more = dataclasses.replace(CONFIG, seeds=3, tasks=("regression",), lengths=(32, 128))
+    list(study(output, more, progress=False))
+    assert len(titles) == 3  # the third seed of both
+    with pytest.raises(ValueError, match="output: .* has other settings"):
+        list(study(output, dataclasses.replace(CONFIG, steps=5), progress=False))
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="output: .*model.safetensors is damaged .* train again"):
+        list(study(output, CONFIG, progress=False))
 
 
 def test_the_convolution_is_that_of_conv1d_and_causal():

@@ -9,6 +9,7 @@ from small_transformers import tiny
 
 from xattn import load_backbone
 from xattn.backbone import resized
+from xattn.eval.studies import position_transfer
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.position_transfer import (
     PositionStudyConfig,
@@ -54,6 +55,31 @@ def test_a_report_of_every_encoding_at_every_size(done, backbone):
     assert (output / "positions.png").is_file() and (output / "report.md").is_file()
     same = [row for row in rows if row.startswith("16,as trained,same,")]
     assert same[0].split(",")[3] == "100"
+
+
+def test_a_stopped_study_goes_on_and_gives_the_same_report(done, photos, backbone, monkeypatch):
+    output, lines = done
+    report = (output / "report.md").read_bytes()
+    (output / "none" / "24px.json").unlink()
+    folder = output / "comrope-form-ap-block-2-jitter-0.5"
+    (folder / "model.safetensors").unlink()
+    for file in folder.glob("*.json"):
+        file.unlink()
+    names = []
+    monkeypatch.setattr(
+        position_transfer, "train", lambda *args: (names.append(args[4]), train(*args))
+    )
+    torch.manual_seed(5)
+    assert run(backbone, photos, output) == lines and (output / "report.md").read_bytes() == report
+    assert names == ["comrope:form=ap,block=2,jitter=0.5"]
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="output: .*model.safetensors is damaged .* delete it"):
+        run(backbone, photos, output)
+    with pytest.raises(ValueError, match="output: .* has other settings or photos"):
+        run(backbone, photos, output, dataclasses.replace(CONFIG, lr=0.1))
+    more = dataclasses.replace(CONFIG, encodings=("none", "liere:block=4"), sizes=(16,))
+    assert any("liere" in line for line in run(backbone, photos, output, more))
+    assert names[1:] == ["liere:block=4"]
 
 
 def test_the_place_of_a_patch_is_all_that_is_taken_out(backbone):
