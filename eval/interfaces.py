@@ -1,4 +1,4 @@
-"""What evaluation asks of a backbone and of an explainer: any object that has it will do."""
+"""What evaluation asks of a backbone and of an explainer: typing protocols, which any object may fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ScoredModel(Protocol):
-    """A network whose scores are measured: images (b, 3, H, W) in [0, 1] -> logits (b, K)."""
+    """A network whose scores a metric asks for: images (b, 3, H, W) in [0, 1] -> logits (b, K)."""
 
     def logits(self, images: Tensor) -> Tensor: ...
     def probabilities(self, logits: Tensor) -> Tensor: ...

@@ -30,7 +30,7 @@ class FeatureRecord:
         self._last: tuple[nn.Module, Tensor] | None = None
         self._parts: list[tuple[Tensor, Tensor]] = []
 
-    def saw(self, model: nn.Module, final: Tensor) -> None:
+    def classified(self, model: nn.Module, final: Tensor) -> None:
         """A pass of ``model`` that classifies ``final``; only the last one is held."""
         self._last = model, final
 
@@ -79,7 +79,7 @@ def classified(model: nn.Module, final: Tensor) -> None:
         return
     record = _RECORD.get()
     if record is not None:
-        record.saw(model, final)
+        record.classified(model, final)
 
 
 def answered(logits: Tensor) -> None:

@@ -214,7 +214,9 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
         "Labels",
         sources,
         key=f"labels of {folder.id}",  # or a browser goes on showing those of the folder before
-        format_func=lambda s: s or f"The {len(folder.classes):,} folders: {_some(folder.classes)}",
+        format_func=lambda s: (
+            s or f"The {len(folder.classes):,} folders: {_first_of(folder.classes)}"
+        ),
     )
     heads = address.multiselect(
         "Heads",
@@ -226,8 +228,9 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
     return tuple(heads), labels, None if heads else "Choose at least one head."
 
 
-def _some(names: tuple[str, ...], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def _first_of(classes: tuple[str, ...], most: int = 4) -> str:
+    """The first names of classes, for a choice of labels."""
+    return ", ".join(classes[:most]) + (", ..." if len(classes) > most else "")
 
 
 def _more(kind: str, name: str) -> tuple[int | None, int | None, int]:

@@ -175,15 +175,15 @@ def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArra
     best, found = -np.inf, np.zeros(len(toward), np.int64)
     for start in range(tries):
         rng = np.random.default_rng([seed, start])
-        middles = toward[_spread(toward, count, rng)]
+        centroids = toward[_spread(toward, count, rng)]
         group = np.full(len(toward), -1)
         for _ in range(STEPS):
-            now = (toward @ middles.T).argmax(1)
+            now = (toward @ centroids.T).argmax(1)
             if np.array_equal(now, group):
                 break
             group = now
-            middles = _middles(toward, group, len(middles), middles)
-        likeness = float((toward * middles[group]).sum())
+            centroids = _centroids(toward, group, len(centroids), centroids)
+        likeness = float((toward * centroids[group]).sum())
         if likeness > best:
             best, found = likeness, group
     return np.unique(found, return_inverse=True)[1].reshape(-1)
@@ -199,7 +199,7 @@ def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
     return chosen
 
 
-def _middles(toward: Values, group: Rows, count: int, before: Values) -> Values:
+def _centroids(toward: Values, group: Rows, count: int, before: Values) -> Values:
     """(count, d): the mean direction of each group, of length 1; an empty one keeps that ``before``."""
     sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
     length = np.linalg.norm(sums, axis=1, keepdims=True)

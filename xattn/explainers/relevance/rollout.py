@@ -155,7 +155,7 @@ def _fused(operator: Operator, rows: Tensor, fusion: str) -> Tensor:
 
 def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
     """``a`` (B, R, S) without entries below ``lowest`` (B,), but for those of the first ``columns``."""
-    kept = _ordered(a) >= lowest[:, None, None]
+    kept = _sort_keys(a) >= lowest[:, None, None]
     kept[..., :columns] = True
     return a * kept
 
@@ -167,19 +167,19 @@ def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
 
 
 def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
-    """The entry of ascending rank floor(discard N S), from 0, as ``_ordered`` gives it: (B,)."""
+    """The entry of ascending rank floor(discard N S), from 0, as ``_sort_keys`` gives it: (B,)."""
     batch, _, queries, keys = operator.shape
     entries = queries * keys
     first = min(int(discard * entries), entries - 1)
     rank = torch.full((batch,), first, device=operator.row_sums().device)
     upper, rank = _bin(
-        ((_ordered(a) >> 16) + 2**15 for _, a in _fused_rows(operator, fusion)), rank
+        ((_sort_keys(a) >> 16) + 2**15 for _, a in _fused_rows(operator, fusion)), rank
     )
     mine = upper[:, None, None] - 2**15
     lower, _ = _bin(
         (
             torch.where(bits >> 16 == mine, bits & 0xFFFF, -1)
-            for bits in (_ordered(a) for _, a in _fused_rows(operator, fusion))
+            for bits in (_sort_keys(a) for _, a in _fused_rows(operator, fusion))
         ),
         rank,
     )
@@ -200,7 +200,7 @@ def _bin(chunks: Iterable[Tensor], rank: Tensor) -> tuple[Tensor, Tensor]:
     return key, torch.where(key > 0, rank - smaller, rank)
 
 
-def _ordered(a: Tensor) -> Tensor:
-    """Float32 bits as integers (int64) that order as the numbers do."""
+def _sort_keys(a: Tensor) -> Tensor:
+    """Float32 bits as integers (int64) that order as the numbers do: keys for the radix selection."""
     bits = (a.float() + 0.0).view(torch.int32)  # -0 becomes 0
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
