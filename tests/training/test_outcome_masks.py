@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xattn.training.outcome_rows import CELLS, FILLS, KINDS, background, mask_pairs, masks_of
+from xattn.training.outcome_rows import (
+    CELLS,
+    FILLS,
+    KINDS,
+    MaskSettings,
+    background,
+    mask_pairs,
+    masks_of,
+)
 
 ALL_KINDS = (*KINDS, "superpixels")
 
@@ -79,8 +87,7 @@ def test_evidence_masks_keep_what_the_guess_says():
     assert (cells[..., 14:].mean((1, 2)) >= cells[..., :14].mean((1, 2))).all()
 
 
-def test_unknown_kinds_and_fills_are_refused():
-    with pytest.raises(ValueError, match="kinds: got 'circles'; choose among squares32"):
-        mask_pairs(photo(), guess(), 1, "h", ["circles"])
-    with pytest.raises(ValueError, match="fills: got 'white'; choose among black"):
-        mask_pairs(photo(), guess(), 1, "h", KINDS, ["white"])
+@pytest.mark.parametrize(("option", "value"), [("kinds", ["circles"]), ("fills", ["white"])])
+def test_unknown_kinds_and_fills_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option}: got .*; give a list of "):
+        MaskSettings(**{option: value})
