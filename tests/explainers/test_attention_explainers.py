@@ -157,7 +157,7 @@ def test_rollout_keeps_all_mass_and_forgets_layers_of_pure_residual():
 
 @pytest.mark.parametrize("discard", [0.0, 0.1, 0.5, 0.99, 0.999999])
 def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
-    from xattn.explainers.relevance.rollout import _ordered, _smallest_kept
+    from xattn.explainers.relevance.rollout import _sort_keys, _smallest_kept
 
     class Given(Operator):
         stochastic = True  # entries are taken as they are
@@ -179,7 +179,7 @@ def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
     a[1] = a[1].abs() * 1e-30
     a[2] = (a[2] * 2).round()  # ties
     expected = a[:, 0].flatten(1).sort(1).values[:, int(discard * 17 * 19)]
-    assert torch.equal(_smallest_kept(Given(a), "mean", discard), _ordered(expected))
+    assert torch.equal(_smallest_kept(Given(a), "mean", discard), _sort_keys(expected))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
