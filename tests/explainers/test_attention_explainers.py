@@ -157,7 +157,7 @@ def test_rollout_keeps_all_mass_and_forgets_layers_of_pure_residual():
 
 @pytest.mark.parametrize("discard", [0.0, 0.1, 0.5, 0.99, 0.999999])
 def test_the_discard_threshold_is_an_order_statistic(discard, monkeypatch):
-    from xattn.explainers.relevance.rollout import _sort_keys, _smallest_kept
+    from xattn.explainers.relevance.rollout import _smallest_kept, _sort_keys
 
     class Given(Operator):
         stochastic = True  # entries are taken as they are
