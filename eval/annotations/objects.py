@@ -333,7 +333,9 @@ def _read_names(path: Path) -> dict[int, str]:
 
     try:
         table = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML raises whatever its parts raise, such as an IndexError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"annotations: {path} is not plain YAML ({reason})") from None
     try:

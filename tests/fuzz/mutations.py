@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 LARGEST = 1 << 20  # bytes of an input
@@ -185,7 +186,8 @@ def _change(tree: list[Any], rng: random.Random) -> None:
     elif what == 6:
         other, place = rng.choice(places)
         if place in other if isinstance(other, dict) else place < len(other):
-            holder[key] = copy.deepcopy(other[place])
+            with suppress(RecursionError):  # too deep to be copied
+                holder[key] = copy.deepcopy(other[place])
     elif type(holder[key]) in (int, float) and abs(holder[key]) < 1e15:
         step = rng.choice((-1, 1, 0.5, 1 << 20))
         holder[key] = holder[key] + step if rng.random() < 0.5 else holder[key] * step

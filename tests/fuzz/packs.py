@@ -164,7 +164,7 @@ def _nasty_manifests() -> list[bytes]:
 
 
 @target("pack manifest", f"pack/{MANIFEST}", lambda: [pack_files()[MANIFEST]], _nasty_manifests,
-        template=_pack, says="pack: |source: |image: ", share=2)  # fmt: skip
+        template=_pack, says="pack: |source: |image: |The file ", share=2)  # fmt: skip
 def pack_manifest(folder: Path) -> None:
     _look_at(folder)
 

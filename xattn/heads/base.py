@@ -27,6 +27,7 @@ from xattn.runtime import strict_json
 from xattn.runtime.devices import Movable
 from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
+from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.version import __version__
 
 TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
@@ -334,8 +335,10 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
 
 
 def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Head:
+    too_large = ValueError(f"options: no memory for {name} with {dict(options)}; give smaller ones")
     try:
-        return HEADS.create(name, backbone, **options)
+        with out_of_memory_is(too_large):
+            return HEADS.create(name, backbone, **options)
     except TypeError as error:
         raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error
 
