@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, update_wrapper
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
+from functools import cache, cached_property, wraps
+from inspect import signature
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from xattn.kernels.backend import interpreted, own_precision
 
 P = TypeVar("P", bound=NamedTuple)
 A = ParamSpec("A")
+R = TypeVar("R")
+P_co = TypeVar("P_co", covariant=True)
+R_co = TypeVar("R_co", covariant=True)
 
 Derivative = Callable[[P, Sequence[Tensor | None], Collection[str]], dict[str, Tensor]]
 """(problem, gradients of the outputs, fields that are wanted) to gradients by field."""
@@ -91,20 +95,34 @@ def register(
     return lambda p: call(*p)[chosen]
 
 
-def runs(op: Callable[[P], Any]) -> Callable[[Callable[A, P]], OpCall[A, P]]:
-    """Decorator of a function that checks its arguments and gives a problem: :class:`OpCall`."""
-    return lambda problem: OpCall(op, problem)
+class OpCall(Protocol[A, P_co, R_co]):
+    """An op as a function; ``problem(...)`` is the record of its checked arguments."""
+
+    @property
+    def problem(self) -> Callable[A, P_co]: ...
+
+    def __call__(self, *args: A.args, **options: A.kwargs) -> R_co: ...
 
 
-class OpCall(Generic[A, P]):
-    """A call runs the op on ``problem(...)``, the record of the checked arguments."""
+def runs(op: Callable[[P], Any], returns: type[R]) -> Callable[[Callable[A, P]], OpCall[A, P, R]]:
+    """Decorator of a function that checks its arguments and gives a problem: a call runs the op on it.
 
-    def __init__(self, op: Callable[[P], Any], problem: Callable[A, P]) -> None:
-        update_wrapper(self, problem)
-        self.op, self.problem = op, problem
+    Args:
+        returns: what the op gives, in place of the problem in the function's signature.
+    """
 
-    def __call__(self, *args: A.args, **options: A.kwargs) -> Any:
-        return self.op(self.problem(*args, **options))
+    def made(problem: Callable[A, P]) -> OpCall[A, P, R]:
+        @wraps(problem)
+        def call(*args: A.args, **options: A.kwargs) -> Any:
+            return op(problem(*args, **options))
+
+        function: Any = call
+        function.__annotations__ = {**problem.__annotations__, "return": returns}
+        function.__signature__ = signature(problem).replace(return_annotation=returns)
+        function.problem = problem
+        return cast("OpCall[A, P, R]", function)
+
+    return made
 
 
 LAYOUTS: dict[str, tuple[int, list[int]]] = {}

@@ -50,7 +50,7 @@ _op = register(
 )
 
 
-@runs(_op)
+@runs(_op, tuple[Tensor, Tensor])
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def listed_blocks(lists: Tensor, count: int) -> Tensor:
+    """Lists (..., s) of numbers below ``count``, -1 = nothing, as bool (..., count)."""
+    lists = torch.where(lists < 0, count, lists.long())
+    table = torch.zeros(*lists.shape[:-1], count + 1, dtype=torch.bool, device=lists.device)
+    return table.scatter_(-1, lists, True)[..., :-1]
+
+
 def check_index(index: Tensor, blocks: int, name: str = "index") -> None:
     """Raise a ``ValueError`` for a block that is out of range or twice in a row.
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xattn.kernels.block_sparse.block_lists import listed_blocks
 from xattn.kernels.softmax import reference as softmax
 from xattn.kernels.softmax.reference import Problem as DenseProblem
 
@@ -75,10 +76,8 @@ def backward(
 
 def listed(p: Any) -> Tensor:
     """Whether the block of query i lists key block c: bool (B or 1, heads of the lists, N, blocks)."""
-    blocks = p.key_blocks
-    table = p.lists.new_zeros(*p.lists.shape[:3], blocks + 1, dtype=torch.bool)
-    table.scatter_(-1, torch.where(p.lists < 0, blocks, p.lists).long(), True)
-    return table[..., :-1].repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
+    table = listed_blocks(p.lists, p.key_blocks)
+    return table.repeat_interleave(p.q_block, 2)[:, :, : p.q.shape[2]]
 
 
 def visible(p: Problem) -> Tensor:
@@ -121,4 +120,4 @@ def _dense(p: Problem) -> DenseProblem:
 
 def spread(x: Tensor, q: Tensor) -> Tensor:
     """``x`` with one entry per query head (or one for all), from one per key head or per query head."""
-    return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+    return x if x.shape[1] == 1 else softmax.per_query_head(x, q)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.block_sparse.block_lists import listed_blocks
 from xattn.kernels.softmax.reference import widen
 
 
@@ -166,10 +167,8 @@ def parents(rows: int, within: Tensor) -> Tensor:
 
 def is_child(within: Tensor, children: int, candidates: int) -> Tensor:
     """(..., rows, sp) to bool (..., rows, candidates): whether a candidate's parent is listed."""
-    blocks = -(-candidates // children)
-    table = within.new_zeros(*within.shape[:3], blocks + 1, dtype=torch.bool)
-    table.scatter_(-1, torch.where(within < 0, blocks, within).long(), True)
-    return table[..., :-1].repeat_interleave(children, -1)[..., :candidates]
+    table = listed_blocks(within, -(-candidates // children))
+    return table.repeat_interleave(children, -1)[..., :candidates]
 
 
 def force(values: Tensor, forced: Tensor | None) -> Tensor:

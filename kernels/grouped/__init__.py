@@ -45,7 +45,7 @@ _op = register(
 )
 
 
-@runs(_op)
+@runs(_op, tuple[Tensor, Tensor])
 def grouped_attention(
     q: Tensor,
     k: Tensor,

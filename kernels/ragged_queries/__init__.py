@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xattn.kernels.backend import choose
 from xattn.kernels.checks import check_attention, score_scale
-from xattn.kernels.op import register, runs
+from xattn.kernels.op import register
 from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax.reference import empty_outputs
 
@@ -27,7 +27,6 @@ _op = register(
 )
 
 
-@runs(_op)
 def ragged_attention(
     q: Tensor,
     k: Tensor,
@@ -37,7 +36,7 @@ def ragged_attention(
     scale: float | None = None,
     causal: bool = False,
     backend: str = "auto",
-) -> Problem:
+) -> tuple[Tensor, Tensor]:
     """``softmax(scale q k^T) v`` in the rows that are kept, and the log-sum-exp of their scores.
 
     Args:
@@ -61,4 +60,5 @@ def ragged_attention(
             f"keep: got {keep.dtype} of shape {tuple(keep.shape)} on {keep.device}; give torch.bool "
             f"of shape {tuple(q.shape[:3])} on {q.device}, one for each query"
         )
-    return Problem(q, k, v, keep, score_scale(scale, q), causal, choose(backend, q.device))
+    problem = Problem(q, k, v, keep, score_scale(scale, q), causal, choose(backend, q.device))
+    return _op(problem)  # type: ignore[no-any-return]

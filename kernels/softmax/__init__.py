@@ -24,7 +24,7 @@ _op = register(
 )
 
 
-@runs(_op)
+@runs(_op, tuple[Tensor, Tensor])
 def softmax_attention(
     q: Tensor,
     k: Tensor,

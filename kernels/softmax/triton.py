@@ -194,9 +194,7 @@ def dq_kernel(
         ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         if WRITE:  # the gradient of a bias with a value for every score
-            inside = (rows[:, None] < N) & (columns[None, :] < S)
-            at = ds_ptr + head * N * S + rows[:, None].to(tl.int64) * S + columns[None, :]
-            tl.store(at, ds, mask=inside)
+            store_tile(ds_ptr + head * N * S, rows, columns, N, S, ds)
     store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
 
 

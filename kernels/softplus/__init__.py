@@ -27,7 +27,7 @@ _op = register(
 )
 
 
-@runs(_op)
+@runs(_op, Tensor)
 def softplus_attention(
     q: Tensor,
     k: Tensor,

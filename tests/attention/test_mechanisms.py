@@ -451,6 +451,7 @@ MEMORY = [
     ("act", {"alpha": 1.2, "stride": 8}, None, 1),
     ("based", {"width": 4}, None, 1 / 4),
     ("flow", {}, None, 1 / 4),
+    ("freeswim", {"kernel": 4, "refresh": 1}, False, 1 / 2),
     ("freeswim", {"kernel": 4, "refresh": 2}, False, 1 / 2),
     ("hip", {"keep": 128, "block": 16}, False, 1 / 4),
     ("infllm_v2", {"selected": 2, "local": 0}, False, 1 / 5),  # 4 windows of 16 patches in 64 x 64
@@ -481,6 +482,10 @@ def test_no_square_matrix_is_stored(name, options, causal, share):
     def run():
         layer(*leaves, grid, causal=causal).sum().backward()
         with torch.no_grad():
+            if name in ("freeswim", "localist"):  # their maps, with a token that is no patch
+                with record() as calls:
+                    layer(*(torch.cat([x[:, :, :1], x], 2) for x in (q, k, v)), grid, 1)
+                assert calls[0].maps
             operator = layer.operator(Inputs(q, k, v, None, grid, causal=causal))
             operator.vecmat(r), operator.rows(torch.tensor([5, n - 1]))
 

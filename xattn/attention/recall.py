@@ -20,6 +20,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import SoftmaxOperator
 from xattn.attention.order import Order
 from xattn.attention.selection import Blocks
+from xattn.kernels.block_sparse.block_lists import listed_blocks
 from xattn.kernels.softmax.reference import widen
 
 
@@ -36,12 +37,12 @@ class Choice:
 
     def table(self, count: int) -> Tensor:
         """Whether each of ``count`` blocks is in each list, bool (B, Hk, query blocks, count)."""
-        return _table(self.blocks.index, count)
+        return listed_blocks(self.blocks.index, count)
 
     def always(self, count: int) -> Tensor:
         """The same of the blocks that are always read, (1, 1, query blocks, count)."""
         forced = self.forced
-        return _table(self.blocks.index[:1, :1, :, :0] if forced is None else forced, count)
+        return listed_blocks(self.blocks.index[:1, :1, :, :0] if forced is None else forced, count)
 
     def tokens(self, inputs: Inputs) -> Tensor:
         """LongTensor (M k_block,): the token behind the prefix at each place, -1 for padding."""
@@ -110,10 +111,3 @@ def _masses(inputs: Inputs, choice: Choice) -> Iterator[tuple[slice, Tensor]]:
         shape = *a.shape[:2], part.stop - part.start, count
         mass = a.new_zeros(shape).index_add_(2, own[at >= 0], a)
         yield part, mass.unflatten(1, (groups, -1)).sum(2)
-
-
-def _table(lists: Tensor, count: int) -> Tensor:
-    """Lists (..., s), -1 = nothing, as bool (..., count)."""
-    lists = torch.where(lists < 0, count, lists.long())
-    table = torch.zeros(*lists.shape[:-1], count + 1, dtype=torch.bool, device=lists.device)
-    return table.scatter_(-1, lists, True)[..., :-1]

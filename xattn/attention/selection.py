@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import spread_heads
-from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.block_sparse.block_lists import check_index, listed_blocks
 from xattn.kernels.block_sparse.box import Box as Rule
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.softmax.reference import widen
@@ -55,10 +55,7 @@ class Blocks:
 
     def shares(self, count: int) -> Tensor:
         """The share of the lists that hold each of ``count`` blocks, (B or 1, H or 1, count) in [0, 1]."""
-        index = self.index.long()
-        lists = torch.where(index < 0, count, index)
-        table = torch.zeros(*index.shape[:3], count + 1, device=index.device)
-        return table.scatter_(-1, lists, 1.0)[..., :-1].mean(2)
+        return listed_blocks(self.index, count).float().mean(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,12 +200,9 @@ def visible(segment: Segment, queries: Tensor) -> Tensor:
     if segment.blocks is not None:
         k_block = segment.blocks.k_block
         index = segment.blocks.index.to(queries.device)
-        lists = index[:, :, queries // segment.blocks.q_block].long()
-        count = -(-keys // k_block)
-        blocks = lists.new_zeros(*lists.shape[:3], count + 1).scatter_(
-            -1, torch.where(lists < 0, count, lists), 1
-        )
-        seen = blocks[..., :count].bool().repeat_interleave(k_block, -1)[..., :keys]
+        lists = index[:, :, queries // segment.blocks.q_block]
+        blocks = listed_blocks(lists, -(-keys // k_block))
+        seen = blocks.repeat_interleave(k_block, -1)[..., :keys]
     if segment.rule is not None:
         low, high, position, dilation = segment.rule.to(queries.device)
         low, high = low[queries][:, None], high[queries][:, None]

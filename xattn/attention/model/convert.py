@@ -337,7 +337,7 @@ def _check_rotation(cls: type[Mechanism], rotate: Any) -> None:
 
 def _stands_around(cls: type[Mechanism]) -> bool:
     """Whether the mechanism changes which tokens a block computes on."""
-    return cls.enter is not Mechanism.enter
+    return cls.enter is not Mechanism.enter or cls.leave is not Mechanism.leave
 
 
 def _check_unfolded(model: nn.Module) -> None:
