@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from xattn.runtime.names import did_you_mean
-from xattn.runtime.option_checks import Belongs, Count, Not, Where, Whole, check_fields
+from xattn.runtime.option_checks import Belongs, Count, Not, NotNegative, Where, Whole, check_fields
 
 # Defaults by recipe. "published" is T-TAME's for ImageNet (arXiv 2403.04523); "small" was tuned for the
 # classifier fusion on a few hundred photos, see docs/results/held-out-classes.md; "outcomes" trains on a
@@ -72,7 +72,6 @@ Objective = Literal["masking", "outcomes"]
 Precision = Literal["no", "fp16", "bf16"]
 # The package's own methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
-NotNegative = Annotated[float, Where(lambda x: x >= 0, "0 or more")]
 Rate = Annotated[float, Where(lambda x: x > 0, "a positive learning rate")]
 Seed = Annotated[int, Where(lambda n: -(1 << 63) <= n < 1 << 63, "a signed 64-bit integer")]
 Part = Annotated[float, Where(lambda x: 0 < x < 1, "a share of the steps between 0 and 1")]
@@ -187,7 +186,7 @@ class ProbeConfig:
             object.__setattr__(self, "warmup", min(self.warmup, self.epochs // 2))
         if self.warmup > self.epochs:
             raise ValueError(f"warmup: got {self.warmup} of {self.epochs} epochs; give fewer")
-        if self.attention != "none" and not 0 < self.epsilon < float("inf"):
+        if self.attention != "none" and self.epsilon <= 0:
             raise ValueError(f"epsilon: got {self.epsilon}; give a positive number")
 
 

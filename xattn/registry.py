@@ -1,4 +1,4 @@
-"""Names of things that are created by name, for every kind alike: mechanisms, heads, explainers, probes.
+"""Names of things that are created by name, for every kind alike: mechanisms, heads, explainers, metrics.
 
     HEADS: Registry[Head, HeadEntry] = Registry("xattn.heads", argument="head", noun="head")
 
@@ -126,7 +126,7 @@ class Registry(Generic[T, E]):
             )
         with self._lock:
             before = self._found.get(name)
-            if before is not None and not _same(before[0], cls):
+            if before is not None and not same_class(before[0], cls):
                 raise ValueError(
                     f"name: {name!r} is taken by {_path(before[0])}; choose another name for "
                     f"{_path(cls)}"
@@ -147,7 +147,7 @@ class Registry(Generic[T, E]):
     # ------------------------------------------------------------------ asking
 
     def names(self) -> list[str]:
-        """All names that :meth:`create` accepts, with those of installed packages."""
+        """All names, sorted unless their order counts, with those of installed packages."""
         self.load()
         return list(self._found) if self.ordered else sorted(self._found)
 
@@ -181,12 +181,12 @@ class Registry(Generic[T, E]):
         raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
 
     def get(self, name: str) -> type[T]:
-        """The class of that name; raises as :meth:`name` does."""
+        """The class of that name; a ``ValueError`` with near matches for an unknown one."""
         known = self.name(name)  # which may load more
         return self._found[known][0]
 
     def entry(self, name: str) -> E:
-        """The entry of that name; raises as :meth:`name` does."""
+        """The entry of that name; a ``ValueError`` with near matches for an unknown one."""
         known = self.name(name)
         return self._found[known][1]
 
@@ -399,7 +399,8 @@ def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None
     return None
 
 
-def _same(one: type, other: type) -> bool:
+def same_class(one: type, other: type) -> bool:
+    """Whether both are one class, perhaps imported twice."""
     return one is other or _path(one) == _path(other)
 
 

@@ -261,13 +261,15 @@ def test_local_weights_and_their_class_count(tmp_path):
 
     model = timm.create_model("test_efficientnet", num_classes=7)
     save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
-    torch.save(model.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "{a}").mkdir()  # a name that a format string would read
+    for name in ("w.pth", "{a}/w.pth"):
+        torch.save(model.state_dict(), tmp_path / name)
     for file in ("w.safetensors", "w.pth"):
         backbone = load_backbone("test_efficientnet", weights=tmp_path / file)
         assert backbone.num_classes == 7
         assert torch.equal(backbone.classifier_weight, model.classifier.weight)
     with pytest.raises(ValueError, match="does not fit test_resnet"):
-        load_backbone("test_resnet", weights=tmp_path / "w.pth")
+        load_backbone("test_resnet", weights=tmp_path / "{a}" / "w.pth")
 
 
 FROM_CACHE = """

@@ -138,6 +138,8 @@ def test_models_and_generators_are_as_before(small, name, kind, fails):
     before = snapshot(net)
     explainer = of(name, net)
     assert snapshot(net) == before
+    modules = [net] if explainer.head is None else [net, explainer.head.train()]
+    before = snapshot(*modules)
     if fails and explainer.forwards != 0:
         handle = first.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -146,7 +148,7 @@ def test_models_and_generators_are_as_before(small, name, kind, fails):
     else:
         explainer.attribute(inputs, SMALL)
         explainer.attribute_classes(inputs, lambda z: z.topk(2).indices)
-    assert snapshot(net) == before
+    assert snapshot(*modules) == before
     assert inputs.requires_grad and inputs.grad is None and torch.equal(inputs, small.float())
 
 

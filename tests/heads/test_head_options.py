@@ -231,3 +231,8 @@ def test_checks_follow_the_signature():
     check("x", 2**200, int)
     with pytest.raises(ValueError, match="x: got 1606938"):
         check("x", 2**200, float)
+
+
+def test_options_that_ask_for_more_memory_than_there_is_are_one_line():
+    with pytest.raises(ValueError, match="^options: no memory for ttame .*; give smaller ones$"):
+        create_head("ttame", vit(), branch_rank=2**53)

@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused():
         ({"biased": True}, "biased: the bias multiplies the query, and the constant one is 0"),
         ({"query": "mean"}, "query: got 'mean'; give 'constant', 'gap' or 'cls'"),
         ({"heads": 0}, "heads: got 0"),
-        ({"ridge": -1.0}, "ridge: got -1.0; give 0 or more"),
+        ({"ridge": -1.0}, "ridge: got -1.0; give a finite number of at least 0"),
         ({"heads": 10**6, "query": "gap"}, "heads=1000000: .* give fewer heads, or components"),
         ({"explain_with": "attention"}, "random_feature does not learn its weights"),
     ):

@@ -375,7 +375,7 @@ def test_a_table_of_something_else_is_refused_with_both_keys(cnn, vit, photos, c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"masks": 7}, "masks: got 7; give an even number"),
+        ({"masks": 7}, "masks: got 7; give an even number of at least 2"),
         ({"masks": 0}, "masks: got 0"),
         ({"crops": True}, "crops: got True"),
         ({"kinds": ["stripes"]}, "kinds: .*superpixels"),

@@ -172,7 +172,7 @@ def test_unreadable_photos_are_left_out_and_told(vit, photos, tmp_path):
         ({"routed": 1.0}, "routed: got 1.0; give a share of the steps"),
         ({"tokens": 0, "logits": 0}, "tokens, logits: got 0 and 0"),
         ({"lr": float("nan")}, "lr: got nan; give a positive learning rate"),
-        ({"entropy": -1.0}, "entropy: got -1.0; give 0 or more"),
+        ({"entropy": -1.0}, "entropy: got -1.0; give a finite number of at least 0"),
     ],
 )
 def test_settings_are_checked(options, message):

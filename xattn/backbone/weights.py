@@ -232,7 +232,7 @@ def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in lines[1:3])[:300]
-        raise ValueError(refusal.format(reason=reason)) from None
+        raise ValueError(refusal.replace("{reason}", reason)) from None
 
 
 def class_count(state: StateDict, classifier: str) -> int | None:

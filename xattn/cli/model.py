@@ -144,7 +144,7 @@ class BackboneArgs:
         from xattn.attention.base import MECHANISMS
         from xattn.attention.model.spec import parse_mechanism
 
-        if self.mechanism not in MECHANISMS and Path(self.mechanism).exists():
+        if Path(self.mechanism).exists() and self.mechanism not in MECHANISMS:
             return None
         name, options = parse_mechanism(self.mechanism)
         with saying("mechanism"):

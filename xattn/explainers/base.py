@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, ClassVar, NamedTuple, get_type_hints
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from xattn.registry import Registry, adopting, with_name
 from xattn.runtime.locking import alone
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.names import same_name
-from xattn.runtime.option_checks import check
+from xattn.runtime.option_checks import check, check_fields
 
 
 def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -144,17 +144,6 @@ OTHERS = (
 Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, LongTensor (B, M)
 
 
-@functools.cache
-def _option_hints(cls: type) -> dict[str, Any]:
-    """The annotations of the options of an explainer."""
-    try:
-        found = get_type_hints(cls, include_extras=True)
-    except NameError:  # names that only a type checker sees: such options are not checked
-        return {}
-    given = ("backbone", "head", "seed", "max_forward_batch")
-    return {f.name: found[f.name] for f in fields(cls) if f.init and f.name not in given}
-
-
 class _MicroBatchSize:
     """Descriptor of the field ``max_forward_batch``, which lives in the explainer's ``_batches``."""
 
@@ -206,11 +195,10 @@ class Explainer(CaptumMethod, ABC):
     _aimed: tuple[Any, Explainer] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        hints = _option_hints(type(self))
-        for option in fields(self):
-            value = getattr(self, option.name, None)
-            if option.name in hints and value is not option.default:
-                check(option.name, value, hints[option.name])
+        check(
+            "aug_smooth", self.aug_smooth, bool
+        )  # also where a subclass has unreadable annotations
+        check_fields(self, but=EXPLAINERS.given)
         if self.aug_smooth:
             self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
         if self.per_class and isinstance(self.backbone, Scored):

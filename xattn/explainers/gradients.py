@@ -10,7 +10,7 @@ sign, by the sum over the channels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,12 +90,17 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
     return Captum(backbone.logits).attribute(leaf, target, abs=False).detach()
 
 
-def class_gradients(logits: Tensor, x: Tensor, classes: Tensor) -> Iterator[Tensor]:
-    """d logit / d x of each column of ``classes`` (B, M), from one graph, which the last one frees."""
+def class_gradients(
+    logits: Tensor, x: Tensor | Sequence[Tensor], classes: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """d logit / d x of each column of ``classes`` (B, M), one for each ``x``.
+
+    All come from one graph, which the last column frees.
+    """
     columns = classes.unbind(1)
     for number, column in enumerate(columns, 1):
         score = logits.gather(1, column[:, None]).sum()
-        yield torch.autograd.grad(score, x, retain_graph=number < len(columns))[0]
+        yield torch.autograd.grad(score, x, retain_graph=number < len(columns))
 
 
 # ------------------------------------------------------------------- a network's function calls

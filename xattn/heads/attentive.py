@@ -142,17 +142,13 @@ class AttentiveHead(Head):
         mixer_depth: Depth = 1,
         mixer_options: dict[str, Any] | None = None,
     ) -> None:
-        plain = "scores" if explain_with == "attention" else explain_with
-        super().__init__(backbone, {**options, "explain_with": plain})
+        super().__init__(backbone, {**options, "explain_with": explain_with})
         if explain_with == "attention" and not self.learns_scores:
             raise ValueError(
                 f"explain_with='attention': {self.name} does not learn its weights; choose 'scores'"
             )
-        self.explain_with = explain_with
         names = None if class_names is None else list(class_names)
-        self.options.update(
-            classes=classes, class_names=names, norm=norm, explain_with=explain_with
-        )
+        self.options.update(classes=classes, class_names=names, norm=norm)
         if reliability is not None:
             self.options["reliability"] = dict(reliability)
         if not 1 <= num_taps <= len(backbone.taps):

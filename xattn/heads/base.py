@@ -28,6 +28,7 @@ from xattn.runtime.devices import Movable
 from xattn.runtime.files import atomic_folder, put_json, put_tensors, read_by
 from xattn.runtime.head_files import CONFIG_FILE, WEIGHTS_FILE, local_head
 from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.option_checks import check
 from xattn.runtime.version import __version__
 
 TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
@@ -159,6 +160,7 @@ class Head(
         self.num_classes = backbone.num_classes
         self.summary = {}
         self.mask_policy = options.get("mask_policy", "raw_normalize")
+        check("mask_policy", self.mask_policy, MaskPolicy)
         if self.mask_policy == "feature":
             backbone.require_pooled_tap()
         self.mixer: Mixer | None = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from xattn.backbone import Backbone
 from xattn.heads.attended import Attended, Queries, Tokens, pool_by
 from xattn.heads.attentive import AttentiveHead, LabelledTokens, Shared
 from xattn.heads.base import register_head
-from xattn.runtime.option_checks import Count, Where
+from xattn.runtime.option_checks import Count, NotNegative
 
 ALIKE = 1e-10  # share of the mean square below which a variance is rounding
 
@@ -250,7 +250,6 @@ def best_temperature(predictions: Tensor, labels: Tensor) -> float:
 
 
 Query = Literal["constant", "gap", "cls"]
-Ridge = Annotated[float, Where(lambda x: x >= 0, "0 or more")]
 BLOCK, KEPT = (
     2**23,
     2**27,
@@ -298,7 +297,7 @@ class RandomFeature(AttentiveHead):
         query: Query = "constant",
         biased: bool = False,
         components: Count | None = None,
-        ridge: Ridge | None = None,
+        ridge: NotNegative | None = None,
         **shared: Unpack[Shared],
     ) -> None:
         channels = backbone.channels[-1]

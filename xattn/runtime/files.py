@@ -1,6 +1,7 @@
 """Writing files and folders so that a reader sees the old or the new state, never a part of it.
 
-Whether a folder is free for a training run, or holds one to go on with; nothing of torch is needed.
+Whether a folder is free for a training run, or holds one to go on with; torch is imported where tensors are
+written or read.
 """
 
 from __future__ import annotations
@@ -267,6 +268,18 @@ def put_tensors(path: Path, state: Mapping[str, Any]) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """The open safetensors file, whose tensors are read as they are asked for. Its library takes no path
+    that is not UTF-8, so such a file is opened by its number."""
+    from safetensors import safe_open
+
+    with path.open("rb") as plain:
+        utf8 = printable(str(path)) == str(path)
+        with safe_open(path if utf8 else f"/dev/fd/{plain.fileno()}", "pt") as file:
+            yield file
+
+
 def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
     """``is_ours`` of :func:`atomic_folder` for folders that ``read`` takes without an error."""
 
@@ -371,15 +384,3 @@ def check_run_folder(folder: Path, resume: bool) -> None:
         raise ValueError(f"resume: {folder} holds no run; check output, or train without resume")
     elif folder.is_dir() and any(p.name != LOCK_FILE for p in folder.iterdir()):
         raise ValueError(f"output: {folder} is not empty and holds no run; choose a new folder")
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """The open safetensors file, whose tensors are read as they are asked for. Its library takes no path
-    that is not UTF-8, so such a file is opened by its number."""
-    from safetensors import safe_open
-
-    with path.open("rb") as plain:
-        utf8 = printable(str(path)) == str(path)
-        with safe_open(path if utf8 else f"/dev/fd/{plain.fileno()}", "pt") as file:
-            yield file

@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -66,7 +67,8 @@ class Belongs:
 
 
 Count: TypeAlias = Annotated[int, Where(lambda n: n >= 1, "an int of at least 1")]
-Whole: TypeAlias = Annotated[int, Where(lambda n: n >= 0, "0 or more")]
+Whole: TypeAlias = Annotated[int, Where(lambda n: n >= 0, "an int of at least 0")]
+NotNegative: TypeAlias = Annotated[float, Where(lambda x: x >= 0, "a finite number of at least 0")]
 Positive: TypeAlias = Annotated[
     float, Where(lambda x: x >= SMALLEST, "a positive, finite number (float32)")
 ]
@@ -83,37 +85,51 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = _hints(function)
+        hints = hints_of(function)
+
+        def plain(name: str, value: Any) -> Any:
+            return check(name, value, hints[name]) if name in hints else value
+
         names = inspect.signature(function).parameters
-        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-            if name in hints:
-                check(name, value, hints[name])
-        return function(*args, **kwargs)
+        given: Any = [*map(plain, names, args), *args[len(names) :]]
+        named: Any = {name: plain(name, value) for name, value in kwargs.items()}
+        return function(*given, **named)
 
     return call
 
 
-def check(name: str, value: Any, hint: Any) -> None:
-    """Raise a ``ValueError`` that names ``name`` unless the annotation ``hint`` allows ``value``."""
+def check(name: str, value: Any, hint: Any) -> Any:
+    """``value``, a NumPy integer as an int; a ``ValueError`` with ``name`` unless ``hint`` allows it."""
+    if isinstance(value, Integral) and not isinstance(value, int):
+        value = int(value)
     if not _allows(hint, value):
         note = ""
         texts = all(part is str or get_origin(part) is Literal for part in _options(hint))
         if isinstance(value, str) and not texts:
             note = " (options written as name=value are JSON: true, false, null, 4, 0.5)"
         raise ValueError(f"{name}: got {reprlib.repr(value)}; give {_words(hint)}{note}")
+    return value
 
 
-def check_fields(made: Any) -> None:
-    """Raise a ``ValueError`` for the first field of a dataclass that its annotation does not allow."""
-    hints = get_type_hints(type(made), include_extras=True)
+def check_fields(made: Any, but: Collection[str] = ()) -> None:
+    """Raise a ``ValueError`` for the first field of a dataclass that its annotation does not allow.
+
+    Defaults, and fields that are in ``but`` or that the constructor does not take, are not looked at.
+    """
+    hints = hints_of(type(made))  # type: ignore[arg-type]
     for field in dataclasses.fields(made):
-        check(field.name, getattr(made, field.name), hints[field.name])
+        if field.init and field.name in hints and field.name not in but:
+            value = getattr(made, field.name, None)
+            plain = value if value is field.default else check(field.name, value, hints[field.name])
+            if plain is not value:
+                object.__setattr__(made, field.name, plain)  # of a frozen one, too
 
 
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(annotated: Any) -> dict[str, Any]:
+    """The annotations of a function or class."""
     try:
-        return get_type_hints(function, include_extras=True)
+        return get_type_hints(annotated, include_extras=True)
     except NameError:  # names that only a type checker sees: such options are not checked
         return {}
 

@@ -167,7 +167,7 @@ def _distill(
     resumed = options.folder if options.resume else None
     batches = PhotoBatches(photos, teacher.preprocessing, config, rank, ranks, resumed)
     state = _State(accelerator)
-    optimizer = torch.optim.AdamW(decayed(student, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(decayed(student.parameters(), config.weight_decay), lr=config.lr)
     run = Run(student, optimizer, accelerator, config, state, batches.total, options)
     facts = {
         "images": batches.describe(),

@@ -71,12 +71,12 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
     return torch.where((size > 0) & (slope > 0), ratio, 1.0) * (w.grad + decay * w)
 
 
-def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters as groups of an optimizer: those of two axes or more decay."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Those that are trained, as groups of an optimizer: those of two axes or more decay."""
+    trained = [p for p in parameters if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 

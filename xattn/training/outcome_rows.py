@@ -30,6 +30,7 @@ from torch import Tensor
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.heads import Head
 from xattn.runtime.memory import out_of_memory_is
+from xattn.runtime.names import counted
 from xattn.runtime.option_checks import Count, Where, check_fields
 
 CELLS = 28
@@ -190,8 +191,7 @@ class HeadGuide:
         return self.head(taps, class_index)
 
 
-def _paired(masks: int) -> bool:
-    return masks > 0 and masks % 2 == 0
+_EVEN = "an even number of at least 2, masks come in pairs"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class MaskSettings:
     """What is asked of each photo, see :func:`~xattn.training.outcomes.cache_outcomes`."""
 
     crops: Count = 1
-    masks: Annotated[int, Where(_paired, "an even number, masks come in pairs")] = 16
+    masks: Annotated[int, Where(lambda n: n > 0 and n % 2 == 0, _EVEN)] = 16
     kinds: Annotated[Sequence[Kind], Where(bool, f"a list of {', '.join(get_args(Kind))}")] = KINDS
     fills: Annotated[Sequence[Fill], Where(bool, f"a list of {', '.join(FILLS)}")] = FILLS
     seed: int = 0
@@ -353,14 +353,10 @@ def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
     whole = photos * crops
     left = "" if rows == whole else f", {rows:,} of {whole:,} rows to compute"
     return (
-        f"table of outcomes: {_counted(photos, 'photo')} x {_counted(crops, 'crop')} x {masks:,} masks"
+        f"table of outcomes: {counted(photos, 'photo')} x {counted(crops, 'crop')} x {masks:,} masks"
         f"{left} = {rows * (1 + masks):,} passes, about {_duration(rows * time_row(maker) / ranks)}, "
         f"{whole * maker.row_bytes / 1e6:,.1f} MB"
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _duration(seconds: float) -> str:

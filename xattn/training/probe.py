@@ -352,7 +352,7 @@ def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -
 
 def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Optimizer:
     """LARS or AdamW; weight decay only on tensors with two axes or more."""
-    groups = decayed(head, config.weight_decay)
+    groups = decayed(head.parameters(), config.weight_decay)
     if config.optimizer == "adamw":
         # One pass over the weights: a step of efficient probing takes a quarter less on a CPU.
         fused = next(head.parameters()).device.type in ("cpu", "cuda")

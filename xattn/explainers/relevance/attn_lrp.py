@@ -78,7 +78,7 @@ class AttnLrp(Explainer):
             logits, x, _ = self._run(images)
             classes = self._chosen(choose, logits.detach())
             gradients = class_gradients(logits, x, classes)
-            maps = [self._map(x.detach() * gradient, images) for gradient in gradients]
+            maps = [self._map(x.detach() * gradient, images) for (gradient,) in gradients]
         return logits.detach(), classes, torch.stack(maps, 1)
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:

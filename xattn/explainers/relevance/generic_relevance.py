@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
+from xattn.explainers.gradients import class_gradients
 from xattn.explainers.relevance.attention import AttentionExplainer, Reading
 
 
@@ -33,10 +34,7 @@ class GenericRelevance(AttentionExplainer):
         calls = [*reading.layers, *([reading.pool] if self.start is None and reading.pool else [])]
         outputs = [call.output for call in calls]
         rows: list[Tensor] = []
-        for column in classes.unbind(1):
-            score = reading.logits.gather(1, column[:, None]).sum()
-            last = len(rows) == classes.shape[1] - 1
-            grads = torch.autograd.grad(score, outputs, retain_graph=not last)
+        for grads in class_gradients(reading.logits, outputs, classes):
             with torch.no_grad():
                 rows.append(self._row(reading, grads))
         return torch.cat(rows, 1)

@@ -21,6 +21,7 @@ from xattn.attention.inputs import spread_heads
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.record import Call
 from xattn.explainers.base import register_explainer
+from xattn.explainers.gradients import class_gradients
 from xattn.explainers.relevance.attention import (
     CLASS_AND_PATCHES,
     AttentionExplainer,
@@ -94,10 +95,7 @@ class GradEclip(AttentionExplainer):
         calls = self._calls(reading)
         outputs = [call.output for call in calls]
         rows = widen(reading.logits.detach().new_zeros(*classes.shape, reading.tokens))
-        for m, column in enumerate(classes.unbind(1)):
-            score = reading.logits.gather(1, column[:, None]).sum()
-            more = m < classes.shape[1] - 1
-            grads = torch.autograd.grad(score, outputs, retain_graph=more)
+        for m, grads in enumerate(class_gradients(reading.logits, outputs, classes)):
             for call, grad in zip(calls, grads, strict=True):
                 rows[:, m, reading.prefix :] += self._terms(call, grad, reading)
         return rows.clamp_min(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from xattn.explainers.gradients import (
     named,
     probe_image,
 )
-from xattn.runtime.option_checks import Where
-
-NotNegative = Annotated[float, Where(lambda x: x >= 0, "a finite number of at least 0")]
+from xattn.runtime.option_checks import NotNegative
 
 
 @register_explainer("lrp", title="LRP", networks=("cnn",))
@@ -80,7 +78,7 @@ class Lrp(Explainer):
             logits, x = self._run(images, _Rules(self.gamma, self.epsilon))
             classes = self._chosen(choose, logits.detach())
             gradients = class_gradients(logits, x, classes)
-            maps = [(x.detach() * gradient).sum(1) for gradient in gradients]
+            maps = [(x.detach() * gradient).sum(1) for (gradient,) in gradients]
         return logits.detach(), classes, torch.stack(maps, 1)
 
     def _run(self, images: Tensor, rules: _Rules) -> tuple[Tensor, Tensor]:
