@@ -45,7 +45,7 @@ class Accuracy:
     def lines(self) -> Iterator[str]:
         """Markdown: a row a network, and what a second one gets wrong and right beside the first."""
         rows = [
-            (name, *(Interval(*(100 * x for x in self.top(i, k)[:3]), 0).text(1) for k in TOP))
+            (name, *(self.top(i, k).percent().text(1) for k in TOP))
             for i, name in enumerate(self.networks)
         ]
         yield from markdown(["network", "top-1, %", "top-5, %"], rows)

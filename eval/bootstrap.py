@@ -30,6 +30,10 @@ class Interval(NamedTuple):
         """Such as "0.52 [0.40, 0.63]"."""
         return f"{self.mean:.{digits}f} [{self.lo:.{digits}f}, {self.hi:.{digits}f}]"
 
+    def percent(self) -> Interval:
+        """Of a share, the same in percent."""
+        return Interval(100 * self.mean, 100 * self.lo, 100 * self.hi, self.n)
+
 
 def mean(values: ArrayLike) -> float:
     """Exactly rounded float64 mean of the values that are not NaN: independent of their order."""

@@ -167,7 +167,9 @@ def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
             continue
         of = figures["stages"][stage]
         size = figures["networks"].get(networks.get(stage, ""))
-        sizes = (f"{size['parameters']:,}", f"{size['images_per_second']:.1f}") if size else "--"
+        sizes = (
+            (f"{size['parameters']:,}", f"{size['images_per_second']:.1f}") if size else ("-", "-")
+        )
         shares = _percent(of.get("accuracy")), _percent(of.get("same"))
         table.append((name, *shares, f"{of['cosine']:.3f}", *sizes))
     titles = "network", "top-1, %", "same class, %", "cosine of tokens", "parameters", "images/s"

@@ -26,7 +26,7 @@ from xattn.eval.interfaces import Classifier
 from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.files import printable
-from xattn.runtime.names import did_you_mean
+from xattn.runtime.names import did_you_mean, why
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
@@ -331,13 +331,13 @@ def _read_names(path: Path) -> dict[int, str]:
     """The ``classes`` of a YAML file, without those that mean no class."""
     import yaml
 
+    text = _text(path)
     try:
-        table = yaml.safe_load(_text(path))
-    except OSError:
+        table = yaml.safe_load(text)
+    except MemoryError:
         raise
     except Exception as error:  # PyYAML raises whatever its parts raise, such as an IndexError
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"annotations: {path} is not plain YAML ({reason})") from None
+        raise ValueError(f"annotations: {path} is not plain YAML ({why(error)})") from None
     try:
         names = {int(number): _name(name) for number, name in table["classes"].items()}
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):

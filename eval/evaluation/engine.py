@@ -27,7 +27,7 @@ from xattn.eval.evaluation.evaluation_run import EvaluationRun
 from xattn.eval.evaluation.facts import Evaluation, run_facts
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.results import Results, collect
-from xattn.eval.evaluation.store import Store, naming
+from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import PerturbationMetric
@@ -206,7 +206,7 @@ def _run(
     size = micro_batch(max_forward_batch, stream.length)
     scorer = MaskedScorer(backbone, size, protocol.score, protocol.precision)
     facts = {**run_facts(evaluation, size), "classes": wanted}
-    with naming(path), closing(_opened(path, facts, rank)) as store:
+    with closing(_opened(path, facts, rank)) as store:
         run = EvaluationRun(evaluation, scorer, store)
         with tqdm(
             total=None if stream.length is None else stream.length * methods,

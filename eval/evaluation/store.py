@@ -12,7 +12,7 @@ is missing was not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a sm
 ``failed`` says which metrics raised an error, and which. A row is committed once a method is finished
 with its image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name,
 probability], ...]; both are kept for packs, for as many of the first images as the run was asked for.
-Several processes of one run write into the one file. Its contents are trusted.
+Several processes of one run, on one machine, write into the one file. Its contents are trusted.
 """
 
 from __future__ import annotations
@@ -117,26 +117,26 @@ class Store:
     """Reads and writes one state; ``path`` None keeps it in memory.
 
     Raises:
-        ValueError: the file belongs to another run or program.
-        sqlite3.Error: from every method, see :func:`naming`.
+        ValueError: the file belongs to another run or program; and, from every method, as
+            :func:`naming` says.
+        OSError: likewise.
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
         self.path = path
-        self._file = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
-        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-        strange = [name for (name,) in self._file.execute(query) if name not in _TABLES]
-        if strange:
-            self._file.close()
-            raise ValueError(
-                f"state: {path} is not of an evaluation, it has a table {strange[0]!r:.60}; give "
-                f"another file"
-            )
+        with naming(path):
+            self._file = sqlite3.connect(":memory:" if path is None else path, timeout=_PATIENCE)
         try:
-            if path is not None:
-                self._file.execute("PRAGMA journal_mode=WAL")
-                self._file.execute("PRAGMA synchronous=NORMAL")
-            self._file.executescript(_SCHEMA)
+            self._check_tables()
+        except BaseException:
+            self._file.close()  # as it is: it may be another program's
+            raise
+        try:
+            with naming(path):
+                if path is not None:
+                    self._file.execute("PRAGMA journal_mode=WAL")
+                    self._file.execute("PRAGMA synchronous=NORMAL")
+                self._file.executescript(_SCHEMA)
             self._check(facts)
             rows = [(key, json.dumps(value, sort_keys=True)) for key, value in facts.items()]
             self._write("meta", rows)
@@ -144,9 +144,18 @@ class Store:
             self.close()
             raise
 
+    def _check_tables(self) -> None:
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        strange = [name for (name,) in self._rows(query) if name not in _TABLES]
+        if strange:
+            raise ValueError(
+                f"state: {self.path} is not of an evaluation, it has a table {strange[0]!r:.60}; give "
+                f"another file"
+            )
+
     def _check(self, facts: Mapping[str, Any]) -> None:
         query = "SELECT key, value FROM meta"
-        stored = {key: json.loads(text) for key, text in self._file.execute(query)}
+        stored = {key: json.loads(text) for key, text in self._rows(query)}
         fresh = json.loads(json.dumps(dict(facts), sort_keys=True))
         other = [key for key in fresh if key in stored and stored[key] != fresh[key]]
         if other:
@@ -161,11 +170,15 @@ class Store:
                 f"state: {self.path} belongs to another run, it differs in {', '.join(other)}; {remedy}"
             )
 
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        with naming(self.path):
+            yield from self._file.execute(query, values)
+
     def _write(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
         """One transaction; if the disk is full, what was committed before stays."""
         if rows:
             places = ", ".join("?" * len(rows[0]))
-            with self._file:
+            with naming(self.path), self._file:
                 self._file.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
 
     # ------------------------------------------------------------------ what is there
@@ -190,36 +203,34 @@ class Store:
             "SELECT position FROM images WHERE position BETWEEN ? AND ? AND skipped IS NULL "
             "EXCEPT SELECT position FROM tops"
         )
-        return {position for (position,) in self._file.execute(query, (first, last))}
+        return {position for (position,) in self._rows(query, (first, last))}
 
     def image(self, position: int) -> ImageRow | None:
         """The row of an image, if there is one."""
         query = "SELECT * FROM images WHERE position = ?"
-        row = self._file.execute(query, (position,)).fetchone()
+        row = next(self._rows(query, (position,)), None)
         return None if row is None else ImageRow(*row)
 
     def worked(self, method: str) -> bool:
         """Whether a method has given a valid map of some image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
-        return self._file.execute(query, (method,)).fetchone() is not None
+        return next(self._rows(query, (method,)), None) is not None
 
     def images(self) -> list[ImageRow]:
         """All images, by position."""
-        return [
-            ImageRow(*row) for row in self._file.execute("SELECT * FROM images ORDER BY position")
-        ]
+        return [ImageRow(*row) for row in self._rows("SELECT * FROM images ORDER BY position")]
 
     def results(self, method: str) -> Iterator[ResultRow]:
         """What a method measured, by position."""
         query = "SELECT * FROM results WHERE method = ? ORDER BY position"
-        for row in self._file.execute(query, (method,)):
+        for row in self._rows(query, (method,)):
             measured = {key: _number(value) for key, value in json.loads(row[6]).items()}
             scores = {key: [*map(_number, curve)] for key, curve in json.loads(row[7]).items()}
             yield ResultRow._make((*row[:6], measured, scores, *row[8:]))
 
     def _methods(self, query: str, first: int, last: int) -> dict[int, set[str]]:
         found: dict[int, set[str]] = {}
-        for position, method in self._file.execute(query, (first, last)):
+        for position, method in self._rows(query, (first, last)):
             found.setdefault(position, set()).add(method)
         return found
 
@@ -246,10 +257,7 @@ class Store:
 
     def tables(self) -> dict[str, list[tuple[Any, ...]]]:
         """Images and results, for another process to take in."""
-        return {
-            name: self._file.execute(f"SELECT * FROM {name}").fetchall()
-            for name in ("images", "results")
-        }
+        return {name: [*self._rows(f"SELECT * FROM {name}")] for name in ("images", "results")}
 
     def take_in(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
         """Add what another process holds in memory."""

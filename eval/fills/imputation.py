@@ -65,7 +65,19 @@ def impute(
     Returns:
         (B, 3, H, W) in the dtype of ``images`` (half precision is solved in float32), without
         gradients.
+
+    Raises:
+        ValueError: images or masks of another type or size.
     """
+    if not images.is_floating_point() or removed.dtype != torch.bool:
+        raise ValueError(
+            f"images, removed: got {images.dtype} and {removed.dtype}; give floating point and bool"
+        )
+    if removed.ndim != 4 or removed.shape[1:] != (1, *images.shape[2:]):
+        raise ValueError(
+            f"removed: got shape {tuple(removed.shape)} for images {tuple(images.shape)}; give one "
+            f"mask (1, H, W) an image, of its size"
+        )
     batch = max(len(images), len(removed))
     images = images.expand(batch, -1, -1, -1)
     removed = removed.to(images.device).expand(batch, -1, -1, -1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from inspect import Parameter, Signature, signature
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,16 @@ class MeanMetric(Metric):
             self._check_backbone(backbone)
             self._measured_by = measured_by or self._default_metric()
             self._check_needs()
+        # What a MetricCollection gives to each of its metrics.
+        self._update_signature = self._of_scores() if backbone is None else signature(self._measure)
+
+    def _of_scores(self) -> Signature:
+        """What ``update`` takes without a backbone: scores or maps, then ``valid``."""
+        own = type(self)._values is not MeanMetric._values
+        given = signature(self._values if own else type(self).values).parameters.values()
+        scores = [p for p in given if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        valid = Parameter("valid", Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        return Signature([*scores, valid])
 
     def _check_backbone(self, backbone: Any) -> None:
         if self.group is None:
@@ -133,11 +144,14 @@ class MeanMetric(Metric):
             )
         return columns[0]
 
-    def update(self, *given: Any, valid: Tensor | None = None, **named: Any) -> None:
-        """Scores or maps as the class says, ``valid`` (B,) bool; with a backbone images, maps and class."""
+    def update(self, *given: Any, **named: Any) -> None:
+        """Scores or maps as the class says, then ``valid`` (B,) bool or None; with a backbone images, maps
+        and class."""
         if self._network[0] is None:
-            self._add(self._values(*given, **named), valid)
-        elif len(given) + len(named) == 3 and valid is None:
+            bound = self._update_signature.bind(*given, **named)
+            valid = bound.arguments.pop("valid", None)
+            self._add(self._values(**bound.arguments), valid)
+        elif len(given) + len(named) == 3:
             self._measure(*given, **named)
         else:
             raise ValueError(

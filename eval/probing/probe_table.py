@@ -99,7 +99,7 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
     cells = [
         (
             row.head,
-            Interval(*(100 * x for x in row.accuracy[:3]), row.accuracy.n).text(1),
+            row.accuracy.percent().text(1),
             f"{100 * row.ece:.1f}",
             f"{row.parameters:,}",
             f"{row.macs:,}",

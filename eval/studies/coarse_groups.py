@@ -11,7 +11,6 @@ fifth in turn, with a probe and heads of its own, and merges the numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,13 @@ from xattn.eval.studies.class_folds import format_differences, merge, train_and_
 from xattn.heads import parse_options
 from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
+from xattn.runtime import strict_json
 from xattn.training.labelled import FOLDS, stratified_folds
 
 
 def photos_by_group(folder: Path) -> dict[Path, str]:
     """The group of every photo whose folder has one in ``classes.json``."""
-    table = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    table = strict_json.read(folder / "classes.json", "data", "correct it")
     groups = {path: table[path.parent.name]["group"] for path in list_images(folder)}
     return {path: group for path, group in groups.items() if group is not None}
 

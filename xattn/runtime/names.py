@@ -33,6 +33,13 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
+def why(error: BaseException) -> str:
+    """The reason in an error, on one line and without a path."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def reason(error: Exception) -> str:
     """The message of an error; of an ``OSError`` only the words after its number.
 
@@ -106,3 +113,12 @@ def did_you_mean(
 def _part(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     return len(short) >= SHORTEST_PART and short in long
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "photo"), counted(1200, "photo")
+    ('1 photo', '1,200 photos')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -101,6 +101,10 @@ class StorePath:
         """Whether there is a file of this name."""
         return self.info() is not None
 
+    def exists(self) -> bool:
+        """Whether there is a file or folder of this name."""
+        return self._info() is not None
+
     def is_dir(self) -> bool:
         """Whether anything lies below."""
         found = self._info()

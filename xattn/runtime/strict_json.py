@@ -1,6 +1,6 @@
 """JSON from files that may be damaged or hostile: any fault of the text is a ``ValueError``.
 
-All JSON from files and databases is read with this module.
+JSON from files of others is read with this module; the state of an evaluation is trusted.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def test_a_state_tells_options_apart_that_are_no_plain_values():
     made = [
         create_explainer("gradient_shap", backbone, baselines=torch.zeros(1, 3, 1, 1)),
         create_explainer("gradient_shap", backbone, baselines=torch.ones(1, 3, 1, 1)),
-        create_explainer("rise", backbone, masks=8),
-        create_explainer("rise", backbone, masks=9),
+        create_explainer("rise", backbone, masks=np.int64(8)),
+        create_explainer("rise", backbone, masks=np.int64(9)),
         create_explainer("head", backbone, head, maps="scores"),
         create_explainer("head", backbone, head, maps="mask"),
         create_explainer("layercam", backbone, layer=backbone.model.layer1),
@@ -256,7 +256,7 @@ def test_the_database_of_another_program_is_refused_and_kept(tmp_path):
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"bills.sqlite is not of an evaluation.*'bills'"):
         run(path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_state_is_one_file_after_a_run_a_refusal_and_a_reader(tmp_path):

@@ -31,7 +31,10 @@ head = create_head("ttame", backbone, fusion="per_class").eval()
 count, rank = processes(backbone.device)
 assert count == expected == (PartialState().num_processes if expected > 1 else 1)
 methods = {"head": create_explainer("head", backbone, head), **sanity_rows(backbone, "gradcam")}
-results = evaluate(backbone, methods, photos, max_forward_batch=4, progress=False)
+state = output / f"{count}.sqlite"
+results = evaluate(
+    backbone, methods, photos, max_forward_batch=4, progress=False, state=state
+)
 write_json(results, output / f"{count}-{rank}.json")
 
 p = torch.tensor([r.p for r in results.images], dtype=torch.float64)[rank::count]
@@ -46,6 +49,13 @@ for name in ("AverageDrop", "IncreaseInConfidence", "AverageDropInDeletion", "Av
 torch.save(values, output / f"{count}-{rank}.pt")
 
 if count > 1:  # a group that was left, and one that no launcher made: every image counts once
+    try:
+        evaluate(backbone, {"head": methods["head"]}, photos, state=output / "broken.sqlite")
+    except ValueError as error:  # of both: nobody waits for the other
+        assert "broken.sqlite cannot be used" in str(error)
+    else:
+        raise AssertionError("a broken state was used")
+
     def scored():
         again = evaluate(backbone, {"head": methods["head"]}, photos, progress=False)
         return [r.id for r in again.images]
@@ -71,6 +81,7 @@ def runs(tmp_path_factory):
         pixels = np.random.default_rng(i).integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{i:02}.png")
     (photos / "05.png").write_bytes(b"no photo")
+    (tmp_path / "broken.sqlite").write_bytes(b"no database" * 100)
     (tmp_path / "job.py").write_text(JOB)
     arguments = [str(tmp_path / "job.py"), str(photos), str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
@@ -114,6 +125,14 @@ def test_two_processes_give_the_results_of_one(runs):
     # the work was shared, not done twice; a shared batch may be padded once more
     assert two[0].cost["images_scored"] == one.cost["images_scored"]
     assert one.cost["forward_batches"] <= two[0].cost["forward_batches"]
+
+
+def test_processes_leave_one_file_each_run(runs):
+    assert {path.name for path in runs.glob("*.sqlite*")} == {
+        "1.sqlite",
+        "2.sqlite",
+        "broken.sqlite",
+    }
 
 
 def test_metric_states_are_reduced_over_the_processes(runs):
