@@ -1,7 +1,8 @@
 """Plain words for the columns of tables: the titles and sentences that metrics declare, with their levels.
 
-Metrics, and torch with them, are loaded by the first call and not by the import, so that the viewer starts
-without them. A key that is not known, such as that of a metric of your own, is its own title.
+A pack carries both, so that the viewer shows them by :func:`named` and :func:`directed` without loading
+metrics, and torch with them; :func:`metric_title` and the others do. A key that is not known is its own
+title.
 """
 
 from __future__ import annotations
@@ -28,18 +29,28 @@ def metric_about(key: str, higher_is_better: bool | None = None) -> str:
     kept = f"only {removed}"
     if level == "100":  # pixels count as much as the map says
         kept = removed = "as much of each pixel as the map says"
-    said = [f"{about.format(kept=kept, removed=removed)}."] if about else []
-    if higher_is_better is not None:
-        said.append("Higher is better." if higher_is_better else "Lower is better.")
-    return " ".join(said)
+    said = f"{about.format(kept=kept, removed=removed)}." if about else ""
+    return directed(said, higher_is_better)
 
 
 def named_metric(key: str) -> str:
     """A column's key with its title, for lists: "AD@50: average drop, top half"."""
-    title = metric_title(key)
-    if title == key:
+    return named(key, metric_title(key))
+
+
+def named(key: str, title: str) -> str:
+    """A column's key with a title, which is "" or the key where there is none."""
+    if title in ("", key):
         return key
     return f"{key}: {title if title[1:2].isupper() else title[0].lower() + title[1:]}"
+
+
+def directed(about: str, higher_is_better: bool | None) -> str:
+    """A sentence about a metric, which may be "", and which direction is better."""
+    said = [about] if about else []
+    if higher_is_better is not None:
+        said.append("Higher is better." if higher_is_better else "Lower is better.")
+    return " ".join(said)
 
 
 def _words(key: str) -> tuple[str, str, str]:

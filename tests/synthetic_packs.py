@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xattn.eval.metric_words import metric_about, metric_title
 from xattn.explainers.base import method_title
 from xattn.packs import manifest
 from xattn.packs.columns import IMAGES, METRIC, entry_schema, write_rows
@@ -118,7 +119,15 @@ def small_pack(
 
 def described() -> dict[str, dict[str, Any]]:
     """The metrics of a manifest."""
-    return {key: {**info, "protocol_id": f"{key}-made-up"} for key, info in METRICS.items()}
+    return {
+        key: {
+            **info,
+            "protocol_id": f"{key}-made-up",
+            "title": metric_title(key),
+            "about": metric_about(key),
+        }
+        for key, info in METRICS.items()
+    }
 
 
 def big_pack(

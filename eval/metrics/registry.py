@@ -13,7 +13,7 @@ from typing import Any
 
 from xattn.eval.metrics.base import MaskingChoices, MetricGroup, MetricInfo, PerturbationMetric
 from xattn.eval.metrics.mean_metric import MeanMetric
-from xattn.registry import Registry, Table
+from xattn.registry import Registry, Table, same_class
 from xattn.runtime.names import same_name
 
 FILES = (
@@ -41,17 +41,14 @@ def register(group: MetricGroup) -> None:
     """
     taken: set[str] = set()
     for _, other in REGISTRY.registered().values():
-        if (other.name, _path(other)) != (group.name, _path(group)):  # not its file, imported again
+        again = other.name == group.name and same_class(other.metric, group.metric)
+        if not again:
             taken |= {group.name} & {other.name}
             taken |= group.metrics.keys() & other.metrics.keys()
             taken |= _classes(group).keys() & _classes(other).keys()
     if taken:
         raise ValueError(f"group: {', '.join(sorted(taken))} is taken; choose another name")
     REGISTRY.add(group.metric, group)
-
-
-def _path(group: MetricGroup) -> str:
-    return f"{group.metric.__module__}.{group.metric.__qualname__}"
 
 
 def _classes(group: MetricGroup) -> dict[str, type[MeanMetric]]:

@@ -17,6 +17,7 @@ from xattn.eval.evaluation.facts import describe
 from xattn.eval.evaluation.results import Results, is_baseline
 from xattn.eval.evaluation.store import KeptImage, kept_images
 from xattn.eval.evaluation.stream import Skipped
+from xattn.eval.metric_words import metric_about, metric_title
 from xattn.eval.report.standings import CURVES, each_curve
 from xattn.explainers.base import method_title
 from xattn.explaining.naming import file_name_of, named_photos
@@ -153,6 +154,8 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
         column.key: {
             "higher_is_better": results.info(column.metric).higher_is_better,
             "formula": results.info(column.metric).formula,
+            "title": metric_title(column.key),
+            "about": metric_about(column.key),
             "protocol_id": results.metric_id(column),
         }
         for column in results.columns

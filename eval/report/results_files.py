@@ -92,11 +92,11 @@ def from_dict(data: dict[str, Any]) -> Results:
         images=[ImageRecord(**image) for image in data["images"]],
         methods=methods,
         skipped=[Skipped(**s) for s in data["skipped"]],
-        backbone=data["backbone"],
+        backbone=dict(data["backbone"]),
         cost=data["cost"],
         n_resamples=data["n_resamples"],
-        options=data["options"],
-        notes=data["notes"],
+        options={key: dict(value) for key, value in data["options"].items()},
+        notes=dict(data["notes"]),
         infos={m: _info(m, record) for m, record in data["infos"].items()},
     )
 

@@ -322,6 +322,7 @@ def _nasty_leaderboards() -> list[bytes]:
         return json.dumps(record).encode()
 
     return [
+        *(edited(lambda r, key=key, value=value: r.update({key: value})) for key in ("backbone", "options", "notes") for value in ([], [5], 5, {"x": 5})),
         edited(lambda r: r.update(methods={})), edited(lambda r: r.update(methods=[])), edited(lambda r: r.update(images=[])), edited(lambda r: r.update(images=5)),
         edited(lambda r: r.update(n_resamples=10**12)), edited(lambda r: r.update(n_resamples="x")), edited(lambda r: r.update(n_resamples=True)),
         edited(lambda r: r["protocol"].update(seed="x")), edited(lambda r: r["protocol"].update(n=10**400)), edited(lambda r: r["protocol"].update(levels=5)),

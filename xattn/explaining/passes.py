@@ -190,6 +190,7 @@ def explain_batch(
     every = backbone.probabilities(logits)
     probabilities = every.gather(1, targets)
     values = maps.float().cpu().numpy()
+    title = method_title(method.name)
     for i, item in enumerate(batch):
         label, label_name = (truth or {}).get(item.image_id, (None, None))
         facts = ImageFacts(top_classes(every[i], backbone), label, label_name, read[i])
@@ -200,7 +201,7 @@ def explain_batch(
                 target_name=backbone.class_names[target],
                 probability=float(probabilities[i, j]),
                 method=method.name,
-                method_title=method_title(method.name),
+                method_title=title,
                 view=item.view,
                 image_id=item.image_id,
                 protocol=protocol if item.view.mode != "tensor" else {**protocol, "view": "tensor"},

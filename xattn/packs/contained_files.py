@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import why
 from xattn.runtime.stores import BLOCK, StoreError, StorePath, place_of
 
 AGAIN = "make the pack again"
@@ -62,16 +63,13 @@ class PackFolder(ABC):
     def on_disk(self, name: str) -> Path:
         """A file for readers that want a path; of a folder elsewhere a copy that goes with this object."""
 
+    @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file, at most ``limit``.
 
         Raises:
             PackError: as :meth:`part`, or the file is larger.
         """
-        size = self.size(name)
-        if size > limit:
-            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
-        return self.part(name, 0, size)
 
 
 def folder_of(
@@ -106,8 +104,13 @@ class LocalFolder(PackFolder):
 
     def part(self, name: str, start: int, end: int) -> bytes:
         with self._open(name) as stream:
-            stream.seek(start)
-            return stream.read(end - start)
+            return _read(stream, name, start, end)
+
+    def read(self, name: str, limit: int) -> bytes:
+        with self._open(name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            _check_limit(name, size, limit)
+            return _read(stream, name, 0, size)
 
     def size(self, name: str) -> int:
         with self._open(name) as stream:
@@ -157,8 +160,7 @@ class RemoteFolder(PackFolder):
         if data is None:
             data = self.part(name, 0, SMALL)  # without asking for the size of a small file
         size = len(data) if len(data) < SMALL else self.size(name)
-        if size > limit:
-            raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
+        _check_limit(name, size, limit)
         if len(data) < SMALL:
             self._kept.put(name, data, size)
             return data
@@ -218,13 +220,19 @@ def open_inside(folder: Path, name: str) -> IO[bytes]:
     return stream
 
 
+def _check_limit(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise PackError(f"{name} has {size:,} bytes, over the limit of {limit:,}")
+
+
+def _read(stream: IO[bytes], name: str, start: int, end: int) -> bytes:
+    stream.seek(start)
+    try:
+        return stream.read(end - start)
+    except OSError as error:
+        raise PackError(f"{name} cannot be read ({why(error)}); try again") from None
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     # Opening a named pipe would otherwise block until somebody writes to it.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
-
-
-def why(error: BaseException) -> str:
-    """The reason in an error, on one line and without a path."""
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -22,7 +22,7 @@ from safetensors.numpy import load
 
 from xattn.packs import columns, manifest
 from xattn.packs.columns import MAX_FILE, BoundedParquet
-from xattn.packs.contained_files import PackError, PackFolder, why
+from xattn.packs.contained_files import PackError, PackFolder
 from xattn.packs.format import MANIFEST
 from xattn.packs.manifest import DamagedFile, ShardFile, damaged
 from xattn.photos.base import Photos, StoredPhoto
@@ -30,7 +30,7 @@ from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.photos.view import View
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import encodable, visible
+from xattn.runtime.names import encodable, visible, why
 
 MAX_THUMBNAIL = 32 << 20  # bytes
 MAX_FEATURES = 1 << 30  # bytes of a shard's features
@@ -179,10 +179,11 @@ class Contents:
     def entries_of(self, image_id: str) -> list[str]:
         """The ids of a photo's entries, in their order; PackError where there is no such photo."""
         shard, _ = self._place("images", self._row_of("images", image_id))
-        key = ("ids", shard)
-        if (table := self._recent.get(key)) is None:
-            table = self._read("entries", shard, ["entry_id", "image_id"])
-            self._recent.put(key, table, table.nbytes)
+        table = self._recent.kept(
+            ("ids", shard),
+            lambda: self._read("entries", shard, ["entry_id", "image_id"]),
+            lambda table: table.nbytes,
+        )
         rows = [_equal(chunk, image_id) for chunk in table["image_id"].chunks]
         return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
@@ -280,7 +281,10 @@ class Contents:
         """A part of a file, which is checked by its own hash."""
         if place + size > file.size:
             raise ValueError("it is truncated")
-        return self.files.part(file.name, place, place + size)
+        data = self.files.part(file.name, place, place + size)
+        if len(data) != size:
+            raise ValueError("it is truncated")
+        return data
 
     def features(self) -> NDArray[np.float16] | None:
         """What the classifier read of each photo, (M, d) in the order of :attr:`image_ids`; None in a pack
@@ -319,10 +323,11 @@ class Contents:
         shard, row = self._place(kind, i)
         ends = np.cumsum(self._open(kind, shard).group_rows)
         group = int(np.searchsorted(ends, row, "right"))
-        key = (kind, shard, group)
-        if (table := self._recent.get(key)) is None:
-            table = self._read(kind, shard, self._schemas[kind].names, [group])
-            self._recent.put(key, table, table.nbytes)
+        table = self._recent.kept(
+            (kind, shard, group),
+            lambda: self._read(kind, shard, self._schemas[kind].names, [group]),
+            lambda table: table.nbytes,
+        )
         return table.slice(row - int(ends[group]) + len(table), 1).to_pylist()[0]  # type: ignore[no-any-return]
 
     def _read(

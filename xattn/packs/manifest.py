@@ -30,6 +30,8 @@ class MetricInfo(NamedTuple):
     higher_is_better: bool
     protocol_id: str
     formula: str
+    title: str = ""
+    about: str = ""
 
 
 class DamagedFile(PackError):
@@ -210,7 +212,7 @@ def _metrics(given: dict[str, Any]) -> list[MetricInfo]:
             raise damaged("a metric is not described")
         if key in TABLE_COLUMNS:
             raise damaged(f"a metric has the name {key}")
-        texts = [record.get(name, "") for name in ("protocol_id", "formula")]
+        texts = [record.get(name, "") for name in MetricInfo._fields[2:]]
         if not all(type(text) is str for text in texts):
             raise damaged("a metric is not described")
         shown = (visible(encodable(text)) for text in texts)

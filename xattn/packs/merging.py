@@ -114,11 +114,7 @@ def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFac
 
 def _described(pack: Pack) -> dict[str, dict[str, Any]]:
     return {
-        m.key: {
-            "higher_is_better": m.higher_is_better,
-            "formula": m.formula,
-            "protocol_id": m.protocol_id,
-        }
+        m.key: {name: value for name, value in m._asdict().items() if name != "key"}
         for m in pack.metrics
     }
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from xattn.packs.contained_files import AGAIN, PackError, PackFolder, folder_of, why
+from xattn.packs.contained_files import AGAIN, PackError, PackFolder, folder_of
 from xattn.packs.contents import Contents, Entry
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import MANIFEST, VIDEO, LaterVersion, parse_manifest, unreadable_manifest
@@ -29,6 +29,7 @@ from xattn.photos.images import decode_image
 from xattn.photos.view import View
 from xattn.runtime.files import file_sha256
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import why
 from xattn.runtime.stores import StorePath, place_of
 
 if TYPE_CHECKING:
@@ -168,11 +169,11 @@ class Pack(Contents):
         Its ``source`` is the stored thumbnail if the pack is trusted, else None; see :meth:`photo`.
         """
         key = (self.files.address, self.version, entry_id)
-        found: Explanation | None = self._cache.get(key)
-        if found is None:
-            found = self._read_explanation(self.entry(entry_id))
-            self._cache.put(key, found, found.map.nbytes)
-        return found
+        return self._cache.kept(
+            key,
+            lambda: self._read_explanation(self.entry(entry_id)),
+            lambda found: found.map.nbytes,
+        )
 
     def _read_explanation(self, entry: Entry) -> Explanation:
         photo = self.facts_of(entry.image_id)

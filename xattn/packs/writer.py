@@ -122,7 +122,8 @@ def save_pack(
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
         metrics: what the explanations' metrics are, by column:
-            ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``.
+            ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``, and ``"title"`` and
+            ``"about"``, what a person is to read.
 
     Raises:
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
@@ -184,7 +185,7 @@ class PackWriter:
 
     Attributes:
         skipped: (file name, reason) of images that could not be read, of this process.
-        metrics: by column key, {"higher_is_better", "formula", "protocol_id"} of the metrics that
+        metrics: by column key, what :func:`save_pack` takes of each of the metrics that
             explanations carry; to be set before the first is added.
         shares: by name of a curve, the shares of pixels that its values stand for, where they are not
             at equal steps over [0, 1].
@@ -268,11 +269,12 @@ class PackWriter:
     def close(self) -> None:
         """Finish the shards of this process; the first process writes the manifest."""
         self._closed = True
-        ids = Counter(id for found in self._gather(self._ids) for id in found)
-        if twice := [id for id, count in ids.items() if count > 1]:
-            raise ValueError(
-                f"explanations: {twice[0]} comes twice; give every photo its own image_id"
-            )
+        if self._gather is not alone:
+            ids = Counter(id for found in self._gather(self._ids) for id in found)
+            if twice := [id for id, count in ids.items() if count > 1]:
+                raise ValueError(
+                    f"explanations: {min(twice)} comes twice; give every photo its own image_id"
+                )
         self._end_shard(0)
         noted = [item for found in self._gather(self._skipped) for item in found]
         skipped = [item for _, item in sorted(noted, key=lambda item: item[0])]
@@ -280,9 +282,7 @@ class PackWriter:
         if not every:
             raise ValueError("explanations: got none; a pack needs at least one")
         shards = [every[number][0] for number in sorted(every)]
-        titles: dict[str, str] = {}
-        for number in sorted(every):
-            titles |= {k: v for k, v in every[number][1].items() if k not in titles}
+        titles = _first_titles(every[number][1] for number in sorted(every))
         if not all(shard.features for shard in shards):
             for features in (shard.features for shard, _ in self._written.values()):
                 if features is not None:
@@ -369,9 +369,17 @@ class PackWriter:
             values = {f.name: [row[f.name] for row in rows] for f in schema}
             path = self.folder / shard_file(kind, number)
             files.append(write_rows(path, schema, values))
-        titles = {name: title for photo in photos[::-1] for name, title in photo.titles.items()}
-        methods = {row["method"]: titles[row["method"]] for row in entries}
-        return Shard(files[0], files[1], maps, thumbnails, features), methods
+        titles = _first_titles(photo.titles for photo in photos)
+        return Shard(files[0], files[1], maps, thumbnails, features), titles
+
+
+def _first_titles(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Methods in the order in which they come first, each with its first title."""
+    titles: dict[str, str] = {}
+    for given in found:
+        for method, title in given.items():
+            titles.setdefault(method, title)
+    return titles
 
 
 def write_tensors(

@@ -47,7 +47,7 @@ def check_images(path: str | Path | StorePath) -> None:
         raise ValueError(
             f"images: no image in folder {path}; image files end in .jpg, .png, .webp, .tif, ..."
         )
-    if not (path.is_file() or path.is_dir()):
+    if not path.exists():
         raise FileNotFoundError(
             f"images: no file or folder {path}; give an image, a folder or a .txt list"
         )

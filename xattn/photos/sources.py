@@ -12,7 +12,8 @@
   lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
-A local folder named ``hfds`` or ``wds`` is written ``./hfds``.
+A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`some_of` and :func:`every_nth` take a
+part of the photos, under the ids of the whole.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | N
     which stay as they are, the first ``limit`` are taken.
 
     Raises:
-        ValueError, OSError: as :func:`~xattn.photos.sources.open_photos`; or a limit below 1.
+        ValueError, OSError: as :func:`open_photos`; or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}; give at least 1")

@@ -164,8 +164,8 @@ def gradient(cmap: str = SEQUENTIAL) -> str:
 # ---------------------------------------------------------------------- outlines and spotlights
 
 
-def half_mass_level(weights: NDArray[Any], share: float = 0.5) -> float | None:
-    """The level t of the smallest region {w >= t} that holds ``share`` of the mass of ``weights`` (H, W).
+def half_mass_level(weights: NDArray[Any]) -> float | None:
+    """The level t of the smallest region {w >= t} that holds half of the mass of ``weights`` (H, W).
 
     Equal values stay together: of a binary mask the region is the whole mask. NaN and negative values have
     no mass; None where there is none at all.
@@ -174,7 +174,7 @@ def half_mass_level(weights: NDArray[Any], share: float = 0.5) -> float | None:
     if not falling.size:
         return None
     mass = np.cumsum(falling, dtype=np.float64)
-    return float(falling[np.searchsorted(mass, share * mass[-1])])
+    return float(falling[np.searchsorted(mass, 0.5 * mass[-1])])
 
 
 def outlines(weights: NDArray[Any], level: float) -> list[NDArray[np.float64]]:
