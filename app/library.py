@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xattn.app.jobs.job_files import JOBS
 from xattn.packs.contained_files import LocalFolder, PackError, open_inside
 from xattn.packs.format import MANIFEST, MAPS
 from xattn.packs.reader import MAX_MANIFEST, RECENT_MAPS, NotAPack, Pack
@@ -27,6 +26,7 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
+JOBS = "jobs"  # the folder of all jobs, below the root
 NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder that a person names
 DEPTH = 3  # folders below the root
 MAX_FOLDERS = 20_000
@@ -205,7 +205,7 @@ class Library:
                 f"This viewer shows {self.root}, where it only reads. Start xattn app on a local folder "
                 f"to keep results."
             )
-        if (self.root / name).exists():
+        if os.path.lexists(self.root / name):
             raise ValueError(
                 f"There is a folder {name!r} already; choose another name. Nothing was overwritten."
             )

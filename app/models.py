@@ -21,7 +21,7 @@ import streamlit as st
 from xattn.backbone import sha256
 from xattn.cli.model import BackboneArgs
 from xattn.runtime.files import Signature
-from xattn.runtime.memory import is_out_of_memory
+from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.names import reason
 
 if TYPE_CHECKING:
@@ -50,16 +50,12 @@ def turn() -> Iterator[None]:
 @contextmanager
 def one_pass(what: str) -> Iterator[None]:
     """:func:`turn`; too little memory ``what`` is for becomes a ``ValueError`` of one sentence."""
-    try:
-        with turn():
-            yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
-            f"--input-size."
-        ) from error
+    full = ValueError(
+        f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
+        f"--input-size."
+    )
+    with out_of_memory_is(full), turn():
+        yield
 
 
 # ---------------------------------------------------------------------- backbones
@@ -190,24 +186,20 @@ def _device() -> str:
 
 def _load(arguments: BackboneArgs) -> Backbone:
     """The model of ``arguments``; other taps of a model share its weights."""
-    taps = arguments.taps
-    try:
-        if arguments.probe is not None or arguments.backbone.startswith("torchvision/"):
-            return _loaded(arguments, *_stamps(arguments))
-        loaded = _loaded(replace(arguments, taps=()), *_stamps(arguments))
-        if not taps or tuple(taps) == loaded.taps:
-            return loaded
-        short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
-        with turn():
-            return loaded.with_taps(short)
-    except (ValueError, OSError) as error:
-        raise ModelError(reason(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"There is not enough memory for {arguments.backbone}; choose a smaller model."
-        ) from error
+    name, taps = arguments.backbone, arguments.taps
+    full = ModelError(f"There is not enough memory for {name}; choose a smaller model.")
+    with out_of_memory_is(full):
+        try:
+            if arguments.probe is not None or name.startswith("torchvision/"):
+                return _loaded(arguments, *_stamps(arguments))
+            loaded = _loaded(replace(arguments, taps=()), *_stamps(arguments))
+            if not taps or tuple(taps) == loaded.taps:
+                return loaded
+            short = taps[0] if len(taps) == 1 and taps[0] in ("norm1", "block", "stage") else taps
+            with turn():
+                return loaded.with_taps(short)
+        except (ValueError, OSError) as error:
+            raise ModelError(reason(error)) from error
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner=False)

@@ -200,18 +200,22 @@ def tell_again(*keys: str) -> None:
             st.session_state[key] = st.session_state[key]
 
 
+def current_key(what: str) -> str:
+    """The key of the widget that is shown now, see :func:`widget_key`."""
+    return f"{what} {st.session_state.get('_replaced', {}).get(what, 0)}"
+
+
 def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
     """The key of a widget that is to show ``value``; a new one where the widget of before holds another.
 
     With each click a browser sends the values of all widgets, even stale ones. What was changed by other
     ways than the widget itself would be taken for a choice.
     """
-    numbers: dict[str, int] = st.session_state.setdefault("_replaced", {})
-    key = f"{what} {numbers.setdefault(what, 0)}"
+    key = current_key(what)
     if key in st.session_state and not same(st.session_state[key], value):
-        numbers[what] += 1
-        key = f"{what} {numbers[what]}"
-    return key
+        numbers = st.session_state.setdefault("_replaced", {})
+        numbers[what] = numbers.get(what, 0) + 1
+    return current_key(what)
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
@@ -228,15 +232,6 @@ def plain(text: object) -> str:
     """
     shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
     return _MARKDOWN.sub(r"\\\1", shown)
-
-
-def counted(number: int, what: str) -> str:
-    """A number of things in words.
-
-    >>> counted(1, "photo"), counted(1200, "photo")
-    ('1 photo', '1,200 photos')
-    """
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def short(name: str) -> str:

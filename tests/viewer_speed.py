@@ -229,12 +229,12 @@ def strokes(page: Any, address: str, root: Path, photo: Path, rounds: int) -> li
 HEADER = ("| what | median | slowest | wanted |", "| :-- | --: | --: | --: |")
 
 
-def pages(rounds: int, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM)) -> Iterator[str]:
-    """Lines of a Markdown table; ``images`` of the big pack and of the warm one."""
+def pages(rounds: int) -> Iterator[str]:
+    """Lines of a Markdown table."""
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name, browser() as running:
         folder = Path(name)
-        big_pack(folder / "root" / "many", images[0])
-        big_pack(folder / "root" / "warm", images[1], methods=3)
+        big_pack(folder / "root" / "many", MANY)
+        big_pack(folder / "root" / "warm", WARM, methods=3)
         photo = folder / "photo.jpg"
         picture(1, (500, 375)).save(photo)
         with served(folder / "root", folder / "log") as (address, process):
@@ -242,10 +242,8 @@ def pages(rounds: int, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM
             many, warm = (f"{address}/?pack={ids[n]}" for n in ("many", "warm"))
             yield from HEADER
             took = first_paint(running, many, min(rounds, 9) + 1)
-            yield _line(
-                f"gallery of {images[0]:,} entries, first visit of the server", took[:1], PAINT
-            )
-            yield _line(f"gallery of {images[0]:,} entries, first paint", took[1:], PAINT)
+            yield _line(f"gallery of {MANY:,} entries, first visit of the server", took[:1], PAINT)
+            yield _line(f"gallery of {MANY:,} entries, first paint", took[1:], PAINT)
             context = running.new_context(viewport=SIZE)
             page = context.new_page()
             page.goto(many)
@@ -256,7 +254,7 @@ def pages(rounds: int, views: int = VIEWS, images: tuple[int, int] = (MANY, WARM
             yield _line("image page from the gallery", open_images(page, warm, rounds), CLICK)
             next_images(page, 2)
             yield _line("image page, next image", next_images(page, 2 * rounds), CLICK)
-            yield from _memory(page, process, views)
+            yield from _memory(page, process, VIEWS)
             took, alone = live(page, address, photo, rounds)
             more = [a - b for a, b in zip(took, alone, strict=True)]
             label = f"live explanation with {LIVE_BACKBONE}, above the library call"
@@ -329,7 +327,7 @@ def _memory(page: Any, process: int, views: int) -> Iterator[str]:
 # ---------------------------------------------------------------------- the page Map
 
 
-def photo_map(rounds: int, photos: int, features: int = FEATURES) -> Iterator[str]:
+def photo_map(rounds: int, photos: int) -> Iterator[str]:
     """Lines of a Markdown table about the page Map of a pack with so many photos."""
     from xattn.eval.report.photo_map.clusters import clusters
     from xattn.eval.report.photo_map.pooled_maps import read, unit
@@ -338,8 +336,8 @@ def photo_map(rounds: int, photos: int, features: int = FEATURES) -> Iterator[st
 
     with tempfile.TemporaryDirectory(prefix="xattn-bench-") as name:
         folder = Path(name)
-        pack = Pack(big_pack(folder / "root" / "map", photos, features=features))
-        yield f"| {photos:,} photos, {features:,} features | took | wanted |"
+        pack = Pack(big_pack(folder / "root" / "map", photos, features=FEATURES))
+        yield f"| {photos:,} photos, {FEATURES:,} features | took | wanted |"
         yield "| :-- | --: | --: |"
         begun = time.perf_counter()
         maps = read(pack, list(pack.entry_ids))
@@ -399,10 +397,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="What a person waits for in the viewer.")
     parser.add_argument("--rounds", type=int, help="by default 15, of --maps 6")
-    parser.add_argument("--maps", type=int, help="browse one pack of so many maps, 400 or more")
-    parser.add_argument("--photos", type=int, help="the page Map of so many photos")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--maps", type=int, help="browse one pack of so many maps, 400 or more")
+    which.add_argument("--photos", type=int, help="the page Map of so many photos")
     parser.add_argument("--raw", type=Path, help="a .csv for what every round measured")
     asked = parser.parse_args(arguments)
+    if asked.maps is not None and asked.maps < 400:
+        parser.error("--maps: give 400 or more")
     sleep_while_waiting()
     keep_memory()
     with raw_rounds(asked.raw):

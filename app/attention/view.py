@@ -279,7 +279,7 @@ def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None 
     old value for a choice.
     """
     value = st.session_state[key]
-    if key == state.widget_key(KEY + name, value):
+    if key == state.current_key(KEY + name):
         change(**({name: value} if changes is None else changes(value)))
 
 

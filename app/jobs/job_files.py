@@ -55,7 +55,6 @@ def spec_of(record: dict[str, Any]) -> Spec:
     return spec
 
 
-JOBS = "jobs"  # the folder of all jobs, below the root
 JOB, PROCESS, EXIT, STOP = "job.json", "process.json", "exit.json", "stop.json"
 ARGUMENTS = "arguments.json"
 STDOUT, STDERR = "stdout.log", "stderr.log"

@@ -34,7 +34,6 @@ from xattn.app.jobs.job_files import (
     ARGUMENTS,
     EXIT,
     JOB,
-    JOBS,
     PROCESS,
     STDERR,
     STDOUT,
@@ -44,6 +43,7 @@ from xattn.app.jobs.job_files import (
     Spec,
     spec_of,
 )
+from xattn.app.library import JOBS
 from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
 

@@ -174,6 +174,9 @@ def keep(run: LiveRun, name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.mkdir()  # claims the name: two pages may ask at once
+    except FileExistsError:
+        run.library.new_folder(name)  # says that another page has taken it meanwhile
+        raise
     except OSError as error:
         raise OSError(
             f"{target.name} cannot be written ({error.strerror}); free some space or permit writing, "

@@ -95,11 +95,18 @@ def selectbox(
     return chosen
 
 
-def maps_by(pack: Any, methods: Sequence[str], width: int) -> str:
+def maps_by(
+    pack: Any,
+    methods: Sequence[str],
+    width: int,
+    key: str = "method",
+    label: str = "Maps by",
+    default: str | None = None,
+) -> str:
     """Whose maps a page shows: of several methods the person's choice."""
     if len(methods) == 1:
         return methods[0]
-    return selectbox("Maps by", methods, "method", format_func=pack.title_of, width=width)
+    return selectbox(label, methods, key, default=default, format_func=pack.title_of, width=width)
 
 
 def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:

@@ -11,7 +11,8 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.components import component, sent
 from xattn.app.pictures.rendering import PICTURE
-from xattn.app.state import PAGES, counted, plain
+from xattn.app.state import PAGES, plain
+from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
     from xattn.app.library import Library, PackInfo

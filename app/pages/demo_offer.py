@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from xattn.app import state
+from xattn.app.components import command
 from xattn.app.demo import pack_job
 from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs, time_left
@@ -29,7 +30,7 @@ def offer(text: str = f"Or look around first, {WITH}") -> None:
     st.markdown(text)
     if (line := pack_job.missing()) is not None:
         st.markdown("They are not installed yet:")
-        st.code(line, language="sh")
+        command(line)
         return
     if job is not None and job.message:
         st.error(plain(job.message))

@@ -15,12 +15,12 @@ from xattn.app import state
 from xattn.app.components import chosen_row, command, grid, matrix, sent
 from xattn.app.navigation import address, last_view
 from xattn.app.pictures.rendering import Look, data_uri, jpeg, map_url
-from xattn.app.state import Context, counted, kept, plain, short
+from xattn.app.state import Context, kept, plain, short
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import View
 from xattn.app.triage.store import MOST_AT_ONCE, TagsError
 from xattn.eval.evaluation.results import MIN_IMAGES
-from xattn.eval.metric_words import metric_about, metric_title
+from xattn.eval.metric_words import directed
 from xattn.eval.report.mistakes import (
     Confusion,
     SliceRow,
@@ -30,7 +30,7 @@ from xattn.eval.report.mistakes import (
     slice_row,
 )
 from xattn.pictures.overlay import colorize
-from xattn.runtime.names import visible
+from xattn.runtime.names import counted, visible
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -351,7 +351,7 @@ def _classes(pack: Pack, method: str) -> None:
         },
         **{
             m.key: st.column_config.TextColumn(
-                help=plain(f"{metric_title(m.key)}. {metric_about(m.key, m.higher_is_better)}")
+                help=plain(f"{m.title or m.key}. {directed(m.about, m.higher_is_better)}")
             )
             for m in pack.metrics
             if m.key in keys

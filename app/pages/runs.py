@@ -24,7 +24,7 @@ from xattn.app.pictures.rendering import (
     overlay_url,
     photo_url,
 )
-from xattn.app.state import Context, counted, kept, plain, short
+from xattn.app.state import Context, kept, plain, short
 from xattn.app.triage import selection
 from xattn.correlation import disagreement
 from xattn.eval.evaluation.results import MIN_IMAGES
@@ -41,6 +41,7 @@ from xattn.packs.explanation import Explanation
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.overlay import DIVERGING, overlay
 from xattn.pictures.scales import Legend, make_scale
+from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -310,9 +311,9 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     after = pack if other_id == pack.id else library.open(other_id)
     ones, others_by = _methods(pack), _methods(after)
     with bar:
-        one = _method(pack, "Maps by", ones, "by", ones[0])
+        one = address.maps_by(pack, ones, 200, "by", default=ones[0])
         same = one if one in others_by and after is not pack else others_by[-1]
-        two = _method(after, "and by", others_by, "by2", same)
+        two = address.maps_by(after, others_by, 200, "by2", "and by", same)
     bar.button("Swap", key="runs.swap", on_click=_swap, args=(pack.id, after.id, one, two))
     return Runs(pack, after, (one, two))
 
@@ -321,14 +322,6 @@ def _methods(pack: Pack) -> list[str]:
     """The pack's methods, controls last."""
     choices = selection.table(pack).choices
     return list(dict.fromkeys([*choices.under_test, *choices.methods]))
-
-
-def _method(pack: Pack, label: str, methods: list[str], key: str, default: str) -> str:
-    if len(methods) == 1:
-        return methods[0]
-    return address.selectbox(
-        label, methods, key, default=default, format_func=pack.title_of, width=200
-    )
 
 
 def _swap(before: str, after: str, one: str, two: str) -> None:

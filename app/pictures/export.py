@@ -12,8 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from xattn.app.pictures import rendering
 from xattn.app.pictures.rendering import Look
-from xattn.app.state import counted
-from xattn.eval.metric_words import metric_about, named_metric
+from xattn.eval.metric_words import directed, named
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import map_name
 from xattn.pictures.contact_sheet import (
@@ -22,6 +21,7 @@ from xattn.pictures.contact_sheet import (
     contact_sheet_svg,
     sheet_rows,
 )
+from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
     from xattn.packs.manifest import MetricInfo
@@ -96,8 +96,8 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
 
 def _note(metric: MetricInfo) -> str:
     """What a column says, in plain words and as a formula."""
-    about = metric_about(metric.key, metric.higher_is_better)
-    return f"{named_metric(metric.key)}. {about} {metric.formula}; protocol {metric.protocol_id}"
+    name, about = named(metric.key, metric.title), directed(metric.about, metric.higher_is_better)
+    return f"{name}. {about} {metric.formula}; protocol {metric.protocol_id}"
 
 
 def _table(pack: Pack, entries: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[list[object]]:

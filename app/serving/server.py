@@ -83,14 +83,16 @@ def bind(address: Address) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(where[:2], family=family, backlog=BACKLOG)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" serves IPv4, too
+        return socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise ValueError(
                 f"port: {address.port} is taken, perhaps by another xattn app; give another --port"
             ) from None
+        why, *_ = reason(error).partition(" (while")  # create_server adds the address once more
         raise ValueError(
-            f"host: cannot listen on {address.host!r}, port {address.port} ({reason(error)}); give "
+            f"host: cannot listen on {address.host!r}, port {address.port} ({why}); give "
             f"127.0.0.1, or another --port"
         ) from None
 

@@ -27,11 +27,11 @@ import pyarrow as pa
 
 from xattn.app.scratch import Scratch
 from xattn.app.state import kept
-from xattn.eval.metric_words import metric_about, named_metric
+from xattn.eval.metric_words import directed, named
 from xattn.packs.columns import METRIC
-from xattn.packs.contained_files import AGAIN, PackError, why
+from xattn.packs.contained_files import AGAIN, PackError
 from xattn.runtime.lru_cache import LRUCache
-from xattn.runtime.names import visible
+from xattn.runtime.names import visible, why
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
@@ -107,24 +107,19 @@ TEXT = """concat_ws(chr(10), fold(title), fold(image_id), fold(label_name), fold
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range here."""
+    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range here.
+
+    ``title`` is the name with what it means in plain words, for lists; ``about`` what it says and which
+    direction is better.
+    """
 
     key: str
     name: str
     low: float
     high: float
-    higher_is_better: bool | None = None
     formula: str = ""
-
-    @property
-    def title(self) -> str:
-        """The name with what it means in plain words, for lists."""
-        return self.name if self.key in MEASURES else named_metric(self.key)
-
-    @property
-    def about(self) -> str:
-        """What it says and which direction is better, in plain words."""
-        return "" if self.key in MEASURES else metric_about(self.key, self.higher_is_better)
+    title: str = ""
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -360,11 +355,11 @@ class MapsTable:
         methods = self.answer(
             "SELECT method, bool_or(sanity) FROM entries GROUP BY method ORDER BY min(rowid)"
         )
-        described: dict[str, tuple[str, bool | None, str]]
-        described = {key: (name, None, "") for key, name in MEASURES.items()}
+        described = {key: (name, "", name, "") for key, name in MEASURES.items()}
         for m in pack.metrics:
             if m.key not in MEASURES and m.key not in SORTS:
-                described[m.key] = (m.key, m.higher_is_better, m.formula)
+                about = directed(m.about, m.higher_is_better)
+                described[m.key] = (m.key, m.formula, named(m.key, m.title), about)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
             own = source == "images"  # a metric may have the name of an image's column
@@ -374,8 +369,8 @@ class MapsTable:
                 (found,) = self.answer(f"SELECT {query} FROM {source}")
                 ends |= dict(zip(keys, zip(found[::2], found[1::2], strict=True), strict=True))
         measures = {
-            key: Measure(key, name, ends[key][0], ends[key][1], better, formula)
-            for key, (name, better, formula) in described.items()
+            key: Measure(key, name, ends[key][0], ends[key][1], *rest)
+            for key, (name, *rest) in described.items()
             if ends[key][0] is not None
         }
         ((judged, several),) = self.answer(

@@ -318,12 +318,12 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         wrong = "low, high: this pack has no measure; the range is not used."
     elif found.get("low", -math.inf) > found.get("high", math.inf):
         wrong = f"low, high: {found['low']:g} is above {found['high']:g}; no range is used."
-    if wrong or (
-        params.get("measure") and "measure" not in found
-    ):  # of a measure that is not there
+    if wrong:
+        messages.append(wrong)
+    of_another = bool(params.get("measure")) and "measure" not in found
+    if wrong or of_another:
         found.pop("low", None)
         found.pop("high", None)
-    messages += [wrong] if wrong else []
     return replace(usual, **found), messages
 
 

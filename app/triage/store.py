@@ -2,8 +2,8 @@
 
 Every change is a row of a journal, so that a person can undo and redo their own changes while others work
 on the same file. A transaction lasts as long as one change; whoever finds the file locked waits. The file
-appears with the first change. It may come from anybody: another layout is refused (its tables are strict,
-so each column holds what it says), and values are bound.
+appears with the first change. It may come from anybody: another layout is refused, values are read as what
+their column is to hold, and values are bound.
 
 A step is what a person did at once, perhaps to many photos: a row of the journal for each field that it
 changed, with the value before and after. Undoing a step leaves alone what somebody else has changed since.
@@ -27,6 +27,11 @@ from xattn.runtime.names import encodable, visible
 JOURNAL_ROWS = 500_000  # that are kept; older steps can no longer be undone
 MOST_AT_ONCE = 100_000  # photos that one step changes
 DONE, UNDONE, LEFT = 0, 1, 2  # states of a step; one that is left can no longer be redone
+# The file's schema is checked, but not that its columns hold what they say.
+_RATING = "max(0, min(CAST(rating AS INTEGER), 5))"
+_COUNTS = "SELECT CAST(tag AS TEXT) AS name, count(*) FROM tags GROUP BY name ORDER BY name"
+_KEYS = "SELECT key, CAST(tag AS TEXT) FROM keys WHERE key BETWEEN 1 AND 9 ORDER BY key"
+_SLICES = "SELECT CAST(name AS TEXT), CAST(view AS TEXT) FROM slices ORDER BY name"
 _FEW = 500  # photos that are asked for by their ids
 
 
@@ -66,7 +71,7 @@ class Change(NamedTuple):
 
 def revision(base: sqlite3.Connection) -> str:
     """The file's own name and a number that every change raises."""
-    query = "SELECT value FROM about WHERE name IN ('file', 'revision') ORDER BY name"
+    query = "SELECT CAST(value AS TEXT) FROM about WHERE name IN ('file', 'revision') ORDER BY name"
     return "-".join(value for (value,) in base.execute(query))
 
 
@@ -78,10 +83,10 @@ def raise_revision(base: sqlite3.Connection) -> None:
 def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Mark]:
     """The marks of these photos, those that have any."""
     tags: dict[str, list[str]] = {}
-    for image_id, tag in _rows_of(base, "SELECT image_id, tag FROM tags", image_ids):
+    for image_id, tag in _rows_of(base, "SELECT image_id, CAST(tag AS TEXT) FROM tags", image_ids):
         tags.setdefault(image_id, []).append(tag)
-    notes = dict(_rows_of(base, "SELECT image_id, note FROM notes", image_ids))
-    ratings = dict(_rows_of(base, "SELECT image_id, rating FROM ratings", image_ids))
+    notes = dict(_rows_of(base, "SELECT image_id, CAST(note AS TEXT) FROM notes", image_ids))
+    ratings = dict(_rows_of(base, f"SELECT image_id, {_RATING} FROM ratings", image_ids))
     return {
         i: Mark(tuple(sorted(tags.get(i, ()))), notes.get(i, ""), ratings.get(i, 0))
         for i in dict.fromkeys(image_ids)
@@ -249,7 +254,7 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many photos each tag has, by name."""
-        return self._pairs("SELECT tag, count(*) FROM tags GROUP BY tag ORDER BY tag", MOST_TAGS)
+        return self._pairs(_COUNTS, MOST_TAGS)
 
     def photos(
         self, tags: Sequence[str] = (), rating: int | None = None, note: bool = False
@@ -273,11 +278,11 @@ class Store:
         """The tags of the keys 1 to 9."""
         if not self._there():
             return dict(DEFAULT_KEYS)
-        return self._pairs("SELECT key, tag FROM keys ORDER BY key", len(KEYS))
+        return self._pairs(_KEYS, len(KEYS))
 
     def slices(self) -> dict[str, str]:
         """The saved slices, by name: the text of each one's view."""
-        return self._pairs("SELECT name, view FROM slices ORDER BY name", MOST_SLICES)
+        return self._pairs(_SLICES, MOST_SLICES)
 
     def _pairs(self, query: str, most: int) -> dict[Any, Any]:
         """The first rows of an answer with two columns."""

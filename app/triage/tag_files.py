@@ -22,10 +22,11 @@ from weakref import WeakKeyDictionary, ref
 
 import streamlit as st
 
-from xattn.app.state import counted, plain
+from xattn.app.state import plain
 from xattn.app.triage import maps_table
 from xattn.app.triage.maps_table import MapsTable
 from xattn.app.triage.store import Store, TagsError, Undone, identity
+from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

@@ -123,6 +123,12 @@ def downloaded(page: Any, button: Any) -> Any:
     return got.value
 
 
+def data(app: Any, key: str) -> Any:
+    """What the component with this key was given, of an ``AppTest``."""
+    [element] = [e for e in app.get("bidi_component") if e.proto.id.endswith(f"-{key}")]
+    return json.loads(element.proto.json)
+
+
 def shot(page: Any, name: str) -> None:
     """The page is no wider than its screen; a screenshot goes into the folder that XATTN_SCREENS names."""
     wide = page.get_by_test_id("stMain").evaluate("e => e.scrollWidth - e.clientWidth")

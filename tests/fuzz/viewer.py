@@ -17,9 +17,9 @@ from fuzz.labels import nasty_json
 from fuzz.packs import pack_files
 from fuzz.states import edited, put
 from xattn.app.attention import view as attention_view
-from xattn.app.jobs.job_files import EXIT, JOB, JOBS, PROCESS, Spec
+from xattn.app.jobs.job_files import EXIT, JOB, PROCESS, Spec
 from xattn.app.jobs.jobs import Jobs
-from xattn.app.library import Library
+from xattn.app.library import JOBS, Library
 from xattn.app.serving import routes
 from xattn.app.serving.guard import Guard
 from xattn.app.triage import selection

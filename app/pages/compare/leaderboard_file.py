@@ -17,6 +17,7 @@ from xattn.eval.report.standings import Board, Standing
 from xattn.packs.contained_files import PackError
 from xattn.runtime import strict_json
 from xattn.runtime.lru_cache import LRUCache
+from xattn.runtime.names import why
 
 if TYPE_CHECKING:
     from xattn.app.library import Library
@@ -61,9 +62,8 @@ def parse(data: bytes) -> Board:
     except PackError:
         raise
     except Exception as error:  # of any kind: nothing in the file can be relied on
-        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise PackError(
-            f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {why}); "
+            f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {why(error)}); "
             f"run xattn compare again with the same arguments"
         ) from None
     return Board(results, table, warnings)
@@ -84,8 +84,6 @@ def _check(results: Results) -> None:
         results.info(column.metric).higher_is_better  # noqa: B018 - KeyError for an unknown metric
         if column.level is not None and not math.isfinite(column.level):
             raise ValueError("a level is no number")
-    if not isinstance(results.notes, dict):
-        raise TypeError("its notes are no table")
     for image in results.images:
         if not all(isinstance(text, str) for text in (image.id, image.target_name)):
             raise TypeError("an image has no name")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.app import components
-from xattn.app.state import counted, plain
+from xattn.app.state import plain
 from xattn.app.triage import selection, tag_files
 from xattn.app.triage.selection import NAMES, NOTES, RATINGS, Choices, View
 from xattn.app.triage.store import KEYS, MOST_AT_ONCE, TAG_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
-from xattn.runtime.names import visible
+from xattn.runtime.names import counted, visible
 
 if TYPE_CHECKING:
     from xattn.app.triage.selection import Selection

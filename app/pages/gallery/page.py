@@ -22,7 +22,7 @@ from xattn.app.pages.gallery.filters import chips, toolbar
 from xattn.app.pages.gallery.marking import KEY, clear, from_widgets, go_to, to_widgets
 from xattn.app.pictures import export
 from xattn.app.pictures.rendering import Look, blank_maps, legends, overlay_url, photo_url
-from xattn.app.state import Context, counted, plain, short
+from xattn.app.state import Context, plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, NAMES, Choices, Selection, View
 from xattn.app.triage.store import SLICE_LENGTH, TagsError
@@ -31,7 +31,7 @@ from xattn.packs.contained_files import PackError
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
 from xattn.pictures.overlay import STYLES
-from xattn.runtime.names import visible
+from xattn.runtime.names import counted, visible
 
 if TYPE_CHECKING:
     from xattn.app.library import Library

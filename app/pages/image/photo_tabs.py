@@ -23,7 +23,7 @@ from xattn.app.pictures.rendering import overlay_url
 from xattn.app.state import plain, short
 from xattn.app.triage import selection, selection_files, tag_files
 from xattn.app.triage.selection import ALL, Selection, View
-from xattn.eval.metric_words import metric_about, named_metric
+from xattn.eval.metric_words import directed, named
 from xattn.photos.image_names import file_stem
 from xattn.pictures.explained import probability_text
 
@@ -238,7 +238,7 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
         with st.expander("Formulas and protocols"):
             for m in metrics:
                 st.text(
-                    f"{named_metric(m.key)}. {_about(m)}\n{m.formula}; protocol {m.protocol_id}"
+                    f"{named(m.key, m.title)}. {_about(m)}\n{m.formula}; protocol {m.protocol_id}"
                 )
     names = list(dict.fromkeys(name for found in curves.values() for name in found))
     for i, name in enumerate(names):
@@ -251,7 +251,7 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
 
 
 def _about(metric: MetricInfo) -> str:
-    return metric_about(metric.key, metric.higher_is_better)
+    return directed(metric.about, metric.higher_is_better)
 
 
 def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:

@@ -26,10 +26,10 @@ from xattn.app.pictures.rendering import (
     photo_bytes,
     photo_url,
 )
-from xattn.app.state import Context, counted, plain
+from xattn.app.state import Context, plain
 from xattn.pictures.contact_sheet import legends_html
 from xattn.pictures.explained import probability_text
-from xattn.runtime.names import reason
+from xattn.runtime.names import counted, reason
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack

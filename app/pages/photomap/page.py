@@ -20,7 +20,7 @@ from xattn.app.pages.photomap.data import class_button, photos_grid, summary
 from xattn.app.pictures.rendering import PICTURE, data_uri, jpeg
 from xattn.app.state import Context, plain, short
 from xattn.app.triage import selection
-from xattn.eval.metric_words import named_metric
+from xattn.eval.metric_words import named
 from xattn.eval.report.photo_map.clusters import Cluster
 from xattn.eval.report.photo_map.pooled_maps import SIDE as CELLS_A_SIDE
 from xattn.eval.report.photo_map.projection import METHODS, offered
@@ -193,9 +193,9 @@ def _colours(pack: Pack, method: str) -> dict[str, str]:
     }
     found |= {key: name for key, name in MEASURED.items() if images[key].notna().any()}
     found |= {
-        key: named_metric(key.removeprefix("measure:"))
-        for key in images
-        if key.startswith("measure:") and images[key].notna().any()
+        key: named(m.key, m.title)
+        for m in pack.metrics
+        if (key := f"measure:{m.key}") in images and images[key].notna().any()
     }
     return found or {"one": "One colour"}
 

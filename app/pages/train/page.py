@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import streamlit as st
 
 from xattn.app import models, state
 from xattn.app.components import command, component, sent
-from xattn.app.jobs.job_files import JOBS, JobError, Spec
+from xattn.app.jobs.job_files import JobError, Spec
 from xattn.app.jobs.jobs import Job, Jobs
+from xattn.app.library import JOBS
 from xattn.app.navigation import address
 from xattn.app.pages.train.job_view import (
     EVERY,
@@ -177,7 +179,7 @@ def _no_photos(jobs: Jobs) -> None:
         "**No photos here yet.** Put a folder of photos into the folder that the viewer was started on, "
         "or start the viewer with another one:"
     )
-    st.code(f"xattn app {jobs.root} --data PHOTOS", language="sh")
+    command(f"xattn app {shlex.quote(str(jobs.root))} --data PHOTOS")
 
 
 def _model() -> str:

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from synthetic_packs import CLASSES, described, explanation, picture, small_pack
-from viewer_pages import checked
+from viewer_pages import checked, data
 
 from xattn.app import state
 from xattn.app.library import Library
@@ -82,12 +82,6 @@ def script():
     library = state.library()
     pack = library.open(st.query_params["pack"])
     image.page(Context(library, pack, st.query_params.to_dict()))
-
-
-def data(app, key):
-    """What the component with this key was given."""
-    [element] = [e for e in app.get("bidi_component") if e.proto.id.endswith(f"-{key}")]
-    return json.loads(element.proto.json)
 
 
 def cells(app, key="maps"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import CLASSES, described, explanation, picture, small_pack
+from viewer_pages import data
 
 from xattn.app import state
 from xattn.packs.writer import save_pack
@@ -52,12 +52,6 @@ def script():
     from xattn.app import main
 
     main._run(st.query_params["shown"])
-
-
-def data(app, key):
-    """What the component with this key was given."""
-    [element] = [e for e in app.get("bidi_component") if e.proto.id.endswith(f"-{key}")]
-    return json.loads(element.proto.json)
 
 
 def matrix(app):

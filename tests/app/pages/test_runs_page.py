@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +11,7 @@ pytest.importorskip("streamlit")
 
 from streamlit.testing.v1 import AppTest
 from synthetic_packs import CLASSES, described, explanation, picture, small_pack
+from viewer_pages import data
 
 from xattn.app import state
 from xattn.packs.writer import save_pack
@@ -70,8 +70,7 @@ def script():
 
 
 def cells(app, key):
-    [element] = [e for e in app.get("bidi_component") if e.proto.id.endswith(f"-{key}")]
-    return json.loads(element.proto.json)["cells"]
+    return data(app, key)["cells"]
 
 
 def test_the_headline_counts_what_turned(show):

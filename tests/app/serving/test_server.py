@@ -112,6 +112,13 @@ def test_port_0_takes_any_free_one() -> None:
     assert url("::1", 8501) == "http://[::1]:8501" and url("0.0.0.0", 1) == "http://127.0.0.1:1"
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_all_addresses_are_those_of_ipv4_too() -> None:
+    with bind(Address("::", 0)) as listener:
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_quietly_and_the_root_need_not_exist(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xattn.cli", "app", str(tmp_path / "none"), "--port", "0"]

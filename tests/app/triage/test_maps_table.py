@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from pandas.testing import assert_frame_equal
-from synthetic_packs import described, explanation, picture, small_pack
+from synthetic_packs import described, explanation, picture
 from viewer_pages import only
 
 from xattn.app.triage.maps_table import MapsTable
@@ -19,13 +19,6 @@ from xattn.app.triage.selection import Selection, defaults
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
-    small_pack(root / "pack", 9)
-    return only(root)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_series_equal
 from pandas_selection import make_table, select
-from synthetic_packs import CLASSES, METRICS, explanation, small_pack
+from synthetic_packs import CLASSES, METRICS, explanation
 from viewer_pages import only
 
 from xattn.app.pictures.rendering import COLOURS, SCALES
@@ -22,13 +22,6 @@ from xattn.app.triage.selection import ALL, NAMES, Selection, View, defaults, pa
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer, save_pack
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
-    small_pack(root / "pack", 9)
-    return only(root)
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +311,9 @@ VIEWS = st.builds(
     measure=st.sampled_from([*METRICS]),
     low=LIMITS,
     high=LIMITS,
+    tag=st.lists(st.sampled_from(["odd", "look again"]), unique=True).map(tuple),
+    rating=st.sampled_from(list(selection.RATINGS)),
+    note=st.sampled_from(list(selection.NOTES)),
 ).filter(lambda v: v.low is None or v.high is None or v.low <= v.high)
 
 

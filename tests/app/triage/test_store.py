@@ -188,6 +188,16 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
         store.toggle("ann", ["a"], "x")
 
 
+def test_numbers_out_of_range_are_not_shown(store, path):
+    store.toggle("ann", ["a"], "x")
+    known = store.keys()
+    with closing(sqlite3.connect(path)) as base, base:
+        base.executemany("INSERT INTO ratings VALUES (?, ?)", [("a", -3), ("b", 77)])
+        base.executemany("INSERT INTO keys VALUES (?, ?)", [(-1, "m"), (77, "k")])
+    assert store.marks(["a", "b"]) == {"a": Mark(("x",), "", 0), "b": Mark((), "", 5)}
+    assert store.keys() == known
+
+
 def test_hostile_text_is_text(store):
     store.change_tags("ann", [HOSTILE], [HOSTILE])
     store.set_note("ann", HOSTILE, f"{HOSTILE} \ud800")
