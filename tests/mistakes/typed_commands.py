@@ -93,7 +93,7 @@ MISTAKES = [
     Typed("merge {folder} {folder}", ("packs: ", "cannot be opened", "manifest.json")),
     Typed("merge {photo} {photo}", ("packs: ", "is no folder")),
     Typed("merge {folder} {folder} --ouput c", ("option: xattn merge has no --ouput", "--output")),
-    Typed("explain {photo} --overlays -1", ("overlays: got -1", "give 0 or more")),
+    Typed("explain {photo} --overlays -1", ("overlays: got -1", "give an int of at least 0")),
     Typed("explain {photo} --overlays two", ("overlays: got 'two'",)),
     # --import; tests/cli/test_imports.py has those with files
     Typed("list --import mine.py", ("import: mine.py does not exist", "give a Python file")),

@@ -11,6 +11,9 @@ from xattn.cli.checks import check_heads, check_images, saying
 from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Count, check_fields
 
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
 Images: TypeAlias = Annotated[tuple[str, ...], Argument(positional=True, metavar="PHOTOS")]
 
 
@@ -74,10 +77,6 @@ def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tup
     ``more`` are allowed, too."""
     with saying(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
-
-
-if TYPE_CHECKING:
-    from xattn.packs.reader import Pack
 
 
 def open_packs(folders: Sequence[Path]) -> list[Pack]:
