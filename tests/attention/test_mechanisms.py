@@ -729,7 +729,7 @@ def test_a_log_sum_exp_kept_without_gradient_serves_no_gradient():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name, options", [c for c in CASES if "backend" not in c.values[1]])
 def test_triton_equals_the_reference_forward_and_backward(name, options, prefix):
     grid = (3, 5)

@@ -67,12 +67,13 @@ for case in aot.cases():
 
 @needs_triton
 def test_a_kernel_that_spills_is_named_and_the_command_fails(tmp_path):
-    large = """
-import xattn.kernels.softmax.triton as t
-t.TILES["forward", True, False, True] = (128, 64, 1, 3)  # a single warp holds the tile
+    few_registers = """
+import triton
+compile = triton.compile
+triton.compile = lambda *given, options, **more: compile(*given, options={**options, "maxnreg": 24}, **more)
 """
     label = "softmax forward bf16 D=16 bias causal"
-    run = compile_in_a_process(large + bench(label), tmp_path)
+    run = compile_in_a_process(few_registers + bench(label), tmp_path)
     assert run.returncode == 2 and run.stdout.count("\n") == 4  # the table is complete
     assert f"{label} on A100 40 GB (sm_80) spills: stack" in run.stderr
 
