@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from xattn.cli.commands import COMMANDS
+from xattn.cli.entry import COMMANDS
 from xattn.cli.model import BackboneArgs
 from xattn.runtime.arguments import Option, options_of
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from xattn.attention import fit_static
 from xattn.backbone import Backbone, converted
-from xattn.backbone.transformers_networks import TransformersBlock
+from xattn.backbone.families.transformers_networks import TransformersBlock
 from xattn.correlation import spearman
 from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from reader_folder import train_shortly, write_folder
 
-from xattn.cli.commands import COMMANDS, main
+from xattn.cli.entry import COMMANDS, main
 from xattn.cli.imports import take_imports
 from xattn.runtime.arguments import choose
 

@@ -17,7 +17,7 @@ _EXPORTS = {
     "Taps": "xattn.backbone",
     "TapModule": "xattn.backbone",
     "load_backbone": "xattn.backbone",
-    "load_clip": "xattn.backbone.clip",
+    "load_clip": "xattn.backbone.families.clip",
     "Target": "xattn.backbone.targets",
     "at_mask": "xattn.backbone.targets",
     "at_point": "xattn.backbone.targets",
@@ -110,7 +110,7 @@ if TYPE_CHECKING:
         load_backbone,
         load_conversion,
     )
-    from xattn.backbone.clip import load_clip
+    from xattn.backbone.families.clip import load_clip
     from xattn.backbone.similarity import similarity_to
     from xattn.backbone.targets import Target, at_mask, at_point
     from xattn.blocks import register_block

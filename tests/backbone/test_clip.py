@@ -7,7 +7,7 @@ from small_clip import pair
 from small_networks import PAIRS, cheap, made
 
 import xattn
-from xattn.backbone.clip import Clip
+from xattn.backbone.families.clip import Clip
 from xattn.backbone.scored import scored
 
 pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from torch import nn
 
 import xattn
 from xattn import load_backbone
-from xattn.backbone.hooked import HookedClassifier
+from xattn.backbone.families.hooked import HookedClassifier
 from xattn.explainers import create_explainer
 from xattn.heads import create_head
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import xattn
 from xattn import load_backbone
-from xattn.backbone.adapters import from_torchvision
+from xattn.backbone.families.traced import from_torchvision
 from xattn.explainers import create_explainer
 
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -11,7 +11,7 @@ from PIL import Image
 
 import xattn
 from xattn import TrainConfig, create_head, load_backbone
-from xattn.backbone.adapters import from_torchvision
+from xattn.backbone.families.traced import from_torchvision
 from xattn.cli import main
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer

@@ -11,7 +11,7 @@ from PIL import Image
 
 from xattn import TrainConfig, create_explainer, create_head, explain, fit, load_backbone
 from xattn.attention import record
-from xattn.backbone.transformers_models import is_transformers, preprocessing_of_processor
+from xattn.backbone.families.transformers_models import is_transformers, preprocessing_of_processor
 from xattn.cli import main
 from xattn.eval.sanity import qk_randomized_backbone
 from xattn.explainers import base as explainers

@@ -10,8 +10,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from xattn.cli import bench as command
-from xattn.cli.bench import JOBS, Bench
+from xattn.cli.commands import bench as command
+from xattn.cli.commands.bench import JOBS, Bench
 
 NAMES = get_args(get_args(get_type_hints(Bench, include_extras=True)["job"])[0])
 ASKED = {

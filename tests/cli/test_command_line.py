@@ -15,7 +15,7 @@ from PIL import Image
 
 import xattn
 from xattn.cli import main
-from xattn.cli.commands import COMMANDS
+from xattn.cli.entry import COMMANDS
 from xattn.runtime.arguments import choose, options_of
 
 MODEL = "-b test_resnet --weights random --input-size 64 --device cpu"
@@ -118,7 +118,7 @@ def test_a_pipe_that_closes_during_a_command_is_no_error(monkeypatch, capsys):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(COMMANDS["list"], "run", closed)
-    monkeypatch.setattr("xattn.cli.commands.reader_is_gone", lambda: True)
+    monkeypatch.setattr("xattn.cli.entry.reader_is_gone", lambda: True)
     assert main(["list"]) == 141
     assert capsys.readouterr().err == ""
 

@@ -17,7 +17,7 @@ from xattn.attention import (
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
-from xattn.cli.listing import ADDS, declared, measured, read_accuracy, registered
+from xattn.cli.commands.listing import ADDS, declared, measured, read_accuracy, registered
 
 
 @pytest.fixture

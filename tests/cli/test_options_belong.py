@@ -13,8 +13,8 @@ from training_runs import write_photos
 
 import xattn
 from xattn.cli import main
-from xattn.cli.bench import JOBS, Bench
-from xattn.cli.commands import COMMANDS
+from xattn.cli.commands.bench import JOBS, Bench
+from xattn.cli.entry import COMMANDS
 from xattn.config import DistillConfig, ProbeConfig, PruneConfig, TrainConfig
 from xattn.runtime.arguments import check_read, options_of, parse
 from xattn.runtime.option_checks import Not

@@ -13,7 +13,7 @@ from PIL import Image
 from training_runs import in_two_processes
 
 import xattn
-from xattn.cli.commands import main
+from xattn.cli.entry import main
 from xattn.packs.reader import Pack, load_pack
 
 

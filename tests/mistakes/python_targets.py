@@ -12,7 +12,7 @@ from torch import nn
 import xattn
 from mistakes.table import Mistake
 from xattn import Target, at_mask, at_point, create_explainer, load_clip, similarity_to
-from xattn.backbone.clip import Clip
+from xattn.backbone.families.clip import Clip
 from xattn.backbone.scored import scored
 
 

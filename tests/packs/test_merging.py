@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic_packs import described, explanation, picture
 
-from xattn.cli.commands import main
+from xattn.cli.entry import main
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.merging import merge_packs
 from xattn.packs.reader import Pack

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from xattn.backbone.adapters import UntraceableError, load_torchvision, traced_classifier
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.hooked import from_hooks
-from xattn.backbone.resizing import tile_positions as repeat_positions
-from xattn.backbone.segmentation import Segmenter, is_segmentation
-from xattn.backbone.taps import TapModule
-from xattn.backbone.timm_models import create_timm_model
-from xattn.backbone.transformers_models import (
+from xattn.backbone.families.hooked import from_hooks
+from xattn.backbone.families.timm_models import create_timm_model
+from xattn.backbone.families.traced import UntraceableError, load_torchvision, traced_classifier
+from xattn.backbone.families.transformers_models import (
     PREFIX,
     check_processor,
     from_transformers,
@@ -27,7 +24,10 @@ from xattn.backbone.transformers_models import (
     load_transformers,
     name_of,
 )
-from xattn.backbone.transformers_networks import TransformersNetwork
+from xattn.backbone.families.transformers_networks import TransformersNetwork
+from xattn.backbone.resizing import tile_positions as repeat_positions
+from xattn.backbone.segmentation import Segmenter, is_segmentation
+from xattn.backbone.taps import TapModule
 from xattn.photos.classes import Task, read_classes
 from xattn.photos.preprocessing import (
     LARGEST_SIDE,

@@ -230,7 +230,7 @@ def scored(backbone: Backbone, target: Any) -> View:
 
     Args:
         target: a function of the logits (B, K) that returns (B,), a :class:`Target`, or a text for an
-            image-text model (:mod:`xattn.backbone.clip`).
+            image-text model (:mod:`xattn.backbone.families.clip`).
 
     Raises:
         ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or

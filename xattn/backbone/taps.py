@@ -60,7 +60,7 @@ class TapModule(Protocol):
     :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
     ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
     output Grad-CAM reads) are used where present.
-    :func:`xattn.backbone.adapters.from_torchvision` makes one.
+    :func:`xattn.backbone.families.traced.from_torchvision` makes one.
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...

@@ -1,5 +1,5 @@
 """The command line: ``xattn train | probe | explain | evaluate | compare | parts | ...``."""
 
-from xattn.cli.commands import main
+from xattn.cli.entry import main
 
 __all__ = ["main"]

@@ -22,9 +22,9 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
+from xattn.backbone.families.transformers_networks import Projections, TransformersBlock
 from xattn.backbone.pooled_features import linear_classifier
 from xattn.backbone.taps import parse_tap
-from xattn.backbone.transformers_networks import Projections, TransformersBlock
 from xattn.heads.attentive import AttentiveHead
 from xattn.heads.probed import Probed
 from xattn.kernels.softmax.reference import widen

@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-from xattn.cli.bench import JOBS
+from xattn.cli.commands.bench import JOBS
 from xattn.eval.studies.__main__ import STUDIES
 from xattn.runtime.measuring import keep_rounds, keep_table, raw_rounds, times
 

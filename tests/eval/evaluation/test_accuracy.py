@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from xattn import load_backbone
-from xattn.cli.commands import main
+from xattn.cli.entry import main
 from xattn.eval.accuracy import measure_accuracy
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -25,7 +25,7 @@ from xattn.attention import (
 from xattn.attention.base import Entry
 from xattn.backbone import resized
 from xattn.backbone.conversion import WEIGHTS_FILE
-from xattn.cli.listing import measured, read_accuracy
+from xattn.cli.commands.listing import measured, read_accuracy
 from xattn.config import DistillConfig
 from xattn.correlation import spearman
 from xattn.eval.bootstrap import Interval

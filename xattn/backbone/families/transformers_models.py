@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from xattn.attention.model.convert import evaluating
-from xattn.backbone.transformers_networks import (
+from xattn.backbone.families.transformers_networks import (
     TransformersMaps,
     TransformersNetwork,
     TransformersViT,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone.adapters import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
+from xattn.backbone.families.traced import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
 from xattn.photos.preprocessing import channels_of
 from xattn.runtime.names import did_you_mean
 

@@ -35,7 +35,7 @@ class Commands(Mapping[str, type[Any]]):
     def __getitem__(self, name: str) -> type[Any]:
         if name not in NAMES:
             raise KeyError(name)
-        module = import_module(f"xattn.cli.{'listing' if name == 'list' else name}")
+        module = import_module(f"xattn.cli.commands.{'listing' if name == 'list' else name}")
         found: type[Any] = getattr(module, name.capitalize())
         return found
 

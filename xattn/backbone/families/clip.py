@@ -67,7 +67,7 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
             f"model: its activation {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}; put the "
-            f"towers together with xattn.backbone.clip.Clip(image_backbone, encode_text)"
+            f"towers together with xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
         )
     pooled = hasattr(vision, "head")
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and then replaced
@@ -93,7 +93,7 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
         tower,
         weights,
         "model: the weights of its image tower do not fit ({reason}); put the towers together with "
-        "xattn.backbone.clip.Clip(image_backbone, encode_text)",
+        "xattn.backbone.families.clip.Clip(image_backbone, encode_text)",
     )
     return tower.to(weights["norm.weight"])
 
@@ -255,7 +255,7 @@ def load_clip(
     if kind not in ("clip", "siglip") or not hasattr(model, "get_text_features"):
         raise ValueError(
             f"model: got {kind}; give transformers' CLIPModel or SiglipModel, or put other towers together "
-            f"with xattn.backbone.clip.Clip(image_backbone, encode_text)"
+            f"with xattn.backbone.families.clip.Clip(image_backbone, encode_text)"
         )
     if not callable(tokenizer):
         raise ValueError(
