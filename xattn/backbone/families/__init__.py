@@ -1,1 +1,1 @@
-"""Where networks come from: timm, ``transformers``, traced modules, modules with hooks, image-text models."""
+"""Where networks come from: timm, ``transformers``, traced modules, modules with hooks, CLIP."""

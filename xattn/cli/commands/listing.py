@@ -144,7 +144,7 @@ def registered(kind: str) -> dict[str, str]:
 def declared(kind: str) -> dict[str, str]:
     """The docstrings of the classes that the package's own files register, read and not run."""
     found: dict[str, str] = {}
-    for path in sorted(Path(__file__).parents[1].joinpath(kind).rglob("*.py")):
+    for path in sorted(Path(__file__).parents[2].joinpath(kind).rglob("*.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         for node in (node for node in body if isinstance(node, ast.ClassDef)):
             for call in node.decorator_list:
