@@ -173,6 +173,7 @@ def test_an_unknown_head_is_refused_before_any_work(photos):
     assert not (photos / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_small_study_ends_in_tables_and_goes_on(photos):
     config = ImageStudyConfig(
         backbones=("tf_efficientnet_lite0",),

@@ -278,6 +278,7 @@ def command(tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_read_and_new_methods_added(command, tmp_path, monkeypatch):
     args = HeadSanity(**command, output=tmp_path / "out")
     whole = check_heads(args, progress=False)

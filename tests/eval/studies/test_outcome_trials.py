@@ -79,7 +79,12 @@ def base_maps(backbone, paths, tables, images, tmp_path_factory):  # noqa: F811
     return made("base", run).attribute(images, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in TRIALS if name != "base"])
+OTHERS = [name for name in TRIALS if name != "base"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (i % 6 > 0)) for i, n in enumerate(OTHERS)]
+)
 def test_every_trial_gives_maps_of_its_own(name, run, images, base_maps):
     maps = made(name, run).attribute(images, 3)
     assert maps.isfinite().all() and maps.shape[:2] == (2, 1)
