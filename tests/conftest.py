@@ -74,3 +74,11 @@ def browser():
         pytest.skip("no Chromium; install Debian's chromium to run the viewer's browser tests")
     with served_viewer.browser() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def photo_vit(tmp_path_factory):
+    """Weights of a trained ViT, and photos of its classes: see ``photo_vit.write``."""
+    from photo_vit import write
+
+    return write(tmp_path_factory.mktemp("photo_vit"))

@@ -81,6 +81,9 @@ def run_all(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted) -> int:
     printed = [c for n, c in enumerate(printed) if c not in printed[:n]]
     chosen = [c for c in printed if wanted(c) and not starts(c, NOT_RUN)]
     for words in chosen:
+        if words[0] == "evaluate":  # four photos show as much as ten
+            for photo in folder.glob("photos/*/[2-4].jpg"):
+                photo.unlink()
         assert main(words) == 0, words
     return len(chosen)
 

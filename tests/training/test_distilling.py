@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photo_vit import NAME, NETWORK, SIDE
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_networks import made
@@ -448,6 +449,19 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     assert "mechanism: got none; name the one to train" in capsys.readouterr().err
     assert main([*distill, "--output", str(tmp_path / "run")]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_hedgehog_comes_nearer_to_the_rows_of_a_trained_vit_than_elu(tmp_path, photo_vit):
+    weights, photos = photo_vit
+    command = ["distill", *NETWORK, "--weights", str(weights), str(photos), "--epochs", "2"]
+    command += ["--mechanism", "hedgehog", "--layers", "10-11", "--workers", "0"]
+    assert main([*command, "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    before, after = (Closeness.of_record(report[key]) for key in ("before", "after"))
+    backbone = xattn.load_backbone(NAME, weights, input_size=SIDE)
+    _, kept = every_nth(open_photos(photos), 10)
+    elu = closeness(backbone, converted(backbone, "hedgehog", "10-11", {"feature": "elu"}), kept)
+    assert after.row_kl < 0.5 * before.row_kl and after.row_kl < elu.row_kl
 
 
 DATA = ROOT.parent / "shared" / "data"

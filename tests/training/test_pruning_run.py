@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from photo_vit import NETWORK
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -275,6 +276,20 @@ def test_bad_command_lines_are_one_line(command, capsys):
 
 
 # ---------------------------------------------------------------- a trained network
+
+
+def test_of_a_trained_vit_the_last_blocks_heads_can_go_and_all_heads_cannot(tmp_path, photo_vit):
+    weights, photos = photo_vit
+    accuracy = {}
+    for layers in ("11", "0-11"):
+        command = ["prune", *NETWORK, "--weights", str(weights), str(photos), "--epochs", "0"]
+        output = tmp_path / layers
+        assert main([*command, "--layers", layers, "--output", str(output)]) == 0
+        stages = json.loads((output / "network" / "prune.json").read_text())["results"]["stages"]
+        accuracy[layers] = stages["cut"]["accuracy"]["mean"]
+        assert stages["whole"]["accuracy"]["mean"] > 0.9
+    assert accuracy["11"] > 0.8 and accuracy["0-11"] < 0.5
+
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from matplotlib.collections import PathCollection
+from photo_vit import NAME
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -23,7 +24,7 @@ from xattn.attention import (
     mechanism_class,
 )
 from xattn.attention.base import Entry
-from xattn.backbone import resized
+from xattn.backbone import converted, resized
 from xattn.backbone.conversion import WEIGHTS_FILE
 from xattn.cli.commands.listing import measured, read_accuracy
 from xattn.config import DistillConfig
@@ -426,6 +427,28 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
         figures = {row["right"] for _, row in measured(accuracy, name)}
         assert said and (not figures or said <= figures | dense), (name, said, figures)
         assert not free or any(swap.name == name for swap in all_swaps())
+
+
+@pytest.mark.slow
+def test_what_is_called_training_free_keeps_most_of_the_accuracy_on_photos_of_packages(photo_vit):
+    weights, folder = photo_vit
+    backbone = load_backbone(NAME, weights, input_size=196)  # 14 x 14 patches, as at 224 px of 16
+    photos = [(int(p.parent.name), p) for p in sorted(folder.glob("*/*.png"))][::3]
+    images = torch.stack([prepare(load_image(p), backbone.preprocessing)[0] for _, p in photos])
+    labels = torch.tensor([label for label, _ in photos])
+
+    def right(network):
+        return (network.logits(images).argmax(1) == labels).float().mean().item()
+
+    free = [s for s in all_swaps() if mechanism_class(s.name).entry.training_free and s.share == 1]
+    assert len({swap.name for swap in free}) > 5
+    whole = right(backbone)
+    assert whole > 0.9
+    for swap in free:
+        kept = right(converted(backbone, swap.name, options=dict(swap.options)))
+        assert kept > 0.8 * whole, (swap.label, kept)
+    none = right(converted(backbone, "uniform", options={}))
+    assert none < 0.5, none
 
 
 @pytest.mark.slow
