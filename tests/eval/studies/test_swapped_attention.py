@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from matplotlib.collections import PathCollection
-from photo_vit import NAME
+from photo_vit import NAME, SIDE
 from small_transformers import tiny
 
 from xattn import load_backbone
@@ -432,7 +432,7 @@ def test_the_table_of_mechanisms_has_the_figures_that_were_measured():
 @pytest.mark.slow
 def test_what_is_called_training_free_keeps_most_of_the_accuracy_on_photos_of_packages(photo_vit):
     weights, folder = photo_vit
-    backbone = load_backbone(NAME, weights, input_size=196)  # 14 x 14 patches, as at 224 px of 16
+    backbone = resized(load_backbone(NAME, weights, input_size=SIDE), 196)  # 14 x 14 patches
     photos = [(int(p.parent.name), p) for p in sorted(folder.glob("*/*.png"))][::3]
     images = torch.stack([prepare(load_image(p), backbone.preprocessing)[0] for _, p in photos])
     labels = torch.tensor([label for label, _ in photos])
