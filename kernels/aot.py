@@ -26,6 +26,8 @@ OPS = (
 )  # fmt: skip
 """Folders of ``xattn.kernels`` with Triton kernels."""
 
+SIZES = ("any", "16", "1")
+"""What a launch compiles a kernel for: whole numbers of no divisor, multiples of 16, or all of them 1."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (16, 24, 32, 48, 64, 80, 96, 128)
 """Of heads; tiles are padded to powers of two, so each tile is met full and with a masked rest."""
@@ -58,7 +60,8 @@ class Target:
     tensor: float
     """Dense operations per second in bfloat16 or float16 with float32 sums."""
     single: float
-    """Operations per second in float32 outside the tensor cores, as with input_precision="ieee"."""
+    """Operations per second in float32, by its own units or by three products in TF32 ("tf32x3"),
+    whichever is faster."""
     bandwidth: float
     """Bytes per second."""
     shared: int
@@ -66,8 +69,10 @@ class Target:
 
 
 TARGETS = {
-    80: Target("A100 40 GB (sm_80)", 312e12, 19.5e12, 1.555e12, 163 * 1024),
-    90: Target("H100 SXM (sm_90)", 989e12, 67e12, 3.35e12, 227 * 1024),
+    80: Target("A100 40 GB (sm_80)", 312e12, 52e12, 1.555e12, 163 * 1024),
+    86: Target("A10 (sm_86)", 125e12, 31.2e12, 600e9, 99 * 1024),
+    90: Target("H100 SXM (sm_90)", 989e12, 165e12, 3.35e12, 227 * 1024),
+    120: Target("RTX 5090 (sm_120)", 209.5e12, 104.8e12, 1.792e12, 99 * 1024),
 }
 
 
@@ -76,6 +81,7 @@ class Report:
     """The resources of one kernel on one target; memory in bytes."""
 
     label: str
+    """Of the case, then its ``SIZES``."""
     capability: int
     registers: int
     """Per thread."""
@@ -127,10 +133,10 @@ def cases() -> Iterator[Case]:
         yield from importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases()
 
 
-def compile_case(case: Case, capability: int) -> Report:
-    """Compile for ``capability``, 80 or 90.
+def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
+    """Compile for ``capability``, one of ``TARGETS``, as a launch with ``sizes`` does, one of ``SIZES``.
 
-    Pointers count as aligned to 16 bytes, like PyTorch's, and sizes as divisible by nothing in particular.
+    Pointers count as aligned to 16 bytes, like PyTorch's.
 
     Raises:
         ValueError: Triton is missing, runs in its interpreter, or was installed without ``cuobjdump``.
@@ -140,13 +146,16 @@ def compile_case(case: Case, capability: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.kernel.arg_names
-    pointers = [i for i, name in enumerate(names) if case.signature[name].startswith("*")]
+    signature, constants = dict(case.signature), dict(case.constants)
+    divisible = []
+    for at, (name, kind) in enumerate(case.signature.items()):
+        whole = kind in ("i32", "i64")
+        if kind.startswith("*") or (whole and sizes == "16"):
+            divisible.append(at)
+        elif whole and sizes == "1":
+            signature[name], constants[name] = "constexpr", 1
     source = ASTSource(
-        case.kernel,
-        case.signature,
-        case.constants,
-        {(i,): [["tt.divisibility", 16]] for i in pointers},
+        case.kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in divisible}
     )
     compiled = triton.compile(
         source,
@@ -160,7 +169,7 @@ def compile_case(case: Case, capability: int) -> Report:
     cubin = compiled.asm["cubin"]
     registers, stack, static, local = resources(cubin, tool)
     return Report(
-        case.label,
+        f"{case.label}, sizes {sizes}",
         capability,
         registers,
         static + compiled.metadata.shared,
@@ -216,14 +225,21 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
 
 
 def bench(filter: str | None = None) -> Iterator[str]:
-    """Lines of the table of all kernels, or of those whose label contains each word of ``filter``.
+    """Lines of the table of all kernels, for all targets and sizes, or of those whose label, with "sm_80"
+    for the target, contains each word of ``filter``; then what each kernel spills.
 
     Raises:
-        ValueError: raised at the end if kernels fail :func:`check`, with their names.
+        ValueError: raised at the end if kernels fail :func:`check`.
     """
     _cuobjdump()
     words = (filter or "").split()
-    chosen = [case for case in cases() if all(word in case.label for word in words)]
+    chosen = [
+        (case, capability, sizes)
+        for case in cases()
+        for capability in TARGETS
+        for sizes in SIZES
+        if all(word in f"{case.label}, sizes {sizes} sm_{capability}" for word in words)
+    ]
     if not chosen:
         raise ValueError(
             f"filter: no kernel's label contains {filter!r}; try one of {', '.join(OPS)}"
@@ -231,14 +247,30 @@ def bench(filter: str | None = None) -> Iterator[str]:
     reports: list[Report] = []
 
     def compiled() -> Iterator[Report]:
-        for case in chosen:
-            for capability in TARGETS:
-                reports.append(compile_case(case, capability))
-                yield reports[-1]
+        for one in chosen:
+            reports.append(compile_case(*one))
+            yield reports[-1]
 
     yield from table(compiled())
+    yield ""
+    yield from by_kernel(reports)
     if failures := check(reports):
-        raise ValueError("; ".join(failures))
+        raise ValueError(
+            f"{len(failures)} of {len(reports)} compilations spill or need more shared memory than "
+            f"there is; the first: {failures[0]}"
+        )
+
+
+def by_kernel(reports: Iterable[Report]) -> Iterator[str]:
+    """Lines of a list: for each kernel, how many compilations spill, and the most bytes a thread."""
+    found: dict[str, list[int]] = {}
+    for report in reports:
+        name = re.split(r" (?:bf16|fp16|fp32)", report.label)[0]
+        found.setdefault(name, []).append(report.stack + report.local)
+    for name, spilled in found.items():
+        some = sum(count > 0 for count in spilled)
+        most = f"{some}, at most {max(spilled)} bytes" if some else "none"
+        yield f"- {name}: {len(spilled)} compilations, spills: {most}"
 
 
 def _cuobjdump() -> Path:

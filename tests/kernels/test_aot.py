@@ -31,38 +31,46 @@ def bench(filter):
 
 # Few of all cases, because compiling takes long: `xattn bench kernels --aot` compiles every one.
 SAMPLE = [
-    "softmax forward bf16 D=16",
-    "softmax dq fp32 D=80",
-    "block_sparse forward fp16 D=24 box",
-    "grouped dkv fp32 D=48",
-    "block_topk lse bf16 D=48",
-    "vecmat bf16 D=64 R=1",
-    "pooling scores bf16 D=768",
-    "covariance_solve rows bf16 D=16",
-    "local_linear forward fp32 D=32",
-    "softplus dq bf16 D=64",
-    "ragged_queries dkv bf16 D=64 causal",
+    ("softmax forward bf16 D=16", 80, "16"),
+    ("softmax dkv fp32 D=80", 86, "any"),
+    ("block_sparse forward fp16 D=24 box", 90, "1"),
+    ("block_sparse dkv bf16 D=64", 120, "16"),
+    ("grouped dkv fp32 D=48", 90, "any"),
+    ("block_topk lse bf16 D=48", 86, "16"),
+    ("block_topk topk fp32 D=32", 80, "1"),
+    ("vecmat bf16 D=64 R=1", 120, "1"),
+    ("vecmat fp32 D=16 R=16", 80, "16"),
+    ("pooling scores bf16 D=768", 90, "16"),
+    ("pooling spread fp32 D=768", 86, "1"),
+    ("covariance_solve rows bf16 D=16", 80, "any"),
+    ("local_linear forward fp32 D=32", 120, "16"),
+    ("softplus dq bf16 D=64", 90, "16"),
+    ("ragged_queries dkv bf16 D=64 causal", 90, "any"),
 ]
 
 
 @needs_triton
 def test_kernels_neither_spill_nor_need_more_shared_memory_than_there_is(tmp_path):
-    assert {label.split()[0] for label in SAMPLE} == {*aot.OPS}
+    assert {label.split()[0] for label, _, _ in SAMPLE} == {*aot.OPS}
+    assert {x for _, x, _ in SAMPLE} == {*aot.TARGETS} and {x for *_, x in SAMPLE} == {*aot.SIZES}
     code = f"""
 from xattn.kernels import aot
-for case in aot.cases():
-    if case.label in {SAMPLE}:
-        print(*aot.table(aot.compile_case(case, x) for x in aot.TARGETS), sep="\\n")
+cases = {{case.label: case for case in aot.cases()}}
+reports = [aot.compile_case(cases[label], *how) for label, *how in {SAMPLE}]
+print(*aot.table(reports), *aot.check(reports), sep="\\n")
 """
     run = compile_in_a_process(code, tmp_path)
     assert run.returncode == 0, run.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()]
-    rows = [row for row in rows if row[0] in SAMPLE]
-    assert sorted(row[0] for row in rows) == sorted(SAMPLE * len(aot.TARGETS))
-    for _, target, registers, shared, stack, local, cubin, microseconds in rows:
-        assert target in [t.name for t in aot.TARGETS.values()]
+    _, _, *rows = run.stdout.splitlines()
+    assert len(rows) == len(SAMPLE), rows  # a line more for each problem
+    for line, (label, capability, sizes) in zip(rows, SAMPLE, strict=True):
+        name, target, registers, shared, stack, local, cubin, microseconds = line.split("|")[1:-1]
+        assert (name.strip(), target.strip()) == (
+            f"{label}, sizes {sizes}",
+            aot.TARGETS[capability].name,
+        )
         assert 16 <= int(registers) <= 255 and 1 < float(cubin)
-        assert stack == local == "0" and float(shared) >= 0 and float(microseconds) > 0
+        assert int(stack) == int(local) == 0 and float(shared) >= 0 and float(microseconds) > 0
 
 
 @needs_triton
@@ -70,12 +78,16 @@ def test_a_kernel_that_spills_is_named_and_the_command_fails(tmp_path):
     few_registers = """
 import triton
 compile = triton.compile
-triton.compile = lambda *given, options, **more: compile(*given, options={**options, "maxnreg": 24}, **more)
+triton.compile = lambda *given, options, **more: compile(*given, options={**options, "maxnreg": 32}, **more)
 """
-    label = "softmax forward bf16 D=16 bias causal"
-    run = compile_in_a_process(few_registers + bench(label), tmp_path)
-    assert run.returncode == 2 and run.stdout.count("\n") == 4  # the table is complete
-    assert f"{label} on A100 40 GB (sm_80) spills: stack" in run.stderr
+    label = "softmax forward bf16 D=16 bias causal, sizes any"
+    run = compile_in_a_process(few_registers + bench(f"{label} sm_80"), tmp_path)
+    assert run.returncode == 2 and run.stdout.count("\n") == 5  # the table is complete
+    assert "- softmax forward: 1 compilations, spills: 1, at most" in run.stdout
+    assert (
+        f"1 of 1 compilations spill or need more shared memory than there is; the first: {label} on A100 40 GB (sm_80) spills: stack"
+        in run.stderr
+    )
 
 
 @needs_triton
@@ -114,6 +126,9 @@ def test_stack_local_and_shared_memory_are_checked_for_each_target():
         "A100 40 GB (sm_80) spills: stack 0, local 16 bytes",
         "A100 40 GB (sm_80) needs 166913 bytes of shared memory",
     ]
+    assert list(
+        aot.by_kernel([report(label="a b bf16 D=8"), report(label="a b fp32", stack=8)])
+    ) == ["- a b: 2 compilations, spills: 1, at most 8 bytes"]
     assert (
         list(aot.table([report()]))[2]
         == "| k | A100 40 GB (sm_80) | 64 | 1.0 | 0 | 0 | 2.0 | 3.00 |"
@@ -126,7 +141,7 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
 
     a100, h100 = aot.TARGETS[80], aot.TARGETS[90]
     assert aot.roofline(case("*bf16", 312e12, 1), a100) == 1
-    assert aot.roofline(case("*fp32", 67e12, 1), h100) == 1
+    assert aot.roofline(case("*fp32", h100.single, 1), h100) == 1
     assert aot.roofline(case("*bf16", 1, 3.35e12), h100) == 1
 
 
@@ -137,7 +152,8 @@ def test_the_roofline_is_the_slower_of_arithmetic_and_memory():
         (["--aot"], "TRITON_INTERPRET=1 replaces the compiler" if HAS_TRITON else "not installed"),
     ],
 )
-def test_the_command_says_what_it_needs(arguments, message, capsys):
+def test_the_command_says_what_it_needs(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["bench", "kernels", *arguments]) == 2
     assert message in capsys.readouterr().err
 
