@@ -32,8 +32,9 @@ $(VENV)/.browser: | $(BIN)/python
 	else echo "no Chromium, and no right to install it: its tests skip"; fi
 	@touch $@
 
+# XATTN_TEST_DEVICE=cuda make test: the tests of kernels and mechanisms, on that device.
 test: $(VENV)/.dev $(VENV)/.browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(XATTN_TEST_DEVICE),tests/kernels tests/attention/test_mechanisms.py)
 
 test-slow: $(VENV)/.dev $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile

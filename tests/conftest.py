@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter, and a run folder that another process holds."""
+"""Shared by all tests: Triton's interpreter or a device, and a run folder that another process holds."""
 
 import contextlib
 import os
@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, settings
 from xattn.runtime.process import keep_memory, sleep_while_waiting
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+DEVICE = os.environ.get("XATTN_TEST_DEVICE", "")
+if not DEVICE.startswith("cuda"):
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 sleep_while_waiting()  # before torch is imported
 keep_memory()  # as the command line does: networks on a CPU are several times faster
 # No example is judged by the clock: other programs may hold the machine up.
@@ -31,6 +33,10 @@ class _PlainRoot:
 
 def pytest_configure(config):
     config.pluginmanager.register(_PlainRoot())
+    if DEVICE:
+        import on_device
+
+        config.pluginmanager.register(on_device.Plugin(DEVICE))
 
 
 @pytest.hookimpl(optionalhook=True)
