@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_type
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import interpreted, own_precision
+from xattn.kernels.backend import interpreted, on_device, own_precision
 
 P = TypeVar("P", bound=NamedTuple)
 A = ParamSpec("A")
@@ -173,7 +173,7 @@ def _define_forward(
         p = problem(*values)
         if check is not None:
             check(p)
-        with own_precision(_given(p)):
+        with own_precision(_given(p)), on_device(_given(p)):
             found = _path(name, p).forward(_single(p))
             if _lacks_bfloat16(p):
                 found = [x.to(y.dtype) for x, y in zip(found, empty(p), strict=True)]
@@ -197,7 +197,7 @@ def _define_backward(op: _Op) -> None:
         grads, found, wanted = values[:n], values[n:first], values[-1]
         p = problem(*values[first:-1])
         names = _names(gradients, wanted)
-        with own_precision(_given(p)):
+        with own_precision(_given(p)), on_device(_given(p)):
             by_field = _path(name, p).backward(_single(p), found, _single(p, grads), names)
         return [
             by_field[field].to(getattr(p, field).dtype).contiguous()

@@ -5,10 +5,8 @@ Inlined where they are called. Scores are in base 2: multiplied by log2 e, so th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -98,15 +96,3 @@ def softmax_weights(s, lse):
 def padded(width: int) -> int:
     """The width of a tile: a power of two of at least 16."""
     return max(16, triton.next_power_of_2(width))
-
-
-def supported(x: Tensor, widest: int | None = 256) -> Tensor:
-    """``x``, if kernels take its dtype and width; else a ``ValueError``."""
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if not known or (widest is not None and x.shape[-1] > widest):
-        limit = "" if widest is None else f" of at most {widest}"
-        raise ValueError(
-            f"backend='triton': got {x.dtype} of width {x.shape[-1]}; give float32, float16 or "
-            f"bfloat16{limit}, or use backend='cpu'"
-        )
-    return x

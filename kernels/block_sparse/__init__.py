@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
 from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
 from xattn.kernels.block_sparse.reference import Problem
@@ -93,7 +93,7 @@ def block_sparse_attention(
     low, high, position, dilation = (None, None, None, ()) if box is None else box
     return Problem(
         q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block,
-        score_scale(scale, q), choose(backend, q.device),
+        score_scale(scale, q), choose(backend, q.device, q.dtype, too_wide(128, q, v)),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.checks import (
@@ -93,7 +93,7 @@ def block_topk(
     p = Problem(
         q.detach(), k.detach(), forced, within, visible, table, lse, s, q_block, reduce, softmax,
         window, pooling, children or 1,
-        score_scale(scale, q), choose(backend, q.device),
+        score_scale(scale, q), backend,
     )  # fmt: skip
     _check_reductions(p)
     _check_lists(p)
@@ -102,7 +102,13 @@ def block_topk(
             f"children: got {children}; give the number of candidates of a parent with within, and "
             f"only then"
         )
-    return _op(p)
+    limit = too_wide(128, q)
+    if min(s, p.candidates) > LONGEST:
+        limit = f"got s = {s}; give at most {LONGEST}, or use 'auto'"
+    return _op(p._replace(backend=choose(backend, q.device, q.dtype, limit)))
+
+
+LONGEST = 256  # list that a program of the kernels holds
 
 
 def _check_reductions(p: Problem) -> None:

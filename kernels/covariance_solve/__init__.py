@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.checks import check_attention, score_scale
 from xattn.kernels.covariance_solve.reference import Problem
 from xattn.kernels.op import register
@@ -77,7 +77,7 @@ def covariance_solve(
     return _op(
         Problem(
             q, k, features, lse, mean, right, ridge, score_scale(scale, q), causal, iterations,
-            float(tolerance), choose(backend, q.device),
+            float(tolerance), choose(backend, q.device, q.dtype, too_wide(256, q, features)),
         )
     )  # fmt: skip
 

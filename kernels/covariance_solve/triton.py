@@ -20,7 +20,7 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.tiles import load_tile, padded, softmax_weights, store_tile, supported
+from xattn.kernels.tiles import load_tile, padded, softmax_weights, store_tile
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
@@ -210,9 +210,9 @@ def forward(p: Problem) -> tuple[Tensor]:
 
 
 def _solve(p: Problem, right: Tensor) -> Tensor:
-    q, k = (widen(supported(x)).contiguous() for x in (p.q, p.k))  # half precision would spill
+    q, k = (widen(x).contiguous() for x in (p.q, p.k))  # half precision would spill
     features, lse, mean, right, ridge = (
-        x.contiguous() for x in (supported(p.features), p.lse, p.mean, right, p.ridge)
+        x.contiguous() for x in (p.features, p.lse, p.mean, right, p.ridge)
     )
     line = p.tolerance**2 * right.square().sum(-1)
     x, residual = torch.empty_like(right), torch.empty_like(lse)

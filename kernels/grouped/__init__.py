@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.block_sparse import check_lists
 from xattn.kernels.block_sparse.block_lists import check_index
 from xattn.kernels.checks import (
@@ -100,11 +100,10 @@ def grouped_attention(
             )
         check_floating("weight", weight, q)
         weight = weight.detach()
-    chosen = choose(backend, q.device)
-    if chosen == "triton" and k_block > LONGEST:
-        raise ValueError(
-            f"k_block: got {k_block}; Triton's kernels take at most {LONGEST}, use backend='cpu'"
-        )
+    limit = too_wide(128, q, v)
+    if k_block > LONGEST:
+        limit = f"got key blocks of {k_block} tokens; give at most {LONGEST}, or use 'auto'"
+    chosen = choose(backend, q.device, q.dtype, limit)
     return Problem(
         q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen
     )

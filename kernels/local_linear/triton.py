@@ -24,7 +24,7 @@ from xattn.kernels.covariance_solve.triton import (
     transposed_weights,
 )
 from xattn.kernels.local_linear.reference import Problem
-from xattn.kernels.tiles import load_tile, padded, store_tile, supported
+from xattn.kernels.tiles import load_tile, padded, store_tile
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
@@ -175,7 +175,7 @@ def backward(
 
 
 def _tensors(p: Problem) -> tuple[Tensor, ...]:
-    q, k, v, features = (supported(x).contiguous() for x in (p.q, p.k, p.v, p.features))
+    q, k, v, features = (x.contiguous() for x in (p.q, p.k, p.v, p.features))
     shift = (p.slope * p.mean).sum(-1)
     return q, k, v, features, p.lse.contiguous(), p.slope.contiguous(), shift
 

@@ -51,7 +51,7 @@ def softmax_pooling(
     if scale is None:
         scale = 1.0 if q is None else q.shape[-1] ** -0.5
     found: tuple[Tensor, Tensor] = _op(
-        Problem(q, k, v, bias, float(scale), choose(backend, v.device))
+        Problem(q, k, v, bias, float(scale), choose(backend, v.device, v.dtype))
     )
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.checks import check_attention, check_bias, score_scale
 from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import Problem, empty_outputs
@@ -54,4 +54,5 @@ def softmax_attention(
     """
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
-    return Problem(q, k, v, bias, score_scale(scale, q), causal, choose(backend, q.device))
+    path = choose(backend, q.device, q.dtype, too_wide(256, q, v))
+    return Problem(q, k, v, bias, score_scale(scale, q), causal, path)

@@ -25,7 +25,6 @@ from xattn.kernels.tiles import (
     softmax_step,
     softmax_weights,
     store_tile,
-    supported,
 )
 
 # (kernel, half precision, wider than 64, bias): rows and columns of a tile, warps, stages. As large as
@@ -265,7 +264,7 @@ class Lists(NamedTuple):
 
 def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
     """o and lse; with ``lists``, o = 0 and lse = -inf in all other rows."""
-    q, k, v = (supported(x).contiguous() for x in (p.q, p.k, p.v))
+    q, k, v = (x.contiguous() for x in (p.q, p.k, p.v))
     o = _output(q.new_empty(*q.shape[:3], v.shape[3]), lists, 0.0)
     lse = _output(q.new_empty(q.shape[:3], dtype=torch.float32), lists, -torch.inf)
     bias, strides = with_strides(p.bias, q, k)

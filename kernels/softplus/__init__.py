@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.checks import check_attention, check_positive
 from xattn.kernels.op import register, runs
 from xattn.kernels.softplus.reference import Problem, empty_outputs
@@ -66,5 +66,5 @@ def softplus_attention(
     check_positive(power=power)
     if not (0 <= offset <= 1 and 0 <= eps < 1):
         raise ValueError(f"offset, eps: got {offset}, {eps}; give an offset in [0, 1], a small eps")
-    path = choose(backend, q.device)
+    path = choose(backend, q.device, q.dtype, too_wide(128, q, v))
     return Problem(q, k, v, float(scale), power, float(offset), float(eps), causal, path)

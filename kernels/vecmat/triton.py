@@ -22,7 +22,7 @@ from xattn.kernels.softmax.triton import (
     transposed_scores,
     with_strides,
 )
-from xattn.kernels.tiles import load_tile, padded, softmax_weights, supported
+from xattn.kernels.tiles import load_tile, padded, softmax_weights
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
 
@@ -84,8 +84,8 @@ def vecmat_kernel(
 
 
 def forward(p: Problem) -> tuple[Tensor]:
-    q, k = (supported(x).contiguous() for x in (p.q, p.k))
-    v, g = (None if x is None else supported(x).contiguous() for x in (p.v, p.grad))
+    q, k = (x.contiguous() for x in (p.q, p.k))
+    v, g = (None if x is None else x.contiguous() for x in (p.v, p.grad))
     lse, r = p.lse.contiguous(), p.r if p.r.stride(-1) == 1 else p.r.contiguous()
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
     bias, strides = with_strides(p.bias, q, k)

@@ -676,6 +676,19 @@ def test_it_works_under_autocast(name, options):
 
 
 @pytest.mark.parametrize("name, options", CASES)
+def test_single_queries_and_keys_of_a_norm_are_rounded_under_autocast(name, options):
+    q, k, v = inputs(1, dtype=torch.float32)
+    layer, half = mechanism(name, options, torch.float32), torch.bfloat16
+    with torch.autocast("cpu", half):  # on a GPU norms give float32 there, projections bfloat16
+        mixed = layer.attend(given(q, k, v.to(half), prefix=1))
+        alike = given(q, k, v, prefix=1).replace(q=q.to(half), k=k.to(half), v=v.to(half))
+        assert torch.equal(mixed, layer.attend(alike))
+    exact = given(*inputs(1), prefix=1)
+    with torch.autocast("cpu", half):
+        assert exact.autocast() is exact
+
+
+@pytest.mark.parametrize("name, options", CASES)
 def test_half_precision_answers_in_single(name, options):
     q, k, v = inputs(1)
     layer = mechanism(name, options)

@@ -247,6 +247,7 @@ class Mechanism(nn.Module, ABC):
         self.check(inputs)
         if self.rotate is not None:
             inputs = rotated(self.rotate, inputs)
+        inputs = inputs.autocast()
         return inputs if self.entry.grouped else inputs.ungrouped()
 
     def check(self, inputs: Inputs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -48,6 +49,14 @@ class Inputs:
         x = None if self.x is None else self.x.detach()
         q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
         return replace(self, q=q, k=k, v=v, x=x, carried=None)
+
+    def autocast(self) -> Inputs:
+        """The same in the dtype of autocast where that is on: a GPU's leaves what norms give in float32."""
+        kind = self.q.device.type
+        if self.q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+            return self
+        half = torch.get_autocast_dtype(kind)
+        return replace(self, q=self.q.to(half), k=self.k.to(half), v=self.v.to(half))
 
     def ungrouped(self) -> Inputs:
         """The same with one key head for every query head."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from xattn.attention.inputs import spread_heads
-from xattn.kernels.backend import choose
+from xattn.kernels.backend import choose, too_wide
 from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
@@ -30,7 +30,6 @@ from xattn.kernels.vecmat import vecmat as softmax_vecmat
 TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float32
 FEW = 256  # below so many keys, leaving rows out saves no time
 LEAST = 16  # rows that are worth a thread
-WIDEST = 256  # of heads that the Triton kernels take
 
 
 class Operator(ABC):
@@ -313,8 +312,8 @@ class SoftmaxOperator(Operator):
             return False
         if self.backend != "auto":
             return True
-        fits = x.dtype != torch.float64 and max(self.q.shape[-1], x.shape[-1]) <= WIDEST
-        return fits and choose("auto", self.q.device) == "triton"
+        path = choose("auto", self.q.device, x.dtype, too_wide(256, self.q, x))
+        return path == "triton"
 
     def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
         """A X in the rows ``at`` of all heads' rows, ``counts`` of each, by PyTorch's own attention.
