@@ -5,8 +5,19 @@ Inlined where they are called. Scores are in base 2: multiplied by log2 e, so th
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def place(tiles):
+    """The line (batch and head, int64) and the tile, one of ``tiles`` a line, of this program.
+
+    Both lie on axis 0 of the grid, because CUDA ends the others at 65,535. The tiles of a line follow each
+    other, so that they find its keys in the cache.
+    """
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
 
 
 @triton.jit
@@ -41,6 +52,12 @@ def store_rows(base, rows, columns, width, value):
 
 
 @triton.jit
+def load_lse(at, inside):
+    """Log-sum-exps, -inf outside: as ``other`` of a load, -inf stops the compiler of Triton 3.2."""
+    return tl.where(inside, tl.load(at, mask=inside, other=0.0), float("-inf"))
+
+
+@triton.jit
 def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
     lane = tl.arange(0, TILE)
@@ -66,14 +83,14 @@ def own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, v, top, total, acc):
+def softmax_step(s, v, top, total, acc, PRECISION: tl.constexpr = "ieee"):
     """Scores ``s`` (rows, keys) and values ``v`` of some more keys join the running sums."""
     new = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(s - safe[:, None])
     keep = tl.exp2(top - safe)
     total = total * keep + tl.sum(p, 1)
-    return new, total, acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new, total, acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
 
 
 @triton.jit
@@ -91,6 +108,15 @@ def softmax_weights(s, lse):
     seen = lse != float("-inf")
     p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
     return tl.where(seen, p, 0.0)
+
+
+def precision() -> str:
+    """How kernels multiply float32: by three TF32 products, which are as exact as the float32 units and
+    several times faster, or by one where PyTorch's own products may."""
+    matmul = torch.backends.cuda.matmul
+    found = getattr(matmul, "fp32_precision", None)  # not before PyTorch 2.9
+    single = matmul.allow_tf32 if found is None else found == "tf32"
+    return "tf32" if single else "tf32x3"
 
 
 def padded(width: int) -> int:
