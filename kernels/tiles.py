@@ -73,13 +73,30 @@ def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def own_rows(N, Q_BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The query block of this program and its rows; -1 where there is none."""
-    tiles: tl.constexpr = (Q_BLOCK + ROWS - 1) // ROWS
-    block = tl.program_id(0) // tiles
-    inner = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    row = block * Q_BLOCK + inner
-    return block, tl.where((inner < Q_BLOCK) & (row < N), row, -1)
+def list_end(blocks, count):
+    """The number of entries of a list of ``count`` blocks up to the last that is not -1."""
+    end = 0
+    for start in range(0, count, 128):
+        entry = start + tl.arange(0, 128)
+        block = tl.load(blocks + entry, mask=entry < count, other=-1)
+        end = tl.maximum(end, tl.max(tl.where(block >= 0, entry + 1, 0)))
+    return end
+
+
+@triton.jit
+def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """What a program works on, if ``HEADS`` heads with one list share the rows of a tile.
+
+    The number of its first head among those of all images, its query block, and for each row the token
+    and the place of its query behind the first of that head; -1 where there is none.
+    """
+    tiles: tl.constexpr = (HEADS * Q_BLOCK + ROWS - 1) // ROWS
+    line, tile = place((N + Q_BLOCK - 1) // Q_BLOCK * tiles)
+    block, lane = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
+    token = block * Q_BLOCK + lane % Q_BLOCK
+    real = (lane < HEADS * Q_BLOCK) & (token < N)
+    row = tl.where(real, lane // Q_BLOCK * N + token, -1)
+    return line * HEADS, block, tl.where(real, token, -1), row
 
 
 @triton.jit

@@ -90,9 +90,9 @@ def block_sparse_attention(
     check_lists(q, k, index, q_block, bias)
     if box is not None:
         _check_box(box, q, k)
-    low, high, position, dilation = (None, None, None, ()) if box is None else box
+    low, high, position, dilation, rank, limit = box or (None, None, None, (), None, None)
     return Problem(
-        q, k, v, index, bias, low, high, position, list(dilation), q_block, k_block,
+        q, k, v, index, bias, low, high, position, rank, limit, list(dilation), q_block, k_block,
         score_scale(scale, q), choose(backend, q.device, q.dtype, too_wide(128, q, v)),
     )  # fmt: skip
 
@@ -129,3 +129,11 @@ def _check_box(box: Box, q: Tensor, k: Tensor) -> None:
         if x.shape != (rows, dimensions):
             raise ValueError(f"box.{name}: got shape {tuple(x.shape)}; give ({rows}, {dimensions})")
         check_int32(f"box.{name}", x, q)
+    for name, ranks, tokens in (("rank", box.rank, s), ("limit", box.limit, n)):
+        shape = (*q.shape[:2], tokens)
+        if ranks is not None and ranks.shape != shape:
+            raise ValueError(f"box.{name}: got shape {tuple(ranks.shape)}; give {shape}")
+        if ranks is not None:
+            check_int32(f"box.{name}", ranks, q)
+    if (box.rank is None) != (box.limit is None):
+        raise ValueError("box.rank, box.limit: got one of them; give both or none")

@@ -30,11 +30,14 @@ class Box(NamedTuple):
     """(S, n)"""
     dilation: tuple[int, ...]
     """n numbers of at least 1."""
+    rank: Tensor | None = None
+    """(B, H, S), of the keys. With it, a query sees in its box only keys whose rank is at most its limit,
+    and the key of its own number."""
+    limit: Tensor | None = None
+    """(B, H, N)"""
 
     def to(self, device: torch.device | str) -> Box:
-        return Box(
-            self.low.to(device), self.high.to(device), self.position.to(device), self.dilation
-        )
+        return Box(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
 def causal(n: int) -> Box:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.kernels.block_sparse.reference import Problem, inside, reduce_bias
+from xattn.kernels.block_sparse.reference import Problem, inside, ranked, reduce_bias
 from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
@@ -114,13 +114,13 @@ class Work:
         self.p = p
         batch, heads = p.q.shape[:2]
         key_heads, index, bias = p.k.shape[1], p.lists, p.bias
-        own = heads in (index.shape[1], 1 if bias is None else bias.shape[1])
+        own = heads in (x.shape[1] for x in (index, bias, p.rank) if x is not None)
         self.heads = heads if own else key_heads
         self.group = heads // self.heads
         self.counts = (index >= 0).sum(-1)
         if int(self.counts.min()) < index.shape[3]:  # holes go behind the entries
             index = index.gather(-1, (index < 0).byte().argsort(dim=-1, stable=True))
-        shared = index.shape[:2] == (1, 1)
+        shared = index.shape[:2] == (1, 1) and p.rank is None
         self.lines = batch * self.heads if shared else 1
         # First block of each (batch, head) among the blocks of all keys, and among those of biases.
         line = torch.arange(batch * self.heads, device=p.q.device)
@@ -138,6 +138,7 @@ class Work:
         )
         self.index = lists.flatten(0, 1)
         self.low, self.high = self._box_rows(p.low, 1), self._box_rows(p.high, 0)
+        self.limit = None if p.limit is None else self.rows(p.limit[..., None])[0, ..., 0]
         self.bias = None
         if bias is not None:
             full = widen(bias).to(wide(p.q.dtype)).expand(batch, *bias.shape[1:])
@@ -226,7 +227,7 @@ class Work:
         p, device, seen = self.p, self.index.device, None
         low, high, position = self.low, self.high, p.position
         s = p.k.shape[2]
-        if even and low is None and s % p.k_block == 0:
+        if even and low is None and p.rank is None and s % p.k_block == 0:
             return None
         if isinstance(problems, range):
             problems = torch.arange(problems.start, problems.stop, device=device)
@@ -241,6 +242,14 @@ class Work:
             at = position[keys.clamp(0, s - 1)]
             near = inside(low[block], high[block], at, p.dilation)
             near = near.repeat(1, self.group, 1)
+            seen = near if seen is None else seen & near
+        if p.rank is not None and self.limit is not None:
+            line = problems.div(p.query_blocks, rounding_mode="floor")
+            rank = p.rank.flatten(0, 1)[line[:, None], keys.clamp(0, s - 1)]
+            token = (problems % p.query_blocks * p.q_block)[:, None] + torch.arange(
+                p.q_block, device=device
+            )
+            near = ranked(rank, self.limit[problems], token, keys)
             seen = near if seen is None else seen & near
         if seen is None:
             return None

@@ -42,6 +42,10 @@ class Problem(NamedTuple):
     """(N, n) int32"""
     position: Tensor | None
     """(S, n) int32"""
+    rank: Tensor | None
+    """(B, H, S) int32"""
+    limit: Tensor | None
+    """(B, H, N) int32"""
     dilation: list[int]
     """n numbers"""
     q_block: int
@@ -81,10 +85,13 @@ def listed(p: Any) -> Tensor:
 
 
 def visible(p: Problem) -> Tensor:
-    """Whether key j is in J(i): bool (B or 1, heads of the lists, N, S)."""
+    """Whether key j is in J(i): bool (B or 1, heads of the lists or H, N, S)."""
     seen = listed(p).repeat_interleave(p.k_block, 3)[..., : p.k.shape[2]]
     if p.low is not None and p.high is not None and p.position is not None:
         seen = seen & inside(p.low, p.high, p.position, p.dilation)
+    if p.rank is not None and p.limit is not None:
+        token = torch.arange(p.q.shape[2], device=p.q.device)
+        seen = spread(seen, p.q) & ranked(p.rank, p.limit, token)
     return seen
 
 
@@ -99,6 +106,16 @@ def inside(low: Tensor, high: Tensor, position: Tensor, dilation: list[int]) -> 
         seen = one if seen is None else seen.logical_and_(one)
     assert seen is not None
     return seen
+
+
+def ranked(rank: Tensor, limit: Tensor, token: Tensor, key: Tensor | None = None) -> Tensor:
+    """The rule of ranks: (..., S) of keys and (..., N) of some queries to bool (..., N, S).
+
+    Args:
+        token: (..., N), the numbers of the queries; ``key``: (..., S), of the keys, 0, 1, ... by default.
+    """
+    key = torch.arange(rank.shape[-1], device=rank.device) if key is None else key
+    return (rank[..., None, :] <= limit[..., None]) | (key[..., None, :] == token[..., None])
 
 
 def reduce_bias(db: Tensor, bias: Tensor) -> Tensor:

@@ -17,14 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.block_sparse.block_lists import transpose_groups
+from xattn.kernels.block_sparse.block_lists import split_lists, transpose_groups
 from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.tiles import (
+    list_end,
     list_tokens,
+    load_lse,
     load_rows,
     own_rows,
     padded,
+    place,
+    precision,
     softmax_step,
     softmax_weights,
     store_rows,
@@ -56,52 +60,57 @@ def _inside(
 
 @triton.jit
 def _scores(
-    products, bias_ptr, low_ptr, high_ptr, position_ptr, rows, keys, seen, scale,
-    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
+    products, bias, low_ptr, high_ptr, position_ptr, rank, limit, tokens, keys, seen, scale,
+    HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr, DIMENSIONS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2, -inf where the key is not seen; rows and keys broadcast to the products."""
+    """Scores in base 2, -inf where the key is not seen; tokens and keys broadcast to the products."""
     s = products * (scale * 1.4426950408889634)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + keys, mask=keys >= 0, other=0.0).to(tl.float32)
-        s += bias * 1.4426950408889634
-    seen = seen & (rows >= 0) & (keys >= 0)
+        s += tl.load(bias + keys, mask=keys >= 0, other=0.0).to(tl.float32) * 1.4426950408889634
+    seen = seen & (tokens >= 0) & (keys >= 0)
     if DIMENSIONS > 0:
-        seen = _inside(low_ptr, high_ptr, position_ptr, rows, keys, seen, DIMENSIONS, D0, D1, D2)
+        seen = _inside(low_ptr, high_ptr, position_ptr, tokens, keys, seen, DIMENSIONS, D0, D1, D2)
+    if HAS_RANK:
+        own = tl.load(rank + keys, mask=keys >= 0, other=0)
+        seen = seen & ((own <= limit) | (keys == tokens))
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, o_ptr, lse_ptr,
-    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, rank_ptr, limit_ptr,
+    o_ptr, lse_ptr, stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(1).to(tl.int64)
+    line, block, tokens, rows = own_rows(N, Q_BLOCK, HEADS, ROWS)
     batch, head = line // H, line % H
-    key_line = batch * (H // GROUP) + head // GROUP
-    block, rows = own_rows(N, Q_BLOCK, ROWS)
+    key_line = line // GROUP
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
     q = load_rows(q_ptr + line * N * D, rows, d, D)
+    limit = tokens
+    if HAS_RANK:
+        limit = tl.load(limit_ptr + line * N + rows, mask=rows >= 0, other=0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
-    for start in range(0, L * K_BLOCK, COLUMNS):
+    for start in range(0, list_end(blocks, L) * K_BLOCK, COLUMNS):
         keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
         k = load_rows(k_ptr + key_line * S * D, keys, d, D)
         v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         s = _scores(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
-            rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, low_ptr, high_ptr,
+            position_ptr, rank_ptr + line * S, limit[:, None], tokens[:, None], keys[None, :],
+            every, scale, HAS_BIAS, HAS_RANK, DIMENSIONS, D0, D1, D2,
         )  # fmt: skip
-        top, total, acc = softmax_step(s, v, top, total, acc)
+        top, total, acc = softmax_step(s, v, top, total, acc, PRECISION)
     some = total > 0  # softmax_end, which needs lse before the store, would spill on sm_80
     store_rows(o_ptr + line * N * DV, rows, w, DV, acc / tl.where(some, total, 1.0)[:, None])
     lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
@@ -110,61 +119,72 @@ def forward_kernel(
 
 @triton.jit
 def dq_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, lse_ptr,
-    delta_ptr, dq_ptr, stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    g_ptr, q_ptr, k_ptr, v_ptr, index_ptr, bias_ptr, low_ptr, high_ptr, position_ptr, rank_ptr,
+    limit_ptr, lse_ptr, delta_ptr, dq_ptr, stride_ib, stride_ih, stride_bb, stride_bh,
+    H, N, S, L, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr, DIMENSIONS: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(1).to(tl.int64)
+    line, block, tokens, rows = own_rows(N, Q_BLOCK, HEADS, ROWS)
     batch, head = line // H, line % H
-    key_line = batch * (H // GROUP) + head // GROUP
-    block, rows = own_rows(N, Q_BLOCK, ROWS)
+    key_line = line // GROUP
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + block * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
     q = load_rows(q_ptr + line * N * D, rows, d, D)
     g = load_rows(g_ptr + line * N * DV, rows, w, DV)
-    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
+    lse = load_lse(lse_ptr + line * N + rows, rows >= 0)
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
+    limit = tokens
+    if HAS_RANK:
+        limit = tl.load(limit_ptr + line * N + rows, mask=rows >= 0, other=0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     every = tl.full([ROWS, COLUMNS], 1, tl.int1)
-    for start in range(0, L * K_BLOCK, COLUMNS):
+    for start in range(0, list_end(blocks, L) * K_BLOCK, COLUMNS):
         keys = list_tokens(blocks, start, L, S, K_BLOCK, COLUMNS)
         k = load_rows(k_ptr + key_line * S * D, keys, d, D)
         v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         s = _scores(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, low_ptr, high_ptr, position_ptr,
-            rows[:, None], keys[None, :], every, scale, HAS_BIAS, DIMENSIONS, D0, D1, D2,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, low_ptr, high_ptr,
+            position_ptr, rank_ptr + line * S, limit[:, None], tokens[:, None], keys[None, :],
+            every, scale, HAS_BIAS, HAS_RANK, DIMENSIONS, D0, D1, D2,
         )  # fmt: skip
-        products = tl.dot(g, tl.trans(v), input_precision="ieee")
+        products = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         ds = softmax_weights(s, lse[:, None]) * (products - delta[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale)
 
 
 @triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, pointer_ptr, queries_ptr, bits_ptr, bias_ptr, low_ptr, high_ptr,
-    position_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
-    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    g_ptr, q_ptr, k_ptr, v_ptr, pointer_ptr, queries_ptr, bits_ptr, unit_ptr, part_ptr, bias_ptr,
+    low_ptr, high_ptr, position_ptr, rank_ptr, limit_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LONGEST, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PACK: tl.constexpr, HAS_BIAS: tl.constexpr, DIMENSIONS: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WRITE: tl.constexpr,
+    PACK: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr,
+    DIMENSIONS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits."""
-    line = tl.program_id(1).to(tl.int64)
-    batch, key_head = line // (H // GROUP), line % (H // GROUP)
+    """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits.
+
+    With SPLIT for a part of their list, one of C, whose sums stand in a place of their own.
+    """
     span: tl.constexpr = K_BLOCK * PACK
     tiles: tl.constexpr = (span + COLUMNS - 1) // COLUMNS
-    unit = tl.program_id(0) // tiles
-    inner = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    line, tile = place(C * tiles)
+    batch, key_head = line // (H // GROUP), line % (H // GROUP)
+    own, inner = tile // tiles, (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    unit, places = own, S
+    if SPLIT:
+        unit, places = tl.load(unit_ptr + line * C + own), C * span
     key = unit * span + inner
     keys = tl.where((inner < span) & (key < S), key, -1)
+    out = tl.where(keys >= 0, own * span + inner, -1)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     k = load_rows(k_ptr + line * S * D, keys, d, D)
     v = load_rows(v_ptr + line * S * DV, keys, w, DV)
@@ -174,50 +194,55 @@ def dkv_kernel(
         head = key_head * GROUP + member
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
-        own = batch * stride_ib + (head // GROUP_I) * stride_ih
-        begin = tl.load(pointer_ptr + own * (M + 1) + unit)
-        count = tl.load(pointer_ptr + own * (M + 1) + unit + 1) - begin
-        queries, sets = queries_ptr + own * L + begin, bits_ptr + own * L + begin
+        own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
+        begin = tl.load(pointer_ptr + own_list * (M + 1) + unit)
+        count = tl.load(pointer_ptr + own_list * (M + 1) + unit + 1) - begin
+        if SPLIT:
+            before = tl.load(part_ptr + line * C + own) * LONGEST
+            begin, count = begin + before, tl.minimum(count - before, LONGEST)
+        queries, sets = queries_ptr + own_list * L + begin, bits_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, count * Q_BLOCK, ROWS):
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
             q = load_rows(q_ptr + query_line * N * D, rows, d, D)
             g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
-            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
+            lse = load_lse(lse_ptr + query_line * N + rows, rows >= 0)
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
+            limit = rows
+            if HAS_RANK:
+                limit = tl.load(limit_ptr + query_line * N + rows, mask=rows >= 0, other=0)
             seen = tl.full([COLUMNS, ROWS], 1, tl.int1)
             if PACK > 1:
                 entry = (start + tl.arange(0, ROWS)) // Q_BLOCK
                 bits = tl.load(sets + entry, mask=entry < count, other=0)
                 seen = ((bits[None, :] >> (inner // K_BLOCK)[:, None].to(tl.int64)) & 1) != 0
             s = _scores(
-                tl.dot(k, tl.trans(q), input_precision="ieee"), bias, low_ptr, high_ptr,
-                position_ptr, rows[None, :], keys[:, None], seen, scale,
-                HAS_BIAS, DIMENSIONS, D0, D1, D2,
+                tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, low_ptr, high_ptr,
+                position_ptr, rank_ptr + query_line * S, limit[None, :], rows[None, :],
+                keys[:, None], seen, scale, HAS_BIAS, HAS_RANK, DIMENSIONS, D0, D1, D2,
             )  # fmt: skip
-            products = tl.dot(v, tl.trans(g), input_precision="ieee")
+            products = tl.dot(v, tl.trans(g), input_precision=PRECISION)
             p = softmax_weights(s, lse[None, :])
             ds = p * (products - delta[None, :])
-            dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+            dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+            dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
             if WRITE:
                 db += tl.sum(ds, 1)
         if WRITE:
-            tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
-    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale)
-    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv)
+            tl.store(db_ptr + query_line * places + out, db, mask=out >= 0)
+    store_rows(dk_ptr + line * places * D, out, d, D, dk * scale)
+    store_rows(dv_ptr + line * places * DV, out, w, DV, dv)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     q, k, v = (x.contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    index, tile = p.lists.contiguous(), _tile("forward", p)
-    grid = (_programs(q.shape[2], p.q_block, tile["ROWS"]), q.shape[0] * q.shape[1])
-    forward_kernel[grid](
+    index, constants, tile = p.lists.contiguous(), _constants(p), _tile("forward", p)
+    forward_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
         q, k, v, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
-        q.shape[1], q.shape[2], k.shape[2], 0, index.shape[3], p.scale, **_constants(p), **tile,
+        q.shape[1], q.shape[2], k.shape[2], index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     return o, lse
 
@@ -233,60 +258,77 @@ def backward(
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
     index = p.lists.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    (batch, heads, n), (key_heads, s) = q.shape[:3], k.shape[1:3]
     write = p.bias is not None and "bias" in wanted
-    db = q.new_empty((batch, heads, s) if write else (1,), dtype=torch.float32)
+    db = q.new_empty((batch, heads, s) if write else (1, 1, 1), dtype=torch.float32)
     tensors, constants = _optional(p), _constants(p)
     tile = _tile("dq", p)
-    dq_kernel[_programs(n, p.q_block, tile["ROWS"]), batch * heads](
+    dq_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
         g, q, k, v, index, *tensors, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
-        heads, n, s, 0, index.shape[3], p.scale, **constants, **tile,
+        heads, n, s, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     tile = _tile("dkv", p)
     pack = _pack(tile, p.k_block)
     pointer, queries, bits = transpose_groups(index, p.key_blocks, pack)
-    span, lists = p.k_block * pack, (index.shape[1], 1)
-    grid = (_programs(s, span, tile["COLUMNS"]), batch * k.shape[1])
+    span, found = p.k_block * pack, {"k": dk, "v": dv} | ({"bias": db} if write else {})
+    parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
+    sums = {name: parts.places(x, span) for name, x in found.items()}
+    grid = (batch * key_heads * parts.count * triton.cdiv(span, tile["COLUMNS"]),)
     dkv_kernel[grid](
-        g, q, k, v, pointer, queries, bits, *tensors, lse, d, dk, dv, db,
-        *strides_of(index, lists, p.bias), heads, n, s, pointer.shape[2] - 1, queries.shape[2], p.scale,
-        **constants, **tile, PACK=pack, WRITE=write,
+        g, q, k, v, pointer, queries, bits, parts.unit, parts.part, *tensors, lse, d, sums["k"],
+        sums["v"], sums.get("bias", db), *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s,
+        pointer.shape[2] - 1, queries.shape[2], parts.count, parts.longest, p.scale,
+        **constants, **tile, PACK=pack, SPLIT=parts.split, WRITE=write,
     )  # fmt: skip
-    found = {"q": dq, "k": dk, "v": dv}
+    for name, x in found.items():
+        parts.add(sums[name], x)
     if write and p.bias is not None:
         found["bias"] = reduce_bias(db, p.bias)
-    return found
+    return found | {"q": dq}
 
 
 def compile_cases() -> Iterator[Case]:
-    """Each kernel at 16,384 tokens, reading 8 blocks of 64, and 32 of 16 with a bias and a box."""
+    """Each kernel at 16,384 tokens, reading 8 blocks of 64, 32 of 16 with a bias and a box, for 16 heads
+    of a key head 8 blocks of 64 by each query, and 256 keys up to a rank."""
     kernels = (forward_kernel, dq_kernel, dkv_kernel)
     for kernel, name, width in product(kernels, DTYPES, WIDTHS):
         if name != "fp16":
-            yield _case(kernel, name, width, 64, 8, None)
-        yield _case(kernel, name, width, 16, 32, [1, 2])
+            yield _case(kernel, name, width, (64, 64), 8)
+        yield _case(kernel, name, width, (16, 16), 32, [1, 2])
+        if name != "fp16" and width >= 64:
+            yield _case(kernel, name, width, (1, 64), 8, heads=16)
+            yield _case(kernel, name, width, (64, 1), 256, [1], ranked=True)
 
 
 def _case(
-    kernel: Any, name: str, width: int, block: int, s: int, dilation: list[int] | None
-) -> Case:
+    kernel: Any, name: str, width: int, blocks: tuple[int, int], s: int,
+    dilation: list[int] | None = None, heads: int = 1, ranked: bool = False,
+) -> Case:  # fmt: skip
     role = {forward_kernel: "forward", dq_kernel: "dq", dkv_kernel: "dkv"}[kernel]
     n, dtype = 16384, DTYPES[name]
-    q = torch.empty(1, 1, n, width, dtype=dtype, device="meta")
-    index = torch.empty(1, 1, n // block, s, dtype=torch.int32, device="meta")
+    q = torch.empty(1, heads, n, width, dtype=dtype, device="meta")
+    index = torch.empty(1, 1, n // blocks[0], s, dtype=torch.int32, device="meta")
     bias = None if dilation is None else q[..., 0]
-    p = Problem(q, q, q, index, bias, None, None, None, dilation or [], block, block, 1.0, "triton")
+    rank = [q[..., 0] if ranked else None] * 2
+    p = Problem(
+        q, q[:, :1], q[:, :1], index, bias, None, None, None, *rank, dilation or [], *blocks, 1.0,
+        "triton",
+    )  # fmt: skip
     options = _tile(role, p) | _constants(p)
     if role == "dkv":
-        options |= {"PACK": _pack(options, block), "WRITE": bias is not None}
+        pack = _pack(options, blocks[1])
+        options |= {"PACK": pack, "SPLIT": True, "WRITE": bias is not None}
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
+    kind = " heads" if heads > 1 else " rank" if ranked else "" if bias is None else " box"
     case = make_case(
-        kernel, name, options,
-        f"block_sparse {role} {name} D={width}" + ("" if bias is None else " box"),
-        2.0 * products * n * s * block * width,
-        float(tensors * n * width * dtype.itemsize),
+        kernel, name, options, f"block_sparse {role} {name} D={width}{kind}",
+        2.0 * products * heads * n * s * blocks[1] * width,
+        float(tensors * heads * n * width * dtype.itemsize),
         wide=("bias_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
-        integers=("index_ptr", "pointer_ptr", "queries_ptr", "low_ptr", "high_ptr", "position_ptr"),
+        integers=(
+            "index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "part_ptr", "low_ptr", "high_ptr",
+            "position_ptr", "rank_ptr", "limit_ptr",
+        ),
     )  # fmt: skip
     if "bits_ptr" in case.signature:
         case.signature["bits_ptr"] = "*i64"
@@ -314,7 +356,12 @@ _OTHER_TILES = {
     ("forward", False, 64, True): (32, 16, 8, 2),
     ("forward", False, 128, True): (32, 16, 8, 2),
     ("dq", False, 32, False): (32, 16, 8, 2),
-    ("dkv", False, 128, False): (32, 16, 8, 2),
+    ("dq", False, 64, False): (32, 32, 8, 2),
+    ("dq", False, 128, False): (16, 32, 8, 1),
+    ("dq", False, 128, True): (16, 16, 8, 2),
+    ("dkv", False, 64, False): (16, 16, 4, 2),
+    ("dkv", False, 128, False): (16, 16, 8, 2),
+    ("dkv", False, 128, True): (16, 16, 8, 1),
 }
 
 
@@ -324,7 +371,7 @@ def _tile(role: str, p: Problem) -> dict[str, int]:
     tile = _TILES[role, half, width > 64]
     rows, columns, warps, stages = _OTHER_TILES.get((role, half, width, len(p.dilation) > 0), tile)
     if role != "dkv":
-        rows = min(rows, max(16, triton.next_power_of_2(p.q_block)))
+        rows = min(rows, padded(p.q_block * shared_heads(p.q, p.k, p.lists, p.bias, p.rank)))
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
@@ -333,13 +380,23 @@ def _pack(tile: dict[str, int], k_block: int) -> int:
     return max(1, min(63, tile["COLUMNS"] // k_block))
 
 
-def _programs(tokens: int, block: int, tile: int) -> int:
-    return triton.cdiv(tokens, block) * triton.cdiv(block, tile)
+def shared_heads(q: Tensor, k: Tensor, *given: Tensor | None) -> int:
+    """How many query heads share the rows of a tile: those of a key head, if all of ``given``, such as
+    lists, have one head for them."""
+    group = q.shape[1] // k.shape[1]
+    return group if all(x is None or k.shape[1] % x.shape[1] == 0 for x in given) else 1
+
+
+def tiles_of_queries(p: Any, heads: int, rows: int) -> tuple[int]:
+    """The flat grid of :func:`~xattn.kernels.tiles.own_rows`."""
+    lines = p.q.shape[0] * p.q.shape[1] // heads
+    return (lines * p.query_blocks * triton.cdiv(p.q_block * heads, rows),)
 
 
 def _optional(p: Problem) -> tuple[Tensor, ...]:
     """The tensors to pass; for a missing one, of which the kernel has no use, ``q`` stands in."""
-    return tuple(p.q if x is None else x.contiguous() for x in (p.bias, p.low, p.high, p.position))
+    given = p.bias, p.low, p.high, p.position, p.rank, p.limit
+    return tuple(p.q if x is None else x.contiguous() for x in given)
 
 
 def _constants(p: Problem) -> dict[str, Any]:
@@ -349,10 +406,11 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
+        "HEADS": shared_heads(p.q, p.k, p.lists, p.bias, p.rank),
         "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block,
-        "HAS_BIAS": p.bias is not None,
-        "DIMENSIONS": len(p.dilation), "D0": d0, "D1": d1, "D2": d2,
+        "HAS_BIAS": p.bias is not None, "HAS_RANK": p.rank is not None,
+        "DIMENSIONS": len(p.dilation), "D0": d0, "D1": d1, "D2": d2, "PRECISION": precision(),
     }  # fmt: skip
 
 

@@ -40,7 +40,10 @@ def block_topk(
     q_block: int = 1,
     reduce: str = "sum",
     softmax: bool = False,
-    spread: tuple[int, int, int, str] | tuple[Tensor, str] | None = None,
+    spread: tuple[int, int, int, str]
+    | tuple[Tensor, str]
+    | tuple[Tensor, Tensor, str]
+    | None = None,
     forced: Tensor | None = None,
     within: Tensor | None = None,
     children: int | None = None,
@@ -61,7 +64,7 @@ def block_topk(
             candidates into those of M = (C + 2 padding - kernel) // stride + 1 blocks, which are the
             candidates from then on. Padding and hidden candidates do not count. Or (table, "max" |
             "sum" | "mean") with a table (M, f) int32 of the candidates that each block pools, -1 is
-            ignored: windows on a grid overlap in more than one direction.
+            ignored; or (table, weights, "sum") with weights (M, f), factors of their scores.
         forced: (B or 1, 1 or Hk, Mq, f) int32, candidates that are always taken, first and with score
             +inf; -1 is ignored.
         within: (B or 1, 1 or Hk, Mp, sp) int32, the choice of a coarser level; -1 is ignored. Query
@@ -83,15 +86,18 @@ def block_topk(
             a GPU only with ``XATTN_CHECK=1``).
     """
     table: Tensor | None = None
+    weight: Tensor | None = None
     window, pooling = [1, 1, 0], "max"
     if spread is not None and len(spread) == 2:
         table, pooling = spread
+    elif spread is not None and len(spread) == 3:
+        table, weight, pooling = spread
     elif spread is not None:
         *window, pooling = spread
     check_attention(q, k)
     check_positive(s=s, q_block=q_block)
     p = Problem(
-        q.detach(), k.detach(), forced, within, visible, table, lse, s, q_block, reduce, softmax,
+        q.detach(), k.detach(), forced, within, visible, table, weight, lse, s, q_block, reduce, softmax,
         window, pooling, children or 1,
         score_scale(scale, q), backend,
     )  # fmt: skip
@@ -138,6 +144,13 @@ def _check_lists(p: Problem) -> None:
             )
     if p.table is not None and (p.table.ndim != 2 or 0 in p.table.shape):
         raise ValueError(f"spread: got a table of shape {tuple(p.table.shape)}; give (M, f)")
+    if p.weight is not None:
+        if p.table is None or p.weight.shape != p.table.shape or p.pooling != "sum":
+            raise ValueError(
+                f"spread: got weights of shape {tuple(p.weight.shape)} and {p.pooling!r}; give those of "
+                f"the table and 'sum'"
+            )
+        check_floating("spread", p.weight, p.q)
     if p.lse is not None:
         if not p.softmax or p.lse.shape != p.q.shape[:3]:
             raise ValueError(

@@ -93,7 +93,7 @@ def _softmax_scores(p: Problem) -> Tensor:
     rows, c = p.query_blocks, p.k.shape[2]
     step = max(1, TILE // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
     out = p.q.new_empty(*p.k.shape[:2], rows, c)
-    each = p._replace(table=None, spread=[1, 1, 0])
+    each = p._replace(table=None, weight=None, spread=[1, 1, 0])
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         out[:, :, part] = _reduced_softmax(each.part(part))

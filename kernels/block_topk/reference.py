@@ -2,7 +2,8 @@
 
     t_ic = scale q_i . k_c                      or its softmax over the candidates c that i may see
     r_mc = sum, mean or max of t_ic over the queries i of block m and the heads of the group
-    r'_mj = max, sum or mean of r_mc over c in [j stride - padding, j stride - padding + kernel)
+    r'_mj = max, sum or mean of r_mc over c in [j stride - padding, j stride - padding + kernel),
+            or sum of w_jc r_mc over the c of a table
 
 and the s best j of each m: the forced ones first, then by descending score, ties to the lowest j.
 """
@@ -34,6 +35,8 @@ class Problem(NamedTuple):
     """(query blocks,) int32"""
     table: Tensor | None
     """(M, f) int32, the candidates that each of M blocks pools; in place of ``spread``"""
+    weight: Tensor | None
+    """(M, f), of the entries of ``table``"""
     lse: Tensor | None
     """(B, H, N)"""
     s: int
@@ -154,6 +157,7 @@ def pool(r: Tensor, p: Problem) -> Tensor:
         return r.amax(-1)
     seen = ~r.isneginf()
     count = seen.sum(-1)
+    r = r if p.weight is None else r * p.weight.to(r.dtype)
     total = torch.where(seen, r, 0.0).sum(-1)
     total = total / count.clamp(min=1) if p.pooling == "mean" else total
     return total.masked_fill(count == 0, -torch.inf)

@@ -22,43 +22,46 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
 from xattn.kernels.block_topk.reference import Problem
-from xattn.kernels.tiles import padded
+from xattn.kernels.tiles import padded, place, precision
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _products(q_ptr, k_ptr, rows, candidates, scale, D: tl.constexpr, WIDTH: tl.constexpr):
+def _products(
+    q_ptr, k_ptr, rows, candidates, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """scale q_i . k_c for some rows and candidates; -1 stands for zeros."""
     d = tl.arange(0, WIDTH)[None, :]
     at = rows[:, None].to(tl.int64) * D + d
     q = tl.load(q_ptr + at, mask=(rows[:, None] >= 0) & (d < D), other=0.0)
     at = candidates[:, None].to(tl.int64) * D + d
     k = tl.load(k_ptr + at, mask=(candidates[:, None] >= 0) & (d < D), other=0.0)
-    return tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+    return tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale
 
 
 @triton.jit
 def lse_kernel(
     q_ptr, k_ptr, visible_ptr, lse_ptr, H, N, C, scale,
     GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of each query over the candidates that it may see, in base 2."""
-    line = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    line, tile = place((N + ROWS - 1) // ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
     rows = tl.where(row < N, row, -1)
-    key_line = (line // H) * (H // GROUP) + (line % H) // GROUP
     limit = tl.full([ROWS], 0, tl.int32) + C
     if HAS_VISIBLE:
         limit = tl.load(visible_ptr + row // Q_BLOCK, mask=row < N, other=0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, C, COLUMNS):
+    keys = k_ptr + line // GROUP * C * D
+    for start in range(0, tl.minimum(C, tl.max(limit, 0)), COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         near = tl.where(c < C, c, -1)
-        t = _products(q_ptr + line * N * D, k_ptr + key_line * C * D, rows, near, scale, D, WIDTH)
+        t = _products(q_ptr + line * N * D, keys, rows, near, scale, D, WIDTH, PRECISION)
         t = tl.where((c < C)[None, :] & (c[None, :] < limit[:, None]), t, float("-inf"))
         t *= 1.4426950408889634
         new = tl.maximum(top, tl.max(t, 1))
@@ -76,6 +79,7 @@ def _reduced(
     q_ptr, k_ptr, lse_ptr, first, block, candidates, N, scale,
     GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, REDUCE: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(1, COLUMNS) scores of one query block, reduced over its queries and the heads of the group."""
     start = -float("inf") if REDUCE == "max" else 0.0
@@ -85,9 +89,9 @@ def _reduced(
         token = block * Q_BLOCK + lane % Q_BLOCK
         real = (lane < GROUP * Q_BLOCK) & (token < N)
         rows = tl.where(real, (lane // Q_BLOCK) * N + token, -1)
-        t = _products(q_ptr + first * N * D, k_ptr, rows, candidates, scale, D, WIDTH)
+        t = _products(q_ptr + first * N * D, k_ptr, rows, candidates, scale, D, WIDTH, PRECISION)
         if SOFTMAX:
-            lse = tl.load(lse_ptr + first * N + rows, mask=real, other=float("inf"))
+            lse = tl.load(lse_ptr + first * N + rows, mask=real, other=0.0)
             t = tl.exp2(tl.minimum(t * 1.4426950408889634 - lse[:, None], 115.0))
         if REDUCE == "max":
             out = tl.maximum(out, tl.max(tl.where(real[:, None], t, float("-inf")), 0))
@@ -120,28 +124,29 @@ def _insert(t, c, values, numbers):
 
 @triton.jit
 def topk_kernel(
-    q_ptr, k_ptr, lse_ptr, forced_ptr, within_ptr, visible_ptr, table_ptr, index_ptr, scores_ptr,
+    q_ptr, k_ptr, lse_ptr, forced_ptr, within_ptr, visible_ptr, table_ptr, weight_ptr,
+    index_ptr, scores_ptr,
     stride_fb, stride_fh, stride_wb, stride_wh, H, N, C, M, R, RATIO, CHILDREN, L, F, K, scale,
     GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LISTS: tl.constexpr, SLOTS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, POOLING: tl.constexpr,
     REDUCE: tl.constexpr, SOFTMAX: tl.constexpr, HAS_FORCED: tl.constexpr,
     HAS_WITHIN: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_TABLE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``LISTS`` of the R query blocks choose K of the M blocks that C candidates pool into.
 
     With REDUCE "none", q has one row per query block; otherwise LISTS is 1.
     """
-    line = tl.program_id(1).to(tl.int64)
-    heads = H // GROUP
+    heads, per_parent = H // GROUP, (RATIO + LISTS - 1) // LISTS
+    line, tile = place((R + RATIO - 1) // RATIO * per_parent)
     batch, head = line // heads, line % heads
-    per_parent = (RATIO + LISTS - 1) // LISTS
-    parent = tl.program_id(0) // per_parent
-    inner = (tl.program_id(0) % per_parent) * LISTS + tl.arange(0, LISTS)
+    parent = tile // per_parent
+    inner = (tile % per_parent) * LISTS + tl.arange(0, LISTS)
     block = parent * RATIO + inner
     real = (inner < RATIO) & (block < R)
     rows = tl.where(real, block, -1)
-    only = parent * RATIO + tl.program_id(0) % per_parent  # the query block if LISTS is 1
+    only = parent * RATIO + tile % per_parent  # the query block if LISTS is 1
     slot = tl.arange(0, SLOTS)[None, :] + tl.zeros([LISTS, SLOTS], tl.int32)
     # Padding slots (beyond K) never rank last, empty slots always do.
     values = tl.where(slot < K, float("-inf"), float("inf"))
@@ -156,6 +161,7 @@ def topk_kernel(
     limit = tl.full([LISTS], 0, tl.int32) + C
     if HAS_VISIBLE:
         limit = tl.load(visible_ptr + block, mask=real, other=0)
+    far = tl.max(limit, 0)
     keys = k_ptr + line * C * D
     count = M
     if HAS_WITHIN:
@@ -176,20 +182,26 @@ def topk_kernel(
             if HAS_TABLE:
                 c = tl.load(table_ptr + number * KERNEL + j, mask=number >= 0, other=-1)
             c = tl.where((number >= 0) & (c >= 0) & (c < C), c, -1)
-            if REDUCE == "none":
-                t = _products(q_ptr + line * R * D, keys, rows, c, scale, D, WIDTH)
-            else:
-                first = batch * H + head * GROUP
-                t = _reduced(
-                    q_ptr, keys, lse_ptr, first, only, c, N, scale,
-                    GROUP, Q_BLOCK, D, WIDTH, ROWS, COLUMNS, REDUCE, SOFTMAX,
-                )  # fmt: skip
-            seen = (c[None, :] >= 0) & (c[None, :] < limit[:, None])
-            pooled += seen.to(tl.float32)
-            if POOLING == "max":
-                total = tl.maximum(total, tl.where(seen, t, float("-inf")))
-            else:
-                total += tl.where(seen, t, 0.0)
+            if tl.max(((c >= 0) & (c < far)).to(tl.int32), 0) > 0:
+                if REDUCE == "none":
+                    near = _products(
+                        q_ptr + line * R * D, keys, rows, c, scale, D, WIDTH, PRECISION
+                    )
+                else:
+                    first = batch * H + head * GROUP
+                    near = _reduced(
+                        q_ptr, keys, lse_ptr, first, only, c, N, scale,
+                        GROUP, Q_BLOCK, D, WIDTH, ROWS, COLUMNS, REDUCE, SOFTMAX, PRECISION,
+                    )  # fmt: skip
+                if HAS_WEIGHT:
+                    at = weight_ptr + number * KERNEL + j
+                    near *= tl.load(at, mask=number >= 0, other=0.0)[None, :]
+                seen = (c[None, :] >= 0) & (c[None, :] < limit[:, None])
+                pooled += seen.to(tl.float32)
+                if POOLING == "max":
+                    total = tl.maximum(total, tl.where(seen, near, float("-inf")))
+                else:
+                    total += tl.where(seen, near, 0.0)
         if POOLING == "mean":
             total /= tl.maximum(pooled, 1.0)
         t = tl.where((pooled > 0) & real[:, None], total, float("-inf"))
@@ -223,19 +235,20 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     tile = _tile(q, min(p.s, m), p.linear)
     shapes = _shapes(group, p.q_block, q) | tile
     lse = q.new_empty((q.shape[:3] if p.softmax else (1,)), dtype=torch.float32)
-    given = p.forced, p.within, p.visible, p.table
+    weight = None if p.weight is None else p.weight.float()
+    given = p.forced, p.within, p.visible, p.table, weight
     lists = [None if x is None else x.contiguous() for x in given]
     passed = [q if x is None else x for x in lists]  # q stands in for a missing one
     if p.lse is not None:
         lse = torch.where(p.lse.isneginf(), 0.0, p.lse * LOG2_E).float().contiguous()
     elif p.softmax:
-        lse_kernel[triton.cdiv(n, tile["ROWS"]), q.shape[0] * heads](
-            q, k, passed[2], lse, heads, n, c, p.scale, HAS_VISIBLE=p.visible is not None,
-            **{x: y for x, y in shapes.items() if x in _LSE},
-        )  # fmt: skip
+        options = _lse_options(shapes, q)
+        lse_kernel[(triton.cdiv(n, options["ROWS"]) * q.shape[0] * heads,)](
+            q, k, passed[2], lse, heads, n, c, p.scale, HAS_VISIBLE=p.visible is not None, **options
+        )
     ratio = rows if p.within is None else -(-rows // p.within.shape[2])
-    grid = (-(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"]), k.shape[0] * k.shape[1])
-    topk_kernel[grid](
+    tiles = -(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"])
+    topk_kernel[(tiles * k.shape[0] * k.shape[1],)](
         q, k, lse, *passed, index, values, *_strides(lists[0]), *_strides(lists[1]),
         heads, n, c, m, rows, ratio, p.children, 1 if p.within is None else p.within.shape[3],
         1 if p.forced is None else p.forced.shape[3], index.shape[3], p.scale,
@@ -244,6 +257,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     if p.reduce == "mean" and members is not None:
         values = values / members
     missing = (0, p.s - index.shape[3])
+    if not missing[1]:
+        return index, values
     return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
 
 
@@ -258,27 +273,35 @@ def compile_cases() -> Iterator[Case]:
         options = _shapes(1, 64, q) | _tile(q, 16, linear)
         lists = None if linear else q  # stands for each of them
         table = None if linear else q.new_empty(256, 5)
+        pooling = "max" if linear else "sum"
         spread = [1, 1, 0]
         p = Problem(
-            q, q, lists, lists, lists, table, None, 16, 64, "sum", not linear, spread, "max", 1, 1.0,
-            "triton",
+            q, q, lists, lists, lists, table, table, None, 16, 64, "sum", not linear, spread, pooling,
+            1, 1.0, "triton",
         )  # fmt: skip
         kind, work = "topk", 2.0 * 256 * blocks * width
         if not linear:
             kind, work = "topk-softmax", 2.0 * 5 * n * 256 * width
             yield make_case(
-                lse_kernel, name, options | {"HAS_VISIBLE": True}, f"block_topk lse {name} D={width}",
+                lse_kernel, name, _lse_options(options, q) | {"HAS_VISIBLE": True},
+                f"block_topk lse {name} D={width}",
                 2.0 * n * blocks * width, float(size * width * (n + blocks)), wide=("lse_ptr",),
                 integers=integers,
             )  # fmt: skip
         yield make_case(
             topk_kernel, name, options | _options(p), f"block_topk {kind} {name} D={width}",
-            work, float(size * width * (q.shape[2] + blocks)), wide=("lse_ptr", "scores_ptr"),
-            integers=integers,
+            work, float(size * width * (q.shape[2] + blocks)),
+            wide=("lse_ptr", "weight_ptr", "scores_ptr"), integers=integers,
         )  # fmt: skip
 
 
-_LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "num_warps", "num_stages")
+def _lse_options(options: dict[str, int], q: Tensor) -> dict[str, int]:
+    """Those of the pass before, whose tiles hold more queries in half precision."""
+    rows = options["ROWS"] if q.dtype == torch.float32 else 64
+    return {name: options[name] for name in _LSE} | {"ROWS": rows}
+
+
+_LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "PRECISION", "num_warps", "num_stages")
 
 
 # (single precision, padded width, linear): columns and warps, where the usual ones spill.
@@ -307,7 +330,9 @@ def _tile(q: Tensor, s: int, linear: bool) -> dict[str, int]:
 
 def _shapes(group: int, q_block: int, q: Tensor) -> dict[str, int]:
     d = q.shape[-1]
-    return {"GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": padded(d)}
+    return {
+        "GROUP": group, "Q_BLOCK": q_block, "D": d, "WIDTH": padded(d), "PRECISION": precision(),
+    }  # fmt: skip
 
 
 def _options(p: Problem) -> dict[str, Any]:
@@ -317,6 +342,7 @@ def _options(p: Problem) -> dict[str, Any]:
         "REDUCE": "none" if p.linear else p.reduce, "SOFTMAX": p.softmax,
         "HAS_FORCED": p.forced is not None, "HAS_WITHIN": p.within is not None,
         "HAS_VISIBLE": p.visible is not None, "HAS_TABLE": p.table is not None,
+        "HAS_WEIGHT": p.weight is not None,
     }  # fmt: skip
 
 

@@ -91,8 +91,8 @@ class _Tensors(NamedTuple):
     def of(cls, p: Problem) -> tuple[Work, _Tensors]:
         work = Work(
             Lists(
-                p.q, p.k, p.v, p.lists, p.bias, None, None, None, [], p.q_block, p.k_block, p.scale,
-                p.backend,
+                p.q, p.k, p.v, p.lists, p.bias, None, None, None, None, None, [], p.q_block,
+                p.k_block, p.scale, p.backend,
             )
         )  # fmt: skip
         return work, cls(work.blocks(p.k), work.blocks(p.v), p.marks.reshape(-1, p.k.shape[3]))

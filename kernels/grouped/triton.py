@@ -16,16 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.block_sparse.block_lists import transpose_index
+from xattn.kernels.block_sparse.block_lists import split_lists, transpose_index
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.block_sparse.triton import strides_of
+from xattn.kernels.block_sparse.triton import shared_heads, strides_of, tiles_of_queries
 from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.softmax.reference import delta
 from xattn.kernels.tiles import (
+    list_end,
     list_tokens,
+    load_lse,
     load_rows,
     own_rows,
     padded,
+    place,
+    precision,
     softmax_end,
     softmax_weights,
     store_rows,
@@ -60,15 +64,14 @@ def _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT: tl.constexpr):
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, marks_ptr, index_ptr, bias_ptr, weight_ptr, o_ptr, lse_ptr,
     stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(1).to(tl.int64)
+    line, own, _, rows = own_rows(N, Q_BLOCK, HEADS, ROWS)
     batch, head = line // H, line % H
-    key_line = batch * (H // GROUP) + head // GROUP
-    own, rows = own_rows(N, Q_BLOCK, ROWS)
+    key_line = line // GROUP
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
@@ -76,14 +79,14 @@ def forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    for entry in range(0, L):
+    for entry in range(0, list_end(blocks, L)):
         block = tl.load(blocks + entry)
         token = block * K_BLOCK + lane
         keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
         k = load_rows(k_ptr + key_line * S * D, keys, d, D)
         v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
         inner, some = _inner(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, rows[:, None], keys[None, :],
             scale, HAS_BIAS, 1,
         )  # fmt: skip
         at = marks_ptr + (key_line * M + block) * D + d
@@ -93,7 +96,7 @@ def forward_kernel(
         safe = tl.where(new == float("-inf"), 0.0, new)
         share, keep = tl.exp2(t - safe), tl.exp2(top - safe)
         total = total * keep + share
-        part = tl.dot(inner.to(v.dtype), v, input_precision="ieee")
+        part = tl.dot(inner.to(v.dtype), v, input_precision=PRECISION)
         acc = acc * keep[:, None] + share[:, None] * part
         top = new
     acc, lse = softmax_end(top, total, acc)
@@ -105,30 +108,29 @@ def forward_kernel(
 def dq_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, index_ptr, bias_ptr, weight_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    line = tl.program_id(1).to(tl.int64)
+    line, own, _, rows = own_rows(N, Q_BLOCK, HEADS, ROWS)
     batch, head = line // H, line % H
-    key_line = batch * (H // GROUP) + head // GROUP
-    own, rows = own_rows(N, Q_BLOCK, ROWS)
+    key_line = line // GROUP
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     blocks = index_ptr + batch * stride_ib + (head // GROUP_I) * stride_ih + own * L
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
     q = load_rows(q_ptr + line * N * D, rows, d, D)
     g = load_rows(g_ptr + line * N * DV, rows, w, DV)
-    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
+    lse = load_lse(lse_ptr + line * N + rows, rows >= 0)
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for entry in range(0, L):
+    for entry in range(0, list_end(blocks, L)):
         block = tl.load(blocks + entry)
         token = block * K_BLOCK + lane
         keys = tl.where((block >= 0) & (lane < K_BLOCK) & (token < S), token, -1)
         k = load_rows(k_ptr + key_line * S * D, keys, d, D)
         inner, some = _inner(
-            tl.dot(q, tl.trans(k), input_precision="ieee"), bias, rows[:, None], keys[None, :],
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, rows[:, None], keys[None, :],
             scale, HAS_BIAS, 1,
         )  # fmt: skip
         at = marks_ptr + (key_line * M + block) * D + d
@@ -136,31 +138,36 @@ def dq_kernel(
         t = _gate(q, mark, weight_ptr, block, some, scale, HAS_WEIGHT)
         share = softmax_weights(t, lse)
         v = load_rows(v_ptr + key_line * S * DV, keys, w, DV)
-        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         c = tl.sum(inner * dp, 1)
         ds = share[:, None] * inner * (dp - c[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
         dq += (share * (c - delta))[:, None] * mark[None, :]
     store_rows(dq_ptr + line * N * D, rows, d, D, dq * scale)
 
 
 @triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, pointer_ptr, queries_ptr, bias_ptr, weight_ptr,
-    lse_ptr, delta_ptr, dk_ptr, dv_ptr, dm_ptr, db_ptr,
-    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
+    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, pointer_ptr, queries_ptr, unit_ptr, part_ptr, bias_ptr,
+    weight_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dm_ptr, db_ptr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LONGEST, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block and its landmark, for all query blocks that list it."""
-    line = tl.program_id(1).to(tl.int64)
+    """One key block and its landmark, for all query blocks that list it; with SPLIT for one of C parts
+    of their lists, whose sums stand in a place of their own."""
+    line, own = place(C)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
-    unit = tl.program_id(0)
+    unit, places = own, S
+    if SPLIT:
+        unit, places = tl.load(unit_ptr + line * C + own), C * K_BLOCK
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     token = unit * K_BLOCK + lane
     keys = tl.where((lane < K_BLOCK) & (token < S), token, -1)
+    out = tl.where(keys >= 0, own * K_BLOCK + lane, -1)
     k = load_rows(k_ptr + line * S * D, keys, d, D)
     v = load_rows(v_ptr + line * S * DV, keys, w, DV)
     at = (line * M + unit) * D + d
@@ -172,37 +179,41 @@ def dkv_kernel(
         head = key_head * GROUP + member
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
-        own = batch * stride_ib + (head // GROUP_I) * stride_ih
-        begin = tl.load(pointer_ptr + own * (M + 1) + unit)
-        count = tl.load(pointer_ptr + own * (M + 1) + unit + 1) - begin
-        queries = queries_ptr + own * L + begin
+        own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
+        begin = tl.load(pointer_ptr + own_list * (M + 1) + unit)
+        count = tl.load(pointer_ptr + own_list * (M + 1) + unit + 1) - begin
+        if SPLIT:
+            before = tl.load(part_ptr + line * C + own) * LONGEST
+            begin, count = begin + before, tl.minimum(count - before, LONGEST)
+        queries = queries_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, count * Q_BLOCK, ROWS):
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
             q = load_rows(q_ptr + query_line * N * D, rows, d, D)
             g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
-            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
+            lse = load_lse(lse_ptr + query_line * N + rows, rows >= 0)
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             inner, some = _inner(
-                tl.dot(k, tl.trans(q), input_precision="ieee"), bias, rows[None, :],
+                tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, rows[None, :],
                 keys[:, None], scale, HAS_BIAS, 0,
             )  # fmt: skip
             t = _gate(q, mark, weight_ptr, unit, some, scale, HAS_WEIGHT)
             share = softmax_weights(t, lse)
-            dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
             c = tl.sum(inner * dp, 0)
             a = share[None, :] * inner
             ds = a * (dp - c[None, :])
-            dv += tl.dot(a.to(g.dtype), g, input_precision="ieee")
-            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+            dv += tl.dot(a.to(g.dtype), g, input_precision=PRECISION)
+            dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
             dm += tl.sum((share * (c - delta))[:, None] * q.to(tl.float32), 0)
             if WRITE:
                 db += tl.sum(ds, 1)
         if WRITE:
-            tl.store(db_ptr + query_line * S + keys, db, mask=keys >= 0)
-    store_rows(dk_ptr + line * S * D, keys, d, D, dk * scale)
-    store_rows(dv_ptr + line * S * DV, keys, w, DV, dv)
+            tl.store(db_ptr + query_line * places + out, db, mask=out >= 0)
+    store_rows(dk_ptr + line * places * D, out, d, D, dk * scale)
+    store_rows(dv_ptr + line * places * DV, out, w, DV, dv)
+    at = (line * C + own) * D + d
     tl.store(dm_ptr + at, (dm * scale).to(dm_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -210,12 +221,11 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     q, k, v, m = (x.contiguous() for x in (p.q, p.k, p.v, p.marks))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    index, tile = p.lists.contiguous(), _tile("forward", p)
-    grid = (_programs(p, tile), q.shape[0] * q.shape[1])
-    forward_kernel[grid](
+    index, constants, tile = p.lists.contiguous(), _constants(p), _tile("forward", p)
+    forward_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
         q, k, v, m, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
         q.shape[1], q.shape[2], k.shape[2], p.key_blocks, index.shape[3], p.scale,
-        **_constants(p), **tile,
+        **constants, **tile,
     )  # fmt: skip
     return o, lse
 
@@ -231,24 +241,30 @@ def backward(
     g, q, k, v, m, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, p.marks, lse))
     index, optional, constants = p.lists.contiguous(), _optional(p), _constants(p)
     dq, dk, dv, dm = (torch.empty_like(x) for x in (q, k, v, m))
-    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    (batch, heads, n), (key_heads, s) = q.shape[:3], k.shape[1:3]
     write = p.bias is not None and "bias" in wanted
-    db = q.new_empty((batch, heads, s) if write else (1,), dtype=torch.float32)
+    db = q.new_empty((batch, heads, s) if write else (1, 1, 1), dtype=torch.float32)
     tile = _tile("dq", p)
-    dq_kernel[_programs(p, tile), batch * heads](
+    dq_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
         g, q, k, v, m, index, *optional, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
         heads, n, s, p.key_blocks, index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     pointer, queries = transpose_index(index, p.key_blocks)
-    dkv_kernel[p.key_blocks, batch * k.shape[1]](
-        g, q, k, v, m, pointer, queries, *optional, lse, d, dk, dv, dm, db,
+    found = {"k": dk, "v": dv, "marks": dm} | ({"bias": db} if write else {})
+    parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
+    sums = {name: parts.places(x, 1 if x is dm else p.k_block) for name, x in found.items()}
+    dkv_kernel[(batch * key_heads * parts.count,)](
+        g, q, k, v, m, pointer, queries, parts.unit, parts.part, *optional, lse, d, sums["k"],
+        sums["v"], sums["marks"], sums.get("bias", db),
         *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s, p.key_blocks,
-        queries.shape[2], p.scale, **constants, **_tile("dkv", p), WRITE=write,
+        queries.shape[2], parts.count, parts.longest, p.scale, **constants, **_tile("dkv", p),
+        SPLIT=parts.split, WRITE=write,
     )  # fmt: skip
-    found = {"q": dq, "k": dk, "v": dv, "marks": dm}
+    for name, x in found.items():
+        parts.add(sums[name], x)
     if write and p.bias is not None:
         found["bias"] = reduce_bias(db, p.bias)
-    return found
+    return found | {"q": dq}
 
 
 def compile_cases() -> Iterator[Case]:
@@ -270,7 +286,7 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
     p = Problem(q, q, q, marks, index, bias, weight, block, block, 1.0, "triton")
     options = _tile(role, p) | _constants(p)
     if role == "dkv":
-        options["WRITE"] = biased
+        options |= {"SPLIT": True, "WRITE": biased}
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
     return make_case(
         kernel, name, options,
@@ -278,7 +294,7 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
         2.0 * products * n * s * block * width,
         float(tensors * n * width * dtype.itemsize),
         wide=("bias_ptr", "weight_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
-        integers=("index_ptr", "pointer_ptr", "queries_ptr"),
+        integers=("index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "part_ptr"),
     )  # fmt: skip
 
 
@@ -297,31 +313,34 @@ _TILES = {
     ("dkv", False, False): (32, 8, 2),
     ("dkv", False, True): (16, 4, 2),
 }
-# (role, padded width) in single precision with key blocks above 32: the same, where that one spills.
+# (role, half precision, padded width) with key blocks above 32: the same, where that one spills.
 _LONG_TILES = {
-    ("forward", 64): (16, 4, 2),
-    ("forward", 128): (16, 16, 2),
-    ("dq", 64): (16, 4, 2),
-    ("dq", 128): (16, 16, 2),
-    ("dkv", 64): (16, 4, 2),
-    ("dkv", 128): (16, 8, 1),
+    ("forward", False, 64): (16, 4, 2),
+    ("forward", False, 128): (16, 16, 2),
+    ("dq", False, 64): (16, 4, 2),
+    ("dq", False, 128): (16, 16, 2),
+    ("dkv", True, 64): (16, 4, 1),
+    ("dkv", False, 64): (16, 4, 2),
+    ("dkv", False, 128): (16, 8, 1),
 }
 
 
-def _tile(role: str, p: Problem) -> dict[str, int]:
+def _tile(role: str, p: Problem) -> dict[str, Any]:
     """Tile and launch options; the columns are those of a whole key block."""
     half, width = p.q.dtype != torch.float32, padded(max(p.q.shape[-1], p.v.shape[-1]))
     tile, columns = _TILES[role, half, width > 64], padded(p.k_block)
-    if not half and columns > 32:
-        tile = _LONG_TILES.get((role, width), tile)
+    if columns > 32:
+        tile = _LONG_TILES.get((role, half, width), tile)
     rows, warps, stages = tile
     if role != "dkv":
-        rows = min(rows, padded(p.q_block))
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
-
-
-def _programs(p: Problem, tile: dict[str, int]) -> int:
-    return p.query_blocks * triton.cdiv(p.q_block, tile["ROWS"])
+        rows = min(rows, padded(p.q_block * shared_heads(p.q, p.k, p.lists, p.bias)))
+    single = precision()
+    if single == "tf32x3" and (role == "dkv" or columns > 32):
+        single = "ieee"  # three products of a whole key block need more registers than there are
+    return {
+        "ROWS": rows, "COLUMNS": columns, "PRECISION": single, "num_warps": warps,
+        "num_stages": stages,
+    }  # fmt: skip
 
 
 def _optional(p: Problem) -> tuple[Tensor, Tensor]:
@@ -336,6 +355,7 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
+        "HEADS": shared_heads(p.q, p.k, p.lists, p.bias),
         "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block, "HAS_BIAS": p.bias is not None,
         "HAS_WEIGHT": p.weight is not None,

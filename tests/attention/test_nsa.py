@@ -102,7 +102,7 @@ def test_on_a_grid_it_is_what_its_equations_say(grid, prefix, key_heads):
                 chosen = best(p[b, h, cell].sum(0), s, {t})
                 seen = torch.isin(tile, torch.tensor(chosen))
                 lists[b, h, cell] = seen
-    low, high, position, _ = neighbourhood(grid, 3)
+    low, high, position, *_ = neighbourhood(grid, 3)
     near = ((low[:, None] <= position) & (position <= high[:, None])).all(-1)
     assert torch.allclose(layer.attend(asked), defined(layer, asked, cells, lists, near))
 
@@ -218,6 +218,10 @@ def test_tokens_in_a_row_need_no_grid():
     [
         (lambda: nsa(block=4, stride=5), "stride: got 5; give at most the block's 4"),
         (lambda: nsa(selected=0), "selected: got 0"),
+        (
+            lambda: nsa(selected=2).attend(inputs((9,), causal=True)),
+            "selected: got 2; a causal call of nsa always takes 3 blocks, give at least 3",
+        ),
         (lambda: nsa(pooling="max"), "pooling: got 'max'; give 'mean', 'conv' or 'mlp'"),
         (
             lambda: nsa(block=4, stride=2).attend(inputs((8, 8))),

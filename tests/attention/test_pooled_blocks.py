@@ -12,7 +12,6 @@ from xattn.attention import (
     SegmentsOperator,
     SoftmaxOperator,
     pattern_operator,
-    select,
     tile_order,
 )
 from xattn.attention.operators.pooled_blocks import pooled_blocks
@@ -134,16 +133,6 @@ def test_a_list_too_short_for_all_forced_blocks_holds_the_own_one():
     asked = inputs(20, HEADS, causal=True)
     index = blocks.choose(asked, pooled_keys(blocks, asked), 1).index
     assert (index == (torch.arange(20) // 4)[:, None]).all()
-
-
-def test_blocks_that_are_the_pooled_ones_are_chosen_alike_by_their_overlap():
-    q, k = random(BATCH, HEADS, 30, WIDTH), random(BATCH, 2, 5, WIDTH, seed=1)
-    options = {"q_block": 6, "k_block": 6}
-    fast, scores = select(q, k, 3, softmax=True, **options)
-    slow, same = select(q, k, 3, overlap=torch.eye(5), **options)
-    assert torch.equal(fast.index, slow.index) and torch.allclose(scores, same)
-    more = select(q, k, 7, overlap=torch.eye(5), **options)[0]
-    assert more.index.shape[-1] == 7 and (more.index[..., 5:] == -1).all()
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

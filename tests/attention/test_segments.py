@@ -112,7 +112,7 @@ def test_z_order_interleaves_the_bits_of_the_coordinates():
 )
 def test_visible_blocks_hold_all_keys_that_are_seen(rule, k_block):
     blocks = visible_blocks(rule, 8, k_block)
-    low, high, position, dilation = rule
+    low, high, position, dilation, *_ = rule
     inside = (low[:, None] <= position) & (position <= high[:, None])
     inside &= (position - low[:, None]) % torch.tensor(dilation) == 0
     seen = inside.all(-1)

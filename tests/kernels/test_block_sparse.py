@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.block_sparse import (
     Box,
+    block_lists,
     block_sparse_attention,
     causal,
     check_index,
@@ -72,6 +73,7 @@ CASES = [  # n, s, d, dv, heads, list (batch, heads), bias (batch, heads), q_blo
     (63, 63, 16, None, (2, 2), (1, 1), (2, 2), 8, 1, 20, lambda: causal(63)),
     (63, 63, 32, None, (4, 2), (1, 2), (1, 1), 16, 16, 3, lambda: window(63, 20, 3)),
     (17, 17, 16, None, (2, 1), (2, 1), None, 1, 5, 2, lambda: causal(17)),
+    (21, 21, 16, 24, (8, 2), (2, 2), (1, 2), 3, 4, 4, lambda: causal(21)),
     (
         30,
         30,
@@ -110,6 +112,52 @@ def test_fast_paths_equal_the_reference_forward_and_backward(backend, case):
     assert all(x.dtype == torch.float32 for x in found)
     assert_near(found, expected, 3e-5)
     assert expected[1].isneginf().any() and not any(x.isnan().any() for x in found)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_a_query_sees_keys_up_to_its_rank_and_its_own(backend, heads):
+    args, grads, generator = inputs(37, 37, 16, heads=heads, bias=(2, heads[0]))
+    rank = torch.rand(2, heads[0], 37, generator=generator).argsort(-1).int()
+    limit = torch.randint(-1, 37, rank.shape, generator=generator).int()
+    index = lists(generator, 2, heads[0], 3, 30, 37)
+    seen = torch.zeros(2, heads[0], 37, 37, dtype=torch.bool)
+    for b, h, i in itertools.product(range(2), range(heads[0]), range(37)):
+        for j in index[b, h, i // 16].tolist():
+            seen[b, h, i, j] |= 0 <= j <= i and (j == i or bool(rank[b, h, j] <= limit[b, h, i]))
+    q, k, v, bias = (a.detach().clone().requires_grad_() for a in args)
+    each = [x.repeat_interleave(heads[0] // 2, 1) for x in (k, v)]
+    o, lse = softmax_attention(
+        q, *each, torch.where(seen, bias[:, :, None], -torch.inf), backend="reference"
+    )
+    ((o * grads[0]).sum() + (torch.where(lse.isneginf(), 0.0, lse) * grads[1]).sum()).backward()
+    options = {
+        "q_block": 16, "k_block": 1, "box": causal(37)._replace(rank=rank, limit=limit)
+    }  # fmt: skip
+    if backend == "triton":
+        args, grads = ([a.float() for a in x] for x in (args, grads))
+    found = run(backend, args, index, grads, **options)
+    assert_near(found, [o, lse, *(a.grad for a in (q, k, v, bias))], 3e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("own", [False, True])
+def test_parts_of_a_long_list_add_up(own, monkeypatch):
+    monkeypatch.setattr(block_lists, "LONGEST", 8)
+    args, grads, generator = inputs(
+        32, 288, 16, heads=(2, 1), bias=(1, 2), batch=1, dtype=torch.float32
+    )
+    index = lists(generator, 1, 2 if own else 1, 32, 2, 9)
+    index[..., 0] = torch.where((index == 0).any(-1), index[..., 0], 0)  # read by all
+    options = {"q_block": 1, "k_block": 32}
+    pointer = transpose_index(index, 9)[0]
+    parts = block_lists.split_lists(pointer, 64, (1, 1), 32, 1)
+    count = pointer.diff(dim=2).amax(1)
+    assert parts.split and torch.equal(
+        parts.ends.diff(dim=1), -(-count // parts.longest).clamp_max(-1)
+    )
+    expected = run("reference", [x.double() for x in args], index, grads, **options)
+    assert_near(run("triton", args, index, grads, **options), expected, 3e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -340,6 +388,14 @@ def test_bad_boxes_and_lists_are_named(call, message):
         ({"box": causal(8)}, r"box.low: got shape \(8, 1\); give \(9, 1\)"),
         ({"box": causal(9)._replace(high=torch.zeros(9, 1))}, "box.high: got torch.float32"),
         ({"box": causal(9)._replace(dilation=(0,))}, "box.dilation: got"),
+        (
+            {"box": causal(9)._replace(rank=torch.zeros(9).int())},
+            r"box.rank: got .*; give \(1, 2, 9\)",
+        ),
+        (
+            {"box": causal(9)._replace(limit=torch.zeros(1, 2, 9).int())},
+            "box.rank, box.limit: got one",
+        ),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
     ],
 )
@@ -355,5 +411,5 @@ def test_arguments_that_do_not_match_are_named(change, message):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_triton_refuses_what_it_has_no_tile_for():
     q, index = torch.zeros(1, 1, 4, 144), torch.zeros(1, 1, 1, 1).int()
-    with pytest.raises(ValueError, match="backend='triton': got torch.float32 of width 144"):
+    with pytest.raises(ValueError, match="backend='triton': got width 144"):
         block_sparse_attention(q, q, q, index, q_block=4, k_block=4, backend="triton")

@@ -23,7 +23,7 @@ def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, force
     """The definition by loops, in float64."""
     (batch, heads, n, d), (key_heads, c) = q.shape, k.shape[1:3]
     rows, group, scale = math.ceil(n / q_block), heads // key_heads, scale or d**-0.5
-    table, pooling = spread_table(c, spread)
+    table, weights, pooling = spread_table(c, spread)
     m = len(table)
     index = torch.full((batch, key_heads, rows, s), -1, dtype=torch.int32)
     values = torch.full(index.shape, -math.inf, dtype=torch.float64)
@@ -41,7 +41,11 @@ def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, force
                 t = t.amax(0) if reduce == "max" else getattr(t, reduce)(0)
                 scores = {}
                 for j in range(m):
-                    near = [float(t[x]) for x in table[j] if 0 <= x < limit]
+                    near = [
+                        float(t[x]) * w
+                        for x, w in zip(table[j], weights[j], strict=True)
+                        if 0 <= x < limit
+                    ]
                     if near:
                         mean = sum(near) / (len(near) if pooling == "mean" else 1)
                         scores[j] = max(near) if pooling == "max" else mean
@@ -60,18 +64,21 @@ def plain(q, k, s, *, q_block=1, reduce="sum", softmax=False, spread=None, force
 
 
 def spread_table(c, spread):
-    """Candidates of each block, and how they are pooled."""
+    """Candidates of each block, their weights, and how they are pooled."""
     *window, pooling = spread or (1, 1, 0, "max")
-    if len(window) == 1:
-        return window[0].tolist(), pooling
+    if len(window) <= 2:
+        table, weights = window[0], window[1] if window[1:] else torch.ones(window[0].shape)
+        return table.tolist(), weights.double().tolist(), pooling
     kernel, stride, padding = window
     m = (c + 2 * padding - kernel) // stride + 1
-    return [[j * stride - padding + i for i in range(kernel)] for j in range(m)], pooling
+    table = [[j * stride - padding + i for i in range(kernel)] for j in range(m)]
+    return table, [[1.0] * kernel] * m, pooling
 
 
 TABLE = torch.tensor(
     [[0, 3, -1], [5, -1, -1], [-1, -1, -1], [8, 1, 4], [17, 18, 2], [6, 12, 7]], dtype=torch.int32
 )
+WEIGHTS = torch.tensor([0.5, 1.0, 0.25]).expand(6, 3) + torch.arange(6.0)[:, None]
 CASES = {
     "one query, one head": (2, 2, 2, 17, 9, 1, 3, {}),
     "groups and tiles, longer than C": (1, 4, 2, 21, 10, 8, 12, {"reduce": "mean", "visible": True}),
@@ -82,6 +89,8 @@ CASES = {
     "a table of windows": (1, 2, 1, 24, 19, 4, 3, {"softmax": True, "spread": (TABLE, "max"), "forced": 3}),
     "a table, visible": (1, 2, 2, 22, 19, 4, 3, {"softmax": True, "spread": (TABLE, "mean"), "visible": True}),
     "a table of sums in parents": (2, 2, 1, 24, 19, 4, 3, {"spread": (TABLE, "sum"), "within": 2}),
+    "a table of weighted sums": (1, 4, 2, 24, 19, 4, 3, {"softmax": True, "spread": (TABLE, WEIGHTS, "sum"), "forced": 3}),
+    "weighted sums, single queries": (2, 4, 2, 21, 19, 1, 3, {"softmax": True, "spread": (TABLE, WEIGHTS, "sum"), "visible": True}),
     "given log-sum-exp": (2, 4, 2, 24, 19, 4, 5, {"softmax": True, "lse": True}),
     "given log-sum-exp, causal": (1, 4, 2, 22, 19, 4, 5, {"softmax": True, "lse": True, "visible": True, "spread": (5, 4, 1, "max")}),
     "sum of windows": (1, 1, 1, 9, 22, 1, 5, {"spread": (3, 2, 2, "sum"), "within": 2}),
@@ -220,6 +229,7 @@ def test_scores_have_a_gradient_and_the_choice_has_none(softmax, reduce):
             visible,
             None,
             None,
+            None,
             1,
             2,
             reduce,
@@ -259,6 +269,8 @@ def test_scores_have_a_gradient_and_the_choice_has_none(softmax, reduce):
         ({"spread": (torch.zeros(3).int(), "max")}, r"spread: got a table of shape \(3,\)"),
         ({"spread": (torch.full((2, 2), 6).int(), "max")}, "spread: got 6 in the table; .*to 5"),
         ({"spread": (torch.zeros(2, 2), "max")}, "spread: got torch.float32"),
+        ({"spread": (torch.zeros(2, 2).int(), torch.zeros(2, 1), "sum")}, r"spread: got weights .*2, 1"),
+        ({"spread": (torch.zeros(2, 2).int(), torch.zeros(2, 2), "max")}, "'max'; give those of .*'sum'"),
         ({"lse": torch.zeros(1, 2, 9)}, r"lse: got shape .*softmax=False; give \(1, 2, 9\)"),
         ({"lse": torch.zeros(1, 2, 6), "softmax": True}, r"lse: got shape \(1, 2, 6\)"),
     ],

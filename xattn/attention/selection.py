@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import spread_heads
+from xattn.attention.inputs import to_heads
 from xattn.kernels.block_sparse.block_lists import check_index, listed_blocks
 from xattn.kernels.block_sparse.box import Box as Rule
+from xattn.kernels.block_sparse.reference import ranked
 from xattn.kernels.block_topk import block_topk
-from xattn.kernels.softmax.reference import widen
-
-SCORES = 2**20  # held at a time where blocks overlap, over batch and heads: 4 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,69 +126,20 @@ def select(
     *,
     q_block: int,
     k_block: int,
-    overlap: Tensor | None = None,
     **options: Any,
 ) -> tuple[Blocks, Tensor]:
     """The ``s`` best key blocks of every query block by their pooled keys, without gradient.
 
     Args:
         q: (B, H, N, D); ``k_pooled``: (B, Hk, C, D), one key per block of ``k_block``.
-        overlap: (C, M), where the pooled keys stand for others than the M blocks of ``k_block``: the
-            share of each that lies in each block. Scores are the softmax, summed, times this; of the
-            ``options`` only ``forced``, ``visible`` and ``scale`` are taken then.
         options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the others of
             :func:`xattn.kernels.block_topk.block_topk`.
 
     Returns:
         the blocks, and their scores (B, Hk, ceil(N / q_block), s).
     """
-    if overlap is None:
-        index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)
-    else:
-        index, scores = _overlapping(q, k_pooled, s, q_block, overlap, **options)
+    index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)
     return Blocks(index, q_block, k_block), scores
-
-
-@torch.no_grad()
-def _overlapping(
-    q: Tensor,
-    k: Tensor,
-    s: int,
-    q_block: int,
-    overlap: Tensor,
-    *,
-    forced: Tensor | None = None,
-    visible: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`block_topk` with a softmax, by sums over the candidates that a block overlaps."""
-    batch, heads, n, width = q.shape
-    groups, rows = k.shape[1], -(-n // q_block)
-    scale = width**-0.5 if scale is None else scale
-    k, overlap = spread_heads(widen(k), heads), overlap.to(widen(q).dtype)
-    candidate = torch.arange(k.shape[2], device=q.device)
-    step = max(1, SCORES // (batch * heads * q_block * k.shape[2]))
-    found = []
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        t = scale * widen(q[:, :, start * q_block : part.stop * q_block]) @ k.transpose(-2, -1)
-        if visible is not None:
-            each = visible[part].repeat_interleave(q_block)[: t.shape[2], None]
-            t = t.masked_fill(candidate >= each, -torch.inf)
-        t = t.softmax(-1).nan_to_num(0.0) @ overlap
-        t = F.pad(t, (0, 0, 0, -t.shape[2] % q_block)).unflatten(2, (-1, q_block)).sum(3)
-        t = t.unflatten(1, (groups, -1)).sum(2)
-        if visible is not None:
-            t = t.masked_fill(t == 0, -torch.inf)
-        if forced is not None:
-            own = forced[:, :, part].long().expand(*t.shape[:3], -1)
-            own = torch.where(own < 0, t.shape[3], own)
-            t = F.pad(t, (0, 1)).scatter(-1, own, torch.inf)[..., :-1]
-        values, index = t.topk(min(s, t.shape[3]), -1)
-        found.append((index.masked_fill(values.isneginf(), -1).int(), values))
-    index, values = (torch.cat(x, 2) for x in zip(*found, strict=True))
-    missing = (0, max(0, s - index.shape[3]))
-    return F.pad(index, missing, value=-1), F.pad(values, missing, value=-torch.inf)
 
 
 def visible(segment: Segment, queries: Tensor) -> Tensor:
@@ -204,9 +153,11 @@ def visible(segment: Segment, queries: Tensor) -> Tensor:
         blocks = listed_blocks(lists, -(-keys // k_block))
         seen = blocks.repeat_interleave(k_block, -1)[..., :keys]
     if segment.rule is not None:
-        low, high, position, dilation = segment.rule.to(queries.device)
+        low, high, position, dilation, rank, limit = segment.rule.to(queries.device)
         low, high = low[queries][:, None], high[queries][:, None]
         step = torch.tensor(dilation, device=queries.device)
         inside = (low <= position) & (position <= high) & ((position - low) % step == 0)
         seen = seen & inside.all(-1)
+        if rank is not None and limit is not None:
+            seen = to_heads(seen, rank.shape[1]) & ranked(rank, limit[:, :, queries], queries)
     return seen

@@ -11,7 +11,7 @@ from xattn.eval.studies.benches import published
 from xattn.eval.studies.benches.published import NOT_MEASURED, SETTINGS, gains_of, jobs, study
 
 SMALL = {
-    "nsa": {"block": 8, "stride": 4, "select_block": 8, "selected": 2, "window": 4},
+    "nsa": {"block": 8, "stride": 4, "select_block": 8, "selected": 3, "window": 4},
     "dma": {"window": 8},
 }
 

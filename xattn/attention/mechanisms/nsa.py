@@ -75,6 +75,20 @@ class BlockNetwork(nn.Module):
         return x[0, : tile[0]] if len(tile) == 1 else x[: tile[0], : tile[1]].flatten(0, 1)
 
 
+class CompressedOperator(ProductOperator):
+    """The first branch. What it gives for the layer's own values may be known before it is asked."""
+
+    known: tuple[Tensor, Tensor] | None = None
+    """X and A X, forgotten when they were asked for."""
+
+    def matvec(self, x: Tensor) -> Tensor:
+        known, self.known = self.known, None
+        return known[1] if known is not None and known[0] is x else super().matvec(x)
+
+    def matvec_and_keep(self, x: Tensor) -> Tensor:
+        return super().matvec_and_keep(x) if self.known is None else self.matvec(x)
+
+
 BRANCHES = ("compressed", "selected", "near")
 START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is near
 
@@ -87,9 +101,9 @@ START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is 
     causal=True,
     grouped=True,
     cases=(
-        {"block": 2, "selected": 2, "window": 3},
-        {"block": 4, "selected": 2, "window": 3, "pooling": "conv", "backend": "cpu"},
-        {"block": 2, "selected": 2, "window": 3, "pooling": "mlp"},
+        {"block": 2, "selected": 3, "window": 3},
+        {"block": 4, "selected": 3, "window": 3, "pooling": "conv", "backend": "cpu"},
+        {"block": 4, "selected": 4, "window": 3, "pooling": "mlp"},
     ),
     bench=({"block": 8, "selected": 8, "window": 7},),
     studies={"attention-maps": {"options": {"block": 4}}},
@@ -100,7 +114,8 @@ class NSA(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         block: l, tokens of a pooled block: in a row, or along each side of a tile of the grid.
-        selected: n, how many blocks a query reads token by token.
+        selected: n, how many blocks a query reads token by token, those that are always chosen among
+            them; at least 3 where a call is causal.
         window: tokens of the third branch: along each side of the grid or row; causal, the last ones
             up to the query. Longer than the grid, it holds all.
         stride: from one pooled block to the next, in a row only; ``block`` by default.
@@ -155,12 +170,18 @@ class NSA(Mechanism):
         near = gna.window_pattern(inputs, self.window, "window", self._kept)
         keys, values = self._pooled(inputs, blocks)
         read = blocks.read(inputs, keys, backend=self.backend)
-        compressed = ProductOperator([read, values], causal=inputs.causal)
-        pooled = keys[:, :, inputs.prefix :]
-        chosen = self._choose(inputs, blocks, pooled)
+        compressed = CompressedOperator([read, values], causal=inputs.causal)
+        pooled, lse = keys[:, :, inputs.prefix :], None
+        if (
+            inputs.causal and not inputs.prefix
+        ):  # with prefix tokens the choice has a softmax of its own
+            output, lse = read.attend(values.matvec(inputs.v))  # type: ignore[attr-defined]
+            compressed.known = inputs.v, output
+        chosen = self._choose(inputs, blocks, pooled, lse)
         share = None
         if self.differentiable:
-            lse = read.attend(keys)[1][:, :, inputs.prefix :]  # type: ignore[attr-defined]
+            if lse is None:
+                lse = read.attend(keys)[1][:, :, inputs.prefix :]  # type: ignore[attr-defined]
             importance = blocks.importance(inputs, pooled, lse, chosen)
             share = (importance - importance.detach()).to(inputs.q.dtype)  # log of 1 + I - I
         selected = pattern_operator(
@@ -185,10 +206,25 @@ class NSA(Mechanism):
         forced = blocks.forced[..., : chosen.index.shape[3]] if self.forced else None
         return Choice(chosen, blocks.order, forced)
 
-    def _choose(self, inputs: Inputs, blocks: PooledBlocks, pooled: Tensor) -> Blocks:
+    def _choose(
+        self, inputs: Inputs, blocks: PooledBlocks, pooled: Tensor, lse: Tensor | None = None
+    ) -> Blocks:
         return blocks.choose(
-            inputs, pooled, self.selected, forced=self.forced, backend=self.backend
+            inputs,
+            pooled,
+            self.selected,
+            forced=self.forced,
+            lse=None if lse is None else lse.detach(),
+            backend=self.backend,
         )
+
+    def check(self, inputs: Inputs) -> None:
+        super().check(inputs)
+        if inputs.causal and self.forced and self.selected < 3:
+            raise ValueError(
+                f"selected: got {self.selected}; a causal call of nsa always takes 3 blocks, give at "
+                f"least 3, or forced=False"
+            )
 
     def gates(self, inputs: Inputs) -> Tensor:
         """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) at prefix tokens."""

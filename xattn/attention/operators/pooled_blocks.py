@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,9 @@ class PooledBlocks:
     """int32 (1, 1, query blocks, 1 or 3): a query's own block; causal, the one before and the first."""
     overlap: Tensor | None = None
     """(C, M), the share of each pooled block that lies in each other; None if they are the same."""
+    cells: Tensor | None = None
+    """int32 (M, o), the pooled blocks that overlap each block, -1 = none; ``parts``, their shares in it."""
+    parts: Tensor | None = None
     visible: Tensor | None = None
     """Causal: int32 (N,), how many pooled blocks have ended."""
     rule: Rule | None = None
@@ -87,29 +89,36 @@ class PooledBlocks:
         return SegmentsOperator([piece], None, len(columns), inputs.scale, backend)
 
     def choose(
-        self, inputs: Inputs, keys: Tensor, s: int, *, forced: bool = True, backend: str = "auto"
+        self,
+        inputs: Inputs,
+        keys: Tensor,
+        s: int,
+        *,
+        forced: bool = True,
+        lse: Tensor | None = None,
+        backend: str = "auto",
     ) -> Blocks:
         """The ``s`` blocks to whose pooled ``keys`` (B, Hk, C, D) the queries give most.
 
         A query's weights are its softmax over the C blocks alone, the queries of a block and the heads
         of a key head are summed. ``forced`` takes the own block whatever its weight; causal, then the
-        one before and the first.
+        one before and the first. ``lse`` (B, H, N): the log-sum-exp of this softmax, if it is known.
         """
         q = inputs.q[:, :, inputs.prefix :]
         s = min(s, self.count)
-        options: dict[str, Any] = {"forced": self.forced[..., :s].contiguous() if forced else None}
-        if self.overlap is None:
-            options |= {"softmax": True, "backend": backend}
         return select(
             q if self.order is None else self.order.apply(q),
             keys,
             s,
             q_block=self.q_block,
             k_block=self.k_block,
-            overlap=self.overlap,
+            softmax=True,
+            spread=None if self.cells is None else (self.cells, self.parts, "sum"),
+            forced=self.forced[..., :s].contiguous() if forced else None,
             visible=self.visible,
+            lse=lse,
             scale=inputs.scale,
-            **options,
+            backend=backend,
         )[0]
 
     def importance(self, inputs: Inputs, keys: Tensor, lse: Tensor, blocks: Blocks) -> Tensor:
@@ -148,12 +157,10 @@ class PooledBlocks:
 
     def _cells(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled blocks that overlap each block that can be chosen, (M, o), and their shares in it."""
-        if self.overlap is None:
+        if self.cells is None or self.parts is None:
             every = torch.arange(self.count, device=keys.device)[:, None]
             return every, torch.ones_like(every)
-        most = int((self.overlap > 0).sum(0).max())
-        part, cells = self.overlap.T.topk(most, -1)
-        return cells, part
+        return self.cells.clamp_min(0), self.parts
 
     def pattern(self, blocks: Blocks, share: Tensor | None = None) -> Pattern:
         """What queries see that read the tokens of the ``blocks`` they chose."""
@@ -223,9 +230,13 @@ def _row(
     own = (line if causal else line[::k_block]) // k_block
     forced = torch.stack([own, own - 1, 0 * own] if causal else [own], -1)
     made = PooledBlocks(
-        (block,), stride, pooling, None, 1 if causal else k_block, k_block, forced[None, None],
-        None if stride == block == k_block else overlap.clamp(min=0) / block,
-    )  # fmt: skip
+        (block,), stride, pooling, None, 1 if causal else k_block, k_block, forced[None, None]
+    )
+    if not stride == block == k_block:
+        overlap = overlap.clamp(min=0) / block
+        parts, cells = overlap.T.topk(int((overlap > 0).sum(0).max()), -1)
+        cells = cells.int().masked_fill(parts == 0, -1)
+        made = replace(made, overlap=overlap, cells=cells, parts=parts)
     if not causal:
         return made
     # Pooled block c stands at the place after its last token, the prefix before all tokens.
