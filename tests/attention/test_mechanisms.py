@@ -1,6 +1,7 @@
 """Every registered mechanism: A V is its output, and every operator method agrees with a dense A."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -11,8 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.base import MECHANISMS
+from xattn.attention.mechanisms.dma import causal_choice
 from xattn.attention.operators.patterns import BandedOperator
+from xattn.attention.selection import Blocks, Segment, visible
 from xattn.kernels.backend import HAS_TRITON
+from xattn.kernels.block_sparse.box import causal
 from xattn.runtime.measuring import peak_memory
 
 ENTRIES = MECHANISMS.entries()
@@ -454,8 +458,8 @@ MEMORY = [
     ("freeswim", {"kernel": 4, "refresh": 1}, False, 1 / 2),
     ("freeswim", {"kernel": 4, "refresh": 2}, False, 1 / 2),
     ("hip", {"keep": 128, "block": 16}, False, 1 / 4),
-    ("infllm_v2", {"selected": 2, "local": 0}, False, 1 / 5),  # 4 windows of 16 patches in 64 x 64
-    ("landmark", {"block": 4, "selected": 4}, False, 1 / 4),
+    ("infllm_v2", {"selected": 3, "local": 0}, False, 1 / 5),  # 4 windows of 16 patches in 64 x 64
+    ("landmark", {"block": 4, "selected": 5}, False, 1 / 4),
     ("lla", {"iterations": 2, "tolerance": 0.5}, None, 1),
     ("llsa", {"selected": 4, "levels": 2}, False, 1 / 4),
     ("localist", {}, False, 1 / 4),
@@ -552,6 +556,21 @@ def test_causal_dma_keeps_the_best_keys_up_to_each_query(window, backend):
         best = scores.topk(min(window, i + 1)).indices
         bias[:, :, i].scatter_(-1, best, b.gather(-1, best))
     assert torch.allclose(layer(q, k, v, GRID), dense(q, k, v, bias))
+
+
+@pytest.mark.parametrize("n, window", [(64, 1), (130, 3), (700, 64), (700, 90), (333, 400)])
+def test_causal_dma_lists_for_blocks_of_queries_what_each_of_them_keeps(n, window):
+    b = torch.randint(0, 40, (2, 1, n), generator=torch.Generator().manual_seed(1)).double()
+    choice = causal_choice(b, window)
+    assert choice.lists.shape == (2, 1, -(-n // 64), 63 + min(window, n + 1))
+    rule = causal(n)._replace(rank=choice.rank, limit=choice.limit)
+    segment = Segment(b[..., None], None, Blocks(choice.lists, 64, 1), rule)
+    seen, lists = visible(segment, torch.arange(n)), choice.by_query(window)
+    for image, i in itertools.product(range(2), range(n)):
+        order = sorted(range(i), key=lambda j: (-b[image, 0, j].item(), j))
+        expected = sorted([i, *order[: window - 1]])
+        assert seen[image, 0, i].nonzero()[:, 0].tolist() == expected
+        assert sorted(x for x in lists[image, 0, i].tolist() if x >= 0) == expected
 
 
 def test_agents_that_are_the_queries_give_two_dense_stages():

@@ -11,19 +11,23 @@ in the authors' code.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.base import Kept, Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import needs_grad
 from xattn.attention.operators.patterns import Pattern, chosen_keys_operator, pattern_operator
 from xattn.attention.recall import Choice
-from xattn.attention.selection import Blocks
+from xattn.attention.selection import Blocks, Rule
+from xattn.kernels.block_sparse.box import causal
 
-ROWS = 2**22  # scores held at a time while the causal lists are made
+BLOCK = 64  # queries that share a list in a causal call
 
 
 @register_attention(
@@ -67,6 +71,7 @@ class DMA(Mechanism):
         self.window, self.causal = whole("window", window), causal
         self.a = nn.Parameter(torch.zeros(num_heads))
         self.score = nn.Linear(dim, num_heads, bias=False)
+        self._kept = Kept()
 
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
@@ -85,14 +90,15 @@ class DMA(Mechanism):
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
         n = b.shape[2]
         if self.causal or inputs.causal:
-            return Choice(Blocks(causal_lists(b, self.window), 1, 1))
+            return Choice(Blocks(causal_choice(b, self.window).by_query(self.window), 1, 1))
         return None if self.window >= n else Choice(Blocks(self.kept(b)[:, :, None].int(), n, 1))
 
     def operator(self, inputs: Inputs) -> Operator:
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
         if self.causal or inputs.causal:
-            blocks = Blocks(causal_lists(b, self.window), 1, 1)
-            pattern = Pattern(blocks, bias=b)
+            lists, rank, limit = causal_choice(b, self.window)
+            rule = self._causal_rule(b)._replace(rank=rank, limit=limit)
+            pattern = Pattern(Blocks(lists, BLOCK, 1), rule=rule, bias=b)
             return pattern_operator(inputs.replace(causal=True), pattern, backend=self.backend)
         bias, keep = F.pad(b, (inputs.prefix, 0)), None
         operator: Operator
@@ -107,6 +113,13 @@ class DMA(Mechanism):
             )
         operator.context = b.detach(), keep
         return operator
+
+    def _causal_rule(self, b: Tensor) -> Rule:
+        key = b.shape[2], b.device
+        if key not in self._kept:
+            with torch.inference_mode(False):  # it may serve training later
+                self._kept[key] = causal(b.shape[2]).to(b.device)
+        return self._kept[key]  # type: ignore[no-any-return]
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``importance``: b of each patch that is kept, one channel per head, the same for all
@@ -123,17 +136,67 @@ class DMA(Mechanism):
         }
 
 
-def causal_lists(b: Tensor, window: int) -> Tensor:
-    """For each query the ``window`` best keys up to itself, always with itself: int32 (B, H, N, w)."""
-    batch, heads, n = b.shape
-    window = min(window, n)
-    lists = torch.empty(batch, heads, n, window, dtype=torch.int32, device=b.device)
-    step = max(1, ROWS // max(1, batch * heads * n))
-    for start in range(0, n, step):
-        i = torch.arange(start, min(start + step, n), device=b.device)
-        later = torch.arange(n, device=b.device) > i[:, None]
-        scores = b.detach()[:, :, None].masked_fill(later, -torch.inf)
-        scores[:, :, torch.arange(len(i), device="cpu"), i] = torch.inf
-        best = scores.topk(window).indices
-        lists[:, :, i] = best.masked_fill(best > i[:, None], -1).int()
-    return lists
+class CausalChoice(NamedTuple):
+    """The keys that each query keeps: itself, and of earlier keys those whose rank is at most its limit.
+
+    All of them are in the list of the query's block.
+    """
+
+    lists: Tensor
+    """int32 (B, H, blocks, 64 + w - 1), keys, those of the block itself first; -1 = none."""
+    rank: Tensor
+    """int32 (B, H, N), of the keys: 0 has the largest b."""
+    limit: Tensor
+    """int32 (B, H, N)"""
+
+    def by_query(self, window: int) -> Tensor:
+        """The keys that each query keeps, int32 (B, H, N, w); -1 = none."""
+        n = self.rank.shape[2]
+        query = torch.arange(n, device=self.rank.device)[:, None]
+        keys = self.lists.repeat_interleave(BLOCK, 2)[:, :, :n]
+        rank = self.rank[:, :, None].expand(-1, -1, n, -1).gather(3, keys.clamp_min(0).long())
+        kept = (keys == query) | ((keys < query) & (rank <= self.limit[..., None]))
+        return keys.masked_fill(~kept, -1).sort(3, descending=True).values[..., :window]
+
+
+@torch.no_grad()
+def causal_choice(b: Tensor, window: int) -> CausalChoice:
+    """The ``window`` best keys up to each query, always with itself, for b (B, H, N).
+
+    Of the keys before a block of queries only the best w - 1 can be kept. They are found among those
+    before its run of blocks and those of this run, so that no step takes more than N^1.5 / 8, 128 N or
+    N (w + 64) / 64 numbers.
+    """
+    n, others = b.shape[2], min(window - 1, b.shape[2])
+    count = -(-n // BLOCK)
+    run = math.isqrt(count - 1) + 1  # blocks of a run
+    runs = -(-count // run)
+    order = b.argsort(dim=2, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        2, order, torch.arange(n, device=b.device).expand_as(order)
+    )
+    places = torch.arange(runs * run * BLOCK, device=b.device)
+    padded = F.pad(rank, (0, len(places) - n), value=n)  # n is the rank of no key
+    start = places[:: run * BLOCK, None]
+    before = padded[:, :, None].masked_fill(places >= start, n)
+    before = before.topk(others, largest=False).values  # (B, H, runs, w - 1)
+    near = padded.view(*b.shape[:2], runs, 1, -1).expand(-1, -1, -1, run, -1)
+    block = places[:run, None]
+    near = near.masked_fill(places[: run * BLOCK] >= block * BLOCK, n)
+    before = torch.cat([before[:, :, :, None].expand(-1, -1, -1, run, -1), near], 4)
+    before = before.topk(others, largest=False).values.flatten(2, 3)[:, :, :count]
+    own = padded.unflatten(2, (-1, BLOCK))[:, :, :count]
+    keys = F.pad(order, (0, 1), value=-1).gather(2, before.flatten(2)).view(before.shape)
+    token = places.view(-1, BLOCK)[:count]
+    token = token.masked_fill(token >= n, -1).expand_as(own)
+    # The limit is the rank that as many earlier keys reach as a query keeps beside itself. At most 63 of
+    # those before the block give way, so it is that of one of the last 64 or of a key of the block.
+    last = before[..., max(0, others - BLOCK) :]
+    ranks, at = torch.cat([last, own], 3).sort(3)
+    time = (
+        at - last.shape[3]
+    )  # when a key becomes an earlier one, negative for those before the block
+    earlier = time[:, :, :, None] < places[:BLOCK, None]
+    place = (earlier.cumsum(4, dtype=torch.uint8) < last.shape[3]).sum(4)
+    limit = ranks.gather(3, place).flatten(2)[:, :, :n] if others else rank.new_full(rank.shape, -1)
+    return CausalChoice(torch.cat([token, keys], 3).int(), rank.int(), limit.int())
