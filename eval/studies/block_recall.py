@@ -38,7 +38,7 @@ SETTINGS = (  # none is dense at 28 x 28 patches
     # Among 49 tiles of 4 x 4: hip by quarters and llsa score each of them.
     "hip:keep=256,block=16",
     "hip:keep=256,block=16,search=halves",
-    "infllm_v2:block=4,stride=2,dense_below=0,selected=4",
+    "infllm_v2:block=4,stride=2,dense_below=0,selected=13",
     "llsa",
     "nsa:block=4,selected=8",
     # Among 196 tiles of 2 x 2: these search in two rounds or more.

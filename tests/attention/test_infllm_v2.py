@@ -67,7 +67,6 @@ def defined(asked, selected, block, stride, kernel, local=1, first=1, coarse=Non
     p = (scores["fine"] - torch.where(lse.isneginf(), 0.0, lse)).exp()
     p = p.unflatten(1, (key_heads, -1)).sum(2)
     near = (tiles[:, None] - tiles).abs().amax(-1) <= local
-    most = int(near.sum(1).max()) if not asked.causal else local + 1 + first
     seen = torch.zeros(batch, key_heads, n - prefix, n - prefix, dtype=torch.bool)
     groups = [[i] for i in range(n - prefix)] if asked.causal else [
         (number == t).nonzero()[:, 0].tolist() for t in range(len(tiles))
@@ -84,7 +83,7 @@ def defined(asked, selected, block, stride, kernel, local=1, first=1, coarse=Non
                 if asked.causal:
                     must = [t for t in {*range(first), *must} if t <= own]
                 block_score[must] = torch.inf
-                count = min(selected + most, len(tiles), int((block_score > 0).sum()))
+                count = min(selected, len(tiles), int((block_score > 0).sum()))
                 chosen = block_score.sort(descending=True, stable=True).indices[
                     :count
                 ]  # blocks share windows
@@ -107,9 +106,9 @@ def masked(asked, mask):
 @pytest.mark.parametrize(
     "options",
     [
-        {"block": 2, "stride": 1, "kernel": 2, "selected": 2, "local": 0},
-        {"block": 3, "stride": 2, "kernel": 3, "selected": 1, "backend": "cpu"},
-        {"block": 2, "stride": 2, "kernel": 2, "selected": 3, "local": 0},
+        {"block": 2, "stride": 1, "kernel": 2, "selected": 3, "local": 0},
+        {"block": 3, "stride": 2, "kernel": 3, "selected": 10, "backend": "cpu"},
+        {"block": 2, "stride": 2, "kernel": 2, "selected": 4, "local": 0},
     ],
 )
 def test_it_is_what_its_equations_say(grid, prefix, key_heads, options):
@@ -130,7 +129,7 @@ def test_it_is_what_its_equations_say(grid, prefix, key_heads, options):
 )
 def test_causal_it_is_what_its_equations_say(prefix, key_heads, normaliser, backend):
     asked = inputs((29,), prefix, key_heads, causal=True)
-    options = {"selected": 1, "block": 4, "stride": 2, "kernel": 4}
+    options = {"selected": 4, "block": 4, "stride": 2, "kernel": 4}
     coarse = windows_of((29,), 16, 8) if normaliser == "coarse" else None
     expected = masked(asked, defined(asked, **options, coarse=coarse))
     layer = infllm(**options, normaliser=normaliser, backend=backend)
@@ -140,7 +139,7 @@ def test_causal_it_is_what_its_equations_say(prefix, key_heads, normaliser, back
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10)])
 def test_the_coarse_normaliser_is_that_of_windows_twice_as_long_on_a_grid(grid):
     asked = inputs(grid, 1, key_heads=2)
-    options = {"selected": 2, "block": 2, "stride": 1, "kernel": 2, "local": 0}
+    options = {"selected": 3, "block": 2, "stride": 1, "kernel": 2, "local": 0}
     expected = masked(asked, defined(asked, **options, coarse=windows_of(grid, 4, 2)))
     assert torch.allclose(
         infllm(**options, normaliser="coarse").attend(asked), expected, atol=1e-10
@@ -169,7 +168,7 @@ def test_short_inputs_are_dense_to_the_bit(prefix, causal):
     assert torch.equal(
         dense, F.scaled_dot_product_attention(asked.q, asked.k, asked.v, is_causal=causal)
     )
-    assert not torch.equal(infllm(dense_below=49, block=2, selected=1).attend(asked), dense)
+    assert not torch.equal(infllm(dense_below=49, block=2, selected=4).attend(asked), dense)
     # what counts are the tokens behind the prefix, as a ViT has them at its default
     assert torch.equal(create_mechanism("infllm_v2", DIM, HEADS).attend(asked), dense)
 
@@ -212,7 +211,7 @@ def test_short_inputs_and_equal_keys(grid, causal):
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_maps_show_where_windows_get_attention_and_which_blocks_are_read(prefix):
-    grid, options = (5, 7), {"block": 2, "stride": 1, "kernel": 3, "selected": 2, "local": 0}
+    grid, options = (5, 7), {"block": 2, "stride": 1, "kernel": 3, "selected": 3, "local": 0}
     asked = inputs(grid, prefix, key_heads=2)
     with record() as calls:
         infllm(**options).attend(asked)
@@ -259,3 +258,10 @@ def test_a_layer_in_a_row_needs_no_grid():
 def test_what_does_not_fit_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         infllm(**options).attend(inputs((8, 8)))
+
+
+def test_fewer_blocks_than_are_always_read_are_refused():
+    for grid, causal, always in (((8, 8), False, 9), ((24,), False, 3), ((24,), True, 3)):
+        layer = infllm(block=2, stride=1, selected=always - 1)
+        with pytest.raises(ValueError, match=f"selected: got {always - 1}; {always} blocks are al"):
+            layer.attend(inputs(grid, causal=causal))

@@ -90,7 +90,7 @@ def test_on_a_grid_it_is_what_its_equations_say(grid, prefix, kind):
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("kind, n", [("mean", 25), ("token", 25), ("last", 25), ("last", 24)])
-@pytest.mark.parametrize("selected", [None, 2])
+@pytest.mark.parametrize("selected", [None, 3])
 def test_causal_it_is_what_its_equations_say(kind, n, prefix, selected):
     asked = inputs((n,), prefix, batch=1, causal=True)
     layer = landmark(block=4, landmark=kind, selected=selected)
@@ -108,11 +108,11 @@ def test_causal_it_is_what_its_equations_say(kind, n, prefix, selected):
             if i >= prefix:
                 at_hand += [j for j in read(cells[(i - prefix) // 4]) if j <= i]
                 before = [(h, (read(cell), cell)) for cell in cells[: (i - prefix) // 4]]
-                if selected is not None and len(before) > selected:
+                if selected is not None and len(before) >= selected:
                     whole = row_by_hand(layer, q, k, [], before).detach()
                     mass = [float(whole[list(cell)].sum()) for _, (_, cell) in before]
-                    best = sorted(range(len(mass)), key=mass.__getitem__, reverse=True)[:selected]
-                    before = [before[c] for c in best]
+                    best = sorted(range(len(mass)), key=mass.__getitem__, reverse=True)
+                    before = [before[c] for c in best[: selected - 1]]
             rows.append(row_by_hand(layer, q, k, at_hand, before))
     expected = torch.stack(rows).view(1, HEADS, -1, prefix + n) @ asked.v
     assert torch.allclose(layer.attend(asked), expected, atol=1e-10)
@@ -134,7 +134,7 @@ def test_a_token_is_the_mean_until_it_learns():
 
 
 def test_rows_sum_to_one_and_tiles_hold_the_weights_of_their_landmarks():
-    asked, layer = inputs((6, 9), 2), landmark(block=3, selected=2)
+    asked, layer = inputs((6, 9), 2), landmark(block=3, selected=3)
     with record() as calls:
         layer.attend(asked)
     a, maps = layer.operator(asked).rows(torch.arange(56)), calls[0].maps
@@ -158,7 +158,7 @@ def test_landmark_tokens_lend_no_value():
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (3, 1), (5, 5)])
-@pytest.mark.parametrize("options", [{}, {"selected": 2}, {"selected": 2, "landmark": "token"}])
+@pytest.mark.parametrize("options", [{}, {"selected": 3}, {"selected": 3, "landmark": "token"}])
 def test_equal_keys_on_odd_grids_give_means(grid, options):
     asked, layer = inputs(grid, 1), landmark(block=2, **options)
     same = asked.replace(k=asked.k[:, :, :1].expand_as(asked.k))
@@ -192,6 +192,7 @@ def test_layouts_of_rows_and_grids_count_their_tokens():
     [
         (lambda: landmark(block=0), "block: got 0"),
         (lambda: landmark(selected=0), "selected: got 0"),
+        (lambda: landmark(selected=1), "selected: got 1; give at least 2"),
         (
             lambda: landmark(landmark="first"),
             "landmark: got 'first'; choose one of mean, token, last",

@@ -60,7 +60,7 @@ SETTINGS = (
     ),
     Setting(
         "infllm_v2", (65536,), 32, 2, 128, "H100; FlashAttention; 64 blocks of 64 read in all",
-        {"block": 64, "stride": 16, "kernel": 32, "local": 32, "selected": 30}, both=2.8,
+        {"block": 64, "stride": 16, "kernel": 32, "local": 32, "selected": 64}, both=2.8,
     ),
     Setting(
         "llsa", (256, 256), 6, 6, 64,

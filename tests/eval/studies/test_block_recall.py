@@ -15,7 +15,7 @@ from xattn.backbone.conversion import save_conversion
 from xattn.eval.studies.__main__ import main
 from xattn.eval.studies.block_recall import measured, random_choice, study
 
-SMALL = "infllm_v2:block=2,stride=1,dense_below=0,selected=3,local=0"
+SMALL = "infllm_v2:block=2,stride=1,dense_below=0,selected=4,local=0"
 
 
 def inputs(grid=(5, 7), prefix=1):
@@ -51,7 +51,7 @@ def backbone(tmp_path):
 def test_random_blocks_are_as_many_with_the_same_ones_always_read():
     asked = inputs()
     for name, options in [
-        ("infllm_v2", {"block": 2, "stride": 1, "dense_below": 0, "selected": 1}),
+        ("infllm_v2", {"block": 2, "stride": 1, "dense_below": 0, "selected": 10}),
         ("llsa", {"block": 2, "selected": 3, "levels": 2}),
     ]:
         choice = create_mechanism(name, 24, 3, **options).choice(asked)

@@ -188,18 +188,18 @@ SMALL = {"block": 2, "stride": 1, "dense_below": 0}
     grouped=True,
     training_free=True,
     cases=(
-        {**SMALL, "selected": 1, "local": 0},
-        {**SMALL, "selected": 2, "kernel": 3, "normaliser": "coarse", "backend": "cpu"},
+        {**SMALL, "selected": 3, "local": 0},
+        {**SMALL, "selected": 10, "kernel": 3, "normaliser": "coarse", "backend": "cpu"},
         {},
     ),
     bench=({},),
     size=Size(
-        "selected", "Chosen blocks", "Blocks beside the near ones", (1, 2, 4, 8, 16), 4,
+        "selected", "Blocks", "Blocks that are read, the near ones among them", (10, 11, 13, 17, 25), 13,
         options={**SMALL},
     ),
     studies={
         "swap": ({}, {"options": {"block": 2, "stride": 1, "dense_below": 0}}),
-        "attention-maps": {"options": {"selected": 4, "block": 4, "dense_below": 0}},
+        "attention-maps": {"options": {"selected": 13, "block": 4, "dense_below": 0}},
     },
 )  # fmt: skip
 class InfLLMv2(Mechanism):
@@ -210,7 +210,8 @@ class InfLLMv2(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: k, how many blocks are read beside those that always are.
+        selected: k, how many blocks are read, those that always are among them; 8 more than these by
+            default.
         block: of a block; 64 in a row, 8 on a grid by default.
         stride: from one window to the next; a quarter of the block in a row, half on a grid.
         kernel: of a window; twice the stride.
@@ -226,7 +227,7 @@ class InfLLMv2(Mechanism):
         self,
         dim: int,
         num_heads: int,
-        selected: int = 8,
+        selected: int | None = None,
         block: int | None = None,
         stride: int | None = None,
         kernel: int | None = None,
@@ -240,7 +241,7 @@ class InfLLMv2(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         lengths = {"block": block, "stride": stride, "kernel": kernel}
         self.lengths = tuple(x if x is None else whole(name, x) for name, x in lengths.items())
-        self.selected = whole("selected", selected)
+        self.selected = None if selected is None else whole("selected", selected)
         counts = {"local": local, "first": first, "dense_below": dense_below}
         for name, value in counts.items():
             if value < 0:
@@ -279,7 +280,13 @@ class InfLLMv2(Mechanism):
         patches = patches if windows.order is None else windows.order.apply(patches)
         keys = windows.means(inputs)
         count, forced = len(windows.table), windows.forced
-        s = min(self.selected + forced.shape[3], count)
+        always = forced.shape[3]
+        s = always + 8 if self.selected is None else self.selected
+        if s < always:
+            raise ValueError(
+                f"selected: got {s}; {always} blocks are always read, give at least as many"
+            )
+        s = min(s, count)
         lse, cost = None, keys.shape[2] / 2
         if self.normaliser == "coarse":
             lse, length = windows.coarse_lse(patches, inputs, self.backend)

@@ -41,11 +41,11 @@ LANDMARKS = ("mean", "token", "last")
     training_free=True,
     cases=(
         {"block": 3},
-        {"block": 2, "selected": 2, "landmark": "token"},
-        {"block": 2, "selected": 3, "backend": "cpu"},
+        {"block": 2, "selected": 3, "landmark": "token"},
+        {"block": 2, "selected": 4, "backend": "cpu"},
     ),
-    bench=({"block": 8, "selected": 8},),
-    studies={"attention-maps": {"options": {"block": 4, "selected": 8}}},
+    bench=({"block": 8, "selected": 9},),
+    studies={"attention-maps": {"options": {"block": 4, "selected": 9}}},
 )
 class Landmark(Mechanism):
     """Landmark attention, on a grid or in a row of tokens; causal over tokens in a row.
@@ -53,8 +53,8 @@ class Landmark(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         block: l, tokens of a block: in a row, or along each side of a tile of the grid.
-        selected: k, how many other blocks are read: the queries of a block choose together those whose
-            landmarks they give most; causal, each query for itself. None reads all.
+        selected: k, how many blocks are read, a query's own among them: the queries of a block choose
+            together those whose landmarks they give most; causal, each query for itself. None reads all.
         landmark: the key of a block's landmark. "mean" of its keys, which counts as often as the block
             has tokens; "token", a token of each head that is learned and reads the block's keys by
             softmax, the mean at first; "last", in a row, the paper's: each l-th token of the layer is a
@@ -74,6 +74,10 @@ class Landmark(Mechanism):
         super().__init__(dim, num_heads, backend=backend)
         self.block, self.landmark = whole("block", block), landmark
         self.selected = None if selected is None else whole("selected", selected)
+        if selected == 1:
+            raise ValueError(
+                "selected: got 1; give at least 2, of which one is the query's own block"
+            )
         if landmark not in LANDMARKS:
             raise ValueError(f"landmark: got {landmark!r}; choose one of {', '.join(LANDMARKS)}")
         if landmark == "last" and block < 2:
@@ -138,7 +142,7 @@ class Landmark(Mechanism):
         if layout.others is None or self.selected is None:
             return layout.others
         blocks = layout.blocks
-        s = min(self.selected, blocks.count - 1) + 1
+        s = min(self.selected, blocks.count)
         own = blocks.forced[..., :1].contiguous()
         chosen, _ = select(
             q, marks, s, q_block=blocks.q_block, k_block=blocks.k_block, softmax=True, forced=own,

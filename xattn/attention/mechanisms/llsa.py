@@ -46,7 +46,8 @@ class LLSA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: K, how many blocks are chosen at each level; all, where a level holds fewer.
+        selected: K, how many blocks are chosen at each level, in a causal call the query's own among
+            them; all, where a level holds fewer.
         block: tokens along each side of a tile of the grid, 4 by default, or of a block in a row, 16. B
             is the number of tokens in it.
         levels: L; by default the fewest with at most 64 means at the top. None is made above a level of
