@@ -22,7 +22,7 @@ from xattn.eval.report.standings import CURVES, each_curve
 from xattn.explainers.base import method_title
 from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.passes import TrueClass
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.provenance import provenance_of
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import pack_writer
 from xattn.photos.images import load_image
@@ -165,7 +165,7 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
 def _record(results: Results, backbone: Backbone, method: Any) -> dict[str, Any]:
     """The protocol of a row: how its maps came about, and what its metrics mean. Options that
     are not finite become text, as JSON has no such numbers."""
-    record = protocol_of(backbone, method, results.protocol.view)
+    record = provenance_of(backbone, method, results.protocol.view)
     fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
     what = describe(method)
     record["options"] = what["options"]

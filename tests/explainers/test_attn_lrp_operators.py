@@ -32,7 +32,7 @@ from xattn.attention.record import answering_by
 from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance.attn_lrp_functions import Rules, depends, times
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.provenance import provenance_of
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.pooling import softmax_pooling
 
@@ -493,7 +493,7 @@ def test_the_provenance_of_a_map_says_what_was_held_constant(cls, note):
     backbone, images = attending(cls, [0, 2]), photos(tiny())
     explainer = create_explainer("attn_lrp", backbone)
     assert explainer.notes == (note,)
-    assert protocol_of(backbone, explainer, "crop")["notes"] == [note]
+    assert provenance_of(backbone, explainer, "crop")["notes"] == [note]
     maps = explainer.attribute(images, TARGET)
 
     class Held(cls):

@@ -18,7 +18,7 @@ from xattn.attention.statistics import row_entropy, statistics
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance.attention import layers_text, read_attention
 from xattn.explainers.relevance.rollout import rollout_row, through
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.provenance import provenance_of
 
 PREFIXES = [0, 1, 2, 5]
 
@@ -150,13 +150,13 @@ def test_the_provenance_of_a_map_says_whose_rows_were_normalised():
         "layers 0, 2: entries of A may be negative; rows of |A|, normalised",
         "layer 1: rows of A do not sum to 1; rows of A, normalised",
     )
-    assert protocol_of(backbone, explainer, "crop")["notes"] == list(explainer.notes)
+    assert provenance_of(backbone, explainer, "crop")["notes"] == list(explainer.notes)
     assert len(create_explainer("rollout", backbone, start_layer=1).notes) == 2
     assert len(create_explainer("rollout", backbone, start_layer=-1).notes) == 1
     for name in ("raw_attention", "generic_relevance"):
         assert not create_explainer(name, backbone).notes
     plain = create_explainer("rollout", tiny())
-    assert plain.notes == () and "notes" not in protocol_of(plain.backbone, plain, "crop")
+    assert plain.notes == () and "notes" not in provenance_of(plain.backbone, plain, "crop")
 
 
 def test_layers_in_words():

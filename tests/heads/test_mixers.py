@@ -16,7 +16,7 @@ from torch import nn
 from xattn.attention.mechanisms.agent import Agent
 from xattn.config import ProbeConfig, TrainConfig
 from xattn.explainers import create_explainer
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.provenance import provenance_of
 from xattn.exporting import export
 from xattn.heads import create_head, load_head, parse_options, save_head
 from xattn.heads.attentive import AttentiveHead
@@ -168,7 +168,7 @@ def test_provenance_says_that_shares_are_those_of_mixed_tokens():
     backbone = vit()
     for options, noted in (({}, False), ({"mixer": "softmax"}, True)):
         explainer = create_explainer("head", backbone, make("gap", **options))
-        notes = protocol_of(backbone, explainer, "crop").get("notes", [])
+        notes = provenance_of(backbone, explainer, "crop").get("notes", [])
         assert bool([n for n in notes if "shares of mixed tokens" in n]) == noted
 
 

@@ -20,7 +20,7 @@ from xattn.backbone.scored import class_of, is_score, scored
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose, check_target, method_title
 from xattn.explaining.naming import Picture, Source, file_name_of
-from xattn.explaining.provenance import protocol_of
+from xattn.explaining.provenance import provenance_of
 from xattn.heads import Head
 from xattn.packs.explanation import Explanation, ImageFacts, blank_note, map_name
 from xattn.photos.arrays import ArrayImage
@@ -150,7 +150,7 @@ def set_up(
     check("batch_size", batch_size, Count)
     method = _explainer(backbone, head, explainer, seed, batch_size)
     backbone.require_classes()
-    protocol = protocol_of(backbone, method, view)
+    protocol = provenance_of(backbone, method, view)
     if isinstance(classes, OneEach | PredictedAndTrue):
         kind = "named" if isinstance(classes, OneEach) else "predicted, label"
         return method, classes, {**protocol, "classes": kind}

@@ -18,7 +18,7 @@ P = {
 }
 
 
-def protocol_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
+def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
     """The record of how maps of ``method`` are made; ``target`` and ``notes`` only where there are any."""
     head = method.head if method.needs_head else None
     record = None

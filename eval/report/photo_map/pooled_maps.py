@@ -9,8 +9,6 @@ places mean equal places of what the network saw. A constant map has no directio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,28 +17,10 @@ from torch.nn import functional as F
 
 from xattn.packs.reader import Pack
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 SIDE = 8  # cells a side
 MOST_PHOTOS = 20_000  # that are read; of more a random sample
 
 Values = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class PooledMaps:
-    """One map a photo.
-
-    Attributes:
-        rows: (n,) which photos of the pack these are, by their place in ``Pack.images``, rising.
-        entries: the id of each photo's map.
-        values: (n, 64) in [0, 1], the cells row by row.
-    """
-
-    rows: NDArray[np.int64]
-    entries: tuple[str, ...]
-    values: Values
 
 
 def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.int64]:
@@ -54,28 +34,6 @@ def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.in
     return np.sort(np.random.default_rng(seed).choice(photos, most, replace=False))
 
 
-def pooled_maps(pack: Pack, method: str, rows: NDArray[np.int64]) -> PooledMaps:
-    """The maps by ``method`` of these photos, each of the photo's most probable class; photos without one
-    are left out.
-
-    Args:
-        rows: places in ``Pack.images``, see :func:`sample`.
-
-    Raises:
-        ValueError: the pack has no maps by this method.
-        PackError: a map is damaged.
-    """
-    first = _first_entries(pack.entries, method)
-    if first.empty:
-        raise ValueError(f"method: the pack has no maps by {method!r}; give a method of its maps")
-    by_photo = dict(zip(first["image_id"], first.index, strict=True))
-    names = pack.images.index
-    own = [(row, by_photo.get(names[row])) for row in rows]
-    found = [(row, entry_id) for row, entry_id in own if entry_id is not None]
-    entries = tuple(entry_id for _, entry_id in found)
-    return PooledMaps(np.array([row for row, _ in found], np.int64), entries, read(pack, entries))
-
-
 def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
     """(n, 64): these maps, see :func:`pooled`.
 
@@ -86,13 +44,6 @@ def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
     for i, entry_id in enumerate(entry_ids):
         found[i] = pooled(pack.explanation(entry_id).normalized())
     return found
-
-
-def _first_entries(entries: pd.DataFrame, method: str) -> pd.DataFrame:
-    """The entries by ``method`` of the most probable class of each photo."""
-    own = entries.loc[entries["method"] == method, ["image_id", "probability"]]
-    own = own.sort_values("probability", ascending=False, kind="stable")
-    return own.drop_duplicates("image_id")
 
 
 def pooled(values: NDArray[np.float32]) -> Values:

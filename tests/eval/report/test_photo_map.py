@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-from small_explanations import make
 
 from xattn.eval.report.photo_map import kept as kept_module
 from xattn.eval.report.photo_map.clusters import clusters, k_means
@@ -17,13 +16,10 @@ from xattn.eval.report.photo_map.pooled_maps import (
     nearest,
     place,
     pooled,
-    pooled_maps,
     sample,
     unit,
 )
 from xattn.eval.report.photo_map.projection import offered, principal, project
-from xattn.packs.reader import Pack
-from xattn.packs.writer import save_pack
 
 
 def blob(row, column, side=8, width=1.0):
@@ -65,27 +61,6 @@ def test_the_nearest_are_those_of_the_definition_and_equals_keep_their_order():
     expected = 1 - toward @ toward[7]
     assert found.tolist() == np.argsort(expected.round(6), kind="stable")[:6].tolist()
     assert np.allclose(distance, expected[found], atol=1e-6)
-
-
-def test_each_photo_has_the_map_of_its_most_probable_class(tmp_path):
-    pytest.importorskip("pandas")
-    low = make("a", target=1, method="cam")
-    maps = [
-        make("b", 1, "cam", seed=3),
-        low,
-        make("a", 2, "cam", seed=5, source=None),
-        make("a", 2, "other", seed=6, source=None),
-        make("c", 1, "other", seed=7),
-    ]
-    object.__setattr__(maps[2], "probability", 0.9)
-    save_pack(tmp_path / "pack", maps, overlays=False)
-    pack = Pack(tmp_path / "pack")
-    found = pooled_maps(pack, "cam", sample(3))
-    assert [pack.images.index[row] for row in found.rows] == ["b", "a"]
-    assert found.entries == ("b@1.cam", "a@2.cam")
-    assert np.array_equal(found.values[1], pooled(maps[2].normalized()))
-    with pytest.raises(ValueError, match=r"^method: the pack has no maps by 'rise'; give"):
-        pooled_maps(pack, "rise", sample(3))
 
 
 def test_a_sample_is_the_same_every_time():

@@ -10,16 +10,18 @@ pytest.importorskip("pandas")
 from planted_shortcut import explained, marked
 
 from xattn.eval.report.photo_map.clusters import clusters
-from xattn.eval.report.photo_map.pooled_maps import pooled_maps, sample
+from xattn.eval.report.photo_map.pooled_maps import read
 
 
 def groups(folder, mark):
     """The groups of a pack, each with the share of its photos that have the mark, or would have it."""
     pack = explained(folder, mark)
-    found = pooled_maps(pack, "gradcam", sample(len(pack.images)))
-    images = pack.images.iloc[found.rows]
+    entries = pack.entries[pack.entries["method"] == "gradcam"]
+    images = pack.images.loc[entries["image_id"]]
     has_mark = np.array([marked(int(name.removesuffix(".png"))) for name in images["title"]])
-    one_by_one = clusters(found.values, images["predicted_name"].tolist(), images["right"].tolist())
+    one_by_one = clusters(
+        read(pack, entries.index), images["predicted_name"].tolist(), images["right"].tolist()
+    )
     return [(one, has_mark[one.rows].mean()) for one in one_by_one], has_mark
 
 
