@@ -2,11 +2,10 @@
 
 Every change of a tag, note or rating is a row of a journal, so that a person can undo and redo their own
 changes while others work on the same file. A transaction lasts as long as one change; whoever finds the
-file locked waits. The file appears with the first change. It may come from anybody: another layout is refused, values are read as what
-their column is to hold, and values are bound.
-
-A step is what a person did at once, perhaps to many photos: a row of the journal for each field that it
-changed, with the value before and after. Undoing a step leaves alone what somebody else has changed since.
+file locked waits. The file appears with the first change. It may come from anybody: another layout is
+refused, values are read as what their column is to hold, and values are bound. A step is what a person did
+at once, perhaps to many photos: a row of the journal for each field that it changed, with the value before
+and after. Undoing a step leaves alone what somebody else has changed since.
 """
 
 from __future__ import annotations
