@@ -15,6 +15,7 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST = 8  # compute capability: 7.5 has neither bfloat16 nor the shared memory of the kernels
+ENTRIES = 2**27  # of a tile of plain PyTorch on a GPU: 512 MB in float32
 INSTALL = 'Triton is not installed; run: pip install "xattn[gpu]"'
 
 
@@ -39,7 +40,14 @@ def choose(
         raise ValueError(f"backend: got {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend in ("reference", "cpu"):
         return backend
-    limit = _missing(device) or _unknown(dtype) or limit
+    if not HAS_TRITON:
+        limit = INSTALL
+    elif device.type != "cuda" and not interpreted():
+        limit = f"Triton does not run on {device}; use 'auto', or set TRITON_INTERPRET=1 for tests"
+    elif device.type == "cuda" and torch.cuda.get_device_properties(device).major < OLDEST:
+        limit = f"{device} has too little shared memory; use 'auto', or an Ampere GPU or newer"
+    elif dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        limit = f"got {dtype}; give float32, float16 or bfloat16, or use 'auto'"
     if limit is None:
         return "triton"
     if backend == "triton":
@@ -47,25 +55,6 @@ def choose(
     if not torch.compiler.is_compiling():
         _say_slow(limit)
     return "cpu"
-
-
-def _missing(device: torch.device) -> str | None:
-    """Why Triton does not run on ``device``."""
-    if not HAS_TRITON:
-        return INSTALL
-    if device.type != "cuda" and not interpreted():
-        return f"Triton does not run on {device}; use 'auto', or set TRITON_INTERPRET=1 for tests"
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).major < OLDEST:
-        return (
-            f"{device} has less shared memory than the kernels need; use 'auto', or an Ampere GPU"
-        )
-    return None
-
-
-def _unknown(dtype: torch.dtype | None) -> str | None:
-    if dtype in (None, torch.float32, torch.float16, torch.bfloat16):
-        return None
-    return f"got {dtype}; give float32, float16 or bfloat16, or use 'auto'"
 
 
 def too_wide(widest: int, *tensors: Tensor) -> str | None:
@@ -83,6 +72,12 @@ def _say_slow(why: str) -> None:
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which the device of ``x`` is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def tile_entries(device: torch.device, cached: int) -> int:
+    """How many entries plain PyTorch takes at a time: ``cached``, which stay in the cache of a CPU, or as
+    many as memory allows on GPUs, where each operation costs a launch."""
+    return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 
 def own_precision(x: Tensor) -> AbstractContextManager[Any]:

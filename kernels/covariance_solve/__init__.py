@@ -55,7 +55,8 @@ def covariance_solve(
 
     Warns:
         RuntimeWarning: rows whose residual, computed anew at the end, is above ten times ``tolerance``, in
-            this solve or in that of the gradient. Rounding alone may leave 1e-4 in float32.
+            this solve or in that of the gradient (on a GPU only with ``XATTN_CHECK=1``, because looking
+            stalls the stream). Rounding alone may leave 1e-4 in float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, or numbers out of range.

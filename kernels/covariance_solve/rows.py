@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.softmax.reference import widen
 
 ROWS = 128  # of a head
@@ -37,8 +38,9 @@ def weight_rows(
     heads, n, s = q.shape[0], q.shape[1], k.shape[1]
     left = torch.cat([widen(q) * scale, -lse[..., None]], -1)
     right = torch.cat([widen(k), lse.new_ones(heads, s, 1)], -1).transpose(1, 2)
-    size = min(n, ROWS, max(FEWEST, TILE // s))
-    group = min(heads, max(1, TILE // (size * s)))
+    entries = tile_entries(q.device, TILE)
+    size = min(n, ROWS if q.is_cpu else n, max(FEWEST, entries // s))
+    group = min(heads, max(1, entries // (size * s)))
     memory = lse.new_empty(2, group * size * s)
     for h in range(0, heads, group):
         hs = slice(h, min(h + group, heads))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.softmax import reference
 from xattn.kernels.softmax.reference import Problem, delta, per_key_head, per_query_head, widen
 
@@ -97,7 +98,7 @@ def _backward_by_rows(
 def _row_scores(p: Problem) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, the keys that they see, and at most ``TILE`` of their scores (B, H, rows, keys)."""
     n, s = p.q.shape[2], p.k.shape[2]
-    size = max(1, TILE // max(1, p.q.shape[0] * p.q.shape[1] * s))
+    size = max(1, tile_entries(p.q.device, TILE) // max(1, p.q.shape[0] * p.q.shape[1] * s))
     for start in range(0, n, size):
         i = slice(start, min(start + size, n))
         j = slice(0, i.stop if p.causal else s)

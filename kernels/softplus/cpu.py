@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.softplus.reference import (
     Problem,
     Rows,
@@ -91,8 +92,9 @@ def _tiles(p: Problem) -> Iterator[tuple[slice, slice, slice, Rows]]:
     """Heads of all images, rows, the keys that they see, and what is known of the rows."""
     batch, heads, n, _ = p.q.shape
     s = p.k.shape[2]
-    size = max(1, min(n, ROWS, TILE // s))
-    many = max(1, TILE // (size * s))
+    entries = tile_entries(p.q.device, TILE)
+    size = max(1, min(n, ROWS if p.q.is_cpu else n, entries // s))
+    many = max(1, entries // (size * s))
     every = rows_of(p, torch.arange(n, device=p.q.device))
     for head in range(0, batch * heads, many):
         for start in range(0, n, size):

@@ -7,32 +7,35 @@ matrix product and one exponential in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.softmax.reference import per_key_head, per_query_head, widen
 from xattn.kernels.vecmat.reference import Problem
 
-QUERIES, KEYS = 1024, 512  # per tile: 2 MB in float32, which stay in the cache
+QUERIES, KEYS = 1024, 512  # per tile on a CPU: 2 MB in float32, which stay in the cache
 HIDDEN = -1e30  # instead of -lse in a row without a key: exp gives 0, and inf - inf never occurs
 
-Index = tuple[int, slice, slice]
+Index = tuple[slice, slice, slice]
 
 
 def forward(p: Problem) -> tuple[Tensor]:
     p = _each_head(p)
     out = p.r.new_zeros(*p.q.shape[:2], p.r.shape[2], p.k.shape[2])
     v, g = (None if x is None else widen(x) for x in (p.v, p.grad))
-    buffer = p.r.new_empty(_size(p)) if g is not None else None
+    buffer = p.r.new_empty(math.prod(_extent(p))) if g is not None else None
     for i, j, w in _tiles(p):
         if v is not None and g is not None and buffer is not None:
-            product = buffer[: w.numel()].view(w.shape)
-            torch.bmm(g[i], v[j].transpose(1, 2), out=product)
-            w.mul_(product.relu_())
-        b, heads, columns = j
-        out[b, heads, :, columns] += p.r[b, heads, :, i[2]] @ w
+            dots = buffer[: w.numel()].view(w.shape)
+            _product(g[i], v[j], dots)
+            w.mul_(dots.relu_())
+        images, heads, columns = j
+        out[images, heads, :, columns] += p.r[images, heads, :, i[2]] @ w
     return (out,)
 
 
@@ -48,23 +51,23 @@ def backward(
     if p.bias is not None and bias_grad:
         found["bias"] = torch.zeros_like(widen(p.bias))
     for i, j, a in _tiles(own):
-        b, heads, rows = i
+        images, heads, rows = i
         columns = j[2]
-        dw = p.r[b, heads, :, rows].transpose(1, 2) @ dout[b, heads, :, columns]
+        dw = p.r[images, heads, :, rows].mT @ dout[images, heads, :, columns]
         w = a
         if v is not None and g is not None:
-            product = g[i] @ v[j].transpose(1, 2)
-            dproduct = torch.where(product > 0, dw * a, 0.0)
+            dots = g[i] @ v[j].mT
+            dproduct = torch.where(dots > 0, dw * a, 0.0)
             found["grad"][i] += dproduct @ v[j]
-            found["v"][j] += dproduct.transpose(1, 2) @ g[i]
-            w = a * product.relu_()
-        found["r"][b, heads, :, rows] += dout[b, heads, :, columns] @ w.transpose(1, 2)
+            found["v"][j] += dproduct.mT @ g[i]
+            w = a * dots.relu_()
+        found["r"][images, heads, :, rows] += dout[images, heads, :, columns] @ w.mT
         ds = dw.mul_(w)
         found["q"][i] += ds @ k[j]
-        found["k"][j] += ds.transpose(1, 2) @ q[i]
+        found["k"][j] += ds.mT @ q[i]
         found["lse"][i] -= ds.sum(-1)
         if bias_grad:
-            part = _part(found["bias"], b, heads, rows, columns)
+            part = _part(found["bias"], images, heads, rows, columns)
             part += ds.sum_to_size(part.shape)
     found["q"] *= p.scale
     found["k"] *= p.scale
@@ -84,45 +87,50 @@ def _each_head(p: Problem) -> Problem:
 
 
 def _tiles(p: Problem) -> Iterator[tuple[Index, Index, Tensor]]:
-    """(batch, heads, rows), (batch, heads, columns) and P there; all tiles share one buffer for P."""
+    """(images, heads, rows), (images, heads, columns) and P there; all tiles share one buffer for P."""
     minus = torch.where(p.lse.isneginf(), HIDDEN, -p.lse)[..., None].to(p.lse.dtype)
     left = torch.cat([widen(p.q) * p.scale, minus], -1)
     right = torch.cat([widen(p.k), torch.ones_like(p.k[..., :1], dtype=p.lse.dtype)], -1)
-    buffer = p.lse.new_empty(_size(p))
+    images, group, queries, keys = _extent(p)
+    buffer = p.lse.new_empty(images * group * queries * keys)
     (batch, heads, n), s = p.q.shape[:3], p.k.shape[2]
-    group = _group(p)
-    for b in range(batch):
-        for h in range(0, heads, group):
-            hs = slice(h, min(h + group, heads))
-            for start in range(0, s, KEYS):
-                j = (b, hs, slice(start, min(start + KEYS, s)))
-                for first in range(start if p.causal else 0, n, QUERIES):
-                    i = (b, hs, slice(first, min(first + QUERIES, n)))
-                    x, y = left[i], right[j].transpose(1, 2)
-                    shape = (x.shape[0], x.shape[1], y.shape[2])
-                    a = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-                    torch.bmm(x, y, out=a)
-                    if p.bias is not None:
-                        a += _part(p.bias, b, hs, i[2], j[2])
-                    a.exp_()
-                    yield i, j, a.tril_(first - start) if p.causal else a
+    for b, h, start in product(range(0, batch, images), range(0, heads, group), range(0, s, keys)):
+        bs, hs = slice(b, min(b + images, batch)), slice(h, min(h + group, heads))
+        j = (bs, hs, slice(start, min(start + keys, s)))
+        for first in range(start if p.causal else 0, n, queries):
+            i = (bs, hs, slice(first, min(first + queries, n)))
+            x, y = left[i], right[j]
+            a = buffer[: x[..., 0].numel() * y.shape[2]].view(*x.shape[:3], y.shape[2])
+            _product(x, y, a)
+            if p.bias is not None:
+                a += _part(p.bias, bs, hs, i[2], j[2])
+            a.exp_()
+            yield i, j, a.tril_(first - start) if p.causal else a
 
 
-def _group(p: Problem) -> int:
-    """Heads per tile: several if there are few tokens."""
-    tile = min(p.q.shape[2], QUERIES) * min(p.k.shape[2], KEYS)
-    return max(1, min(p.q.shape[1], QUERIES * KEYS // tile))
+def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """x y^T of several images' heads, into ``out``."""
+    torch.bmm(x.flatten(0, 1), y.flatten(0, 1).mT, out=out.flatten(0, 1))
 
 
-def _size(p: Problem) -> int:
-    return _group(p) * min(p.q.shape[2], QUERIES) * min(p.k.shape[2], KEYS)
+def _extent(p: Problem) -> tuple[int, int, int, int]:
+    """Images, heads, queries and keys of a tile: several of an outer kind only if it has all inner ones."""
+    (batch, heads, n), s = p.q.shape[:3], p.k.shape[2]
+    if p.q.is_cpu:
+        queries, keys = min(n, QUERIES), min(s, KEYS)
+        return 1, max(1, min(heads, QUERIES * KEYS // (queries * keys))), queries, keys
+    entries = tile_entries(p.q.device, QUERIES * KEYS)
+    keys = min(s, entries)
+    queries = min(n, max(1, entries // keys))
+    group = min(heads, max(1, entries // (queries * keys)))
+    return min(batch, max(1, entries // (group * queries * keys))), group, queries, keys
 
 
-def _part(bias: Tensor, b: int, heads: slice, rows: slice, columns: slice) -> Tensor:
-    """The bias of a tile, broadcast or not: (heads or 1, rows or 1, columns)."""
+def _part(bias: Tensor, images: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+    """The bias of a tile, broadcast or not: (images or 1, heads or 1, rows or 1, columns)."""
     whole = slice(None)
     return bias[
-        b if bias.shape[0] > 1 else 0,
+        images if bias.shape[0] > 1 else whole,
         heads if bias.shape[1] > 1 else whole,
         rows if bias.shape[2] > 1 else whole,
         columns,

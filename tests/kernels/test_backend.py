@@ -75,7 +75,7 @@ def test_auto_on_a_gpu_is_triton_where_it_fits_and_says_once_where_not(monkeypat
     for limit, dtype, given in (
         ("got torch.float64", torch.float64, None),
         ("too wide", torch.float32, "too wide"),
-        ("less shared memory", torch.float32, None),
+        ("too little shared memory", torch.float32, None),
     ):
         major[0] = 7 if "memory" in limit else 8
         backend._say_slow.cache_clear()

@@ -127,6 +127,12 @@ def test_tiles_of_any_size_give_the_same(bias, monkeypatch):
             found = run(given, weighted, "cpu")
             for name, value in expected[weighted].items():
                 assert torch.allclose(found[name], value), (queries, keys, name)
+    for extent in (2, 3, 21, 23), (1, 2, 21, 23), (1, 1, 8, 23):  # as on GPUs of any memory
+        monkeypatch.setattr(cpu, "_extent", lambda p, extent=extent: extent)
+        for weighted in (False, True):
+            found = run(given, weighted, "cpu")
+            for name, value in expected[weighted].items():
+                assert torch.allclose(found[name], value), (extent, name)
 
 
 @pytest.mark.parametrize(

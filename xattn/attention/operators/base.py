@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from xattn.attention.inputs import spread_heads
-from xattn.kernels.backend import choose, too_wide
+from xattn.kernels.backend import choose, tile_entries, too_wide
 from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
@@ -116,9 +116,9 @@ class Operator(ABC):
         return out
 
     def row_chunks(self) -> list[slice]:
-        """Slices of the rows, of at most ``TILE`` entries of A each (one row at least)."""
+        """Slices of the rows, of at most ``TILE`` entries of A each (one row at least), more on GPUs."""
         batch, heads, queries, keys = self.shape
-        size = max(1, TILE // max(1, batch * heads * keys))
+        size = max(1, tile_entries(self.device, TILE) // max(1, batch * heads * keys))
         return [slice(start, start + size) for start in range(0, queries, size)]
 
     def row_sums(self) -> Tensor:
