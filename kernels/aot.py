@@ -22,7 +22,7 @@ from xattn.kernels.backend import HAS_TRITON, INSTALL, interpreted
 
 OPS = (
     "softmax", "block_sparse", "grouped", "block_topk", "vecmat", "pooling", "covariance_solve",
-    "local_linear", "softplus", "ragged_queries",
+    "local_linear", "softplus", "ragged_queries", "causal_product",
 )  # fmt: skip
 """Folders of ``xattn.kernels`` with Triton kernels."""
 

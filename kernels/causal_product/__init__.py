@@ -32,21 +32,17 @@ def causal_product(
         left: (..., N, f), with any leading dimensions, for instance (B, H); ``right``: (..., N, f);
             ``x``: (..., N, m), all of one dtype and device.
         reverse: sum over the tokens j >= i in place of j <= i.
-        backend: "reference", or "cpu", which is plain PyTorch and runs on every device; "auto" is "cpu".
+        backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
         (..., N, m) in the dtype of ``x``; sums are in float32 at least, also under autocast. Gradients
         of any order; both passes take O(N (f + m)) memory.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match, or a backend that the op lacks.
+        ValueError: shapes, dtypes or devices that do not match.
     """
     _check(left, right, x)
-    if backend == "triton":
-        raise ValueError(
-            "backend: got 'triton'; causal products have 'auto', 'cpu' and 'reference'"
-        )
-    backend = "cpu" if backend == "auto" else choose(backend, x.device)
+    backend = choose(backend, x.device, x.dtype)
     flat = (t.flatten(0, -3) if t.ndim > 2 else t[None] for t in (left, right, x))
     return _op(Problem(*flat, reverse, backend)).view(x.shape)
 

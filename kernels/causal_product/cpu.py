@@ -4,7 +4,8 @@
 
 Plain PyTorch on every device. With chunks of c tokens a token costs c (f + m) + 2 f m multiplications
 against the 2 f m of the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
-multiplied at once, few enough to stay in the cache. Each tensor is copied there once, as float32 at
+multiplied at once, few enough to stay in the cache; on GPUs all are, so that the number of launches does
+not grow with the tokens. Each tensor is copied there once, as float32 at
 least, so neither strides nor padding of the last chunk cost anything more.
 """
 
@@ -26,8 +27,11 @@ BATCH = 96  # chunks of all heads that are multiplied at once
 def forward(p: Problem) -> tuple[Tensor]:
     """Y (H, N, m)."""
     out = torch.empty_like(p.x, memory_format=torch.contiguous_format)
-    steps = min(STEPS, -(-p.x.shape[1] // CHUNK))
-    parts = [t.split(max(1, BATCH // steps)) for t in (p.left, p.right, p.x, out)]
+    steps, heads = -(-p.x.shape[1] // CHUNK), p.x.shape[0]
+    if p.x.is_cpu:
+        steps = min(STEPS, steps)
+        heads = max(1, BATCH // steps)
+    parts = [t.split(heads) for t in (p.left, p.right, p.x, out)]
     for a, b, c, y in zip(*parts, strict=True):
         _scan(a, b, c, y, steps * CHUNK, p.reverse)
     return (out,)
@@ -67,8 +71,10 @@ def _chunks(x: Tensor, buffer: Tensor) -> Tensor:
 def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Sums over all earlier chunks (later ones if ``reverse``), as ``sums``, and over these as well.
 
-    A loop of additions: at these shapes ``torch.cumsum`` takes ten times as long.
+    A loop of additions: at these shapes ``torch.cumsum`` takes ten times as long on a CPU.
     """
+    if not sums.is_cpu:
+        return cumulated(sums, carried, reverse)
     before = torch.empty_like(sums)
     own, total = sums.unbind(1), before.unbind(1)
     order = list(range(len(own)))[:: -1 if reverse else 1]
@@ -76,3 +82,10 @@ def _running_sums(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor,
     for last, i in pairwise(order):
         torch.add(total[last], own[last], out=total[i])
     return before, total[order[-1]] + own[order[-1]]
+
+
+def cumulated(sums: Tensor, carried: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The same by few launches."""
+    total = torch.cat([carried[:, None], sums.flip(1) if reverse else sums], 1).cumsum(1)
+    before = total[:, :-1]
+    return before.flip(1) if reverse else before, total[:, -1]

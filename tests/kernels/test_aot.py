@@ -46,6 +46,7 @@ SAMPLE = [
     ("local_linear forward fp32 D=32", 120, "16"),
     ("softplus dq bf16 D=64", 90, "16"),
     ("ragged_queries dkv bf16 D=64 causal", 90, "any"),
+    ("causal_product product bf16 D=48", 80, "any"),
 ]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.causal_product import causal_product, cpu
 from xattn.runtime.measuring import peak_memory
 
@@ -30,6 +31,25 @@ def test_it_is_the_masked_matrix_times_the_values(backend, reverse, n):
     assert torch.allclose(found, masked(*given, reverse))
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n, f, m", [(1, 5, 7), (64, 16, 16), (150, 70, 65), (197, 33, 130)])
+def test_kernels_equal_the_masked_matrix(n, f, m, reverse, monkeypatch):
+    def run(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        out = causal_product(*leaves, reverse=reverse, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    given = inputs(n, f, m, leading=(2,))
+    for entries in (2**27, 1):  # all heads at once, and one at a time
+        path = "xattn.kernels.causal_product.triton.tile_entries"
+        monkeypatch.setattr(path, lambda *_, entries=entries: entries)
+        for found, true in zip(
+            run(torch.float32, "triton"), run(torch.float64, "reference"), strict=True
+        ):
+            assert (found.double() - true).abs().max() <= 1e-5 * true.abs().max()
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (3, 70), (2, 1, 3)])
 def test_any_leading_dimensions_and_strides(leading):
     left, right, x = inputs(100, 4, 3, leading=leading)
@@ -38,6 +58,17 @@ def test_any_leading_dimensions_and_strides(leading):
     assert torch.allclose(causal_product(*strided), masked(left, right, x))
     one = x[..., :1].expand_as(x)
     assert torch.allclose(causal_product(left, right, one), masked(left, right, one))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sums_over_chunks_on_a_gpu_are_those_on_a_cpu(reverse):
+    sums, carried = torch.randn(2, 5, 3, 4).double(), torch.randn(2, 3, 4).double()
+    for found, true in zip(
+        cpu.cumulated(sums, carried, reverse),
+        cpu._running_sums(sums, carried, reverse),
+        strict=True,
+    ):
+        assert torch.allclose(found, true)
 
 
 def test_the_transposed_product_is_a_reversed_one():
@@ -97,7 +128,11 @@ def test_memory_grows_with_tokens_and_not_with_their_square():
         ({"right": torch.zeros(2, 9, 5)}, r"right: got shape \(2, 9, 5\); left has \(2, 9, 4\)"),
         ({"x": torch.zeros(2, 8, 3)}, r"x: got shape \(2, 8, 3\); left needs \(2, 9, m\)"),
         ({"x": torch.zeros(2, 9, 3).double()}, "x: got torch.float64"),
-        ({"backend": "triton"}, "backend: got 'triton'"),
+        (
+            {name: torch.zeros(2, 9, 4).double() for name in ("left", "right", "x")}
+            | {"backend": "triton"},
+            "backend='triton': got torch.float64",
+        ),
         ({"backend": "gpu"}, "backend: got 'gpu'"),
     ],
 )
