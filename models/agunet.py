@@ -49,6 +49,8 @@ class AGUNet(nn.Module):
         multi_scale: whether averages of the image enter each level.
         deep_supervision: whether each level has a head.
         dual: DAUNet: attention over places and over channels at the bottleneck.
+        channel_mean: whether its attention over channels divides scores by the number of places, which the
+            paper does not.
         guided: whether the bottleneck's output enters each level of the decoder.
         norm: "batch" or "instance".
         dropout: share of channels that training drops in the dual attention.
@@ -69,6 +71,7 @@ class AGUNet(nn.Module):
         multi_scale: bool = True,
         deep_supervision: bool = True,
         dual: bool = False,
+        channel_mean: bool = True,
         guided: bool = False,
         norm: Literal["batch", "instance"] = "batch",
         dropout: float = 0.5,
@@ -91,7 +94,7 @@ class AGUNet(nn.Module):
         self.settings: dict[str, Any] = dict(
             dims=dims, channels=channels, masks=whole("masks", masks), filters=widths, gates=gates,
             combine=combine, multi_scale=multi_scale, deep_supervision=deep_supervision, dual=dual,
-            guided=guided, norm=norm, dropout=dropout,
+            channel_mean=channel_mean, guided=guided, norm=norm, dropout=dropout,
         )  # fmt: skip
         fine = range(len(widths) - 1)
         self.entries = nn.ModuleList(
@@ -102,7 +105,9 @@ class AGUNet(nn.Module):
         self.encoder = nn.ModuleList(
             double_conv(dims, a, b, norm) for a, b in zip(entering, widths, strict=True)
         )
-        self.bottleneck = DualAttention(dims, widths[-1], norm, dropout) if dual else nn.Identity()
+        self.bottleneck = (
+            DualAttention(dims, widths[-1], norm, dropout, channel_mean) if dual else nn.Identity()
+        )
         self.ups = nn.ModuleList(Upsample(dims, widths[i + 1], widths[i], norm) for i in fine)
         self.gates = nn.ModuleList(Gate(dims, widths[i], norm, combine) for i in fine if gates)
         self.guides = nn.ModuleList(
@@ -213,9 +218,9 @@ class ChannelAttention(nn.Module):
 class DualAttention(nn.Module):
     """Attention over places and over channels, each through two convolutions, summed."""
 
-    def __init__(self, dims: int, width: int, norm: str, dropout: float) -> None:
+    def __init__(self, dims: int, width: int, norm: str, dropout: float, mean: bool = True) -> None:
         super().__init__()
-        self.position, self.channel = PositionAttention(dims, width), ChannelAttention()
+        self.position, self.channel = PositionAttention(dims, width), ChannelAttention(mean)
         self.of_position, self.of_channel = (
             nn.Sequential(
                 conv(dims, width, width, 3, bias=False),

@@ -118,6 +118,15 @@ def test_channel_attention_is_its_equation(mean):
     np.testing.assert_allclose(cam(x)[0].flatten(1).detach().numpy().T, expected, rtol=1e-12)
 
 
+def test_the_net_says_whether_its_attention_over_channels_is_a_mean():
+    x, found = torch.randn(1, 64, 4, 4), []
+    for mean in (False, True):
+        net = AGUNet(**AGUNet(dual=True, channel_mean=mean).settings)
+        net.bottleneck.channel.gamma.data.fill_(1.0)
+        found.append(net.bottleneck.channel(x))
+    assert not torch.allclose(*found)
+
+
 def test_the_bottleneck_of_daunet_drops_channels_in_training_alone():
     torch.manual_seed(0)
     dual = DualAttention(2, 8, "batch", 0.5)
