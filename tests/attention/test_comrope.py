@@ -281,7 +281,7 @@ def test_the_rows_of_every_mechanism_are_those_for_rotated_queries_and_keys(name
 @pytest.mark.parametrize("key_heads", [1, 2])
 def test_fewer_key_heads_turn_with_their_queries(key_heads):
     layer = create_attention("softmax", 64, 4, kv_heads=key_heads, rotate="comrope").double()
-    assert layer.rotate.num_heads == key_heads
+    assert layer.mechanism.rotate.num_heads == key_heads
     x = torch.randn(2, 31, 64, dtype=torch.float64)
     with record(alone=True) as calls:
         y = layer(x, (5, 6), 1)
@@ -377,7 +377,7 @@ def test_weights_are_shared_and_stay_as_they_were():
 def test_blocks_with_channels_that_do_not_turn_or_turn_alike_fold():
     layer = create_attention("softmax", 32, 2, rotate="comrope").double()
     with torch.no_grad():
-        raw = layer.rotate.raw
+        raw = layer.mechanism.rotate.raw
         raw[0, 0] = 0
         raw[0, 1, 2:] = raw[0, 1, :, 2:] = 0
         raw[1] = torch.block_diag(*[torch.tensor([[0.0, 1], [0, 0]])] * 4)
@@ -443,9 +443,11 @@ def test_a_compiled_layer_and_the_prior():
     x = torch.randn(1, 31, 32)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, (5, 6), 1), layer(x, (5, 6), 1))
-    prior = layer.rotate.prior(layer.rotate.places((5, 6), 1, x))
+    prior = layer.mechanism.rotate.prior(layer.mechanism.rotate.places((5, 6), 1, x))
     assert prior.shape == (2, 31) and prior[:, 0].allclose(torch.ones(2)) and prior.amax() <= 1.0001
-    assert isinstance(layer.rotate, ComRope) and math.isclose(layer.rotate.span, 1)
+    assert isinstance(layer.mechanism.rotate, ComRope) and math.isclose(
+        layer.mechanism.rotate.span, 1
+    )
 
 
 def test_a_recorded_layer_maps_what_its_rotation_alone_would_read():
@@ -463,3 +465,20 @@ def test_a_recorded_layer_maps_what_its_rotation_alone_would_read():
         create_mechanism("softmax", 32, 2)(q, k, k, (5, 6), 1)
         create_mechanism("softmax", 32, 2, rotate="comrope:axes=1").double()(q, k, k, (31,))
     assert not any("prior" in call.maps for call in calls)
+    layer = create_attention("softmax", 32, 2, rotate="comrope")
+    with record(alone=True) as calls:
+        layer(torch.randn(1, 31, 32), (5, 6), 1)
+    assert calls[0].maps["prior"].shape == (1, 2, 5, 6)
+
+
+def test_a_mechanism_rotates_raw_queries_and_keys_that_it_is_asked_about():
+    q, k = tensors(31)
+    raw, options = Inputs(q, k, k, None, (5, 6), 1), {"keep": 12, "block": 4}
+    layer = create_mechanism("hip", 32, 2, rotate="comrope", **options).double()
+    ready, plain = layer.accepted(raw), create_mechanism("hip", 32, 2, **options)
+    assert torch.equal(layer.choice(raw).blocks.index, layer.choice(ready).blocks.index)
+    rows = [
+        m.operator(x).rows(torch.arange(31))
+        for m, x in ((layer, raw), (layer, ready), (plain, raw))
+    ]
+    assert torch.equal(rows[0], rows[1]) and not torch.allclose(rows[0], rows[2])

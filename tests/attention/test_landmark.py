@@ -176,15 +176,15 @@ def test_marks_need_lists_and_no_rule():
 
 
 def test_layouts_of_rows_and_grids_count_their_tokens():
-    place = layout((5, 6), 4, False, 1, False, "cpu")
-    assert place.counts.tolist() == [16, 8, 4, 2] and place.columns.max() == 30
-    row = layout((10,), 4, True, 0, True, "cpu")
+    place = layout((5, 6), 4, False, False)
+    assert place.counts.tolist() == [16, 8, 4, 2]
+    row = layout((10,), 4, True, True)
     assert row.counts.tolist() == [4, 4, 2] and row.hidden.isneginf().nonzero()[:, 0].tolist() == [
         3,
         7,
     ]
     assert row.others.index[0, 0].tolist() == [[-1, -1], [0, -1], [0, 1]]
-    assert layout((2, 2), 4, False, 0, False, "cpu").others is None
+    assert layout((2, 2), 4, False, False).others is None
 
 
 @pytest.mark.parametrize(

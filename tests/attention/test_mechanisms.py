@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import sys
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xattn.attention import Inputs, convert, create_attention, create_mechanism, record, revert
 from xattn.attention.base import MECHANISMS
+from xattn.attention.inputs import on_cpu
 from xattn.attention.mechanisms.dma import causal_choice
 from xattn.attention.operators.patterns import BandedOperator
 from xattn.attention.selection import Blocks, Segment, visible
@@ -267,6 +269,22 @@ def test_later_tokens_change_no_row_of_a_causal_call_and_no_choice(name, options
 
 
 @pytest.mark.parametrize("name, options", CASES)
+def test_paths_for_other_devices_than_a_cpu_give_the_same_numbers(name, options, monkeypatch):
+    layer, found = mechanism(name, options), []
+    forms = [(GRID, False), ((30,), True)] if is_causal(name, options) else [(GRID, False)]
+    for _ in range(2):
+        for grid, late in forms:
+            leaves = [x.requires_grad_() for x in inputs(2)]
+            y = layer(*leaves, grid, 2, x=tokens(leaves[0]), causal=late)
+            found.append((y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)))
+        for module in [m for m in sys.modules.values() if getattr(m, "on_cpu", 0) is on_cpu]:
+            monkeypatch.setattr(module, "on_cpu", lambda x: False)
+    for expected, others in zip(found, found[len(forms) :], strict=False):
+        for a, b in zip(expected, others, strict=True):
+            assert a is b is None or torch.allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, options", CASES)
 def test_keys_that_are_no_numbers_end_the_call(name, options):
     q, k, v = inputs(1)
     k[:, :, 5] = torch.nan
@@ -340,13 +358,17 @@ def test_a_saved_layer_computes_the_same_when_loaded(name, options, tmp_path):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_a_layer_compiles_as_one_graph(entry):
-    layer = create_attention(entry.name, DIM, HEADS, **entry.cases[0])
-    x = torch.randn(2, 31, DIM)
-    expected = layer(x, GRID, 1)
+def test_a_layer_that_never_ran_compiles_as_one_graph_forward_and_backward(entry):
+    grid = (7, 3)  # of no other test, so that no plan of it is kept
+    layer = create_attention(entry.name, DIM, HEADS, **entry.cases[0]).eval()
+    x = torch.randn(1, 22, DIM, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(x, GRID, 1), expected, atol=1e-5)
+    y = compiled(x, grid, 1)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    expected = layer(x, grid, 1)
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(found, torch.autograd.grad(expected.square().sum(), x)[0], atol=1e-4)
 
 
 @pytest.fixture(scope="module")

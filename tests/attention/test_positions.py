@@ -84,9 +84,9 @@ def test_a_rotation_with_parameters_is_trained_with_its_layer():
             return q * turn.cos(), k * turn.cos()
 
     layer = create_attention("softmax", 8, 2, rotate=Learned())
-    assert "rotate.frequency" in layer.state_dict()
+    assert "mechanism.rotate.frequency" in layer.state_dict()
     layer(torch.randn(1, 7, 8), (2, 3), 1).square().sum().backward()
-    assert layer.rotate.frequency.grad.abs().min() > 0
+    assert layer.mechanism.rotate.frequency.grad.abs().min() > 0
 
 
 def test_what_does_not_fit_is_refused():

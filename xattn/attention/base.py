@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -108,10 +108,15 @@ class Mechanism(nn.Module, ABC):
         self.dim, self.num_heads, self.backend = dim, num_heads, backend
         self.rotate: Rotation | None = None  # see create_mechanism
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in {"operator", "choice"} & vars(cls).keys():
+            setattr(cls, name, _ready(vars(cls)[name]))
+
     @abstractmethod
     def operator(self, inputs: Inputs) -> Operator:
-        """A for one call. Losses for training go into its ``aux``, and whatever :meth:`maps` needs
-        beside the operator into its ``context``."""
+        """A for one call, whose queries and keys are rotated first if the mechanism does that. Losses for
+        training go into its ``aux``, and whatever :meth:`maps` needs beside it into its ``context``."""
 
     def local(self, inputs: Inputs) -> Tensor | None:
         """What is added to A V, (B, H, N, Dv); None adds nothing."""
@@ -245,6 +250,11 @@ class Mechanism(nn.Module, ABC):
     def accepted(self, inputs: Inputs) -> Inputs:
         """``inputs``, checked and rotated, as :meth:`operator` takes them."""
         self.check(inputs)
+        return self.ready(inputs)
+
+    def ready(self, inputs: Inputs) -> Inputs:
+        """``inputs``, rotated if they are not yet, and with a key head for each query head if it takes no
+        fewer."""
         if self.rotate is not None:
             inputs = rotated(self.rotate, inputs)
         inputs = inputs.autocast()
@@ -301,6 +311,16 @@ class Mechanism(nn.Module, ABC):
             )
 
 
+def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]:
+    """The method, given inputs that are ready."""
+
+    @wraps(method)
+    def call(self: Any, inputs: Inputs) -> Any:
+        return method(self, self.ready(inputs))
+
+    return call
+
+
 @torch.no_grad()
 def _maps(
     mechanism: Mechanism,
@@ -315,22 +335,6 @@ def _maps(
             return found
         assert mechanism.rotate is not None
         return {**found, "prior": prior_map(mechanism.rotate, means, inputs)}
-
-
-class Kept(dict[Any, Any]):
-    """What a mechanism keeps from call to call because it only depends on the grid: the newest few,
-    and nothing in copies and pickles, which make it anew."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        if len(self) > KEPT:
-            del self[next(iter(self))]
-
-    def __reduce__(self) -> Any:
-        return Kept, ()
-
-
-KEPT = 8
 
 
 MECHANISMS: Registry[Mechanism, Entry] = Registry(

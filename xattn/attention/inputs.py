@@ -36,6 +36,8 @@ class Inputs:
     carried: dict[Any, Any] | None = None
     """In a converted model, what the layers of this pass leave for later ones, and its ``"photo"`` for
     mechanisms that read it; None elsewhere."""
+    rotated: bool = False
+    """Whether queries and keys went through the mechanism's own rotation."""
 
     def __post_init__(self) -> None:
         if self.scale is None:
@@ -74,3 +76,14 @@ def spread_heads(x: Tensor, heads: int) -> Tensor:
 def to_heads(x: Tensor, heads: int) -> Tensor:
     """(B, 1 or Hk or H, ...) -> (B, 1 or H, ...), where one head stands for all."""
     return x if x.shape[1] == 1 else spread_heads(x, heads)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is on a CPU, where copies cost more than calls; elsewhere each call is a launch."""
+    return x.device.type == "cpu"
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether code may read the values of ``x`` to do less: a GPU would have to be waited for, and
+    compiled code has none."""
+    return on_cpu(x) and not torch.compiler.is_compiling()

@@ -9,11 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from xattn.attention.inputs import on_cpu
+
+
+class Rows(NamedTuple):
+    """Which rows to take: their numbers, 0 for none, and where there is none; None: nowhere."""
+
+    at: Tensor
+    none: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor) -> Rows:
+        """Of numbers among which -1 is none."""
+        none = index < 0
+        return cls(index.clamp(min=0), none if none.any() else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +42,12 @@ class Order:
 
     index: Tensor
     inverse: Tensor
+    forth: Rows = field(init=False)
+    back: Rows = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forth", Rows.of(self.index))
+        object.__setattr__(self, "back", Rows(self.inverse, None))
 
     @property
     def padding(self) -> Tensor:
@@ -38,28 +60,51 @@ class Order:
 
     def apply(self, x: Tensor, dim: int = -2) -> Tensor:
         """Tokens along ``dim`` in the new order, zeros in padding places."""
-        out = self._moved(x, self.index.clamp(min=0), dim)
-        if not self.is_padded:
-            return out
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        return out.masked_fill(self.padding.view(shape), 0)
+        return _Moved.apply(x, dim, *self.forth, *self.back)  # type: ignore[no-any-return]
 
     def undo(self, x: Tensor, dim: int = -2) -> Tensor:
         """Back from the new order, without the padding."""
-        return self._moved(x, self.inverse, dim)
+        return _Moved.apply(x, dim, *self.back, *self.forth)  # type: ignore[no-any-return]
 
-    def to(self, device: torch.device | str) -> Order:
-        return Order(self.index.to(device), self.inverse.to(device))
+
+class _Moved(torch.autograd.Function):
+    """Rows along a dimension, each at most once, so that the gradient takes rows, too, and adds nothing."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def _moved(x: Tensor, index: Tensor, dim: int) -> Tensor:
-        rows = dim in (-2, x.ndim - 2) and x.ndim > 2
-        return take_rows(x, index) if rows else x.index_select(dim, index)
+    def forward(
+        x: Tensor, dim: int, at: Tensor, none: Tensor | None, back: Tensor, beyond: Tensor | None
+    ) -> Tensor:
+        return _taken(x, dim, at, none)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.dim = inputs[1]
+        ctx.save_for_backward(*inputs[4:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _taken(grad, ctx.dim, *ctx.saved_tensors), None, None, None, None, None
+
+
+def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
+    """Rows ``at`` of ``x``, zeros where there is ``none``."""
+    rows = dim in (-2, x.ndim - 2) and x.ndim > 2
+    out = take_rows(x, at) if rows else x.index_select(dim, at)
+    if none is None:
+        return out
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return out.masked_fill(none.view(shape), 0)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` (..., S, m) by their numbers, a LongTensor (..., K), or (K,) for all: (..., K, m)."""
+    if not on_cpu(x):  # where calls cost more than numbers that are copied one by one
+        if index.ndim == 1:
+            return x.index_select(-2, index)
+        return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
     tables, rows, width = x.shape[:-2], x.shape[-2], x.shape[-1]
     first = rows * torch.arange(tables.numel(), device=x.device).view(*tables, 1)
     at = first + index

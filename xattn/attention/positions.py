@@ -116,14 +116,15 @@ class GridRotation(Rotation):
 
     def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
         found = positions(grid, prefix, like)
-        step = torch.ones_like(found[:1])
+        axes = found[prefix:].unbind(1)
+        steps = [1.0 if self.span is None else self.span / length for length in grid]
         if self.span is not None:
-            step = self.span / found.new_tensor(tuple(grid))[None]
-            found[prefix:] = (found[prefix:] + 0.5) * step - self.span / 2
+            half = self.span / 2
+            axes = [(x + 0.5) * step - half for x, step in zip(axes, steps, strict=True)]
         if self.training and self.jitter:
-            moved = torch.randn_like(found[prefix:]) * (self.jitter / 2)
-            found[prefix:] += moved.clamp(-0.5, 0.5) * step
-        return found
+            moved = (torch.randn_like(found[prefix:]) * (self.jitter / 2)).clamp(-0.5, 0.5)
+            axes = [x + y * step for x, y, step in zip(axes, moved.unbind(1), steps, strict=True)]
+        return torch.cat([found[:prefix], torch.stack(axes, 1)])
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """As in :class:`Rotation`; computed in float32 at least.
@@ -233,11 +234,14 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
 
 
 def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
-    """``inputs`` with rotated queries and keys, the tokens in a row where they have no grid.
+    """``inputs`` with rotated queries and keys, the tokens in a row where they have no grid; those that
+    are rotated already stay as they are.
 
     Raises:
         ValueError: keys of other tokens, no grid, or one of another number of dimensions.
     """
+    if inputs.rotated:
+        return inputs
     tokens = inputs.q.shape[2]
     if inputs.k.shape[2] != tokens:
         raise ValueError(
@@ -252,7 +256,7 @@ def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
     if grid is None:
         raise ValueError("grid: rotated queries and keys need the grid of the tokens")
     q, k = rotate(inputs.q, inputs.k, rotate.places(grid, inputs.prefix, inputs.q))
-    return inputs.replace(q=q, k=k)
+    return inputs.replace(q=q, k=k, rotated=True)
 
 
 def mean_tokens(inputs: Inputs) -> tuple[Tensor, Tensor]:

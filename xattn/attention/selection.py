@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention.inputs import to_heads
+from xattn.attention.plans import planned
 from xattn.kernels.block_sparse.block_lists import check_index, listed_blocks
 from xattn.kernels.block_sparse.box import Box as Rule
+from xattn.kernels.block_sparse.box import causal
 from xattn.kernels.block_sparse.reference import ranked
 from xattn.kernels.block_topk import block_topk
 
@@ -113,6 +115,13 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     return Blocks(index.int()[None, None], q_block, k_block)
 
 
+@planned
+def causal_blocks(n: int) -> tuple[Blocks, Rule]:
+    """Token i of ``n`` sees tokens 0 to i."""
+    rule = causal(n)
+    return visible_blocks(rule, 64, 64), rule
+
+
 def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
     """(N, n) -> (ceil(N / block), block, n); rows that are added are empty boxes (1 > 0)."""
     missing = -(-len(x) // block) * block - len(x)
@@ -155,9 +164,9 @@ def visible(segment: Segment, queries: Tensor) -> Tensor:
     if segment.rule is not None:
         low, high, position, dilation, rank, limit = segment.rule.to(queries.device)
         low, high = low[queries][:, None], high[queries][:, None]
-        step = torch.tensor(dilation, device=queries.device)
-        inside = (low <= position) & (position <= high) & ((position - low) % step == 0)
-        seen = seen & inside.all(-1)
+        for t, step in enumerate(dilation):
+            at, first = position[:, t], low[..., t]
+            seen = seen & (first <= at) & (at <= high[..., t]) & ((at - first) % step == 0)
         if rank is not None and limit is not None:
             seen = to_heads(seen, rank.shape[1]) & ranked(rank, limit[:, :, queries], queries)
     return seen

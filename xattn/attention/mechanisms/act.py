@@ -7,10 +7,10 @@ P is softmax attention. What is taken from the sinks goes to the other keys in p
 still sum to 1. With A_S, the softmax over the sinks alone, and A_rest, over all others,
 
     A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         where m <= 0.9
-    A = diag(beta m) A_S + diag(1 - beta m) A_rest                               elsewhere
+    A = diag(beta m) A_S + diag(1 - beta m) A_rest                  elsewhere, and on a GPU everywhere
 
 Prefix tokens are protected; without any, the first sink is, which the paper finds useful. Which keys are
-sinks has no gradient. Yu et al., arXiv 2406.15765.
+sinks has no gradient, and depends in a causal call on later queries, too. Yu et al., arXiv 2406.15765.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from xattn.attention.base import Mechanism, register_attention, whole
-from xattn.attention.inputs import Inputs
+from xattn.attention.inputs import Inputs, may_look, on_cpu
 from xattn.attention.operators.algebra import GatedOperator, SumOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.order import take_rows
+from xattn.attention.plans import planned
 from xattn.attention.selection import Segment
 from xattn.kernels.softmax.reference import widen
 
@@ -84,9 +85,8 @@ class ACT(Mechanism):
         with torch.no_grad():
             received = self.received(softmax.detach(), inputs)
             sinks = self.sinks(received, inputs.prefix)
-        some = torch.compiler.is_compiling() or bool(sinks.any())
         operator: Operator = softmax
-        if some and self.beta < 1:
+        if self.beta < 1 and (not may_look(sinks) or bool(sinks.any())):
             operator = self._calibrated(softmax, sinks, inputs)
         operator.context = received, sinks
         operator.selection = softmax.pairs / 2 / self.stride
@@ -96,25 +96,25 @@ class ACT(Mechanism):
         self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
     ) -> Tensor:
         """a of all keys, (B, H, S): the mean of what the queries that see a key give to it."""
-        q, n = softmax.q, softmax.shape[2]
+        q, n, lse = softmax.q, softmax.shape[2], softmax.lse
         stride = self.stride if stride is None else stride
         if stride == 1:
             counted = torch.arange(n, 0, -1, device=q.device) if inputs.causal else n
-            return softmax.vecmat(q.new_ones(1, 1, n).expand(len(q), -1, -1))[:, :, 0] / counted
-        index = torch.arange(n, device=q.device)
-        index = torch.cat([index[: inputs.prefix], index[inputs.prefix :: stride]])
+            return softmax.vecmat(lse.new_ones(1, 1, n).expand(len(q), -1, -1))[:, :, 0] / counted
+        index, asked, seen = sampled(n, inputs.prefix, stride, device=q.device)
         if not inputs.causal:
             some = SoftmaxOperator(
-                q[:, :, index], softmax.k, softmax.scale, None, softmax.lse[:, :, index],
+                q.index_select(2, index), softmax.k, softmax.scale, None, lse.index_select(2, index),
                 self.backend,
             )  # fmt: skip
-            ones = q.new_ones(1, 1, len(index)).expand(len(q), -1, -1)
+            ones = lse.new_ones(1, 1, len(index)).expand(len(q), -1, -1)
             return some.vecmat(ones)[:, :, 0] / len(index)
+        if not on_cpu(q):  # all rows in one launch take less time than launches for some
+            return softmax.vecmat(asked.expand(len(q), -1, -1))[:, :, 0] / seen
         total = widen(q.new_zeros(*q.shape[:3]))
         for part in index.split(softmax.row_chunks()[0].stop):
             total += softmax.rows(part).sum(2)
-        seen = torch.zeros(n, device=q.device).index_fill(0, index, 1.0).flip(0).cumsum(0).flip(0)
-        return total / seen.clamp_min(1)
+        return total / seen
 
     def sinks(self, received: Tensor, prefix: int) -> Tensor:
         """The sinks to damp, (B, H, S) bool."""
@@ -124,9 +124,7 @@ class ACT(Mechanism):
         else:  # the first stays as it is
             found &= found.cumsum(-1) > 1
         if self.heads is not None:
-            chosen = torch.zeros(self.num_heads, dtype=torch.bool, device=received.device)
-            chosen[list(self.heads)] = True
-            found &= chosen[:, None]
+            found &= among(self.heads, self.num_heads, device=received.device)
         return found
 
     def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
@@ -147,12 +145,20 @@ class ACT(Mechanism):
             return self._rest(sinks, inputs)
         on_sinks, lse = self._on_sinks(softmax, sinks, inputs)
         m = (lse - softmax.lse).exp()
+        terms: list[Operator]
+        if not may_look(sinks):
+            share = self.beta * m
+            terms = [
+                GatedOperator(on_sinks, share, signed=False),
+                GatedOperator(self._rest(sinks, inputs), 1 - share, signed=False),
+            ]
+            return SumOperator(terms, stochastic=True, signed=False)
         heavy = m.detach() > HEAVY
-        look = torch.compiler.is_compiling() or bool(heavy.any())
+        look = bool(heavy.any())
         light = torch.where(heavy, 0.0, m) if look else m
         g = (1 - self.beta * light) / (1 - light)
         first = torch.where(heavy, 0.0, g) if look else g
-        terms: list[Operator] = [
+        terms = [
             GatedOperator(softmax, first.to(m.dtype), signed=False),
             GatedOperator(on_sinks, torch.where(heavy, self.beta * m, (self.beta - g) * m)),
         ]
@@ -185,13 +191,13 @@ class ACT(Mechanism):
             masked.answer(inputs.v)
             return masked, masked.lse
         most = int(min(sinks.shape[2], sinks.shape[2] // self.alpha))  # the mean of a is 1 / N
-        if not torch.compiler.is_compiling():
+        if may_look(sinks):
             most = int(sinks.sum(-1).max())
         index = sinks.to(torch.uint8).topk(max(1, most), -1).indices
         segment = Segment(take_rows(inputs.k, index), bias=hidden.gather(2, index))
-        piece = Piece(inputs.q, (segment,), (index,), padded=False)
+        piece = Piece(inputs.q, (segment,), (index,))
         operator = SegmentsOperator([piece], None, sinks.shape[2], inputs.scale, self.backend)
-        return operator, operator.attend(inputs.v)[1]
+        return operator, operator.answer(inputs.v)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: a N, so that 1 is the mean, before calibration; ``sinks``: 1 where a patch is
@@ -209,3 +215,20 @@ class ACT(Mechanism):
         return {
             name: x[..., inputs.prefix :].unflatten(-1, inputs.grid) for name, x in found.items()
         }
+
+
+@planned
+def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The prefix tokens and every ``stride``-th of the others: their numbers; 1 for each of them among the
+    ``n``, (1, 1, n); and how many of them see each token in a causal call, at least 1."""
+    index = torch.cat([torch.arange(prefix), torch.arange(prefix, n, stride)])
+    asked = torch.zeros(n).index_fill(0, index, 1.0)
+    return index, asked[None, None], asked.flip(0).cumsum(0).flip(0).clamp_min(1)
+
+
+@planned
+def among(heads: tuple[int, ...], count: int) -> Tensor:
+    """Which of ``count`` heads are among ``heads``, bool (count, 1)."""
+    return (torch.arange(count)[:, None] == torch.tensor(heads, dtype=torch.long)).any(
+        1, keepdim=True
+    )

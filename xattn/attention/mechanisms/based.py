@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms.gna import window_pattern
 from xattn.attention.operators.algebra import LowRankOperator
@@ -84,14 +84,13 @@ class Based(Mechanism):
             start = torch.eye(head, whole("width", width))
             self.q_map = nn.Parameter(start.repeat(num_heads, 1, 1))
             self.k_map = nn.Parameter(start.repeat(num_heads, 1, 1))
-        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         if self.form == "window":
             grid = inputs.grid
             sides = 1 if grid is None or inputs.causal else len(grid)
             side = int(self.window ** (1 / sides) + 1e-9)
-            near = window_pattern(inputs, side, "window", self._kept)
+            near = window_pattern(inputs, side, "window")
             return pattern_operator(inputs, near, backend=self.backend)
         q, k = self.mapped(inputs)
         if k.shape[2] <= features(q.shape[3]):
@@ -99,9 +98,11 @@ class Based(Mechanism):
         with own_precision(inputs.q):
             left, right = taylor_features(q), taylor_features(k)
         if inputs.causal:
-            total = causal_product(left, right, torch.ones_like(left[..., :1]))
-            left, right = left / total, right.transpose(-2, -1)
-            return CausalLowRankOperator(left, right, stochastic=True, signed=False)
+            ones, backend = torch.ones_like(left[..., :1]), self.backend
+            left = left / causal_product(left, right, ones, backend=backend)
+            return CausalLowRankOperator(
+                left, right.transpose(-2, -1), stochastic=True, signed=False, backend=backend
+            )
         with own_precision(inputs.q):
             total = left @ right.sum(-2)[..., None]
         return LowRankOperator(left / total, right.transpose(-2, -1), stochastic=True, signed=False)

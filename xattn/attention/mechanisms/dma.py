@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import needs_grad
 from xattn.attention.operators.patterns import Pattern, chosen_keys_operator, pattern_operator
 from xattn.attention.recall import Choice
-from xattn.attention.selection import Blocks, Rule
-from xattn.kernels.block_sparse.box import causal
+from xattn.attention.selection import Blocks, causal_blocks
 
 BLOCK = 64  # queries that share a list in a causal call
 
@@ -71,7 +70,6 @@ class DMA(Mechanism):
         self.window, self.causal = whole("window", window), causal
         self.a = nn.Parameter(torch.zeros(num_heads))
         self.score = nn.Linear(dim, num_heads, bias=False)
-        self._kept = Kept()
 
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
@@ -97,7 +95,7 @@ class DMA(Mechanism):
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
         if self.causal or inputs.causal:
             lists, rank, limit = causal_choice(b, self.window)
-            rule = self._causal_rule(b)._replace(rank=rank, limit=limit)
+            rule = causal_blocks(b.shape[2], device=b.device)[1]._replace(rank=rank, limit=limit)
             pattern = Pattern(Blocks(lists, BLOCK, 1), rule=rule, bias=b)
             return pattern_operator(inputs.replace(causal=True), pattern, backend=self.backend)
         bias, keep = F.pad(b, (inputs.prefix, 0)), None
@@ -113,13 +111,6 @@ class DMA(Mechanism):
             )
         operator.context = b.detach(), keep
         return operator
-
-    def _causal_rule(self, b: Tensor) -> Rule:
-        key = b.shape[2], b.device
-        if key not in self._kept:
-            with torch.inference_mode(False):  # it may serve training later
-                self._kept[key] = causal(b.shape[2]).to(b.device)
-        return self._kept[key]  # type: ignore[no-any-return]
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``importance``: b of each patch that is kept, one channel per head, the same for all

@@ -82,10 +82,16 @@ class Flow(Mechanism):
             # expit, because attn_lrp takes sigmoid for a gate, and these are features
             q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
             k = torch.special.expit(widen(inputs.k))
-            found = flows(q, k, added=EPS[self.eps_style], causal=inputs.causal)
+            backend = "auto" if self.backend == "triton" else self.backend  # flows have no kernel
+            added = EPS[self.eps_style]
+            found = flows(q, k, added=added, causal=inputs.causal, backend=backend)
             shares = self.shares(found, inputs.causal)
-        low_rank = CausalLowRankOperator if inputs.causal else LowRankOperator
-        scores = low_rank(q, k.transpose(-2, -1), signed=False)
+        scores: Operator
+        right = k.transpose(-2, -1)
+        if inputs.causal:
+            scores = CausalLowRankOperator(q, right, signed=False, backend=self.backend)
+        else:
+            scores = LowRankOperator(q, right, signed=False)
         won = ColumnsOperator(scores, shares.competition)
         operator = GatedOperator(won, shares.allocation / found.incoming, signed=False)
         operator.context = shares

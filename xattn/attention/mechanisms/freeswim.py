@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms.gna import window_pattern
 from xattn.attention.operators.algebra import GatedOperator, LowRankOperator, SumOperator
@@ -82,7 +82,6 @@ class FreeSwim(Mechanism):
             whole("kernel", side)
         self.kernel, self.log_scale = kernel, log_scale
         self.refresh, self.layer = whole("refresh", refresh), layer
-        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         pattern, prefix = self._pattern(inputs), inputs.prefix
@@ -139,7 +138,7 @@ class FreeSwim(Mechanism):
         window = self.kernel
         if inputs.grid is not None and not inputs.causal:
             window = self._sides(inputs.grid)
-        return window_pattern(inputs, window, "kernel", self._kept)
+        return window_pattern(inputs, window, "kernel")
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``outside``: the share of a patch's full attention that its window does not see, for each

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import residue_order
+from xattn.attention.plans import planned
 from xattn.attention.selection import visible_blocks
 from xattn.kernels.block_sparse.box import neighbourhood, permuted
 from xattn.kernels.softmax import softmax_attention
@@ -86,8 +85,6 @@ class GNA(Mechanism):
                 whole(name, length)
         self.window = (_hashable(kernel), _hashable(stride), _hashable(dilation))
         self.causal = _hashable(causal)
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._plans = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         return pattern_operator(inputs, self._plan(inputs), backend=self.backend)
@@ -100,11 +97,8 @@ class GNA(Mechanism):
                 f"causal: got a grid of {len(grid)} dimensions; a causal call needs tokens in a row, "
                 f"for dimensions of a grid create gna with causal=True"
             )
-        key = grid, device, inputs.causal
-        if key not in self._plans:
-            causal = inputs.causal or self.causal
-            self._plans[key] = plan(grid, *self.window, causal, device.type == "cpu", device)
-        return self._plans[key]
+        causal = inputs.causal or self.causal
+        return plan(grid, *self.window, causal, device.type == "cpu", device=device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads."""
@@ -119,12 +113,13 @@ class GNA(Mechanism):
 
         exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
         """
-        inside: Any = self.operator(Inputs(q, k, k, None, tuple(grid), prefix))
-        every = softmax_attention(q, k, k, backend=self.backend)[1]
+        asked = self.accepted(Inputs(q, k, k, None, tuple(grid), prefix))
+        inside: Any = self.operator(asked)
+        every = softmax_attention(asked.q, asked.k, k, backend=self.backend)[1]
         return (inside.attend(k)[1] - every).exp()
 
 
-def window_pattern(inputs: Inputs, window: Lengths, option: str, kept: Kept) -> Pattern:
+def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
     """The pattern of a window around each query, for other mechanisms.
 
     Args:
@@ -132,7 +127,6 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str, kept: Kept) -> 
             row, where there is no grid or a causal call asks for it, one. Causal, these are the last
             ones up to the query. Longer than the grid, it holds all.
         option: the name of ``window`` in errors.
-        kept: where the mechanism keeps its patterns.
 
     Raises:
         ValueError: as many numbers as the grid has no dimensions.
@@ -141,21 +135,17 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str, kept: Kept) -> 
     if grid is None or inputs.causal:
         grid = (inputs.q.shape[2] - inputs.prefix,)
     device = inputs.q.device
-    key = "window", grid, inputs.causal, device, window
-    if key not in kept:
-        sides = (window,) * len(grid) if isinstance(window, int) else tuple(window)
-        if len(sides) != len(grid):
-            raise ValueError(
-                f"{option}: got {sides} for a grid {grid}; give one number, or one for each of its "
-                f"dimensions"
-            )
-        sides = tuple(min(side, length) for side, length in zip(sides, grid, strict=True))
-        kept[key] = plan(grid, sides, 1, 1, inputs.causal, device.type == "cpu", device)
-    return kept[key]
+    sides = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+    if len(sides) != len(grid):
+        raise ValueError(
+            f"{option}: got {sides} for a grid {grid}; give one number, or one for each of its "
+            f"dimensions"
+        )
+    sides = tuple(min(side, length) for side, length in zip(sides, grid, strict=True))
+    return plan(grid, sides, 1, 1, inputs.causal, device.type == "cpu", device=device)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # cached tensors may serve training later
+@planned
 def plan(
     grid: tuple[int, ...],
     kernel: Lengths,
@@ -163,7 +153,6 @@ def plan(
     dilation: Lengths = 1,
     causal: bool | tuple[bool, ...] = False,
     single_keys: bool = True,
-    device: torch.device | str = "cpu",
 ) -> Pattern:
     """Order of the tokens, lists and element rule of one neighbourhood; cached.
 
@@ -179,7 +168,7 @@ def plan(
     rule = permuted(rule, order.index)
     size = math.prod(tile)
     blocks = visible_blocks(rule, size, 1 if single_keys else size)
-    return Pattern(blocks.to(device), order.to(device), rule.to(device), fixed=True)
+    return Pattern(blocks, order, rule, fixed=True)
 
 
 def _hashable(value: Any) -> Any:

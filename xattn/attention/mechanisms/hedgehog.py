@@ -16,6 +16,7 @@ tokens like others.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +115,9 @@ class Hedgehog(Mechanism):
         left, right = self.features(q, k)
         tiny = torch.finfo(left.dtype).tiny
         if inputs.causal:
-            total = causal_product(left, right, torch.ones_like(left[..., :1]))
-            low_rank: Any = CausalLowRankOperator
+            ones, backend = torch.ones_like(left[..., :1]), self.backend
+            total = causal_product(left, right, ones, backend=backend)
+            low_rank: Any = partial(CausalLowRankOperator, backend=backend)
         else:
             with own_precision(q):
                 total = left @ right.sum(-2)[..., None]

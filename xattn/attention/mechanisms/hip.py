@@ -25,18 +25,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
-from xattn.attention.inputs import Inputs
+from xattn.attention.base import Mechanism, register_attention, whole
+from xattn.attention.inputs import Inputs, on_cpu
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import Order, blocks_to_tokens, take_rows, z_order
+from xattn.attention.plans import planned
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, visible_blocks
 from xattn.kernels.backend import own_precision
@@ -48,26 +48,18 @@ GATHERED = 2**22  # bytes of keys that the search by halves gathers at a time
 
 
 class Tokens(NamedTuple):
-    """Queries and keys (B, H, N, D) in an order in which blocks are runs, padding included."""
+    """Queries and keys (B, H, N, D) in an order in which blocks are runs, zeros in padding."""
 
     q: Tensor
     k: Tensor
-    block: int
-    """Tokens in a block of queries, and in one of keys."""
-    real: Tensor | None = None
-    """bool (N,), which are no padding; None: all."""
+    real: Tensor
+    """bool (M, block), which places hold a token."""
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """(B, H, N, D) to (B, H, M, block, D), zeros in padding."""
-        if self.real is not None:
-            x = x.masked_fill(~self.real[:, None], 0.0)
-        missing = -x.shape[2] % self.block
-        return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, self.block))
-
-    def counts(self) -> Tensor:
-        """(M,), the tokens of each block that are no padding, in float64."""
-        ones = self.k.new_ones(1, 1, self.k.shape[2], 1, dtype=torch.float64)
-        return self.in_blocks(ones).sum((0, 1, 3, 4))
+        missing = self.real.numel() - x.shape[2]
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        return x.unflatten(2, tuple(self.real.shape))
 
 
 class Runs(NamedTuple):
@@ -77,60 +69,129 @@ class Runs(NamedTuple):
     end: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The nodes of all levels, from the coarsest on, and one more: nothing, which stands for those that do
+    not exist or hold no block."""
+
+    sizes: tuple[int, ...]
+    """How many nodes each level has."""
+    runs: Runs
+    """The blocks of each node, nothing included; causal, then, for each level but the last, those of the M
+    runs that end before a query block and begin with the node that it lies in."""
+    tokens: Tensor
+    """float64, of each of these, at least 1."""
+    children: Tensor
+    """LongTensor (nodes, 4)"""
+    hidden: Tensor
+    """bool (M, nodes of the first level): not to be chosen."""
+    limit: Tensor
+    """LongTensor (levels, M, 1): the first node that a query block does not see."""
+    own: Tensor
+    """LongTensor (levels, M, 1): the node that a query block lies in."""
+
+    @classmethod
+    def of(cls, edges: Tensor, s: int, counts: Tensor, causal: bool) -> Tree:
+        """A tree over places, of which number c holds the blocks from ``edges[c]`` to before
+        ``edges[c + 1]``, one or none; from the finest level with at most 4 ``s`` nodes on.
+
+        Args:
+            counts: (M,), tokens of each block.
+            causal: whether a query block sees only blocks before it.
+        """
+        levels = [edges]
+        while len(levels[0]) - 1 > 4 * s:
+            levels.insert(0, torch.cat([levels[0][:-1:4], edges[-1:]]))
+        sizes = [len(level) - 1 for level in levels]
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        nothing, blocks = sum(sizes), torch.arange(len(counts))
+        start, end = (
+            torch.cat([*(x[part] for x in levels), torch.zeros(1, dtype=torch.long)])
+            for part in (slice(-1), slice(1, None))
+        )
+        empty, children = start == end, torch.full((nothing + 1, 4), nothing)
+        for i, size in enumerate(sizes[:-1]):
+            below = torch.arange(4 * size).view(size, 4)
+            known = torch.where(below < sizes[i + 1], below + first[i + 1], nothing)
+            children[first[i] : first[i] + size] = known
+        children = children.masked_fill(empty[children], nothing)
+        own = torch.stack([torch.searchsorted(x, blocks, right=True) - 1 for x in levels])
+        own = own + torch.tensor(first)[:, None]
+        limit = torch.full_like(own, nothing)
+        if causal:
+            limit = torch.stack([
+                torch.searchsorted(x[:-1].contiguous(), blocks) + begin
+                for x, begin in zip(levels, first, strict=True)
+            ])  # fmt: skip
+            before = blocks.repeat(len(levels) - 1)
+            start = torch.cat([start, start[own[:-1].flatten()]])
+            end = torch.cat([end, before])
+        hidden = (torch.arange(sizes[0]) >= limit[0][:, None]) | empty[: sizes[0]]
+        until = F.pad(counts.double().cumsum(0), (1, 0))
+        return cls(
+            tuple(sizes), Runs(start, end), (until[end] - until[start]).clamp(min=1), children, hidden,
+            limit[..., None], own[..., None],
+        )  # fmt: skip
+
+    def means(self, tokens: Tokens) -> Tensor:
+        """Mean keys of all runs, (B, H, runs, D); 0 for an empty one."""
+        k = widen(tokens.k)
+        sums = F.pad(tokens.in_blocks(k).sum(3).double().cumsum(2), (0, 0, 1, 0))
+        total = sums.index_select(2, self.runs.end) - sums.index_select(2, self.runs.start)
+        return (total / self.tokens[:, None]).to(k.dtype)
+
+    def before_own(self, level: int, means: Tensor) -> Tensor:
+        """Causal: of the ``means``, those of a level's nodes up to each query block, (B, H, M, D)."""
+        count = self.own.shape[1]
+        first = len(self.children) + level * count
+        return means[:, :, first : first + count]
+
+
 class Found(NamedTuple):
     """What a search returns."""
 
     lists: Tensor
     """int32 (B, H, M, s), forced blocks first; -1 = nothing."""
-    rounds: tuple[Runs, ...]
-    """What each round kept, (B, H, M, s)."""
+    rounds: tuple[Runs | Tensor, ...]
+    """What each round but one that gave the lists kept, (B, H, M, s): runs, or nodes of the tree."""
     scores: float
     """How many products of a query and a key it took, for an image and head."""
 
 
 @torch.no_grad()
-def by_quarters(
-    tokens: Tokens, s: int, edges: Tensor, forced: Tensor, causal: bool = False
-) -> Found:
-    """Search in runs of 4^l blocks, from the finest level with at most 4 s of them.
+def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool = False) -> Found:
+    """Search in runs of 4^l blocks.
 
     Args:
         s: length of the lists.
-        edges: LongTensor (places + 1,): the tree divides places, of which number c holds the blocks
-            from ``edges[c]`` to before ``edges[c + 1]``, one or none.
+        tree: of the blocks.
         forced: int32 (1, 1, M, f), blocks that are always taken, each once; -1 = none.
         causal: whether a query block sees only blocks before it, beside the forced ones. It is then
             stood for by its first query, so that no query's choice depends on later tokens.
     """
-    queries, means = _mean_queries(tokens, causal), _Means(tokens)
-    levels = [edges]
-    while len(levels[-1]) - 1 > 4 * s:
-        levels.append(torch.cat([levels[-1][:-1:4], edges[-1:]]))
-    children, own = (torch.arange(n, device=edges.device) for n in (4, queries.shape[2]))
-    nodes, rounds, count = None, [], 0.0
-    for level in reversed(levels):
-        if nodes is not None:
-            nodes = (4 * nodes[..., None] + children).flatten(3)
-            nodes = nodes.masked_fill((nodes < 0) | (nodes >= len(level) - 1), -1)
-        scores = _scores_of_nodes(queries, means, level, nodes, causal)
-        count += scores.shape[2] * scores.shape[3]
-        if nodes is None:
-            nodes = torch.arange(scores.shape[3], device=edges.device).expand(scores.shape)
-        start = level[nodes.clamp(min=0)]
-        hidden = (nodes < 0) | (start == level[nodes.clamp(min=0) + 1])
-        if causal:
-            hidden |= start >= own[:, None]
+    queries, means = _mean_queries(tokens, causal), tree.means(tokens)
+    nodes, rounds, count = torch.arange(tree.sizes[0], device=means.device), [], 0.0
+    last = len(tree.sizes) - 1
+    for level, size in enumerate(tree.sizes):
+        if level == 0:
+            scores, hidden = queries @ means[:, :, :size].transpose(-2, -1), tree.hidden
+            nodes = nodes.expand(scores.shape)
+        else:
+            nodes = tree.children[nodes].flatten(3)
+            near = take_rows(means, nodes.flatten(2)).view(*nodes.shape, -1)
+            scores, hidden = (near @ queries[..., None])[..., 0], nodes >= tree.limit[level]
+        if causal and level < last:
+            # One node may reach beyond the blocks that a query block may see: it counts up to there.
+            part = (queries * tree.before_own(level, means)).sum(-1, keepdim=True)
+            scores = torch.where(nodes == tree.own[level], part, scores)
         scores = scores.masked_fill(hidden, -torch.inf)
-        if level is edges:
-            scores, nodes = _with_forced(scores, start, forced)
-        scores, order = scores.topk(min(s, scores.shape[3]), -1)
-        nodes = nodes.gather(-1, order).masked_fill(scores.isneginf(), -1)
-        at = nodes.clamp(min=0)
-        end = at + 1 if level is edges else level[at + 1]
-        at = at if level is edges else level[at]
-        rounds.append(Runs(at, torch.where(nodes < 0, at, end)))
-    assert nodes is not None
-    return Found(_index(scores, nodes, s), tuple(rounds), count)
+        count += scores.shape[2] * scores.shape[3]
+        if level < last:
+            scores, order = scores.topk(min(s, scores.shape[3]), -1)
+            nodes = nodes.gather(-1, order)
+            nodes = nodes.masked_fill(scores.isneginf(), len(tree.children) - 1)
+            rounds.append(nodes)
+    return Found(_best(scores, tree.runs.start[nodes], forced, s), tuple(rounds), count)
 
 
 @torch.no_grad()
@@ -153,51 +214,12 @@ def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> F
         start = torch.cat([runs.start, middle], -1)
         end = torch.cat([middle, runs.end], -1)
         scores = _largest(q, tokens, start.clamp(max=m - 1)).masked_fill(start == end, -torch.inf)
-        count += m * q.shape[3] * start.shape[3] * tokens.block
+        count += m * q.shape[3] * start.shape[3] * tokens.real.shape[1]
         scores, order = scores.topk(s, -1)
         end = torch.where(scores.isneginf(), start.gather(-1, order), end.gather(-1, order))
         runs = Runs(start.gather(-1, order), end)
         rounds.append(runs)
-    scores, blocks = _with_forced(scores, runs.start, forced)
-    scores, order = scores.topk(s, -1)
-    return Found(_index(scores, blocks.gather(-1, order), s), tuple(rounds), count)
-
-
-class _Means:
-    """Mean keys of runs of blocks, from sums over all blocks before each."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        sums = tokens.in_blocks(widen(tokens.k)).sum(3).double().cumsum(2)
-        self.dtype = widen(tokens.k.new_empty(0)).dtype
-        self.sums = F.pad(sums, (0, 0, 1, 0))
-        self.counts = F.pad(tokens.counts().cumsum(0), (1, 0))
-
-    def of(self, start: Tensor, end: Tensor) -> Tensor:
-        """(B, H, runs, D) for LongTensors (runs,); 0 for an empty run."""
-        total = self.sums.index_select(2, end) - self.sums.index_select(2, start)
-        return (total / (self.counts[end] - self.counts[start]).clamp(min=1)[:, None]).to(
-            self.dtype
-        )
-
-
-def _scores_of_nodes(
-    queries: Tensor, means: _Means, level: Tensor, nodes: Tensor | None, causal: bool
-) -> Tensor:
-    """Score of each node of a level with each query block, (B, H, M, C), for all of them or ``nodes``."""
-    mean = means.of(level[:-1], level[1:])
-    if nodes is None:
-        scores = queries @ mean.transpose(-2, -1)
-        nodes = torch.arange(len(level) - 1, device=level.device)
-    else:
-        near = take_rows(mean, nodes.clamp(min=0).flatten(2)).view(*nodes.shape, -1)
-        scores = (near @ queries[..., None])[..., 0]
-    if not causal:
-        return scores
-    # One node may reach beyond the blocks that a query block may see: it counts up to there.
-    own = torch.arange(queries.shape[2], device=level.device)
-    cut = torch.searchsorted(level, own, right=True) - 1
-    part = (queries * means.of(level[cut], own)).sum(-1, keepdim=True)
-    return torch.where(nodes == cut[:, None], part, scores)
+    return Found(_best(scores, runs.start, forced, s), tuple(rounds), count)
 
 
 def _mean_queries(tokens: Tokens, causal: bool) -> Tensor:
@@ -205,7 +227,7 @@ def _mean_queries(tokens: Tokens, causal: bool) -> Tensor:
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, 0]
-    return q.sum(3) / tokens.counts().clamp(min=1).to(q.dtype)[:, None]
+    return q.sum(3) / tokens.real.sum(1).clamp(min=1).to(q.dtype)[:, None]
 
 
 def _sampled_queries(tokens: Tokens, causal: bool) -> Tensor:
@@ -214,19 +236,18 @@ def _sampled_queries(tokens: Tokens, causal: bool) -> Tensor:
     if causal:
         return q[:, :, :, :1]
     mean = _mean_queries(tokens, causal)[:, :, :, None]
-    real = tokens.in_blocks(torch.ones_like(tokens.q[..., :1], dtype=torch.bool))
-    return torch.where(real, q, mean)[:, :, :, min(1, tokens.block - 1) :: 2]
+    q = torch.where(tokens.real[..., None], q, mean)
+    return q[:, :, :, min(1, tokens.real.shape[1] - 1) :: 2]
 
 
 def _largest(q: Tensor, tokens: Tokens, blocks: Tensor) -> Tensor:
     """The largest q . k of each query block's rows (B, H, M, rows, D) and each of the ``blocks``
     (B, H, M, C), a few query blocks at a time."""
-    keys = tokens.in_blocks(widen(tokens.k))
-    real = tokens.in_blocks(tokens.k.new_ones(1, 1, tokens.k.shape[2], 1, dtype=torch.bool))
-    real, flat = real[0, 0, :, :, 0], keys.flatten(3)
+    real, flat = tokens.real, tokens.in_blocks(widen(tokens.k)).flatten(3)
+    gathered = GATHERED if on_cpu(q) else 2**8 * GATHERED
     each = blocks.shape[0] * blocks.shape[1] * blocks.shape[3] * flat.shape[3] * flat.itemsize
     found = []
-    for part in torch.arange(q.shape[2], device=q.device).split(max(1, GATHERED // each)):
+    for part in torch.arange(q.shape[2], device=q.device).split(max(1, gathered // each)):
         at = blocks[:, :, part]
         near = take_rows(flat, at.flatten(2)).view(*at.shape[:3], -1, q.shape[-1])
         top = (near @ q[:, :, part].transpose(-2, -1)).amax(-1).view(*at.shape, -1)
@@ -234,21 +255,31 @@ def _largest(q: Tensor, tokens: Tokens, blocks: Tensor) -> Tensor:
     return torch.cat(found, 2)
 
 
-def _with_forced(scores: Tensor, blocks: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and numbers of blocks, and before them the forced ones, with score +inf."""
+def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
+    """Lists of the forced blocks and the best of the others, ``s`` in all; -1 where there are fewer."""
     again = (blocks[..., None] == forced[:, :, :, None]).any(-1)
     forced = forced.long().expand(*scores.shape[:3], -1)
     certain = torch.where(forced < 0, -torch.inf, torch.inf).to(scores.dtype)
-    return (
-        torch.cat([certain, scores.masked_fill(again, -torch.inf)], -1),
-        torch.cat([forced, blocks], -1),
-    )
+    scores = torch.cat([certain, scores.masked_fill(again, -torch.inf)], -1)
+    scores, order = scores.topk(min(s, scores.shape[3]), -1)
+    index = torch.cat([forced, blocks], -1).gather(-1, order)
+    index = index.masked_fill(scores.isneginf(), -1).int()
+    return F.pad(index, (0, s - index.shape[-1]), value=-1) if index.shape[-1] < s else index
 
 
-def _index(scores: Tensor, blocks: Tensor, s: int) -> Tensor:
-    """Lists of ``s`` blocks; -1 where their score is -inf."""
-    index = blocks.masked_fill(scores.isneginf(), -1).int()
-    return F.pad(index, (0, s - index.shape[-1]), value=-1)
+class Kept(dict[Any, Any]):
+    """The newest few entries, and none in copies and pickles."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if len(self) > KEPT:
+            del self[next(iter(self))]
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+KEPT = 8
 
 
 @register_attention(
@@ -307,8 +338,7 @@ class HiP(Mechanism):
         self.refresh, self.search = whole("refresh", refresh), search
         if search not in ("quarters", "halves"):
             raise ValueError(f"search: got {search!r}; give 'quarters' or 'halves'")
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._layouts, self._lists = Kept(), Kept()
+        self._lists = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         layout = self._layout(inputs)
@@ -354,24 +384,22 @@ class HiP(Mechanism):
         with own_precision(inputs.q):
             if self.search == "halves":
                 return by_halves(tokens, layout.s, layout.forced, inputs.causal)
-            return by_quarters(tokens, layout.s, layout.edges, layout.forced, inputs.causal)
+            return by_quarters(tokens, layout.s, layout.tree, layout.forced, inputs.causal)
 
     def _tokens(self, inputs: Inputs, layout: Layout) -> Tokens:
         """Queries and keys behind the prefix, in order."""
         q, k, order = inputs.q[:, :, inputs.prefix :], inputs.k[:, :, inputs.prefix :], layout.order
         if order is not None:
             q, k = order.apply(q), order.apply(k)
-        return Tokens(q, k, self.block, layout.real)
+        return Tokens(q, k, layout.real)
 
     def _layout(self, inputs: Inputs) -> Layout | None:
         """None: dense."""
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
-        key = grid, inputs.causal, q.device
-        if key not in self._layouts:
-            self._layouts[key] = layout(grid, self.keep, self.block, self.window, *key[1:])
-        return self._layouts[key]
+        lengths = self.keep, self.block, self.window
+        return layout(grid, *lengths, inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads;
@@ -384,8 +412,12 @@ class HiP(Mechanism):
         found = {"received": operator.vecmat(ones, "mean")[..., prefix:]}
         layout = self._layout(inputs)
         if layout is not None:
-            rounds = [runs_to_shares(*runs).mean(1) for runs in operator.context.rounds]
-            found["survived"] = layout.on_tokens(torch.stack(rounds, 1), self.block)
+            rounds = [layout.runs(x) for x in operator.context.rounds]
+            if self.search == "quarters":
+                last = operator.context.lists.long()
+                rounds.append(Runs(last.clamp(min=0), last + 1))
+            shares = [runs_to_shares(*runs).mean(1) for runs in rounds]
+            found["survived"] = layout.on_tokens(torch.stack(shares, 1), self.block)
             lists = Blocks(operator.context.lists, self.block, self.block)
             found["selected"] = layout.on_tokens(lists.shares(layout.count), self.block)
         return {name: x.unflatten(-1, grid) for name, x in found.items()}
@@ -410,8 +442,10 @@ class Layout:
     """M"""
     tokens: int
     """Their number."""
-    edges: Tensor
-    """Of the tree by quarters, see :func:`~xattn.attention.mechanisms.hip.by_quarters`."""
+    tree: Tree
+    """By quarters."""
+    real: Tensor
+    """bool (M, block), which places hold a token."""
     forced: Tensor
     """int32 (1, 1, M, f), blocks that are always read; -1 = none."""
     order: Order | None = None
@@ -419,24 +453,24 @@ class Layout:
     rule: Rule | None = None
     """Causal: which tokens are seen."""
 
-    @property
-    def real(self) -> Tensor | None:
-        return None if self.order is None or not self.order.is_padded else ~self.order.padding
+    def runs(self, kept: Runs | Tensor) -> Runs:
+        """The runs that a round kept."""
+        if isinstance(kept, Runs):
+            return kept
+        return Runs(self.tree.runs.start[kept], self.tree.runs.end[kept])
 
     def on_tokens(self, x: Tensor, block: int) -> Tensor:
         """Values of blocks, (..., M), for each token behind the prefix."""
         return blocks_to_tokens(x, block, self.order, self.tokens)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may serve training later
+@planned
 def layout(
     grid: tuple[int, ...],
     keep: int,
     block: int,
     window: int,
     causal: bool = False,
-    device: torch.device | str = "cpu",
 ) -> Layout | None:
     """The blocks of a grid or of a row of tokens, cached; None if a query would read them all.
 
@@ -444,27 +478,27 @@ def layout(
         ValueError: on a grid, a block that is no power of 2.
     """
     order, n = None, math.prod(grid)
-    edges = torch.arange(-(-n // block) + 1, device="cpu")
+    edges = torch.arange(-(-n // block) + 1)
     if len(grid) > 1:
         if block & (block - 1):
             raise ValueError(f"block: got {block} on a grid; give a power of 2")
         order, edges = _squares(grid, block)
-    position = torch.cartesian_prod(*(torch.arange(length, device="cpu") for length in grid))
+    position = torch.cartesian_prod(*(torch.arange(length) for length in grid))
     position = position.view(n, -1).int()
     rule = Rule(position - window, position + window, position, (1,) * len(grid))
     rule = rule if order is None else permuted(rule, order.index)
     forced = visible_blocks(rule, block, block).index
     count = forced.shape[2]
     if causal:
-        own = torch.arange(count, dtype=torch.int32, device="cpu")[:, None]
+        own = torch.arange(count, dtype=torch.int32)[:, None]
         forced = forced.masked_fill(forced > own, -1)
     s = max(-(-keep // block), forced.shape[3])
     if count <= s or n <= keep:
         return None
-    return Layout(
-        s, count, n, edges.to(device), forced.to(device), None if order is None else order.to(device),
-        causal_rule(n).to(device) if causal else None,
-    )  # fmt: skip
+    token = torch.arange(n) if order is None else order.index
+    real = F.pad(token, (0, -len(token) % block), value=-1).view(count, block) >= 0
+    tree = Tree.of(edges, s, real.sum(1), causal)
+    return Layout(s, count, n, tree, real, forced, order, causal_rule(n) if causal else None)
 
 
 def _squares(grid: tuple[int, ...], block: int) -> tuple[Order, Tensor]:

@@ -21,19 +21,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
+from xattn.attention.base import Mechanism, Size, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import attend
 from xattn.attention.operators.patterns import Pattern, pattern_operator
 from xattn.attention.order import Order, blocks_to_tokens, tile_order
+from xattn.attention.plans import planned
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, Segment, select
 from xattn.kernels.block_sparse.box import causal as causal_rule
@@ -102,8 +102,7 @@ class KeyWindows:
         return rows @ x.unflatten(-1, (rows.shape[1], -1)) @ columns.T
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may serve training later
+@planned
 def key_windows(
     grid: tuple[int, ...],
     block: int,
@@ -112,7 +111,6 @@ def key_windows(
     local: int = 1,
     first: int = 1,
     causal: bool = False,
-    device: torch.device | str = "cpu",
 ) -> KeyWindows:
     """Windows and blocks of a grid, or of a row of tokens; cached.
 
@@ -137,14 +135,14 @@ def key_windows(
             [j for j in range(i - local, i + local + 1) if 0 <= j < number] for i in range(number)
         ])  # fmt: skip
     size = math.prod(tile)
-    order = None if len(grid) == 1 else tile_order(grid, tile).to(device)
-    table, forced = _numbers(members, counts, device), _numbers(near, tiles, device)
+    order = None if len(grid) == 1 else tile_order(grid, tile)
+    table, forced = _numbers(members, counts), _numbers(near, tiles)
     made = KeyWindows(grid, kernels, strides, order, size, size, table, forced[None, None])
     if not causal:
         return made
-    line = torch.arange(grid[0], dtype=torch.int32, device=device)
-    before = line[:, None] // size - torch.arange(local + 1, dtype=torch.int32, device=device)
-    start = torch.arange(first, dtype=torch.int32, device=device).expand(len(line), -1)
+    line = torch.arange(grid[0], dtype=torch.int32)
+    before = line[:, None] // size - torch.arange(local + 1, dtype=torch.int32)
+    start = torch.arange(first, dtype=torch.int32).expand(len(line), -1)
     start = torch.where(start <= before[:, :1], start, -1)
     ended = (line + 1 - kernels[0]).div(stride, rounding_mode="floor") + 1
     return replace(
@@ -152,7 +150,7 @@ def key_windows(
         q_block=1,
         forced=torch.cat([before, start], 1).clamp(min=-1)[None, None],
         visible=ended.clamp(min=0),
-        rule=causal_rule(grid[0]).to(device),
+        rule=causal_rule(grid[0]),
     )
 
 
@@ -161,9 +159,7 @@ def _count(length: int, kernel: int, stride: int) -> int:
     return -(-max(0, length - kernel) // stride) + 1
 
 
-def _numbers(
-    sides: Sequence[Sequence[Sequence[int]]], counts: Sequence[int], device: torch.device | str
-) -> Tensor:
+def _numbers(sides: Sequence[Sequence[Sequence[int]]], counts: Sequence[int]) -> Tensor:
     """For each place of the grid, the numbers of what each side lists there: int32, -1 = none."""
     lists = []
     for place in product(*sides):
@@ -173,7 +169,7 @@ def _numbers(
         lists.append(found)
     most = max(map(len, lists))
     filled = [x + [-1] * (most - len(x)) for x in lists]
-    return torch.tensor(filled, dtype=torch.int32, device=device)
+    return torch.tensor(filled, dtype=torch.int32)
 
 
 SMALL = {"block": 2, "stride": 1, "dense_below": 0}
@@ -250,8 +246,6 @@ class InfLLMv2(Mechanism):
         if normaliser not in ("exact", "coarse"):
             raise ValueError(f"normaliser: got {normaliser!r}; give 'exact' or 'coarse'")
         self.normaliser = normaliser
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         if self._is_dense(inputs):
@@ -311,16 +305,14 @@ class InfLLMv2(Mechanism):
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
-        key = grid, inputs.causal, q.device
-        if key not in self._kept:
-            block, stride, kernel = self.lengths
-            block = block or (64 if len(grid) == 1 else 8)
-            stride = stride or max(1, block // 2 ** (3 - len(grid)))
-            kernel = kernel or 2 * stride
-            if kernel < stride:
-                raise ValueError(f"kernel: got {kernel}; give at least the stride's {stride}")
-            self._kept[key] = key_windows(grid, block, stride, kernel, *self.always, *key[1:])
-        return self._kept[key]
+        block, stride, kernel = self.lengths
+        block = block or (64 if len(grid) == 1 else 8)
+        stride = stride or max(1, block // 2 ** (3 - len(grid)))
+        kernel = kernel or 2 * stride
+        if kernel < stride:
+            raise ValueError(f"kernel: got {kernel}; give at least the stride's {stride}")
+        lengths = block, stride, kernel
+        return key_windows(grid, *lengths, *self.always, inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``importance``: the windows' softmax, mean over heads and patches, for each patch the mean of

@@ -12,20 +12,20 @@ Jaggi, arXiv 2305.16300.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import PoolOperator
 from xattn.attention.operators.base import Operator
+from xattn.attention.operators.patterns import prefix_piece
 from xattn.attention.operators.pooled_blocks import PooledBlocks, pooled_blocks
-from xattn.attention.operators.segments import Piece, SegmentsOperator
-from xattn.attention.selection import Blocks, Segment, select
+from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
+from xattn.attention.plans import planned
+from xattn.attention.selection import Blocks, Rule, Segment, select
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
 
@@ -84,8 +84,6 @@ class Landmark(Mechanism):
             raise ValueError("block: got 1; give at least 2, of which one token is the landmark")
         if landmark == "token":
             self.token = nn.Parameter(torch.zeros(num_heads, dim // num_heads))
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._layouts = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         layout, prefix = self._layout(inputs), inputs.prefix
@@ -97,21 +95,19 @@ class Landmark(Mechanism):
         bias = None if layout.hidden is None else layout.hidden.to(q.dtype)[None, None]
         gated = Segment(k, bias=bias, marks=marks, weight=weight)
         lists = self._lists(inputs, layout, q, marks)
-        first, places = Segment(inputs.k[:, :, :prefix]), layout.places[:prefix]
         at_hand = [Segment(k, None, layout.own, layout.rule, bias)]
-        columns = [layout.columns]
         if lists is not None:
             at_hand.append(replace(gated, blocks=lists))
-            columns.append(layout.columns)
+        columns = [layout.columns(prefix)] * len(at_hand)
         pieces = []
         if prefix:
-            at_hand.append(first)
-            columns.append(places)
-            pieces.append(self._prefix_piece(inputs, layout, first, gated))
+            at_hand.append(Segment(inputs.k[:, :, :prefix]))
+            columns.append(range(prefix))
+            pieces.append(self._prefix_piece(inputs, layout, gated))
         pieces.append(Piece(q, tuple(at_hand), tuple(columns)))
         operator = SegmentsOperator(
             pieces,
-            layout.where,
+            order,
             inputs.k.shape[2],
             inputs.scale,
             self.backend,
@@ -151,26 +147,21 @@ class Landmark(Mechanism):
         # Forced blocks come first.
         return Blocks(chosen.index[..., 1:].contiguous(), blocks.q_block, blocks.k_block)
 
-    def _prefix_piece(
-        self, inputs: Inputs, layout: Layout, first: Segment, gated: Segment
-    ) -> Piece:
+    def _prefix_piece(self, inputs: Inputs, layout: Layout, gated: Segment) -> Piece:
         """Prefix tokens have one another at hand, and weigh all blocks; causal, they see no block."""
-        q, prefix, places = inputs.q[:, :, : inputs.prefix], inputs.prefix, layout.places
         if inputs.causal:
-            rule = causal_rule(prefix).to(q.device)
-            return Piece(q, (Segment(first.k, rule=rule),), (places[:prefix],))
+            return prefix_piece(inputs)
+        q, prefix = inputs.q[:, :, : inputs.prefix], inputs.prefix
         every = torch.arange(layout.blocks.count, dtype=torch.int32, device=q.device)
         lists = Blocks(every[None, None, None], prefix, layout.blocks.k_block)
-        return Piece(q, (first, replace(gated, blocks=lists)), (places[:prefix], layout.columns))
+        seen = Segment(inputs.k[:, :, :prefix]), replace(gated, blocks=lists)
+        return Piece(q, seen, (range(prefix), layout.columns(prefix)))
 
     def _layout(self, inputs: Inputs) -> Layout:
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
-        key = grid, self.block, self.landmark == "last", inputs.prefix, inputs.causal, q.device
-        if key not in self._layouts:
-            self._layouts[key] = layout(*key)
-        return self._layouts[key]
+        return layout(grid, self.block, self.landmark == "last", inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``tokens``: what the first prefix token, or without one the mean patch, gives to each patch;
@@ -210,33 +201,26 @@ class Layout:
     """bool (M, l), places that hold a token."""
     hidden: Tensor | None
     """float (places,), -inf where no key is read; None if all are."""
-    columns: Tensor
-    """LongTensor (places,), the token at each, -1 for padding."""
-    where: Tensor | None
-    """As ``places`` of the operator."""
-    places: Tensor
-    """LongTensor (N,), 0, 1, ..."""
-    rule: Any = None
+    rule: Rule | None = None
     """Causal: which tokens are seen."""
 
+    def columns(self, prefix: int) -> range | Ordered:
+        """The token at each place, behind ``prefix`` others."""
+        order = self.blocks.order
+        if order is not None:
+            return Ordered(order, prefix)
+        return range(prefix, prefix + len(self.blocks.pooling.inverse))
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may serve training later
-def layout(
-    grid: tuple[int, ...],
-    block: int,
-    last: bool,
-    prefix: int,
-    causal: bool,
-    device: torch.device | str,
-) -> Layout:
+
+@planned
+def layout(grid: tuple[int, ...], block: int, last: bool, causal: bool) -> Layout:
     """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends in a landmark.
 
     Raises:
         ValueError: ``last`` on a grid, or, bidirectional, for a number of tokens that ``block`` does
             not divide.
     """
-    blocks = pooled_blocks(grid, block, block, block, 0, causal, device)
+    blocks = pooled_blocks(grid, block, block, block, 0, causal)
     size, count, order = blocks.k_block, blocks.count, blocks.order
     n = len(blocks.pooling.inverse)
     if last and (len(grid) > 1 or (not causal and n % block)):
@@ -245,25 +229,22 @@ def layout(
             f"landmark: got 'last' for {what}; give a row of tokens that block={block} divides, or "
             f"'mean' or 'token'"
         )
-    token = torch.arange(n, device=device) if order is None else order.index.to(device)
+    token = torch.arange(n) if order is None else order.index
     real = F.pad(token, (0, count * size - len(token)), value=-1).view(count, size) >= 0
     seen = real.clone()
     if last:
         seen[real.all(1), -1] = False
     seen = seen.flatten()[: len(token)]
-    hidden = torch.zeros(len(token), device=device).masked_fill(~seen, -torch.inf)
-    number = torch.arange(count, dtype=torch.int32, device=device)
+    hidden = torch.zeros(len(token)).masked_fill(~seen, -torch.inf)
+    number = torch.arange(count, dtype=torch.int32)
     others = number[: count - 1].expand(count, -1)
     others = (
         others.masked_fill(others >= number[:, None], -1) if causal
         else others + (others >= number[:, None]).int()
     )  # fmt: skip
-    every = torch.arange(prefix + n, device=device)
-    where = None if order is None else torch.cat([every[:prefix], blocks.pooling.inverse + prefix])
     return Layout(
         blocks, Blocks(number[None, None, :, None], size, size),
         Blocks(others.contiguous()[None, None], size, size) if count > 1 else None,
         real.sum(1), real, None if seen.all() else hidden,
-        torch.where(token < 0, -1, token + prefix), where, every,
-        causal_rule(n).to(device) if causal else None,
+        causal_rule(n) if causal else None,
     )  # fmt: skip

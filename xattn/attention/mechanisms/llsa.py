@@ -11,17 +11,19 @@ keys and values have theirs. Prefix tokens are read by all and see all tokens. a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
+from xattn.attention.operators.patterns import prefix_piece
 from xattn.attention.operators.pyramid import Pyramid, PyramidAttention, PyramidOperator, pyramid
 from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.recall import Choice
-from xattn.attention.selection import Blocks, Rule, Segment, select
-from xattn.kernels.block_sparse.box import causal as causal_rule
+from xattn.attention.selection import Blocks, Segment, select
 
 TOP = 64  # the most means of the top level by default
 
@@ -72,8 +74,6 @@ class LLSA(Mechanism):
         if block == 1:
             raise ValueError("block: got 1; give at least 2 tokens")
         self.levels = levels if levels is None else whole("levels", levels)
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         made, prefix = self._pyramid(inputs), inputs.prefix
@@ -81,22 +81,18 @@ class LLSA(Mechanism):
         keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
         lists = self.choose(made, inputs, queries, [x.detach() for x in keys])
         fine = Blocks(lists[1], made.block, made.block)
-        rule = causal_rule(len(made.order.index)).to(queries.device) if inputs.causal else None
-        segments = [Segment(keys[0], None, fine, rule, made.bias(0, keys[0]))]
+        rules = made.rules or (None,) * (made.levels + 1)
+        segments = [Segment(keys[0], None, fine, rules[0], made.bias(0, keys[0]))]
         columns = [values.columns(0)]
         for level in range(1, made.levels + 1 if self.enrich else 1):
-            blocks = None
+            blocks = made.top
             if level < made.levels:
                 blocks = Blocks(lists[level + 1], made.block ** (level + 1), made.block)
-            rule = self._earlier(made, level, queries.device) if inputs.causal else None
             bias, shift = made.bias(level, keys[level]), made.shift(level)
-            segments.append(Segment(keys[level], None, blocks, rule, bias, shift=shift))
+            segments.append(Segment(keys[level], None, blocks, rules[level], bias, shift=shift))
             columns.append(values.columns(level))
         pieces = self._pieces(inputs, made, keys[0], queries, segments, columns)
-        where = torch.cat(
-            [torch.arange(prefix, device=queries.device), made.order.inverse + prefix]
-        )
-        read = SegmentsOperator(pieces, where, values.shape[2], inputs.scale, self.backend)
+        read = SegmentsOperator(pieces, made.order, values.shape[2], inputs.scale, self.backend)
         operator = PyramidAttention(read, values, causal=inputs.causal)
         operator.hides = not self.enrich
         operator.context = lists
@@ -126,16 +122,14 @@ class LLSA(Mechanism):
         """The prefix tokens as queries, if there are any, and the others, who read them, too."""
         prefix = inputs.prefix
         if not prefix:
-            return [Piece(queries, tuple(segments), tuple(columns), padded=False)]
-        own = Segment(inputs.k[:, :, :prefix])
-        places = range(prefix)
+            return [Piece(queries, tuple(segments), tuple(columns))]
+        own, places = Segment(inputs.k[:, :, :prefix]), range(prefix)
         if inputs.causal:
-            seen = Segment(own.k, rule=causal_rule(prefix).to(keys.device))
-            first = Piece(inputs.q[:, :, :prefix], (seen,), (places,), padded=False)
+            first = prefix_piece(inputs)
         else:
             every = Segment(keys, bias=segments[0].bias)
-            first = Piece(inputs.q[:, :, :prefix], (every, own), (columns[0], places), padded=False)
-        return [first, Piece(queries, (*segments, own), (*columns, places), padded=False)]
+            first = Piece(inputs.q[:, :, :prefix], (every, own), (columns[0], places))
+        return [first, Piece(queries, (*segments, own), (*columns, places))]
 
     @torch.no_grad()
     def choose(
@@ -173,26 +167,16 @@ class LLSA(Mechanism):
             )[0].index
         return lists
 
-    def _earlier(self, made: Pyramid, level: int, device: torch.device) -> Rule:
-        """Of the means of a level, those of blocks before the query's own."""
-        places = torch.arange(len(made.order.index), dtype=torch.int32, device=device)[:, None]
-        means = torch.arange(len(made.counts[level]), dtype=torch.int32, device=device)[:, None]
-        last = places.div(made.block**level, rounding_mode="floor") - 1
-        return Rule(torch.zeros_like(places), last, means, (1,))
-
     def _pyramid(self, inputs: Inputs) -> Pyramid:
         grid = inputs.grid
         if grid is None or inputs.causal:
             grid = (inputs.q.shape[2] - inputs.prefix,)
-        key = grid, inputs.q.device
-        if key not in self._kept:
-            block, levels = self.block or (16 if len(grid) == 1 else 4), self.levels
-            if levels is None:
-                levels, sides = 1, [-(-n // block) for n in grid]
-                while torch.Size(sides).numel() > TOP:
-                    levels, sides = levels + 1, [-(-n // block) for n in sides]
-            self._kept[key] = pyramid(grid, block, levels, inputs.q.device)
-        return self._kept[key]
+        block, levels = self.block or (16 if len(grid) == 1 else 4), self.levels
+        if levels is None:
+            levels, sides = 1, [-(-n // block) for n in grid]
+            while math.prod(sides) > TOP:
+                levels, sides = levels + 1, [-(-n // block) for n in sides]
+        return pyramid(grid, block, levels, inputs.causal, device=inputs.q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``level_1``, ``level_2``, ...: share of the query blocks that chose the block of each patch at
@@ -202,7 +186,7 @@ class LLSA(Mechanism):
             return {}
         made, found = self._pyramid(inputs), {}
         for level, index in operator.context.items():
-            lists = Blocks(index[:, :, made.counts[level] > 0], made.block, made.block)
+            lists = Blocks(index[:, :, made.real[level]], made.block, made.block)
             share = lists.shares(len(made.counts[level]))
             found[f"level_{level}"] = made.on_tokens(share, level).unflatten(-1, grid)
         return dict(sorted(found.items()))

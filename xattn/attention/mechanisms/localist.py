@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.base import Kept, Mechanism, Size, register_attention, whole
-from xattn.attention.inputs import Inputs
+from xattn.attention.base import Mechanism, Size, register_attention, whole
+from xattn.attention.inputs import Inputs, may_look
 from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.plans import planned
 from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
 
@@ -92,6 +93,14 @@ def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
     found = torch.tensor(list(numbers), dtype=torch.long, device="cpu")
     check_regions(found)
     return found
+
+
+@planned
+def members_of(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
+    """1 where a patch is of a region, (1, P, R): of so many boxes along each side, or by number."""
+    boxes = isinstance(regions, int)
+    found = box_regions(grid, regions) if boxes else given_regions(regions, grid)
+    return F.one_hot(found).float()[None]
 
 
 def check_regions(regions: Tensor) -> None:
@@ -293,7 +302,6 @@ class Localist(Mechanism):
         self.numbers = None if isinstance(regions, str) else list(regions)
         self.sides, self.segments = whole("sides", sides), whole("segments", segments)
         self.reads = ("photo",) if regions == "slic" else ()
-        self._kept = Kept()
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
@@ -318,7 +326,7 @@ class Localist(Mechanism):
         found = self._members(inputs)
         if self.target is not None:
             fewest = found.shape[-1]
-            if not torch.compiler.is_compiling():
+            if may_look(found):
                 fewest = int(found.any(1).sum(-1).min())
             if self.target >= fewest:
                 raise ValueError(
@@ -335,13 +343,9 @@ class Localist(Mechanism):
             keys = inputs.k[:, :, inputs.prefix :].transpose(1, 2).flatten(2)
             regions = torch.stack([recruited_regions(one, self.variance) for one in keys])
             return F.one_hot(regions).to(like)
-        key = grid, str(like.device)
-        if key not in self._kept:
-            sides = 2 if self.kind == "quadrants" else self.sides
-            given = self.numbers
-            regions = box_regions(grid, sides) if given is None else given_regions(given, grid)
-            self._kept[key] = regions.to(like.device)[None], int(regions.max()) + 1
-        return F.one_hot(*self._kept[key]).to(like)
+        given: int | tuple[int, ...] = 2 if self.kind == "quadrants" else self.sides
+        given = given if self.numbers is None else tuple(self.numbers)
+        return members_of(grid, given, device=like.device).to(like.dtype)
 
     def _superpixels(self, inputs: Inputs) -> Tensor:
         carried, grid = inputs.carried, inputs.grid
@@ -371,7 +375,7 @@ class Localist(Mechanism):
         keys = k[:, :, inputs.prefix :]
         centred = keys - keys.mean(2, keepdim=True)
         least = ALIKE * keys.detach().abs().amax((2, 3), keepdim=True)
-        if not torch.compiler.is_compiling() and bool((centred.detach().abs() <= least).all()):
+        if may_look(centred) and bool((centred.detach().abs() <= least).all()):
             raise ValueError(
                 "k: the keys of all patches are alike, so that no region has a direction; give other "
                 "photos, a target, or beta=0"

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.attention.base import Kept, Mechanism, register_attention, whole
+from xattn.attention.base import Mechanism, register_attention, whole
 from xattn.attention.inputs import Inputs
 from xattn.attention.mechanisms import gna
 from xattn.attention.operators.algebra import GatedOperator, ProductOperator, SumOperator
@@ -162,12 +162,10 @@ class NSA(Mechanism):
         if pooling == "mlp":
             self.key_network = BlockNetwork(block, dim // num_heads, dim // num_heads)
             self.value_network = BlockNetwork(block, dim // num_heads)
-        # Equal layers share them by the cache below; kept here so that torch.compile sees them.
-        self._kept = Kept()
 
     def operator(self, inputs: Inputs) -> Operator:
         blocks = self._blocks(inputs)
-        near = gna.window_pattern(inputs, self.window, "window", self._kept)
+        near = gna.window_pattern(inputs, self.window, "window")
         keys, values = self._pooled(inputs, blocks)
         read = blocks.read(inputs, keys, backend=self.backend)
         compressed = CompressedOperator([read, values], causal=inputs.causal)
@@ -231,17 +229,16 @@ class NSA(Mechanism):
         assert inputs.x is not None
         g = torch.sigmoid(self.gate(inputs.x[:, inputs.prefix :]))
         g = g.unflatten(2, (3, self.num_heads)).permute(2, 0, 3, 1)
-        first = g.new_tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(*g.shape[:3], inputs.prefix)
+        if not inputs.prefix:
+            return g
+        first = F.pad(g.new_ones(1), (1, 1)).view(3, 1, 1, 1).expand(*g.shape[:3], inputs.prefix)
         return torch.cat([first, g], 3)
 
     def _blocks(self, inputs: Inputs) -> PooledBlocks:
         q, grid = inputs.q, inputs.grid
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
-        key = grid, inputs.prefix, inputs.causal, q.device
-        if key not in self._kept:
-            self._kept[key] = pooled_blocks(grid, *self.blocks, *key[1:])
-        return self._kept[key]
+        return pooled_blocks(grid, *self.blocks, inputs.prefix, inputs.causal, device=q.device)
 
     def _pooled(self, inputs: Inputs, blocks: PooledBlocks) -> tuple[Tensor, Operator]:
         """Pooled keys (B, Hk, R + C, D), the prefix tokens' own in front, and what pools values."""

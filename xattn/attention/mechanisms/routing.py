@@ -31,6 +31,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.subsets import SubsetsOperator
 from xattn.attention.order import take_rows
+from xattn.attention.plans import planned
 from xattn.attention.record import answering_by
 from xattn.kernels.softmax.reference import widen
 
@@ -110,11 +111,13 @@ class Routing(Mechanism):
         with torch.autocast(q.device.type, enabled=False):  # rounding would choose other clusters
             # A copy, because the backward pass moves the centroids.
             mu = self._call_centroids(q, k) if self.of_call else self.centroid.clone()
-            mu = mu.to(widen(q).dtype).expand(len(q), -1, -1, -1)
-            near_q, near_k = (mu @ widen(x).transpose(2, 3) / _length(widen(x)) for x in (q, k))
+            mu = mu.to(widen(q[:0]).dtype).expand(len(q), -1, -1, -1)
+            near_q, near_k = (_near(mu, widen(x)) for x in (q, k))
         chosen_q, chosen_k = self._members(near_q, near_k, inputs.causal)
-        first = torch.arange(prefix, device=q.device).expand(*chosen_k.shape[:3], -1)
-        queries, keys = chosen_q + prefix, torch.cat([first, chosen_k + prefix], 3)
+        queries, keys = chosen_q, chosen_k
+        if prefix:
+            first = torch.arange(prefix, device=q.device).expand(*chosen_k.shape[:3], -1)
+            queries, keys = queries + prefix, torch.cat([first, keys + prefix], 3)
         taken_q, taken_k = (
             take_rows(x, at.flatten(2)).unflatten(2, (self.clusters, -1)).flatten(1, 2)
             for x, at in ((inputs.q, queries), (inputs.k, keys))
@@ -148,27 +151,19 @@ class Routing(Mechanism):
         """What is added to the scores of a cluster's w queries and prefix + w keys, or None."""
         if not self.shared and not (inputs.causal and prefix):
             return None
-        own = torch.arange(w, device=inputs.q.device)
-        hidden = inputs.q.new_zeros(w, w)
-        if self.shared:
-            hidden = hidden.masked_fill(own == own[:, None], SELF)
-        if inputs.causal:
-            hidden = hidden.masked_fill(own > own[:, None], -torch.inf)
-        return F.pad(hidden, (prefix, 0))[None, None]
+        q = inputs.q
+        return within(w, prefix, self.shared, inputs.causal, device=q.device).to(q.dtype)
 
     def _first(self, inputs: Inputs) -> Operator | None:
         """Rows of the prefix tokens."""
-        prefix, n = inputs.prefix, inputs.q.shape[2]
+        q, prefix, hidden = inputs.q, inputs.prefix, None
         if not prefix:
             return None
-        hidden = None
         if inputs.causal:
-            later = torch.ones(prefix, n, dtype=torch.bool, device=inputs.q.device).triu(1)
-            hidden = inputs.q.new_zeros(1, 1, prefix, n).masked_fill(later, -torch.inf)
+            hidden = before(prefix, q.shape[2], device=q.device).to(q.dtype)
         return SoftmaxOperator(
-            inputs.q[:, :, :prefix], inputs.k, inputs.scale, hidden, None, self.backend,
-            every_row=True,
-        )  # fmt: skip
+            q[:, :, :prefix], inputs.k, inputs.scale, hidden, None, self.backend, every_row=True
+        )
 
     @torch.no_grad()
     def _call_centroids(self, q: Tensor, k: Tensor) -> Tensor:
@@ -248,9 +243,27 @@ def means(x: Tensor, mu: Tensor) -> Tensor:
     return torch.where((sums != 0).any(-1, keepdim=True), F.normalize(sums, dim=-1), mu)
 
 
-def _length(x: Tensor) -> Tensor:
-    """Norms of x (B, H, N, D), never 0: (B, H, 1, N)."""
-    return torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)[:, :, None]
+def _near(mu: Tensor, x: Tensor) -> Tensor:
+    """mu . x^ for centroids (B, H, C, D) and tokens x (B, H, N, D): (B, H, C, N)."""
+    length = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12)
+    return mu @ x.transpose(2, 3) / length[:, :, None]
+
+
+@planned
+def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
+    """What is added to the scores of a cluster's w queries and prefix + w keys, (1, 1, w, prefix + w)."""
+    own, hidden = torch.arange(w), torch.zeros(w, w)
+    if shared:
+        hidden = hidden.masked_fill(own == own[:, None], SELF)
+    if causal:
+        hidden = hidden.masked_fill(own > own[:, None], -torch.inf)
+    return F.pad(hidden, (prefix, 0))[None, None]
+
+
+@planned
+def before(prefix: int, n: int) -> Tensor:
+    """What is added to the scores of ``prefix`` tokens that see those of ``n`` up to themselves."""
+    return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
 
 
 class _Collects:

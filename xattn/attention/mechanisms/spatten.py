@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xattn.attention.base import Mechanism, register_attention
-from xattn.attention.inputs import Inputs
+from xattn.attention.inputs import Inputs, may_look
 from xattn.attention.operators.algebra import ColumnsOperator, GatedOperator, SumOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.subsets import SubsetsOperator
@@ -91,7 +91,8 @@ class SpAtten(Mechanism):
             linearly until ``last``. ``first = last`` takes all at once.
         last: the block from which on the share stays; 11 is the end of a ViT with 12 blocks.
         keep_heads, first_head: the same for heads.
-        values: share of the keys whose values a head reads, those with the largest sum of P.
+        values: share of the keys whose values a head reads, those with the largest sum of P; below 1, in a
+            causal call, later queries have a say in which.
         bits: (high, low) bits of queries and keys, for example (6, 4); None leaves numbers as they are.
         refetch: a row is computed with all bits if its largest weight is below this.
         rank: "all", s counts all queries; "class", only the first token.
@@ -201,7 +202,7 @@ class SpAtten(Mechanism):
     @staticmethod
     def _seen(importance: Tensor) -> bool:
         """Whether any layer before has counted."""
-        return torch.compiler.is_compiling() or bool((importance != 0).any())
+        return not may_look(importance) or bool((importance != 0).any())
 
     def _alive(self, inputs: Inputs) -> Alive | None:
         """What is left in this layer; None outside of a pass of a converted model."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from xattn.attention.comrope import ComRope, FoldedRotation
-from xattn.attention.model.layer import Attention
 from xattn.runtime.copies import shared_copy
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,15 +54,9 @@ def is_folded(model: nn.Module) -> bool:
 
 
 def _holder(layer: nn.Module) -> Any:
-    """What holds the rotation of an attention layer: itself, or its mechanism if it was converted."""
-    for holder in (layer if isinstance(layer, Attention) else None, _mechanism(layer)):
-        if isinstance(getattr(holder, "rotate", None), ComRope):
-            return holder
-    return None
-
-
-def _mechanism(layer: nn.Module) -> Any:
-    return getattr(layer, "mechanism", None)
+    """The mechanism of an attention layer, if it has a rotation that can be folded."""
+    mechanism = getattr(layer, "mechanism", None)
+    return mechanism if isinstance(getattr(mechanism, "rotate", None), ComRope) else None
 
 
 def _check(path: str, layer: Any) -> None:

@@ -26,8 +26,9 @@ class Attention(nn.Module):
         qk_norm: layer norm of queries and keys in each head.
         kv_heads: Hk, heads of keys and values; it divides the number of heads, which is the default.
         rotate: rotates queries and keys by their places: a name with options such as
-            ``"comrope:form=ap"``, or (q, k, positions) -> (q, k) with positions (N, n) on the grid, 0 at
-            prefix tokens; see :mod:`xattn.attention.positions`.
+            ``"comrope:form=ap"`` or a rotation, which becomes the mechanism's, see
+            :func:`~xattn.attention.create_mechanism`; or a function (q, k, positions) -> (q, k) with
+            positions (N, n) on the grid, 0 at prefix tokens, see :mod:`xattn.attention.positions`.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
         if isinstance(rotate, str):
             rotate = create_rotation(rotate, width, self.kv_heads)
+        if isinstance(rotate, Rotation):
+            mechanism.rotate, rotate = rotate, None
         self.rotate: Rotate | None = rotate
         self.mechanism = mechanism
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
@@ -73,8 +76,7 @@ class Attention(nn.Module):
             if grid is None:
                 raise ValueError("grid: rotated queries and keys need the grid of the tokens")
             check_grid("rotate", (0,), tuple(grid), prefix, x.shape[1])
-            own = self.rotate.places if isinstance(self.rotate, Rotation) else positions
-            q, k = self.rotate(q, k, own(grid, prefix, x))
+            q, k = self.rotate(q, k, positions(grid, prefix, x))
         y = self.mechanism(q, k, v, grid, prefix, x=x, causal=causal)
         return self.proj(merge_heads(y))
 

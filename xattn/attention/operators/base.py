@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from xattn.attention.inputs import spread_heads
+from xattn.attention.inputs import may_look, on_cpu, spread_heads
 from xattn.kernels.backend import choose, tile_entries, too_wide
 from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
@@ -137,7 +137,7 @@ class Operator(ABC):
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same operator with ``change(x)`` in place of every tensor x."""
         made = copy.copy(self)
-        made.__dict__.update({key: _changed(value, change) for key, value in vars(self).items()})
+        made.__dict__.update({key: changed(value, change) for key, value in vars(self).items()})
         return made
 
     def _transposed_matvec(self, y: Tensor) -> Tensor:
@@ -175,22 +175,22 @@ class Operator(ABC):
         """Any tensor of the operator's dtype and device."""
 
 
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``value`` with every tensor in it changed: in operators, records, tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Operator):
         return value.apply(change)
     if isinstance(value, dict):
-        return {key: _changed(item, change) for key, item in value.items()}
+        return {key: changed(item, change) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items = [_changed(item, change) for item in value]
+        items = [changed(item, change) for item in value]
         named = hasattr(value, "_fields")
         return type(value)(*items) if named else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
         for f in fields(value):
-            object.__setattr__(made, f.name, _changed(getattr(value, f.name), change))
+            object.__setattr__(made, f.name, changed(getattr(value, f.name), change))
         return made
     return value
 
@@ -252,7 +252,8 @@ class SoftmaxOperator(Operator):
 
     def attend(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(A V, lse)."""
-        k, v = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1])
+        k = spread_heads(self.k, v.shape[1]) if v.shape[1] > self.k.shape[1] else self.k
+        v = spread_heads(v, k.shape[1])
         return softmax_attention(
             self.q, k, v, self.bias, scale=self.scale, causal=self._by_place, backend=self.backend
         )
@@ -272,12 +273,11 @@ class SoftmaxOperator(Operator):
     def matvec(self, x: Tensor) -> Tensor:
         if self._answer is not None and self._answer[0] is x:
             return self._answer[1]
-        uneven = x.shape[-1] != self.q.shape[-1] and x.device.type == "cpu"
+        uneven = x.shape[-1] != self.q.shape[-1] and on_cpu(x)
         if not self._fused or uneven:  # PyTorch's own would store N x S numbers there
             return self.attend(x)[0]
-        k, x = spread_heads(self.k, self.shape[1]), spread_heads(x, self.shape[1])
-        return F.scaled_dot_product_attention(
-            self.q, k, x, self.bias, is_causal=self._by_place, scale=self.scale
+        return fused_attention(
+            self.q, self.k, x, self.bias, causal=self._by_place, scale=self.scale
         )
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class SoftmaxOperator(Operator):
             options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
             return ragged_attention(self.q, self.k, x, keep, **options)[0]
         # Elsewhere than on a CPU, reading how many rows are kept would have to wait for them.
-        if torch.compiler.is_compiling() or keep.device.type != "cpu" or not self._fused:
+        if not may_look(keep) or not self._fused:
             return super().matvec_where(x, keep)
         at = keep.flatten().nonzero()[:, 0]  # of the rows of all heads, side by side
         ends = torch.arange(n, keep.numel() + 1, n, device=at.device)
@@ -413,6 +413,28 @@ class SoftmaxOperator(Operator):
 
     def _anchor(self) -> Tensor:
         return self.q
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's own attention, of keys and values of H or Hk heads.
+
+    Fewer key heads are repeated where it would do that itself, or store N x S numbers: on a CPU, in float32
+    and with a bias.
+    """
+    heads, half = q.shape[1], q.dtype in (torch.float16, torch.bfloat16)
+    grouped = not on_cpu(q) and half and bias is None and k.shape[1] == v.shape[1] < heads
+    if not grouped:
+        k, v = spread_heads(k, heads), spread_heads(v, heads)
+    options = {"enable_gqa": True} if grouped else {}
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=scale, **options)
 
 
 def _shared(rows: Tensor, shares: int) -> Tensor:

@@ -26,7 +26,13 @@ class CausalLowRankOperator(Operator):
     causal = True
 
     def __init__(
-        self, left: Tensor, right: Tensor, *, stochastic: bool = False, signed: bool = True
+        self,
+        left: Tensor,
+        right: Tensor,
+        *,
+        stochastic: bool = False,
+        signed: bool = True,
+        backend: str = "auto",
     ) -> None:
         if left.ndim != 4 or right.transpose(-2, -1).shape != left.shape:
             raise ValueError(
@@ -34,7 +40,7 @@ class CausalLowRankOperator(Operator):
                 f"(B, H, N, f) and (B, H, f, N)"
             )
         self.left, self.right = left, right
-        self.stochastic, self.signed = stochastic, signed
+        self.stochastic, self.signed, self.backend = stochastic, signed, backend
         self.shape = (left.shape[0], left.shape[1], left.shape[2], left.shape[2])
 
     @property
@@ -44,7 +50,8 @@ class CausalLowRankOperator(Operator):
     def matvec(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.left.dtype, x.dtype)
         left, right = self.left.to(dtype), self.right.to(dtype)
-        return causal_product(left, right.transpose(-2, -1), x.to(dtype)).to(x.dtype)
+        product = causal_product(left, right.transpose(-2, -1), x.to(dtype), backend=self.backend)
+        return product.to(x.dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         return self.tile(index, slice(None))
@@ -57,7 +64,8 @@ class CausalLowRankOperator(Operator):
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
         right, r = widen(self.right).transpose(-2, -1), self._spread(r).transpose(-2, -1)
-        product = causal_product(right, widen(self.left), r, reverse=True).transpose(-2, -1)
+        left, backend = widen(self.left), self.backend
+        product = causal_product(right, left, r, reverse=True, backend=backend).transpose(-2, -1)
         return product.mean(1) if check_heads(heads) else product
 
     def _anchor(self) -> Tensor:

@@ -16,15 +16,15 @@ gives what the union passes on to that part, because p_ij = exp(s_ij + c_s - L) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import spread_heads, to_heads
+from xattn.attention.inputs import may_look, on_cpu, to_heads
+from xattn.attention.operators.base import fused_attention
 from xattn.attention.selection import Blocks, Segment, visible_blocks
 from xattn.kernels import block_sparse, grouped, softmax
 from xattn.kernels.op import LAYOUTS
@@ -81,21 +81,46 @@ def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return sum(rest, first), total.masked_fill(empty, -torch.inf)
 
 
+def merge_in_turn(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The union of outputs and log-sum-exps of parts, whose memory it takes, one after the other."""
+    each = iter(parts)
+    o, total = next(each)
+    for own, lse in each:
+        new = torch.logaddexp(total, lse)
+        share = (lse - new).exp().masked_fill(lse.isneginf(), 0.0)
+        o, total = o.lerp_(own, share[..., None].to(o.dtype)), new
+    return o, total
+
+
+def merge_at_once(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The same in fewer calls."""
+    outputs, logs = zip(*parts, strict=True)
+    lse = torch.stack(logs)
+    o, *rest = outputs
+    first, *shares = lse.softmax(0).nan_to_num_(0.0).to(o.dtype)[..., None]
+    o = o.mul_(first)
+    for own, share in zip(rest, shares, strict=True):
+        o = o.addcmul_(own, share)
+    return o, lse.logsumexp(0)
+
+
 class _Union(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Any, fields: Any, *tensors: Tensor | None) -> Any:
-        at, o, total = 0, None, None
-        for name, shift, count, rest in calls:
-            op = getattr(torch.ops.xattn, f"{name}_forward")
-            own, lse = op(*tensors[at : at + count], *rest)
-            lse = lse + shift
-            if o is None or total is None:
-                o, total = own, lse
-            else:
-                new = torch.logaddexp(total, lse)
-                share = (lse - new).exp().masked_fill(lse.isneginf(), 0.0)
-                o, total = o.lerp_(own, share[..., None].to(o.dtype)), new
-            at += count
+        at = 0
+
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal at
+            for name, shift, count, rest in calls:
+                op = getattr(torch.ops.xattn, f"{name}_forward")
+                own, lse = op(*tensors[at : at + count], *rest)
+                at += count
+                yield own, (lse + shift if shift else lse)
+
+        merge = (
+            merge_in_turn if on_cpu(next(x for x in tensors if x is not None)) else merge_at_once
+        )
+        o, total = merge(parts())
         ctx.calls, ctx.fields = calls, fields
         ctx.save_for_backward(*tensors, o, total)
         ctx.set_materialize_grads(False)
@@ -114,7 +139,8 @@ class _Union(torch.autograd.Function):
             if any(wanted):
                 op = getattr(torch.ops.xattn, f"{name}_backward")
                 given = tensors[at : at + count]
-                flat = op(grad, grad_lse, o, total - shift, *given, *rest, wanted)
+                own_total = total - shift if shift else total
+                flat = op(grad, grad_lse, o, own_total, *given, *rest, wanted)
                 for i, x, wants in zip(own, flat, wanted, strict=True):
                     found[at + i] = x if wants else None
             at += count
@@ -167,8 +193,7 @@ def attend_output(
             and (s.blocks is None or reads_all(s.k, s.blocks))
         ):
             bias = None if s.bias is None else to_heads(s.bias, heads)[:, :, None, :]
-            k, v = spread_heads(s.k, heads), spread_heads(s.v, heads)  # type: ignore[arg-type]
-            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+            return fused_attention(q, s.k, s.v, bias, scale=scale)
     return attend(q, segments, scale=scale, backend=backend)[0]
 
 
@@ -229,7 +254,7 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bo
     take too much memory. Lists of single queries share no gathered key, so they need longer inputs.
     Of other lists a mask has to be ``fixed``, made once: to make one takes longer than to gather.
     """
-    if backend != "auto" or q.device.type != "cpu" or keys > DENSE:
+    if backend != "auto" or not on_cpu(q) or keys > DENSE:
         return False
     if blocks.q_block == 1:
         return True
@@ -238,12 +263,12 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bo
 
 def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
     """Whether a kept mask in bands, where it falls into some, beats gathering the listed keys."""
-    return backend == "auto" and q.device.type == "cpu" and keys <= BANDED
+    return backend == "auto" and on_cpu(q) and keys <= BANDED
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
     """Whether every list holds every block; False on a GPU, where looking would stall the stream, and
     in compiled code, which cannot look."""
-    if k.device.type != "cpu" or torch.compiler.is_compiling():
+    if not may_look(k):
         return False
     return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

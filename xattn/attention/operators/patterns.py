@@ -12,6 +12,7 @@ the grid sees one run of keys, so it needs neither the rest of the mask nor a co
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,10 +23,10 @@ from torch import Tensor
 from xattn.attention.inputs import Inputs, spread_heads, to_heads
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import bands_are_faster, mask_is_faster
-from xattn.attention.operators.segments import Piece, SegmentsOperator
+from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
 from xattn.attention.order import Order, take_rows
-from xattn.attention.selection import Blocks, Rule, Segment, visible
-from xattn.kernels.block_sparse.box import causal
+from xattn.attention.plans import Constants, refer_to
+from xattn.attention.selection import Blocks, Rule, Segment, causal_blocks, visible
 
 QUERIES = 64  # the fewest in a band
 COUNT = 16  # the most bands
@@ -41,7 +42,6 @@ class Band(NamedTuple):
     """(1, 1, rows, prefix + keys), the prefix tokens first."""
 
 
-@torch.inference_mode(False)  # kept bands may serve training later
 def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
     """Bands of the queries behind the prefix for a mask (1, 1, N, N); none if they save too little."""
     n = mask.shape[3]
@@ -129,6 +129,24 @@ class Pattern:
     """Whether it is the same for all images and heads, so that its masks are worth keeping."""
     masks: dict[Any, tuple[Tensor, tuple[Band, ...]]] = field(default_factory=dict)
 
+    def kept_mask(self, *key: Any) -> tuple[Tensor, tuple[Band, ...]]:
+        """The mask of a fixed pattern and its bands, made once; arguments as of :func:`_mask`."""
+        if torch.compiler.is_compiling():
+            found: tuple[Tensor, tuple[Band, ...]] = getattr(Constants, self._name_of_mask(*key))
+            return found
+        return self._kept_mask(*key)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _name_of_mask(self, *key: Any) -> str:
+        return refer_to(self._kept_mask(*key))
+
+    def _kept_mask(self, *key: Any) -> tuple[Tensor, tuple[Band, ...]]:
+        if key not in self.masks:
+            with torch.inference_mode(False):  # it may serve training later
+                mask = _mask(self, *key)
+                self.masks[key] = mask, bands_of(mask, key[1])
+        return self.masks[key]
+
 
 def pattern_operator(
     inputs: Inputs,
@@ -145,42 +163,46 @@ def pattern_operator(
         every_row: whether every query is known to see a key; with a prefix each does.
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
+    n = q.shape[2]
     by_lists = pattern.share is not None
+    layout = operator.index(n - prefix), operator.index(prefix), inputs.causal, q.dtype
     if pattern.fixed and every_row and not by_lists and bands_are_faster(q, k.shape[2], backend):
-        mask, bands = _kept_mask(inputs, pattern)
+        mask, bands = pattern.kept_mask(*layout)
         if bands:
             return _facts(BandedOperator(q, k, inputs.scale, mask, bands, prefix), inputs)
     if not by_lists and mask_is_faster(q, k.shape[2], pattern.blocks, backend, pattern.fixed):
-        mask = _kept_mask(inputs, pattern)[0] if pattern.fixed else _mask(inputs, pattern)
+        mask = pattern.kept_mask(*layout)[0] if pattern.fixed else _mask(pattern, *layout)
+        mask = to_heads(mask, q.shape[1])
         return _facts(SoftmaxOperator(q, k, inputs.scale, mask, every_row=every_row), inputs)
-    device, tokens = q.device, torch.arange(q.shape[2], device=q.device)
     order, bias = pattern.order, pattern.bias
-    grid_q, grid_k, places = q[:, :, prefix:], k[:, :, prefix:], tokens[prefix:]
-    where = None
+    grid_q, grid_k = q[:, :, prefix:], k[:, :, prefix:]
+    places: range | Ordered = range(prefix, n)
     if order is not None:
-        order = order.to(device)
         grid_q, grid_k = ordered or (order.apply(grid_q), order.apply(grid_k))
-        places = torch.where(order.padding, -1, order.index + prefix)
-        where = torch.cat([tokens[:prefix], order.inverse + prefix])
+        places = Ordered(order, prefix)
         if order.is_padded and pattern.rule is None:
-            hidden = torch.zeros(len(places), dtype=q.dtype, device=device)
+            hidden = torch.zeros(len(order.index), dtype=q.dtype, device=q.device)
             hidden = hidden.masked_fill(order.padding, -torch.inf)[None, None]
             bias = hidden if bias is None else bias + hidden
     segments = _listed(pattern, Segment(grid_k, None, pattern.blocks, pattern.rule, bias), grid_q)
     columns = [places] * len(segments)
     pieces = []
     if prefix:
-        first, own = Segment(k[:, :, :prefix]), tokens[:prefix]
-        segments.append(first)
-        columns.append(own)
-        seen = Segment(k), tokens
-        if inputs.causal:
-            seen = Segment(first.k, rule=causal(prefix).to(device)), own
-        pieces.append(Piece(q[:, :, :prefix], (seen[0],), (seen[1],)))
-    padded = order is not None and order.is_padded
-    pieces.append(Piece(grid_q, tuple(segments), tuple(columns), padded))
-    operator = SegmentsOperator(pieces, where, len(tokens), inputs.scale, backend)
-    return _facts(operator, inputs)
+        segments.append(Segment(k[:, :, :prefix]))
+        columns.append(range(prefix))
+        pieces.append(prefix_piece(inputs))
+    pieces.append(Piece(grid_q, tuple(segments), tuple(columns)))
+    return _facts(SegmentsOperator(pieces, order, n, inputs.scale, backend), inputs)
+
+
+def prefix_piece(inputs: Inputs) -> Piece:
+    """Prefix tokens, which see all tokens; causal, one another."""
+    q, k, prefix = inputs.q, inputs.k, inputs.prefix
+    seen, columns = Segment(k), range(k.shape[2])
+    if inputs.causal:
+        blocks, rule = causal_blocks(prefix, device=k.device)
+        seen, columns = Segment(k[:, :, :prefix], None, blocks, rule), range(prefix)
+    return Piece(q[:, :, :prefix], (seen,), (columns,))
 
 
 def chosen_keys_operator(
@@ -199,7 +221,7 @@ def chosen_keys_operator(
         columns = torch.cat([always, keep], -1)
     kept = take_rows(k, columns)
     segment = Segment(kept, bias=None if bias is None else bias.gather(2, columns))
-    piece = Piece(inputs.q, (segment,), (columns,), padded=False)
+    piece = Piece(inputs.q, (segment,), (columns,))
     return SegmentsOperator([piece], None, k.shape[2], inputs.scale, backend, every_row=True)
 
 
@@ -220,35 +242,20 @@ def _facts(operator: Operator, inputs: Inputs) -> Operator:
     return operator
 
 
-def _kept_mask(inputs: Inputs, pattern: Pattern) -> tuple[Tensor, tuple[Band, ...]]:
-    """The mask of a fixed pattern and its bands, made once."""
-    key = inputs.prefix, inputs.causal, inputs.q.dtype, inputs.q.device
-    if key not in pattern.masks:
-        mask = _mask(inputs, pattern)
-        pattern.masks[key] = mask, bands_of(mask, inputs.prefix)
-    return pattern.masks[key]
-
-
-@torch.inference_mode(False)  # kept masks may serve training later
-def _mask(inputs: Inputs, pattern: Pattern) -> Tensor:
-    """(B or 1, H or 1, N, N): 0 or the key's own bias, and -inf where it is hidden."""
-    q, prefix = inputs.q, inputs.prefix
-    order, lists = pattern.order, pattern.blocks.index
-    device, heads = lists.device, (*lists.shape[:2],)
-    count = inputs.k.shape[2] - prefix if order is None else len(order.index)
-    segment = Segment(
-        torch.empty(1, 1, count, 0, device=device), None, pattern.blocks, pattern.rule
-    )
-    seen = visible(segment, torch.arange(count, device=device)).expand(*heads, -1, -1)
-    bias = pattern.bias
+def _mask(pattern: Pattern, tokens: int, prefix: int, causal: bool, dtype: torch.dtype) -> Tensor:
+    """(B or 1, H or Hk or 1, N, N): 0 or the key's own bias, and -inf where it is hidden."""
+    order, lists, bias = pattern.order, pattern.blocks.index, pattern.bias
+    count = tokens if order is None else len(order.index)
+    segment = Segment(lists.new_empty(1, 1, count, 0), None, pattern.blocks, pattern.rule)
+    every = torch.arange(count, device=lists.device)
+    seen = visible(segment, every).expand(*lists.shape[:2], -1, -1)
     if order is not None:
         seen = order.undo(order.undo(seen, 2), 3)
         bias = None if bias is None else order.undo(bias, 2)
-    added = torch.zeros((), dtype=q.dtype, device=device) if bias is None else bias[:, :, None]
-    mask = added.masked_fill(~seen, -torch.inf)
-    mask = F.pad(mask, (prefix, 0, prefix, 0)).to(q.device)
-    if inputs.causal and prefix:
+    added = lists.new_zeros((), dtype=dtype) if bias is None else bias[:, :, None]
+    mask = F.pad(added.masked_fill(~seen, -torch.inf), (prefix, 0, prefix, 0))
+    if causal and prefix:
         every = torch.arange(mask.shape[3], device=mask.device)
         mask[..., :prefix, :] = 0.0
         mask[..., :prefix, :].masked_fill_(every > every[:prefix, None], -torch.inf)
-    return to_heads(mask, q.shape[1])
+    return mask

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.patterns import Pattern
 from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.order import Order, blocks_to_tokens, take_rows, tile_order
+from xattn.attention.plans import planned
 from xattn.attention.selection import Blocks, Rule, Segment, select, visible_blocks
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
@@ -84,9 +84,9 @@ class PooledBlocks:
         """
         if self.ended is None:
             return SoftmaxOperator(inputs.q, keys, inputs.scale, backend=backend)
-        columns = torch.arange(keys.shape[2], device=keys.device)
-        piece = Piece(inputs.q, (replace(self.ended, k=keys),), (columns,), padded=False)
-        return SegmentsOperator([piece], None, len(columns), inputs.scale, backend)
+        count = keys.shape[2]
+        piece = Piece(inputs.q, (replace(self.ended, k=keys),), (range(count),))
+        return SegmentsOperator([piece], None, count, inputs.scale, backend)
 
     def choose(
         self,
@@ -175,8 +175,7 @@ class PooledBlocks:
         return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may serve training later
+@planned
 def pooled_blocks(
     grid: tuple[int, ...],
     block: int,
@@ -184,7 +183,6 @@ def pooled_blocks(
     k_block: int,
     prefix: int = 0,
     causal: bool = False,
-    device: torch.device | str = "cpu",
 ) -> PooledBlocks:
     """The blocks of a grid, or of a row of tokens; cached.
 
@@ -199,32 +197,24 @@ def pooled_blocks(
         ValueError: on a grid, ``stride`` or ``k_block`` other than ``block``.
     """
     if len(grid) == 1:
-        return _row(grid[0], block, stride, k_block, prefix, causal, device)
+        return _row(grid[0], block, stride, k_block, prefix, causal)
     if (stride, k_block) != (block, block):
         raise ValueError(
             f"stride, select_block: got {stride}, {k_block} on a grid, whose tiles neither overlap nor "
             f"differ in size; leave them out"
         )
     tile = tuple(min(block, length) for length in grid)
-    order, size = tile_order(grid, tile).to(device), math.prod(tile)
-    own = torch.arange(len(order.index) // size, dtype=torch.int32, device=device)
+    order, size = tile_order(grid, tile), math.prod(tile)
+    own = torch.arange(len(order.index) // size, dtype=torch.int32)
     return PooledBlocks(tile, size, order, order, size, size, own[None, None, :, None])
 
 
-def _row(
-    n: int,
-    block: int,
-    stride: int,
-    k_block: int,
-    prefix: int,
-    causal: bool,
-    device: torch.device | str,
-) -> PooledBlocks:
+def _row(n: int, block: int, stride: int, k_block: int, prefix: int, causal: bool) -> PooledBlocks:
     """:func:`pooled_blocks` of ``n`` tokens in a row."""
-    line = torch.arange(n, dtype=torch.int32, device=device)
-    start = torch.arange(0, max(n - block, 0) + stride, stride, device=device)
-    pooling = tile_order((n,), int(start[-1]) + block).to(device)
-    first = torch.arange(0, n, k_block, device=device)
+    line = torch.arange(n, dtype=torch.int32)
+    start = torch.arange(0, max(n - block, 0) + stride, stride)
+    pooling = tile_order((n,), int(start[-1]) + block)
+    first = torch.arange(0, n, k_block)
     start, end = start[:, None], start[:, None] + block
     overlap = torch.minimum(end, first + k_block) - torch.maximum(start, first)
     own = (line if causal else line[::k_block]) // k_block
@@ -247,6 +237,6 @@ def _row(
     return replace(
         made,
         visible=((line + 1 - block) // stride + 1).clamp(min=0),
-        rule=causal_rule(n).to(device),
-        ended=Segment(nothing, blocks=visible_blocks(seen, 64, 64).to(device), rule=seen),
+        rule=causal_rule(n),
+        ended=Segment(nothing, blocks=visible_blocks(seen, 64, 64), rule=seen),
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +15,9 @@ from xattn.attention.operators.algebra import ProductOperator
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.segments import SegmentsOperator
 from xattn.attention.order import Order, tile_order
+from xattn.attention.plans import planned
+from xattn.attention.selection import Blocks, Rule, visible_blocks
+from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
 
 
@@ -30,6 +32,12 @@ class Pyramid:
     """L"""
     counts: tuple[Tensor, ...]
     """For each level from 0 on, how many tokens each of its places stands for: (M / B^l,)."""
+    rules: tuple[Rule, ...] = ()
+    """Causal, for each level from 0 on: tokens up to the query, means of blocks before its own."""
+    top: Blocks | None = None
+    """Causal: the blocks of means of level L that have one such."""
+    real: tuple[Tensor, ...] = ()
+    """For each level from 0 on, LongTensor: the places that stand for a token."""
 
     @property
     def padded(self) -> bool:
@@ -41,8 +49,10 @@ class Pyramid:
         total = found[0]
         for level in range(1, self.levels + 1):
             total = total.unflatten(2, (-1, self.block)).sum(3)
-            share = 1 / self.counts[level].clamp_min(1).to(x.dtype)
-            found.append(total * (share[:, None] if self.padded else float(share[0])))
+            if self.padded:
+                found.append(total * (1 / self.counts[level].clamp_min(1).to(x.dtype))[:, None])
+            else:
+                found.append(total * self.block**-level)
         return found
 
     def bias(self, level: int, like: Tensor) -> Tensor | None:
@@ -58,11 +68,8 @@ class Pyramid:
         return self.order.undo(x.repeat_interleave(self.block**level, -1), -1)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached tensors may serve training later
-def pyramid(
-    grid: tuple[int, ...], block: int, levels: int, device: torch.device | str = "cpu"
-) -> Pyramid:
+@planned
+def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False) -> Pyramid:
     """Of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
 
     Sides shorter than ``block`` have tiles that are as short. No level is made above the first that has
@@ -74,11 +81,20 @@ def pyramid(
         sides = [-(-n // t) for n, t in zip(sides, tile, strict=True)]
         useful += 1
     levels = max(1, min(levels, useful))
-    order = tile_order(grid, tile, levels).to(device)
+    order, size = tile_order(grid, tile, levels), math.prod(tile)
     counts = [(~order.padding).float()]
     for _ in range(levels):
-        counts.append(counts[-1].unflatten(0, (-1, math.prod(tile))).sum(1))
-    return Pyramid(order, math.prod(tile), levels, tuple(counts))
+        counts.append(counts[-1].unflatten(0, (-1, size)).sum(1))
+    real = tuple((count > 0).nonzero()[:, 0] for count in counts)
+    if not causal:
+        return Pyramid(order, size, levels, tuple(counts), real=real)
+    places = torch.arange(len(order.index), dtype=torch.int32)[:, None]
+    rules = [causal_rule(len(places))]
+    for level in range(1, levels + 1):
+        before = places.div(size**level, rounding_mode="floor") - 1
+        rules.append(Rule(torch.zeros_like(places), before, places[: len(counts[level])], (1,)))
+    top = visible_blocks(rules[-1], 64, 64)
+    return Pyramid(order, size, levels, tuple(counts), tuple(rules), top, real)
 
 
 class PyramidOperator(Operator):

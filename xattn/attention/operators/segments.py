@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from xattn.attention.inputs import spread_heads, to_heads
 from xattn.attention.operators.base import Operator, products
 from xattn.attention.operators.lowering import attend, attend_output
-from xattn.attention.order import take_rows
+from xattn.attention.order import Order, take_rows
 from xattn.attention.selection import Segment, visible
 from xattn.kernels.softmax.reference import widen
+
+
+class Ordered(NamedTuple):
+    """The tokens behind a prefix in an order of their own."""
+
+    order: Order
+    prefix: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,23 +32,20 @@ class Piece:
     """Queries ``q`` (B, H, M, D) and what they see.
 
     Attributes: ``segments``, without values; ``columns``, for each segment the token that each of
-    its keys is: LongTensor (S,) or (B, H or Hk, S), -1 = padding, or a range of tokens.
+    its keys is: LongTensor (B, H or Hk, S), a range of tokens, or those behind the prefix in order.
     """
 
     q: Tensor
     segments: tuple[Segment, ...]
-    columns: tuple[Tensor | range, ...]
-    padded: bool = True
-    """Whether there may be padding among the columns."""
+    columns: tuple[Tensor | range | Ordered, ...]
 
 
 class SegmentsOperator(Operator):
     """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
 
     Args:
-        pieces: every token is a query of exactly one.
-        places: LongTensor (N,), where each token stands in the concatenated queries of the pieces;
-            None if the pieces hold the tokens in order.
+        pieces: every token is a query of exactly one; they hold the tokens in order.
+        order: in which the last piece has its tokens, if not in the given one.
         keys: S, the number of tokens that can be seen.
         scale, backend: as in :func:`attend`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
@@ -52,7 +59,7 @@ class SegmentsOperator(Operator):
     def __init__(
         self,
         pieces: Sequence[Piece],
-        places: Tensor | None,
+        order: Order | None,
         keys: int,
         scale: float | None = None,
         backend: str = "auto",
@@ -64,8 +71,10 @@ class SegmentsOperator(Operator):
         q = self.pieces[0].q
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
-        self._places, self._every_row = places, every_row
-        queries = sum(p.q.shape[2] for p in self.pieces) if places is None else len(places)
+        self._order, self._every_row = order, every_row
+        self._answer: tuple[Tensor, Tensor] | None = None
+        last = self.pieces[-1].q.shape[2] if order is None else len(order.inverse)
+        queries = sum(p.q.shape[2] for p in self.pieces[:-1]) + last
         self.shape = (q.shape[0], q.shape[1], queries, keys)
 
     @property
@@ -84,7 +93,20 @@ class SegmentsOperator(Operator):
                 total += float((index >= 0).sum()) / (index.shape[0] * index.shape[1]) * size
         return total
 
+    def answer(self, v: Tensor) -> Tensor:
+        """The log-sum-exp; A V is kept as the answer to the next products with this very tensor ``v``."""
+        y, lse = self.attend(v)
+        self._answer = v, y
+        return lse
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
+        made = copy.copy(self)
+        made._answer = None
+        return Operator.apply(made, change)
+
     def matvec(self, x: Tensor) -> Tensor:
+        if self._answer is not None and self._answer[0] is x:
+            return self._answer[1]
         return self._matvec(x)
 
     def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
@@ -113,8 +135,9 @@ class SegmentsOperator(Operator):
         return self._in_order([o for o, _ in parts]), self._in_order([lse for _, lse in parts])
 
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        whole = parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
-        return whole if self._places is None else whole.index_select(2, self._places)
+        if self._order is not None:
+            parts = [*parts[:-1], self._order.undo(parts[-1], 2)]
+        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
 
     def _segments(self, piece: Piece, x: Tensor | Mapping[range, Tensor]) -> list[Segment]:
         some = x if isinstance(x, Tensor) else next(iter(x.values()))
@@ -123,7 +146,7 @@ class SegmentsOperator(Operator):
         found = []
         for s, columns in zip(piece.segments, piece.columns, strict=True):
             if isinstance(x, Tensor):
-                v = _take(x, columns, piece.padded)
+                v = _take(x, columns)
             else:
                 v = spread_heads(x[columns], heads)  # type: ignore[index]
             found.append(replace(_with_heads(s, heads), v=v))
@@ -131,7 +154,11 @@ class SegmentsOperator(Operator):
 
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
-        places, offset = index if self._places is None else self._places[index], 0
+        places, offset = index, 0
+        if self._order is not None:
+            first = sum(piece.q.shape[2] for piece in self.pieces[:-1])
+            place = self._order.inverse[(index - first).clamp(min=0)]
+            places = torch.where(index < first, index, place + first)
         out = widen(self.pieces[0].q.new_zeros(batch, heads, len(index), keys))
         for piece in self.pieces:
             inside = (places >= offset) & (places < offset + piece.q.shape[2])
@@ -180,17 +207,13 @@ def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
     return opened.flatten(-2)[..., : scores.shape[-1]]
 
 
-def _take(x: Tensor, columns: Tensor | range, padded: bool) -> Tensor:
-    """Rows of ``x`` (B, H, S, m) for token numbers (K,) or (B, H or Hk, K); zeros for -1."""
+def _take(x: Tensor, columns: Tensor | range | Ordered) -> Tensor:
+    """Rows of ``x`` (B, H, S, m) by the columns of a piece; zeros in padding."""
     if isinstance(columns, range):
         return x[:, :, columns.start : columns.stop]
-    at = columns.clamp(min=0) if padded else columns
-    if columns.ndim == 1:
-        out = x.index_select(2, at)
-    else:
-        columns = spread_heads(columns, x.shape[1])
-        out = take_rows(x, spread_heads(at, x.shape[1]))
-    return out.masked_fill((columns < 0)[..., None], 0.0) if padded else out
+    if isinstance(columns, Ordered):
+        return columns.order.apply(x[:, :, columns.prefix :])
+    return take_rows(x, spread_heads(columns, x.shape[1]))
 
 
 def _with_heads(s: Segment, heads: int) -> Segment:
@@ -207,10 +230,15 @@ def _with_heads(s: Segment, heads: int) -> Segment:
     return replace(s, k=k, blocks=blocks, bias=bias, offset=offset, marks=marks)
 
 
-def _spread(columns: Tensor | range, batch: int, heads: int, device: torch.device) -> Tensor:
-    """(K,) or (B, H or Hk, K) as (B, H, K)."""
+def _spread(
+    columns: Tensor | range | Ordered, batch: int, heads: int, device: torch.device
+) -> Tensor:
+    """Token numbers (B, H, K), -1 for padding."""
+    if isinstance(columns, Tensor):
+        return spread_heads(columns, heads)
     if isinstance(columns, range):
-        columns = torch.arange(columns.start, columns.stop, device=device)
-    if columns.ndim == 1:
-        return columns.expand(batch, heads, -1)
-    return spread_heads(columns, heads)
+        line = torch.arange(columns.start, columns.stop, device=device)
+    else:
+        index = columns.order.index
+        line = torch.where(index < 0, -1, index + columns.prefix)
+    return line.expand(batch, heads, -1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn.attention.inputs import spread_heads
+from xattn.attention.inputs import on_cpu, spread_heads
 from xattn.attention.operators.base import Operator, check_heads
 from xattn.attention.order import take_rows
 from xattn.kernels.softmax.reference import widen
@@ -76,6 +76,10 @@ class SubsetsOperator(Operator):
         """Means of the queries' rows (B, H G, w, m) by token: (B, H, N, m)."""
         batch, heads, tokens, _ = self.shape
         y = y.unflatten(1, (heads, -1)).flatten(2, 3)
+        if not on_cpu(y):
+            at = self.queries[..., None].expand_as(y)
+            out = y.new_zeros(batch, heads, tokens, y.shape[-1]).scatter_add(2, at, y)
+            return out if self.share is None else out * self.share[..., None].to(y.dtype)
         first = tokens * torch.arange(batch * heads, device=y.device).view(batch, heads, 1)
         at = (first + self.queries).flatten()[:, None].expand(-1, y.shape[-1])
         none = y.new_zeros(batch * heads * tokens, y.shape[-1])
