@@ -307,6 +307,7 @@ _LSE = ("GROUP", "Q_BLOCK", "D", "WIDTH", "ROWS", "COLUMNS", "PRECISION", "num_w
 # (single precision, padded width, linear): columns and warps, where the usual ones spill.
 _OTHER_TILES = {
     (False, 16, False): (32, 4), (False, 128, False): (64, 8), (True, 32, False): (64, 8),
+    (True, 16, True): (32, 4), (True, 16, False): (16, 8),
 }  # fmt: skip
 
 
