@@ -8,23 +8,31 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
-def place(tiles):
+def place(tiles, LAST_FIRST: tl.constexpr = False):
     """The line (batch and head, int64) and the tile, one of ``tiles`` a line, of this program.
 
     Both lie on axis 0 of the grid, because CUDA ends the others at 65,535. The tiles of a line follow each
-    other, so that they find its keys in the cache.
+    other, so that they find its keys in the cache, and from the last one if that has most to do.
     """
-    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    tile = tl.program_id(0) % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return (tl.program_id(0) // tiles).to(tl.int64), tile
 
 
 @triton.jit
-def load_tile(base, rows, columns, count, width):
-    """A tile (rows, columns) of a contiguous (count, width) matrix, 0 outside."""
-    inside = (rows[:, None] < count) & (columns[None, :] < width)
-    at = base + rows[:, None].to(tl.int64) * width + columns[None, :]
+def load_tile(base, rows, columns, count, width, stride=None, WHOLE: tl.constexpr = False):
+    """A tile (rows, columns) of a (count, width) matrix, 0 outside; its rows lie ``stride`` apart, by
+    default side by side. With WHOLE every row is one of the matrix."""
+    inside = columns[None, :] < width
+    if not WHOLE:
+        inside = inside & (rows[:, None] < count)
+    step = width if stride is None else stride
+    at = base + rows[:, None].to(tl.int64) * step + columns[None, :]
     return tl.load(at, mask=inside, other=0.0)
 
 
@@ -100,7 +108,7 @@ def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, v, top, total, acc, PRECISION: tl.constexpr = "ieee"):
+def softmax_step(s, v, top, total, acc, PRECISION: tl.constexpr):
     """Scores ``s`` (rows, keys) and values ``v`` of some more keys join the running sums."""
     new = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(new == float("-inf"), 0.0, new)
@@ -125,6 +133,47 @@ def softmax_weights(s, lse):
     seen = lse != float("-inf")
     p = tl.exp2(s - tl.where(seen, lse, 0.0) * 1.4426950408889634)
     return tl.where(seen, p, 0.0)
+
+
+@triton.jit
+def delta_kernel(
+    g_ptr, o_ptr, minus_ptr, delta_ptr, stride_gb, stride_gh, stride_gn, H, N, D,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_MINUS: tl.constexpr,
+):  # fmt: skip
+    line, tile = place(tl.cdiv(N, ROWS))
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    g_ptr += (line // H) * stride_gb + (line % H) * stride_gh
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        g = load_tile(g_ptr, rows, d, N, D, stride_gn).to(tl.float32)
+        total += tl.sum(g * load_tile(o_ptr + line * N * D, rows, d, N, D).to(tl.float32), 1)
+    if HAS_MINUS:
+        total -= tl.load(minus_ptr + line * N + rows, mask=rows < N, other=0.0)
+    tl.store(delta_ptr + line * N + rows, total, mask=rows < N)
+
+
+DELTA = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+
+
+def delta(grad: Tensor, grad_lse: Tensor | None, o: Tensor) -> Tensor:
+    """rowsum(dO o O) - dlse, (B, H, N) in float32, in one pass over (B, H, N, Dv)."""
+    grad, o = grad if grad.stride(-1) == 1 else grad.contiguous(), o.contiguous()
+    minus = o if grad_lse is None else grad_lse.contiguous()
+    (batch, heads, n, width), d = o.shape, o.new_empty(o.shape[:3], dtype=torch.float32)
+    delta_kernel[(triton.cdiv(n, DELTA["ROWS"]) * batch * heads,)](
+        grad,
+        o,
+        minus,
+        d,
+        *grad.stride()[:3],
+        heads,
+        n,
+        width,
+        HAS_MINUS=grad_lse is not None,
+        **DELTA,
+    )
+    return d
 
 
 def precision() -> str:

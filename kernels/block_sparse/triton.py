@@ -19,8 +19,8 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_sparse.block_lists import split_lists, transpose_groups
 from xattn.kernels.block_sparse.reference import Problem, reduce_bias
-from xattn.kernels.softmax.reference import delta
 from xattn.kernels.tiles import (
+    delta,
     list_end,
     list_tokens,
     load_lse,
@@ -254,7 +254,7 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
-    d = delta(grad, grad_lse, o).contiguous()
+    d = delta(grad, grad_lse, o)
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
     index = p.lists.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

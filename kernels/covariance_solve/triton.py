@@ -3,7 +3,7 @@ gradient by tiles of queries and of keys.
 
 A program keeps the vectors of its rows (solution, residual, direction) in registers for all steps, and
 reads the keys once a step; scores are recomputed. It stops reading once all of its rows have converged.
-Products are in float32 throughout: residuals of conjugate gradients need it.
+Products are in float32 throughout, as three of TF32: residuals of conjugate gradients need it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.softmax.reference import widen
-from xattn.kernels.tiles import load_tile, padded, softmax_weights, store_tile
+from xattn.kernels.tiles import load_tile, padded, place, softmax_weights, store_tile
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
 TILES = {
     "solve": {16: (32, 32, 4, 2), 32: (16, 32, 4, 1), 64: (16, 32, 4, 1), 128: (16, 16, 8, 1)},
-    "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+    "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (16, 64, 8, 2), 128: (16, 32, 8, 2)},
     "keys": {16: (32, 32, 4, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
 }
 
@@ -34,7 +34,7 @@ TILES = {
 @triton.jit
 def tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL: tl.constexpr):
     """p (rows, columns), 0 for keys that are hidden or outside."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * 1.4426950408889634)
     seen = columns[None, :] < S
     if CAUSAL:
         seen = seen & (columns[None, :] <= rows[:, None])
@@ -44,7 +44,7 @@ def tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL: tl.constexpr):
 @triton.jit
 def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr):
     """p (columns, rows), 0 for queries outside; every key has its own row of what follows."""
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+    s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * 1.4426950408889634)
     seen = rows[None, :] < N
     if CAUSAL:
         seen = seen & (columns[:, None] <= rows[None, :])
@@ -54,7 +54,7 @@ def transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL: tl.constexpr)
 @triton.jit
 def along(x, features, shift):
     """x_i . f_j - shift_i, (rows, columns)."""
-    return tl.dot(x, tl.trans(features), input_precision="ieee") - shift[:, None]
+    return tl.dot(x, tl.trans(features), input_precision="tf32x3") - shift[:, None]
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _times(
         k = load_tile(k_ptr, columns, d, S, D)
         features = load_tile(f_ptr, columns, w, S, F)
         t = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL) * along(x, features, shift)
-        acc += tl.dot(t, features, input_precision="ieee")
+        acc += tl.dot(t, features, input_precision="tf32x3")
         total += tl.sum(t, 1)
     mean = load_tile(mean_ptr, rows, w, N, F)  # anew: it would take registers all the while
     return acc - total[:, None] * mean + ridge[:, None] * x
@@ -85,8 +85,8 @@ def solve_kernel(
     D: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, WIDTH_F: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
     k_head, f_head = k_ptr + head * S * D, f_ptr + head * S * F
     q = load_tile(q_ptr + head * N * D, rows, d, N, D)
@@ -96,7 +96,7 @@ def solve_kernel(
     ridge = tl.load(ridge_ptr + head * N + rows, mask=rows < N, other=1.0)
     line = tl.load(line_ptr + head * N + rows, mask=rows < N, other=0.0)
     # A tile of causal queries reads the keys up to its last query.
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    stop = tl.minimum(S, (tile + 1) * ROWS) if CAUSAL else S
     x = tl.zeros([ROWS, WIDTH_F], tl.float32)
     towards = r
     rest = tl.sum(r * r, 1)
@@ -138,8 +138,8 @@ def rows_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dq and dlse, and the sums over keys of p (x . t) and p (u . t)."""
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
     q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     x = load_tile(x_ptr + head * N * F, rows, w, N, F)
@@ -151,7 +151,7 @@ def rows_kernel(
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     dlse = tl.zeros([ROWS], tl.float32)
     total_x, total_u = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    stop = tl.minimum(S, (tile + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
@@ -163,7 +163,7 @@ def rows_kernel(
         total_u += tl.sum(p * by_u, 1)
         ds = -share * by_u
         dlse -= tl.sum(ds, 1)
-        dq += tl.dot(ds, k.to(tl.float32), input_precision="ieee")
+        dq += tl.dot(ds, k.to(tl.float32), input_precision="tf32x3")
     store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
     tl.store(dlse_ptr + head * N + rows, dlse, mask=inside)
     tl.store(total_x_ptr + head * N + rows, total_x, mask=inside)
@@ -178,14 +178,14 @@ def keys_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dk and df of one tile of keys, over the queries that see it."""
-    head = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    head, tile = place(tl.cdiv(S, COLUMNS))
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_F)
     k = load_tile(k_ptr + head * S * D, columns, d, S, D)
     features = load_tile(f_ptr + head * S * F, columns, w, S, F)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     df = tl.zeros([COLUMNS, WIDTH_F], tl.float32)
-    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    first = tile * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = rows < N
@@ -196,11 +196,11 @@ def keys_kernel(
         shift_x = tl.load(shift_x_ptr + head * N + rows, mask=inside, other=0.0)
         shift_u = tl.load(shift_u_ptr + head * N + rows, mask=inside, other=0.0)
         p = transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL)
-        by_x = tl.dot(features, tl.trans(x), input_precision="ieee") - shift_x[None, :]
-        by_u = tl.dot(features, tl.trans(u), input_precision="ieee") - shift_u[None, :]
-        dk += tl.dot(-p * by_x * by_u, q.to(tl.float32), input_precision="ieee")
-        df -= tl.dot(p * by_x, u, input_precision="ieee")
-        df -= tl.dot(p * by_u, x, input_precision="ieee")
+        by_x = tl.dot(features, tl.trans(x), input_precision="tf32x3") - shift_x[None, :]
+        by_u = tl.dot(features, tl.trans(u), input_precision="tf32x3") - shift_u[None, :]
+        dk += tl.dot(-p * by_x * by_u, q.to(tl.float32), input_precision="tf32x3")
+        df -= tl.dot(p * by_x, u, input_precision="tf32x3")
+        df -= tl.dot(p * by_u, x, input_precision="tf32x3")
     store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale)
     store_tile(df_ptr + head * S * F, columns, w, S, F, df)
 
@@ -217,7 +217,7 @@ def _solve(p: Problem, right: Tensor) -> Tensor:
     line = p.tolerance**2 * right.square().sum(-1)
     x, residual = torch.empty_like(right), torch.empty_like(lse)
     chosen, (heads, n, s) = _options("solve", p), _sizes(p)
-    solve_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+    solve_kernel[(triton.cdiv(n, chosen["ROWS"]) * heads,)](
         q, k, features, lse, mean, right, ridge, line, x, residual, n, s, p.iterations, p.scale,
         **chosen,
     )  # fmt: skip
@@ -236,11 +236,13 @@ def backward(
     heads, n, s = _sizes(p)
     shared = (q, k, features, lse, x, u, *shifts)
     chosen = _options("rows", p)
-    rows_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+    rows_kernel[(triton.cdiv(n, chosen["ROWS"]) * heads,)](
         *shared, dq, dlse, total_x, total_u, n, s, p.scale, **chosen
     )
     chosen = _options("keys", p)
-    keys_kernel[triton.cdiv(s, chosen["COLUMNS"]), heads](*shared, dk, df, n, s, p.scale, **chosen)
+    keys_kernel[(triton.cdiv(s, chosen["COLUMNS"]) * heads,)](
+        *shared, dk, df, n, s, p.scale, **chosen
+    )
     return {
         "q": dq, "k": dk, "features": df, "lse": dlse, "right": u, "ridge": -(u * x).sum(-1),
         "mean": total_x[..., None] * u + total_u[..., None] * x,

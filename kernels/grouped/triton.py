@@ -20,8 +20,8 @@ from xattn.kernels.block_sparse.block_lists import split_lists, transpose_index
 from xattn.kernels.block_sparse.reference import reduce_bias
 from xattn.kernels.block_sparse.triton import shared_heads, strides_of, tiles_of_queries
 from xattn.kernels.grouped.reference import Problem
-from xattn.kernels.softmax.reference import delta
 from xattn.kernels.tiles import (
+    delta,
     list_end,
     list_tokens,
     load_lse,
@@ -237,7 +237,7 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
-    d = delta(grad, grad_lse, o).contiguous()
+    d = delta(grad, grad_lse, o)
     g, q, k, v, m, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, p.marks, lse))
     index, optional, constants = p.lists.contiguous(), _optional(p), _constants(p)
     dq, dk, dv, dm = (torch.empty_like(x) for x in (q, k, v, m))

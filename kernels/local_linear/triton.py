@@ -24,14 +24,14 @@ from xattn.kernels.covariance_solve.triton import (
     transposed_weights,
 )
 from xattn.kernels.local_linear.reference import Problem
-from xattn.kernels.tiles import load_tile, padded, store_tile
+from xattn.kernels.tiles import load_tile, padded, place, store_tile
 
 # Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
 # compile_cases; not timed on a GPU.
 TILES = {
     "forward": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 16, 8, 2)},
-    "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
-    "keys": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 2)},
+    "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (16, 64, 8, 2), 128: (16, 32, 8, 2)},
+    "keys": {16: (32, 32, 8, 2), 32: (32, 32, 8, 2), 64: (64, 16, 8, 2), 128: (32, 16, 8, 2)},
 }
 
 
@@ -42,8 +42,8 @@ def forward_kernel(
     WIDTH_V: tl.constexpr, WIDTH_F: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
     q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     x = load_tile(slope_ptr + head * N * F, rows, w, N, F)
@@ -51,7 +51,7 @@ def forward_kernel(
     shift = tl.load(shift_ptr + head * N + rows, mask=rows < N, other=0.0)
     y = tl.zeros([ROWS, WIDTH_V], tl.float32)
     # A tile of causal queries reads the keys up to its last query.
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    stop = tl.minimum(S, (tile + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
@@ -59,7 +59,7 @@ def forward_kernel(
         features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
         a = p * (1.0 + along(x, features, shift))
-        y += tl.dot(a, v.to(tl.float32), input_precision="ieee")
+        y += tl.dot(a, v.to(tl.float32), input_precision="tf32x3")
     store_tile(y_ptr + head * N * DV, rows, dv, N, DV, y)
 
 
@@ -72,8 +72,8 @@ def rows_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dq, dlse, the sums over keys of p (g . v) f, and those of p (g . v)."""
-    head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
+    rows = tile * ROWS + tl.arange(0, ROWS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
     q = load_tile(q_ptr + head * N * D, rows, d, N, D)
     g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
@@ -83,19 +83,19 @@ def rows_kernel(
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     dslope = tl.zeros([ROWS, WIDTH_F], tl.float32)
     dlse, total = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    stop = tl.minimum(S, (tl.program_id(0) + 1) * ROWS) if CAUSAL else S
+    stop = tl.minimum(S, (tile + 1) * ROWS) if CAUSAL else S
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
         v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
         features = load_tile(f_ptr + head * S * F, columns, w, S, F)
         p = tile_weights(q, k, lse, rows, columns, S, scale, CAUSAL)
-        share = p * tl.dot(g, tl.trans(v), input_precision="ieee")
+        share = p * tl.dot(g, tl.trans(v), input_precision="tf32x3")
         ds = share * (1.0 + along(x, features, shift))
         total += tl.sum(share, 1)
         dlse -= tl.sum(ds, 1)
-        dslope += tl.dot(share, features, input_precision="ieee")
-        dq += tl.dot(ds, k.to(tl.float32), input_precision="ieee")
+        dslope += tl.dot(share, features, input_precision="tf32x3")
+        dq += tl.dot(ds, k.to(tl.float32), input_precision="tf32x3")
     store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
     store_tile(dslope_ptr + head * N * F, rows, w, N, F, dslope)
     tl.store(dlse_ptr + head * N + rows, dlse, mask=rows < N)
@@ -111,8 +111,8 @@ def keys_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and df of one tile of keys, over the queries that see it."""
-    head = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    head, tile = place(tl.cdiv(S, COLUMNS))
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     d, dv, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, WIDTH_F)
     k = load_tile(k_ptr + head * S * D, columns, d, S, D)
     v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
@@ -120,7 +120,7 @@ def keys_kernel(
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dvalue = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
     df = tl.zeros([COLUMNS, WIDTH_F], tl.float32)
-    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    first = tile * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         q = load_tile(q_ptr + head * N * D, rows, d, N, D)
@@ -129,11 +129,11 @@ def keys_kernel(
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=0.0)
         shift = tl.load(shift_ptr + head * N + rows, mask=rows < N, other=0.0)
         p = transposed_weights(q, k, lse, rows, columns, N, scale, CAUSAL)
-        factor = 1.0 + tl.dot(features, tl.trans(x), input_precision="ieee") - shift[None, :]
-        share = p * tl.dot(v, tl.trans(g), input_precision="ieee")
-        dvalue += tl.dot(p * factor, g.to(tl.float32), input_precision="ieee")
-        df += tl.dot(share, x, input_precision="ieee")
-        dk += tl.dot(share * factor, q.to(tl.float32), input_precision="ieee")
+        factor = 1.0 + tl.dot(features, tl.trans(x), input_precision="tf32x3") - shift[None, :]
+        share = p * tl.dot(v, tl.trans(g), input_precision="tf32x3")
+        dvalue += tl.dot(p * factor, g.to(tl.float32), input_precision="tf32x3")
+        df += tl.dot(share, x, input_precision="tf32x3")
+        dk += tl.dot(share * factor, q.to(tl.float32), input_precision="tf32x3")
     store_tile(dk_ptr + head * S * D, columns, d, S, D, dk * scale)
     store_tile(dv_ptr + head * S * DV, columns, dv, S, DV, dvalue)
     store_tile(df_ptr + head * S * F, columns, w, S, F, df)
@@ -143,7 +143,7 @@ def forward(p: Problem) -> tuple[Tensor]:
     q, k, v, features, lse, slope, shift = _tensors(p)
     y = v.new_empty(*q.shape[:3], v.shape[3])
     chosen, (heads, n, s) = _options("forward", p), _sizes(p)
-    forward_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+    forward_kernel[(triton.cdiv(n, chosen["ROWS"]) * heads,)](
         q, k, v, features, lse, slope, shift, y, n, s, p.scale, **chosen
     )
     return (y,)
@@ -157,7 +157,7 @@ def backward(
     heads, n, s = _sizes(p)
     dk, dv, df = (torch.empty_like(x) for x in (k, v, features))
     chosen = _options("keys", p)
-    keys_kernel[triton.cdiv(s, chosen["COLUMNS"]), heads](
+    keys_kernel[(triton.cdiv(s, chosen["COLUMNS"]) * heads,)](
         *shared, dk, dv, df, n, s, p.scale, **chosen
     )
     found = {"k": dk, "v": dv, "features": df}
@@ -165,7 +165,7 @@ def backward(
         return found
     dq, dslope, dlse, total = (torch.empty_like(x) for x in (q, slope, lse, lse))
     chosen = _options("rows", p)
-    rows_kernel[triton.cdiv(n, chosen["ROWS"]), heads](
+    rows_kernel[(triton.cdiv(n, chosen["ROWS"]) * heads,)](
         *shared, dq, dslope, dlse, total, n, s, p.scale, **chosen
     )
     total = total[..., None]

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.pooling.reference import Problem
-from xattn.kernels.softmax.reference import delta
-from xattn.kernels.tiles import load_tile, store_tile
+from xattn.kernels.tiles import delta, load_lse, load_tile, place, precision, store_tile
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
@@ -40,16 +39,18 @@ def _weights(s, lse):
 def scores_kernel(
     q_ptr, k_ptr, bias_ptr, s_ptr, stride_qb, Q, T, D, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(T, COLUMNS)
+    image, tile = place(tiles * tl.cdiv(Q, ROWS))
+    rows = tile // tiles * ROWS + tl.arange(0, ROWS)
+    columns = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         q = load_tile(q_ptr + image * stride_qb, rows, d, Q, D)
         k = load_tile(k_ptr + image * T * D, columns, d, T, D)
-        acc += tl.dot(q, tl.trans(k), input_precision="ieee")
+        acc += tl.dot(q, tl.trans(k), input_precision=PRECISION)
     acc = acc * scale
     if HAS_BIAS:
         acc += load_tile(bias_ptr + image * Q * T, rows, columns, Q, T).to(tl.float32)
@@ -60,11 +61,13 @@ def scores_kernel(
 def pool_kernel(
     s_ptr, v_ptr, o_ptr, lse_ptr, Q, T, V, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q is the number of queries of a group; ``scale`` multiplies what is summed without softmax."""
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    w = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(V, BLOCK)
+    group, tile = place(tiles * tl.cdiv(Q, ROWS))
+    rows = tile // tiles * ROWS + tl.arange(0, ROWS)
+    w = tile % tiles * BLOCK + tl.arange(0, BLOCK)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -81,13 +84,13 @@ def pool_kernel(
             total = total * keep + tl.sum(p, 1)
             acc = acc * keep[:, None]
             top = new
-        acc += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     if SOFTMAX:
         some = total != 0
         whole = tl.where(some, total, 1.0)
         acc = acc / whole[:, None]
         lse = tl.where(some, top + tl.log(whole), float("-inf"))
-        if tl.program_id(0) == 0:
+        if tile % tiles == 0:
             tl.store(lse_ptr + group * Q + rows, lse, mask=rows < Q)
     else:
         acc = acc * scale
@@ -97,18 +100,19 @@ def pool_kernel(
 @triton.jit
 def slope_kernel(
     g_ptr, v_ptr, s_ptr, lse_ptr, delta_ptr, ds_ptr, Q, T, V,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(T, COLUMNS)
+    group, tile = place(tiles * tl.cdiv(Q, ROWS))
+    rows = tile // tiles * ROWS + tl.arange(0, ROWS)
+    columns = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, V, BLOCK):
         w = start + tl.arange(0, BLOCK)
         g = load_tile(g_ptr + group * Q * V, rows, w, Q, V)
         v = load_tile(v_ptr + group * T * V, columns, w, T, V)
-        acc += tl.dot(g, tl.trans(v), input_precision="ieee")
-    lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
+        acc += tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    lse = load_lse(lse_ptr + group * Q + rows, rows < Q)
     delta = tl.load(delta_ptr + group * Q + rows, mask=rows < Q, other=0.0)
     s = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
     ds = _weights(s, lse[:, None]) * (acc - delta[:, None])
@@ -119,20 +123,22 @@ def slope_kernel(
 def spread_kernel(
     s_ptr, lse_ptr, x_ptr, out_ptr, stride_xb, Q, T, W, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_t = scale sum_q w_qt x_q, w the weights of scores s or, without EXP, s itself."""
-    group = tl.program_id(2).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(T, COLUMNS)
+    group, tile = place(tiles * tl.cdiv(W, BLOCK))
+    columns = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    w = tile // tiles * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([COLUMNS, BLOCK], tl.float32)
     for start in range(0, Q, ROWS):
         rows = start + tl.arange(0, ROWS)
         x = load_tile(x_ptr + group * stride_xb, rows, w, Q, W)
         p = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
         if EXP:
-            lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
+            lse = load_lse(lse_ptr + group * Q + rows, rows < Q)
             p = _weights(p, lse[:, None])
-        acc += tl.dot(tl.trans(p).to(x.dtype), x, input_precision="ieee")
+        acc += tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
     store_tile(out_ptr + group * T * W, columns, w, T, W, acc * scale)
 
 
@@ -160,7 +166,7 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     (o, lse, kept), (grad, grad_lse) = outputs, grads
-    d = delta(grad, grad_lse, o).float().contiguous()
+    d = delta(*(None if x is None else x[:, None] for x in (grad, grad_lse, o)))
     g, v, lse = grad.to(p.v.dtype).contiguous(), p.v.contiguous(), lse.contiguous()
     source = p.bias if p.q is None else kept
     assert source is not None
@@ -175,8 +181,8 @@ def backward(
         return found
     ds = torch.empty_like(s)
     options = _options(each)
-    grid = (triton.cdiv(tokens, TOKENS), batch * groups, triton.cdiv(each, options["ROWS"]))
-    slope_kernel[grid](g, v, s, lse, d, ds, each, tokens, width, **options)
+    grid = triton.cdiv(tokens, TOKENS) * triton.cdiv(each, options["ROWS"]) * batch * groups
+    slope_kernel[(grid,)](g, v, s, lse, d, ds, each, tokens, width, **options)
     if p.bias is not None and "bias" in wanted:
         found["bias"] = ds.to(p.bias.dtype)
     return found | _products(p, ds, lse, wanted)
@@ -203,10 +209,10 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     (batch, tokens, depth), queries = k.shape, q.shape[1]
     s = k.new_empty(batch, queries, tokens, dtype=torch.float32)
     options = _options(queries)
-    grid = (triton.cdiv(tokens, TOKENS), batch, triton.cdiv(queries, options["ROWS"]))
+    grid = triton.cdiv(tokens, TOKENS) * triton.cdiv(queries, options["ROWS"]) * batch
     added = q if bias is None else bias.contiguous()
     step = 0 if q.shape[0] == 1 else queries * depth
-    scores_kernel[grid](
+    scores_kernel[(grid,)](
         q, k, added, s, step, queries, tokens, depth, scale, HAS_BIAS=bias is not None, **options
     )
     return s
@@ -216,9 +222,9 @@ def _pool(
     s: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, sizes: Any, count: int, scale: float = 1.0
 ) -> None:
     options = _options(sizes[0])
-    grid = (triton.cdiv(sizes[2], WIDTH), count, triton.cdiv(sizes[0], options["ROWS"]))
+    grid = triton.cdiv(sizes[2], WIDTH) * triton.cdiv(sizes[0], options["ROWS"]) * count
     target = s if lse is None else lse
-    pool_kernel[grid](s, v, o, target, *sizes, scale, SOFTMAX=lse is not None, **options)
+    pool_kernel[(grid,)](s, v, o, target, *sizes, scale, SOFTMAX=lse is not None, **options)
 
 
 def _spread(
@@ -226,15 +232,15 @@ def _spread(
 ) -> None:
     options = _options(sizes[0])
     count = out.numel() // (sizes[1] * sizes[2])
-    grid = (triton.cdiv(sizes[1], TOKENS), triton.cdiv(sizes[2], WIDTH), count)
-    spread_kernel[grid](s, lse, x, out, step, *sizes, scale, EXP=exp, **options)
+    grid = triton.cdiv(sizes[1], TOKENS) * triton.cdiv(sizes[2], WIDTH) * count
+    spread_kernel[(grid,)](s, lse, x, out, step, *sizes, scale, EXP=exp, **options)
 
 
 def _options(queries: int) -> dict[str, Any]:
     """The tile and launch options for a number of queries a group."""
     rows = 16 if queries <= 16 else 32
     return {
-        "ROWS": rows, "COLUMNS": TOKENS, "BLOCK": WIDTH,
+        "ROWS": rows, "COLUMNS": TOKENS, "BLOCK": WIDTH, "PRECISION": precision(),
         "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True,
     }  # fmt: skip
 

@@ -7,12 +7,11 @@ program whose tile lies behind the end of its head's list only reads that.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
+from xattn.kernels.aot import Case
 from xattn.kernels.ragged_queries.reference import Problem
 from xattn.kernels.softmax import triton as dense
 
@@ -41,28 +40,4 @@ def lists(keep: Tensor) -> dense.Lists:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads, half of the queries kept: plain and causal."""
-    n, heads = 4096, 12
-    kernels = {
-        "forward": dense.forward_kernel,
-        "dq": dense.dq_kernel,
-        "dkv": dense.dkv_kernel,
-    }
-    products, queries = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 2, "dq": 3, "dkv": 2}
-    keys = {"forward": 2, "dq": 2, "dkv": 4}
-    for name, dtype, d, causal in product(kernels, DTYPES, WIDTHS, (False, True)):
-        if dtype == "fp16" and not causal:
-            continue
-        size = 4 if dtype == "fp32" else 2
-        flags = {} if name == "forward" else {"WRITE": False}
-        options = dense.options(name, d, d, dtype != "fp32", False, causal, listed=True)
-        yield make_case(
-            kernels[name],
-            dtype,
-            {**options, **flags},
-            f"ragged_queries {name} {dtype} D={d}{' causal' if causal else ''}",
-            operations=products[name] * heads * n * n * d * (0.5 if causal else 1.0),
-            bytes=heads * n * (queries[name] / 2 + keys[name]) * d * size,
-            wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
-            integers=("queries_ptr", "ends_ptr"),
-        )
+    return dense.compile_cases(listed=True)

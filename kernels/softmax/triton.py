@@ -17,10 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.softmax.reference import Problem, delta, reduce_to
+from xattn.kernels.softmax.reference import Problem, reduce_to
 from xattn.kernels.tiles import (
+    DELTA,
+    delta,
+    delta_kernel,
+    load_lse,
     load_tile,
     padded,
+    place,
+    precision,
     softmax_end,
     softmax_step,
     softmax_weights,
@@ -31,65 +37,45 @@ from xattn.kernels.tiles import (
 # possible without spills on sm_80 and sm_90, see compile_cases; not timed on a GPU.
 TILES = {
     ("forward", True, False, False): (128, 64, 4, 3),
-    ("forward", True, False, True): (64, 32, 4, 2),
+    ("forward", True, False, True): (64, 64, 8, 2),
     ("forward", True, True, False): (128, 64, 8, 3),
-    ("forward", True, True, True): (64, 32, 4, 2),
+    ("forward", True, True, True): (64, 32, 8, 2),
     ("dq", True, False, False): (64, 64, 4, 2),
-    ("dq", True, False, True): (64, 32, 4, 2),
+    ("dq", True, False, True): (64, 32, 8, 2),
     ("dq", True, True, False): (64, 64, 8, 2),
-    ("dq", True, True, True): (64, 64, 8, 2),
-    ("dkv", True, False, False): (64, 64, 4, 2),
+    ("dq", True, True, True): (64, 32, 8, 2),
+    ("dkv", True, False, False): (64, 32, 4, 2),
     ("dkv", True, False, True): (32, 64, 8, 2),
-    ("dkv", True, True, False): (64, 64, 8, 2),
-    ("dkv", True, True, True): (32, 64, 8, 2),
-    ("forward", False, False, False): (64, 32, 8, 2),
-    ("forward", False, False, True): (64, 32, 8, 2),
+    ("dkv", True, True, False): (64, 32, 4, 2),
+    ("dkv", True, True, True): (64, 32, 8, 2),
+    ("forward", False, False, False): (32, 32, 8, 2),
+    ("forward", False, False, True): (32, 32, 8, 2),
     ("forward", False, True, False): (32, 32, 8, 2),
-    ("forward", False, True, True): (32, 32, 8, 2),
-    ("dq", False, False, False): (32, 32, 8, 2),
-    ("dq", False, False, True): (32, 32, 8, 2),
-    ("dq", False, True, False): (32, 32, 8, 2),
-    ("dq", False, True, True): (32, 32, 8, 2),
-    ("dkv", False, False, False): (32, 32, 8, 2),
-    ("dkv", False, False, True): (32, 32, 8, 2),
+    ("forward", False, True, True): (16, 64, 8, 2),
+    ("dq", False, False, False): (32, 16, 8, 2),
+    ("dq", False, False, True): (16, 32, 8, 2),
+    ("dq", False, True, False): (16, 64, 8, 2),
+    ("dq", False, True, True): (16, 32, 8, 2),
+    ("dkv", False, False, False): (16, 32, 8, 2),
+    ("dkv", False, False, True): (32, 16, 8, 2),
     ("dkv", False, True, False): (32, 16, 8, 2),
     ("dkv", False, True, True): (32, 16, 8, 2),
 }
-# (kernel, half precision, padded width, bias, causal): the same, where that one spills.
-OTHER_TILES = {
-    ("forward", True, 16, False, False): (64, 64, 4, 2),
-    ("forward", True, 128, True, True): (64, 64, 8, 2),
-    ("dq", True, 128, True, True): (64, 32, 8, 2),
-    ("dkv", True, 64, False, False): (64, 64, 8, 2),
-    ("forward", False, 16, True, True): (32, 32, 8, 2),
-    ("forward", False, 64, True, False): (32, 32, 8, 2),
-    ("forward", False, 64, True, True): (32, 32, 8, 2),
-    ("forward", False, 128, False, False): (32, 16, 8, 2),
-    ("forward", False, 128, False, True): (32, 16, 8, 2),
-    ("forward", False, 128, True, True): (32, 16, 8, 2),
-    ("dq", False, 32, True, True): (32, 32, 4, 2),
-    ("dq", False, 64, True, False): (32, 32, 4, 2),
-    ("dq", False, 128, False, False): (32, 16, 8, 2),
-    ("dq", False, 128, False, True): (32, 16, 8, 2),
-    ("dkv", False, 128, True, False): (16, 32, 8, 2),
-    ("dkv", False, 128, True, True): (16, 32, 8, 2),
-}
-# (kernel, half precision, padded width): the same for lists of queries, causal or not.
-LISTED_TILES = {
-    ("forward", True, 64): (128, 64, 8, 3),
-    ("dkv", True, 64): (64, 64, 8, 2),
-    ("dq", False, 128): (16, 16, 8, 2),
-    ("forward", False, 16): (32, 32, 8, 2),
-    ("forward", False, 32): (32, 32, 8, 2),
-    ("forward", False, 64): (32, 32, 8, 2),
-    ("forward", False, 128): (16, 32, 8, 2),
+# The same for a padded width of 64, which may be larger than narrower ones.
+TILES_64 = {
+    ("dq", False, False): (32, 32, 8, 2),
+    ("dkv", False, False): (32, 32, 8, 2),
+    ("dkv", False, True): (32, 32, 8, 2),
+    ("dkv", True, True): (64, 32, 8, 2),
 }
 
 
 @triton.jit
-def _scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
+def _scores(
+    q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
+):
     """Scores (rows, columns) of queries and keys in base 2, not masked."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * 1.4426950408889634)
     if HAS_BIAS:
         inside = (rows[:, None] < N) & (columns[None, :] < S)
         at = bias + rows[:, None].to(tl.int64) * stride + columns[None, :]
@@ -98,9 +84,11 @@ def _scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constex
 
 
 @triton.jit
-def transposed_scores(q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr):
+def transposed_scores(
+    q, k, bias, stride, rows, columns, N, S, scale, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr
+):
     """Scores (columns, rows), for products that need them so: transposing the weights costs more."""
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634)
     if HAS_BIAS:
         inside = (rows[None, :] < N) & (columns[:, None] < S)
         at = bias + rows[None, :].to(tl.int64) * stride + columns[:, None]
@@ -119,43 +107,66 @@ def _queries(queries_ptr, ends_ptr, head, start, N, ROWS: tl.constexpr, LISTED: 
 
 
 @triton.jit
-def _stop(rows, start, N, S, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr):
-    """How many keys a tile of queries reads: causal ones up to its last query, none without a query."""
-    stop = tl.minimum(S, start + ROWS) if CAUSAL else S
+def _stops(rows, start, N, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+           LISTED: tl.constexpr):  # fmt: skip
+    """How many keys a tile of queries reads: in whole tiles that all of them see, and in all. Causal ones
+    read up to the last query; without a query it reads none."""
+    stop, seen = S, S
+    if CAUSAL:
+        stop, seen = tl.minimum(S, start + ROWS), start + 1
     if LISTED:
         last = tl.max(tl.where(rows < N, rows + 1, 0), 0)
         stop = tl.minimum(S, last) if CAUSAL else tl.where(last > 0, S, 0)
-    return stop
+        seen = tl.min(rows, 0) + 1 if CAUSAL else S
+    return tl.minimum(seen, stop) // COLUMNS * COLUMNS, stop
+
+
+@triton.jit
+def _hide(s, rows, columns, S, CAUSAL: tl.constexpr):
+    """Scores of a tile that is not whole, with -inf for keys that are hidden or outside."""
+    seen = columns[None, :] < S
+    if CAUSAL:
+        seen = seen & (columns[None, :] <= rows[:, None])
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _of_head(pointer, head, H, stride_b, stride_h, UNIT: tl.constexpr):
+    """Where a head's matrix begins; strides count units, so that their multiples are known as such."""
+    return pointer + ((head // H) * stride_b + (head % H) * stride_h) * UNIT
 
 
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, o_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    LISTED: tl.constexpr,
+    LISTED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
     key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
-    start_row = tl.program_id(0) * ROWS
-    rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
+    rows = _queries(queries_ptr, ends_ptr, head, tile * ROWS, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
+    q_head = _of_head(q_ptr, head, H, stride_qb, stride_qh, UNIT)
+    k_head = _of_head(k_ptr, key_head, H // GROUP, stride_kb, stride_kh, UNIT)
+    v_head = _of_head(v_ptr, key_head, H // GROUP, stride_vb, stride_vh, UNIT)
+    q = load_tile(q_head, rows, d, N, D, stride_qn * UNIT)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
-        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV)
-        s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        seen = columns[None, :] < S
-        if CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None])
-        s = tl.where(seen, s, float("-inf"))
-        top, total, acc = softmax_step(s, v, top, total, acc)
+    whole, stop = _stops(rows, tile * ROWS, N, S, ROWS, COLUMNS, CAUSAL, LISTED)
+    for REST in tl.static_range(2):  # whole tiles need no masks
+        for start in range(whole if REST else 0, stop if REST else whole, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            k = load_tile(k_head, columns, d, S, D, stride_kn * UNIT, REST == 0)
+            v = load_tile(v_head, columns, dv, S, DV, stride_vn * UNIT, REST == 0)
+            s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS, PRECISION)
+            if REST:
+                s = _hide(s, rows, columns, S, CAUSAL)
+            top, total, acc = softmax_step(s, v, top, total, acc, PRECISION)
     acc, lse = softmax_end(top, total, acc)
     store_tile(o_ptr + head * N * DV, rows, dv, N, DV, acc)
     tl.store(lse_ptr + head * N + rows, lse, mask=rows < N)
@@ -164,89 +175,119 @@ def forward_kernel(
 @triton.jit
 def dq_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, lse_ptr, delta_ptr,
-    dq_ptr, ds_ptr,
+    dq_ptr, ds_ptr, stride_gb, stride_gh, stride_gn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    WRITE: tl.constexpr, LISTED: tl.constexpr,
+    WRITE: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
     key_head = head // GROUP
-    start_row = tl.program_id(0) * ROWS
-    rows = _queries(queries_ptr, ends_ptr, head, start_row, N, ROWS, LISTED)
+    rows = _queries(queries_ptr, ends_ptr, head, tile * ROWS, N, ROWS, LISTED)
     d, dv = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
-    q = load_tile(q_ptr + head * N * D, rows, d, N, D)
-    g = load_tile(g_ptr + head * N * DV, rows, dv, N, DV)
-    lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
+    q_head = _of_head(q_ptr, head, H, stride_qb, stride_qh, UNIT)
+    g_head = _of_head(g_ptr, head, H, stride_gb, stride_gh, UNIT)
+    k_head = _of_head(k_ptr, key_head, H // GROUP, stride_kb, stride_kh, UNIT)
+    v_head = _of_head(v_ptr, key_head, H // GROUP, stride_vb, stride_vh, UNIT)
+    q = load_tile(q_head, rows, d, N, D, stride_qn * UNIT)
+    g = load_tile(g_head, rows, dv, N, DV, stride_gn * UNIT)
+    lse = load_lse(lse_ptr + head * N + rows, rows < N)
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, _stop(rows, start_row, N, S, ROWS, CAUSAL, LISTED), COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
-        v = load_tile(v_ptr + key_head * S * DV, columns, dv, S, DV)
-        s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-        seen = columns[None, :] < S
-        if CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None])
-        p = softmax_weights(tl.where(seen, s, float("-inf")), lse[:, None])
-        ds = p * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-        if WRITE:  # the gradient of a bias with a value for every score
-            store_tile(ds_ptr + head * N * S, rows, columns, N, S, ds)
+    whole, stop = _stops(rows, tile * ROWS, N, S, ROWS, COLUMNS, CAUSAL, LISTED)
+    for REST in tl.static_range(2):
+        for start in range(whole if REST else 0, stop if REST else whole, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            k = load_tile(k_head, columns, d, S, D, stride_kn * UNIT, REST == 0)
+            v = load_tile(v_head, columns, dv, S, DV, stride_vn * UNIT, REST == 0)
+            s = _scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS, PRECISION)
+            if REST:
+                s = _hide(s, rows, columns, S, CAUSAL)
+            p = softmax_weights(s, lse[:, None])
+            ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+            if WRITE:  # the gradient of a bias with a value for every score
+                store_tile(ds_ptr + head * N * S, rows, columns, N, S, ds)
     store_tile(dq_ptr + head * N * D, rows, d, N, D, dq * scale)
 
 
 @triton.jit
-def _places(ends_ptr, head, key, N, ROWS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr):
-    """First and end of the queries, or of their places in the list, that may see ``key`` or later ones."""
+def _places(
+    ends_ptr, head, key, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    LISTED: tl.constexpr,
+):  # fmt: skip
+    """Of the queries, or of their places in the list, that may see ``key`` or later ones: the first, the
+    first and the end of whole tiles that see the COLUMNS keys from ``key`` on, and the end."""
     first, stop = key if CAUSAL else key * 0, N
     if LISTED:
         stop = tl.load(ends_ptr + head * N + N - 1)
         if CAUSAL:  # as many queries of the list come before the key
             first = tl.load(ends_ptr + head * N + key - 1, mask=key > 0, other=0)
-    return first // ROWS * ROWS, stop
+    first = first // ROWS * ROWS
+    low = first
+    if CAUSAL:
+        low = tl.minimum(tl.cdiv(key + COLUMNS - 1, ROWS), tl.cdiv(N, ROWS)) * ROWS
+    high = tl.maximum(low, N // ROWS * ROWS)
+    if LISTED:
+        low, high = first, first
+    return first, low, high, stop
 
 
 @triton.jit
 def dkv_kernel(
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, queries_ptr, ends_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr, db_ptr,
+    dk_ptr, dv_ptr, db_ptr, stride_gb, stride_gh, stride_gn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_bb, stride_bh, stride_bn, H, N, S, scale, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
-    WRITE: tl.constexpr, LISTED: tl.constexpr,
+    WRITE: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one key head, over the queries of all heads that read it."""
-    key_head = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    key_head, tile = place(tl.cdiv(S, COLUMNS))
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    k = load_tile(k_ptr + key_head * S * D, columns, d, S, D)
-    v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV)
+    k_head = _of_head(k_ptr, key_head, H // GROUP, stride_kb, stride_kh, UNIT)
+    v_head = _of_head(v_ptr, key_head, H // GROUP, stride_vb, stride_vh, UNIT)
+    k = load_tile(k_head, columns, d, S, D, stride_kn * UNIT)
+    v = load_tile(v_head, columns, w, S, DV, stride_vn * UNIT)
     dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     dv = tl.zeros([COLUMNS, WIDTH_V], tl.float32)
-    begin = tl.program_id(0) * COLUMNS
     for member in range(0, GROUP):
         head = key_head * GROUP + member
         bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
+        q_head = _of_head(q_ptr, head, H, stride_qb, stride_qh, UNIT)
+        g_head = _of_head(g_ptr, head, H, stride_gb, stride_gh, UNIT)
         db = tl.zeros([COLUMNS], tl.float32)
-        first, stop = _places(ends_ptr, head, begin, N, ROWS, CAUSAL, LISTED)
-        for start in range(first, stop, ROWS):
-            rows = _queries(queries_ptr, ends_ptr, head, start, N, ROWS, LISTED)
-            q = load_tile(q_ptr + head * N * D, rows, d, N, D)
-            g = load_tile(g_ptr + head * N * DV, rows, w, N, DV)
-            lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
-            delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
-            # Keys outside the matrix need no mask here: each has its own row of dk and dv.
-            s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
-            if CAUSAL:
-                s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
-            p = softmax_weights(s, lse[None, :])
-            ds = p * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
-            dv += tl.dot(p.to(g.dtype), g, input_precision="ieee")
-            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
-            if WRITE:
-                db += tl.sum(ds, 1)
+        first, low, high, stop = _places(
+            ends_ptr, head, tile * COLUMNS, N, ROWS, COLUMNS, CAUSAL, LISTED
+        )
+        before = (low - first) // ROWS
+        for REST in tl.static_range(1 if LISTED else 0, 2):
+            count = before + tl.cdiv(stop - high, ROWS) if REST else (high - low) // ROWS
+            for i in range(0, count):
+                start = low + i * ROWS
+                if REST:  # the tiles before the whole ones, and those after them
+                    start = tl.where(i < before, first + i * ROWS, high + (i - before) * ROWS)
+                rows = _queries(queries_ptr, ends_ptr, head, start, N, ROWS, LISTED)
+                q = load_tile(q_head, rows, d, N, D, stride_qn * UNIT, REST == 0)
+                g = load_tile(g_head, rows, w, N, DV, stride_gn * UNIT, REST == 0)
+                lse = load_lse(lse_ptr + head * N + rows, rows < N)
+                delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
+                # Keys outside the matrix need no mask here: each has its own row of dk and dv.
+                s = transposed_scores(
+                    q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS, PRECISION
+                )
+                if CAUSAL and REST:
+                    s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
+                p = softmax_weights(s, lse[None, :])
+                ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
+                dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+                dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+                if WRITE:
+                    db += tl.sum(ds, 1)
         if WRITE:  # the gradient of a bias per key
             tl.store(db_ptr + head * S + columns, db, mask=columns < S)
     store_tile(dk_ptr + key_head * S * D, columns, d, S, D, dk * scale)
@@ -264,16 +305,17 @@ class Lists(NamedTuple):
 
 def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
     """o and lse; with ``lists``, o = 0 and lse = -inf in all other rows."""
-    q, k, v = (x.contiguous() for x in (p.q, p.k, p.v))
+    q, k, v = (row_by_row(x) for x in (p.q, p.k, p.v))
     o = _output(q.new_empty(*q.shape[:3], v.shape[3]), lists, 0.0)
     lse = _output(q.new_empty(q.shape[:3], dtype=torch.float32), lists, -torch.inf)
     bias, strides = with_strides(p.bias, q, k)
-    options = _options("forward", p, lists)
-    grid = (triton.cdiv(q.shape[2], options["ROWS"]), q.shape[0] * q.shape[1])
+    unit, own = _units(q, k, v)
+    options = {**_options("forward", p, lists), "UNIT": unit}
+    grid = (triton.cdiv(q.shape[2], options["ROWS"]) * q.shape[0] * q.shape[1],)
     queries, ends = lists or (q, q)
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, queries, ends, o, lse, *strides, *sizes(q, k), p.scale,
-        **options,
+        q, k, v, q if bias is None else bias, queries, ends, o, lse, *own, *strides, *sizes(q, k),
+        p.scale, **options,
     )  # fmt: skip
     return o, lse
 
@@ -291,10 +333,10 @@ def backward(
     lists: Lists | None = None,
 ) -> dict[str, Tensor]:
     (o, lse), (grad, grad_lse) = outputs, grads
-    d = delta(grad, grad_lse, o).contiguous()
-    g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
-    dq = _output(torch.empty_like(q), lists, 0.0)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    d, lse = delta(grad, grad_lse, o), lse.contiguous()
+    g, q, k, v = (row_by_row(x) for x in (grad.to(p.q.dtype), p.q, p.k, p.v))
+    dq = _output(q.new_empty(q.shape), lists, 0.0)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     (batch, heads, n), s = q.shape[:3], k.shape[2]
     bias_grad = p.bias is not None and "bias" in wanted
     per_key = bias_grad and p.bias is not None and p.bias.shape[2] == 1
@@ -304,19 +346,35 @@ def backward(
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
     b, strides = with_strides(p.bias, q, k)
     shared = (g, q, k, v, q if b is None else b, *(lists or (q, q)), lse, d)
-    numbers = (*strides, *sizes(q, k), p.scale)
-    options = _options("dq", p, lists)
-    dq_kernel[triton.cdiv(n, options["ROWS"]), batch * heads](
-        *shared, dq, ds, *numbers, WRITE=full, **options
-    )
-    options = _options("dkv", p, lists)
-    dkv_kernel[triton.cdiv(s, options["COLUMNS"]), batch * k.shape[1]](
-        *shared, dk, dv, db, *numbers, WRITE=per_key, **options
-    )
+    unit, own = _units(g, q, k, v)
+    numbers = (*own, *strides, *sizes(q, k), p.scale)
+    options = {**_options("dq", p, lists), "UNIT": unit}
+    grid = (triton.cdiv(n, options["ROWS"]) * batch * heads,)
+    dq_kernel[grid](*shared, dq, ds, *numbers, WRITE=full, **options)
+    options = {**_options("dkv", p, lists), "UNIT": unit}
+    grid = (triton.cdiv(s, options["COLUMNS"]) * batch * k.shape[1],)
+    dkv_kernel[grid](*shared, dk, dv, db, *numbers, WRITE=per_key, **options)
     found = {"q": dq, "k": dk, "v": dv}
     if bias_grad and p.bias is not None:
         found["bias"] = reduce_to(ds if full else db, p.bias)
     return found
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    """``x`` with the elements of a row side by side, as kernels read it; rows lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _units(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Strides over batch, heads and rows, in units of 8 elements if that divides them all: from them the
+    compiler knows that it may read 16 bytes at once."""
+    strides = [
+        0 if size == 1 else step
+        for x in tensors
+        for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ]
+    unit = 1 if any(step % 8 for step in strides) else 8
+    return unit, [step // unit for step in strides]
 
 
 def _options(kernel: str, p: Problem, lists: Lists | None) -> dict[str, Any]:
@@ -339,16 +397,15 @@ def options(
     width, width_v = padded(d), padded(dv)
     widest = max(width, width_v)
     tile = TILES[kernel, half, widest > 64, bias]
-    tile = OTHER_TILES.get((kernel, half, min(widest, 128), bias, causal), tile)
-    if listed:
-        tile = LISTED_TILES.get((kernel, half, min(widest, 128)), tile)
+    if widest == 64:
+        tile = TILES_64.get((kernel, half, bias), tile)
     rows, columns, warps, stages = tile
     if widest > 128:  # the tile would need more shared memory than there is
         rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal,
-        "LISTED": listed,
+        "LISTED": listed, "PRECISION": precision(), "UNIT": 8,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -363,30 +420,39 @@ def with_strides(
     """The bias with keys side by side, and its strides over batch, heads and queries."""
     if bias is None:
         return None, (0, 0, 0)
-    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    bias = row_by_row(bias)
     return bias, bias.expand(*q.shape[:3], k.shape[2]).stride()[:3]
 
 
-def compile_cases() -> Iterator[Case]:
-    """Every kernel at N = S = 4096 with 12 heads: plain, with a bias for every score, and causal."""
+def compile_cases(listed: bool = False) -> Iterator[Case]:
+    """Every kernel at N = S = 4096 with 12 heads: plain, with a bias for every score, and causal; or for
+    lists of half of the queries, plain and causal."""
     n, heads = 4096, 12
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     products, tensors = {"forward": 2, "dq": 3, "dkv": 4}, {"forward": 4, "dq": 5, "dkv": 6}
-    kinds = ((False, False), (True, False), (False, True), (True, True))
+    queries = {"forward": 2, "dq": 3, "dkv": 2}
+    kinds = product((False,) if listed else (False, True), (False, True))
     for name, dtype, d, (bias, causal) in product(kernels, DTYPES, WIDTHS, kinds):
-        if dtype == "fp16" and not (bias and causal):
+        if dtype == "fp16" and not (causal and (bias or listed)):
             continue
         size = 4 if dtype == "fp32" else 2
-        share = 0.5 if causal else 1.0
+        share = (0.5 if causal else 1.0) * (0.5 if listed else 1.0)
+        rows = tensors[name] - listed * queries[name] / 2
         scores = bias * (size + 4 * (name == "dq"))  # dq also writes the gradient of the bias
         flags = {} if name == "forward" else {"WRITE": bias}
         yield make_case(
             kernels[name],
             dtype,
-            {**options(name, d, d, dtype != "fp32", bias, causal), **flags},
-            f"softmax {name} {dtype} D={d}{' bias' if bias else ''}{' causal' if causal else ''}",
+            {**options(name, d, d, dtype != "fp32", bias, causal, listed), **flags},
+            f"{'ragged_queries' if listed else 'softmax'} {name} {dtype} D={d}"
+            f"{' bias' if bias else ''}{' causal' if causal else ''}",
             operations=2.0 * products[name] * heads * n * n * d * share,
-            bytes=heads * n * (tensors[name] * d * size + n * scores * share),
+            bytes=heads * n * (rows * d * size + n * scores * share),
             wide=("lse_ptr", "delta_ptr", "ds_ptr", "db_ptr"),
             integers=("queries_ptr", "ends_ptr"),
         )
+    for (dtype, size), d in product((("bf16", 2), ("fp32", 4)), () if listed else WIDTHS):
+        yield make_case(
+            delta_kernel, dtype, {**DELTA, "HAS_MINUS": True}, f"softmax delta {dtype} D={d}",
+            2.0 * heads * n * d, heads * n * (2.0 * d * size + 8), wide=("minus_ptr", "delta_ptr"),
+        )  # fmt: skip

@@ -44,7 +44,7 @@ def softplus_attention(
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64; ``v``: (B, H, S, Dv), of their
-            dtype or of half precision. Triton multiplies in TF32 if v is of half precision.
+            dtype or of half precision.
         scale: of q . k, beside the logarithm of the number of keys.
         power: p. ``offset``: o, the share of the mean that is taken off, except in the first three
             causal rows and where a row is constant.

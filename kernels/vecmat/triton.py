@@ -22,19 +22,18 @@ from xattn.kernels.softmax.triton import (
     transposed_scores,
     with_strides,
 )
-from xattn.kernels.tiles import load_tile, padded, softmax_weights
+from xattn.kernels.tiles import load_lse, load_tile, padded, place, precision, softmax_weights
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
 
-# Half precision or not: queries and keys per tile, warps, stages. No spills on sm_80 and sm_90 for one
-# row or many, with gradient and bias, see compile_cases; not timed on a GPU.
-TILES = {True: (64, 64, 4, 2), False: (32, 32, 8, 2)}
-# (half precision, padded width, gradient, one row, bias, causal): the same, where that one spills.
-OTHER_TILES = {
-    (True, 64, False, True, False, False): (64, 64, 8, 2),
-    (True, 32, True, True, False, False): (64, 32, 4, 2),
-    (True, 32, True, False, False, False): (64, 64, 8, 2),
-    (True, 64, True, False, True, False): (64, 64, 8, 2),
+# In half precision, and in single by (wider than 64, gradient): queries and keys per tile, warps, stages.
+# No spills on sm_80 and sm_90 for one row or many, with bias, see compile_cases; not timed on a GPU.
+HALF = 64, 64, 8, 2
+SINGLE = {
+    (False, False): (32, 32, 8, 2),
+    (False, True): (32, 16, 8, 2),
+    (True, False): (16, 64, 8, 2),
+    (True, True): (16, 16, 8, 2),
 }
 
 
@@ -46,9 +45,9 @@ def vecmat_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    head, tile = place(tl.cdiv(S, COLUMNS))
     key_head = head // GROUP  # batch * Hk + key head, because H is GROUP * Hk
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     lines = tl.arange(0, LINES)
     d, w = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     bias = bias_ptr + (head // H) * stride_bb + (head % H) * stride_bh
@@ -57,19 +56,21 @@ def vecmat_kernel(
     if GRADIENT:
         v = load_tile(v_ptr + key_head * S * DV, columns, w, S, DV)
     acc = tl.zeros([COLUMNS, LINES], tl.float32)
-    first = tl.program_id(0) * COLUMNS // ROWS * ROWS if CAUSAL else 0
+    first = tile * COLUMNS // ROWS * ROWS if CAUSAL else 0
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         q = load_tile(q_ptr + head * N * D, rows, d, N, D)
-        lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
+        lse = load_lse(lse_ptr + head * N + rows, rows < N)
         # Keys outside the matrix need no mask: each has its own row of the result.
-        s = transposed_scores(q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS)
+        s = transposed_scores(
+            q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS, PRECISION
+        )
         if CAUSAL:
             s = tl.where(columns[:, None] <= rows[None, :], s, float("-inf"))
         p = softmax_weights(s, lse[None, :])
         if GRADIENT:
             g = load_tile(g_ptr + head * N * DV, rows, w, N, DV)
-            p *= tl.maximum(tl.dot(v, tl.trans(g), input_precision="ieee"), 0.0)
+            p *= tl.maximum(tl.dot(v, tl.trans(g), input_precision=PRECISION), 0.0)
         if LINES == 1:
             r = tl.load(r_base + rows, mask=rows < N, other=0.0)
             acc += tl.sum(p * r[None, :], 1)[:, None]
@@ -93,7 +94,8 @@ def forward(p: Problem) -> tuple[Tensor]:
     half, with_bias = q.dtype != torch.float32, bias is not None
     chosen = options(q.shape[3], width_v, half, with_bias, r.shape[2], p.causal)
     chosen["GROUP"] = q.shape[1] // k.shape[1]
-    vecmat_kernel[triton.cdiv(k.shape[2], chosen["COLUMNS"]), q.shape[0] * q.shape[1]](
+    grid = (triton.cdiv(k.shape[2], chosen["COLUMNS"]) * q.shape[0] * q.shape[1],)
+    vecmat_kernel[grid](
         q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
         *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], p.scale, **chosen,
     )  # fmt: skip
@@ -105,15 +107,11 @@ def options(
 ) -> dict[str, Any]:
     """Shapes, tile and launch options for heads of width d and values of width dv (0: no gradient)."""
     width, width_v, gradient = padded(d), padded(dv), dv > 0
-    kind = half, min(128, max(width, width_v)), gradient, r == 1, bias, causal
-    rows, columns, warps, stages = OTHER_TILES.get(kind, TILES[half])
-    if half and bias and causal:
-        warps = 8
+    rows, columns, warps, stages = HALF if half else SINGLE[max(width, width_v) > 64, gradient]
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
-        # A single line is summed; more form a product of at least 16. In half precision, three tensor
-        # core products are as exact as float32 and faster than the float32 units.
-        "LINES": 1 if r == 1 else 16, "PRECISION": "tf32x3" if half else "ieee",
+        # A single line is summed; more form a product of at least 16.
+        "LINES": 1 if r == 1 else 16, "PRECISION": precision(),
         "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal, "GRADIENT": gradient,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip

@@ -139,7 +139,7 @@ CASES = {
     ),
 }
 assert {name.split(",")[0] for name in CASES} == set(LAYOUTS)
-WITHOUT_TRITON = {"causal_product", "flows", "flows, causal"}
+WITHOUT_TRITON = {"flows", "flows, causal"}
 TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
@@ -186,7 +186,7 @@ def test_gradients_are_right(name, backend):
 
     options = {"fast_mode": True, "atol": 1e-5}
     assert torch.autograd.gradcheck(finite, list(given.values()), **options)
-    if name in {"pooling", *WITHOUT_TRITON}:
+    if name in {"pooling", "causal_product", *WITHOUT_TRITON}:
         assert torch.autograd.gradgradcheck(finite, list(given.values()), **options)
 
 
@@ -251,6 +251,18 @@ def test_it_keeps_torchs_rules_and_compiles(name, backend):
 
     compiled = torch.compile(first, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(*leaves), first(*leaves), atol=1e-5)
+
+
+@TRITON
+@pytest.mark.parametrize("name", sorted(set(CASES) - WITHOUT_TRITON))
+def test_programs_lie_on_the_first_axis_which_alone_has_room_for_many_heads(name, monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    grids, launch = [], InterpretedFunction.__getitem__
+    noted = lambda kernel, grid: (grids.append(grid), launch(kernel, grid))[1]  # noqa: E731
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", noted)
+    run(name, "triton", tensors_of(name, torch.float32))
+    assert grids and all(len(grid) == 1 for grid in grids)
 
 
 def filled(make):

@@ -132,6 +132,51 @@ def test_segments_merge_exactly_because_lse_has_a_gradient(backend):
         assert torch.allclose(leaf.grad.double(), true, atol=1e-5)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(
+    "n, d, heads", [(130, 16, 2), (70, 20, 3)]
+)  # strides of 8 elements, and others
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_read_side_by_side_projections_where_they_are(n, d, heads, causal):
+    from xattn.kernels.softmax.triton import row_by_row
+
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, n, 3, heads, d, generator=generator).requires_grad_()
+    given = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    assert all(row_by_row(x) is x for x in given)
+    grad = torch.randn(2, n, heads * d, generator=generator)
+
+    def merged(tensors, backend):
+        o, _ = softmax_attention(*tensors, causal=causal, backend=backend)
+        return o.transpose(1, 2).flatten(2)
+
+    o = merged(given, "triton")
+    apart = merged([x.contiguous() for x in given], "triton")
+    assert torch.equal(o, apart)
+    (found,) = torch.autograd.grad(o, packed, grad, retain_graph=True)
+    (same,) = torch.autograd.grad(apart, packed, grad, retain_graph=True)
+    assert torch.equal(found, same)
+    (true,) = torch.autograd.grad(
+        merged([x.double() for x in given], "reference"), packed, grad.double()
+    )
+    assert torch.allclose(found, true, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("shape", [(2, 3, 37, 16), (1, 2, 5, 72), (3, 1, 64, 1)])
+def test_one_kernel_sums_each_row_of_gradients_times_outputs(shape):
+    from xattn.kernels.tiles import delta
+
+    generator = torch.Generator().manual_seed(0)
+    o, g = (torch.randn(*shape, generator=generator) for _ in range(2))
+    minus = torch.randn(*shape[:3], generator=generator)
+    expected = (o.double() * g.double()).sum(-1)
+    for grad in (g, g.transpose(1, 2).contiguous().transpose(1, 2), g.mT.contiguous().mT):
+        assert torch.allclose(delta(grad, None, o).double(), expected, atol=1e-5)
+        assert torch.allclose(delta(grad, minus, o).double(), expected - minus, atol=1e-5)
+    assert torch.allclose(delta(o.new_ones(1).expand(shape), None, o), o.sum(-1), atol=1e-5)
+
+
 def test_rows_in_tiles_and_a_build_without_the_fused_kernel_give_the_same(monkeypatch):
     from xattn.kernels.softmax import cpu
 
