@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,12 @@ def jobs(
     *,
     low_rank: bool = True,
     lists: bool = True,
+    options: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
     """(forward, forward and backward) by row, and how many query-key pairs each reads.
 
-    ``low_rank``, ``lists``: rows of products of low rank and of lists of blocks, which no mechanism is.
+    ``n`` tokens are a square and the prefix tokens that are left. ``low_rank``, ``lists``: rows of products
+    of low rank and of lists of blocks, which no mechanism is. ``options``: in place of a mechanism's own.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
@@ -138,6 +140,7 @@ def jobs(
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     g = torch.randn_like(q)
     side = math.isqrt(n)
+    prefix = n - side * side
 
     def pair(run: Any) -> tuple[Job, Job]:
         return forward_and_both(run, leaves, g)
@@ -149,13 +152,14 @@ def jobs(
         made[CAUSAL] = pair(causal_product)
         visited[LOW_RANK] = visited[CAUSAL] = float(n * WIDTH)
     x = torch.randn(1, n, HEADS * WIDTH, generator=generator).to(device, dtype)
-    for name, options in ((key, o) for key in names for o in mechanism_class(key).entry.bench):
+    every = {name: options or mechanism_class(name).entry.bench for name in names}
+    for name, given in ((key, one) for key in names for one in every[key]):
         torch.manual_seed(0)
-        layer = create_mechanism(name, HEADS * WIDTH, HEADS, **options).to(device, dtype)
-        said = [f"{key}={value}" for key, value in options.items() if key != "training_free"]
+        layer = create_mechanism(name, HEADS * WIDTH, HEADS, **given).to(device, dtype)
+        said = [f"{key}={value}" for key, value in given.items() if key != "training_free"]
         label = " ".join([name, *said])
-        made[label] = pair(lambda *qkv, layer=layer: layer(*qkv, (side, side), x=x))
-        operator = layer.operator(Inputs(q, k, v, x, (side, side)))
+        made[label] = pair(lambda *qkv, layer=layer: layer(*qkv, (side, side), prefix, x=x))
+        operator = layer.operator(Inputs(q, k, v, x, (side, side), prefix))
         visited[label] = operator.pairs + operator.selection
     for s in LISTS:
         if s * BLOCK > n or not lists:
@@ -177,20 +181,21 @@ def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, points in times.items():
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for i, (name, points) in enumerate(times.items()):
         tokens, seconds = zip(*points, strict=True)
         dense = name.startswith("dense")
         axes.plot(
             tokens, [1e3 * s for s in seconds], marker="o", label=name,
-            color="black" if dense else None, linewidth=2 if dense else 1.2,
+            color="black" if dense else f"C{i % 10}", linewidth=2 if dense else 1.2,
+            linestyle=("-", "--", ":", "-.")[i // 10 % 4], markersize=4,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms")
     ticks = sorted({n for points in times.values() for n, _ in points})
     axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=7, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

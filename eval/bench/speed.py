@@ -176,6 +176,7 @@ def bench(
     batches: Sequence[int] = (1, 8),
     rounds: int = 15,
     data: Path | None = None,
+    device: str | None = None,
 ) -> Iterator[str]:
     """The lines of the tables, as they are measured; for the arguments see ``xattn bench --help``."""
     if rounds < 1 or min(batches, default=0) < 1:
@@ -183,7 +184,7 @@ def bench(
     if job == "train" and max(batches) < 2:
         raise ValueError(f"batches: got {batches}; a training step needs at least 2 images")
     kept = keep_memory()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     yield f"{device}, {torch.get_num_threads()} threads, raised allocator thresholds: {kept}"
     if job != "folder":
         yield "\n| backbone | batch | job | median ratio | of | operations | at most | holds |"

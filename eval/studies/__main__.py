@@ -57,10 +57,6 @@ STUDIES = {
         "Epochs from cached features against running the backbone, attention training against plain steps.",
     ),
     "bench-pruning": ("benches.pruning", "A ViT whose tokens leave, against the whole one."),
-    "bench-published": (
-        "benches.published",
-        "The papers' headline settings of attention, on a GPU.",
-    ),
     "bench-skipped-heads": (
         "benches.skipped_heads",
         "moh with half of the heads beside all of them.",

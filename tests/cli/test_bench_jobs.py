@@ -22,6 +22,10 @@ ASKED = {
     "only": ("dma",),
     "filter": "softmax",
     "plot": Path("times.png"),
+    "out": Path("gpu"),
+    "device": "cuda:1",
+    "small": True,
+    "retry": True,
 }
 NAMED = {"names": "only"}  # the option of an argument by another name
 

@@ -1,76 +1,66 @@
-"""The papers' settings: their figures are printed, measured on a GPU, or said not to be."""
+"""The papers' settings: both sides do the same task, and other libraries stand beside them."""
 
-import dataclasses
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from xattn.attention import create_mechanism, list_attention
-from xattn.eval.studies.__main__ import main
-from xattn.eval.studies.benches import published
-from xattn.eval.studies.benches.published import NOT_MEASURED, SETTINGS, gains_of, jobs, study
+from xattn.attention import create_mechanism
+from xattn.eval.bench.published import DENSE, OTHERS, OURS, SETTINGS, layer_of, others
 
-SMALL = {
-    "nsa": {"block": 8, "stride": 4, "select_block": 8, "selected": 3, "window": 4},
-    "dma": {"window": 8},
-}
-
-
-def small(name):
-    """The paper's setting at 64 tokens."""
-    setting = next(s for s in SETTINGS if s.mechanism == name)
-    return dataclasses.replace(
-        setting, grid=(64,), heads=4, kv_heads=2, width=8, options=SMALL[name]
-    )
-
-
-def rows(lines):
-    return {line.split(" | ")[0].split()[1]: line for line in lines if line.startswith("| ")}
-
-
-def test_published_figures_stand_beside_what_was_not_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = rows(study())
-    for setting in SETTINGS:
-        figures = (setting.forward, setting.backward, setting.both)
-        wanted = [("", "-") if f is None else (NOT_MEASURED, f"{f:.1f}x") for f in figures]
-        cells = [cell.strip() for cell in found[setting.mechanism].split("|")]
-        assert cells[4:10] == [cell for pair in wanted for cell in pair]
-
-
-def test_a_mechanism_that_is_not_there_is_skipped_and_the_others_go_on():
-    other = dataclasses.replace(SETTINGS[0], mechanism="nobody")
-    found = rows(study(settings=(other, SETTINGS[0])))
-    assert "skipped: no such mechanism is registered" in found["nobody"]
-    assert "9.0x" in found["nsa"]
-    assert found["nobody"].count("|") == found["nsa"].count("|")
+CPU, FLEX = torch.device("cpu"), "torch.nn.attention.flex_attention"
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.mechanism)
 def test_the_options_are_those_of_the_mechanism(setting):
-    assert setting.mechanism in list_attention()
     create_mechanism(setting.mechanism, setting.heads * 8, setting.heads, **setting.options)
 
 
-@pytest.mark.parametrize("name", ["nsa", "dma"])
-def test_both_sides_of_a_ratio_do_the_same_task(name):
-    setting = small(name)
-    made = jobs(setting, "cpu", torch.float32)
-    outputs = [made[side][0]() for side in ("dense", "sparse")]
-    assert outputs[0].shape == outputs[1].shape == (1, 4, 64, 8)
-    # Causal: the first token sees itself alone, so dense attention gives its value.
-    assert outputs[0][0, :, 0].unique(dim=0).shape[0] == 2
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.mechanism)
+def test_both_sides_of_a_ratio_do_the_same_task(setting):
+    layer = layer_of(setting.shrunk(), CPU, torch.float32)
+    dense, ours = (layer.jobs(what)[0]() for what in (DENSE, OURS))
+    assert dense.shape == ours.shape == (1, 4, 64, 8)
+    if setting.causal:  # the first token sees itself alone, so dense attention gives its value
+        groups = 4 // setting.shrunk().kv_heads
+        assert torch.allclose(dense[:, :, 0], layer.v[:, :, 0].repeat_interleave(groups, 1))
+    layer.jobs(OURS)[1]()
 
 
-def test_a_gain_is_the_time_of_dense_attention_over_that_of_the_mechanism(monkeypatch):
-    took = iter(
-        [{"dense": [8.0] * 3, "sparse": [2.0] * 3}, {"dense": [20.0] * 3, "sparse": [4.0] * 3}]
+def heads_last(q, k, v, causal):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(
+        1, 2
     )
-    monkeypatch.setattr(published, "measure", lambda jobs, rounds, of: next(took))
-    assert gains_of(small("dma"), 3, "cpu", torch.float32) == (8 / 2, (20 - 8) / (4 - 2), 20 / 4)
 
 
-def test_the_command_prints_them(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench-published"]) == 0
-    assert "49.8x" in capsys.readouterr().out
+def test_another_library_gets_the_settings_own_tensors(monkeypatch):
+    """Stand-ins with the libraries' layouts, (batch, tokens or grid, heads, width), give dense attention."""
+
+    def natten(q, k, v, kernel_size, stride):
+        grid = q.shape[1:3]
+        assert (grid, kernel_size, stride) == ((8, 8), (4, 4), (2, 2))
+        return heads_last(*(x.flatten(1, 2) for x in (q, k, v)), False).unflatten(1, grid)
+
+    def fla(q, k, v, *gates, block_counts, block_size, window_size):
+        assert [x.shape for x in gates] == [q.shape[:3]] * 3
+        assert (block_counts, block_size, window_size) == (3, 8, 4)
+        return heads_last(q, k, v, True)
+
+    modules = {
+        "flash_attn": SimpleNamespace(flash_attn_func=heads_last),
+        "natten": SimpleNamespace(na2d=natten),
+        "fla.ops.nsa": SimpleNamespace(parallel_nsa=fla),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    asked = set()
+    for setting in SETTINGS:
+        layer = layer_of(setting.shrunk(), CPU, torch.float32)
+        for what in set(others(setting)) - {FLEX}:
+            found = layer.jobs(what)[0]()
+            asked.add(what)
+            assert torch.allclose(found, layer.jobs(DENSE)[0](), atol=1e-5), (setting, what)
+    assert asked == set(OTHERS) - {FLEX}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from xattn.cli.checks import check_images
+from xattn.cli.checks import check_device, check_images
 from xattn.cli.shared import Images
 from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs, Not
@@ -24,18 +24,21 @@ class Bench:
         Belongs("images", job=["folder", "all"]),
         Belongs("backbones", job=["explain", "train", "folder", "all"]),
         Belongs("batches", job=["explain", "train", "all"]),
-        Belongs("rounds", job=Not("kernels")),
+        Belongs("rounds", job=["explain", "train", "folder", "attention", "all"]),
         Belongs("aot", "filter", job="kernels"),
         Belongs("tokens", "only", "plot", job="attention"),
+        Belongs("out", "small", "retry", job="gpu"),
+        Belongs("device", job=["explain", "train", "folder", "all", "gpu"]),
+        Belongs("raw", job=Not("gpu")),
     )
 
     job: Annotated[
-        Literal["explain", "train", "folder", "attention", "kernels", "all"],
+        Literal["explain", "train", "folder", "attention", "kernels", "gpu", "all"],
         Argument(positional=True),
     ] = "all"
     """What to measure. explain: explaining against a forward pass; train: a training step against its
     floor; folder: images per second; all: these three. attention: mechanisms against dense attention;
-    kernels: Triton kernels."""
+    kernels: Triton kernels. gpu: the first hour on a GPU, with a report."""
     images: Images = ()
     """A folder of photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
     backbones: tuple[str, ...] = ()
@@ -46,11 +49,11 @@ class Bench:
     rounds: int | None = None
     """Rounds whose median counts; by default 5 to 15, by the job."""
     aot: bool = False
-    """For the job "kernels": compile for A100 and H100 (neither is needed) and check register spills
-    and shared memory."""
+    """For the job "kernels": compile for sm_80, 86, 90 and 120 (no GPU is needed) and check register
+    spills and shared memory. It takes hours; choose some by --filter."""
     filter: str | None = None
     """For the job "kernels": only those whose label contains each of these words, for example "softmax
-    bf16"."""
+    bf16 sm_90"."""
     tokens: tuple[int, ...] = ()
     """For the job "attention": squares, by default 256 1024 4096 16384; more on a GPU."""
     only: tuple[str, ...] = ()
@@ -58,6 +61,14 @@ class Bench:
     default all."""
     plot: Path | None = None
     """For the job "attention": a .png or .svg of times over tokens."""
+    out: Path | None = None
+    """For the job "gpu": a folder for report.md, results.json and times.png; a run there goes on."""
+    device: str | None = None
+    """cuda, cuda:1 or cpu; by default the GPU, where there is one."""
+    small: bool = False
+    """For the job "gpu": small sizes, in minutes on a CPU."""
+    retry: bool = False
+    """For the job "gpu": measure rows anew that failed."""
     raw: Path | None = None
     """A .csv for what every round measured; of the job "kernels" for its table."""
 
@@ -66,12 +77,16 @@ class Bench:
         return Path(self.images[0]) if self.images else None
 
     def check(self) -> None:
+        if self.device is not None:
+            check_device(self.device)
         if self.images:
             check_images(self.images)
         if len(self.images) > 1:
             raise ValueError(f"images: got {self.images[-1]} as well; give one folder")
         if self.job == "kernels" and not self.aot:
             raise ValueError("bench kernels: give --aot, which compiles and times nothing")
+        if self.job == "gpu" and self.out is None:
+            raise ValueError("out: missing; name a folder for the report by --out")
 
     def run(self) -> None:
         from xattn.runtime.measuring import keep_table, raw_rounds
@@ -88,6 +103,7 @@ class Bench:
 
 def _speed(options: Bench) -> dict[str, Any]:
     given: dict[str, Any] = {"job": options.job, "backbones": options.backbones or BACKBONES}
+    given["device"] = options.device
     if options.job != "folder":
         given["batches"] = options.batches
     if options.job in ("folder", "all"):
@@ -110,4 +126,8 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     **dict.fromkeys(("explain", "train", "folder", "all"), ("xattn.eval.bench.speed", _speed)),
     "attention": ("xattn.eval.bench.attention", _attention),
     "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter}),
+    "gpu": (
+        "xattn.eval.bench.gpu",
+        lambda o: {"out": o.out, "device": o.device or "cuda", "small": o.small, "retry": o.retry},
+    ),
 }

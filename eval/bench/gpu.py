@@ -1,0 +1,535 @@
+"""The first hour on a GPU in one command: are the kernels right, how fast are they, what do layers cost.
+
+    xattn bench gpu --out gpu/
+    xattn bench gpu --out small/ --device cpu --small    (the same code with small sizes)
+
+Each row is measured by itself: where one fails, out of memory or otherwise, it says why and the next one
+follows. A run goes on from ``results.json``, also after a crash, whose row is then the one that failed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xattn.attention import mechanism_class
+from xattn.attention.model.spec import format_mechanism
+from xattn.backbone import load_backbone
+from xattn.eval.bench import attention, published, speed
+from xattn.eval.bench.op_cases import (
+    WITHOUT_TRITON,
+    Sizes,
+    cast,
+    op_cases,
+    outputs_and_gradients,
+)
+from xattn.eval.evaluation.engine import evaluate
+from xattn.heads import create_head
+from xattn.heads.attended import Tokens
+from xattn.kernels.aot import DTYPES
+from xattn.runtime.devices import check_available
+from xattn.runtime.files import atomic_file
+from xattn.runtime.measuring import Job, forward_and_both, ratios, seconds_of
+from xattn.runtime.process import keep_memory
+
+NOT_MEASURED = "not measured on a GPU"
+PACKAGES = ("torch", "triton", "xattn", "timm", "flash-attn", "natten", "flash-linear-attention")
+HEADLINES = (
+    ("right", "holds", "checks of an op against float64 that hold"),
+    ("limits", "TFLOP/s", "what the card reaches in matrix products, TFLOP/s"),
+    ("limits", "GB/s", "what it reaches in copies, GB/s"),
+    ("kernels", "forward share", "kernels' share of that, forward"),
+    ("kernels", "backward share", "kernels' share of that, backward"),
+    ("mechanisms", "forward gain", "mechanisms over flash attention, forward, times"),
+    ("mechanisms", "graph gain", "the same as CUDA graphs"),
+    ("mechanisms", "both gain", "the same, forward and backward"),
+    ("published", "forward gain", "layers at the papers' settings over dense attention, forward, times"),
+    ("published", "both gain", "the same, forward and backward"),
+    ("whole", "holds", "ratios of explaining, training and fidelity that hold"),
+)  # fmt: skip
+Cells = dict[str, Any]
+Find = Callable[[str, str], Cells]
+"""The cells of a row that was measured before, by section and row."""
+Rows = Iterator[tuple[str, Callable[[], Cells]]]
+PASSES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it is measured and how large."""
+
+    device: torch.device
+    small: bool
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.cuda else torch.float32
+
+    def normal(self) -> Callable[..., Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        options: Any = {"generator": generator, "device": self.device, "dtype": torch.float64}
+        return lambda *shape: torch.randn(*shape, **options)
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def ms(self, job: Job) -> float:
+        """Median of a call: by CUDA events and with a cold cache, on a CPU by the clock."""
+        job()
+        if self.cuda:
+            return import_module("triton.testing").do_bench(job, rep=200, return_mode="median")
+        return 1e3 * statistics.median(seconds_of(job) for _ in range(3))
+
+    def both_ms(self, jobs: tuple[Job, Job]) -> Cells:
+        forward, both = (self.ms(job) for job in jobs)
+        found: Cells = {"forward ms": forward, "both ms": both, "graph ms": self.graph_ms(jobs[0])}
+        return found | ({"backward ms": both - forward} if both > forward else {})
+
+    def graph_ms(self, job: Job) -> float | str:
+        """Of ``job`` as a CUDA graph, which takes none of the host's time."""
+        if not self.cuda:
+            return "skipped: a CPU"
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            job()
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.graph(graph):
+                job()
+        except RuntimeError as error:
+            return f"none: {str(error).splitlines()[0][:80]}"
+        return self.ms(graph.replay)
+
+
+# ---------------------------------------------------------------- right
+
+
+def _right(here: Machine, find: Find) -> Rows:
+    """The largest error of an op's outputs and gradients, relative to the largest value in float64; plain
+    PyTorch of the same type may err a third as much."""
+    of = partial(Sizes, iterations=40)
+    sizes = {"21 tokens": of(), "1 token": of(n=1, s=1), "34 heads": of(17, n=9, s=11)}
+    if not here.small:
+        sizes |= {
+            "197 tokens": of(2, 3, 197, 197, 64, 64),
+            "65,538 heads": of(32769, n=9, s=11),
+        }
+    places = {label: (here, size) for label, size in sizes.items()}
+    if here.cuda and torch.cuda.device_count() > 1:
+        places["device 1"] = (Machine(torch.device("cuda", 1), here.small), of())
+    for label, (place, size) in places.items():
+        for name in op_cases(place.normal(), size):
+            for kind in DTYPES:
+                yield f"{name}; {kind}; {label}", partial(_check, place, name, kind, size)
+
+
+def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
+    given, call = op_cases(here.normal(), sizes)[name]()
+    given = cast(name, given, DTYPES[kind])
+    backend = "triton" if here.cuda and name not in WITHOUT_TRITON else "cpu"
+    run = partial(outputs_and_gradients, name, call)
+    exact = run("reference", {key: x.double() for key, x in given.items()})
+    near, found = run("reference", given), run(backend, given)
+    errors = []
+    for value, other, true in zip(found, near, exact, strict=True):
+        if true.is_floating_point():
+            top = true.abs().max().clamp_min(1e-30)
+            errors.append([((x.double() - true).abs().max() / top).item() for x in (value, other)])
+    slack = 1e-5 if kind == "fp32" else 1e-2
+    error, plain = (max(column) for column in zip(*errors, strict=True))
+    holds = all(own <= 3 * other + slack for own, other in errors)
+    return {"backend": backend, "error": error, "plain PyTorch": plain, "holds": holds}
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def _limits(here: Machine, find: Find) -> Rows:
+    """What the card reaches: products of large matrices, and copies."""
+    n, size = (256, 2**24) if here.small else (8192, 2**30)
+
+    def product(dtype: torch.dtype) -> Cells:
+        a = torch.randn(n, n, device=here.device).to(dtype)
+        return {"sizes": f"{n} x {n}", "TFLOP/s": 2e-9 * n**3 / here.ms(lambda: a @ a)}
+
+    def copy() -> Cells:
+        a, b = torch.empty(2, size, dtype=torch.uint8, device=here.device)
+        return {"sizes": f"{size:,} bytes", "GB/s": 2e-6 * size / here.ms(lambda: b.copy_(a))}
+
+    for kind, dtype in DTYPES.items():
+        yield kind, partial(product, dtype)
+    yield "copy", copy
+
+
+DENSE = Sizes(1, 12, 4096, 4096, 64, 64), Sizes(1, 2, 128, 128, 64, 64)
+LISTS = Sizes(1, 12, 16384, 16384, 64, 64, 64, 64, 8), Sizes(1, 2, 128, 128, 64, 64, 16, 16, 4)
+BLOCKS = Sizes(1, 12, 4096, 256, 64, 64, 64, 64), Sizes(1, 2, 128, 16, 64, 64, 16, 16)
+WIDE = Sizes(4, 1, 4096, 4096, 768, 384), Sizes(1, 1, 128, 128, 96, 48)
+# By case: products of width D for a query-key pair, forward and backward, as compile_cases counts them (of
+# softmax backward the 5 that are needed), sizes, and how many pairs.
+WORK: dict[str, tuple[int, int, tuple[Sizes, Sizes], Callable[[Sizes], float]]] = {
+    "softmax, causal": (2, 5, DENSE, lambda z: z.heads * z.n**2),
+    "block_sparse, all of the lists": (2, 5, LISTS, lambda z: 2 * z.heads * z.n * z.listed * z.k_block),
+    "grouped, all alike": (2, 5, LISTS, lambda z: 2 * z.heads * z.n * z.listed * z.k_block),
+    "ragged_queries": (2, 5, DENSE, lambda z: 0.4 * z.heads * z.n**2),
+    "vecmat": (1, 0, DENSE, lambda z: z.heads * z.n**2 / 2),
+    "vecmat, by gradients": (2, 0, DENSE, lambda z: z.heads * z.n**2 / 2),
+    "covariance_solve": (15, 25, DENSE, lambda z: z.heads * z.n**2 / 2),
+    "local_linear": (3, 11, DENSE, lambda z: z.heads * z.n**2 / 2),
+    "softplus": (3, 8, DENSE, lambda z: z.heads * z.n**2 / 2),
+    "causal_product": (2, 6, DENSE, lambda z: z.heads * z.n * (z.width // 3) * (z.values // 3) / z.width),
+    "pooling": (2, 4, WIDE, lambda z: 12 * z.batch * z.n),
+    "block_topk": (1, 0, BLOCKS, lambda z: 2 * z.heads * z.n * z.s),
+}  # fmt: skip
+
+
+def _kernels(here: Machine, find: Find) -> Rows:
+    """Shares are of what the card reaches; bytes are those of inputs, outputs and gradients."""
+    for name in WORK:
+        for kind in DTYPES:
+            yield f"{name}; {kind}", partial(_kernel, here, find, name, kind)
+
+
+def _kernel(here: Machine, find: Find, name: str, kind: str) -> Cells:
+    forward, backward, both_sizes, pairs = WORK[name]
+    z = both_sizes[here.small]
+    given, call = op_cases(here.normal(), z)[name]()
+    given = {key: x.requires_grad_() for key, x in cast(name, given, DTYPES[kind]).items()}
+
+    def run(*tensors: Tensor) -> Tensor:
+        options = dict(zip(given, tensors, strict=True))
+        out = call(**options, backend="triton" if here.cuda else "cpu")
+        return out[-1 if name == "block_topk" else 0] if isinstance(out, tuple) else out
+
+    with torch.no_grad():
+        grad = torch.randn_like(run(*given.values()))
+    jobs = forward_and_both(run, list(given.values()), grad)
+    found: Cells = {"sizes": f"{z.heads} heads, {z.n} x {z.s}, D = {z.width}"}
+    found |= here.both_ms(jobs) if backward else {"forward ms": here.ms(jobs[0])}
+    peak, band = find("limits", kind).get("TFLOP/s"), find("limits", "copy").get("GB/s")
+    moved = sum(x.nbytes for x in (*given.values(), grad))
+    for which, products, bytes in (("forward", forward, moved), ("backward", backward, 2 * moved)):
+        if ms := found.get(f"{which} ms"):
+            done = 2e-9 * products * pairs(z) * z.width
+            found |= {f"{which} TFLOP/s": done / ms, f"{which} GB/s": 1e-6 * bytes / ms}
+            if peak and band:
+                found[f"{which} share"] = max(done / peak, 1e-6 * bytes / band) / ms
+    return found
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _mechanisms(here: Machine, find: Find) -> Rows:
+    """One image, 6 heads of 64, beside flash attention; 197 tokens are 14 x 14 and a class token."""
+    for n in (65, 256) if here.small else (197, 1024, 4096, 16384, 65536):
+        yield f"{attention.DENSE}; {n}", partial(_mechanism, here, find, n)
+        for name in attention.to_use():
+            for options in mechanism_class(name).entry.bench:
+                job = partial(_mechanism, here, find, n, name, options)
+                yield f"{format_mechanism(name, options)}; {n}", job
+
+
+def _mechanism(
+    here: Machine, find: Find, n: int, name: str = "", options: Mapping[str, Any] | None = None
+) -> Cells:
+    made, _ = attention.jobs(
+        [name] if name else [], n, str(here.device), here.dtype, low_rank=False, lists=False,
+        options=[options or {}],
+    )  # fmt: skip
+    jobs = list(made.values())[-1]  # dense attention is the first, with a name not the last
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if here.cuda and not name else nullcontext():
+        found = here.both_ms(jobs)
+    return found | _gains(found, find("mechanisms", f"{attention.DENSE}; {n}"))
+
+
+def _gains(found: Cells, dense: Cells) -> Cells:
+    """How many times as fast as ``dense``, which stands in a row before."""
+    pairs = {x: (dense.get(f"{x} ms"), found.get(f"{x} ms")) for x in (*PASSES, "graph")}
+    return {
+        f"{x} gain": a / b
+        for x, (a, b) in pairs.items()
+        if isinstance(a, float) and isinstance(b, float)
+    }
+
+
+def _published(here: Machine, find: Find) -> Rows:
+    """The papers' settings beside dense attention, and beside other libraries where they are installed."""
+    for setting in published.SETTINGS:
+        for what in (published.DENSE, published.OURS, *published.others(setting)):
+            row = f"{setting.mechanism}; {what}"
+            yield row, partial(_setting, here, find, setting, what)
+    yield "efficient_probe; multi-head", partial(_probe, here)
+
+
+def _setting(here: Machine, find: Find, setting: published.Setting, what: str) -> Cells:
+    s = setting.shrunk() if here.small else setting
+    found: Cells = {"tokens": " x ".join(map(str, s.grid))}
+    found["heads"] = f"{s.heads} of {s.width}, {s.kv_heads} of keys"
+    found |= here.both_ms(published.layer_of(s, here.device, here.dtype).jobs(what))
+    found |= _gains(found, find("published", f"{setting.mechanism}; {published.DENSE}"))
+    if what == published.OURS:
+        found |= {f"{x} published": getattr(s, x) for x in PASSES if getattr(s, x)}
+        found["options"] = ", ".join(f"{key}={value}" for key, value in s.options.items())
+        found["published figures are of"] = s.against
+    return found
+
+
+def _probe(here: Machine) -> Cells:
+    """A step of efficient probing's pooling beside one of multi-head attention of one query."""
+    name, batch = ("vit_tiny_patch16_224", 2) if here.small else ("vit_base_patch16_224", 64)
+    backbone = load_backbone(name, weights=None, device=here.device)
+    head: Any = create_head("efficient_probe", backbone, queries=32, norm=False).to(here.device)
+    width, query = backbone.channels[-1], torch.zeros(batch, 1, backbone.channels[-1])
+    x = torch.randn(batch, 196, width).to(here.device)
+    tokens = Tokens((x,) * head.num_taps, x[:, :1], (14, 14))
+    other = nn.MultiheadAttention(width, 32, bias=False, batch_first=True).to(here.device)
+    query = query.to(here.device)
+
+    def step(module: nn.Module, pool: Callable[[], Tensor]) -> Job:
+        def job() -> None:
+            module.zero_grad(set_to_none=True)
+            pool().sum().backward()
+
+        return job
+
+    ours = here.ms(step(head, lambda: head.pooled(head.attend(tokens))))
+    base = here.ms(step(other, lambda: other(query, x, x, need_weights=False)[0]))
+    found: Cells = {"tokens": "196", "heads": f"32 queries, {width} wide, batch {batch}"}
+    found |= {"both ms": ours, "both gain": base / ours, "both published": 10.0}
+    return {**found, "published figures are of": "at most, over multi-head cross-attention"}
+
+
+# ---------------------------------------------------------------- whole
+
+
+def _whole(here: Machine, find: Find) -> Rows:
+    """Explaining, training and fidelity, as ratios of times in one run."""
+    batches, rounds = ((1, 2), 1) if here.small else ((1, 8, 32), 15)
+    for name in speed.TARGETS[:1] if here.small else (*speed.TARGETS, "resnet50"):
+        for job in ("explain", "train"):
+            options = {"job": job, "backbones": (name,), "batches": batches, "rounds": rounds}
+            yield f"{job}; {name}", partial(_ratios, here, options)
+    yield f"fidelity; {speed.TARGETS[0]}", partial(_fidelity, here, rounds)
+
+
+def _ratios(here: Machine, options: Cells) -> Cells:
+    lines = list(speed.bench(**options, device=str(here.device)))
+    ends = [line.split("|")[-2].strip() for line in lines if line.startswith("| ")]
+    return {"holds": "no" not in ends, "lines": lines}
+
+
+class Given:
+    """Maps that need no forward pass, so that the metric alone is timed."""
+
+    is_mask, forwards = False, 0
+
+    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(inputs.mean(1, keepdim=True), 32)
+
+
+def _fidelity(here: Machine, rounds: int) -> Cells:
+    """AD, IC, ADD and AG at three levels beside their 7 forward passes an image."""
+    backbone = load_backbone(speed.TARGETS[0], weights=None, device=here.device)
+    batch = 2 if here.small else 64
+    images = torch.rand(batch, 3, *backbone.preprocessing.input_size)
+    moved = images.to(here.device)
+
+    @torch.no_grad()
+    def passes() -> None:
+        for _ in range(7):
+            backbone.logits(moved)
+
+    def metric() -> None:
+        evaluate(backbone, {"given": Given()}, images, max_forward_batch=batch, progress=False)
+
+    ratio = ratios({"passes": passes, "metric": metric}, "passes", rounds)["metric"]
+    return {"ratio": ratio, "at most": 1.1, "holds": ratio <= 1.1}
+
+
+SECTIONS: dict[str, Callable[[Machine, Find], Rows]] = {
+    "right": _right,
+    "limits": _limits,
+    "kernels": _kernels,
+    "mechanisms": _mechanisms,
+    "published": _published,
+    "whole": _whole,
+}
+
+
+# ---------------------------------------------------------------- the run and its report
+
+
+class Results:
+    """What was measured, in ``results.json``."""
+
+    def __init__(self, folder: Path, about: Cells, retry: bool) -> None:
+        self.path, self.about = folder / "results.json", about
+        self.rows: list[Cells] = []
+        if self.path.is_file():
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+            other = [key for key in about if known["about"].get(key) != about[key]]
+            if other:
+                raise ValueError(
+                    f"out: {folder} holds a run with other {', '.join(other)}; name a new folder"
+                )
+            crashed = [{**x, "failed": "the process ended in this row"} for x in known["running"]]
+            self.rows = [x for x in known["rows"] + crashed if not (retry and "failed" in x)]
+
+    def find(self, section: str, row: str) -> Cells:
+        return next((x for x in self.rows if (x["section"], x["row"]) == (section, row)), {})
+
+    def save(self, *running: Cells) -> None:
+        state = {"about": self.about, "running": running, "rows": self.rows}
+        with atomic_file(self.path, "out") as path:
+            path.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def measure(self, section: str, row: str, job: Callable[[], Cells], here: Machine) -> Cells:
+        """The row, or why it failed; the run goes on in a new process where CUDA no longer answers."""
+        found: Cells = {"section": section, "row": row}
+        self.save(found)
+        try:
+            found |= job()
+            here.synchronize()
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            found["failed"] = f"{type(error).__name__}: {said[0][:160] if said else ''}"
+        except BaseException:  # stopped by hand: the row is measured when the run goes on
+            self.save()
+            raise
+        self.rows.append(found)
+        self.save()
+        gc.collect()
+        try:
+            here.synchronize()
+        except RuntimeError:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        if here.cuda:
+            torch.cuda.empty_cache()
+        return found
+
+
+def bench(
+    out: Path, device: str = "cuda", small: bool = False, retry: bool = False
+) -> Iterator[str]:
+    """The rows as they are measured; for the arguments see ``xattn bench --help``.
+
+    Raises:
+        ValueError: there is no such device, or ``out`` holds a run of another machine.
+    """
+    check_available(device)
+    here = Machine(torch.device(device), small)
+    if here.device.index is not None:
+        torch.cuda.set_device(here.device)
+    keep_memory()
+    out = Path(out)
+    results = Results(out, about(here), retry)
+    for section, rows in SECTIONS.items():
+        for row, job in rows(here, results.find):
+            if not results.find(section, row):
+                found = results.measure(section, row, job, here)
+                cells = [f"{key} {_word(x)}" for key, x in found.items() if key != "lines"]
+                yield ", ".join(cells)
+    lines = report(results.about, results.rows)
+    with atomic_file(out / "report.md", "out") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(results.rows, out / "times.png")
+    yield f"report: {out / 'report.md'}"
+
+
+def about(here: Machine) -> Cells:
+    """What figures depend on."""
+    found: Cells = {"card": "a CPU", "device": str(here.device), "small sizes": here.small}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    found |= {"python": platform.python_version(), "CPU threads": torch.get_num_threads()}
+    if here.cuda:
+        card = torch.cuda.get_device_properties(here.device)
+        found["card"] = (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
+        )
+        found["CUDA"], found["driver"] = torch.version.cuda, "unknown"
+        with suppress(OSError):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            said = subprocess.run(command, capture_output=True, text=True).stdout
+            found["driver"] = said.split("\n")[0]
+    return found
+
+
+def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
+    """The lines of a page of Markdown."""
+    yield f"# xattn on {about['card']}\n"
+    yield ", ".join(f"{key} {value}" for key, value in about.items()) + "\n"
+    yield from headlines(rows)
+    for section, made in SECTIONS.items():
+        own = [row for row in rows if row["section"] == section]
+        yield f"\n## {section.capitalize()}\n\n{' '.join((made.__doc__ or '').split())}\n"
+        if not own:
+            continue
+        columns = list(dict.fromkeys(key for row in own for key in row))
+        columns = [key for key in columns if key not in ("section", "lines")]
+        yield f"| {' | '.join(columns)} |"
+        yield f"|{' :-- |' * len(columns)}"
+        for row in own:
+            yield f"| {' | '.join(_word(row.get(key, '')) for key in columns)} |"
+        for row in own:
+            if "lines" in row:
+                yield "\n".join([f"\n{row['row']}: ", *row["lines"]])
+
+
+def headlines(rows: list[Cells]) -> Iterator[str]:
+    """A table of what the run answers; of no rows, of what is not measured yet."""
+    yield "| of | rows | failed | median | range |\n| :-- | --: | --: | --: | :-- |"
+    for section, key, what in HEADLINES:
+        own = [row for row in rows if row["section"] == section]
+        values = [row[key] for row in own if isinstance(row.get(key), float | int)]
+        failed = sum("failed" in row for row in own)
+        cells = [NOT_MEASURED, ""]
+        if values and key == "holds":
+            cells = [f"{sum(values)} of {len(values)}", ""]
+        elif values:
+            cells = [
+                _word(statistics.median(values)),
+                f"{_word(min(values))} to {_word(max(values))}",
+            ]
+        yield f"| {' | '.join([what, str(len(own) or ''), str(failed or ''), *cells])} |"
+
+
+def draw(rows: list[Cells], path: Path) -> None:
+    """Forward times of mechanisms over tokens."""
+    times: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["section"] == "mechanisms" and "forward ms" in row:
+            name, n = row["row"].split("; ")
+            times.setdefault(name, []).append((int(n), row["forward ms"] / 1e3))
+    if times:
+        attention.draw(times, path)
+
+
+def _word(x: Any) -> str:
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    return f"{x:.3g}" if isinstance(x, float) else str(x).replace("|", "/")
