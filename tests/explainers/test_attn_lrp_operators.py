@@ -28,6 +28,7 @@ from xattn.attention import (
     create_mechanism,
 )
 from xattn.attention.base import MECHANISMS
+from xattn.attention.operators.segments import Ordered
 from xattn.attention.record import answering_by
 from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
@@ -321,9 +322,11 @@ def constants(operator):
         added = torch.full((segment.k.shape[2],), segment.shift, dtype=torch.float64)
         if segment.bias is not None and segment.bias.shape[:2] == (1, 1):
             added += segment.bias[0, 0].detach().nan_to_num(neginf=0.0)
-        if isinstance(columns, range) or columns.ndim == 1:
-            at = torch.as_tensor(columns)
-            found[at[at >= 0]] = added[at >= 0]
+        if isinstance(columns, Ordered):
+            index = columns.order.index
+            found[index[index >= 0] + columns.prefix] = added[index >= 0]
+        elif isinstance(columns, range):
+            found[torch.as_tensor(columns)] = added
     return found[None, None, None]
 
 

@@ -116,7 +116,7 @@ class GridRotation(Rotation):
 
     def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
         found = positions(grid, prefix, like)
-        axes = found[prefix:].unbind(1)
+        axes = list(found[prefix:].unbind(1))
         steps = [1.0 if self.span is None else self.span / length for length in grid]
         if self.span is not None:
             half = self.span / 2

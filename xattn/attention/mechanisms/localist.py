@@ -98,8 +98,10 @@ def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
 @planned
 def members_of(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
     """1 where a patch is of a region, (1, P, R): of so many boxes along each side, or by number."""
-    boxes = isinstance(regions, int)
-    found = box_regions(grid, regions) if boxes else given_regions(regions, grid)
+    if isinstance(regions, int):
+        found = box_regions(grid, regions)
+    else:
+        found = given_regions(regions, grid)
     return F.one_hot(found).float()[None]
 
 

@@ -193,7 +193,7 @@ def attend_output(
             and (s.blocks is None or reads_all(s.k, s.blocks))
         ):
             bias = None if s.bias is None else to_heads(s.bias, heads)[:, :, None, :]
-            return fused_attention(q, s.k, s.v, bias, scale=scale)
+            return fused_attention(q, s.k, s.v, bias, scale=scale)  # type: ignore[arg-type]
     return attend(q, segments, scale=scale, backend=backend)[0]
 
 
