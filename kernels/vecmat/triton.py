@@ -31,7 +31,7 @@ from xattn.kernels.vecmat.reference import Problem
 HALF = 64, 64, 8, 2
 SINGLE = {
     (False, False): (32, 32, 8, 2),
-    (False, True): (32, 16, 8, 2),
+    (False, True): (16, 32, 8, 2),
     (True, False): (16, 64, 8, 2),
     (True, True): (16, 16, 8, 2),
 }
