@@ -23,7 +23,7 @@ STEP = "at 8,192 tokens the gradient of keys splits long lists, at 4,096 it does
 FORWARD = {
     "dma": "44 launches in a causal call with a prefix",
     "flow": "56 launches: its flows are plain PyTorch",
-    "nsa": "43 and 48 launches with a prefix",
+    "nsa": "45 and 50 launches with a prefix",
 }
 LISTS = "based freeswim gna hip infllm_v2 landmark llsa nsa".split()
 BACKWARD = dict.fromkeys(LISTS, STEP)
