@@ -263,7 +263,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The best 16 of 256 blocks for 256 query blocks, by sums, and by softmax with all options."""
+    """The best 16 of 256 blocks for 256 query blocks, by sums, alone and within lists, and by
+    softmax with all options."""
     n, integers = 16384, ("forced_ptr", "within_ptr", "visible_ptr", "table_ptr", "index_ptr")
     for (name, dtype), width, linear in product(DTYPES.items(), WIDTHS, (True, False)):
         if name == "fp16" and linear:
@@ -288,11 +289,14 @@ def compile_cases() -> Iterator[Case]:
                 2.0 * n * blocks * width, float(size * width * (n + blocks)), wide=("lse_ptr",),
                 integers=integers,
             )  # fmt: skip
-        yield make_case(
-            topk_kernel, name, options | _options(p), f"block_topk {kind} {name} D={width}",
-            work, float(size * width * (q.shape[2] + blocks)),
-            wide=("lse_ptr", "weight_ptr", "scores_ptr"), integers=integers,
-        )  # fmt: skip
+        searched = {"": p} if not linear else {"": p, "-within": p._replace(within=q)}
+        for searches, problem in searched.items():
+            yield make_case(
+                topk_kernel, name, options | _options(problem),
+                f"block_topk {kind}{searches} {name} D={width}",
+                work, float(size * width * (q.shape[2] + blocks)),
+                wide=("lse_ptr", "weight_ptr", "scores_ptr"), integers=integers,
+            )  # fmt: skip
 
 
 def _lse_options(options: dict[str, int], q: Tensor) -> dict[str, int]:

@@ -32,7 +32,7 @@ def bench(filter):
 # Few of all cases, because compiling takes long: `xattn bench kernels --aot` compiles every one.
 SAMPLE = [
     ("softmax forward bf16 D=16", 80, "16"),
-    ("softmax dkv fp32 D=80", 86, "any"),
+    ("softmax dkv fp32 D=64", 86, "any"),
     ("block_sparse forward fp16 D=24 box", 90, "1"),
     ("block_sparse dkv bf16 D=64", 120, "16"),
     ("grouped dkv fp32 D=48", 90, "any"),
