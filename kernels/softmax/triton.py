@@ -58,7 +58,7 @@ TILES = {
     ("dq", False, True, True): (16, 32, 8, 2),
     ("dkv", False, False, False): (16, 32, 8, 2),
     ("dkv", False, False, True): (32, 16, 8, 2),
-    ("dkv", False, True, False): (32, 16, 8, 2),
+    ("dkv", False, True, False): (16, 16, 8, 2),
     ("dkv", False, True, True): (32, 16, 8, 2),
 }
 # The same for a padded width of 64, which may be larger than narrower ones.
