@@ -95,7 +95,7 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
         return {name: given[name] for name in names.split()} | made(**more)
 
     def solve(backend: str, **x: Tensor) -> Any:
-        options: dict[str, Any] = {"iterations": z.iterations}
+        options: dict[str, Any] = {"iterations": z.iterations, "tolerance": 1e-6}
         if x["q"].dtype == torch.float64:
             options = {"iterations": 10 * z.iterations, "tolerance": 1e-14}
         x["ridge"] = x["ridge"].abs() + 0.5
