@@ -109,7 +109,8 @@ class Parts(NamedTuple):
     ends: Tensor | None
     """(B Hk, M + 1), the parts of unit m are those from ``ends[m]`` to before ``ends[m + 1]``; None where
     no list is split."""
-    count: int
+    length: int
+    """C"""
     longest: int
     """Entries of a part."""
 
@@ -122,7 +123,7 @@ class Parts(NamedTuple):
         C span, ...), or ``x`` itself."""
         if self.ends is None:
             return x
-        shape = *x.shape[:2], self.count * span, *x.shape[3:]
+        shape = *x.shape[:2], self.length * span, *x.shape[3:]
         return x.new_empty(shape, dtype=torch.float32)
 
     def add(self, parts: Tensor, x: Tensor) -> None:
@@ -131,7 +132,7 @@ class Parts(NamedTuple):
             return
         lines = x.shape[0] * x.shape[1]
         ends = self.ends.repeat_interleave(lines // len(self.ends), 0)
-        parts = parts.view(lines, self.count, -1)
+        parts = parts.view(lines, self.length, -1)
         sums = torch.segment_reduce(parts, "sum", offsets=ends, axis=1, unsafe=True)
         x.copy_(sums.view(*x.shape[:2], -1, *x.shape[3:])[:, :, : x.shape[2]])
 

@@ -11,7 +11,7 @@ Neighborhood Attention (arXiv 2504.16922) and, at stride 1, Neighborhood Attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,10 @@ class Box(NamedTuple):
     """(B, H, N)"""
 
     def to(self, device: torch.device | str) -> Box:
-        return Box(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        tensors: dict[str, Any] = {
+            k: x.to(device) for k, x in self._asdict().items() if isinstance(x, Tensor)
+        }
+        return self._replace(**tensors)
 
 
 def causal(n: int) -> Box:

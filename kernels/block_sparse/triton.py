@@ -273,11 +273,11 @@ def backward(
     span, found = p.k_block * pack, {"k": dk, "v": dv} | ({"bias": db} if write else {})
     parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
     sums = {name: parts.places(x, span) for name, x in found.items()}
-    grid = (batch * key_heads * parts.count * triton.cdiv(span, tile["COLUMNS"]),)
+    grid = (batch * key_heads * parts.length * triton.cdiv(span, tile["COLUMNS"]),)
     dkv_kernel[grid](
         g, q, k, v, pointer, queries, bits, parts.unit, parts.part, *tensors, lse, d, sums["k"],
         sums["v"], sums.get("bias", db), *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s,
-        pointer.shape[2] - 1, queries.shape[2], parts.count, parts.longest, p.scale,
+        pointer.shape[2] - 1, queries.shape[2], parts.length, parts.longest, p.scale,
         **constants, **tile, PACK=pack, SPLIT=parts.split, WRITE=write,
     )  # fmt: skip
     for name, x in found.items():

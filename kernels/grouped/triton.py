@@ -253,11 +253,11 @@ def backward(
     found = {"k": dk, "v": dv, "marks": dm} | ({"bias": db} if write else {})
     parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
     sums = {name: parts.places(x, 1 if x is dm else p.k_block) for name, x in found.items()}
-    dkv_kernel[(batch * key_heads * parts.count,)](
+    dkv_kernel[(batch * key_heads * parts.length,)](
         g, q, k, v, m, pointer, queries, parts.unit, parts.part, *optional, lse, d, sums["k"],
         sums["v"], sums["marks"], sums.get("bias", db),
         *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s, p.key_blocks,
-        queries.shape[2], parts.count, parts.longest, p.scale, **constants, **_tile("dkv", p),
+        queries.shape[2], parts.length, parts.longest, p.scale, **constants, **_tile("dkv", p),
         SPLIT=parts.split, WRITE=write,
     )  # fmt: skip
     for name, x in found.items():
