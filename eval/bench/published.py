@@ -135,7 +135,7 @@ def others(setting: Setting) -> list[str]:
 def _installed(name: str) -> bool:
     try:
         import_module(name)
-    except ImportError:
+    except Exception:  # one built for another version may raise anything
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The ahead-of-time check: no kernel spills on A100 or H100, and one that did would be named."""
+"""The ahead-of-time check: no kernel of the sample spills, and one that did would be named."""
 
 import os
 import subprocess

@@ -61,8 +61,9 @@ def build(make: Callable[..., Made], *args: Any, **options: Any) -> Made:
 
 
 def moved(made: Made, device: torch.device | str) -> Made:
-    """A plan with all of its tensors on the ``device``."""
-    found: Made = changed(made, lambda x: x.to(device))
+    """A plan with all of its tensors on the ``device``, which may serve training later."""
+    with torch.inference_mode(False):
+        found: Made = changed(made, lambda x: x.to(device))
     return found
 
 

@@ -115,8 +115,8 @@ class GNA(Mechanism):
         """
         asked = self.accepted(Inputs(q, k, k, None, tuple(grid), prefix))
         inside: Any = self.operator(asked)
-        every = softmax_attention(asked.q, asked.k, k, backend=self.backend)[1]
-        return (inside.attend(k)[1] - every).exp()
+        every = softmax_attention(asked.q, asked.k, asked.v, backend=self.backend)[1]
+        return (inside.attend(asked.v)[1] - every).exp()
 
 
 def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
