@@ -24,8 +24,8 @@ def choose(
 ) -> str:
     """``"reference"``, ``"cpu"`` or ``"triton"``; ``"auto"`` is Triton on GPUs and cpu elsewhere.
 
-    The ``cpu`` path is plain PyTorch and runs on every device, and where the kernels do not fit. Triton
-    runs on a CPU only in its interpreter (``TRITON_INTERPRET=1``).
+    The ``cpu`` path is plain PyTorch and runs on every device and takes what the kernels do not fit.
+    Triton runs on a CPU only in its interpreter (``TRITON_INTERPRET=1``).
 
     Args:
         dtype: of the tensors.
@@ -43,15 +43,17 @@ def choose(
     if not HAS_TRITON:
         limit = INSTALL
     elif device.type != "cuda" and not interpreted():
-        limit = f"Triton does not run on {device}; use 'auto', or set TRITON_INTERPRET=1 for tests"
+        limit = f"Triton does not run on {device}; set TRITON_INTERPRET=1 for tests"
+    elif device.type == "cuda" and torch.version.hip is not None:
+        limit = "the kernels are for NVIDIA's GPUs"
     elif device.type == "cuda" and torch.cuda.get_device_properties(device).major < OLDEST:
-        limit = f"{device} has too little shared memory; use 'auto', or an Ampere GPU or newer"
+        limit = f"{device} has too little shared memory; take an Ampere GPU or newer"
     elif dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        limit = f"got {dtype}; give float32, float16 or bfloat16, or use 'auto'"
+        limit = f"got {dtype}; give float32, float16 or bfloat16"
     if limit is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"backend='triton': {limit}")
+        raise ValueError(f"backend='triton': {limit}, or use 'auto'")
     if not torch.compiler.is_compiling():
         _say_slow(limit)
     return "cpu"
@@ -60,7 +62,7 @@ def choose(
 def too_wide(widest: int, *tensors: Tensor) -> str | None:
     """The limit of kernels that take heads of at most ``widest``, for :func:`choose`."""
     width = max(x.shape[-1] for x in tensors)
-    return None if width <= widest else f"got width {width}; give at most {widest}, or use 'auto'"
+    return None if width <= widest else f"got width {width}; give at most {widest}"
 
 
 @functools.cache
@@ -75,8 +77,8 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def tile_entries(device: torch.device, cached: int) -> int:
-    """How many entries plain PyTorch takes at a time: ``cached``, which stay in the cache of a CPU, or as
-    many as memory allows on GPUs, where each operation costs a launch."""
+    """How many entries plain PyTorch takes at a time: ``cached``, which stay in the cache of a CPU, or
+    ``ENTRIES`` on GPUs, where each operation costs a launch."""
     return cached if device.type == "cpu" else max(cached, ENTRIES)
 
 

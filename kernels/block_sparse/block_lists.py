@@ -96,7 +96,7 @@ def transpose_groups(index: Tensor, blocks: int, pack: int) -> tuple[Tensor, Ten
     return pointer.int(), compact(pair % rows).int(), bits
 
 
-LONGEST = 4096  # queries that one program reads, unless lists are longer on the average
+LONGEST = 4096  # queries that one program reads, unless lists are longer on average
 
 
 class Parts(NamedTuple):

@@ -110,7 +110,7 @@ def block_topk(
         )
     limit = too_wide(128, q)
     if min(s, p.candidates) > LONGEST:
-        limit = f"got s = {s}; give at most {LONGEST}, or use 'auto'"
+        limit = f"got s = {s}; give at most {LONGEST}"
     return _op(p._replace(backend=choose(backend, q.device, q.dtype, limit)))
 
 

@@ -102,7 +102,7 @@ def grouped_attention(
         weight = weight.detach()
     limit = too_wide(128, q, v)
     if k_block > LONGEST:
-        limit = f"got key blocks of {k_block} tokens; give at most {LONGEST}, or use 'auto'"
+        limit = f"got key blocks of {k_block} tokens; give at most {LONGEST}"
     chosen = choose(backend, q.device, q.dtype, limit)
     return Problem(
         q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen

@@ -61,6 +61,8 @@ def softplus_attention(
     check_attention(q, k, v.to(q.dtype) if v.is_floating_point() else v, causal)
     if q.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"q: got {q.dtype}; give float32 or float64, v may be of half precision")
+    if v.dtype not in (q.dtype, torch.float16, torch.bfloat16):
+        raise ValueError(f"v: got {v.dtype}; give {q.dtype}, as q has, or half precision")
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} heads for {q.shape[1]}; give one for each of q")
     check_positive(power=power)
