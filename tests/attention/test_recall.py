@@ -94,6 +94,8 @@ CASES = [  # name, options, grid, prefix, causal, sides of query and key blocks,
     ("hip", {"keep": 12, "block": 4}, (39,), 1, True, 4, 4, 3, "own"),
     ("infllm_v2", {**INFLLM, "block": 2, "selected": 4, "local": 0}, (5, 7), 1, False, 2, 2, 4, "own"),
     ("infllm_v2", {**INFLLM, "block": 3, "selected": 5}, (22,), 2, True, 1, 3, 5, "first"),
+    ("landmark", {"block": 2, "selected": 3}, (5, 7), 1, False, 2, 2, 3, "own"),
+    ("landmark", {"block": 3, "selected": 4}, (22,), 2, True, 1, 3, 4, "own"),
     ("llsa", {"block": 2, "selected": 3, "levels": 2, "enrich": False}, (5, 7), 1, False, 2, 2, 3, "none"),
     ("llsa", {"block": 2, "selected": 3, "levels": 2, "enrich": False}, (19,), 2, True, 2, 2, 3, "own"),
     ("nsa", {**NSA, "block": 2, "selected": 3}, (5, 7), 1, False, 2, 2, 3, "own"),
@@ -123,6 +125,7 @@ def test_it_is_what_loops_over_blocks_and_heads_find(case, forced, key_heads):
 EVERY = [
     ("hip", {"keep": 44, "block": 4, "window": 9}),
     ("infllm_v2", {**INFLLM, "block": 2, "selected": 12}),
+    ("landmark", {"block": 2, "selected": 12}),
     ("llsa", {"block": 2, "selected": 12}),
     ("nsa", {**NSA, "block": 2, "selected": 12}),
 ]
@@ -136,7 +139,7 @@ def test_of_everything_chosen_it_is_1(name, options, forced):
     assert torch.allclose(found.mass, torch.ones_like(found.mass))
 
 
-@pytest.mark.parametrize("name, options", [("hip", {}), ("infllm_v2", {})])
+@pytest.mark.parametrize("name, options", [("hip", {}), ("infllm_v2", {}), ("landmark", {})])
 def test_where_the_layer_is_dense_it_is_1(name, options):
     found = recall_of(made(name, **options), inputs((5, 7), 1))
     assert (found.blocks == 1).all() and (found.mass == 1).all()
@@ -145,6 +148,7 @@ def test_where_the_layer_is_dense_it_is_1(name, options):
 EXACT = [
     ("hip", {"keep": 20, "block": 4}),
     ("infllm_v2", {"dense_below": 0, "block": 2, "stride": 2, "kernel": 2, "selected": 5, "local": 0}),
+    ("landmark", {"block": 2, "selected": 5}),
     ("llsa", {"block": 2, "selected": 5, "levels": 1}),
     ("nsa", {**NSA, "block": 2, "selected": 5}),
     ("nsa", {**NSA, "block": 2, "selected": 5, "forced": False}),

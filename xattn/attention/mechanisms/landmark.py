@@ -25,6 +25,7 @@ from xattn.attention.operators.patterns import prefix_piece
 from xattn.attention.operators.pooled_blocks import PooledBlocks, pooled_blocks
 from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
 from xattn.attention.plans import planned
+from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Rule, Segment, select
 from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.softmax.reference import widen
@@ -118,6 +119,17 @@ class Landmark(Mechanism):
             operator.selection = q.shape[2] * marks.shape[2] / 2
         return operator
 
+    def choice(self, inputs: Inputs) -> Choice | None:
+        """By the weight of the landmarks; None where all blocks are read."""
+        if self.selected is None:
+            return None
+        layout, prefix = self._layout(inputs), inputs.prefix
+        q, k, order = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:], layout.blocks.order
+        if order is not None:
+            q, k = order.apply(q), order.apply(k)
+        chosen = self._choose(inputs, layout, q, self.marks(inputs, layout, k))
+        return Choice(chosen, order, layout.blocks.forced[..., :1])
+
     def marks(self, inputs: Inputs, layout: Layout, k: Tensor) -> Tensor:
         """The landmarks' keys, (B, H, M, D), for keys in the order of the blocks."""
         block, count = layout.blocks.k_block, layout.blocks.count
@@ -137,6 +149,13 @@ class Landmark(Mechanism):
         """The other blocks that each block of queries reads; None if there are none."""
         if layout.others is None or self.selected is None:
             return layout.others
+        chosen = self._choose(inputs, layout, q, marks)
+        # Forced blocks come first.
+        return Blocks(chosen.index[..., 1:].contiguous(), chosen.q_block, chosen.k_block)
+
+    def _choose(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks:
+        """The blocks whose landmarks weigh most, the query's own first."""
+        assert self.selected is not None
         blocks = layout.blocks
         s = min(self.selected, blocks.count)
         own = blocks.forced[..., :1].contiguous()
@@ -144,8 +163,7 @@ class Landmark(Mechanism):
             q, marks, s, q_block=blocks.q_block, k_block=blocks.k_block, softmax=True, forced=own,
             visible=blocks.visible, scale=inputs.scale, backend=self.backend,
         )  # fmt: skip
-        # Forced blocks come first.
-        return Blocks(chosen.index[..., 1:].contiguous(), blocks.q_block, blocks.k_block)
+        return chosen
 
     def _prefix_piece(self, inputs: Inputs, layout: Layout, gated: Segment) -> Piece:
         """Prefix tokens have one another at hand, and weigh all blocks; causal, they see no block."""
