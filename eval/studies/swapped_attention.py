@@ -60,7 +60,7 @@ class RandomBlocks(Mechanism):
     def operator(self, inputs: Inputs) -> Operator:
         assert inputs.grid is not None
         blocks = pooled_blocks(
-            inputs.grid, self.block, self.block, self.block, inputs.prefix, False, inputs.q.device
+            inputs.grid, self.block, self.block, self.block, inputs.prefix, device=inputs.q.device
         )
         count = blocks.count
         generator = torch.Generator().manual_seed(self.seed)

@@ -91,7 +91,8 @@ def test_kernels_are_those_that_run():
     assert described("softmax").kernels == ("softmax",)
     assert "block_sparse" in described("gna").kernels
     assert {"block_topk", "block_sparse", "softmax"} <= set(described("nsa").kernels)
-    assert "causal_product (PyTorch)" in described("hedgehog").kernels
+    assert "causal_product" in described("hedgehog").kernels
+    assert "flows (PyTorch)" in described("flow").kernels
 
 
 @pytest.mark.parametrize("kind", ADDS)
