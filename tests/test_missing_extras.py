@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """As if ``package`` were not installed."""
+    pyarrow.array(np.zeros(1))  # it looks for pandas once, and does not expect a None there
     for name in list(sys.modules):
         if name.startswith(f"{package}."):
             monkeypatch.setitem(sys.modules, name, None)
