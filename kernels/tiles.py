@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn.kernels.softmax.reference import row_by_row
+
 
 @triton.jit
 def place(tiles, LAST_FIRST: tl.constexpr = False):
@@ -92,6 +94,18 @@ def list_end(blocks, count):
 
 
 @triton.jit
+def list_part(pointer, part, unit, LONGEST, SPLIT: tl.constexpr):
+    """Where the list of a ``unit`` begins, by the pointers to the lists, and how many entries it has; with
+    SPLIT of one of its parts, whose number is at ``part``."""
+    begin = tl.load(pointer + unit)
+    count = tl.load(pointer + unit + 1) - begin
+    if SPLIT:
+        before = tl.load(part) * LONGEST
+        begin, count = begin + before, tl.minimum(count - before, LONGEST)
+    return begin, count
+
+
+@triton.jit
 def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
     """What a program works on, if ``HEADS`` heads with one list share the rows of a tile.
 
@@ -158,7 +172,7 @@ DELTA = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 def delta(grad: Tensor, grad_lse: Tensor | None, o: Tensor) -> Tensor:
     """rowsum(dO o O) - dlse, (B, H, N) in float32, in one pass over (B, H, N, Dv)."""
-    grad, o = grad if grad.stride(-1) == 1 else grad.contiguous(), o.contiguous()
+    grad, o = row_by_row(grad), o.contiguous()
     minus = o if grad_lse is None else grad_lse.contiguous()
     (batch, heads, n, width), d = o.shape, o.new_empty(o.shape[:3], dtype=torch.float32)
     delta_kernel[(triton.cdiv(n, DELTA["ROWS"]) * batch * heads,)](

@@ -280,7 +280,7 @@ def _gains(found: Cells, dense: Cells) -> Cells:
 def _published(here: Machine, find: Find) -> Rows:
     """The papers' settings beside dense attention, and beside other libraries where they are installed."""
     for setting in published.SETTINGS:
-        for what in (published.DENSE, published.OURS, *published.others(setting)):
+        for what in (attention.DENSE, published.OURS, *published.others(setting)):
             row = f"{setting.mechanism}; {what}"
             yield row, partial(_setting, here, find, setting, what)
     yield "efficient_probe; multi-head", partial(_probe, here)
@@ -291,7 +291,7 @@ def _setting(here: Machine, find: Find, setting: published.Setting, what: str) -
     found: Cells = {"tokens": " x ".join(map(str, s.grid))}
     found["heads"] = f"{s.heads} of {s.width}, {s.kv_heads} of keys"
     found |= here.both_ms(published.layer_of(s, here.device, here.dtype).jobs(what))
-    found |= _gains(found, find("published", f"{setting.mechanism}; {published.DENSE}"))
+    found |= _gains(found, find("published", f"{setting.mechanism}; {attention.DENSE}"))
     if what == published.OURS:
         found |= {f"{x} published": getattr(s, x) for x in PASSES if getattr(s, x)}
         found["options"] = ", ".join(f"{key}={value}" for key, value in s.options.items())
@@ -344,7 +344,7 @@ def _ratios(here: Machine, options: Cells) -> Cells:
 
 
 class Given:
-    """Maps that need no forward pass, so that the metric alone is timed."""
+    """Smooth maps that need no forward pass, one for every image, so that the metric alone is timed."""
 
     is_mask, forwards = False, 0
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.attention import create_mechanism, mechanism_class
+from xattn.eval.bench.attention import DENSE
 from xattn.kernels.block_sparse.box import causal, neighbourhood
 from xattn.runtime.measuring import Job, forward_and_both
 
-DENSE, OURS = "dense (SDPA)", "xattn"
+OURS = "xattn"
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _heads_last(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return run(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-EVERY = ("nsa", "infllm_v2", "llsa", "dma", "gna", "agent", "hip")
+EVERY = tuple(setting.mechanism for setting in SETTINGS)
 # By the module: what makes a run of it, and the mechanisms that it stands beside.
 OTHERS: dict[str, tuple[Callable[[Layer], Run], tuple[str, ...]]] = {
     "flash_attn": (_flash, EVERY),

@@ -22,6 +22,7 @@ from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.tiles import (
     delta,
     list_end,
+    list_part,
     list_tokens,
     load_lse,
     load_rows,
@@ -195,11 +196,8 @@ def dkv_kernel(
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
         own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
-        begin = tl.load(pointer_ptr + own_list * (M + 1) + unit)
-        count = tl.load(pointer_ptr + own_list * (M + 1) + unit + 1) - begin
-        if SPLIT:
-            before = tl.load(part_ptr + line * C + own) * LONGEST
-            begin, count = begin + before, tl.minimum(count - before, LONGEST)
+        pointer, part = pointer_ptr + own_list * (M + 1), part_ptr + line * C + own
+        begin, count = list_part(pointer, part, unit, LONGEST, SPLIT)
         queries, sets = queries_ptr + own_list * L + begin, bits_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
@@ -418,6 +416,7 @@ def strides_of(
     index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None
 ) -> tuple[int, ...]:
     """Strides to the next batch and head of the lists and of the bias; 0 if one serves all."""
-    steps = [*list_strides] + ([0, 0] if bias is None else list(bias.contiguous().stride()[:2]))
+    heads, keys = (1, 1) if bias is None else bias.shape[1:]
+    steps = *list_strides, heads * keys, keys
     sizes = (*index.shape[:2], *((1, 1) if bias is None else bias.shape[:2]))
     return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

@@ -44,7 +44,7 @@ def _products(
 
 @triton.jit
 def lse_kernel(
-    q_ptr, k_ptr, visible_ptr, lse_ptr, H, N, C, scale,
+    q_ptr, k_ptr, visible_ptr, lse_ptr, N, C, scale,
     GROUP: tl.constexpr, Q_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_VISIBLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     elif p.softmax:
         options = _lse_options(shapes, q)
         lse_kernel[(triton.cdiv(n, options["ROWS"]) * q.shape[0] * heads,)](
-            q, k, passed[2], lse, heads, n, c, p.scale, HAS_VISIBLE=p.visible is not None, **options
+            q, k, passed[2], lse, n, c, p.scale, HAS_VISIBLE=p.visible is not None, **options
         )
     ratio = rows if p.within is None else -(-rows // p.within.shape[2])
     tiles = -(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"])

@@ -23,6 +23,7 @@ from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.tiles import (
     delta,
     list_end,
+    list_part,
     list_tokens,
     load_lse,
     load_rows,
@@ -180,11 +181,8 @@ def dkv_kernel(
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
         own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
-        begin = tl.load(pointer_ptr + own_list * (M + 1) + unit)
-        count = tl.load(pointer_ptr + own_list * (M + 1) + unit + 1) - begin
-        if SPLIT:
-            before = tl.load(part_ptr + line * C + own) * LONGEST
-            begin, count = begin + before, tl.minimum(count - before, LONGEST)
+        pointer, part = pointer_ptr + own_list * (M + 1), part_ptr + line * C + own
+        begin, count = list_part(pointer, part, unit, LONGEST, SPLIT)
         queries = queries_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from xattn.kernels.backend import tile_entries
 from xattn.kernels.softmax import reference
-from xattn.kernels.softmax.reference import Problem, delta, per_key_head, per_query_head, widen
+from xattn.kernels.softmax.reference import (
+    Problem,
+    delta,
+    per_key_head,
+    per_query_head,
+    row_by_row,
+    widen,
+)
 
 TILE = 2**20  # scores in a tile of rows, over batch and heads: 4 MB in float32
 
@@ -125,7 +132,7 @@ def _fused(p: Problem) -> tuple[Tensor, Tensor] | None:
     op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if op is None or p.q.device.type != "cpu":
         return None
-    q, k, v = (_last_contiguous(x) for x in _equally_wide(p.q, p.k, p.v))
+    q, k, v = (row_by_row(x) for x in _equally_wide(p.q, p.k, p.v))
     mask = _mask(p.q, p.k, p.bias)
     try:
         o, lse = op(q, k, v, 0.0, p.causal, attn_mask=mask, scale=p.scale)
@@ -157,7 +164,7 @@ def _fused_backward(
         q, k = F.pad(q, (0, 1), value=1 / p.scale), torch.cat([k, column], -1)
     else:
         mask = _mask(q, k, bias)
-    q, k, v, g, o = (_last_contiguous(x) for x in _equally_wide(q, k, p.v, grad.to(q.dtype), o))
+    q, k, v, g, o = (row_by_row(x) for x in _equally_wide(q, k, p.v, grad.to(q.dtype), o))
     try:
         dq, dk, dv = op(g, q, k, v, o, lse, 0.0, p.causal, attn_mask=mask, scale=p.scale)
     except (RuntimeError, TypeError):
@@ -172,7 +179,7 @@ def _mask(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     shape = torch.broadcast_shapes(bias.shape, (1, 1, q.shape[-2], k.shape[-2]))
-    return _last_contiguous(bias.to(q.dtype)).expand(shape)
+    return row_by_row(bias.to(q.dtype)).expand(shape)
 
 
 def _equally_wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -181,8 +188,3 @@ def _equally_wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     if min(widths) == max(widths):
         return tensors
     return tuple(F.pad(x, (0, max(widths) - x.shape[-1])) for x in tensors)
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """The fused kernels read the last dimension as if it were contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()

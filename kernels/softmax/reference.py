@@ -111,6 +111,11 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def row_by_row(x: Tensor) -> Tensor:
+    """``x`` with the elements of a row side by side, as kernels read it; rows lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

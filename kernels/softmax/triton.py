@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.softmax.reference import Problem, reduce_to
+from xattn.kernels.softmax.reference import Problem, reduce_to, row_by_row
 from xattn.kernels.tiles import (
     DELTA,
     delta,
@@ -358,11 +358,6 @@ def backward(
     if bias_grad and p.bias is not None:
         found["bias"] = reduce_to(ds if full else db, p.bias)
     return found
-
-
-def row_by_row(x: Tensor) -> Tensor:
-    """``x`` with the elements of a row side by side, as kernels read it; rows lie anywhere."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _units(*tensors: Tensor) -> tuple[int, list[int]]:

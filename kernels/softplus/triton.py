@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softplus.reference import FLAT, OPEN, Problem, is_plain
-from xattn.kernels.tiles import load_tile, padded, place, store_tile
+from xattn.kernels.tiles import delta, load_tile, padded, place, store_tile
 
 # (kernel, half precision, wider than 64): rows and columns of a tile, warps, stages.
 TILES = {
@@ -263,7 +263,7 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     o, statistics = outputs
-    inner = (grads[0].float() * o.float()).sum(-1)
+    inner = delta(grads[0], None, o)
     q, k, v, g = (x.contiguous() for x in (p.q, p.k, p.v, grads[0].to(p.v.dtype)))
     dq, dk, dv, c = (torch.empty_like(x) for x in (q, k, v, inner))
     n, s, heads = q.shape[2], k.shape[2], q.shape[0] * q.shape[1]

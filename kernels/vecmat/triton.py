@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
+from xattn.kernels.softmax.reference import row_by_row
 from xattn.kernels.softmax.triton import (
     sizes,
     transposed_scores,
@@ -87,7 +88,7 @@ def vecmat_kernel(
 def forward(p: Problem) -> tuple[Tensor]:
     q, k = (x.contiguous() for x in (p.q, p.k))
     v, g = (None if x is None else x.contiguous() for x in (p.v, p.grad))
-    lse, r = p.lse.contiguous(), p.r if p.r.stride(-1) == 1 else p.r.contiguous()
+    lse, r = p.lse.contiguous(), row_by_row(p.r)
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
     bias, strides = with_strides(p.bias, q, k)
     width_v = 0 if v is None else v.shape[3]

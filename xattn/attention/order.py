@@ -20,10 +20,12 @@ from xattn.attention.inputs import on_cpu
 
 
 class Rows(NamedTuple):
-    """Which rows to take: their numbers, 0 for none, and where there is none; None: nowhere."""
+    """Which rows to take."""
 
     at: Tensor
+    """Their numbers; any where none is taken."""
     none: Tensor | None
+    """bool, where none is taken; None if that is nowhere."""
 
     @classmethod
     def of(cls, index: Tensor) -> Rows:
@@ -43,11 +45,13 @@ class Order:
     index: Tensor
     inverse: Tensor
     forth: Rows = field(init=False)
-    back: Rows = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forth", Rows.of(self.index))
-        object.__setattr__(self, "back", Rows(self.inverse, None))
+
+    @property
+    def back(self) -> Rows:
+        return Rows(self.inverse, None)
 
     @property
     def padding(self) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone, load_backbone
+from xattn.eval.bench.gpu import Given
 from xattn.eval.evaluation.engine import evaluate
 from xattn.eval.fills.imputation import impute
 from xattn.eval.functional import quantile, saliency
@@ -32,15 +33,6 @@ from xattn.runtime.measuring import Job, keep_rounds, median_ratio, times
 from xattn.runtime.process import keep_memory
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-
-
-class Given:
-    """Smooth maps that need no forward pass, a different one for every image."""
-
-    is_mask, forwards = False, 0
-
-    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
-        return torch.nn.functional.avg_pool2d(inputs.mean(1, keepdim=True), 32)
 
 
 def photos_like(backbone: Backbone, count: int) -> Tensor:
@@ -192,7 +184,8 @@ from xattn.runtime.process import keep_memory
 from xattn.backbone import load_backbone
 from xattn.runtime.distributed import leave, processes
 from xattn.eval.evaluation.engine import evaluate
-from xattn.eval.studies.benches.fidelity import Given, photos_like
+from xattn.eval.bench.gpu import Given
+from xattn.eval.studies.benches.fidelity import photos_like
 from xattn.eval.metrics import create_metric
 
 name, count, steps, explainers = sys.argv[1], *map(int, sys.argv[2:5])

@@ -88,10 +88,8 @@ class Landmark(Mechanism):
 
     def operator(self, inputs: Inputs) -> Operator:
         layout, prefix = self._layout(inputs), inputs.prefix
-        q, k, order = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:], layout.blocks.order
-        if order is not None:
-            q, k = order.apply(q), order.apply(k)
-        marks = self.marks(inputs, layout, k)
+        order = layout.blocks.order
+        q, k, marks = self._tokens(inputs, layout)
         weight = None if self.landmark == "last" else layout.counts.to(q.dtype)
         bias = None if layout.hidden is None else layout.hidden.to(q.dtype)[None, None]
         gated = Segment(k, bias=bias, marks=marks, weight=weight)
@@ -123,12 +121,21 @@ class Landmark(Mechanism):
         """By the weight of the landmarks; None where all blocks are read."""
         if self.selected is None:
             return None
-        layout, prefix = self._layout(inputs), inputs.prefix
-        q, k, order = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:], layout.blocks.order
+        layout = self._layout(inputs)
+        q, _, marks = self._tokens(inputs, layout)
+        chosen = self._choose(inputs, layout, q, marks)
+        return Choice(chosen, layout.blocks.order, layout.blocks.forced[..., :1])
+
+    def _tokens(self, inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys behind the prefix, in the order of the blocks, and the landmarks' keys."""
+        q, k, order = (
+            inputs.q[:, :, inputs.prefix :],
+            inputs.k[:, :, inputs.prefix :],
+            layout.blocks.order,
+        )
         if order is not None:
             q, k = order.apply(q), order.apply(k)
-        chosen = self._choose(inputs, layout, q, self.marks(inputs, layout, k))
-        return Choice(chosen, order, layout.blocks.forced[..., :1])
+        return q, k, self.marks(inputs, layout, k)
 
     def marks(self, inputs: Inputs, layout: Layout, k: Tensor) -> Tensor:
         """The landmarks' keys, (B, H, M, D), for keys in the order of the blocks."""

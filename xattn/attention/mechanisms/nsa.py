@@ -170,9 +170,8 @@ class NSA(Mechanism):
         read = blocks.read(inputs, keys, backend=self.backend)
         compressed = CompressedOperator([read, values], causal=inputs.causal)
         pooled, lse = keys[:, :, inputs.prefix :], None
-        if (
-            inputs.causal and not inputs.prefix
-        ):  # with prefix tokens the choice has a softmax of its own
+        # With prefix tokens the choice has a softmax of its own.
+        if inputs.causal and not inputs.prefix:
             output, lse = read.attend(values.matvec(inputs.v))  # type: ignore[attr-defined]
             compressed.known = inputs.v, output
         chosen = self._choose(inputs, blocks, pooled, lse)
@@ -207,13 +206,9 @@ class NSA(Mechanism):
     def _choose(
         self, inputs: Inputs, blocks: PooledBlocks, pooled: Tensor, lse: Tensor | None = None
     ) -> Blocks:
+        lse = None if lse is None else lse.detach()
         return blocks.choose(
-            inputs,
-            pooled,
-            self.selected,
-            forced=self.forced,
-            lse=None if lse is None else lse.detach(),
-            backend=self.backend,
+            inputs, pooled, self.selected, forced=self.forced, lse=lse, backend=self.backend
         )
 
     def check(self, inputs: Inputs) -> None:

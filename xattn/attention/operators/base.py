@@ -202,7 +202,27 @@ def check_heads(heads: str) -> bool:
     return heads == "mean"
 
 
-class SoftmaxOperator(Operator):
+class AnsweringOperator(Operator):
+    """One that may hold the answer to the next products with one very tensor: for mechanisms that need A V
+    before they know what A becomes. Copies do not hold it."""
+
+    _answer: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, x: Tensor, y: Tensor) -> None:
+        """Answer products with ``x`` by ``y``."""
+        self._answer = x, y
+
+    def held(self, x: Tensor) -> Tensor | None:
+        """The answer to a product with ``x``, if that is the tensor."""
+        return self._answer[1] if self._answer is not None and self._answer[0] is x else None
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
+        made = copy.copy(self)
+        made._answer = None
+        return Operator.apply(made, change)
+
+
+class SoftmaxOperator(AnsweringOperator):
     """Dense softmax attention, A = exp(scale q k^T + bias - lse), recomputed on demand.
 
     Args:
@@ -237,7 +257,6 @@ class SoftmaxOperator(Operator):
         self._fused = backend == "auto" and fixed
         self.shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         self._lse = lse
-        self._answer: tuple[Tensor, Tensor] | None = None
 
     @property
     def lse(self) -> Tensor:
@@ -259,20 +278,14 @@ class SoftmaxOperator(Operator):
         )
 
     def answer(self, v: Tensor) -> Tensor:
-        """A V, which also answers the next products with this very tensor ``v``, and the log-sum-exp
-        kept, with their graph: for mechanisms that need it before they know what A becomes."""
+        """A V, held as an answer, and the log-sum-exp kept, with their graph."""
         y, self._lse = self.attend(v)
-        self._answer = v, y
+        self.hold(v, y)
         return y
 
-    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
-        made = copy.copy(self)
-        made._answer = None
-        return Operator.apply(made, change)
-
     def matvec(self, x: Tensor) -> Tensor:
-        if self._answer is not None and self._answer[0] is x:
-            return self._answer[1]
+        if (known := self.held(x)) is not None:
+            return known
         uneven = x.shape[-1] != self.q.shape[-1] and on_cpu(x)
         if not self._fused or uneven:  # PyTorch's own would store N x S numbers there
             return self.attend(x)[0]
@@ -281,8 +294,8 @@ class SoftmaxOperator(Operator):
         )
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        if self._answer is not None and self._answer[0] is x:
-            return self._answer[1]
+        if (known := self.held(x)) is not None:
+            return known
         y, self._lse = self.attend(x)
         return y
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Self
 
 from xattn.attention.inputs import spread_heads, to_heads
-from xattn.attention.operators.base import Operator, products
+from xattn.attention.operators.base import AnsweringOperator, products
 from xattn.attention.operators.lowering import attend, attend_output
 from xattn.attention.order import Order, take_rows
 from xattn.attention.selection import Segment, visible
@@ -40,7 +38,7 @@ class Piece:
     columns: tuple[Tensor | range | Ordered, ...]
 
 
-class SegmentsOperator(Operator):
+class SegmentsOperator(AnsweringOperator):
     """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
 
     Args:
@@ -72,7 +70,6 @@ class SegmentsOperator(Operator):
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.backend = backend
         self._order, self._every_row = order, every_row
-        self._answer: tuple[Tensor, Tensor] | None = None
         last = self.pieces[-1].q.shape[2] if order is None else len(order.inverse)
         queries = sum(p.q.shape[2] for p in self.pieces[:-1]) + last
         self.shape = (q.shape[0], q.shape[1], queries, keys)
@@ -94,20 +91,14 @@ class SegmentsOperator(Operator):
         return total
 
     def answer(self, v: Tensor) -> Tensor:
-        """The log-sum-exp; A V is kept as the answer to the next products with this very tensor ``v``."""
+        """The log-sum-exp; A V is held as an answer."""
         y, lse = self.attend(v)
-        self._answer = v, y
+        self.hold(v, y)
         return lse
 
-    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
-        made = copy.copy(self)
-        made._answer = None
-        return Operator.apply(made, change)
-
     def matvec(self, x: Tensor) -> Tensor:
-        if self._answer is not None and self._answer[0] is x:
-            return self._answer[1]
-        return self._matvec(x)
+        known = self.held(x)
+        return self._matvec(x) if known is None else known
 
     def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
         """:meth:`matvec` of rows that come in parts, one for each range among the ``columns``."""
