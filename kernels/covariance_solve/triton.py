@@ -22,8 +22,8 @@ from xattn.kernels.covariance_solve.reference import Problem, warn_of
 from xattn.kernels.softmax.reference import widen
 from xattn.kernels.tiles import load_tile, padded, place, softmax_weights, store_tile
 
-# Padded width: rows and columns of a tile, warps, stages. No spills on sm_80 and sm_90, see
-# compile_cases; not timed on a GPU.
+# Padded width: rows and columns of a tile, warps, stages; not timed on a GPU. At a width of 128 "solve" and
+# "rows" spill on sm_80, see docs/results/gpu-kernels.md.
 TILES = {
     "solve": {16: (32, 32, 4, 2), 32: (16, 32, 4, 1), 64: (16, 32, 4, 1), 128: (16, 16, 8, 1)},
     "rows": {16: (32, 32, 8, 2), 32: (16, 32, 4, 1), 64: (16, 64, 8, 2), 128: (16, 16, 8, 2)},
