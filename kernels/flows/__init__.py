@@ -45,7 +45,8 @@ def flows(
         q: Q (B, H, N, D); ``k``: K (B, H, S, D), of one dtype and device, not negative.
         added: to every flow, in its inverse as well.
         causal: sum over tokens 0 to i; needs N = S.
-        backend: "reference", or "cpu", which is plain PyTorch and runs on every device; "auto" is "cpu".
+        backend: see :func:`xattn.kernels.backend.choose`; "triton" is for causal calls alone, whose sums
+            are then those of :mod:`xattn.kernels.causal_product`. The others are plain PyTorch everywhere.
 
     Returns:
         I, I' and O', with gradients of first and second order. Both passes take O(N D) memory.
@@ -56,30 +57,37 @@ def flows(
     check_attention(q, k, causal=causal)
     if k.shape[1] != q.shape[1]:
         raise ValueError(f"k: got {k.shape[1]} heads; give {q.shape[1]}, as many as q")
+    if causal:
+        of = CAUSAL[choose(backend, q.device, q.dtype)]
+        with own_precision(q):
+            return Flows(*of(widen(q), widen(k), added))
     if backend == "triton":
-        raise ValueError("backend: got 'triton'; flows have 'auto', 'cpu' and 'reference'")
+        raise ValueError("backend: got 'triton'; bidirectional flows have no kernel, give 'auto'")
     backend = "cpu" if backend == "auto" else choose(backend, q.device)
-    if backend == "cpu" and not causal:
+    if backend == "cpu":
         return Flows(*_op(Problem(q, k, added, backend)))
     with own_precision(q):
-        if backend == "reference":
-            of = reference.causal_flows if causal else reference.flows
-        else:
-            of = prefix.causal_flows
-        return Flows(*of(widen(q), widen(k), added))
+        return Flows(*reference.flows(widen(q), widen(k), added))
+
+
+CAUSAL = {
+    "reference": reference.causal_flows,
+    "cpu": prefix.causal_flows,
+    "triton": prefix.causal_flows_by_products,
+}
 
 
 def _empty(p: Problem) -> Sequence[Tensor]:
     q, k = (widen(x.new_empty(x.shape[:3])) for x in (p.q, p.k))
-    totals = q.new_empty(*q.shape[:2], 4, p.q.shape[3])
-    return q, torch.empty_like(q), k, torch.empty_like(k), totals
+    totals = q.new_empty(*q.shape[:2], 2, p.q.shape[3])
+    return q, torch.empty_like(q), k, torch.empty_like(k), totals, torch.empty_like(totals)
 
 
 _op: Any = register(
     "flows",
     Problem,
     outputs=("incoming", "refined", "conserved"),
-    kept=("outgoing", "totals"),
+    kept=("outgoing", "totals", "shares"),
     empty=_empty,
     gradients=("q", "k"),
     second=cpu.second,

@@ -1,6 +1,6 @@
-"""Causal flows chunk by chunk, in plain differentiable torch.
+"""Causal flows chunk by chunk, in plain differentiable torch, or by causal products of few launches.
 
-Products within a chunk are made once and serve the flows of either direction; sums over all earlier
+In chunks, products are made once and serve the flows of either direction; sums over all earlier
 chunks are carried along.
 """
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.causal_product import causal_product
 from xattn.kernels.flows.reference import EPS
 
 CHUNK = 32  # tokens
@@ -24,6 +25,20 @@ def causal_flows(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Te
     refined = sums.into_queries(count / outgoing) / count
     conserved = sums.out_of_keys(count / incoming) / count
     return incoming, refined, conserved
+
+
+def causal_flows_by_products(q: Tensor, k: Tensor, added: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by Triton kernels; the flows of both directions are two halves of one batch."""
+    left, right = torch.stack([q, k]) + EPS, torch.stack([k, q])
+    own = left.sum(-1) * EPS + added
+
+    def into(weight: Tensor) -> Tensor:
+        return causal_product(left, right, weight[..., None], backend="triton")[..., 0] + own
+
+    count = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=q.dtype)
+    flow = into(torch.ones_like(own))
+    refined, conserved = into((count / flow).flip(0)) / count
+    return flow[0], refined, conserved
 
 
 class _PrefixSums:

@@ -20,14 +20,13 @@ from xattn.kernels.softmax.reference import widen
 
 
 def forward(p: Problem) -> tuple[Tensor, ...]:
-    """I, I', O', and what the backward pass keeps: O, and T, T*, U, U* as (B, H, 4, D)."""
+    """I, I', O', and what the backward pass keeps: O, then T with T* and U with U*, (B, H, 2, D)."""
     q, k = widen(p.q), widen(p.k)
-    keys, queries = (x.sum(-2, keepdim=True) + EPS for x in (k, q))
-    incoming, outgoing = _flow(q, keys, p.added), _flow(k, queries, p.added)
-    shared = (1 / outgoing)[..., None, :] @ k + EPS
-    taken = (1 / incoming)[..., None, :] @ q + EPS
-    refined, conserved = _flow(q, shared, p.added), _flow(k, taken, p.added)
-    return incoming, refined, conserved, outgoing, torch.cat([keys, queries, shared, taken], -2)
+    totals = torch.cat([k.sum(-2, keepdim=True), q.sum(-2, keepdim=True)], -2) + EPS
+    incoming, outgoing = _flows(q, k, totals, p.added)
+    weights = outgoing.reciprocal()[..., None, :], incoming.reciprocal()[..., None, :]
+    shares = torch.cat([weights[0] @ k, weights[1] @ q], -2) + EPS
+    return incoming, *_flows(q, k, shares, p.added), outgoing, totals, shares
 
 
 def backward(
@@ -37,8 +36,8 @@ def backward(
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     q, k = widen(p.q), widen(p.k)
-    incoming, refined, conserved, outgoing, totals = outputs
-    keys, queries, shared, taken = totals.split(1, -2)
+    incoming, refined, conserved, outgoing, totals, shares = outputs
+    (keys, queries), (shared, taken) = totals.split(1, -2), shares.split(1, -2)
     given = [
         torch.zeros_like(y) if g is None else g
         for y, g in zip((incoming, refined, conserved), grads, strict=True)
@@ -65,9 +64,12 @@ def second(
     return backward(p, forward(p), grads, wanted)
 
 
-def _flow(x: Tensor, total: Tensor, added: float) -> Tensor:
-    """(x + e) . total, (B, H, N), for x (B, H, N, D) and total (B, H, 1, D), which has its e."""
-    return _dot(x, total) + (EPS * total.sum(-1) + added)
+def _flows(q: Tensor, k: Tensor, totals: Tensor, added: float) -> tuple[Tensor, Tensor]:
+    """(Q + e) . T_0, (B, H, N), and (K + e) . T_1, (B, H, S), for T (B, H, 2, D), which has its e."""
+    own = EPS * totals.sum(-1, keepdim=True)
+    own = own + added if added else own
+    (into, out), (here, there) = totals.split(1, -2), own.unbind(-2)
+    return _dot(q, into) + here, _dot(k, out) + there
 
 
 def _dot(x: Tensor, total: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from xattn.kernels.backend import HAS_TRITON
 from xattn.kernels.flows import flows, reference
 from xattn.runtime.measuring import peak_memory
 
@@ -51,6 +52,19 @@ def test_flows_are_those_of_the_definition(n, s, causal, backend, added):
     found = flows(q, k, added=added, causal=causal, backend=backend)
     for flow, exact in zip(found, defined(q, k, added, causal), strict=True):
         assert torch.allclose(flow, exact)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("added", [0.0, 1e-2])
+@pytest.mark.parametrize("n", [1, 33, 150])
+def test_causal_flows_by_kernels_are_those_of_the_definition(n, added):
+    def run(dtype, backend):
+        leaves = [x.to(dtype).requires_grad_() for x in features(n, n)]
+        found = flows(*leaves, added=added, causal=True, backend=backend)
+        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), leaves)]
+
+    for x, true in zip(run(torch.float32, "triton"), run(torch.float64, "reference"), strict=True):
+        assert (x.double() - true).abs().max() <= 1e-5 * true.abs().max()
 
 
 @pytest.mark.parametrize("n, s", [(5, 5), (40, 40), (1, 1), (3, 70)])

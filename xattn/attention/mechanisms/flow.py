@@ -23,7 +23,7 @@ from xattn.attention.operators.algebra import ColumnsOperator, GatedOperator, Lo
 from xattn.attention.operators.base import Operator
 from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
 from xattn.kernels.backend import own_precision
-from xattn.kernels.flows import Flows, flows
+from xattn.kernels.flows import flows
 from xattn.kernels.softmax.reference import widen
 
 EPS = {"core": 0.0, "vision": 1e-6}  # by eps_style, added to every flow
@@ -82,10 +82,11 @@ class Flow(Mechanism):
             # expit, because attn_lrp takes sigmoid for a gate, and these are features
             q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
             k = torch.special.expit(widen(inputs.k))
-            backend = "auto" if self.backend == "triton" else self.backend  # flows have no kernel
-            added = EPS[self.eps_style]
+            bare = self.backend == "triton" and not inputs.causal  # these flows have no kernel
+            backend, added = "auto" if bare else self.backend, EPS[self.eps_style]
             found = flows(q, k, added=added, causal=inputs.causal, backend=backend)
-            shares = self.shares(found, inputs.causal)
+            clamped = found.conserved if self.clamp is None else found.conserved.clamp(*self.clamp)
+            shares = self.shares(found.refined, clamped, inputs.causal)
         scores: Operator
         right = k.transpose(-2, -1)
         if inputs.causal:
@@ -95,26 +96,19 @@ class Flow(Mechanism):
         won = ColumnsOperator(scores, shares.competition)
         operator = GatedOperator(won, shares.allocation / found.incoming, signed=False)
         operator.context = shares
-        operator.logged = {"saturation": self.saturation(found.conserved)}
+        changed = clamped != found.conserved
+        operator.logged = {"saturation": changed.mean(dtype=clamped.dtype)}
         return operator
 
-    def shares(self, found: Flows, causal: bool) -> Shares:
-        """Allocation and competition of flows."""
-        n, s = found.refined.shape[2], found.conserved.shape[2]
-        conserved = found.conserved if self.clamp is None else found.conserved.clamp(*self.clamp)
+    def shares(self, refined: Tensor, conserved: Tensor, causal: bool) -> Shares:
+        """Allocation and competition of I' (B, H, N) and O' (B, H, S), clamped."""
+        n, s = refined.shape[2], conserved.shape[2]
         if not causal:
-            return Shares((found.refined * (n / s)).sigmoid(), s * conserved.softmax(-1))
-        count = torch.arange(1, s + 1, device=conserved.device).to(conserved.dtype)
+            refined = refined if n == s else refined * (n / s)
+            return Shares(refined.sigmoid(), s * conserved.softmax(-1))
+        count = torch.arange(1, s + 1, device=conserved.device, dtype=conserved.dtype)
         competition = count * (conserved - conserved.logcumsumexp(-1)).exp()
-        return Shares(found.refined.sigmoid(), competition)
-
-    def saturation(self, conserved: Tensor) -> Tensor:
-        """The share of keys whose O' is clamped, a scalar without a graph."""
-        if self.clamp is None:
-            return conserved.new_zeros(())
-        low, high = self.clamp
-        with torch.no_grad():
-            return ((conserved < low) | (conserved > high)).to(conserved.dtype).mean()
+        return Shares(refined.sigmoid(), competition)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``competition``: c, what patches win as keys, 1 in the mean over all keys; ``allocation``: a,

@@ -217,7 +217,8 @@ class ColumnsOperator(Operator):
     """A diag(c): every column times a factor of its token and head.
 
     Args:
-        operator: A; ``factor``: c, (B, H, S), not negative.
+        operator: A, which takes values of the wider type of its own and c's.
+        factor: c, (B, H, S), not negative.
     """
 
     def __init__(self, operator: Operator, factor: Tensor) -> None:
@@ -230,14 +231,14 @@ class ColumnsOperator(Operator):
         return self.operator.pairs
 
     def matvec(self, x: Tensor) -> Tensor:
-        return self.operator.matvec(self.scaled(x))
+        return self.operator.matvec(self.scaled(x)).to(x.dtype)
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        return self.operator.matvec_and_keep(self.scaled(x))
+        return self.operator.matvec_and_keep(self.scaled(x)).to(x.dtype)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """diag(c) X, (B, H, S, m) for X of H or Hk heads."""
-        return spread_heads(x, self.shape[1]) * self.factor[..., None].to(x.dtype)
+        """diag(c) X, (B, H, S, m) for X of H or Hk heads, in the wider type of both."""
+        return spread_heads(x, self.shape[1]) * self.factor[..., None]
 
     def rows(self, index: Tensor) -> Tensor:
         rows = self.operator.rows(index)

@@ -257,7 +257,7 @@ def _(operator: GatedOperator) -> bool:
 
 @times.register
 def _(operator: ColumnsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    return times(operator.operator, operator.detach().scaled(x), held, part)
+    return times(operator.operator, operator.detach().scaled(x), held, part).to(x.dtype)
 
 
 @depends.register
