@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xattn.kernels.backend import on_device
 from xattn.kernels.softmax.reference import row_by_row
 
 
@@ -188,6 +189,39 @@ def delta(grad: Tensor, grad_lse: Tensor | None, o: Tensor) -> Tensor:
         **DELTA,
     )
     return d
+
+
+@triton.jit
+def merge_kernel(
+    o_ptr, lse_ptr, own_ptr, own_lse_ptr, N, D, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < N
+    lse, own_lse = load_lse(lse_ptr + rows, inside), load_lse(own_lse_ptr + rows, inside)
+    top = tl.maximum(lse, own_lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    first, second = tl.exp(lse - top), tl.exp(own_lse - top)
+    total = first + second
+    whole = tl.where(total > 0, total, 1.0)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        o = load_tile(o_ptr, rows, d, N, D).to(tl.float32) * (first / whole)[:, None]
+        own = load_tile(own_ptr, rows, d, N, D).to(tl.float32) * (second / whole)[:, None]
+        store_tile(o_ptr, rows, d, N, D, o + own)
+    some = tl.where(total > 0, top + tl.log(whole), float("-inf"))
+    tl.store(lse_ptr + rows, some, mask=inside)
+
+
+MERGE = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+
+
+def merge(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The union of two parts of a softmax by their outputs (..., D) and log-sum-exps, contiguous, in the
+    memory of the first."""
+    n, width = lse.numel(), o.shape[-1]
+    with on_device(o):
+        merge_kernel[(triton.cdiv(n, MERGE["ROWS"]),)](o, lse, own, own_lse, n, width, **MERGE)
+    return o, lse
 
 
 def precision() -> str:

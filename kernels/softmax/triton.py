@@ -20,10 +20,12 @@ from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.reference import Problem, reduce_to, row_by_row
 from xattn.kernels.tiles import (
     DELTA,
+    MERGE,
     delta,
     delta_kernel,
     load_lse,
     load_tile,
+    merge_kernel,
     padded,
     place,
     precision,
@@ -450,4 +452,8 @@ def compile_cases(listed: bool = False) -> Iterator[Case]:
         yield make_case(
             delta_kernel, dtype, {**DELTA, "HAS_MINUS": True}, f"softmax delta {dtype} D={d}",
             2.0 * heads * n * d, heads * n * (2.0 * d * size + 8), wide=("minus_ptr", "delta_ptr"),
+        )  # fmt: skip
+        yield make_case(
+            merge_kernel, dtype, MERGE, f"softmax merge {dtype} D={d}",
+            3.0 * heads * n * d, heads * n * (3.0 * d * size + 12), wide=("lse_ptr", "own_lse_ptr"),
         )  # fmt: skip

@@ -212,3 +212,25 @@ def test_dtypes_and_backends_that_do_not_fit_are_refused():
         softmax_attention(q, q.double(), q)
     with pytest.raises(ValueError, match="backend: got 'cuda'; choose one of auto"):
         softmax_attention(q, q, q, backend="cuda")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("n, width", [(1, 16), (37, 24), (64, 70)])
+def test_two_parts_merge_into_one_softmax(n, width, dtype, error):
+    from xattn.kernels.tiles import merge
+
+    (q, k, v, _), _ = inputs(n, 40, width)
+    hidden = torch.zeros(n, 40, dtype=torch.float64)
+    hidden[::3, :25] = hidden[::2, 25:] = -torch.inf  # rows without a key in one part, or in both
+    bias = hidden[None, None]
+    whole = softmax_attention(q, k, v, bias, backend="reference")
+    parts = [
+        softmax_attention(q, k[:, :, at], v[:, :, at], bias[..., at], backend="reference")
+        for at in (slice(0, 25), slice(25, 40))
+    ]
+    o, lse = merge(
+        *(x.to(t) for part in parts for x, t in zip(part, (dtype, torch.float32), strict=True))
+    )
+    assert o.dtype == dtype and torch.allclose(o.double(), whole[0], atol=error)
+    assert torch.allclose(lse.double(), whole[1], atol=1e-5)

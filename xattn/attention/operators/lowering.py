@@ -16,7 +16,7 @@ gives what the union passes on to that part, because p_ij = exp(s_ij + c_s - L) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def attend_union(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         calls.append((part.name, part.shift, count, tuple(part.problem[count:])))
         tensors += part.problem[:count]
     fields = [LAYOUTS[part.name][1] for part in parts]
-    return _Union.apply(calls, fields, *tensors)  # type: ignore[no-any-return]
+    return _Union.apply(calls, fields, _merge_of(parts), *tensors)  # type: ignore[no-any-return]
 
 
 def _alone(part: Part) -> tuple[Tensor, Tensor]:
@@ -81,46 +81,34 @@ def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
     return sum(rest, first), total.masked_fill(empty, -torch.inf)
 
 
-def merge_in_turn(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The union of outputs and log-sum-exps of parts, whose memory it takes, one after the other."""
-    each = iter(parts)
-    o, total = next(each)
-    for own, lse in each:
-        new = torch.logaddexp(total, lse)
-        share = (lse - new).exp().masked_fill(lse.isneginf(), 0.0)
-        o, total = o.lerp_(own, share[..., None].to(o.dtype)), new
-    return o, total
+def merged(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The union of two parts by their outputs and log-sum-exps; it takes the memory of ``o``."""
+    total = torch.logaddexp(lse, own_lse)
+    share = (own_lse - total).exp().masked_fill(own_lse.isneginf(), 0.0)
+    return o.lerp_(own, share[..., None].to(o.dtype)), total
 
 
-def merge_at_once(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The same in fewer calls."""
-    outputs, logs = zip(*parts, strict=True)
-    lse = torch.stack(logs)
-    o, *rest = outputs
-    first, *shares = lse.softmax(0).nan_to_num_(0.0).to(o.dtype)[..., None]
-    o = o.mul_(first)
-    for own, share in zip(rest, shares, strict=True):
-        o = o.addcmul_(own, share)
-    return o, lse.logsumexp(0)
+def _merge_of(parts: Sequence[Part]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What merges two of the parts: :func:`merged`, or its kernel."""
+    if any(part.problem.backend != "triton" for part in parts):
+        return merged
+    from xattn.kernels.tiles import merge  # needs Triton
+
+    return merge
 
 
 class _Union(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, calls: Any, fields: Any, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, calls: Any, fields: Any, merge: Any, *tensors: Tensor | None) -> Any:
+        found: tuple[Tensor, ...] = ()
         at = 0
-
-        def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal at
-            for name, shift, count, rest in calls:
-                op = getattr(torch.ops.xattn, f"{name}_forward")
-                own, lse = op(*tensors[at : at + count], *rest)
-                at += count
-                yield own, (lse + shift if shift else lse)
-
-        merge = (
-            merge_in_turn if on_cpu(next(x for x in tensors if x is not None)) else merge_at_once
-        )
-        o, total = merge(parts())
+        for name, shift, count, rest in calls:
+            op = getattr(torch.ops.xattn, f"{name}_forward")
+            own, lse = op(*tensors[at : at + count], *rest)
+            lse = lse + shift if shift else lse
+            found = merge(*found, own, lse) if found else (own, lse)
+            at += count
+        o, total = found
         ctx.calls, ctx.fields = calls, fields
         ctx.save_for_backward(*tensors, o, total)
         ctx.set_materialize_grads(False)
@@ -131,11 +119,11 @@ class _Union(torch.autograd.Function):
         *tensors, o, total = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(tensors)
         if grad is None and grad_lse is None:
-            return None, None, *found
+            return None, None, None, *found
         grad = torch.zeros_like(o) if grad is None else grad
         at = 0
         for (name, shift, count, rest), own in zip(ctx.calls, ctx.fields, strict=True):
-            wanted = [ctx.needs_input_grad[2 + at + i] for i in own]
+            wanted = [ctx.needs_input_grad[3 + at + i] for i in own]
             if any(wanted):
                 op = getattr(torch.ops.xattn, f"{name}_backward")
                 given = tensors[at : at + count]
@@ -144,7 +132,7 @@ class _Union(torch.autograd.Function):
                 for i, x, wants in zip(own, flat, wanted, strict=True):
                     found[at + i] = x if wants else None
             at += count
-        return None, None, *found
+        return None, None, None, *found
 
 
 DENSE = 2048  # the most keys for which a mask is stored
