@@ -22,9 +22,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn.kernels import op as kernel_op
 
@@ -192,26 +192,22 @@ def set_up() -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
     torch.npu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=8, minor=0)
-    choose, build = backend.choose, plans.build
+    choose = backend.choose
 
     def chosen(name, device, *more, **options):
         device = torch.device("cuda") if torch.device(device).type == DEVICE else device
         return choose(name, device, *more, **options)
 
-    def built(make, *args, **options):  # of real tensors
-        with _disable_current_modes(), unset_fake_temporarily():
-            return build(make, *args, **options)
-
     def moved(made, device):
         if torch.device(device).type != DEVICE:
             return made
-        with _disable_current_modes():
+        with plans.real_tensors():
             return plans.changed(made, fake)
 
     for module in list(sys.modules.values()):
         if getattr(module, "choose", None) is choose and module.__name__.startswith("xattn"):
             module.choose = chosen
-    plans.build, plans.moved = built, moved
+    plans.moved = moved
     JITFunction.run = lambda self, *args, **options: ACTIVE[-1].launch(self.__name__)
     _own_attention()
 

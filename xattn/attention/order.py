@@ -20,16 +20,16 @@ from xattn.attention.inputs import on_cpu
 
 
 class Rows(NamedTuple):
-    """Which rows to take."""
+    """K rows that are taken from a tensor, some of which may be zeros instead."""
 
     at: Tensor
-    """Their numbers; any where none is taken."""
+    """LongTensor (K,), the number of each row; of those that are zeros, any number that exists."""
     none: Tensor | None
-    """bool, where none is taken; None if that is nowhere."""
+    """bool (K,), which rows are zeros; None if no row is."""
 
     @classmethod
     def of(cls, index: Tensor) -> Rows:
-        """Of numbers among which -1 is none."""
+        """The rows ``index``, zeros where it is -1."""
         none = index < 0
         return cls(index.clamp(min=0), none if none.any() else None)
 
@@ -104,11 +104,16 @@ def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (..., S, m) by their numbers, a LongTensor (..., K), or (K,) for all: (..., K, m)."""
+    """Rows of ``x`` (..., S, m) by their numbers, a LongTensor (..., K), or (K,) for all: (..., K, m).
+
+    The dimensions before these are broadcast.
+    """
     if not on_cpu(x):  # where calls cost more than numbers that are copied one by one
         if index.ndim == 1:
             return x.index_select(-2, index)
-        return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
+        tables = torch.broadcast_shapes(x.shape[:-2], index.shape[:-1])
+        index = index.expand(*tables, -1)[..., None].expand(*tables, -1, x.shape[-1])
+        return x.expand(*tables, -1, -1).gather(-2, index)
     tables, rows, width = x.shape[:-2], x.shape[-2], x.shape[-1]
     first = rows * torch.arange(tables.numel(), device=x.device).view(*tables, 1)
     at = first + index

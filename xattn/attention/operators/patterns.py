@@ -13,7 +13,7 @@ the grid sees one run of keys, so it needs neither the rest of the mask nor a co
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from xattn.attention.operators.base import Operator, SoftmaxOperator
 from xattn.attention.operators.lowering import bands_are_faster, mask_is_faster
 from xattn.attention.operators.segments import Ordered, Piece, SegmentsOperator
 from xattn.attention.order import Order, take_rows
-from xattn.attention.plans import Constants, refer_to
+from xattn.attention.plans import Constants, kept, real_tensors, refer_to
 from xattn.attention.selection import Blocks, Rule, Segment, causal_blocks, visible
 
 QUERIES = 64  # the fewest in a band
@@ -127,25 +127,25 @@ class Pattern:
     """(B, H or Hk, query blocks, s), added to the scores of each listed block."""
     fixed: bool = False
     """Whether it is the same for all images and heads, so that its masks are worth keeping."""
-    masks: dict[Any, tuple[Tensor, tuple[Band, ...]]] = field(default_factory=dict)
 
-    def kept_mask(self, *key: Any) -> tuple[Tensor, tuple[Band, ...]]:
+    def kept_mask(self, *layout: Any) -> tuple[Tensor, tuple[Band, ...]]:
         """The mask of a fixed pattern and its bands, made once; arguments as of :func:`_mask`."""
-        if torch.compiler.is_compiling():
-            found: tuple[Tensor, tuple[Band, ...]] = getattr(Constants, self._name_of_mask(*key))
+        if torch.compiler.is_dynamo_compiling():
+            found: tuple[Tensor, tuple[Band, ...]] = getattr(Constants, self._name_of_mask(*layout))
             return found
-        return self._kept_mask(*key)
+        return self._kept_mask(*layout)
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _name_of_mask(self, *key: Any) -> str:
-        return refer_to(self._kept_mask(*key))
+    def _name_of_mask(self, *layout: Any) -> str:
+        return refer_to(self._kept_mask(*layout))
 
-    def _kept_mask(self, *key: Any) -> tuple[Tensor, tuple[Band, ...]]:
-        if key not in self.masks:
-            with torch.inference_mode(False):  # it may serve training later
-                mask = _mask(self, *key)
-                self.masks[key] = mask, bands_of(mask, key[1])
-        return self.masks[key]
+    def _kept_mask(self, *layout: Any) -> tuple[Tensor, tuple[Band, ...]]:
+        def make() -> tuple[Tensor, tuple[Band, ...]]:
+            with real_tensors():
+                mask = _mask(self, *layout)
+                return mask, bands_of(mask, layout[1])
+
+        return kept((self, *layout), make)
 
 
 def pattern_operator(
