@@ -218,9 +218,12 @@ def test_tokens_in_a_row_need_no_grid():
     [
         (lambda: nsa(block=4, stride=5), "stride: got 5; give at most the block's 4"),
         (lambda: nsa(selected=0), "selected: got 0"),
-        (
-            lambda: nsa(selected=2).attend(inputs((9,), causal=True)),
-            "selected: got 2; a causal call of nsa always takes 3 blocks, give at least 3",
+        *(
+            (
+                lambda method=method: getattr(nsa(selected=2), method)(inputs((9,), causal=True)),
+                "selected: got 2; a causal call of nsa always takes 3 blocks, give at least 3",
+            )
+            for method in ("attend", "operator", "choice")
         ),
         (lambda: nsa(pooling="max"), "pooling: got 'max'; give 'mean', 'conv' or 'mlp'"),
         (

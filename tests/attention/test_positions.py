@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from xattn.attention import AxialRotation, Rotation, create_attention
+from xattn.attention import (
+    Attention,
+    AxialRotation,
+    Rotation,
+    create_attention,
+    create_mechanism,
+)
 from xattn.attention.positions import positions
 
 
@@ -87,6 +93,16 @@ def test_a_rotation_with_parameters_is_trained_with_its_layer():
     assert "mechanism.rotate.frequency" in layer.state_dict()
     layer(torch.randn(1, 7, 8), (2, 3), 1).square().sum().backward()
     assert layer.mechanism.rotate.frequency.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("rotate", ["axial", AxialRotation(4), lambda q, k, places: (q, k)])
+def test_a_layer_never_replaces_the_rotation_of_its_mechanism(rotate):
+    mechanism = create_mechanism("softmax", 8, 2, rotate="axial")
+    with pytest.raises(
+        ValueError, match="rotate: the mechanism rotates already, by AxialRotation;"
+    ):
+        Attention(mechanism, rotate=rotate)
+    assert Attention(mechanism).mechanism.rotate is mechanism.rotate
 
 
 def test_what_does_not_fit_is_refused():

@@ -206,18 +206,9 @@ class NSA(Mechanism):
     def _choose(
         self, inputs: Inputs, blocks: PooledBlocks, pooled: Tensor, lse: Tensor | None = None
     ) -> Blocks:
-        lse = None if lse is None else lse.detach()
         return blocks.choose(
             inputs, pooled, self.selected, forced=self.forced, lse=lse, backend=self.backend
         )
-
-    def check(self, inputs: Inputs) -> None:
-        super().check(inputs)
-        if inputs.causal and self.forced and self.selected < 3:
-            raise ValueError(
-                f"selected: got {self.selected}; a causal call of nsa always takes 3 blocks, give at "
-                f"least 3, or forced=False"
-            )
 
     def gates(self, inputs: Inputs) -> Tensor:
         """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) at prefix tokens."""
@@ -231,6 +222,11 @@ class NSA(Mechanism):
 
     def _blocks(self, inputs: Inputs) -> PooledBlocks:
         q, grid = inputs.q, inputs.grid
+        if inputs.causal and self.forced and self.selected < 3:
+            raise ValueError(
+                f"selected: got {self.selected}; a causal call of nsa always takes 3 blocks, give at "
+                f"least 3, or forced=False"
+            )
         if grid is None or inputs.causal:
             grid = (q.shape[2] - inputs.prefix,)
         return pooled_blocks(grid, *self.blocks, inputs.prefix, inputs.causal, device=q.device)

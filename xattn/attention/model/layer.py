@@ -29,6 +29,9 @@ class Attention(nn.Module):
             ``"comrope:form=ap"`` or a rotation, which becomes the mechanism's, see
             :func:`~xattn.attention.create_mechanism`; or a function (q, k, positions) -> (q, k) with
             positions (N, n) on the grid, 0 at prefix tokens, see :mod:`xattn.attention.positions`.
+
+    Raises:
+        ValueError: values that do not fit, or ``rotate`` for a mechanism that has a rotation.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim + 2 * self.kv_heads * width, bias=qkv_bias)
         self.q_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = nn.LayerNorm(width) if qk_norm else nn.Identity()
+        if rotate is not None and mechanism.rotate is not None:
+            raise ValueError(
+                f"rotate: the mechanism rotates already, by {type(mechanism.rotate).__name__}; leave "
+                f"rotate out, or create the mechanism without it"
+            )
         if isinstance(rotate, str):
             rotate = create_rotation(rotate, width, self.kv_heads)
         if isinstance(rotate, Rotation):

@@ -116,7 +116,7 @@ class PooledBlocks:
             spread=None if self.cells is None else (self.cells, self.parts, "sum"),
             forced=self.forced[..., :s].contiguous() if forced else None,
             visible=self.visible,
-            lse=lse,
+            lse=None if lse is None else lse.detach(),
             scale=inputs.scale,
             backend=backend,
         )[0]
