@@ -76,6 +76,8 @@ class Machine:
 
     device: torch.device
     small: bool
+    budget: float = 60.0
+    """Seconds that the calls of one time may take."""
 
     @property
     def cuda(self) -> bool:
@@ -95,16 +97,35 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def ms(self, job: Job) -> float:
-        """Median of a call: by CUDA events and with a cold cache, on a CPU by the clock."""
-        job()
+        """Median of a call: by CUDA events and with a cold cache, on a CPU by the clock.
+
+        Raises:
+            TimeoutError: the calls would take longer than the budget.
+        """
+        calls = 8 if self.cuda else 3  # the fewest
+        took = seconds_of(job)
+        if calls * took > self.budget:  # it may have been the compiler
+            took = seconds_of(job)
+        if calls * took > self.budget:
+            raise TimeoutError(
+                f"{calls} calls of {took:.3g} s each are beyond the budget of {self.budget:g} s"
+            )
         if self.cuda:
             return import_module("triton.testing").do_bench(job, rep=200, return_mode="median")
         return 1e3 * statistics.median(seconds_of(job) for _ in range(3))
 
     def both_ms(self, jobs: tuple[Job, Job]) -> Cells:
-        forward, both = (self.ms(job) for job in jobs)
-        found: Cells = {"forward ms": forward, "both ms": both, "graph ms": self.graph_ms(jobs[0])}
-        return found | ({"backward ms": both - forward} if both > forward else {})
+        """Of a forward pass, and of one with its backward pass. Where one is beyond the budget, it and
+        what follows are left out."""
+        found: Cells = {}
+        try:
+            found["forward ms"] = self.ms(jobs[0])
+            found["both ms"] = self.ms(jobs[1])
+            found["graph ms"] = self.graph_ms(jobs[0])
+        except TimeoutError as error:
+            found["failed"] = _why(error)
+        backward = found.get("both ms", 0.0) - found.get("forward ms", 0.0)
+        return found | ({"backward ms": backward} if backward > 0 else {})
 
     def graph_ms(self, job: Job) -> float | str:
         """Of ``job`` as a CUDA graph, which takes none of the host's time."""
@@ -169,12 +190,18 @@ def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
 
 
 def _limits(here: Machine, find: Find) -> Rows:
-    """What the card reaches: products of large matrices, and copies."""
+    """What the card reaches: products of large matrices, and copies. fp32 is by IEEE's rules, tf32 rounds
+    what it multiplies."""
     n, size = (256, 2**24) if here.small else (8192, 2**30)
 
-    def product(dtype: torch.dtype) -> Cells:
+    def product(dtype: torch.dtype, precision: str = "highest") -> Cells:
         a = torch.randn(n, n, device=here.device).to(dtype)
-        return {"sizes": f"{n} x {n}", "TFLOP/s": 2e-9 * n**3 / here.ms(lambda: a @ a)}
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return {"sizes": f"{n} x {n}", "TFLOP/s": 2e-9 * n**3 / here.ms(lambda: a @ a)}
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def copy() -> Cells:
         a, b = torch.empty(2, size, dtype=torch.uint8, device=here.device)
@@ -182,7 +209,17 @@ def _limits(here: Machine, find: Find) -> Rows:
 
     for kind, dtype in DTYPES.items():
         yield kind, partial(product, dtype)
+    if here.cuda:
+        yield "tf32", partial(product, torch.float32, "high")
     yield "copy", copy
+
+
+def _limit(find: Find, kind: str) -> tuple[float, str]:
+    """TFLOP/s that kernels can reach, 0 if it is not known, and in what: float32 they multiply by three
+    products of TF32, unless the card is faster without."""
+    reached = {x: find("limits", x).get("TFLOP/s", 0.0) for x in (kind, "tf32")}
+    own = reached[kind], kind
+    return max(own, (reached["tf32"] / 3, "tf32 / 3")) if kind == "fp32" else own
 
 
 DENSE = Sizes(1, 12, 4096, 4096, 64, 64), Sizes(1, 2, 128, 128, 64, 64)
@@ -193,22 +230,23 @@ WIDE = Sizes(4, 1, 4096, 4096, 768, 384), Sizes(1, 1, 128, 128, 96, 48)
 # softmax backward the 5 that are needed), sizes, and how many pairs.
 WORK: dict[str, tuple[int, int, tuple[Sizes, Sizes], Callable[[Sizes], float]]] = {
     "softmax, causal": (2, 5, DENSE, lambda z: z.heads * z.n**2),
-    "block_sparse, all of the lists": (2, 5, LISTS, lambda z: 2 * z.heads * z.n * z.listed * z.k_block),
-    "grouped, all alike": (2, 5, LISTS, lambda z: 2 * z.heads * z.n * z.listed * z.k_block),
+    "block_sparse, all of the lists": (2, 5, LISTS, lambda z: 2 * z.heads * z.pairs),
+    "grouped, all alike": (2, 5, LISTS, lambda z: 2 * z.heads * z.pairs),
     "ragged_queries": (2, 5, DENSE, lambda z: 0.4 * z.heads * z.n**2),
     "vecmat": (1, 0, DENSE, lambda z: z.heads * z.n**2 / 2),
     "vecmat, by gradients": (2, 0, DENSE, lambda z: z.heads * z.n**2 / 2),
     "covariance_solve": (15, 25, DENSE, lambda z: z.heads * z.n**2 / 2),
     "local_linear": (3, 11, DENSE, lambda z: z.heads * z.n**2 / 2),
     "softplus": (3, 8, DENSE, lambda z: z.heads * z.n**2 / 2),
-    "causal_product": (2, 6, DENSE, lambda z: z.heads * z.n * (z.width // 3) * (z.values // 3) / z.width),
+    "causal_product": (2, 6, DENSE, lambda z: z.heads * z.n * z.values),
     "pooling": (2, 4, WIDE, lambda z: 12 * z.batch * z.n),
     "block_topk": (1, 0, BLOCKS, lambda z: 2 * z.heads * z.n * z.s),
 }  # fmt: skip
 
 
 def _kernels(here: Machine, find: Find) -> Rows:
-    """Shares are of what the card reaches; bytes are those of inputs, outputs and gradients."""
+    """Shares are of what the card reaches, in products of the limit's kind or in copies, whichever takes
+    longer; bytes are those of inputs, outputs and gradients."""
     for name in WORK:
         for kind in DTYPES:
             yield f"{name}; {kind}", partial(_kernel, here, find, name, kind)
@@ -230,14 +268,15 @@ def _kernel(here: Machine, find: Find, name: str, kind: str) -> Cells:
     jobs = forward_and_both(run, list(given.values()), grad)
     found: Cells = {"sizes": f"{z.heads} heads, {z.n} x {z.s}, D = {z.width}"}
     found |= here.both_ms(jobs) if backward else {"forward ms": here.ms(jobs[0])}
-    peak, band = find("limits", kind).get("TFLOP/s"), find("limits", "copy").get("GB/s")
+    (peak, limit), band = _limit(find, kind), find("limits", "copy").get("GB/s")
     moved = sum(x.nbytes for x in (*given.values(), grad))
     for which, products, bytes in (("forward", forward, moved), ("backward", backward, 2 * moved)):
         if ms := found.get(f"{which} ms"):
-            done = 2e-9 * products * pairs(z) * z.width
-            found |= {f"{which} TFLOP/s": done / ms, f"{which} GB/s": 1e-6 * bytes / ms}
+            done, gigabytes = 2e-9 * products * pairs(z) * z.width, 1e-6 * bytes
+            found |= {f"{which} TFLOP/s": done / ms, f"{which} GB/s": gigabytes / ms}
             if peak and band:
-                found[f"{which} share"] = max(done / peak, 1e-6 * bytes / band) / ms
+                least, by = max((done / peak, limit), (gigabytes / band, "copy"))
+                found |= {f"{which} share": least / ms, f"{which} limit": by}
     return found
 
 
@@ -388,7 +427,7 @@ class Results:
     """What was measured, in ``results.json``."""
 
     def __init__(self, folder: Path, about: Cells, retry: bool) -> None:
-        self.path, self.about = folder / "results.json", about
+        self.path, self.about, self.commit = folder / "results.json", about, commit()
         self.rows: list[Cells] = []
         if self.path.is_file():
             known = json.loads(self.path.read_text(encoding="utf-8"))
@@ -410,14 +449,13 @@ class Results:
 
     def measure(self, section: str, row: str, job: Callable[[], Cells], here: Machine) -> Cells:
         """The row, or why it failed; the run goes on in a new process where CUDA no longer answers."""
-        found: Cells = {"section": section, "row": row}
+        found: Cells = {"section": section, "row": row, **self.commit}
         self.save(found)
         try:
             found |= job()
             here.synchronize()
         except Exception as error:
-            said = str(error).strip().splitlines()
-            found["failed"] = f"{type(error).__name__}: {said[0][:160] if said else ''}"
+            found["failed"] = _why(error)
         except BaseException:  # stopped by hand: the row is measured when the run goes on
             self.save()
             raise
@@ -435,7 +473,7 @@ class Results:
 
 
 def bench(
-    out: Path, device: str = "cuda", small: bool = False, retry: bool = False
+    out: Path, device: str = "cuda", small: bool = False, retry: bool = False, budget: float = 60.0
 ) -> Iterator[str]:
     """The rows as they are measured; for the arguments see ``xattn bench --help``.
 
@@ -443,7 +481,7 @@ def bench(
         ValueError: there is no such device, or ``out`` holds a run of another machine.
     """
     check_available(device)
-    here = Machine(torch.device(device), small)
+    here = Machine(torch.device(device), small, budget)
     if here.device.index is not None:
         torch.cuda.set_device(here.device)
     keep_memory()
@@ -453,7 +491,7 @@ def bench(
         for row, job in rows(here, results.find):
             if not results.find(section, row):
                 found = results.measure(section, row, job, here)
-                cells = [f"{key} {_word(x)}" for key, x in found.items() if key != "lines"]
+                cells = [f"{x} {_word(found[x])}" for x in found if x not in ("lines", "commit")]
                 yield ", ".join(cells)
     lines = report(results.about, results.rows)
     with atomic_file(out / "report.md", "out") as path:
@@ -474,18 +512,32 @@ def about(here: Machine) -> Cells:
         found["card"] = (
             f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
         )
-        found["CUDA"], found["driver"] = torch.version.cuda, "unknown"
-        with suppress(OSError):
-            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            said = subprocess.run(command, capture_output=True, text=True).stdout
-            found["driver"] = said.split("\n")[0]
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {"CUDA": torch.version.cuda, "driver": driver or "unknown"}
     return found
+
+
+def commit() -> Cells:
+    """Of the checkout that this is, if it is one. Rows have one each: a run goes on after a repair."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+    said = _said("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*")
+    return {"commit": said} if said else {}
+
+
+def _said(*command: str) -> str:
+    """The first line that a program prints; nothing where there is no such program."""
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+    return ""
 
 
 def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
     """The lines of a page of Markdown."""
     yield f"# xattn on {about['card']}\n"
-    yield ", ".join(f"{key} {value}" for key, value in about.items()) + "\n"
+    commits = dict.fromkeys(f"commit {row['commit']}" for row in rows if "commit" in row)
+    yield ", ".join([*(f"{key} {value}" for key, value in about.items()), *commits]) + "\n"
     yield from headlines(rows)
     for section, made in SECTIONS.items():
         own = [row for row in rows if row["section"] == section]
@@ -493,7 +545,7 @@ def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
         if not own:
             continue
         columns = list(dict.fromkeys(key for row in own for key in row))
-        columns = [key for key in columns if key not in ("section", "lines")]
+        columns = [key for key in columns if key not in ("section", "lines", "commit")]
         yield f"| {' | '.join(columns)} |"
         yield f"|{' :-- |' * len(columns)}"
         for row in own:
@@ -538,3 +590,8 @@ def _word(x: Any) -> str:
     if isinstance(x, bool):
         return "yes" if x else "no"
     return f"{x:.3g}" if isinstance(x, float) else str(x).replace("|", "/")
+
+
+def _why(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:160] if said else ''}"

@@ -56,6 +56,11 @@ class Sizes:
     def blocks(self) -> int:
         return -(-self.n // self.k_block)
 
+    @property
+    def pairs(self) -> float:
+        """Query-key pairs of a head in :meth:`lists`, of whole and an even number of blocks."""
+        return self.n * (self.listed - 0.5) * self.k_block
+
     def lists(self, device: torch.device) -> dict[str, Any]:
         """Blocks near the query block, in every second list one less."""
         rows = -(-self.n // self.q_block)
@@ -103,11 +108,7 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
 
     line, pooled = (b, h, n), {"v": (2 * b, 2, n, z.values), "bias": (2 * b, 6, n)}
     marks, weight = (b, h, z.blocks, d), torch.arange(1.0, z.blocks + 1, device=device)
-    product = {
-        "left": (b * h, n, d // 3),
-        "right": (b * h, n, d // 3),
-        "x": (b * h, n, z.values // 3),
-    }
+    product = {"left": (b * h, n, d), "right": (b * h, n, d), "x": (b * h, n, z.values)}
     return {
         "softmax": lambda: (attention(2, z.s, bias=(1, 1, 1, z.s)), softmax_attention),
         "softmax, a bias of scores": lambda: (attention(1, z.s, bias=(b, h, n, z.s)), softmax_attention),

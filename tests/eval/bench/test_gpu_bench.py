@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from xattn.cli import main
 from xattn.eval.bench import gpu
 from xattn.eval.bench.gpu import SECTIONS, Machine, headlines, report
-from xattn.eval.bench.op_cases import Sizes
+from xattn.eval.bench.op_cases import Sizes, op_cases
+from xattn.runtime.version import __version__
 
 HERE = Machine(torch.device("cpu"), small=True)
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -69,6 +72,50 @@ def test_rows_that_fail_say_why_and_a_run_goes_on_where_it_stopped(tmp_path, mon
     monkeypatch.setattr(gpu, "about", lambda here: {"card": "another"})
     assert run(tmp_path) == 2
     assert "holds a run with other card; name a new folder" in capsys.readouterr().err
+
+
+def test_a_row_beyond_the_budget_keeps_what_was_measured_and_says_so(tmp_path, monkeypatch, capsys):
+    # The first call of the one job has the compiler in it, the other one is as slow again.
+    seconds = {"forward": iter([90.0, 5.0, 4.0, 6.0, 5.0]), "both": iter([90.0, 30.0])}
+    monkeypatch.setattr(gpu, "seconds_of", lambda job: next(seconds[job]))
+    budgets = []
+
+    def rows(here, find):
+        """Words."""
+        budgets.append(here.budget)
+        yield "slow; 64", lambda: here.both_ms(("forward", "both"))
+        yield "fast; 64", lambda: {"forward ms": 2.0}
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"mechanisms": rows})
+    assert run(tmp_path, "--budget", "80") == 0 and budgets == [80]
+    slow, fast = json.loads((tmp_path / "results.json").read_text())["rows"]
+    slow.pop("commit", None)
+    assert slow.pop("failed") == "TimeoutError: 3 calls of 30 s each are beyond the budget of 80 s"
+    assert slow == {"section": "mechanisms", "row": "slow; 64", "forward ms": 5000.0}
+    assert fast["forward ms"] == 2.0
+    assert run(tmp_path, "--budget", "0") == 2
+    assert "budget: got 0.0; give seconds above 0" in capsys.readouterr().err
+
+
+def test_the_report_names_the_commits_that_measured_its_rows(tmp_path, monkeypatch):
+    chosen = []
+    for commit, row in (("abc", "one"), ("def-dirty", "two"), ("abc", "three"), ("other", "one")):
+        monkeypatch.setattr(gpu, "commit", lambda c=commit: {"commit": c})
+        chosen = [*chosen, ("right", row, lambda: {"holds": True})]
+        few(monkeypatch, *chosen)
+        assert run(tmp_path) == 0
+    page = (tmp_path / "report.md").read_text()
+    assert ", commit abc, commit def-dirty\n" in page and page.count("abc") == 1
+
+
+def test_the_commit_is_that_of_a_checkout_and_of_no_folder_around_a_package(tmp_path, monkeypatch):
+    if found := gpu.commit():
+        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=DOCS.parent, text=True)
+        assert head.startswith(found["commit"].removesuffix("-dirty"))
+    (tmp_path / ".git").mkdir()
+    package = tmp_path / "site-packages" / "xattn" / "eval" / "bench" / "gpu.py"
+    monkeypatch.setattr(gpu, "__file__", str(package))
+    assert gpu.commit() == {} and gpu.about(HERE)["xattn"] == __version__
 
 
 def test_a_row_in_which_the_process_ended_is_passed_over_and_a_stopped_one_is_not(
@@ -130,7 +177,7 @@ def test_every_op_is_checked_with_more_heads_than_an_axis_of_a_grid_takes():
 def test_rates_and_shares_follow_from_the_time(monkeypatch):
     monkeypatch.setattr(Machine, "ms", lambda self, job: 2.0 if job() is None else 1.0)
     limits = {"fp32": {"TFLOP/s": 0.5}, "copy": {"GB/s": 1e9}}
-    rows = rows_of("kernels", lambda section, row: limits[row])
+    rows = rows_of("kernels", lambda section, row: limits.get(row, {}))
     found = rows["softmax, causal; fp32"]()
     # 4 heads of 128 x 128 / 2 pairs, 64 wide; two products of a multiplication and an addition each
     operations = 4 * 128 * 128 / 2 * 64 * 2 * 2
@@ -140,6 +187,31 @@ def test_rates_and_shares_follow_from_the_time(monkeypatch):
     assert found["backward share"] == pytest.approx(2.5 * operations / 0.5e12 / 1e-3)
     moved = 4 * (4 + 2 + 2 + 4) * 128 * 64  # q, k and v, which have half the heads, the output
     assert found["forward GB/s"] == pytest.approx(moved / 1e-3 / 1e9)
+    assert found["forward limit"] == "fp32"
+    limits["tf32"] = {"TFLOP/s": 3.0}  # of which a product in float32 takes three
+    found = rows["softmax, causal; fp32"]()
+    assert found["forward share"] == pytest.approx(operations / 1e12 / 1e-3)
+    assert found["forward limit"] == "tf32 / 3"
+    limits["copy"] = {"GB/s": 1.0}
+    found = rows["softmax, causal; fp32"]()
+    assert found["forward share"] == pytest.approx(moved / 1e9 / 1e-3)
+    assert found["forward limit"] == found["backward limit"] == "copy"
+
+
+@pytest.mark.parametrize("sizes", gpu.LISTS)
+def test_the_work_of_lists_is_that_of_the_blocks_in_them(sizes):
+    lists = sizes.lists(torch.device("cpu"))
+    entries = int((lists["index"] >= 0).sum())
+    assert sizes.pairs == entries * lists["q_block"] * lists["k_block"]
+
+
+def test_causal_products_are_timed_as_wide_as_heads_are():
+    _, _, sizes, pairs = gpu.WORK["causal_product"]
+    for z in sizes:
+        given, _ = op_cases(HERE.normal(), replace(z, n=16))["causal_product"]()
+        assert {x.shape[2] for x in given.values()} == {64}
+        products = given["left"].shape[0] * z.n * 64 * 64  # of a sum (64, 64), read or written
+        assert pairs(z) * z.width == products
 
 
 def test_197_tokens_are_a_grid_and_a_class_token():

@@ -27,7 +27,7 @@ class Bench:
         Belongs("rounds", job=["explain", "train", "folder", "attention", "all"]),
         Belongs("aot", "filter", job="kernels"),
         Belongs("tokens", "only", "plot", job="attention"),
-        Belongs("out", "small", "retry", job="gpu"),
+        Belongs("out", "small", "retry", "budget", job="gpu"),
         Belongs("device", job=["explain", "train", "folder", "all", "gpu"]),
         Belongs("raw", job=Not("gpu")),
     )
@@ -69,6 +69,9 @@ class Bench:
     """For the job "gpu": small sizes, in minutes on a CPU."""
     retry: bool = False
     """For the job "gpu": measure rows anew that failed."""
+    budget: float = 60.0
+    """For the job "gpu": seconds that the calls of one time may take; one that would take longer is left
+    out, and its row says so."""
     raw: Path | None = None
     """A .csv for what every round measured; of the job "kernels" for its table."""
 
@@ -85,6 +88,8 @@ class Bench:
             raise ValueError(f"images: got {self.images[-1]} as well; give one folder")
         if self.job == "kernels" and not self.aot:
             raise ValueError("bench kernels: give --aot, which compiles and times nothing")
+        if not self.budget > 0:
+            raise ValueError(f"budget: got {self.budget}; give seconds above 0")
         if self.job == "gpu" and self.out is None:
             raise ValueError("out: missing; name a folder for the report by --out")
 
@@ -120,6 +125,7 @@ def _attention(options: Bench) -> dict[str, Any]:
     return {**given, "rounds": _rounds(options, 5)}
 
 
+GPU = ("out", "small", "retry", "budget")
 # A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is
 # imported when its job runs.
 JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
@@ -128,6 +134,6 @@ JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter}),
     "gpu": (
         "xattn.eval.bench.gpu",
-        lambda o: {"out": o.out, "device": o.device or "cuda", "small": o.small, "retry": o.retry},
+        lambda o: {"device": o.device or "cuda", **{x: getattr(o, x) for x in GPU}},
     ),
 }
