@@ -16,7 +16,7 @@ import math
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +74,10 @@ class Found:
     forward: list[int] = field(default_factory=list)
     backward: list[int] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    """Launches by the question that a recorded call answers."""
+    waits: list[str] = field(default_factory=list)
+    """Where an answer waits or copies, the name of the question first."""
     errors: list[str] = field(default_factory=list)
 
 
@@ -300,39 +304,47 @@ def count(case: Case) -> Found:
                 print(
                     case, tokens, forward.by_op.most_common(), "\n  back", back.by_op.most_common()
                 )
+        ask(case, found)
     except Exception as error:
         found.errors.append(_where(error))
-    found.errors += questions(replace(case, sizes=(1024,)))
     return found
 
 
-def questions(case: Case) -> list[str]:
-    """What goes wrong where a recorded call answers questions."""
-    wrong = []
-    try:
-        layer, (qkv, place, more) = made(case), given(case, 1024)
-        with torch.no_grad(), counting() as counts:
-            counts.most = math.inf
-            with record(layer) as calls:
-                layer(*qkv, *place, **more)
-            call, r = calls[0], torch.empty(1, 1, qkv[0].shape[2], device=DEVICE)
-            operator, index = call.operator, torch.arange(5, device=DEVICE)
-            asked = {
-                "maps": lambda: call.maps,
-                "rows": lambda: operator.rows(index),
-                "vecmat": lambda: operator.vecmat(r),
-                "tile": lambda: operator.tile(slice(0, 7), slice(None)),
-                "row_sums": operator.row_sums,
-                "gradient_vecmat": lambda: operator.gradient_vecmat(qkv[2], call.output, r),
+def ask(case: Case, found: Found) -> None:
+    """Count what questions to a recorded call launch, those to a second call for each number of tokens."""
+    for tokens in case.sizes:
+        layer, (qkv, place, more) = made(case), given(case, tokens)
+        r = fake(torch.empty(1, 1, qkv[0].shape[2], device="meta"))
+        index = fake(torch.empty(5, dtype=torch.int64, device="meta"))
+        questions = {
+            "maps": lambda call: call.maps,
+            "rows": lambda call, index=index: call.operator.rows(index),
+            "vecmat": lambda call, r=r: call.operator.vecmat(r),
+        }
+        if tokens <= 4096:  # gradient_vecmat goes over rows, 2^27 numbers of A at a time
+            questions |= {
+                "tile": lambda call: call.operator.tile(slice(0, 7), slice(None)),
+                "row_sums": lambda call: call.operator.row_sums(),
+                "gradient_vecmat": lambda call, v=qkv[2], r=r: call.operator.gradient_vecmat(
+                    v, call.output, r
+                ),
             }
-            for name, ask in asked.items():
-                try:
-                    ask()
-                except Exception as error:
-                    wrong.append(f"{name}: {_where(error)}")
-    except Exception as error:
-        wrong.append(f"recording: {_where(error)}")
-    return wrong
+        for later in (False, True):
+            with torch.no_grad(), counting() as counts, record(layer) as calls:
+                counts.most = math.inf
+                layer(*qkv, *place, **more)
+            for name, question in questions.items():
+                with torch.no_grad(), counting() as counts:
+                    counts.most = math.inf
+                    try:
+                        question(calls[0])
+                    except Exception as error:
+                        found.errors.append(f"{name}: {_where(error)}")
+                if later:
+                    found.answers.setdefault(name, []).append(counts.launches)
+                    found.waits += [f"{name} {stop}" for stop in counts.stops]
+                    if "-v" in sys.argv:
+                        print("  ", name, tokens, counts.by_op.most_common())
 
 
 def _where(error: Exception) -> str:

@@ -275,8 +275,15 @@ def test_paths_for_other_devices_than_a_cpu_give_the_same_numbers(name, options,
     for _ in range(2):
         for grid, late in forms:
             leaves = [x.requires_grad_() for x in inputs(2)]
-            y = layer(*leaves, grid, 2, x=tokens(leaves[0]), causal=late)
-            found.append((y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)))
+            asked = given(*leaves, grid, 2, causal=late)
+            y, operator = layer.attend(asked), layer.operator(asked)
+            own = (
+                operator.rows(torch.tensor([31, 0, 7, 2])),
+                operator.tile(slice(1, 9), slice(3, None)),
+            )
+            product = operator.vecmat(torch.ones(2, 20, 32).double().cumsum(1))
+            grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+            found.append((y, *grads, *own, product))
         for module in [m for m in sys.modules.values() if getattr(m, "on_cpu", 0) is on_cpu]:
             monkeypatch.setattr(module, "on_cpu", lambda x: False)
     for expected, others in zip(found, found[len(forms) :], strict=False):

@@ -7,6 +7,7 @@ attention. One row costs O(S d), a product with a vector O(N S d) time and O(N +
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from xattn.attention.inputs import may_look, on_cpu, spread_heads
-from xattn.kernels.backend import choose, tile_entries, too_wide
+from xattn.kernels.backend import choose, own_precision, tile_entries, too_wide
 from xattn.kernels.ragged_queries import ragged_attention
 from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
@@ -400,9 +401,14 @@ class SoftmaxOperator(AnsweringOperator):
         return torch.where(lse.isneginf(), 0.0, (s - lse).exp())
 
     def vecmat(self, r: Tensor, heads: str = "each") -> Tensor:
-        self._spread(r)  # checks
+        every = self._spread(r)
         reduce = "mean" if check_heads(heads) else "none"
-        k, lse = spread_heads(self.k, self.shape[1]), self.lse
+        k, lse = self.k, self.lse
+        if r.shape[-2] > ROWS and not on_cpu(r):  # the kernel takes no more of them at a time
+            with own_precision(self.q):
+                parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
+            product = functools.reduce(torch.add, parts)
+            return product.mean(1) if reduce == "mean" else product
         options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_vecmat(
@@ -412,7 +418,8 @@ class SoftmaxOperator(AnsweringOperator):
         )
 
     def gradient_vecmat(self, v: Tensor, grad: Tensor, r: Tensor) -> Tensor:
-        k, v, lse = spread_heads(self.k, self.shape[1]), spread_heads(v, self.shape[1]), self.lse
+        heads, lse = max(self.k.shape[1], v.shape[1]), self.lse
+        k, v = spread_heads(self.k, heads), spread_heads(v, heads)
         options = {"bias": self.bias, "scale": self.scale, "causal": self._by_place}
         return _in_parts(
             lambda some: softmax_gradient_vecmat(

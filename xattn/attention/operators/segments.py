@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xattn.attention.inputs import spread_heads, to_heads
+from xattn.attention.inputs import may_look, spread_heads, to_heads
 from xattn.attention.operators.base import AnsweringOperator, products
 from xattn.attention.operators.lowering import attend, attend_output
 from xattn.attention.order import Order, take_rows
@@ -145,22 +145,44 @@ class SegmentsOperator(AnsweringOperator):
 
     def rows(self, index: Tensor) -> Tensor:
         batch, heads, _, keys = self.shape
-        places, offset = index, 0
-        if self._order is not None:
-            first = sum(piece.q.shape[2] for piece in self.pieces[:-1])
-            place = self._order.inverse[(index - first).clamp(min=0)]
-            places = torch.where(index < first, index, place + first)
         out = widen(self.pieces[0].q.new_zeros(batch, heads, len(index), keys))
-        for piece in self.pieces:
-            inside = (places >= offset) & (places < offset + piece.q.shape[2])
-            at = inside.nonzero()[:, 0]
-            if len(at):
-                out[:, :, at] = self._rows(piece, places[at] - offset)
-            offset += piece.q.shape[2]
+        for piece, tokens in self._tokens():
+            if len(self.pieces) == 1:
+                return self._rows(piece, index)
+            own = index - tokens.start
+            inside = (own >= 0) & (own < len(tokens))
+            if may_look(index):
+                at = inside.nonzero()[:, 0]
+                if len(at):
+                    out[:, :, at] = self._rows(piece, own[at])
+            else:
+                rows = self._rows(piece, own.clamp(0, len(tokens) - 1))
+                out = torch.where(inside[:, None], rows, out)
         return out
 
-    def _rows(self, piece: Piece, places: Tensor) -> Tensor:
-        """Rows of A of one piece, (B, H, R, S)."""
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        wanted, parts = range(self.shape[2])[rows], []
+        if wanted.step != 1 or not wanted:
+            return super().tile(rows, columns)
+        for piece, tokens in self._tokens():
+            start, stop = max(wanted.start, tokens.start), min(wanted.stop, tokens.stop)
+            if start < stop:
+                own = torch.arange(start - tokens.start, stop - tokens.start, device=self.device)
+                parts.append(self._rows(piece, own))
+        return torch.cat(parts, 2)[..., columns]
+
+    def _tokens(self) -> Iterator[tuple[Piece, range]]:
+        """The pieces and the tokens that each holds."""
+        start = 0
+        for piece in self.pieces:
+            end = self.shape[2] if piece is self.pieces[-1] else start + piece.q.shape[2]
+            yield piece, range(start, end)
+            start = end
+
+    def _rows(self, piece: Piece, tokens: Tensor) -> Tensor:
+        """Rows of A of one piece, (B, H, R, S), for the numbers of some of its tokens."""
+        order = self._order if piece is self.pieces[-1] else None
+        places = tokens if order is None else order.inverse[tokens]
         batch, heads, _, keys = self.shape
         q = piece.q[:, :, places]
         scores = []
