@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 5e-4,
         "class_mode": "batch",
         "area": 2.0,
-        "objective": "masking",
+        "objective": "mask",
     },
     "small": {
         "epochs": 14,
@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "class_mode": "own",
         "area": 1.0,
-        "objective": "masking",
+        "objective": "mask",
     },
     "outcomes": {
         "epochs": 30,
@@ -68,8 +68,9 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 
 
 # A setting that is left out is None until the recipe fills it in, and never afterwards.
-Objective = Literal["masking", "outcomes"]
 Precision = Literal["no", "fp16", "bf16"]
+Fill = Literal["black", "blur", "mean", "drop"]
+ON_PHOTOS, GAMES = ["mask", "rank"], ["shapley", "labels", "select", "greedy"]
 # The package's own methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 Rate = Annotated[float, Where(lambda x: x > 0, "a positive learning rate")]
@@ -86,15 +87,18 @@ class TrainConfig:
     """
 
     belongs: ClassVar = (
-        Belongs("crops", "masks", "others", objective="outcomes"),
-        Belongs("class_mode", "cross_entropy", "area", "variation", "augment", objective="masking"),
+        Belongs("crops", "masks", "others", "fill", objective_name=Not(*ON_PHOTOS)),
+        Belongs("cells", objective_name=GAMES),
+        Belongs("sizes", objective_name="outcomes"),
+        Belongs("augment", objective_name=ON_PHOTOS),
+        Belongs("class_mode", "cross_entropy", "area", "variation", objective_name="mask"),
     )
 
     recipe: Literal["published", "small", "outcomes"] = "published"
     """Source of all settings that are not given."""
-    objective: Objective = None  # type: ignore[assignment]
-    """What is learned: masks that keep the prediction (masking; published, small), or maps that explain the
-    outcomes of a table of masks (outcomes)."""
+    objective: str = None  # type: ignore[assignment]
+    """What is learned, a name of xattn list objectives, with options as in shapley:link=log_odds: mask
+    (published, small), outcomes, shapley, labels, select, rank or greedy."""
     epochs: Count = None  # type: ignore[assignment]
     """Passes over the data (published 8, small 14, outcomes 30)."""
     batch_size: Count = None  # type: ignore[assignment]
@@ -121,6 +125,15 @@ class TrainConfig:
     """Masks of each crop in the table, half of them the complements of the others."""
     others: Whole = 2
     """Further classes of each photo whose outcomes are learned, drawn from its twelve most probable."""
+    fill: Fill | None = None
+    """What removed parts of a photo show in the table: by default black, a blurred photo and its mean in
+    turn, black for games; drop leaves patches out of a class-token ViT's sequence."""
+    sizes: Literal["even", "shapley", "curve", "half"] | None = None
+    """How much masks keep: .2 to .8 (even), as Shapley values count them (shapley), .02 to .15 and all but
+    that (curve), or each cell by the toss of a coin (half)."""
+    cells: Count | None = None
+    """Cells of a side that a game is played with; by default 7, or the network's patches where these are
+    dropped."""
     augment: bool = True
     """Random crop and flip; without it, the centre crop."""
     workers: Whole = 2
@@ -137,6 +150,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _fill_in(self, RECIPES)
         check_fields(self)
+
+    @property
+    def objective_name(self) -> str:
+        """The objective without its options."""
+        return (self.objective or "").partition(":")[0]
 
 
 @dataclass(frozen=True)

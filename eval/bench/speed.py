@@ -31,7 +31,8 @@ from xattn.photos.images import list_images, load_image
 from xattn.photos.view import prepare
 from xattn.runtime.measuring import Job, operations, ratios, times
 from xattn.runtime.process import keep_memory
-from xattn.training.objective import objective
+from xattn.training.objectives.base import Step
+from xattn.training.objectives.mask import Mask
 
 TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()
 
@@ -136,9 +137,9 @@ def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str
         optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
 
         def job() -> None:
-            terms = objective(head, backbone, images, config)
+            terms = Mask().on_photos(Step(head, backbone, images, config))
             optimizer.zero_grad(set_to_none=True)
-            terms.loss.backward()
+            terms["loss"].backward()
             optimizer.step()
 
         return job

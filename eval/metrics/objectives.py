@@ -4,14 +4,16 @@ A metric declares what it reads (:class:`~xattn.eval.metrics.base.Reads`), :data
 did. Tables mark a metric as close to a head's training if both read the same score of photos whose parts
 are hidden by the same masks or show the same fill.
 
-"masking" (T-TAME, :mod:`xattn.training.objective`)
+``mask`` (:mod:`xattn.training.objectives.mask`)
     The class stays under the map as a mask with black behind it, and the mask is small. In
-    "masking-mean" the data set's mean colour is behind it, in "masking-features" it multiplies features.
-"outcomes" (:mod:`xattn.training.objective`)
-    Sums of the map over what masks keep go with the class's scores there. The masks
-    (:mod:`xattn.training.outcome_rows`) are squares, smooth blobs, and thresholds of the head's starting
-    map under noise. These are no thresholds of the head's own map, as deletion, insertion and ROAD
-    take them, but similar.
+    "mask-mean" the data set's mean colour is behind it, in "mask-features" it multiplies features.
+``outcomes``, ``shapley``, ``labels``, ``select``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
+    Sums of the map over what masks keep go with the class's scores there. The masks of outcomes are
+    squares, smooth blobs, and thresholds of the head's starting map under noise, which are no
+    thresholds of the head's own map, as deletion, insertion and ROAD take them, but similar; those of
+    the others are cells. What is hidden is black, blurred or mean in turn, or as in "shapley-black".
+``rank`` (:mod:`xattn.training.objectives.rank`)
+    Deletion and insertion themselves, of a soft order of the map's cells.
 
 A head that is best in such a metric shows that training worked, not that its maps are more faithful
 than those of a method that was not trained.
@@ -22,8 +24,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from xattn.config import GAMES
 from xattn.eval.metrics.base import Reads
-from xattn.training.outcome_rows import FILLS
+from xattn.training.outcome_rows import DROP, FILLS
 
 
 class Objective(NamedTuple):
@@ -34,18 +37,32 @@ class Objective(NamedTuple):
     fills: tuple[str, ...]
 
 
+_BOTH = ("class", "area")
+_ON_PHOTOS = {
+    "mask": Objective(_BOTH, ("the map",), ("black",)),
+    "mask-mean": Objective(_BOTH, ("the map",), ("mean",)),
+    "mask-features": Objective(_BOTH, ("the map",), ()),
+    "rank": Objective(("class",), ("thresholds of the map",), FILLS),
+}
+_ON_TABLES = {
+    "outcomes": ("squares", "blobs", "thresholds of CAM"),
+    **dict.fromkeys(GAMES, ("squares",)),
+}
 OBJECTIVES: Mapping[str, Objective] = {
-    "masking": Objective(("class", "area"), ("the map",), ("black",)),
-    "masking-mean": Objective(("class", "area"), ("the map",), ("mean",)),
-    "masking-features": Objective(("class", "area"), ("the map",), ()),
-    "outcomes": Objective(("class",), ("squares", "blobs", "thresholds of CAM"), FILLS),
+    **_ON_PHOTOS,
+    **{name: Objective(("class",), masks, FILLS) for name, masks in _ON_TABLES.items()},
+    **{
+        f"{name}-{fill}": Objective(("class",), masks, (fill,))
+        for name, masks in _ON_TABLES.items()
+        for fill in (*FILLS, DROP)
+    },
 }
 """By the name that results keep of a head, see :func:`objective_of`."""
 MARK = "†"
 """What tables put beside a value in such a metric."""
 LEGEND = "close to this head's training: the same score, and the same fill or masks"
 
-_POLICIES = {"normalized": "masking-mean", "feature": "masking-features"}
+_POLICIES = {"normalized": "mask-mean", "feature": "mask-features"}
 _SAME = {"image-mean": "mean", "rise": "blur"}
 
 
@@ -72,9 +89,9 @@ def shared(
         options: those of the metric's column, of which ``fill`` or ``masked_value`` is the fill.
 
     >>> black = Reads("class", "squares", "black")
-    >>> shared("masking", black)
+    >>> shared("mask", black)
     Shared(score=True, masks=False, fill=True)
-    >>> shared("masking", black, {"fill": "noise"}).close
+    >>> shared("mask", black, {"fill": "noise"}).close
     False
     """
     found = OBJECTIVES.get(objective or "")
@@ -93,16 +110,18 @@ def objective_of(explainer: Any) -> str | None:
     """The objective that an explainer's head was trained with, by its own record of training.
 
     None for what is no head, was not trained, or was trained as a classifier, which no metric resembles.
-    A record without an objective is of a time when heads of photos had but one, ``"masking"``.
     """
     if not getattr(explainer, "needs_head", False):
         return None
     head = getattr(explainer, "head", None)
     summary = getattr(head, "summary", None)
-    config = summary.get("config") if isinstance(summary, Mapping) else None
-    if not isinstance(config, Mapping):
+    if not isinstance(summary, Mapping):
         return None
-    objective = config.get("objective", "masking" if "cross_entropy" in config else None)
-    if objective == "masking":
-        return _POLICIES.get(getattr(head, "mask_policy", ""), objective)
-    return None if objective is None else str(objective)
+    config = summary.get("config")
+    if not isinstance(config, Mapping) or not config.get("objective"):
+        return None
+    name = str(config["objective"]).partition(":")[0]
+    if name == "mask":
+        return _POLICIES.get(getattr(head, "mask_policy", ""), name)
+    fills = (summary.get("table") or {}).get("fills", ())
+    return f"{name}-{fills[0]}" if len(fills) == 1 else name

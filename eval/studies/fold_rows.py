@@ -40,6 +40,7 @@ from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
 from xattn.runtime.files import write_text
 from xattn.training import fit
+from xattn.training.objectives.base import objective_for, table_settings
 from xattn.training.outcomes import Outcomes, cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
@@ -188,10 +189,24 @@ def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) 
     if not row.is_head:
         return None
     config = row.config(0)
-    if config.objective != "outcomes":
+    objective = objective_for(config)
+    if objective.reads != "table":
         return None
-    place = folder / f"{backbone.name}-{config.crops}x{config.masks}"
-    return cache_outcomes(backbone, paths, place, crops=config.crops, masks=config.masks)
+    settings = table_settings(objective, config, backbone)
+    place = table_folder(folder, backbone, config, settings)
+    return cache_outcomes(backbone, paths, place, **settings)
+
+
+def table_folder(
+    folder: Path, backbone: Backbone, config: TrainConfig, settings: Mapping[str, Any]
+) -> Path:
+    """The folder of a table, named by the masks that are asked for beside the usual ones."""
+    usual = {"seed": config.seed, "sizes": "even"}
+    parts = [backbone.name, f"{config.crops}x{settings.get('masks', config.masks)}"]
+    for name, value in settings.items():
+        if name not in ("crops", "masks", "precision") and usual.get(name) != value:
+            parts += [name, "+".join(value) if isinstance(value, tuple | list) else str(value)]
+    return folder / "-".join(parts)
 
 
 def names(paths: Sequence[Path]) -> list[str]:

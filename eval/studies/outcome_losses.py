@@ -2,8 +2,8 @@
 
     L = 1 - corr_w( P <m_j, S_k>, P y_jk ) + ...      masks m_j of a photo, outcomes y_jk of class k
 
-The loss itself stands in :mod:`xattn.training.objective`. Every variant is called as
-:func:`xattn.training.outcome_fitting.outcome_terms` and returns its ``"loss"`` and what is logged.
+The loss itself stands in :mod:`xattn.training.objectives.outcomes`. Every variant is called as
+:func:`xattn.training.objectives.outcomes.outcome_terms` and returns its ``"loss"`` and what is logged.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from xattn.heads.evidence import standardised
-from xattn.training.objective import (
+from xattn.training.objectives.outcomes import (
     TINY,
     area_adjusted,
+    compared,
     correlation,
-    log_odds,
     mask_effects,
+    mean_terms,
+    outcome_terms,
 )
-from xattn.training.outcome_fitting import compared, mean_terms, outcome_terms
-from xattn.training.outcomes import OutcomeBatch
+from xattn.training.outcomes import OutcomeBatch, log_odds
 
 LEAST = 1e-5  # of the size of a map's effects: below it their direction is rounding
 
@@ -94,7 +95,7 @@ def shapley_weights(area: Tensor) -> Tensor:
 def weighted_correlation(
     maps: Tensor, masks: Tensor, outcomes: Tensor, weights: Tensor, area: bool = True
 ) -> Tensor:
-    """Correlation (B, M) as :func:`~xattn.training.objective.correlation`, in which mask j counts
+    """Correlation (B, M) as :func:`~xattn.training.objectives.outcomes.correlation`, in which mask j counts
     ``weights[:, j]`` (B, N) times; without ``area`` only the means are removed."""
     weights = weights[:, None]
     total = weights.sum(-1, keepdim=True)

@@ -79,7 +79,8 @@ from xattn.photos.view import prepare
 from xattn.runtime.files import atomic_file, write_text
 from xattn.runtime.names import did_you_mean
 from xattn.training.data import TrainImages
-from xattn.training.objective import objective
+from xattn.training.objectives.base import Step
+from xattn.training.objectives.mask import Mask
 from xattn.training.outcome_fitting import OutcomePlaces, OutcomesJob, Place
 from xattn.training.outcome_rows import CELLS, FILLS, KINDS, background
 from xattn.training.run import Run
@@ -138,14 +139,13 @@ class JointJob(OutcomesJob):
     def losses(
         self, run: Run[Any], backbone: Backbone, places: list[Place], batch: OutcomePlaces
     ) -> dict[str, Tensor]:
-        """As :meth:`OutcomesJob.losses`, with ``masking``, T-TAME's loss."""
+        """As :meth:`OutcomesJob.losses`, with ``mask``, T-TAME's loss."""
         terms = super().losses(run, backbone, places, batch)
         images = torch.stack([self._image(self.numbers[i]) for _, i in places[: self.count]])
         with run.forward(batch.share):
-            found = objective(
-                run.head, backbone, images.to(backbone.device), self.masking, run.head.mask_policy
-            )
-        return {**terms, "loss": terms["loss"] + self.weight * found.loss, "masking": found.loss}
+            step = Step(run.head, backbone, images.to(backbone.device), self.masking)
+            found = Mask().on_photos(step)["loss"]
+        return {**terms, "loss": terms["loss"] + self.weight * found, "mask": found}
 
     def _image(self, number: int) -> Tensor:
         """The evaluation crop of a photo, kept in bytes."""

@@ -37,7 +37,8 @@ from xattn.heads.base import seeded_head
 from xattn.photos.base import Data
 from xattn.photos.sources import open_photos
 from xattn.training import fit
-from xattn.training.outcomes import OutcomeBatch, Outcomes, outcomes_to_train_on
+from xattn.training.objectives.base import objective_for, table_settings
+from xattn.training.outcomes import OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
 Labels = Literal["classes", "outcomes"]
@@ -122,7 +123,10 @@ def train_on_random_labels(
     config = TrainConfig(**settings)
     photos = open_photos(data)
     say = print if progress else None
-    found = outcomes_to_train_on(backbone, photos, table, config, progress=progress, say=say)
+    found = cache_outcomes(
+        backbone, photos, table, workers=config.workers, progress=progress, say=say,
+        **table_settings(objective_for(config), config, backbone),
+    )  # fmt: skip
     head = seeded_head(trained.name, backbone, config.seed, **trained.options)
     split = Split("random labels")
     fit(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.fold_rows import names
+from xattn.eval.studies.fold_rows import names, table_folder
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.head import HeadExplainer
 from xattn.heads import Head
@@ -38,8 +38,15 @@ from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes
 from xattn.training.fitting import fit_job
-from xattn.training.objective import TINY, area_adjusted, mask_effects
-from xattn.training.outcome_fitting import OutcomesJob, Terms, compared, outcome_terms, table_for
+from xattn.training.objectives.base import objective_for
+from xattn.training.objectives.outcomes import (
+    TINY,
+    area_adjusted,
+    compared,
+    mask_effects,
+    outcome_terms,
+)
+from xattn.training.outcome_fitting import OutcomesJob, Terms, table_for
 from xattn.training.outcomes import HeadGuide, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.run import RunOptions
 from xattn.training.run_folder import RUN_FILE
@@ -221,11 +228,8 @@ class TrialRun:
     split: Split = field(default_factory=lambda: Split("a trial"))
 
     def tables_for(self, config: TrainConfig, settings: Mapping[str, Any]) -> Path:
-        """The folder of the table of all photos with these masks; fold_rows has the same."""
-        parts = [self.backbone.name, f"{config.crops}x{config.masks}"]
-        for name, value in settings.items():
-            parts += [name, "+".join(value) if isinstance(value, tuple | list) else str(value)]
-        return self.tables / "-".join(parts)
+        """The folder of the table of all photos with these masks."""
+        return table_folder(self.tables, self.backbone, config, settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +362,11 @@ def opened_job(
     options = RunOptions(folder, (folder / RUN_FILE).is_file(), run.progress)
     given = first_table(trial, run)
     with processes.own_accelerator(backbone.device, config.precision) as accelerator:
-        with table_for(backbone, photos, config, given, options, 1, None) as (table, numbers):
+        objective = objective_for(config)
+        with table_for(backbone, photos, config, objective, given, options, 1, None) as (
+            table,
+            numbers,
+        ):
             if second is not None:
                 table = JoinedOutcomes.of(table, second.subset(table.names))
             terms = terms or trial.terms

@@ -16,7 +16,8 @@ from xattn.cli import main
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
 from xattn.photos.view import prepare
-from xattn.training.objective import classification_loss, objective, targets
+from xattn.training.objectives.base import Step
+from xattn.training.objectives.mask import Mask, classification_loss, targets
 
 IMAGES = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
@@ -134,8 +135,8 @@ def test_heads_of_both_fusions_get_gradients_on_other_tasks(outputs, task):
     for fusion in ("classifier", "per_class"):
         head = create_head("ttame", backbone, fusion=fusion).train()
         for mode in ("own", "batch", "top"):
-            terms = objective(head, backbone, IMAGES, TrainConfig("small", class_mode=mode))
-            terms.loss.backward()
+            step = Step(head, backbone, IMAGES, TrainConfig("small", class_mode=mode))
+            Mask().on_photos(step)["loss"].backward()
         grads = [p.grad for p in head.fusion.parameters() if p.grad is not None]
         assert grads and all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
 

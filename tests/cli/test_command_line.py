@@ -196,11 +196,11 @@ def test_a_kind_is_listed_alone(kind, says, capsys):
         ("--objective outcomes", "evidence", "outcomes", 30),
         ("--recipe small", "ttame", "small", 14),
         ("--recipe published", "ttame", "published", 8),
-        ("--objective masking", "ttame", "small", 14),
+        ("--objective mask", "ttame", "small", 14),
         ("--head ttame", "ttame", "small", 14),
         ("--head Evidence", "Evidence", "outcomes", 30),
         ("--head ttame --objective outcomes", "ttame", "outcomes", 30),
-        ("--head evidence --objective masking", "evidence", "small", 14),
+        ("--head evidence --objective mask", "evidence", "small", 14),
         ("--head evidence --recipe small", "evidence", "small", 14),
         ("--preset ttame-vgg16", "evidence", "published", 8),  # the preset has a head of its own
     ],

@@ -17,7 +17,7 @@ from xattn.attention import (
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
-from xattn.cli.commands.listing import ADDS, declared, measured, read_accuracy, registered
+from xattn.cli.commands.listing import ADDS, HOMES, declared, measured, read_accuracy, registered
 
 
 @pytest.fixture
@@ -97,8 +97,7 @@ def test_kernels_are_those_that_run():
 
 @pytest.mark.parametrize("kind", ADDS)
 def test_what_files_declare_is_what_they_register(kind):
-    import_module(f"xattn.{kind}")
-    registry = getattr(import_module(f"xattn.{kind}.base"), kind.upper())
+    registry = getattr(import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper())
     own = {
         n: d for n, d in registered(kind).items() if registry.get(n).__module__.startswith("xattn.")
     }

@@ -120,7 +120,7 @@ def trained(objective, **shifts):
 
 
 def test_cells_of_metrics_that_a_head_was_trained_on_are_marked_and_may_be_best():
-    cells = table(trained("masking"))
+    cells = table(trained("mask"))
     marked = {(s.method, s.column) for s in cells.values() if s.trained_on}
     assert marked == {(m, c) for m in ("mine", "randomized_head") for c in (AD, IC)}
     assert cells["mine", AD].best and cells["rival", IC].best
@@ -130,13 +130,13 @@ def test_cells_of_metrics_that_a_head_was_trained_on_are_marked_and_may_be_best(
 @pytest.mark.parametrize(
     ("objective", "shifts", "verdict"),
     [
-        ("masking", {}, "best only close to its training: AD@50"),
-        ("masking", {"IC": 5}, "best only close to its training: AD@50, IC@50"),
+        ("mask", {}, "best only close to its training: AD@50"),
+        ("mask", {"IC": 5}, "best only close to its training: AD@50, IC@50"),
         (
-            *("masking", {"ROAD": 5}),
+            *("mask", {"ROAD": 5}),
             "best in AD@50, close to its training; and in ROAD, apart from it",
         ),
-        ("masking", {"AD": 5, "ROAD": 5}, "best in ROAD, apart from its training"),
+        ("mask", {"AD": 5, "ROAD": 5}, "best in ROAD, apart from its training"),
         (
             "outcomes",
             {"ROAD": 5},
@@ -154,7 +154,7 @@ def test_the_verdict_says_what_a_head_was_trained_on(objective, shifts, verdict)
 
 
 def test_the_table_of_the_best_marks_names_in_metrics_that_they_were_trained_on():
-    results = trained("masking", IC=0.0)
+    results = trained("mask", IC=0.0)
     lines = markdown(results, standings(results)).splitlines()
     assert "| AD@50 | mine † | none |" in lines
     assert "| IC@50 | mine † | rival |" in lines or "| IC@50 | rival | mine † |" in lines

@@ -332,7 +332,7 @@ def _nasty_leaderboards() -> list[bytes]:
         edited(lambda r: r["methods"]["gradcam"]["values"][0].update(level=10**400)), edited(lambda r: r["methods"]["gradcam"]["values"][0].update(values=["x"])),
         edited(lambda r: r["methods"]["gradcam"]["values"][0].update(metric="nothing")), edited(lambda r: r.update(standings=[])), edited(lambda r: r.update(skipped=5)),
         edited(lambda r: r.update(skipped=[{"id": 1}])), edited(lambda r: r["images"][0].update(p="x")), edited(lambda r: r["images"][0].update(more=1)),
-        edited(lambda r: r["methods"]["gradcam"].update(objective=5)), edited(lambda r: r["methods"]["gradcam"].update(objective=["masking"])),
+        edited(lambda r: r["methods"]["gradcam"].update(objective=5)), edited(lambda r: r["methods"]["gradcam"].update(objective=["mask"])),
         *nasty_json(),
     ]  # fmt: skip
 

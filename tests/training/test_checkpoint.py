@@ -125,7 +125,7 @@ def runs(photos, tmp_path_factory):
         ).head  # fmt: skip
 
     return {
-        "fit": (fit_module.MaskingJob, "step", fitting),
+        "fit": (fit_module.PhotosJob, "step", fitting),
         "probe": (probe_module, "_step", probing),
     }
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import xattn
 from xattn.config import TrainConfig
 from xattn.heads import create_head
-from xattn.training import area, masked_logits, objective, variation
-from xattn.training.objective import targets
+from xattn.training.objectives.base import Step
+from xattn.training.objectives.mask import Mask, area, masked_logits, targets, variation
 
 
 def rand(*shape, seed=0):
@@ -69,7 +69,7 @@ def test_mask_policies(backbone):
 def test_objective_equals_its_definition_in_every_class_mode(backbone, mode):
     head = create_head("ttame", backbone, fusion="per_class").eval()
     x = rand(3, 3, 64, 64)
-    terms = objective(head, backbone, x, TrainConfig(class_mode=mode))
+    terms = Mask().on_photos(Step(head, backbone, x, TrainConfig(class_mode=mode)))
     with torch.no_grad():
         taps = backbone(x)
         full = head(taps).sigmoid()
@@ -84,7 +84,7 @@ def test_objective_equals_its_definition_in_every_class_mode(backbone, mode):
         ce = F.cross_entropy(backbone.logits(x * m), y)
         loss = 1.5 * ce + 2 * area(a) + 0.01 * variation(a)
     assert a.shape[1] == (1 if mode == "own" else 3)
-    torch.testing.assert_close(terms.loss.detach(), loss, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(terms["loss"].detach(), loss, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["own", "batch", "top"])
@@ -103,6 +103,6 @@ def test_a_multilabel_head_is_trained_on_its_own_labels_sigmoid(mode):
         assert (target != taps.logits.argmax(1)).any()
         own = head(taps, target[:, None]).sigmoid()
         p = multi.probabilities(masked_logits(multi, images, own, "raw_normalize"))
-        terms = objective(head, multi, images, TrainConfig(class_mode=mode))
+        terms = Mask().on_photos(Step(head, multi, images, TrainConfig(class_mode=mode)))
     expected = -p.gather(1, target[:, None]).log().mean().float()
-    torch.testing.assert_close(terms.cross_entropy, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["cross_entropy"], expected, rtol=1e-4, atol=1e-5)

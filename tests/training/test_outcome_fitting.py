@@ -21,12 +21,11 @@ from xattn.heads import create_head, head_class, list_heads, load_head
 from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
 from xattn.training import fit, outcome_fitting
-from xattn.training.objective import reacts
+from xattn.training.objectives.outcomes import outcome_terms, reacts
 from xattn.training.outcome_fitting import (
     NO_REACTION,
     TapStore,
     drawn_classes,
-    outcome_terms,
     stack,
     tensors,
 )
@@ -305,7 +304,7 @@ def test_tables_of_other_networks_settings_and_photos_are_refused(cnn, photos, t
 
 
 def test_what_cannot_end_well_is_refused_before_a_table_is_computed(cnn, photos, tmp_path):
-    with pytest.raises(ValueError, match="table: got one for objective='masking'"):
+    with pytest.raises(ValueError, match="table: got one for objective='mask'"):
         fitted(evidence(cnn), cnn, photos, TrainConfig("small", workers=0), table=tmp_path / "t")
     taken = tmp_path / "taken"
     taken.mkdir()

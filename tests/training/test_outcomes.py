@@ -17,7 +17,6 @@ import xattn
 from xattn.heads import create_head
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
-from xattn.training.objective import log_odds
 from xattn.training.outcome_rows import (
     HeadGuide,
     MaskSettings,
@@ -27,7 +26,7 @@ from xattn.training.outcome_rows import (
     mask_pairs,
     masks_of,
 )
-from xattn.training.outcomes import OutcomeBatch, cache_outcomes
+from xattn.training.outcomes import OutcomeBatch, cache_outcomes, log_odds
 
 COUNT, MASKS = 21, 8
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn.training.objective import area_adjusted, correlation, log_odds, reacts
+from xattn.training.objectives.outcomes import area_adjusted, correlation, reacts
+from xattn.training.outcomes import log_odds
 
 
 def rand(*shape, seed=0):

@@ -19,10 +19,10 @@ from xattn.runtime.distributed import peers
 JOB = """
 import os, signal, sys
 from xattn.cli import main
-from xattn.training.fitting import MaskingJob
+from xattn.training.fitting import PhotosJob
 
 at, *arguments = sys.argv[1:]
-calls, step = [], MaskingJob.step
+calls, step = [], PhotosJob.step
 
 def dying(*args):
     calls.append(1)
@@ -30,7 +30,7 @@ def dying(*args):
         os.kill(os.getpid(), signal.SIGKILL)  # as the out-of-memory killer does
     return step(*args)
 
-MaskingJob.step = dying
+PhotosJob.step = dying
 sys.exit(main(arguments))
 """
 

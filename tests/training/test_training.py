@@ -24,8 +24,9 @@ from xattn.config import TrainConfig
 from xattn.heads import create_head, load_head
 from xattn.photos.sources import Files, open_photos
 from xattn.training import data as photo_batches
-from xattn.training import fit, objective
+from xattn.training import fit
 from xattn.training.data import TrainImages, epoch_batches
+from xattn.training.objectives.mask import Mask
 from xattn.training.optimizers import head_optimizer, one_cycle
 
 
@@ -188,9 +189,9 @@ def test_ctrl_c_in_the_middle_of_a_step_resumes_to_bit_identical_weights(
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return objective(*args, **kwargs)
+        return on_photos(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.fitting.objective", interrupted)
+    monkeypatch.setattr(Mask, "on_photos", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(fresh(), backbone, folder, config, output=tmp_path / "run", progress=False)
@@ -221,9 +222,12 @@ def at_call(monkeypatch, actions):
     def disturbed(*args, **kwargs):
         calls.append(1)
         actions.get(len(calls), list)()
-        return objective(*args, **kwargs)
+        return on_photos(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.fitting.objective", disturbed)
+    monkeypatch.setattr(Mask, "on_photos", disturbed)
+
+
+on_photos = Mask.on_photos
 
 
 @pytest.fixture
@@ -484,23 +488,23 @@ from accelerate import PartialState
 from xattn.config import TrainConfig
 from xattn.heads import create_head
 from xattn.photos.sources import open_photos
-from xattn.training import fitting
 from xattn.training.data import epoch_batches
+from xattn.training.objectives.mask import Mask
 
 weights, data, out = sys.argv[1:]
 backbone = xattn.load_backbone("test_efficientnet", weights=weights, input_size=64)
 config = TrainConfig(epochs=2, batch_size=1, workers=0, lr=0.01)
-objective, calls = fitting.objective, []
+on_photos, calls = Mask.on_photos, []
 
 def fit(name, seed=0, at=0, head="ttame", **kwargs):
     def counted(*args):
         calls.append(1)
         if len(calls) == at and PartialState().process_index == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return objective(*args)
+        return on_photos(*args)
 
     calls.clear()
-    fitting.objective = counted
+    Mask.on_photos = counted
     torch.manual_seed(seed)
     head = create_head(head, backbone)
     return xattn.fit(head, backbone, data, kwargs.pop("config", config), output=f"{out}/{name}",

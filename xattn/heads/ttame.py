@@ -86,7 +86,7 @@ class TTame(Head):
         branch_rank: ``"auto"`` (64 on taps wider than 512 channels), None (always the exact C x C
             form) or a rank for all branches.
         skip, norm, activation: the paper's ablations of the branch.
-        mask_policy: how the mask meets the image in training, see :mod:`xattn.training.objective`.
+        mask_policy: how the mask meets the image in training, see :mod:`xattn.training.objectives.mask`.
         fusion_rank: inner width of the classifier fusion's projections.
         explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores), which ranks
             pixels alike; by default as published (scores) with ``fusion="per_class"``, else the mask.

@@ -340,7 +340,7 @@ def check_read(command: Any, given: Collection[str]) -> None:
 def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
     """Why ``option`` is refused; ``setting`` is another option, "" for a property, whose value tells."""
     named, left = f"{setting} " if setting else "", f"leave out {option.flag}"
-    if isinstance(wanted, Not) and any(wanted.value is value for value in ABSENT):
+    if isinstance(wanted, Not) and any(wanted.values[0] is value for value in ABSENT):
         return f"{option.name}: needs {setting}; give it, or {left}"
     if isinstance(wanted, Not):
         return f"{option.name}: not read with {named}{got}; {left}"
@@ -352,7 +352,7 @@ def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
 
 def _allowed(wanted: Any, got: Any) -> bool:
     if isinstance(wanted, Not):
-        return bool(got != wanted.value)
+        return got not in wanted.values
     return got in wanted if isinstance(wanted, list) else bool(got == wanted)
 
 

@@ -43,10 +43,11 @@ class Where(NamedTuple):
     words: str
 
 
-class Not(NamedTuple):
-    """Any value but this one, for :class:`Belongs`."""
+class Not:
+    """Any value but these, for :class:`Belongs`."""
 
-    value: Any
+    def __init__(self, *values: Any) -> None:
+        self.values = values
 
 
 class Belongs:

@@ -2,6 +2,19 @@
 
 from xattn.config import TrainConfig
 from xattn.training.fitting import FitResult, fit
-from xattn.training.objective import area, masked_logits, objective, variation
+from xattn.training.objectives.base import (
+    Objective,
+    create_objective,
+    list_objectives,
+    register_objective,
+)
 
-__all__ = ["FitResult", "TrainConfig", "area", "fit", "masked_logits", "objective", "variation"]
+__all__ = [
+    "FitResult",
+    "Objective",
+    "TrainConfig",
+    "create_objective",
+    "fit",
+    "list_objectives",
+    "register_objective",
+]

@@ -19,7 +19,7 @@ from xattn.photos.sources import open_photos
 from xattn.runtime.files import check_run_folder, write_json
 from xattn.training import processes
 from xattn.training.data import PhotoBatch, PhotoBatches
-from xattn.training.objective import Part, objective
+from xattn.training.objectives.base import Objective, Part, Step, objective_for
 from xattn.training.optimizers import head_optimizer, one_cycle
 from xattn.training.outcome_fitting import OutcomesJob, first_taps, table_for
 from xattn.training.outcomes import Outcomes
@@ -93,12 +93,13 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
-    if head.is_classifier and config.objective == "outcomes":
+    objective = objective_for(config)
+    if head.is_classifier and objective.reads == "table":
         raise ValueError(
             f"head: {head.name!r} is a classifier, whose maps share out its own logits; train it with "
-            f"xattn probe, or give outcomes to an explanation head such as 'evidence' or 'ttame'"
+            f"xattn probe, or give {config.objective} to an explanation head such as 'evidence' or 'ttame'"
         )
-    if table is not None and config.objective != "outcomes":
+    if table is not None and objective.reads != "table":
         raise ValueError(
             f"table: got one for objective={config.objective!r}, which reads none; train with "
             f"TrainConfig('outcomes'), --recipe outcomes"
@@ -108,16 +109,17 @@ def fit(
     with processes.own_accelerator(backbone.device, config.precision) as accelerator:
         with ExitStack() as stack:
             resumed = options.folder if options.resume else None
-            if config.objective == "masking":
-                job: Job = MaskingJob(backbone, photos, config, accelerator, resumed)
+            if objective.reads == "photos":
+                job: Job = PhotosJob(backbone, photos, config, objective, accelerator, resumed)
             else:
                 if options.folder is not None:  # before a table is computed in vain
                     check_run_folder(options.folder, resume)
                 ranks = accelerator.num_processes
                 found, numbers = stack.enter_context(
-                    table_for(backbone, photos, config, table, options, ranks, say)
+                    table_for(backbone, photos, config, objective, table, options, ranks, say)
                 )
-                job = OutcomesJob(backbone, photos, found, numbers, config, accelerator)
+                terms = objective.on_table
+                job = OutcomesJob(backbone, photos, found, numbers, config, accelerator, terms)
             return fit_job(head, backbone, job, config, accelerator, options)
 
 
@@ -129,7 +131,7 @@ def fit_job(
     accelerator: Any,
     options: RunOptions,
 ) -> FitResult:
-    """Train ``head`` in place on a ``job``; :func:`fit` makes those of the two objectives."""
+    """Train ``head`` in place on a ``job``; :func:`fit` makes those of objectives."""
     device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
@@ -199,14 +201,15 @@ class Job(Protocol):
         images of all processes."""
 
 
-class MaskingJob:
-    """The objective of T-TAME: masks that keep the prediction, see :mod:`xattn.training.objective`."""
+class PhotosJob:
+    """An ``objective`` that passes photos through the frozen network in each step."""
 
     def __init__(
         self,
         backbone: Backbone,
         photos: Photos,
         config: TrainConfig,
+        objective: Objective,
         accelerator: Any,
         resumed: Path | None,
     ) -> None:
@@ -214,7 +217,7 @@ class MaskingJob:
         self.batches = PhotoBatches(photos, backbone.preprocessing, config, rank, ranks, resumed)
         self.left_out: list[tuple[str, str]] = []
         self.about: dict[str, Any] = {}
-        self.config = config
+        self.config, self.objective = config, objective
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
         """Of the first photos."""
@@ -233,10 +236,12 @@ class MaskingJob:
             backbone.device, torch.float64 if wide else images.dtype, non_blocking=True
         )
         part = Part(torch.tensor(batch.share.rows or [0], device="cpu"), counts, run.rank)
+        progress, seed = run.step / self.batches.total, f"{self.config.seed}/{run.step}/{run.rank}"
+        step = Step(run.head, backbone, images, self.config, part, progress, seed)
         with run.forward(batch.share):
-            terms = objective(run.head, backbone, images, self.config, run.head.mask_policy, part)
-            terms = terms._replace(loss=terms.loss + run.head.auxiliary_loss())
-        return run.take_step(terms._asdict(), weight)
+            terms = self.objective.on_photos(step)
+            terms["loss"] = terms["loss"] + run.head.auxiliary_loss()
+        return run.take_step(terms, weight)
 
 
 def _summary(run: Run[Head], images: int, skipped: int) -> dict[str, Any]:

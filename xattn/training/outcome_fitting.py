@@ -1,8 +1,7 @@
 """Training heads on a table of outcomes: the classes and batches of its photos, and a step on them.
 
-The maps of a photo's own class are compared with its probability and its log-odds under the masks, those of
-others, drawn from its most probable classes, with their log-odds; see
-:mod:`~xattn.training.objective`.
+A photo's own class and others, drawn from its most probable ones, have maps, whose loss an objective
+computes (:mod:`xattn.training.objectives`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +23,11 @@ from torch import Tensor
 from xattn.backbone import Backbone, Taps
 from xattn.config import TrainConfig
 from xattn.heads import Head
-from xattn.heads.fusion import resize
-from xattn.kernels.softmax.reference import widen
 from xattn.photos.base import Photos
 from xattn.training.data import TrainImages, load_batches, steps_per_epoch
-from xattn.training.objective import correlation, reacts
-from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, outcomes_to_train_on
+from xattn.training.objectives.base import Objective, table_settings
+from xattn.training.objectives.outcomes import reacts
+from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
 
@@ -166,10 +164,20 @@ def stack(rows: Sequence[Taps]) -> Taps:
 
 
 TOP = 12  # a photo's most probable classes, whose outcomes are learned
-ABOUT = ("crops", "masks", "kinds", "fills", "seed", "precision", "guide")  # in the head's record
+ABOUT = (
+    "crops",
+    "masks",
+    "kinds",
+    "fills",
+    "sizes",
+    "players",
+    "seed",
+    "precision",
+    "guide",
+)  # in the head's record
 NO_REACTION = "its class does not react to masks"
 Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
-"""The ``"loss"`` of scores and what else is logged, see :func:`outcome_terms`."""
+"""The ``"loss"`` of scores and what else is logged, as :meth:`Objective.on_table`."""
 
 
 @contextmanager
@@ -177,12 +185,13 @@ def table_for(
     backbone: Backbone,
     photos: Photos,
     config: TrainConfig,
+    objective: Objective,
     table: str | Path | Outcomes | None,
     options: RunOptions,
     ranks: int,
     say: Callable[[str], object] | None,
 ) -> Iterator[tuple[Outcomes, list[int]]]:
-    """The table of ``photos`` in the block, computed as far as it is not there yet, see
+    """The table of ``photos`` for ``objective`` in the block, computed as far as it is not there yet, see
     :func:`~xattn.training.fitting.fit`; and which of ``photos`` each of its photos is.
 
     Raises:
@@ -190,12 +199,20 @@ def table_for(
     """
     if isinstance(table, Outcomes):
         _check_network(table, backbone)
+        _check_game(table, objective)
         yield _part(table, photos)
         return
     with tempfile.TemporaryDirectory(prefix="xattn-outcomes-") as temporary:
         folder = _table_folder(table, options.folder, ranks) or Path(temporary) / "outcomes"
-        found = outcomes_to_train_on(
-            backbone, photos, folder, config, progress=options.progress, say=say
+        found = cache_outcomes(
+            backbone,
+            photos,
+            folder,
+            workers=config.workers,
+            max_pixels=config.max_pixels,
+            progress=options.progress,
+            say=say,
+            **table_settings(objective, config, backbone),
         )
         yield found, found.numbers
 
@@ -232,6 +249,17 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
                 f"table: its outcomes are those of {name} {theirs[name]}, the backbone has {value}; "
                 f"compute a table for this backbone"
             )
+
+
+def _check_game(table: Outcomes, objective: Objective) -> None:
+    """Raise a ``ValueError`` unless ``table`` has masks that ``objective`` can read."""
+    sizes, needed = table.key["sizes"], objective.sizes
+    plays = table.key["players"] and table.key["empty"]
+    if objective.players and (not plays or sizes != needed):
+        raise ValueError(
+            f"table: objective {objective.name} needs masks of players with sizes={needed!r} and the empty "
+            f"photo, it has sizes={sizes!r}, players={table.key['players']}; give a folder in its place"
+        )
 
 
 def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
@@ -301,8 +329,9 @@ class OutcomeBatches:
 
 
 class OutcomesJob:
-    """The objective of outcomes on a ``table``, whose row i is number ``numbers[i]`` of ``photos``;
-    ``terms`` makes the loss of a batch (:func:`outcome_terms`)."""
+    """An objective that reads a ``table``, whose row i is number ``numbers[i]`` of ``photos``; ``terms``
+    makes
+    the loss of a batch (:meth:`Objective.on_table`)."""
 
     def __init__(
         self,
@@ -312,10 +341,9 @@ class OutcomesJob:
         numbers: list[int],
         config: TrainConfig,
         accelerator: Any,
-        terms: Terms | None = None,
+        terms: Terms,
     ) -> None:
-        self.table, self.numbers, self.config = table, numbers, config
-        self.terms = terms or outcome_terms
+        self.table, self.numbers, self.config, self.terms = table, numbers, config, terms
         reacting = _reacting(table, config.batch_size)
         kept = [i for i, found in enumerate(reacting) if found]
         unmoved = [name for name, found in zip(table.names, reacting, strict=True) if not found]
@@ -400,47 +428,3 @@ def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> 
         rest = [i for i in range(count) if i != own]
         places.append([own, *draw.sample(rest, min(others, len(rest)))])
     return top.gather(1, torch.tensor(places, device=top.device))
-
-
-class Compared(NamedTuple):
-    """What a loss compares: ``maps`` (B, 1 + M, h, w) with ``answers`` (B, 1 + M, N) under ``masks``
-    (B, N, h, w), those of the own class first and twice, for its probability and for its log-odds;
-    ``counted`` (B, 1 + M) is 1 where an answer reacts to masks, else 0."""
-
-    maps: Tensor
-    masks: Tensor
-    answers: Tensor
-    counted: Tensor
-
-
-def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
-    """``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, with their outcomes."""
-    maps = resize(widen(scores), tuple(outcomes.masks.shape[2:]))
-    odds = outcomes.log_odds(index).to(maps.dtype)
-    answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
-    masks = outcomes.masks.to(maps.dtype)
-    counted = reacts(masks, answers).to(maps.dtype)
-    return Compared(torch.cat([maps[:, :1], maps], 1), masks, answers, counted)
-
-
-def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """The loss of correlations ``found`` (B, 1 + M), and their means; of each photo those that are
-    ``counted`` (B, 1 + M) count alike."""
-    share = counted / counted.sum(1, keepdim=True).clamp_min(1)
-    others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
-    return {
-        "loss": 1 - (share * found).sum(1).mean(),
-        "probability": found[:, 0].mean(),
-        "log_odds": found[:, 1].mean(),
-        "others": others,
-    }
-
-
-def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
-    """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
-    correlations of its parts.
-
-    Of each photo the outcomes that react to masks count alike.
-    """
-    maps, masks, answers, counted = compared(scores, outcomes, index)
-    return mean_terms(correlation(maps, masks, answers), counted)

@@ -9,8 +9,13 @@ highest ones on the photo, and the log-sum-exp r_j of all others, so that
 is the softmax over all classes k under mask j.
 
 Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
-complement keeps the others. Training sees the share that it keeps of each of 28 x 28 cells (``cells``). All
-draws are a pure function of the seed.
+complement keeps the others. Training sees the share that it keeps of each of 28 x 28 cells (``cells``), or
+of the players of a game, the cells of a coarser grid that masks keep as a whole. All draws are a pure
+function of the seed.
+
+Where a class token is read, patches can be dropped in place of being filled (``fills=["drop"]``): what is
+left of the sequence of tokens goes through the network, which costs less the fewer there are. Masks are
+then made of patches, four pairs keep as many of them, and every mask keeps at least one.
 """
 
 from __future__ import annotations
@@ -28,21 +33,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
+from xattn.backbone.dropped import check_drops, logits_of_patches
 from xattn.heads import Head
 from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.names import counted
-from xattn.runtime.option_checks import Count, Where, check_fields
+from xattn.runtime.option_checks import Count, Where, Whole, check_fields
 
 CELLS = 28
-Kind = Literal["squares32", "squares16", "blobs", "evidence", "superpixels"]
-Fill = Literal["black", "blur", "mean"]
+Kind = Literal["squares32", "squares16", "blobs", "evidence", "superpixels", "cells"]
+Fill = Literal["black", "blur", "mean", "drop"]
+Sizes = Literal["even", "shapley", "curve", "half", "walk", "greedy"]
 KINDS: tuple[Kind, ...] = ("squares32", "squares16", "blobs", "evidence")
 FILLS: tuple[Fill, ...] = ("black", "blur", "mean")
+DROP: Fill = "drop"
 LEVELS = (0.2, 0.8)  # the share that a mask keeps is drawn from here
+EDGES = (0.02, 0.15)  # of "curve": the first of a pair keeps so much, the second all but that
+ALIKE = 4  # pairs of dropped patches that keep as many
+NESTED: tuple[Sizes, ...] = ("walk", "greedy")
+
+
+def size_weights(sizes: str, players: int) -> Tensor:
+    """How often a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with the sum 1.
+
+    >>> size_weights("shapley", 4)  # as 1 / (m (d - m))
+    tensor([0.3636, 0.2727, 0.3636], dtype=torch.float64)
+
+    ``"even"``: a share of .2 to .8, ``"curve"``: of .02 to .15, or all but that; ``"half"``: each player by
+    the toss of a coin, but never none or all; ``"walk"`` and ``"greedy"``: each number once.
+    """
+    kept = torch.arange(1, players, dtype=torch.float64)
+    if sizes == "shapley":
+        weights = 1 / (kept * (players - kept))
+    elif sizes == "half":
+        weights = (-torch.lgamma(kept + 1) - torch.lgamma(players - kept + 1)).softmax(0)
+    elif sizes in NESTED:
+        weights = torch.ones_like(kept)
+    else:
+        low, high = LEVELS if sizes == "even" else EDGES
+        share = torch.minimum(kept, players - kept) if sizes == "curve" else kept
+        inside = (share >= round(low * players)) & (share <= round(high * players))
+        weights = inside.double()
+    return weights / weights.sum()
 
 
 class MaskPairs(NamedTuple):
-    """``cells`` (P, 28, 28) uint8, the kept share of each cell in 255ths, and ``images`` (2 P, 3, H, W):
+    """``cells`` (P, g, g) uint8, the kept share of each cell in 255ths, and ``images`` (2 P, 3, H, W):
     the photo under each mask, then under each complement."""
 
     cells: Tensor
@@ -56,6 +91,8 @@ def mask_pairs(
     seed: str,
     kinds: Sequence[str] = KINDS,
     fills: Sequence[str] = FILLS,
+    sizes: str = "even",
+    grid: tuple[int, int] = (CELLS, CELLS),
 ) -> MaskPairs:
     """``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked images.
 
@@ -64,14 +101,17 @@ def mask_pairs(
             under noise.
         seed: names the draws: other masks for each photo and crop.
         kinds: ``"squares32"`` and ``"squares16"`` keep squares of a 7 x 7 and a 14 x 14 grid (32 and 16 of
-            224 pixels), ``"blobs"`` what is above a threshold of smooth noise, ``"superpixels"`` SLIC's;
-            pair i is of kind i modulo their number.
+            224 pixels), ``"blobs"`` what is above a threshold of smooth noise, ``"superpixels"`` SLIC's,
+            ``"cells"`` any cells of ``grid``; pair i is of kind i modulo their number.
         fills: what is seen where nothing is kept, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
             picture of the image) or ``"mean"`` (its mean colour).
+        sizes: how much masks keep, see :func:`size_weights`.
+        grid: the cells of masks but those of squares and superpixels, which have 28 x 28.
     """
     rng = random.Random(seed)
     draw = torch.Generator().manual_seed(rng.getrandbits(63))
     size = (int(image.shape[1]), int(image.shape[2]))
+    sampler = _Masks(evidence, rng, draw, sizes, grid)
     cells, images = [], []
     for i in range(pairs):
         kind = kinds[i % len(kinds)]
@@ -79,7 +119,7 @@ def mask_pairs(
             mask = _superpixels(image, rng, draw)
             share = F.adaptive_avg_pool2d(mask[None, None], CELLS)[0, 0]
         else:
-            share = _cells(kind, evidence, rng, draw)
+            share = sampler.cells(kind, sampler.level())
             mask = F.interpolate(share[None, None], size, mode="nearest-exact")[0, 0]
         behind = background(image, rng.choice(list(fills)))
         mask = mask.to(image)
@@ -87,6 +127,23 @@ def mask_pairs(
         images.append((mask * image + (1 - mask) * behind, (1 - mask) * image + mask * behind))
     kept, hidden = zip(*images, strict=True)
     return MaskPairs(torch.stack(cells), torch.stack([*kept, *hidden]))
+
+
+def patch_masks(
+    evidence: Tensor,
+    pairs: int,
+    seed: str,
+    kinds: Sequence[str],
+    sizes: str,
+    grid: tuple[int, int],
+) -> Tensor:
+    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; four in a row keep as many."""
+    rng = random.Random(seed)
+    sampler = _Masks(evidence, rng, torch.Generator().manual_seed(rng.getrandbits(63)), sizes, grid)
+    levels = [sampler.level() for _ in range(-(-pairs // ALIKE))]
+    return torch.stack(
+        [sampler.cells(kinds[i % len(kinds)], levels[i // ALIKE]) for i in range(pairs)]
+    )
 
 
 def masks_of(cells: Tensor) -> Tensor:
@@ -105,32 +162,70 @@ def background(image: Tensor, fill: str) -> Tensor:
     return F.interpolate(small, image.shape[1:], mode="bilinear", align_corners=False)[0]
 
 
-def _cells(kind: str, evidence: Tensor, rng: random.Random, draw: torch.Generator) -> Tensor:
-    """A mask of 28 x 28 cells, 0 or 1."""
-    level = rng.uniform(*LEVELS)
-    if kind in ("squares32", "squares16"):
-        side = 4 if kind == "squares32" else 2
+class _Masks:
+    """Draws masks of cells, 0 or 1, for one photo; ``evidence`` (h, w) is a guess of what matters."""
+
+    def __init__(
+        self,
+        evidence: Tensor,
+        rng: random.Random,
+        draw: torch.Generator,
+        sizes: str,
+        grid: tuple[int, int],
+    ) -> None:
+        self.evidence, self.rng, self.draw = evidence, rng, draw
+        self.sizes, self.grid = sizes, grid
+        self.players = grid[0] * grid[1]
+        self.walk = iter(range(1, self.players))
+        self.order: Tensor | None = None
+
+    def level(self) -> float:
+        """The share that a mask keeps."""
+        if self.sizes == "even":
+            return self.rng.uniform(*LEVELS)
+        if self.sizes == "curve":
+            return self.rng.uniform(*EDGES)
+        if self.sizes == "walk":
+            return next(self.walk) / self.players
+        weights = size_weights(self.sizes, self.players)
+        return (1 + int(weights.multinomial(1, generator=self.draw))) / self.players
+
+    def cells(self, kind: str, level: float) -> Tensor:
+        """A mask that keeps the share ``level``."""
+        if kind in ("squares32", "squares16"):
+            return self._squares(4 if kind == "squares32" else 2, level)
+        if kind == "cells":
+            return self._any_cells(level)
+        if kind == "blobs":
+            return _above(self._smooth_noise(), level)
+        guess = F.interpolate(
+            self.evidence[None, None].float().cpu(), self.grid, mode="bilinear", align_corners=False
+        )[0, 0]
+        noise = self._smooth_noise() * self.rng.uniform(0.2, 1.0)
+        return _above(_standardised(guess) + noise, level)
+
+    def _squares(self, side: int, level: float) -> Tensor:
         count = CELLS // side + 1  # the grid starts anywhere
-        field = torch.rand(count, count, generator=draw)
+        field = torch.rand(count, count, generator=self.draw)
         field = field.repeat_interleave(side, 0).repeat_interleave(side, 1)
-        top, left = rng.randrange(side), rng.randrange(side)
+        top, left = self.rng.randrange(side), self.rng.randrange(side)
         field = field[top : top + CELLS, left : left + CELLS]
         return (field < level).float()
-    if kind == "blobs":
-        return _above(_smooth_noise(rng, draw), level)
-    guess = F.interpolate(
-        evidence[None, None].float().cpu(), (CELLS, CELLS), mode="bilinear", align_corners=False
-    )[0, 0]
-    noise = _smooth_noise(rng, draw) * rng.uniform(0.2, 1.0)
-    return _above(_standardised(guess) + noise, level)
 
+    def _any_cells(self, level: float) -> Tensor:
+        """Cells as they come, each set of as many alike; of "walk" the first ones of one order."""
+        if self.order is None or self.sizes != "walk":
+            self.order = torch.randperm(self.players, generator=self.draw, device="cpu")
+        mask = torch.zeros(self.players, device="cpu")
+        mask[self.order[: min(max(1, round(level * self.players)), self.players - 1)]] = 1
+        return mask.view(self.grid)
 
-def _smooth_noise(rng: random.Random, draw: torch.Generator) -> Tensor:
-    """Gaussian noise of 28 x 28 cells, smoothed over 2 to 5 of them, of unit variance."""
-    size = rng.choice((6, 8, 10, 14))
-    coarse = torch.randn(1, 1, size, size, generator=draw)
-    field = F.interpolate(coarse, (CELLS, CELLS), mode="bicubic", align_corners=False)[0, 0]
-    return _standardised(field)
+    def _smooth_noise(self) -> Tensor:
+        """Gaussian noise of the grid's cells, smoothed over 2 to 5 of 28, of unit variance."""
+        size = self.rng.choice((6, 8, 10, 14))
+        coarse = torch.randn(1, 1, size, size, generator=self.draw)
+        field = F.interpolate(coarse, self.grid, mode="bicubic", align_corners=False)[0, 0]
+        return _standardised(field)
 
 
 def _standardised(field: Tensor) -> Tensor:
@@ -159,8 +254,9 @@ def _superpixels(image: Tensor, rng: random.Random, draw: torch.Generator) -> Te
 # ---------------------------------------------------------------------- a row
 
 
+SEARCHED = 64  # images a pass of a search
 MANY, KEPT = 2_000, 256  # of networks with more classes than that, so many are kept
-EVIDENCE = "evidence"  # the kind of masks that read a first guess
+EVIDENCE: Kind = "evidence"  # the kind of masks that read a first guess
 Precision = Literal["no", "bf16"]
 
 
@@ -196,31 +292,94 @@ _EVEN = "an even number of at least 2, masks come in pairs"
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """What is asked of each photo, see :func:`~xattn.training.outcomes.cache_outcomes`."""
+    """What is asked of each photo.
+
+    Args:
+        crops: of every photo. The first is the evaluation crop, further ones are random crops and flips,
+            pure functions of (seed, crop, index).
+        masks: of every crop, half of them the complements of the others.
+        kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` leaves patches of a ViT out of its
+        sequence,
+            with kinds of its own.
+        seed: masks are a pure function of (seed, crop, index).
+        precision: ``"bf16"`` computes the passes in mixed precision.
+        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` has the beginnings of a random
+            order of the players, ``"greedy"`` those of the order that a search finds.
+        players: cells of a side that masks keep as a whole; 0 for masks of many kinds.
+        empty: also ask for the photo with nothing kept.
+    """
 
     crops: Count = 1
     masks: Annotated[int, Where(lambda n: n > 0 and n % 2 == 0, _EVEN)] = 16
     kinds: Annotated[Sequence[Kind], Where(bool, f"a list of {', '.join(get_args(Kind))}")] = KINDS
-    fills: Annotated[Sequence[Fill], Where(bool, f"a list of {', '.join(FILLS)}")] = FILLS
+    fills: Annotated[Sequence[Fill], Where(bool, f"a list of {', '.join(get_args(Fill))}")] = FILLS
     seed: int = 0
     precision: Precision = "no"
+    sizes: Sizes = "even"
+    players: Whole = 0
+    empty: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if DROP in self.fills and (len(self.fills) > 1 or self.precision != "no"):
+            raise ValueError("fills: drop stands alone, in full precision; leave out the others")
+        if self.empty and len(self.fills) > 1:
+            raise ValueError(
+                f"fills: got {', '.join(self.fills)}; the empty photo is that of one fill, give one"
+            )
+        count = 2 * (self.players**2 - 1)
+        if self.sizes in NESTED and (not self.players or self.masks != count):
+            raise ValueError(
+                f"masks: got {self.masks}; {self.sizes} takes one for each beginning of an order and its "
+                f"complement, give {count}"
+            )
+
+    @property
+    def kinds_of_masks(self) -> Sequence[Kind]:
+        """The ``kinds``, or of players and dropped patches those that fit their cells."""
+        if self.players:
+            return ("cells",)
+        if DROP in self.fills:
+            return ("cells", "blobs", EVIDENCE)
+        return self.kinds
 
 
-def row_layout(masks: int, classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of the tensors of a row: ``cells``, ``logits`` with those of the clean image first,
-    and of a network with more than :data:`MANY` classes ``classes`` and ``rest``."""
-    many = classes > MANY
+def row_layout(
+    settings: MaskSettings, grid: tuple[int, int], classes: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of the tensors of a row: ``cells``, ``logits`` with those of the clean image first
+    and, if it is asked for, the empty one last, and of a network with more than :data:`MANY` classes
+    ``classes``
+    and ``rest``."""
+    many, images = classes > MANY, 1 + settings.masks + settings.empty
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "cells": ((masks // 2, CELLS, CELLS), torch.uint8),
-        "logits": ((1 + masks, KEPT if many else classes), torch.float16),
+        "cells": ((settings.masks // 2, *grid), torch.uint8),
+        "logits": ((images, KEPT if many else classes), torch.float16),
     }
     if many:
         layout["classes"] = ((KEPT,), torch.int32)
-        layout["rest"] = ((1 + masks,), torch.float32)
+        layout["rest"] = ((images,), torch.float32)
     return layout
+
+
+def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
+    """The cells of a table's masks.
+
+    Raises:
+        ValueError: patches are to be dropped from a network that cannot do without them, or in groups that
+            do not fit its grid.
+    """
+    players = (settings.players, settings.players)
+    if DROP not in settings.fills:
+        return players if settings.players else (CELLS, CELLS)
+    patches = check_drops(backbone)
+    if settings.players and players != patches:
+        height, width = patches
+        raise ValueError(
+            f"cells: got {settings.players} a side; {backbone.name} has {height} x {width} patches, "
+            f"give {height}"
+        )
+    return patches
 
 
 def guess_name(backbone: Backbone, guide: Guide | None, kinds: Sequence[str]) -> str | None:
@@ -259,7 +418,8 @@ class RowMaker:
         self, backbone: Backbone, settings: MaskSettings, guide: Guide | None = None
     ) -> None:
         self.backbone, self.settings, self.guide = backbone, settings, guide
-        self.layout = row_layout(settings.masks, backbone.num_classes)
+        self.grid = grid_of(backbone, settings)
+        self.layout = row_layout(settings, self.grid, backbone.num_classes)
         self.rows = _class_rows(backbone)
         reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
         self.dtype = reference.dtype
@@ -271,18 +431,85 @@ class RowMaker:
         Raises:
             ValueError: logits that float16 cannot hold. MemoryError: the masked images do not fit.
         """
-        settings = self.settings
         taps: Taps = self._pass(image[None], self.backbone)
         clean = _representable(taps.logits, name)
-        pairs = mask_pairs(
-            image, self._guess(taps), settings.masks // 2, seed, settings.kinds, settings.fills
-        )
-        masked = _representable(self._pass(pairs.images, self.backbone.logits), name)
-        numbers = [pairs.cells, *kept_logits(torch.cat([clean, masked]))]
+        cells, masked = self._answers(image, taps, seed)
+        numbers = [cells, *kept_logits(torch.cat([clean, _representable(masked, name)]))]
         return {
             name: values.to(dtype)
             for values, (name, (_, dtype)) in zip(numbers, self.layout.items(), strict=True)
         }
+
+    def _answers(self, image: Tensor, taps: Taps, seed: str) -> tuple[Tensor, Tensor]:
+        """Cells (P, g, g) uint8 of the masks, and logits (2 P, K) of the photo under them, then of the
+        empty
+        one if it is asked for."""
+        asked, kinds = self.settings, self.settings.kinds_of_masks
+        pairs, guess = asked.masks // 2, self._guess(taps)
+        if asked.sizes == "greedy":
+            return self._searched(image, int(taps.logits.argmax()))
+        if DROP not in asked.fills:
+            drawn = mask_pairs(
+                image, guess, pairs, seed, kinds, asked.fills, asked.sizes, self.grid
+            )
+            images = drawn.images
+            if asked.empty:
+                images = torch.cat([images, background(image, asked.fills[0])[None]])
+            return drawn.cells, self._pass(images, self.backbone.logits)
+        masks = patch_masks(guess, pairs, seed, kinds, asked.sizes, self.grid)
+        return (masks * 255).to(torch.uint8), self._dropped(image, [*masks, *(1 - masks)])
+
+    def _dropped(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Logits of the photo with the patches that each of ``masks`` keeps, those that keep as many in one
+        pass; then of none of them if the empty photo is asked for."""
+        masks = [*masks, torch.zeros_like(masks[0])] if self.settings.empty else masks
+        kept = [mask.flatten().nonzero()[:, 0] for mask in masks]
+        found: dict[int, Tensor] = {}
+        for count in sorted({len(numbers) for numbers in kept}):
+            places = [i for i, numbers in enumerate(kept) if len(numbers) == count]
+            index = torch.stack([kept[i] for i in places]).to(self.backbone.device)
+            logits = self._pass(
+                image[None], lambda x, i=index: logits_of_patches(self.backbone, x, i)
+            )
+            found.update(zip(places, logits, strict=True))
+        return torch.stack([found[i] for i in range(len(kept))])
+
+    def _searched(self, image: Tensor, target: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`_answers`, of the beginnings of the order in which cells add most to the log-odds of
+        the
+        class ``target``."""
+        players = self.grid[0] * self.grid[1]
+        order: list[int] = []
+        while len(order) < players - 1:
+            left = [i for i in range(players) if i not in order]
+            masks = torch.zeros(len(left), players, device="cpu")
+            masks[:, order] = 1
+            masks[torch.arange(len(left)), left] = 1
+            logits = self._under(image, masks)[: len(left)].double()
+            others = logits.index_fill(1, torch.tensor([target], device=logits.device), -torch.inf)
+            odds = logits[:, target] - others.logsumexp(1)
+            order.append(left[int(odds.argmax())])
+        masks = torch.zeros(players - 1, players, device="cpu")
+        for i, cell in enumerate(order):
+            masks[i:, cell] = 1
+        cells = (masks.view(-1, *self.grid) * 255).to(torch.uint8)
+        return cells, self._under(image, torch.cat([masks, 1 - masks]))
+
+    def _under(self, image: Tensor, masks: Tensor) -> Tensor:
+        """Logits of the photo under ``masks`` (N, d), and of the empty one if it is asked for."""
+        fill, masks = self.settings.fills[0], masks.view(-1, *self.grid)
+        if fill == DROP:
+            return self._dropped(image, list(masks))
+        if self.settings.empty:
+            masks = torch.cat([masks, torch.zeros_like(masks[:1])])
+        kept = F.interpolate(masks[:, None], image.shape[1:], mode="nearest-exact").to(image)
+        behind = background(image, fill)
+        return torch.cat(
+            [
+                self._pass(m * image + (1 - m) * behind, self.backbone.logits)
+                for m in kept.split(SEARCHED)
+            ]
+        )
 
     def empty(self) -> dict[str, Tensor]:
         """Zeros in place of a photo that cannot be read."""
@@ -307,7 +534,7 @@ class RowMaker:
     def _guess(self, taps: Taps) -> Tensor:
         """A first guess (h, w) of the evidence for the most probable class, standardised."""
         last = taps.maps[-1][0].float()
-        if EVIDENCE not in self.settings.kinds:
+        if EVIDENCE not in self.settings.kinds_of_masks:
             return last.new_zeros(last.shape[1:])
         top = taps.logits.argmax(1, keepdim=True)
         if self.guide is not None:

@@ -3,7 +3,8 @@
 It is kept in a :mod:`~xattn.training.cache`, whose key holds what the numbers depend on: the network, the
 photos and the masks. So heads and runs share a table. A row has ``cells`` (P, 28, 28) uint8 and ``logits``
 (1 + 2 P, K) float16, the clean photo first; of networks with more than 2,000 classes the logits of some,
-``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`.
+``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. A table of
+a game has coarser cells, its players, and the logits of the empty photo last.
 """
 
 from __future__ import annotations
@@ -20,22 +21,15 @@ import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.config import TrainConfig
 from xattn.photos.base import Data, Photos
 from xattn.photos.images import MAX_PIXELS
 from xattn.photos.sources import open_photos
 from xattn.runtime.distributed import processes
 from xattn.training.cache import OUTCOMES, Cache, filled_cache, key_digest
-from xattn.training.objective import log_odds
 from xattn.training.outcome_rows import (
-    FILLS,
-    KINDS,
-    Fill,
     Guide,
     HeadGuide,
-    Kind,
     MaskSettings,
-    Precision,
     RowMaker,
     cost_line,
     guess_name,
@@ -59,9 +53,10 @@ BLOCK = 16  # rows that are written at once
 class OutcomeBatch:
     """Outcomes of B photos under N = 2 P masks each: the masks, then their complements.
 
-    ``masks`` (B, N, 28, 28), the share kept of each cell; ``logits`` (B, 1 + N, T), those of the clean
+    ``masks`` (B, N, g, g), the share kept of each cell; ``logits`` (B, 1 + N, T), those of the clean
     image first; ``classes`` (B, T) says whose they are, from the most probable on, and ``rest`` (B, 1 + N)
-    is the log-sum-exp of all others, both None where all ``num_classes`` have logits.
+    is the log-sum-exp of all others, both None where all ``num_classes`` have logits. Where the empty photo
+    is ``known``, its logits (and rest) come last, (B, 2 + N). ``sizes`` says how much masks keep.
     """
 
     masks: Tensor
@@ -71,6 +66,8 @@ class OutcomeBatch:
     task: str
     num_classes: int
     names: tuple[str, ...]
+    sizes: str = "even"
+    known: bool = False
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -107,14 +104,48 @@ class OutcomeBatch:
         index = self._places(classes)[:, None].expand(-1, logits.shape[1], -1)
         return log_odds(logits, index, self.task).transpose(1, 2).float()
 
+    def values(self, classes: Tensor, link: str) -> Tensor:
+        """``"probability"``, ``"log_odds"`` or ``"logit"`` of ``classes`` (B, M) for each masked image,
+        (B, M, N) float32."""
+        if link == "logit":
+            return self._chosen(classes).float()
+        return self.probabilities(classes) if link == "probability" else self.log_odds(classes)
+
+    @property
+    def ends(self) -> OutcomeBatch:
+        """The empty and the whole photo, as two masks.
+
+        Raises:
+            ValueError: the table has no empty photos.
+        """
+        if not self.known:
+            raise ValueError(
+                "table: it has no outcomes of empty photos; compute one with empty=True, or leave it to "
+                "the objective"
+            )
+        nothing = torch.zeros_like(self.masks[:, :1])
+        order = [0, -1, 0]  # of the clean image, then of the two
+        return replace(
+            self,
+            masks=torch.cat([nothing, nothing + 1], 1),
+            logits=self.logits[:, order],
+            rest=None if self.rest is None else self.rest[:, order],
+            known=False,
+        )
+
+    @property
+    def _masked(self) -> slice:
+        """Where the masked images are among all."""
+        return slice(1, 1 + self.masks.shape[1])
+
     def _all(self) -> Tensor:
         """Logits of all masked images in float64, (B, N, T); ``rest`` counts as one more class."""
         parts = [self.logits] if self.rest is None else [self.logits, self.rest[..., None]]
-        return torch.cat(parts, 2)[:, 1:].double()
+        return torch.cat(parts, 2)[:, self._masked].double()
 
     def _chosen(self, classes: Tensor) -> Tensor:
         """Logits of ``classes`` for all masked images in float64, (B, M, N)."""
-        logits = self.logits[:, 1:].double().transpose(1, 2)
+        logits = self.logits[:, self._masked].double().transpose(1, 2)
         return logits.gather(1, self._places(classes)[..., None].expand(-1, -1, logits.shape[2]))
 
     def _places(self, classes: Tensor) -> Tensor:
@@ -210,6 +241,8 @@ class Outcomes:
             task=self.task,
             num_classes=self.num_classes,
             names=tuple(self.names[i] for i in photos.tolist()),
+            sizes=str(self.key["sizes"]),
+            known=bool(self.key["empty"]),
         )
 
     def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> Outcomes:
@@ -287,11 +320,14 @@ def outcome_key(
         "max_pixels": max_pixels,
         "crops": settings.crops,
         "masks": settings.masks,
-        "kinds": list(settings.kinds),
+        "kinds": list(settings.kinds_of_masks),
         "fills": list(settings.fills),
         "seed": settings.seed,
         "precision": settings.precision,
-        "guide": guess_name(backbone, guide, settings.kinds),
+        "sizes": settings.sizes,
+        "players": settings.players,
+        "empty": settings.empty,
+        "guide": guess_name(backbone, guide, settings.kinds_of_masks),
     }
 
 
@@ -300,32 +336,22 @@ def cache_outcomes(
     data: Data,
     folder: str | Path,
     *,
-    crops: int = 1,
-    masks: int = 16,
-    kinds: Sequence[Kind] = KINDS,
-    fills: Sequence[Fill] = FILLS,
-    seed: int = 0,
-    precision: Precision = "no",
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
     progress: bool = True,
     say: Callable[[str], object] | None = None,
     guide: Guide | None = None,
+    **settings: Any,
 ) -> Outcomes:
     """The outcomes of masks on ``data``; rows that are not in ``folder`` yet are computed into it.
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        crops: of every photo. The first is the evaluation crop, further ones are random crops and flips,
-            pure functions of (seed, crop, index).
-        masks: of every crop, half of them the complements of the others.
-        kinds, fills: see :func:`~xattn.training.outcome_rows.mask_pairs`.
-        seed: masks are a pure function of (seed, crop, index).
-        precision: ``"bf16"`` computes the passes in mixed precision.
         say: is handed one line on what the missing rows cost, before they are computed.
         guide: the first guess that ``"evidence"`` masks come from, see
             :class:`~xattn.training.outcome_rows.Guide`. By default it is the row of the most probable class
             in the classifier, applied to the last tap, or the norm of the last tap where they do not fit.
+        settings: of the masks, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
     Photos that cannot be read are left out and listed. Of several processes each computes its share. All
     rows are compared with their checksums; those that are not as they were written are named in a warning
@@ -333,11 +359,11 @@ def cache_outcomes(
 
     Raises:
         ValueError: ``folder`` holds a table with another key (both are named) or is in use; no photo can
-            be read; logits that float16 cannot hold.
+            be read; logits that float16 cannot hold; patches that the network cannot do without.
         OSError: ``folder`` cannot be written, or the disk has no room.
         MemoryError: the masked images of one photo do not fit.
     """
-    settings = MaskSettings(crops, masks, kinds, fills, seed, precision)
+    asked = MaskSettings(**settings)
     backbone.require_classes()
     if backbone.task == "regression":
         raise ValueError(
@@ -346,10 +372,10 @@ def cache_outcomes(
         )
     photos = open_photos(data)
     ranks, rank = processes(backbone.device)
-    key = outcome_key(backbone, photos, settings, max_pixels, guide)
+    key = outcome_key(backbone, photos, asked, max_pixels, guide)
 
     def fill(cache: Cache) -> None:
-        maker = RowMaker(backbone, settings, guide)
+        maker = RowMaker(backbone, asked, guide)
         cache.require_room(maker.row_bytes)
         if cache.missing_rows and say is not None and rank == 0:
             say(cost_line(maker, cache.count, cache.missing_rows, ranks))
@@ -391,26 +417,12 @@ def _rows(
     return {name: torch.stack([row[name] for row in rows]) for name in maker.layout}
 
 
-def outcomes_to_train_on(
-    backbone: Backbone,
-    data: Data,
-    folder: str | Path,
-    config: TrainConfig,
-    *,
-    progress: bool = True,
-    say: Callable[[str], object] | None = None,
-) -> Outcomes:
-    """The table that training with ``config`` reads, see :func:`cache_outcomes`."""
-    return cache_outcomes(
-        backbone,
-        data,
-        folder,
-        crops=config.crops,
-        masks=config.masks,
-        seed=config.seed,
-        workers=config.workers,
-        max_pixels=config.max_pixels,
-        precision="bf16" if config.precision == "bf16" else "no",
-        progress=progress,
-        say=say,
-    )
+def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
+    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M): z_k less the
+    log-sum-exp of all other logits, or z_k (multilabel)."""
+    chosen = logits.gather(-1, index)
+    if task == "multilabel":
+        return chosen
+    others = logits.unsqueeze(-2).expand(*index.shape, logits.shape[-1])
+    others = others.scatter(-1, index.unsqueeze(-1), -torch.inf)
+    return chosen - others.logsumexp(-1)

@@ -151,7 +151,7 @@ def test_a_file_over_the_limit_is_not_read(library, monkeypatch):
 def trained() -> Results:
     """gradcam as a head that was trained on masked images."""
     found = results()
-    found.methods["gradcam"].objective = "masking"
+    found.methods["gradcam"].objective = "mask"
     return found
 
 
@@ -173,7 +173,7 @@ def test_a_board_says_what_a_head_was_trained_on(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda r: r["methods"]["gradcam"].update(objective=["masking"]),
+        lambda r: r["methods"]["gradcam"].update(objective=["mask"]),
         lambda r: r.pop("standings"),
         lambda r: r.update(standings=[]),
         lambda r: r.update(version=99),

@@ -1,8 +1,8 @@
 """Which metrics are close to a head's training: what both declare, and what its record says."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from xattn.eval.metrics.objectives import OBJECTIVES, objective_of, shared
 from xattn.eval.metrics.registry import direct_groups
 from xattn.eval.sanity import sanity_rows
 from xattn.explainers import create_explainer
-from xattn.training.objective import masked_logits
+from xattn.training import list_objectives
+from xattn.training.objectives.mask import masked_logits
 
 WITHOUT = {k: v for k, v in asdict(TrainConfig()).items() if k != "objective"}
 
@@ -36,9 +37,9 @@ MASKED = {"AD", "IC", "ADD", "AG", "drop", "ADCC"}
 @pytest.mark.parametrize(
     ("objective", "marked"),
     [
-        ("masking", MASKED | {"complexity", "deletion", "AOPC", "infidelity"}),
-        ("masking-mean", MASKED | {"complexity", "IROF"}),
-        ("masking-features", MASKED | {"complexity"}),
+        ("mask", MASKED | {"complexity", "deletion", "AOPC", "infidelity"}),
+        ("mask-mean", MASKED | {"complexity", "IROF"}),
+        ("mask-features", MASKED | {"complexity"}),
         (
             "outcomes",
             MASKED | {"deletion", "insertion", "AOPC", "IROF", "infidelity", "monotonicity"},
@@ -53,7 +54,7 @@ def test_a_metric_is_close_by_its_score_and_by_its_masks_or_fill(objective, mark
 
 def test_nothing_is_shared_with_what_is_not_known():
     reads = METRICS["AD"].reads
-    for given in ((None, reads), ("of a later version", reads), ("masking", None)):
+    for given in ((None, reads), ("of a later version", reads), ("mask", None)):
         assert shared(*given) == (False, False, False)
 
 
@@ -61,9 +62,9 @@ def test_another_fill_takes_a_mark_away_or_gives_one():
     ad, insertion = METRICS["AD"].reads, METRICS["insertion"].reads
     assert not shared("outcomes", ad, {"masked_value": "noise"}).close
     assert shared("outcomes", ad, {"masked_value": "rise"}).close, "a blur, too"
-    assert shared("masking", ad, {"masked_value": "noise"}).close, "the map is still the mask"
+    assert shared("mask", ad, {"masked_value": "noise"}).close, "the map is still the mask"
     assert not shared("outcomes", insertion, {"fill": "road"}).close
-    assert shared("masking", insertion, {"fill": "black"}).close
+    assert shared("mask", insertion, {"fill": "black"}).close
 
 
 def test_the_fill_that_a_metric_declares_is_its_default():
@@ -78,7 +79,7 @@ def test_the_fill_that_a_metric_declares_is_its_default():
 @pytest.mark.parametrize("policy", ["raw_normalize", "renormalize", "normalized"])
 def test_training_shows_the_fill_that_its_objective_declares(backbone, policy):
     head = create_head("ttame", backbone, mask_policy=policy)
-    head.summary = {"config": {"objective": "masking"}}
+    head.summary = {"config": {"objective": "mask"}}
     (fill,) = OBJECTIVES[objective_of(create_explainer("head", backbone, head))].fills
     images = torch.rand(1, 3, 64, 64)
     colour = {"black": torch.zeros(3), "mean": torch.tensor(backbone.preprocessing.mean)}[fill]
@@ -88,9 +89,7 @@ def test_training_shows_the_fill_that_its_objective_declares(backbone, policy):
 
 
 def test_every_objective_of_training_is_known():
-    hint = get_type_hints(TrainConfig)["objective"]
-    choices = {c for part in (hint, *get_args(hint)) for c in get_args(part) if isinstance(c, str)}
-    assert {"masking", "outcomes"} <= choices <= set(OBJECTIVES)
+    assert {"mask", "outcomes"} <= set(list_objectives()) <= set(OBJECTIVES)
 
 
 def test_the_page_of_metrics_has_what_both_declare():
@@ -101,18 +100,21 @@ def test_the_page_of_metrics_has_what_both_declare():
         for line in section.splitlines()
         if line.startswith("| ") and not line.startswith("| :--")
     ]
-    objectives = {row[0].split("`")[1]: row[2:] for row in rows if row[0].startswith("`")}
-    assert objectives == {
-        name: [", ".join(part) for part in found] for name, found in OBJECTIVES.items()
-    }
+    objectives = {n: row[2:] for row in rows for n in re.findall(r"`([\w-]+)`", row[0])}
+    assert {name.partition("-")[0] for name in objectives} == set(list_objectives())
+    for name, told in objectives.items():
+        assert told == [", ".join(part) for part in OBJECTIVES[name]], name
     head = next(row for row in rows if row[0] == "metric")
-    assert [name.strip("`") for name in head[4:]] == list(OBJECTIVES)
+    columns = [name.strip("`") for name in head[4:]]
+    assert (
+        {"mask", "mask-mean", "mask-features", "outcomes", "rank"} < set(columns) <= set(objectives)
+    )
     listed = {m: row[1:] for row in rows if len(row) == len(head) for m in row[0].split(", ")}
     assert listed.pop("metric") and not any(listed.pop("all others"))
     said = {}
     for metric, info in METRICS.items():
         if info.reads is not None:
-            found = [shared(name, info.reads) for name in OBJECTIVES]
+            found = [shared(name, info.reads) for name in columns]
             cells = [
                 ", ".join(part for part in s._fields if getattr(s, part)) + " †" * s.close
                 for s in found
@@ -127,15 +129,29 @@ def test_the_page_of_metrics_has_what_both_declare():
     ("summary", "objective"),
     [
         ({"config": {**WITHOUT, "objective": "outcomes"}}, "outcomes"),
-        ({"config": {**WITHOUT, "objective": "masking"}}, "masking"),
-        ({"config": WITHOUT}, "masking"),
+        ({"config": {**WITHOUT, "objective": "mask"}}, "mask"),
+        ({"config": WITHOUT}, None),
+        (
+            {"config": {"objective": "labels:estimate=ridge"}, "table": {"fills": ["drop"]}},
+            "labels-drop",
+        ),
         ({"config": {"objective": "of a later version"}}, "of a later version"),
         ({"config": asdict(ProbeConfig())}, None),
         ({}, None),
         ({"config": "damaged"}, None),
         (["damaged"], None),
     ],
-    ids=["outcomes", "masking", "earlier", "later", "probed", "untrained", "damaged", "no record"],
+    ids=[
+        "outcomes",
+        "mask",
+        "none",
+        "labels",
+        "later",
+        "probed",
+        "untrained",
+        "damaged",
+        "no record",
+    ],
 )
 def test_the_record_of_training_says_the_objective(backbone, summary, objective):
     assert objective_of(explained(backbone, summary)) == objective
@@ -143,11 +159,11 @@ def test_the_record_of_training_says_the_objective(backbone, summary, objective)
 
 def test_only_rows_that_show_a_heads_maps_have_its_objective(backbone):
     head = create_head("lcam", backbone)
-    head.summary = {"config": {"objective": "masking"}}
+    head.summary = {"config": {"objective": "mask"}}
     beside = create_explainer("gradcam", backbone, head)
     assert beside.head is head and objective_of(beside) is None
     rows = sanity_rows(backbone, "head", head=head)
     assert {name: objective_of(row) for name, row in rows.items()} == {
-        "random": None, "centre": None, "ones": None, "randomized_head": "masking",
+        "random": None, "centre": None, "ones": None, "randomized_head": "mask",
     }  # fmt: skip
     assert objective_of(object()) is None

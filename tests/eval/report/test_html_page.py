@@ -211,7 +211,7 @@ def test_what_a_head_was_trained_on_is_marked_and_said():
     results = made_up(n=12, columns=columns, **{EVIL: -0.2}, rival=0.0, randomized_head=0.5)
     results.methods[EVIL].values[columns[1]] -= 0.1
     for name in (EVIL, "randomized_head"):
-        results.methods[name].objective = "masking"
+        results.methods[name].objective = "mask"
     source = page(results)
     parsed = Page(source)
     assert f"{EVIL}: best only close to its training: AD@50" in parsed.text

@@ -139,7 +139,7 @@ def trained():
     """A head that was trained on masked images, one on other things, and a method that was not trained."""
     hard = np.linspace(30, 60, 20)
     results = made_up(mine=hard - 9, later=hard, gradcam=hard, random=hard + 9)
-    results.methods["mine"].objective = "masking"
+    results.methods["mine"].objective = "mask"
     results.methods["later"].objective = "of a later version"
     return results
 
@@ -164,7 +164,7 @@ def test_what_heads_were_trained_on_is_in_the_files(tmp_path):
     results = trained()
     write_json(results, tmp_path / "r.json")
     again = read_json(tmp_path / "r.json")
-    assert again.rows() == results.rows() and again.methods["mine"].objective == "masking"
+    assert again.rows() == results.rows() and again.methods["mine"].objective == "mask"
     write_csv(results, tmp_path / "r.csv")
     with (tmp_path / "r.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -173,7 +173,7 @@ def test_what_heads_were_trained_on_is_in_the_files(tmp_path):
 
 def test_an_objective_of_another_kind_is_refused():
     data = to_dict(trained())
-    data["methods"]["mine"]["objective"] = ["masking"]
+    data["methods"]["mine"]["objective"] = ["mask"]
     with pytest.raises(ValueError, match="objective of mine"):
         from_dict(data)
 

@@ -34,8 +34,7 @@ from xattn.eval.studies.trial_training import (
 from xattn.heads import create_head
 from xattn.heads.evidence import standardised
 from xattn.heads.fusion import resize
-from xattn.training.objective import correlation
-from xattn.training.outcome_fitting import outcome_terms
+from xattn.training.objectives.outcomes import correlation, outcome_terms
 from xattn.training.outcomes import OutcomeBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a head needs 20 or more")

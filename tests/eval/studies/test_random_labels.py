@@ -42,6 +42,7 @@ def table(kept=None):
         count=6, folder=None, rows=lambda at: {n: t[at] for n, t in tensors.items()}
     )
     key = {"crops": 2, "masks": 2 * PAIRS, "task": "multiclass", "classes": CLASSES}
+    key |= {"sizes": "even", "players": 0, "empty": False}
     names = [f"{i}.png" for i in range(COUNT)]
     return Outcomes(key, names, [], torch.tensor([0, 1, 3, 4, 5]), cache)
 

@@ -17,8 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from xattn.runtime.arguments import Argument
 from xattn.runtime.option_checks import Belongs
 
-ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in ("heads", "explainers", "blocks")}
-"""The decorators by which the files of a kind register their classes."""
+HOMES = {
+    "heads": "heads",
+    "explainers": "explainers",
+    "objectives": "training/objectives",
+    "blocks": "blocks",
+}
+"""The folders of the files that register the classes of a kind."""
+ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in HOMES}
+"""The decorators by which they do."""
 MEASURED = Path(__file__).with_name("conversion_accuracy.json")
 """A copy of the accuracy.json that the study of swapped attention writes, in percent."""
 
@@ -30,12 +37,14 @@ class List:
     belongs: ClassVar = (Belongs("filter", what=["all", "models"]),)
 
     what: Annotated[
-        Literal["all", "models", "heads", "explainers", "attention", "blocks", "metrics"],
+        Literal[
+            "all", "models", "heads", "explainers", "objectives", "attention", "blocks", "metrics"
+        ],
         Argument(positional=True),
     ] = "all"
-    """"all" gives names; "models" those with weights in packages; "heads", "explainers", "blocks" and
-    "metrics" a line each; "attention" a table of the mechanisms: paper, complexity, whether it needs
-    training, accuracy after conversion, kernels, maps."""
+    """"all" gives names; "models" those with weights in packages; "heads", "explainers", "objectives",
+    "blocks" and "metrics" a line each; "attention" a table of the mechanisms: paper, complexity,
+    whether it needs training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
 
@@ -78,9 +87,11 @@ def _print_names() -> None:
     from xattn.heads.base import HEADS
     from xattn.runtime.head_files import shipped_heads
     from xattn.training.attention_training import METHODS
+    from xattn.training.objectives.base import OBJECTIVES
 
     rows: dict[str, Any] = {
         "heads to train": HEADS,
+        "objectives": OBJECTIVES,
         "presets": PRESETS,
         "trained heads": shipped_heads(),
         "explainers": EXPLAINERS,
@@ -94,7 +105,16 @@ def _print_names() -> None:
     }
     for title, names in rows.items():
         print(f"{title}:", ", ".join(names) or "none")
-    for registry in (HEADS, EXPLAINERS, MECHANISMS, ROTATIONS, BLOCKS, METHODS, REGISTRY):
+    for registry in (
+        HEADS,
+        OBJECTIVES,
+        EXPLAINERS,
+        MECHANISMS,
+        ROTATIONS,
+        BLOCKS,
+        METHODS,
+        REGISTRY,
+    ):
         for reason in registry.failures().values():
             print(f"not loaded, {registry.group}: {reason}")
 
@@ -128,7 +148,8 @@ def metric_lines() -> Iterator[str]:
 
 def _described(kind: str) -> Iterator[str]:
     """What the registry of ``kind`` has, by name, with the first paragraph of each docstring."""
-    more = f"xattn.{kind}" in sys.modules or entry_points(group=f"xattn.{kind}")
+    home = f"xattn.{HOMES[kind].replace('/', '.')}"
+    more = home in sys.modules or entry_points(group=f"xattn.{kind}")
     told = registered(kind) if more else declared(kind)
     for name in sorted(told):
         about = told[name].strip().partition("\n\n")[0]
@@ -137,14 +158,14 @@ def _described(kind: str) -> Iterator[str]:
 
 def registered(kind: str) -> dict[str, str]:
     """The docstrings of all that is registered. Imports torch, which takes seconds."""
-    registry = getattr(import_module(f"xattn.{kind}.base"), kind.upper())
+    registry = getattr(import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper())
     return {name: registry.get(name).__doc__ or "" for name in registry}
 
 
 def declared(kind: str) -> dict[str, str]:
     """The docstrings of the classes that the package's own files register, read and not run."""
     found: dict[str, str] = {}
-    for path in sorted(Path(__file__).parents[2].joinpath(kind).rglob("*.py")):
+    for path in sorted(Path(__file__).parents[2].joinpath(HOMES[kind]).rglob("*.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         for node in (node for node in body if isinstance(node, ast.ClassDef)):
             for call in node.decorator_list:
@@ -246,6 +267,7 @@ DETAILS: dict[str, Callable[[], Iterable[str]]] = {
     "models": tuple,
     "heads": head_lines,
     "explainers": partial(described_lines, "explainers"),
+    "objectives": partial(described_lines, "objectives"),
     "attention": attention_table,
     "blocks": partial(described_lines, "blocks"),
     "metrics": metric_lines,

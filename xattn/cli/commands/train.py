@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 from xattn.cli.model import BackboneArgs
 from xattn.cli.shared import PhotoArgs, known
-from xattn.config import TrainConfig
+from xattn.config import ON_PHOTOS, TrainConfig
 from xattn.runtime.files import RUN_FILE, check_run_folder
 from xattn.runtime.names import plain
-from xattn.runtime.option_checks import Belongs
+from xattn.runtime.option_checks import Belongs, Not
 
 Recipe = Literal["published", "small", "outcomes"]
 
@@ -22,8 +22,8 @@ class TrainSettings(TrainConfig):
     """Settings as they are typed; without a recipe they wait for that of the head."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
-    """Source of all settings that are not given; by default outcomes for the head evidence and for
-    --objective outcomes, published with --preset, else small."""
+    """Source of all settings that are not given; by default small where masks are learned, published with
+    --preset, else outcomes."""
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -40,7 +40,7 @@ class Train(PhotoArgs):
     """Train an explanation head on a folder of images; no labels are read."""
 
     belongs: ClassVar = (
-        Belongs("table", objective="outcomes"),
+        Belongs("table", objective_name=Not(*ON_PHOTOS)),
         Belongs("backbone", "taps", "head", "fusion", "options", preset=None),
     )
 
@@ -59,8 +59,8 @@ class Train(PhotoArgs):
     output: Path = Path("runs/head")
     """Folder for log, checkpoints and the trained head."""
     table: Path | None = None
-    """Folder of the table of outcomes (recipe outcomes), which heads and runs may share; by default beside
-    the output folder, named like it with -outcomes."""
+    """Folder of the table of outcomes, which heads and runs may share; by default beside the output folder,
+    named like it with -outcomes."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
     half: bool = False
@@ -70,9 +70,10 @@ class Train(PhotoArgs):
     before and now."""
 
     def __post_init__(self) -> None:
-        masks = self.train.recipe in ("published", "small") or self.train.objective == "masking"
-        head = self.head or ("ttame" if masks else "evidence")
-        outcomes = plain(head) == "evidence" or self.train.objective == "outcomes"
+        objective = self.train.objective_name
+        masks = self.train.recipe in ("published", "small") or objective == "mask"
+        head = self.head or ("ttame" if masks and objective in ("", "mask") else "evidence")
+        outcomes = plain(head) == "evidence" or objective not in ("", "mask")
         own: Recipe = "outcomes" if outcomes and not masks else "small"
         config = self.train.filled_in("published" if self.preset else own)
         vars(self).update(head=head, train=config)

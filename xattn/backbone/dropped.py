@@ -1,0 +1,62 @@
+"""Passes of a ViT from whose sequence patches are left out, with nothing filled in for them.
+
+A dropped patch has no token in any block, as if the attention to it were masked everywhere, so a pass with
+n of N patches costs about (1 + n) / (1 + N) of a whole one. The class token, other prefix tokens and
+positions stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from xattn.backbone.backbone import Backbone
+from xattn.photos.classes import as_classes
+from xattn.runtime.locking import lock_of
+
+
+def check_drops(backbone: Backbone) -> tuple[int, int]:
+    """The grid (h, w) of patches of ``backbone``, any of which :func:`logits_of_patches` can leave out.
+
+    Raises:
+        ValueError: it is no ViT that reads a class token, or its attention is not its own.
+    """
+    model: Any = backbone.model
+    reason = ""
+    if not isinstance(model, VisionTransformer):
+        reason = "it is no ViT of timm"
+    elif model.global_pool != "token" or not model.num_prefix_tokens:
+        reason = f"it pools its patches by {model.global_pool!r} and reads no class token"
+    elif backbone.conversion is not None:
+        reason = "its attention was converted to a mechanism that reads the whole grid"
+    if reason:
+        raise ValueError(
+            f"fill: {backbone.name} cannot drop patches, {reason}; give black, blur or mean"
+        )
+    height, width = backbone.preprocessing.input_size
+    return backbone.grid(height, width)
+
+
+@torch.no_grad()
+def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor:
+    """Logits (N, K) of an image with only some of its patches.
+
+    Args:
+        image: (1, 3, H, W) in [0, 1].
+        kept: (N, n) numbers of patches, row by row from the top left; n may be 0.
+
+    Raises:
+        ValueError: as :func:`check_drops`.
+    """
+    check_drops(backbone)
+    model: Any = backbone.model
+    with lock_of(model).shared():
+        tokens = model._pos_embed(model.patch_embed(backbone.normalize(image)))[0]
+        prefix, patches = tokens[: model.num_prefix_tokens], tokens[model.num_prefix_tokens :]
+        x = torch.cat([prefix.expand(len(kept), -1, -1), patches[kept]], 1)
+        for block in [model.norm_pre, *model.blocks, model.norm]:
+            x = block(x)
+        return as_classes(model.forward_head(x), backbone.task)

@@ -1,0 +1,199 @@
+"""Objectives: what an explanation head is trained for, by name.
+
+    xattn train PHOTOS --objective shapley --objective-options link=log_odds
+
+An objective reads one of two things. A *table* of outcomes has what the network answers for masked photos
+(:mod:`xattn.training.outcomes`), so a step costs no pass; *photos* go through the frozen network in each
+step. Any head with class maps can be trained by any objective.
+
+    @register_objective("mine")
+    class Mine(Objective):
+        def on_table(self, scores, outcomes, index): return {"loss": ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.attention.model.spec import parse_mechanism
+from xattn.backbone import Backbone
+from xattn.backbone.dropped import check_drops
+from xattn.config import TrainConfig
+from xattn.heads.fusion import resize
+from xattn.kernels.softmax.reference import widen
+from xattn.registry import Registry, adopting, with_checked_name
+from xattn.runtime.distributed import gather
+from xattn.training.outcome_rows import DROP, NESTED
+from xattn.training.outcomes import OutcomeBatch
+
+Terms = dict[str, Tensor]
+"""``"loss"``, and what else is logged; scalars."""
+CELLS = 7  # of a side of a game
+Link = Literal["probability", "log_odds", "logit"]
+
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """What is known of an objective: its name, one line on it, and where it comes from."""
+
+    name: str
+    title: str = ""
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a batch that one of several processes holds.
+
+    ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
+    all processes, of which this is number ``rank``. A process without an image trains on a stand-in.
+    """
+
+    places: Tensor
+    counts: Sequence[int]
+    rank: int = 0
+
+    def together(self, target: Tensor) -> tuple[Tensor, int]:
+        """The targets of all images, process by process, and the place of this process's first one."""
+        if len(self.counts) == 1:
+            return target, 0
+        own = target[: self.counts[self.rank]]
+        everyone = torch.cat([t.to(target.device) for t in gather(own.cpu())])
+        return everyone, sum(self.counts[: self.rank]) if len(own) else 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step on photos: ``images`` (B, 3, H, W) in [0, 1]; ``part`` places them in a batch that several
+    processes share, by default the whole one, ``progress`` is the share of the steps that are done,
+    ``seed``
+    names the draws."""
+
+    head: Any
+    backbone: Backbone
+    images: Tensor
+    config: TrainConfig
+    part: Part = None  # type: ignore[assignment]
+    progress: float = 0.0
+    seed: str = ""
+
+    def __post_init__(self) -> None:
+        if self.part is None:
+            count = len(self.images)
+            part = Part(torch.arange(count, device=self.images.device), [count])
+            object.__setattr__(self, "part", part)
+
+
+class Objective:
+    """Base of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and says which in
+    ``reads``.
+
+    ``players`` says that it needs masks of the cells of a fixed grid, the players of a game, under one
+    fill, and what the network answers for the empty photo; ``sizes`` are those of such masks by default.
+    """
+
+    name: ClassVar[str]
+    reads: Literal["table", "photos"] = "table"
+    players: ClassVar[bool] = False
+    sizes: ClassVar[str] = "even"
+
+    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+        """The loss of maps.
+
+        Args:
+            scores: (B, M, h, w) of the classes ``index`` (B, M), each photo's own class first.
+            outcomes: what the network answers for B photos under N masks each.
+        """
+        raise NotImplementedError
+
+    def on_photos(self, step: Step) -> Terms:
+        """The loss of a batch of photos; gradients reach the head alone."""
+        raise NotImplementedError
+
+
+def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], type[Objective]]:
+    """Class decorator: make an objective known to :func:`create_objective` under ``name``, and check its
+    options against the annotations of its constructor.
+
+    Args:
+        about: further fields of :class:`ObjectiveEntry`.
+    """
+    return OBJECTIVES.register(ObjectiveEntry(name, **about))
+
+
+def table_settings(objective: Objective, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+    """The masks (:class:`~xattn.training.outcome_rows.MaskSettings`) of the table that ``objective`` reads.
+
+    Players are the cells of a 7 x 7 grid, or the patches where these are dropped.
+
+    Raises:
+        ValueError: a fill that the network cannot have.
+    """
+    sizes = objective.sizes if objective.players else config.sizes or objective.sizes
+    fill = config.fill
+    settings: dict[str, Any] = {
+        "crops": config.crops, "masks": config.masks, "seed": config.seed, "sizes": sizes,
+        "precision": "bf16" if config.precision == "bf16" else "no",
+    }  # fmt: skip
+    if fill is not None or objective.players:
+        settings["fills"] = [fill or "black"]
+    if objective.players:
+        side = config.cells or (check_drops(backbone)[0] if fill == DROP else CELLS)
+        settings.update(players=side, empty=True)
+        if sizes in NESTED:
+            settings["masks"] = 2 * (side**2 - 1)
+    return settings
+
+
+OBJECTIVES: Registry[Objective, ObjectiveEntry] = Registry(
+    "xattn.objectives",
+    base=Objective,
+    homes=("xattn.training.objectives",),
+    argument="objective",
+    noun="objective",
+    options_argument="objective_options",
+    adopt=adopting(Objective, register_objective),
+    mark=with_checked_name,
+)
+
+list_objectives = OBJECTIVES.names
+create_objective = OBJECTIVES.create
+
+
+def objective_for(config: TrainConfig) -> Objective:
+    """The objective of ``config``, with its options.
+
+    Raises:
+        ValueError: unknown name (with near matches) or option.
+    """
+    name, options = parse_mechanism(config.objective)
+    return create_objective(name, **options)
+
+
+# ---------------------------------------------------------------------- maps as games
+
+
+def on_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Maps (B, M, h, w) on ``size`` cells: means of finer ones, bilinear between coarser ones."""
+    if maps.shape[2] > size[0] or maps.shape[3] > size[1]:
+        return F.adaptive_avg_pool2d(maps, (size[0], size[1]))
+    return resize(maps, size)
+
+
+def game(scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link) -> tuple[Tensor, ...]:
+    """A photo's masks as a game of d players: phi (B, M, d), masks s (B, N, d), values v(s) (B, M, N), and
+    the values (B, M) of nobody, v(0), and of all, v(1).
+
+    phi = S / d for scores S, so that maps of unit scale have values of the order of v.
+    """
+    masks = widen(outcomes.masks)
+    maps = on_cells(widen(scores), tuple(masks.shape[2:])).flatten(2)
+    ends = outcomes.ends.values(index, link).to(maps.dtype)
+    values = outcomes.values(index, link).to(maps.dtype)
+    return maps / maps.shape[2], masks.flatten(2).to(maps.dtype), values, ends[..., 0], ends[..., 1]

@@ -1,0 +1,40 @@
+"""``greedy``: maps that order cells as a greedy search does.
+
+    L = sum over cells i before j of softplus(S_j - S_i) / rank i,   divided by sum 1 / rank i
+
+The search begins with the empty photo and each time adds the cell that gives the highest log-odds of the
+photo's class; its d - 1 beginnings are the masks of the table (``sizes="greedy"``), which costs about d^2 /
+2 passes a photo. Other classes have no order, so only the own class's map is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.kernels.softmax.reference import widen
+from xattn.training.objectives.base import Objective, Terms, on_cells, register_objective
+from xattn.training.objectives.labels import place_in_order
+from xattn.training.outcomes import OutcomeBatch
+
+
+def order_loss(scores: Tensor, places: Tensor) -> Tensor:
+    """The loss of ``scores`` (B, d) against the ``places`` 0 .. d - 1 of the cells (B, d) in an order."""
+    ordered = scores.gather(1, places.argsort(1))  # by place
+    behind = F.softplus(ordered[:, None, :] - ordered[:, :, None]).triu(1)  # (i, j): i before j
+    weights = 1 / torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    counts = torch.arange(scores.shape[1] - 1, -1, -1, dtype=scores.dtype, device=scores.device)
+    return (behind.sum(2) @ weights).mean() / (weights * counts).sum()
+
+
+@register_objective("greedy", title="The order that a greedy search finds")
+class Greedy(Objective):
+    """Pairs of cells in the order of a greedy search, early places counting most."""
+
+    players, sizes = True, "greedy"
+
+    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+        masks = outcomes.masks
+        maps = on_cells(widen(scores[:, :1]), tuple(masks.shape[2:])).flatten(1)
+        return {"loss": order_loss(maps, place_in_order(masks.flatten(2)))}

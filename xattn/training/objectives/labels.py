@@ -1,0 +1,124 @@
+"""``labels``: maps near a noisy estimate of each photo's own values (Stochastic Amortization).
+
+    L = d mean ( phi_nk - a_nk )^2,    a_nk from the photo's own masks alone
+
+Noise of mean 0 in a does not move the phi of least loss, a bias does. Estimates: ``regression``,
+constrained least squares with the expectation of s s^T in place of its mean over the masks, so that a is
+unbiased; ``permutation``, what a cell adds where it comes in an order of all cells and in the opposite one;
+``banzhaf``, the mean of v with the cell minus that without; ``ridge``, as LIME, which is biased. Sources:
+arXiv 2401.15866 and 1705.07874.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xattn.runtime.option_checks import Positive
+from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
+from xattn.training.objectives.shapley import Normalization, efficient
+from xattn.training.outcome_rows import size_weights
+from xattn.training.outcomes import OutcomeBatch
+
+SIZES = {"regression": "shapley", "permutation": "walk", "banzhaf": "half", "ridge": "shapley"}
+Estimate = Literal["regression", "permutation", "banzhaf", "ridge"]
+
+
+def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
+    """Unbiased Shapley values (B, M, d) of ``gains`` v(s) - v(0) (B, M, N) under ``masks`` (B, N, d) that
+    were drawn with Shapley's sizes; ``total`` (B, M) is v(1) - v(0), which they sum to.
+
+        phi = A^-1 (b - 1 (1^T A^-1 b - total) / (1^T A^-1 1)),   A = E s s^T,   b = mean s (v(s) - v(0))
+    """
+    players = masks.shape[2]
+    weights = size_weights("shapley", players).to(masks)
+    sizes = torch.arange(1, players, dtype=masks.dtype, device=masks.device)
+    both = (weights * sizes * (sizes - 1)).sum() / (players * (players - 1))  # of two cells
+    one = (weights * sizes).sum() / players
+    # A = (one - both) I + both 1 1^T, and A^-1 1 is a multiple of 1.
+    b = gains @ masks / masks.shape[1]
+    free = b / (one - both)
+    return free + ((total - free.sum(-1)) / players)[..., None]
+
+
+def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
+    """What each cell adds (B, M, d) along an order of all d cells, whose beginnings of 1 to d - 1 cells are
+    the
+    first masks (B, 2 (d - 1), d), and along the opposite order, their complements; the mean of both."""
+    half = masks.shape[1] // 2
+    there = torch.cat([nobody[..., None], values[..., :half], everyone[..., None]], -1)
+    back = torch.cat([everyone[..., None], values[..., half:], nobody[..., None]], -1)
+    added = (there.diff(dim=-1) - back.diff(dim=-1)) / 2  # (B, M, d), by place in the order
+    return added.gather(-1, place_in_order(masks)[:, None].expand_as(added))
+
+
+def place_in_order(masks: Tensor) -> Tensor:
+    """The place 0 .. d - 1 of each cell (B, d) in the order whose beginnings are the first half of nested
+    ``masks`` (B, 2 (d - 1), d)."""
+    return (1 - masks[:, : masks.shape[1] // 2]).sum(1).round().long()
+
+
+def banzhaf_labels(masks: Tensor, values: Tensor) -> Tensor:
+    """The mean of ``values`` (B, M, N) over the masks (B, N, d) with a cell minus that without it."""
+    count = masks.sum(1)[:, None].clamp_min(1)
+    without = (1 - masks).sum(1)[:, None].clamp_min(1)
+    return values @ masks / count - values @ (1 - masks) / without
+
+
+def ridge_labels(masks: Tensor, gains: Tensor, penalty: float) -> Tensor:
+    """Ridge regression of ``gains`` (B, M, N) on ``masks`` (B, N, d), (B, M, d)."""
+    gram = masks.transpose(1, 2) @ masks
+    gram = gram + penalty * torch.eye(masks.shape[2], dtype=masks.dtype, device=masks.device)
+    return torch.linalg.solve(gram, (gains @ masks).transpose(1, 2)).transpose(1, 2)
+
+
+@register_objective(
+    "labels", title="A noisy estimate of each photo's values", paper="arXiv 2401.15866"
+)
+class Labels(Objective):
+    """The squared distance of a map's values from labels that its photo's own masks give.
+
+    Args:
+        estimate: how labels are made; ``"permutation"`` needs 2 (d - 1) masks of d cells, ``"ridge"`` is
+            biased and there for comparison.
+        link: what a value is: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
+        normalization: how a map is made efficient before the loss, as for ``shapley``; Banzhaf values
+            are not efficient and take ``"none"``.
+        penalty: of ``"ridge"``.
+    """
+
+    players = True
+
+    def __init__(
+        self,
+        estimate: Estimate = "regression",
+        link: Link = "probability",
+        normalization: Normalization = "none",
+        penalty: Positive = 1.0,
+    ) -> None:
+        if estimate == "banzhaf" and normalization != "none":
+            raise ValueError(
+                f"normalization: got {normalization!r}; Banzhaf values are not efficient, give none"
+            )
+        self.estimate, self.link = estimate, link
+        self.normalization, self.penalty = normalization, penalty
+        self.sizes = SIZES[estimate]  # type: ignore[misc]
+
+    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+        phi, masks, values, nobody, everyone = game(scores, outcomes, index, self.link)
+        phi = efficient(phi, everyone - nobody, self.normalization)
+        labels = self.labels(masks, values, nobody, everyone)
+        return {"loss": phi.shape[-1] * (phi - labels).square().mean()}
+
+    def labels(self, masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
+        """a (B, M, d) of ``masks`` (B, N, d), their ``values`` (B, M, N), and v(0) and v(1), (B, M)."""
+        gains = values - nobody[..., None]
+        if self.estimate == "regression":
+            return regression_labels(masks, gains, everyone - nobody)
+        if self.estimate == "permutation":
+            return permutation_labels(masks, values, nobody, everyone)
+        if self.estimate == "banzhaf":
+            return banzhaf_labels(masks, values)
+        return ridge_labels(masks, gains, self.penalty)

@@ -1,0 +1,116 @@
+"""``outcomes``: maps whose sums over what masks keep go with what the network answers.
+
+    L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
+
+S_k (h, w) is the map, <m, S> the sum of S over what mask m keeps, and P removes the mean over the masks
+and what is linear in the area they keep. So neither a constant added to a map nor the network's liking for
+much or little picture counts, only which parts matter. The maps of a photo's own class are compared with
+its probability and its log-odds, those of others with their log-odds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.kernels.softmax.reference import widen
+from xattn.training.objectives.base import Objective, Terms, on_cells, register_objective
+from xattn.training.outcomes import OutcomeBatch
+
+TINY = 1e-12
+ROUNDING = 100  # sums over cells and masks are off by less than so many times the precision
+REACTS = 1e-6
+"""Outcomes whose variance, relative to their mean square, is less than this do not react to masks."""
+
+
+def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
+    """``values`` (..., N) without their mean and without what is linear in ``area`` (..., N)."""
+    centred = values - values.mean(-1, keepdim=True)
+    slope = area - area.mean(-1, keepdim=True)
+    square = slope.square().sum(-1, keepdim=True).clamp_min(TINY)
+    return centred - (centred * slope).sum(-1, keepdim=True) / square * slope
+
+
+def mask_effects(maps: Tensor, masks: Tensor) -> Tensor:
+    """<m_j, S_k>, the sums of maps (B, M, h, w) over what masks (B, N, h, w) keep, (B, M, N)."""
+    return maps.flatten(2) @ masks.flatten(2).transpose(1, 2)
+
+
+def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
+    """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
+
+    It is 0 where an outcome does not vary over the masks, and near 0, with a bounded gradient, where a map
+    does not.
+    """
+    maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
+    effects = mask_effects(maps, masks)
+    area = masks.mean((2, 3))[:, None]
+    x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
+    size_x, size_y = x.norm(dim=-1), y.norm(dim=-1)
+    # Of what rounding leaves of a constant the direction is noise.
+    rounding = ROUNDING * torch.finfo(effects.dtype).eps
+    least = rounding * (effects.detach().norm(dim=-1) + 1)
+    varies = size_y > rounding * outcomes.norm(dim=-1)
+    scale = torch.maximum(size_x, least) * torch.where(varies, size_y, 1)
+    return torch.where(varies, (x * y).sum(-1) / scale, 0)
+
+
+def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
+    """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond what their area explains, (B, M)."""
+    outcomes = widen(outcomes)
+    left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
+    return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
+
+
+class Compared(NamedTuple):
+    """What a loss compares: ``maps`` (B, 1 + M, h, w) with ``answers`` (B, 1 + M, N) under ``masks``
+    (B, N, h, w), those of the own class first and twice, for its probability and for its log-odds;
+    ``counted`` (B, 1 + M) is 1 where an answer reacts to masks, else 0."""
+
+    maps: Tensor
+    masks: Tensor
+    answers: Tensor
+    counted: Tensor
+
+
+def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
+    """``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, with their outcomes."""
+    maps = on_cells(widen(scores), tuple(outcomes.masks.shape[2:]))
+    odds = outcomes.log_odds(index).to(maps.dtype)
+    answers = torch.cat([outcomes.probabilities(index[:, :1]).to(maps.dtype), odds], 1)
+    masks = outcomes.masks.to(maps.dtype)
+    counted = reacts(masks, answers).to(maps.dtype)
+    return Compared(torch.cat([maps[:, :1], maps], 1), masks, answers, counted)
+
+
+def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """The loss of correlations ``found`` (B, 1 + M), and their means; of each photo those that are
+    ``counted`` (B, 1 + M) count alike."""
+    share = counted / counted.sum(1, keepdim=True).clamp_min(1)
+    others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
+    return {
+        "loss": 1 - (share * found).sum(1).mean(),
+        "probability": found[:, 0].mean(),
+        "log_odds": found[:, 1].mean(),
+        "others": others,
+    }
+
+
+def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict[str, Tensor]:
+    """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
+    correlations of its parts.
+
+    Of each photo the outcomes that react to masks count alike.
+    """
+    maps, masks, answers, counted = compared(scores, outcomes, index)
+    return mean_terms(correlation(maps, masks, answers), counted)
+
+
+@register_objective("outcomes", title="Sums over what masks keep go with the answers")
+class OutcomesObjective(Objective):
+    """The correlation of maps with a table of outcomes, :func:`outcome_terms`."""
+
+    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+        return outcome_terms(scores, outcomes, index)

@@ -1,0 +1,72 @@
+"""``shapley``: maps whose cells are Shapley values of what the network answers (FastSHAP, ViT-Shapley).
+
+    L = d mean ( v_k(0) + <s, phi_k> - v_k(s) )^2 + gamma d mean ( sum_n phi_nk - (v_k(1) - v_k(0)) )^2
+
+over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d - m)), in pairs s
+and 1 - s. The phi of least loss, without the limits of a head, are the Shapley values of v_k. A constant
+that is added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), and does not
+change the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from xattn.runtime.option_checks import NotNegative
+from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
+from xattn.training.outcomes import OutcomeBatch
+
+SMALLEST = 1e-6
+
+Normalization = Literal["additive", "multiplicative", "none"]
+
+
+def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
+    """Values phi (B, M, d) whose sum is ``total`` (B, M), v(1) - v(0).
+
+    Raises:
+        ValueError: multiplicative, and a sum that is near 0.
+    """
+    left = phi.sum(-1)
+    if how == "additive":
+        return phi + ((total - left) / phi.shape[-1])[..., None]
+    if how == "multiplicative":
+        if bool((left.abs() < SMALLEST).any()):
+            raise ValueError(
+                "normalization: the values of a map sum to 0, which no factor can change; give "
+                "normalization=additive"
+            )
+        return phi * (total / left)[..., None]
+    return phi
+
+
+@register_objective("shapley", title="Shapley values of masked answers", paper="arXiv 2107.07436")
+class Shapley(Objective):
+    """FastSHAP's loss, on a table of masks with Shapley's sizes.
+
+    Args:
+        link: what a value is: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
+        normalization: how a map is made efficient before the loss: a constant added to its cells, a factor,
+            or not at all.
+        gamma: weight of the efficiency gap, which is 0 after a normalization.
+    """
+
+    players, sizes = True, "shapley"
+
+    def __init__(
+        self,
+        link: Link = "probability",
+        normalization: Normalization = "additive",
+        gamma: NotNegative = 0.0,
+    ) -> None:
+        self.link, self.normalization, self.gamma = link, normalization, gamma
+
+    def on_table(self, scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Terms:
+        phi, masks, values, nobody, everyone = game(scores, outcomes, index, self.link)
+        phi = efficient(phi, everyone - nobody, self.normalization)
+        predicted = nobody[..., None] + phi @ masks.transpose(1, 2)
+        error = phi.shape[-1] * (predicted - values).square().mean()
+        gap = phi.shape[-1] * (phi.sum(-1) - (everyone - nobody)).square().mean()
+        return {"loss": error + self.gamma * gap, "error": error, "gap": gap}
