@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ SIZES = ("any", "16", "1")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (16, 24, 32, 48, 64, 80, 96, 128)
 """Of heads; tiles are padded to powers of two, so each tile is met full and with a masked rest."""
+OTHER = {"PRECISION": "tf32", "UNIT": 1}
+"""What a launch may have in place of a case's constant: products of float32 by one TF32 product, where
+PyTorch's own may, and rows that do not begin at a multiple of 8 elements."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Case:
     """Floating-point operations of the launch."""
     bytes: float
     """The least number of bytes that it reads and writes."""
+    sizes: tuple[str, ...] = SIZES
+    """Those of ``SIZES`` that launches compile it for."""
+
+    @property
+    def half(self) -> bool:
+        """Whether it reads or writes half precision."""
+        return any(kind in ("*bf16", "*fp16") for kind in self.signature.values())
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ def make_case(
     bytes: float,
     wide: Iterable[str] = (),
     integers: Iterable[str] = (),
+    sizes: tuple[str, ...] = SIZES,
 ) -> Case:
     """A case from the keyword arguments of a launch.
 
@@ -124,13 +135,18 @@ def make_case(
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     warps, stages = options["num_warps"], options["num_stages"]
-    return Case(kernel, signature, constants, warps, stages, label, operations, bytes)
+    return Case(kernel, signature, constants, warps, stages, label, operations, bytes, sizes)
 
 
 def cases() -> Iterator[Case]:
-    """The cases of every op."""
+    """The cases of every op, and for any sizes those with each of ``OTHER``."""
     for op in OPS:
-        yield from importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases()
+        for case in importlib.import_module(f"xattn.kernels.{op}.triton").compile_cases():
+            yield case
+            for name, other in OTHER.items():
+                if name in case.constants and not (case.half and other == "tf32"):
+                    change = {"constants": {**case.constants, name: other}, "sizes": ("any",)}
+                    yield replace(case, label=f"{case.label} {name}={other}", **change)
 
 
 def compile_case(case: Case, capability: int, sizes: str = "any") -> Report:
@@ -195,8 +211,7 @@ def resources(cubin: bytes, tool: Path) -> tuple[int, int, int, int]:
 
 def roofline(case: Case, target: Target) -> float:
     """A lower bound of the time of ``case`` on ``target``, in seconds."""
-    half = any(kind in ("*bf16", "*fp16") for kind in case.signature.values())
-    peak = target.tensor if half else target.single
+    peak = target.tensor if case.half else target.single
     return max(case.operations / peak, case.bytes / target.bandwidth)
 
 
@@ -237,7 +252,7 @@ def bench(filter: str | None = None) -> Iterator[str]:
         (case, capability, sizes)
         for case in cases()
         for capability in TARGETS
-        for sizes in SIZES
+        for sizes in case.sizes
         if all(word in f"{case.label}, sizes {sizes} sm_{capability}" for word in words)
     ]
     if not chosen:

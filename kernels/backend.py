@@ -15,6 +15,7 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OLDEST = 8  # compute capability: 7.5 has neither bfloat16 nor the shared memory of the kernels
+WIDEST = 128  # heads; at 256 kernels spill, and some need more shared memory than there is
 ENTRIES = 2**27  # of a tile of plain PyTorch on a GPU: 512 MB in float32
 INSTALL = 'Triton is not installed; run: pip install "xattn[gpu]"'
 
@@ -59,16 +60,22 @@ def choose(
     return "cpu"
 
 
-def too_wide(widest: int, *tensors: Tensor) -> str | None:
-    """The limit of kernels that take heads of at most ``widest``, for :func:`choose`."""
+def too_wide(*tensors: Tensor) -> str | None:
+    """The limit of kernels whose tiles hold whole heads, for :func:`choose`."""
     width = max(x.shape[-1] for x in tensors)
-    return None if width <= widest else f"got width {width}; give at most {widest}"
+    return None if width <= WIDEST else f"got width {width}; give at most {WIDEST}"
 
 
 @functools.cache
 def _say_slow(why: str) -> None:
     """Warn once that a GPU runs plain PyTorch."""
-    warnings.warn(f"kernels are plain PyTorch on this GPU: {why}", stacklevel=4)
+    warnings.warn(f"kernels are plain PyTorch on this GPU: {why}", stacklevel=3)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may read the elements of ``x``: on a GPU, where that stalls the stream, only with
+    ``XATTN_CHECK=1``."""
+    return x.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -63,12 +63,6 @@ def store_rows(base, rows, columns, width, value):
 
 
 @triton.jit
-def load_lse(at, inside):
-    """Log-sum-exps, -inf outside: as ``other`` of a load, -inf stops the compiler of Triton 3.2."""
-    return tl.where(inside, tl.load(at, mask=inside, other=0.0), float("-inf"))
-
-
-@triton.jit
 def list_tokens(blocks, start, count, limit, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Tokens of a list of ``count`` blocks, from lane ``start``; -1 where there is none."""
     lane = tl.arange(0, TILE)
@@ -95,23 +89,19 @@ def list_end(blocks, count):
 
 
 @triton.jit
-def list_part(pointer, part, unit, LONGEST, SPLIT: tl.constexpr):
-    """Where the list of a ``unit`` begins, by the pointers to the lists, and how many entries it has; with
-    SPLIT of one of its parts, whose number is at ``part``."""
-    begin = tl.load(pointer + unit)
-    count = tl.load(pointer + unit + 1) - begin
-    if SPLIT:
-        before = tl.load(part) * LONGEST
-        begin, count = begin + before, tl.minimum(count - before, LONGEST)
-    return begin, count
+def list_part(pointer, unit, part, LENGTH):
+    """Where a part, of at most LENGTH entries, of the list of a ``unit`` begins, by the pointers to the
+    lists, and how many entries it has: none or fewer if the list ends before."""
+    begin = tl.load(pointer + unit) + part * LENGTH
+    return begin, tl.minimum(tl.load(pointer + unit + 1) - begin, LENGTH)
 
 
 @triton.jit
 def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
     """What a program works on, if ``HEADS`` heads with one list share the rows of a tile.
 
-    The number of its first head among those of all images, its query block, and for each row the token
-    and the place of its query behind the first of that head; -1 where there is none.
+    The number of its first head among those of all images, its query block (int64), and for each row the
+    token and the place of its query behind the first of that head; -1 where there is none.
     """
     tiles: tl.constexpr = (HEADS * Q_BLOCK + ROWS - 1) // ROWS
     line, tile = place((N + Q_BLOCK - 1) // Q_BLOCK * tiles)
@@ -119,7 +109,7 @@ def own_rows(N, Q_BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
     token = block * Q_BLOCK + lane % Q_BLOCK
     real = (lane < HEADS * Q_BLOCK) & (token < N)
     row = tl.where(real, lane // Q_BLOCK * N + token, -1)
-    return line * HEADS, block, tl.where(real, token, -1), row
+    return line * HEADS, block.to(tl.int64), tl.where(real, token, -1), row
 
 
 @triton.jit
@@ -197,7 +187,8 @@ def merge_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
-    lse, own_lse = load_lse(lse_ptr + rows, inside), load_lse(own_lse_ptr + rows, inside)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+    own_lse = tl.load(own_lse_ptr + rows, mask=inside, other=float("-inf"))
     top = tl.maximum(lse, own_lse)
     top = tl.where(top == float("-inf"), 0.0, top)
     first, second = tl.exp(lse - top), tl.exp(own_lse - top)
@@ -225,12 +216,18 @@ def merge(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor,
 
 
 def precision() -> str:
-    """How kernels multiply float32: by three TF32 products, which are as exact as the float32 units and
-    several times faster, or by one where PyTorch's own products may."""
+    """How kernels multiply float32: by three TF32 products, which are nearly as exact as the float32 units
+    and several times faster, or by one where PyTorch's own products may."""
     matmul = torch.backends.cuda.matmul
     found = getattr(matmul, "fp32_precision", None)  # not before PyTorch 2.9
     single = matmul.allow_tf32 if found is None else found == "tf32"
     return "tf32" if single else "tf32x3"
+
+
+def steps(x: Tensor, axes: int = 2) -> tuple[int, ...]:
+    """Strides over the first ``axes``, batch and heads; 0 where one entry serves all."""
+    both = zip(x.shape[:axes], x.stride()[:axes], strict=True)
+    return tuple(0 if size == 1 else step for size, step in both)
 
 
 def padded(width: int) -> int:

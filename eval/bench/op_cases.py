@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn.kernels.block_sparse import block_sparse_attention, window
+from xattn.kernels.block_sparse import block_sparse_attention
+from xattn.kernels.block_sparse.box import window
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.covariance_solve import covariance_solve

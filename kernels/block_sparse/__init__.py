@@ -14,8 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from xattn.kernels.backend import choose, too_wide
-from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
-from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
+from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.block_sparse.box import Box
 from xattn.kernels.block_sparse.reference import Problem
 from xattn.kernels.checks import (
     check_attention,
@@ -26,19 +26,6 @@ from xattn.kernels.checks import (
 )
 from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import empty_outputs
-
-__all__ = [
-    "Box",
-    "block_sparse_attention",
-    "causal",
-    "check_index",
-    "check_lists",
-    "neighbourhood",
-    "permuted",
-    "transpose_index",
-    "window",
-]
-
 
 _op = register(
     "block_sparse",
@@ -93,7 +80,7 @@ def block_sparse_attention(
     low, high, position, dilation, rank, limit = box or (None, None, None, (), None, None)
     return Problem(
         q, k, v, index, bias, low, high, position, rank, limit, list(dilation), q_block, k_block,
-        score_scale(scale, q), choose(backend, q.device, q.dtype, too_wide(128, q, v)),
+        score_scale(scale, q), choose(backend, q.device, q.dtype, too_wide(q, v)),
     )  # fmt: skip
 
 

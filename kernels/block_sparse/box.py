@@ -125,12 +125,14 @@ def permuted(box: Box, order: Tensor) -> Box:
     if order.ndim != 1 or order.is_floating_point() or ((order < -1) | (order >= n)).any():
         raise ValueError(f"order: give one row of token numbers, -1 (padding) to {n - 1}")
     padding = (order < 0)[:, None].to(box.low.device)
-    low, high, position = (x[order.clamp(min=0).to(x.device)] for x in box[:3])
+    at = order.clamp(min=0)
+    low, high, position = (x[at.to(x.device)] for x in box[:3])
     return Box(
         low.masked_fill(padding, 1),
         high.masked_fill(padding, 0),
         position.masked_fill(padding, BEYOND),
         box.dilation,
+        *(None if x is None else x[..., at.to(x.device)] for x in (box.rank, box.limit)),
     )
 
 

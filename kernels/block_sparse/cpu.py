@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.block_sparse.reference import Problem, inside, ranked, reduce_bias
 from xattn.kernels.softmax import cpu as dense
 from xattn.kernels.softmax.reference import Problem as DenseProblem
 from xattn.kernels.softmax.reference import delta, wide, widen
 
-FORWARD, BACKWARD = 2**24, 2**23  # bytes of keys and values gathered at a time
+FORWARD, BACKWARD = 2**24, 2**23  # bytes of keys and values gathered at a time on a CPU
 TOGETHER = 2**20  # up to so many, problems whose lists differ in length go together
 
 
@@ -177,11 +178,12 @@ class Work:
         return widen(out.view(*where.shape[:2], where.shape[2] * self.p.k_block, -1))
 
     def chunks(self, limit: int, rows: int = 0) -> Iterator[Chunk]:
-        """Parts of the table whose keys, values and outputs fit into ``limit`` bytes, and ``rows``
-        numbers a key, too."""
+        """Parts of the table whose keys, values and outputs fit into ``limit`` bytes, on a GPU into what
+        plain PyTorch may take there, and ``rows`` numbers a key, too."""
         number, v = wide(self.p.q.dtype).itemsize, self.p.v.shape[3]
         entry = number * self.p.k_block * max(rows, self.p.k.shape[3] + v)
         output = number * self.group * self.p.q_block * v
+        limit = tile_entries(self.index.device, limit // number) * number
         for problems, entries, even in self._runs(TOGETHER // (entry * self.lines)):
             each = entry * entries + output
             size, lines = max(1, limit // (each * self.lines)), self.lines

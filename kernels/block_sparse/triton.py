@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,14 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.block_sparse.block_lists import split_lists, transpose_groups
+from xattn.kernels.block_sparse.block_lists import transpose_index
 from xattn.kernels.block_sparse.reference import Problem, reduce_bias
 from xattn.kernels.tiles import (
     delta,
     list_end,
     list_part,
     list_tokens,
-    load_lse,
     load_rows,
     own_rows,
     padded,
@@ -32,8 +31,11 @@ from xattn.kernels.tiles import (
     precision,
     softmax_step,
     softmax_weights,
+    steps,
     store_rows,
 )
+
+TILE = 1024  # units whose lists are split, and numbers that are added, at a time
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def dq_kernel(
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
     q = load_rows(q_ptr + line * N * D, rows, d, D)
     g = load_rows(g_ptr + line * N * DV, rows, w, DV)
-    lse = load_lse(lse_ptr + line * N + rows, rows >= 0)
+    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     limit = tokens
     if HAS_RANK:
@@ -161,28 +163,27 @@ def dq_kernel(
 
 @triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, pointer_ptr, queries_ptr, bits_ptr, unit_ptr, part_ptr, bias_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, pointer_ptr, queries_ptr, bits_ptr, unit_ptr, first_ptr, bias_ptr,
     low_ptr, high_ptr, position_ptr, rank_ptr, limit_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, db_ptr,
-    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LONGEST, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LENGTH, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PACK: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr,
+    PACK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RANK: tl.constexpr,
     DIMENSIONS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: part of a block, or ``PACK`` blocks that share a list, told apart by bits.
 
-    With SPLIT for a part of their list, one of C, whose sums stand in a place of their own.
+    For one of the C parts of the lists, whose sums stand in a place of their own.
     """
     span: tl.constexpr = K_BLOCK * PACK
     tiles: tl.constexpr = (span + COLUMNS - 1) // COLUMNS
     line, tile = place(C * tiles)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
     own, inner = tile // tiles, (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    unit, places = own, S
-    if SPLIT:
-        unit, places = tl.load(unit_ptr + line * C + own), C * span
+    unit = tl.load(unit_ptr + line * C + own)
+    part = own - tl.load(first_ptr + line * (M + 1) + unit)
     key = unit * span + inner
     keys = tl.where((inner < span) & (key < S), key, -1)
     out = tl.where(keys >= 0, own * span + inner, -1)
@@ -196,8 +197,7 @@ def dkv_kernel(
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
         own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
-        pointer, part = pointer_ptr + own_list * (M + 1), part_ptr + line * C + own
-        begin, count = list_part(pointer, part, unit, LONGEST, SPLIT)
+        begin, count = list_part(pointer_ptr + own_list * (M + 1), unit, part, LENGTH)
         queries, sets = queries_ptr + own_list * L + begin, bits_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
@@ -205,7 +205,7 @@ def dkv_kernel(
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
             q = load_rows(q_ptr + query_line * N * D, rows, d, D)
             g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
-            lse = load_lse(lse_ptr + query_line * N + rows, rows >= 0)
+            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             limit = rows
             if HAS_RANK:
@@ -228,19 +228,88 @@ def dkv_kernel(
             if WRITE:
                 db += tl.sum(ds, 1)
         if WRITE:
-            tl.store(db_ptr + query_line * places + out, db, mask=out >= 0)
-    store_rows(dk_ptr + line * places * D, out, d, D, dk * scale)
-    store_rows(dv_ptr + line * places * DV, out, w, DV, dv)
+            tl.store(db_ptr + query_line * C * span + out, db, mask=out >= 0)
+    store_rows(dk_ptr + line * C * span * D, out, d, D, dk * scale)
+    store_rows(dv_ptr + line * C * span * DV, out, w, DV, dv)
+
+
+@triton.jit
+def parts_kernel(
+    pointer_ptr, first_ptr, unit_ptr, stride_ib, stride_ih, H, M, C, LENGTH,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The number of each unit's first part, and the unit of each part, of the lists of a key head."""
+    line = tl.program_id(0).to(tl.int64)
+    batch, key_head = line // (H // GROUP), line % (H // GROUP)
+    lane, total = tl.arange(0, TILE), 0
+    for start in range(0, M, TILE):
+        unit = start + lane
+        inside = unit < M
+        longest = tl.zeros([TILE], tl.int32)
+        for member in range(0, GROUP, GROUP_I):  # the heads with lists of their own
+            own_list = batch * stride_ib + (key_head * GROUP + member) // GROUP_I * stride_ih
+            pointer = pointer_ptr + own_list * (M + 1) + unit
+            count = tl.load(pointer + 1, mask=inside, other=0)
+            longest = tl.maximum(longest, count - tl.load(pointer, mask=inside, other=0))
+        parts = tl.where(inside, tl.maximum((longest + LENGTH - 1) // LENGTH, 1), 0)
+        first = total + tl.cumsum(parts, 0) - parts
+        tl.store(first_ptr + line * (M + 1) + unit, first, mask=inside)
+        for part in range(0, tl.max(parts, 0)):
+            tl.store(unit_ptr + line * C + first + part, unit, mask=part < parts)
+        total += tl.sum(parts, 0)
+    tl.store(first_ptr + line * (M + 1) + M, total)
+    for start in range(total, C, TILE):  # parts beyond the last are empty ones of the last unit
+        own = start + lane
+        tl.store(unit_ptr + line * C + own, lane * 0 + M - 1, mask=own < C)
+
+
+@triton.jit
+def _sum_parts(parts_ptr, out_ptr, unit, first, end, SIZE, WHOLE, TILE: tl.constexpr):
+    """The sums of a unit's parts, of SIZE numbers each, in their place among WHOLE ones."""
+    for start in range(0, SIZE, TILE):
+        lane = start + tl.arange(0, TILE)
+        inside = (lane < SIZE) & (unit.to(tl.int64) * SIZE + lane < WHOLE)
+        total = tl.zeros([TILE], tl.float32)
+        at = parts_ptr + first.to(tl.int64) * SIZE + lane
+        for _ in range(first, end):
+            total += tl.load(at, mask=inside, other=0.0)
+            at += SIZE
+        at = out_ptr + unit.to(tl.int64) * SIZE + lane
+        tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sums_kernel(
+    first_ptr, dk_parts_ptr, dv_parts_ptr, dm_parts_ptr, db_parts_ptr, dk_ptr, dv_ptr, dm_ptr, db_ptr,
+    S, M, C, SPAN, D, DV, GROUP: tl.constexpr, MARKS: tl.constexpr, WRITE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """What the parts of the lists of a unit add up to, in their order."""
+    line, unit = place(M)
+    first = tl.load(first_ptr + line * (M + 1) + unit)
+    end = tl.load(first_ptr + line * (M + 1) + unit + 1)
+    dk, dv = dk_parts_ptr + line * C * SPAN * D, dv_parts_ptr + line * C * SPAN * DV
+    _sum_parts(dk, dk_ptr + line * S * D, unit, first, end, SPAN * D, S * D, TILE)
+    _sum_parts(dv, dv_ptr + line * S * DV, unit, first, end, SPAN * DV, S * DV, TILE)
+    if MARKS:
+        dm = dm_parts_ptr + line * C * D
+        _sum_parts(dm, dm_ptr + line * M * D, unit, first, end, D, M * D, TILE)
+    if WRITE:
+        for member in range(0, GROUP):
+            head = line * GROUP + member
+            db = db_parts_ptr + head * C * SPAN
+            _sum_parts(db, db_ptr + head * S, unit, first, end, SPAN, S, TILE)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     q, k, v = (x.contiguous() for x in (p.q, p.k, p.v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    index, constants, tile = p.lists.contiguous(), _constants(p), _tile("forward", p)
-    forward_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
-        q, k, v, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
-        q.shape[1], q.shape[2], k.shape[2], index.shape[3], p.scale, **constants, **tile,
+    index, bias, *more = p.lists.contiguous(), *_optional(p)
+    tile = _tile("forward", p)
+    forward_kernel[tiles_of_queries(p, tile)](
+        q, k, v, index, bias, *more, o, lse, *steps(index), *steps(bias), q.shape[1], q.shape[2],
+        k.shape[2], index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -254,40 +323,88 @@ def backward(
     (o, lse), (grad, grad_lse) = outputs, grads
     d = delta(grad, grad_lse, o)
     g, q, k, v, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, lse))
-    index = p.lists.contiguous()
+    index, bias, *more = p.lists.contiguous(), *_optional(p)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    (batch, heads, n), (key_heads, s) = q.shape[:3], k.shape[1:3]
-    write = p.bias is not None and "bias" in wanted
-    db = q.new_empty((batch, heads, s) if write else (1, 1, 1), dtype=torch.float32)
-    tensors, constants = _optional(p), _constants(p)
-    tile = _tile("dq", p)
-    dq_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
-        g, q, k, v, index, *tensors, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
-        heads, n, s, index.shape[3], p.scale, **constants, **tile,
+    (batch, heads, n), s = q.shape[:3], k.shape[2]
+    constants, tile = _constants(p), _tile("dq", p)
+    dq_kernel[tiles_of_queries(p, tile)](
+        g, q, k, v, index, bias, *more, lse, d, dq, *steps(index), *steps(bias), heads, n, s,
+        index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
     tile = _tile("dkv", p)
     pack = _pack(tile, p.k_block)
-    pointer, queries, bits = transpose_groups(index, p.key_blocks, pack)
-    span, found = p.k_block * pack, {"k": dk, "v": dv} | ({"bias": db} if write else {})
-    parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
+    pointer, queries, bits = transpose_index(index, p.key_blocks, pack)
+    found = {"k": dk, "v": dv}
+    if write := p.bias is not None and "bias" in wanted:
+        found["bias"] = q.new_empty((batch, heads, s), dtype=torch.float32)
+    span, parts = p.k_block * pack, split_lists(p, pointer, queries.shape[2])
     sums = {name: parts.places(x, span) for name, x in found.items()}
-    grid = (batch * key_heads * parts.length * triton.cdiv(span, tile["COLUMNS"]),)
+    grid = (parts.unit.numel() * triton.cdiv(span, tile["COLUMNS"]),)
     dkv_kernel[grid](
-        g, q, k, v, pointer, queries, bits, parts.unit, parts.part, *tensors, lse, d, sums["k"],
-        sums["v"], sums.get("bias", db), *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s,
-        pointer.shape[2] - 1, queries.shape[2], parts.length, parts.longest, p.scale,
-        **constants, **tile, PACK=pack, SPLIT=parts.split, WRITE=write,
+        g, q, k, v, pointer, queries, bits, parts.unit, parts.first, bias, *more, lse, d, sums["k"],
+        sums["v"], sums.get("bias", d), *list_steps(index), *steps(bias), heads, n, s,
+        pointer.shape[2] - 1, queries.shape[2], parts.unit.shape[1], parts.length, p.scale,
+        **constants, **tile, PACK=pack, WRITE=write,
     )  # fmt: skip
-    for name, x in found.items():
-        parts.add(sums[name], x)
+    parts.add(sums, found, span)
     if write and p.bias is not None:
-        found["bias"] = reduce_bias(db, p.bias)
+        found["bias"] = reduce_bias(found["bias"], p.bias)
     return found | {"q": dq}
+
+
+PART = 4096  # queries of a part, unless lists are longer on average
+
+
+class Parts(NamedTuple):
+    """The lists of M units of keys (blocks, or groups of them) in C parts, so that no program reads a long
+    one alone."""
+
+    unit: Tensor
+    """int32 (B Hk, C), of each part."""
+    first: Tensor
+    """int32 (B Hk, M + 1): unit m has the parts ``first[m]`` to ``first[m + 1] - 1``."""
+    length: int
+    """The most entries of a part."""
+
+    def places(self, x: Tensor, span: int) -> Tensor:
+        """Where the parts of the gradient ``x`` (B, heads, tokens, ...) are written, ``span`` tokens."""
+        shape = *x.shape[:2], self.unit.shape[1] * span, *x.shape[3:]
+        return x.new_empty(shape, dtype=torch.float32)
+
+    def add(self, places: dict[str, Tensor], found: dict[str, Tensor], span: int) -> None:
+        """Write what the parts of each gradient add up to."""
+        dk, dv, (lines, units) = found["k"], found["v"], self.first.shape
+        both = [x.get(name, dk) for x in (places, found) for name in ("k", "v", "marks", "bias")]
+        sums_kernel[(lines * (units - 1),)](
+            self.first, *both, dk.shape[2], units - 1, self.unit.shape[1], span, dk.shape[3],
+            dv.shape[3], GROUP=both[-1].shape[1] // dk.shape[1], MARKS="marks" in found,
+            WRITE="bias" in found, TILE=TILE,
+        )  # fmt: skip
+
+
+def split_lists(p: Any, pointer: Tensor, entries: int) -> Parts:
+    """The parts of transposed lists; the heads of a key head read as many of theirs as the longest has.
+
+    Args:
+        p: a problem with queries and keys in blocks.
+        pointer: (B or 1, 1 or Hk or H, M + 1), as :func:`transpose_index` gives it.
+        entries: of the lists of one of these heads together.
+    """
+    (batch, heads), key_heads, units = p.q.shape[:2], p.k.shape[1], pointer.shape[2] - 1
+    entries *= max(1, pointer.shape[1] // key_heads)
+    length = max(1, PART // p.q_block, 2 * entries // units)
+    count = units + (entries // length if p.query_blocks > length else 0)
+    first, unit = (pointer.new_empty(batch * key_heads, x) for x in (units + 1, count))
+    parts_kernel[(batch * key_heads,)](
+        pointer, first, unit, *list_steps(pointer), heads, units, count, length,
+        GROUP=heads // key_heads, GROUP_I=heads // pointer.shape[1], TILE=TILE,
+    )  # fmt: skip
+    return Parts(unit, first, length)
 
 
 def compile_cases() -> Iterator[Case]:
     """Each kernel at 16,384 tokens, reading 8 blocks of 64, 32 of 16 with a bias and a box, for 16 heads
-    of a key head 8 blocks of 64 by each query, and 256 keys up to a rank."""
+    of a key head 8 blocks of 64 by each query, and 256 keys up to a rank; and those of parts of lists."""
     kernels = (forward_kernel, dq_kernel, dkv_kernel)
     for kernel, name, width in product(kernels, DTYPES, WIDTHS):
         if name != "fp16":
@@ -296,6 +413,17 @@ def compile_cases() -> Iterator[Case]:
         if name != "fp16" and width >= 64:
             yield _case(kernel, name, width, (1, 64), 8, heads=16)
             yield _case(kernel, name, width, (64, 1), 256, [1], ranked=True)
+    options = {"GROUP": 16, "TILE": TILE, "num_warps": 4, "num_stages": 3}
+    yield make_case(
+        parts_kernel, "fp32", options | {"GROUP_I": 1}, "block_sparse parts", 64.0 * TILE, 64.0 * TILE,
+        integers=parts_kernel.arg_names,
+    )  # fmt: skip
+    for name in DTYPES:
+        yield make_case(
+            sums_kernel, name, options | {"MARKS": True, "WRITE": True}, f"block_sparse sums {name}",
+            2.0 * 16384 * 128, 12.0 * 16384 * 128, integers=("first_ptr",),
+            wide=("dk_parts_ptr", "dv_parts_ptr", "dm_parts_ptr", "db_parts_ptr", "db_ptr"),
+        )  # fmt: skip
 
 
 def _case(
@@ -315,7 +443,7 @@ def _case(
     options = _tile(role, p) | _constants(p)
     if role == "dkv":
         pack = _pack(options, blocks[1])
-        options |= {"PACK": pack, "SPLIT": True, "WRITE": bias is not None}
+        options |= {"PACK": pack, "WRITE": bias is not None}
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
     kind = " heads" if heads > 1 else " rank" if ranked else "" if bias is None else " box"
     case = make_case(
@@ -324,7 +452,7 @@ def _case(
         float(tensors * heads * n * width * dtype.itemsize),
         wide=("bias_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
         integers=(
-            "index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "part_ptr", "low_ptr", "high_ptr",
+            "index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "first_ptr", "low_ptr", "high_ptr",
             "position_ptr", "rank_ptr", "limit_ptr",
         ),
     )  # fmt: skip
@@ -368,9 +496,8 @@ def _tile(role: str, p: Problem) -> dict[str, int]:
     half, width = p.q.dtype != torch.float32, padded(max(p.q.shape[-1], p.v.shape[-1]))
     tile = _TILES[role, half, width > 64]
     rows, columns, warps, stages = _OTHER_TILES.get((role, half, width, len(p.dilation) > 0), tile)
-    if role != "dkv":
-        rows = min(rows, padded(p.q_block * shared_heads(p.q, p.k, p.lists, p.bias, p.rank)))
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    chosen = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
+    return chosen if role == "dkv" else shared(chosen, p, p.lists, p.bias, p.rank)
 
 
 def _pack(tile: dict[str, int], k_block: int) -> int:
@@ -378,23 +505,24 @@ def _pack(tile: dict[str, int], k_block: int) -> int:
     return max(1, min(63, tile["COLUMNS"] // k_block))
 
 
-def shared_heads(q: Tensor, k: Tensor, *given: Tensor | None) -> int:
-    """How many query heads share the rows of a tile: those of a key head, if all of ``given``, such as
-    lists, have one head for them."""
-    group = q.shape[1] // k.shape[1]
-    return group if all(x is None or k.shape[1] % x.shape[1] == 0 for x in given) else 1
+def shared(tile: dict[str, Any], p: Any, *given: Tensor | None) -> dict[str, Any]:
+    """A tile whose rows the query heads of a key head share, if all of ``given``, such as lists, have one
+    head for them; and no more rows than these have."""
+    group = p.q.shape[1] // p.k.shape[1]
+    heads = group if all(x is None or p.k.shape[1] % x.shape[1] == 0 for x in given) else 1
+    return tile | {"HEADS": heads, "ROWS": min(tile["ROWS"], padded(p.q_block * heads))}
 
 
-def tiles_of_queries(p: Any, heads: int, rows: int) -> tuple[int]:
+def tiles_of_queries(p: Any, tile: dict[str, Any]) -> tuple[int]:
     """The flat grid of :func:`~xattn.kernels.tiles.own_rows`."""
-    lines = p.q.shape[0] * p.q.shape[1] // heads
-    return (lines * p.query_blocks * triton.cdiv(p.q_block * heads, rows),)
+    lines = p.q.shape[0] * p.q.shape[1] // tile["HEADS"]
+    return (lines * p.query_blocks * triton.cdiv(p.q_block * tile["HEADS"], tile["ROWS"]),)
 
 
 def _optional(p: Problem) -> tuple[Tensor, ...]:
-    """The tensors to pass; for a missing one, of which the kernel has no use, ``q`` stands in."""
-    given = p.bias, p.low, p.high, p.position, p.rank, p.limit
-    return tuple(p.q if x is None else x.contiguous() for x in given)
+    """The tensors to pass; for a missing one, of which the kernel has no use, part of ``q``."""
+    given, none = (p.bias, p.low, p.high, p.position, p.rank, p.limit), p.q[:1, :1]
+    return tuple(none if x is None else x.contiguous() for x in given)
 
 
 def _constants(p: Problem) -> dict[str, Any]:
@@ -404,7 +532,6 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
-        "HEADS": shared_heads(p.q, p.k, p.lists, p.bias, p.rank),
         "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block,
         "HAS_BIAS": p.bias is not None, "HAS_RANK": p.rank is not None,
@@ -412,11 +539,6 @@ def _constants(p: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def strides_of(
-    index: Tensor, list_strides: tuple[int, ...], bias: Tensor | None
-) -> tuple[int, ...]:
-    """Strides to the next batch and head of the lists and of the bias; 0 if one serves all."""
-    heads, keys = (1, 1) if bias is None else bias.shape[1:]
-    steps = *list_strides, heads * keys, keys
-    sizes = (*index.shape[:2], *((1, 1) if bias is None else bias.shape[:2]))
-    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
+def list_steps(lists: Tensor) -> tuple[int, ...]:
+    """How many lists lie between those of one batch or head and the next; 0 if one serves all."""
+    return steps(lists.new_empty(lists.shape[:2]))

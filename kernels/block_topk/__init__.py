@@ -9,13 +9,11 @@ Sparse Attention (arXiv 2512.16615) searches level by level among the children o
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from xattn.kernels.backend import choose, too_wide
-from xattn.kernels.block_sparse.block_lists import check_index
+from xattn.kernels.block_sparse.block_lists import check_index, check_numbers
 from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.checks import (
     check_attention,
@@ -26,8 +24,6 @@ from xattn.kernels.checks import (
 )
 from xattn.kernels.op import register
 from xattn.kernels.softmax.reference import wide
-
-__all__ = ["block_topk"]
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -108,13 +104,13 @@ def block_topk(
             f"children: got {children}; give the number of candidates of a parent with within, and "
             f"only then"
         )
-    limit = too_wide(128, q)
-    if min(s, p.candidates) > LONGEST:
-        limit = f"got s = {s}; give at most {LONGEST}"
+    limit = too_wide(q)
+    if min(s, p.candidates) > SLOTS:
+        limit = f"got s = {s}; give at most {SLOTS}"
     return _op(p._replace(backend=choose(backend, q.device, q.dtype, limit)))
 
 
-LONGEST = 256  # list that a program of the kernels holds
+SLOTS = 256  # of the list that a program of the kernels holds
 
 
 def _check_reductions(p: Problem) -> None:
@@ -167,22 +163,12 @@ def _check_lists(p: Problem) -> None:
 
 
 def _check_numbers(p: Problem) -> None:
-    candidates, forced = p.candidates, p.forced
-    if p.table is not None and p.table.device.type == "cpu":
-        low, high = (int(x) for x in p.table.aminmax())
-        if low < -1 or high >= p.k.shape[2]:
-            raise ValueError(
-                f"spread: got {low if low < -1 else high} in the table; give -1 (ignored) to "
-                f"{p.k.shape[2] - 1}"
-            )
+    if p.table is not None:
+        check_numbers(p.table, p.k.shape[2], "spread")
     if p.within is not None:
-        check_index(p.within, -(-candidates // p.children), "within")
-    if forced is not None and (forced.device.type == "cpu" or os.environ.get("XATTN_CHECK") == "1"):
-        low, high = (int(x) for x in forced.aminmax())
-        if low < -1 or high >= candidates:
-            raise ValueError(
-                f"forced: got {low if low < -1 else high}; give -1 (ignored) to {candidates - 1}"
-            )
+        check_index(p.within, -(-p.candidates // p.children), "within")
+    if p.forced is not None:
+        check_numbers(p.forced, p.candidates, "forced")
 
 
 def _empty(p: Problem) -> tuple[Tensor, Tensor]:

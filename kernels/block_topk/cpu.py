@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.block_topk import reference
 from xattn.kernels.block_topk.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
-TILE = 2**20  # scores of a chunk, over batch and heads: 4 MB in float32
+TILE = 2**20  # scores of a chunk on a CPU, over batch and heads: 4 MB in float32
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Every candidate is scored."""
     rows, heads = p.query_blocks, p.q.shape[0] * p.q.shape[1]
     each = 1 if p.softmax else p.q_block  # of the scores of a softmax, only sums are kept
-    step = max(1, TILE // (heads * each * p.k.shape[2]))
+    step = max(1, tile_entries(p.q.device, TILE) // (heads * each * p.k.shape[2]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         some = p.part(part)
@@ -91,7 +92,7 @@ def _among_all(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
 def _softmax_scores(p: Problem) -> Tensor:
     """:func:`reference.scores` of a softmax, by parts of all queries."""
     rows, c = p.query_blocks, p.k.shape[2]
-    step = max(1, TILE // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
+    step = max(1, tile_entries(p.q.device, TILE) // (p.q.shape[0] * p.q.shape[1] * p.q_block * c))
     out = p.q.new_empty(*p.k.shape[:2], rows, c)
     each = p._replace(table=None, weight=None, spread=[1, 1, 0])
     for start in range(0, rows, step):
@@ -122,7 +123,9 @@ def _among_children(p: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
     number = number.flatten(3).expand(batch, heads, -1, -1)
     line = (torch.arange(batch * heads, device=device) * c).view(batch, heads, 1, 1)
     keys = p.k.reshape(-1, width)
-    step = max(1, TILE // (batch * heads * number.shape[3] * max(ratio, width)))
+    step = max(
+        1, tile_entries(device, TILE) // (batch * heads * number.shape[3] * max(ratio, width))
+    )
     for start in range(0, -(-rows // ratio), step):
         part = slice(start * ratio, min((start + step) * ratio, rows))
         some, count = p.part(part), part.stop - part.start

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.block_topk.cpu import sum_queries
-from xattn.kernels.block_topk.reference import Problem
-from xattn.kernels.tiles import padded, place, precision
+from xattn.kernels.block_topk.reference import LARGE, Problem
+from xattn.kernels.tiles import padded, place, precision, steps
 
 BEYOND = tl.constexpr(2**30)  # above every candidate's number
 LOG2_E = 1.4426950408889634
+MOST = tl.constexpr(LARGE * LOG2_E)
 
 
 @triton.jit
@@ -92,7 +93,7 @@ def _reduced(
         t = _products(q_ptr + first * N * D, k_ptr, rows, candidates, scale, D, WIDTH, PRECISION)
         if SOFTMAX:
             lse = tl.load(lse_ptr + first * N + rows, mask=real, other=0.0)
-            t = tl.exp2(tl.minimum(t * 1.4426950408889634 - lse[:, None], 115.0))
+            t = tl.exp2(tl.minimum(t * 1.4426950408889634 - lse[:, None], MOST))
         if REDUCE == "max":
             out = tl.maximum(out, tl.max(tl.where(real[:, None], t, float("-inf")), 0))
         else:
@@ -151,7 +152,7 @@ def topk_kernel(
     # Padding slots (beyond K) never rank last, empty slots always do.
     values = tl.where(slot < K, float("-inf"), float("inf"))
     numbers = tl.where(slot < K, BEYOND + slot, -1)
-    forced = forced_ptr + batch * stride_fb + head * stride_fh + block * F
+    forced = forced_ptr + batch * stride_fb + head * stride_fh + block.to(tl.int64) * F
     if HAS_FORCED:
         for f in range(0, F):
             c = tl.load(forced + f, mask=real, other=-1)[:, None]
@@ -169,7 +170,7 @@ def topk_kernel(
     for start in range(0, count, COLUMNS):
         lane = start + tl.arange(0, COLUMNS)
         if HAS_WITHIN:
-            listed = within_ptr + batch * stride_wb + head * stride_wh + parent * L
+            listed = within_ptr + batch * stride_wb + head * stride_wh + parent.to(tl.int64) * L
             p = tl.load(listed + lane // CHILDREN, mask=lane < count, other=-1)
             number = tl.where(p >= 0, p * CHILDREN + lane % CHILDREN, M)
         else:
@@ -238,7 +239,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     weight = None if p.weight is None else p.weight.float()
     given = p.forced, p.within, p.visible, p.table, weight
     lists = [None if x is None else x.contiguous() for x in given]
-    passed = [q if x is None else x for x in lists]  # q stands in for a missing one
+    passed = [q[:1, :1] if x is None else x for x in lists]  # q stands in for a missing one
     if p.lse is not None:
         lse = torch.where(p.lse.isneginf(), 0.0, p.lse * LOG2_E).float().contiguous()
     elif p.softmax:
@@ -249,7 +250,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     ratio = rows if p.within is None else -(-rows // p.within.shape[2])
     tiles = -(-rows // ratio) * triton.cdiv(ratio, tile["LISTS"])
     topk_kernel[(tiles * k.shape[0] * k.shape[1],)](
-        q, k, lse, *passed, index, values, *_strides(lists[0]), *_strides(lists[1]),
+        q, k, lse, *passed, index, values, *steps(passed[0]), *steps(passed[1]),
         heads, n, c, m, rows, ratio, p.children, 1 if p.within is None else p.within.shape[3],
         1 if p.forced is None else p.forced.shape[3], index.shape[3], p.scale,
         **shapes, **_options(p),
@@ -349,10 +350,3 @@ def _options(p: Problem) -> dict[str, Any]:
         "HAS_VISIBLE": p.visible is not None, "HAS_TABLE": p.table is not None,
         "HAS_WEIGHT": p.weight is not None,
     }  # fmt: skip
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    """Strides to the next batch and head; 0 if one serves all."""
-    if x is None:
-        return 0, 0
-    return tuple(0 if size == 1 else step for size, step in zip(x.shape[:2], x.stride()[:2], strict=True))  # type: ignore[return-value]  # fmt: skip

@@ -35,8 +35,9 @@ def causal_product(
         backend: see :func:`xattn.kernels.backend.choose`.
 
     Returns:
-        (..., N, m) in the dtype of ``x``; sums are in float32 at least, also under autocast. Gradients
-        of any order; both passes take O(N (f + m)) memory.
+        (..., N, m) in the dtype of ``x``. Sums are in float32 at least, also under autocast; a GPU may
+        multiply float32 in TF32 where PyTorch's own products may. Gradients of any order; both passes take
+        O(N (f + m)) memory.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match.

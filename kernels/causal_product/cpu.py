@@ -4,9 +4,9 @@
 
 Plain PyTorch on every device. With chunks of c tokens a token costs c (f + m) + 2 f m multiplications
 against the 2 f m of the bidirectional L (R^T X), so chunks are short. Many chunks of several heads are
-multiplied at once, few enough to stay in the cache; on GPUs all are, so that the number of launches does
-not grow with the tokens. Each tensor is copied there once, as float32 at
-least, so neither strides nor padding of the last chunk cost anything more.
+multiplied at once: few enough to stay in the cache of a CPU, on a GPU as many as its memory allows. Each
+tensor is copied there once, as float32 at least, so neither strides nor padding of the last chunk cost
+anything more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.causal_product.reference import Problem
 from xattn.kernels.softmax.reference import widen
 
@@ -27,10 +28,12 @@ BATCH = 96  # chunks of all heads that are multiplied at once
 def forward(p: Problem) -> tuple[Tensor]:
     """Y (H, N, m)."""
     out = torch.empty_like(p.x, memory_format=torch.contiguous_format)
-    steps, heads = -(-p.x.shape[1] // CHUNK), p.x.shape[0]
-    if p.x.is_cpu:
-        steps = min(STEPS, steps)
-        heads = max(1, BATCH // steps)
+    f, m = p.left.shape[2], p.x.shape[2]
+    # Of a chunk: copies and products, its own sum, the sum before it.
+    entries = CHUNK * (2 * f + 2 * m + CHUNK) + 2 * f * m
+    batch = max(1, tile_entries(p.x.device, BATCH * entries) // entries)
+    steps = min(-(-p.x.shape[1] // CHUNK), STEPS if p.x.is_cpu else batch)
+    heads = max(1, batch // steps)
     parts = [t.split(heads) for t in (p.left, p.right, p.x, out)]
     for a, b, c, y in zip(*parts, strict=True):
         _scan(a, b, c, y, steps * CHUNK, p.reverse)

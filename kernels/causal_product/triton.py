@@ -3,8 +3,8 @@
     states    S_(c+1) = S_c + R_c^T X_c                a program per part of S, a loop over the chunks
     product   Y_c = tril(L_c R_c^T) X_c + L_c S_c      a program per chunk, a loop over the features
 
-Sums are in float32, and so are products of sums. Every output element is written by one program, so two
-runs agree to the bit.
+Sums are in float32, and products of sums are products of float32. Every output element is written by one
+program, so two runs agree to the bit.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def covariance_solve(
     return _op(
         Problem(
             q, k, features, lse, mean, right, ridge, score_scale(scale, q), causal, iterations,
-            float(tolerance), choose(backend, q.device, q.dtype, too_wide(256, q, features)),
+            float(tolerance), choose(backend, q.device, q.dtype, too_wide(q, features)),
         )
     )  # fmt: skip
 

@@ -32,9 +32,6 @@ from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.op import register, runs
 from xattn.kernels.softmax.reference import empty_outputs
 
-__all__ = ["grouped_attention"]
-
-
 _op = register(
     "grouped",
     Problem,
@@ -100,13 +97,13 @@ def grouped_attention(
             )
         check_floating("weight", weight, q)
         weight = weight.detach()
-    limit = too_wide(128, q, v)
-    if k_block > LONGEST:
-        limit = f"got key blocks of {k_block} tokens; give at most {LONGEST}"
+    limit = too_wide(q, v)
+    if k_block > COLUMNS:
+        limit = f"got key blocks of {k_block} tokens; give at most {COLUMNS}"
     chosen = choose(backend, q.device, q.dtype, limit)
     return Problem(
         q, k, v, marks, index, bias, weight, q_block, k_block, score_scale(scale, q), chosen
     )
 
 
-LONGEST = 64  # a tile holds a whole key block
+COLUMNS = 64  # of a tile of the kernels, at most; it holds a whole key block

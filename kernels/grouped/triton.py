@@ -16,16 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.block_sparse.block_lists import split_lists, transpose_index
+from xattn.kernels.block_sparse.block_lists import transpose_index
 from xattn.kernels.block_sparse.reference import reduce_bias
-from xattn.kernels.block_sparse.triton import shared_heads, strides_of, tiles_of_queries
+from xattn.kernels.block_sparse.triton import list_steps, shared, split_lists, tiles_of_queries
 from xattn.kernels.grouped.reference import Problem
 from xattn.kernels.tiles import (
     delta,
     list_end,
     list_part,
     list_tokens,
-    load_lse,
     load_rows,
     own_rows,
     padded,
@@ -33,6 +32,7 @@ from xattn.kernels.tiles import (
     precision,
     softmax_end,
     softmax_weights,
+    steps,
     store_rows,
 )
 
@@ -122,7 +122,7 @@ def dq_kernel(
     bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
     q = load_rows(q_ptr + line * N * D, rows, d, D)
     g = load_rows(g_ptr + line * N * DV, rows, w, DV)
-    lse = load_lse(lse_ptr + line * N + rows, rows >= 0)
+    lse = tl.load(lse_ptr + line * N + rows, mask=rows >= 0, other=float("-inf"))
     delta = tl.load(delta_ptr + line * N + rows, mask=rows >= 0, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     for entry in range(0, list_end(blocks, L)):
@@ -149,22 +149,20 @@ def dq_kernel(
 
 @triton.jit
 def dkv_kernel(
-    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, pointer_ptr, queries_ptr, unit_ptr, part_ptr, bias_ptr,
+    g_ptr, q_ptr, k_ptr, v_ptr, marks_ptr, pointer_ptr, queries_ptr, unit_ptr, first_ptr, bias_ptr,
     weight_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dm_ptr, db_ptr,
-    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LONGEST, scale,
-    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr, HEADS: tl.constexpr,
+    stride_ib, stride_ih, stride_bb, stride_bh, H, N, S, M, L, C, LENGTH, scale,
+    GROUP: tl.constexpr, GROUP_I: tl.constexpr, GROUP_B: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One key block and its landmark, for all query blocks that list it; with SPLIT for one of C parts
-    of their lists, whose sums stand in a place of their own."""
+    """One key block and its landmark, for the query blocks that list it in one of C parts of the lists,
+    whose sums stand in a place of their own."""
     line, own = place(C)
     batch, key_head = line // (H // GROUP), line % (H // GROUP)
-    unit, places = own, S
-    if SPLIT:
-        unit, places = tl.load(unit_ptr + line * C + own), C * K_BLOCK
+    unit = tl.load(unit_ptr + line * C + own)
+    part = own - tl.load(first_ptr + line * (M + 1) + unit)
     d, w, lane = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V), tl.arange(0, COLUMNS)
     token = unit * K_BLOCK + lane
     keys = tl.where((lane < K_BLOCK) & (token < S), token, -1)
@@ -181,8 +179,7 @@ def dkv_kernel(
         query_line = batch * H + head
         # stride_ib and stride_ih count lists; a list has M + 1 pointers and L entries.
         own_list = batch * stride_ib + (head // GROUP_I) * stride_ih
-        pointer, part = pointer_ptr + own_list * (M + 1), part_ptr + line * C + own
-        begin, count = list_part(pointer, part, unit, LONGEST, SPLIT)
+        begin, count = list_part(pointer_ptr + own_list * (M + 1), unit, part, LENGTH)
         queries = queries_ptr + own_list * L + begin
         bias = bias_ptr + batch * stride_bb + (head // GROUP_B) * stride_bh
         db = tl.zeros([COLUMNS], tl.float32)
@@ -190,7 +187,7 @@ def dkv_kernel(
             rows = list_tokens(queries, start, count, N, Q_BLOCK, ROWS)
             q = load_rows(q_ptr + query_line * N * D, rows, d, D)
             g = load_rows(g_ptr + query_line * N * DV, rows, w, DV)
-            lse = load_lse(lse_ptr + query_line * N + rows, rows >= 0)
+            lse = tl.load(lse_ptr + query_line * N + rows, mask=rows >= 0, other=float("-inf"))
             delta = tl.load(delta_ptr + query_line * N + rows, mask=rows >= 0, other=0.0)
             inner, some = _inner(
                 tl.dot(k, tl.trans(q), input_precision=PRECISION), bias, rows[None, :],
@@ -208,9 +205,9 @@ def dkv_kernel(
             if WRITE:
                 db += tl.sum(ds, 1)
         if WRITE:
-            tl.store(db_ptr + query_line * places + out, db, mask=out >= 0)
-    store_rows(dk_ptr + line * places * D, out, d, D, dk * scale)
-    store_rows(dv_ptr + line * places * DV, out, w, DV, dv)
+            tl.store(db_ptr + query_line * C * K_BLOCK + out, db, mask=out >= 0)
+    store_rows(dk_ptr + line * C * K_BLOCK * D, out, d, D, dk * scale)
+    store_rows(dv_ptr + line * C * K_BLOCK * DV, out, w, DV, dv)
     at = (line * C + own) * D + d
     tl.store(dm_ptr + at, (dm * scale).to(dm_ptr.dtype.element_ty), mask=d < D)
 
@@ -219,11 +216,10 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     q, k, v, m = (x.contiguous() for x in (p.q, p.k, p.v, p.marks))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    index, constants, tile = p.lists.contiguous(), _constants(p), _tile("forward", p)
-    forward_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
-        q, k, v, m, index, *_optional(p), o, lse, *strides_of(index, index.stride()[:2], p.bias),
-        q.shape[1], q.shape[2], k.shape[2], p.key_blocks, index.shape[3], p.scale,
-        **constants, **tile,
+    index, (bias, weight), tile = p.lists.contiguous(), _optional(p), _tile("forward", p)
+    forward_kernel[tiles_of_queries(p, tile)](
+        q, k, v, m, index, bias, weight, o, lse, *steps(index), *steps(bias), q.shape[1], q.shape[2],
+        k.shape[2], p.key_blocks, index.shape[3], p.scale, **_constants(p), **tile,
     )  # fmt: skip
     return o, lse
 
@@ -237,31 +233,29 @@ def backward(
     (o, lse), (grad, grad_lse) = outputs, grads
     d = delta(grad, grad_lse, o)
     g, q, k, v, m, lse = (x.contiguous() for x in (grad.to(p.q.dtype), p.q, p.k, p.v, p.marks, lse))
-    index, optional, constants = p.lists.contiguous(), _optional(p), _constants(p)
+    index, (bias, weight), constants = p.lists.contiguous(), _optional(p), _constants(p)
     dq, dk, dv, dm = (torch.empty_like(x) for x in (q, k, v, m))
-    (batch, heads, n), (key_heads, s) = q.shape[:3], k.shape[1:3]
-    write = p.bias is not None and "bias" in wanted
-    db = q.new_empty((batch, heads, s) if write else (1, 1, 1), dtype=torch.float32)
+    (batch, heads, n), s, blocks = q.shape[:3], k.shape[2], p.key_blocks
     tile = _tile("dq", p)
-    dq_kernel[tiles_of_queries(p, constants["HEADS"], tile["ROWS"])](
-        g, q, k, v, m, index, *optional, lse, d, dq, *strides_of(index, index.stride()[:2], p.bias),
-        heads, n, s, p.key_blocks, index.shape[3], p.scale, **constants, **tile,
+    dq_kernel[tiles_of_queries(p, tile)](
+        g, q, k, v, m, index, bias, weight, lse, d, dq, *steps(index), *steps(bias), heads, n, s, blocks,
+        index.shape[3], p.scale, **constants, **tile,
     )  # fmt: skip
-    pointer, queries = transpose_index(index, p.key_blocks)
-    found = {"k": dk, "v": dv, "marks": dm} | ({"bias": db} if write else {})
-    parts = split_lists(pointer, queries.shape[2], (batch, key_heads), p.query_blocks, p.q_block)
+    pointer, queries, _ = transpose_index(index, blocks)
+    found = {"k": dk, "v": dv, "marks": dm}
+    if write := p.bias is not None and "bias" in wanted:
+        found["bias"] = q.new_empty((batch, heads, s), dtype=torch.float32)
+    parts = split_lists(p, pointer, queries.shape[2])
     sums = {name: parts.places(x, 1 if x is dm else p.k_block) for name, x in found.items()}
-    dkv_kernel[(batch * key_heads * parts.length,)](
-        g, q, k, v, m, pointer, queries, parts.unit, parts.part, *optional, lse, d, sums["k"],
-        sums["v"], sums["marks"], sums.get("bias", db),
-        *strides_of(index, (index.shape[1], 1), p.bias), heads, n, s, p.key_blocks,
-        queries.shape[2], parts.length, parts.longest, p.scale, **constants, **_tile("dkv", p),
-        SPLIT=parts.split, WRITE=write,
+    dkv_kernel[(parts.unit.numel(),)](
+        g, q, k, v, m, pointer, queries, parts.unit, parts.first, bias, weight, lse, d, sums["k"],
+        sums["v"], sums["marks"], sums.get("bias", d), *list_steps(index), *steps(bias), heads, n, s,
+        blocks, queries.shape[2], parts.unit.shape[1], parts.length, p.scale, **constants,
+        **_tile("dkv", p), WRITE=write,
     )  # fmt: skip
-    for name, x in found.items():
-        parts.add(sums[name], x)
+    parts.add(sums, found, p.k_block)
     if write and p.bias is not None:
-        found["bias"] = reduce_bias(db, p.bias)
+        found["bias"] = reduce_bias(found["bias"], p.bias)
     return found | {"q": dq}
 
 
@@ -284,7 +278,7 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
     p = Problem(q, q, q, marks, index, bias, weight, block, block, 1.0, "triton")
     options = _tile(role, p) | _constants(p)
     if role == "dkv":
-        options |= {"SPLIT": True, "WRITE": biased}
+        options |= {"WRITE": biased}
     products, tensors = {"forward": (2, 4), "dq": (3, 5), "dkv": (4, 6)}[role]
     return make_case(
         kernel, name, options,
@@ -292,7 +286,7 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
         2.0 * products * n * s * block * width,
         float(tensors * n * width * dtype.itemsize),
         wide=("bias_ptr", "weight_ptr", "lse_ptr", "delta_ptr", "db_ptr"),
-        integers=("index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "part_ptr"),
+        integers=("index_ptr", "pointer_ptr", "queries_ptr", "unit_ptr", "first_ptr"),
     )  # fmt: skip
 
 
@@ -330,21 +324,20 @@ def _tile(role: str, p: Problem) -> dict[str, Any]:
     if columns > 32:
         tile = _LONG_TILES.get((role, half, width), tile)
     rows, warps, stages = tile
-    if role != "dkv":
-        rows = min(rows, padded(p.q_block * shared_heads(p.q, p.k, p.lists, p.bias)))
     single = precision()
     if single == "tf32x3" and (role == "dkv" or columns > 32):
         single = "ieee"  # three products of a whole key block need more registers than there are
-    return {
+    chosen = {
         "ROWS": rows, "COLUMNS": columns, "PRECISION": single, "num_warps": warps,
         "num_stages": stages,
     }  # fmt: skip
+    return chosen if role == "dkv" else shared(chosen, p, p.lists, p.bias)
 
 
 def _optional(p: Problem) -> tuple[Tensor, Tensor]:
-    """Bias and weight to pass; for a missing one, of which the kernels have no use, ``q`` stands in."""
-    bias = p.q if p.bias is None else p.bias.contiguous()
-    return bias, p.q if p.weight is None else p.weight.contiguous()
+    """Bias and weight to pass; for a missing one, of which the kernels have no use, part of ``q``."""
+    bias, weight = (p.q[:1, :1] if x is None else x.contiguous() for x in (p.bias, p.weight))
+    return bias, weight
 
 
 def _constants(p: Problem) -> dict[str, Any]:
@@ -353,7 +346,6 @@ def _constants(p: Problem) -> dict[str, Any]:
         "GROUP": heads // p.k.shape[1],
         "GROUP_I": heads // p.lists.shape[1],
         "GROUP_B": 1 if p.bias is None else heads // p.bias.shape[1],
-        "HEADS": shared_heads(p.q, p.k, p.lists, p.bias),
         "D": d, "DV": dv, "WIDTH": padded(d), "WIDTH_V": padded(dv),
         "Q_BLOCK": p.q_block, "K_BLOCK": p.k_block, "HAS_BIAS": p.bias is not None,
         "HAS_WEIGHT": p.weight is not None,

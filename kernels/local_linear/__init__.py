@@ -57,7 +57,7 @@ def local_linear(
         "features": (*k.shape[:3], width), "lse": rows, "mean": (*rows, width), "slope": (*rows, width)
     }  # fmt: skip
     check_wide({"features": features, "lse": lse, "mean": mean, "slope": slope}, shapes, q)
-    backend = choose(backend, q.device, q.dtype, too_wide(256, q, v, features))
+    backend = choose(backend, q.device, q.dtype, too_wide(q, v, features))
     return _op(Problem(q, k, v, features, lse, mean, slope, score_scale(scale, q), causal, backend))
 
 

@@ -17,12 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
-from xattn.kernels.covariance_solve.triton import (
-    along,
-    tile_of,
-    tile_weights,
-    transposed_weights,
-)
+from xattn.kernels.covariance_solve.triton import along, tile_weights, transposed_weights
 from xattn.kernels.local_linear.reference import Problem
 from xattn.kernels.tiles import load_tile, padded, place, store_tile
 
@@ -191,7 +186,7 @@ def _options(kernel: str, p: Problem) -> dict[str, Any]:
 def options(kernel: str, d: int, dv: int, f: int, causal: bool = False) -> dict[str, Any]:
     """Shapes, tile and launch options of a kernel for heads, values and features of these widths."""
     widths = padded(d), padded(dv), padded(f)
-    rows, columns, warps, stages = tile_of(TILES[kernel], max(widths))
+    rows, columns, warps, stages = TILES[kernel][max(widths)]
     return {
         "D": d, "DV": dv, "F": f, **dict(zip(("WIDTH", "WIDTH_V", "WIDTH_F"), widths, strict=True)),
         "ROWS": rows, "COLUMNS": columns, "CAUSAL": causal,

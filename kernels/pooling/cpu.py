@@ -12,10 +12,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from xattn.kernels.backend import tile_entries
 from xattn.kernels.pooling.reference import Problem
 from xattn.kernels.softmax.reference import wide, widen
 
-CHUNK = 2**20  # scores of a chunk of images: 4 MB in float32
+CHUNK = 2**20  # scores of a chunk of images on a CPU: 4 MB in float32
 Part = slice
 
 
@@ -25,7 +26,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     o = v.new_empty(batch, queries, v.shape[3])
     lse = v.new_empty(batch, queries, dtype=kind)
     weights = v.new_empty(batch, queries, tokens, dtype=kind)
-    for i in _chunks(batch, queries * tokens):
+    for i in _chunks(batch, queries * tokens, p.v.device):
         s = _scores(p, i)
         w = torch.softmax(s, -1, out=weights[i])
         largest, at = w.max(-1, keepdim=True)  # exp(its score - lse)
@@ -54,7 +55,7 @@ def backward(
     }
     if p.q is not None and "q" in wanted:
         found["q"] = p.q.new_zeros(p.q.shape, dtype=lse.dtype)
-    for i in _chunks(batch, queries * tokens):
+    for i in _chunks(batch, queries * tokens, p.v.device):
         w, g = weights[i], widen(grad[i])
         if "v" in found:
             _product(_groups(w, p.v).transpose(2, 3), _groups(g, p.v), found["v"][i])
@@ -80,8 +81,8 @@ def backward(
     return found
 
 
-def _chunks(batch: int, each: int) -> list[Part]:
-    size = max(1, CHUNK // each)
+def _chunks(batch: int, each: int, device: torch.device) -> list[Part]:
+    size = max(1, tile_entries(device, CHUNK) // each)
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xattn.kernels.aot import Case, make_case
 from xattn.kernels.pooling.reference import Problem
-from xattn.kernels.tiles import delta, load_lse, load_tile, place, precision, store_tile
+from xattn.kernels.tiles import delta, load_tile, place, precision, store_tile
 
 # Of a tile; with 8 warps no kernel spills on sm_80 and sm_90, see compile_cases. Not timed on a GPU.
 TOKENS, WIDTH = 64, 64
@@ -112,7 +112,7 @@ def slope_kernel(
         g = load_tile(g_ptr + group * Q * V, rows, w, Q, V)
         v = load_tile(v_ptr + group * T * V, columns, w, T, V)
         acc += tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    lse = load_lse(lse_ptr + group * Q + rows, rows < Q)
+    lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
     delta = tl.load(delta_ptr + group * Q + rows, mask=rows < Q, other=0.0)
     s = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
     ds = _weights(s, lse[:, None]) * (acc - delta[:, None])
@@ -136,7 +136,7 @@ def spread_kernel(
         x = load_tile(x_ptr + group * stride_xb, rows, w, Q, W)
         p = load_tile(s_ptr + group * Q * T, rows, columns, Q, T)
         if EXP:
-            lse = load_lse(lse_ptr + group * Q + rows, rows < Q)
+            lse = tl.load(lse_ptr + group * Q + rows, mask=rows < Q, other=float("-inf"))
             p = _weights(p, lse[:, None])
         acc += tl.dot(tl.trans(p).to(x.dtype), x, input_precision=PRECISION)
     store_tile(out_ptr + group * T * W, columns, w, T, W, acc * scale)

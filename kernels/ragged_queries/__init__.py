@@ -60,5 +60,5 @@ def ragged_attention(
             f"keep: got {keep.dtype} of shape {tuple(keep.shape)} on {keep.device}; give torch.bool "
             f"of shape {tuple(q.shape[:3])} on {q.device}, one for each query"
         )
-    path = choose(backend, q.device, q.dtype, too_wide(256, q, v))
+    path = choose(backend, q.device, q.dtype, too_wide(q, v))
     return _op(Problem(q, k, v, keep, score_scale(scale, q), causal, path))  # type: ignore[no-any-return]

@@ -54,5 +54,5 @@ def softmax_attention(
     """
     check_attention(q, k, v, causal)
     check_bias(bias, q, k)
-    path = choose(backend, q.device, q.dtype, too_wide(256, q, v))
+    path = choose(backend, q.device, q.dtype, too_wide(q, v))
     return Problem(q, k, v, bias, score_scale(scale, q), causal, path)

@@ -23,7 +23,6 @@ from xattn.kernels.tiles import (
     MERGE,
     delta,
     delta_kernel,
-    load_lse,
     load_tile,
     merge_kernel,
     padded,
@@ -32,6 +31,7 @@ from xattn.kernels.tiles import (
     softmax_end,
     softmax_step,
     softmax_weights,
+    steps,
     store_tile,
 )
 
@@ -195,7 +195,7 @@ def dq_kernel(
     v_head = _of_head(v_ptr, key_head, H // GROUP, stride_vb, stride_vh, UNIT)
     q = load_tile(q_head, rows, d, N, D, stride_qn * UNIT)
     g = load_tile(g_head, rows, dv, N, DV, stride_gn * UNIT)
-    lse = load_lse(lse_ptr + head * N + rows, rows < N)
+    lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
     whole, stop = _stops(rows, tile * ROWS, N, S, ROWS, COLUMNS, CAUSAL, LISTED)
@@ -276,7 +276,7 @@ def dkv_kernel(
                 rows = _queries(queries_ptr, ends_ptr, head, start, N, ROWS, LISTED)
                 q = load_tile(q_head, rows, d, N, D, stride_qn * UNIT, REST == 0)
                 g = load_tile(g_head, rows, w, N, DV, stride_gn * UNIT, REST == 0)
-                lse = load_lse(lse_ptr + head * N + rows, rows < N)
+                lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
                 delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
                 # Keys outside the matrix need no mask here: each has its own row of dk and dv.
                 s = transposed_scores(
@@ -310,13 +310,13 @@ def forward(p: Problem, lists: Lists | None = None) -> tuple[Tensor, Tensor]:
     q, k, v = (row_by_row(x) for x in (p.q, p.k, p.v))
     o = _output(q.new_empty(*q.shape[:3], v.shape[3]), lists, 0.0)
     lse = _output(q.new_empty(q.shape[:3], dtype=torch.float32), lists, -torch.inf)
-    bias, strides = with_strides(p.bias, q, k)
+    bias, strides = with_strides(p)
     unit, own = _units(q, k, v)
     options = {**_options("forward", p, lists), "UNIT": unit}
     grid = (triton.cdiv(q.shape[2], options["ROWS"]) * q.shape[0] * q.shape[1],)
     queries, ends = lists or (q, q)
     forward_kernel[grid](
-        q, k, v, q if bias is None else bias, queries, ends, o, lse, *own, *strides, *sizes(q, k),
+        q, k, v, bias, queries, ends, o, lse, *own, *strides, *sizes(q, k),
         p.scale, **options,
     )  # fmt: skip
     return o, lse
@@ -346,8 +346,8 @@ def backward(
     make = q.new_zeros if p.causal else q.new_empty  # no program visits tiles that are hidden
     ds = make((batch, heads, n, s) if full else (1,), dtype=torch.float32)
     db = q.new_empty((batch, heads, 1, s) if per_key else (1,), dtype=torch.float32)
-    b, strides = with_strides(p.bias, q, k)
-    shared = (g, q, k, v, q if b is None else b, *(lists or (q, q)), lse, d)
+    bias, strides = with_strides(p)
+    shared = (g, q, k, v, bias, *(lists or (q, q)), lse, d)
     unit, own = _units(g, q, k, v)
     numbers = (*own, *strides, *sizes(q, k), p.scale)
     options = {**_options("dq", p, lists), "UNIT": unit}
@@ -365,11 +365,7 @@ def backward(
 def _units(*tensors: Tensor) -> tuple[int, list[int]]:
     """Strides over batch, heads and rows, in units of 8 elements if that divides them all: from them the
     compiler knows that it may read 16 bytes at once."""
-    strides = [
-        0 if size == 1 else step
-        for x in tensors
-        for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)
-    ]
+    strides = [step for x in tensors for step in steps(x, 3)]
     unit = 1 if any(step % 8 for step in strides) else 8
     return unit, [step // unit for step in strides]
 
@@ -397,8 +393,6 @@ def options(
     if widest == 64:
         tile = TILES_64.get((kernel, half, bias), tile)
     rows, columns, warps, stages = tile
-    if widest > 128:  # the tile would need more shared memory than there is
-        rows, columns, stages = max(16, rows // 2), max(16, columns // 2), 2
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         "GROUP": 1, "HAS_BIAS": bias, "CAUSAL": causal,
@@ -411,14 +405,11 @@ def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[1], q.shape[2], k.shape[2]
 
 
-def with_strides(
-    bias: Tensor | None, q: Tensor, k: Tensor
-) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The bias with keys side by side, and its strides over batch, heads and queries."""
-    if bias is None:
-        return None, (0, 0, 0)
-    bias = row_by_row(bias)
-    return bias, bias.expand(*q.shape[:3], k.shape[2]).stride()[:3]
+def with_strides(p: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """The bias with keys side by side, and its strides over batch, heads and queries; for a missing one,
+    of which kernels have no use, part of ``q``."""
+    bias = p.q[:1, :1, :1] if p.bias is None else row_by_row(p.bias)
+    return bias, steps(bias, 3)
 
 
 def compile_cases(listed: bool = False) -> Iterator[Case]:

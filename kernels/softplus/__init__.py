@@ -68,5 +68,5 @@ def softplus_attention(
     check_positive(power=power)
     if not (0 <= offset <= 1 and 0 <= eps < 1):
         raise ValueError(f"offset, eps: got {offset}, {eps}; give an offset in [0, 1], a small eps")
-    path = choose(backend, q.device, q.dtype, too_wide(128, q, v))
+    path = choose(backend, q.device, q.dtype, too_wide(q, v))
     return Problem(q, k, v, float(scale), power, float(offset), float(eps), causal, path)

@@ -87,7 +87,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr,
     POWER: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, OPEN: tl.constexpr, FLAT: tl.constexpr,
+    OPEN: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -103,7 +103,7 @@ def forward_kernel(
     for start in range(0, stop, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * tau[:, None]
         a, _ = _softplus(s)
         seen = columns[None, :] < S
         if CAUSAL:
@@ -113,7 +113,7 @@ def forward_kernel(
         top = tl.maximum(top, tl.max(a, 1))
         if PLAIN:
             v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
-            acc += tl.dot(a.to(v.dtype), v, input_precision=PRECISION)
+            acc += tl.dot(a.to(v.dtype), v, input_precision="tf32x3")
     mean = offset * (total + EPS) / count
     height = top - mean
     if EPS == 0:
@@ -131,7 +131,7 @@ def forward_kernel(
             columns = start + tl.arange(0, COLUMNS)
             k = load_tile(k_ptr + head * S * D, columns, d, S, D)
             v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
+            s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * tau[:, None]
             a, _ = _softplus(s)
             seen = columns[None, :] < S
             if CAUSAL:
@@ -139,7 +139,7 @@ def forward_kernel(
             r = tl.where(seen, tl.maximum((a - mean[:, None]) * inverse[:, None], 0.0), 0.0)
             t = _power(r, POWER, BITS)
             power += tl.sum(t, 1)
-            acc += tl.dot(t.to(v.dtype), v, input_precision=PRECISION)
+            acc += tl.dot(t.to(v.dtype), v, input_precision="tf32x3")
         floor = EPS * _power(inverse * (total + EPS) / count, POWER, BITS)
         some = (inverse > 0) & (power > 0)
         norm = tl.where(some, 1.0 / tl.where(some, power + floor, 1.0), 0.0)
@@ -158,7 +158,7 @@ def dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr,
     POWER: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, OPEN: tl.constexpr, FLAT: tl.constexpr,
+    OPEN: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     head, tile = place(tl.cdiv(N, ROWS), CAUSAL)
     rows = tile * ROWS + tl.arange(0, ROWS)
@@ -181,19 +181,19 @@ def dq_kernel(
         columns = start + tl.arange(0, COLUMNS)
         k = load_tile(k_ptr + head * S * D, columns, d, S, D)
         v = load_tile(v_ptr + head * S * DV, columns, dv, S, DV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tau[:, None]
+        s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * tau[:, None]
         a, z = _softplus(s)
         seen = columns[None, :] < S
         if CAUSAL:
             seen = seen & (columns[None, :] <= rows[:, None])
         r = tl.maximum((a - mean[:, None]) * inverse[:, None], 0.0)
         less = tl.where(seen, _power(r, POWER - 1, BITS), 0.0)
-        e = tl.dot(g, tl.trans(v), input_precision=PRECISION) - inner[:, None]
+        e = tl.dot(g, tl.trans(v), input_precision="tf32x3") - inner[:, None]
         h = less * e * factor[:, None]
         slope = tl.where(seen, _sigmoid(s, z), 0.0)
-        first += tl.dot(h * slope, k, input_precision=PRECISION)
+        first += tl.dot(h * slope, k, input_precision="tf32x3")
         if (OFFSET > 0) or (EPS > 0):
-            second += tl.dot(slope, k, input_precision=PRECISION)
+            second += tl.dot(slope, k, input_precision="tf32x3")
             sums += tl.sum(h, 1)
     c = tl.where(mean > 0, offset / count, 0.0) * sums + damped * inner
     dq = (first - c[:, None] * second) * tau[:, None]
@@ -207,7 +207,7 @@ def dkv_kernel(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr,
     POWER: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, OPEN: tl.constexpr, FLAT: tl.constexpr,
+    OPEN: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     head, tile = place(tl.cdiv(S, COLUMNS))
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -229,7 +229,7 @@ def dkv_kernel(
         norm = tl.load(base + 2 * N, mask=rows < N, other=0.0)
         inner = tl.load(inner_ptr + head * N + rows, mask=rows < N, other=0.0)
         c = tl.load(mean_ptr + head * N + rows, mask=rows < N, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * tau[None, :]
+        s = tl.dot(k, tl.trans(q), input_precision="tf32x3") * tau[None, :]
         a, z = _softplus(s)
         r = tl.maximum((a - mean[None, :]) * inverse[None, :], 0.0)
         slope = _sigmoid(s, z)
@@ -237,11 +237,11 @@ def dkv_kernel(
             seen = columns[:, None] <= rows[None, :]
             r, slope = tl.where(seen, r, 0.0), tl.where(seen, slope, 0.0)
         less = _power(r, POWER - 1, BITS)
-        dv += tl.dot((norm[None, :] * r * less).to(g.dtype), g, input_precision=PRECISION)
-        e = tl.dot(v, tl.trans(g), input_precision=PRECISION) - inner[None, :]
+        dv += tl.dot((norm[None, :] * r * less).to(g.dtype), g, input_precision="tf32x3")
+        e = tl.dot(v, tl.trans(g), input_precision="tf32x3") - inner[None, :]
         h = less * e * (POWER * norm * inverse)[None, :]
         ds = (h - c[None, :]) * slope * tau[None, :]
-        dk += tl.dot(ds, q, input_precision=PRECISION)
+        dk += tl.dot(ds, q, input_precision="tf32x3")
     store_tile(dk_ptr + head * S * D, columns, d, S, D, dk)
     store_tile(dv_ptr + head * S * DV, columns, w, S, DV, dv)
 
@@ -303,8 +303,7 @@ def options(
     return {
         "D": d, "DV": dv, "WIDTH": width, "WIDTH_V": width_v, "ROWS": rows, "COLUMNS": columns,
         "CAUSAL": causal, "PLAIN": plain, "POWER": power, "BITS": bits.bit_length(),
-        "OFFSET": offset, "EPS": eps, "PRECISION": "tf32x3",
-        "OPEN": OPEN, "FLAT": FLAT[torch.float32],
+        "OFFSET": offset, "EPS": eps, "OPEN": OPEN, "FLAT": FLAT[torch.float32],
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
 

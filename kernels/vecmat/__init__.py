@@ -113,7 +113,7 @@ def _product(p: Problem) -> Tensor:
     check_floating("r", r, q)
     kind = wide(q.dtype)
     r = (r if r.ndim == 4 else r[:, None]).to(kind).expand(-1, heads, -1, -1)
-    path = choose(p.backend, q.device, q.dtype, too_wide(256, q, q if p.v is None else p.v))
+    path = choose(p.backend, q.device, q.dtype, too_wide(q, q if p.v is None else p.v))
     return _op(p._replace(lse=lse.to(kind), r=r, backend=path))
 
 

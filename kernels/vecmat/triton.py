@@ -18,12 +18,8 @@ from torch import Tensor
 
 from xattn.kernels.aot import DTYPES, WIDTHS, Case, make_case
 from xattn.kernels.softmax.reference import row_by_row
-from xattn.kernels.softmax.triton import (
-    sizes,
-    transposed_scores,
-    with_strides,
-)
-from xattn.kernels.tiles import load_lse, load_tile, padded, place, precision, softmax_weights
+from xattn.kernels.softmax.triton import sizes, transposed_scores, with_strides
+from xattn.kernels.tiles import load_tile, padded, place, precision, softmax_weights
 from xattn.kernels.vecmat.cpu import backward as backward
 from xattn.kernels.vecmat.reference import Problem
 
@@ -61,7 +57,7 @@ def vecmat_kernel(
     for start in range(first, N, ROWS):
         rows = start + tl.arange(0, ROWS)
         q = load_tile(q_ptr + head * N * D, rows, d, N, D)
-        lse = load_lse(lse_ptr + head * N + rows, rows < N)
+        lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("-inf"))
         # Keys outside the matrix need no mask: each has its own row of the result.
         s = transposed_scores(
             q, k, bias, stride_bn, rows, columns, N, S, scale, HAS_BIAS, PRECISION
@@ -90,14 +86,13 @@ def forward(p: Problem) -> tuple[Tensor]:
     v, g = (None if x is None else x.contiguous() for x in (p.v, p.grad))
     lse, r = p.lse.contiguous(), row_by_row(p.r)
     out = r.new_empty(*q.shape[:2], r.shape[2], k.shape[2])
-    bias, strides = with_strides(p.bias, q, k)
-    width_v = 0 if v is None else v.shape[3]
-    half, with_bias = q.dtype != torch.float32, bias is not None
-    chosen = options(q.shape[3], width_v, half, with_bias, r.shape[2], p.causal)
+    bias, strides = with_strides(p)
+    width_v, half = 0 if v is None else v.shape[3], q.dtype != torch.float32
+    chosen = options(q.shape[3], width_v, half, p.bias is not None, r.shape[2], p.causal)
     chosen["GROUP"] = q.shape[1] // k.shape[1]
     grid = (triton.cdiv(k.shape[2], chosen["COLUMNS"]) * q.shape[0] * q.shape[1],)
     vecmat_kernel[grid](
-        q, k, lse, r, q if v is None else v, q if g is None else g, q if bias is None else bias, out,
+        q, k, lse, r, q if v is None else v, q if g is None else g, bias, out,
         *r.stride()[:3], *strides, *sizes(q, k), r.shape[2], p.scale, **chosen,
     )  # fmt: skip
     return (out,)

@@ -9,7 +9,7 @@ import pytest
 
 from xattn.cli import main
 from xattn.kernels import aot
-from xattn.kernels.backend import HAS_TRITON
+from xattn.kernels.backend import HAS_TRITON, WIDEST
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
@@ -42,7 +42,7 @@ SAMPLE = [
     ("vecmat fp32 D=16 R=16", 80, "16"),
     ("pooling scores bf16 D=768", 90, "16"),
     ("pooling spread fp32 D=768", 86, "1"),
-    ("covariance_solve rows bf16 D=16", 80, "any"),
+    ("covariance_solve rows fp32 D=128", 80, "any"),
     ("local_linear forward fp32 D=32", 120, "16"),
     ("softplus dq bf16 D=64", 90, "16"),
     ("ragged_queries dkv bf16 D=64 causal", 90, "any"),
@@ -98,9 +98,13 @@ def test_every_op_has_cases_of_all_widths_and_types_under_its_name():
     assert len(set(labels)) == len(labels)
     for op in aot.OPS:
         widths = (768, 1536) if op == "pooling" else aot.WIDTHS
-        for dtype, width in product(aot.DTYPES, widths):
+        dtypes = ("fp32",) if op == "covariance_solve" else aot.DTYPES  # it converts half precision
+        for dtype, width in product(dtypes, widths):
             words = (op, f"{dtype} D={width}")
             assert any(all(word in f"{label} " for word in words) for label in labels), words
+    assert max(aot.WIDTHS) == WIDEST  # the widest heads that a launch takes
+    for name, other in aot.OTHER.items():
+        assert any(case.constants.get(name) == other for case in cases)
     for case in cases:
         assert list(case.signature) == case.kernel.arg_names
         assert {n for n, kind in case.signature.items() if kind == "constexpr"} == {*case.constants}

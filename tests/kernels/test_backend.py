@@ -1,5 +1,6 @@
 """The choice of a path: kernels where they fit, plain PyTorch elsewhere, and on the tensors' own device."""
 
+import sys
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xattn.kernels import backend, op
 from xattn.kernels.backend import BACKENDS, HAS_TRITON, choose
 from xattn.kernels.block_sparse import block_sparse_attention
+from xattn.kernels.block_sparse.block_lists import check_index, check_numbers
 from xattn.kernels.block_topk import block_topk
 from xattn.kernels.covariance_solve import covariance_solve
 from xattn.kernels.grouped import grouped_attention
@@ -79,8 +81,9 @@ def test_auto_on_a_gpu_is_triton_where_it_fits_and_says_once_where_not(monkeypat
     ):
         major[0] = 7 if "memory" in limit else 8
         backend._say_slow.cache_clear()
-        with pytest.warns(UserWarning, match=f"plain PyTorch on this GPU: .*{limit}"):
+        with pytest.warns(UserWarning, match=f"plain PyTorch on this GPU: .*{limit}") as said:
             assert choose("auto", gpu, dtype, given) == "cpu"
+        assert said[0].filename == __file__  # of the op that chooses
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert choose("auto", gpu, dtype, given) == "cpu"
@@ -88,6 +91,29 @@ def test_auto_on_a_gpu_is_triton_where_it_fits_and_says_once_where_not(monkeypat
             choose("triton", gpu, dtype, given)
         assert choose("reference", gpu, dtype, given) == "reference"
     backend._say_slow.cache_clear()
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"vecmat", "gradient_vecmat"}))
+def test_plain_pytorch_asks_how_much_to_take_at_a_time_on_its_device(name, monkeypatch):
+    x, asked = torch.rand(1, 1, 4, 16, generator=torch.Generator().manual_seed(0)), []
+    expected = CALLS[name](x, backend="cpu")
+    monkeypatch.setattr(cpu, "_fused", lambda *_: None)  # of a CPU alone
+    few = lambda device, cached: (asked.append(device), 1)[1]  # noqa: E731
+    for module in [m for key, m in sys.modules.items() if key.startswith("xattn.kernels.")]:
+        if module is not backend and hasattr(module, "tile_entries"):
+            monkeypatch.setattr(module, "tile_entries", few)
+    for found, true in zip(CALLS[name](x, backend="cpu"), expected, strict=True):
+        assert torch.allclose(found, true, atol=1e-5)
+    assert {*asked} == {x.device}
+
+
+@pytest.mark.parametrize("check", [check_index, check_numbers])
+def test_numbers_on_a_gpu_are_read_only_if_asked(check, monkeypatch):
+    x = torch.empty(1, 2, dtype=torch.int32, device="meta")  # which has none to read
+    check(x, 3, "index")
+    monkeypatch.setenv("XATTN_CHECK", "1")
+    with pytest.raises(RuntimeError, match="meta"):
+        check(x, 3, "index")
 
 
 @needs_triton

@@ -7,20 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from xattn.kernels.backend import HAS_TRITON
-from xattn.kernels.block_sparse import (
-    Box,
-    block_lists,
-    block_sparse_attention,
-    causal,
-    check_index,
-    neighbourhood,
-    permuted,
-    transpose_index,
-    window,
-)
+from xattn.kernels.block_sparse import block_sparse_attention
 from xattn.kernels.block_sparse import cpu as cpu_path
-from xattn.kernels.block_sparse.block_lists import transpose_groups
-from xattn.kernels.block_sparse.reference import inside
+from xattn.kernels.block_sparse.block_lists import check_index, transpose_index
+from xattn.kernels.block_sparse.box import Box, causal, neighbourhood, permuted, window
+from xattn.kernels.block_sparse.reference import inside, visible
 from xattn.kernels.softmax import softmax_attention
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))
@@ -143,7 +134,10 @@ def test_a_query_sees_keys_up_to_its_rank_and_its_own(backend, heads):
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("own", [False, True])
 def test_parts_of_a_long_list_add_up(own, monkeypatch):
-    monkeypatch.setattr(block_lists, "LONGEST", 8)
+    from xattn.kernels.block_sparse import triton as kernels
+
+    monkeypatch.setattr(kernels, "PART", 8)
+    monkeypatch.setattr(kernels, "TILE", 4)  # units of the lists at a time
     args, grads, generator = inputs(
         32, 288, 16, heads=(2, 1), bias=(1, 2), batch=1, dtype=torch.float32
     )
@@ -151,11 +145,12 @@ def test_parts_of_a_long_list_add_up(own, monkeypatch):
     index[..., 0] = torch.where((index == 0).any(-1), index[..., 0], 0)  # read by all
     options = {"q_block": 1, "k_block": 32}
     pointer = transpose_index(index, 9)[0]
-    parts = block_lists.split_lists(pointer, 64, (1, 1), 32, 1)
-    count = pointer.diff(dim=2).amax(1)
-    assert parts.split and torch.equal(
-        parts.ends.diff(dim=1), -(-count // parts.longest).clamp_max(-1)
-    )
+    problem = block_sparse_attention.problem(*args[:3], index, **options)
+    parts = kernels.split_lists(problem, pointer, 64)
+    each = -(-pointer.diff(dim=2).amax(1) // parts.length).clamp_max(-1)
+    assert each.max() > 1 and torch.equal(parts.first.diff(dim=1), each)
+    unit = torch.arange(9).repeat_interleave(each[0])
+    assert torch.equal(parts.unit[0, : len(unit)], unit.int())
     expected = run("reference", [x.double() for x in args], index, grads, **options)
     assert_near(run("triton", args, index, grads, **options), expected, 3e-5)
 
@@ -256,7 +251,7 @@ def test_the_transposed_lists_name_the_readers_of_each_block(pack):
     generator = torch.Generator().manual_seed(1)
     index = lists(generator, 2, 2, 7, 5, 9)
     index[1, 1] = -1
-    pointer, queries, bits = transpose_groups(index, 9, pack)
+    pointer, queries, bits = transpose_index(index, 9, pack)
     groups = -(-9 // pack)
     assert pointer.shape == (2, 2, groups + 1) and queries.shape == bits.shape == (2, 2, 35)
     for b, h, g in itertools.product(range(2), range(2), range(groups)):
@@ -268,8 +263,6 @@ def test_the_transposed_lists_name_the_readers_of_each_block(pack):
             if any(x >= 0 for x in read):
                 expected.append((m, sum(1 << x for x in read)))
         assert found == expected
-    if pack == 1:
-        assert all(map(torch.equal, transpose_index(index, 9), (pointer, queries)))
 
 
 def reach(i, x, k, s, d, causal):
@@ -348,6 +341,23 @@ def test_another_order_with_padding_permutes_the_output(backend):
     padding = (order < 0).nonzero().flatten()
     assert (found[0][:, :, padding] == 0).all() and found[1][:, :, padding].isneginf().all()
     assert all((x[:, :, padding] == 0).all() for x in found[2:])
+
+
+def test_another_order_keeps_ranks_with_their_tokens():
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(9, generator=generator)
+    rank, limit = torch.randint(9, (2, 2, 2, 9), generator=generator).int()
+    box = causal(9)._replace(rank=rank, limit=limit)
+    x, index = torch.ones(2, 2, 9, 16), torch.zeros(1, 1, 1, 1).int()
+
+    def seen(box):
+        return visible(
+            block_sparse_attention.problem(x, x, x, index, q_block=9, k_block=9, box=box)
+        )
+
+    moved = seen(box)[:, :, order][..., order]
+    assert torch.equal(seen(permuted(box, order)), moved)
+    assert not torch.equal(seen(permuted(box._replace(rank=None, limit=None), order)), moved)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from xattn.kernels.backend import HAS_TRITON
+from xattn.kernels.backend import ENTRIES, HAS_TRITON
 from xattn.kernels.causal_product import causal_product, cpu
+from xattn.kernels.causal_product.reference import Problem
 from xattn.runtime.measuring import peak_memory
 
 SPAN = cpu.CHUNK * cpu.STEPS
@@ -69,6 +71,26 @@ def test_sums_over_chunks_on_a_gpu_are_those_on_a_cpu(reverse):
         strict=True,
     ):
         assert torch.allclose(found, true)
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that is no view."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("heads, n, f", [(4, 2**20, 64), (2**14, 256, 64), (2, 64, 2**12)])
+def test_on_a_gpu_few_enough_chunks_for_its_memory_are_multiplied_at_once(heads, n, f):
+    left, x = (torch.empty(heads, n, w, dtype=torch.float64, device="meta") for w in (f, 1))
+    with Largest() as made:
+        cpu.forward(Problem(left, left, x, False, "cpu"))
+    assert n * heads < made.most <= ENTRIES
 
 
 def test_the_transposed_product_is_a_reversed_one():

@@ -89,9 +89,9 @@ def test_fast_paths_equal_the_reference_forward_and_backward(backend, case):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_parts_of_a_long_list_add_up(monkeypatch):
-    from xattn.kernels.block_sparse import block_lists
+    from xattn.kernels.block_sparse import triton as kernels
 
-    monkeypatch.setattr(block_lists, "LONGEST", 8)
+    monkeypatch.setattr(kernels, "PART", 8)
     args, grads, generator = inputs(
         32, 45, 16, 5, heads=(2, 1), bias=(1, 1), batch=1, dtype=torch.float32
     )

@@ -326,7 +326,7 @@ class SoftmaxOperator(AnsweringOperator):
             return False
         if self.backend != "auto":
             return True
-        path = choose("auto", self.q.device, x.dtype, too_wide(256, self.q, x))
+        path = choose("auto", self.q.device, x.dtype, too_wide(self.q, x))
         return path == "triton"
 
     def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
