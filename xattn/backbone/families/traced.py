@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from xattn.backbone.weights import package_file
 from xattn.photos.preprocessing import Preprocessing, channels_of
 from xattn.runtime.copies import frozen_copy
 from xattn.runtime.names import did_you_mean
@@ -203,7 +204,7 @@ def load_torchvision(
     num_classes: int | None = None,
 ) -> TracedClassifier:
     """torchvision's classifier ``name`` with its own weights (``"timm"``, the default source of
-    ``load_backbone``, stands for them), those of a file, or random ones (None).
+    ``load_backbone``, stands for them), those of a file or of a package, or random ones (None).
 
     Raises:
         ValueError: unknown name or unusable weights.
@@ -221,9 +222,12 @@ def load_torchvision(
                 f"input_size: got {size}; torchvision's {name} takes one side, a square"
             )
         options["image_size"] = size[0]
+    preprocessing, own = _evaluation_preprocessing(name, size), weights in ("timm", "package")
     if weights == "package":
-        raise ValueError("weights='package' has no torchvision models; give a file of weights")
-    preprocessing = _evaluation_preprocessing(name, size)
+        record, weights = package_file(f"torchvision/{name}")
+        told = dict(record.preprocessing)
+        told["input_size"] = preprocessing.input_size
+        preprocessing = replace(preprocessing, **told)
     if weights in (None, "timm"):
         source = None if weights is None else "DEFAULT"
         try:
@@ -236,7 +240,10 @@ def load_torchvision(
     else:
         assert weights is not None
         model = _with_file(name, weights, options)
-    return from_torchvision(model, taps, preprocessing=preprocessing)
+    made = from_torchvision(model, taps, preprocessing=preprocessing)
+    if own:
+        made.class_names = list(zoo.get_model_weights(name).DEFAULT.meta["categories"])
+    return made
 
 
 def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
