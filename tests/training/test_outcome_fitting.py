@@ -261,7 +261,7 @@ def test_fewer_than_20_photos_are_warned_of(cnn, photos):
 
 @pytest.mark.parametrize("limit", [0, 40_000, 1 << 30])
 def test_kept_taps_are_those_of_a_pass(photos, limit):
-    vit = network("test_vit", taps=["norm1.4", "block.5"])
+    vit = network("test_vit", taps=["norm1.4", "stage.5"])
     store = TapStore(vit, open_photos(photos), quick(), range(20), crops=2, limit=limit)
     found = store.taps([(1, 3), (0, 17), (0, 3)])
     again = TapStore(vit, open_photos(photos), quick(), range(20), crops=2)

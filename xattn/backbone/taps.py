@@ -85,7 +85,7 @@ def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
 
 def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:
     """Whether ``taps`` read blocks that see prefix tokens, and the model hands these out."""
-    if not prefix_tokens or not any(parse_tap(tap)[0] == "norm1" for tap in taps):
+    if not prefix_tokens or not any(parse_tap(tap)[0] in ("norm1", "block") for tap in taps):
         return False
     forward = model.forward_intermediates
     return "return_prefix_tokens" in inspect.signature(forward).parameters  # type: ignore[arg-type]
@@ -94,13 +94,15 @@ def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> b
 def read_prefixes(
     model: nn.Module, taps: Sequence[str], tokens: dict[int, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The prefix tokens (B, P, C) that attention reads beside each ``norm1`` tap, None beside others; empty
-    if there are none. ``tokens`` are the blocks' outputs."""
+    """The prefix tokens (B, P, C) beside each ``norm1`` tap, as attention reads them, and beside each
+    ``block`` tap; None beside others, empty if there are none. ``tokens`` are the blocks' outputs."""
     found: list[Tensor | None] = []
     for tap in taps:
         kind, index, _ = parse_tap(tap)
-        prefix = tokens.get(index - 1) if kind == "norm1" else None
-        found.append(None if prefix is None else model.blocks[index].norm1(prefix))  # type: ignore[index,union-attr]
+        prefix = tokens.get(index - (kind == "norm1")) if kind in ("norm1", "block") else None
+        if prefix is not None and kind == "norm1":
+            prefix = model.blocks[index].norm1(prefix)  # type: ignore[index,union-attr]
+        found.append(prefix)
     return tuple(found) if any(p is not None for p in found) else ()
 
 

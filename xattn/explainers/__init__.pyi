@@ -43,3 +43,4 @@ from .relevance.lrp import Lrp as Lrp
 from .relevance.raw_attention import ColumnMass as ColumnMass
 from .relevance.raw_attention import RawAttention as RawAttention
 from .relevance.rollout import Rollout as Rollout
+from .relevance.token_path import TokenPathExplainer as TokenPathExplainer

@@ -306,7 +306,7 @@ def _projections(block: Any) -> Projections | None:
     """What a block's attention projects with; None unless it is plain softmax attention."""
     if isinstance(block, TransformersBlock):
         return block.projections()
-    if not isinstance(block, Block) or not _is_plain(block.attn):
+    if not isinstance(block, Block) or not is_plain(block.attn):
         return None
     attention: Any = block.attn
     q, k, v = attention.qkv.weight.chunk(3)
@@ -317,7 +317,7 @@ def _projections(block: Any) -> Projections | None:
     return Projections(q, k, v, bias, attention.proj.weight, gain, heads, scale)
 
 
-def _is_plain(attention: Any) -> bool:
+def is_plain(attention: Any) -> bool:
     """Whether an attention module is softmax(q k) v and a projection, with nothing normalised or gated."""
     if (
         type(attention) is not Attention

@@ -76,6 +76,8 @@ class TracedClassifier(AdaptedClassifier):
     Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last.
     """
 
+    class_names: list[str] | None = None  # of the weights, if they are torchvision's own
+
     def __init__(
         self,
         graph: fx.GraphModule,
