@@ -70,7 +70,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 # A setting that is left out is None until the recipe fills it in, and never afterwards.
 Precision = Literal["no", "fp16", "bf16"]
 Fill = Literal["black", "blur", "mean", "drop"]
-ON_PHOTOS, GAMES = ["mask", "rank"], ["shapley", "labels", "select", "greedy"]
+ON_PHOTOS, GAMES = ["mask", "rank", "select"], ["shapley", "labels", "greedy"]
 # The package's own methods of xattn.training.attention_training.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 Rate = Annotated[float, Where(lambda x: x > 0, "a positive learning rate")]

@@ -7,13 +7,15 @@ are hidden by the same masks or show the same fill.
 ``mask`` (:mod:`xattn.training.objectives.mask`)
     The class stays under the map as a mask with black behind it, and the mask is small. In
     "mask-mean" the data set's mean colour is behind it, in "mask-features" it multiplies features.
-``outcomes``, ``shapley``, ``labels``, ``select``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
+``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
     Sums of the map over what masks keep go with the class's scores there. The masks of outcomes are
     squares, smooth blobs, and thresholds of the head's starting map under noise, which are no
     thresholds of the head's own map, as deletion, insertion and ROAD take them, but similar; those of
     the others are cells. What is hidden is black, blurred or mean in turn, or as in "shapley-black".
 ``rank`` (:mod:`xattn.training.objectives.rank`)
     Deletion and insertion themselves, of a soft order of the map's cells.
+``select`` (:mod:`xattn.training.objectives.select`)
+    The class stays under masks of cells that are drawn by the map, with black in place of the others.
 
 A head that is best in such a metric shows that training worked, not that its maps are more faithful
 than those of a method that was not trained.
@@ -43,6 +45,7 @@ _ON_PHOTOS = {
     "mask-mean": Objective(_BOTH, ("the map",), ("mean",)),
     "mask-features": Objective(_BOTH, ("the map",), ()),
     "rank": Objective(("class",), ("thresholds of the map",), FILLS),
+    "select": Objective(("class",), ("squares",), ("black",)),
 }
 _ON_TABLES = {
     "outcomes": ("squares", "blobs", "thresholds of CAM"),

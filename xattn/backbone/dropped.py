@@ -26,7 +26,9 @@ def check_drops(backbone: Backbone) -> tuple[int, int]:
     """
     model: Any = backbone.model
     reason = ""
-    if not isinstance(model, VisionTransformer):
+    if type(backbone) is not Backbone:
+        reason = "its answer is not the network's own"
+    elif not isinstance(model, VisionTransformer):
         reason = "it is no ViT of timm"
     elif model.global_pool != "token" or not model.num_prefix_tokens:
         reason = f"it pools its patches by {model.global_pool!r} and reads no class token"

@@ -236,7 +236,7 @@ class PhotosJob:
             backbone.device, torch.float64 if wide else images.dtype, non_blocking=True
         )
         part = Part(torch.tensor(batch.share.rows or [0], device="cpu"), counts, run.rank)
-        progress, seed = run.step / self.batches.total, f"{self.config.seed}/{run.step}/{run.rank}"
+        progress, seed = run.step / self.batches.total, f"{self.config.seed}/{run.step}"
         step = Step(run.head, backbone, images, self.config, part, progress, seed)
         with run.forward(batch.share):
             terms = self.objective.on_photos(step)

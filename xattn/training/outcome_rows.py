@@ -58,22 +58,13 @@ def size_weights(sizes: str, players: int) -> Tensor:
     >>> size_weights("shapley", 4)  # as 1 / (m (d - m))
     tensor([0.3636, 0.2727, 0.3636], dtype=torch.float64)
 
-    ``"even"``: a share of .2 to .8, ``"curve"``: of .02 to .15, or all but that; ``"half"``: each player by
-    the toss of a coin, but never none or all; ``"walk"`` and ``"greedy"``: each number once.
+    ``"half"``: each player by the toss of a coin, but never none or all.
     """
-    kept = torch.arange(1, players, dtype=torch.float64)
+    kept = torch.arange(1, players, dtype=torch.float64, device="cpu")
     if sizes == "shapley":
         weights = 1 / (kept * (players - kept))
-    elif sizes == "half":
-        weights = (-torch.lgamma(kept + 1) - torch.lgamma(players - kept + 1)).softmax(0)
-    elif sizes in NESTED:
-        weights = torch.ones_like(kept)
-    else:
-        low, high = LEVELS if sizes == "even" else EDGES
-        share = torch.minimum(kept, players - kept) if sizes == "curve" else kept
-        inside = (share >= round(low * players)) & (share <= round(high * players))
-        weights = inside.double()
-    return weights / weights.sum()
+        return weights / weights.sum()
+    return (-torch.lgamma(kept + 1) - torch.lgamma(players - kept + 1)).softmax(0)
 
 
 class MaskPairs(NamedTuple):
@@ -105,7 +96,9 @@ def mask_pairs(
             ``"cells"`` any cells of ``grid``; pair i is of kind i modulo their number.
         fills: what is seen where nothing is kept, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
             picture of the image) or ``"mean"`` (its mean colour).
-        sizes: how much masks keep, see :func:`size_weights`.
+        sizes: how much masks keep: ``"even"`` a share of .2 to .8, ``"curve"`` of .02 to .15, and the
+            complement all but that; ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"`` the
+            beginnings of one order of all cells.
         grid: the cells of masks but those of squares and superpixels, which have 28 x 28.
     """
     rng = random.Random(seed)
@@ -137,13 +130,26 @@ def patch_masks(
     sizes: str,
     grid: tuple[int, int],
 ) -> Tensor:
-    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; four in a row keep as many."""
+    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; four in a row keep as many, unless
+    they are the beginnings of an order."""
     rng = random.Random(seed)
     sampler = _Masks(evidence, rng, torch.Generator().manual_seed(rng.getrandbits(63)), sizes, grid)
-    levels = [sampler.level() for _ in range(-(-pairs // ALIKE))]
+    alike = 1 if sizes in NESTED else ALIKE
+    levels = [sampler.level() for _ in range(-(-pairs // alike))]
     return torch.stack(
-        [sampler.cells(kinds[i % len(kinds)], levels[i // ALIKE]) for i in range(pairs)]
+        [sampler.cells(kinds[i % len(kinds)], levels[i // alike]) for i in range(pairs)]
     )
+
+
+def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
+    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M): z_k less the
+    log-sum-exp of all other logits, or z_k (multilabel)."""
+    chosen = logits.gather(-1, index)
+    if task == "multilabel":
+        return chosen
+    others = logits.unsqueeze(-2).expand(*index.shape, logits.shape[-1])
+    others = others.scatter(-1, index.unsqueeze(-1), -torch.inf)
+    return chosen - others.logsumexp(-1)
 
 
 def masks_of(cells: Tensor) -> Tensor:
@@ -210,7 +216,11 @@ class _Masks:
         field = field.repeat_interleave(side, 0).repeat_interleave(side, 1)
         top, left = self.rng.randrange(side), self.rng.randrange(side)
         field = field[top : top + CELLS, left : left + CELLS]
-        return (field < level).float()
+        if self.sizes == "even":
+            return (field < level).float()
+        kept = (field < level).float()
+        # So few or so many squares that none or all are inside are moved to the nearest that are not.
+        return kept if 0 < kept.sum() < kept.numel() else _above(-field, level)
 
     def _any_cells(self, level: float) -> Tensor:
         """Cells as they come, each set of as many alike; of "walk" the first ones of one order."""
@@ -322,11 +332,16 @@ class MaskSettings:
     def __post_init__(self) -> None:
         check_fields(self)
         if DROP in self.fills and (len(self.fills) > 1 or self.precision != "no"):
-            raise ValueError("fills: drop stands alone, in full precision; leave out the others")
+            raise ValueError(
+                f"fills: got {', '.join(self.fills)} with precision={self.precision!r}; drop stands alone "
+                f"and in full precision, leave out the others"
+            )
         if self.empty and len(self.fills) > 1:
             raise ValueError(
                 f"fills: got {', '.join(self.fills)}; the empty photo is that of one fill, give one"
             )
+        if self.players == 1:
+            raise ValueError("cells: got 1 a side; a game needs players, give at least 2")
         count = 2 * (self.players**2 - 1)
         if self.sizes in NESTED and (not self.players or self.masks != count):
             raise ValueError(
@@ -417,6 +432,11 @@ class RowMaker:
     def __init__(
         self, backbone: Backbone, settings: MaskSettings, guide: Guide | None = None
     ) -> None:
+        if settings.sizes == "greedy" and backbone.task == "multilabel":
+            raise ValueError(
+                f"objective: greedy follows the log-odds of one class among others, {backbone.name} has "
+                f"task='multilabel'; train with another objective"
+            )
         self.backbone, self.settings, self.guide = backbone, settings, guide
         self.grid = grid_of(backbone, settings)
         self.layout = row_layout(settings, self.grid, backbone.num_classes)
@@ -447,7 +467,7 @@ class RowMaker:
         asked, kinds = self.settings, self.settings.kinds_of_masks
         pairs, guess = asked.masks // 2, self._guess(taps)
         if asked.sizes == "greedy":
-            return self._searched(image, int(taps.logits.argmax()))
+            return self._searched(image, taps.logits.argmax(1, keepdim=True))
         if DROP not in asked.fills:
             drawn = mask_pairs(
                 image, guess, pairs, seed, kinds, asked.fills, asked.sizes, self.grid
@@ -457,12 +477,12 @@ class RowMaker:
                 images = torch.cat([images, background(image, asked.fills[0])[None]])
             return drawn.cells, self._pass(images, self.backbone.logits)
         masks = patch_masks(guess, pairs, seed, kinds, asked.sizes, self.grid)
-        return (masks * 255).to(torch.uint8), self._dropped(image, [*masks, *(1 - masks)])
+        nothing = [torch.zeros_like(masks[0])] * asked.empty
+        return (masks * 255).to(torch.uint8), self._dropped(image, [*masks, *(1 - masks), *nothing])
 
     def _dropped(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """Logits of the photo with the patches that each of ``masks`` keeps, those that keep as many in one
-        pass; then of none of them if the empty photo is asked for."""
-        masks = [*masks, torch.zeros_like(masks[0])] if self.settings.empty else masks
+        pass."""
         kept = [mask.flatten().nonzero()[:, 0] for mask in masks]
         found: dict[int, Tensor] = {}
         for count in sorted({len(numbers) for numbers in kept}):
@@ -474,10 +494,10 @@ class RowMaker:
             found.update(zip(places, logits, strict=True))
         return torch.stack([found[i] for i in range(len(kept))])
 
-    def _searched(self, image: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`_answers`, of the beginnings of the order in which cells add most to the log-odds of
         the
-        class ``target``."""
+        class ``target`` (1, 1)."""
         players = self.grid[0] * self.grid[1]
         order: list[int] = []
         while len(order) < players - 1:
@@ -485,23 +505,22 @@ class RowMaker:
             masks = torch.zeros(len(left), players, device="cpu")
             masks[:, order] = 1
             masks[torch.arange(len(left)), left] = 1
-            logits = self._under(image, masks)[: len(left)].double()
-            others = logits.index_fill(1, torch.tensor([target], device=logits.device), -torch.inf)
-            odds = logits[:, target] - others.logsumexp(1)
+            logits = self._under(image, masks, empty=False).double()
+            odds = log_odds(logits, target.to(logits.device).expand(len(left), -1), "multiclass")
             order.append(left[int(odds.argmax())])
         masks = torch.zeros(players - 1, players, device="cpu")
         for i, cell in enumerate(order):
             masks[i:, cell] = 1
         cells = (masks.view(-1, *self.grid) * 255).to(torch.uint8)
-        return cells, self._under(image, torch.cat([masks, 1 - masks]))
+        return cells, self._under(image, torch.cat([masks, 1 - masks]), self.settings.empty)
 
-    def _under(self, image: Tensor, masks: Tensor) -> Tensor:
-        """Logits of the photo under ``masks`` (N, d), and of the empty one if it is asked for."""
+    def _under(self, image: Tensor, masks: Tensor, empty: bool) -> Tensor:
+        """Logits of the photo under ``masks`` (N, d), and of the ``empty`` one."""
         fill, masks = self.settings.fills[0], masks.view(-1, *self.grid)
+        if empty:
+            masks = torch.cat([masks, torch.zeros_like(masks[:1])])
         if fill == DROP:
             return self._dropped(image, list(masks))
-        if self.settings.empty:
-            masks = torch.cat([masks, torch.zeros_like(masks[:1])])
         kept = F.interpolate(masks[:, None], image.shape[1:], mode="nearest-exact").to(image)
         behind = background(image, fill)
         return torch.cat(
@@ -516,6 +535,13 @@ class RowMaker:
         return {
             name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
         }
+
+    @property
+    def passes(self) -> int:
+        """Of one row, dropped patches counted as if they were there."""
+        players = self.grid[0] * self.grid[1]
+        searched = players * (players + 1) // 2 - 1 if self.settings.sizes == "greedy" else 0
+        return 1 + self.settings.masks + self.settings.empty + searched
 
     @property
     def row_bytes(self) -> int:
@@ -581,7 +607,7 @@ def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
     left = "" if rows == whole else f", {rows:,} of {whole:,} rows to compute"
     return (
         f"table of outcomes: {counted(photos, 'photo')} x {counted(crops, 'crop')} x {masks:,} masks"
-        f"{left} = {rows * (1 + masks):,} passes, about {_duration(rows * time_row(maker) / ranks)}, "
+        f"{left} = {rows * maker.passes:,} passes, about {_duration(rows * time_row(maker) / ranks)}, "
         f"{whole * maker.row_bytes / 1e6:,.1f} MB"
     )
 

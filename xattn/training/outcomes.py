@@ -33,6 +33,7 @@ from xattn.training.outcome_rows import (
     RowMaker,
     cost_line,
     guess_name,
+    log_odds,
     masks_of,
 )
 
@@ -415,14 +416,3 @@ def _rows(
         seed = f"{maker.settings.seed}/{crop}/{block[place]}"
         rows[place] = maker(image, seed, photos.name(block[place]))
     return {name: torch.stack([row[name] for row in rows]) for name in maker.layout}
-
-
-def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
-    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M): z_k less the
-    log-sum-exp of all other logits, or z_k (multilabel)."""
-    chosen = logits.gather(-1, index)
-    if task == "multilabel":
-        return chosen
-    others = logits.unsqueeze(-2).expand(*index.shape, logits.shape[-1])
-    others = others.scatter(-1, index.unsqueeze(-1), -torch.inf)
-    return chosen - others.logsumexp(-1)

@@ -6,11 +6,11 @@ x_ln (C) is patch n as block l reads it, a_lhn the attention of the class token 
 values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after the
 attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key and
 value; what patches read of it on the way is left out. So ``path`` is the derivative by the attention a_lhn,
-times a_lhn: exact in the last two blocks, where no patch that reads the class token is read again. ``row``
-has the classifier's row in the place of g_l, as the class maps of :mod:`~xattn.heads.class_reading` have.
+times a_lhn, but for the values' biases, which are no patch's: exact in the last two blocks, where no patch
+that reads the class token is read again. ``row`` has the classifier's row in the place of g_l, as the class
+maps of :mod:`~xattn.heads.class_reading` have. The first block is left out.
 
-No key or value of all patches is projected again: a product with patches is taken once for each head, so
-that all of this costs a few percent of a pass.
+No key or value of all patches is projected again: products with patches are taken once for each head.
 
 The explainer shows the sum of all paths, and with ``cam`` the class's CAM of the last three blocks beside
 it,
@@ -47,7 +47,7 @@ class TokenMaps(NamedTuple):
 
 
 class Frozen(nn.Module):
-    """Weights of the backbone, which are looked up there and never saved with a head."""
+    """Copies of the backbone's weights."""
 
     def keep(self, name: str, value: Tensor | None, like: Tensor | None = None) -> None:
         """``value``, or zeros as ``like`` where a layer has none."""
@@ -72,11 +72,12 @@ class Norm(Frozen):
 
     def back(self, g: Tensor, x: Tensor) -> Tensor:
         """Derivatives (B, M, C) by the input x (B, C) of those ``g`` (B, M, C) by the output."""
-        centred = x - x.mean(-1, keepdim=True)
+        wide = widen(x)  # squares of half precision overflow
+        centred = wide - wide.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        normal, g = (centred / deviation)[:, None], g * self.weight.to(x)
+        normal, g = (centred / deviation)[:, None], widen(g) * self.weight.to(wide)
         along = (g * normal).mean(-1, keepdim=True)
-        return (g - g.mean(-1, keepdim=True) - along * normal) / deviation[:, None]
+        return ((g - g.mean(-1, keepdim=True) - along * normal) / deviation[:, None]).to(x.dtype)
 
 
 class TokenBlock(Frozen):
@@ -196,6 +197,8 @@ class TokenPath(Frozen):
             raise UnknownReading("it has no class token")
         if getattr(model, "global_pool", None) != "token" or backbone.classifier_weight is None:
             raise UnknownReading("it does not classify its class token by one linear layer")
+        if getattr(model, "head_dist", None) is not None:
+            raise UnknownReading("it classifies two tokens")
         if backbone.conversion:
             raise UnknownReading("its attention is not the softmax that it was built with")
         parsed = [parse_tap(tap) for tap in backbone.taps]

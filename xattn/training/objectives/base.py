@@ -13,6 +13,7 @@ step. Any head with class maps can be trained by any objective.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -88,6 +89,11 @@ class Step:
             count = len(self.images)
             part = Part(torch.arange(count, device=self.images.device), [count])
             object.__setattr__(self, "part", part)
+
+    def draws(self) -> list[torch.Generator]:
+        """A generator for each image, by its place in the whole batch, whichever process holds it."""
+        seeds = [random.Random(f"{self.seed}/{place}") for place in self.part.places.tolist()]
+        return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
 
 
 class Objective:

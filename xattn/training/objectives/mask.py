@@ -8,7 +8,7 @@ The target is the model's own prediction, so no labels are needed. For a multi-l
 its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum over
 space and over the class axis of A, divided by the batch size only.
 
-LTX (arXiv 2310.20304) weighs the mean of A instead, :class:`Mask` with ``area_term="mean"``. Its program
+LTX (ICDM 2023) weighs the mean of A instead, :class:`Mask` with ``area_term="mean"``. Its program
 takes a sigmoid twice, so that its area term is mean log(1 + exp A), between .69 and 1.31: ``"ltx"``.
 """
 

@@ -112,11 +112,10 @@ class Rank(Objective):
         )
         behind = torch.stack([background(image, fill) for image in images])
         shares = torch.linspace(0, 1, self.steps, dtype=cells.dtype, device=cells.device)
-        areas = []
+        areas, noises = [], step.draws()
         for sign in (1, -1):
-            order = soft_order(
-                cells if sign > 0 else 1 - cells, tau, noise=self._gumbel(cells, draw)
-            )
+            noise = self._gumbel(cells, noises)
+            order = soft_order(cells if sign > 0 else 1 - cells, tau, noise=noise)
             self._check(order)
             gone = removed(order, shares).view(len(images), self.steps, side, side)
             areas.append(self._area(step, gone, behind, target))
@@ -125,12 +124,11 @@ class Rank(Objective):
         loss = deletion + 1 - insertion + self.spots * spots
         return {"loss": loss, "deletion": deletion, "insertion": insertion, "spots": spots}
 
-    def _gumbel(self, cells: Tensor, draw: random.Random) -> Tensor | None:
+    def _gumbel(self, cells: Tensor, draws: list[torch.Generator]) -> Tensor | None:
         if not self.noise:
             return None
-        generator = torch.Generator().manual_seed(draw.getrandbits(63))
         count = cells.shape[1]
-        even = torch.rand(len(cells), count, count, generator=generator, device="cpu")
+        even = torch.stack([torch.rand(count, count, generator=g, device="cpu") for g in draws])
         even = even.clamp(1e-12, 1 - 1e-7)
         return -(-even.log()).log().to(cells)
 

@@ -18,7 +18,7 @@ from xattn.runtime.option_checks import NotNegative
 from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
 from xattn.training.outcomes import OutcomeBatch
 
-SMALLEST = 1e-6
+SMALLEST = 1e-3  # of the sum of a map's values, relative to that of their sizes
 
 Normalization = Literal["additive", "multiplicative", "none"]
 
@@ -33,9 +33,9 @@ def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
     if how == "additive":
         return phi + ((total - left) / phi.shape[-1])[..., None]
     if how == "multiplicative":
-        if bool((left.abs() < SMALLEST).any()):
+        if bool((left.abs() <= SMALLEST * phi.abs().sum(-1)).any()):
             raise ValueError(
-                "normalization: the values of a map sum to 0, which no factor can change; give "
+                "normalization: the values of a map sum to about 0, which no factor can change; give "
                 "normalization=additive"
             )
         return phi * (total / left)[..., None]
@@ -49,7 +49,7 @@ class Shapley(Objective):
     Args:
         link: what a value is: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
         normalization: how a map is made efficient before the loss: a constant added to its cells, a factor,
-            or not at all.
+            which maps of mean 0 cannot have, or not at all.
         gamma: weight of the efficiency gap, which is 0 after a normalization.
     """
 
