@@ -44,7 +44,6 @@ WITHOUT_VALUES = {
     "swapped-attention": "python -m xattn.eval.studies swap, the page's command: values.csv",
     "two-stream-faces": "python -m xattn.eval.studies faces: values.csv",
     "viewer-speed": "python tests/viewer_speed.py --raw viewer-speed-values.csv",
-    "white-box-2025": KEEP.format("runs/white-box/leaderboard.json", "white-box-2025"),
 }
 PAGES = [
     *sorted(ROOT.glob("*.md")),
