@@ -64,7 +64,7 @@ def test_a_text_target_is_the_cosine_similarity(both, images):
 def test_every_vit_explainer_takes_a_text_and_prompts(name, images):
     model, tokenizer = pair("clip")
     clip = xattn.load_clip(model, tokenizer)
-    if name in ("cam", "head"):
+    if name in ("cam", "head", "token_path"):
         for backbone in (scored(clip, TEXT), clip.with_prompts(PROMPTS)):
             with pytest.raises(ValueError, match=r"^(target|explainer|head): "):
                 cheap(name, backbone)

@@ -17,7 +17,7 @@ def results():
     holes = BASE.copy()
     holes[3] = np.nan
     return made_up(
-        objectives={"mine": "masking"}, mine=BASE - 5, **{"grad_cam & co": holes}, random=BASE + 9
+        objectives={"mine": "mask"}, mine=BASE - 5, **{"grad_cam & co": holes}, random=BASE + 9
     )
 
 

@@ -12,7 +12,7 @@ from xattn.backbone.scored import scored
 from xattn.heads import create_head
 
 READS_P = ("rise", "occlusion", "lime", "kernel_shap")  # all others read logits, or no class at all
-PER_CLASS = ("cam", "head", "gates")
+PER_CLASS = ("cam", "head", "gates", "token_path")
 K = 3
 
 

@@ -202,7 +202,7 @@ def test_token_maps_are_what_the_models_own_attention_carries(options):
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_prefixes_are_the_tokens_that_attention_reads_beside_its_taps(registers):
-    backbone = vit(["norm1.1", "block.2", "norm1.3"], reg_tokens=registers)
+    backbone = vit(["norm1.1", "stage.2", "norm1.3"], reg_tokens=registers)
     taps, seen = attention_of(backbone, rand(2, 3, 12, 20))
     assert taps.prefixes[1] is None and len(taps.prefixes) == 3
     for place, block in ((0, 1), (2, 3)):
@@ -214,12 +214,14 @@ def test_prefixes_are_the_tokens_that_attention_reads_beside_its_taps(registers)
     )
 
 
-@pytest.mark.parametrize("taps", [["block.2", "block.3"], ["norm1.3", "head"]])
-def test_prefixes_are_there_beside_norm1_taps_alone(taps):
+@pytest.mark.parametrize(
+    "taps", [["stage.2", "stage.3"], ["norm1.3", "head"], ["block.2", "stage.3"]]
+)
+def test_prefixes_are_there_beside_taps_of_blocks_alone(taps):
     with torch.no_grad():
         found = vit(taps)(rand(1, 3, 12, 20)).prefixes
         none = vit(taps, class_token=False, global_pool="avg")(rand(1, 3, 12, 20)).prefixes
-    assert [p is not None for p in found] == ([True, False] if "norm1.3" in taps else [])
+    assert [p is not None for p in found] == ([] if "stage.2" in taps else [True, False])
     assert none == ()
 
 

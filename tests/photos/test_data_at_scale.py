@@ -26,8 +26,9 @@ from xattn.eval import evaluate
 from xattn.heads import create_head
 from xattn.photos import shards as shards_module
 from xattn.photos.sources import open_photos
-from xattn.training import fit, objective
+from xattn.training import fit
 from xattn.training.data import epoch_batches, steps_per_epoch
+from xattn.training.objectives.mask import Mask
 
 COUNT = 14
 
@@ -379,15 +380,15 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, step):
-    calls = []
+    calls, on_photos = [], Mask.on_photos
 
     def killing(*args, **kwargs):
         calls.append(1)
         if len(calls) == step:
             raise Killed
-        return objective(*args, **kwargs)
+        return on_photos(*args, **kwargs)
 
-    monkeypatch.setattr("xattn.training.fitting.objective", killing)
+    monkeypatch.setattr(Mask, "on_photos", killing)
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfds saved"])

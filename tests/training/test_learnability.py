@@ -10,7 +10,8 @@ from xattn.config import TrainConfig
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
 from xattn.heads import create_head
-from xattn.training import objective
+from xattn.training.objectives.base import Step
+from xattn.training.objectives.mask import Mask
 
 SIDE, PATCH, CLASSES = 32, 10, 4
 
@@ -76,9 +77,9 @@ def test_a_trained_head_finds_the_patch_and_beats_the_centre(backbone):
     head.train()
     for step in range(250):
         chosen = torch.arange(step * 32, step * 32 + 32) % 512
-        terms = objective(head, backbone, images[chosen], config)
+        terms = Mask().on_photos(Step(head, backbone, images[chosen], config))
         optimizer.zero_grad()
-        terms.loss.backward()
+        terms["loss"].backward()
         optimizer.step()
     head.eval()
     images, labels, inside = scenes(64, seed=3)

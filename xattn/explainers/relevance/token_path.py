@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.backbone.taps import parse_tap
-from xattn.explainers.base import Choose, Explainer, preserve_state, register_explainer
+from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
 from xattn.heads.evidence import SMALLEST
 from xattn.kernels.softmax.reference import widen
@@ -166,13 +166,12 @@ class _Read(NamedTuple):
 
 
 class TokenPath(Frozen):
-    """``paths(taps, index, task) -> TokenMaps`` of the blocks after each ``block`` tap of ``backbone`` but
-    the last, which has the class token that is classified.
+    """``paths(taps, index, task) -> TokenMaps`` of all blocks but the first; ``taps`` are those of
+    :func:`block_taps`.
 
     Raises:
-        UnknownReading: the network does not classify one class token by one linear layer, its blocks are
-        not
-            timm's with plain attention and GELU, or it is not tapped at its last blocks.
+        UnknownReading: the network does not classify one class token by one linear layer, or its blocks are
+            not timm's with plain attention and GELU.
     """
 
     weight: Tensor
@@ -180,18 +179,18 @@ class TokenPath(Frozen):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        model, first = self._model(backbone)
+        model = self._model(backbone)
         self.prefix = backbone.prefix_tokens
         weight = backbone.classifier_weight
         assert weight is not None
         self.keep("weight", weight)
         self.keep("rows", before_norms(weight, model.norm))
         self.norm = Norm(model.norm)
-        self.blocks = nn.ModuleList(TokenBlock(b) for b in list(model.blocks)[first + 1 :])
+        self.blocks = nn.ModuleList(TokenBlock(b) for b in list(model.blocks)[1:])
 
     @staticmethod
-    def _model(backbone: Backbone) -> tuple[Any, int]:
-        """The ViT, and the number of its first tapped block."""
+    def _model(backbone: Backbone) -> Any:
+        """The ViT, if its class token can be followed."""
         model: Any = backbone.model
         if not backbone.is_vit or not backbone.prefix_tokens:
             raise UnknownReading("it has no class token")
@@ -201,16 +200,9 @@ class TokenPath(Frozen):
             raise UnknownReading("it classifies two tokens")
         if backbone.conversion:
             raise UnknownReading("its attention is not the softmax that it was built with")
-        parsed = [parse_tap(tap) for tap in backbone.taps]
-        first = parsed[0][1]
-        if len(parsed) < 2 or parsed != [("block", i, False) for i in range(first, backbone.depth)]:
-            raise UnknownReading(
-                f"its taps are {', '.join(backbone.taps)}, not its last blocks; load it with --taps "
-                f"{' '.join(block_taps(backbone))}"
-            )
         norms = (model.norm, *(n for b in model.blocks for n in (b.norm1, b.norm2)))
         fc_norm = getattr(model, "fc_norm", None)
-        for block in list(model.blocks)[first + 1 :]:
+        for block in list(model.blocks)[1:]:
             mlp: Any = getattr(block, "mlp", None)
             plain = type(block) is Block and is_plain(block.attn) and type(mlp) is Mlp
             exact = plain and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
@@ -220,7 +212,7 @@ class TokenPath(Frozen):
             fc_norm, nn.Identity | None
         ):
             raise UnknownReading("it has norms that are not LayerNorm")
-        return model, first
+        return model
 
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> TokenMaps:
         """Of the classes ``index`` (B, M), or of all."""
@@ -295,14 +287,17 @@ class TokenPathExplainer(Explainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            with preserve_state(self.backbone.model):
-                self.tapped = self.backbone.with_taps(block_taps(self.backbone))
-            self.paths = TokenPath(self.tapped)
-        except (UnknownReading, ValueError) as error:
+            self.paths = TokenPath(self.backbone)
+        except UnknownReading as error:
             raise ValueError(
                 f"explainer: token_path follows the class token of a ViT, and {self.backbone.name} does "
                 f"not let it ({error}); choose another one, such as 'gradcam'"
             ) from None
+
+    @cached_property
+    def tapped(self) -> Backbone:
+        """The network, tapped at all blocks; made while no other thread runs it, as that sets modes."""
+        return self.backbone.with_taps(block_taps(self.backbone))
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
