@@ -36,12 +36,10 @@ class Column(NamedTuple):
 class Reads(NamedTuple):
     """What a metric reads of a map or a photo, to compare with what a head's training read.
 
-    Attributes:
-        score: ``"class"``, the class's score of a photo of which parts are hidden, or ``"area"``, how much
-            the map covers.
-        masks: what hides the parts: ``"the map"``, ``"thresholds of the map"``, ``"squares"`` or
-            ``"superpixels"``.
-        fill: what stands there, unless an option of the metric says it.
+    ``score`` is ``"class"``, the class's score of a photo of which parts are hidden, or ``"area"``, how
+    much the map covers. ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the map"``,
+    ``"squares"`` or ``"superpixels"``. ``fill`` is what stands there, unless an option of the metric says
+    it.
     """
 
     score: str
