@@ -461,7 +461,7 @@ def _case(
     return case
 
 
-# (role, half precision, D or Dv above 64): rows, columns, warps and stages that no target spills.
+# (role, half precision, D or Dv above 64): rows, columns, warps and stages that spill least.
 _TILES = {
     ("forward", True, False): (64, 64, 4, 3),
     ("forward", True, True): (64, 32, 4, 3),

@@ -290,7 +290,7 @@ def _case(kernel: Any, name: str, width: int, block: int, s: int, biased: bool) 
     )  # fmt: skip
 
 
-# (role, half precision, padded width above 64): rows, warps and stages that no target spills.
+# (role, half precision, padded width above 64): rows, warps and stages that spill least.
 _TILES = {
     ("forward", True, False): (64, 4, 3),
     ("forward", True, True): (64, 8, 2),

@@ -72,7 +72,7 @@ def test_paths_are_the_derivatives_by_the_attention_along_the_tokens_own_way(bac
     ]
     odds, logits = of_the_token(backbone, taps, scales, task)
     torch.testing.assert_close(logits, taps.logits)
-    found = TokenPath(backbone)(taps, INDEX, task)
+    found = TokenPath(backbone)(taps, INDEX, task, rows=3)
     assert found.path.shape == found.row.shape == (2, 2, 3, 3, 4, 4)
     for m in range(2):
         total = odds[torch.arange(2), INDEX[:, m]].sum()
@@ -128,7 +128,7 @@ def test_paths_of_the_last_two_blocks_are_those_of_the_whole_network(backbone):
 
 def test_rows_are_the_class_maps_of_cam(backbone):
     with torch.no_grad():
-        rows = TokenPath(backbone)(backbone(IMAGES), INDEX, "multiclass").row
+        rows = TokenPath(backbone)(backbone(IMAGES), INDEX, "multiclass", rows=3).row
         tapped = backbone.with_taps([f"norm1.{i}" for i in range(1, 4)])
         cam = class_reading(tapped).own(tapped(IMAGES), INDEX)
     torch.testing.assert_close(rows.sum((2, 3)), cam)

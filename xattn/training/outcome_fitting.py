@@ -330,8 +330,7 @@ class OutcomeBatches:
 
 class OutcomesJob:
     """An objective that reads a ``table``, whose row i is number ``numbers[i]`` of ``photos``; ``terms``
-    makes
-    the loss of a batch (:meth:`Objective.on_table`)."""
+    make the loss of a batch (:meth:`Objective.on_table`)."""
 
     def __init__(
         self,

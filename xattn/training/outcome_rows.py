@@ -34,6 +34,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
 from xattn.backbone.dropped import check_drops, logits_of_patches
+from xattn.config import Fill
 from xattn.heads import Head
 from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.names import counted
@@ -41,7 +42,6 @@ from xattn.runtime.option_checks import Count, Where, Whole, check_fields
 
 CELLS = 28
 Kind = Literal["squares32", "squares16", "blobs", "evidence", "superpixels", "cells"]
-Fill = Literal["black", "blur", "mean", "drop"]
 Sizes = Literal["even", "shapley", "curve", "half", "walk", "greedy"]
 KINDS: tuple[Kind, ...] = ("squares32", "squares16", "blobs", "evidence")
 FILLS: tuple[Fill, ...] = ("black", "blur", "mean")
@@ -216,14 +216,13 @@ class _Masks:
         field = field.repeat_interleave(side, 0).repeat_interleave(side, 1)
         top, left = self.rng.randrange(side), self.rng.randrange(side)
         field = field[top : top + CELLS, left : left + CELLS]
-        if self.sizes == "even":
-            return (field < level).float()
         kept = (field < level).float()
-        # So few or so many squares that none or all are inside are moved to the nearest that are not.
-        return kept if 0 < kept.sum() < kept.numel() else _above(-field, level)
+        mixed = 0 < kept.sum() < kept.numel()
+        # Of other sizes an empty or full mask is common, so it keeps the share to the nearest cell.
+        return kept if mixed or self.sizes == "even" else _above(-field, level)
 
     def _any_cells(self, level: float) -> Tensor:
-        """Cells as they come, each set of as many alike; of "walk" the first ones of one order."""
+        """Any cells, each set of that size equally likely; of "walk" the first ones of one order."""
         if self.order is None or self.sizes != "walk":
             self.order = torch.randperm(self.players, generator=self.draw, device="cpu")
         mask = torch.zeros(self.players, device="cpu")
@@ -309,8 +308,7 @@ class MaskSettings:
             pure functions of (seed, crop, index).
         masks: of every crop, half of them the complements of the others.
         kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` leaves patches of a ViT out of its
-        sequence,
-            with kinds of its own.
+            sequence, with kinds of its own.
         seed: masks are a pure function of (seed, crop, index).
         precision: ``"bf16"`` computes the passes in mixed precision.
         sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` has the beginnings of a random
@@ -362,9 +360,8 @@ class MaskSettings:
 def row_layout(
     settings: MaskSettings, grid: tuple[int, int], classes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of the tensors of a row: ``cells``, ``logits`` with those of the clean image first
-    and, if it is asked for, the empty one last, and of a network with more than :data:`MANY` classes
-    ``classes``
+    """Shape and type of the tensors of a row: ``cells``; ``logits``, those of the clean image first and of
+    the empty one last, if that is asked for; of a network with more than :data:`MANY` classes ``classes``
     and ``rest``."""
     many, images = classes > MANY, 1 + settings.masks + settings.empty
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -462,8 +459,7 @@ class RowMaker:
 
     def _answers(self, image: Tensor, taps: Taps, seed: str) -> tuple[Tensor, Tensor]:
         """Cells (P, g, g) uint8 of the masks, and logits (2 P, K) of the photo under them, then of the
-        empty
-        one if it is asked for."""
+        empty photo if that is asked for."""
         asked, kinds = self.settings, self.settings.kinds_of_masks
         pairs, guess = asked.masks // 2, self._guess(taps)
         if asked.sizes == "greedy":
@@ -495,9 +491,8 @@ class RowMaker:
         return torch.stack([found[i] for i in range(len(kept))])
 
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`_answers`, of the beginnings of the order in which cells add most to the log-odds of
-        the
-        class ``target`` (1, 1)."""
+        """As :meth:`_answers`, for the order in which each next cell adds most to the log-odds of the class
+        ``target`` (1, 1)."""
         players = self.grid[0] * self.grid[1]
         order: list[int] = []
         while len(order) < players - 1:

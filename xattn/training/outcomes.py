@@ -57,7 +57,7 @@ class OutcomeBatch:
     ``masks`` (B, N, g, g), the share kept of each cell; ``logits`` (B, 1 + N, T), those of the clean
     image first; ``classes`` (B, T) says whose they are, from the most probable on, and ``rest`` (B, 1 + N)
     is the log-sum-exp of all others, both None where all ``num_classes`` have logits. Where the empty photo
-    is ``known``, its logits (and rest) come last, (B, 2 + N). ``sizes`` says how much masks keep.
+    is ``known``, its logits (and rest) come last, (B, 2 + N).
     """
 
     masks: Tensor
@@ -67,7 +67,6 @@ class OutcomeBatch:
     task: str
     num_classes: int
     names: tuple[str, ...]
-    sizes: str = "even"
     known: bool = False
 
     def __len__(self) -> int:
@@ -242,7 +241,6 @@ class Outcomes:
             task=self.task,
             num_classes=self.num_classes,
             names=tuple(self.names[i] for i in photos.tolist()),
-            sizes=str(self.key["sizes"]),
             known=bool(self.key["empty"]),
         )
 

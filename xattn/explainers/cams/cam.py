@@ -10,34 +10,48 @@ their maps says :mod:`~xattn.heads.class_reading`. Negative evidence stays: no R
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
-from xattn.backbone import Taps
+from xattn.backbone import Backbone, Taps
 from xattn.explainers.base import Choose, Explainer, register_explainer
 from xattn.heads.class_reading import class_reading
 
 
-@register_explainer("cam", title="CAM")
-class Cam(Explainer):
-    """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
+class TapsExplainer(Explainer):
+    """Base of explainers that read the maps of any classes from the taps of one pass."""
 
     per_class = True
+
+    @property
+    def tapped(self) -> Backbone:
+        """The network, with the taps that are read."""
+        return self.backbone
+
+    @abstractmethod
+    def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
+        """Classes (b, M) -> (b, M, h, w)."""
+
+    @torch.no_grad()
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._maps(self.tapped(images), target[:, None])
+
+    @torch.no_grad()
+    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
+        taps = self.tapped(images)
+        classes = self._chosen(choose, taps.logits)
+        return taps.logits, classes, self._maps(taps, classes)
+
+
+@register_explainer("cam", title="CAM")
+class Cam(TapsExplainer):
+    """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.reading = class_reading(self.backbone, "explainer: cam")
 
-    @torch.no_grad()
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(self.backbone(images), target[:, None])
-
-    @torch.no_grad()
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        taps = self.backbone(images)
-        classes = self._chosen(choose, taps.logits)
-        return taps.logits, classes, self._maps(taps, classes)
-
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
-        """Classes (b, M) -> (b, M, h, w)."""
         return self.reading.to(taps.logits.device).own(taps, classes)

@@ -12,8 +12,7 @@ maps of :mod:`~xattn.heads.class_reading` have. The first block is left out.
 
 No key or value of all patches is projected again: products with patches are taken once for each head.
 
-The explainer shows the sum of all paths, and with ``cam`` the class's CAM of the last three blocks beside
-it,
+The explainer shows the sum of all paths, and with ``cam`` the class's CAM of the last three blocks too,
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
 """
@@ -32,18 +31,18 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.explainers.base import Choose, Explainer, register_explainer
+from xattn.explainers.base import register_explainer
+from xattn.explainers.cams.cam import TapsExplainer
 from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
 from xattn.heads.evidence import SMALLEST
 from xattn.kernels.softmax.reference import widen
 
 
 class TokenMaps(NamedTuple):
-    """``path`` and ``row`` (B, M, L, H, h, w) of M classes, ``attention`` (B, L, H, h, w)."""
+    """``path`` (B, M, L, H, h, w) of M classes in L blocks, ``row`` (B, M, R, H, h, w) in the last R."""
 
     path: Tensor
-    row: Tensor
-    attention: Tensor
+    row: Tensor | None
 
 
 class Frozen(nn.Module):
@@ -81,9 +80,8 @@ class Norm(Frozen):
 
 
 class TokenBlock(Frozen):
-    """The class token's way through one block; ``x`` are the block's inputs, (B, C, N) of the patches and
-    (B, P,
-    C) of the prefix tokens, the class token first."""
+    """The class token's way through one block, whose inputs are the patches (B, C, N) and the prefix tokens
+    (B, P, C), the class token first."""
 
     q: Tensor  # (H, D, C), as k and v
     k: Tensor
@@ -130,10 +128,9 @@ class TokenBlock(Frozen):
         token = token + torch.einsum("bhd,chd->bc", values, self.out.to(x)) + self.out_bias.to(x)
         return _Read(x, q, weights, token)
 
-    def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What each token adds by ``g`` (B, M, C), the derivative by the block's output: (B, M, H, P + N);
-        the
-        derivative by the class token after the attention, and by the one before the block (``token``)."""
+    def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``g`` (B, M, C), the derivative by the block's output: what each token adds (B, M, H, P + N)
+        and the derivative by the class token before the block (``token``)."""
         x, q, weights = read.x, read.q, read.weights
         inner = F.linear(self.norm2(read.token), self.up.to(x), self.up_bias.to(x))
         slope = 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
@@ -147,12 +144,11 @@ class TokenBlock(Frozen):
         by_own = torch.einsum("bmhd,hdc->bmc", by_query, self.q.to(x))
         by_own = by_own + torch.einsum("bmh,bhd,hdc->bmc", change[..., 0], q, self.k.to(x))
         by_own = by_own + torch.einsum("bh,bmhd,hdc->bmc", weights[..., 0], along, self.v.to(x))
-        return added, after, after + self.norm1.back(by_own, token)
+        return added, after + self.norm1.back(by_own, token)
 
     def added(self, g: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
-        """``g`` (B, M, C) by each head's projections (B, M, H, D), and what each token adds to the product
-        of the
-        class token after the attention with g, biases left out: (B, M, H, P + N)."""
+        """``g`` (B, M, C) by each head's projection (B, M, H, D), and what each token adds to the product
+        of g with the class token after the attention, biases left out: (B, M, H, P + N)."""
         along = torch.einsum("bmc,chd->bmhd", g, self.out.to(g))
         rows = torch.einsum("bmhd,hdc->bmhc", along, self.v.to(g))
         return along, torch.einsum("bmhc,bnc->bmhn", rows, read.x) * read.weights[:, None]
@@ -214,8 +210,8 @@ class TokenPath(Frozen):
             raise UnknownReading("it has norms that are not LayerNorm")
         return model
 
-    def forward(self, taps: Taps, index: Tensor | None, task: str) -> TokenMaps:
-        """Of the classes ``index`` (B, M), or of all."""
+    def forward(self, taps: Taps, index: Tensor | None, task: str, rows: int = 0) -> TokenMaps:
+        """Of the classes ``index`` (B, M), or of all; with the rows of the last ``rows`` blocks."""
         grid = taps.maps[0].shape[2:]
         prefixes = [p for p in taps.prefixes if p is not None]
         if len(prefixes) != len(taps.maps):
@@ -224,32 +220,38 @@ class TokenPath(Frozen):
             )
         inputs = [(m.flatten(2), p) for m, p in zip(taps.maps[:-1], prefixes, strict=False)]
         reads = [b.read(*x) for b, x in zip(self.blocks, inputs, strict=True)]  # type: ignore[operator]
-        weight, rows = self.weight.to(taps.logits), self.rows.to(taps.logits)
-        own = rows[index] if index is not None else rows.expand(len(taps.logits), -1, -1)
+        weight = self.weight.to(taps.logits)
         g = self.norm.back(self._start(weight, taps, index, task), prefixes[-1][:, 0])
         paths: list[Tensor] = []
         for block, read, (_, prefix) in zip(
             reversed(self.blocks), reversed(reads), reversed(inputs), strict=True
         ):
-            added, _, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
+            added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
             paths.insert(0, added)
-        row = [b.added(own, read)[1] for b, read in zip(self.blocks, reads, strict=True)]  # type: ignore[operator]
-        path, row = (
-            torch.stack(v, 2)[..., self.prefix :].unflatten(-1, grid) for v in (paths, row)
-        )
-        attention = torch.stack([read.weights for read in reads], 1)[..., self.prefix :]
-        return TokenMaps(path, row, attention.unflatten(-1, grid))
+
+        def on_grid(added: list[Tensor]) -> Tensor:
+            return torch.stack(added, 2)[..., self.prefix :].unflatten(-1, grid)
+
+        if not rows:
+            return TokenMaps(on_grid(paths), None)
+        own = of_classes(self.rows.to(taps.logits), index, len(taps.logits))
+        last = zip(self.blocks[-rows:], reads[-rows:], strict=True)  # type: ignore[arg-type]
+        return TokenMaps(on_grid(paths), on_grid([b.added(own, read)[1] for b, read in last]))
 
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
         """The derivative (B, M, C) of the log-odds by the final class token: w_k less the mean of the other
         rows, weighted by their probabilities; w_k of a multi-label network."""
-        batch = len(taps.logits)
-        own = weight[index] if index is not None else weight.expand(batch, -1, -1)
+        own = of_classes(weight, index, len(taps.logits))
         if task == "multilabel":
             return own
         weights = ClassWeights.of(taps.logits, task)
         mean, rest = ((w @ weight)[:, None, :, None] for w in (weights.p, weights.rest))
         return own - weights.others(own[..., None], mean, rest, index)[..., 0]
+
+
+def of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
+    """The rows of ``weight`` (K, C) of the classes ``index`` (B, M), or of all, (B, M, C)."""
+    return weight.expand(batch, -1, -1) if index is None else weight[index]
 
 
 def block_taps(backbone: Backbone) -> list[str]:
@@ -270,7 +272,7 @@ def by_deviation(maps: Tensor) -> Tensor:
 
 @register_explainer("token_path", title="Token path", networks=("vit",), cases=({}, {"cam": False}))
 @dataclass(kw_only=True, eq=False, repr=False)
-class TokenPathExplainer(Explainer):
+class TokenPathExplainer(TapsExplainer):
     """The class token's path, for timm's ViTs that classify a class token.
 
     Args:
@@ -279,8 +281,6 @@ class TokenPathExplainer(Explainer):
     Raises:
         ValueError: another network.
     """
-
-    per_class = True
 
     cam: bool = True
 
@@ -299,18 +299,8 @@ class TokenPathExplainer(Explainer):
         """The network, tapped at all blocks; made while no other thread runs it, as that sets modes."""
         return self.backbone.with_taps(block_taps(self.backbone))
 
-    @torch.no_grad()
-    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._maps(self.tapped(images), target[:, None])
-
-    @torch.no_grad()
-    def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        taps = self.tapped(images)
-        classes = self._chosen(choose, taps.logits)
-        return taps.logits, classes, self._maps(taps, classes)
-
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
-        """Classes (b, M) -> (b, M, h, w)."""
-        maps = self.paths.to(taps.logits.device)(taps, classes, self.backbone.task)
-        path = by_deviation(maps.path.sum((2, 3)))
-        return path + by_deviation(maps.row[:, :, -LAST:].sum((2, 3))) if self.cam else path
+        paths, rows = self.paths.to(taps.logits.device), LAST if self.cam else 0
+        path, row = paths(taps, classes, self.backbone.task, rows)
+        path = by_deviation(path.sum((2, 3)))
+        return path if row is None else path + by_deviation(row.sum((2, 3)))

@@ -1,10 +1,10 @@
 """Objectives: what an explanation head is trained for, by name.
 
-    xattn train PHOTOS --objective shapley --objective-options link=log_odds
+    xattn train PHOTOS --objective shapley:link=log_odds
 
 An objective reads one of two things. A *table* of outcomes has what the network answers for masked photos
 (:mod:`xattn.training.outcomes`), so a step costs no pass; *photos* go through the frozen network in each
-step. Any head with class maps can be trained by any objective.
+step. Any explanation head can be trained by any objective.
 
     @register_objective("mine")
     class Mine(Objective):
@@ -72,9 +72,8 @@ class Part:
 @dataclass(frozen=True)
 class Step:
     """A step on photos: ``images`` (B, 3, H, W) in [0, 1]; ``part`` places them in a batch that several
-    processes share, by default the whole one, ``progress`` is the share of the steps that are done,
-    ``seed``
-    names the draws."""
+    processes share, by default the whole one; ``progress`` is the share of the steps that are done;
+    ``seed`` names the draws."""
 
     head: Any
     backbone: Backbone
@@ -163,7 +162,6 @@ OBJECTIVES: Registry[Objective, ObjectiveEntry] = Registry(
     homes=("xattn.training.objectives",),
     argument="objective",
     noun="objective",
-    options_argument="objective_options",
     adopt=adopting(Objective, register_objective),
     mark=with_checked_name,
 )

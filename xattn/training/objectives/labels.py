@@ -44,9 +44,9 @@ def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
 
 
 def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-    """What each cell adds (B, M, d) along an order of all d cells, whose beginnings of 1 to d - 1 cells are
-    the
-    first masks (B, 2 (d - 1), d), and along the opposite order, their complements; the mean of both."""
+    """What each cell adds (B, M, d) along an order of all d cells and along the opposite one; the mean of
+    both. The first half of ``masks`` (B, 2 (d - 1), d) are the order's beginnings of 1 to d - 1 cells, the
+    second half their complements."""
     half = masks.shape[1] // 2
     there = torch.cat([nobody[..., None], values[..., :half], everyone[..., None]], -1)
     back = torch.cat([everyone[..., None], values[..., half:], nobody[..., None]], -1)
