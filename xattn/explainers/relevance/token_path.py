@@ -236,7 +236,8 @@ class TokenPath(Frozen):
             return TokenMaps(on_grid(paths), None)
         own = of_classes(self.rows.to(taps.logits), index, len(taps.logits))
         last = zip(self.blocks[-rows:], reads[-rows:], strict=True)  # type: ignore[arg-type]
-        return TokenMaps(on_grid(paths), on_grid([b.added(own, read)[1] for b, read in last]))
+        added = [block.added(own, read)[1] for block, read in last]  # type: ignore[operator]
+        return TokenMaps(on_grid(paths), on_grid(added))
 
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
         """The derivative (B, M, C) of the log-odds by the final class token: w_k less the mean of the other
