@@ -50,7 +50,9 @@ def check_numbers(x: Tensor, count: int, name: str) -> None:
         )
 
 
-def transpose_index(index: Tensor, blocks: int, pack: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def transpose_index(
+    index: Tensor, blocks: int, pack: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """For each group of ``pack`` neighbouring key blocks the query blocks that read it, in ascending order.
 
     Args:
@@ -61,32 +63,32 @@ def transpose_index(index: Tensor, blocks: int, pack: int = 1) -> tuple[Tensor, 
     Returns:
         pointer (B, H, M + 1) and queries (B, H, Mq * s), both int32: group m is read by
         ``queries[..., pointer[m] : pointer[m + 1]]``. Bit j of the third tensor, int64 (B, H, Mq * s), says
-        whether that query block reads block j of the group. Entries after the last pointer are undefined.
+        whether that query block reads block j of the group; None for groups of one. Entries after the last
+        pointer are undefined.
     """
-    batch, heads, rows, s = index.shape
-    groups = -(-blocks // pack)
-    entries = index.reshape(batch * heads, rows * s).long()
+    (batch, heads, rows, s), groups = index.shape, -(-blocks // pack)
+    entries = index.reshape(batch, heads, rows * s).long()
     group = torch.where(entries < 0, groups, entries.div(pack, rounding_mode="floor"))
     row = torch.arange(rows, device=index.device).repeat_interleave(s)
     # Sorted by (group, query block), so the entries of a pair are adjacent.
     pair, order = torch.sort(group * rows + row, dim=-1, stable=True)
-    change = pair[:, 1:] != pair[:, :-1]
-    first, last = F.pad(change, (1, 0), value=True), F.pad(change, (0, 1), value=True)
-    place = first.cumsum(-1) - 1  # of each entry's pair in the list of pairs
-    place = torch.where(last, place, rows * s)  # only one entry writes each pair
-
-    def compact(values: Tensor) -> Tensor:
-        out = values.new_zeros(batch * heads, rows * s + 1)
-        return out.scatter_(-1, place, values)[:, :-1].reshape(batch, heads, rows * s)
-
-    # Distinct bits add up to the set; the cumulative sum may wrap around, its differences are right.
-    bits = compact(
-        (torch.ones_like(entries) << entries.clamp(min=0) % pack).gather(-1, order).cumsum(-1)
-    )
-    bits = bits - F.pad(bits, (1, -1))
     # Searching the sorted pairs counts like bincount, but without a transfer from the device.
     edges = torch.arange(groups + 1, device=index.device) * rows
-    below = torch.searchsorted(pair, edges.expand(batch * heads, -1).contiguous())
-    pairs = F.pad(first.cumsum(-1), (1, 0))
-    pointer = pairs.gather(-1, below).view(batch, heads, groups + 1)
+    below = torch.searchsorted(pair, edges.expand(batch, heads, -1).contiguous())
+    if pack == 1:  # each pair is there once
+        return below.int(), (pair % rows).int(), None
+    change = pair[..., 1:] != pair[..., :-1]
+    first, last = F.pad(change, (1, 0), value=True), F.pad(change, (0, 1), value=True)
+    pairs = first.cumsum(-1)
+    place = torch.where(last, pairs - 1, rows * s)  # only one entry writes each pair
+
+    def compact(values: Tensor) -> Tensor:
+        out = values.new_zeros(batch, heads, rows * s + 1)
+        return out.scatter_(-1, place, values)[..., :-1]
+
+    # Distinct bits add up to the set; the cumulative sum may wrap around, its differences are right.
+    bits = torch.ones_like(entries) << entries.clamp(min=0) % pack
+    bits = compact(bits.gather(-1, order).cumsum(-1))
+    bits = bits - F.pad(bits, (1, -1))
+    pointer = F.pad(pairs, (1, 0)).gather(-1, below)
     return pointer.int(), compact(pair % rows).int(), bits

@@ -341,9 +341,9 @@ def backward(
     sums = {name: parts.places(x, span) for name, x in found.items()}
     grid = (parts.unit.numel() * triton.cdiv(span, tile["COLUMNS"]),)
     dkv_kernel[grid](
-        g, q, k, v, pointer, queries, bits, parts.unit, parts.first, bias, *more, lse, d, sums["k"],
-        sums["v"], sums.get("bias", d), *list_steps(index), *steps(bias), heads, n, s,
-        pointer.shape[2] - 1, queries.shape[2], parts.unit.shape[1], parts.length, p.scale,
+        g, q, k, v, pointer, queries, queries if bits is None else bits, parts.unit, parts.first, bias,
+        *more, lse, d, sums["k"], sums["v"], sums.get("bias", d), *list_steps(index), *steps(bias),
+        heads, n, s, pointer.shape[2] - 1, queries.shape[2], parts.unit.shape[1], parts.length, p.scale,
         **constants, **tile, PACK=pack, WRITE=write,
     )  # fmt: skip
     parts.add(sums, found, span)
