@@ -4,55 +4,90 @@
 
 A row is an explainer or a head by name, with options. Of a head those of :class:`~xattn.config.TrainConfig`
 train it, ``photos`` limits the photos that it is trained on, ``passes`` and ``maps`` say how it is shown,
-and all others are its own.
+and all others are its own. Controls: ``network=random`` makes the map of a network with random weights;
+of a head ``trained=false`` leaves it as training begins, and ``labels=outcomes`` or ``labels=classes``
+trains it on those of another photo (:mod:`~xattn.eval.studies.random_labels`).
 ``LABEL=NAME:option=value`` gives it a label. ``PHOTOS`` has one folder a class; each fold's photos are
 scored by a head trained on the other classes, or the photos of ``--held-out`` by a head trained on all.
-A row that is finished is read, a killed one goes on, and a new row needs none of the others again.
+A row that is finished is read, a killed one goes on, and a new row needs none of the others again. The
+tables have all rows that are finished in ``--output``, on as many photos as each was scored on.
+
+What training costs is counted in passes of the network: a pass with gradients counts 3, one with n of N
+patches (1 + n) / (1 + N). The price of a table of outcomes stands before that of the steps.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 import tyro
 
 from xattn.attention.model.spec import parse_mechanism
 from xattn.backbone import Backbone
 from xattn.config import TrainConfig
+from xattn.eval import bootstrap
 from xattn.eval.evaluation.engine import evaluate
-from xattn.eval.evaluation.results import Difference, Results
+from xattn.eval.evaluation.results import Difference, MethodResult, Results
 from xattn.eval.evaluation.split import Split
 from xattn.eval.metrics.base import Column, PerturbationMetric
+from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.protocol import Protocol
 from xattn.eval.report.results_files import read_json, write_json
-from xattn.eval.report.text_tables import format_table
+from xattn.eval.report.text_tables import protocol_notes
+from xattn.eval.sanity import randomized_explainer
 from xattn.eval.studies.class_folds import class_folds, merge
-from xattn.eval.studies.kept import kept_record
+from xattn.eval.studies.kept import AGAIN, kept_record
+from xattn.eval.studies.random_labels import Labels, RandomOutcomes
 from xattn.eval.studies.study_backbone import study_backbone
 from xattn.explainers import Explainer, create_explainer
 from xattn.heads import Head, list_heads
 from xattn.heads.base import seeded_head
 from xattn.photos.images import list_images
+from xattn.runtime import strict_json
+from xattn.runtime.files import write_json as write_record
 from xattn.runtime.files import write_text
+from xattn.runtime.tables import markdown
 from xattn.training import fit
+from xattn.training.fitting import CALIBRATED
 from xattn.training.objectives.base import objective_for, table_settings
+from xattn.training.outcome_rows import DROP, MaskSettings, RowMaker
 from xattn.training.outcomes import Outcomes, cache_outcomes
 from xattn.training.run_folder import RUN_FILE
 
 METRICS = ("masking", "insertion-deletion", "road", "irof", "pixel-flipping")
+SHOWN_COLUMNS = (
+    ("deletion", "insertion", "ROAD", "IROF", "AOPC"),
+    ("AD@50", "IC@50", "ADD@50"),
+)
+"""Of the tables; p values of the first one's differences are corrected together."""
 TRAINING = {setting.name for setting in fields(TrainConfig)}
 SHOWN = ("passes", "maps")  # options of the head as an explainer
+CONTROLS: Any = {"network": ["random"], "trained": [False], "labels": get_args(Labels)}
+"""Their values; of an explainer without a head the first alone."""
+WITH_GRADIENTS = 3  # passes that one with gradients counts
+STEP_PASSES: Mapping[str, Callable[[Any], int]] = {
+    "mask": lambda objective: 1 + WITH_GRADIENTS,
+    "select": lambda objective: 1 + objective.draws,
+    "rank": lambda objective: 1 + 2 * objective.steps * WITH_GRADIENTS,
+}
+"""Of a photo in a step of the objectives that read photos."""
+COST, DONE, SECONDS, HELD_OUT = "cost.json", "results.json", "seconds.json", "held-out"
+PASSES = "logits_normalized"  # the backbone's method that can be compiled
+Costs = Mapping[str, Sequence[Mapping[str, Any]]]  # of the training of rows by label, in each fold
 
 
 @dataclass(frozen=True)
 class Row:
     """One row: a head or an explainer, and its options; of a head also the settings of its training, how
-    many photos it is trained on, and how it is shown."""
+    many photos it is trained on, and how it is shown; and the controls."""
 
     label: str
     name: str
@@ -60,21 +95,33 @@ class Row:
     train: Mapping[str, Any] = field(default_factory=dict)
     photos: int | None = None
     shown: Mapping[str, Any] = field(default_factory=dict)
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Row:
         """``LABEL=NAME:option=value,...``; without a label the text is the label."""
         label, rest = labelled(text)
         name, options = parse_mechanism(rest)
+        controls = taken(options, CONTROLS if name in list_heads() else ("network",))
+        for control, value in controls.items():
+            if value not in CONTROLS[control]:
+                known = " or ".join(str(v).lower() for v in CONTROLS[control])
+                raise ValueError(f"{control}: got {value!r}; give {known}, or leave it out")
         if name not in list_heads():
-            return cls(label, name, options)
+            return cls(label, name, options, controls=controls)
         photos = options.pop("photos", None)
-        return cls(label, name, options, taken(options, TRAINING), photos, taken(options, SHOWN))
+        train, shown = taken(options, TRAINING), taken(options, SHOWN)
+        return cls(label, name, options, train, photos, shown, controls)
 
     @property
     def is_head(self) -> bool:
-        """Whether it is trained."""
+        """Whether it has a head."""
         return self.name in list_heads()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its head is trained."""
+        return self.is_head and self.controls.get("trained", True)
 
     def config(self, seed: int) -> TrainConfig:
         """The settings of training."""
@@ -86,13 +133,13 @@ class Row:
 
     def record(self, backbone: Backbone, seed: int) -> dict[str, Any]:
         """What the row's numbers depend on, beside the photos and the metrics."""
-        of_head: dict[str, Any] = {}
+        found = {"name": self.name, "options": dict(self.options), "seed": seed}
         if self.is_head:
-            config = asdict(self.config(seed))
+            config = {key: v for key, v in asdict(self.config(seed)).items() if v is not None}
             del config["workers"], config["checkpoint_every"]
             options = self.untrained(backbone, seed).options
-            of_head = {"config": config, "head": options, "photos": self.photos, **self.shown}
-        return {"name": self.name, "options": dict(self.options), "seed": seed, **of_head}
+            found |= {"config": config, "head": options, "photos": self.photos, **self.shown}
+        return found | ({"controls": dict(self.controls)} if self.controls else {})
 
 
 def labelled(text: str) -> tuple[str, str]:
@@ -123,26 +170,113 @@ def score_row(
     """Train the head of ``row`` on ``train``, if it is one, and score it on ``held_out``.
 
     ``table`` has the outcomes of all photos, for heads that are trained on them.
+
+    Raises:
+        LeakError: a photo to score, or another of its class, is among those of the training.
     """
     record = {**row.record(backbone, seed), "train": names(train)}
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
     split = Split(row.label)
 
     def make() -> Explainer:
-        if not row.is_head:
-            return create_explainer(row.name, backbone, **shared, **row.options)
-        head, run = row.untrained(backbone, seed), folder / "run"
-        photos = random.Random(seed).sample(list(train), row.photos or len(train))
-        fit(
-            head, backbone, split.fit(photos), row.config(seed), table=table,
-            output=run, resume=(run / RUN_FILE).is_file(), progress=progress,
-        )  # fmt: skip
-        return create_explainer("head", backbone, head, **shared, **row.shown)
+        name, options, head = row.name, row.options, None
+        if row.is_head:
+            name, options, head = "head", row.shown, row.untrained(backbone, seed)
+            if row.is_trained:
+                photos = random.Random(seed).sample(list(train), row.photos or len(train))
+                apart_by_class(split, photos, held_out)
+                given = table
+                if "labels" in row.controls:
+                    if table is None:
+                        raise ValueError(f"labels: {row.label} is trained on no table of outcomes")
+                    given = RandomOutcomes.of(table.subset(photos), row.controls["labels"], seed)
+                config = row.config(seed)
+                train_head(head, backbone, config, photos, split, folder, given, progress)
+            head.eval()
+        if "network" in row.controls:
+            plain = copy.copy(backbone)  # compiled passes are those of the network as it is
+            vars(plain).pop(PASSES, None)
+            return randomized_explainer(name, plain, head=head, **shared, **options)  # type: ignore[no-any-return]
+        return create_explainer(name, backbone, head, **shared, **options)
 
     return score_explainer(
         backbone, row.label, make, record, held_out, folder, split,
         metrics=metrics, precision=precision, max_forward_batch=max_forward_batch, progress=progress,
     )  # fmt: skip
+
+
+def apart_by_class(split: Split, fitted: Sequence[Path], scored: Sequence[Path]) -> None:
+    """A ``LeakError`` where the photos share a class, by their folders; a single folder is none."""
+    classes = {path.parent.name for path in fitted}
+    if len(classes) > 1:
+        by_class = split.fold()
+        by_class.study = f"{split.study}, by class,"
+        by_class.fit(sorted(classes))
+        by_class.score(sorted({path.parent.name for path in scored}))
+
+
+def train_head(
+    head: Head, backbone: Backbone, config: TrainConfig, photos: Sequence[Path], split: Split,
+    folder: Path, table: Outcomes | None, progress: bool,
+) -> None:  # fmt: skip
+    """Train ``head`` in ``folder``, as far as it is not yet, and keep there what that cost."""
+    run, kept, start = folder / "run", folder / COST, cpu_seconds()
+    resume = (run / RUN_FILE).is_file()
+    cost = strict_json.read(kept, "output", AGAIN) if resume else {"seconds": 0.0}
+
+    def keep(step: int, head: Head, **about: Any) -> None:
+        write_record(kept, {"seconds": cost["seconds"] + cpu_seconds() - start, **about})
+
+    fit(
+        head, backbone, split.fit(photos), config, table=table, output=run, resume=resume,
+        progress=progress, on_checkpoint=keep,
+    )  # fmt: skip
+    if "passes" not in cost:  # else a finished run was read
+        in_table = 0.0 if table is None else table_seconds(table, len(photos))
+        passes = passes_to_train(head, backbone, config, len(photos))
+        keep(0, head, **{"table seconds": in_table, **passes})
+
+
+# ---------------------------------------------------------------------- the price of training
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def passes_to_train(
+    head: Head, backbone: Backbone, config: TrainConfig, photos: int
+) -> dict[str, float | None]:
+    """Passes of the table and of the steps, ``passes``; None where an objective's are not known."""
+    objective = objective_for(config)
+    if objective.reads == "photos":
+        of_step = STEP_PASSES.get(objective.name)
+        statistics = min(CALIBRATED, photos) if head.reads_statistics else 0
+        passes = of_step and photos * config.epochs * of_step(objective) + statistics
+        return {"table passes": 0.0, "passes": passes}
+    asked = MaskSettings(**table_settings(objective, config, backbone))
+    maker, crops = RowMaker(backbone, asked), photos * config.crops
+    of_row: float = maker.passes
+    if DROP in asked.fills:
+        patches, masked = maker.grid[0] * maker.grid[1], asked.masks + asked.empty
+        # A mask and its complement keep all patches together, the empty photo none.
+        of_row += (masked + asked.masks * patches / 2) / (1 + patches) - masked
+    return {"table passes": crops * of_row, "passes": crops}  # one for what the head reads
+
+
+def table_seconds(table: Outcomes, photos: int) -> float | None:
+    """CPU seconds of so many photos of a table, None where they were not measured."""
+    file = table.folder / SECONDS
+    if not file.is_file():
+        return None
+    of_file = strict_json.read(file, "tables", AGAIN)["of a file"]
+    return float(of_file * files_of(table.folder) * photos / len(table))
+
+
+def files_of(table: Path) -> int:
+    """How many files of rows there are."""
+    return sum(1 for _ in table.glob("rows-*"))
 
 
 def score_explainer(
@@ -168,7 +302,7 @@ def score_explainer(
         "held_out": names(held_out),
         **({} if precision == "float32" else {"precision": precision}),
     }  # fmt: skip
-    done, kept = folder / "results.json", folder / "record.json"
+    done, kept = folder / DONE, folder / "record.json"
     folder.mkdir(parents=True, exist_ok=True)
     kept_record(kept, record)
     if done.is_file():
@@ -185,23 +319,28 @@ def score_explainer(
 
 
 def table_of(row: Row, backbone: Backbone, paths: Sequence[Path], folder: Path) -> Outcomes | None:
-    """The table of outcomes of ``paths`` with the settings of ``row``; None where it needs none."""
-    if not row.is_head:
+    """The table of outcomes of ``paths`` with the settings of ``row``; None where it needs none, or one of
+    its own, as of several crops."""
+    if not row.is_trained:
         return None
     config = row.config(0)
     objective = objective_for(config)
-    if objective.reads != "table":
+    if objective.reads != "table" or config.crops > 1:
         return None
     settings = table_settings(objective, config, backbone)
     place = table_folder(folder, backbone, config, settings)
-    return cache_outcomes(backbone, paths, place, **settings)
+    before, start = files_of(place), cpu_seconds()
+    table = cache_outcomes(backbone, paths, place, **settings)
+    if new := files_of(place) - before:
+        write_record(place / SECONDS, {"of a file": (cpu_seconds() - start) / new})
+    return table
 
 
 def table_folder(
     folder: Path, backbone: Backbone, config: TrainConfig, settings: Mapping[str, Any]
 ) -> Path:
     """The folder of a table, named by the masks that are asked for beside the usual ones."""
-    usual = {"seed": config.seed, "sizes": "even"}
+    usual = {"seed": 0, "sizes": "even"}
     parts = [backbone.name, f"{config.crops}x{settings.get('masks', config.masks)}"]
     for name, value in settings.items():
         if name not in ("crops", "masks", "precision") and usual.get(name) != value:
@@ -217,24 +356,105 @@ def names(paths: Sequence[Path]) -> list[str]:
 def side_by_side(rows: Sequence[Results]) -> Results:
     """One table of rows that were scored alone, on the same photos by the same metrics."""
     first = rows[0]
-    if any(r.protocol.id != first.protocol.id or r.images != first.images for r in rows):
-        raise ValueError("rows: photos or protocols differ; score all rows on the same photos")
+    alike = [(r.protocol.id, r.images, r.columns) for r in rows]
+    if any(other != alike[0] for other in alike):
+        raise ValueError(
+            "rows: photos or protocols differ; score all rows on the same photos, by the same metrics"
+        )
     methods = {label: method for r in rows for label, method in r.methods.items()}
     invalid = sum(r.protocol.n_invalid or 0 for r in rows)
     return replace(first, methods=methods, protocol=replace(first.protocol, n_invalid=invalid))
 
 
-def differences(table: Results, method: str, references: Sequence[str]) -> str:
-    """A Markdown table of ``method`` minus each reference, by metric, with paired intervals."""
-    lines = [
-        f"| metric | {' | '.join(f'- {name}' for name in references)} |",
-        f"| :-- |{' :-- |' * len(references)}",
-    ]
-    compared = [table.compare(method, name) for name in references]
-    for cells in zip(*compared, strict=True):
-        title = Column(cells[0].metric, cells[0].level).key
-        lines.append(f"| {title} | {' | '.join(map(with_interval, cells))} |")
-    return "\n".join(lines)
+def finished(
+    output: Path, parts: Sequence[str], first: Sequence[str] = ()
+) -> tuple[Results | None, Costs]:
+    """The table of all rows that ``output`` has results of, on as many of ``parts`` as it has, those called
+    ``first`` before the others; and what their training cost in each part."""
+    costs: dict[str, list[dict[str, Any]]] = {}
+    scored = []
+    for part in parts:
+        paths = sorted((output / part).glob(f"*/{DONE}"))
+        if paths:
+            scored.append(side_by_side([read_json(path) for path in paths]))
+        for file in (path.with_name(COST) for path in paths):
+            if file.is_file():
+                cost = strict_json.read(file, "output", AGAIN)
+                costs.setdefault(file.parent.name, []).append(cost)
+    known = {label: method for results in scored for label, method in results.methods.items()}
+    labels = [label for label in first if label in known]
+    labels += sorted(known.keys() - set(labels))
+    tables = []
+    for results in scored:
+        count, own = len(results.images), results.methods
+        methods = {label: own.get(label) or unscored(known[label], count) for label in labels}
+        methods = {label: replace(method, scores={}) for label, method in methods.items()}
+        tables.append(replace(results, methods=methods))
+    return (merge(tables) if tables else None), costs
+
+
+def unscored(method: MethodResult, count: int) -> MethodResult:
+    """``method`` without a value on ``count`` photos."""
+    return replace(
+        method, tied=0, reasons={}, failed={}, valid=np.ones(count, bool),
+        values={column: np.full(count, np.nan) for column in method.values},
+        measured={column: np.zeros(count, bool) for column in method.measured},
+    )  # fmt: skip
+
+
+def means(table: Results, columns: Sequence[Column], costs: Costs) -> str:
+    """A Markdown table of means with intervals, passes to explain, and the price of training."""
+    arrows = {True: "↑", False: "↓"}
+    titles = [f"{c.key} {arrows[table.info(c.metric).higher_is_better]}" for c in columns]
+    cells = {(row.method, Column(row.metric, row.level)): row for row in table.rows()}
+
+    def line(label: str) -> Iterator[str]:
+        yield label
+        for column in columns:
+            row, digits = cells[label, column], table.info(column.metric).digits
+            interval = bootstrap.Interval(row.mean, row.lo, row.hi, row.n).text(digits)
+            yield f"{interval}{f' {MARK}' * row.trained_on}" if row.n else "-"
+        yield str(max(cells[label, column].n for column in columns))
+        forwards = table.methods[label].forwards
+        yield "-" if forwards is None else f"{forwards:,}"
+        yield from (price(costs.get(label, ()), key) for key in ("seconds", "passes"))
+
+    heads = [*titles, "photos", "passes to explain", "CPU s to train", "passes to train"]
+    return "\n".join(markdown(["method", *heads], map(list, map(line, table.methods))))
+
+
+def price(costs: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The mean of ``key`` over the folds, that of the table before that of the steps; "?" if unknown."""
+    if not costs:
+        return "-"
+    found: list[Any] = [[cost.get(name) for cost in costs] for name in (f"table {key}", key)]
+    means = ["?" if None in values else f"{np.mean(values):,.0f}" for values in found]
+    return " + ".join(means if any(found[0]) or None in found[0] else means[1:])
+
+
+def differences(
+    table: Results,
+    reference: str,
+    columns: Sequence[Column] | None = None,
+    about: Mapping[str, str] | None = None,
+) -> str:
+    """A Markdown table of all other methods minus ``reference``, by metric, with paired intervals.
+
+    Where all ``columns`` are corrected for, p values by Holm stand beside the verdicts. ``about`` says what
+    a method is, by its label.
+    """
+    shown, lines = table.columns if columns is None else columns, []
+    corrected = [column.key for column in shown] == list(SHOWN_COLUMNS[0])
+    for label in (label for label in table.methods if label != reference):
+        found = table.compare(label, reference, shown)
+        p = [""] * len(found)
+        if corrected and all(d.judged for d in found):
+            adjusted = holm(p_values(table, label, reference, shown))
+            p = [f" (Holm {value:.2g})" for value in adjusted]
+        cells = [with_interval(d) + text for d, text in zip(found, p, strict=True)]
+        lines.append([label, *([] if about is None else [about.get(label, "")]), *cells])
+    titles = [f"minus {reference}", *[""] * (about is not None), *(c.key for c in shown)]
+    return "\n".join(markdown(titles, lines, len(titles)))
 
 
 def with_interval(found: Difference) -> str:
@@ -243,19 +463,59 @@ def with_interval(found: Difference) -> str:
     return f"{found.diff:+.4f} [{found.lo:+.4f}, {found.hi:+.4f}] {mark}"
 
 
+def p_values(table: Results, method: str, reference: str, columns: Sequence[Column]) -> list[float]:
+    """Twice the share of resamples, those of the intervals, whose mean difference lies on the rarer side
+    of zero; the means of the sample count as one of them."""
+    a, b = table.methods[method].values, table.methods[reference].values
+    matrix = np.stack([a[column] - b[column] for column in columns], axis=1)
+    drawn = bootstrap.resampled_means(matrix, table.n_resamples, table.protocol.seed)
+    rarer = np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0))
+    return np.minimum(2 * (rarer + 1) / (len(drawn) + 1), 1).tolist()  # type: ignore[no-any-return]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values of m tests (Holm 1979): of the i-th smallest the largest (m - j + 1) p_j, j <= i.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    raised = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)).clip(max=1)
+    return raised[np.argsort(np.argsort(p))].tolist()  # type: ignore[no-any-return]
+
+
+def report(table: Results, costs: Costs, against: str | None = None) -> str:
+    """The tables in Markdown: means, and below them all rows minus the one called ``against``, by default
+    the first, if it is there."""
+    keys = {column.key: column for column in table.columns}
+    groups = [[keys[key] for key in group if key in keys] for group in SHOWN_COLUMNS]
+    groups = [group for group in groups if group] or [table.columns]
+    reference = against or next(iter(table.methods))
+    parts = []
+    for group in groups:
+        parts.append(means(table, group, costs))
+        if reference in table.methods and len(table.methods) > 1:
+            parts.append(differences(table, reference, group))
+    if reference not in table.methods:
+        parts.append(f"No row {reference} is finished, so none is compared with it.")
+    protocol, photos, _ = protocol_notes(table)
+    notes = [f"{MARK} {LEGEND}", protocol, photos.partition("; forwards")[0], *table.warnings()]
+    parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
 def with_compiled_passes(backbone: Backbone) -> None:
     """Compile the passes that need no gradient, with the weights frozen: convolutional networks are faster
     on a CPU, and logits are rounded in another way. Taps and gradients are computed as before."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    plain = backbone.logits_normalized
+    plain = getattr(backbone, PASSES)
     compiled: Callable[..., Any] = torch.compile(plain, dynamic=False)
 
     def logits_normalized(x: torch.Tensor) -> torch.Tensor:
         return plain(x) if torch.is_grad_enabled() else compiled(x)
 
-    vars(backbone)["logits_normalized"] = logits_normalized
+    vars(backbone)[PASSES] = logits_normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +523,9 @@ class FoldRows:
     """Score heads and explainers on photos of classes that no head saw, row by row."""
 
     data: tyro.conf.Positional[str]  # A folder with one folder of images a class.
-    rows: tuple[str, ...]
-    """LABEL=NAME:option=value,... of a head or an explainer; the first is compared with all others."""
+    rows: tuple[str, ...] = ()
+    """LABEL=NAME:option=value,... of a head or an explainer; without any, what is finished is shown."""
+    against: str | None = None  # The row that all others are compared with, by default the first.
     output: Path = Path("runs/rows")  # A folder for each fold and row, and the table of all.
     backbone: str = "tf_efficientnet_lite0"  # A timm model name.
     weights: str = "package"  # See xattn train --help.
@@ -293,7 +554,7 @@ class FoldRows:
     def parts(self, paths: Sequence[Path]) -> dict[str, tuple[int, list[Path]]]:
         """The number and the photos to score of each fold, by the name of its folder of results."""
         if self.held_out is not None:
-            return {"held-out": (0, list_images(self.held_out))}
+            return {HELD_OUT: (0, list_images(self.held_out))}
         parts = class_folds(paths, self.folds)
         if self.per_fold is not None:
             parts = [sorted(random.Random(k).sample(p, self.per_fold)) for k, p in enumerate(parts)]
@@ -310,24 +571,27 @@ class FoldRows:
 
 def study(args: FoldRows) -> Iterator[str]:
     """Do what is not finished yet, and give the report."""
-    backbone = args.load()
-    paths = list_images(args.data)
     rows = [Row.parse(text) for text in args.rows]
-    outcomes = {row.label: table_of(row, backbone, paths, args.tables) for row in rows}
-    tables = []
-    for part, (seed, held_out) in args.parts(paths).items():
-        train = args.training_photos(paths, seed, held_out)
-        scored = [
-            score_row(
-                backbone, row, train, held_out, args.output / part / row.label,
-                metrics=args.metrics, table=outcomes[row.label], precision=args.precision, seed=seed,
-            )
+    if rows:
+        backbone, paths = args.load(), list_images(args.data)
+        parts = args.parts(paths)
+        outcomes = {
+            row.label: table_of(row, backbone, paths, args.tables)
             for row in rows
-        ]  # fmt: skip
-        tables.append(side_by_side(scored))
-    table = merge(tables)
-    found = differences(table, rows[0].label, [row.label for row in rows[1:]])
-    text = f"{format_table(table, 'markdown')}\n{rows[0].label} minus the others:\n\n{found}"
+            if not all((args.output / part / row.label / DONE).is_file() for part in parts)
+        }
+        for part, (seed, held_out) in parts.items():
+            train = args.training_photos(paths, seed, held_out)
+            for row in rows:
+                score_row(
+                    backbone, row, train, held_out, args.output / part / row.label, seed=seed,
+                    metrics=args.metrics, table=outcomes.get(row.label), precision=args.precision,
+                )  # fmt: skip
+    shown = [HELD_OUT] if args.held_out else [f"fold-{k}" for k in range(args.folds)]
+    table, costs = finished(args.output, shown, [row.label for row in rows])
+    if table is None:
+        raise ValueError(f"rows: {args.output} has none that is finished; give some")
+    text = report(table, costs, args.against)
     write_text(args.output / "rows.md", text + "\n")
     yield text
     table.to_csv(args.output / "values.csv", per_image=True)

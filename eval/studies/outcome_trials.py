@@ -48,13 +48,13 @@ from xattn.eval.studies.fold_rows import (
     TRAINING,
     FoldRows,
     Row,
+    differences,
     labelled,
     score_explainer,
     score_row,
     side_by_side,
     table_of,
     taken,
-    with_interval,
 )
 from xattn.eval.studies.outcome_losses import Distilled, Efficiency
 from xattn.eval.studies.trial_training import (
@@ -361,27 +361,12 @@ def unannotated(backbone: Backbone, folder: str | Path) -> list[Path]:
     return found
 
 
-def report(table: Results, about: Mapping[str, str]) -> str:
-    """A Markdown table of every method minus the first, by metric, with paired intervals; ``about`` says
-    what a method is, by its label."""
-    reference, *others = table.methods
-    titles = [column.key for column in table.columns]
-    lines = [
-        f"| minus {reference} | | {' | '.join(titles)} |",
-        f"| :-- | :-- |{' :-- |' * len(titles)}",
-    ]
-    for label in others:
-        cells = map(with_interval, table.compare(label, reference, table.columns))
-        lines.append(f"| {label} | {about.get(label, '')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OutcomeTrials(FoldRows):
     """Train variants of the evidence head and score them on photos of classes that no head saw."""
 
     trials: tuple[str, ...] = ("base",)
-    """LABEL=NAME:option=value,...; all others are compared with the first."""
+    """LABEL=NAME:option=value,...; the first is what others are compared with by default."""
     rows: tuple[str, ...] = ()  # Heads and explainers to stand beside them, as in fold_rows.
     output: Path = Path("runs/trials")  # A folder for each fold and trial, and the table of all.
     held_out: str | None = None
@@ -430,7 +415,8 @@ def study(args: OutcomeTrials) -> Iterator[str]:
             )
         tables.append(side_by_side(scored))
     table = merge(tables)
-    found = report(table, {label: trial.about for label, trial in trials.items()})
+    about = {label: trial.about for label, trial in trials.items()}
+    found = differences(table, args.against or next(iter(table.methods)), about=about)
     text = f"{format_table(table, 'markdown')}\n{found}"
     write_text(args.output / "trials.md", text + "\n")
     yield text
