@@ -146,7 +146,7 @@ def test_heads(name, tmp_path, images, meta):
     again = load_head(tmp_path / name, backbone)
     with torch.no_grad():
         found = [
-            h.explanation(backbone(images), torch.tensor([1, 2], device="cpu"))
+            h.explanation(h.tapped(backbone)(images), torch.tensor([1, 2], device="cpu"))
             for h in (head, again)
         ]
     assert found[0].isfinite().all() and torch.equal(*found)

@@ -70,18 +70,13 @@ class ExplainedClassifier(nn.Module):
     def __init__(self, backbone: Backbone, head: Head, normalize: bool = True) -> None:
         super().__init__()
         check_head(head, backbone)
-        if tuple(head.backbone_taps) != backbone.taps:
-            raise ValueError(
-                f"head: reads the taps {head.backbone_taps}, the backbone gives "
-                f"{list(backbone.taps)}; load the backbone with taps={head.backbone_taps}"
-            )
         own = probe_of(backbone)
         if head.is_classifier and (own is None or sha256(own) != sha256(head)):
             raise ValueError(
                 f"head: the maps of {head.name!r} share out its own logits, and {backbone.name} gives "
                 f"others; give xattn.heads.probed.probed(backbone, head) as the backbone"
             )
-        self.backbone = backbone
+        self.backbone = head.tapped(backbone)
         self.head = head
         self.normalize = normalize
 

@@ -50,7 +50,7 @@ from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.kept import Found, measure_rows, raw_rows, reported, spread
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize
-from xattn.heads.csa import ClassSemanticAttention
+from xattn.heads.probing.csa import ClassSemanticAttention
 
 CHANNELS = 16  # of the features
 SHORTEST, LONGEST, MOST = 8, 32, 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn.heads.evidence import standardised
+from xattn.heads.maps.evidence import standardised
 from xattn.training.objectives.outcomes import (
     TINY,
     area_adjusted,

@@ -72,7 +72,7 @@ from xattn.eval.studies.trial_training import (
     untrained_head,
 )
 from xattn.explainers import Explainer, create_explainer
-from xattn.heads.evidence import PARTS, standardised
+from xattn.heads.maps.evidence import PARTS, standardised
 from xattn.photos.images import list_images, load_image
 from xattn.photos.sources import open_photos
 from xattn.photos.view import prepare

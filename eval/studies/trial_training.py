@@ -32,8 +32,8 @@ from xattn.eval.studies.fold_rows import names, table_folder
 from xattn.explainers import Explainer, create_explainer
 from xattn.explainers.head import HeadExplainer
 from xattn.heads import Head
-from xattn.heads.evidence import Evidence, standardised
 from xattn.heads.fusion import resize
+from xattn.heads.maps.evidence import Evidence, standardised
 from xattn.photos.sources import open_photos
 from xattn.runtime.files import write_json
 from xattn.training import processes

@@ -18,7 +18,7 @@ import torch
 from xattn.eval.metrics import Column, MetricGroup, MetricInfo, PerturbationMetric
 from xattn.explainers import Explainer
 from xattn.heads.probing.gap import Gap
-from xattn.heads.ttame import TTame
+from xattn.heads.maps.ttame import TTame
 from xattn.training.attention_training import Perturbation, RandomPerturbation
 
 

@@ -18,7 +18,7 @@ from xattn.explainers import (
 )
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads import create_head
-from xattn.heads.evidence import standardised
+from xattn.heads.maps.evidence import standardised
 
 CAMS = ["gradcam", "gradcam_plusplus", "layercam", "hirescam", "eigencam", "ablationcam"]
 CAMS += ["xgradcam", "eigengradcam"]

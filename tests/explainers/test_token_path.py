@@ -11,8 +11,8 @@ from torch import nn
 
 import xattn
 from xattn.explainers import create_explainer
-from xattn.explainers.relevance.token_path import TokenPath, block_taps
 from xattn.heads.class_reading import class_reading
+from xattn.heads.maps.tokens import TokenPath, block_taps
 from xattn.training.outcomes import log_odds
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()

@@ -428,4 +428,4 @@ def test_explaining_loads_only_what_it_needs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = [name for name in done.stdout.splitlines() if f"{name}.".startswith("xattn.")]
-    assert "xattn.heads.evidence" in loaded and len(loaded) <= 140, (len(loaded), loaded)
+    assert "xattn.heads.maps.evidence" in loaded and len(loaded) <= 140, (len(loaded), loaded)

@@ -11,7 +11,7 @@ from torch import nn
 
 import xattn
 from xattn.heads import create_head
-from xattn.heads.csa import ClassSemanticAttention, evidence_rows
+from xattn.heads.probing.csa import ClassSemanticAttention, evidence_rows
 
 
 def attention(evidence=4, features=6, hidden=5, seed=0, **options):

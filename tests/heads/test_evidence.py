@@ -14,7 +14,7 @@ from torch import nn
 import xattn
 from xattn.exporting import export
 from xattn.heads import create_head, load_head, save_head
-from xattn.heads.evidence import PARTS, Components, standardised
+from xattn.heads.maps.evidence import PARTS, Components, standardised
 from xattn.heads.probed import probed
 
 CLASSES = 5

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import xattn
 from xattn.backbone import Taps
 from xattn.heads import create_head, load_head, parse_options, save_head
-from xattn.heads.ttame import Branch
+from xattn.heads.maps.ttame import Branch
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from training_runs import write_photos, write_weights
 import xattn
 from xattn.cli import main
 from xattn.config import TrainConfig
-from xattn.heads import create_head, head_class, list_heads, load_head
+from xattn.heads import create_head, head_class, head_entry, list_heads, load_head
 from xattn.heads.probed import probed
 from xattn.photos.sources import open_photos
 from xattn.training import fit, outcome_fitting
@@ -33,7 +33,7 @@ from xattn.training.outcome_rows import RowMaker
 from xattn.training.outcomes import OutcomeBatch, cache_outcomes
 
 COUNT, MASKS, CLASSES = 21, 8, 5
-HEADS = [name for name in list_heads() if not head_class(name).is_classifier]
+HEADS = [n for n in list_heads() if not (head_class(n).is_classifier or head_entry(n).taps)]
 QUICK = {"epochs": 2, "batch_size": 4, "workers": 0, "masks": MASKS, "lr": 0.01}
 
 

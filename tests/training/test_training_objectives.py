@@ -16,6 +16,7 @@ import xattn
 from xattn.backbone.conversion import converted
 from xattn.backbone.dropped import logits_of_patches
 from xattn.backbone.scored import scored
+from xattn.cli import main
 from xattn.config import GAMES, ON_PHOTOS, TrainConfig
 from xattn.heads import create_head
 from xattn.training import fit
@@ -550,5 +551,15 @@ def test_a_finished_table_of_another_game_is_refused(vit, photos, tmp_path):
     head = create_head("evidence", vit)
     with pytest.raises(ValueError, match="objective shapley needs masks of players"):
         fit(head, vit, photos, TrainConfig("outcomes", "shapley"), table=table, progress=False)
+    for asked, reason in (({"fill": "blur"}, "fills"), ({"sizes": "curve"}, "sizes")):
+        with pytest.raises(ValueError, match=f"table: its {reason} are .* leave that out"):
+            fit(head, vit, photos, TrainConfig("outcomes", **asked), table=table, progress=False)
     with pytest.raises(ValueError, match="table: it has no outcomes of empty photos"):
         table.batch([0]).ends  # noqa: B018
+
+
+def test_a_wrong_objective_is_refused_before_the_network_is_loaded(photos, tmp_path, capsys):
+    (tmp_path / "w.pth").write_text("no weights")
+    weights = ["--weights", str(tmp_path / "w.pth"), "--output", str(tmp_path / "run")]
+    assert main(["train", str(photos), *weights, "--objective", "shaply"]) == 2
+    assert "did you mean shapley" in capsys.readouterr().err

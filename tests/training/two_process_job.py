@@ -35,7 +35,8 @@ PHOTOS, PROBED = 9, 17  # neither divides evenly
 CLASSES = 3
 DEPTH = 4  # of test_vit
 OPTIONS = {"cait": {"layer_scale": 0.1}}  # at 1e-5 BatchNorm divides by what float32 rounds off
-HEADS = list_heads()
+OF_VITS = [name for name in list_heads() if head_entry(name).taps]
+HEADS = [name for name in list_heads() if name not in OF_VITS]
 CLASSIFIERS = [name for name in HEADS if issubclass(head_class(name), AttentiveHead)]
 COUPLED = ["aim", "delf", "gap", "memetector"]  # BatchNorm of tokens or none, dropout
 
@@ -63,6 +64,9 @@ def cases(dtype):
     ):  # not ttame: its bias adds a constant, to which outcomes are blind, so rounding moves it
         config = TrainConfig("outcomes", epochs=6, lr=0.01, workers=0, masks=8, batch_size=BATCH)
         yield "outcomes-evidence", "evidence", {}, config, "photos"
+    for name in OF_VITS if fine else []:
+        config = TrainConfig(**published, batch_size=BATCH)
+        yield f"fit-{name}", name, {}, config, "vit photos"
     for name in COUPLED if fine else []:  # fit takes classifiers, too, and trains their maps
         config = TrainConfig(**{**published, "epochs": 3, "lr": 5e-4}, batch_size=BATCH)
         yield f"fit-{name}", name, {}, config, "even photos"
@@ -118,6 +122,7 @@ def trained(root: Path, processes: int) -> dict[str, dict[str, torch.Tensor]]:
             "even photos": cnn(dtype),
             "multilabel": cnn(dtype, task="multilabel"),
             "features": vit,
+            "vit photos": copy.deepcopy(vit).to(dtype),
         }
         for case, name, options, config, data in cases(kind):
             backbone = backbones[data]

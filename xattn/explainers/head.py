@@ -151,6 +151,8 @@ class HeadExplainer(Explainer):
         choices = ["scores", "mask"]
         if isinstance(self.head, AttentiveHead) and self.head.learns_scores:
             choices.append("attention")
+        if self.head is not None:
+            self.tapped = self.head.tapped(self.backbone)
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
         if self.passes > 1:  # else nothing is set, as records of results list what is set
@@ -163,11 +165,11 @@ class HeadExplainer(Explainer):
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._explanation(images, self.backbone(images), target)
+        return self._explanation(images, self.tapped(images), target)
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        taps = self.backbone(images)
+        taps = self.tapped(images)
         classes = self._chosen(choose, taps.logits)
         return taps.logits, classes, self._explanation(images, taps, classes)
 
@@ -182,7 +184,7 @@ class HeadExplainer(Explainer):
         parts: list[tuple[Tensor, Tensor]] = []
         for pose in POSES[: self.passes]:
             if pose != POSES[0]:
-                taps = self.backbone(poser.posed(images, pose))
+                taps = self.tapped(poser.posed(images, pose))
             parts.append(poser.aligned(read(taps, classes), pose))
         total = torch.stack([maps * known for maps, known in parts]).sum(0)
         scores = total / torch.stack([known for _, known in parts]).sum(0)

@@ -15,9 +15,14 @@ from .base import parse_options as parse_options
 from .base import read_config as read_config
 from .base import register_head as register_head
 from .base import save_head as save_head
-from .csa import Csa as Csa
-from .evidence import Evidence as Evidence
 from .linear import Linear as Linear
+from .maps.copy import CopyHead as CopyHead
+from .maps.decoder import Decoder as Decoder
+from .maps.evidence import Evidence as Evidence
+from .maps.side import Side as Side
+from .maps.tokens import TokenHead as TokenHead
+from .maps.ttame import LCam as LCam
+from .maps.ttame import TTame as TTame
 from .pointer import Pointer as Pointer
 from .probing.abmilp import AbMilp as AbMilp
 from .probing.aim import Aim as Aim
@@ -26,6 +31,7 @@ from .probing.cait import Cait as Cait
 from .probing.cbam import Cbam as Cbam
 from .probing.clip_pool import ClipPool as ClipPool
 from .probing.coca import Coca as Coca
+from .probing.csa import Csa as Csa
 from .probing.delf import Delf as Delf
 from .probing.dino_block import DinoBlock as DinoBlock
 from .probing.efficient_probe import EfficientProbe as EfficientProbe
@@ -38,6 +44,4 @@ from .probing.siglip_map import SiglipMap as SiglipMap
 from .probing.simpool import SimPool as SimPool
 from .probing.v_jepa import VJepa as VJepa
 from .random_feature import RandomFeature as RandomFeature
-from .ttame import LCam as LCam
-from .ttame import TTame as TTame
 from .words import WordHead as WordHead

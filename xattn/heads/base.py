@@ -48,16 +48,27 @@ def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> 
             f"{wanted['sha256']}, the backbone {backbone.name} has {backbone.fingerprint}; "
             f"load the backbone it was trained on{_how_to_get_weights(wanted, backbone)}"
         )
-    if tuple(wanted.get("taps", backbone.taps)) != backbone.taps:
-        raise ValueError(
-            f"head: {name} reads the taps {wanted['taps']}, the backbone gives "
-            f"{list(backbone.taps)}; load the backbone with taps={wanted['taps']}"
-        )
     if wanted.get("task", backbone.task) != backbone.task:
         raise ValueError(
             f"head: {name} was trained for task={wanted['task']!r}, the backbone has "
             f"task={backbone.task!r}; load the backbone with task={wanted['task']!r}"
         )
+
+
+def tapped(name: str, backbone: Backbone, taps: Sequence[str]) -> Backbone:
+    """``backbone`` with the ``taps`` that the head ``name`` reads, over the same model.
+
+    Raises:
+        ValueError: it does not have them.
+    """
+    if tuple(taps) == backbone.taps:
+        return backbone
+    if backbone.adapter:
+        raise ValueError(
+            f"head: {name} reads the taps {list(taps)}, the backbone gives {list(backbone.taps)}; load "
+            f"the backbone with taps={list(taps)}"
+        )
+    return backbone.with_taps(taps)
 
 
 def _check_conversion(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
@@ -197,6 +208,10 @@ class Head(
         self.mixer = create_mixer(name, depth, options, backbone, prefix)
         self.options.update(mixer=name, mixer_depth=depth, mixer_options=dict(options or {}))
 
+    def tapped(self, backbone: Backbone) -> Backbone:
+        """``backbone`` with the taps that the head reads; see :func:`tapped`."""
+        return tapped(self.name, backbone, self.backbone_taps)
+
     def mixed(self, taps: Taps) -> Taps:
         """``taps`` with the last map as the head's mixer leaves it."""
         if self.mixer is None:
@@ -291,6 +306,9 @@ class HeadEntry:
     """Options that the tests of every head try; the first are small."""
     recipe: str = "small"
     """The recipe of training for a few hundred photos."""
+    taps: str = ""
+    """A tap of a ViT that the head reads whatever the backbone's taps are, ``"block.0"``, or of all its
+    blocks, ``"block"``."""
 
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
@@ -306,7 +324,7 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
 HEADS: Registry[Head, HeadEntry] = Registry(
     "xattn.heads",
     base=Head,
-    homes=("xattn.heads.probing", "xattn.heads"),
+    homes=("xattn.heads.maps", "xattn.heads.probing", "xattn.heads"),
     argument="head",
     noun="head",
     given=("backbone", "options", "pooled", "reads_prefix"),
@@ -331,6 +349,10 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     Raises:
         ValueError: unknown name (with near matches) or an option that the head does not take.
     """
+    taps = HEADS.entry(name).taps
+    if taps and backbone.is_vit:
+        own = [taps] if "." in taps else [f"{taps}.{i}" for i in range(backbone.depth)]
+        backbone = tapped(name, backbone, own)
     with torch.device("cpu"):  # whatever torch's default device is
         head = _construct(name, backbone, options)
     return head.to(backbone.device)
@@ -444,6 +466,7 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
 
     config = read_config(folder)
     check_backbone(folder.name, config["backbone"], backbone)
+    backbone = tapped(folder.name, backbone, config["backbone"].get("taps", backbone.taps))
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"head: {folder} holds no {WEIGHTS_FILE}; save the head again")

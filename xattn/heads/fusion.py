@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn.backbone import Backbone
+
 TINY = 1e-30  # a classifier of zeros gives maps of zeros, not NaN
 
 
@@ -144,6 +146,29 @@ class ClassifierFusion(Fusion):
         if self.direct:
             rows[-1] = rows[-1] + self.scale * raw
         return rows, self.class_bias(w).squeeze(-1)
+
+
+def create_fusion(
+    kind: str, backbone: Backbone, channels: Sequence[int], rank: int | None, raw_last: bool = True
+) -> Fusion:
+    """The fusion of maps of so many ``channels``; with ``raw_last`` the rows of ``"classifier"`` read the
+    backbone's last tap, too.
+
+    Raises:
+        ValueError: ``"classifier"`` for a backbone without a single linear classifier.
+    """
+    if kind == "per_class":
+        return PerClassFusion(channels, backbone.num_classes)
+    weight = backbone.classifier_weight
+    if weight is None:
+        raise ValueError(
+            f"fusion='classifier': {backbone.name} has no single linear classifier whose rows could "
+            f"be used; choose fusion='per_class'"
+        )
+    if not raw_last:
+        return ClassifierFusion(channels, weight, False, rank)
+    direct = backbone.pools_linearly
+    return ClassifierFusion([*channels, backbone.channels[-1]], weight, direct, rank)
 
 
 def _projection(width: int, channels: int, rank: int | None) -> nn.Module:

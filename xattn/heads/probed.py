@@ -9,6 +9,7 @@ head's classes; the head itself explains them through its exact class maps.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -48,6 +49,12 @@ class Probed(Backbone):
             encoder._fingerprint = self.encoder_fingerprint
             encoder._hashed = self._hashed
         return Probed(encoder, self.probe)
+
+    def with_taps(self, taps: str | Sequence[str]) -> Backbone:
+        raise ValueError(
+            f"taps: got {taps!r}, and the head of {self.name} reads {list(self.taps)}; tap the backbone, "
+            f"then train a head on that"
+        )
 
     def with_converted(self, model: nn.Module) -> Backbone:
         raise ValueError(

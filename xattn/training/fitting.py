@@ -93,6 +93,7 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
+    backbone = head.tapped(backbone)
     objective = objective_for(config)
     if head.is_classifier and objective.reads == "table":
         raise ValueError(

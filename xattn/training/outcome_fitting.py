@@ -199,7 +199,7 @@ def table_for(
     """
     if isinstance(table, Outcomes):
         _check_network(table, backbone)
-        _check_game(table, objective)
+        _check_masks(table, objective, config)
         yield _part(table, photos)
         return
     with tempfile.TemporaryDirectory(prefix="xattn-outcomes-") as temporary:
@@ -251,8 +251,16 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
             )
 
 
-def _check_game(table: Outcomes, objective: Objective) -> None:
-    """Raise a ``ValueError`` unless ``table`` has masks that ``objective`` can read."""
+def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> None:
+    """Raise a ``ValueError`` unless ``table`` has the masks of ``config`` that ``objective`` reads."""
+    fills = None if config.fill is None else [config.fill]
+    asked = {"fills": fills, "sizes": config.sizes, "players": config.cells}
+    for name, value in asked.items():
+        if value is not None and table.key[name] != value:
+            raise ValueError(
+                f"table: its {name} are {table.key[name]!r}, the run asks for {value!r}; leave that out, "
+                f"or give a folder in its place"
+            )
     sizes, needed = table.key["sizes"], objective.sizes
     plays = table.key["players"] and table.key["empty"]
     if objective.players and (not plays or sizes != needed):

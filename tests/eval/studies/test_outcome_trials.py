@@ -32,8 +32,8 @@ from xattn.eval.studies.trial_training import (
     opened_job,
 )
 from xattn.heads import create_head
-from xattn.heads.evidence import standardised
 from xattn.heads.fusion import resize
+from xattn.heads.maps.evidence import standardised
 from xattn.training.objectives.outcomes import correlation, outcome_terms
 from xattn.training.outcomes import OutcomeBatch
 

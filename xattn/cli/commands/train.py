@@ -15,6 +15,7 @@ from xattn.runtime.names import plain
 from xattn.runtime.option_checks import Belongs, Not
 
 Recipe = Literal["published", "small", "outcomes"]
+ON_TABLES = ("evidence", "tokens")  # heads that learn from outcomes unless masks are asked for
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class TrainSettings(TrainConfig):
     """Settings as they are typed; without a recipe they wait for that of the head."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
-    """Source of all settings that are not given; by default small where masks are learned, published with
-    --preset, else outcomes."""
+    """Source of all settings that are not given; by default published with --preset, outcomes for the heads
+    evidence and tokens and for objectives but mask, else small."""
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -73,7 +74,7 @@ class Train(PhotoArgs):
         objective = self.train.objective_name
         masks = self.train.recipe in ("published", "small") or objective == "mask"
         head = self.head or ("ttame" if masks and objective in ("", "mask") else "evidence")
-        outcomes = plain(head) == "evidence" or objective not in ("", "mask")
+        outcomes = plain(head) in ON_TABLES or objective not in ("", "mask")
         own: Recipe = "outcomes" if outcomes and not masks else "small"
         config = self.train.filled_in("published" if self.preset else own)
         vars(self).update(head=head, train=config)
@@ -94,9 +95,11 @@ class Train(PhotoArgs):
         from xattn.heads.base import HEADS, seeded_head
         from xattn.photos.sources import open_photos
         from xattn.training import fit
+        from xattn.training.objectives.base import objective_for
 
         (name,), options = known("head", [str(self.head)], HEADS), parse_options(self.options)
         HEADS.check_options(name, options)
+        objective_for(self.train)  # an unknown one is refused before the network is loaded
         if self.fusion != "classifier" or "fusion" in head_options(name):
             options = {"fusion": self.fusion, **options}
         if self.preset is not None:

@@ -1,274 +1,24 @@
-"""What a ViT's class token takes from each patch, in every head of every block, on its way to a logit.
-
-    path_lhn = a_lhn  g_l . O_h V_h x_ln        row_lhn = a_lhn  (w_k o gamma) . O_h V_h x_ln
-
-x_ln (C) is patch n as block l reads it, a_lhn the attention of the class token in head h, V and O project
-values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after the
-attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key and
-value; what patches read of it on the way is left out. So ``path`` is the derivative by the attention a_lhn,
-times a_lhn, but for the values' biases, which are no patch's: exact in the last two blocks, where no patch
-that reads the class token is read again. ``row`` has the classifier's row in the place of g_l, as the class
-maps of :mod:`~xattn.heads.class_reading` have. The first block is left out.
-
-No key or value of all patches is projected again: products with patches are taken once for each head.
-
-The explainer shows the sum of all paths, and with ``cam`` the class's CAM of the last three blocks too,
+"""Token path: what the class token took from each patch on its own way to the class's log-odds.
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
+
+path_lh is the derivative of the log-odds by the class token's attention in head h of block l, times the
+attention, along the token's own way through the blocks (:mod:`xattn.heads.maps.tokens`): one pass, and no
+pass back through patches. It is the untrained head ``tokens``.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from xattn.backbone import Backbone, Taps
 from xattn.explainers.base import register_explainer
 from xattn.explainers.cams.cam import TapsExplainer
-from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
-from xattn.heads.evidence import SMALLEST
-from xattn.kernels.softmax.reference import widen
-
-
-class TokenMaps(NamedTuple):
-    """``path`` (B, M, L, H, h, w) of M classes in L blocks, ``row`` (B, M, R, H, h, w) in the last R."""
-
-    path: Tensor
-    row: Tensor | None
-
-
-class Frozen(nn.Module):
-    """Copies of the backbone's weights."""
-
-    def keep(self, name: str, value: Tensor | None, like: Tensor | None = None) -> None:
-        """``value``, or zeros as ``like`` where a layer has none."""
-        value = torch.zeros_like(like) if value is None else value  # type: ignore[arg-type]
-        self.register_buffer(name, widen(value.detach()).clone(), persistent=False)
-
-
-class Norm(Frozen):
-    """A LayerNorm, and the derivative of a product with its output."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        self.keep("weight", norm.weight)
-        self.keep("bias", norm.bias, norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x), self.bias.to(x), self.eps)
-
-    def back(self, g: Tensor, x: Tensor) -> Tensor:
-        """Derivatives (B, M, C) by the input x (B, C) of those ``g`` (B, M, C) by the output."""
-        wide = widen(x)  # squares of half precision overflow
-        centred = wide - wide.mean(-1, keepdim=True)
-        deviation = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        normal, g = (centred / deviation)[:, None], widen(g) * self.weight.to(wide)
-        along = (g * normal).mean(-1, keepdim=True)
-        return ((g - g.mean(-1, keepdim=True) - along * normal) / deviation[:, None]).to(x.dtype)
-
-
-class TokenBlock(Frozen):
-    """The class token's way through one block, whose inputs are the patches (B, C, N) and the prefix tokens
-    (B, P, C), the class token first."""
-
-    q: Tensor  # (H, D, C), as k and v
-    k: Tensor
-    v: Tensor
-    q_bias: Tensor  # (H, D), as v_bias; the keys' adds the same to all scores
-    v_bias: Tensor
-    out: Tensor  # (C, H, D)
-    out_bias: Tensor
-    up: Tensor  # of the MLP
-    up_bias: Tensor
-    down: Tensor
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        attention: Any = block.attn
-        self.heads, self.scale = int(attention.num_heads), float(attention.scale)
-        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
-        biases = attention.qkv.bias
-        biases = torch.zeros_like(attention.qkv.weight[:, 0]) if biases is None else biases
-        for name, value in zip("qkv", attention.qkv.weight.chunk(3), strict=True):
-            self.keep(name, value.unflatten(0, (self.heads, -1)))
-        for name, value in zip(("q_bias", "", "v_bias"), biases.chunk(3), strict=True):
-            if name:
-                self.keep(name, value.unflatten(0, (self.heads, -1)))
-        gains = [getattr(scale, "gamma", None) for scale in (block.ls1, block.ls2)]
-        one = torch.ones_like(block.norm1.weight)
-        gain, gain2 = (one if g is None else g for g in gains)
-        self.keep("out", (attention.proj.weight * gain[:, None]).unflatten(1, (self.heads, -1)))
-        bias = attention.proj.bias
-        self.keep("out_bias", None if bias is None else bias * gain, one)
-        self.keep("up", block.mlp.fc1.weight)
-        self.keep("up_bias", block.mlp.fc1.bias, block.mlp.fc1.weight[:, 0])
-        self.keep("down", block.mlp.fc2.weight * gain2[:, None])
-
-    def read(self, patches: Tensor, prefix: Tensor) -> _Read:
-        """The class token's attention, and the token after it."""
-        token = prefix[:, 0]
-        x = self.norm1(torch.cat([prefix, patches.transpose(1, 2)], 1))  # (B, P + N, C)
-        own = x[:, 0]
-        q = (torch.einsum("hdc,bc->bhd", self.q.to(x), own) + self.q_bias.to(x)) * self.scale
-        scores = torch.einsum("bhd,hdc->bhc", q, self.k.to(x)) @ x.transpose(1, 2)
-        weights = scores.softmax(-1)
-        values = torch.einsum("bhc,hdc->bhd", weights @ x, self.v.to(x)) + self.v_bias.to(x)
-        token = token + torch.einsum("bhd,chd->bc", values, self.out.to(x)) + self.out_bias.to(x)
-        return _Read(x, q, weights, token)
-
-    def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``g`` (B, M, C), the derivative by the block's output: what each token adds (B, M, H, P + N)
-        and the derivative by the class token before the block (``token``)."""
-        x, q, weights = read.x, read.q, read.weights
-        inner = F.linear(self.norm2(read.token), self.up.to(x), self.up_bias.to(x))
-        slope = 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-        slope = slope + inner * torch.exp(-inner.square() / 2) / math.sqrt(2 * math.pi)
-        after = (g @ self.down.to(x)) * slope[:, None] @ self.up.to(x)
-        after = g + self.norm2.back(after, read.token)
-        along, added = self.added(after, read)
-        change = added - weights[:, None] * added.sum(-1, keepdim=True)  # by the scores
-        seen = torch.einsum("bmhn,bnc->bmhc", change, x)
-        by_query = torch.einsum("bmhc,hdc->bmhd", seen, self.k.to(x)) * self.scale
-        by_own = torch.einsum("bmhd,hdc->bmc", by_query, self.q.to(x))
-        by_own = by_own + torch.einsum("bmh,bhd,hdc->bmc", change[..., 0], q, self.k.to(x))
-        by_own = by_own + torch.einsum("bh,bmhd,hdc->bmc", weights[..., 0], along, self.v.to(x))
-        return added, after + self.norm1.back(by_own, token)
-
-    def added(self, g: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
-        """``g`` (B, M, C) by each head's projection (B, M, H, D), and what each token adds to the product
-        of g with the class token after the attention, biases left out: (B, M, H, P + N)."""
-        along = torch.einsum("bmc,chd->bmhd", g, self.out.to(g))
-        rows = torch.einsum("bmhd,hdc->bmhc", along, self.v.to(g))
-        return along, torch.einsum("bmhc,bnc->bmhn", rows, read.x) * read.weights[:, None]
-
-
-class _Read(NamedTuple):
-    x: Tensor  # (B, P + N, C), normalised
-    q: Tensor  # (B, H, D), scaled
-    weights: Tensor  # (B, H, P + N)
-    token: Tensor  # (B, C), after the attention
-
-
-class TokenPath(Frozen):
-    """``paths(taps, index, task) -> TokenMaps`` of all blocks but the first; ``taps`` are those of
-    :func:`block_taps`.
-
-    Raises:
-        UnknownReading: the network does not classify one class token by one linear layer, or its blocks are
-            not timm's with plain attention and GELU.
-    """
-
-    weight: Tensor
-    rows: Tensor
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        model = self._model(backbone)
-        self.prefix = backbone.prefix_tokens
-        weight = backbone.classifier_weight
-        assert weight is not None
-        self.keep("weight", weight)
-        self.keep("rows", before_norms(weight, model.norm))
-        self.norm = Norm(model.norm)
-        self.blocks = nn.ModuleList(TokenBlock(b) for b in list(model.blocks)[1:])
-
-    @staticmethod
-    def _model(backbone: Backbone) -> Any:
-        """The ViT, if its class token can be followed."""
-        model: Any = backbone.model
-        if not backbone.is_vit or not backbone.prefix_tokens:
-            raise UnknownReading("it has no class token")
-        if getattr(model, "global_pool", None) != "token" or backbone.classifier_weight is None:
-            raise UnknownReading("it does not classify its class token by one linear layer")
-        if getattr(model, "head_dist", None) is not None:
-            raise UnknownReading("it classifies two tokens")
-        if backbone.conversion:
-            raise UnknownReading("its attention is not the softmax that it was built with")
-        norms = (model.norm, *(n for b in model.blocks for n in (b.norm1, b.norm2)))
-        fc_norm = getattr(model, "fc_norm", None)
-        for block in list(model.blocks)[1:]:
-            mlp: Any = getattr(block, "mlp", None)
-            plain = type(block) is Block and is_plain(block.attn) and type(mlp) is Mlp
-            exact = plain and type(mlp.act) is nn.GELU and mlp.act.approximate == "none"
-            if not exact or not isinstance(mlp.norm, nn.Identity):
-                raise UnknownReading(f"what its {type(block).__name__} computes is not known")
-        if not all(isinstance(n, nn.LayerNorm) for n in norms) or not isinstance(
-            fc_norm, nn.Identity | None
-        ):
-            raise UnknownReading("it has norms that are not LayerNorm")
-        return model
-
-    def forward(self, taps: Taps, index: Tensor | None, task: str, rows: int = 0) -> TokenMaps:
-        """Of the classes ``index`` (B, M), or of all; with the rows of the last ``rows`` blocks."""
-        grid = taps.maps[0].shape[2:]
-        prefixes = [p for p in taps.prefixes if p is not None]
-        if len(prefixes) != len(taps.maps):
-            raise ValueError(
-                "taps: they lack the prefix tokens of the block taps; take them from a pass of the backbone"
-            )
-        inputs = [(m.flatten(2), p) for m, p in zip(taps.maps[:-1], prefixes, strict=False)]
-        reads = [b.read(*x) for b, x in zip(self.blocks, inputs, strict=True)]  # type: ignore[operator]
-        weight = self.weight.to(taps.logits)
-        g = self.norm.back(self._start(weight, taps, index, task), prefixes[-1][:, 0])
-        paths: list[Tensor] = []
-        for block, read, (_, prefix) in zip(
-            reversed(self.blocks), reversed(reads), reversed(inputs), strict=True
-        ):
-            added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
-            paths.insert(0, added)
-
-        def on_grid(added: list[Tensor]) -> Tensor:
-            return torch.stack(added, 2)[..., self.prefix :].unflatten(-1, grid)
-
-        if not rows:
-            return TokenMaps(on_grid(paths), None)
-        own = of_classes(self.rows.to(taps.logits), index, len(taps.logits))
-        last = zip(self.blocks[-rows:], reads[-rows:], strict=True)  # type: ignore[arg-type]
-        added = [block.added(own, read)[1] for block, read in last]  # type: ignore[operator]
-        return TokenMaps(on_grid(paths), on_grid(added))
-
-    def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
-        """The derivative (B, M, C) of the log-odds by the final class token: w_k less the mean of the other
-        rows, weighted by their probabilities; w_k of a multi-label network."""
-        own = of_classes(weight, index, len(taps.logits))
-        if task == "multilabel":
-            return own
-        weights = ClassWeights.of(taps.logits, task)
-        mean, rest = ((w @ weight)[:, None, :, None] for w in (weights.p, weights.rest))
-        return own - weights.others(own[..., None], mean, rest, index)[..., 0]
-
-
-def of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
-    """The rows of ``weight`` (K, C) of the classes ``index`` (B, M), or of all, (B, M, C)."""
-    return weight.expand(batch, -1, -1) if index is None else weight[index]
-
-
-def block_taps(backbone: Backbone) -> list[str]:
-    """The taps of all blocks of a ViT."""
-    return [f"block.{i}" for i in range(backbone.depth)]
-
-
-# ---------------------------------------------------------------------- the explainer
-
-
-LAST = 3  # blocks whose rows CAM reads
-
-
-def by_deviation(maps: Tensor) -> Tensor:
-    """Maps (B, M, h, w) over their standard deviation over space."""
-    return maps / maps.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
+from xattn.heads.class_reading import UnknownReading
+from xattn.heads.maps.tokens import LAST, TokenPath, block_taps, by_deviation
 
 
 @register_explainer("token_path", title="Token path", networks=("vit",), cases=({}, {"cam": False}))
@@ -302,6 +52,6 @@ class TokenPathExplainer(TapsExplainer):
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
         paths, rows = self.paths.to(taps.logits.device), LAST if self.cam else 0
-        path, row = paths(taps, classes, self.backbone.task, rows)
+        path, row, _ = paths(taps, classes, self.backbone.task, rows)
         path = by_deviation(path.sum((2, 3)))
-        return path if row is None else path + by_deviation(row.sum((2, 3)))
+        return path + by_deviation(row.sum((2, 3))) if self.cam else path

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, MaskPolicy, register_head
-from xattn.heads.fusion import ClassifierFusion, Fusion, PerClassFusion
+from xattn.heads.fusion import ClassifierFusion, create_fusion
 from xattn.heads.mixer import Depth
 from xattn.runtime.option_checks import Count
 
@@ -56,19 +56,6 @@ class Branch(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         u = self.norm(self.conv(f))
         return self.activation(u + f if self.skip else u)
-
-
-def _fusion(kind: str, backbone: Backbone, channels: list[int], rank: int | None) -> Fusion:
-    if kind == "per_class":
-        return PerClassFusion(channels, backbone.num_classes)
-    weight = backbone.classifier_weight
-    if weight is None:
-        raise ValueError(
-            f"fusion='classifier': {backbone.name} has no single linear classifier whose rows could "
-            f"be used; choose fusion='per_class'"
-        )
-    direct = backbone.pools_linearly
-    return ClassifierFusion([*channels, backbone.channels[-1]], weight, direct, rank)
 
 
 def _shown(explain_with: str | None, fusion: str) -> str:
@@ -138,7 +125,7 @@ class TTame(Head):
             self.branches.append(
                 Branch(c, rank, skip, norm, activation, identity=fusion == "classifier")  # type: ignore[arg-type]
             )
-        self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
+        self.fusion = create_fusion(fusion, backbone, channels, fusion_rank)
         self.raw_last = isinstance(self.fusion, ClassifierFusion)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
@@ -180,7 +167,7 @@ class LCam(Head):
         super().__init__(backbone, options)
         self.add_mixer(backbone, mixer, mixer_depth, mixer_options)
         channels = [] if fusion == "classifier" else [backbone.channels[-1]]
-        self.fusion = _fusion(fusion, backbone, channels, fusion_rank)
+        self.fusion = create_fusion(fusion, backbone, channels, fusion_rank)
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         last = self.mixed(taps).maps[-1]

@@ -1,0 +1,1 @@
+"""Heads that show where the evidence for a class is; the network's own classifier stays."""
