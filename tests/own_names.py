@@ -10,8 +10,9 @@ from xattn.blocks.base import BLOCKS
 from xattn.eval.metrics.registry import REGISTRY
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads.base import HEADS
+from xattn.training.objectives.base import OBJECTIVES
 
-REGISTRIES = (MECHANISMS, BLOCKS, REGISTRY, EXPLAINERS, HEADS)
+REGISTRIES = (MECHANISMS, BLOCKS, REGISTRY, EXPLAINERS, HEADS, OBJECTIVES)
 
 
 @contextmanager
