@@ -118,5 +118,6 @@ def test_other_networks_and_widths_are_refused(networks):
     for name in ("side", "copy"):
         with pytest.raises(ValueError, match=f"head: '{name}' reads the blocks of a ViT"):
             create_head(name, networks["cnn"])
-    with pytest.raises(ValueError, match="width: got 5; give a multiple of the 2 attention heads"):
-        create_head("side", networks["vit"], width=5)
+    three = xattn.load_backbone("deit_tiny_patch16_224", None, input_size=64)
+    with pytest.raises(ValueError, match="width: got 5; give a multiple of the 3 attention heads"):
+        create_head("side", three, width=5)

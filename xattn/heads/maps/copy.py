@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
+from xattn.heads.cross_attention import head_count
 from xattn.heads.fusion import create_fusion
 from xattn.heads.maps.side import check_vit, on_grid, token_mlp, token_rows
 
@@ -41,7 +42,7 @@ class CopyHead(Head):
         super().__init__(backbone, {"fusion": fusion, "explain_with": explain_with})
         model, width = check_vit("copy", backbone), backbone.channels[0]
         blocks = copy.deepcopy(list(model.blocks)[1:])
-        last = Block(width, int(getattr(model.blocks[0].attn, "num_heads", 1)), qkv_bias=True)
+        last = Block(width, head_count(width, None), qkv_bias=True)
         last.norm1 = nn.Identity()
         self.network = nn.Sequential(*blocks, last, token_mlp(width)).requires_grad_(True)
         self.fusion = create_fusion(fusion, backbone, [width], None, raw_last=False)

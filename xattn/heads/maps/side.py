@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
+from xattn.heads.cross_attention import head_count
 from xattn.heads.fusion import create_fusion
 from xattn.runtime.option_checks import Count
 
@@ -62,7 +63,8 @@ class Side(Head):
     """The side head of a timm ViT; it reads the outputs of all blocks.
 
     Args:
-        width: channels, a multiple of the network's attention heads; by default about an eighth of its.
+        width: channels, a multiple of the attention heads, of which there is one for 64 channels of the
+            network; by default about an eighth of the network's.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank pixels alike.
     """
@@ -76,8 +78,8 @@ class Side(Head):
     ) -> None:
         options = {"width": width, "fusion": fusion, "explain_with": explain_with}
         super().__init__(backbone, options)
-        model = check_vit("side", backbone)
-        heads = int(getattr(model.blocks[0].attn, "num_heads", 1))
+        check_vit("side", backbone)
+        heads = head_count(backbone.channels[0], None)
         width = width or max(1, backbone.channels[0] // NARROWER // heads) * heads
         if width % heads:
             raise ValueError(f"width: got {width}; give a multiple of the {heads} attention heads")

@@ -282,6 +282,8 @@ class TokenHead(Head):
             standardised over the photo. Both rank pixels alike.
     """
 
+    start: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
