@@ -222,19 +222,16 @@ def _places(
 ):  # fmt: skip
     """Of the queries, or of their places in the list, that may see ``key`` or later ones: the first, the
     first and the end of whole tiles that see the COLUMNS keys from ``key`` on, and the end."""
-    first, stop = key if CAUSAL else key * 0, N
+    first, seen, stop = (key if CAUSAL else key * 0), key * 0, N
     if LISTED:
         stop = tl.load(ends_ptr + head * N + N - 1)
-        if CAUSAL:  # as many queries of the list come before the key
-            first = tl.load(ends_ptr + head * N + key - 1, mask=key > 0, other=0)
-    first = first // ROWS * ROWS
-    low = first
     if CAUSAL:
-        low = tl.minimum(tl.cdiv(key + COLUMNS - 1, ROWS), tl.cdiv(N, ROWS)) * ROWS
-    high = tl.maximum(low, N // ROWS * ROWS)
-    if LISTED:
-        low, high = first, first
-    return first, low, high, stop
+        seen = tl.minimum(key + COLUMNS - 1, N)
+        if LISTED:  # as many queries of the list come before the first key, and before the last
+            first = tl.load(ends_ptr + head * N + key - 1, mask=key > 0, other=0)
+            seen = tl.load(ends_ptr + head * N + seen - 1)
+    first, low = first // ROWS * ROWS, tl.cdiv(seen, ROWS) * ROWS
+    return first, low, tl.maximum(low, stop // ROWS * ROWS), stop
 
 
 @triton.jit
@@ -267,7 +264,7 @@ def dkv_kernel(
             ends_ptr, head, tile * COLUMNS, N, ROWS, COLUMNS, CAUSAL, LISTED
         )
         before = (low - first) // ROWS
-        for REST in tl.static_range(1 if LISTED else 0, 2):
+        for REST in tl.static_range(2):
             count = before + tl.cdiv(stop - high, ROWS) if REST else (high - low) // ROWS
             for i in range(0, count):
                 start = low + i * ROWS

@@ -58,6 +58,7 @@ CASES = [  # queries, keys, width, width of values, heads, key heads, routing, c
     (63, 33, 24, 40, 4, 2, "skewed", False),
     (70, 70, 48, 16, 4, 1, "skewed", True),
     (1, 65, 64, 64, 3, 3, "half", False),
+    (150, 150, 16, 16, 2, 2, "half", True),
     (1, 1, 16, 16, 2, 2, "all", True),
     (45, 45, 128, 128, 2, 2, "all", False),
     (69, 69, 32, 32, 4, 4, "prefix", False),
