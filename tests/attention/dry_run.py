@@ -121,6 +121,9 @@ class Counts(TorchDispatchMode):
                 return RUNS[op._schema.name](*args, **kwargs)
         if op.namespace == "prim":  # no more than x.device
             return op(*args, **kwargs)
+        if op._can_decompose():  # host code runs below autograd, where contiguous() comes as one op
+            with self:
+                return op.decompose(*args, **kwargs)
         given = [x for x in tensors(args, kwargs)]
         here = any(x.device.type == DEVICE for x in given)
         if name in WAITS and any(isinstance(x, FakeTensor) for x in given):

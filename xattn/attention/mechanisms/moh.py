@@ -112,7 +112,7 @@ class MoH(Mechanism):
             none = torch.zeros_like(p)
             g = none.scatter(-1, index, self.active * best / best.sum(-1, keepdim=True))
             used = none.scatter(-1, index, 1.0)
-            loss = self.routed * (p.mean((0, 1)) * used.mean((0, 1))).sum()
+            loss = self.routed * torch.dot(p.mean((0, 1)), used.mean((0, 1)))
             gates.append(g if share is None else 2 * share[..., 1:] * g)
         return torch.cat(gates, -1).transpose(1, 2), loss
 
