@@ -71,7 +71,6 @@ SHOWN_COLUMNS = (
 TRAINING = {setting.name for setting in fields(TrainConfig)}
 SHOWN = ("passes", "maps")  # options of the head as an explainer
 CONTROLS: Any = {"network": ["random"], "trained": [False], "labels": get_args(Labels)}
-"""Their values; of an explainer without a head the first alone."""
 WITH_GRADIENTS = 3  # passes that one with gradients counts
 STEP_PASSES: Mapping[str, Callable[[Any], int]] = {
     "mask": lambda objective: 1 + WITH_GRADIENTS,
@@ -135,7 +134,7 @@ class Row:
         """What the row's numbers depend on, beside the photos and the metrics."""
         found = {"name": self.name, "options": dict(self.options), "seed": seed}
         if self.is_head:
-            config = {key: v for key, v in asdict(self.config(seed)).items() if v is not None}
+            config = asdict(self.config(seed))
             del config["workers"], config["checkpoint_every"]
             options = self.untrained(backbone, seed).options
             found |= {"config": config, "head": options, "photos": self.photos, **self.shown}
@@ -222,10 +221,12 @@ def train_head(
     """Train ``head`` in ``folder``, as far as it is not yet, and keep there what that cost."""
     run, kept, start = folder / "run", folder / COST, cpu_seconds()
     resume = (run / RUN_FILE).is_file()
-    cost = strict_json.read(kept, "output", AGAIN) if resume else {"seconds": 0.0}
+    known = kept.is_file() and resume  # a run without the file began before costs were kept
+    cost = strict_json.read(kept, "output", AGAIN) if known else {} if resume else {"seconds": 0.0}
 
     def keep(step: int, head: Head, **about: Any) -> None:
-        write_record(kept, {"seconds": cost["seconds"] + cpu_seconds() - start, **about})
+        if cost:
+            write_record(kept, {"seconds": cost["seconds"] + cpu_seconds() - start, **about})
 
     fit(
         head, backbone, split.fit(photos), config, table=table, output=run, resume=resume,
@@ -249,11 +250,12 @@ def passes_to_train(
     head: Head, backbone: Backbone, config: TrainConfig, photos: int
 ) -> dict[str, float | None]:
     """Passes of the table and of the steps, ``passes``; None where an objective's are not known."""
-    objective = objective_for(config)
+    objective, read = objective_for(config), photos * config.crops * config.epochs
+    own = read * WITH_GRADIENTS * head.own_passes
     if objective.reads == "photos":
         of_step = STEP_PASSES.get(objective.name)
         statistics = min(CALIBRATED, photos) if head.reads_statistics else 0
-        passes = of_step and photos * config.epochs * of_step(objective) + statistics
+        passes = of_step and read * of_step(objective) + statistics + own
         return {"table passes": 0.0, "passes": passes}
     asked = MaskSettings(**table_settings(objective, config, backbone))
     maker, crops = RowMaker(backbone, asked), photos * config.crops
@@ -262,7 +264,7 @@ def passes_to_train(
         patches, masked = maker.grid[0] * maker.grid[1], asked.masks + asked.empty
         # A mask and its complement keep all patches together, the empty photo none.
         of_row += (masked + asked.masks * patches / 2) / (1 + patches) - masked
-    return {"table passes": crops * of_row, "passes": crops}  # one for what the head reads
+    return {"table passes": crops * of_row, "passes": crops + own}  # one for what the head reads
 
 
 def table_seconds(table: Outcomes, photos: int) -> float | None:
@@ -464,8 +466,7 @@ def with_interval(found: Difference) -> str:
 
 
 def p_values(table: Results, method: str, reference: str, columns: Sequence[Column]) -> list[float]:
-    """Twice the share of resamples, those of the intervals, whose mean difference lies on the rarer side
-    of zero; the means of the sample count as one of them."""
+    """Twice the share of the intervals' resamples on the rarer side of zero, the sample being one."""
     a, b = table.methods[method].values, table.methods[reference].values
     matrix = np.stack([a[column] - b[column] for column in columns], axis=1)
     drawn = bootstrap.resampled_means(matrix, table.n_resamples, table.protocol.seed)
@@ -484,8 +485,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def report(table: Results, costs: Costs, against: str | None = None) -> str:
-    """The tables in Markdown: means, and below them all rows minus the one called ``against``, by default
-    the first, if it is there."""
+    """Means in Markdown, and all rows minus the one called ``against``, by default the first."""
     keys = {column.key: column for column in table.columns}
     groups = [[keys[key] for key in group if key in keys] for group in SHOWN_COLUMNS]
     groups = [group for group in groups if group] or [table.columns]

@@ -155,8 +155,9 @@ class HeadExplainer(Explainer):
             self.tapped = self.head.tapped(self.backbone)
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
-        if self.passes > 1:  # else nothing is set, as records of results list what is set
-            self.forwards = self.passes
+        each = 1 if self.head is None else 1 + self.head.own_passes
+        if self.passes * each > 1:  # else nothing is set, as records of results list what is set
+            self.forwards = self.passes * each
         if self.maps is not None:
             self.head = copy.copy(self.head)
             self.head.explain_with = self.maps  # type: ignore[union-attr]

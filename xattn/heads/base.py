@@ -145,6 +145,7 @@ class Head(
     name: ClassVar[str]
     is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
+    own_passes: ClassVar[int] = 0  # that a map costs beside the backbone's, as of a second network
     learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> times the usual rate
     options: dict[str, Any]
     mask_policy: MaskPolicy

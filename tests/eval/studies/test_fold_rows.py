@@ -199,6 +199,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_values(
     left[0] = 20
     assert run(tmp_path / "stopped")[1] == values
     assert len(stored) == 20  # none twice
+    for name in (fold_rows.COST, fold_rows.DONE):  # as if trained before costs were kept
+        (tmp_path / "stopped" / "fold-0" / "ours" / name).unlink()
+    assert run(tmp_path / "stopped")[1] == values and len(stored) == 20
 
 
 def test_a_row_that_saw_a_scored_class_is_refused(backbone, paths, tmp_path):  # noqa: F811
@@ -288,6 +291,10 @@ def test_a_dropped_mask_counts_the_patches_that_it_keeps(paths, tmp_path):  # no
     row = Row.parse("ttame:recipe=outcomes,objective=shapley,fill=drop,masks=8,cells=4")
     found = passes_to_train(row.untrained(vit, 0), vit, row.config(0), 2)
     assert found["table passes"] == pytest.approx(float(2 + ((1 + kept) / 17).sum()))
+    row = Row.parse("copy:recipe=outcomes,fill=drop,epochs=5")  # a second network, with gradients
+    head = row.untrained(vit, 0)
+    assert passes_to_train(head, vit, row.config(0), 2)["passes"] == 2 + 2 * 5 * 3
+    assert create_explainer("head", vit, head).forwards == 2
 
 
 # ---------------------------------------------------------------- differences

@@ -33,6 +33,8 @@ class CopyHead(Head):
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank pixels alike.
     """
 
+    own_passes = 1
+
     def __init__(
         self,
         backbone: Backbone,
