@@ -49,6 +49,8 @@ from xattn.photos.sources import Files, limited
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
 
+MOST_OF_ALL = 1000  # passes with gradients of a method that "all" compares
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -312,11 +314,17 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
     refused = {}
     for label, (name, head, chosen) in recipes.items():
         try:
-            explainers[label] = create_explainer(name, job.backbone, head, **shared, **chosen)
+            made = create_explainer(name, job.backbone, head, **shared, **chosen)
         except ValueError as error:
             if not every or label in heads:
                 raise
             refused[label] = str(error)
+            continue
+        dear = not made.perturbs and (made.forwards or 0) > MOST_OF_ALL
+        if every and dear and name not in given.names:
+            refused[label] = f"it takes {made.forwards:,} passes with gradients; give its name"
+        else:
+            explainers[label] = made
     recipes = {label: recipes[label] for label in explainers}
     explainers |= _others(job, given.others)
     if not explainers:

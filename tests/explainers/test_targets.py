@@ -11,7 +11,8 @@ from xattn import Target, at_mask, at_point, create_explainer, load_backbone, si
 from xattn.backbone.scored import scored
 from xattn.heads import create_head
 
-READS_P = ("rise", "occlusion", "lime", "kernel_shap")  # all others read logits, or no class at all
+# All others read logits, or no class at all.
+READS_P = ("rise", "occlusion", "lime", "kernel_shap", "igos_pp")
 PER_CLASS = ("cam", "head", "gates", "token_path")
 K = 3
 

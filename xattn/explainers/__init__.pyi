@@ -26,6 +26,8 @@ from .head import HeadExplainer as HeadExplainer
 from .integrated_gradients import GradientShap as GradientShap
 from .integrated_gradients import IntegratedGradients as IntegratedGradients
 from .integrated_gradients import SmoothGrad as SmoothGrad
+from .masking.extremal_perturbation import ExtremalPerturbation as ExtremalPerturbation
+from .masking.igos_pp import IgosPP as IgosPP
 from .masking.kernel_shap import KernelShap as KernelShap
 from .masking.lime import Lime as Lime
 from .masking.masked_passes import PerturbationExplainer as PerturbationExplainer

@@ -24,7 +24,8 @@ class Compare(MethodArgs):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
-    """Methods of xattn list, or "all" for every method that suits this backbone."""
+    """Methods of xattn list, or "all" for every one that suits this backbone and takes no more than 1,000
+    gradients a photo."""
     metrics: tuple[str, ...] = ("direct",)
     """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
     annotations: Path | None = None

@@ -1,0 +1,94 @@
+"""Explainers that look for a mask of one image by gradients of the score that the masked image has.
+
+A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it shows a level between the image and
+what is behind it: x m + b (1 - m), or with a blur the image under a Gaussian that grows with 1 - m.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from xattn.explainers.base import ImageByImage
+
+BLUR = 20 / 224  # standard deviation of the strongest blur, as a share of the image's shorter side
+Score = Callable[[Tensor], Tensor]  # images (n, 3, H, W) -> scores (n,)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class MaskSearch(ImageByImage):
+    """Base of explainers that look for a mask, class by class.
+
+    Args:
+        fill: what a removed pixel shows: ``"blur"``, as in the papers, the image under a Gaussian whose
+            standard deviation is 20 pixels of 224; ``"black"``, 0 in [0, 1] pixels; or ``"mean"``, the
+            mean colour of the backbone's preprocessing.
+    """
+
+    fill: Literal["blur", "black", "mean"] = "blur"
+    blurs: ClassVar[int] = 1  # levels of blur, the weakest of them above 0
+
+    @abstractmethod
+    def _search(self, levels: Tensor, target: Tensor) -> Tensor:
+        """The map (h, w) of one class, from what :meth:`_levels` gives."""
+
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        levels = self._levels(image.to(torch.promote_types(image.dtype, torch.float32)))
+        return torch.stack([self._search(levels, target) for target in classes])
+
+    def _levels(self, image: Tensor) -> Tensor:
+        """(L, 3, H, W): what an image (3, H, W) shows under a mask of 0, ..., and the image itself."""
+        if self.fill == "blur":
+            widths = torch.linspace(1, 0, self.blurs + 1, device="cpu")[:-1].tolist()
+            behind = [blurred(image, BLUR * min(image.shape[1:]) * width) for width in widths]
+        else:
+            colour = self.backbone.mean[0].to(image) * (self.fill == "mean")
+            behind = [colour.expand_as(image)]
+        return torch.stack([*behind, image])
+
+    def _slopes(
+        self, score: Score, levels: Tensor, masks: Tensor, *noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (n,) of the image under ``masks`` (n, 1, H, W), and their derivatives by these.
+
+        ``noise`` (n, 3, H, W) is added to the masked images.
+        """
+
+        def part(some: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = some.detach().requires_grad_()
+                scores = score(sum(noise, masked(levels, leaf)))
+                (slopes,) = torch.autograd.grad(scores.sum(), leaf)
+            return scores.detach(), slopes
+
+        scores, slopes = zip(*self._batches.run(part, masks, *noise), strict=True)
+        return torch.cat(scores), torch.cat(slopes)
+
+
+def masked(levels: Tensor, masks: Tensor) -> Tensor:
+    """The image under ``masks`` (n, 1, H, W), linear between neighbours of ``levels`` (L, 3, H, W).
+
+    >>> masked(torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.full((1, 1, 1, 1), 0.25)).item()
+    2.0
+    """
+    place = masks * (len(levels) - 1)
+    low = place.detach().nan_to_num().floor().long().clamp(0, len(levels) - 2)
+    low = low.expand(-1, levels.shape[1], -1, -1)
+    below, above = levels.gather(0, low), levels.gather(0, low + 1)
+    return below + (place - low) * (above - below)
+
+
+def blurred(image: Tensor, width: float) -> Tensor:
+    """``image`` (3, H, W) under a Gaussian of ``width`` pixels that is cut at twice that."""
+    from torchvision.transforms.functional import gaussian_blur  # imported late: it loads slowly
+
+    side = 2 * math.ceil(2 * width) + 1
+    for kernel in ([side, 1], [1, side]):
+        image = gaussian_blur(image, kernel, [width, width])
+    return image
