@@ -66,6 +66,10 @@ STUDIES = {
         "block_digits",
         "NiNformer, HyperZZW and SHRP on digits, each beside what it has to beat.",
     ),
+    "ceiling": (
+        "ceiling",
+        "How far methods are from the best order of pixels that a search finds, in insertion and deletion.",
+    ),
     "class-folds": (
         "class_folds",
         "Cross-validation over classes: every photo is scored by a head that never saw its class.",
