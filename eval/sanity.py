@@ -31,6 +31,8 @@ from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.explainers import create_explainer
 from xattn.explainers.base import probe_of
+from xattn.heads import AttentiveHead, create_head
+from xattn.heads.base import tapped
 
 PHOTOS = 24  # of which mean maps are made, and on which maps are compared
 AT_ONCE = 8  # photos of a pass
@@ -78,16 +80,21 @@ def randomized_explainer(
 ) -> Any:
     """The explainer ``name`` (see ``xattn.list_explainers``) on :func:`randomized_backbone`.
 
-    A trained ``head`` is kept as it is and reads the random network's maps.
+    A trained ``head`` keeps its weights and reads the random network's maps and classifier.
     """
     return _explainer_on(randomized_backbone(backbone, seed), name, head, seed, options)
 
 
 def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict[str, Any]) -> Any:
     """The explainer on another network than the one that ``head`` was trained on."""
-    if head is not None:
+    if isinstance(head, AttentiveHead):
         head = copy.deepcopy(head)
         head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
+    elif head is not None:
+        reads = tapped(head.name, twin, head.backbone_taps)
+        again = create_head(head.name, reads, **head.options)
+        again.load_state_dict(head.state_dict())
+        head = again.eval()
     return create_explainer(name, twin, head=head, seed=seed, **options)
 
 

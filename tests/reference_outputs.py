@@ -76,7 +76,10 @@ def heads() -> Iterator[Output]:
             except ValueError:  # heads that this network has no place for
                 continue
             with torch.no_grad(), contextlib.suppress(NotImplementedError):
-                yield f"head/{name}/{kind}/scores", head(taps, torch.tensor([1, 4]))
+                yield (
+                    f"head/{name}/{kind}/scores",
+                    head(head.tapped(backbone)(images), torch.tensor([1, 4])),
+                )
                 if hasattr(head, "logits"):
                     yield f"head/{name}/{kind}/logits", head.logits(head.tokens(taps))
 

@@ -8,6 +8,7 @@ cuts off is gone, and what it pads is background.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -276,7 +277,8 @@ def _read_mask(path: Path, view: View) -> NDArray[Any]:
     _check_file(path)
     height, width = view.photo_size
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        # From memory, where a chunk that claims to be larger than the file takes no more than the file.
+        with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
             mode, size = image.mode, image.size
             if mode in _MODES and size == (width, height):  # others may be huge: not decoded
                 return np.asarray(image)

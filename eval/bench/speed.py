@@ -76,9 +76,11 @@ def explain_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[
         return backbone.model(backbone.normalize(images))
 
     def explaining(head: Any) -> Job:
+        tapped = head.tapped(backbone)
+
         @torch.inference_mode()
         def job() -> Tensor:
-            taps = backbone(images)
+            taps = tapped(images)
             return resize(head(taps, taps.logits.argmax(1)), size)
 
         return job

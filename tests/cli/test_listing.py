@@ -113,3 +113,12 @@ def test_lists_of_the_package_own_things_do_not_wait_for_torch():
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "  gradcam " in told and "  ttame " in told and "  ninformer " in told
+
+
+def test_heads_whose_recipe_is_outcomes_are_known_before_torch():
+    from xattn.cli.commands.train import ON_TABLES
+    from xattn.heads import head_entry, list_heads
+
+    assert set(ON_TABLES) == {
+        name for name in list_heads() if head_entry(name).recipe == "outcomes"
+    }

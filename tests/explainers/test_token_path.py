@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import xattn
+from xattn.backbone.taps import block_taps
 from xattn.explainers import create_explainer
 from xattn.heads.class_reading import class_reading
-from xattn.heads.maps.tokens import TokenPath, block_taps
+from xattn.heads.maps.tokens import TokenPath
 from xattn.training.outcomes import log_odds
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
@@ -33,7 +34,7 @@ def backbone(request):
     for block in model.blocks:  # a value's bias is no patch's, so it is in no path
         nn.init.zeros_(block.attn.qkv.bias.data[48:])
     found = xattn.load_backbone(model.double(), input_size=64, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return found.with_taps(block_taps(found))
+    return found.with_taps(block_taps(found.depth))
 
 
 def of_the_token(backbone, taps, scales, task="multiclass"):
@@ -145,7 +146,7 @@ def vit():
 
 def test_the_explainer_adds_path_and_cam_with_a_deviation_of_one(vit):
     images, target = torch.rand(2, 3, 64, 64), torch.tensor([1, 4])
-    tapped = vit.with_taps(block_taps(vit))
+    tapped = vit.with_taps(block_taps(vit.depth))
     with torch.no_grad():
         path = TokenPath(tapped)(tapped(images), target[:, None], "multiclass").path.sum((2, 3))
     alone = create_explainer("token_path", vit, cam=False).attribute(images, target)

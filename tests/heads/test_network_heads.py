@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import xattn
 from xattn.config import TrainConfig
+from xattn.eval.sanity import randomized_backbone, randomized_explainer
+from xattn.explainers import create_explainer
 from xattn.heads import create_head, load_head, save_head
 from xattn.training import fit
 
@@ -68,8 +70,10 @@ def test_the_copy_begins_as_the_network_and_leaves_it_alone(networks):
     with torch.no_grad():
         taps = vit.with_taps(["block.0", f"block.{vit.depth - 1}"])(IMAGES)
         tokens = torch.cat([taps.prefixes[0], taps.maps[0].flatten(2).transpose(1, 2)], 1)
-        last = head.network[:-2](tokens)[:, vit.prefix_tokens :]
+        last = head.network[:-3](tokens)[:, vit.prefix_tokens :]
         torch.testing.assert_close(last, taps.maps[1].flatten(2).transpose(1, 2))
+        own = vit.model.norm(last)
+        torch.testing.assert_close(head.network[:-2](tokens)[:, vit.prefix_tokens :], own)
         head.network[0].norm1.weight += 1
     assert vit.with_taps("block").fingerprint == before
     assert all(p.requires_grad for p in head.parameters())
@@ -115,9 +119,52 @@ def test_they_are_trained_saved_and_loaded(name, kind, networks, tmp_path):
 
 
 def test_other_networks_and_widths_are_refused(networks):
-    for name in ("side", "copy"):
-        with pytest.raises(ValueError, match=f"head: '{name}' reads the blocks of a ViT"):
+    for name, does in (("side", "reads"), ("copy", "copies")):
+        with pytest.raises(ValueError, match=f"head: '{name}' {does} the blocks"):
             create_head(name, networks["cnn"])
+    turned = xattn.load_backbone("eva02_tiny_patch14_224", None, input_size=56)
+    with pytest.raises(ValueError, match="head: 'copy' copies the blocks"):
+        create_head("copy", turned)
     three = xattn.load_backbone("deit_tiny_patch16_224", None, input_size=64)
     with pytest.raises(ValueError, match="width: got 5; give a multiple of the 3 attention heads"):
         create_head("side", three, width=5)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_a_table_is_shared_by_heads_that_read_other_taps(name, kind, networks, tmp_path):
+    from training_runs import write_photos
+
+    write_photos(tmp_path / "photos", 24)
+    network, table = networks[kind], tmp_path / "table"
+    config = TrainConfig("outcomes", epochs=1, batch_size=12, workers=0, masks=4)
+    for one in ("evidence", name):
+        head = create_head(one, network)
+        fit(head, network, tmp_path / "photos", config, progress=False, table=table)
+    assert len(list(table.glob("rows-*"))) >= 1
+
+
+def test_taps_of_another_kind_are_refused_and_a_copy_costs_two_passes(networks):
+    vit = networks["vit"]
+    for name in ("side", "copy", "tokens"):
+        head = create_head(name, vit)
+        with pytest.raises(ValueError, match=rf"head '{name}' reads .*head.tapped\(backbone\)"):
+            head(vit(IMAGES))
+        assert create_explainer("head", vit, head).total_forwards == 1 + (name == "copy")
+        assert create_explainer("head", vit, head, passes=4).total_forwards == 4 * (1 + head.own_passes)
+
+
+@pytest.mark.parametrize("name", [*dict(KINDS), "tokens"])
+def test_a_randomized_row_reads_the_random_network_alone(name, networks):
+    vit = networks["vit"]
+    head = create_head(name, vit).eval()
+    method = randomized_explainer("head", vit, head=head, seed=3)
+    twin, seen = randomized_backbone(vit, 3), torch.tensor([1, 4, 2])
+    if name == "tokens":
+        expected = create_explainer("token_path", twin).attribute(IMAGES, seen).sigmoid()
+    else:
+        own = create_head(name, twin).eval()
+        own.load_state_dict(head.state_dict())
+        with torch.no_grad():
+            expected = own(own.tapped(twin)(IMAGES), seen)
+    ranks = [maps.flatten(1).argsort() for maps in (method.attribute(IMAGES, seen), expected)]
+    assert torch.equal(*ranks)

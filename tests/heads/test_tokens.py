@@ -10,11 +10,11 @@ import torch
 from training_runs import write_photos
 
 import xattn
+from xattn.backbone.taps import block_taps
 from xattn.cli import main
 from xattn.explainers import create_explainer
 from xattn.exporting import ExplainedClassifier
 from xattn.heads import create_head, load_head, save_head
-from xattn.heads.maps.tokens import block_taps
 from xattn.heads.probed import probed
 
 IMAGES, TARGET = torch.rand(2, 3, 64, 64), torch.tensor([1, 4])
@@ -35,7 +35,7 @@ def moved(head):
 
 def test_the_untrained_head_is_the_explainer(vit):
     head = create_head("tokens", vit).eval()
-    assert head.backbone_taps == block_taps(vit) != list(vit.taps)
+    assert head.backbone_taps == block_taps(vit.depth) != list(vit.taps)
     with torch.no_grad():
         found = head(head.tapped(vit)(IMAGES), TARGET[:, None])
         every = head(head.tapped(vit)(IMAGES))
@@ -45,6 +45,17 @@ def test_the_untrained_head_is_the_explainer(vit):
     with torch.no_grad():
         head.rows.zero_()
         without_rows = head(head.tapped(vit)(IMAGES), TARGET[:, None])
+        head.rows[1, 1] = 3
+        rows = head.paths(head.tapped(vit)(IMAGES), TARGET[:, None], "multiclass", 5).row
+        expected = (
+            3
+            * rows[:, :, 1, 1]
+            / rows[:, :, -3:].sum((2, 3)).std((2, 3), correction=0)[..., None, None]
+        )
+        torch.testing.assert_close(
+            head(head.tapped(vit)(IMAGES), TARGET[:, None]) - alone, expected, rtol=1e-3, atol=1e-4
+        )
+        head.rows.zero_()
         head.attention[1, 0] = 2
         looked = head(head.tapped(vit)(IMAGES), TARGET[:, None]) - alone
     torch.testing.assert_close(without_rows, alone)
@@ -61,13 +72,12 @@ def test_numbers_are_pulled_to_their_start(vit):
 
 
 def test_other_networks_are_refused(vit):
-    for network in (
-        xattn.load_backbone("test_resnet", None, input_size=64),
-        xattn.load_backbone("deit_tiny_distilled_patch16_224", None, input_size=64),
-        probed(vit, create_head("gap", vit)),
-    ):
-        with pytest.raises(ValueError, match="'tokens' follows the class token|reads \\['norm1"):
+    for name in ("test_resnet", "deit_tiny_distilled_patch16_224"):
+        network = xattn.load_backbone(name, None, input_size=64)
+        with pytest.raises(ValueError, match="'tokens' follows the class token"):
             create_head("tokens", network)
+    with pytest.raises(ValueError, match=r"taps: got .* reads \['norm1"):
+        create_head("tokens", probed(vit, create_head("gap", vit)))
 
 
 @pytest.mark.parametrize("name", ["tokens", "ttame"])
@@ -86,7 +96,7 @@ def test_a_head_is_explained_exported_and_loaded_on_a_backbone_with_other_taps(v
             torch.testing.assert_close(module.raw(IMAGES, TARGET)[1], expected)
 
 
-def test_a_head_of_tokens_a_backbone_lacks_is_refused_by_name(vit, tmp_path):
+def test_a_head_of_taps_that_a_backbone_lacks_is_refused_by_name(vit, tmp_path):
     save_head(create_head("tokens", vit), tmp_path / "head")
     path = tmp_path / "head/config.json"
     config = json.loads(path.read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from pack_files import ENTRIES, parquet, replaced, signed
 from synthetic_packs import described, explanation, picture
 
-from xattn.packs.columns import BoundedParquet
+from xattn.packs.columns import BoundedParquet, codecs_of
 from xattn.packs.contained_files import PackError
 from xattn.packs.reader import Pack
 from xattn.packs.writer import pack_writer
@@ -117,6 +118,45 @@ def test_more_rows_or_row_groups_than_a_shard_has_are_refused(tmp_path):
     packed(folder, parquet(many, row_group_size=1), len(many))
     with pytest.raises(PackError, match="1,100 row groups, over the limit of 1,024"):
         Pack(folder).entry_ids[0]
+
+
+CODECS = {"UNCOMPRESSED": 0, "SNAPPY": 1, "ZSTD": 6}
+
+
+def footer_of(data: bytes) -> tuple[int, int]:
+    """Where the footer begins and ends."""
+    return len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data) - 8
+
+
+def test_codecs_are_those_that_pyarrow_reads(tmp_path):
+    table = pq.read_table(make(tmp_path / "pack") / ENTRIES)
+    how = dict(zip(table.column_names, ["none", "snappy", "zstd"] * 99, strict=False))
+    data = parquet(table, compression=how, row_group_size=2)
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    expected = [
+        CODECS[metadata.row_group(g).column(j).compression]
+        for g in range(metadata.num_row_groups)
+        for j in range(metadata.num_columns)
+    ]
+    begin, end = footer_of(data)
+    assert codecs_of(data[begin:end]) == expected and set(expected) == {0, 1, 6}
+    for cut in range(begin, end - 1):
+        with pytest.raises(ValueError, match="footer is damaged"):
+            codecs_of(data[begin:cut])
+
+
+def test_a_codec_that_pyarrow_does_not_know_is_refused(tmp_path):
+    folder = make(tmp_path / "pack")
+    data = bytearray((folder / ENTRIES).read_bytes())
+    begin, end = footer_of(bytes(data))
+    for at in range(begin, end):
+        changed = bytes(data[:at]) + b"\x7a" + bytes(data[at + 1 :])  # 61, in Thrift's zigzag
+        with suppress(ValueError):
+            if data[at] == 0 and codecs_of(changed[begin:end])[0] == 61:
+                break
+    pack = Pack(packed(folder, changed, 4))
+    with pytest.raises(PackError, match="its columns are compressed"):
+        pack.entry_ids[0]
 
 
 def test_a_map_of_a_photo_that_is_not_there_is_damage(tmp_path):

@@ -84,6 +84,11 @@ def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
     return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid
 
 
+def block_taps(depth: int) -> list[str]:
+    """The outputs of all blocks of a ViT, in order."""
+    return [f"block.{i}" for i in range(depth)]
+
+
 def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:
     """Whether ``taps`` read blocks that see prefix tokens, and the model hands these out."""
     if not prefix_tokens or not any(parse_tap(tap)[0] in ("norm1", "block") for tap in taps):

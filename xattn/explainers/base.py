@@ -43,6 +43,7 @@ from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import Scored, View, class_of, is_score, scored
 from xattn.heads import AttentiveHead, Head, parse_options
+from xattn.heads.base import Frozen
 from xattn.heads.probed import Probed
 from xattn.photos.arrays import input_batch
 from xattn.registry import Registry, adopting, with_name
@@ -478,6 +479,7 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     buffers = [
         (m, key, value, value.clone())
         for m in every
+        if not isinstance(m, Frozen)
         for key, value in m._buffers.items()
         if value is not None
     ]

@@ -24,6 +24,8 @@ def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str,
     record = None
     if head is not None:
         record = {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}
+        if head.backbone_taps != list(backbone.taps):
+            record["taps"] = head.backbone_taps
     target = {"target": backbone.target_id} if isinstance(backbone, Scored) else {}
     notes = {"notes": list(method.notes)} if method.notes else {}
     return {

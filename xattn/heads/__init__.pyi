@@ -16,9 +16,9 @@ from .base import read_config as read_config
 from .base import register_head as register_head
 from .base import save_head as save_head
 from .linear import Linear as Linear
-from .maps.copy import CopyHead as CopyHead
 from .maps.decoder import Decoder as Decoder
 from .maps.evidence import Evidence as Evidence
+from .maps.second_vit import CopyHead as CopyHead
 from .maps.side import Side as Side
 from .maps.tokens import TokenHead as TokenHead
 from .maps.ttame import LCam as LCam

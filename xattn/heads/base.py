@@ -124,6 +124,10 @@ MaskPolicy = Literal["raw_normalize", "renormalize", "normalized", "feature"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Frozen(nn.Module):
+    """A module whose buffers are weights that nothing changes, so no state needs to be kept of it."""
+
+
 class Head(
     Movable,
     PyTorchModelHubMixin,
@@ -212,6 +216,14 @@ class Head(
     def tapped(self, backbone: Backbone) -> Backbone:
         """``backbone`` with the taps that the head reads; see :func:`tapped`."""
         return tapped(self.name, backbone, self.backbone_taps)
+
+    def check_taps(self, taps: Taps) -> None:
+        """Raise a ``ValueError`` unless there are as many ``taps`` as the head reads."""
+        if len(taps.maps) != len(self.backbone_taps):
+            raise ValueError(
+                f"taps: got {len(taps.maps)}, head {self.name!r} reads {self.backbone_taps}; give those of "
+                f"head.tapped(backbone)(images)"
+            )
 
     def mixed(self, taps: Taps) -> Taps:
         """``taps`` with the last map as the head's mixer leaves it."""
@@ -307,9 +319,9 @@ class HeadEntry:
     """Options that the tests of every head try; the first are small."""
     recipe: str = "small"
     """The recipe of training for a few hundred photos."""
-    taps: str = ""
-    """A tap of a ViT that the head reads whatever the backbone's taps are, ``"block.0"``, or of all its
-    blocks, ``"block"``."""
+    taps: Callable[[int], list[str]] | None = None
+    """``taps(depth)`` are those of a ViT that the head reads, whatever the backbone's are; None reads the
+    backbone's."""
 
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
@@ -350,10 +362,9 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     Raises:
         ValueError: unknown name (with near matches) or an option that the head does not take.
     """
-    taps = HEADS.entry(name).taps
-    if taps and backbone.is_vit:
-        own = [taps] if "." in taps else [f"{taps}.{i}" for i in range(backbone.depth)]
-        backbone = tapped(name, backbone, own)
+    own = HEADS.entry(name).taps
+    if own is not None and backbone.is_vit:
+        backbone = tapped(name, backbone, own(backbone.depth))
     with torch.device("cpu"):  # whatever torch's default device is
         head = _construct(name, backbone, options)
     return head.to(backbone.device)

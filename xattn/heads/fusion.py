@@ -106,10 +106,10 @@ class ClassifierFusion(Fusion):
 
         row_i(k) = P_i w~_k + q_i,      row_last(k) = s w_k + P w~_k + q,     bias(k) = b + p . w~_k
 
-    with w~ = w scaled to unit root mean square, P_i and q_i starting at 0. The last of ``maps`` is the
-    raw pooled tap, whose row starts at w_k itself where the classifier pools linearly
-    (``direct=True``): an untrained head then ranks pixels exactly as unrectified CAM does. Elsewhere
-    it starts at a random projection of w_k. No parameter belongs to a class, so a few hundred photos
+    with w~ = w scaled to unit root mean square, P_i and q_i starting at 0. Where the last of ``maps``
+    is the pooled tap and the classifier pools linearly (``direct=True``), its row starts at w_k itself:
+    an untrained head then ranks pixels exactly as unrectified CAM does. Elsewhere it starts at a
+    random projection of w_k. No parameter belongs to a class, so a few hundred photos
     suffice and classes that were never seen are explained too.
     """
 

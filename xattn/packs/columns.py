@@ -15,6 +15,7 @@ Page headers that say something else end in an error of pyarrow's before anythin
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -294,7 +295,11 @@ class BoundedParquet:
         self.group_rows = [metadata.row_group(g).num_rows for g in range(groups)]
         if sum(self.group_rows) != rows or min(self.group_rows, default=1) < 1:
             raise ValueError("its row groups do not add up")
-        self._check_places(len(data) - 8 - footer)
+        end = len(data) - 8
+        codecs = codecs_of(data[end - footer : end])
+        if set(codecs) - {UNCOMPRESSED}:
+            raise ValueError("its columns are compressed")
+        self._check_places(end - footer)
 
     def read(self, columns: Sequence[str], groups: Sequence[int] | None = None) -> pa.Table:
         """Columns of some row groups, by default of all; texts are dictionaries.
@@ -320,8 +325,8 @@ class BoundedParquet:
             group = metadata.row_group(g)
             for j in range(metadata.num_columns):
                 column = group.column(j)
-                if column.compression != "UNCOMPRESSED" or column.num_values != group.num_rows:
-                    raise ValueError("its columns are compressed, or have other numbers of values")
+                if column.num_values != group.num_rows:
+                    raise ValueError("its columns have other numbers of values")
                 begin = column.data_page_offset
                 if column.has_dictionary_page:
                     begin = min(begin, column.dictionary_page_offset)
@@ -330,6 +335,61 @@ class BoundedParquet:
                 at += column.total_compressed_size
         if at != footer:
             raise ValueError("its columns do not fill it")
+
+
+UNCOMPRESSED = 0
+
+
+def codecs_of(footer: bytes) -> list[Any]:
+    """The codec of each column of each row group, read from the footer itself, which is in Thrift's compact
+    protocol: pyarrow ends the whole process where it is asked for a codec that it does not know."""
+    file = io.BytesIO(footer)
+
+    def take(count: int) -> bytes:
+        data = file.read(count)
+        if len(data) < count:
+            raise ValueError("it ends early")
+        return data
+
+    def number(signed: bool = False) -> int:
+        value = shift = 0
+        while (byte := take(1)[0]) > 127:
+            value, shift = value | (byte & 127) << shift, shift + 7
+        value |= byte << shift
+        return (value >> 1) ^ -(value & 1) if signed else value
+
+    def value_of(kind: int) -> Any:
+        if kind == 3:  # a byte
+            return take(1)
+        if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
+            return number(signed=True)
+        if kind == 7:
+            return take(8)
+        if kind == 8:
+            return take(number())
+        if kind == 9:
+            head = take(1)[0]
+            size = head >> 4 if head >> 4 < 15 else number()
+            return [value_of(head & 15) for _ in range(size)]
+        if kind == 12:
+            return struct()
+        raise ValueError(f"it holds a value of kind {kind}")
+
+    def struct() -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        field = 0
+        while head := take(1)[0]:
+            field = field + (head >> 4) if head >> 4 else number(signed=True)
+            kind = head & 15
+            fields[field] = (
+                value_of(kind) if kind > 2 else kind == 1
+            )  # flags have no bytes of their own
+        return fields
+
+    try:
+        return [column[3][4] for group in struct()[4] for column in group[1]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its footer is damaged ({type(error).__name__}: {error})") from None
 
 
 def _arrow(call: Callable[[], Any]) -> Any:

@@ -93,7 +93,6 @@ def fit(
             f"head: made for weights sha256 {head.backbone_fingerprint}, the backbone has "
             f"{backbone.fingerprint}; create the head with this backbone"
         )
-    backbone = head.tapped(backbone)
     objective = objective_for(config)
     if head.is_classifier and objective.reads == "table":
         raise ValueError(
@@ -108,10 +107,11 @@ def fit(
     photos = open_photos(data)
     options = RunOptions(output, resume, progress, on_checkpoint)
     with processes.own_accelerator(backbone.device, config.precision) as accelerator:
+        tapped = head.tapped(backbone)  # tables do not depend on what the head reads
         with ExitStack() as stack:
             resumed = options.folder if options.resume else None
             if objective.reads == "photos":
-                job: Job = PhotosJob(backbone, photos, config, objective, accelerator, resumed)
+                job: Job = PhotosJob(tapped, photos, config, objective, accelerator, resumed)
             else:
                 if options.folder is not None:  # before a table is computed in vain
                     check_run_folder(options.folder, resume)
@@ -120,8 +120,8 @@ def fit(
                     table_for(backbone, photos, config, objective, table, options, ranks, say)
                 )
                 terms = objective.on_table
-                job = OutcomesJob(backbone, photos, found, numbers, config, accelerator, terms)
-            return fit_job(head, backbone, job, config, accelerator, options)
+                job = OutcomesJob(tapped, photos, found, numbers, config, accelerator, terms)
+            return fit_job(head, tapped, job, config, accelerator, options)
 
 
 def fit_job(

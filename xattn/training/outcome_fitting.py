@@ -252,14 +252,15 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
 
 
 def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> None:
-    """Raise a ``ValueError`` unless ``table`` has the masks of ``config`` that ``objective`` reads."""
-    fills = None if config.fill is None else [config.fill]
-    asked = {"fills": fills, "sizes": config.sizes, "players": config.cells}
-    for name, value in asked.items():
-        if value is not None and table.key[name] != value:
+    """Raise a ``ValueError`` unless ``table`` has the fill, sizes and cells of ``config``, where they are
+    set, and masks that ``objective`` can read."""
+    fill = None if config.fill is None else [config.fill]
+    asked = {"fill": ("fills", fill), "sizes": ("sizes", config.sizes)}
+    for name, (key, value) in {**asked, "cells": ("players", config.cells)}.items():
+        if value is not None and table.key[key] != value:
             raise ValueError(
-                f"table: its {name} are {table.key[name]!r}, the run asks for {value!r}; leave that out, "
-                f"or give a folder in its place"
+                f"{name}: got {getattr(config, name)!r}, the table has {table.key[key]!r}; leave out "
+                f"{name}, or give a folder for another table"
             )
     sizes, needed = table.key["sizes"], objective.sizes
     plays = table.key["players"] and table.key["empty"]

@@ -293,6 +293,7 @@ class HeadGuide:
     def __call__(self, taps: Taps, class_index: Tensor, /) -> Tensor:
         if self.head.training:
             raise ValueError("guide: the head is in training mode; call head.eval() first")
+        self.head.check_taps(taps)
         return self.head(taps, class_index)
 
 

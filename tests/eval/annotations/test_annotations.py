@@ -1,6 +1,8 @@
 """Masks and boxes on the model's input, files that are damaged, and ImageNet's classes as COCO's."""
 
 import json
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +158,20 @@ def test_masks_of_one_channel_are_read_in_any_depth(tmp_path, mode):
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def test_a_mask_that_claims_to_be_huge_takes_no_more_memory_than_its_file(tmp_path):
+    annotations, path = folder(tmp_path, np.ones((40, 60))), tmp_path / "masks/a.png"
+    whole = path.read_bytes()
+    start = whole.index(b"IDAT") - 4
+    path.write_bytes(whole[:start] + b"\xe8\xff\0\0" + whole[start + 4 :])
+    tracemalloc.start()
+    try:
+        with suppress(ValueError):
+            annotations.of("a.jpg", plain(40, 60))
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_masks_that_are_missing_empty_damaged_or_of_another_size_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from xattn.runtime.names import plain
 from xattn.runtime.option_checks import Belongs, Not
 
 Recipe = Literal["published", "small", "outcomes"]
-ON_TABLES = ("evidence", "tokens")  # heads that learn from outcomes unless masks are asked for
+ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose recipe is outcomes
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class TrainSettings(TrainConfig):
     """Settings as they are typed; without a recipe they wait for that of the head."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
-    """Source of all settings that are not given; by default published with --preset, outcomes for the heads
-    evidence and tokens and for objectives but mask, else small."""
+    """Source of all settings that are not given; by default published with --preset, small for objective
+    mask and the heads ttame, lcam, csa, pointer and words, else outcomes."""
 
     def __post_init__(self) -> None:
         if self.recipe is not None:

@@ -15,10 +15,11 @@ from functools import cached_property
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps
+from xattn.backbone.taps import block_taps
 from xattn.explainers.base import register_explainer
 from xattn.explainers.cams.cam import TapsExplainer
 from xattn.heads.class_reading import UnknownReading
-from xattn.heads.maps.tokens import LAST, TokenPath, block_taps, by_deviation
+from xattn.heads.maps.tokens import LAST, TokenPath, by_deviation
 
 
 @register_explainer("token_path", title="Token path", networks=("vit",), cases=({}, {"cam": False}))
@@ -48,7 +49,7 @@ class TokenPathExplainer(TapsExplainer):
     @cached_property
     def tapped(self) -> Backbone:
         """The network, tapped at all blocks; made while no other thread runs it, as that sets modes."""
-        return self.backbone.with_taps(block_taps(self.backbone))
+        return self.backbone.with_taps(block_taps(self.backbone.depth))
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:
         paths, rows = self.paths.to(taps.logits.device), LAST if self.cam else 0

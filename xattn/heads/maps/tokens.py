@@ -12,14 +12,14 @@ maps of :mod:`~xattn.heads.class_reading` have. The first block is left out.
 
 No key or value of all patches is projected again: products with patches are taken once for each head.
 
-The head ``tokens`` weighs every head of every block,
+The head ``tokens`` weighs every head of every block but the first,
 
     S_k = sum_lh path_lh / sd(sum_lh path_lh) + sum_lh rho_lh row_lh / sd(sum of the last 3 blocks)
           + sum_lh beta_lh standardised(a_lh)
 
 where rho begins as 1 in the last three blocks, else 0, and beta as 0. Untrained, it is the explainer
-``token_path``, the path plus CAM. Training moves 2 L H numbers, which are pulled to their start, and needs
-no pass back through patches.
+``token_path``, the path plus CAM. Training moves 2 (L - 1) H numbers of L blocks, which are pulled to their
+start, and needs no pass back through patches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone, Taps
-from xattn.heads.base import Head, register_head
+from xattn.backbone.taps import block_taps
+from xattn.heads.base import Frozen, Head, register_head
 from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
 from xattn.heads.fusion import class_rows
 from xattn.heads.maps.evidence import SMALLEST, standardised
@@ -53,8 +54,8 @@ class TokenMaps(NamedTuple):
     attention: Tensor
 
 
-class Frozen(nn.Module):
-    """Copies of the backbone's weights."""
+class TokenModule(Frozen):
+    """A module with copies of the backbone's weights."""
 
     def keep(self, name: str, value: Tensor | None, like: Tensor | None = None) -> None:
         """``value``, or zeros as ``like`` where a layer has none."""
@@ -62,7 +63,7 @@ class Frozen(nn.Module):
         self.register_buffer(name, widen(value.detach()).clone(), persistent=False)
 
 
-class Norm(Frozen):
+class Norm(TokenModule):
     """A LayerNorm, and the derivative of a product with its output."""
 
     weight: Tensor
@@ -87,7 +88,7 @@ class Norm(Frozen):
         return ((g - g.mean(-1, keepdim=True) - along * normal) / deviation[:, None]).to(x.dtype)
 
 
-class TokenBlock(Frozen):
+class TokenBlock(TokenModule):
     """The class token's way through one block, whose inputs are the patches (B, C, N) and the prefix tokens
     (B, P, C), the class token first."""
 
@@ -169,7 +170,7 @@ class _Read(NamedTuple):
     token: Tensor  # (B, C), after the attention
 
 
-class TokenPath(Frozen):
+class TokenPath(TokenModule):
     """``paths(taps, index, task) -> TokenMaps`` of all blocks but the first; ``taps`` are those of
     :func:`block_taps`.
 
@@ -261,18 +262,13 @@ def of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
     return weight.expand(batch, -1, -1) if index is None else weight[index]
 
 
-def block_taps(backbone: Backbone) -> list[str]:
-    """The taps of all blocks of a ViT."""
-    return [f"block.{i}" for i in range(backbone.depth)]
-
-
 def by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
     """Maps (B, M, h, w) over the standard deviation of ``of``, by default their own, over space."""
     of = maps if of is None else of
     return maps / of.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
 
 
-@register_head("tokens", recipe="outcomes", taps="block")
+@register_head("tokens", recipe="outcomes", taps=block_taps)
 class TokenHead(Head):
     """The tokens head of a timm ViT that classifies its class token; it reads the outputs of all blocks.
 
@@ -280,6 +276,9 @@ class TokenHead(Head):
         pull: weight of the squared distance of the numbers from their start.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
             standardised over the photo. Both rank pixels alike.
+
+    Raises:
+        ValueError: another network.
     """
 
     start: Tensor
@@ -306,6 +305,8 @@ class TokenHead(Head):
         self.attention = nn.Parameter(torch.zeros(shape))
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
+        """Scores (B, M or K, h, w) on the grid of patches."""
+        self.check_taps(taps)
         batch = taps.logits.shape[0]
         index = class_rows(class_index, self.num_classes, batch)
         if index is not None:
@@ -313,8 +314,8 @@ class TokenHead(Head):
         path, row, attention = self.paths(taps, index, self.backbone_task, len(self.rows))
         path = by_deviation(path.sum((2, 3)))
         rows = torch.einsum("lh,bmlhyx->bmyx", self.rows.to(path), row)
-        looked = torch.einsum("lh,blhyx->byx", self.attention.to(path), standardised(attention))
-        return path + by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + looked[:, None]
+        attended = torch.einsum("lh,blhyx->byx", self.attention.to(path), standardised(attention))
+        return path + by_deviation(rows, row[:, :, -LAST:].sum((2, 3))) + attended[:, None]
 
     def auxiliary_loss(self) -> Tensor:
         """The pull."""
