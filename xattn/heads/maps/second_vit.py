@@ -31,7 +31,7 @@ class CopyHead(Head):
 
     Args:
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
-        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank pixels alike.
+        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
 
     Raises:
         ValueError: another network, or ``"classifier"`` for one without a single linear classifier.

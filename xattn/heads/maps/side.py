@@ -56,7 +56,7 @@ class Side(Head):
         width: channels, a multiple of the attention heads, of which there is one for 64 channels of the
             network; by default about an eighth of the network's.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
-        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank pixels alike.
+        explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
 
     Raises:
         ValueError: no ViT, or ``"classifier"`` for a network without a single linear classifier.

@@ -275,7 +275,7 @@ class TokenHead(Head):
     Args:
         pull: weight of the squared distance of the numbers from their start.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
-            standardised over the photo. Both rank pixels alike.
+            standardised over the photo. Both rank cells alike; pixels between them differ.
 
     Raises:
         ValueError: another network.
@@ -287,7 +287,7 @@ class TokenHead(Head):
         self,
         backbone: Backbone,
         pull: NotNegative = 0.03,
-        explain_with: Literal["scores", "mask"] = "mask",
+        explain_with: Literal["scores", "mask"] = "scores",
     ) -> None:
         super().__init__(backbone, {"pull": pull, "explain_with": explain_with})
         try:
