@@ -7,7 +7,8 @@ f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is
 deletes evidence, 1 - My inserts it alone. dM and dI are differences of neighbouring cells, I is the image's
 brightness. The direction of descent has integrated gradients in the place of those of f: the derivatives of
 1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Of shrinking steps the first
-is taken that lowers the sum enough (Armijo's rule), so that it never grows. The map is 1 - Mx My.
+is taken that lowers the sum enough (Armijo's rule), and where none does, as on a plateau of f, the second:
+integrated gradients see beyond the plateau. The map is 1 - Mx My.
 
 Khorram, Lawson and Li, CHIL 2021, arXiv 2012.15783; Qi, Khorram and Li, AAAI 2020, arXiv 1905.00954.
 """
@@ -32,7 +33,7 @@ SIGNS = (1.0, -1.0, 1.0, -1.0)  # of the four f
 @register_explainer("igos_pp", title="iGOS++", cases=({"steps": 2, "path": 3, "cells": 8},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class IgosPP(MaskSearch):
-    """iGOS++: what is deleted and inserted best together; 1,564 passes, 1,200 of them with gradients.
+    """iGOS++: what is deleted and inserted best together; 1,624 passes, 1,200 of them with gradients.
 
     Maps are (B, 1, cells, cells) in [0, 1], 0 where nothing is removed. The first step that is tried moves
     the most important cell from one end of [0, 1] to the other.
@@ -58,7 +59,7 @@ class IgosPP(MaskSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.forwards = len(SIGNS) * (1 + self.steps * (self.path + TRIES))
+        self.forwards = len(SIGNS) * (1 + self.steps * (self.path + TRIES + 1))
 
     def _search(self, levels: Tensor, target: Tensor) -> Tensor:
         return 1 - self._masks(levels, target).prod(0)[0]
@@ -81,14 +82,18 @@ class IgosPP(MaskSearch):
         now = value(masks)
         for _ in range(self.steps):
             direction = self._direction(masks, levels, brightness, score, draw)
-            size = 1 / float(direction.abs().amax().clamp_min(1e-30))
+            largest = float(direction.abs().amax().clamp_min(1e-30))
+            size = 1 / largest
             for _ in range(TRIES):
                 new = (masks - size * direction).clamp(0, 1)
                 found = value(new)
                 if found <= now - ARMIJO * float((direction * (masks - new)).sum()):
-                    masks, now = new, found
                     break
                 size *= SHRINK
+            else:
+                new = (masks - SHRINK / largest * direction).clamp(0, 1)
+                found = value(new)
+            masks, now = new, found
         return masks
 
     def _direction(
