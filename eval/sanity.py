@@ -91,9 +91,9 @@ def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict
         head = copy.deepcopy(head)
         head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
     elif head is not None:
-        reads = tapped(head.name, twin, head.backbone_taps)
-        again = create_head(head.name, reads, **head.options)
+        again = create_head(head.name, tapped(head.name, twin, head.backbone_taps), **head.options)
         again.load_state_dict(head.state_dict())
+        again.summary = head.summary  # what it was trained for
         head = again.eval()
     return create_explainer(name, twin, head=head, seed=seed, **options)
 

@@ -60,6 +60,8 @@ def small(name):
 def read_by(name, prefix="1 prefix token"):
     """A backbone with the taps that the head reads by default."""
     cls = head_class(name)
+    if head_entry(name).taps is not None:
+        return vit(prefix)
     return vit(prefix, cls.default_taps(4)) if issubclass(cls, AttentiveHead) else cnn()
 
 
