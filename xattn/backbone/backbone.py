@@ -257,7 +257,8 @@ class Backbone(Movable):
             return self.tokens_to_map(final, (last.shape[-2], last.shape[-1]))
         return final
 
-    def tokens_to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    @staticmethod
+    def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, prefix + h*w, C) tokens, prefix dropped, as a (B, C, h, w) map."""
         tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid)
@@ -354,7 +355,7 @@ class Backbone(Movable):
             ValueError: images of another number of channels.
         """
         self.check_channels(images)
-        return (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        return (images - self.mean.to(images)) / self.std.to(images)
 
     def check_channels(self, images: Tensor, argument: str = "images") -> None:
         """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W)."""
@@ -368,7 +369,7 @@ class Backbone(Movable):
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`."""
-        return x * self.std.to(x.dtype) + self.mean.to(x.dtype)
+        return x * self.std.to(x) + self.mean.to(x)
 
     # ------------------------------------------------------------------ facts
 

@@ -166,16 +166,13 @@ class HeadExplainer(Explainer):
 
     @torch.no_grad()
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        return self._explanation(images, self._taps(images), target)
+        return self._explanation(images, self.tapped(images), target)
 
     @torch.no_grad()
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        taps = self._taps(images)
+        taps = self.tapped(images)
         classes = self._chosen(choose, taps.logits)
         return taps.logits, classes, self._explanation(images, taps, classes)
-
-    def _taps(self, images: Tensor) -> Taps:
-        return self.tapped.to(self.backbone.device)(images)
 
     def _explanation(self, images: Tensor, taps: Taps, classes: Tensor) -> Tensor:
         """Maps (b, M, h, w) of classes (b,) or (b, M); ``taps`` are those of the image as it is."""
@@ -188,7 +185,7 @@ class HeadExplainer(Explainer):
         parts: list[tuple[Tensor, Tensor]] = []
         for pose in POSES[: self.passes]:
             if pose != POSES[0]:
-                taps = self._taps(poser.posed(images, pose))
+                taps = self.tapped(poser.posed(images, pose))
             parts.append(poser.aligned(read(taps, classes), pose))
         total = torch.stack([maps * known for maps, known in parts]).sum(0)
         scores = total / torch.stack([known for _, known in parts]).sum(0)

@@ -51,6 +51,13 @@ def class_rows(class_index: Tensor | int | None, num_classes: int, batch: int) -
     return index
 
 
+def row_index(class_index: Tensor | int | None, num_classes: int, logits: Tensor) -> Tensor | None:
+    """As :func:`class_rows`, (B, M) on the device of ``logits`` (B, K)."""
+    batch = logits.shape[0]  # len would fix an exported graph's batch size
+    index = class_rows(class_index, num_classes, batch)
+    return None if index is None else index.to(logits.device).expand(batch, -1)
+
+
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Bilinear resize of (B, M, h, w) to ``size``, corners not aligned."""
     if tuple(maps.shape[2:]) == tuple(size):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import class_reading
-from xattn.heads.fusion import class_rows
+from xattn.heads.fusion import row_index
 from xattn.runtime.option_checks import Count, Where
 
 LARGEST = 2**24  # entries of the tanh at once
@@ -131,9 +131,7 @@ class Pointer(Head):
 
     def read(self, taps: Taps, class_index: Tensor | int | None = None) -> Cells:
         """What depends on the backbone alone, and can be kept while the head is trained."""
-        index = class_rows(class_index, self.num_classes, taps.logits.shape[0])
-        if index is not None:
-            index = index.to(taps.logits.device).expand(taps.logits.shape[0], -1)
+        index = row_index(class_index, self.num_classes, taps.logits)
         found = self.reading(taps, index, self.backbone_task)
         first = taps.maps[0]
         grid = (min(self.cells, first.shape[2]), min(self.cells, first.shape[3]))

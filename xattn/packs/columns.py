@@ -15,7 +15,6 @@ Page headers that say something else end in an error of pyarrow's before anythin
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -297,7 +296,7 @@ class BoundedParquet:
             raise ValueError("its row groups do not add up")
         end = len(data) - 8
         codecs = codecs_of(data[end - footer : end])
-        if set(codecs) - {UNCOMPRESSED}:
+        if codecs != [0] * (groups * metadata.num_columns):  # 0 is none
             raise ValueError("its columns are compressed")
         self._check_places(end - footer)
 
@@ -337,59 +336,57 @@ class BoundedParquet:
             raise ValueError("its columns do not fill it")
 
 
-UNCOMPRESSED = 0
+# By fields: a file's row groups, their columns, the metadata of one, its codec.
+_TO_CODEC = (4, 1, 3, 4)
 
 
-def codecs_of(footer: bytes) -> list[Any]:
+def codecs_of(footer: bytes) -> list[int]:
     """The codec of each column of each row group, read from the footer itself, which is in Thrift's compact
-    protocol: pyarrow ends the whole process where it is asked for a codec that it does not know."""
-    file = io.BytesIO(footer)
+    protocol: pyarrow ends the whole process where it is asked for a codec that it does not know. A damaged
+    footer raises a ``ValueError``."""
+    codecs: list[int] = []
 
-    def take(count: int) -> bytes:
-        data = file.read(count)
-        if len(data) < count:
-            raise ValueError("it ends early")
-        return data
-
-    def number(signed: bool = False) -> int:
+    def number(at: int) -> tuple[int, int]:
         value = shift = 0
-        while (byte := take(1)[0]) > 127:
-            value, shift = value | (byte & 127) << shift, shift + 7
-        value |= byte << shift
-        return (value >> 1) ^ -(value & 1) if signed else value
+        while (byte := footer[at]) > 127:
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+        return value | byte << shift, at + 1
 
-    def value_of(kind: int) -> Any:
-        if kind == 3:  # a byte
-            return take(1)
+    def after(at: int, kind: int, depth: int) -> int:
+        """Where a value that begins at ``at`` ends; ``depth`` fields of the way led to it, or it is -1."""
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
-            return number(signed=True)
-        if kind == 7:
-            return take(8)
-        if kind == 8:
-            return take(number())
-        if kind == 9:
-            head = take(1)[0]
-            size = head >> 4 if head >> 4 < 15 else number()
-            return [value_of(head & 15) for _ in range(size)]
-        if kind == 12:
-            return struct()
-        raise ValueError(f"it holds a value of kind {kind}")
-
-    def struct() -> dict[int, Any]:
-        fields: dict[int, Any] = {}
-        field = 0
-        while head := take(1)[0]:
-            field = field + (head >> 4) if head >> 4 else number(signed=True)
-            kind = head & 15
-            fields[field] = (
-                value_of(kind) if kind > 2 else kind == 1
-            )  # flags have no bytes of their own
-        return fields
+            value, at = number(at)
+            if depth == len(_TO_CODEC):
+                codecs.append((value >> 1) ^ -(value & 1))
+        elif kind == 8:  # a text
+            count, at = number(at)
+            at += count
+        elif kind == 9:
+            head = footer[at]
+            count, at = (head >> 4, at + 1) if head >> 4 < 15 else number(at + 1)
+            for _ in range(count):
+                at = after(at, head & 15, depth)
+        elif kind == 12:
+            field = 0
+            while head := footer[at]:
+                if head < 16:
+                    raise ValueError("its fields are out of order")
+                field, at = field + (head >> 4), at + 1
+                if head & 15 > 2:  # else it is a flag, which has no bytes of its own
+                    leads = 0 <= depth < len(_TO_CODEC) and field == _TO_CODEC[depth]
+                    at = after(at, head & 15, depth + 1 if leads else -1)
+            at += 1
+        elif kind == 3:  # a byte
+            _, at = footer[at], at + 1
+        else:
+            raise ValueError(f"it holds a value of kind {kind}")
+        return at
 
     try:
-        return [column[3][4] for group in struct()[4] for column in group[1]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        after(0, 12, 0)
+    except (ValueError, IndexError, RecursionError) as error:
         raise ValueError(f"its footer is damaged ({type(error).__name__}: {error})") from None
+    return codecs
 
 
 def _arrow(call: Callable[[], Any]) -> Any:

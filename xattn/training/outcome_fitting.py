@@ -255,8 +255,12 @@ def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> 
     """Raise a ``ValueError`` unless ``table`` has the fill, sizes and cells of ``config``, where they are
     set, and masks that ``objective`` can read."""
     fill = None if config.fill is None else [config.fill]
-    asked = {"fill": ("fills", fill), "sizes": ("sizes", config.sizes)}
-    for name, (key, value) in {**asked, "cells": ("players", config.cells)}.items():
+    asked = (
+        ("fill", "fills", fill),
+        ("sizes", "sizes", config.sizes),
+        ("cells", "players", config.cells),
+    )
+    for name, key, value in asked:
         if value is not None and table.key[key] != value:
             raise ValueError(
                 f"{name}: got {getattr(config, name)!r}, the table has {table.key[key]!r}; leave out "

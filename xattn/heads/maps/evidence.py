@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.class_reading import TokenReading, class_reading
-from xattn.heads.fusion import class_rows, resize
+from xattn.heads.fusion import resize, row_index
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
 
@@ -42,6 +42,11 @@ def standardised(maps: Tensor) -> Tensor:
     return torch.where(variance > least, centred / variance.clamp_min(least).sqrt(), 0).to(
         maps.dtype
     )
+
+
+def standardised_mask(scores: Tensor) -> Tensor:
+    """sigmoid(2 z + 1) of the standardised scores z."""
+    return (2 * standardised(scores) + 1).sigmoid()
 
 
 def size_of(taps: Taps) -> tuple[int, int]:
@@ -169,10 +174,7 @@ class Evidence(Head):
                 component.fit(*found)  # type: ignore[operator]
 
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        logits, size = taps.logits, size_of(taps)
-        index = class_rows(class_index, self.num_classes, logits.shape[0])
-        if index is not None:  # shape[0], since len would fix an exported graph's batch size
-            index = index.to(logits.device).expand(logits.shape[0], -1)
+        size, index = size_of(taps), row_index(class_index, self.num_classes, taps.logits)
         cam, contrast, extra = self.class_maps(taps, index)
         total = self.cam * cam
         if "contrast" in self.parts:
@@ -209,4 +211,4 @@ class Evidence(Head):
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z: about two thirds of the cells are above 1/2."""
-        return (2 * standardised(scores) + 1).sigmoid()
+        return standardised_mask(scores)

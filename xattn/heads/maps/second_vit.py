@@ -21,7 +21,7 @@ from xattn.backbone import Backbone, Taps
 from xattn.heads.base import Head, register_head
 from xattn.heads.cross_attention import head_count
 from xattn.heads.fusion import create_fusion
-from xattn.heads.maps.side import to_map, token_mlp, tokens_of
+from xattn.heads.maps.side import token_mlp, tokens_of
 
 
 @register_head("copy", recipe="outcomes", taps=lambda depth: ["block.0"])
@@ -64,5 +64,5 @@ class CopyHead(Head):
         """Scores (B, M or K, h, w) on the grid of patches."""
         self.check_taps(taps)
         size = int(taps.maps[0].shape[2]), int(taps.maps[0].shape[3])
-        maps = to_map(self.network(tokens_of(taps)[0]), size)
+        maps = Backbone.tokens_to_map(self.network(tokens_of(taps)[0]), size)
         return self.fusion([maps], class_index, size)

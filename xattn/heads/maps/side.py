@@ -43,11 +43,6 @@ def tokens_of(taps: Taps) -> list[Tensor]:
     return [r if p is None else torch.cat([p, r], 1) for p, r in zip(prefixes, rows, strict=True)]
 
 
-def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tokens (B, P + N, C) -> the patches' (B, C, h, w)."""
-    return tokens[:, -size[0] * size[1] :].transpose(1, 2).unflatten(2, size)
-
-
 @register_head("side", recipe="outcomes", taps=block_taps)
 class Side(Head):
     """The side head of a ViT; it reads the outputs of all blocks.
@@ -94,4 +89,4 @@ class Side(Head):
         t: Tensor | float = 0.0
         for layer, block, h in zip(self.inputs, self.blocks, tokens_of(taps), strict=True):
             t = block(t + F.gelu(layer(h)))
-        return self.fusion([to_map(self.last(t), size)], class_index, size)
+        return self.fusion([Backbone.tokens_to_map(self.last(t), size)], class_index, size)

@@ -37,8 +37,8 @@ from xattn.backbone import Backbone, Taps
 from xattn.backbone.taps import block_taps
 from xattn.heads.base import Frozen, Head, register_head
 from xattn.heads.class_reading import ClassWeights, UnknownReading, before_norms, is_plain
-from xattn.heads.fusion import class_rows
-from xattn.heads.maps.evidence import SMALLEST, standardised
+from xattn.heads.fusion import row_index
+from xattn.heads.maps.evidence import SMALLEST, standardised, standardised_mask
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import NotNegative
 
@@ -191,7 +191,6 @@ class TokenPath(TokenModule):
         self.keep("weight", weight)
         self.keep("rows", before_norms(weight, model.norm))
         self.norm = Norm(model.norm)
-        self.heads = int(model.blocks[-1].attn.num_heads)
         self.blocks = nn.ModuleList(TokenBlock(b) for b in list(model.blocks)[1:])
 
     @staticmethod
@@ -238,11 +237,10 @@ class TokenPath(TokenModule):
         ):
             added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
             paths.insert(0, added)
-
         own = of_classes(self.rows.to(taps.logits), index, len(taps.logits))
         last = list(zip(self.blocks, reads, strict=True))[len(reads) - rows :]
         added = [block.added(own, read)[1] for block, read in last]  # type: ignore[operator]
-        row = torch.stack(added, 2) if rows else paths[0][:, :, None][:, :, :0]
+        row = torch.stack(added or paths, 2)[:, :, :rows]
         parts = torch.stack(paths, 2), row, torch.stack([read.weights for read in reads], 1)
         return TokenMaps(*(part[..., self.prefix :].unflatten(-1, grid) for part in parts))
 
@@ -298,7 +296,7 @@ class TokenHead(Head):
                 f"({error}); train 'evidence' or 'ttame'"
             ) from None
         self.pull = pull
-        shape = len(self.paths.blocks), self.paths.heads
+        shape = len(self.paths.blocks), int(self.paths.blocks[-1].heads)  # type: ignore[arg-type]
         self.register_buffer("start", torch.zeros(shape), persistent=False)
         self.start[-LAST:] = 1
         self.rows = nn.Parameter(self.start.clone())
@@ -307,10 +305,7 @@ class TokenHead(Head):
     def forward(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
         """Scores (B, M or K, h, w) on the grid of patches."""
         self.check_taps(taps)
-        batch = taps.logits.shape[0]
-        index = class_rows(class_index, self.num_classes, batch)
-        if index is not None:
-            index = index.to(taps.logits.device).expand(batch, -1)
+        index = row_index(class_index, self.num_classes, taps.logits)
         path, row, attention = self.paths(taps, index, self.backbone_task, len(self.rows))
         path = by_deviation(path.sum((2, 3)))
         rows = torch.einsum("lh,bmlhyx->bmyx", self.rows.to(path), row)
@@ -324,4 +319,4 @@ class TokenHead(Head):
 
     def mask(self, scores: Tensor) -> Tensor:
         """sigmoid(2 z + 1) of the standardised scores z."""
-        return (2 * standardised(scores) + 1).sigmoid()
+        return standardised_mask(scores)
