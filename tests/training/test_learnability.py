@@ -1,17 +1,26 @@
 """Learnability (the spec's synthetic case): a head finds the patch that makes the class."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import xattn
-from xattn.config import TrainConfig
+from xattn.config import ON_PHOTOS, TrainConfig
 from xattn.eval import evaluate
 from xattn.explainers import create_explainer
 from xattn.heads import create_head
-from xattn.training.objectives.base import Step
+from xattn.training import fit
+from xattn.training.objectives.base import (
+    OBJECTIVES,
+    Step,
+    objective_for,
+    table_settings,
+)
 from xattn.training.objectives.mask import Mask
+from xattn.training.outcomes import cache_outcomes
 
 SIDE, PATCH, CLASSES = 32, 10, 4
 
@@ -94,3 +103,56 @@ def test_a_trained_head_finds_the_patch_and_beats_the_centre(backbone):
     }
     results = evaluate(backbone, rows, images, progress=False)
     assert results.mean("head", "AD", 1.0) < results.mean("centre", "AD", 1.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """200 scenes to train on, and 48 others."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for name, count, seed in (("train", 200, 4), ("held-out", 48, 5)):
+        (folder / name).mkdir()
+        for i, image in enumerate(scenes(count, seed)[0]):
+            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+LEARNED = {  # with how many epochs; those that search or draw take many passes a step
+    "greedy": ("greedy", 20),
+    "rank": ("rank:steps=8,largest=10,noise=false", 12),
+    "select": ("select:draws=4", 10),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_an_objective_learns_holds_on_other_photos(backbone, folders, tmp_path, name):
+    """From random weights: its own loss, and the share of the map on the patch, which none is trained on."""
+    objective, epochs = LEARNED.get(name, (name, 30))
+    config = TrainConfig("outcomes", objective, epochs=epochs, workers=0, lr=5e-3, augment=False)
+    images, _, inside = scenes(48, seed=5)
+    made, index = objective_for(config), backbone.logits(images).topk(3).indices
+    if name not in ON_PHOTOS:
+        settings = table_settings(made, config, backbone)
+        table = cache_outcomes(
+            backbone, folders / "held-out", tmp_path / "table", progress=False, **settings
+        )
+        outcomes = table.batch(list(range(48)), torch.zeros(48, dtype=torch.long))
+
+    def measured(head):
+        with torch.no_grad():
+            scores = head(backbone(images), index)
+            maps = F.interpolate(head.mask(scores[:, :1]), (SIDE, SIDE), mode="bilinear")
+        if name in ON_PHOTOS:
+            loss = made.on_photos(Step(head, backbone, images, config, progress=1.0))["loss"]
+        else:
+            loss = made.on_table(scores, outcomes, index)["loss"]
+        return float(loss), float((maps * inside).sum() / maps.sum())
+
+    torch.manual_seed(0)
+    head = create_head("decoder", backbone, fusion="per_class").eval()
+    loss, energy = measured(head)
+    head = fit(head, backbone, folders / "train", config, progress=False).head
+    learned, found = measured(head.eval())
+    print(f"{name}: loss {loss:.3f} -> {learned:.3f}, energy {energy:.3f} -> {found:.3f}")
+    assert learned < loss and found > energy and found > 1.2 * PATCH**2 / SIDE**2
