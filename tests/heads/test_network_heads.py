@@ -10,6 +10,7 @@ import xattn
 from xattn.config import TrainConfig
 from xattn.eval.sanity import randomized_backbone, randomized_explainer
 from xattn.explainers import create_explainer
+from xattn.exporting import export
 from xattn.heads import create_head, load_head, save_head
 from xattn.training import fit
 
@@ -116,6 +117,36 @@ def test_they_are_trained_saved_and_loaded(name, kind, networks, tmp_path):
     with torch.no_grad():
         taps = head.tapped(network)(IMAGES)
         torch.testing.assert_close(again(taps), head.eval()(taps))
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, ("tokens", "vit")])
+def test_double_precision_compiled_and_bf16_agree(name, kind, networks):
+    network, target = networks[kind], torch.tensor([1, 2, 3])
+    head = create_head(name, network).eval()
+    taps = head.tapped(network)(IMAGES)
+    with torch.no_grad():
+        expected = head(taps, target)
+        compiled = torch.compile(head, backend="aot_eager", fullgraph=True)(taps, target)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = head(taps, target)
+        wide = head.double()(taps.to(torch.float64), target)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(wide.float(), expected, rtol=1e-3, atol=1e-3)
+    assert (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tokens", "vit"), *(pytest.param(*k, marks=pytest.mark.slow) for k in KINDS)],
+)
+def test_network_and_head_are_exported_as_one_graph(name, kind, networks, tmp_path):
+    head = create_head(name, networks[kind])
+    path = export(networks[kind], head, tmp_path / "m.pt2")  # compares the file with the head
+    with torch.no_grad():
+        logits, _ = torch.export.load(path).module()(IMAGES[:2], torch.tensor([1, 4]))
+        expected = networks[kind].logits(IMAGES[:2])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_other_networks_and_widths_are_refused(networks):

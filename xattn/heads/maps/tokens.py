@@ -237,7 +237,7 @@ class TokenPath(TokenModule):
         ):
             added, g = block.back(g, read, prefix[:, 0])  # type: ignore[operator]
             paths.insert(0, added)
-        own = of_classes(self.rows.to(taps.logits), index, len(taps.logits))
+        own = of_classes(self.rows.to(taps.logits), index, taps.logits.shape[0])
         last = list(zip(self.blocks, reads, strict=True))[len(reads) - rows :]
         added = [block.added(own, read)[1] for block, read in last]  # type: ignore[operator]
         row = torch.stack(added or paths, 2)[:, :, :rows]
@@ -247,7 +247,7 @@ class TokenPath(TokenModule):
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
         """The derivative (B, M, C) of the log-odds by the final class token: w_k less the mean of the other
         rows, weighted by their probabilities; w_k of a multi-label network."""
-        own = of_classes(weight, index, len(taps.logits))
+        own = of_classes(weight, index, taps.logits.shape[0])
         if task == "multilabel":
             return own
         weights = ClassWeights.of(taps.logits, task)
