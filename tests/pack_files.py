@@ -36,7 +36,7 @@ def signed(folder: Path, name: str, data: bytes, **changes: Any) -> Path:
 def parquet(table: Any, **options: Any) -> bytes:
     """A Parquet file as the writer of packs makes it, but for ``options``."""
     sink = pa.BufferOutputStream()
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "curves", "top")]  # fmt: skip
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "curves", "top", "answer")]  # fmt: skip
     known = {"compression": "none", "store_schema": False, "use_dictionary": texts}
     pq.write_table(table, sink, **(known | options))
     return sink.getvalue().to_pybytes()

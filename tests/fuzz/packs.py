@@ -177,7 +177,7 @@ def viewer_manifest(folder: Path) -> None:
 
 def _parquet(table: Any, **options: Any) -> bytes:
     sink = pa.BufferOutputStream()
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "curves", "top")]  # fmt: skip
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name not in ("entry_id", "curves", "top", "answer")]  # fmt: skip
     options = {"compression": "none", "store_schema": False, "use_dictionary": texts} | options
     pq.write_table(table, sink, **options)
     return sink.getvalue().to_pybytes()
@@ -210,7 +210,7 @@ def _other_tables(name: str) -> list[bytes]:
     texts = [*nasty_json(), json.dumps({"deletion": [0.0] * 150_000}).encode(), b'{"deletion": [NaN]}', b'{"d": [1e999]}', b'{"d": 5}',
              b'[[1, "x", 2]]', b"[[1, 2]]", b'{"mode": "crop"}', *_views()]  # fmt: skip
     for i, field in enumerate(table.schema):
-        if field.name in ("curves", "top", "protocol", "view"):
+        if field.name in ("curves", "top", "answer", "protocol", "view"):
             for text in texts:
                 column = pa.array([text.decode("utf-8", "replace")] * len(table), field.type)
                 made.append(_parquet(table.set_column(i, field, column)))

@@ -40,7 +40,13 @@ _FOOTER_TEXT = _FOOTER_ITEMS = 1 << 16
 ROW_GROUP = 2048  # rows that are decoded to read one
 MAX_TEXT = 4096  # bytes of a text in UTF-8
 # Bytes of columns that hold JSON.
-LONG_TEXTS = {"protocol": 1 << 20, "view": MAX_TEXT, "curves": 16 << 20, "top": 1 << 20}
+LONG_TEXTS = {
+    "protocol": 1 << 20,
+    "view": MAX_TEXT,
+    "curves": 16 << 20,
+    "top": 1 << 20,
+    "answer": 4 << 20,
+}
 METRIC = "metric:"
 _TEXTS = pa.string()
 _REPEAT = (_TEXTS, pa.int32(), pa.int64())
@@ -79,14 +85,23 @@ _IMAGE: dict[str, pa.DataType] = {
     "disagreement": pa.float64(),
     "methods": pa.int32(),
     "top": _TEXTS,  # [[class, name, probability], ...]
+    "answer": _TEXTS,  # of xattn.packs.answers, as JSON
     "thumbnail_place": pa.int64(),
     "thumbnail_bytes": pa.int64(),
     "thumbnail_sha256": pa.binary(32),
 }
 # Columns that may lack a value.
-MISSING = {"label", "label_name", "predicted", "predicted_name", "right", "thumbnail_sha256"}
+MISSING = {
+    "label",
+    "label_name",
+    "predicted",
+    "predicted_name",
+    "right",
+    "answer",
+    "thumbnail_sha256",
+}
 # All other texts and whole numbers repeat, and are written by dictionary.
-_UNIQUE = {"entry_id", "curves", "top", "place", "thumbnail_place", "thumbnail_bytes"}
+_UNIQUE = {"entry_id", "curves", "top", "answer", "place", "thumbnail_place", "thumbnail_bytes"}
 IMAGES = pa.schema([pa.field(k, kind, nullable=k in MISSING) for k, kind in _IMAGE.items()])
 # Of Pack.images.
 IMAGE_TABLE = ("file_name", "title", "label", "label_name", "predicted", "predicted_name", "confidence",
@@ -168,6 +183,9 @@ def image_row(
         "disagreement": disagreement,
         "methods": len({e.method for e in group}),
         "top": text("top", json.dumps(top, ensure_ascii=False), LONG_TEXTS["top"]),
+        "answer": None
+        if facts.answer is None
+        else text("answer", facts.answer.to_json(), LONG_TEXTS["answer"]),
         "thumbnail_bytes": 0 if jpeg is None else len(jpeg),
         "thumbnail_sha256": None if jpeg is None else hashlib.sha256(jpeg).digest(),
     }

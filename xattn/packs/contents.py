@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from xattn.packs import columns, manifest
+from xattn.packs.answers import AnswerFacts
 from xattn.packs.columns import MAX_FILE, BoundedParquet
 from xattn.packs.contained_files import PackError, PackFolder
 from xattn.packs.format import MANIFEST
@@ -70,6 +71,7 @@ class PhotoFacts(NamedTuple):
     top: tuple[tuple[int, str, float], ...]
     label: int | None
     label_name: str | None
+    answer: AnswerFacts | None
     thumbnail: tuple[int, int]
     """The place of its JPEG file, and its bytes."""
     thumbnail_sha256: str | None
@@ -228,9 +230,18 @@ class Contents:
             top=tuple(map(self._top, _json(row["top"], list))),
             label=row["label"],
             label_name=None if name is None else self._shown(name),
+            answer=self._answer(row["answer"]),
             thumbnail=(row["thumbnail_place"], row["thumbnail_bytes"]),
             thumbnail_sha256=_hex(row["thumbnail_sha256"]),
         )
+
+    def _answer(self, text: str | None) -> AnswerFacts | None:
+        if text is None:
+            return None
+        try:
+            return AnswerFacts.from_json(_json(text, dict), self._shown)
+        except ValueError as error:
+            raise damaged(why(error)) from None
 
     def _top(self, item: Any) -> tuple[int, str, float]:
         kinds = [type(v) for v in item] if type(item) is list else []

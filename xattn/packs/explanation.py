@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from xattn.packs.answers import AnswerFacts
 from xattn.photos.base import StoredPhoto
 from xattn.photos.images import load_image
 from xattn.photos.view import View
@@ -35,13 +36,15 @@ class ImageFacts:
 
     ``top`` are the classifier's first classes, (class, its name, probability); ``label`` is the true
     class as an index into the classifier's classes, None where it has no such class, and
-    ``label_name`` its name; ``features`` (d,) is what the classifier reads of it, if that was asked for.
+    ``label_name`` its name; ``features`` (d,) is what the classifier reads of it, if that was asked for;
+    ``answer`` is what a vision-language model said of it.
     """
 
     top: tuple[tuple[int, str, float], ...] = ()
     label: int | None = None
     label_name: str | None = None
     features: NDArray[np.float16] | None = field(default=None, compare=False, repr=False)
+    answer: AnswerFacts | None = None
 
 
 @dataclass(frozen=True, eq=False)

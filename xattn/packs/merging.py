@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xattn.packs.answers import AnswerFacts
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import SHARD_PHOTOS
 from xattn.packs.reader import Pack
@@ -99,9 +100,10 @@ def _equal(a: Explanation, b: Explanation) -> bool:
 def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFacts:
     """What the packs know of a photo; the first that knows something says it."""
     top = next((e.facts.top for _, e in found if e.facts.top), ())
+    answer = _answer(image_id, found)
     labelled = [(pack, e.facts) for pack, e in found if e.facts.label_name is not None]
     if not labelled:
-        return ImageFacts(top)
+        return ImageFacts(top, answer=answer)
     first, facts = labelled[0]
     for pack, other in labelled[1:]:
         if other.label_name != facts.label_name:
@@ -109,7 +111,24 @@ def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFac
                 f"packs: the true class of {image_id} is {facts.label_name} in {first.name} and "
                 f"{other.label_name} in {pack.name}; make one of them again with the right --labels"
             )
-    return ImageFacts(top, facts.label, facts.label_name)
+    return ImageFacts(top, facts.label, facts.label_name, answer=answer)
+
+
+def _answer(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> AnswerFacts | None:
+    """The answer on a photo, with what every pack says of its words."""
+    answered = [(pack, e.facts.answer) for pack, e in found if e.facts.answer is not None]
+    if not answered:
+        return None
+    first, answer = answered[0]
+    for pack, other in answered[1:]:
+        try:
+            answer = answer.joined(other)
+        except ValueError:
+            raise ValueError(
+                f"packs: the answer on {image_id} is one in {first.name} and another in {pack.name}; make "
+                f"one of them again with the same prompt, or with --answer"
+            ) from None
+    return answer
 
 
 def _described(pack: Pack) -> dict[str, dict[str, Any]]:

@@ -190,7 +190,7 @@ class Pack(Contents):
                 protocol=entry.protocol,
                 file_name=entry.file_name,
                 is_mask=entry.is_mask,
-                facts=ImageFacts(photo.top, photo.label, photo.label_name),
+                facts=ImageFacts(photo.top, photo.label, photo.label_name, answer=photo.answer),
                 metrics=entry.metrics,
                 curves=entry.curves,
                 sanity=entry.sanity,

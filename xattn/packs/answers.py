@@ -1,0 +1,140 @@
+"""What a pack keeps of an answer of a vision-language model beside the maps of its words.
+
+A photo's row holds the question, the answer and its words. The map of word number i is the entry whose
+``target`` is i. Several photos that were shown together hold the same answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from xattn.runtime.names import encodable
+
+MOST = 1 << 14  # words, or text tokens, of an answer
+SHARES = 3  # of an image, the prompt and the answer
+
+
+@dataclass(frozen=True)
+class AnswerWord:
+    """A word of an answer.
+
+    Args:
+        text: as it stands in the answer, at the characters ``span`` (start, end).
+        log_prob: log p of its tokens together, given all before them.
+        lost: how much of ``log_prob`` goes without the image.
+        shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
+            add up to 1.
+        sources: by method, its scores of the text tokens (:attr:`AnswerFacts.tokens`).
+    """
+
+    text: str
+    span: tuple[int, int]
+    log_prob: float
+    lost: float
+    shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    sources: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnswerFacts:
+    """An answer: the ``prompt``, the ``text`` that the model gave, its ``words``, and the text of each of
+    the ``tokens`` of prompt and answer that are not the image's."""
+
+    prompt: str
+    text: str
+    words: tuple[AnswerWord, ...]
+    tokens: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """As :meth:`from_json` reads it; numbers have four digits."""
+        words = [
+            {
+                "text": word.text, "span": word.span,
+                "log_prob": _short(word.log_prob), "lost": _short(word.lost),
+                "shares": {m: [*map(_short, v)] for m, v in word.shares.items()},
+                "sources": {m: [*map(_short, v)] for m, v in word.sources.items()},
+            }
+            for word in self.words
+        ]  # fmt: skip
+        record = {"prompt": self.prompt, "text": self.text, "words": words, "tokens": self.tokens}
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, record: Any, shown: Callable[[str], str] = str) -> AnswerFacts:
+        """From what :meth:`to_json` wrote, as parsed; ``shown`` makes texts fit to be seen.
+
+        Raises:
+            ValueError: it is no answer.
+        """
+        prompt, text, words, tokens = _fields(record, "prompt", "text", "words", "tokens")
+        prompt, text = _text(prompt, shown), _text(text, shown)
+        tokens = tuple(_text(t, shown) for t in _list(tokens))
+        found = []
+        for word in _list(words):
+            name, span, log_prob, lost, shares, sources = _fields(
+                word, "text", "span", "log_prob", "lost", "shares", "sources"
+            )
+            start, end = _numbers(span, 2)
+            if not 0 <= start <= end <= len(text):
+                raise ValueError("a word is not in its answer")
+            found.append(
+                AnswerWord(
+                    _text(name, shown), (int(start), int(end)), *_numbers([log_prob, lost], 2),
+                    _by_method(shares, SHARES), _by_method(sources, len(tokens)),
+                )
+            )  # fmt: skip
+        return cls(prompt, text, tuple(found), tokens)
+
+    def joined(self, other: AnswerFacts) -> AnswerFacts:
+        """With what ``other`` says by further methods.
+
+        Raises:
+            ValueError: another prompt or answer.
+        """
+        spans, others = [w.span for w in self.words], [w.span for w in other.words]
+        if (self.prompt, self.text, spans) != (other.prompt, other.text, others):
+            raise ValueError(f"{self.text[:60]!r} and {other.text[:60]!r} are two answers")
+        words = [
+            replace(a, shares={**b.shares, **a.shares}, sources={**b.sources, **a.sources})
+            for a, b in zip(self.words, other.words, strict=True)
+        ]
+        return replace(self, words=tuple(words))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _fields(record: Any, *names: str) -> list[Any]:
+    if type(record) is not dict or set(record) != set(names):
+        raise ValueError("a part of an answer has other fields")
+    return [record[name] for name in names]
+
+
+def _text(value: Any, shown: Callable[[str], str]) -> str:
+    if type(value) is not str:
+        raise ValueError("a text of an answer is none")
+    return shown(encodable(value))
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list or len(value) > MOST:
+        raise ValueError(f"a part of an answer is no list of at most {MOST:,}")
+    return value
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...]:
+    if type(value) is not list or len(value) != count:
+        raise ValueError("an answer has another number of values")
+    if not all(type(v) in (int, float) and abs(v) < 1e30 for v in value):
+        raise ValueError("a value of an answer is no number")
+    return tuple(float(v) for v in value)
+
+
+def _by_method(value: Any, count: int) -> dict[str, tuple[float, ...]]:
+    if type(value) is not dict:
+        raise ValueError("the values of an answer are not by method")
+    return {encodable(name): _numbers(found, count) for name, found in value.items()}
