@@ -60,13 +60,14 @@ class Answers(Protocol):
 
 
 class _State(threading.local):
-    """Per thread: the lists that record calls, how many xattn layers it is inside of, and what answers
-    for them."""
+    """Per thread: the lists that record calls, how many xattn layers it is inside of, what answers for
+    them, and what attends in the place of PyTorch's function."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
         self.answer: Answers | None = None
+        self.attend: Callable[..., Tensor] | None = None
 
 
 _STATE = _State()
@@ -245,25 +246,30 @@ def mix(
 
 
 FUSED = F.scaled_dot_product_attention
-_ONE_AT_A_TIME = threading.RLock()
+_PATCHED: list[Callable[..., Tensor]] = []  # what was in its place, once for each `attending_by`
 
 
 @contextmanager
-def attending_by(attend: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, ``F.multi_head_attention_forward`` attends by ``attend`` in this thread: calls from
-    within PyTorch's own Python functions do not reach a ``TorchFunctionMode``."""
-    me = threading.get_ident()
-    with _ONE_AT_A_TIME:
-        before = F.scaled_dot_product_attention
+def attending_by(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+    """Inside, ``attend`` answers this thread's calls of ``F.scaled_dot_product_attention`` by that name,
+    those from within PyTorch's own Python functions too, which do not reach a ``TorchFunctionMode``; yields
+    what answered before."""
+    with _COUNTING:
+        _PATCHED.append(_PATCHED[0] if _PATCHED else F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = _attend
+    before, _STATE.attend = _STATE.attend, attend
+    try:
+        yield before or _PATCHED[0]
+    finally:
+        _STATE.attend = before
+        with _COUNTING:
+            original = _PATCHED.pop()
+            if not _PATCHED:
+                F.scaled_dot_product_attention = original
 
-        def answer(*args: Any, **kwargs: Any) -> Tensor:
-            return (attend if threading.get_ident() == me else before)(*args, **kwargs)
 
-        F.scaled_dot_product_attention = answer
-        try:
-            yield
-        finally:
-            F.scaled_dot_product_attention = before
+def _attend(*args: Any, **kwargs: Any) -> Tensor:
+    return (_STATE.attend or _PATCHED[0])(*args, **kwargs)
 
 
 class _Interceptor(TorchFunctionMode):
@@ -303,8 +309,7 @@ def attend_and_keep(
     **other: Any,
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` that also records the operator."""
-    if dropout_p > 0:
-        raise ValueError("model: drops attention weights at random; call model.eval() first")
+    refuse_dropout(dropout_p)
     q, k, v = (_four(x) for x in (query, key, value))
     bias, causal = attn_mask, is_causal and q.shape[2] == k.shape[2]
     if is_causal and not causal:
@@ -321,6 +326,12 @@ def attend_and_keep(
     )
     keep(Call(operator, v.detach(), o))
     return o.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def refuse_dropout(share: float) -> None:
+    """``ValueError`` where a model drops a share of its attention."""
+    if share > 0:
+        raise ValueError("model: drops attention weights at random; call model.eval() first")
 
 
 def _four(x: Tensor) -> Tensor:

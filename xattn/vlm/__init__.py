@@ -1,0 +1,1 @@
+"""Explain the words of vision-language models: which part of the image, and which words, made each."""

@@ -1,0 +1,252 @@
+"""Rows of attention of a model of transformers, while its own kernels run as they are.
+
+    with read_rows(model.get_decoder(), lambda r: print(r.name, r.weights.shape)):
+        model.generate(**inputs)                    # the same tokens as without
+
+Each call of ``F.scaled_dot_product_attention`` gets the arguments that it would have got, so the model
+computes the same bits. Beside it, for the asked queries i alone and without a graph,
+
+    A_i = softmax(scale q_i K^T + b_i)
+
+is handed to a function and then forgotten: a row costs a product with the keys, nothing of a step is
+kept, and no table of all queries and keys is made. Layers that write out their softmax (BLIP, soft caps)
+return it as their second output, from which the same rows are taken.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xattn.attention.record import FUSED, attending_by, refuse_dropout
+
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)  # names of classes
+_CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)  # names of modules
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What some queries of one call of attention look at."""
+
+    name: str
+    """The attention module's, inside of the model that is read; ``""`` if the call is in none."""
+    layer: int | None
+    """The last number in that name, from 0."""
+    cross: bool
+    """Whether the keys are those of another sequence: of an encoder, or of the image."""
+    queries: tuple[int, ...]
+    """Places of the queries in their sequence, (R,). With a cache, tokens of earlier steps count."""
+    weights: Tensor
+    """(B, H, R, S) in float32, without a graph. A row sums to 1, to 0 where the query sees nothing."""
+    offset: int
+    """Place of the first key: the cache of a layer with a window holds the last keys only."""
+
+    def over(self, length: int) -> Tensor:
+        """The weights by place in the sequence, (B, H, R, length), 0 outside of the keys that were there.
+
+        >>> rows = Rows("layers.0.self_attn", 0, False, (4,), torch.full((1, 1, 1, 2), 0.5), offset=3)
+        >>> rows.over(6)[0, 0, 0].tolist()
+        [0.0, 0.0, 0.0, 0.5, 0.5, 0.0]
+        """
+        kept = self.weights[..., : max(length - self.offset, 0)]
+        after = length - self.offset - kept.shape[-1]
+        return nn.functional.pad(kept, (self.offset, after))
+
+
+@contextmanager
+def read_rows(
+    model: nn.Module, read: Callable[[Rows], object], rows: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Inside the block, ``read`` gets rows of every call of attention that ``model`` makes in this thread.
+
+    Args:
+        model: a model of transformers or a part of one, e.g. ``model.get_decoder()``: calls of other parts
+            are not read. It runs as it is set to; ``attn_implementation`` may be ``"sdpa"`` or ``"eager"``.
+        read: called with :class:`Rows` when a call has been made. Whoever needs them later copies what they
+            need: keeping all of them is what this function avoids.
+        rows: places of the queries in their sequence, padding included; a call without any of them is not
+            read. By default the last query of each call, which in generation is the one that makes the next
+            token.
+
+    Raises:
+        ValueError: in a pass, if the model drops attention at random, or a module of attention neither
+            calls ``F.scaled_dot_product_attention`` nor returns its weights.
+
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> model, seen = LlamaModel(LlamaConfig(vocab_size=9, **sizes)).eval(), []
+    >>> with read_rows(model, seen.append, rows=[1, 3]):
+    ...     _ = model(torch.arange(5)[None])
+    >>> [(r.name, r.queries, tuple(r.weights.shape)) for r in seen]
+    [('layers.0.self_attn', (1, 3), (1, 2, 2, 5)), ('layers.1.self_attn', (1, 3), (1, 2, 2, 5))]
+    """
+    reader = _Reader(read, rows)
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if module is model or _ATTENTION.search(type(module).__name__):
+                handles += reader.watch(name, module)
+        with attending_by(reader.attend) as reader.original:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Running:
+    """A module of attention that runs."""
+
+    name: str
+    layer: int | None
+    cross: bool
+    length: int | None  # queries that it was given
+    start: int | None  # place of its next query; None: known from the keys
+    attended: bool = False  # whether it, or a module inside of it, did
+
+
+class _Reader:
+    """What the hooks, and the function in the place of ``F.scaled_dot_product_attention``, do."""
+
+    original: Callable[..., Tensor] = FUSED
+
+    def __init__(self, read: Callable[[Rows], object], rows: Sequence[int] | None) -> None:
+        self._read, self._rows = read, None if rows is None else sorted({int(i) for i in rows})
+        self._thread = threading.get_ident()
+        self._running: list[_Running] = []
+        self._start = 0  # of the last self-attention: its queries are those of cross-attention, too
+
+    def watch(self, name: str, module: nn.Module) -> list[Any]:
+        """Hooks that keep account of what runs."""
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        layer = numbers[-1] if numbers else None
+        cross = bool(_CROSS.search(f"{name} {type(module).__name__}"))
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == self._thread:
+                start = self._start if cross else _seen((*args, *kwargs.values()), layer)
+                hidden = args[0] if args else kwargs.get("hidden_states")
+                whole = isinstance(hidden, Tensor) and hidden.ndim == 3
+                length = hidden.shape[1] if whole else None
+                self._running.append(_Running(name, layer, cross, length, start))
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() == self._thread:
+                self._leave(self._running.pop(), type(module).__name__, result)
+
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _leave(self, running: _Running, kind: str, result: Any) -> None:
+        if result is None:  # it raised
+            return
+        weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+        if not running.attended and isinstance(weights, Tensor) and weights.ndim == 4:
+            # A copy of the rows: a view would keep the whole table.
+            count, keys = weights.shape[2:]
+            self._give(running, count, keys, lambda index: weights.detach()[:, :, index].float())
+        if not running.attended:
+            raise ValueError(
+                f"model: {running.name or kind} ({kind}) neither calls scaled_dot_product_attention "
+                f"nor returns its weights; load it with attn_implementation='sdpa' or 'eager'"
+            )
+        if self._running:
+            self._running[-1].attended = True
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the original gives; its rows are read first."""
+        if self._running:
+            self._attend(self._running[-1], *args, **kwargs)
+        return self.original(*args, **kwargs)
+
+    def _attend(
+        self,
+        running: _Running,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **other: Any,
+    ) -> None:
+        refuse_dropout(dropout_p)
+        count, keys = query.shape[-2], key.shape[-2]
+        if (
+            running.length == 1 and count > 1
+        ):  # heads that share a key stand in the place of queries
+
+            def read(index: list[int]) -> Tensor:
+                rows = _rows(query, key, list(range(count)), attn_mask, is_causal, scale)
+                return rows.reshape(len(rows), -1, 1, keys)
+
+            self._give(running, 1, keys, read)
+        else:
+            self._give(
+                running, count, keys, lambda i: _rows(query, key, i, attn_mask, is_causal, scale)
+            )
+
+    def _give(
+        self, running: _Running, count: int, keys: int, read: Callable[[list[int]], Tensor]
+    ) -> None:
+        """Hand on the rows that are asked for of the next ``count`` queries of a module."""
+        start = max(keys - count, 0) if running.start is None else running.start
+        running.start, running.attended = start + count, True
+        if not running.cross:
+            self._start = start
+        if self._rows is None:
+            index = [count - 1]
+        else:
+            index = [i - start for i in self._rows if start <= i < start + count]
+        if index:
+            offset = 0 if running.cross else max(start + count - keys, 0)
+            places = tuple(start + i for i in index)
+            self._read(
+                Rows(running.name, running.layer, running.cross, places, read(index), offset)
+            )
+
+
+def _seen(values: Sequence[Any], layer: int | None) -> int | None:
+    """How many tokens a layer saw in earlier steps, by the cache among what it is called with."""
+    cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+    if cache is None or layer is None:
+        return None
+    return int(getattr(cache, "self_attention_cache", cache).get_seq_length(layer))
+
+
+@torch.no_grad()
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    index: list[int],
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Rows ``index`` of softmax(scale q k^T + b), (B, H, R, S); q (B, H, N, D), k (B, H or Hk, S, D)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    heads, groups, (keys, width) = query.shape[1], key.shape[1], key.shape[2:]
+    q = query[:, :, index].to(dtype) * (width**-0.5 if scale is None else scale)
+    q = q.reshape(len(q), groups, -1, width)
+    scores = (q @ key.to(dtype).mT).reshape(-1, heads, len(index), keys)
+    hidden = None
+    if causal:
+        hidden = (
+            torch.arange(keys, device=key.device) > torch.tensor(index, device=key.device)[:, None]
+        )
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask[..., index, :]
+        hidden, scores = (~mask, scores) if mask.dtype == torch.bool else (None, scores + mask)
+    if hidden is None:
+        return scores.softmax(-1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
