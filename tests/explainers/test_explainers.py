@@ -271,6 +271,17 @@ def test_preserve_state_restores_everything_after_an_error():
     assert model[0].weight.grad is grad and model[1].running_mean is mean
 
 
+def test_a_model_of_transformers_still_returns_its_layers_after_its_hooks_were_removed():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "image_size": 16, "patch_size": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, **layers)).eval()
+    for _ in range(2):  # each time transformers adds hooks, which go at the end
+        with preserve_state(model):
+            found = model(torch.rand(1, 3, 16, 16), output_hidden_states=True).hidden_states
+        assert len(found) == 3
+
+
 # ---------------------------------------------------------------------- what they compute
 
 

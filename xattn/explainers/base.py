@@ -458,6 +458,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_HOOKED = "_output_capturing_hooks_installed"  # what transformers sets where it has added hooks
 
 
 @contextmanager
@@ -473,6 +474,7 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     modes = [m.training for m in every]
     hooks = [(getattr(m, k), dict(getattr(m, k))) for m in every for k in _HOOKS if hasattr(m, k)]
+    unhooked = [m for m in every if not hasattr(m, _HOOKED)]
     grads = [
         (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters
     ]
@@ -494,6 +496,8 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
             if current != before:
                 current.clear()
                 current.update(before)
+        for m in unhooked:
+            vars(m).pop(_HOOKED, None)
         for p, (requires_grad, grad, copy) in zip(parameters, grads, strict=True):
             p.requires_grad_(requires_grad)
             p.grad = grad
