@@ -8,6 +8,7 @@ Patterson 2009), is a lower bound for any implementation.
 from __future__ import annotations
 
 import importlib
+import random
 import re
 import subprocess
 import tempfile
@@ -239,9 +240,10 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
         )
 
 
-def bench(filter: str | None = None) -> Iterator[str]:
+def bench(filter: str | None = None, limit: int | None = None) -> Iterator[str]:
     """Lines of the table of all kernels, for all targets and sizes, or of those whose label, with "sm_80"
-    for the target, contains each word of ``filter``; then what each kernel spills.
+    for the target, contains each word of ``filter``; then what each kernel spills. ``limit`` leaves so many
+    of them, drawn with seed 0.
 
     Raises:
         ValueError: raised at the end if kernels fail :func:`check`.
@@ -259,6 +261,10 @@ def bench(filter: str | None = None) -> Iterator[str]:
         raise ValueError(
             f"filter: no kernel's label contains {filter!r}; try one of {', '.join(OPS)}"
         )
+    if limit is not None and limit < len(chosen):
+        yield f"{limit} of {len(chosen)} compilations, drawn with seed 0"
+        yield ""
+        chosen = random.Random(0).sample(chosen, limit)
     reports: list[Report] = []
 
     def compiled() -> Iterator[Report]:

@@ -1,6 +1,7 @@
 """The ahead-of-time check: no kernel of the sample spills, and one that did would be named."""
 
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -25,8 +26,9 @@ def compile_in_a_process(code, cache):
     )
 
 
-def bench(filter):
-    return f"import xattn.cli\nexit(xattn.cli.main({['bench', 'kernels', '--aot', '--filter', filter]}))"
+def bench(filter, *more):
+    line = ["bench", "kernels", "--aot", "--filter", filter, *more]
+    return f"import xattn.cli\nexit(xattn.cli.main({line}))"
 
 
 # Few of all cases, because compiling takes long: `xattn bench kernels --aot` compiles every one.
@@ -89,6 +91,14 @@ triton.compile = lambda *given, options, **more: compile(*given, options={**opti
         f"1 of 1 compilations spill or need more shared memory than there is; the first: {label} on A100 40 GB (sm_80) spills: stack"
         in run.stderr
     )
+
+
+@needs_triton
+def test_a_sample_says_of_how_many(tmp_path):
+    run = compile_in_a_process(bench("softmax forward bf16 D=16 bias", "--limit", "1"), tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert re.match(r"1 of \d\d+ compilations, drawn with seed 0\n", run.stdout)
+    assert "- softmax forward: 1 compilations, spills: none" in run.stdout
 
 
 @needs_triton

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from xattn.cli.checks import check_device, check_images
 from xattn.cli.shared import Images
 from xattn.runtime.arguments import Argument
-from xattn.runtime.option_checks import Belongs, Not
+from xattn.runtime.option_checks import Belongs, Count, Not
 
 BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 
@@ -25,7 +25,7 @@ class Bench:
         Belongs("backbones", job=["explain", "train", "folder", "all"]),
         Belongs("batches", job=["explain", "train", "all"]),
         Belongs("rounds", job=["explain", "train", "folder", "attention", "all"]),
-        Belongs("aot", "filter", job="kernels"),
+        Belongs("aot", "filter", "limit", job="kernels"),
         Belongs("tokens", "only", "plot", job="attention"),
         Belongs("out", "small", "retry", "budget", job="gpu"),
         Belongs("device", job=["explain", "train", "folder", "all", "gpu"]),
@@ -54,6 +54,8 @@ class Bench:
     filter: str | None = None
     """For the job "kernels": only those whose label contains each of these words, for example "softmax
     bf16 sm_90"."""
+    limit: Count | None = None
+    """For the job "kernels": only so many of them, drawn at random."""
     tokens: tuple[int, ...] = ()
     """For the job "attention": squares, by default 256 1024 4096 16384; more on a GPU."""
     only: tuple[str, ...] = ()
@@ -131,7 +133,7 @@ GPU = ("out", "small", "retry", "budget")
 JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     **dict.fromkeys(("explain", "train", "folder", "all"), ("xattn.eval.bench.speed", _speed)),
     "attention": ("xattn.eval.bench.attention", _attention),
-    "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter}),
+    "kernels": ("xattn.kernels.aot", lambda o: {"filter": o.filter, "limit": o.limit}),
     "gpu": (
         "xattn.eval.bench.gpu",
         lambda o: {"device": o.device or "cuda", **{x: getattr(o, x) for x in GPU}},
