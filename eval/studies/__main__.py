@@ -57,6 +57,10 @@ STUDIES = {
         "Epochs from cached features against running the backbone, attention training against plain steps.",
     ),
     "bench-pruning": ("benches.pruning", "A ViT whose tokens leave, against the whole one."),
+    "bench-rows": (
+        "benches.reading_rows",
+        "Rows of attention read beside a language model's own kernels: memory and time.",
+    ),
     "bench-skipped-heads": (
         "benches.skipped_heads",
         "moh with half of the heads beside all of them.",
@@ -154,6 +158,10 @@ STUDIES = {
     "swap": (
         "swapped_attention",
         "What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row.",
+    ),
+    "vlm": (
+        "vlm_evidence",
+        "Vision-language models whose evidence is known, trained in minutes.",
     ),
     "vpu": (
         "part_utilization",

@@ -1,0 +1,100 @@
+"""Models whose evidence is known: what their photos show, and that the processor makes of them what they
+were trained on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xattn.eval.studies import vlm_evidence as study
+from xattn.eval.studies.benches import reading_rows
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("name", ["A", "digits"])
+def test_what_is_asked_for_stands_in_its_evidence_alone(name):
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    found = study.scenes(study.RUNS[name], 6, seed=3)
+    for i in range(6):
+        for k in (0, 1):
+            evidence = found.evidence(i, k)
+            assert evidence.sum() == 4
+            large = np.kron(evidence, np.ones((8, 8))).astype(bool)
+            pixels = found.photos[i].numpy() / 255
+            own = np.array(list(study.COLOURS.values())[found.colours[i, k]])
+            saturation = pixels.max(2) - pixels.min(2)
+            assert saturation[large].mean() > 0.15
+            shown = pixels[large].mean(0)
+            assert abs(np.corrcoef(shown, own)[0, 1]) > 0.98
+
+
+def test_textures_differ_and_are_no_mean_of_each_other():
+    patterns = study.textures()[:, 0]
+    assert len({p.tobytes() for p in patterns}) == 6
+    assert set(np.unique(patterns)) == {0.0, 1.0}
+
+
+def test_a_prior_makes_a_guess_right():
+    run = study.RUNS["prior"]
+    found = study.scenes(run, 500, seed=1)
+    guessed = (found.looks == found.colours).mean()
+    assert abs(guessed - (0.8 + 0.2 / 6)) < 0.05
+
+
+@pytest.mark.parametrize("name", ["A", "local"])
+def test_the_processor_makes_what_the_model_was_trained_on(name, tmp_path):
+    run = study.RUNS[name]
+    found, processor = study.scenes(run, 2, seed=5), study.processor_of(run)
+    photos = [Image.fromarray(pixels.numpy()) for pixels in found.photos]
+    text = [f"<image>{found.question(i)}" for i in range(2)]
+    inputs = processor(images=photos, text=text, return_tensors="pt")
+    ids = study.sequences(run, found)
+    assert torch.equal(inputs["input_ids"], ids[:, :-6])
+    torch.testing.assert_close(inputs["pixel_values"], study.normalised(found.photos))
+    answer = processor.tokenizer.decode(ids[0, -6:-1])
+    assert answer.split()[2] == "and" and answer.split()[0] == found.question(0).split()[0]
+    with torch.no_grad():
+        logits = study.untrained(run)(ids, pixel_values=study.normalised(found.photos)).logits
+    assert logits.shape == (2, 74, 18)
+
+
+def test_image_tokens_of_the_local_model_are_patches_alone():
+    run = study.RUNS["local"]
+    model, found = study.untrained(run).eval(), study.scenes(run, 1, seed=5)
+    pixels = study.normalised(found.photos)
+    changed = pixels.clone()
+    changed[:, :, 8:16, 24:32] = 0
+    with torch.no_grad():
+        before, after = (model.get_image_features(x).pooler_output[0] for x in (pixels, changed))
+    assert ((before - after).abs().amax(-1) > 1e-6).nonzero().flatten().tolist() == [8 + 3]
+
+
+def test_a_run_is_kept_as_a_model_that_opens(tmp_path):
+    lines = [*study.study(tmp_path, ["A"], quick=True)]
+    assert lines[2].startswith("| A | 217,664 |") and (tmp_path / "report.md").is_file()
+    auto = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
+    model, processor = (kind.from_pretrained(tmp_path / "A") for kind in auto)
+    truth = json.loads((tmp_path / "A" / "truth.json").read_text())["photos"]
+    assert len(truth) == len([*(tmp_path / "A" / "photos").iterdir()]) == 2
+    with Image.open(tmp_path / "A" / "photos" / truth[0]["photo"]) as photo:
+        inputs = processor(images=photo, text="<image>" + truth[0]["question"], return_tensors="pt")
+    assert len(truth[0]["evidence"][0]) == 4 and truth[0]["answer"].split()[2] == "and"
+    assert model.generate(**inputs, max_new_tokens=1).shape == (1, 69)
+    before = (tmp_path / "A" / "model.safetensors").stat().st_mtime_ns
+    assert [*study.study(tmp_path, ["A"], quick=True)] == lines
+    assert (tmp_path / "A" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds another run; choose a new folder"):
+        [*study.study(tmp_path, ["A"])]
+    with pytest.raises(ValueError, match="runs: got 'D'; choose from A, B"):
+        [*study.study(tmp_path, ["D"])]
+
+
+def test_the_cost_of_reading_is_measured_beside_plain_attention():
+    lines = [*reading_rows.study(tokens=200, new_tokens=2, rounds=1)]
+    rows = [line.split(" | ") for line in lines if line.startswith("| rows read")]
+    above = [float(row[2].strip(" |")) for row in rows[:2]]
+    assert len(rows) == 3 and max(above) < 1 < 4 * 4 * 200**2 * 4 / 1e6
