@@ -1,0 +1,583 @@
+"""Where image tokens lie on a photo, by a table of families, or measured for any other.
+
+Measured: with every attention inside the image tower answered by zeros, a token depends on its own patch
+alone. The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of
+rows and of columns is where it lies. Tokens that never change have no place (line breaks, queries of a
+resampler), nor have those that change everywhere alike.
+
+A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  with r_i (h,), c_i (w,) the shares of token i
+in rows and columns, each of sum 1: it keeps the sum of the scores, and views of one place (tiles, and the
+whole photo below them) add up on the finest grid.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from xattn.attention.record import FUSED, fused_layers
+from xattn.photos.view import View
+from xattn.vlm.model import VLM
+from xattn.vlm.reading import Rows, read_rows
+
+EVERYWHERE = (
+    0.25  # standard deviation, of the photo's side, of a token without a place; uniform: 0.29
+)
+CHECKED = 4  # bands of the check of the table when a model is loaded
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The image tokens of one photo.
+
+    Args:
+        first: the number of its first token among those of all photos.
+        rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a place, 0.
+        view: from the grid back to the photo.
+        source: "table", "measured" or "resampler".
+        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, of queries of a
+            resampler: what each of them looks at.
+    """
+
+    first: int
+    rows: Array
+    columns: Array
+    view: View
+    source: str = "table"
+    spread: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of a map."""
+        return self.rows.shape[1], self.columns.shape[1]
+
+    @property
+    def placed(self) -> NDArray[np.bool_]:
+        """(k,): the tokens that have a place."""
+        if self.spread is not None:
+            return np.ones(len(self), bool)
+        return (self.rows.sum(1) > 0) & (self.columns.sum(1) > 0)
+
+    @property
+    def tokens(self) -> slice:
+        """Of the n tokens of all photos."""
+        return slice(self.first, self.first + len(self))
+
+    def maps(self, scores: Any) -> NDArray[np.float32]:
+        """Maps (W, h, w) of scores (W, n) of the tokens of all photos."""
+        own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
+        if self.spread is not None:
+            return np.einsum("wk,khv->whv", own, self.spread).astype(np.float32)
+        return np.einsum("wk,kh,kv->whv", own, self.rows, self.columns).astype(np.float32)
+
+    def unplaced(self, scores: Any) -> Array:
+        """(W,): the sum of the scores (W, n) of this photo's tokens without a place."""
+        return np.asarray(scores, dtype=np.float64)[:, self.tokens][:, ~self.placed].sum(1)  # type: ignore[no-any-return]
+
+    def covered(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
+        """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose common area
+        with it
+        is at least half of the smaller of both."""
+        if self.spread is not None:  # queries of a resampler have no places of their own
+            return np.zeros(len(self), bool)
+        top, left, bottom, right = box
+        height, width = self.rows.shape[1], self.columns.shape[1]
+        shares = (
+            self.rows
+            @ _overlap(top, bottom, height)
+            * (self.columns @ _overlap(left, right, width))
+        )
+        areas = 1 / np.maximum((self.rows**2).sum(1) * (self.columns**2).sum(1), 1e-12)
+        common = shares * areas
+        smaller = np.minimum(areas, (bottom - top) * (right - left))
+        return self.placed & (common >= smaller / 2 - 1e-9)  # type: ignore[no-any-return]
+
+
+def _overlap(start: float, end: float, cells: int) -> Array:
+    """(cells,): how much of each cell lies from ``start`` to ``end``."""
+    edges = np.arange(cells + 1)
+    return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, 1)  # type: ignore[no-any-return]
+
+
+class Places(NamedTuple):
+    """What the table says of a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as shares of
+    what the model saw, NaN without a place; the finest grid; the view, by default of the whole photo; how
+    many
+    cells a token may read beside its own, as of convolutions that step over the photo."""
+
+    boxes: Array
+    shape: tuple[int, int]
+    view: View | None = None
+    slack: float = 0.0
+
+    def layout(self, first: int, size: tuple[int, int]) -> Layout:
+        """Of a photo of ``size`` (height, width)."""
+        rows, columns = self.shares(self.shape)
+        return Layout(first, rows, columns, self.view or _whole(size))
+
+    def shares(self, shape: tuple[int, int]) -> tuple[Array, Array]:
+        """Shares (k, h) and (k, w) of each token in the rows and columns of a grid."""
+        found = []
+        for axis, cells in enumerate(shape):
+            start, end = self.boxes[:, axis, None] * cells, self.boxes[:, axis + 2, None] * cells
+            edges = np.arange(cells + 1)
+            part = np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)
+            part = np.nan_to_num(np.clip(part, 0, None))
+            found.append(part / np.maximum(part.sum(1, keepdims=True), 1e-12))
+        return found[0], found[1]
+
+
+def _whole(size: tuple[int, int]) -> View:
+    return View("whole", size, size, (0, 0, *size), size)
+
+
+def grid(
+    height: int,
+    width: int,
+    box: tuple[float, float, float, float] = (0, 0, 1, 1),
+    newline: bool = False,
+) -> Array:
+    """Boxes of a grid of tokens, row by row, with a token without a place after each row or not."""
+    top, left, bottom, right = box
+    y = top + (bottom - top) * np.arange(height + 1) / height
+    x = left + (right - left) * np.arange(width + 1) / width
+    found = np.full((height, width + newline, 4), np.nan)
+    found[:, :width, 0], found[:, :width, 2] = y[:-1, None], y[1:, None]
+    found[:, :width, 1], found[:, :width, 3] = x[None, :-1], x[None, 1:]
+    return found.reshape(-1, 4)
+
+
+_NOWHERE = np.full((1, 4), np.nan)
+
+# ---------------------------------------------------------------------- the table
+
+
+class _Photo(NamedTuple):
+    """Photo ``number`` of ``photos``, of ``size`` (height, width), with n image tokens in all."""
+
+    vlm: VLM
+    inputs: Mapping[str, Any]
+    number: int
+    photos: int
+    size: tuple[int, int]
+    n: int
+
+    @property
+    def config(self) -> Any:
+        return self.vlm.model.config
+
+    @property
+    def processor(self) -> Any:
+        return self.vlm.processor.image_processor
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of the tower."""
+        vision = self.config.vision_config
+        size, patch = (
+            int(x[0] if isinstance(x, list | tuple) else x)
+            for x in (vision.image_size, vision.patch_size)
+        )
+        return size // patch
+
+    def rows(self, name: str, divisor: int) -> tuple[int, int]:
+        """(height, width) of the photo in an input (photos, 2), in units of ``divisor``."""
+        height, width = (int(x) // divisor for x in self.inputs[name][self.number])
+        return height, width
+
+    def square(self, side: int, *before: Array) -> Places:
+        """The whole photo as side x side tokens, after some without a place."""
+        return Places(np.concatenate([*before, grid(side, side)]), (side, side))
+
+
+def _llava(photo: _Photo) -> Places | None:
+    if "image_sizes" in photo.inputs:  # Pixtral's tower
+        shape = photo.rows("image_sizes", photo.config.vision_config.patch_size)
+        return Places(grid(*shape), shape)
+    full = photo.config.vision_feature_select_strategy == "full"
+    view = _cropped(photo.processor, photo.size)
+    if view is None:
+        return None
+    return photo.square(photo.side, *[_NOWHERE] * full)._replace(view=view)
+
+
+def _cropped(processor: Any, size: tuple[int, int]) -> View | None:
+    """The view of an image processor that resizes, and crops the middle; None if it does more."""
+    if getattr(processor, "do_pad", False) or not getattr(processor, "do_resize", True):
+        return None
+    asked = dict(processor.size)
+    height, width = size
+    if short := asked.get("shortest_edge"):
+        long = int(short * max(size) / min(size))
+        resized = (long, short) if height > width else (short, long)
+    elif asked.get("height"):
+        resized = (asked["height"], asked["width"])
+    else:
+        return None
+    if not getattr(processor, "do_center_crop", False):
+        return View("crop", size, resized, (0, 0, *resized), resized)
+    crop = processor.crop_size["height"], processor.crop_size["width"]
+    top, left = (
+        int((r - c) / 2) if r >= c else -((c - r) // 2) for r, c in zip(resized, crop, strict=True)
+    )
+    return View("crop", size, resized, (top, left, *crop), crop)
+
+
+def _llava_next(photo: _Photo) -> Places:
+    """The whole photo, then tiles as one grid without its padding, a line break after each row."""
+    side, (height, width) = photo.side, photo.size
+    base = grid(side, side)
+    onevision = photo.vlm.family == "llava_onevision"
+    if onevision and photo.photos > 1:
+        return Places(np.concatenate([base, _NOWHERE]), (side, side))
+    module = import_module("transformers.models.llava_next.modeling_llava_next")
+    tiles = module.get_anyres_image_grid_shape(
+        photo.size, photo.config.image_grid_pinpoints, photo.config.vision_config.image_size
+    )
+    tall, wide = (side * int(t) for t in tiles)
+    scale = min(tall / height, wide / width)
+    cut, spans = [], []
+    for cells, length, along in (
+        (tall, height, tall / height > scale),
+        (wide, width, wide / width > scale),
+    ):
+        seen = length * scale  # of the photo, in tokens, in the middle of the grid
+        padding = (cells - int(round(seen, 7))) // 2 if along else 0
+        cut.append(cells - 2 * padding)
+        start = (padding - (cells - seen) / 2) / seen
+        spans.append((start, start + cut[-1] / seen))
+    (top, bottom), (left, right) = spans
+    shape = cut[0], cut[1]
+    if onevision:
+        most = int(photo.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(shape[0] * shape[1] / (most * side**2))
+        if ratio > 1.1:
+            shape = int(shape[0] // ratio), int(shape[1] // ratio)
+    boxes = np.clip(grid(*shape, (top, left, bottom, right), newline=True), 0, 1)
+    return Places(np.concatenate([base, boxes]), (max(side, shape[0]), max(side, shape[1])))
+
+
+def _qwen(photo: _Photo) -> Places | None:
+    frames, height, width = (int(x) for x in photo.inputs["image_grid_thw"][photo.number])
+    merge = photo.config.vision_config.spatial_merge_size
+    shape = height // merge, width // merge
+    return Places(grid(*shape), shape) if frames == 1 else None
+
+
+def _tiles(rows: int, columns: int, side: int, overview: bool) -> Places:
+    """rows x columns tiles of side x side tokens, tile after tile, and the whole photo last."""
+    parts = [
+        grid(side, side, (r / rows, c / columns, (r + 1) / rows, (c + 1) / columns))
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return Places(
+        np.concatenate([*parts, *[grid(side, side)] * overview]), (rows * side, columns * side)
+    )
+
+
+def _internvl(photo: _Photo) -> Places:
+    side, own = math.isqrt(photo.config.image_seq_length), photo.processor
+    if photo.n == photo.photos * side**2:
+        return photo.square(side)
+    module = import_module("transformers.models.got_ocr2.image_processing_got_ocr2")
+    size = own.size["height"], own.size["width"]
+    columns, rows = module.get_optimal_tiled_canvas(
+        photo.size, size, own.min_patches, own.max_patches
+    )
+    return _tiles(rows, columns, side, overview=rows * columns > 1)
+
+
+def _idefics(photo: _Photo) -> Places:
+    side = photo.side // photo.config.scale_factor
+    _, rows, columns = photo.processor.get_number_of_image_patches(*photo.size)
+    if photo.n == photo.photos * side**2 or not rows * columns:
+        return photo.square(side)
+    return _tiles(rows, columns, side, overview=True)
+
+
+def _mistral3(photo: _Photo) -> Places:
+    merge = photo.config.spatial_merge_size * photo.config.vision_config.patch_size
+    shape = photo.rows("image_sizes", merge)
+    return Places(grid(*shape), shape)
+
+
+def _mllama(photo: _Photo) -> Places:
+    """Tiles, each with a class token first, of a canvas whose right and lower edges are padded."""
+    vision, side, own = photo.config.vision_config, photo.side, photo.processor
+    module = import_module("transformers.models.mllama.image_processing_mllama")
+    pixels = vision.image_size
+    tall, wide = module.get_optimal_tiled_canvas(*photo.size, own.max_image_tiles, pixels)
+    height, width = module.get_image_size_fit_to_canvas(*photo.size, tall, wide, pixels)
+    rows, columns = tall // pixels, wide // pixels
+    tiles = _tiles(rows, columns, side, False).boxes.reshape(rows * columns, -1, 4)
+    tiles = np.clip(tiles * np.array([tall / height, wide / width] * 2), 0, 1)
+    tiles[(tiles[..., 2] <= tiles[..., 0]) | (tiles[..., 3] <= tiles[..., 1])] = np.nan
+    nowhere = np.full((len(tiles), 1, 4), np.nan)
+    boxes = np.concatenate([nowhere, tiles], 1).reshape(-1, 4)
+    padding = np.full(((vision.max_num_tiles - len(tiles)) * (1 + side**2), 4), np.nan)
+    shape = math.ceil(rows * side * height / tall), math.ceil(columns * side * width / wide)
+    return Places(np.concatenate([boxes, padding]), shape)
+
+
+TABLE: dict[str, Callable[[_Photo], Places | None]] = {
+    "llava": _llava,
+    "vipllava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_next,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
+    "internvl": _internvl,
+    "idefics3": _idefics,
+    "smolvlm": _idefics,
+    "paligemma": lambda photo: photo.square(photo.side),
+    "gemma3": lambda photo: photo.square(math.isqrt(photo.config.mm_tokens_per_image)),
+    "mistral3": _mistral3,
+    "florence2": lambda photo: photo.square(math.isqrt(photo.n // photo.photos), _NOWHERE)._replace(
+        slack=0.5
+    ),
+    "blip": lambda photo: photo.square(photo.side, _NOWHERE),
+    "mllama": _mllama,
+}
+"""By ``model_type``."""
+
+
+def places(
+    vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], n: int
+) -> list[Places] | None:
+    """What the table says of each photo; None where it does not know, or counts other tokens."""
+    known = TABLE.get(vlm.family)
+    if known is None:
+        return None
+    sizes = [(p.height, p.width) for p in photos]
+    found = [known(_Photo(vlm, inputs, i, len(photos), s, n)) for i, s in enumerate(sizes)]
+    told = [p for p in found if p is not None]
+    if len(told) < len(photos) or sum(len(p.boxes) for p in told) != n:
+        return None
+    return told
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class _Zeros(TorchFunctionMode):
+    """Answers every attention by zeros."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function is not FUSED:
+            return function(*args, **kwargs)
+        query, value = (
+            args[i] if len(args) > i else kwargs[k] for i, k in ((0, "query"), (2, "value"))
+        )
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+
+
+@contextmanager
+def _local(vlm: VLM) -> Iterator[None]:
+    """Inside, nothing before the language model mixes tokens: attention, also where a layer writes it out,
+    and
+    the residual convolutions of DaViT."""
+    handles = []
+    for name, module in vlm.model.named_modules():
+        *parents, own = name.split(".")
+        mixed = own in ("out_proj", "o_proj", "proj", "projection") and "att" in "".join(
+            parents[-1:]
+        )
+        if isinstance(module, nn.Conv2d) and module.stride == (1, 1):
+            mixed = module.groups == module.in_channels > 1
+        if mixed:
+            handles.append(module.register_forward_hook(lambda m, args, out: torch.zeros_like(out)))
+    try:
+        with fused_layers(vlm.model), _Zeros():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measured(
+    vlm: VLM, photos: Sequence[Image.Image], prompt: Any, bands: Sequence[tuple[int, int]]
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    """How much each token changes when bands of a photo are inverted.
+
+    Args:
+        bands: for each photo its numbers of bands of rows and of columns.
+
+    Returns:
+        for each photo changes (n, rows) and (n, columns), and (photos, n) their sums.
+    """
+
+    def features(shown: Sequence[Image.Image]) -> torch.Tensor:
+        return vlm.entered(vlm.inputs(shown, prompt)).features.float()
+
+    found = []
+    with _local(vlm):
+        own = features(photos)
+        for i, photo in enumerate(photos):
+            pixels, parts = np.asarray(photo), []
+            for axis, count in enumerate(bands[i]):
+                edges = np.linspace(0, pixels.shape[axis], count + 1).round().astype(int)
+                changes = []
+                for start, end in pairwise(edges):
+                    other = pixels.copy()
+                    part = (slice(None),) * axis + (slice(start, end),)
+                    other[part] = 255 - other[part]
+                    shown = [*photos[:i], Image.fromarray(other), *photos[i + 1 :]]
+                    changes.append((features(shown) - own).norm(dim=1).double().cpu().numpy())
+                parts.append(np.stack(changes, 1))
+            found.append((parts[0], parts[1]))
+    return np.stack([rows.sum(1) for rows, _ in found]), found
+
+
+def _normal(changes: Array) -> Array:
+    """Changes (n, bands) as shares of sum 1; 0 for tokens that never change, or everywhere alike. Squared,
+    so
+    that what convolutions carry over from neighbours counts less."""
+    changes = changes**2
+    total = changes.sum(1, keepdims=True)
+    shares = changes / np.maximum(total, 1e-30)
+    shares[total[:, 0] <= 1e-8 * max(total.max(), 1e-30)] = 0
+    centres = (np.arange(changes.shape[1]) + 0.5) / changes.shape[1]
+    mean = shares @ centres
+    spread = np.sqrt(np.maximum(shares @ centres**2 - mean**2, 0))
+    if changes.shape[1] > 2:
+        shares[spread > EVERYWHERE] = 0
+    return shares
+
+
+def locate(
+    vlm: VLM, photos: Sequence[Image.Image], prompt: Any, inputs: Mapping[str, Any], n: int
+) -> list[Layout]:
+    """Where the n image tokens of a conversation lie, photo by photo.
+
+    A family that the table does not have is measured, with a warning: as many passes of the tower as the
+    grid has rows and columns.
+    """
+    told = places(vlm, photos, inputs, n)
+    if told is not None:
+        first, found = 0, []
+        for photo, own in zip(photos, told, strict=True):
+            found.append(own.layout(first, (photo.height, photo.width)))
+            first += len(own.boxes)
+        return found
+    if hasattr(vlm.model, "qformer"):
+        return _looked_at(vlm, photos, inputs, n // len(photos))
+    warnings.warn(
+        f"layout: where image tokens of a {type(vlm.model).__name__} lie is measured, as the table "
+        f"has no entry for {n:,} tokens of this photo",
+        stacklevel=2,
+    )
+    share = n / len(photos)
+    bands = []
+    for p in photos:
+        height = min(p.height, max(2, round(math.sqrt(share * p.height / p.width))))
+        bands.append((height, min(p.width, max(2, round(share / height)))))
+    sums, changes = measured(vlm, photos, prompt, bands)
+    owner = sums.argmax(0)
+    for t in range(n):  # tokens without a place belong to the photo of the token before
+        owner[t] = owner[t] if sums[:, t].any() else owner[max(t - 1, 0)]
+    found = []
+    for i, photo in enumerate(photos):
+        mine = np.flatnonzero(owner == i)
+        rows, columns = (_normal(x[mine]) for x in changes[i])
+        first = int(mine[0]) if len(mine) else 0
+        found.append(Layout(first, rows, columns, _whole((photo.height, photo.width)), "measured"))
+    return found
+
+
+def _looked_at(
+    vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], queries: int
+) -> list[Layout]:
+    """What each query of a Q-Former looks at, the mean over layers and heads of its cross-attention, on the
+    grid of the tower, whose class token comes first."""
+    read: list[Array] = []
+
+    def keep(rows: Rows) -> None:
+        if rows.cross:
+            read.append(rows.weights.mean(1).double().cpu().numpy())  # (photos, queries, 1 + h w)
+
+    with read_rows(vlm.model.qformer, keep, range(queries)):
+        vlm.entered(inputs)
+    mean = np.mean(read, 0)[:, :, 1:]
+    side = math.isqrt(mean.shape[2])
+    found = []
+    for i, photo in enumerate(photos):
+        spread = mean[i].reshape(queries, side, side)
+        empty, view = np.zeros((queries, side)), _whole((photo.height, photo.width))
+        found.append(Layout(i * queries, empty, empty, view, "resampler", spread))
+    return found
+
+
+def check_table(
+    vlm: VLM,
+    photos: Sequence[Image.Image],
+    prompt: Any,
+    inputs: Mapping[str, Any],
+    n: int,
+    most: int = CHECKED,
+) -> float | None:
+    """Compare the table with a measurement in at most ``most`` bands each way.
+
+    Returns:
+        the largest distance of a token's two centres, in cells of its size, beyond the spread of the
+        measured one; None where the table has no entry, or nothing can be measured.
+
+    Raises:
+        ValueError: that is more than half a cell, or a whole one where bands are wider than cells.
+    """
+    told = places(vlm, photos, inputs, n)
+    if told is None:
+        return None
+    bands = [(min(most, p.shape[0]), min(most, p.shape[1])) for p in told]
+    _, changes = measured(vlm, photos, prompt, bands)
+    first, worst = 0, None
+    for i, (photo, own) in enumerate(zip(photos, told, strict=True)):
+        boxes = _on_photo(own, (photo.height, photo.width))
+        for axis, (cells, count) in enumerate(zip(own.shape, bands[i], strict=True)):
+            seen = _normal(changes[i][axis][first : first + len(boxes)])
+            wanted = Places(boxes, own.shape).shares((count, count))[axis]
+            centres = (np.arange(count) + 0.5) / count
+            at, there = seen @ centres, wanted @ centres
+            spread = np.sqrt(np.maximum(seen @ centres**2 - at**2, 0))
+            size = np.maximum(boxes[:, axis + 2] - boxes[:, axis], 1 / cells)
+            off = np.where(seen.sum(1) * wanted.sum(1) > 0, np.abs(at - there) - spread, 0) / size
+            t = int(np.nanargmax(off))
+            worst = max(worst or 0.0, float(off[t]))
+            if off[t] > 0.5 + own.slack + 0.5 * (count < cells):
+                raise ValueError(
+                    f"model: image token {first + t} of a {type(vlm.model).__name__} lies at "
+                    f"{there[t]:.2f} of the photo's {('height', 'width')[axis]} by the table, at "
+                    f"{at[t]:.2f} as measured; please report this model"
+                )
+        first += len(boxes)
+    return worst
+
+
+def _on_photo(own: Places, size: tuple[int, int]) -> Array:
+    """Boxes as shares of the whole photo."""
+    if own.view is None:
+        return own.boxes
+    top, left, height, width = own.view.box
+    tall, wide = own.view.resized
+    start, span = np.array([top, left] * 2), np.array([height, width] * 2)
+    return np.clip((start + own.boxes * span) / np.array([tall, wide] * 2), 0, 1)  # type: ignore[no-any-return]

@@ -1,0 +1,123 @@
+"""Load a vision-language model, and check that it can be explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from xattn.backbone.families.transformers_models import PREFIX
+from xattn.vlm.layout import check_table
+from xattn.vlm.model import VLM, entrance_of
+
+PROMPT = "Describe the image."
+TOLERANCE = 1e-3  # of the range of the logits, between generation and the teacher-forced pass
+
+
+def load_vlm(
+    model: Any,
+    processor: Any = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> VLM:
+    """A vision-language model of transformers, ready to be explained.
+
+        vlm = load_vlm(LlavaForConditionalGeneration.from_pretrained(NAME),
+                       AutoProcessor.from_pretrained(NAME))
+        vlm = load_vlm(f"transformers:{NAME}")      # the same, from the hub
+        vlm = load_vlm("my-folder")                 # what save_pretrained wrote
+
+    The model is used as it is, in its own attention, and its weights are not changed. Three tokens are
+    generated from a small picture, and compared with the pass that explains.
+
+    Args:
+        model: a module in evaluation mode, ``"transformers:NAME"`` of the hub or of a folder, or a folder.
+        processor: needed beside a module; by name the one that lies beside the model.
+        device, dtype: where it runs, and in which precision; by default as it is, or was saved.
+
+    Raises:
+        ValueError: no vision-language model; no processor; a module in training mode; a model whose
+            passes over prompt and answer differ from its generation.
+        OSError: a folder or a name that cannot be read.
+    """
+    if isinstance(model, str | Path):
+        model, processor = _read(str(model).removeprefix(PREFIX), processor, dtype)
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}; give a name or a torch.nn.Module")
+    elif model.training:
+        raise ValueError("model: in training mode; call model.eval() first")
+    entrance = entrance_of(model)
+    if processor is None:
+        raise ValueError(
+            "processor: missing; give processor=AutoProcessor.from_pretrained(...) of the same model"
+        )
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"processor: a {type(processor).__name__} takes no images; give the model's AutoProcessor"
+        )
+    if device is not None or dtype is not None:
+        model = model.to(device=device, dtype=dtype)
+    encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    cross = entrance.method == "forward"
+    vlm = VLM(model, processor, entrance, "cross" if cross else "encoder" if encoder else "decoder")
+    _check(vlm)
+    return vlm
+
+
+def _read(name: str, processor: Any, dtype: Any) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"vlm: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
+            f'"xattn[transformers]"'
+        ) from None
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
+        if not Path(name, "config.json").is_file():
+            raise FileNotFoundError(
+                f"vlm: {name} holds no config.json; give a folder that save_pretrained wrote"
+            )
+    elif name.count("/") != 1 or name[:1] in ".~/":
+        raise FileNotFoundError(
+            f"vlm: no folder {name!r}; give a folder, or {PREFIX}OWNER/NAME of the hub"
+        )
+    auto: Any = transformers.AutoModelForImageTextToText
+    try:
+        if processor is None:
+            processor = transformers.AutoProcessor.from_pretrained(name)
+        return auto.from_pretrained(name, **({"dtype": dtype} if dtype else {})).eval(), processor
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"vlm: {name} cannot be loaded ({reason})") from error
+
+
+def _check(vlm: VLM) -> None:
+    """Raise a ``ValueError`` where the teacher-forced pass is not what generation computes, or image
+    tokens lie elsewhere than the table of layouts says."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (96, 144, 3), generator=generator, dtype=torch.uint8)
+    photos = [Image.fromarray(pixels.numpy())]
+    inputs = vlm.inputs(photos, PROMPT)
+    made = vlm.generate(inputs, 3, logits=True)
+    forced = vlm.forced(inputs, made.ids)
+    assert made.logits is not None
+    with torch.no_grad():
+        entered = made.entered or vlm.entered(inputs)
+        found = vlm.logits(forced, entered)[0]
+    wanted = made.logits.to(found.device)
+    known = wanted.isfinite() & found.isfinite()
+    wanted, found = wanted[known], found[known]
+    error = float((found - wanted).abs().max() / (wanted.max() - wanted.min()).clamp_min(1e-12))
+    most = max(TOLERANCE, 8 * torch.finfo(vlm.model.dtype).eps)
+    if not error <= most:
+        raise ValueError(
+            f"model: a {type(vlm.model).__name__} gives other logits in one pass over prompt and "
+            f"answer than when it generates: off by {error:.2g} of their range; at most {most:.2g} is taken"
+        )
+    check_table(vlm, photos, PROMPT, inputs, len(entered.features))

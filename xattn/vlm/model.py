@@ -1,0 +1,476 @@
+"""A vision-language model of transformers: what enters of an image, what it says, one teacher-forced pass.
+
+    f (n, D)          image features after the projector: row i is all that enters of image token i
+    q_t = P + t - 1   the row of logits that produced token y_t of the answer; P tokens of prompt
+
+    decoder           image tokens stand in the prompt, f replaces their embeddings   LLaVA, Qwen-VL, ...
+    encoder           likewise, in an encoder's prompt; the answer is the decoder's   Florence-2
+    cross             f is read by cross-attention and stands in no sequence          BLIP, Mllama
+
+Features are taken, and replaced, where the model itself computes them, so every other part runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from xattn.backbone.families.transformers_models import name_of
+from xattn.runtime.locking import alone
+from xattn.runtime.option_checks import Count, check
+
+PLACE = "<image>"  # where an image stands in a prompt
+FAMILIES = (
+    "LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, "
+    "PaliGemma, Gemma 3, Mistral 3, Florence-2, BLIP, BLIP-2, Mllama"
+)
+
+
+class _EnoughError(Exception):
+    """Ends a pass of which no more is needed."""
+
+
+class Entrance(NamedTuple):
+    """Where image features enter: the call of a module that computes them.
+
+    ``field`` of what ``module.method`` returns holds them, "" if that is the features themselves;
+    ``before`` is a network that need not run where they are replaced.
+    """
+
+    module: nn.Module
+    method: str = "get_image_features"
+    field: str = "pooler_output"
+    before: nn.Module | None = None
+
+    @contextmanager
+    def recorded(self, places: int | None = None, stop: bool = False) -> Iterator[list[Entered]]:
+        """Inside, what enters is kept; a ``ValueError`` unless it fills so many ``places``. With ``stop``
+        the pass ends there."""
+        kept: list[Entered] = []
+        before: list[Any] = [None]
+        with ExitStack() as stack:
+
+            def keep(output: Any) -> None:
+                entered = Entered(output, self.field, before[0])
+                if places not in (None, len(entered.features)):
+                    raise ValueError(
+                        f"images: {places} image tokens in the prompt, {len(entered.features)} features; "
+                        f"give the processor that was saved with the model"
+                    )
+                kept.append(entered)
+                if stop:
+                    raise _EnoughError
+
+            stack.enter_context(_watched(self.module, self.method, keep))
+            if self.before is not None:
+                see = functools.partial(before.__setitem__, 0)
+                stack.enter_context(_watched(self.before, "forward", see))
+            with suppress(_EnoughError):
+                yield kept
+
+    @contextmanager
+    def filled(self, entered: Entered, features: Tensor) -> Iterator[None]:
+        """Inside, ``features`` (B, n, D) enter, whatever the pixels are."""
+        with ExitStack() as stack:
+            output = entered.filled(features)
+            stack.enter_context(_replaced(self.module, self.method, lambda *a, **k: output))
+            if self.before is not None:
+                stack.enter_context(
+                    _replaced(self.before, "forward", lambda *a, **k: entered.before)
+                )
+            yield
+
+
+def entrance_of(model: nn.Module) -> Entrance:
+    """Where image features enter ``model``.
+
+    Raises:
+        ValueError: it has no image tokens.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind == "blip" and hasattr(model, "text_decoder") and not hasattr(model, "text_encoder"):
+        tower: Any = model.vision_model
+        return Entrance(tower, "forward", "last_hidden_state")
+    if kind == "mllama" and hasattr(model, "model"):
+        base: Any = model.model
+        return Entrance(base.multi_modal_projector, "forward", "", base.vision_model)
+    for owner in (getattr(model, "base_model", None), model):
+        tokens = _image_token(model) is not None and hasattr(model, "generate")
+        if tokens and callable(getattr(owner, "get_image_features", None)):
+            return Entrance(owner)  # type: ignore[arg-type]
+    raise ValueError(
+        f"vlm: a {type(model).__name__} has no image tokens (config.image_token_id and "
+        f"get_image_features); give a model of: {FAMILIES}"
+    )
+
+
+class Entered:
+    """What entered of the images: ``features`` (n, D), detached.
+
+    Qwen3-VL adds features in its first layers, too: these stand behind those of the input in each row.
+    ``lengths`` are the numbers of tokens of the items in which the model returned them, which are images
+    or tiles.
+    """
+
+    def __init__(self, output: Any, field: str, before: Any = None) -> None:
+        self.output, self.before = output, before
+        self.field = field if hasattr(output, field or " ") else ""
+        self._parts = [getattr(output, self.field) if self.field else output]
+        self._parts += list(getattr(output, "deepstack_features", None) or [])
+        flat = [torch.cat([x.reshape(-1, x.shape[-1]) for x in part]) for part in self._parts]
+        self.features = torch.cat(flat, 1).detach()
+        self._widths = [x.shape[1] for x in flat]
+        self.lengths = [x.shape[:-1].numel() for x in self._parts[0]]
+
+    def filled(self, features: Tensor) -> Any:
+        """The output of the same call for ``features`` (B, n, D) of B sequences."""
+        pieces = features.split(self._widths, 2)
+        new = [_like(part, x) for part, x in zip(self._parts, pieces, strict=True)]
+        if not self.field:
+            return new[0]
+        values = {**self.output, self.field: new[0]}
+        if len(new) > 1:
+            values["deepstack_features"] = new[1:]
+        return type(self.output)(**values)
+
+
+def _like(part: Any, features: Tensor) -> Any:
+    """``features`` (B, n, D) in the form of ``part``: a tensor (items, ..., D) or a list of items."""
+    if isinstance(part, Tensor):
+        return features.reshape(len(features) * part.shape[0], *part.shape[1:])
+    lengths = [x.shape[:-1].numel() for x in part]
+    rows = [row.split(lengths) for row in features]
+    shapes = [x.shape for x in part] * len(rows)
+    items = [x.reshape(s) for x, s in zip((x for row in rows for x in row), shapes, strict=True)]
+    return type(part)(items)
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``module.name`` is ``call``."""
+    own = vars(module)
+    before = own.get(name)
+    own[name] = call
+    try:
+        yield
+    finally:
+        own.pop(name)
+        if before is not None:
+            own[name] = before
+
+
+def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any:
+    """Inside, ``keep`` gets what ``module.name`` returns."""
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        keep(output)
+        return output
+
+    return _replaced(module, name, call)
+
+
+class Generated(NamedTuple):
+    """An answer: ids (T,) on the CPU, logits (T, V) if they were asked for, and what entered of the images
+    (None where the model generates without the call that is recorded)."""
+
+    ids: Tensor
+    logits: Tensor | None
+    entered: Entered | None
+
+
+class Forced(NamedTuple):
+    """Prompt and answer in one pass: its inputs, and the row of logits before each token of the answer."""
+
+    inputs: dict[str, Any]
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class VLM:
+    """A vision-language model with its processor, see :func:`load_vlm`.
+
+    ``kind``: how the image enters, "decoder", "encoder" or "cross".
+    """
+
+    model: Any
+    processor: Any
+    entrance: Entrance
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """The name that loads it again, else its class."""
+        return name_of(self.model)
+
+    @property
+    def family(self) -> str:
+        """Its ``model_type``, such as "llava_next"."""
+        return str(self.model.config.model_type)
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def decoder(self) -> Any:
+        """The part that says the answer, whose attention :func:`~xattn.vlm.reading.read_rows` reads."""
+        found = self.model.get_decoder()
+        return getattr(found, "decoder", found) if self.kind == "encoder" else found
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def image_places(self, ids: Tensor) -> Tensor:
+        """Where images enter a prompt (P,): (n,) places in order, none of a cross-attending model."""
+        if self.kind == "cross":
+            return torch.zeros(0, dtype=torch.long)
+        return torch.eq(ids.cpu(), _image_token(self.model) or 0).nonzero()[:, 0]
+
+    # ------------------------------------------------------------------ prompts
+
+    def inputs(self, photos: Sequence[Image.Image], prompt: Any) -> dict[str, Any]:
+        """What the processor makes of photos and a prompt: tensors of one conversation.
+
+        Args:
+            prompt: text, with ``<image>`` where the images stand, else before the text; or messages as
+                chat templates take them.
+
+        Raises:
+            ValueError: another number of places than of photos.
+        """
+        photos = list(photos)
+        messages = prompt if not isinstance(prompt, str) else None
+        places = sum(1 for _ in _image_parts(messages)) if messages else str(prompt).count(PLACE)
+        if places and places != len(photos):
+            what = PLACE if messages is None else "images in the messages"
+            count = f"{len(photos)} image{'s' if len(photos) > 1 else ''}"
+            raise ValueError(f"prompt: {places} {what} for {count}; give one place for each")
+        if messages is None and not str(prompt).strip() and self.kind != "cross":
+            raise ValueError("prompt: empty; give a question or an instruction")
+        if getattr(self.processor, "chat_template", None):
+            made = self._chat(photos, _messages(prompt, photos) if messages is None else messages)
+        elif messages is not None:
+            raise ValueError(
+                f"prompt: the processor of {self.name} has no chat template; give a text"
+            )
+        else:
+            made = self.processor(
+                images=photos, text=self._text(prompt, photos), return_tensors="pt"
+            )
+        return {k: self._moved(v) for k, v in made.items() if k != "labels"}
+
+    def _chat(self, photos: Sequence[Image.Image], messages: Any) -> Mapping[str, Any]:
+        remaining = iter(photos)
+        filled = [dict(m, content=_filled(m["content"], remaining)) for m in messages]
+        return self.processor.apply_chat_template(  # type: ignore[no-any-return]
+            filled,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _text(self, prompt: str, photos: Sequence[Any]) -> str:
+        """``prompt`` for a processor without a chat template."""
+        tokens = [getattr(self.processor, name, None) for name in ("boi_token", "image_token")]
+        token = next((str(t) for t in tokens if t), "")
+        if self.family in ("florence2", "blip", "blip-2", "blip_2"):  # their processors add it
+            return prompt.replace(PLACE, "").strip()
+        if PLACE not in prompt:
+            prompt = PLACE * len(photos) + prompt
+        return prompt.replace(PLACE, token)
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+
+    # ------------------------------------------------------------------ running it
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int = 64,
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        logits: bool = False,
+    ) -> Generated:
+        """What the model answers: greedily, unless ``options`` of its ``generate`` say otherwise.
+
+        Raises:
+            ValueError: the prompt leaves no room.
+        """
+        check("max_new_tokens", max_new_tokens, Count)
+        ids = inputs["input_ids"]
+        text = self.model.config.get_text_config()
+        room = getattr(text, "max_position_embeddings", None)
+        if self.kind == "decoder" and room and ids.shape[1] >= room:
+            raise ValueError(
+                f"max_new_tokens: prompt of {ids.shape[1]:,} leaves 0 of {room:,}; give a shorter "
+                f"prompt or smaller photos"
+            )
+        if room and self.kind == "decoder":
+            max_new_tokens = min(max_new_tokens, room - ids.shape[1])
+        greedy = {
+            "do_sample": False,
+            "num_beams": 1,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+        asked = {**greedy, **(options or {}), "max_new_tokens": max_new_tokens}
+        devices = [self.device] if self.device.type == "cuda" else []
+        places = None if self.kind == "cross" else len(self.image_places(ids[0]))
+        with alone(self.model), self.entrance.recorded(places) as kept, torch.no_grad():
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+                out = self.model.generate(
+                    **given, **asked, return_dict_in_generate=True, output_logits=logits
+                )
+        alone_in_it = logits and len(out.logits[0]) == 1  # no beams
+        found = torch.stack([x[0] for x in out.logits]).float() if alone_in_it else None
+        return Generated(
+            self._answer(ids[0].cpu(), out.sequences[0].cpu()), found, kept[0] if kept else None
+        )
+
+    def _answer(self, prompt: Tensor, sequence: Tensor) -> Tensor:
+        """The new tokens of what ``generate`` returned."""
+        if self.kind == "encoder":
+            return sequence[1:].clone()
+        if self.family == "blip":  # drops the last token of the prompt and changes the first
+            return sequence[len(prompt) - 1 :].clone()
+        whole = len(sequence) >= len(prompt) and torch.equal(sequence[: len(prompt)], prompt)
+        return sequence[len(prompt) if whole else 0 :].clone()
+
+    def forced(self, inputs: Mapping[str, Any], ids: Tensor) -> Forced:
+        """One pass over prompt and answer ``ids`` (T,), which gives the logits that generation had."""
+        own, count = dict(inputs), len(ids)
+        prompt, answer = own["input_ids"], ids.to(self.device)[None]
+        if self.kind == "encoder":
+            start = self.model.config.get_text_config().decoder_start_token_id
+            first = torch.full_like(answer[:, :1], start)
+            own["decoder_input_ids"] = torch.cat([first, answer[:, :-1]], 1)
+            return Forced(own, torch.arange(count, device=self.device))
+        if self.family == "blip":
+            prompt = prompt[:, :-1].clone()
+            prompt[:, 0] = self.model.config.text_config.bos_token_id
+            own["attention_mask"] = own["attention_mask"][:, :-1]
+        length = prompt.shape[1]
+        own["input_ids"] = torch.cat([prompt, answer], 1)
+        for name, value in own.items():
+            pixels = name.startswith("pixel") or not isinstance(value, Tensor)
+            if not pixels and value.shape[:2] == (1, length):
+                own[name] = self._extended(name, value, count)
+        rows = torch.arange(length - 1, length + count - 1, device=self.device)
+        return Forced(own, rows)
+
+    def _extended(self, name: str, value: Tensor, count: int) -> Tensor:
+        """An input with a value a token of the prompt, for ``count`` more."""
+        if name == "cross_attention_mask":
+            more = value[:, -1:].expand(-1, count, *value.shape[2:])
+        else:
+            of_text = name == "attention_mask"
+            # PaliGemma's prefix sees itself both ways, the answer (1) does not.
+            of_text |= name == "token_type_ids" and self.family.startswith("paligemma")
+            more = torch.full((1, count), int(of_text), dtype=value.dtype, device=value.device)
+        return torch.cat([value, more], 1)
+
+    def entered(self, inputs: Mapping[str, Any]) -> Entered:
+        """What enters of the images of a prompt; the language model does not run."""
+        places = len(self.image_places(inputs["input_ids"][0]))
+        recorded = self.entrance.recorded(None if self.kind == "cross" else places, stop=True)
+        with alone(self.model), self._same(), torch.no_grad(), recorded as kept:
+            self.model(**inputs, use_cache=False)
+        return kept[0]
+
+    def output(
+        self, forced: Forced, entered: Entered, features: Tensor | None = None, **asked: Any
+    ) -> Any:
+        """The model's own output for B images in the place of its own: ``features`` (B, n, D).
+
+        Args:
+            asked: further arguments of its forward, such as ``output_hidden_states=True``.
+
+        Gradients flow to ``features`` where these ask for them.
+        """
+        if features is None:
+            features = entered.features[None]
+        count = len(features)
+        inputs = {
+            k: v if k.startswith("pixel") or not isinstance(v, Tensor) else _repeated(v, count)
+            for k, v in forced.inputs.items()
+        }
+        needs = features.requires_grad or torch.is_grad_enabled()
+        with alone(self.model), self._same(), torch.set_grad_enabled(needs):
+            with self.entrance.filled(entered, features.to(entered.features.dtype)):
+                return self.model(**inputs, use_cache=False, **asked)
+
+    def logits(self, forced: Forced, entered: Entered, features: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) before each token of the answer, float32; see :meth:`output`."""
+        keep = {"logits_to_keep": forced.rows} if self._keeps else {}
+        found = self.output(forced, entered, features, **keep).logits
+        return (found if self._keeps else found[:, forced.rows]).float()
+
+    @functools.cached_property
+    def _keeps(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @contextmanager
+    def _same(self) -> Iterator[None]:
+        """Afterwards the places that Qwen-VL's generation remembers are those of before."""
+        kept = [(m, m.rope_deltas) for m in self.model.modules() if hasattr(m, "rope_deltas")]
+        try:
+            yield
+        finally:
+            for module, value in kept:
+                module.rope_deltas = value
+
+
+def _repeated(value: Tensor, count: int) -> Tensor:
+    return value.repeat(count, *[1] * (value.ndim - 1)) if count > 1 else value
+
+
+def _image_token(model: Any) -> int | None:
+    """The id of the tokens that image features replace."""
+    names = ("image_token_id", "image_token_index")
+    config = getattr(model, "config", None)
+    return next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+
+
+def _image_parts(messages: Any) -> Iterator[Any]:
+    for message in messages:
+        content = message["content"]
+        yield from (p for p in content if isinstance(p, Mapping) and p.get("type") == "image")
+
+
+def _messages(prompt: str, photos: Sequence[Any]) -> list[dict[str, Any]]:
+    """A user's message with images where ``<image>`` stands, else before the text."""
+    if PLACE not in prompt:
+        prompt = PLACE * len(photos) + prompt
+    content: list[dict[str, Any]] = []
+    for i, text in enumerate(prompt.split(PLACE)):
+        content += [{"type": "image"}] if i else []
+        content += [{"type": "text", "text": text}] if text.strip() else []
+    return [{"role": "user", "content": content}]
+
+
+def _filled(content: Any, photos: Iterator[Image.Image]) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [
+        {"type": "image", "image": next(photos)} if part.get("type") == "image" else part
+        for part in content
+    ]
