@@ -42,6 +42,8 @@ _EXPORTS = {
     "load_conversion": "xattn.backbone",
     "explain": "xattn.explaining.photos",
     "explain_video": "xattn.explaining.clips",
+    "explain_tokens": "xattn.vlm.explain",
+    "load_vlm": "xattn.vlm.loading",
     "export": "xattn.exporting",
     "Explanation": "xattn.packs.explanation",
     "load_pack": "xattn.packs.reader",
@@ -53,6 +55,9 @@ _EXPORTS = {
     "register_explainer": "xattn.explainers",
     "register_head": "xattn.heads",
     "register_metric": "xattn.eval",
+    "create_token_explainer": "xattn.vlm.explainers.base",
+    "list_token_explainers": "xattn.vlm.explainers.base",
+    "register_token_explainer": "xattn.vlm.explainers.base",
 }
 
 __all__ = [
@@ -74,19 +79,23 @@ __all__ = [
     "cache_features",
     "create_explainer",
     "create_head",
+    "create_token_explainer",
     "distill",
     "evaluate",
     "explain",
+    "explain_tokens",
     "explain_video",
     "export",
     "fit",
     "list_explainers",
     "list_heads",
+    "list_token_explainers",
     "load_backbone",
     "load_clip",
     "load_conversion",
     "load_head",
     "load_pack",
+    "load_vlm",
     "open_photos",
     "probe",
     "prune",
@@ -95,6 +104,7 @@ __all__ = [
     "register_explainer",
     "register_head",
     "register_metric",
+    "register_token_explainer",
     "save_head",
     "save_pack",
     "similarity_to",
@@ -130,6 +140,13 @@ if TYPE_CHECKING:
     from xattn.training.features import cache_features
     from xattn.training.probe import probe
     from xattn.training.pruning_run import prune
+    from xattn.vlm.explain import explain_tokens
+    from xattn.vlm.explainers.base import (
+        create_token_explainer,
+        list_token_explainers,
+        register_token_explainer,
+    )
+    from xattn.vlm.loading import load_vlm
 
 
 def __getattr__(name: str) -> Any:

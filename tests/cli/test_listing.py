@@ -97,7 +97,9 @@ def test_kernels_are_those_that_run():
 
 @pytest.mark.parametrize("kind", ADDS)
 def test_what_files_declare_is_what_they_register(kind):
-    registry = getattr(import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper())
+    registry = getattr(
+        import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
+    )
     own = {
         n: d for n, d in registered(kind).items() if registry.get(n).__module__.startswith("xattn.")
     }

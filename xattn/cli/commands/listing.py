@@ -20,11 +20,12 @@ from xattn.runtime.option_checks import Belongs
 HOMES = {
     "heads": "heads",
     "explainers": "explainers",
+    "token-explainers": "vlm/explainers",
     "objectives": "training/objectives",
     "blocks": "blocks",
 }
 """The folders of the files that register the classes of a kind."""
-ADDS = {kind: f"register_{kind.removesuffix('s')}" for kind in HOMES}
+ADDS = {kind: f"register_{kind.removesuffix('s').replace('-', '_')}" for kind in HOMES}
 """The decorators by which they do."""
 MEASURED = Path(__file__).with_name("conversion_accuracy.json")
 """A copy of the accuracy.json that the study of swapped attention writes, in percent."""
@@ -38,12 +39,21 @@ class List:
 
     what: Annotated[
         Literal[
-            "all", "models", "heads", "explainers", "objectives", "attention", "blocks", "metrics"
+            "all",
+            "models",
+            "heads",
+            "explainers",
+            "token-explainers",
+            "objectives",
+            "attention",
+            "blocks",
+            "metrics",
         ],
         Argument(positional=True),
     ] = "all"
-    """"all" gives names; "models" those with weights in packages; "heads", "explainers", "objectives",
-    "blocks" and "metrics" a line each; "attention" a table of the mechanisms: paper, complexity,
+    """"all" gives names; "models" those with weights in packages; "heads", "explainers",
+    "token-explainers" (of the words of vision-language models), "objectives", "blocks" and "metrics" a line
+    each; "attention" a table of the mechanisms: paper, complexity,
     whether it needs training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
@@ -88,6 +98,7 @@ def _print_names() -> None:
     from xattn.runtime.head_files import shipped_heads
     from xattn.training.attention_training import METHODS
     from xattn.training.objectives.base import OBJECTIVES
+    from xattn.vlm.explainers.base import TOKEN_EXPLAINERS
 
     rows: dict[str, Any] = {
         "heads to train": HEADS,
@@ -95,6 +106,7 @@ def _print_names() -> None:
         "presets": PRESETS,
         "trained heads": shipped_heads(),
         "explainers": EXPLAINERS,
+        "token explainers": TOKEN_EXPLAINERS,
         "attention mechanisms": MECHANISMS,
         "rotations by places": ROTATIONS,
         "blocks": BLOCKS,
@@ -109,6 +121,7 @@ def _print_names() -> None:
         HEADS,
         OBJECTIVES,
         EXPLAINERS,
+        TOKEN_EXPLAINERS,
         MECHANISMS,
         ROTATIONS,
         BLOCKS,
@@ -149,7 +162,7 @@ def metric_lines() -> Iterator[str]:
 def _described(kind: str) -> Iterator[str]:
     """What the registry of ``kind`` has, by name, with the first paragraph of each docstring."""
     home = f"xattn.{HOMES[kind].replace('/', '.')}"
-    more = home in sys.modules or entry_points(group=f"xattn.{kind}")
+    more = home in sys.modules or entry_points(group=f"xattn.{kind.replace('-', '_')}")
     told = registered(kind) if more else declared(kind)
     for name in sorted(told):
         about = told[name].strip().partition("\n\n")[0]
@@ -158,7 +171,9 @@ def _described(kind: str) -> Iterator[str]:
 
 def registered(kind: str) -> dict[str, str]:
     """The docstrings of all that is registered. Imports torch, which takes seconds."""
-    registry = getattr(import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper())
+    registry = getattr(
+        import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
+    )
     return {name: registry.get(name).__doc__ or "" for name in registry}
 
 
@@ -267,6 +282,7 @@ DETAILS: dict[str, Callable[[], Iterable[str]]] = {
     "models": tuple,
     "heads": head_lines,
     "explainers": partial(described_lines, "explainers"),
+    "token-explainers": partial(described_lines, "token-explainers"),
     "objectives": partial(described_lines, "objectives"),
     "attention": attention_table,
     "blocks": partial(described_lines, "blocks"),

@@ -1,0 +1,141 @@
+"""What a vision-language model answered, with a map for every word that was explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.packs.explanation import Explanation
+from xattn.vlm.words import Word, word_number
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """What one method says of a word: ``explanations``, one a photo, and ``text`` (M,), the scores of the
+    text tokens (None of methods that have none); ``shares`` of image, prompt and answer, of sum 1."""
+
+    explanations: tuple[Explanation, ...]
+    text: Array | None = None
+    shares: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One answer about one photo, or about several that were shown together.
+
+        print(answer.text, answer.table())
+        answer["fork"].overlay().save("fork.png")    # the first "fork"; ["fork", 2] the second, [3] word 3
+        answer.sources("fork")                       # which words of prompt and answer it came from
+
+    Args:
+        image_id: of the photo. ``prompt`` is what was asked, ``text`` the answer, ``token_ids`` its tokens.
+        words: all words, also those that were not explained.
+        log_probs: (W,) the sum over each word's tokens of log p; ``lost``: (W,) how much of it is lost
+            where every image token is the mean one, in nats. Near 0: the word does not need the image,
+            whatever its map shows.
+        tokens: (text of the token, whether it is of the prompt), M of them, those of images left out.
+        maps: by number of the word, by method; the first method is the one that ``answer[word]`` shows.
+        notes: what should be said of the maps, by method.
+    """
+
+    image_id: str
+    prompt: str
+    text: str
+    words: tuple[Word, ...]
+    token_ids: tuple[int, ...]
+    log_probs: Array
+    lost: Array
+    tokens: tuple[tuple[str, bool], ...] = ()
+    maps: Mapping[int, Mapping[str, Maps]] = field(default_factory=dict)
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that explained it, in the order that was asked for."""
+        return tuple(next(iter(self.maps.values()), {}))
+
+    @property
+    def probabilities(self) -> Array:
+        """(W,): exp of the mean log p of each word's tokens."""
+        counts = np.array([len(word.tokens) for word in self.words], np.float32)
+        return np.exp(self.log_probs / np.maximum(counts, 1)).astype(np.float32)  # type: ignore[no-any-return]
+
+    @property
+    def explanations(self) -> list[Explanation]:
+        """All maps: word by word, method by method, photo by photo."""
+        return [e for of in self.maps.values() for maps in of.values() for e in maps.explanations]
+
+    def of(self, word: Any, method: str | None = None) -> Maps:
+        """What a method, by default the first, says of a word.
+
+        Args:
+            word: its number, its text, or (text, 2) for the second of that text.
+
+        Raises:
+            ValueError: no such word or method, or a word that was not explained.
+        """
+        number = word_number(self.words, word)
+        if number not in self.maps:
+            known = ", ".join(self.words[i].text for i in self.maps)
+            raise ValueError(
+                f"words: {self.words[number].text!r} was not explained; explained: {known or 'none'}"
+            )
+        name = method or self.methods[0]
+        if name not in self.maps[number]:
+            raise ValueError(f"method: got {method!r}; explained by: {', '.join(self.methods)}")
+        return self.maps[number][name]
+
+    def __getitem__(self, word: Any) -> Explanation:
+        """The map of a word, by the first method and on the first photo; see :meth:`of`."""
+        return self.of(word).explanations[0]
+
+    def sources(self, word: Any, method: str | None = None) -> list[tuple[str, float]]:
+        """(token, score) of the prompt and of the answer before the word, in their order.
+
+        Raises:
+            ValueError: as :meth:`of`, and of a method that scores image tokens alone.
+        """
+        maps = self.of(word, method)
+        if maps.text is None:
+            raise ValueError(
+                f"method: {method or self.methods[0]} scores image tokens alone; 'attention' scores "
+                f"words, too"
+            )
+        answer = self.words[word_number(self.words, word)].tokens[0]
+        count = sum(of_prompt for _, of_prompt in self.tokens) + answer
+        return [(self.tokens[i][0], float(maps.text[i])) for i in range(count)]
+
+    def table(self) -> str:
+        """A line a word: its probability, nats lost without the image, and how the first method's scores
+        are shared between image, prompt and answer."""
+        lines = [f"{'word':16} {'p':>6} {'lost':>7}  {'image':>6} {'prompt':>6} {'answer':>6}"]
+        for i, word in enumerate(self.words):
+            maps = next(iter(self.maps.get(i, {}).values()), None)
+            parts = maps.shares if maps and maps.shares else None
+            shown = "".join(f" {part:6.1%}" for part in parts) if parts else ""
+            lines.append(
+                f"{word.text[:16]:16} {self.probabilities[i]:6.3f} {self.lost[i]:7.2f} {shown}".rstrip()
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Answer({self.image_id!r}, {self.text!r}, {len(self.words)} words)"
+
+    def _repr_html_(self) -> str | None:
+        from xattn.pictures import notebook
+
+        return notebook.grid_html(self.explanations) if self.maps else None
+
+
+class Answers(list[Answer]):
+    """Answers, one a photo; ``skipped`` has (file name, reason) of those that were left out."""
+
+    def __init__(self, items: Iterable[Answer] = ()) -> None:
+        super().__init__(items)
+        self.skipped: list[tuple[str, str]] = []

@@ -1,0 +1,145 @@
+"""Attention of the row that produced a token: a_i(t) = sum_lh w_lh A^lh[q_t, i], w equal for all.
+
+Rows are read while the answer is generated, so maps cost no further pass. The default is the mean over all
+layers and heads: on models whose evidence is known the last layer alone, which tools often show, missed it.
+What a row looks at is not what it needs: the nats that a word loses without the image stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.model import VLM
+from xattn.vlm.reading import Rows, read_rows
+
+
+@dataclass
+class Means:
+    """Sums of rows over layers and heads by the place of the query: of keys in its own sequence, and of
+    those of cross-attention; how many rows are in both."""
+
+    own: dict[int, Tensor] = field(default_factory=dict)
+    cross: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, place: int, rows: Tensor, cross: bool, counted: Tensor) -> None:
+        """Rows (H', S), if ``counted`` is 1 and not 0: the numbers stay on their device."""
+        kept = self.cross if cross else self.own
+        kept[place] = kept.get(place, 0) + counted * rows.sum(0)
+        self.counts[place] = self.counts.get(place, 0) + counted * len(rows)
+
+    def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
+        """(T, length): sums over one kind of keys, divided by the number of all rows; 0 beyond the keys."""
+        kept = self.cross if cross else self.own
+        made = torch.zeros(len(places), length)
+        for row, place in zip(made, places, strict=True):
+            if place in kept:
+                own = kept[place][:length] / self.counts[place].clamp_min(1)
+                row[: len(own)] = own.cpu()
+        return made
+
+
+@register_token_explainer(
+    "attention",
+    title="Attention",
+    passes="none",
+    cases=({}, {"layers": (0, -1), "heads": (1,), "first": "zero"}),
+)
+@dataclass(kw_only=True, eq=False)
+class Attention(TokenExplainer):
+    """What the row that produced each token of a word looks at, the mean over the word's tokens.
+
+    Rows of all layers and heads count alike, also those of cross-attention; but layers with a window that
+    sees no image token are left out.
+
+    Args:
+        layers: numbers of the layers that count, from the end where negative; by default all.
+        heads: numbers of the heads that count; by default all.
+        first: "zero": the first token of the sequence, which many heads rest on, counts 0, and each row is
+            scaled to the sum 1 without it.
+    """
+
+    watches = True
+
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    first: Literal["keep", "zero"] = "keep"
+
+    @contextmanager
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[Means]:
+        """Reads the last row of each step."""
+        kept = Means()
+        image = vlm.image_places(prompt_ids).to(vlm.device)
+        with read_rows(vlm.decoder, lambda rows: self._keep(vlm, rows, image, kept)):
+            yield kept
+
+    def _keep(self, vlm: VLM, rows: Rows, image: Tensor, kept: Means) -> None:
+        count = vlm.model.config.get_text_config().num_hidden_layers
+        if self.layers is not None and rows.layer not in {i % count for i in self.layers}:
+            return
+        if len(rows.weights) > 1:  # beams, of which nobody knows yet which will be the answer
+            return
+        weights = rows.over(rows.offset + rows.weights.shape[-1])[0]  # (H, R, S)
+        if self.heads is not None:
+            weights = weights[list(self.heads)]
+        windowed = vlm.kind == "decoder" and not rows.cross
+        for i, place in enumerate(rows.queries):
+            row = weights[:, i]
+            sees = row[:, image].any().float() if windowed and len(image) else row.new_ones(())
+            if self.first == "zero" and not rows.cross:
+                row = torch.cat([torch.zeros_like(row[:, :1]), row[:, 1:]], 1)
+                row = row / row.sum(1, keepdim=True).clamp_min(1e-12)
+            kept.add(place, row, rows.cross, sees)
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        places = context.rows.tolist()
+        if seen is None or not set(places) <= seen.counts.keys():
+            seen = self._from_a_pass(context, places)
+        return split(
+            context, seen.of(places, False, len(context.sequence)), self._cross(context, seen)
+        )
+
+    def _cross(self, context: Context, seen: Means) -> Tensor | None:
+        if context.vlm.kind == "decoder":
+            return None
+        keys = len(context.features)
+        if context.vlm.kind == "encoder":
+            keys = len(context.prompt_ids)
+        return seen.of(context.rows.tolist(), True, keys)
+
+    def _from_a_pass(self, context: Context, places: list[int]) -> Means:
+        kept, vlm, image = Means(), context.vlm, context.image.to(context.vlm.device)
+
+        def keep(rows: Rows) -> None:
+            self._keep(vlm, rows, image, kept)
+
+        with torch.no_grad(), read_rows(vlm.decoder, keep, places):
+            context.logits()
+        return kept
+
+
+def split(context: Context, own: Tensor, cross: Tensor | None = None) -> TokenScores:
+    """Scores of the asked words from rows of attention of each token of the answer.
+
+    Args:
+        own: (T, P + T) over the places of the sequence; of an encoder-decoder over those of its decoder.
+        cross: (T, P) over an encoder's places, or (T, n) over the image tokens of a cross-attending model.
+    """
+    if context.vlm.kind == "decoder":
+        image, text = own[:, context.image], own[:, context.text]
+    elif context.vlm.kind == "cross":
+        assert cross is not None
+        image, text = cross, own[:, : len(context.text)]
+    else:
+        assert cross is not None
+        prompt = context.text[context.text < len(context.prompt_ids)]
+        answer = own[:, 1 : 1 + len(context.ids)]  # the first place is the start token's
+        image, text = cross[:, context.image], torch.cat([cross[:, prompt], answer], 1)
+    return TokenScores(context.word_mean(image), context.word_mean(text))

@@ -1,0 +1,94 @@
+"""Occlusion: s_i = mean over the windows w that hide token i of score(f) - score(f without w).
+
+Zeiler and Fergus, arXiv 1311.2901, on image tokens. A window of one token misses evidence that two hold;
+2 x 2 at every place finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.runtime.option_checks import Count
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.layout import Layout
+
+Box = tuple[int, int, int, int]
+
+
+@register_token_explainer(
+    "occlusion",
+    title="Occlusion",
+    passes="a window",
+    source="arXiv 1311.2901",
+    cases=({}, {"size": 1}, {"where": "pixel", "stride": 2}),
+)
+@dataclass(kw_only=True, eq=False)
+class Occlusion(TokenExplainer):
+    """How much a word's score falls, on average, when a square window hides an image token.
+
+    Args:
+        size: the window's side, in cells of the finest grid of image tokens.
+        stride: cells between windows, at most ``size``.
+        where: "token": hidden tokens are the mean image token; "pixel": the photo's mean colour lies over
+            the window, and the image tower runs again.
+    """
+
+    size: Count = 2
+    stride: Count = 1
+    where: Literal["token", "pixel"] = "token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride > self.size:
+            raise ValueError(
+                f"stride: got {self.stride} with windows of {self.size}, which leaves tokens out; give at "
+                f"most {self.size}"
+            )
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        windows = [(layout, box) for layout in context.layouts for box in self._windows(layout)]
+        masks = torch.zeros(len(windows), len(context.features), dtype=torch.bool)
+        for mask, (layout, box) in zip(masks, windows, strict=True):
+            mask[layout.tokens] = torch.from_numpy(layout.covered(box))
+        if not masks.any():  # tokens without places, as of a resampler
+            masks = torch.eye(len(context.features), dtype=torch.bool)
+            without = context.hidden(masks)
+        elif self.where == "token":
+            without = context.hidden(masks)
+        else:
+            without = torch.cat([self._scores(context, *window) for window in windows])
+        with torch.no_grad():
+            fall = (context.scores() - without).cpu()
+        covers = masks.float()
+        return TokenScores((covers.T @ fall / covers.sum(0)[:, None].clamp_min(1)).T)
+
+    def _windows(self, layout: Layout) -> Iterator[Box]:
+        """Boxes (top, left, bottom, right) of cells."""
+        height, width = layout.shape
+        for top in self._starts(height):
+            for left in self._starts(width):
+                yield top, left, min(top + self.size, height), min(left + self.size, width)
+
+    def _starts(self, cells: int) -> list[int]:
+        last = max(cells - self.size, 0)
+        return sorted({*range(0, last + 1, self.stride), last})
+
+    @torch.no_grad()
+    def _scores(self, context: Context, layout: Layout, box: Box) -> Tensor:
+        """Scores (1, W) with a window of one photo's pixels hidden."""
+        number = next(i for i, own in enumerate(context.layouts) if own is layout)
+        pixels = np.array(context.photos[number])
+        (top, left, bottom, right), (height, width) = layout.view.photo_box, layout.shape
+        y, x = (bottom - top) / height, (right - left) / width
+        rows = slice(round(top + y * box[0]), round(top + y * box[2]))
+        columns = slice(round(left + x * box[1]), round(left + x * box[3]))
+        pixels[rows, columns] = pixels.mean((0, 1)).round()
+        photos = [*context.photos[:number], Image.fromarray(pixels), *context.photos[number + 1 :]]
+        return context.scores(context.features_of(photos)[None])

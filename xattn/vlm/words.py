@@ -1,0 +1,124 @@
+"""The words of an answer: runs of tokens, by what the tokenizer makes of them.
+
+A word is a maximal run of tokens without white space at a start inside. Punctuation stands alone, but for
+what joins letters or digits, as in "don't" and "3.5"; so does each CJK token. Special tokens are no words.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from xattn.runtime.names import did_you_mean
+
+
+class Word(NamedTuple):
+    """A word: its ``text``, its characters ``span`` (start, end) of the answer, and its ``tokens``, numbers
+    from 0 of the answer's."""
+
+    text: str
+    span: tuple[int, int]
+    tokens: tuple[int, ...]
+
+
+def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of token ids, and the characters of each token, white space before it included; those of
+    special tokens are empty.
+
+    Found from what prefixes decode to, so that it holds for any tokenizer. Tokens that are parts of one
+    character all get that character.
+    """
+
+    def decode(count: int) -> str:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(list(ids[:count]), **options))
+
+    special = set(tokenizer.all_special_ids)
+    text, spans, waiting, start = decode(len(ids)), list[tuple[int, int]](), 0, 0
+    for i, token in enumerate(ids):
+        if token in special:
+            spans.append((start, start))
+            continue
+        prefix = decode(i + 1)
+        end = start
+        while end < len(prefix) and prefix[end : end + 1] == text[end : end + 1]:
+            end += 1
+        if end == start and len(prefix) > start:  # the first bytes of a character
+            waiting += 1
+        spans.append((start, end))
+        if end > start:
+            for j in range(i - waiting, i):
+                spans[j] = start, end
+            start, waiting = end, 0
+    return text, spans
+
+
+def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Word]]:
+    """The text of token ids (T,), and its words.
+
+    >>> from types import SimpleNamespace
+    >>> pieces = ["A", " fork", "s", ".", " don", "'", "t"]
+    >>> tokenizer = SimpleNamespace(
+    ...     all_special_ids=[], decode=lambda ids, **options: "".join(pieces[i] for i in ids)
+    ... )
+    >>> [word.text for word in words_of(tokenizer, range(7))[1]]
+    ['A', 'forks', '.', "don't"]
+    """
+    text, spans = spans_of(tokenizer, ids)
+    groups: list[list[int]] = []
+    alone = True  # whether the next token starts a word
+    for i, (start, end) in enumerate(spans):
+        own = text[start:end]
+        if not own.strip():
+            alone |= bool(own)
+            continue
+        if groups and spans[groups[-1][-1]] == (start, end):  # of one character
+            groups[-1].append(i)
+            continue
+        apart = _stands_alone(text, start + len(own) - len(own.lstrip()), end)
+        if alone or apart or own[0].isspace():
+            groups.append([i])
+        else:
+            groups[-1].append(i)
+        alone = apart or own[-1].isspace()
+    words = []
+    for tokens in groups:
+        start, end = spans[tokens[0]][0], spans[tokens[-1]][1]
+        inner = text[start:end]
+        start += len(inner) - len(inner.lstrip())
+        words.append(Word(inner.strip(), (start, start + len(inner.strip())), tuple(tokens)))
+    return text, words
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    own = text[start:end].rstrip()
+    if any(unicodedata.name(c, "").startswith(("CJK", "HIRAGANA", "KATAKANA")) for c in own):
+        return True
+    if any(c.isalnum() for c in own):
+        return False
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return not (before.isalnum() and after.isalnum())
+
+
+def word_number(words: Sequence[Word], key: Any, argument: str = "words") -> int:
+    """The number of a word: of ``key`` itself (negative from the end), of the first that is spelled like
+    it, or with a pair ("fork", 2) of the second.
+
+    Raises:
+        ValueError: no such word.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        if -len(words) <= key < len(words):
+            return key % len(words)
+        raise ValueError(f"{argument}: got {key}; the answer has words 0 to {len(words) - 1}")
+    name, count = key if isinstance(key, tuple) else (key, 1)
+    found = [i for i, word in enumerate(words) if word.text == name]
+    found = found or [i for i, word in enumerate(words) if word.text.lower() == str(name).lower()]
+    if not found:
+        known = list(dict.fromkeys(word.text for word in words))
+        near = did_you_mean(str(name), known, f"its words: {', '.join(known) or 'none'}")
+        raise ValueError(f"{argument}: {name!r} is not in the answer; {near}")
+    if not 1 <= count <= len(found):
+        raise ValueError(f"{argument}: {name!r} is {len(found)} times in the answer; got {count}")
+    return found[count - 1]
