@@ -11,8 +11,9 @@ from xattn.eval.metrics.registry import REGISTRY
 from xattn.explainers.base import EXPLAINERS
 from xattn.heads.base import HEADS
 from xattn.training.objectives.base import OBJECTIVES
+from xattn.vlm.explainers.base import TOKEN_EXPLAINERS
 
-REGISTRIES = (MECHANISMS, BLOCKS, REGISTRY, EXPLAINERS, HEADS, OBJECTIVES)
+REGISTRIES = (MECHANISMS, BLOCKS, REGISTRY, EXPLAINERS, TOKEN_EXPLAINERS, HEADS, OBJECTIVES)
 
 
 @contextmanager

@@ -101,7 +101,7 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("umap", "umap", umap_points),
     ("onnx", "weights", onnx_weights),
     ("transformers", "transformers", lambda: xattn.load_backbone("transformers:google/vit")),
-    ("transformers", "transformers", lambda: xattn.load_vlm("transformers:llava-hf/llava")),
+    ("transformers", "vlm", lambda: xattn.load_vlm("transformers:llava-hf/llava")),
 ]
 
 

@@ -88,6 +88,8 @@ def explain_tokens(
     """
     check("batch_size", batch_size, Count)
     check("score", score, Score)
+    if vlm.model.training:
+        raise ValueError("vlm: the model is in training mode; call model.eval() first")
     methods = _methods(explainer, seed)
     asked = [(name, sources) for name, sources in _conversations(images)]
     texts = _texts(answer, len(asked))

@@ -74,7 +74,7 @@ def _read(name: str, processor: Any, dtype: Any) -> tuple[Any, Any]:
     except ImportError:
         raise ValueError(
             f"vlm: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
-            f'"xattn[transformers]"'
+            f'"xattn[vlm]"'
         ) from None
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())

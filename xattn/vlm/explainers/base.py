@@ -157,7 +157,8 @@ class Context:
 
     def log_probs(self, features: Tensor | None = None) -> Tensor:
         """log p (B, T) of each token of the answer."""
-        return self._of_answer(self.logits(features).log_softmax(2))
+        logits = self.logits(features)
+        return self._of_answer(logits) - logits.logsumexp(2)
 
     def scores(self, features: Tensor | None = None) -> Tensor:
         """The score (B, W) of every asked word; gradients flow to ``features`` (B, n, D)."""
@@ -165,16 +166,15 @@ class Context:
 
     def scores_of(self, logits: Tensor) -> Tensor:
         """The score (B, W) of every asked word from logits (B, T, V)."""
-        values = logits if self.score == "logit" else logits.log_softmax(2)
-        own = self._of_answer(values)
-        found = []
+        own, found = self._of_answer(logits), []
+        values = own if self.score == "logit" else own - logits.logsumexp(2)
         for i in self.asked:
             tokens = list(self.words[i].tokens)
             if i in self.instead:
                 t = tokens[0]
-                found.append(own[:, t] - values[:, t, self.instead[i]])
+                found.append(own[:, t] - logits[:, t, self.instead[i]])
             else:
-                found.append(own[:, tokens].sum(1))
+                found.append(values[:, tokens].sum(1))
         return torch.stack(found, 1)
 
     def _of_answer(self, values: Tensor) -> Tensor:
@@ -277,8 +277,6 @@ class TokenExplainerEntry:
     """The paper."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options that the tests of every explainer try."""
-    kinds: tuple[str, ...] = ("decoder", "encoder", "cross")
-    """The kinds of models that it explains, see :mod:`xattn.vlm.model`."""
 
 
 def register_token_explainer(
