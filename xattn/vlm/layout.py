@@ -92,6 +92,27 @@ class Layout:
         """(W,): the sum of the scores (W, n) of this photo's tokens without a place."""
         return np.asarray(scores, dtype=np.float64)[:, self.tokens][:, ~self.placed].sum(1)  # type: ignore[no-any-return]
 
+    def grids(self) -> list[NDArray[np.int64]]:
+        """Numbers (h', w') of this photo's tokens that lie side by side, row by row: the whole photo's, or
+        those of each view; none where tokens have no places."""
+        if self.spread is not None:
+            return []
+        y, x = (shares @ (np.arange(shares.shape[1]) + 0.5) for shares in (self.rows, self.columns))
+        rows: list[list[int]] = []
+        for t in np.flatnonzero(self.placed).tolist():
+            if rows and abs(y[t] - y[rows[-1][-1]]) < 1e-6 and x[t] > x[rows[-1][-1]]:
+                rows[-1].append(t)
+            else:
+                rows.append([t])
+        found: list[list[list[int]]] = []
+        for row in rows:
+            last = found[-1][-1] if found else []
+            if len(last) == len(row) and np.allclose(x[last], x[row]) and y[row[0]] > y[last[0]]:
+                found[-1].append(row)
+            else:
+                found.append([row])
+        return [np.array(grid) for grid in found]
+
     def covered(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
         """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose common area
         with it

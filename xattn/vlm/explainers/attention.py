@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
+from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
 
@@ -53,7 +54,7 @@ class Means:
     cases=({}, {"layers": (0, -1), "heads": (1,), "first": "zero"}),
 )
 @dataclass(kw_only=True, eq=False)
-class Attention(TokenExplainer):
+class Attention(SinkExplainer):
     """What the row that produced each token of a word looks at, the mean over the word's tokens.
 
     Rows of all layers and heads count alike, also those of cross-attention; but layers with a window that
@@ -64,6 +65,8 @@ class Attention(TokenExplainer):
         heads: numbers of the heads that count; by default all.
         first: "zero": the first token of the sequence, which many heads rest on, counts 0, and each row is
             scaled to the sum 1 without it.
+        sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), for two passes more.
+        sink_ratio: how far a dimension of a sink is above the root mean square.
     """
 
     watches = True
@@ -73,8 +76,11 @@ class Attention(TokenExplainer):
     first: Literal["keep", "zero"] = "keep"
 
     @contextmanager
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[Means]:
-        """Reads the last row of each step."""
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[Means | None]:
+        """Reads the last row of each step, unless sinks have to be found first."""
+        if self.sinks == "drop":
+            yield None
+            return
         kept = Means()
         image = vlm.image_places(prompt_ids).to(vlm.device)
         with read_rows(vlm.decoder, lambda rows: self._keep(vlm, rows, image, kept)):
@@ -117,8 +123,10 @@ class Attention(TokenExplainer):
     def _from_a_pass(self, context: Context, places: list[int]) -> Means:
         kept, vlm, image = Means(), context.vlm, context.image.to(context.vlm.device)
 
+        change = self.without_sinks(context)
+
         def keep(rows: Rows) -> None:
-            self._keep(vlm, rows, image, kept)
+            self._keep(vlm, change(rows), image, kept)
 
         with torch.no_grad(), read_rows(vlm.decoder, keep, places):
             context.logits()

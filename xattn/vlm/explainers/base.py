@@ -277,6 +277,8 @@ class TokenExplainerEntry:
     """The paper."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
     """Options that the tests of every explainer try."""
+    kinds: tuple[str, ...] = ("decoder", "encoder", "cross")
+    """The kinds of models that it explains, see :mod:`xattn.vlm.model`."""
 
 
 def register_token_explainer(

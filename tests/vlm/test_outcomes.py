@@ -1,0 +1,88 @@
+"""Attention whose weights are trained on what masks do to words."""
+
+import json
+
+import pytest
+import torch
+from conversations import conversation, explained
+
+from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.layers import HeadRows
+from xattn.vlm.explainers.outcomes import Outcomes, OutcomesTrainer
+
+
+def rows_of(context):
+    return HeadRows.of_image(context, HeadRows(context.vlm).table(context))
+
+
+@pytest.mark.parametrize("kind", ["llava", "florence2"])
+def test_equal_weights_are_the_mean_of_all_heads(kind):
+    context = conversation(kind, asked=[0, 2])
+    found = explained("outcomes", context)
+    wanted = rows_of(context).mean(1)
+    torch.testing.assert_close(found.image, wanted)
+    if kind == "llava":
+        attention = explained("attention", context)
+        torch.testing.assert_close(found.image, attention.image, atol=1e-3, rtol=0)  # float16
+        torch.testing.assert_close(found.text, attention.text, atol=1e-3, rtol=0)
+    assert create_token_explainer("outcomes").notes(context) == [
+        "not trained: all heads count alike"
+    ]
+
+
+def test_training_finds_the_weights_that_made_the_outcomes():
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(6, generator=generator, dtype=torch.float64)
+    trainer = OutcomesTrainer()
+    for _ in range(20):
+        sums = torch.rand(32, 6, generator=generator, dtype=torch.float64)
+        trainer.examples.append((sums, 3 + 7 * sums @ wanted))
+    head = trainer.fit(decay=0)
+    weights = torch.tensor(head.weights, dtype=torch.float64)
+    torch.testing.assert_close(weights / weights.sum(), wanted / wanted.sum(), atol=1e-3, rtol=0)
+    assert trainer.correlation(head) > 0.9999 > 0.99 > trainer.correlation()
+    assert head.about["words"] == 20 and head.about["correlation"] == trainer.correlation(head)
+    tied = torch.tensor(trainer.fit(decay=1e3).weights)  # which hardly lets them differ
+    torch.testing.assert_close(tied, torch.full((6,), 1 / 6), atol=1e-3, rtol=0)
+
+
+def test_the_head_that_masks_follow_is_found():
+    context = conversation("llava_next", photos=2)
+    with guarded(context.vlm):
+        rows = rows_of(context)  # (4, 12, n)
+        context.hidden = lambda masks: context.scores().cpu() - masks.float() @ rows[:, 7].T * 9
+        trainer = OutcomesTrainer(masks=64, cells=None)
+        trainer.explain(context)
+        assert [tuple(x.shape) for x, _ in trainer.examples] == [(64, 12)] * 4
+        head = trainer.fit(decay=1e-4)
+        assert int(torch.tensor(head.weights).argmax()) == 7
+        assert trainer.correlation(head) > 0.99 > trainer.correlation() + 0.02
+        found, best = head.explain(context).image, rows[:, 7]
+    for own, wanted in zip(found, best, strict=True):
+        assert float(torch.corrcoef(torch.stack([own, wanted]))[0, 1]) > 0.95
+
+
+def test_words_that_need_no_image_are_not_learned_from():
+    context = conversation()
+    trainer = OutcomesTrainer(masks=4, needed=1e6)
+    with guarded(context.vlm):
+        trainer.explain(context)
+    with pytest.raises(ValueError, match=r"examples: none of the words lost 1000000.0 nats"):
+        trainer.fit()
+
+
+def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):
+    context = conversation(asked=[1])
+    weights = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    Outcomes(weights=weights.tolist()).save(tmp_path / "head.json")
+    read = create_token_explainer("outcomes", weights=str(tmp_path / "head.json"))
+    with guarded(context.vlm):
+        image = read.explain(context).image[0]
+        torch.testing.assert_close(image, weights @ rows_of(context)[0])
+    assert read.notes(context) == []
+    with pytest.raises(ValueError, match="weights: got 3, and 12 heads of a Llava"):
+        explained("outcomes", context, weights=[0.1, 0.2, 0.3])
+    (tmp_path / "other.json").write_text(json.dumps({"w": []}))
+    for name in ("other.json", "missing.json"):
+        with pytest.raises(ValueError, match=f"weights: .*{name} holds none"):
+            create_token_explainer("outcomes", weights=str(tmp_path / name))

@@ -1,0 +1,113 @@
+"""Gradients at the image features: maps of G = dz/df, one backward pass a word.
+
+    gradient x input      s_i = G_i . (f_i - f0_i)                Shrikumar et al., arXiv 1605.01713
+    integrated gradients  the same, G the mean from f0 to f       Sundararajan et al., arXiv 1703.01365
+    Grad-CAM              s_i = max(f_i . mean_j G_j, 0)          Selvaraju et al., arXiv 1610.02391
+    HiResCAM              s_i = G_i . f_i                         Draelos and Carin, arXiv 2011.08891
+
+z is a word's score, f (n, D) what enters the language model of the image, f0 what stands for no image.
+Integrated gradients are complete: their sum is z(f) - z(f0), but for the error of the quadrature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.runtime.option_checks import Count
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+
+COST = "1 + 1 backward a word"
+GREY = (128, 128, 128)  # not what processors centre on: some drop pictures that are all 0
+
+
+@dataclass(kw_only=True, eq=False)
+class _FromBaseline(TokenExplainer):
+    """Gradients times what the image adds to a baseline f0.
+
+    Args:
+        baseline: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+    """
+
+    baseline: Literal["mean", "zero", "grey"] = "mean"
+
+    def _baseline(self, context: Context) -> Tensor:
+        """f0 (n, D)."""
+        if self.baseline == "grey":
+            grey = [Image.new("RGB", photo.size, GREY) for photo in context.photos]
+            return context.features_of(grey)
+        f = context.features
+        return context.fill.expand_as(f) if self.baseline == "mean" else torch.zeros_like(f)
+
+
+@register_token_explainer(
+    "gradient_x_input",
+    title="Gradient x input",
+    passes=COST,
+    source="arXiv 1605.01713",
+    cases=({}, {"baseline": "zero"}),
+)
+@dataclass(kw_only=True, eq=False)
+class GradientXInput(_FromBaseline):
+    """s_i = G_i . (f_i - f0_i), signed.
+
+    Args:
+        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+    """
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        difference = context.features - self._baseline(context)
+        return TokenScores((context.gradients() * difference).sum(2))
+
+
+@register_token_explainer(
+    "integrated_gradients",
+    title="Integrated gradients",
+    passes="steps, each with 1 backward a word",
+    source="arXiv 1703.01365",
+    cases=({"steps": 3}, {"steps": 2, "baseline": "grey"}),
+)
+@dataclass(kw_only=True, eq=False)
+class IntegratedGradients(_FromBaseline):
+    """s_i = (f_i - f0_i) . integral_0^1 G_i(f0 + a (f - f0)) da, signed; s sums to z(f) - z(f0).
+
+    Args:
+        steps: nodes of the Gauss-Legendre rule, a pass each.
+        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+    """
+
+    steps: Count = 16
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        base = self._baseline(context)
+        difference = context.features - base
+        nodes, weights = np.polynomial.legendre.leggauss(self.steps)  # on [-1, 1]
+        mean = sum(
+            float(w) / 2 * context.gradients(base + (float(a) + 1) / 2 * difference).double()
+            for a, w in zip(nodes, weights, strict=True)
+        )
+        return TokenScores((mean * difference).sum(2))
+
+
+@register_token_explainer("gradcam", title="Grad-CAM", passes=COST, source="arXiv 1610.02391")
+@dataclass(kw_only=True, eq=False)
+class GradCAM(TokenExplainer):
+    """s_i = max(f_i . mean_j G_j, 0), at the projector; the mean is over all image tokens."""
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        weights = context.gradients().mean(1)  # (W, D)
+        return TokenScores((weights @ context.features.T).clamp_min(0))
+
+
+@register_token_explainer("hirescam", title="HiResCAM", passes=COST, source="arXiv 2011.08891")
+@dataclass(kw_only=True, eq=False)
+class HiResCAM(TokenExplainer):
+    """s_i = G_i . f_i at the projector, signed: gradient x input from a baseline of zeros."""
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        return TokenScores((context.gradients() * context.features).sum(2))

@@ -1,0 +1,164 @@
+"""What explainers share that read every layer's attention: its operators, in the order of the pass.
+
+decoder     self-attention over prompt, image tokens and answer
+encoder     self-attention over prompt and image tokens, which cross-attention of the decoder reads
+cross       self-attention over text; the keys of cross-attention are the image tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.attention.record import Call, record
+from xattn.kernels.softmax.reference import widen
+from xattn.vlm.explainers.base import Context, TokenScores
+from xattn.vlm.model import VLM
+from xattn.vlm.reading import Rows, read_rows
+
+
+class Layer(NamedTuple):
+    """A call of attention: of an encoder, of a decoder with itself, or with other keys; ``number`` counts
+    the decoder's layers from 0, else the encoder's."""
+
+    kind: Literal["encoder", "self", "cross"]
+    number: int
+    call: Call
+
+
+class Attended(NamedTuple):
+    """A pass: the asked words' scores (W,), with a graph or not, and its layers, first to last."""
+
+    scores: Tensor
+    layers: list[Layer]
+
+    def gradients(self) -> Iterator[list[Tensor]]:
+        """For each word, gradients of its score with respect to the output of each layer's attention."""
+        outputs = [layer.call.output for layer in self.layers]
+        for i, score in enumerate(self.scores):
+            yield list(
+                torch.autograd.grad(
+                    score,
+                    outputs,
+                    retain_graph=i < len(self.scores) - 1,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+
+
+def attend(context: Context, name: str, graph: bool = False) -> Attended:
+    """One pass whose attention is recorded, for the explainer ``name``.
+
+    Raises:
+        ValueError: the model attends by no function that can be recorded.
+    """
+    f = context.features[None].clone().requires_grad_(graph)
+    with torch.set_grad_enabled(graph), _text_in_graph(context.vlm.model, graph):
+        with record(context.vlm.model) as calls:
+            scores = context.scores(f)[0]
+    text = context.vlm.model.config.get_text_config()
+    if not calls:
+        raise ValueError(
+            f"explainer: {name} reads calls of scaled_dot_product_attention, and a "
+            f"{type(context.vlm.model).__name__} makes none; attention, occlusion and "
+            f"integrated_gradients can explain it"
+        )
+    if context.vlm.kind == "encoder":
+        before = int(text.encoder_layers)
+        layers = [Layer("encoder", i, call) for i, call in enumerate(calls[:before])]
+        for i, call in enumerate(calls[before:]):
+            layers.append(Layer("cross" if i % 2 else "self", i // 2, call))
+        return Attended(scores, layers)
+    crossing = getattr(text, "cross_attention_layers", None) or ()
+    return Attended(
+        scores,
+        [Layer("cross" if i in crossing else "self", i, call) for i, call in enumerate(calls)],
+    )
+
+
+@contextmanager
+def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
+    """Inside, embeddings of text are part of the graph, so that layers which see no image are, too."""
+    weights = [m.weight for m in model.modules() if graph and isinstance(m, nn.Embedding)]
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_()
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def starts(context: Context, attended: Attended) -> Tensor:
+    """(W, N): for each asked word, 1 at the decoder's rows that produced its tokens, else 0."""
+    queries = next(x.call.operator.shape[2] for x in attended.layers if x.kind == "self")
+    found = widen(context.features).new_zeros(len(context.asked), queries)
+    for row, i in zip(found, context.asked, strict=True):
+        row[context.rows[list(context.words[i].tokens)]] = 1
+    return found
+
+
+def token_scores(context: Context, own: Tensor, keys: Tensor | None) -> TokenScores:
+    """Scores of tokens from those of the decoder's places, (W, N), and of the places that its
+    cross-attention reads, (W, S)."""
+    own = own.cpu()
+    if keys is None:
+        return TokenScores(own[:, context.image], own[:, context.text])
+    keys = keys.cpu()
+    if context.vlm.kind == "cross":
+        return TokenScores(keys, own)
+    # Answers of encoder-decoders start with a token that is in no text, and end with one that is not read.
+    prompt = context.text[context.text < keys.shape[1]]
+    text = torch.cat([keys[:, prompt], own[:, 1:], own.new_zeros(len(own), 1)], 1)
+    return TokenScores(keys[:, context.image], text)
+
+
+class HeadRows:
+    """The rows of every layer and head whose keys image tokens are among, by the place of the query: of the
+    decoder's self-attention, or of its cross-attention. Kept on the CPU, in float16."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self._cross = vlm.kind != "decoder"
+        self._kept: dict[int, dict[int, Tensor]] = {}
+
+    def add(self, rows: Rows) -> None:
+        """For :func:`~xattn.vlm.reading.read_rows`."""
+        beams = len(rows.weights) > 1  # nobody knows yet which will be the answer
+        if rows.cross == self._cross and rows.layer is not None and not beams:
+            weights = rows.over(rows.offset + rows.weights.shape[-1])[0].half().cpu()
+            for i, place in enumerate(rows.queries):
+                self._kept.setdefault(place, {})[rows.layer] = weights[:, i]
+
+    def table(self, context: Context, change: Callable[[Rows], Rows] = lambda rows: rows) -> Tensor:
+        """Rows (W, L H, S) of each asked word, the mean over its tokens, in float32; S is the sequence, an
+        encoder's part of it, or the image tokens of a model that cross-attends to them. What was not kept
+        is read in a pass, and changed by ``change``."""
+        places = context.rows.tolist()
+        if not set(places) <= self._kept.keys():
+            decoder = context.vlm.decoder
+            with torch.no_grad(), read_rows(decoder, lambda rows: self.add(change(rows)), places):
+                context.logits()
+        ends = {
+            "decoder": context.sequence,
+            "encoder": context.prompt_ids,
+            "cross": context.features,
+        }
+        length = len(ends[context.vlm.kind])
+        found = []
+        for place in places:
+            layers = self._kept[place]
+            rows = torch.cat([layers[i] for i in sorted(layers)]).float()[:, :length]
+            found.append(F.pad(rows, (0, length - rows.shape[1])))
+        return context.word_mean(torch.stack(found))
+
+    @staticmethod
+    def of_image(context: Context, rows: Tensor) -> Tensor:
+        """The part (..., n) of rows (..., S) that is on image tokens."""
+        return rows if context.vlm.kind == "cross" else rows[..., context.image]

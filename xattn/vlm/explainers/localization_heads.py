@@ -1,0 +1,151 @@
+"""Localization heads: the mean row of the few heads that look at one compact place of the image.
+
+Kang et al., CVPR 2025, arXiv 2503.06287. Of the row m = A^lh[q_t, image] of each head
+
+    sum               s = sum m; kept are heads with s at or above the elbow of all, in order
+    spatial entropy   E = -sum_k p_k ln p_k, p_k the shares of the 8-connected parts of max(m - mean m, 0)
+                      where it is over 0.576 / n; infinite if there is none
+
+Heads for which that holds along a whole bottom row are dropped, and the mean of the heads with the lowest E
+is smoothed by a Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.runtime.option_checks import Count, NotNegative
+from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
+from xattn.vlm.explainers.layers import HeadRows
+from xattn.vlm.explainers.sinks import SinkExplainer
+from xattn.vlm.model import VLM
+from xattn.vlm.reading import read_rows
+
+THRESHOLD = 0.576  # divided by n; the paper's is 0.001 of 576 tokens
+
+
+@register_token_explainer(
+    "localization_heads",
+    title="Localization heads",
+    passes="none",
+    source="arXiv 2503.06287",
+    cases=({}, {"heads": 1, "smooth": 0}, {"released": True}),
+)
+@dataclass(kw_only=True, eq=False)
+class LocalizationHeads(SinkExplainer):
+    """The rows of the heads that localize, chosen for each word.
+
+    Args:
+        heads: how many.
+        smooth: standard deviation of the Gaussian, in tokens; 0: none.
+        released: as the authors' program, which keeps heads whose number, counted through all layers, is
+            above the elbow's place in the sorted list.
+        sinks, sink_ratio: as of :class:`~xattn.vlm.explainers.attention.Attention`.
+    """
+
+    watches = True
+
+    heads: Count = 3
+    smooth: NotNegative = 1.0
+    released: bool = False
+
+    @contextmanager
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[HeadRows | None]:
+        if self.sinks == "drop":
+            yield None
+            return
+        kept = HeadRows(vlm)
+        with read_rows(vlm.decoder, kept.add):
+            yield kept
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        if not any(layout.grids() for layout in context.layouts):
+            raise ValueError(
+                f"explainer: localization_heads needs image tokens on a grid, and those of a "
+                f"{type(context.vlm.model).__name__} have none; attention and occlusion can explain it"
+            )
+        rows = (seen or HeadRows(context.vlm)).table(
+            context, self.without_sinks(context)
+        )  # (W, L H, S)
+        found = torch.stack([own[self.chosen(context, own)].mean(0) for own in rows])
+        image = self._smoothed(context, HeadRows.of_image(context, found))
+        if context.vlm.kind != "decoder":
+            return TokenScores(image)
+        return TokenScores(image, found[:, context.text])
+
+    def chosen(self, context: Context, rows: Tensor) -> Tensor:
+        """Numbers of the heads taken of rows (L H, S), fewer where too few localize."""
+        image = HeadRows.of_image(context, rows)
+        sums = image.sum(1)
+        ordered = sums.sort().values
+        place = elbow(ordered)
+        if self.released:
+            kept = torch.arange(len(sums)) > place
+        else:
+            kept = sums >= ordered[place]
+        entropies = torch.tensor([self._entropy(context, m) for m in image])
+        localizing = (kept & entropies.isfinite()).nonzero()[:, 0]
+        if not len(localizing):
+            return sums.argsort(descending=True)[: self.heads]
+        return localizing[entropies[localizing].argsort(stable=True)[: self.heads]]
+
+    def _entropy(self, context: Context, m: Tensor) -> float:
+        """E of a row (n,); infinite for heads that are dropped, too."""
+        above = (m - m.mean()).clamp_min(0)
+        limit, parts = THRESHOLD / len(m), list[Tensor]()
+        for layout in context.layouts:
+            for grid in layout.grids():
+                own = above[layout.first + torch.from_numpy(grid)]
+                if (own[-1] > limit).all():
+                    return math.inf
+                parts += connected_sums(own, own > limit)
+        if not parts:
+            return math.inf
+        shares = torch.stack(parts) / sum(parts)
+        return float(-(shares * shares.log()).sum())
+
+    def _smoothed(self, context: Context, scores: Tensor) -> Tensor:
+        """(W, n); what leaves the grid stays at its edge, so that sums are kept."""
+        if not self.smooth:
+            return scores
+        made = scores.clone()
+        for layout in context.layouts:
+            for grid in layout.grids():
+                kernels = []
+                for size in grid.shape:
+                    at = torch.arange(size)
+                    kernel = (-((at[:, None] - at) ** 2) / (2 * self.smooth**2)).exp()
+                    kernels.append(kernel / kernel.sum(0))
+                places = layout.first + torch.from_numpy(grid)
+                made[:, places] = kernels[0] @ scores[:, places] @ kernels[1].T
+        return made
+
+
+def elbow(ordered: Tensor) -> int:
+    """The place of the value that lies farthest from the line between the first and the last.
+
+    >>> elbow(torch.tensor([0.0, 0.1, 0.2, 5.0]))
+    2
+    """
+    share = torch.arange(len(ordered)) / max(len(ordered) - 1, 1)
+    line = ordered[0] + share * (ordered[-1] - ordered[0])
+    return int((ordered - line).abs().argmax())
+
+
+def connected_sums(values: Tensor, inside: Tensor) -> list[Tensor]:
+    """Sums of values (h, w) over each part of ``inside`` that sides or corners connect."""
+    labels = torch.arange(1, inside.numel() + 1, dtype=torch.float64).view_as(inside) * inside
+    while True:
+        spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * inside
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    return [values[labels == label].sum() for label in labels.unique() if label]

@@ -1,0 +1,90 @@
+"""Logit lens at image tokens: s_i = W_c . norm(h^l_i), what layer l's token would say as a word.
+
+nostalgebraist, "interpreting GPT: the logit lens", 2020. In a causal model whose prompt starts with the
+image, s does not depend on the question: it says what a token could mean, not what was used of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+
+NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a decoder's last one
+
+
+@register_token_explainer(
+    "logit_lens",
+    title="Logit lens",
+    passes="1",
+    cases=({}, {"layer": 0}, {"layer": -2}),
+    kinds=("decoder",),
+)
+@dataclass(kw_only=True, eq=False)
+class LogitLens(TokenExplainer):
+    """The logit of each token of a word at every image token, the mean over the word's tokens.
+
+    Text tokens that come after the word count 0.
+
+    Args:
+        layer: number of the layer whose output is read, from the end where negative; by default the last.
+    """
+
+    layer: int = -1
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        hidden = hidden_states(context, self.name, self.layer)
+        found = word_logits(context, hidden, context.ids)  # (T, P + T)
+        places = torch.arange(len(context.sequence))
+        found = torch.where(places <= context.rows.cpu()[:, None], found, 0)
+        image = word_logits(context, hidden[context.image], context.ids)
+        return TokenScores(context.word_mean(image), context.word_mean(found[:, context.text]))
+
+
+def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
+    """What the LM head is given of each place, (P + T, D), or would be after a ``layer``.
+
+    Raises:
+        ValueError: image tokens are in no prompt of a decoder; no such layer.
+    """
+    vlm = context.vlm
+    if vlm.kind != "decoder":
+        raise ValueError(
+            f"explainer: {name} needs image tokens that the LM head can read, and a "
+            f"{type(vlm.model).__name__} attends to them from elsewhere; attention, occlusion and "
+            f"integrated_gradients can explain it"
+        )
+    with torch.no_grad():
+        output = context.output(output_hidden_states=True)
+    states = getattr(output, "hidden_states", None) or output.language_model_outputs.hidden_states
+    count = len(states) - 1  # the first are embeddings
+    if not -count <= layer < count:
+        raise ValueError(f"layer: got {layer}; the model has {count}, numbered from 0")
+    if layer % count == count - 1:  # these went through the last norm
+        return states[-1][0].detach()
+    decoder = vlm.model.get_decoder()
+    modules = {name.rpartition(".")[2]: module for name, module in decoder.named_modules()}
+    norm = next((getattr(decoder, n) for n in NORMS if hasattr(decoder, n)), None)
+    norm = norm or next((modules[n] for n in NORMS[1:] if n in modules), None)
+    if norm is None:
+        raise ValueError(
+            f"layer: got {layer}, and a {type(decoder).__name__} has no last norm; give -1"
+        )
+    with torch.no_grad():
+        return norm(states[layer % count + 1])[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def word_logits(context: Context, hidden: Tensor, ids: Tensor | Sequence[int]) -> Tensor:
+    """Logits (K, N) of K token ids at hidden states (N, D), in float32 on the CPU."""
+    head = context.vlm.model.get_output_embeddings()
+    index = torch.as_tensor(ids, device=head.weight.device)
+    bias = getattr(head, "bias", None)
+    found = F.linear(hidden, head.weight[index], None if bias is None else bias[index])
+    return found.T.float().cpu()

@@ -1,0 +1,183 @@
+"""Attention weighted by what masks do: s_i = sum_lh w_lh A^lh[q_t, i], w trained on outcomes.
+
+arXiv 2604.16587 ("attribution streaming"). For a word, random masks m_j hide tokens of the image, and
+
+    L = 1 - corr_j( sum of s over what m_j hides,  log p(all) - log p(m_j) )
+
+is least for the w (L H numbers) that are looked for, the mean over words. So s tells which tokens matter
+more, not by how many nats. No pass is needed then: rows are read while the answer is generated.
+
+    trainer = OutcomesTrainer(masks=32)
+    xattn.explain_tokens(photos, vlm, "What is on the table?", explainer=trainer)
+    head = trainer.fit()
+    head.save("outcomes.json")
+    xattn.explain_tokens(other_photos, vlm, "What is on the table?", explainer=head)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.correlation import pearson
+from xattn.runtime.files import write_json
+from xattn.runtime.option_checks import Count, NotNegative
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.explainers.layers import HeadRows
+from xattn.vlm.explainers.rise import Rise
+from xattn.vlm.model import VLM
+from xattn.vlm.reading import read_rows
+
+
+@register_token_explainer(
+    "outcomes",
+    title="Trained attention",
+    passes="none",
+    source="arXiv 2604.16587",
+    cases=({},),
+)
+@dataclass(kw_only=True, eq=False)
+class Outcomes(TokenExplainer):
+    """Rows of attention, weighted by a number for each layer and head.
+
+    Args:
+        weights: L H numbers, layer by layer, or a file that :meth:`save` wrote; by default all are equal,
+            which is no training.
+    """
+
+    watches = True
+
+    weights: Sequence[float] | str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.weights, str):
+            self.weights, self.about = _read(Path(self.weights))
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights, and what they were trained on, as JSON."""
+        write_json(path, {"weights": list(self.weights or ()), **self.about})
+
+    @contextmanager
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[HeadRows]:
+        kept = HeadRows(vlm)
+        with read_rows(vlm.decoder, kept.add):
+            yield kept
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        rows = (seen or HeadRows(context.vlm)).table(context)  # (W, L H, S)
+        heads = rows.shape[1]
+        weights = torch.full((heads,), 1 / heads) if self.weights is None else _tensor(self.weights)
+        if len(weights) != heads:
+            raise ValueError(
+                f"weights: got {len(weights)}, and {heads} heads of a "
+                f"{type(context.vlm.model).__name__} look at the image; train them on this model"
+            )
+        found = weights @ rows
+        image = HeadRows.of_image(context, found)
+        return TokenScores(image, found[:, context.text] if context.vlm.kind == "decoder" else None)
+
+    def notes(self, context: Context) -> list[str]:
+        return ["not trained: all heads count alike"] if self.weights is None else []
+
+
+@dataclass(kw_only=True, eq=False)
+class OutcomesTrainer(TokenExplainer):
+    """Collects rows and outcomes of the words that it is asked to explain, whose maps are those of equal
+    weights; then :meth:`fit` makes an explainer of them.
+
+    Args:
+        masks: random masks a conversation, a pass each; each hides half of the image.
+        cells: None hides single tokens, else cells of a grid of this side over each photo.
+        needed: words that lose fewer nats (or logits) without the image are left out.
+    """
+
+    name = "outcomes_trainer"
+
+    masks: Count = 32
+    cells: Count | None = 4
+    needed: NotNegative = 0.1
+    examples: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+    """(M, L H), of each mask the sum of a head's row over what it hides, and (M,), the nats lost."""
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        rows = HeadRows.of_image(context, HeadRows(context.vlm).table(context))  # (W, L H, n)
+        draws = Rise(masks=self.masks, cells=self.cells, seed=self.seed + len(self.examples))
+        hidden = draws.hidden(context)
+        everything = torch.ones_like(hidden[:1])
+        with torch.no_grad():
+            whole = context.scores().cpu()
+        lost = (
+            whole - context.hidden(torch.cat([hidden, everything])).cpu()
+        ).double()  # (M + 1, W)
+        for own, fell in zip(rows, lost.T, strict=True):
+            if fell[-1] >= self.needed and fell[:-1].std() > 0:
+                self.examples.append((hidden.double() @ own.double().T, fell[:-1]))
+        return TokenScores(rows.mean(1))
+
+    def fit(self, decay: float = 1e-3) -> Outcomes:
+        """The explainer whose sums go with the outcomes best.
+
+        Args:
+            decay: weight of the mean square of (w - w_0) / w_0, w_0 = 1 / (L H) for all heads.
+
+        Raises:
+            ValueError: no word that needs the image was seen.
+        """
+        if not self.examples:
+            raise ValueError(
+                f"examples: none of the words lost {self.needed} nats without the image; explain others, "
+                f"or lower needed"
+            )
+        heads = self.examples[0][0].shape[1]
+        sums = torch.stack([x for x, _ in self.examples])
+        outcomes = torch.stack([y for _, y in self.examples])
+        scaled = torch.ones(heads, dtype=sums.dtype, requires_grad=True)  # w / w_0
+        search = torch.optim.LBFGS([scaled], max_iter=200, line_search_fn="strong_wolfe")
+
+        def step() -> Tensor:
+            search.zero_grad()
+            loss = (
+                1 - pearson(sums @ scaled, outcomes).mean() + decay * (scaled - 1).square().mean()
+            )
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            search.step(step)
+        made = Outcomes(weights=(scaled.detach() / heads).tolist(), seed=self.seed)
+        made.about = {"words": len(self.examples), "correlation": self.correlation(made)}
+        return made
+
+    def correlation(self, explainer: Outcomes | None = None) -> float:
+        """Mean correlation of sums with outcomes, of an explainer or of equal weights: of one that was
+        trained on other conversations, how well it tells what masks do."""
+        found = []
+        for sums, outcomes in self.examples:
+            weights = None if explainer is None else explainer.weights
+            w = sums.new_ones(sums.shape[1]) if weights is None else _tensor(weights).to(sums)
+            found.append(float(pearson((sums @ w)[None], outcomes[None])))
+        return sum(found) / len(found)
+
+
+def _tensor(weights: Any) -> Tensor:
+    return torch.tensor(list(weights), dtype=torch.float32)
+
+
+def _read(path: Path) -> tuple[list[float], dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text())
+        weights = [float(w) for w in found.pop("weights")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"weights: {path} holds none ({type(error).__name__}); give a file that Outcomes.save wrote"
+        ) from error
+    return weights, found

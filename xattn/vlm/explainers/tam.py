@@ -1,0 +1,117 @@
+"""TAM, the token activation map: a word's logits at image tokens, less what earlier words explain of them.
+
+Li et al., ICCV 2025, arXiv 2506.23270. For token c of the answer, and earlier
+tokens c_j of prompt and answer
+
+    a = max(W_c . h_i, 0)  at image tokens i                       a_j likewise, of c_j
+    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1             h_j: the prompt's own place, else row q_j
+    e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
+
+e and the text's scores, max(W_c . h_j, 0), are scaled together to [0, 1]. Then each grid of image tokens is
+filtered: the values of a window, sorted, are weighted by exp(-r^2 / (2 v^2)), r the rank from the middle, v
+the window's standard deviation divided by its mean. The filter halves objects of few tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.runtime.option_checks import Where
+from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.explainers.logit_lens import hidden_states, word_logits
+
+Odd = Annotated[int, Where(lambda n: n >= 1 and n % 2 == 1, "an odd int, such as 3")]
+
+
+@register_token_explainer(
+    "tam",
+    title="TAM",
+    passes="1",
+    source="arXiv 2506.23270",
+    cases=({}, {"kernel": 1}, {"released": True}),
+    kinds=("decoder",),
+)
+@dataclass(kw_only=True, eq=False)
+class TAM(TokenExplainer):
+    """The token activation map of each token of a word, the mean over the word's tokens.
+
+    It lives from words that the model knows at image tokens, as pretrained ones do.
+
+    Args:
+        kernel: the side of the filter's window, in tokens; 1: no filter.
+        released: as the authors' program, which takes the most probable token for the first of the prompt,
+            the prompt's last token for the first of the answer, and shows for that the map of the
+            prompt's first.
+    """
+
+    kernel: Odd = 3
+    released: bool = False
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        hidden = hidden_states(context, self.name)
+        special = set(context.vlm.tokenizer.all_special_ids)
+        places = [p for p in context.text.tolist() if p < len(context.prompt_ids)]
+        prompt = [p for p in places if int(context.sequence[p]) not in special]
+        rows = torch.tensor([*prompt, *context.rows.tolist()])
+        ids = torch.cat([context.sequence[prompt], context.ids])
+        if self.released and prompt:
+            head = context.vlm.model.get_output_embeddings()
+            with torch.no_grad():
+                ids[0] = head(hidden[prompt[0]]).argmax()
+            ids[len(prompt)] = context.sequence[prompt[-1]]
+        activations = word_logits(context, hidden[context.image], ids).clamp_min(0)  # (K, n)
+        said = word_logits(context, hidden[rows], ids).clamp_min(0)  # (K, K): of id k at row j
+        at = {place: i for i, place in enumerate(context.text.tolist())}
+        own = torch.tensor([at[p] for p in prompt], dtype=torch.long)
+        answer = [at[len(context.prompt_ids) + t] for t in range(len(context.ids))]
+        columns = torch.cat([own, torch.tensor(answer)])
+        image = torch.zeros(len(context.ids), len(context.image))
+        text = torch.zeros(len(context.ids), len(context.text))
+        for t in range(len(context.ids)):
+            k = 0 if self.released and t == 0 else len(prompt) + t
+            e = unexplained(activations[k], activations[:k], said[k, :k] * (ids[:k] != ids[k]))
+            both = torch.cat([e, said[k, :k]])
+            both = (both - both.min()) / (both.max() - both.min()).clamp_min(1e-12)
+            image[t], text[t, columns[:k]] = self._filtered(context, both[: len(e)]), both[len(e) :]
+        return TokenScores(context.word_mean(image), context.word_mean(text))
+
+    def _filtered(self, context: Context, scores: Tensor) -> Tensor:
+        made = scores.numpy().copy()
+        for layout in context.layouts:
+            for grid in layout.grids():
+                made[layout.first + grid] = rank_filter(
+                    scores.numpy()[layout.first + grid], self.kernel
+                )
+        return torch.from_numpy(made)
+
+
+def unexplained(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
+    """e (n,) = max(a - s b, 0), b the mean of ``earlier`` (k, n) by ``weights`` (k,), s the best scale."""
+    b = weights / (weights.sum() + 1e-8) @ earlier
+    square = float(b @ b)
+    return (a - (float(a @ b) / square if square else 0.0) * b).clamp_min(0)
+
+
+def rank_filter(values: NDArray[np.float32], kernel: int) -> NDArray[np.float32]:
+    """TAM's filter of a grid (h, w), its edges reflected; windows of mean 0 give 0.
+
+    >>> grid = np.zeros((5, 5), np.float32)
+    >>> grid[1:3, 1:3] = 1
+    >>> [round(float(rank_filter(grid, 3)[i]), 4) for i in ((1, 1), (1, 3), (3, 3))]
+    [0.3216, 0.0819, 0.0583]
+    """
+    padded = np.pad(values.astype(np.float64), kernel // 2, mode="reflect")
+    windows = np.sort(sliding_window_view(padded, (kernel, kernel)).reshape(*values.shape, -1), -1)
+    rank = np.arange(kernel**2) - kernel**2 // 2
+    mean, spread = windows.mean(-1, keepdims=True), windows.std(-1, keepdims=True)
+    v = spread / np.where(mean > 0, mean, 1)
+    weights = np.exp(-(rank**2) / (2 * np.maximum(v, 1e-3) ** 2))  # below: the middle alone
+    found = (windows * weights).sum(-1) / weights.sum(-1)
+    return np.where(mean[..., 0] > 0, found, 0).astype(np.float32)
