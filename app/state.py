@@ -45,6 +45,7 @@ PAGES = {
     "gallery": Page("Gallery", True, f"{_PAGES}.gallery.page", "grid_view"),
     "image": Page("Image", True, f"{_PAGES}.image.page", "image"),
     "attention": Page("Attention", True, f"{_PAGES}.attention", "center_focus_weak"),
+    "answer": Page("Answer", True, f"{_PAGES}.answer", "chat"),
     "whatif": Page("What if", True, f"{_PAGES}.whatif.page", "brush"),
     "mistakes": Page("Mistakes", True, f"{_PAGES}.mistakes", "rule"),
     "photomap": Page("Map", True, f"{_PAGES}.photomap.page", "scatter_plot"),

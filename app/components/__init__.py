@@ -338,6 +338,51 @@ def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
     return (row, column) if 0 <= row < grid[0] and 0 <= column < grid[1] else None
 
 
+def answer(
+    key: str,
+    *,
+    subject: str,
+    photos: Sequence[Mapping[str, Any]],
+    words: Sequence[Mapping[str, Any]],
+    after: str,
+    methods: Sequence[Mapping[str, str]],
+    prompt: Sequence[str],
+    word: int,
+    method: int,
+    label: str,
+    on_pick: Any = None,
+) -> None:
+    """Show an answer beside its photos; the map of the word under the pointer is on them.
+
+    The arrow keys, Home and End go from word to word, Enter keeps one, 1 to 9 choose the method.
+
+    Args:
+        subject: what is shown; with another one, the ``word`` and the ``method`` are chosen, by number.
+        photos: each ``{"title", "src", "aspect", "maps"}``; ``maps[method][word]`` is None, or has ``src``,
+            the address of the photo under the map, and its values
+            (:func:`xattn.app.pictures.rendering.map_cells`).
+        words: each ``{"number", "text", "before", "p", "lost", "shares", "sources"}``: ``before`` is the
+            text between it and the word before; for each method ``shares`` has a sentence and
+            ``sources`` a number for each token of ``prompt``.
+        after: the text after the last word.
+        on_pick: called before the script runs again; ``sent(key, "pick")`` is ``{"word", "method"}``.
+    """
+    _show(
+        "answer",
+        key,
+        {"pick": on_pick},
+        subject=subject,
+        photos=[dict(photo) for photo in photos],
+        words=[dict(found) for found in words],
+        after=after,
+        methods=[dict(found) for found in methods],
+        prompt=list(prompt),
+        word=word,
+        method=method,
+        label=label,
+    )
+
+
 LEVELS = 65_535  # of a coordinate, and of a value of a scale
 
 

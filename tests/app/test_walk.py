@@ -19,6 +19,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "gallery": ("measured", "Look"),
     "image": ("measured", "Look"),
     "attention": ("vit", "The figures as a table"),
+    "answer": ("measured", "No answer of a vision-language model"),
     "whatif": ("vit", "Fill"),
     "mistakes": ("measured", "Classes"),
     "photomap": ("measured", "Groups"),

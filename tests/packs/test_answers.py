@@ -19,10 +19,14 @@ TEXT = "A fork \u2014 \u53c9."
 
 def answer(method="attention"):
     words = (
-        AnswerWord("A", (0, 1), -0.25, 0.0, {method: (0.5, 0.25, 0.25)}, {method: (0.125, 0.0)}),
-        AnswerWord("fork", (2, 6), -0.5, 3.25, {method: (1.0, 0.0, 0.0)}, {method: (0.5, -1e-9)}),
+        AnswerWord(
+            "A", (0, 1), -0.25, 0.0, 0.75, {method: (0.5, 0.25, 0.25)}, {method: (0.125, 0.0)}
+        ),
+        AnswerWord(
+            "fork", (2, 6), -0.5, 3.25, 0.5, {method: (1.0, 0.0, 0.0)}, {method: (0.5, -1e-9)}
+        ),
     )
-    return AnswerFacts("What is it?", TEXT, words, ("What", "A"))
+    return AnswerFacts("What is it?", TEXT, words, ("What", "A"), 1)
 
 
 def pack(folder, method="attention", facts=None):
@@ -85,6 +89,8 @@ def changed(**fields):
         changed(sources={"attention": [1, 2, 3]}),
         changed().replace("0.125", "1e999"),
         changed(more=1),
+        changed(asked=3),
+        changed(asked="1"),
     ],
 )
 def test_answers_that_no_pack_can_hold_are_refused(tmp_path, value):

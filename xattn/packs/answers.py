@@ -24,6 +24,7 @@ class AnswerWord:
     Args:
         text: as it stands in the answer, at the characters ``span`` (start, end).
         log_prob: log p of its tokens together, given all before them.
+        probability: exp of the mean log p of its tokens.
         lost: how much of ``log_prob`` goes without the image.
         shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
             add up to 1.
@@ -34,6 +35,7 @@ class AnswerWord:
     span: tuple[int, int]
     log_prob: float
     lost: float
+    probability: float
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     sources: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -41,12 +43,13 @@ class AnswerWord:
 @dataclass(frozen=True)
 class AnswerFacts:
     """An answer: the ``prompt``, the ``text`` that the model gave, its ``words``, and the text of each of
-    the ``tokens`` of prompt and answer that are not the image's."""
+    the ``tokens`` that are not the image's: ``asked`` of the prompt, then those of the answer."""
 
     prompt: str
     text: str
     words: tuple[AnswerWord, ...]
     tokens: tuple[str, ...] = ()
+    asked: int = 0
 
     def to_json(self) -> str:
         """As :meth:`from_json` reads it; numbers have four digits."""
@@ -54,12 +57,16 @@ class AnswerFacts:
             {
                 "text": word.text, "span": word.span,
                 "log_prob": _short(word.log_prob), "lost": _short(word.lost),
+                "probability": _short(word.probability),
                 "shares": {m: [*map(_short, v)] for m, v in word.shares.items()},
                 "sources": {m: [*map(_short, v)] for m, v in word.sources.items()},
             }
             for word in self.words
         ]  # fmt: skip
-        record = {"prompt": self.prompt, "text": self.text, "words": words, "tokens": self.tokens}
+        record = {
+            "prompt": self.prompt, "text": self.text, "words": words, "tokens": self.tokens,
+            "asked": self.asked,
+        }  # fmt: skip
         return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -69,24 +76,28 @@ class AnswerFacts:
         Raises:
             ValueError: it is no answer.
         """
-        prompt, text, words, tokens = _fields(record, "prompt", "text", "words", "tokens")
+        prompt, text, words, tokens, asked = _fields(
+            record, "prompt", "text", "words", "tokens", "asked"
+        )
         prompt, text = _text(prompt, shown), _text(text, shown)
         tokens = tuple(_text(t, shown) for t in _list(tokens))
+        if type(asked) is not int or not 0 <= asked <= len(tokens):
+            raise ValueError("a prompt has other tokens")
         found = []
         for word in _list(words):
-            name, span, log_prob, lost, shares, sources = _fields(
-                word, "text", "span", "log_prob", "lost", "shares", "sources"
+            name, span, *values, shares, sources = _fields(
+                word, "text", "span", "log_prob", "lost", "probability", "shares", "sources"
             )
             start, end = _numbers(span, 2)
             if not 0 <= start <= end <= len(text):
                 raise ValueError("a word is not in its answer")
             found.append(
                 AnswerWord(
-                    _text(name, shown), (int(start), int(end)), *_numbers([log_prob, lost], 2),
+                    _text(name, shown), (int(start), int(end)), *_numbers(values, 3),
                     _by_method(shares, SHARES), _by_method(sources, len(tokens)),
                 )
             )  # fmt: skip
-        return cls(prompt, text, tuple(found), tokens)
+        return cls(prompt, text, tuple(found), tokens, asked)
 
     def joined(self, other: AnswerFacts) -> AnswerFacts:
         """With what ``other`` says by further methods.

@@ -44,7 +44,7 @@ def read_labels(names: Sequence[str], file: str | Path | None = None) -> Labels:
     found: list[str | None] = (
         [printable(_folder(name)) for name in names]
         if file is None
-        else _from_file(names, place_of(file, "labels"))
+        else by_photo(names, place_of(file, "labels"))
     )
     classes = sorted({c for c in found if c is not None}, key=_natural)
     if len(classes) < 2:
@@ -124,7 +124,8 @@ def _folder(name: str) -> str:
     return folder
 
 
-def _from_file(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
+def by_photo(names: Sequence[str], file: Path | StorePath) -> list[str | None]:
+    """The text of each photo in a file, see :func:`read_labels`."""
     found = _given(names, file)
     return [_label(e["group"] if isinstance(e, dict) else e, key, file) for key, e in found]
 

@@ -1,0 +1,129 @@
+"""``xattn caption``: explain every word that a vision-language model says of photos."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from xattn.cli.checks import check_device, check_file, saying
+from xattn.cli.model import device_name
+from xattn.cli.outputs import pack_output
+from xattn.cli.shared import PhotoArgs, known
+from xattn.runtime.option_checks import Count, Whole
+
+SHOWN = 5  # answers that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption(PhotoArgs):
+    """Let a vision-language model describe photos, and explain each word: a map, and what it loses without
+    the image."""
+
+    vlm: str
+    """A model of transformers: a folder that save_pretrained wrote, or transformers:OWNER/NAME of the
+    hub."""
+    prompt: str = "Describe the image."
+    """What is asked of each photo; <image> says where it stands, else before the text."""
+    answer: str | None = None
+    """A text to explain instead of a generated one, or a .csv file of photo,text or .json file of {photo:
+    text}."""
+    explainers: tuple[str, ...] = ("attention",)
+    """Methods of xattn list token-explainers."""
+    options: tuple[str, ...] = ()
+    """Options of explainers as explainer.name=value, for example rise.masks=500."""
+    words: tuple[str, ...] = ()
+    """Words to explain, or "visual" for those that lose at least 0.1 nats without the image; by default
+    all."""
+    instead: tuple[str, ...] = ()
+    """Why this word and not another, as cat=dog."""
+    score: Literal["log_prob", "logit"] = "log_prob"
+    """What gradients and perturbations are of."""
+    max_new_tokens: Count = 64
+    """The longest answer."""
+    together: bool = False
+    """Show all photos in one conversation."""
+    device: str = "auto"
+    """Where the model runs, such as cuda:1; by default a GPU if there is one."""
+    limit: Count | None = None
+    """Use only so many photos, spread over their folders by --seed: the same in every command."""
+    max_pixels: int = 40_000_000
+    """Larger photos are skipped."""
+    seed: int = 0
+    """Seed of perturbations and of --limit."""
+    output: Path | None = None
+    """Folder or URL for the pack; by default runs/answers, or runs/answers-2 and so on if there are
+    results."""
+    overlays: Whole = 100
+    """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
+    0 for none."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+    batch_size: Count = 8
+    """Sequences per pass."""
+
+    def check(self) -> None:
+        super().check()
+        check_device(self.device)
+        if self._answers:
+            check_file("answer", self._answers, "a text, or a .csv or .json file of texts by photo")
+        for pair in self.instead:
+            if not all(pair.partition("=")):
+                raise ValueError(f"instead: got {pair!r}; write word=other, as in cat=dog")
+
+    @property
+    def _answers(self) -> Path | None:
+        """The file of answers."""
+        named = self.answer is not None and self.answer.lower().endswith((".csv", ".json"))
+        return Path(str(self.answer)) if named else None
+
+    def run(self) -> None:
+        from xattn.explainers.base import options_by_name
+        from xattn.explaining.naming import named_photos
+        from xattn.photos.labels import by_photo
+        from xattn.photos.sources import limited
+        from xattn.vlm.explain import explain_tokens
+        from xattn.vlm.explainers.base import TOKEN_EXPLAINERS, create_token_explainer
+        from xattn.vlm.loading import load_vlm
+
+        names = known("explainers", self.explainers, TOKEN_EXPLAINERS)
+        options = options_by_name(self.options, names)
+        methods = [create_token_explainer(n, self.seed, **options.get(n, {})) for n in names]
+        photos = limited(self.photos, self.limit, self.seed)[0]
+        texts: Any = self.answer
+        if self._answers:
+            with saying("answer"):
+                texts = by_photo([photos.name(i) for i in range(len(photos))], self._answers)
+        given: Any = photos
+        if self.together:
+            given = [tuple(source for _, source in named_photos(photos))]
+            texts = texts[:1] if isinstance(texts, list) else texts
+        with pack_output(self.output, "runs/answers", self.overwrite) as output:
+            found = explain_tokens(
+                given,
+                load_vlm(self.vlm, device=device_name(self.device)),
+                self.prompt,
+                texts,
+                methods,
+                words=self._words(),
+                instead=dict(pair.split("=", 1) for pair in self.instead),
+                score=self.score,
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+                output=output.folder,
+                overlays=len(photos) <= self.overlays,
+                batch_size=self.batch_size,
+                progress=True,
+                max_pixels=self.max_pixels,
+            )
+        for name, reason in found.skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        for answer in found[:SHOWN]:
+            print(f"{answer.image_id}: {answer.text}\n{answer.table()}")
+        if len(found) > SHOWN:
+            print(f"... and {len(found) - SHOWN:,} more")
+        print(f"pack: {output.place}")
+
+    def _words(self) -> Any:
+        return "visual" if self.words == ("visual",) else list(self.words) or None
