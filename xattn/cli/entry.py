@@ -23,10 +23,26 @@ from xattn.runtime.process import keep_memory, launched, sleep_while_waiting
 from xattn.runtime.version import __version__
 
 NAMES = (
-    *("train", "probe", "distill", "prune", "explain", "evaluate", "compare", "accuracy", "diff"),
+    *(
+        "train",
+        "probe",
+        "distill",
+        "prune",
+        "explain",
+        "caption",
+        "evaluate",
+        "compare",
+        "accuracy",
+        "diff",
+    ),
     *("merge", "parts", "export", "app", "bench", "list"),
 )
-UPLOADING = ("explain", "evaluate", "merge")  # the commands whose output may be the URL of a store
+UPLOADING = (
+    "explain",
+    "caption",
+    "evaluate",
+    "merge",
+)  # the commands whose output may be the URL of a store
 
 
 class Commands(Mapping[str, type[Any]]):

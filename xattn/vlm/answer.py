@@ -67,6 +67,11 @@ class Answer:
         return np.exp(self.log_probs / np.maximum(counts, 1)).astype(np.float32)  # type: ignore[no-any-return]
 
     @property
+    def asked(self) -> int:
+        """How many of the tokens are of the prompt."""
+        return sum(of_prompt for _, of_prompt in self.tokens)
+
+    @property
     def explanations(self) -> list[Explanation]:
         """All maps: word by word, method by method, photo by photo."""
         return [e for of in self.maps.values() for maps in of.values() for e in maps.explanations]
@@ -108,7 +113,7 @@ class Answer:
                 f"words, too"
             )
         answer = self.words[word_number(self.words, word)].tokens[0]
-        count = sum(of_prompt for _, of_prompt in self.tokens) + answer
+        count = self.asked + answer
         return [(self.tokens[i][0], float(maps.text[i])) for i in range(count)]
 
     def table(self) -> str:

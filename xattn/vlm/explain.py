@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from xattn.explaining.naming import file_name_of, named_photos
 from xattn.explaining.photos import report
 from xattn.packs.answers import AnswerFacts, AnswerWord
 from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.writer import PackWriter, pack_writer
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.option_checks import Count, check
@@ -55,7 +57,9 @@ def explain_tokens(
     max_new_tokens: int = 64,
     generate: Mapping[str, Any] | None = None,
     seed: int = 0,
+    output: str | Path | None = None,
     batch_size: int = 8,
+    overlays: bool = True,
     progress: bool = False,
     max_pixels: int | None = MAX_PIXELS,
 ) -> Answers:
@@ -76,7 +80,9 @@ def explain_tokens(
         score: what perturbation and gradients are of: ``"log_prob"``, the sum over a word's tokens, or
             ``"logit"``.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
+        output: folder of a pack to write, photo by photo.
         batch_size: sequences in a pass, halved where memory runs out.
+        overlays: also write pictures of the maps into the pack.
 
     Returns:
         An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
@@ -96,20 +102,37 @@ def explain_tokens(
     found = Answers()
     about = (prompt, words, dict(instead or {}), score, max_new_tokens, dict(generate or {}), seed)
     bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
-    for (name, sources), text in zip(bar, texts, strict=True):
-        try:
-            photos = [load_image(source, max_pixels) for source in sources]
-            with guarded(vlm):
-                found.append(
-                    _explained(vlm, methods, name, sources, photos, text, batch_size, *about)
-                )
-        except (ValueError, OSError) as error:
-            if len(asked) == 1 or not _of_photo(error):
-                raise
-            found.skipped.append((name, str(error)))
+    with ExitStack() as stack:
+        writer = None
+        if output is not None:
+            writer = stack.enter_context(pack_writer(output, overlays, keep=True))
+        for (name, sources), text in zip(bar, texts, strict=True):
+            try:
+                photos = [load_image(source, max_pixels) for source in sources]
+                with guarded(vlm):
+                    made = _explained(vlm, methods, name, sources, photos, text, batch_size, *about)
+            except (ValueError, OSError) as error:
+                if len(asked) == 1 or not _of_photo(error):
+                    raise
+                found.skipped.append((name, str(error)))
+                continue
+            found.append(made)
+            if writer is not None:
+                _write(writer, made)
+        if writer is not None:
+            writer.skipped = found.skipped
     if found.skipped:
         report(found.skipped, len(found))
     return found
+
+
+def _write(writer: PackWriter, answer: Answer) -> None:
+    """Add the maps of each of its photos."""
+    photos: dict[str, list[Explanation]] = {}
+    for one in answer.explanations:
+        photos.setdefault(one.image_id, []).append(one)
+    for group in photos.values():
+        writer.add(group)
 
 
 def _of_photo(error: Exception) -> bool:
@@ -343,10 +366,12 @@ def _with_facts(
         own = maps.get(i, {}).items()
         shares = {name: m.shares for name, m in own if m.shares is not None}
         sources = {name: tuple(m.text.tolist()) for name, m in own if m.text is not None}
-        numbers = float(answer.log_probs[i]), float(answer.lost[i])
+        values = answer.log_probs[i], answer.lost[i], answer.probabilities[i]
+        numbers = (float(value) for value in values)
         words.append(AnswerWord(word.text, word.span, *numbers, shares, sources))
     tokens = tuple(token for token, _ in answer.tokens)
-    facts = ImageFacts(answer=AnswerFacts(answer.prompt, answer.text, tuple(words), tokens))
+    told_of = AnswerFacts(answer.prompt, answer.text, tuple(words), tokens, answer.asked)
+    facts = ImageFacts(answer=told_of)
 
     def told(m: Maps) -> Maps:
         return replace(m, explanations=tuple(replace(e, facts=facts) for e in m.explanations))
