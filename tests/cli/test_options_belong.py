@@ -25,6 +25,7 @@ from xattn.training.probe import probe
 EVERY = COMMANDS
 NEEDED = {  # what a command cannot do without
     "parts": ["a.jpg", "--evidence", "mser"],
+    "caption": ["a.jpg", "--vlm", "m"],
     "export": ["a.pt2"],
     "diff": ["a", "b"],
 }
