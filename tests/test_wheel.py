@@ -17,7 +17,7 @@ MOST_LINES, MOST_MODULES = (
     94_750,
     550,
 )  # 5,000 lines of them for words of vision-language models; the goal: 75,000 and 520
-MOST_OUTSIDE = 17_000  # lines of studies and of the benchmarks behind pages; the goal: 13,000
+MOST_OUTSIDE = 17_120  # lines of studies and of the benchmarks behind pages; the goal: 13,000
 OUTSIDE = "xattn.eval.studies"
 
 

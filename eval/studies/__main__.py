@@ -161,7 +161,7 @@ STUDIES = {
     ),
     "vlm": (
         "vlm_evidence",
-        "Vision-language models whose evidence is known, trained in minutes.",
+        "Vision-language models whose evidence is known, trained here: what each method says of them.",
     ),
     "vpu": (
         "part_utilization",

@@ -1,4 +1,4 @@
-"""Vision-language models whose evidence is known, trained in minutes.
+"""Vision-language models whose evidence is known, trained in minutes, and what each method says of them.
 
 A photo of 64 x 64 pixels, 8 x 8 image tokens, shows four objects of 2 x 2 tokens in distinct colours, each
 with a texture. The question names two colours; the answer says what these objects look like:
@@ -9,9 +9,10 @@ A texture can be known from its object's 4 tokens alone (chance 4 / 64), a colou
 question, "and" needs neither. The models are LLaVAs: a CLIP tower of width 64, a Llama of three layers.
 
     python -m xattn.eval.studies vlm --output runs/vlm
+    xattn caption runs/vlm/A/photos/000.png --vlm runs/vlm/A --prompt "red blue ?"
 
-Each run's folder is a model as transformers saves it, with its processor; beside it are photos, and what is
-true of them (``truth.json``).
+Each run's folder is a model as transformers saves it, with its processor, which ``load_vlm`` opens; beside
+it are photos, and what is true of them (``truth.json``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ from xattn.eval.studies.digits import load_digits
 from xattn.eval.studies.kept import kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize, single_thread
+from xattn.vlm.explain import explain_tokens
+from xattn.vlm.explainers.base import create_token_explainer, guarded, list_token_explainers
+from xattn.vlm.explainers.outcomes import OutcomesTrainer
+from xattn.vlm.loading import load_vlm
 
 SIDE, CELL, GRID = 64, 16, 8  # pixels of a photo and of an object, tokens of a side
 LOOKS = (1, 4)  # words of the answer that say what an object looks like
@@ -43,6 +48,15 @@ COLOURS = {
     "yellow": (0.95, 0.9, 0.15), "pink": (0.95, 0.35, 0.85), "cyan": (0.15, 0.85, 0.9),
 }  # fmt: skip
 TEXTURES = ("rows", "columns", "slants", "checks", "dots", "solid")
+# Further rows: a method, its options, and what its score is of.
+VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "attention, first layer": ("attention", {"layers": (0,)}, "log_prob"),
+    "attention, last layer": ("attention", {"layers": (-1,)}, "log_prob"),
+    "generic_relevance of the logit": ("generic_relevance", {}, "logit"),
+    "gradcam of the logit": ("gradcam", {}, "logit"),
+    "localization_heads, one head": ("localization_heads", {"heads": 1}, "log_prob"),
+    "occlusion of one token": ("occlusion", {"size": 1}, "log_prob"),
+}
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -283,39 +297,163 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
     return found
 
 
-def lines_of(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the runs learned."""
-    yield "| run | parameters | seconds | looks right |"
-    yield "| :-- | --: | --: | --: |"
-    for name, of in found.items():
-        cells = [name, f"{of['parameters']:,}", f"{of['seconds']:.0f}", f"{of['right']:.3f}"]
+# ---------------------------------------------------------------------- what methods say
+
+
+def pointing_and_energy(
+    of: NDArray[np.floating], evidence: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Whether the largest value of a map is in the evidence, and the share of positive values there."""
+    positive = of.clip(0)
+    return float(evidence.flat[of.argmax()]), float(
+        positive[evidence].sum() / (positive.sum() or 1)
+    )
+
+
+class Deletion:
+    """The probability of a word while image tokens become the mean one, a sixteenth of them at a time."""
+
+    def __init__(self, vlm: Any, photo: Image.Image, question: str, answer: str) -> None:
+        self.vlm, inputs = vlm, vlm.inputs([photo], question)
+        self.ids = torch.tensor(vlm.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        self.forced, self.entered = vlm.forced(inputs, self.ids), vlm.entered(inputs)
+
+    @torch.no_grad()
+    def __call__(self, of: NDArray[np.floating], word: int) -> float:
+        """The mean height of the curve, tokens in the order of a map; lower is better."""
+        f = self.entered.features
+        rank = torch.from_numpy((-of).ravel().argsort(kind="stable").argsort(kind="stable").copy())
+        hidden = rank < torch.linspace(0, len(f), 17)[:, None]
+        filled = torch.where(hidden[:, :, None], f.mean(0), f)
+        p = self.vlm.logits(self.forced, self.entered, filled).softmax(2)[:, word, self.ids[word]]
+        return float(torch.trapezoid(p, dx=1 / 16))
+
+
+def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
+    """Maps that look at nothing: noise, and nearness to the middle."""
+    y, x = np.mgrid[:GRID, :GRID] - (GRID - 1) / 2
+    return {
+        "random": np.random.default_rng([i, word]).random((GRID, GRID)),
+        "centre": -np.hypot(y, x),
+    }
+
+
+def conversation(folder: Path, truth: Mapping[str, Any]) -> tuple[Path, str, str]:
+    """A photo, what is asked of it, and the right answer."""
+    return folder / "photos" / truth["photo"], truth["question"], truth["answer"]
+
+
+def trained_head(vlm: Any, run: Run, split: Split, photos: int) -> Any:
+    """The explainer of attention rows, trained on masks of other photos."""
+    trainer = OutcomesTrainer()
+    seen = split.fit(scenes(run, photos, seed=9))
+    answers = sequences(run, seen)[:, -6:-1]
+    for i, pixels in enumerate(seen.photos):
+        text = " ".join(words_of(run)[t] for t in answers[i])
+        explain_tokens(pixels.numpy(), vlm, seen.question(i), text, trainer, words=list(LOOKS))
+    return trainer.fit()
+
+
+def scored(
+    folder: Path, name: str, found: Mapping[str, Any], methods: Sequence[str]
+) -> dict[str, Any]:
+    """By method, of each look of each photo its pointing, energy and deletion; by kind of word what it
+    loses without the image."""
+    vlm, split = load_vlm(folder), Split(f"{name},")
+    run = Run(**{**found["run"], "looks": tuple(found["run"]["looks"])})
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    lost: dict[str, list[float]] = {"look": [], "colour": [], "and": []}
+    variants = {k: v for k, v in VARIANTS.items() if v[0] in methods}
+    if "outcomes" in methods:
+        head = trained_head(vlm, run, split, 2 * len(found["photos"]))
+    for i in split.score(range(len(found["photos"]))):
+        truth = found["photos"][i]
+        about = conversation(folder, truth)
+        (answer,) = explain_tokens(about[0], vlm, *about[1:], [*methods])
+        for kind, numbers in (("look", LOOKS), ("colour", (0, 3)), ("and", (2,))):
+            lost[kind] += [float(answer.lost[n]) for n in numbers]
+        others = {}
+        for label, (method, options, score) in variants.items():
+            one = create_token_explainer(method, **options)
+            (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*LOOKS], score=score)
+        if "outcomes" in methods:
+            (others["outcomes, trained"],) = explain_tokens(
+                about[0], vlm, *about[1:], head, [*LOOKS]
+            )
+        with guarded(vlm), Image.open(about[0]) as opened:
+            deletion = Deletion(vlm, opened.convert("RGB"), *about[1:])
+            for word, cells in zip(LOOKS, truth["evidence"], strict=True):
+                evidence = np.zeros((GRID, GRID), bool)
+                evidence.flat[cells] = True
+                maps: dict[str, NDArray[Any]] = {}
+                maps |= {m: answer.of(word, m).explanations[0].map for m in methods}
+                maps |= {label: own[word].map for label, own in others.items()}
+                maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
+                for label, of in (dict(sorted(maps.items())) | controls(i, word)).items():
+                    values = *pointing_and_energy(of, evidence), deletion(of, word)
+                    rows.setdefault(label, []).append(values)
+    return {"methods": [*methods], "rows": rows, "lost": lost}
+
+
+def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) -> Iterator[str]:
+    """The report: what the runs learned, what words need the image, and a line a method."""
+    runs = list(found)
+    yield "| run | parameters | seconds | looks right | nats lost: look | colour | and | marked rightly |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: | --: |"
+    for name in runs:
+        lost = values[name]["lost"]
+        rest = np.array(lost["colour"] + lost["and"])
+        marked = f"{np.mean(np.array(lost['look']) >= 0.1):.0%} / {np.mean(rest < 0.1):.0%}"
+        cells = [name, f"{found[name]['parameters']:,}", f"{found[name]['seconds']:.0f}"]
+        cells += [
+            f"{found[name]['right']:.3f}",
+            *(f"{np.mean(x):.2f}" for x in lost.values()),
+            marked,
+        ]
         yield f"| {' | '.join(cells)} |"
+    yield f"\n| method | pointing {' / '.join(runs)} | mean | energy | mean | deletion | mean |"
+    yield "| :-- | --: | --: | --: | --: | --: | --: |"
+    for method in values[runs[0]]["rows"]:
+        means = np.array([np.mean(values[name]["rows"][method], 0) for name in runs]).T
+        cells = [
+            c for of in means for c in (" / ".join(f"{v:.2f}" for v in of), f"{of.mean():.2f}")
+        ]
+        yield f"| {method} | {' | '.join(cells)} |"
 
 
 def study(
     output: OutputAt = "runs/study-vlm",
     runs: Sequence[str] = ("A", "B", "C", "local"),
+    methods: Sequence[str] = (),
     photos: int = 32,
     quick: Quick = False,
 ) -> Iterator[str]:
-    """Train what is not there yet, write report.md, and give its lines.
+    """Train what is not there yet, score every method, write report.md, and give its lines.
 
     Args:
         runs: of A, B (tied embeddings), C (another seed), local, digits, prior.
-        photos: how many are kept beside each model.
+        methods: token explainers, by default all that are registered.
     """
     unknown = [name for name in runs if name not in RUNS]
     if unknown:
         raise ValueError(f"runs: got {unknown[0]!r}; choose from {', '.join(RUNS)}")
-    output, found = Path(output), {}
+    every = ["attention", "occlusion"] if quick else list_token_explainers()
+    output, methods = Path(output), list(methods) or every
+    found, values = {}, {}
     for name in runs:
         run = replace(RUNS[name], steps=2) if quick else RUNS[name]
+        photos, tests = (2, 4) if quick else (photos, 500)
         with single_thread():
-            found[name] = write(
-                output / name, name, run, 2 if quick else photos, 4 if quick else 500
-            )
-    rows = [
-        {"run": n, "parameters": f["parameters"], "seconds": f["seconds"], "right": f["right"]}
-        for n, f in found.items()
+            found[name] = write(output / name, name, run, photos, tests)
+            file = output / f"{name}-scores.json"
+            measure = partial(scored, output / name, name, found[name], methods)
+            values[name] = kept_values(file, measure)
+        if values[name]["methods"] != methods:
+            raise ValueError(f"methods: {file} has others; delete it, to measure again")
+    table = [
+        {"run": name, "method": method, "look": i, "pointing": p, "energy": e, "deletion": d}
+        for name in runs
+        for method, rows in values[name]["rows"].items()
+        for i, (p, e, d) in enumerate(rows)
     ]
-    yield from reported(output, [*lines_of(found)], {"values": rows})
+    yield from reported(output, [*lines_of(found, values)], {"values": table})

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vlm_models import FAMILIES, SEVERAL_IMAGES, ask, network
+from vlm_models import FAMILIES, SEVERAL_IMAGES, ask, network, photo, processor
 
 from xattn.attention.record import record
+from xattn.vlm.loading import load_vlm
 from xattn.vlm.reading import read_rows
 
 QUESTIONS = {
@@ -83,6 +84,28 @@ def test_any_rows_of_a_pass_may_be_asked_for(kind):
     assert [r.queries for r in rows] == [(0, 3, 5)] * len(expected) and rows
     for got, (_, table) in zip(rows, expected, strict=True):
         torch.testing.assert_close(got.weights, table[:, :, [0, 3, 5]], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_of_generation_are_those_of_one_pass_over_prompt_and_answer(kind):
+    vlm, steps, passed = load_vlm(network(kind), processor(kind)), [], []
+    inputs = vlm.inputs([photo()], "what is on the table ?")
+    with read_rows(vlm.decoder, steps.append):
+        ids = vlm.generate(inputs, 4, {"min_new_tokens": 4}).ids
+    forced = vlm.forced(inputs, ids)
+    with read_rows(vlm.decoder, passed.append, forced.rows.tolist()):
+        vlm.logits(forced, vlm.entered(inputs))
+    length = int(forced.rows[-1]) + 1
+    assert len(steps) == len(ids) * len(passed) > 0
+    for rows in passed:
+        own = [r for r in steps if r.name == rows.name]
+        assert [r.queries[0] for r in own] == list(rows.queries) == forced.rows.tolist()
+        if rows.cross:
+            one_by_one, together = torch.cat([r.weights for r in own], 2), rows.weights
+        else:
+            one_by_one = torch.cat([r.over(length) for r in own], 2)
+            together = rows.over(length)
+        torch.testing.assert_close(one_by_one, together, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 were trained on."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,8 @@ def test_image_tokens_of_the_local_model_are_patches_alone():
 def test_a_run_is_kept_as_a_model_that_opens(tmp_path):
     lines = [*study.study(tmp_path, ["A"], quick=True)]
     assert lines[2].startswith("| A | 217,664 |") and (tmp_path / "report.md").is_file()
+    rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
+    assert {"| attention, last layer", "| occlusion of one token", "| random"} <= {*rows}
     auto = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
     model, processor = (kind.from_pretrained(tmp_path / "A") for kind in auto)
     truth = json.loads((tmp_path / "A" / "truth.json").read_text())["photos"]
@@ -91,6 +94,52 @@ def test_a_run_is_kept_as_a_model_that_opens(tmp_path):
         [*study.study(tmp_path, ["A"])]
     with pytest.raises(ValueError, match="runs: got 'D'; choose from A, B"):
         [*study.study(tmp_path, ["D"])]
+
+
+def test_pointing_and_energy():
+    evidence = np.zeros((8, 8), bool)
+    evidence[2:4, 2:4] = True
+    assert study.pointing_and_energy(evidence.astype(float), evidence) == (1, 1)
+    assert study.pointing_and_energy(np.ones((8, 8)), evidence) == (0, 4 / 64)
+    assert study.pointing_and_energy(evidence - 0.5, evidence) == (1, 1)
+    assert study.pointing_and_energy(np.zeros((8, 8)), evidence) == (0, 0)
+
+
+class OneTokenMatters:
+    """Its word is certain while image token 9 is there, and as likely as another without it."""
+
+    entered = forced = inputs = lambda *_: SimpleNamespace(features=torch.arange(64.0)[:, None])
+
+    def tokenizer(self, text, add_special_tokens):
+        return {"input_ids": [0] * len(text.split())}
+
+    def logits(self, forced, entered, features):
+        there = (features[:, 9, 0] == 9).float()
+        return torch.stack([1000 * there, 0 * there], 1)[:, None].expand(-1, 3, 2)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1, 0.5 + 0.5 / 32), (-1, 1 - 0.5 / 32)])
+def test_deletion_is_the_area_below_the_probability(value, expected):
+    """It falls at the first sixteenth that is hidden, or at the last."""
+    deletion, of = study.Deletion(OneTokenMatters(), None, "", "a b c"), np.zeros((8, 8))
+    of.flat[9] = value
+    assert deletion(of, 1) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_methods_reach_what_they_should_where_the_evidence_is_known(tmp_path):
+    [*study.study(tmp_path, ["A"])]
+    found = json.loads((tmp_path / "A-scores.json").read_text())
+    pointing, energy, _ = (
+        {k: np.mean(v, 0)[i] for k, v in found["rows"].items()} for i in range(3)
+    )
+    lost = {kind: np.mean(values) for kind, values in found["lost"].items()}
+    assert min(pointing["attention"], pointing["occlusion"]) >= 0.7
+    assert pointing["integrated_gradients"] >= 0.8
+    assert energy["outcomes, trained"] >= energy["outcomes"] + 0.2
+    assert max(pointing["attention, last layer"], pointing["tam"]) <= 0.5
+    assert lost["look"] >= 3 and lost["and"] <= 0.1
+    assert 0.02 <= pointing["random"] <= 0.12
 
 
 def test_the_cost_of_reading_is_measured_beside_plain_attention():
