@@ -377,9 +377,11 @@ def scored(
             one = create_token_explainer(method, **options)
             (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*LOOKS], score=score)
         if "outcomes" in methods:
-            (others["outcomes, trained"],) = explain_tokens(
-                about[0], vlm, *about[1:], head, [*LOOKS]
-            )
+            heads = {"trained": head, "trained, whole rows": replace(head, above_mean=False)}
+            for label, own in heads.items():
+                (others[f"outcomes, {label}"],) = explain_tokens(
+                    about[0], vlm, *about[1:], own, [*LOOKS]
+                )
         with guarded(vlm), Image.open(about[0]) as opened:
             deletion = Deletion(vlm, opened.convert("RGB"), *about[1:])
             for word, cells in zip(LOOKS, truth["evidence"], strict=True):

@@ -18,9 +18,11 @@ def rows_of(context):
 @pytest.mark.parametrize("kind", ["llava", "florence2"])
 def test_equal_weights_are_the_mean_of_all_heads(kind):
     context = conversation(kind, asked=[0, 2])
-    found = explained("outcomes", context)
+    found = explained("outcomes", context, above_mean=False)
     wanted = rows_of(context).mean(1)
     torch.testing.assert_close(found.image, wanted)
+    above = (wanted - wanted.mean(1, keepdim=True)).clamp_min(0)
+    torch.testing.assert_close(explained("outcomes", context).image, above)
     if kind == "llava":
         attention = explained("attention", context)
         torch.testing.assert_close(found.image, attention.image, atol=1e-3, rtol=0)  # float16
@@ -57,6 +59,7 @@ def test_the_head_that_masks_follow_is_found():
         head = trainer.fit(decay=1e-4)
         assert int(torch.tensor(head.weights).argmax()) == 7
         assert trainer.correlation(head) > 0.99 > trainer.correlation() + 0.02
+        head.above_mean = False
         found, best = head.explain(context).image, rows[:, 7]
     for own, wanted in zip(found, best, strict=True):
         assert float(torch.corrcoef(torch.stack([own, wanted]))[0, 1]) > 0.95
@@ -77,8 +80,8 @@ def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):
     Outcomes(weights=weights.tolist()).save(tmp_path / "head.json")
     read = create_token_explainer("outcomes", weights=str(tmp_path / "head.json"))
     with guarded(context.vlm):
-        image = read.explain(context).image[0]
-        torch.testing.assert_close(image, weights @ rows_of(context)[0])
+        image, wanted = read.explain(context).image[0], weights @ rows_of(context)[0]
+        torch.testing.assert_close(image, (wanted - wanted.mean()).clamp_min(0))
     assert read.notes(context) == []
     with pytest.raises(ValueError, match="weights: got 3, and 12 heads of a Llava"):
         explained("outcomes", context, weights=[0.1, 0.2, 0.3])

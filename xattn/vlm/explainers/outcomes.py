@@ -5,7 +5,8 @@ arXiv 2604.16587 ("attribution streaming"). For a word, random masks m_j hide to
     L = 1 - corr_j( sum of s over what m_j hides,  log p(all) - log p(m_j) )
 
 is least for the w (L H numbers) that are looked for, the mean over words. So s tells which tokens matter
-more, not by how many nats. No pass is needed then: rows are read while the answer is generated.
+more, not by how many nats, and a map shows what is above its mean over the image. No pass is needed then:
+rows are read while the answer is generated.
 
     trainer = OutcomesTrainer(masks=32)
     xattn.explain_tokens(photos, vlm, "What is on the table?", explainer=trainer)
@@ -41,7 +42,7 @@ from xattn.vlm.reading import read_rows
     title="Trained attention",
     passes="none",
     source="arXiv 2604.16587",
-    cases=({},),
+    cases=({}, {"above_mean": False}),
 )
 @dataclass(kw_only=True, eq=False)
 class Outcomes(TokenExplainer):
@@ -50,11 +51,13 @@ class Outcomes(TokenExplainer):
     Args:
         weights: L H numbers, layer by layer, or a file that :meth:`save` wrote; by default all are equal,
             which is no training.
+        above_mean: whether scores are max(s - mean s, 0), over image tokens alone, or s, over text too.
     """
 
     watches = True
 
     weights: Sequence[float] | str | None = None
+    above_mean: bool = True
     about: Mapping[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class Outcomes(TokenExplainer):
             )
         found = weights @ rows
         image = HeadRows.of_image(context, found)
+        if self.above_mean:
+            return TokenScores((image - image.mean(1, keepdim=True)).clamp_min(0))
         return TokenScores(image, found[:, context.text] if context.vlm.kind == "decoder" else None)
 
     def notes(self, context: Context) -> list[str]:
