@@ -7,7 +7,8 @@ resampler), nor have those that change everywhere alike.
 
 A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  with r_i (h,), c_i (w,) the shares of token i
 in rows and columns, each of sum 1: it keeps the sum of the scores, and views of one place (tiles, and the
-whole photo below them) add up on the finest grid.
+whole photo below them) add up on the finest grid. The table does not know of a strip of less than a patch
+at an edge that some towers do not see.
 """
 
 from __future__ import annotations
@@ -560,11 +561,11 @@ def check_table(
     """Compare the table with a measurement in at most ``most`` bands each way.
 
     Returns:
-        the largest distance of a token's two centres, in cells of its size, beyond the spread of the
-        measured one; None where the table has no entry, or nothing can be measured.
+        how far, at most, a token's measured centre is from the bands of its cell, in cells of its size and
+        beyond the spread of the measured one; None where the table has no entry.
 
     Raises:
-        ValueError: that is more than half a cell, or a whole one where bands are wider than cells.
+        ValueError: that is more than half a cell.
     """
     told = places(vlm, photos, inputs, n)
     if told is None:
@@ -576,19 +577,23 @@ def check_table(
         boxes = _on_photo(own, (photo.height, photo.width))
         for axis, (cells, count) in enumerate(zip(own.shape, bands[i], strict=True)):
             seen = _normal(changes[i][axis][first : first + len(boxes)])
-            wanted = Places(boxes, own.shape).shares((count, count))[axis]
             centres = (np.arange(count) + 0.5) / count
-            at, there = seen @ centres, wanted @ centres
+            at = seen @ centres
             spread = np.sqrt(np.maximum(seen @ centres**2 - at**2, 0))
-            size = np.maximum(boxes[:, axis + 2] - boxes[:, axis], 1 / cells)
-            off = np.where(seen.sum(1) * wanted.sum(1) > 0, np.abs(at - there) - spread, 0) / size
+            start, end = boxes[:, axis], boxes[:, axis + 2]
+            size = np.maximum(end - start, 1 / cells)
+            more = size * (own.slack + 0.5 * (count < cells))  # where bands are wider than cells
+            low = np.floor(np.clip(start - more, 0, 1) * count + 1e-6).clip(0, count - 1) + 0.5
+            high = np.ceil(np.clip(end + more, 0, 1) * count - 1e-6).clip(1, count) - 0.5
+            off = np.maximum(low / count - at, at - high / count) - spread
+            off = np.where((seen.sum(1) > 0) & ~np.isnan(start), off, 0) / size
             t = int(np.nanargmax(off))
             worst = max(worst or 0.0, float(off[t]))
-            if off[t] > 0.5 + own.slack + 0.5 * (count < cells):
+            if off[t] > 0.5:
                 raise ValueError(
                     f"model: image token {first + t} of a {type(vlm.model).__name__} lies at "
-                    f"{there[t]:.2f} of the photo's {('height', 'width')[axis]} by the table, at "
-                    f"{at[t]:.2f} as measured; please report this model"
+                    f"{(start[t] + end[t]) / 2:.2f} of the photo's {('height', 'width')[axis]} by the "
+                    f"table, at {at[t]:.2f} as measured; please report this model"
                 )
         first += len(boxes)
     return worst
