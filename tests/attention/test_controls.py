@@ -22,7 +22,7 @@ from xattn.attention import (
 )
 from xattn.attention.mechanisms.controls import Static
 from xattn.attention.operators.base import SoftmaxOperator
-from xattn.explainers.relevance.attn_lrp_functions import times
+from xattn.explainers.relevance.operators import times
 
 
 def inputs(prefix=1, grid=(5, 6), heads=2, seed=0):

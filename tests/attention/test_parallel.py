@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from xattn.attention import ParallelCrossAttention, record, stream_shares, token_maps
 from xattn.attention.record import answering_by
-from xattn.explainers.relevance.attn_lrp_functions import Rules
+from xattn.explainers.relevance.engine import Engine
 
 DIM, HEADS, GRID = 24, 3, (3, 5)
 WIDTHS, LENGTHS = (10, 7, 24), (4, 6, 1)
@@ -193,7 +193,7 @@ def test_relevance_goes_to_values_queries_and_keys_by_the_rule_of_softmax():
     made = layer(bias=False)
     x, streams = (t for t in given(batch=1))
     some = [t.requires_grad_() for t in (x, *streams)]
-    rules = Rules("layer")
+    rules = Engine()
     with answering_by(rules), rules:
         y = made(x, streams)
         score = y.sum()

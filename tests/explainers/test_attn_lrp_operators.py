@@ -32,7 +32,8 @@ from xattn.attention.operators.segments import Ordered
 from xattn.attention.record import answering_by
 from xattn.blocks.base import Block, BlockEntry
 from xattn.explainers import create_explainer
-from xattn.explainers.relevance.attn_lrp_functions import Rules, depends, times
+from xattn.explainers.relevance.engine import Engine
+from xattn.explainers.relevance.operators import depends, times
 from xattn.explaining.provenance import provenance_of
 from xattn.kernels.causal_product import causal_product
 from xattn.kernels.pooling import softmax_pooling
@@ -225,7 +226,7 @@ def test_the_note_says_if_only_a_part_is_held_constant():
         def operator(self, inputs):
             return LowRankOperator(inputs.q.abs() ** inputs.k.abs(), inputs.k.mT)
 
-    rules, x = Rules("toy"), draw(B, 2, 9, 8)
+    rules, x = Engine(), draw(B, 2, 9, 8)
     with answering_by(rules), rules:
         for cls in (Both, Linear, Powers, Both):
             cls(16, 2)(x, x, x)
@@ -372,13 +373,13 @@ def test_the_map_of_a_converted_network_accounts_for_its_logit(name, options):
     added = [p for n, p in backbone.model.named_parameters() if _is_added(n)]
     steps = []
 
-    class Kept(Rules):
+    class Kept(Engine):
         def attend(self, mechanism, inputs):
             y = super().attend(mechanism, inputs)
             steps.append((y, inputs))
             return y
 
-    rules = Kept("toy")
+    rules = Kept()
     backbone.requires_grad_(False)
     tokens = []
     backbone.model.patch_embed.register_forward_hook(
@@ -474,7 +475,7 @@ def test_a_network_without_biases_and_softmax_conserves_its_logit():
 
 def test_normalisers_of_features_are_constants_and_features_keep_their_gradient():
     q, k, v = (draw(B, H, 9, D, seed=i) for i in range(3))
-    dy, rules = draw(B, H, 9, D, seed=3).detach(), Rules("toy")
+    dy, rules = draw(B, H, 9, D, seed=3).detach(), Engine()
     with answering_by(rules), rules:
         y = Features(H * D, H)(q, k, v)
     a = q.exp() @ k.exp().mT
@@ -537,7 +538,7 @@ def test_a_mechanism_of_the_module_list_alone_is_attention_enough():
 
 def test_local_terms_keep_their_own_gradient():
     q, k, v = (draw(B, 2, 30, 16, seed=i) for i in range(3))
-    rules, layer = Rules("toy"), create_mechanism("agent", 32, 2, agents=4, training_free=True)
+    rules, layer = Engine(), create_mechanism("agent", 32, 2, agents=4, training_free=True)
     with answering_by(rules), rules:
         y = layer.double()(q, k, v, (5, 6))
     assert torch.allclose(y, layer(q, k, v, (5, 6)))
@@ -559,7 +560,7 @@ def test_what_a_block_mixes_is_one_step_too():
             y = self.mix(LowRankOperator(heads, heads.mT), heads)
             return x + y.transpose(1, 2).flatten(2)
 
-    x, rules = draw(B, 9, 8), Rules("toy")
+    x, rules = draw(B, 9, 8), Engine()
     with answering_by(rules), rules:
         y = Mixes(8)(x)
     assert torch.allclose(y, Mixes(8)(x)) and rules.notes == []
@@ -577,7 +578,7 @@ def test_pooling_in_one_op_has_the_relevance_of_the_products_written_out(live):
     x = {n: draw(*s, seed=i).detach() for i, (n, s) in enumerate(shapes.items())}
     leaves = [x[n].requires_grad_() for n in live]
     dy = draw(B, 2, 4, seed=5).detach()
-    with Rules("toy"):
+    with Engine():
         y = softmax_pooling(x["q"], x["k"], x["v"], x["b"], scale=0.5)[0]
         scores = 0.5 * (x["q"] @ x["k"].mT) + x["b"]
         by_hand = scores.softmax(-1) @ x["v"][:, 0]
@@ -589,7 +590,7 @@ def test_causal_products_in_one_op_are_shared_as_products_written_out(live):
     shapes = {"l": (B, 9, 5), "r": (B, 9, 5), "x": (B, 9, 4)}
     t = {n: draw(*s, seed=i).detach() for i, (n, s) in enumerate(shapes.items())}
     leaves = [t[n].requires_grad_() for n in live]
-    with Rules("toy"):
+    with Engine():
         y = causal_product(t["l"], t["r"], t["x"])
         by_hand = (t["l"] @ t["r"].mT).tril() @ t["x"]
     dy = draw(B, 9, 4, seed=5).detach()

@@ -221,6 +221,11 @@ class Explainer(CaptumMethod, ABC):
         return self._notes
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What else provenance keeps of it."""
+        return {}
+
+    @property
     def total_forwards(self) -> int | None:
         """Forward passes per image, all copies together; None where ``forwards`` is not known."""
         copies = 1 + len(OTHERS) if self.aug_smooth else 1

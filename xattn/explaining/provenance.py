@@ -49,4 +49,5 @@ def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str,
         "task": backbone.task,
         **target,
         **notes,
+        **method.facts,
     }

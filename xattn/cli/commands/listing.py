@@ -35,7 +35,10 @@ MEASURED = Path(__file__).with_name("conversion_accuracy.json")
 class List:
     """Show what is at hand: backbones with weights, heads, explainers, metrics."""
 
-    belongs: ClassVar = (Belongs("filter", what=["all", "models"]),)
+    belongs: ClassVar = (
+        Belongs("filter", what=["all", "models"]),
+        Belongs("model", what="explainers"),
+    )
 
     what: Annotated[
         Literal[
@@ -57,6 +60,8 @@ class List:
     whether it needs training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
+    model: Annotated[str | None, Argument(also=("--for",), metavar="MODEL")] = None
+    """Tell which explainers run on this backbone: each is tried on one picture, with random weights."""
 
     def run(self) -> None:
         if self.what in ("all", "models"):
@@ -65,7 +70,7 @@ class List:
             warnings.simplefilter("ignore")  # what cannot be loaded is listed
             if self.what == "all":
                 _print_names()
-            for line in DETAILS[self.what]():
+            for line in tried_lines(self.model) if self.model else DETAILS[self.what]():
                 print(line)
 
 
@@ -146,6 +151,39 @@ def head_lines() -> Iterator[str]:
 def described_lines(kind: str) -> Iterator[str]:
     yield f"{kind}:"
     yield from _described(kind)
+
+
+def tried_lines(model: str) -> Iterator[str]:
+    """Every explainer, with the first options that run on a network, or why none do."""
+    from xattn.backbone import load_backbone
+    from xattn.explainers.base import EXPLAINERS
+
+    backbone = load_backbone(model, weights=None)
+    yield f"explainers for {backbone.name}, with random weights:"
+    for entry in EXPLAINERS.entries():
+        yield f"  {entry.name:24} {_tried(entry, backbone)}"
+
+
+def _tried(entry: Any, backbone: Any) -> str:
+    from xattn.explainers.base import create_explainer, explainer_class
+    from xattn.explainers.gradients import probe_image
+
+    if explainer_class(entry.name).needs_head:
+        return "needs a trained head"
+    reasons: list[str] = []
+    for options in entry.cases if {} in entry.cases else ({}, *entry.cases):
+        try:
+            explainer = create_explainer(entry.name, backbone, **options)
+            if explainer.forwards == 1:  # others make the same passes of many pictures
+                explainer.attribute(probe_image(backbone), 0)
+        except (ValueError, RuntimeError) as error:
+            reasons.append(" ".join(str(error).split()))
+            continue
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        measured = getattr(explainer, "measured", None)
+        absorbed = f"; of the logit {measured.error:.1%} are absorbed" if measured else ""
+        return "runs" + (f" with {given}" if given else "") + absorbed
+    return f"no: {reasons[0]}"
 
 
 def metric_lines() -> Iterator[str]:

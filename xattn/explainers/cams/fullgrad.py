@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
-from xattn.explainers.relevance.attn_lrp_functions import added_bias
+from xattn.explainers.relevance.rules import added_bias
 
 # Gets b . df/dz (B, ...) of a layer, and whether its channels come last.
 Part = Callable[[Tensor, bool], object]

@@ -113,9 +113,15 @@ class LayerReader:
         reshape: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.backbone, self.reshape = backbone, reshape
-        found = default_layer(backbone, method) if layer is None else find_layer(backbone, layer)
-        self.layer = found
-        self.name = next(name for name, m in backbone.named_modules() if m is found)
+        if layer is None:
+            found = default_layer(backbone, method)
+        elif hasattr(layer, "register_forward_hook") and not isinstance(layer, nn.Module):
+            found = layer  # what stands for a module of an adapter
+        else:
+            found = find_layer(backbone, layer)
+        self.layer: Any = found
+        names = (name for name, m in backbone.named_modules() if m is found)
+        self.name = next(names, type(found).__name__)
         self.tokens = backbone.is_vit or bool(getattr(backbone.model, "token_taps", False))
 
     def activations(self, images: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ class LayerReader:
         found: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(self._tensor(output).clone())  # what follows may work in place
+            found.append(self.one_tensor(output).clone())  # what follows may work in place
 
         handle = self.layer.register_forward_hook(keep)
         try:
@@ -165,7 +171,8 @@ class LayerReader:
             ) from None
         return self.as_map(values[0], images), self.as_map(gradients[0], images)
 
-    def _tensor(self, output: Any) -> Tensor:
+    def one_tensor(self, output: Any) -> Tensor:
+        """What the layer gives, if that is a tensor."""
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"layer: {self.name} of {self.backbone.name} gives a {type(output).__name__}, not one "

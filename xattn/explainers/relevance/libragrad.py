@@ -7,8 +7,7 @@ gives half the gradient to each. Then the logit is the sum of what the input and
 
     f(x) = sum x . df/dx + sum_b b . df/db
 
-The rules are those of AttnLRP with constant attention:
-:mod:`xattn.explainers.relevance.attn_lrp_functions`.
+The rules are those of AttnLRP with constant attention: :mod:`xattn.explainers.relevance.rules`.
 What is multiplied by these gradients is the ``base`` method. A token's share is, with tokens x_l (B, N, C)
 that enter block l, and layers' outputs y with their biases b,
 
@@ -21,7 +20,6 @@ x_0 are the tokens that enter the first block, positions and class token include
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -32,8 +30,9 @@ from torch import Tensor, nn
 from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.base import Choose, check_inputs, check_target, register_explainer
 from xattn.explainers.relevance.attention import patch_grid
-from xattn.explainers.relevance.attn_lrp import AttnLrp
-from xattn.explainers.relevance.attn_lrp_functions import Rules
+from xattn.explainers.relevance.engine import Engine
+from xattn.explainers.relevance.lrp import TOKENS, RelevanceExplainer
+from xattn.explainers.relevance.rules import COMPOSITES, Composite
 from xattn.explainers.relevance.token_blocks import block_inputs, token_blocks
 from xattn.kernels.softmax.reference import widen
 
@@ -45,25 +44,26 @@ from xattn.kernels.softmax.reference import widen
     cases=({}, {"base": "fullgrad"}, {"base": "input_x_gradient", "at": "pixels"}),
 )
 @dataclass(kw_only=True, eq=False, repr=False)
-class LibraGrad(AttnLrp):
+class LibraGrad(RelevanceExplainer):
     """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; with its sign.
 
     Args:
         base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
         at: for "input_x_gradient" also "pixels", of the normalised image, (H, W), where CNNs are
-            explained, too; else "tokens", (h, w) of the patch grid.
+            explained, too, or the name of a module; else "tokens", (h, w) of the patch grid.
 
     Raises:
         ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
             calls a function without a rule.
     """
 
+    at: str = TOKENS
     base: Literal["fullgrad_plus", "fullgrad", "input_x_gradient"] = "fullgrad_plus"
 
     def __post_init__(self) -> None:
-        if self.at == "pixels" and self.base != "input_x_gradient":
+        if self.at != TOKENS and self.base != "input_x_gradient":
             raise ValueError(
-                f"at='pixels': base {self.base!r} adds up tokens; give base='input_x_gradient'"
+                f"at={self.at!r}: base {self.base!r} adds up tokens; give base='input_x_gradient'"
             )
         if self.base != "input_x_gradient":
             self._blocks()  # refused before a pass
@@ -78,23 +78,15 @@ class LibraGrad(AttnLrp):
             ) from None
 
     @property
-    def _reads_embeddings(self) -> bool:
-        return self.base == "input_x_gradient" and self.at == "tokens"
-
-    def _rules(self) -> Rules:
-        biases = self.base != "input_x_gradient"
-        return Rules(self.backbone.name, self.name, constant_attention=True, keep_biases=biases)
-
-    def _check(self, rules: Rules) -> None:
-        """Nothing: the rules hold without attention, too, as in an MLP-Mixer."""
+    def _composite(self) -> Composite:
+        return COMPOSITES["libragrad"]
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """What each token adds to the class's logit, and what no token does: (B, N) and (B,).
 
         The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
         tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; to another
-        number of the answer only where that is linear in the logits. A constant that joins the tokens after
-        the first block, as XCiT's class token, has no share: a warning tells what is missing.
+        number of the answer only where that is linear in the logits.
 
         Args:
             inputs: as in :meth:`attribute`.
@@ -106,61 +98,49 @@ class LibraGrad(AttnLrp):
             return cast(LibraGrad, self.with_target(target)).contributions(inputs, 0)
         inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        engine = self._engine(keep=True)
         with self._guard(), torch.enable_grad():
-            logits, tokens, rules = self._pass(self._move(inputs))
-            scores = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
-            shares, elsewhere = self._shares(scores.sum(), tokens, rules.biased)
-        if self.base == "fullgrad":
-            self._tell_what_is_missing(scores.detach(), shares, elsewhere)
-        return shares, elsewhere
+            logits, tokens = self._tokens(self._move(inputs), engine)
+            score = logits.gather(1, targets.to(logits.device)[:, None]).sum()
+            return self._shares(score, tokens, engine.added)
 
-    def _tell_what_is_missing(self, scores: Tensor, shares: Tensor, elsewhere: Tensor) -> None:
-        missing = scores - shares.sum(1) - elsewhere
-        worst = (missing.abs() / (shares.abs().sum(1) + elsewhere.abs())).argmax()
-        lost, all_of_it = float(missing[worst]), float(scores[worst])
-        if abs(lost) > 0.01 * float(shares[worst].abs().sum() + elsewhere[worst].abs()):
-            warnings.warn(
-                f"contributions: {lost:.3g} of the score {all_of_it:.3g} has no share, so it belongs to "
-                f"constants of {self.backbone.name} that join its tokens after the first block, or the "
-                f"target is not linear in the logits",
-                stacklevel=3,
-            )
-
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Rules]:
-        if self.base == "input_x_gradient":
-            return super()._run(images)
-        logits, tokens, rules = self._pass(images)
-        return logits, tokens[0], rules
+    def _pass(
+        self, images: Tensor, engine: Engine, at: list[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.base == "input_x_gradient" or at != [self.at]:
+            return super()._pass(images, engine, at)
+        logits, tokens = self._tokens(images, engine)
+        return logits, {self.at: tokens[0]}
 
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
         if self.base == "input_x_gradient":
             return super()._attribute_classes(images, choose)
         with torch.enable_grad():
-            logits, tokens, rules = self._pass(images)
+            engine = self._engine(keep=True)
+            logits, tokens = self._tokens(images, engine)
             classes = self._chosen(choose, logits.detach())
             rows: list[Tensor] = []
             for column in classes.unbind(1):
                 score = logits.gather(1, column[:, None]).sum()
                 more = len(rows) < classes.shape[1] - 1
-                rows.append(self._shares(score, tokens, rules.biased, more)[0])
+                rows.append(self._shares(score, tokens, engine.added, more)[0])
         prefix = self.backbone.prefix_tokens
         grid = patch_grid(self.backbone, images, rows[0].shape[1] - prefix)
         maps = torch.stack(rows, 1)[..., prefix:].unflatten(-1, grid)
         return logits.detach(), classes, maps
 
-    def _pass(self, images: Tensor) -> tuple[Tensor, list[Tensor], Rules]:
-        """Logits, the tokens that entered the blocks, and what the rules met."""
-        rules = self._rules()
+    def _tokens(self, images: Tensor, engine: Engine) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the tokens that entered the blocks."""
         self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
         blocks = self._blocks()
-        with block_inputs(blocks) as tokens:
-            logits = self._logits(self.backbone.normalize(images), rules)
+        with block_inputs(blocks) as tokens, self._running(engine):
+            logits = self.backbone.logits_normalized(self.backbone.normalize(images))
         if len(tokens) != len(blocks) or tokens[0].ndim != 3:
             raise ValueError(
                 f"backbone: blocks of {self.backbone.name} do not take tokens (B, N, C); give "
                 f"base='input_x_gradient' and at='pixels'"
             )
-        return logits, tokens, rules
+        return logits, tokens
 
     def _shares(
         self,

@@ -1,280 +1,291 @@
-"""LRP: R_i = x_i sum_j r(w_ij) R_j / (sum_i x_i r(w_ij) + r(b_j) + eps), layer by layer to the pixels.
+"""LRP, and the base of explainers that run a network by the rules of a composite.
 
-Bach et al., PLOS ONE 2015 (epsilon rule, r(w) = w); Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10
-(gamma rule, r(w) = w + gamma max(w, 0)). One backward
-pass carries c = R / activation, and R = x c: sums, pools and reshapes keep their own gradient, an
-activation passes f(x)/x on, a gate is a constant, and a linear layer scales c by its output over its
-denominator.
+R = x c, with c = df/dx as the rules of :mod:`xattn.explainers.relevance.rules` pass it on: one forward and
+one backward pass for any network, to the pixels or to the output of any layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from xattn.explainers.base import Choose, Explainer, register_explainer
-from xattn.explainers.gradients import (
-    calling,
-    check_same_logits,
-    class_gradients,
-    named,
-    probe_image,
+from xattn.attention.record import answering_by, fused_layers
+from xattn.backbone.scored import class_of, is_score
+from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
+from xattn.explainers.cams.layers import LayerReader
+from xattn.explainers.gradients import class_gradients, probe_image
+from xattn.explainers.relevance.engine import Balance, Engine
+from xattn.explainers.relevance.rules import (
+    COMPOSITES,
+    INPUT_RULES,
+    Composite,
+    gamma_rule,
 )
 from xattn.runtime.option_checks import NotNegative
 
+PIXELS, TOKENS = "pixels", "tokens"
+LOST = 0.05
+"""A warning tells of a larger share of the score that reaches nothing, where the composite conserves."""
 
-@register_explainer("lrp", title="LRP", networks=("cnn",))
+
 @dataclass(kw_only=True, eq=False, repr=False)
-class Lrp(Explainer):
-    """LRP of a CNN: relevance of the normalised image, summed over its channels, (B, 1, H, W), signed.
-
-    Relevance is conserved: the map, what the biases keep (a neuron of activation 1 each) and what eps
-    absorbs sum to the logit. Biases can keep nearly all of it: on EfficientNet-Lite0 the map of the
-    gamma rule sums to about 1 % of the logit. A BatchNorm that follows a convolution is one layer with
-    it. The rules answer calls of functions, so that residual sums, depthwise convolutions, ReLU6 and
-    activations in place are followed; Captum's LRP knows sequences of ``nn.Conv2d``, ``nn.Linear`` and
-    ``nn.ReLU``, and a residual sum breaks its conservation.
+class RelevanceExplainer(Explainer):
+    """Base of explainers that follow a composite.
 
     Args:
-        gamma: how strongly convolutions prefer positive contributions; 0 is the epsilon rule, which
-            on a ReLU network is close to input x gradient and as noisy. Inputs and outputs below 0
-            follow the same rule with signs flipped. Linear layers always follow the epsilon rule.
-        epsilon: added to the denominators, away from 0. By default a millionth of the layer's output, its
-            root mean square on the image; a fixed number absorbs nearly all relevance of a network whose
-            activations are small.
+        at: where relevance is read: "pixels", of the normalised image, (H, W); "tokens", of the patch
+            embedding's output; or the dotted name of a module, of its output, at its own resolution.
+            Summed over channels, with its sign.
 
     Raises:
-        ValueError: a network that calls a function without a rule; the message names it and its layer.
+        ValueError: a network that calls a function without a rule; the message names it and its module.
     """
 
-    gamma: NotNegative = 0.25
-    epsilon: NotNegative | None = None
+    at: str = PIXELS
+    measured: Balance = field(init=False)
+    """Where the largest logit of a picture of noise went."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.backbone
-        rules = _Rules(self.gamma, self.epsilon)
         with self._guard(), torch.enable_grad():
-            images = self._move(probe_image(backbone))
-            with calling(backbone, rules.inside):
-                logits, _ = self._run(images, rules)
-            if rules.refused:
+            image = self._move(probe_image(backbone))
+            with torch.no_grad():
+                plain = backbone.logits(image)
+            engine = self._engine(weigh=True)
+            logits, ends = self._pass(image, engine, [self.at])
+            engine.check(self.name, backbone.name, logits)
+            if not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
                 raise ValueError(
-                    f"backbone: lrp has no rule for {', '.join(sorted(rules.refused))}, called by "
-                    f"{backbone.name}; use 'attn_lrp' for a transformer, else 'gradcam'"
+                    f"backbone: with the rules of {self.name}, {backbone.name} gives other logits; use "
+                    f"'saliency' or 'gradcam'"
                 )
-            check_same_logits(backbone, self.name, logits, backbone.logits(images))
+            self._check(engine)
+            self.measured = self._balance(
+                logits[0, logits[0].abs().argmax()], ends[self.at], engine
+            )
+        for note in engine.notes:
+            self._note(note)
+        if self._composite.conserves and self.measured.error > LOST:
+            warnings.warn(
+                f"{self.name}: {self.measured.error:.0%} of a score of {backbone.name} reaches neither "
+                f"{self.at} nor constants; most is lost in {self.measured.fault}",
+                stacklevel=4,
+            )
+
+    @property
+    def _composite(self) -> Composite:
+        raise NotImplementedError
+
+    def _engine(self, **options: Any) -> Engine:
+        return Engine(self._composite, **options)
+
+    def _check(self, engine: Engine) -> None:
+        """Raise a ``ValueError``, or note it, if the rules met nothing of what the method explains."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was measured on a picture of noise, for provenance: relevance in and out."""
+        found = self.measured
+        return {
+            "relevance": {
+                "in": found.score,
+                self.at: found.reached,
+                "constants": found.constants,
+                "absorbed": found.absorbed,
+            }
+        }
+
+    def balance(self, inputs: Tensor, target: Any) -> list[Balance]:
+        """Where the score of each image went: what it reached, what constants kept, what was lost.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            target: as there.
+        """
+        return [balance for _, balance in self._each(inputs, target, [self.at], weigh=True)]
+
+    def relevance(self, inputs: Tensor, target: Any, at: Sequence[str]) -> dict[str, Tensor]:
+        """Relevance at several places of one pass, not summed over channels.
+
+        Args:
+            inputs: as in :meth:`attribute`.
+            target: as there.
+            at: places as in the option of that name.
+
+        Returns:
+            By place, x c in the shape of the pixels (B, C, H, W) or of the module's output.
+
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("lrp", net)
+        >>> found = method.relevance(torch.rand(2, 3, 32, 32), 3, ["pixels", "layer1", "layer3"])
+        >>> [tuple(r.shape) for r in found.values()]
+        [(2, 3, 32, 32), (2, 32, 8, 8), (2, 192, 2, 2)]
+        """
+        parts = [found for found, _ in self._each(inputs, target, list(at), weigh=False)]
+        return {place: torch.cat([part[place] for part in parts]).to(inputs.device) for place in at}
+
+    def _each(
+        self, inputs: Tensor, target: Any, at: list[str], weigh: bool
+    ) -> list[tuple[dict[str, Tensor], Any]]:
+        if is_score(self.backbone, target):
+            aimed: Any = self.with_target(target)
+            return aimed._each(inputs, 0, at, weigh)  # type: ignore[no-any-return]
+        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
+        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+
+        def explained(images: Tensor, classes: Tensor) -> tuple[dict[str, Tensor], Any]:
+            engine = self._engine(weigh=weigh)
+            with torch.enable_grad():
+                logits, ends = self._pass(self._move(images), engine, at)
+                score = logits.gather(1, classes.to(logits.device)[:, None]).sum()
+                if weigh:
+                    return {}, self._balance(score, ends[at[0]], engine)
+                grads = torch.autograd.grad(score, [ends[place] for place in at])
+            found = ((x * grad).detach() for x, grad in zip(ends.values(), grads, strict=True))
+            return dict(zip(at, found, strict=True)), None
+
+        with self._guard():
+            if not weigh:
+                return self._batches.run(explained, inputs, targets)  # type: ignore[return-value]
+            pairs = zip(inputs.split(1), targets.split(1), strict=True)
+            return [explained(image, one) for image, one in pairs]
+
+    @staticmethod
+    def _balance(score: Tensor, end: Tensor, engine: Engine) -> Balance:
+        (grad,) = torch.autograd.grad(score, end)
+        return engine.balance(float(score.detach()), float((end.detach() * grad).double().sum()))
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self._attribute_classes(images, lambda _: target[:, None])[2]
 
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
-            logits, x = self._run(images, _Rules(self.gamma, self.epsilon))
-            classes = self._chosen(choose, logits.detach())
+            logits, ends = self._pass(images, self._engine(), [self.at])
+            classes, x = self._chosen(choose, logits.detach()), ends[self.at]
             gradients = class_gradients(logits, x, classes)
-            maps = [(x.detach() * gradient).sum(1) for (gradient,) in gradients]
+            maps = [self._map(x.detach() * gradient, images) for (gradient,) in gradients]
         return logits.detach(), classes, torch.stack(maps, 1)
 
-    def _run(self, images: Tensor, rules: _Rules) -> tuple[Tensor, Tensor]:
-        """Logits whose gradient is c, and the normalised images."""
-        self.backbone.requires_grad_(False)  # the guard puts it back
-        x = self.backbone.normalize(images).requires_grad_()
-        with rules:
-            return self.backbone.logits_normalized(x), x
+    def _pass(
+        self, images: Tensor, engine: Engine, at: list[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and by place the tensor whose gradient is c. What leads to one place has no rules."""
+        backbone, ends = self.backbone, dict[str, Tensor]()
+        backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
+        alone = len(at) == 1 and PIXELS not in at
+        x = backbone.normalize(images).detach()
+        if not alone:
+            first = engine.composite.first is not None
+            ends[PIXELS] = (torch.where(x == 0, 1e-20, x) if first else x).requires_grad_()
+            x = ends[PIXELS].clone()  # a network may change it in place
+            if first:
+                bounds = (torch.full_like(images, value) for value in (0, 1))
+                x.relevance_bounds = [backbone.normalize(b) for b in bounds]  # type: ignore[attr-defined]
+        with ExitStack() as stack:
+            for place in at:
+                if place != PIXELS:
+                    stack.enter_context(self._kept(place, ends, engine, alone))
+            stack.enter_context(self._running(engine))
+            return engine.whole(backbone.logits_normalized(x)), ends
+
+    @contextmanager
+    def _running(self, engine: Engine) -> Iterator[None]:
+        with fused_layers(self.backbone.model), answering_by(engine), engine:
+            yield
+
+    @contextmanager
+    def _kept(
+        self, place: str, ends: dict[str, Tensor], engine: Engine, alone: bool
+    ) -> Iterator[None]:
+        """Inside, a module's output is put in ``ends``; ``alone`` cuts it off from what leads to it."""
+        reader = self._reader(place)
+
+        def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
+            if place in ends:
+                raise ValueError(
+                    f"at: {place} is called several times in a pass; give another module"
+                )
+            output = reader.one_tensor(output)
+            ends[place] = output.detach().requires_grad_() if alone else engine.whole(output)
+            return ends[place].clone()
+
+        with reader.layer.register_forward_hook(keep):
+            yield
+        if place not in ends:
+            raise ValueError(f"at: {place} is not called in a pass of {self.backbone.name}")
+
+    def _reader(self, place: str) -> LayerReader:
+        if place != TOKENS:
+            return LayerReader(self.backbone, place, self.name)
+        if not hasattr(self.backbone.model, "patch_embed"):
+            raise ValueError(
+                f"at='tokens': {self.backbone.name} has no patch_embed; give at='pixels'"
+            )
+        embedding: Any = self.backbone.model.patch_embed
+        return LayerReader(self.backbone, embedding, self.name)
+
+    def _map(self, relevance: Tensor, images: Tensor) -> Tensor:
+        """Summed over channels: (B, C, H, W), (B, N, C) or (B, h, w, C) -> (B, h, w)."""
+        if self.at != PIXELS:
+            relevance = self._reader(self.at).as_map(relevance, images)
+        return relevance.sum(1)
 
 
-# ---------------------------------------------------------------------- the rules
-
-
-class _Layer(NamedTuple):
-    """A linear layer: ``linear(x, weight)`` without its bias."""
-
-    linear: Callable[[Tensor, Tensor], Tensor]
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class _Shared(torch.autograd.Function):
-    """The identity on z; its gradient c = R / z goes to the denominator p as c z / p."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
-        small = _millionth(z) if epsilon is None else z.new_tensor(epsilon)
-        # z = 0 has no relevance to share.
-        stable = p + torch.where(p < 0, -small, small)
-        ctx.save_for_backward(torch.where(z == 0, 0, z / stable))
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return c * ctx.saved_tensors[0], None, None
-
-
-def _millionth(z: Tensor) -> Tensor:
-    """A millionth of the root mean square of each image's z, (B, 1, ...)."""
-    rms = z.double().flatten(1).square().mean(1).sqrt()
-    return (1e-6 * rms).to(z.dtype).view(-1, *[1] * (z.ndim - 1))
-
-
-# Linear without a weight, or a choice of values: their own gradient passes relevance on.
-_PLAIN = frozenset(
-    "add __add__ __radd__ add_ sub __sub__ __rsub__ sub_ neg __neg__ mean sum cat concat stack avg_pool2d "
-    "adaptive_avg_pool2d max_pool2d adaptive_max_pool2d amax pad interpolate reshape view flatten "
-    "unflatten permute transpose contiguous clone squeeze unsqueeze expand __getitem__ split chunk "
-    "unbind dropout dropout2d identity to float double type_as roll movedim pixel_shuffle channel_shuffle "
-    "pixel_unshuffle".split()
+@register_explainer(
+    "lrp",
+    title="LRP",
+    networks=("cnn", "vit"),
+    cases=({}, {"composite": "alpha_beta_flat"}, {"composite": "gamma_box"}, {"residual": 1.0}),
 )
-# f(0) = 0: relevance passes through unchanged, R = c x.
-_ACTIVATIONS = frozenset(
-    "relu relu_ relu6 hardtanh leaky_relu silu gelu hardswish elu selu celu mish tanh prelu".split()
-)
-_FACTS = frozenset(("__get__", "size", "dim", "numel"))  # shapes and types
-_GATES = frozenset(("sigmoid", "hardsigmoid"))
-_PRODUCTS = frozenset(("mul", "__mul__", "__rmul__", "multiply", "mul_"))
-_QUOTIENTS = frozenset(("div", "__truediv__", "true_divide", "div_"))
-# ``x += y`` arrives as add_. Backward passes still need the old x.
-_OUT_OF_PLACE = {"add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_": torch.div}
+@dataclass(kw_only=True, eq=False, repr=False)
+class Lrp(RelevanceExplainer):
+    """LRP of any network: relevance of the normalised image, summed over channels, (B, 1, H, W), signed.
 
+    Relevance is conserved: the map, what the biases keep (a neuron of activation 1 each) and what eps
+    absorbs sum to the logit, see :meth:`balance`. Biases can keep nearly all of it: on EfficientNet-Lite0
+    the map of the gamma rule sums to about 1 % of the logit. A BatchNorm that follows a convolution is one
+    layer with it.
 
-class _Rules(TorchFunctionMode):
-    """Applies the rules to a network's function calls; ``refused`` collects those without a rule."""
+    Args:
+        gamma: how strongly convolutions prefer contributions of their output's sign; 0 is the epsilon rule,
+            which on a ReLU network is close to input x gradient and as noisy.
+        linear_gamma: the same of other linear layers.
+        epsilon: added to the denominators, away from 0. By default a millionth of the layer's output, its
+            root mean square on the image; a fixed number absorbs nearly all relevance of a network whose
+            activations are small.
+        input_rule: of the layers that read the image: "flat", "wsquare" or "box"; None is that of others.
+        attention: whether attention weights are "constant", or share relevance with the values, "shared".
+        residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); 0 is the
+            sum's own gradient.
+        composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
+    """
 
-    def __init__(self, gamma: float, epsilon: float | None) -> None:
-        super().__init__()
-        self.gamma = gamma
-        self.epsilon = epsilon
-        self.inside: list[nn.Module] = []
-        self.refused: set[str] = set()
+    gamma: NotNegative = 0.25
+    linear_gamma: NotNegative = 0.0
+    epsilon: NotNegative | None = None
+    input_rule: Literal["flat", "wsquare", "box"] | None = None
+    attention: Literal["constant", "shared"] = "constant"
+    residual: NotNegative = 0.0
+    composite: str | None = None
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if not any(x.requires_grad for x in _tensors([args, kwargs])):
-            return function(*args, **kwargs)
-        if name in _FACTS:
-            return function(*args, **kwargs)
-        if name == "batch_norm":
-            return self._batch_norm(*args, **kwargs)
-        args = [self._finished(x) for x in args]
-        kwargs = {key: self._finished(x) for key, x in kwargs.items()}
-        if name in ("conv2d", "linear") and not _weight(*args, **kwargs).requires_grad:
-            if name == "conv2d":
-                return self._convolution(function, *args, **kwargs)
-            return self._shared(function(*args, **kwargs))
-        if name in _ACTIVATIONS:
-            return _activation(function, *args, **kwargs)
-        if name in _GATES:
-            return function(*args, **kwargs).detach()
-        result = _OUT_OF_PLACE.get(name, function)(*args, **kwargs)
-        if not self._has_rule(name, args) and _tensors(result):
-            self.refused.add(named(name, self.inside))
-        return result
-
-    def _has_rule(self, name: str, args: Any) -> bool:
-        live = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
-        if name in _PRODUCTS:
-            return len(live) == 1
-        if name in _QUOTIENTS:
-            return live == [0]
-        return name in _PLAIN
-
-    def _convolution(
-        self,
-        function: Callable[..., Tensor],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *options: Any,
-        **kw: Any,
-    ) -> Tensor:
-        """The plain output, marked: a BatchNorm that comes next belongs to the same layer."""
-        z = function(input, weight, bias, *options, **kw)
-        z.lrp_layer = _Layer(  # type: ignore[attr-defined]
-            lambda x, w: function(x, w, None, *options, **kw), input, weight, bias
-        )
-        return z
-
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        z = torch.nn.functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-        if training or running_mean is None or running_var is None:
-            self.refused.add(named("batch_norm with statistics of the batch", self.inside))
-            return z
-        layer = getattr(input, "lrp_layer", None)
-        if layer is None:
-            return self._shared(z)
-        scale = (running_var + eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        shift = -running_mean if layer.bias is None else layer.bias - running_mean
-        shift = shift * scale if bias is None else shift * scale + bias
-        folded = layer._replace(weight=layer.weight * scale[:, None, None, None], bias=shift)
-        return self._shared(z, folded)
-
-    def _finished(self, value: Any) -> Any:
-        """``value`` with the rule applied to convolutions that no BatchNorm follows."""
-        if isinstance(value, list | tuple):
-            done = [self._finished(x) for x in value]
-            return done if isinstance(value, list) else tuple(done)
-        layer = getattr(value, "lrp_layer", None)
-        return value if layer is None else self._shared(value, layer)
-
-    def _shared(self, z: Tensor, layer: _Layer | None = None) -> Tensor:
-        """Epsilon rule: the denominator is z. Gamma rule: z + gamma times the contributions of z's sign.
-
-        a, the sum of contributions above 0, is linear(x+, w+) + linear(x-, w-); those below 0 sum to
-        z - a. The denominator has the sign of z and is never smaller.
-        """
-        p = z
-        if layer is not None and self.gamma:
-            linear, x, weight, bias = layer
-            a = linear(x.clamp(min=0), weight.clamp(min=0))
-            if bool((x < 0).any()):
-                a = a + linear(x.clamp(max=0), weight.clamp(max=0))
-            if bias is not None:
-                a = a + bias.clamp(min=0)[:, None, None]
-            p = z + self.gamma * torch.where(z > 0, a, z - a)
-        return _Shared.apply(p, z.detach(), self.epsilon)
-
-
-def _activation(function: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x (f(x)/x) with the quotient held constant; at 0, where there is nothing to distribute, 0."""
-    if kw.get("inplace"):
-        kw = {**kw, "inplace": False}
-    if function.__name__.endswith("_"):
-        function = getattr(torch, function.__name__[:-1])
-    with torch.no_grad():
-        gate = torch.where(x == 0, 0, function(x, *args, **kw) / x)
-    return x * gate
-
-
-def _weight(input: Tensor, weight: Tensor, *args: Any, **kw: Any) -> Tensor:
-    return weight
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """All tensors of nested lists, tuples and dicts."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, list | tuple):
-        return []
-    return [x for value in values for x in _tensors(value)]
+    @property
+    def _composite(self) -> Composite:
+        if self.composite is None:
+            convolution, dense = (
+                gamma_rule(gamma, self.epsilon) for gamma in (self.gamma, self.linear_gamma)
+            )
+            first = INPUT_RULES[self.input_rule] if self.input_rule else None
+            return Composite(convolution, dense, first, self.attention, self.residual)
+        if self.composite not in COMPOSITES:
+            raise ValueError(
+                f"composite: got {self.composite!r}; give one of {', '.join(COMPOSITES)}"
+            )
+        return COMPOSITES[self.composite]

@@ -1,0 +1,494 @@
+"""The relevance engine: a network's own code, run with the gradients of a composite's rules.
+
+    with following(module, "cp_lrp"):
+        score = module(x)[0, 281]                        # x requires a gradient
+    relevance = x * torch.autograd.grad(score, x)[0]
+
+A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, also ``x * gate`` and
+``F.gelu`` in a ``forward``, whatever model makes it; :mod:`xattn.explainers.relevance.rules` says what each
+passes on. A function on activations without a rule is refused by name. Layers of :mod:`xattn.attention`
+follow the rules of their operators (:mod:`xattn.explainers.relevance.operators`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from xattn.attention.base import Mechanism
+from xattn.attention.inputs import Inputs
+from xattn.attention.operators.base import Operator
+from xattn.attention.record import answering_by
+from xattn.explainers.relevance.attention import layers_text
+from xattn.explainers.relevance.operators import Held, NoRule, depends, times
+from xattn.explainers.relevance.rules import (
+    AFFINE,
+    ATTENTION,
+    COMPOSITES,
+    FEATURES,
+    LAYOUT,
+    WRITTEN_OUT,
+    Composite,
+    Layer,
+    LinearRule,
+    Shared,
+    added_bias,
+    epsilon_rule,
+    live,
+    own,
+    quotient_of,
+    rules_of,
+    tensors,
+)
+
+
+@dataclass
+class Step:
+    """A call of a function: R of what it gave, of what it got, and of the constants it added."""
+
+    function: str
+    module: str
+    sums: dict[str, float] = field(default_factory=lambda: {"out": 0.0, "in": 0.0, "kept": 0.0})
+
+    @property
+    def absorbed(self) -> float:
+        """What reached nothing, because the function's rule does not conserve."""
+        return self.sums["out"] - self.sums["in"] - self.sums["kept"]
+
+    def weigh(self, kind: str, x: Tensor, value: Tensor | None = None) -> None:
+        """Add the relevance of ``value``, which is added to x or is x, in a backward pass."""
+        value = x.detach().clone() if value is None else value.detach()
+
+        def add(c: Tensor | None) -> None:
+            if c is None:  # nothing reaches the score
+                return
+            found = (
+                torch.where(c == 0, 0, value * c).double().sum()
+            )  # hidden keys have a bias of -inf
+            self.sums[kind] += float(found)
+
+        x.register_hook(add)
+
+
+class Balance(NamedTuple):
+    """Where the score of one image went: score = reached + constants + absorbed."""
+
+    score: float
+    reached: float
+    """What the pixels, or the layer that is explained, got."""
+    constants: float
+    """What biases, position embeddings and other constants kept."""
+    fault: str
+    """The function that absorbed most, and its module."""
+
+    @property
+    def absorbed(self) -> float:
+        return self.score - self.reached - self.constants
+
+    @property
+    def error(self) -> float:
+        """What was absorbed, as a share of the score."""
+        return abs(self.absorbed) / max(abs(self.score), 1e-30)
+
+
+FACTS = frozenset(
+    "get size dim ndimension numel nelement stride len is_contiguous is_floating_point".split()
+)
+"""Asked of a tensor without reading its values."""
+
+
+class _Mark(NamedTuple):
+    """What the output of a linear layer still needs; a BatchNorm that comes next belongs to the layer."""
+
+    layer: Layer
+    x: Tensor
+    rule: LinearRule
+    step: Step | None
+
+
+class Engine(TorchFunctionMode):
+    """Replaces PyTorch's functions by those of a composite. Weights must not require a gradient.
+
+    Args:
+        composite: a :class:`~xattn.explainers.relevance.rules.Composite`, or its name in ``COMPOSITES``.
+        keep: collect ``added``, outputs beside the constants that were added to make them.
+        weigh: collect ``steps``, for :meth:`balance`; memory for every activation twice.
+
+    Attributes: ``refused``, functions without a rule; ``attended``, how many calls of attention there were;
+    ``notes``, where attention was held constant for lack of a rule.
+    """
+
+    def __init__(
+        self, composite: Composite | str = "attn_lrp", keep: bool = False, weigh: bool = False
+    ) -> None:
+        super().__init__()
+        self.composite = COMPOSITES[composite] if isinstance(composite, str) else composite
+        self.rules = rules_of(self.composite)
+        self.keep, self.weigh = keep or weigh, weigh
+        self.added: list[tuple[Tensor, Tensor]] = []
+        self.steps: list[Step] = []
+        self.refused: dict[str, None] = {}
+        self.attended = 0
+        self._constant: Tensor | None = None  # what the rule that runs adds
+        self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
+        self._of_mechanism = self._paused = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if self._paused or self.composite.plain or not any(map(live, tensors([args, kwargs]))):
+            return function(*args, **kwargs)
+        written = getattr(function, "__name__", "")
+        name = written.strip("_")
+        if name in FACTS:
+            fact = function(*args, **kwargs)
+            if not isinstance(fact, Tensor):
+                return fact
+        if "dropout" in name and not kwargs.get("training", True):
+            return args[0]
+        if name in ATTENTION and not self._of_mechanism:
+            self.attended += 1
+        in_place = written != f"__{name}__" and written.endswith("_") and name != "requires_grad"
+        in_place |= bool(kwargs.pop("inplace", False))
+        if in_place:
+            function = _out_of_place(function, name)
+        target = args[0] if args else None
+        if name != "batch_norm" or not isinstance(getattr(target, "relevance_mark", None), _Mark):
+            args, kwargs = self.finished(args), self.finished(kwargs)
+        result = self._ruled(name, function, args, kwargs)
+        if not in_place or result is target or not isinstance(result, Tensor):
+            return result
+        # Whoever reads the tensor again reads the new values, with the rule's history.
+        vars(target).clear()
+        return target.copy_(result)
+
+    def _ruled(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
+        rule = self.rules.get(name)
+        if self._of_mechanism and (
+            name in FEATURES or (rule is None and name.endswith("_forward"))
+        ):
+            rule = own  # functions that make features, and ops of kernels that do
+        if rule is None:
+            result = function(*args, **kwargs)
+            if any(map(live, tensors(result))):
+                self.refuse(name)
+            return result
+        step = None
+        if self.weigh and name not in WRITTEN_OUT:
+            step = Step(name, _caller())
+            args, kwargs = (self._entering(step, x) for x in (args, kwargs))
+        outer, self._constant = self._constant, None
+        result = rule(self, function, *args, **kwargs)
+        constant, self._constant = self._constant, outer
+        if self.composite.first is not None and name in LAYOUT:
+            _carry_bounds(function, args, kwargs, result)
+        if self.keep and name not in WRITTEN_OUT and not hasattr(result, "relevance_mark"):
+            if constant is None:
+                constant = _added(name, function, args, kwargs)
+            self._leaving(step, result, constant)
+        elif step is not None and hasattr(result, "relevance_mark"):
+            mark = result.relevance_mark
+            result.relevance_mark = mark if mark.step else mark._replace(step=step)
+        return result
+
+    def refuse(self, what: str) -> None:
+        if self._of_mechanism:
+            raise NoRule(what)
+        self.refused[f"{what} in {_caller()}"] = None
+
+    def check(self, method: str, model: str, score: Tensor | None = None) -> None:
+        """Raise a ``ValueError`` that names functions without a rule, and parts of ``score`` that no mode
+        can see into."""
+        if score is not None and not live(score):
+            raise ValueError(
+                f"backbone: the answer of {model} does not depend on what {method} explains"
+            )
+        unseen = {} if score is None else _unseen(score)
+        if self.refused or unseen:
+            raise ValueError(
+                f"backbone: {method} has no rule for {', '.join(sorted({*self.refused, *unseen}))}, "
+                f"called by {model}; register_rule(name, rule) gives it one, else use 'gradcam'"
+            )
+
+    def balance(self, score: float, reached: float) -> Balance:
+        """Where a score went, after its backward pass; for ``weigh``."""
+        worst: dict[str, float] = {}
+        for step in self.steps:
+            key = f"{step.function} in {step.module}"
+            worst[key] = worst.get(key, 0.0) + abs(step.absorbed)
+        constants = sum(step.sums["kept"] for step in self.steps)
+        seen = sum(step.absorbed for step in self.steps)
+        worst["a part whose calls no function mode sees"] = abs(score - reached - constants - seen)
+        fault = max(worst, key=worst.__getitem__, default="")
+        return Balance(score, reached, constants, fault)
+
+    # ------------------------------------------------------------------ counting
+
+    def _entering(self, step: Step, value: Any) -> Any:
+        """``value`` with aliases for its live tensors, whose relevance is what this call gave them."""
+        if isinstance(value, list | tuple):
+            found = [self._entering(step, x) for x in value]
+            return found if isinstance(value, list) else tuple(found)
+        if isinstance(value, dict):
+            return {key: self._entering(step, x) for key, x in value.items()}
+        if not live(value):
+            return value
+        alias = value.view_as(value)
+        vars(alias).update(vars(value))
+        step.weigh("in", alias)
+        return alias
+
+    def _leaving(self, step: Step | None, result: Any, constant: Tensor | None) -> None:
+        outputs = [x for x in tensors(result) if live(x)]
+        if step is not None and outputs:
+            self.steps.append(step)
+            for x in outputs:
+                step.weigh("out", x)
+        if constant is not None and outputs:
+            self.added.append((outputs[0], constant))
+            if step is not None:
+                step.weigh("kept", outputs[0], constant)
+
+    def adding(self, result: Tensor, constant: Tensor) -> Tensor:
+        """``result``, in which a rule says that ``constant`` was added."""
+        self._constant = constant
+        return result
+
+    # ------------------------------------------------------------------ linear layers
+
+    def linear(self, z: Tensor, layer: Layer, x: Tensor, convolution: bool = False) -> Tensor:
+        """z = layer(x), marked with the rule that it follows."""
+        composite = self.composite
+        rule = composite.convolution if convolution else composite.dense
+        if composite.first is not None and hasattr(x, "relevance_bounds"):
+            rule = composite.first
+        if rule is not None:
+            z.relevance_mark = _Mark(layer, x, rule, None)  # type: ignore[attr-defined]
+        return z
+
+    def normed(
+        self, z: Tensor, x: Tensor, scale: Tensor, shift: Tensor, constant: Tensor
+    ) -> Tensor:
+        """z = x scale + shift of BatchNorm, by channel; one layer with the one that gave x."""
+        mark = vars(x).get("relevance_mark")
+        if mark is not None:
+            layer, wide = mark.layer, layer_dims(mark.layer)
+            scale = scale.to(layer.weight.dtype)
+            bias = constant if layer.bias is None else layer.bias * scale.view(-1, *wide) + constant
+            weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+            z.relevance_mark = mark._replace(layer=layer._replace(weight=weight, bias=bias))  # type: ignore[attr-defined]
+            return z
+        if self.composite.dense is None:
+            return self.adding(z, constant)
+        alone = Layer(lambda x, w: x * w, scale.view(-1, *[1] * (z.ndim - 2)), constant)
+        rule = epsilon_rule(self.composite.dense.epsilon)
+        z.relevance_mark = _Mark(alone, x, rule, None)  # type: ignore[attr-defined]
+        return z
+
+    def finished(self, value: Any) -> Any:
+        """``value`` with the rule applied to linear layers that no BatchNorm follows."""
+        if isinstance(value, list | tuple):
+            found = [self.finished(x) for x in value]
+            return found if isinstance(value, list) else tuple(found)
+        if isinstance(value, dict):
+            return {key: self.finished(x) for key, x in value.items()}
+        mark = getattr(value, "relevance_mark", None)
+        if mark is None:
+            return value
+        if isinstance(mark, _Mark):  # several readers share the finished tensor
+            value.relevance_mark = mark = self._shared(value, mark)
+        return mark
+
+    def _shared(self, z: Tensor, mark: _Mark) -> Tensor:
+        layer, x, rule, step = mark
+        up, plain = z.detach() > 0, z.detach()
+        terms = list(rule.terms(layer, x, z, up))
+        y = sum(part * Shared.apply(p, plain, rule.epsilon) for part, p in terms)
+        if self.keep:
+            with torch.no_grad():
+                zero = torch.zeros_like(x)
+                vars(zero).update(vars(x))
+                start = torch.zeros_like(z) if layer.bias is None else layer.bias.expand_as(z)
+                fixed = rule.terms(layer, zero, start, up)
+                kept = torch.zeros_like(z)
+                for (part, p), (_, still) in zip(terms, fixed, strict=True):
+                    kept += part * quotient_of(plain, p, rule.epsilon) * still
+            self._leaving(step, y, kept)
+        return y
+
+    def whole(self, output: Tensor) -> Tensor:
+        """A module's output, with the rule applied to the layer that gave it."""
+        with self._while("_paused"):
+            return self.finished(output)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------ layers of xattn.attention
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{layers_text(calls)}: {what}" for what, calls in self._held.items()]
+
+    def attend(self, mechanism: Mechanism, inputs: Inputs) -> Tensor:
+        """The mechanism's output, by the rules of its operator."""
+        constant, held = self.composite.attention == "constant", Held()
+        with self._while("_of_mechanism"):
+            try:
+                operator = mechanism.operator(_constant_inputs(inputs) if constant else inputs)
+            except NoRule as error:
+                held[error.what] = None
+                operator = mechanism.operator(_constant_inputs(inputs))
+            local = mechanism.local(inputs)
+        output = self._times(mechanism.entry.name, operator, inputs.v, held)
+        return output if local is None else output + local
+
+    def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
+        """A V of a block, by the rules of its operator."""
+        return self._times(name, operator, value, Held())
+
+    def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
+        self.attended += 1
+        step = Step(f"attention {name}", _caller()) if self.weigh else None
+        with self._while("_paused"):
+            if self.composite.plain:
+                return operator.matvec(value)
+            constant = self.composite.attention == "constant"
+            if step is not None:
+                operator = operator.apply(lambda x: self._entering(step, x))
+                value = self._entering(step, value)
+            if constant:
+                output = operator.detach().matvec(value)
+            else:
+                output = times(operator, value, held)
+            if step is not None:
+                self._leaving(step, output, None)
+        if not constant and (held or not depends(operator)):
+            some = " in part" if depends(operator) else ""
+            why = f"no rule for {', '.join(held)}" if held else "it is made of constants"
+            what = f"A of {name} is held constant{some} ({why})"
+            self._held.setdefault(what, []).append(self.attended - 1)
+        return output
+
+    @contextmanager
+    def _while(self, name: str) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, True)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+
+@contextmanager
+def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]:
+    """Inside, ``module`` runs with the rules of a composite; its weights need no gradient meanwhile.
+
+    Args:
+        module: any, in eval mode. What is explained is any tensor that requires a gradient: what the module
+            gets, such as ``inputs_embeds`` of a language model, or what a hook puts in its way.
+        composite: as in :class:`Engine`.
+
+    Raises:
+        ValueError: at the end, for a function on activations without a rule.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.GELU(), nn.Linear(5, 2, bias=False))
+    >>> x = torch.rand(1, 3, requires_grad=True)
+    >>> with following(net, "cp_lrp"):
+    ...     score = net(x)[0, 1]
+    >>> (x * torch.autograd.grad(score, x)[0]).sum().allclose(score)
+    True
+    """
+    engine = Engine(composite)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        with answering_by(engine), engine:
+            yield engine
+        engine.check("following", type(module).__name__)
+    finally:
+        for weight in weights:
+            weight.requires_grad_()
+
+
+def layer_dims(layer: Layer) -> list[int]:
+    return [1] * max(0, layer.weight.ndim - 2)
+
+
+def _constant_inputs(inputs: Inputs) -> Inputs:
+    x = None if inputs.x is None else inputs.x.detach()
+    return inputs.replace(q=inputs.q.detach(), k=inputs.k.detach(), v=inputs.v.detach(), x=x)
+
+
+def _out_of_place(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function that gives a new tensor; itself where there is none, as for ``copy_``."""
+    if not function.__name__.endswith("_"):
+        return function  # its inplace=True is gone
+    for home in (Tensor, torch, F):
+        if hasattr(home, name):
+            return getattr(home, name)  # type: ignore[no-any-return]
+    return function
+
+
+def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
+    """The constant that a call added: a layer's bias, or what comes of activations that are all 0."""
+    bias = added_bias(function, args, kwargs)
+    if bias is not None or name not in AFFINE:
+        return bias
+
+    def still(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(still, value))
+        return torch.zeros_like(value) if live(value) else value
+
+    with torch.no_grad():
+        found = function(*still(args), **{key: still(x) for key, x in kwargs.items()})
+    return found if isinstance(found, Tensor) else None
+
+
+def _carry_bounds(function: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Where places of an image change, so do those of its least and largest values."""
+    bounds = getattr(args[0], "relevance_bounds", None)
+    if bounds is None:
+        return
+    found = [tensors(function(bound, *args[1:], **kwargs)) for bound in bounds]
+    for x, *pair in zip(tensors(result), *found, strict=True):
+        x.relevance_bounds = pair  # type: ignore[attr-defined]
+
+
+def _caller() -> str:
+    """The type of the innermost module that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            return type(module).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return "a function"
+
+
+def _unseen(score: Tensor) -> dict[str, None]:
+    """Nodes of the graph whose calls no mode sees: functions of autograd, compiled parts."""
+    found: dict[str, None] = {}
+    seen, todo = set(), [score.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+        foreign = isinstance(node, BackwardCFunction) and not _known(type(node))
+        if foreign or "CompiledFunction" in node.name():
+            found[node.name().removesuffix("Backward")] = None
+    return found
+
+
+def _known(kind: type) -> bool:
+    made = getattr(kind, "_forward_cls", kind)
+    return made.__module__.startswith("xattn.") or kind.__name__.startswith("GeneratedBackwardFor")

@@ -1,0 +1,249 @@
+"""Rules for attention Y = A V of :mod:`xattn.attention`, by the kind of operator that A is.
+
+A and V share the relevance of Y as the factors of a product do (the uniform rule of Achtibat et al.,
+arXiv 2402.05602): half goes to V, and A's half to what A is made of:
+
+    softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
+                                landmarks of key blocks count as keys
+    softplus with l1 norms,     to q and k in equal parts, by their own gradients
+      Taylor series of exp
+    L R, causal or not          to L and R in equal parts
+    p o e, local linear         to p as softmax; the factors e are held constant
+    A_1 A_2 ...                 to the factors in equal parts
+    A_1 + A_2 + ...             each term and V share A_t V
+    diag(g) A, A diag(c)        to A; g and c are gates, held constant
+    pooling, stored A, A = I    none: their weights are no activations, so V gets all
+    one row for all queries     to the row
+    attention within subsets    as the attention within them; which tokens they hold is constant
+    any other                   none: A is held constant, so V gets all, and that is reported
+
+What depends on no activation gets nothing, and the other factor has its part. The sum of relevance is
+conserved, but for what softmax and the features that make L and R absorb. For three factors the uniform
+rule depends on the order of the products (You et al. 2025, arXiv 2510.18810); here A is always one of
+two, so that V has its half whatever A is.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import NamedTuple
+
+from torch import Tensor
+
+from xattn.attention.operators.algebra import (
+    ColumnsOperator,
+    GatedOperator,
+    LowRankOperator,
+    PoolOperator,
+    ProductOperator,
+    SumOperator,
+    total,
+)
+from xattn.attention.operators.base import Operator, SoftmaxOperator
+from xattn.attention.operators.causal_low_rank import CausalLowRankOperator
+from xattn.attention.operators.fixed import (
+    IdentityOperator,
+    SharedRowOperator,
+    StoredOperator,
+)
+from xattn.attention.operators.local_linear import LocalLinearOperator
+from xattn.attention.operators.pyramid import PyramidOperator
+from xattn.attention.operators.segments import SegmentsOperator
+from xattn.attention.operators.softplus import SoftplusOperator
+from xattn.attention.operators.subsets import SubsetsOperator
+from xattn.attention.operators.taylor import TaylorOperator
+from xattn.explainers.relevance.rules import live, share
+
+Held = dict[str, None]  # kinds of operators that were held constant, in order
+
+
+class NoRule(ValueError):
+    """A mechanism makes its operator by ``what``, for which there is no rule."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"there is no rule for {what}")
+        self.what = what
+
+
+@singledispatch
+def times(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    """A X, whose gradient gives ``part`` of its relevance to A and the rest to X.
+
+    Args:
+        operator: A, of tensors with their graph. Register a rule for another kind of operator here,
+            and in :func:`depends`.
+        x: (B, H or Hk, S, m).
+        held: gets the kinds of operator without a rule, whose A was held constant.
+    """
+    held[type(operator).__name__] = None
+    return operator.detach().matvec(x)
+
+
+@singledispatch
+def depends(operator: Operator) -> bool:
+    """Whether A gets a part: there is a rule for it, and it depends on activations."""
+    return False
+
+
+# ---------------------------------------------------------------------- products of two, and softmax
+
+
+class _Parts(NamedTuple):
+    """A is a function of products of ``first`` with ``second``, to which ``added`` is added."""
+
+    first: list[Tensor]
+    second: list[Tensor]
+    added: list[Tensor]
+
+
+@singledispatch
+def _parts(operator: Operator) -> _Parts:
+    raise NotImplementedError(type(operator).__name__)
+
+
+@_parts.register
+def _(operator: SoftmaxOperator) -> _Parts:
+    return _Parts([operator.q], [operator.k], [] if operator.bias is None else [operator.bias])
+
+
+@_parts.register
+def _(operator: SegmentsOperator) -> _Parts:
+    segments = [s for piece in operator.pieces for s in piece.segments]
+    added = [t for s in segments for t in (s.bias, s.offset) if t is not None]
+    keys = [t for s in segments for t in (s.k, s.marks) if t is not None]
+    return _Parts([piece.q for piece in operator.pieces], keys, added)
+
+
+@_parts.register(SoftplusOperator)
+@_parts.register(TaylorOperator)
+def _(operator: SoftplusOperator | TaylorOperator) -> _Parts:
+    return _Parts([operator.q], [operator.k], [])
+
+
+@_parts.register(LowRankOperator)
+@_parts.register(CausalLowRankOperator)
+def _(operator: LowRankOperator | CausalLowRankOperator) -> _Parts:
+    return _Parts([operator.left], [operator.right], [])
+
+
+@_parts.register
+def _(operator: SharedRowOperator) -> _Parts:
+    return _Parts([operator.row], [], [])
+
+
+@times.register(SoftmaxOperator)
+@times.register(SegmentsOperator)
+@times.register(SoftplusOperator)
+@times.register(TaylorOperator)
+@times.register(LowRankOperator)
+@times.register(CausalLowRankOperator)
+@times.register(SharedRowOperator)
+def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    first, second, added = _parts(operator)
+    if not depends(operator):
+        return operator.detach().matvec(x)
+    half = part / 2 if _any_live(first) and _any_live(second) else part
+    own = {id(t): half for t in (*first, *second)} | {id(t): part for t in added}
+    shared = operator.apply(lambda t: share(t, own.get(id(t), 1.0)))
+    return shared.matvec(share(x, 1 - part))
+
+
+@depends.register(SoftmaxOperator)
+@depends.register(SegmentsOperator)
+@depends.register(SoftplusOperator)
+@depends.register(TaylorOperator)
+@depends.register(LowRankOperator)
+@depends.register(CausalLowRankOperator)
+@depends.register(SharedRowOperator)
+def _(operator: Operator) -> bool:
+    return any(_any_live(tensors) for tensors in _parts(operator))
+
+
+def _any_live(tensors: list[Tensor]) -> bool:
+    return any(map(live, tensors))
+
+
+@times.register
+def _(operator: LocalLinearOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    if not depends(operator):
+        return operator.detach().matvec(x)
+    both = operator.q.requires_grad and operator.k.requires_grad
+    q, k = (share(t, part / 2 if both else part) for t in (operator.q, operator.k))
+    return operator.with_constant_factors(q, k).matvec(share(x, 1 - part))
+
+
+@depends.register
+def _(operator: LocalLinearOperator) -> bool:
+    return operator.q.requires_grad or operator.k.requires_grad
+
+
+# ---------------------------------------------------------------------- operators made of others
+
+
+@times.register
+def _(operator: ProductOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    # Each of the m factors gets own = part / m of the whole; what comes to factor i has passed those
+    # before it, which left 1 - i own.
+    live = [depends(factor) for factor in operator.factors]
+    own = part / max(1, sum(live))
+    before = [sum(live[:i]) for i in range(len(live))]
+    for factor, i in reversed(list(zip(operator.factors, before, strict=True))):
+        x = times(factor, x, held, own / (1 - i * own))
+    return x
+
+
+@depends.register
+def _(operator: ProductOperator) -> bool:
+    return any(depends(factor) for factor in operator.factors)
+
+
+@times.register
+def _(operator: SumOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    return total(times(term, x, held, part) for term in operator.terms)
+
+
+@depends.register
+def _(operator: SumOperator) -> bool:
+    return any(depends(term) for term in operator.terms)
+
+
+@times.register
+def _(operator: GatedOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    y = times(operator.operator, x, held, part)
+    return operator.factor.detach()[..., None].to(y.dtype) * y
+
+
+@depends.register
+def _(operator: GatedOperator) -> bool:
+    return depends(operator.operator)
+
+
+@times.register
+def _(operator: ColumnsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    return times(operator.operator, operator.detach().scaled(x), held, part).to(x.dtype)
+
+
+@depends.register
+def _(operator: ColumnsOperator) -> bool:
+    return depends(operator.operator)
+
+
+@times.register(PoolOperator)
+@times.register(PyramidOperator)
+@times.register(IdentityOperator)
+@times.register(StoredOperator)
+def _(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    return operator.detach().matvec(x)
+
+
+@times.register
+def _(operator: SubsetsOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
+    y = operator.scatter(times(operator.inner, operator.gather(x), held, part))
+    if operator.first is None:
+        return y
+    return operator.with_first(times(operator.first, x, held, part), y)
+
+
+@depends.register
+def _(operator: SubsetsOperator) -> bool:
+    return depends(operator.inner) or (operator.first is not None and depends(operator.first))

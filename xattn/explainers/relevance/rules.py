@@ -1,0 +1,757 @@
+"""Which gradient each of PyTorch's functions passes on, so that input x gradient is relevance.
+
+Every function of a network is made affine where it stands. If y = F(a_1, ..., a_n, constants) passes on
+coefficients with
+
+    sum_i a_i c_i + (what constants keep) = y c_y
+
+then by the chain rule, whatever the graph, sum_pixels x c_x + (what constants keep) = f, the score.
+
+    sums, layouts, pools, choices of values    their own gradient
+    activations, powers, L2 and RMS norms      c f(a)/a; at a = 0 the left derivative
+    sigmoid, exp, deviations, denominators     constants, as they only scale what they multiply
+    LayerNorm, GroupNorm                       (a - mean) / constant
+    products of n activations                  1/n of the gradient to each
+    softmax attention                          constant: all to the values; shared: 1/2 to the values and
+                                               1/4 to queries and keys, softmax keeps its gradient
+    linear layers, z = W x + b                 c_x = (dp/dx)^T (z / p c_z) with a denominator p, see below
+    sums of two, residual = g > 0              p = w(a) a + w(b) b, w(u) = 1 + g where u y > 0
+
+Denominators of linear layers, with a = W+ x+ + W- x- + b+ and d = W- x+ + W+ x- + b-:
+
+    zero  z        epsilon  z + eps        gamma  z + g (a where z > 0, else d)
+    alpha-beta     alpha times the rule with a, less beta times that with d; alpha - beta = 1
+    flat  sum 1    wsquare  sum W^2        box    W x - W+ l - W- h, pixels from l to h
+
+Sources: Bach et al., PLOS ONE 2015 (epsilon, alpha-beta); Montavon et al. 2017 and 2019 (box, wsquare,
+gamma); Lapuschkin et al. 2019 (flat); Arras et al. 2019 (gates); Ali et al. 2022 (constant attention and
+norms); Achtibat et al., ICML 2024 (shared products); Mehri et al., CVPR 2025 (LibraGrad); Berend et al.
+2026 (residual). The code is of these equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone.norm_gradients import batch_norm_scale_and_shift
+
+Rule = Callable[..., Any]
+"""``rule(engine, function, *args, **kwargs)`` gives what ``function(*args, **kwargs)`` gives, with the
+gradient of the rule; ``engine`` is the :class:`~xattn.explainers.relevance.engine.Engine`."""
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors of nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [x for value in values for x in tensors(value)]
+
+
+def live(value: Any) -> bool:
+    """Whether a tensor depends on what is explained; a network's weights never do."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+class _Share(torch.autograd.Function):
+    """The identity; its gradient is multiplied by ``part``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: float) -> Tensor:
+        ctx.part = part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.part, None
+
+
+def share(x: Any, part: float) -> Any:
+    """``x``, which gets ``part`` of the relevance that its own gradient would give it."""
+    return _Share.apply(x, part) if live(x) and part != 1 else x
+
+
+# ---------------------------------------------------------------------- linear layers
+
+
+class Layer(NamedTuple):
+    """z = linear(x, weight) + bias."""
+
+    linear: Callable[[Tensor, Tensor], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    """As it broadcasts over z."""
+
+    def signed(self, x: Tensor, up: bool) -> Tensor:
+        """The sum of the contributions above 0, or of those below."""
+        high, low = self.weight.clamp(min=0), self.weight.clamp(max=0)
+        high, low = (high, low) if up else (low, high)
+        total = self.linear(x.clamp(min=0), high)
+        if bool((x < 0).any()):
+            total = total + self.linear(x.clamp(max=0), low)
+        if self.bias is None:
+            return total
+        return total + (self.bias.clamp(min=0) if up else self.bias.clamp(max=0))
+
+
+Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """How a linear layer shares out its relevance.
+
+    Args:
+        terms: gets a layer, x, z and where z > 0; gives denominators p of x, with a factor each.
+        epsilon: added to p, away from 0; None is a millionth of z's root mean square on each image.
+        conserves: whether the factors add up to 1 wherever z is not 0.
+    """
+
+    terms: Terms
+    epsilon: float | None = None
+    conserves: bool = True
+
+
+def epsilon_rule(epsilon: float | None = None) -> LinearRule:
+    return LinearRule(lambda layer, x, z, up: [(1.0, z)], epsilon, conserves=epsilon in (None, 0))
+
+
+def gamma_rule(gamma: float = 0.25, epsilon: float | None = None) -> LinearRule:
+    def terms(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
+        above = layer.signed(x, True)
+        return [(1.0, z + gamma * torch.where(up, above, z - above))]
+
+    return replace(epsilon_rule(epsilon), terms=terms) if gamma else epsilon_rule(epsilon)
+
+
+def alpha_beta_rule(alpha: float = 2.0, epsilon: float | None = None) -> LinearRule:
+    """alpha of contributions above 0 and 1 - alpha of those below; ``alpha=1`` is the plus rule."""
+
+    def terms(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
+        parts = ((alpha, True), (1 - alpha, False))
+        return [(part, layer.signed(x, sign)) for part, sign in parts if part]
+
+    return LinearRule(terms, epsilon, conserves=False)
+
+
+def _ones(x: Tensor) -> Tensor:
+    """1, whose relevance is that of x."""
+    return x * torch.where(x == 0, 0, 1 / x.detach())
+
+
+def _flat(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
+    return [(1.0, layer.linear(_ones(x), torch.ones_like(layer.weight)))]
+
+
+def _wsquare(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
+    p = layer.linear(_ones(x), layer.weight.square())
+    return [(1.0, p if layer.bias is None else p + layer.bias.square())]
+
+
+def _box(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
+    low, high = (bound * _ones(x) for bound in x.relevance_bounds)  # type: ignore[attr-defined]
+    p = layer.linear(x, layer.weight) - layer.linear(low, layer.weight.clamp(min=0))
+    return [(1.0, p - layer.linear(high, layer.weight.clamp(max=0)))]
+
+
+INPUT_RULES = {"flat": LinearRule(_flat), "wsquare": LinearRule(_wsquare), "box": LinearRule(_box)}
+
+
+class Shared(torch.autograd.Function):
+    """z; its gradient c = R / z goes to the denominator p as c z / p, and as 0 where z or p is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
+        ctx.save_for_backward(quotient_of(z, p, epsilon))
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return c * ctx.saved_tensors[0], None, None
+
+
+def quotient_of(z: Tensor, p: Tensor, epsilon: float | None) -> Tensor:
+    """z / p, stabilised; see :class:`LinearRule`."""
+    if epsilon is None:
+        rms = z.double().square().mean(tuple(range(1, z.ndim)), keepdim=True).sqrt()
+        small = (1e-6 * rms).to(z.dtype)
+    else:
+        small = z.new_tensor(epsilon)
+    stable = p + torch.where(p < 0, -small, small)
+    return torch.where((z == 0) | (p == 0), 0, z / stable)
+
+
+# ---------------------------------------------------------------------- composites
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Which rule each kind of function follows. A method is a composite: see :data:`COMPOSITES`.
+
+    Args:
+        convolution: of convolutions, with the BatchNorm that follows; None is the rule zero.
+        dense: of other linear layers; a BatchNorm that stands alone has epsilon where this is not None.
+        first: of layers that read the image; None is that of their kind.
+        attention: "constant" or "shared", see the module.
+        residual: how strongly sums of two activations prefer the one with the sum's sign; 0 to 1.
+        plain: every function keeps its own gradient.
+        rules: a rule by the name of a function, in the place of that in :data:`RULES`.
+    """
+
+    convolution: LinearRule | None = None
+    dense: LinearRule | None = None
+    first: LinearRule | None = None
+    attention: Literal["constant", "shared"] = "constant"
+    residual: float = 0.0
+    plain: bool = False
+    rules: tuple[tuple[str, Rule], ...] = ()
+
+    @property
+    def conserves(self) -> bool:
+        """Whether nothing but constants keeps relevance."""
+        linear = (self.convolution, self.dense, self.first)
+        exact = all(rule is None or rule.conserves for rule in linear)
+        return exact and self.attention == "constant" and not self.plain
+
+
+_EPSILON, _GAMMA = epsilon_rule(), gamma_rule()
+COMPOSITES: dict[str, Composite] = {
+    "gradient": Composite(plain=True),
+    "libragrad": Composite(),
+    "cp_lrp": Composite(),
+    "attn_lrp": Composite(attention="shared"),
+    "res_lrp": Composite(attention="shared", residual=1.0),
+    "epsilon": Composite(_EPSILON, _EPSILON),
+    "gamma": Composite(_GAMMA, _EPSILON),
+    "vit": Composite(_GAMMA, gamma_rule(0.05)),
+    "plus": Composite(alpha_beta_rule(1.0), _EPSILON),
+    "alpha_beta": Composite(alpha_beta_rule(), _EPSILON),
+    "plus_flat": Composite(alpha_beta_rule(1.0), _EPSILON, INPUT_RULES["flat"]),
+    "alpha_beta_flat": Composite(alpha_beta_rule(), _EPSILON, INPUT_RULES["flat"]),
+    "gamma_box": Composite(_GAMMA, _EPSILON, INPUT_RULES["box"]),
+}
+"""Composites by name; a new one is ``COMPOSITES["mine"] = Composite(...)``."""
+
+
+# ---------------------------------------------------------------------- functions
+
+
+def own(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+    """Linear, or a choice of values: the function's own gradient passes relevance on."""
+    return function(*args, **kw)
+
+
+def constant(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+    """Gates and normalisers scale what they multiply and get no relevance."""
+    result = function(*args, **kw)
+    return (
+        result.detach() if isinstance(result, Tensor) else type(result)(x.detach() for x in result)
+    )
+
+
+def activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    """x (f(x)/x) with the quotient held constant; at 0 its limit from the left, as autograd has it."""
+    with torch.no_grad():
+        safe = torch.where(x == 0, -4 * torch.finfo(x.dtype).tiny, x)
+        gate = function(safe, *args, **kw) / safe
+    return x * gate
+
+
+def shifted(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    """An activation whose value at 0 is a constant that is added."""
+    with torch.no_grad():
+        y, start = function(x, *args, **kw), function(torch.zeros_like(x), *args, **kw)
+        gate = torch.where(x == 0, 0, (y - start) / x)
+    return engine.adding(x * gate + start, start)
+
+
+def _larger(engine: Any, function: Rule, x: Any, *args: Any, **kw: Any) -> Any:
+    """max and min: of one tensor, or of two; a constant beside one is the bound of an activation."""
+    if not args or not isinstance(args[0], Tensor) or (live(x) and live(args[0])):
+        return function(x, *args, **kw)
+    moving, fixed = (x, args[0]) if live(x) else (args[0], x)
+    full = torch.broadcast_shapes(moving.shape, fixed.shape)
+    return shifted(engine, function, moving.expand(full), fixed.expand(full))
+
+
+def _power(engine: Any, function: Rule, x: Any, exponent: Any = 2, **kw: Any) -> Any:
+    name = function.__name__.strip("_")
+    if live(exponent):
+        engine.refuse("powers whose exponent is a tensor")
+    if live(exponent) or not live(x):
+        return constant(engine, function, x, exponent, **kw)
+    given = () if name in ("sqrt", "square") else (exponent,)
+    power = float(exponent) if given else {"sqrt": 0.5, "square": 2.0}[name]
+    if power <= 0:
+        return constant(engine, function, x, *given, **kw)
+    if power >= 1:
+        return function(share(x, 1 / power), *given, **kw)
+    with torch.no_grad():
+        gate = torch.where(x == 0, 0, function(x, *given, **kw) / x)
+    return x * gate
+
+
+def product(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+    """A product of activations gives each an equal share; with one, it is a linear layer if the other
+    factor is a weight."""
+    if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
+        args = (args[0], *args[1])
+    moving = [i for i, x in enumerate(args) if live(x)]
+    count = len(moving) + sum(map(live, kw.values()))
+    if count > 1:
+        kw = {key: share(x, 1 / count) for key, x in kw.items()}
+        return function(*(share(x, 1 / count) for x in args), **kw)
+    weights = [i for i, x in enumerate(args) if _is_weight(x)]
+    z = function(*args, **kw)
+    if len(moving) == len(weights) == 1 and function.__name__.strip("_") in _MATRIX:
+        places = (moving[0], weights[0])
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            given = list(args)
+            given[places[0]], given[places[1]] = x, weight
+            return function(*given, **kw)  # type: ignore[no-any-return]
+
+        return engine.linear(z, Layer(linear, args[weights[0]], None), args[moving[0]])
+    return z
+
+
+_MATRIX = frozenset("matmul mm mv einsum rmatmul".split())
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 2 and not live(x)
+
+
+def _added_product(engine: Any, function: Rule, c: Any, x: Any, y: Any, **kw: Any) -> Any:
+    """addmm and its like: c + x y."""
+    if function.__name__ == "addmm" and live(x) and not live(y) and not kw:
+        z = function(c, x, y)
+        bias = None if live(c) else c
+        if bias is not None:
+            return engine.linear(z, Layer(lambda x, w: x @ w, y, bias), x)
+        return z
+    if live(x) and live(y):
+        x, y = share(x, 0.5), share(y, 0.5)
+    return function(c, x, y, **kw)
+
+
+def _quotient(engine: Any, function: Rule, x: Any, y: Any, *args: Any, **kw: Any) -> Any:
+    if function.__name__.strip("_") in ("rdiv", "rtruediv"):  # y / x
+        return function(x.detach(), y, *args, **kw)
+    return function(x, y.detach() if isinstance(y, Tensor) else y, *args, **kw)
+
+
+def _addition(engine: Any, function: Rule, x: Any, y: Any, **kw: Any) -> Any:
+    g = engine.composite.residual
+    if not g or kw or not (live(x) and live(y)) or x.shape != y.shape:
+        return function(x, y, **kw)
+    with torch.no_grad():
+        z = function(x, y)
+        weights = [1 + g * (u * z > 0) for u in (x, y)]
+    return Shared.apply(x * weights[0] + y * weights[1], z, 0.0)
+
+
+def _linear(
+    engine: Any,
+    function: Rule,
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    *options: Any,
+    **kw: Any,
+) -> Any:
+    if live(weight):  # made of activations
+        part = 0.5 if live(input) else 1.0
+        return function(share(input, part), share(weight, part), bias, *options, **kw)
+    z = function(input, weight, bias, *options, **kw)
+    dims = max(0, weight.ndim - 2)
+    layer = Layer(
+        lambda x, w: function(x, w, None, *options, **kw), weight, over_places(bias, dims)
+    )
+    return engine.linear(z, layer, input, convolution=dims > 0)
+
+
+def over_places(bias: Tensor | None, dims: int) -> Tensor | None:
+    return None if bias is None else bias.unflatten(0, (-1, *dims * [1]))
+
+
+def batch_norm(
+    engine: Any,
+    function: Rule,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """x scale + shift; after a convolution or a linear layer, one layer with it."""
+    if training or running_mean is None or running_var is None:
+        engine.refuse("batch_norm with statistics of the batch")
+        return function(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
+    wide = torch.promote_types(input.dtype, torch.float32)  # as the fused function computes it
+    dims = [1] * (input.ndim - 2)
+    scale, shift = (x.to(wide).view(-1, *dims) for x in made)
+    z = torch.addcmul(shift, input.to(wide), scale).to(input.dtype)
+    return engine.normed(z, input, *made, shift.to(z.dtype))
+
+
+def _layer_norm(
+    engine: Any,
+    function: Rule,
+    x: Tensor,
+    shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
+    return _affine(centred(x, tuple(range(-len(tuple(shape)), 0)), eps), weight, bias)
+
+
+def _group_norm(
+    engine: Any,
+    function: Rule,
+    x: Tensor,
+    groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = centred(x.reshape(len(x), groups, -1), (2,), eps).reshape(x.shape)
+    return _affine(y, over_places(weight, x.ndim - 2), over_places(bias, x.ndim - 2))
+
+
+def _instance_norm(
+    engine: Any,
+    function: Rule,
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if use_input_stats:
+        return _group_norm(engine, function, x, x.shape[1], weight, bias, eps)
+    return batch_norm(engine, F.batch_norm, x, running_mean, running_var, weight, bias, eps=eps)
+
+
+def centred(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """(x - mean) / [deviation], in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide - wide.mean(dims, keepdim=True)
+    deviation = (wide.detach().square().mean(dims, keepdim=True) + eps).sqrt()
+    return (wide / deviation).to(x.dtype)
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _glu(engine: Any, function: Rule, x: Tensor, dim: int = -1) -> Tensor:
+    first, gate = x.chunk(2, dim)
+    return first * gate.sigmoid().detach()
+
+
+def _moments(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
+    spread, mean = function(*args, **kw)
+    return spread.detach(), mean
+
+
+def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, **kw: Any) -> Any:
+    return function(x, grid.detach(), *args, **kw)
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
+    """Factors of A V as the products written out would share them: what is learned gets nothing."""
+    scored = any(map(live, (query, key, bias)))
+    part = 0.5 if scored and live(value) else 1.0
+    half = part / max(1, live(query) + live(key))
+    return [share(query, half), share(key, half), share(value, part), share(bias, part)]
+
+
+def _attention(
+    engine: Any, function: Rule, q: Any, k: Any, v: Any, mask: Any = None, *args: Any, **kw: Any
+) -> Any:
+    mask = kw.pop("attn_mask", mask)
+    return function(*attended(q, k, v, mask), *args, **kw)
+
+
+def _pooling(engine: Any, function: Rule, *given: Any) -> Any:
+    return function(*attended(*given[:4]), *given[4:])
+
+
+def _causal_product(engine: Any, function: Rule, *given: Any) -> Any:
+    return function(*attended(*given[:3])[:3], *given[3:])
+
+
+def _by_values(
+    engine: Any, function: Rule, query: Any, key: Any, value: Tensor, *args: Any, **kw: Any
+) -> Any:
+    """Attention or pooling whose weights are constants."""
+    query, key, *other = (x.detach() if isinstance(x, Tensor) else x for x in (query, key, *args))
+    kw = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kw.items()}
+    return function(query, key, value, *other, **kw)
+
+
+def _multi_head(
+    engine: Any,
+    function: Rule,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    **kw: Any,
+) -> Any:
+    """Projections, attention, projection, each with its rule; (N, B, C) or (N, C)."""
+    if bias_k is not None or add_zero_attn or kw.get("static_k") is not None:
+        engine.refuse("multi_head_attention_forward with keys of its own")
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    weights = [kw[name] for name in names] if in_weight is None else in_weight.chunk(3)
+    biases = [None] * 3 if in_bias is None else in_bias.chunk(3)
+    mask, hidden = kw.get("attn_mask"), kw.get("key_padding_mask")
+    with engine:
+        parts = zip((query, key, value), weights, biases, strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (heads, -1)).movedim(0, -2) for x, w, b in parts)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (-1, heads))
+        mask = mask if mask is None or mask.dtype != torch.bool else _hiding(mask, q)
+        if hidden is not None:
+            hidden = _hiding(hidden, q) if hidden.dtype == torch.bool else hidden
+            hidden = hidden[..., None, None, :]
+            mask = hidden if mask is None else mask + hidden
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        y = F.linear(y.movedim(-2, 0).flatten(-2), out_weight, out_bias)
+        if not kw.get("need_weights", True):
+            return y, None
+        scores = q.detach() @ k.detach().mT / q.shape[-1] ** 0.5
+        a = (scores if mask is None else scores + mask).softmax(-1)
+        return y, a.mean(-3) if kw.get("average_attn_weights", True) else a
+
+
+def _hiding(mask: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+
+
+def _lstm(
+    engine: Any,
+    function: Rule,
+    x: Tensor,
+    hx: Any,
+    weights: Any,
+    has_bias: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> Any:
+    """Gates are constants; each step's products, sums and tanh have their rules."""
+    ways = 2 if bidirectional else 1
+    size = len(weights) // (layers * ways)
+    ends: list[tuple[Tensor, Tensor]] = []
+    with engine:
+        steps = list(x.unbind(1 if batch_first else 0))
+        for layer in range(layers):
+            outputs = []
+            for way in range(ways):
+                number = layer * ways + way
+                w_in, w_own, *b = weights[number * size : number * size + 2 + 2 * has_bias]
+                b_in, b_own = b or (None, None)
+                h, c = (state[number] for state in hx)
+                found = []
+                for step in reversed(steps) if way else steps:
+                    sums = F.linear(step, w_in, b_in) + F.linear(h, w_own, b_own)
+                    i, f, g, o = sums.chunk(4, -1)
+                    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                    h = o.sigmoid() * c.tanh()
+                    found.append(h)
+                outputs.append(found[::-1] if way else found)
+                ends.append((h, c))
+            steps = [torch.cat(pair, -1) for pair in zip(*outputs, strict=True)]
+        out = torch.stack(steps, 1 if batch_first else 0)
+        return out, *(torch.stack(kind) for kind in zip(*ends, strict=True))
+
+
+# ---------------------------------------------------------------------- the table
+
+LAYOUT = frozenset(
+    "reshape view flatten unflatten permute transpose swapaxes movedim t contiguous clone squeeze "
+    "unsqueeze unfold im2col pixel_unshuffle pad to float double half bfloat16 type type_as getitem chunk "
+    "split unbind".split()
+)
+"""Where only places change; an image stays an image."""
+AFFINE = frozenset(
+    "add radd sub rsub cat concat concatenate hstack vstack stack where masked_fill addcmul addcdiv addmm "
+    "baddbmm addbmm lerp pad setitem copy scatter index_put index_add index_copy masked_scatter".split()
+)
+"""Functions that may add constants to activations."""
+_LINEAR = (
+    "neg negative sum mean cumsum tril triu diagonal diag_embed trace expand expand_as broadcast_to repeat "
+    "repeat_interleave tile roll flip rot90 narrow select tensor_split unsafe_chunk unsafe_split gather "
+    "take take_along_dim index_select masked_select fold col2im pixel_shuffle channel_shuffle "
+    "native_channel_shuffle view_as reshape_as ravel swapdims moveaxis hsplit vsplit get cpu cuda "
+    "requires_grad retain_grad detach view_as_real view_as_complex real imag fft_fft fft_ifft fft_fft2 "
+    "fft_ifft2 fft_rfft fft_irfft fft_rfft2 fft_irfft2 avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample max_pool1d "
+    "max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d amax amin topk sort kthvalue median "
+    "identity abs absolute fill zero meshgrid "
+    "broadcast_tensors nan_to_num"
+)
+_ATTENTION = (
+    "scaled_dot_product_attention",
+    "softmax_forward",
+    "block_sparse_forward",
+)  # of kernels
+_POOLS = ("pooling_forward", "causal_product_forward")
+FEATURES = frozenset(
+    "exp exp2 expm1 log softplus mish elu selu celu erf sin cos rpow relu6 logsigmoid hardtanh "
+    "special_expit".split()
+)
+"""Of one activation: where a mechanism makes its operator of them, they keep their own gradient."""
+WRITTEN_OUT = frozenset(("multi_head_attention_forward", "lstm"))
+
+
+def _of(names: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(LAYOUT | AFFINE, own),
+    **_of(_LINEAR, own),
+    **_of("add radd", _addition),
+    **_of("addcmul baddbmm addmm addbmm addmv", _added_product),
+    **_of(
+        "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish tanh softsign "
+        "hardshrink softshrink tanhshrink threshold erf sin atan rms_norm normalize local_response_norm",
+        activation,
+    ),
+    **_of("clamp clip clamp_min clamp_max cos cosh logsigmoid log_sigmoid", shifted),
+    **_of("max min maximum minimum fmax fmin", _larger),
+    **_of(
+        "sigmoid special_expit hardsigmoid exp exp2 expm1 log log2 log10 log1p softplus rpow norm "
+        "linalg_norm linalg_vector_norm rsqrt reciprocal std var logsumexp sign floor ceil "
+        "round floor_divide",
+        constant,
+    ),
+    **_of("pow square sqrt", _power),
+    **_of(
+        "mul rmul multiply matmul bmm mm mv einsum inner outer ger dot tensordot rmatmul", product
+    ),
+    **_of("div divide truediv true_divide rdiv rtruediv", _quotient),
+    **_of(
+        "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _linear
+    ),
+    **_of("var_mean std_mean", _moments),
+    "grid_sample": _sampled,
+    "glu": _glu,
+    "batch_norm": batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "multi_head_attention_forward": _multi_head,
+    "lstm": _lstm,
+    **dict.fromkeys(_ATTENTION, _attention),
+    "pooling_forward": _pooling,
+    "causal_product_forward": _causal_product,
+    **_of("softmax log_softmax", own),
+}
+"""A rule by the name of a function, without underscores at its ends; "shared" attention."""
+_CONSTANT_ATTENTION: dict[str, Rule] = {
+    **dict.fromkeys((*_ATTENTION, *_POOLS), _by_values),
+    **_of("softmax log_softmax", constant),
+}
+ATTENTION = frozenset((*_ATTENTION, "softmax"))
+_KINDS = {"linear": own, "activation": activation, "constant": constant, "product": product}
+
+
+def rules_of(composite: Composite) -> dict[str, Rule]:
+    """The table of a composite."""
+    constant = _CONSTANT_ATTENTION if composite.attention == "constant" else {}
+    return {**RULES, **constant, **dict(composite.rules)}
+
+
+def register_rule(name: str, rule: Rule | str) -> None:
+    """Make ``rule`` that of all functions called ``name``.
+
+    Args:
+        name: of the function, such as "gelu", or of your ``torch.library`` op.
+        rule: a :data:`Rule`, or "linear", "activation", "constant" or "product".
+
+    Raises:
+        ValueError: another word.
+
+    >>> register_rule("my_swish", "activation")
+    """
+    found = _KINDS.get(rule) if isinstance(rule, str) else rule
+    if found is None:
+        raise ValueError(f"rule: got {rule!r}; give one of {', '.join(_KINDS)}, or a function")
+    RULES[name.strip("_")] = found
+
+
+# ---------------------------------------------------------------------- what layers add
+
+
+def _shift(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """What BatchNorm in eval mode adds to its scaled input."""
+    if not (training or mean is None or var is None):
+        bias = batch_norm_scale_and_shift(mean, var, weight, bias, eps)[1]
+    return over_places(bias, input.ndim - 2)
+
+
+# Where the bias of a layer stands among the arguments.
+_BIASED: dict[str, Callable[..., Tensor | None]] = {
+    "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
+    **dict.fromkeys(
+        "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(),
+        lambda input, weight, bias=None, *a, **kw: over_places(bias, max(0, weight.ndim - 2)),
+    ),
+    "group_norm": lambda x, n, weight=None, bias=None, *a, **kw: over_places(bias, x.ndim - 2),
+    "instance_norm": lambda x, m=None, v=None, weight=None, bias=None, *a, **kw: over_places(
+        bias, x.ndim - 2
+    ),
+    "batch_norm": _shift,
+}
+
+
+def added_bias(function: Rule, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The constant that a call of a layer's function adds to its output, as it broadcasts there."""
+    found = _BIASED.get(getattr(function, "__name__", ""))
+    return None if found is None else found(*args, **kwargs)
