@@ -44,7 +44,15 @@ class Gated(GluMlp):
         super().__init__(*args, act_layer=nn.SiLU, gate_last=False, **options)
 
 
+class InPlace(nn.SiLU):
+    """Changes what the layer before it gave."""
+
+    def __init__(self):
+        super().__init__(inplace=True)
+
+
 MODELS = [
+    ("class", {"act_layer": InPlace}),
     *((variant, {}) for variant in VARIANTS),
     ("class", {"init_values": 0.3, "qk_norm": True}),
     ("registers", {"mlp_layer": Gated}),

@@ -19,7 +19,6 @@ from .cams.gradcam import LayerCam as LayerCam
 from .cams.gradcam import XGradCam as XGradCam
 from .cams.scorecam import ScoreCam as ScoreCam
 from .gates import Gates as Gates
-from .gradients import GuidedBackprop as GuidedBackprop
 from .gradients import InputXGradient as InputXGradient
 from .gradients import Saliency as Saliency
 from .head import HeadExplainer as HeadExplainer
@@ -39,6 +38,7 @@ from .relevance.attention import AttentionExplainer as AttentionExplainer
 from .relevance.attn_lrp import AttnLrp as AttnLrp
 from .relevance.generic_relevance import GenericRelevance as GenericRelevance
 from .relevance.grad_eclip import GradEclip as GradEclip
+from .relevance.guided_backprop import GuidedBackprop as GuidedBackprop
 from .relevance.legrad import LeGrad as LeGrad
 from .relevance.libragrad import LibraGrad as LibraGrad
 from .relevance.lrp import Lrp as Lrp

@@ -10,20 +10,19 @@ keep their proportions, and summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
-from xattn.explainers.relevance.rules import added_bias
+from xattn.explainers.relevance.engine import Engine
+from xattn.explainers.relevance.rules import BIASED, Composite, own
 
-# Gets b . df/dz (B, ...) of a layer, and whether its channels come last.
-Part = Callable[[Tensor, bool], object]
+LAYERS = Composite(plain=True, rules=tuple((name, own) for name in BIASED))
 
 
 @register_explainer("fullgrad", title="FullGrad")
@@ -48,12 +47,12 @@ class FullGrad(Explainer):
         targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
         with self._guard(), torch.enable_grad():
             images = self._move(inputs)
-            biases = images.new_zeros(len(images), dtype=torch.float64)
-            logits, x, layers = self._pass(images)
-            # A part's batch may be several windows of each image.
-            layers.part = lambda part, _: biases.add_(part.double().reshape(len(images), -1).sum(1))
-            image = self._gradient(logits, x, targets.to(logits.device)) * x.detach()
-        return image.double().flatten(1).sum(1), biases
+            logits, x, engine = self._pass(images)
+            image, *parts = self._parts(logits, x, engine, targets.to(logits.device))
+        biases = images.new_zeros(len(images), dtype=torch.float64)
+        for part, _ in parts:  # its batch may be several windows of each image
+            biases += part.double().reshape(len(images), -1).sum(1)
+        return image[0].double().flatten(1).sum(1), biases
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return self._attribute_classes(images, lambda _: target[:, None])[2]
@@ -61,32 +60,33 @@ class FullGrad(Explainer):
     def _attribute_classes(self, images: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
         size = images.shape[2:]
         with torch.enable_grad():
-            logits, x, layers = self._pass(images)
+            logits, x, engine = self._pass(images)
             classes = self._chosen(choose, logits.detach())
             maps = []
             for column in classes.unbind(1):
-                parts: list[Tensor] = []
-
-                def place(part: Tensor, last: bool, parts: list[Tensor] = parts) -> None:
-                    found = self._placed(part, last, images)
-                    if found is not None:
-                        parts.append(_psi(found, size))
-
-                layers.part = place
-                image = self._gradient(logits, x, column) * x.detach()
-                maps.append(torch.stack([_psi(image, size), *parts]).sum(0))
+                image, *parts = self._parts(logits, x, engine, column)
+                placed = (self._placed(part, last, images) for part, last in parts)
+                psi = [_psi(part, size) for part in (image[0], *placed) if part is not None]
+                maps.append(torch.stack(psi).sum(0))
         return logits.detach(), classes, torch.cat(maps, 1)
 
-    def _pass(self, images: Tensor) -> tuple[Tensor, Tensor, _Layers]:
+    def _pass(self, images: Tensor) -> tuple[Tensor, Tensor, Engine]:
         self.backbone.requires_grad_(False)  # the guard puts it back
         x = self.backbone.normalize(images).requires_grad_()
-        with _Layers() as layers:
-            return self.backbone.logits_normalized(x), x, layers
+        with Engine(LAYERS, keep=True) as engine:
+            return self.backbone.logits_normalized(x), x, engine
 
     @staticmethod
-    def _gradient(logits: Tensor, x: Tensor, classes: Tensor) -> Tensor:
+    def _parts(
+        logits: Tensor, x: Tensor, engine: Engine, classes: Tensor
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """x . df/dx, then b . df/dz (B, ...) of each layer, and whether its channels come last."""
         score = logits.gather(1, classes[:, None]).sum()
-        return torch.autograd.grad(score, x, retain_graph=True)[0]
+        edges, biases = zip(*engine.added, strict=True) if engine.added else ((), ())
+        grads = torch.autograd.grad(score, [x, *edges], retain_graph=True, allow_unused=True)
+        for factor, grad in zip((x.detach(), *biases), grads, strict=True):
+            if grad is not None:
+                yield factor * grad, factor.ndim == 1
 
     def _placed(self, part: Tensor, last: bool, images: Tensor) -> Tensor | None:
         """A layer's part as (B, C, h, w); None if it has no place in the image."""
@@ -100,25 +100,6 @@ class FullGrad(Explainer):
             return None
         part = part.movedim(3, 1) if last else part
         return part if part[0, 0].numel() > 1 else None
-
-
-class _Layers(TorchFunctionMode):
-    """In a backward pass calls ``part`` with b . df/dz of every layer that adds a bias b."""
-
-    part: Part
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        z = function(*args, **kwargs)
-        bias = added_bias(function, args, kwargs)
-        if bias is not None and z.requires_grad:
-            last = function.__name__ in ("linear", "layer_norm")
-
-            def hand_on(gradient: Tensor) -> None:
-                self.part(gradient * bias.detach(), last)
-
-            z.register_hook(hand_on)  # z itself an activation may change in place
-        return z
 
 
 @torch.no_grad()

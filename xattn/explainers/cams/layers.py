@@ -113,13 +113,14 @@ class LayerReader:
         reshape: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.backbone, self.reshape = backbone, reshape
+        found: Any
         if layer is None:
             found = default_layer(backbone, method)
         elif hasattr(layer, "register_forward_hook") and not isinstance(layer, nn.Module):
             found = layer  # what stands for a module of an adapter
         else:
             found = find_layer(backbone, layer)
-        self.layer: Any = found
+        self.layer = found
         names = (name for name, m in backbone.named_modules() if m is found)
         self.name = next(names, type(found).__name__)
         self.tokens = backbone.is_vit or bool(getattr(backbone.model, "token_taps", False))

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from xattn.attention.base import Mechanism
@@ -120,7 +121,8 @@ class Engine(TorchFunctionMode):
 
     Args:
         composite: a :class:`~xattn.explainers.relevance.rules.Composite`, or its name in ``COMPOSITES``.
-        keep: collect ``added``, outputs beside the constants that were added to make them.
+        keep: collect ``added``, the graph's edge of each output beside the constant that was added to it;
+            the edge, as what follows may work in place.
         weigh: collect ``steps``, for :meth:`balance`; memory for every activation twice.
 
     Attributes: ``refused``, functions without a rule; ``attended``, how many calls of attention there were;
@@ -134,7 +136,7 @@ class Engine(TorchFunctionMode):
         self.composite = COMPOSITES[composite] if isinstance(composite, str) else composite
         self.rules = rules_of(self.composite)
         self.keep, self.weigh = keep or weigh, weigh
-        self.added: list[tuple[Tensor, Tensor]] = []
+        self.added: list[tuple[Any, Tensor]] = []
         self.steps: list[Step] = []
         self.refused: dict[str, None] = {}
         self.attended = 0
@@ -142,12 +144,17 @@ class Engine(TorchFunctionMode):
         self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
         self._of_mechanism = self._paused = False
 
+    def __enter__(self) -> Engine:
+        super().__enter__()
+        return self
+
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if self._paused or self.composite.plain or not any(map(live, tensors([args, kwargs]))):
-            return function(*args, **kwargs)
         written = getattr(function, "__name__", "")
         name = written.strip("_")
+        ruled = not self._paused and (name in self.rules or not self.composite.plain)
+        if not ruled or not any(map(live, tensors([args, kwargs]))):
+            return function(*args, **kwargs)
         if name in FACTS:
             fact = function(*args, **kwargs)
             if not isinstance(fact, Tensor):
@@ -253,7 +260,7 @@ class Engine(TorchFunctionMode):
             for x in outputs:
                 step.weigh("out", x)
         if constant is not None and outputs:
-            self.added.append((outputs[0], constant))
+            self.added.append((get_gradient_edge(outputs[0]), constant.detach()))
             if step is not None:
                 step.weigh("kept", outputs[0], constant)
 

@@ -146,13 +146,13 @@ class LibraGrad(RelevanceExplainer):
         self,
         score: Tensor,
         tokens: Sequence[Tensor],
-        biased: Sequence[tuple[Tensor, Tensor]],
+        added: Sequence[tuple[Any, Tensor]],
         more: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(B, N) of the tokens and (B,) of other biases; ``more`` keeps the graph for another class."""
         taken = tokens if self.base == "fullgrad_plus" else tokens[:1]
-        factors = [*taken, *(bias.expand_as(y) for y, bias in biased)]
-        variables = [*taken, *(y for y, _ in biased)]
+        factors = [*taken, *(constant for _, constant in added)]
+        variables = [*taken, *(edge for edge, _ in added)]
         grads = torch.autograd.grad(score, variables, retain_graph=more, allow_unused=True)
         batch, count = tokens[0].shape[:2]
         shares = widen(score.new_zeros(batch, count))

@@ -101,9 +101,12 @@ def _parts(operator: Operator) -> _Parts:
     raise NotImplementedError(type(operator).__name__)
 
 
-@_parts.register
-def _(operator: SoftmaxOperator) -> _Parts:
-    return _Parts([operator.q], [operator.k], [] if operator.bias is None else [operator.bias])
+_parts.register(SoftmaxOperator, lambda a: _Parts([a.q], [a.k], [] if a.bias is None else [a.bias]))
+_parts.register(SoftplusOperator, lambda a: _Parts([a.q], [a.k], []))
+_parts.register(TaylorOperator, lambda a: _Parts([a.q], [a.k], []))
+_parts.register(LowRankOperator, lambda a: _Parts([a.left], [a.right], []))
+_parts.register(CausalLowRankOperator, lambda a: _Parts([a.left], [a.right], []))
+_parts.register(SharedRowOperator, lambda a: _Parts([a.row], [], []))
 
 
 @_parts.register
@@ -112,23 +115,6 @@ def _(operator: SegmentsOperator) -> _Parts:
     added = [t for s in segments for t in (s.bias, s.offset) if t is not None]
     keys = [t for s in segments for t in (s.k, s.marks) if t is not None]
     return _Parts([piece.q for piece in operator.pieces], keys, added)
-
-
-@_parts.register(SoftplusOperator)
-@_parts.register(TaylorOperator)
-def _(operator: SoftplusOperator | TaylorOperator) -> _Parts:
-    return _Parts([operator.q], [operator.k], [])
-
-
-@_parts.register(LowRankOperator)
-@_parts.register(CausalLowRankOperator)
-def _(operator: LowRankOperator | CausalLowRankOperator) -> _Parts:
-    return _Parts([operator.left], [operator.right], [])
-
-
-@_parts.register
-def _(operator: SharedRowOperator) -> _Parts:
-    return _Parts([operator.row], [], [])
 
 
 @times.register(SoftmaxOperator)
@@ -172,9 +158,7 @@ def _(operator: LocalLinearOperator, x: Tensor, held: Held, part: float = 0.5) -
     return operator.with_constant_factors(q, k).matvec(share(x, 1 - part))
 
 
-@depends.register
-def _(operator: LocalLinearOperator) -> bool:
-    return operator.q.requires_grad or operator.k.requires_grad
+depends.register(LocalLinearOperator, lambda a: live(a.q) or live(a.k))
 
 
 # ---------------------------------------------------------------------- operators made of others
@@ -192,9 +176,7 @@ def _(operator: ProductOperator, x: Tensor, held: Held, part: float = 0.5) -> Te
     return x
 
 
-@depends.register
-def _(operator: ProductOperator) -> bool:
-    return any(depends(factor) for factor in operator.factors)
+depends.register(ProductOperator, lambda a: any(map(depends, a.factors)))
 
 
 @times.register
@@ -202,9 +184,7 @@ def _(operator: SumOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor
     return total(times(term, x, held, part) for term in operator.terms)
 
 
-@depends.register
-def _(operator: SumOperator) -> bool:
-    return any(depends(term) for term in operator.terms)
+depends.register(SumOperator, lambda a: any(map(depends, a.terms)))
 
 
 @times.register
@@ -213,9 +193,7 @@ def _(operator: GatedOperator, x: Tensor, held: Held, part: float = 0.5) -> Tens
     return operator.factor.detach()[..., None].to(y.dtype) * y
 
 
-@depends.register
-def _(operator: GatedOperator) -> bool:
-    return depends(operator.operator)
+depends.register(GatedOperator, lambda a: depends(a.operator))
 
 
 @times.register
@@ -223,9 +201,7 @@ def _(operator: ColumnsOperator, x: Tensor, held: Held, part: float = 0.5) -> Te
     return times(operator.operator, operator.detach().scaled(x), held, part).to(x.dtype)
 
 
-@depends.register
-def _(operator: ColumnsOperator) -> bool:
-    return depends(operator.operator)
+depends.register(ColumnsOperator, lambda a: depends(a.operator))
 
 
 @times.register(PoolOperator)
@@ -244,6 +220,6 @@ def _(operator: SubsetsOperator, x: Tensor, held: Held, part: float = 0.5) -> Te
     return operator.with_first(times(operator.first, x, held, part), y)
 
 
-@depends.register
-def _(operator: SubsetsOperator) -> bool:
-    return depends(operator.inner) or (operator.first is not None and depends(operator.first))
+depends.register(
+    SubsetsOperator, lambda a: depends(a.inner) or (a.first is not None and depends(a.first))
+)

@@ -203,7 +203,7 @@ class Composite:
         first: of layers that read the image; None is that of their kind.
         attention: "constant" or "shared", see the module.
         residual: how strongly sums of two activations prefer the one with the sum's sign; 0 to 1.
-        plain: every function keeps its own gradient.
+        plain: functions without a rule among ``rules`` keep their own gradient.
         rules: a rule by the name of a function, in the place of that in :data:`RULES`.
     """
 
@@ -695,6 +695,8 @@ _KINDS = {"linear": own, "activation": activation, "constant": constant, "produc
 
 def rules_of(composite: Composite) -> dict[str, Rule]:
     """The table of a composite."""
+    if composite.plain:
+        return dict(composite.rules)
     constant = _CONSTANT_ATTENTION if composite.attention == "constant" else {}
     return {**RULES, **constant, **dict(composite.rules)}
 
@@ -737,7 +739,7 @@ def _shift(
 
 
 # Where the bias of a layer stands among the arguments.
-_BIASED: dict[str, Callable[..., Tensor | None]] = {
+BIASED: dict[str, Callable[..., Tensor | None]] = {
     "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
     **dict.fromkeys(
         "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(),
@@ -753,5 +755,5 @@ _BIASED: dict[str, Callable[..., Tensor | None]] = {
 
 def added_bias(function: Rule, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The constant that a call of a layer's function adds to its output, as it broadcasts there."""
-    found = _BIASED.get(getattr(function, "__name__", ""))
+    found = BIASED.get(getattr(function, "__name__", ""))
     return None if found is None else found(*args, **kwargs)
