@@ -89,11 +89,12 @@ class AnswerFacts:
                 word, "text", "span", "log_prob", "lost", "probability", "shares", "sources"
             )
             start, end = _numbers(span, 2)
+            log_prob, lost, probability = _numbers(values, 3)
             if not 0 <= start <= end <= len(text):
                 raise ValueError("a word is not in its answer")
             found.append(
                 AnswerWord(
-                    _text(name, shown), (int(start), int(end)), *_numbers(values, 3),
+                    _text(name, shown), (int(start), int(end)), log_prob, lost, probability,
                     _by_method(shares, SHARES), _by_method(sources, len(tokens)),
                 )
             )  # fmt: skip

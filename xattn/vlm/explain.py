@@ -366,9 +366,9 @@ def _with_facts(
         own = maps.get(i, {}).items()
         shares = {name: m.shares for name, m in own if m.shares is not None}
         sources = {name: tuple(m.text.tolist()) for name, m in own if m.text is not None}
-        values = answer.log_probs[i], answer.lost[i], answer.probabilities[i]
-        numbers = (float(value) for value in values)
-        words.append(AnswerWord(word.text, word.span, *numbers, shares, sources))
+        log_prob, lost = float(answer.log_probs[i]), float(answer.lost[i])
+        p = float(answer.probabilities[i])
+        words.append(AnswerWord(word.text, word.span, log_prob, lost, p, shares, sources))
     tokens = tuple(token for token, _ in answer.tokens)
     told_of = AnswerFacts(answer.prompt, answer.text, tuple(words), tokens, answer.asked)
     facts = ImageFacts(answer=told_of)
