@@ -81,7 +81,7 @@ RUNS = {
     "A": Run(),
     "B": Run(tied=True),
     "C": Run(seed=1),
-    "local": Run(local=True, steps=300),
+    "local": Run(local=True),
     "digits": Run(looks=COUNTS, steps=1000),
     "prior": Run(prior=0.8),
 }
@@ -332,10 +332,8 @@ class Deletion:
 def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
     """Maps that look at nothing: noise, and nearness to the middle."""
     y, x = np.mgrid[:GRID, :GRID] - (GRID - 1) / 2
-    return {
-        "random": np.random.default_rng([i, word]).random((GRID, GRID)),
-        "centre": -np.hypot(y, x),
-    }
+    noise = np.random.default_rng([i, word]).random((GRID, GRID))
+    return {"random": noise, "centre": GRID - np.hypot(y, x)}
 
 
 def conversation(folder: Path, truth: Mapping[str, Any]) -> tuple[Path, str, str]:

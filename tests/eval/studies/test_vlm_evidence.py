@@ -103,6 +103,7 @@ def test_pointing_and_energy():
     assert study.pointing_and_energy(np.ones((8, 8)), evidence) == (0, 4 / 64)
     assert study.pointing_and_energy(evidence - 0.5, evidence) == (1, 1)
     assert study.pointing_and_energy(np.zeros((8, 8)), evidence) == (0, 0)
+    assert all((of > 0).all() for of in study.controls(0, 1).values())
 
 
 class OneTokenMatters:
