@@ -88,6 +88,7 @@ class AnswerFacts:
             name, span, *values, shares, sources = _fields(
                 word, "text", "span", "log_prob", "lost", "probability", "shares", "sources"
             )
+            log_prob, lost, probability = _numbers(values, 3)
             start, end = _numbers(span, 2)
             log_prob, lost, probability = _numbers(values, 3)
             if not 0 <= start <= end <= len(text):

@@ -40,7 +40,7 @@ from xattn.vlm.explainers.base import (
 )
 from xattn.vlm.layout import locate
 from xattn.vlm.model import VLM
-from xattn.vlm.words import Word, word_number, words_of
+from xattn.vlm.words import Word, spans_of, word_number, words_of
 
 NEEDED = 0.1  # nats that a word loses without the image, from which on it is "visual"
 
@@ -245,10 +245,7 @@ def _explained(
         token_ids=tuple(ids.tolist()),
         log_probs=log_probs,
         lost=lost,
-        tokens=tuple(
-            (vlm.tokenizer.decode([int(own.sequence[i])]), int(i) < len(prompt_ids))
-            for i in own.text
-        ),
+        tokens=_tokens(own),
         notes={m.name: notes for m in methods if (notes := m.notes(own))},
     )
     maps: dict[int, dict[str, Maps]] = {i: {} for i in own.asked}
@@ -257,6 +254,14 @@ def _explained(
         for i, of_word in _maps(own, scores[method.name], shown, method, protocol, sources):
             maps[i][method.name] = of_word
     return replace(shown, maps=_with_facts(shown, maps))
+
+
+def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
+    """The text of each text token, with the white space before it, and whether it is of the prompt."""
+    tokenizer, ids = context.vlm.tokenizer, context.sequence[context.text].tolist()
+    text, spans = spans_of(tokenizer, ids)
+    shown = [text[a:b] or tokenizer.decode([i]) for i, (a, b) in zip(ids, spans, strict=True)]
+    return tuple(zip(shown, (context.text < len(context.prompt_ids)).tolist(), strict=True))
 
 
 def _need(context: Context, logits: Tensor | None) -> tuple[Any, Any]:

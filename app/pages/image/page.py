@@ -293,6 +293,13 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
         args=(pack, image_id),
         help="Hide a part of the photo and see what the network says then",
     )
+    if pack.facts_of(image_id).answer is not None:
+        bar.button(
+            "Answer",
+            key="go_answer",
+            on_click=lambda: state.go("answer", image=image_id, view=st.query_params.get("view")),
+            help="What the model said, with a map of every word",
+        )
     if _has_attention(pack, image_id):
         bar.button(
             "Attention",
