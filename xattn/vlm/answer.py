@@ -39,7 +39,8 @@ class Answer:
         log_probs: (W,) the sum over each word's tokens of log p; ``lost``: (W,) how much of it is lost
             where every image token is the mean one, in nats. Near 0: the word does not need the image,
             whatever its map shows.
-        tokens: (text of the token, whether it is of the prompt), M of them, those of images left out.
+        tokens: (text of the token with the white space before it, whether it is of the prompt), M of them,
+            those of images left out.
         maps: by number of the word, by method; the first method is the one that ``answer[word]`` shows.
         notes: what should be said of the maps, by method.
     """
