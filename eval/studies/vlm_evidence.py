@@ -32,7 +32,6 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.eval.evaluation.split import Split
-from xattn.eval.studies.digits import load_digits
 from xattn.eval.studies.kept import kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
 from xattn.eval.studies.small_training import minimize, single_thread
@@ -57,16 +56,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "localization_heads, one head": ("localization_heads", {"heads": 1}, "log_prob"),
     "occlusion of one token": ("occlusion", {"size": 1}, "log_prob"),
 }
+RANDOMISED = ("attention", "integrated_gradients", "occlusion")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
 class Run:
     """What one model is trained on, and how."""
 
-    looks: tuple[str, ...] = TEXTURES
-    """The words for what an object looks like: textures, or the names of digits."""
     prior: float = 0.0
     """How often a colour has the texture of its number, instead of any: then a guess is often right."""
     tied: bool = False
@@ -82,7 +79,6 @@ RUNS = {
     "B": Run(tied=True),
     "C": Run(seed=1),
     "local": Run(local=True),
-    "digits": Run(looks=COUNTS, steps=1000),
     "prior": Run(prior=0.8),
 }
 
@@ -110,55 +106,43 @@ class Scenes(NamedTuple):
 
 @cache
 def textures() -> NDArray[np.float64]:
-    """(6, 1, 16, 16) in [0, 1], by the names of ``TEXTURES``."""
+    """(6, 16, 16) in [0, 1], by the names of ``TEXTURES``."""
     y, x = np.mgrid[:CELL, :CELL]
     stripes = y // 2 % 2, x // 2 % 2, (x + y) // 2 % 2
     dots = (x % 4 < 2) & (y % 4 < 2)
-    return np.stack([*stripes, (stripes[0] + stripes[1]) % 2, dots, 0 * x + 1]).astype(float)[
-        :, None
-    ]
+    return np.stack([*stripes, (stripes[0] + stripes[1]) % 2, dots, 0 * x + 1]).astype(float)
 
 
-@cache
-def _digits(held_out: bool) -> tuple[NDArray[np.float64], ...]:
-    """Of each digit its images, (m, 16, 16) in [0, 1]."""
-    found = load_digits()[held_out]
-    large = found.images[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2).double().numpy()
-    return tuple(large[found.labels.numpy() == d] for d in range(10))
-
-
-def scenes(run: Run, count: int, seed: int, held_out: bool = False) -> Scenes:
+def scenes(run: Run, count: int, seed: int) -> Scenes:
     """Photos with four objects each, two of which are asked for."""
     rng = np.random.default_rng(seed)
-    patterns = textures() if run.looks == TEXTURES else _digits(held_out)
     photos = np.full((count, SIDE, SIDE, 3), 0.5)
     n = GRID // 2
     cells = rng.permuted(np.tile(np.arange(n * n), (count, 1)), axis=1)[:, :4]
     colours = rng.permuted(np.tile(np.arange(6), (count, 1)), axis=1)[:, :4]
-    looks = rng.integers(0, len(run.looks), (count, 4))
+    looks = rng.integers(0, len(TEXTURES), (count, 4))
     looks = np.where(rng.random((count, 4)) < run.prior, colours, looks)
     table = np.array(list(COLOURS.values()))
     for i in range(count):
         for cell, colour, look in zip(cells[i], colours[i], looks[i], strict=True):
             y, x = CELL * (cell // n), CELL * (cell % n)
-            pattern = patterns[look][rng.integers(len(patterns[look]))]
-            shade = rng.uniform(0.8, 1) * (0.25 + 0.75 * pattern)
+            shade = rng.uniform(0.8, 1) * (0.25 + 0.75 * textures()[look])
             photos[i, y : y + CELL, x : x + CELL] = shade[..., None] * table[colour]
     photos += rng.normal(0, 0.08, photos.shape)
     of_bytes = torch.from_numpy((photos.clip(0, 1) * 255).round().astype(np.uint8))
     return Scenes(of_bytes, colours[:, :2], looks[:, :2], cells[:, :2])
 
 
-def words_of(run: Run) -> list[str]:
+def words_of() -> list[str]:
     """The vocabulary, by token id."""
-    return [*SPECIAL.values(), "<image>", "?", "and", *COLOURS, *run.looks]
+    return [*SPECIAL.values(), "<image>", "?", "and", *COLOURS, *TEXTURES]
 
 
-def sequences(run: Run, found: Scenes) -> Tensor:
+def sequences(found: Scenes) -> Tensor:
     """Question and answer of each photo, (n, 1 + 64 + 3 + 6)."""
-    number = {word: i for i, word in enumerate(words_of(run))}
+    number = {word: i for i, word in enumerate(words_of())}
     prompt = [number["<s>"]] + [number["<image>"]] * GRID**2
-    colour, look = number["red"], number[run.looks[0]]
+    colour, look = number["red"], number[TEXTURES[0]]
     rows = [
         [*prompt, a, b, number["?"], a, s, number["and"], b, t, number["</s>"]]
         for (a, b), (s, t) in zip(found.colours + colour, found.looks + look, strict=True)
@@ -166,12 +150,12 @@ def sequences(run: Run, found: Scenes) -> Tensor:
     return torch.tensor(rows)
 
 
-def processor_of(run: Run) -> Any:
+def processor_of() -> Any:
     """One token a word, and photos of 64 x 64 pixels as they are, in [-1, 1]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(words_of(run))}
+    vocabulary = {word: i for i, word in enumerate(words_of())}
     words = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
@@ -195,7 +179,7 @@ def untrained(run: Run) -> Any:
     """A LLaVA with random weights of the run's seed."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    ids = {f"{name}_id": words_of(run).index(token) for name, token in SPECIAL.items()}
+    ids = {f"{name}_id": words_of().index(token) for name, token in SPECIAL.items()}
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     tower = {
         "num_hidden_layers": 1 if run.local else 2,
@@ -204,7 +188,7 @@ def untrained(run: Run) -> Any:
     }
     words = {
         "num_hidden_layers": 3,
-        "vocab_size": len(words_of(run)),
+        "vocab_size": len(words_of()),
         "max_position_embeddings": 128,
     }
     torch.manual_seed(run.seed)
@@ -218,7 +202,7 @@ def untrained(run: Run) -> Any:
                 **ids,
                 "tie_word_embeddings": run.tied,
             },
-            image_token_index=words_of(run).index("<image>"),
+            image_token_index=words_of().index("<image>"),
             vision_feature_layer=-2 if run.local else -1,
             tie_word_embeddings=run.tied,
         )
@@ -237,7 +221,7 @@ def trained(run: Run, split: Split, batch: int = 32) -> tuple[Any, float]:
     def losses() -> Iterator[Tensor]:
         for step in range(run.steps):
             seen = split.fit(scenes(run, batch, seed=1_000_000 * (run.seed + 1) + step))
-            ids = sequences(run, seen)
+            ids = sequences(seen)
             logits = model(ids, pixel_values=normalised(seen.photos)).logits[:, -7:-1]
             yield F.cross_entropy(logits.flatten(0, 1), ids[:, -6:].flatten())
 
@@ -246,9 +230,9 @@ def trained(run: Run, split: Split, batch: int = 32) -> tuple[Any, float]:
 
 
 @torch.no_grad()
-def right(model: Any, run: Run, found: Scenes) -> float:
+def right(model: Any, found: Scenes) -> float:
     """Share of the looks that are the likeliest word."""
-    ids = sequences(run, found)
+    ids = sequences(found)
     logits = model(ids, pixel_values=normalised(found.photos)).logits[:, -7:-1]
     return float((logits.argmax(2) == ids[:, -6:])[:, LOOKS].double().mean())
 
@@ -264,18 +248,18 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
     def measure() -> dict[str, Any]:
         split = Split(f"{name},")
         model, seconds = trained(run, split)
-        shown = split.score(scenes(run, photos, seed=7, held_out=True))
-        share = right(model, run, split.score(scenes(run, tests, seed=8, held_out=True)))
+        shown = split.score(scenes(run, photos, seed=7))
+        share = right(model, split.score(scenes(run, tests, seed=8)))
         model.save_pretrained(folder)
-        processor_of(run).save_pretrained(folder)
+        processor_of().save_pretrained(folder)
         (folder / "photos").mkdir(exist_ok=True)
         truth = []
         for i, pixels in enumerate(shown.photos):
             file = f"{i:03}.png"
             Image.fromarray(pixels.numpy()).save(folder / "photos" / file)
             evidence = [shown.evidence(i, k).ravel().nonzero()[0].tolist() for k in (0, 1)]
-            ids = sequences(run, shown)[i, -6:-1]
-            answer = " ".join(words_of(run)[t] for t in ids)
+            ids = sequences(shown)[i, -6:-1]
+            answer = " ".join(words_of()[t] for t in ids)
             truth.append(
                 {
                     "photo": file,
@@ -345,11 +329,20 @@ def trained_head(vlm: Any, run: Run, split: Split, photos: int) -> Any:
     """The explainer of attention rows, trained on masks of other photos."""
     trainer = OutcomesTrainer()
     seen = split.fit(scenes(run, photos, seed=9))
-    answers = sequences(run, seen)[:, -6:-1]
+    answers = sequences(seen)[:, -6:-1]
     for i, pixels in enumerate(seen.photos):
-        text = " ".join(words_of(run)[t] for t in answers[i])
+        text = " ".join(words_of()[t] for t in answers[i])
         explain_tokens(pixels.numpy(), vlm, seen.question(i), text, trainer, words=list(LOOKS))
     return trainer.fit()
+
+
+def with_random_words(vlm: Any, folder: Path, run: Run) -> Any:
+    """The same tower with a language model of random weights, whose maps show what needs no training."""
+    model = type(vlm.model).from_pretrained(folder).eval()
+    fresh = untrained(replace(run, seed=run.seed + 100))
+    model.model.language_model.load_state_dict(fresh.model.language_model.state_dict())
+    model.lm_head.load_state_dict(fresh.lm_head.state_dict())
+    return load_vlm(model, vlm.processor)
 
 
 def scored(
@@ -358,10 +351,12 @@ def scored(
     """By method, of each look of each photo its pointing, energy and deletion; by kind of word what it
     loses without the image."""
     vlm, split = load_vlm(folder), Split(f"{name},")
-    run = Run(**{**found["run"], "looks": tuple(found["run"]["looks"])})
+    run = Run(**found["run"])
     rows: dict[str, list[tuple[float, ...]]] = {}
     lost: dict[str, list[float]] = {"look": [], "colour": [], "and": []}
     variants = {k: v for k, v in VARIANTS.items() if v[0] in methods}
+    untaught = with_random_words(vlm, folder, run)
+    plain = [m for m in RANDOMISED if m in methods]
     if "outcomes" in methods:
         head = trained_head(vlm, run, split, 2 * len(found["photos"]))
     for i in split.score(range(len(found["photos"]))):
@@ -374,6 +369,7 @@ def scored(
         for label, (method, options, score) in variants.items():
             one = create_token_explainer(method, **options)
             (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*LOOKS], score=score)
+        (random,) = explain_tokens(about[0], untaught, *about[1:], plain, [*LOOKS])
         if "outcomes" in methods:
             heads = {"trained": head, "trained, whole rows": replace(head, above_mean=False)}
             for label, own in heads.items():
@@ -388,6 +384,8 @@ def scored(
                 maps: dict[str, NDArray[Any]] = {}
                 maps |= {m: answer.of(word, m).explanations[0].map for m in methods}
                 maps |= {label: own[word].map for label, own in others.items()}
+                for m in plain:
+                    maps[f"{m}, random weights"] = random.of(word, m).explanations[0].map
                 maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
                 for label, of in (dict(sorted(maps.items())) | controls(i, word)).items():
                     values = *pointing_and_energy(of, evidence), deletion(of, word)
@@ -431,7 +429,7 @@ def study(
     """Train what is not there yet, score every method, write report.md, and give its lines.
 
     Args:
-        runs: of A, B (tied embeddings), C (another seed), local, digits, prior.
+        runs: of A, B (tied embeddings), C (another seed), local, prior.
         methods: token explainers, by default all that are registered.
     """
     unknown = [name for name in runs if name not in RUNS]
