@@ -75,7 +75,12 @@ def test_a_run_is_kept_as_a_model_that_opens(tmp_path):
     lines = [*study.study(tmp_path, ["A"], quick=True)]
     assert lines[2].startswith("| A | 217,664 |") and (tmp_path / "report.md").is_file()
     rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
-    assert {"| attention, last layer", "| occlusion, random weights", "| occlusion of one token", "| random"} <= {*rows}
+    assert {
+        "| attention, last layer",
+        "| occlusion, random weights",
+        "| occlusion of one token",
+        "| random",
+    } <= {*rows}
     auto = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
     model, processor = (kind.from_pretrained(tmp_path / "A") for kind in auto)
     truth = json.loads((tmp_path / "A" / "truth.json").read_text())["photos"]
