@@ -20,6 +20,7 @@ function build(root) {
   state.methods.setAttribute("role", "group");
   state.methods.setAttribute("aria-label", "Method");
   state.words.setAttribute("role", "toolbar");
+  state.words.dir = state.prompt.dir = "auto"; // of the language that is spoken
   root.append(state.photos, state.side);
   root.addEventListener("keydown", (event) => key(event, state));
   state.words.addEventListener("pointerover", (event) => over(event, state));
@@ -55,9 +56,11 @@ function key(event, state) {
     choose(state, number);
   } else {
     const last = words.length - 1;
+    const [next, before] = [Math.min(state.word + 1, last), Math.max(state.word - 1, 0)];
+    const back = getComputedStyle(state.words).direction === "rtl";
     const to = {
-      ArrowRight: Math.min(state.word + 1, last), ArrowDown: Math.min(state.word + 1, last),
-      ArrowLeft: Math.max(state.word - 1, 0), ArrowUp: Math.max(state.word - 1, 0), Home: 0, End: last,
+      ArrowRight: back ? before : next, ArrowLeft: back ? next : before,
+      ArrowDown: next, ArrowUp: before, Home: 0, End: last,
     }[event.key];
     if (to === undefined || !event.target.closest(".words")) return;
     state.words.querySelectorAll(".word")[to].focus();
@@ -123,10 +126,10 @@ function point(event, state, photo) {
 }
 
 function shareAt(map, x, y) {
-  map.values ??= new Uint16Array(Uint8Array.from(atob(map.cells), (c) => c.charCodeAt(0)).buffer);
   const [top, left, bottom, right] = map.box;
   const [down, across] = [(y - top) / (bottom - top), (x - left) / (right - left)];
   if (down < 0 || across < 0 || down >= 1 || across >= 1 || map.high <= 0) return 0;
+  map.values ??= new Uint16Array(Uint8Array.from(atob(map.cells), (c) => c.charCodeAt(0)).buffer);
   const at = Math.floor(down * map.rows) * map.columns + Math.floor(across * map.columns);
   return Math.max(map.low + (map.values[at] / 65535) * (map.high - map.low), 0) / map.high;
 }

@@ -55,13 +55,16 @@ def _together(pack: Pack, image_id: str) -> list[str]:
 
 
 def _answer(pack: Pack, photos: Sequence[str], answer: AnswerFacts) -> None:
-    entries = {name: selection.table(pack).entries_of(name) for name in photos}
+    entries = {name: _of_words(selection.table(pack).entries_of(name), answer) for name in photos}
     own = entries[photos[0]]
     methods = list(dict.fromkeys(own["method"]))
     places = {
         name: {(m, int(t)): i for i, m, t in zip(e.index, e["method"], e["target"], strict=True)}
         for name, e in entries.items()
     }
+    if not methods:
+        st.info("No word of this answer has a map.")
+        return
     word, method = _asked(answer, methods)
     prompt = answer.tokens[: answer.asked]
     components.answer(
@@ -73,7 +76,7 @@ def _answer(pack: Pack, photos: Sequence[str], answer: AnswerFacts) -> None:
                 "src": photo_url(pack, name, SIDE),
                 "aspect": _aspect(pack, entries[name].index[0]),
                 "maps": [
-                    [_map(pack, photos, places, name, m, i) for i in range(len(answer.words))]
+                    [_map(pack, entries, places, name, m, i) for i in range(len(answer.words))]
                     for m in methods
                 ],
             }
@@ -88,6 +91,12 @@ def _answer(pack: Pack, photos: Sequence[str], answer: AnswerFacts) -> None:
         label="Words of the answer",
         on_pick=lambda: _picked(answer, methods),
     )
+
+
+def _of_words(entries: pd.DataFrame, answer: AnswerFacts) -> pd.DataFrame:
+    """The maps of words; a merged pack may have maps of a classifier's classes, too."""
+    words = dict(enumerate(word.text for word in answer.words))
+    return entries[entries["target"].map(words) == entries["target_name"]]
 
 
 def _asked(answer: AnswerFacts, methods: Sequence[str]) -> tuple[int, str]:
@@ -116,22 +125,22 @@ def _aspect(pack: Pack, entry_id: str) -> float:
 
 def _map(
     pack: Pack,
-    photos: Sequence[str],
+    entries: dict[str, pd.DataFrame],
     places: dict[str, dict[tuple[str, int], Any]],
     name: str,
     method: str,
     word: int,
 ) -> dict[str, Any] | None:
     """A word's map on one of the photos, all photos on one scale; None where it was not explained."""
-    ids = [places[n].get((method, word)) for n in photos]
     entry_id = places[name].get((method, word))
     if entry_id is None:
         return None
     look = Look(side=SIDE)
-    if len(photos) > 1:
-        rows = selection.table(pack)
+    if len(entries) > 1:
         found = [
-            rows.entries_of(n).loc[i] for n, i in zip(photos, ids, strict=True) if i is not None
+            rows.loc[places[n][method, word]]
+            for n, rows in entries.items()
+            if (method, word) in places[n]
         ]
         limits = min(float(r["min"]) for r in found), max(float(r["max"]) for r in found)
         look = Look(side=SIDE, scale="shared", limits=limits)

@@ -7,7 +7,7 @@ import pytest
 from pack_files import rewritten
 from small_explanations import make
 
-from xattn.packs.answers import AnswerFacts, AnswerWord
+from xattn.packs.answers import MOST, AnswerFacts, AnswerWord
 from xattn.packs.contained_files import PackError
 from xattn.packs.explanation import ImageFacts
 from xattn.packs.merging import merge_packs
@@ -77,7 +77,7 @@ def changed(**fields):
         changed(text=5),
         changed(words={}),
         changed(words=[5]),
-        changed(tokens=["x"] * 20_000),
+        changed(tokens=["x"] * (MOST + 1)),
         changed(span=[0, 400]),
         changed(span=[-1, 1]),
         changed(span=[1]),
@@ -107,3 +107,21 @@ def test_texts_of_other_peoples_packs_show_what_they_are(tmp_path):
         read.prompt == "??"
         and "\u202e" not in Pack(tmp_path / "p").explanation("cat@0.attention").facts.answer.text
     )
+
+
+def test_scores_of_tokens_are_kept_short_and_left_out_where_they_are_too_many(tmp_path):
+    few = answer()
+    assert json.loads(few.to_json())["words"][0]["sources"] == {"attention": [0.125]}
+    tokens = tuple("x" for _ in range(3000))
+    sources = {"attention": tuple(0.123 + i for i in range(3000))}
+    words = tuple(replace(few.words[0], sources=sources) for _ in range(300))
+    long = replace(few, words=words, tokens=tokens)
+    with pytest.warns(UserWarning, match="answer: .* does not keep how much each word took"):
+        read = pack(tmp_path / "p", facts=long).explanation("cat@0.attention").facts.answer
+    assert len(read.words) == 300 and read.words[0].sources == {} and read.tokens == tokens
+
+
+def test_answers_of_two_models_are_not_merged(tmp_path):
+    other = replace(answer("rise"), words=tuple(replace(w, lost=9.0) for w in answer("rise").words))
+    with pytest.raises(ValueError, match="packs: the answer on cat is one in a and another in b"):
+        merge_packs([pack(tmp_path / "a"), pack(tmp_path / "b", "rise", other)], tmp_path / "both")

@@ -69,3 +69,15 @@ def test_words_are_found_by_text_number_and_count():
     }.items():
         with pytest.raises(ValueError, match=match):
             word_number(words, key)
+
+
+def test_marks_belong_to_their_letters():
+    pieces = ["हिन्द", "ी", " cafe", "\u0301", "!"]
+
+    class Pieces:
+        all_special_ids = ()
+
+        def decode(self, ids, **options):
+            return "".join(pieces[i] for i in ids)
+
+    assert [w.text for w in words_of(Pieces(), range(5))[1]] == ["हिन्दी", "cafe\u0301", "!"]

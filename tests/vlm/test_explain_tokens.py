@@ -11,6 +11,7 @@ import torch
 import vlm_models as tiny
 from PIL import Image
 
+from xattn.packs.reader import Pack
 from xattn.vlm.explain import explain_tokens
 from xattn.vlm.explainers import base
 from xattn.vlm.explainers.base import (
@@ -153,7 +154,7 @@ def test_photos_of_a_tuple_are_shown_together(loaded):
     assert [e.image_id for e in maps] == ["image 0#1", "image 0#2"]
     # Scores are numbered over all tokens: those of the second photo follow.
     assert [e.map.sum() for e in maps] == [sum(range(16)), sum(range(16, 32))]
-    assert [e.image_id for e in second.of("red").explanations] == ["image 2"]
+    assert [e.image_id for e in second.of("red").explanations] == ["image 1"]
 
 
 def test_a_photo_that_cannot_be_read_is_skipped(loaded, tmp_path):
@@ -445,3 +446,51 @@ def test_an_answer_of_beams_is_explained_as_a_given_one(loaded):
     given = explain_tokens(tiny.photo(), vlm, QUESTION, made.text)[0]
     np.testing.assert_allclose(made.log_probs, given.log_probs, atol=1e-5)
     np.testing.assert_allclose(made[0].map, given[0].map, atol=1e-6)
+
+
+def test_tuples_keep_their_photos(loaded):
+    vlm, photo = loaded(), tiny.photo()
+    with pytest.raises(ValueError, match="images: one of a tuple holds several photos"):
+        explain_tokens([(photo, torch.rand(2, 3, 32, 32)), photo], vlm, QUESTION, ANSWER)
+    pair = explain_tokens([(photo, torch.rand(3, 32, 32)), photo], vlm, QUESTION, ANSWER)
+    assert [len(one.of(0).explanations) for one in pair] == [2, 1]
+    assert len({one.image_id for one in pair}) == 2
+
+
+def test_a_pair_is_a_word_and_its_number(loaded):
+    [answer] = explain_tokens(tiny.photo(), loaded(), QUESTION, ANSWER, words=("fork", 2))
+    assert list(answer.maps) == [6]
+
+
+def test_where_no_word_is_explained_there_is_no_pack_and_nothing_is_lost(
+    loaded, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("xattn.vlm.explain.NEEDED", 1e9)
+    with pytest.warns(UserWarning, match="output: no word was explained"):
+        found = explain_tokens(
+            [tiny.photo()] * 2, loaded(), QUESTION, ANSWER, words="visual", output=tmp_path / "pack"
+        )
+    assert len(found) == found.count == 2 and not (tmp_path / "pack").exists()
+
+
+def test_few_answers_are_kept_where_a_pack_has_all(loaded, tmp_path):
+    photos = [tiny.photo(seed) for seed in range(3)]
+    found = explain_tokens(
+        photos, loaded(), QUESTION, ANSWER, words="fork", output=tmp_path / "pack", keep=1
+    )
+    assert (len(found), found.count, len(Pack(tmp_path / "pack").entry_ids)) == (1, 3, 3)
+
+
+def test_one_bad_photo_is_skipped(loaded):
+    wide = Image.new("RGB", (900, 3))
+    with pytest.warns(UserWarning, match="skipped 1 of 2 images"):
+        found = explain_tokens([tiny.photo(), wide], loaded("qwen2_vl"), QUESTION, ANSWER)
+    assert len(found) == 1 and found.skipped[0][1].startswith("image, prompt: the processor of")
+
+
+def test_what_is_set_here_and_messages_without_an_image_are_refused(loaded):
+    vlm = loaded()
+    with pytest.raises(ValueError, match="generate: output_logits is set here"):
+        explain_tokens(tiny.photo(), vlm, QUESTION, generate={"output_logits": True})
+    with pytest.raises(ValueError, match="prompt: 0 images in the messages for 1 image"):
+        explain_tokens(tiny.photo(), vlm, [{"role": "user", "content": "what ?"}])

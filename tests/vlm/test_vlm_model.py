@@ -164,3 +164,10 @@ def test_a_pass_that_is_not_generation_is_refused(monkeypatch):
     monkeypatch.setattr(VLM, "family", property(lambda vlm: "other"))
     with pytest.raises(ValueError, match="^model: a PaliGemma.* gives other logits in one pass"):
         load_vlm(model, tiny.processor("paligemma"))
+
+
+def test_a_type_by_name():
+    model, processor = tiny.network("llava"), tiny.processor("llava")
+    assert load_vlm(model, processor, dtype="float64").model.dtype == torch.float64
+    with pytest.raises(ValueError, match="dtype: got 'float65'; give a type of torch"):
+        load_vlm(model, processor, dtype="float65")

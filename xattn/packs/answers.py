@@ -7,13 +7,13 @@ A photo's row holds the question, the answer and its words. The map of word numb
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from xattn.runtime.names import encodable
 
-MOST = 1 << 14  # words, or text tokens, of an answer
+MOST = 1 << 18  # words, or text tokens, of an answer
 SHARES = 3  # of an image, the prompt and the answer
 
 
@@ -52,14 +52,15 @@ class AnswerFacts:
     asked: int = 0
 
     def to_json(self) -> str:
-        """As :meth:`from_json` reads it; numbers have four digits."""
+        """As :meth:`from_json` reads it; numbers have four digits, scores of tokens three, without the
+        zeros behind the last."""
         words = [
             {
                 "text": word.text, "span": word.span,
                 "log_prob": _short(word.log_prob), "lost": _short(word.lost),
                 "probability": _short(word.probability),
                 "shares": {m: [*map(_short, v)] for m, v in word.shares.items()},
-                "sources": {m: [*map(_short, v)] for m, v in word.sources.items()},
+                "sources": {m: _without_end(v) for m, v in word.sources.items()},
             }
             for word in self.words
         ]  # fmt: skip
@@ -88,7 +89,6 @@ class AnswerFacts:
             name, span, *values, shares, sources = _fields(
                 word, "text", "span", "log_prob", "lost", "probability", "shares", "sources"
             )
-            log_prob, lost, probability = _numbers(values, 3)
             start, end = _numbers(span, 2)
             log_prob, lost, probability = _numbers(values, 3)
             if not 0 <= start <= end <= len(text):
@@ -96,10 +96,14 @@ class AnswerFacts:
             found.append(
                 AnswerWord(
                     _text(name, shown), (int(start), int(end)), log_prob, lost, probability,
-                    _by_method(shares, SHARES), _by_method(sources, len(tokens)),
+                    _by_method(shares, SHARES), _by_method(sources, len(tokens), short=True),
                 )
             )  # fmt: skip
         return cls(prompt, text, tuple(found), tokens, asked)
+
+    def _without_methods(self) -> tuple[Any, ...]:
+        values = [(w.span, _short(w.log_prob), _short(w.lost)) for w in self.words]
+        return self.prompt, self.text, self.tokens, self.asked, values
 
     def joined(self, other: AnswerFacts) -> AnswerFacts:
         """With what ``other`` says by further methods.
@@ -107,14 +111,18 @@ class AnswerFacts:
         Raises:
             ValueError: another prompt or answer.
         """
-        spans, others = [w.span for w in self.words], [w.span for w in other.words]
-        if (self.prompt, self.text, spans) != (other.prompt, other.text, others):
+        if self._without_methods() != other._without_methods():
             raise ValueError(f"{self.text[:60]!r} and {other.text[:60]!r} are two answers")
         words = [
             replace(a, shares={**b.shares, **a.shares}, sources={**b.sources, **a.sources})
             for a, b in zip(self.words, other.words, strict=True)
         ]
         return replace(self, words=tuple(words))
+
+
+def _without_end(values: Sequence[float]) -> list[float]:
+    count = next((i for i in range(len(values), 0, -1) if values[i - 1]), 0)
+    return [float(f"{value:.3g}") for value in values[:count]]
 
 
 def _short(value: float) -> float:
@@ -147,7 +155,11 @@ def _numbers(value: Any, count: int) -> tuple[float, ...]:
     return tuple(float(v) for v in value)
 
 
-def _by_method(value: Any, count: int) -> dict[str, tuple[float, ...]]:
+def _by_method(value: Any, count: int, short: bool = False) -> dict[str, tuple[float, ...]]:
     if type(value) is not dict:
         raise ValueError("the values of an answer are not by method")
-    return {encodable(name): _numbers(found, count) for name, found in value.items()}
+    found = {}
+    for name, given in value.items():
+        own = min(len(given), count) if short and type(given) is list else count
+        found[encodable(name)] = _numbers(given, own) + (0.0,) * (count - own)
+    return found

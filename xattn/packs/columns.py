@@ -19,7 +19,9 @@ import json
 import math
 import re
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from xattn.packs.answers import AnswerFacts
 from xattn.packs.explanation import MAX_CELLS, Explanation
 from xattn.packs.manifest import MAX_NAME, ShardFile
 from xattn.runtime.files import printable
@@ -183,12 +186,25 @@ def image_row(
         "disagreement": disagreement,
         "methods": len({e.method for e in group}),
         "top": text("top", json.dumps(top, ensure_ascii=False), LONG_TEXTS["top"]),
-        "answer": None
-        if facts.answer is None
-        else text("answer", facts.answer.to_json(), LONG_TEXTS["answer"]),
+        "answer": None if facts.answer is None else _answer(facts.answer),
         "thumbnail_bytes": 0 if jpeg is None else len(jpeg),
         "thumbnail_sha256": None if jpeg is None else hashlib.sha256(jpeg).digest(),
     }
+
+
+def _answer(answer: AnswerFacts) -> str:
+    """As JSON; the scores of text tokens are left out where they are too many."""
+    most = LONG_TEXTS["answer"]
+    try:
+        return text("answer", answer.to_json(), most)
+    except ValueError:
+        warnings.warn(
+            f"answer: {answer.text[:60]!r} and its prompt are so long that the pack does not keep how much "
+            f"each word took from each of their tokens",
+            stacklevel=2,
+        )
+    words = tuple(replace(word, sources={}) for word in answer.words)
+    return text("answer", replace(answer, words=words).to_json(), most)
 
 
 def id_text(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -167,7 +168,7 @@ def _has_group(value: Any) -> bool:
 
 
 def _csv(text: str) -> dict[str, str | None]:
-    reader = csv.reader(text.splitlines())
+    reader = csv.reader(io.StringIO(text, newline=""))
     rows = [(reader.line_num, row) for row in reader if row]
     for number, row in rows:
         if len(row) != 2:

@@ -24,8 +24,10 @@ from xattn.explaining.photos import report
 from xattn.packs.answers import AnswerFacts, AnswerWord
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import PackWriter, pack_writer
+from xattn.photos.image_names import unique_id
 from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.runtime.memory import ForwardBatches
+from xattn.runtime.files import check_output
+from xattn.runtime.memory import ForwardBatches, is_out_of_memory
 from xattn.runtime.option_checks import Count, check
 from xattn.runtime.version import __version__
 from xattn.vlm.answer import Answer, Answers, Maps
@@ -42,6 +44,7 @@ from xattn.vlm.layout import locate
 from xattn.vlm.model import VLM
 from xattn.vlm.words import Word, spans_of, word_number, words_of
 
+LEAST = -1e4  # log p
 NEEDED = 0.1  # nats that a word loses without the image, from which on it is "visual"
 
 
@@ -62,12 +65,13 @@ def explain_tokens(
     overlays: bool = True,
     progress: bool = False,
     max_pixels: int | None = MAX_PIXELS,
+    keep: int | None = None,
 ) -> Answers:
     """Explain the words of a vision-language model's answers about photos.
 
     Args:
-        images: as in :func:`xattn.explain`, each photo a conversation of its own; a tuple of photos, or of
-            a list, is shown together, in its order.
+        images: as in :func:`xattn.explain`, each photo a conversation of its own. Photos in a tuple are
+            shown together, in its order; a list may hold such tuples.
         vlm: of :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images stand, else before the text; or chat messages.
         answer: a text to explain instead of a generated one, or one for each photo.
@@ -80,9 +84,10 @@ def explain_tokens(
         score: what perturbation and gradients are of: ``"log_prob"``, the sum over a word's tokens, or
             ``"logit"``.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
-        output: folder of a pack to write, photo by photo.
+        output: folder of a pack to write, photo by photo; none is written where no word was explained.
         batch_size: sequences in a pass, halved where memory runs out.
         overlays: also write pictures of the maps into the pack.
+        keep: return at most so many answers, of ``.count``; ``output`` has all.
 
     Returns:
         An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
@@ -97,32 +102,41 @@ def explain_tokens(
     if vlm.model.training:
         raise ValueError("vlm: the model is in training mode; call model.eval() first")
     methods = _methods(explainer, seed)
-    asked = [(name, sources) for name, sources in _conversations(images)]
+    if output is not None:
+        check_output(Path(output))
+    asked = _conversations(images)
     texts = _texts(answer, len(asked))
     found = Answers()
     about = (prompt, words, dict(instead or {}), score, max_new_tokens, dict(generate or {}), seed)
     bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
     with ExitStack() as stack:
-        writer = None
-        if output is not None:
-            writer = stack.enter_context(pack_writer(output, overlays, keep=True))
+        writer: PackWriter | None = None
         for (name, sources), text in zip(bar, texts, strict=True):
             try:
                 photos = [load_image(source, max_pixels) for source in sources]
                 with guarded(vlm):
                     made = _explained(vlm, methods, name, sources, photos, text, batch_size, *about)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 if len(asked) == 1 or not _of_photo(error):
                     raise
                 found.skipped.append((name, str(error)))
                 continue
-            found.append(made)
-            if writer is not None:
-                _write(writer, made)
-        if writer is not None:
-            writer.skipped = found.skipped
-    if found.skipped:
-        report(found.skipped, len(found))
+            found.count += 1
+            if keep is None or len(found) < keep:
+                found.append(made)
+            if output is None:
+                continue
+            if not made.maps:
+                found.skipped.append((name, "answer: no word of it was explained"))
+                continue
+            if writer is None:
+                writer = stack.enter_context(pack_writer(output, overlays, keep=True))
+                writer.skipped = found.skipped
+            _write(writer, made)
+    if output is not None and writer is None and found.count:
+        warnings.warn("output: no word was explained, so no pack was written", stacklevel=2)
+    elif found.skipped:
+        report(found.skipped, found.count)
     return found
 
 
@@ -137,8 +151,12 @@ def _write(writer: PackWriter, answer: Answer) -> None:
 
 def _of_photo(error: Exception) -> bool:
     """Whether an error is of one photo, and not of all of them."""
-    return isinstance(error, OSError) or str(error).startswith(
-        ("image", "photo", "words", "instead")
+    return (
+        isinstance(error, OSError)
+        or is_out_of_memory(error)
+        or str(error).startswith(
+            ("image", "photo", "words", "instead", "max_new_tokens", "map", "answer")
+        )
     )
 
 
@@ -161,13 +179,15 @@ def _conversations(images: Any) -> list[tuple[str, list[Any]]]:
         images = [images]
     if not (isinstance(images, list) and any(isinstance(item, tuple) for item in images)):
         return [(name, [source]) for name, source in named_photos(images)]
-    groups = [item if isinstance(item, tuple) else (item,) for item in images]
-    flat = named_photos([photo for group in groups for photo in group])
-    found, at = [], 0
-    for group in groups:
-        own = flat[at : at + len(group)]
-        at += len(group)
-        found.append((own[0][0], [source for _, source in own]))
+    found, taken = [], set[str]()
+    for number, group in enumerate(images):
+        photos = list(group) if isinstance(group, tuple) else [group]
+        own = named_photos(photos)
+        if len(own) != len(photos):
+            raise ValueError("images: one of a tuple holds several photos; name each of them")
+        name, first = own[0]
+        name = name if file_name_of(first) else f"image {number}"
+        found.append((unique_id(name, taken), [source for _, source in own]))
     return found
 
 
@@ -274,11 +294,13 @@ def _need(context: Context, logits: Tensor | None) -> tuple[Any, Any]:
             own = logits.log_softmax(1).gather(1, ids)[:, 0]
             other = context.log_probs(without[None])[0]
         else:
-            own, other = context.log_probs(torch.stack([f, without]))
+            both = context.batches.run(context.log_probs, torch.stack([f, without]))
+            own, other = torch.cat(both)
     tokens = [list(word.tokens) for word in context.words]
     log_probs = torch.stack([own[t].sum() for t in tokens]).cpu()
-    lost = log_probs - torch.stack([other[t].sum() for t in tokens]).cpu()
-    return log_probs.float().numpy(), lost.float().numpy()
+    log_probs = log_probs.float().clamp_min(LEAST)  # a probability of 0 has a number, too
+    without = torch.stack([other[t].sum() for t in tokens]).cpu().float().clamp_min(LEAST)
+    return log_probs.numpy(), (log_probs - without).numpy()
 
 
 def _asked(words: Any, found: Sequence[Word], lost: Any) -> list[int]:
@@ -286,7 +308,8 @@ def _asked(words: Any, found: Sequence[Word], lost: Any) -> list[int]:
         return list(range(len(found)))
     if isinstance(words, str) and words == "visual":
         return [i for i, value in enumerate(lost) if value >= NEEDED]
-    given = [words] if isinstance(words, str | int) else list(words)
+    pair = isinstance(words, tuple) and tuple(map(type, words)) == (str, int)
+    given = [words] if isinstance(words, str | int) or pair else list(words)
     if not given:
         raise ValueError("words: got an empty list; name at least one, or pass None for all")
     return list(dict.fromkeys(word_number(found, word) for word in given))
@@ -305,7 +328,12 @@ def _instead(
             for word in (words[i].text, other)
         )
         at = next((k for k, (a, b) in enumerate(zip(own, new, strict=False)) if a != b), None)
-        if at is None or own[at] != int(ids[words[i].tokens[0]]):
+        if at is not None and own[at] != int(ids[words[i].tokens[0]]):
+            raise ValueError(
+                f"instead: {words[i].text!r} has other tokens in this answer than by itself; choose "
+                f"another word"
+            )
+        if at is None:
             raise ValueError(
                 f"instead: {other!r} starts with the same token as {words[i].text!r}; give a word that "
                 f"starts otherwise"
@@ -393,7 +421,7 @@ def _protocol(context: Context, method: TokenExplainer, given: bool) -> dict[str
         "explainer": method.name,
         "options": options,
         "score": context.score,
-        "instead": {context.words[i].text: t for i, t in context.instead.items()},
+        "instead": {f"{i} {context.words[i].text}": t for i, t in context.instead.items()},
         "answer": "given" if given else "generated",
         "classes": "words",
         "probability": "softmax",

@@ -44,6 +44,11 @@ def load_vlm(
             passes over prompt and answer differ from its generation.
         OSError: a folder or a name that cannot be read.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        kind = getattr(torch, dtype, None)
+        if not isinstance(kind, torch.dtype):
+            raise ValueError(f"dtype: got {dtype!r}; give a type of torch, such as 'bfloat16'")
+        dtype = kind
     if isinstance(model, str | Path):
         model, processor = _read(str(model).removeprefix(PREFIX), processor, dtype)
     elif not isinstance(model, nn.Module):
@@ -59,8 +64,8 @@ def load_vlm(
         raise ValueError(
             f"processor: a {type(processor).__name__} takes no images; give the model's AutoProcessor"
         )
-    if device is not None or dtype is not None:
-        model = model.to(device=device, dtype=dtype)
+    if device is not None or isinstance(dtype, torch.dtype):
+        model = model.to(device=device, dtype=dtype if isinstance(dtype, torch.dtype) else None)
     encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     cross = entrance.method == "forward"
     vlm = VLM(model, processor, entrance, "cross" if cross else "encoder" if encoder else "decoder")

@@ -253,22 +253,27 @@ class VLM:
         photos = list(photos)
         messages = prompt if not isinstance(prompt, str) else None
         places = sum(1 for _ in _image_parts(messages)) if messages else str(prompt).count(PLACE)
-        if places and places != len(photos):
+        if (places or messages is not None) and places != len(photos):
             what = PLACE if messages is None else "images in the messages"
             count = f"{len(photos)} image{'s' if len(photos) > 1 else ''}"
             raise ValueError(f"prompt: {places} {what} for {count}; give one place for each")
         if messages is None and not str(prompt).strip() and self.kind != "cross":
             raise ValueError("prompt: empty; give a question or an instruction")
-        if getattr(self.processor, "chat_template", None):
-            made = self._chat(photos, _messages(prompt, photos) if messages is None else messages)
-        elif messages is not None:
+        chats = getattr(self.processor, "chat_template", None)
+        if messages is not None and not chats:
             raise ValueError(
                 f"prompt: the processor of {self.name} has no chat template; give a text"
             )
-        else:
-            made = self.processor(
-                images=photos, text=self._text(prompt, photos), return_tensors="pt"
-            )
+        try:
+            if chats:
+                made = self._chat(
+                    photos, _messages(prompt, photos) if messages is None else messages
+                )
+            else:
+                text = self._text(prompt, photos)
+                made = self.processor(images=photos, text=text, return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(f"image, prompt: the processor of {self.name}: {error}") from error
         return {k: self._moved(v) for k, v in made.items() if k != "labels"}
 
     def _chat(self, photos: Sequence[Image.Image], messages: Any) -> Mapping[str, Any]:
@@ -313,6 +318,8 @@ class VLM:
             ValueError: the prompt leaves no room.
         """
         check("max_new_tokens", max_new_tokens, Count)
+        if reserved := {"output_logits", "return_dict_in_generate"} & set(options or {}):
+            raise ValueError(f"generate: {min(reserved)} is set here; leave it out")
         ids = inputs["input_ids"]
         text = self.model.config.get_text_config()
         room = getattr(text, "max_position_embeddings", None)

@@ -95,10 +95,15 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
     own = text[start:end].rstrip()
     if any(unicodedata.name(c, "").startswith(("CJK", "HIRAGANA", "KATAKANA")) for c in own):
         return True
-    if any(c.isalnum() for c in own):
+    if any(map(_in_word, own)):
         return False
     before, after = text[start - 1 : start], text[end : end + 1]
-    return not (before.isalnum() and after.isalnum())
+    return not (before and after and _in_word(before) and _in_word(after))
+
+
+def _in_word(character: str) -> bool:
+    """Whether it is a letter, a mark over or beside one, or a digit."""
+    return unicodedata.category(character)[0] in "LMN"
 
 
 def word_number(words: Sequence[Word], key: Any, argument: str = "words") -> int:

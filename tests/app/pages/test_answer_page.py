@@ -52,7 +52,9 @@ def explained(image_id, seed, facts, methods=METHODS, words=(0, 1, 2, 3, 4, 5)):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     root = tmp_path_factory.mktemp("answers") / "root"
-    save_pack(root / "one", explained("photo.png", 0, answer()), overlays=False)
+    words = explained("photo.png", 0, answer())
+    dog = replace(make("photo.png", 2, "gradcam", "whole"), facts=words[0].facts)
+    save_pack(root / "one", [*words, dog], overlays=False)  # as merged with a classifier's pack
     pair = answer(METHODS[:1])
     together = [e for k in (1, 2) for e in explained(f"two#{k}", k, pair, METHODS[:1], (1, 2))]
     save_pack(root / "two", together, overlays=False)
@@ -97,6 +99,7 @@ def test_words_show_their_maps_by_pointer_and_keys(address, open_page):
     said.get_by_text(re.compile("^a: ")).wait_for()
     assert page.url == shared
     assert page.locator(".answer .method[aria-pressed=true]").inner_text() == "occlusion"
+    assert page.locator(".answer .method").count() == len(METHODS)
     shot(page, "answer")
 
 

@@ -28,7 +28,7 @@ class Caption(PhotoArgs):
     """What is asked of each photo; <image> says where it stands, else before the text."""
     answer: str | None = None
     """A text to explain instead of a generated one, or a .csv file of photo,text or .json file of {photo:
-    text}."""
+    text}; for an empty cell or null a text is generated."""
     explainers: tuple[str, ...] = ("attention",)
     """Methods of xattn list token-explainers."""
     options: tuple[str, ...] = ()
@@ -81,6 +81,7 @@ class Caption(PhotoArgs):
     def run(self) -> None:
         from xattn.explainers.base import options_by_name
         from xattn.explaining.naming import named_photos
+        from xattn.packs.format import MANIFEST
         from xattn.photos.labels import by_photo
         from xattn.photos.sources import limited
         from xattn.vlm.explain import explain_tokens
@@ -116,14 +117,16 @@ class Caption(PhotoArgs):
                 batch_size=self.batch_size,
                 progress=True,
                 max_pixels=self.max_pixels,
+                keep=SHOWN,
             )
         for name, reason in found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        for answer in found[:SHOWN]:
+        for answer in found:
             print(f"{answer.image_id}: {answer.text}\n{answer.table()}")
-        if len(found) > SHOWN:
-            print(f"... and {len(found) - SHOWN:,} more")
-        print(f"pack: {output.place}")
+        if found.count > SHOWN:
+            print(f"... and {found.count - SHOWN:,} more")
+        if (output.folder / MANIFEST).is_file():
+            print(f"pack: {output.place}")
 
     def _words(self) -> Any:
         return "visual" if self.words == ("visual",) else list(self.words) or None
