@@ -470,7 +470,7 @@ def test_where_no_word_is_explained_there_is_no_pack_and_nothing_is_lost(
         found = explain_tokens(
             [tiny.photo()] * 2, loaded(), QUESTION, ANSWER, words="visual", output=tmp_path / "pack"
         )
-    assert len(found) == found.count == 2 and not (tmp_path / "pack").exists()
+    assert len(found) == found.total == 2 and not (tmp_path / "pack").exists()
 
 
 def test_few_answers_are_kept_where_a_pack_has_all(loaded, tmp_path):
@@ -478,7 +478,7 @@ def test_few_answers_are_kept_where_a_pack_has_all(loaded, tmp_path):
     found = explain_tokens(
         photos, loaded(), QUESTION, ANSWER, words="fork", output=tmp_path / "pack", keep=1
     )
-    assert (len(found), found.count, len(Pack(tmp_path / "pack").entry_ids)) == (1, 3, 3)
+    assert (len(found), found.total, len(Pack(tmp_path / "pack").entry_ids)) == (1, 3, 3)
 
 
 def test_one_bad_photo_is_skipped(loaded):

@@ -140,10 +140,10 @@ class Answer:
 
 
 class Answers(list[Answer]):
-    """Answers, one a photo; ``skipped`` has (file name, reason) of those that were left out, and ``count``
+    """Answers, one a photo; ``skipped`` has (file name, reason) of those that were left out, and ``total``
     is how many there were, also where not all are kept."""
 
     def __init__(self, items: Iterable[Answer] = ()) -> None:
         super().__init__(items)
-        self.count = len(self)
+        self.total = len(self)
         self.skipped: list[tuple[str, str]] = []

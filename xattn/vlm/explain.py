@@ -87,7 +87,7 @@ def explain_tokens(
         output: folder of a pack to write, photo by photo; none is written where no word was explained.
         batch_size: sequences in a pass, halved where memory runs out.
         overlays: also write pictures of the maps into the pack.
-        keep: return at most so many answers, of ``.count``; ``output`` has all.
+        keep: return at most so many answers, of ``.total``; ``output`` has all.
 
     Returns:
         An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
@@ -121,7 +121,7 @@ def explain_tokens(
                     raise
                 found.skipped.append((name, str(error)))
                 continue
-            found.count += 1
+            found.total += 1
             if keep is None or len(found) < keep:
                 found.append(made)
             if output is None:
@@ -133,10 +133,10 @@ def explain_tokens(
                 writer = stack.enter_context(pack_writer(output, overlays, keep=True))
                 writer.skipped = found.skipped
             _write(writer, made)
-    if output is not None and writer is None and found.count:
+    if output is not None and writer is None and found.total:
         warnings.warn("output: no word was explained, so no pack was written", stacklevel=2)
     elif found.skipped:
-        report(found.skipped, found.count)
+        report(found.skipped, found.total)
     return found
 
 

@@ -123,8 +123,8 @@ class Caption(PhotoArgs):
             print(f"skipped {name}: {reason}", file=sys.stderr)
         for answer in found:
             print(f"{answer.image_id}: {answer.text}\n{answer.table()}")
-        if found.count > SHOWN:
-            print(f"... and {found.count - SHOWN:,} more")
+        if found.total > SHOWN:
+            print(f"... and {found.total - SHOWN:,} more")
         if (output.folder / MANIFEST).is_file():
             print(f"pack: {output.place}")
 
