@@ -147,3 +147,9 @@ class Answers(list[Answer]):
         super().__init__(items)
         self.total = len(self)
         self.skipped: list[tuple[str, str]] = []
+
+    def add(self, answer: Answer, keep: int | None = None) -> None:
+        """Count an answer, and keep it unless there are ``keep`` already."""
+        self.total += 1
+        if keep is None or len(self) < keep:
+            self.append(answer)

@@ -75,12 +75,10 @@ def explain_tokens(
         vlm: of :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images stand, else before the text; or chat messages.
         answer: a text to explain instead of a generated one, or one for each photo.
-        explainer: a name of :func:`~xattn.vlm.explainers.base.list_token_explainers` or a token explainer,
-            or several in a list.
+        explainer: a name of ``xattn list token-explainers``, a token explainer, or several in a list.
         words: words, numbers of words, or ("fork", 2) for the second; by default all; ``"visual"``: those
             that lose at least 0.1 nats without the image.
-        instead: ``{"cat": "dog"}``: why "cat" and not "dog": the score is log p(cat) - log p(dog), of the
-            first token of each, where "cat" was said.
+        instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), of the first token of each.
         score: what perturbation and gradients are of: ``"log_prob"``, the sum over a word's tokens, or
             ``"logit"``.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
@@ -106,11 +104,11 @@ def explain_tokens(
         check_output(Path(output))
     asked = _conversations(images)
     texts = _texts(answer, len(asked))
-    found = Answers()
     about = (prompt, words, dict(instead or {}), score, max_new_tokens, dict(generate or {}), seed)
-    bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
+    found = Answers()
     with ExitStack() as stack:
         writer: PackWriter | None = None
+        bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
         for (name, sources), text in zip(bar, texts, strict=True):
             try:
                 photos = [load_image(source, max_pixels) for source in sources]
@@ -121,20 +119,21 @@ def explain_tokens(
                     raise
                 found.skipped.append((name, str(error)))
                 continue
-            found.total += 1
-            if keep is None or len(found) < keep:
-                found.append(made)
-            if output is None:
-                continue
-            if not made.maps:
+            found.add(made, keep)
+            if output is not None and made.maps:
+                if writer is None:
+                    writer = stack.enter_context(pack_writer(output, overlays, keep=True))
+                    writer.skipped = found.skipped
+                _write(writer, made)
+            elif output is not None:
                 found.skipped.append((name, "answer: no word of it was explained"))
-                continue
-            if writer is None:
-                writer = stack.enter_context(pack_writer(output, overlays, keep=True))
-                writer.skipped = found.skipped
-            _write(writer, made)
-    if output is not None and writer is None and found.total:
-        warnings.warn("output: no word was explained, so no pack was written", stacklevel=2)
+    return _reported(found, missing=output is not None and writer is None)
+
+
+def _reported(found: Answers, missing: bool) -> Answers:
+    """Warn of what was skipped, or of a pack that is ``missing``."""
+    if missing and found.total:
+        warnings.warn("output: no word was explained, so no pack was written", stacklevel=3)
     elif found.skipped:
         report(found.skipped, found.total)
     return found
