@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from xattn.attention import record
@@ -54,3 +55,17 @@ def test_gradients_reach_the_output_and_the_weights():
     (gradient,) = torch.autograd.grad(output.sum(), calls[0].output, retain_graph=True)
     assert gradient.shape == (1, 2, 5, 4) and gradient.any()
     assert torch.autograd.grad(weights[0, 0, 0], layer.in_proj_weight)[0].any()
+
+
+def test_calls_with_one_boolean_mask_share_what_it_adds():
+    x, mask = torch.randn(1, 2, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    with record() as calls:
+        for _ in range(2):
+            F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        mask[:, 1] = True
+        F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    biases = [call.operator.bias for call in calls]
+    assert biases[0].data_ptr() == biases[1].data_ptr()
+    wanted = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(calls[2].output, wanted)
+    assert not torch.equal(calls[2].output, calls[1].output)

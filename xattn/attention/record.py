@@ -61,13 +61,14 @@ class Answers(Protocol):
 
 class _State(threading.local):
     """Per thread: the lists that record calls, how many xattn layers it is inside of, what answers for
-    them, and what attends in the place of PyTorch's function."""
+    them, what attends in the place of PyTorch's function, and what boolean masks add to scores."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
         self.answer: Answers | None = None
         self.attend: Callable[..., Tensor] | None = None
+        self.added = WeakIdKeyDictionary()  # mask -> its version, what it adds
 
 
 _STATE = _State()
@@ -102,6 +103,7 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
             yield calls
     finally:
         _STATE.open = before
+        _STATE.added.clear()
 
 
 Key = TypeVar("Key")
@@ -317,8 +319,7 @@ def attend_and_keep(
         bias = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
     if bias is not None:
         if bias.dtype == torch.bool:
-            hidden = ~bias
-            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(hidden, -torch.inf)
+            bias = _added(bias, q.dtype)
         bias = _four(bias.expand(*query.shape[:-3], *bias.shape[-3:]) if query.ndim > 4 else bias)
     o, lse = softmax_attention(q, k, v, bias, scale=scale, causal=causal)
     operator = SoftmaxOperator(
@@ -326,6 +327,16 @@ def attend_and_keep(
     )
     keep(Call(operator, v.detach(), o))
     return o.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where ``mask`` is True, else -inf: one table for all layers that are given the same mask."""
+    version = None if mask.is_inference() else (mask._version, dtype)
+    known = _STATE.added.get(mask, (None, mask))
+    if version is None or known[0] != version:
+        known = version, torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+        _STATE.added[mask] = known
+    return known[1]
 
 
 def refuse_dropout(share: float) -> None:
