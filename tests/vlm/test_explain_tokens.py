@@ -14,6 +14,7 @@ from PIL import Image
 from xattn.packs.reader import Pack
 from xattn.vlm.explain import explain_tokens
 from xattn.vlm.explainers import base
+from xattn.vlm.explainers.attention import Means
 from xattn.vlm.explainers.base import (
     TOKEN_EXPLAINERS,
     TokenExplainer,
@@ -22,6 +23,7 @@ from xattn.vlm.explainers.base import (
     register_token_explainer,
 )
 from xattn.vlm.loading import load_vlm
+from xattn.vlm.reading import Rows
 
 QUESTION = "what is on the table ?"
 ANSWER = "a red fork and a blue fork ."
@@ -339,6 +341,18 @@ def test_a_token_that_nothing_reads_has_no_effect(loaded):
     )
 
 
+def test_queries_without_a_place_are_hidden_one_by_one(loaded):
+    context = context_of(loaded("blip_2"), words="red")
+    method = create_token_explainer("occlusion")
+    wanted = context.scores()[0] - context.hidden(torch.eye(5, dtype=torch.bool))[:, 0]
+    torch.testing.assert_close(method.explain(context).image[0], wanted.detach())
+    told = ["image tokens have no place, so each is hidden alone"]
+    assert method.notes(context) == told and not method.notes(context_of(loaded()))
+    match = "^where: got 'pixel', and image tokens of a Blip2.* have no place; give 'token'$"
+    with pytest.raises(ValueError, match=match):
+        create_token_explainer("occlusion", where="pixel").explain(context)
+
+
 def test_hidden_pixels_are_those_of_the_window(loaded):
     vlm = loaded("paligemma")
     photo = tiny.photo(0, 32, 32)
@@ -437,6 +451,26 @@ def test_layers_heads_and_the_first_token_are_chosen(loaded):
     both = torch.cat([zeroed.image, zeroed.text], 1)
     assert both[0, first] == 0
     torch.testing.assert_close(both.sum(), torch.tensor(1.0))
+
+
+def test_without_its_first_token_the_mean_row_of_each_layer_has_the_sum_1(loaded):
+    heads = torch.tensor([[[0.999, 0.001, 0, 0]], [[0.2, 0.1, 0.6, 0.1]]])[None]  # (1, H, 1, S)
+    rows, kept = Rows("layers.0.self_attn", 0, False, (3,), heads, 0), Means()
+    explainer = create_token_explainer("attention", first="zero")
+    explainer._keep(loaded(), rows, torch.tensor([2]), kept)
+    wanted = torch.tensor([[0, 0.0505, 0.3, 0.05]]) / 0.4005  # 0, 0.13, 0.75, 0.12
+    torch.testing.assert_close(kept.of([3], False, 4), wanted)
+
+
+@pytest.mark.parametrize("option", ["layers", "heads"])
+@pytest.mark.parametrize("given", [99, -5])
+def test_layers_and_heads_that_are_not_there_are_refused(loaded, option, given):
+    count = {"layers": 3, "heads": 4}[option]
+    method = create_token_explainer("attention", **{option: (0, given)})
+    match = f"^{option}: got {given}; the model has {count}, numbered from 0$"
+    for answer in (ANSWER, None):  # in a pass, and while generating
+        with pytest.raises(ValueError, match=match):
+            explain_tokens(tiny.photo(), loaded(), QUESTION, answer, method, max_new_tokens=2)
 
 
 def test_an_answer_of_beams_is_explained_as_a_given_one(loaded):

@@ -54,6 +54,11 @@ def test_the_baseline_itself_explains_nothing():
     assert explained("gradient_x_input", context).abs().max() < 1e-6
 
 
+def test_only_what_is_asked_of_gradients_is_kept():
+    context = conversation(asked=[0, 2])
+    torch.testing.assert_close(context.gradients(of=lambda g: g[3]), context.gradients()[:, 3])
+
+
 def test_rise_finds_the_parts_of_an_additive_score():
     context = conversation(photos=2)
     parts = torch.randn(len(context.features), 2, generator=torch.Generator().manual_seed(1))

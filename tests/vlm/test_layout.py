@@ -84,6 +84,19 @@ def test_a_family_without_an_entry_is_measured(loaded, monkeypatch, kind):
     np.testing.assert_allclose(found.columns, told.columns, atol=0.2)
 
 
+@pytest.mark.parametrize("size", [(50, 37), (100, 75), (24, 40), (40, 160), (160, 40)], ids=str)
+def test_measured_tokens_lie_on_a_grid_though_bands_do_not_meet_patches(monkeypatch, size):
+    model = tiny.network("llava")
+    vlm = VLM(model, tiny.processor("llava"), entrance_of(model), "decoder")
+    monkeypatch.delitem(layout.TABLE, "llava")
+    with pytest.warns(UserWarning, match="is measured"):
+        (found,) = locate(vlm, *asked(vlm, [tiny.photo(1, *size)]))
+    (grid,) = found.grids
+    assert grid.tolist() == np.arange(16).reshape(4, 4).tolist()
+    monkeypatch.setattr(layout, "measured", None)  # another photo of this size is not
+    assert locate(vlm, *asked(vlm, [tiny.photo(2, *size)])) == [found]
+
+
 @pytest.mark.parametrize("kind", ["llava_next", "internvl", "mllama", "florence2"])
 def test_a_map_and_what_has_no_place_have_the_sum_of_the_scores(loaded, kind):
     vlm = loaded(kind)

@@ -129,7 +129,7 @@ def test_the_released_program_shows_the_prompts_first_word_for_the_answers():
     found = explained("tam", context, released=True, kernel=1).image[0]
     torch.testing.assert_close(found, a, atol=1e-5, rtol=1e-4)
     filtered = explained("tam", context, released=True).image[0]
-    base, tiles = (torch.from_numpy(g) for g in context.layouts[0].grids())
+    base, tiles = (torch.from_numpy(g) for g in context.layouts[0].grids)
     for grid in (base, tiles):
         wanted = torch.from_numpy(rank_filter(found[grid].numpy(), 3))
         torch.testing.assert_close(filtered[grid], wanted, atol=1e-5, rtol=1e-4)

@@ -1,12 +1,15 @@
 """Localization heads: which heads are taken, and what they show."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conversations import conversation, explained
 
 from xattn.vlm.explainers.base import create_token_explainer, guarded
+from xattn.vlm.explainers.layers import HeadRows
 from xattn.vlm.explainers.localization_heads import connected_sums, elbow
 from xattn.vlm.reading import read_rows
 
@@ -62,6 +65,26 @@ def test_compact_heads_above_the_elbow_are_taken():
     assert explainer.chosen(context, rows).tolist() == [2, 5]
 
 
+def test_words_that_no_head_localizes_are_told():
+    context = conversation(asked=[0, 3])
+    explainer = create_token_explainer("localization_heads", heads=2, smooth=0)
+    rows = torch.zeros(2, 6, len(context.sequence))
+    rows[0, 1, context.image[5]] = 0.7
+    rows[1, 2, context.image], rows[1, 3, context.image] = 0.05, 0.06  # everywhere alike
+    seen = HeadRows(context.vlm)
+    seen.of_words = lambda *given: iter(rows)
+    found = explainer.explain(context, seen).image
+    torch.testing.assert_close(
+        found, torch.stack([rows[0, 1], rows[1, 2:4].mean(0)])[:, context.image]
+    )
+    told = ["no head localizes 'and'; the heads with the largest sums are shown"]
+    assert explainer.notes(context) == told
+    rows[1] = rows[0]
+    seen.of_words = lambda *given: iter(rows)
+    explainer.explain(context, seen)
+    assert explainer.notes(context) == []
+
+
 @pytest.mark.parametrize("kind", ["llava", "florence2", "blip"])
 def test_a_map_is_the_row_of_one_head_read_in_a_pass_or_while_generating(kind):
     vlm = conversation(kind).vlm
@@ -85,7 +108,7 @@ def test_a_map_is_the_row_of_one_head_read_in_a_pass_or_while_generating(kind):
 
 def test_smoothing_keeps_sums_and_spreads_a_spot():
     context = conversation("llava_next")
-    base, tiles = context.layouts[0].grids()
+    base, tiles = context.layouts[0].grids
     spots = torch.zeros(1, len(context.features))
     spots[0, base[0, 1]], spots[0, tiles[2, 3]], spots[0, 22] = 1, 1, 5  # 22 ends a row: no place
     found = create_token_explainer("localization_heads")._smoothed(context, spots)[0]
@@ -100,3 +123,7 @@ def test_tokens_without_places_cannot_localize():
     context = conversation("blip_2")
     with pytest.raises(ValueError, match="localization_heads needs image tokens on a grid"):
         explained("localization_heads", context)
+    (whole,) = conversation().layouts
+    row = replace(whole, rows=np.eye(1).repeat(16, 0), columns=np.eye(16))
+    with pytest.raises(ValueError, match="^photo: image tokens lie in one row or column"):
+        explained("localization_heads", replace(conversation(), layouts=[row]))

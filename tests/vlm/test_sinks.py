@@ -90,6 +90,21 @@ def test_the_number_of_sinks_is_told(with_sinks):
         assert none.notes(with_sinks) == ["no token is a sink"]
 
 
+def test_hidden_states_are_asked_for_once(with_sinks, monkeypatch):
+    asked, output = [], with_sinks.output
+    monkeypatch.setattr(
+        with_sinks,
+        "output",
+        lambda *a, **k: asked.append("output_hidden_states" in k) or output(*a, **k),
+    )
+    explainer = create_token_explainer("attention", sinks="drop", sink_ratio=4.0)
+    with guarded(with_sinks.vlm):
+        explainer.explain(with_sinks)
+        explainer.notes(with_sinks)
+        create_token_explainer("logit_lens").explain(with_sinks)
+    assert asked.count(True) == 1
+
+
 def test_sinks_of_models_that_cross_attend_are_refused():
     context = conversation("mllama")
     for name in ("attention", "rollout"):

@@ -12,7 +12,7 @@ from xattn.vlm.explainers.outcomes import Outcomes, OutcomesTrainer
 
 
 def rows_of(context):
-    return HeadRows.of_image(context, HeadRows(context.vlm).table(context))
+    return torch.stack(list(HeadRows(context.vlm).of_words(context, image=True)))
 
 
 @pytest.mark.parametrize("kind", ["llava", "florence2"])
@@ -70,8 +70,9 @@ def test_words_that_need_no_image_are_not_learned_from():
     trainer = OutcomesTrainer(masks=4, needed=1e6)
     with guarded(context.vlm):
         trainer.explain(context)
-    with pytest.raises(ValueError, match=r"examples: none of the words lost 1000000.0 nats"):
-        trainer.fit()
+    for asked in (trainer.fit, trainer.correlation):
+        with pytest.raises(ValueError, match=r"examples: none of the words lost 1000000.0 nats"):
+            asked()
 
 
 def test_weights_are_saved_and_read_and_fit_one_model(tmp_path):

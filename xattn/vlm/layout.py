@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,9 +36,8 @@ from xattn.photos.view import View
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
 
-EVERYWHERE = (
-    0.25  # standard deviation, of the photo's side, of a token without a place; uniform: 0.29
-)
+# Standard deviation, of the photo's side, of a token without a place; uniform: 0.29
+EVERYWHERE = 0.25
 CHECKED = 4  # bands of the check of the table when a model is loaded
 
 Array = NDArray[np.float64]
@@ -70,7 +71,7 @@ class Layout:
         """(h, w) of a map."""
         return self.rows.shape[1], self.columns.shape[1]
 
-    @property
+    @cached_property
     def placed(self) -> NDArray[np.bool_]:
         """(k,): the tokens that have a place."""
         if self.spread is not None:
@@ -86,29 +87,34 @@ class Layout:
         """Maps (W, h, w) of scores (W, n) of the tokens of all photos."""
         own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
         if self.spread is not None:
-            return np.einsum("wk,khv->whv", own, self.spread).astype(np.float32)
-        return np.einsum("wk,kh,kv->whv", own, self.rows, self.columns).astype(np.float32)
+            return np.tensordot(own, self.spread, 1).astype(np.float32)
+        return np.stack([(self.rows * s[:, None]).T @ self.columns for s in own]).astype(np.float32)
 
     def unplaced(self, scores: Any) -> Array:
         """(W,): the sum of the scores (W, n) of this photo's tokens without a place."""
         return np.asarray(scores, dtype=np.float64)[:, self.tokens][:, ~self.placed].sum(1)  # type: ignore[no-any-return]
 
+    @cached_property
     def grids(self) -> list[NDArray[np.int64]]:
         """Numbers (h', w') of this photo's tokens that lie side by side, row by row: the whole photo's, or
-        those of each view; none where tokens have no places."""
+        those of each view; none where tokens have no places. Measured centres of a row may differ by
+        3/4 of a band, as bands need not meet patches."""
         if self.spread is not None:
             return []
+        near = 0.75 if self.source == "measured" else 1e-6
         y, x = (shares @ (np.arange(shares.shape[1]) + 0.5) for shares in (self.rows, self.columns))
         rows: list[list[int]] = []
         for t in np.flatnonzero(self.placed).tolist():
-            if rows and abs(y[t] - y[rows[-1][-1]]) < 1e-6 and x[t] > x[rows[-1][-1]]:
+            last = rows[-1][-1] if rows else t
+            if rows and abs(y[t] - y[last]) < near and x[t] > x[last] - near / 4:
                 rows[-1].append(t)
             else:
                 rows.append([t])
         found: list[list[list[int]]] = []
         for row in rows:
-            last = found[-1][-1] if found else []
-            if len(last) == len(row) and np.allclose(x[last], x[row]) and y[row[0]] > y[last[0]]:
+            above = found[-1][-1] if found else []
+            aligned = len(above) == len(row) and np.allclose(x[above], x[row], atol=near)
+            if aligned and y[row[0]] > y[above[0]] - near:
                 found[-1].append(row)
             else:
                 found.append([row])
@@ -116,8 +122,7 @@ class Layout:
 
     def covered(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
         """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose common area
-        with it
-        is at least half of the smaller of both."""
+        with it is at least half of the smaller of both."""
         if self.spread is not None:  # queries of a resampler have no places of their own
             return np.zeros(len(self), bool)
         top, left, bottom, right = box
@@ -142,8 +147,7 @@ def _overlap(start: float, end: float, cells: int) -> Array:
 class Places(NamedTuple):
     """What the table says of a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as shares of
     what the model saw, NaN without a place; the finest grid; the view, by default of the whole photo; how
-    many
-    cells a token may read beside its own, as of convolutions that step over the photo."""
+    many cells a token may read beside its own, as of convolutions that step over the photo."""
 
     boxes: Array
     shape: tuple[int, int]
@@ -417,8 +421,7 @@ class _Zeros(TorchFunctionMode):
 @contextmanager
 def _local(vlm: VLM) -> Iterator[None]:
     """Inside, nothing before the language model mixes tokens: attention, also where a layer writes it out,
-    and
-    the residual convolutions of DaViT."""
+    and the residual convolutions of DaViT."""
     handles = []
     for name, module in vlm.model.named_modules():
         *parents, own = name.split(".")
@@ -473,8 +476,7 @@ def measured(
 
 def _normal(changes: Array) -> Array:
     """Changes (n, bands) as shares of sum 1; 0 for tokens that never change, or everywhere alike. Squared,
-    so
-    that what convolutions carry over from neighbours counts less."""
+    so that what convolutions carry over from neighbours counts less."""
     changes = changes**2
     total = changes.sum(1, keepdims=True)
     shares = changes / np.maximum(total, 1e-30)
@@ -492,8 +494,8 @@ def locate(
 ) -> list[Layout]:
     """Where the n image tokens of a conversation lie, photo by photo.
 
-    A family that the table does not have is measured, with a warning: as many passes of the tower as the
-    grid has rows and columns.
+    A family that the table does not have is measured, with a warning, once for photos of these sizes: as
+    many passes of the tower as the grid has rows and columns.
     """
     told = places(vlm, photos, inputs, n)
     if told is not None:
@@ -504,10 +506,24 @@ def locate(
         return found
     if hasattr(vlm.model, "qformer"):
         return _looked_at(vlm, photos, inputs, n // len(photos))
+    known = _MEASURED.setdefault(vlm, {})
+    key = tuple(photo.size for photo in photos), n
+    if key not in known:
+        for old in list(known)[:-15]:
+            del known[old]
+        known[key] = _measured_layouts(vlm, photos, prompt, n)
+    return known[key]
+
+
+_MEASURED: WeakKeyDictionary[VLM, dict[Any, list[Layout]]] = WeakKeyDictionary()
+
+
+def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: int) -> list[Layout]:
+    """See :func:`locate`."""
     warnings.warn(
         f"layout: where image tokens of a {type(vlm.model).__name__} lie is measured, as the table "
         f"has no entry for {n:,} tokens of this photo",
-        stacklevel=2,
+        stacklevel=3,
     )
     share = n / len(photos)
     bands = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
+from xattn.vlm.explainers.layers import numbered
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
@@ -23,21 +24,21 @@ from xattn.vlm.reading import Rows, read_rows
 
 @dataclass
 class Means:
-    """Sums of rows over layers and heads by the place of the query: of keys in its own sequence, and of
-    those of cross-attention; how many rows are in both."""
+    """Sums over layers of rows, the mean of heads, by the place of the query: of keys in its own sequence,
+    and of those of cross-attention; how many layers are in both."""
 
     own: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, place: int, rows: Tensor, cross: bool, counted: Tensor) -> None:
-        """Rows (H', S), if ``counted`` is 1 and not 0: the numbers stay on their device."""
+    def add(self, place: int, row: Tensor, cross: bool, counted: Tensor) -> None:
+        """A row (S,), if ``counted`` is 1 and not 0: the numbers stay on their device."""
         kept = self.cross if cross else self.own
-        kept[place] = kept.get(place, 0) + counted * rows.sum(0)
-        self.counts[place] = self.counts.get(place, 0) + counted * len(rows)
+        kept[place] = kept.get(place, 0) + counted * row
+        self.counts[place] = self.counts.get(place, 0) + counted
 
     def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
-        """(T, length): sums over one kind of keys, divided by the number of all rows; 0 beyond the keys."""
+        """(T, length): sums over one kind of keys, divided by the number of layers; 0 beyond the keys."""
         kept = self.cross if cross else self.own
         made = torch.zeros(len(places), length)
         for row, place in zip(made, places, strict=True):
@@ -62,9 +63,9 @@ class Attention(SinkExplainer):
 
     Args:
         layers: numbers of the layers that count, from the end where negative; by default all.
-        heads: numbers of the heads that count; by default all.
-        first: "zero": the first token of the sequence, which many heads rest on, counts 0, and each row is
-            scaled to the sum 1 without it.
+        heads: numbers of the heads that count, likewise.
+        first: "zero": the first token of the sequence, which many heads rest on, counts 0, and the mean row
+            of each layer is scaled to the sum 1 without it.
         sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), for two passes more.
         sink_ratio: how far a dimension of a sink is above the root mean square.
     """
@@ -87,21 +88,22 @@ class Attention(SinkExplainer):
             yield kept
 
     def _keep(self, vlm: VLM, rows: Rows, image: Tensor, kept: Means) -> None:
-        count = vlm.model.config.get_text_config().num_hidden_layers
-        if self.layers is not None and rows.layer not in {i % count for i in self.layers}:
+        text = vlm.model.config.get_text_config()
+        count = getattr(text, "decoder_layers", text.num_hidden_layers)
+        if self.layers is not None and rows.layer not in numbered("layers", self.layers, count):
             return
         if len(rows.weights) > 1:  # beams, of which nobody knows yet which will be the answer
             return
         weights = rows.over(rows.offset + rows.weights.shape[-1])[0]  # (H, R, S)
         if self.heads is not None:
-            weights = weights[list(self.heads)]
+            weights = weights[numbered("heads", self.heads, len(weights))]
         windowed = vlm.kind == "decoder" and not rows.cross
         for i, place in enumerate(rows.queries):
-            row = weights[:, i]
-            sees = row[:, image].any().float() if windowed and len(image) else row.new_ones(())
+            row = weights[:, i].mean(0)
+            sees = row[image].any().float() if windowed and len(image) else row.new_ones(())
             if self.first == "zero" and not rows.cross:
-                row = torch.cat([torch.zeros_like(row[:, :1]), row[:, 1:]], 1)
-                row = row / row.sum(1, keepdim=True).clamp_min(1e-12)
+                row = torch.cat([torch.zeros_like(row[:1]), row[1:]])
+                row = row / row.sum().clamp_min(1e-12)
             kept.add(place, row, rows.cross, sees)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:

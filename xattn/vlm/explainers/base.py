@@ -33,7 +33,8 @@ What it may ask, cheapest first:
     context.hidden(masks) (M', W)     the same where masks (M', n) hide tokens, in batches
     context.gradients(f)  (W, n, D)   gradients of each word's score: a pass, a backward a word
     context.logits(f)     (B, T, V)   of all tokens of the answer
-    context.output(f, output_hidden_states=True)    what the model itself returns
+    context.hidden_states (P + T, w)  what each layer is given, and the LM head
+    context.output(f, output_attentions=True)       what the model itself returns
     context.features_of(photos) (n, D)              of changed photos: processor and image tower again
     context.word_mean(x)  (T, ...) -> (W, ...)      the mean over each word's tokens
 
@@ -151,6 +152,14 @@ class Context:
         its own; ``asked`` are further arguments of its forward. ``logits`` are of the whole sequence."""
         return self.vlm.output(self.forced, self.entered, features, **asked)
 
+    @cached_property
+    def hidden_states(self) -> tuple[Tensor, ...]:
+        """(P + T, width) of each of L + 1: what a layer is given, and what the LM head is."""
+        with torch.no_grad():
+            out = self.output(output_hidden_states=True)
+        states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
+        return tuple(x[0] for x in states)
+
     def logits(self, features: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) that produce each token of the answer, float32; see :meth:`output`."""
         return self.vlm.logits(self.forced, self.entered, features)
@@ -192,15 +201,19 @@ class Context:
         with torch.no_grad():
             return torch.cat(self.batches.run(scored, masks))
 
-    def gradients(self, features: Tensor | None = None) -> Tensor:
+    def gradients(
+        self, features: Tensor | None = None, of: Callable[[Tensor], Tensor] = lambda g: g
+    ) -> Tensor:
         """Gradients (W, n, D) of each asked word's score with respect to the image features, at those of
-        the photo or at ``features`` (n, D): one pass, and a backward a word."""
+        the photo or at ``features`` (n, D): one pass, and a backward a word; or what ``of`` makes of each
+        (n, D), the only thing kept."""
         at = (self.features if features is None else features).detach().clone().requires_grad_()
         with torch.enable_grad():
             scores = self.scores(at[None])[0]
             last = len(scores) - 1
             found = [
-                torch.autograd.grad(s, at, retain_graph=i < last)[0] for i, s in enumerate(scores)
+                of(torch.autograd.grad(s, at, retain_graph=i < last)[0])
+                for i, s in enumerate(scores)
             ]
         return torch.stack(found)
 

@@ -26,15 +26,26 @@ COST = "1 + 1 backward a word"
 GREY = (128, 128, 128)  # not what processors centre on: some drop pictures that are all 0
 
 
+@register_token_explainer(
+    "gradient_x_input",
+    title="Gradient x input",
+    passes=COST,
+    source="arXiv 1605.01713",
+    cases=({}, {"baseline": "zero"}),
+)
 @dataclass(kw_only=True, eq=False)
-class _FromBaseline(TokenExplainer):
-    """Gradients times what the image adds to a baseline f0.
+class GradientXInput(TokenExplainer):
+    """s_i = G_i . (f_i - f0_i), signed.
 
     Args:
-        baseline: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
     """
 
     baseline: Literal["mean", "zero", "grey"] = "mean"
+
+    def explain(self, context: Context, seen: Any = None) -> TokenScores:
+        difference = context.features - self._baseline(context)
+        return TokenScores(context.gradients(of=lambda g: (g * difference).sum(1)))
 
     def _baseline(self, context: Context) -> Tensor:
         """f0 (n, D)."""
@@ -46,26 +57,6 @@ class _FromBaseline(TokenExplainer):
 
 
 @register_token_explainer(
-    "gradient_x_input",
-    title="Gradient x input",
-    passes=COST,
-    source="arXiv 1605.01713",
-    cases=({}, {"baseline": "zero"}),
-)
-@dataclass(kw_only=True, eq=False)
-class GradientXInput(_FromBaseline):
-    """s_i = G_i . (f_i - f0_i), signed.
-
-    Args:
-        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
-    """
-
-    def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        difference = context.features - self._baseline(context)
-        return TokenScores((context.gradients() * difference).sum(2))
-
-
-@register_token_explainer(
     "integrated_gradients",
     title="Integrated gradients",
     passes="steps, each with 1 backward a word",
@@ -73,12 +64,12 @@ class GradientXInput(_FromBaseline):
     cases=({"steps": 3}, {"steps": 2, "baseline": "grey"}),
 )
 @dataclass(kw_only=True, eq=False)
-class IntegratedGradients(_FromBaseline):
+class IntegratedGradients(GradientXInput):
     """s_i = (f_i - f0_i) . integral_0^1 G_i(f0 + a (f - f0)) da, signed; s sums to z(f) - z(f0).
 
     Args:
         steps: nodes of the Gauss-Legendre rule, a pass each.
-        baseline: f0: "mean", the mean image token; "zero"; or "grey", the features of grey photos.
+        baseline: as of :class:`GradientXInput`.
     """
 
     steps: Count = 16
@@ -87,11 +78,12 @@ class IntegratedGradients(_FromBaseline):
         base = self._baseline(context)
         difference = context.features - base
         nodes, weights = np.polynomial.legendre.leggauss(self.steps)  # on [-1, 1]
-        mean = sum(
-            float(w) / 2 * context.gradients(base + (float(a) + 1) / 2 * difference).double()
-            for a, w in zip(nodes, weights, strict=True)
-        )
-        return TokenScores((mean * difference).sum(2))
+        found: Any = 0
+        for a, w in zip(nodes, weights, strict=True):
+            at = base + (float(a) + 1) / 2 * difference
+            part = context.gradients(at, of=lambda g: (g.double() * difference).sum(1))
+            found = found + float(w) / 2 * part
+        return TokenScores(found)
 
 
 @register_token_explainer("gradcam", title="Grad-CAM", passes=COST, source="arXiv 1610.02391")
@@ -100,8 +92,8 @@ class GradCAM(TokenExplainer):
     """s_i = max(f_i . mean_j G_j, 0), at the projector; the mean is over all image tokens."""
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        weights = context.gradients().mean(1)  # (W, D)
-        return TokenScores((weights @ context.features.T).clamp_min(0))
+        f = context.features
+        return TokenScores(context.gradients(of=lambda g: f @ g.mean(0)).clamp_min(0))
 
 
 @register_token_explainer("hirescam", title="HiResCAM", passes=COST, source="arXiv 2011.08891")
@@ -110,4 +102,4 @@ class HiResCAM(TokenExplainer):
     """s_i = G_i . f_i at the projector, signed: gradient x input from a baseline of zeros."""
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        return TokenScores((context.gradients() * context.features).sum(2))
+        return GradientXInput(baseline="zero").explain(context)

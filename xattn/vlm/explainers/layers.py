@@ -7,7 +7,7 @@ cross       self-attention over text; the keys of cross-attention are the image 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -64,11 +64,7 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
             scores = context.scores(f)[0]
     text = context.vlm.model.config.get_text_config()
     if not calls:
-        raise ValueError(
-            f"explainer: {name} reads calls of scaled_dot_product_attention, and a "
-            f"{type(context.vlm.model).__name__} makes none; attention, occlusion and "
-            f"integrated_gradients can explain it"
-        )
+        raise unable(context, name, "reads calls of scaled_dot_product_attention", "makes none")
     if context.vlm.kind == "encoder":
         before = int(text.encoder_layers)
         layers = [Layer("encoder", i, call) for i, call in enumerate(calls[:before])]
@@ -80,6 +76,26 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
         scores,
         [Layer("cross" if i in crossing else "self", i, call) for i, call in enumerate(calls)],
     )
+
+
+def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
+    """The error of an explainer that ``needs`` what this model ``lacks``; it names some that do not."""
+    return ValueError(
+        f"explainer: {name} {needs}, and a {type(context.vlm.model).__name__} {lacks}; attention, "
+        f"occlusion and integrated_gradients can explain it"
+    )
+
+
+def numbered(argument: str, numbers: Sequence[int], count: int) -> list[int]:
+    """``numbers`` of layers or heads, counted from 0.
+
+    Raises:
+        ValueError: there are only ``count``.
+    """
+    for i in numbers:
+        if not -count <= i < count:
+            raise ValueError(f"{argument}: got {i}; the model has {count}, numbered from 0")
+    return [i % count for i in numbers]
 
 
 @contextmanager
@@ -121,42 +137,66 @@ def token_scores(context: Context, own: Tensor, keys: Tensor | None) -> TokenSco
 
 
 class HeadRows:
-    """The rows of every layer and head whose keys image tokens are among, by the place of the query: of the
+    """The rows of every layer and head whose keys include image tokens, by the place of the query: of the
     decoder's self-attention, or of its cross-attention. Kept on the CPU, in float16."""
 
     def __init__(self, vlm: VLM) -> None:
         self._cross = vlm.kind != "decoder"
-        self._kept: dict[int, dict[int, Tensor]] = {}
+        self._step: dict[int, dict[int, Tensor]] = {}  # by layer, on the model's device
+        self._kept: dict[int, Tensor] = {}
+
+    @classmethod
+    @contextmanager
+    def watched(cls, vlm: VLM) -> Iterator[HeadRows]:
+        """Inside, the last row of each step is kept."""
+        kept = cls(vlm)
+        with read_rows(vlm.decoder, kept.add):
+            yield kept
 
     def add(self, rows: Rows) -> None:
         """For :func:`~xattn.vlm.reading.read_rows`."""
         beams = len(rows.weights) > 1  # nobody knows yet which will be the answer
-        if rows.cross == self._cross and rows.layer is not None and not beams:
-            weights = rows.over(rows.offset + rows.weights.shape[-1])[0].half().cpu()
-            for i, place in enumerate(rows.queries):
-                self._kept.setdefault(place, {})[rows.layer] = weights[:, i]
+        if rows.cross != self._cross or rows.layer is None or beams:
+            return
+        if not self._step.keys() >= set(rows.queries):
+            self._settle()
+        weights = rows.over(rows.offset + rows.weights.shape[-1])[0].half()
+        for i, place in enumerate(rows.queries):
+            self._step.setdefault(place, {})[rows.layer] = weights[:, i]
 
-    def table(self, context: Context, change: Callable[[Rows], Rows] = lambda rows: rows) -> Tensor:
-        """Rows (W, L H, S) of each asked word, the mean over its tokens, in float32; S is the sequence, an
-        encoder's part of it, or the image tokens of a model that cross-attends to them. What was not kept
-        is read in a pass, and changed by ``change``."""
-        places = context.rows.tolist()
-        if not set(places) <= self._kept.keys():
+    def _settle(self) -> None:
+        """Copy the last step to the CPU, all layers at once."""
+        for place, layers in self._step.items():
+            self._kept[place] = torch.cat([layers[i] for i in sorted(layers)]).cpu()
+        self._step = {}
+
+    def of_words(
+        self,
+        context: Context,
+        change: Callable[[Rows], Rows] = lambda rows: rows,
+        image: bool = False,
+    ) -> Iterator[Tensor]:
+        """Rows (L H, S) of each asked word, the mean over its tokens, in float32; S is the sequence, an
+        encoder's part of it, or the image tokens of a model that cross-attends to them; with ``image``
+        these alone. What was not kept is read in a pass, and changed by ``change``."""
+        words = [context.rows[list(context.words[i].tokens)].tolist() for i in context.asked]
+        places = {place for word in words for place in word}
+        if not places <= self._kept.keys() | self._step.keys():
             decoder = context.vlm.decoder
-            with torch.no_grad(), read_rows(decoder, lambda rows: self.add(change(rows)), places):
-                context.logits()
+            with read_rows(decoder, lambda rows: self.add(change(rows)), sorted(places)):
+                with torch.no_grad():
+                    context.logits()
+        self._settle()
         ends = {
             "decoder": context.sequence,
             "encoder": context.prompt_ids,
             "cross": context.features,
         }
         length = len(ends[context.vlm.kind])
-        found = []
-        for place in places:
-            layers = self._kept[place]
-            rows = torch.cat([layers[i] for i in sorted(layers)]).float()[:, :length]
-            found.append(F.pad(rows, (0, length - rows.shape[1])))
-        return context.word_mean(torch.stack(found))
+        for word in words:
+            rows = [F.pad(self._kept[p], (0, length - self._kept[p].shape[1])) for p in word]
+            own = [self.of_image(context, r) if image else r for r in rows]
+            yield torch.stack([r.float() for r in own]).mean(0)
 
     @staticmethod
     def of_image(context: Context, rows: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ is smoothed by a Gaussian.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +23,9 @@ from torch import Tensor
 
 from xattn.runtime.option_checks import Count, NotNegative
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import HeadRows
+from xattn.vlm.explainers.layers import HeadRows, unable
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
-from xattn.vlm.reading import read_rows
 
 THRESHOLD = 0.576  # divided by n; the paper's is 0.001 of 576 tokens
 
@@ -56,30 +54,40 @@ class LocalizationHeads(SinkExplainer):
     heads: Count = 3
     smooth: NotNegative = 1.0
     released: bool = False
+    vague: list[str] = field(default_factory=list, init=False)
+    """Words of the last answer that no head localizes."""
 
-    @contextmanager
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[HeadRows | None]:
-        if self.sinks == "drop":
-            yield None
-            return
-        kept = HeadRows(vlm)
-        with read_rows(vlm.decoder, kept.add):
-            yield kept
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> AbstractContextManager[HeadRows | None]:
+        return nullcontext() if self.sinks == "drop" else HeadRows.watched(vlm)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        if not any(layout.grids() for layout in context.layouts):
+        sides = [side for layout in context.layouts for grid in layout.grids for side in grid.shape]
+        if not sides:
+            raise unable(context, "localization_heads", "needs image tokens on a grid", "has none")
+        if min(sides) == 1:
             raise ValueError(
-                f"explainer: localization_heads needs image tokens on a grid, and those of a "
-                f"{type(context.vlm.model).__name__} have none; attention and occlusion can explain it"
+                "photo: image tokens lie in one row or column, and localization_heads needs more; give "
+                "another explainer"
             )
-        rows = (seen or HeadRows(context.vlm)).table(
-            context, self.without_sinks(context)
-        )  # (W, L H, S)
-        found = torch.stack([own[self.chosen(context, own)].mean(0) for own in rows])
+        words, self.vague = [], []
+        rows = (seen or HeadRows(context.vlm)).of_words(context, self.without_sinks(context))
+        for i, own in zip(context.asked, rows, strict=True):  # (L H, S)
+            heads = self.chosen(context, own)
+            if not len(heads):
+                self.vague.append(context.words[i].text)
+                sums = HeadRows.of_image(context, own).sum(1)
+                heads = sums.argsort(descending=True)[: self.heads]
+            words.append(own[heads].mean(0))
+        found = torch.stack(words)
         image = self._smoothed(context, HeadRows.of_image(context, found))
         if context.vlm.kind != "decoder":
             return TokenScores(image)
         return TokenScores(image, found[:, context.text])
+
+    def notes(self, context: Context) -> list[str]:
+        vague = ", ".join(repr(word) for word in dict.fromkeys(self.vague))
+        told = f"no head localizes {vague}; the heads with the largest sums are shown"
+        return super().notes(context) + [told] * bool(vague and context.asked)
 
     def chosen(self, context: Context, rows: Tensor) -> Tensor:
         """Numbers of the heads taken of rows (L H, S), fewer where too few localize."""
@@ -91,18 +99,17 @@ class LocalizationHeads(SinkExplainer):
             kept = torch.arange(len(sums)) > place
         else:
             kept = sums >= ordered[place]
-        entropies = torch.tensor([self._entropy(context, m) for m in image])
-        localizing = (kept & entropies.isfinite()).nonzero()[:, 0]
-        if not len(localizing):
-            return sums.argsort(descending=True)[: self.heads]
-        return localizing[entropies[localizing].argsort(stable=True)[: self.heads]]
+        numbers = kept.nonzero()[:, 0]
+        entropies = torch.tensor([self._entropy(context, m) for m in image[numbers]])
+        order = entropies.argsort(stable=True)[: self.heads]
+        return numbers[order[entropies[order].isfinite()]]
 
     def _entropy(self, context: Context, m: Tensor) -> float:
         """E of a row (n,); infinite for heads that are dropped, too."""
         above = (m - m.mean()).clamp_min(0)
         limit, parts = THRESHOLD / len(m), list[Tensor]()
         for layout in context.layouts:
-            for grid in layout.grids():
+            for grid in layout.grids:
                 own = above[layout.first + torch.from_numpy(grid)]
                 if (own[-1] > limit).all():
                     return math.inf
@@ -118,7 +125,7 @@ class LocalizationHeads(SinkExplainer):
             return scores
         made = scores.clone()
         for layout in context.layouts:
-            for grid in layout.grids():
+            for grid in layout.grids:
                 kernels = []
                 for size in grid.shape:
                     at = torch.arange(size)

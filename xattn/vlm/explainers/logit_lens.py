@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.explainers.layers import numbered, unable
 
 NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a decoder's last one
 
@@ -55,19 +56,13 @@ def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
     """
     vlm = context.vlm
     if vlm.kind != "decoder":
-        raise ValueError(
-            f"explainer: {name} needs image tokens that the LM head can read, and a "
-            f"{type(vlm.model).__name__} attends to them from elsewhere; attention, occlusion and "
-            f"integrated_gradients can explain it"
-        )
-    with torch.no_grad():
-        output = context.output(output_hidden_states=True)
-    states = getattr(output, "hidden_states", None) or output.language_model_outputs.hidden_states
+        needs = "needs image tokens that the LM head can read"
+        raise unable(context, name, needs, "attends to them from elsewhere")
+    states = context.hidden_states
     count = len(states) - 1  # the first are embeddings
-    if not -count <= layer < count:
-        raise ValueError(f"layer: got {layer}; the model has {count}, numbered from 0")
-    if layer % count == count - 1:  # these went through the last norm
-        return states[-1][0].detach()
+    (number,) = numbered("layer", [layer], count)
+    if number == count - 1:  # these went through the last norm
+        return states[-1]
     decoder = vlm.model.get_decoder()
     modules = {name.rpartition(".")[2]: module for name, module in decoder.named_modules()}
     norm = next((getattr(decoder, n) for n in NORMS if hasattr(decoder, n)), None)
@@ -77,7 +72,7 @@ def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
             f"layer: got {layer}, and a {type(decoder).__name__} has no last norm; give -1"
         )
     with torch.no_grad():
-        return norm(states[layer % count + 1])[0]  # type: ignore[no-any-return]
+        return norm(states[number + 1])  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ class Occlusion(TokenExplainer):
         stride: cells between windows, at most ``size``.
         where: "token": hidden tokens are the mean image token; "pixel": the photo's mean colour lies over
             the window, and the image tower runs again.
+
+    Tokens without places, as of a resampler, are hidden one by one.
     """
 
     size: Count = 2
@@ -57,10 +59,14 @@ class Occlusion(TokenExplainer):
         masks = torch.zeros(len(windows), len(context.features), dtype=torch.bool)
         for mask, (layout, box) in zip(masks, windows, strict=True):
             mask[layout.tokens] = torch.from_numpy(layout.covered(box))
-        if not masks.any():  # tokens without places, as of a resampler
+        if _placeless(context):
             masks = torch.eye(len(context.features), dtype=torch.bool)
-            without = context.hidden(masks)
-        elif self.where == "token":
+            if self.where == "pixel":
+                raise ValueError(
+                    f"where: got 'pixel', and image tokens of a {type(context.vlm.model).__name__} have no "
+                    f"place; give 'token'"
+                )
+        if self.where == "token":
             without = context.hidden(masks)
         else:
             without = torch.cat([self._scores(context, *window) for window in windows])
@@ -68,6 +74,10 @@ class Occlusion(TokenExplainer):
             fall = (context.scores() - without).cpu()
         covers = masks.float()
         return TokenScores((covers.T @ fall / covers.sum(0)[:, None].clamp_min(1)).T)
+
+    def notes(self, context: Context) -> list[str]:
+        single = "image tokens have no place, so each is hidden alone"
+        return [single] if _placeless(context) else []
 
     def _windows(self, layout: Layout) -> Iterator[Box]:
         """Boxes (top, left, bottom, right) of cells."""
@@ -92,3 +102,7 @@ class Occlusion(TokenExplainer):
         pixels[rows, columns] = pixels.mean((0, 1)).round()
         photos = [*context.photos[:number], Image.fromarray(pixels), *context.photos[number + 1 :]]
         return context.scores(context.features_of(photos)[None])
+
+
+def _placeless(context: Context) -> bool:
+    return not any(len(layout.grids) for layout in context.layouts)

@@ -18,8 +18,8 @@ rows are read while the answer is generated.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, regi
 from xattn.vlm.explainers.layers import HeadRows
 from xattn.vlm.explainers.rise import Rise
 from xattn.vlm.model import VLM
-from xattn.vlm.reading import read_rows
 
 
 @register_token_explainer(
@@ -69,26 +68,27 @@ class Outcomes(TokenExplainer):
         """Write the weights, and what they were trained on, as JSON."""
         write_json(path, {"weights": list(self.weights or ()), **self.about})
 
-    @contextmanager
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[HeadRows]:
-        kept = HeadRows(vlm)
-        with read_rows(vlm.decoder, kept.add):
-            yield kept
+    def watch(self, vlm: VLM, prompt_ids: Tensor) -> AbstractContextManager[HeadRows]:
+        return HeadRows.watched(vlm)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        rows = (seen or HeadRows(context.vlm)).table(context)  # (W, L H, S)
-        heads = rows.shape[1]
-        weights = torch.full((heads,), 1 / heads) if self.weights is None else _tensor(self.weights)
-        if len(weights) != heads:
+        rows = (seen or HeadRows(context.vlm)).of_words(context, image=self.above_mean)
+        found = torch.stack([self._weighted(context, own) for own in rows])
+        if self.above_mean:
+            return TokenScores((found - found.mean(1, keepdim=True)).clamp_min(0))
+        text = found[:, context.text] if context.vlm.kind == "decoder" else None
+        return TokenScores(HeadRows.of_image(context, found), text)
+
+    def _weighted(self, context: Context, rows: Tensor) -> Tensor:
+        """(S,) of the rows (L H, S) of a word."""
+        if self.weights is None:
+            return rows.mean(0)
+        if len(self.weights) != len(rows):
             raise ValueError(
-                f"weights: got {len(weights)}, and {heads} heads of a "
+                f"weights: got {len(self.weights)}, and {len(rows)} heads of a "
                 f"{type(context.vlm.model).__name__} look at the image; train them on this model"
             )
-        found = weights @ rows
-        image = HeadRows.of_image(context, found)
-        if self.above_mean:
-            return TokenScores((image - image.mean(1, keepdim=True)).clamp_min(0))
-        return TokenScores(image, found[:, context.text] if context.vlm.kind == "decoder" else None)
+        return _tensor(self.weights) @ rows
 
     def notes(self, context: Context) -> list[str]:
         return ["not trained: all heads count alike"] if self.weights is None else []
@@ -114,7 +114,7 @@ class OutcomesTrainer(TokenExplainer):
     """(M, L H), of each mask the sum of a head's row over what it hides, and (M,), the nats lost."""
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        rows = HeadRows.of_image(context, HeadRows(context.vlm).table(context))  # (W, L H, n)
+        rows = HeadRows(context.vlm).of_words(context, image=True)
         draws = Rise(masks=self.masks, cells=self.cells, seed=self.seed + len(self.examples))
         hidden = draws.hidden(context)
         everything = torch.ones_like(hidden[:1])
@@ -123,10 +123,12 @@ class OutcomesTrainer(TokenExplainer):
         lost = (
             whole - context.hidden(torch.cat([hidden, everything])).cpu()
         ).double()  # (M + 1, W)
-        for own, fell in zip(rows, lost.T, strict=True):
+        means = []
+        for own, fell in zip(rows, lost.T, strict=True):  # (L H, n)
+            means.append(own.mean(0))
             if fell[-1] >= self.needed and fell[:-1].std() > 0:
                 self.examples.append((hidden.double() @ own.double().T, fell[:-1]))
-        return TokenScores(rows.mean(1))
+        return TokenScores(torch.stack(means))
 
     def fit(self, decay: float = 1e-3) -> Outcomes:
         """The explainer whose sums go with the outcomes best.
@@ -137,14 +139,8 @@ class OutcomesTrainer(TokenExplainer):
         Raises:
             ValueError: no word that needs the image was seen.
         """
-        if not self.examples:
-            raise ValueError(
-                f"examples: none of the words lost {self.needed} nats without the image; explain others, "
-                f"or lower needed"
-            )
-        heads = self.examples[0][0].shape[1]
-        sums = torch.stack([x for x, _ in self.examples])
-        outcomes = torch.stack([y for _, y in self.examples])
+        sums, outcomes = (torch.stack(x) for x in zip(*self._examples(), strict=True))
+        heads = sums.shape[2]
         scaled = torch.ones(heads, dtype=sums.dtype, requires_grad=True)  # w / w_0
         search = torch.optim.LBFGS([scaled], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -166,11 +162,19 @@ class OutcomesTrainer(TokenExplainer):
         """Mean correlation of sums with outcomes, of an explainer or of equal weights: of one that was
         trained on other conversations, how well it tells what masks do."""
         found = []
-        for sums, outcomes in self.examples:
+        for sums, outcomes in self._examples():
             weights = None if explainer is None else explainer.weights
             w = sums.new_ones(sums.shape[1]) if weights is None else _tensor(weights).to(sums)
             found.append(float(pearson((sums @ w)[None], outcomes[None])))
         return sum(found) / len(found)
+
+    def _examples(self) -> list[tuple[Tensor, Tensor]]:
+        if not self.examples:
+            raise ValueError(
+                f"examples: none of the words lost {self.needed} nats without the image; explain others, "
+                f"or lower needed"
+            )
+        return self.examples
 
 
 def _tensor(weights: Any) -> Tensor:

@@ -54,7 +54,7 @@ class Rise(TokenExplainer):
         random = np.random.default_rng(self.seed % 2**64)
         hidden = random.random((self.masks, len(context.features))) >= self.keep
         for layout in context.layouts:
-            if not self.cells or not layout.grids():
+            if not self.cells or not layout.grids:
                 continue
             grid = random.random((self.masks, self.cells + 1, self.cells + 1)) >= self.keep
             places = []

@@ -17,7 +17,7 @@ from xattn.attention.operators.base import Operator
 from xattn.runtime.option_checks import Share
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
 from xattn.vlm.explainers.layers import attend, starts, token_scores
-from xattn.vlm.explainers.sinks import SinkExplainer
+from xattn.vlm.explainers.sinks import SinkExplainer, sink_table
 
 
 @register_token_explainer(
@@ -40,7 +40,10 @@ class Rollout(SinkExplainer):
         start = starts(context, attended)
         own = (start / start.sum(1, keepdim=True))[None]
         keys: Tensor | None = None  # what an encoder's places, or the image tokens, get
-        c, table = self.residual, self.sink_table(context) if self.sinks == "drop" else None
+        c, table = (
+            self.residual,
+            sink_table(context, self.sink_ratio) if self.sinks == "drop" else None,
+        )
         for kind, number, call in reversed(attended.layers):
             row = own if kind != "encoder" or keys is None else keys
             keep = None if table is None else ~table[number].to(row.device)

@@ -38,26 +38,11 @@ class SinkExplainer(TokenExplainer):
     sinks: Literal["keep", "drop"] = "keep"
     sink_ratio: Positive = 20.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._last: tuple[Context, Tensor] | None = None
-
-    def sink_table(self, context: Context) -> Tensor:
-        """(L, P + T), True for sinks of a layer.
-
-        Raises:
-            ValueError: image tokens are in no prompt of a decoder.
-        """
-        last = self._last
-        if last is None or last[0] is not context:
-            last = self._last = context, sink_table(context, self.sink_ratio)
-        return last[1]
-
     def without_sinks(self, context: Context) -> Callable[[Rows], Rows]:
         """What changes rows as the options say."""
         if self.sinks == "keep":
             return lambda rows: rows
-        table = self.sink_table(context)
+        table = sink_table(context, self.sink_ratio)
 
         def drop(rows: Rows) -> Rows:
             if rows.cross or rows.layer is None:
@@ -72,7 +57,7 @@ class SinkExplainer(TokenExplainer):
     def notes(self, context: Context) -> list[str]:
         if self.sinks == "keep":
             return []
-        found = self.sink_table(context).any(0)
+        found = sink_table(context, self.sink_ratio).any(0)
         if not found.any():
             return ["no token is a sink"]
         text = "" if found.sum() == 1 else "s"
@@ -83,21 +68,27 @@ class SinkExplainer(TokenExplainer):
 
 
 def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
-    """(L, P + T), True where the input of a layer makes a token a sink; see the module."""
+    """(L, P + T), True where the input of a layer makes a token a sink; see the module.
+
+    Raises:
+        ValueError: image tokens are in no prompt of a decoder.
+    """
     if context.vlm.kind != "decoder":
         raise ValueError(
             f"sinks: got 'drop', which reads image tokens inside the decoder, and a "
             f"{type(context.vlm.model).__name__} has none there; give 'keep'"
         )
-    with torch.no_grad():
-        output = context.output(output_hidden_states=True)
-    states = getattr(output, "hidden_states", None) or output.language_model_outputs.hidden_states
-    sizes = torch.stack([widen(x[0]).abs() / _rms(x[0]) for x in states[:-1]])  # (L, N, width)
-    sizes[:FIRST_LAYER] = 0
-    seen = (sizes[FIRST_LAYER:, 0] > ratio).float()
-    dims = seen.mean(0) >= 0.5 if len(seen) else seen.new_zeros(seen.shape[1], dtype=torch.bool)
-    return ((sizes > ratio) & dims).any(2).cpu()
+    states = context.hidden_states[:-1]
+    found = torch.zeros(len(states), len(states[0]), dtype=torch.bool)
+    later = states[FIRST_LAYER:]
+    if later:
+        first = torch.cat([_sizes(x[:1]) > ratio for x in later])  # (layers, width)
+        dims = first.float().mean(0) >= 0.5
+        found[FIRST_LAYER:] = torch.stack([(_sizes(x)[:, dims] > ratio).any(1) for x in later])
+    return found
 
 
-def _rms(x: Tensor) -> Tensor:
-    return widen(x).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+def _sizes(x: Tensor) -> Tensor:
+    """|x| / rms(x) of the rows of (N, width)."""
+    x = widen(x)
+    return x.abs() / x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)

@@ -85,7 +85,7 @@ class TAM(TokenExplainer):
     def _filtered(self, context: Context, scores: Tensor) -> Tensor:
         made = scores.numpy().copy()
         for layout in context.layouts:
-            for grid in layout.grids():
+            for grid in layout.grids:
                 made[layout.first + grid] = rank_filter(
                     scores.numpy()[layout.first + grid], self.kernel
                 )
