@@ -153,7 +153,7 @@ def test_all_of_a_word_is_accounted_for_where_attention_crosses(kind):
 
 def test_layers_that_are_not_there_are_refused():
     context = conversation("mllama")
-    with pytest.raises(ValueError, match="layers: got 7; the model has attention in layers 0 to 2"):
+    with pytest.raises(ValueError, match="layers: got 7; the model has 3, numbered from 0"):
         explained("gradient_attention", context, layers=[0, 7])
     with pytest.raises(ValueError, match="layers: got"):
         create_token_explainer("gradient_attention", layers=[-1])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn.vlm.explainers.base import Context, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import numbered
+from xattn.vlm.explainers.layers import numbered, token_scores
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
@@ -110,21 +110,15 @@ class Attention(SinkExplainer):
         places = context.rows.tolist()
         if seen is None or not set(places) <= seen.counts.keys():
             seen = self._from_a_pass(context, places)
-        return split(
-            context, seen.of(places, False, len(context.sequence)), self._cross(context, seen)
-        )
-
-    def _cross(self, context: Context, seen: Means) -> Tensor | None:
-        if context.vlm.kind == "decoder":
-            return None
-        keys = len(context.features)
-        if context.vlm.kind == "encoder":
-            keys = len(context.prompt_ids)
-        return seen.of(context.rows.tolist(), True, keys)
+        kind = context.vlm.kind
+        inner = len(context.ids if kind == "encoder" else context.sequence)
+        length = len(context.prompt_ids if kind == "encoder" else context.features)
+        own = context.word_mean(seen.of(places, False, inner))
+        keys = context.word_mean(seen.of(places, True, length)) if kind != "decoder" else None
+        return token_scores(context, own, keys)
 
     def _from_a_pass(self, context: Context, places: list[int]) -> Means:
         kept, vlm, image = Means(), context.vlm, context.image.to(context.vlm.device)
-
         change = self.without_sinks(context)
 
         def keep(rows: Rows) -> None:
@@ -133,23 +127,3 @@ class Attention(SinkExplainer):
         with torch.no_grad(), read_rows(vlm.decoder, keep, places):
             context.logits()
         return kept
-
-
-def split(context: Context, own: Tensor, cross: Tensor | None = None) -> TokenScores:
-    """Scores of the asked words from rows of attention of each token of the answer.
-
-    Args:
-        own: (T, P + T) over the places of the sequence; of an encoder-decoder over those of its decoder.
-        cross: (T, P) over an encoder's places, or (T, n) over the image tokens of a cross-attending model.
-    """
-    if context.vlm.kind == "decoder":
-        image, text = own[:, context.image], own[:, context.text]
-    elif context.vlm.kind == "cross":
-        assert cross is not None
-        image, text = cross, own[:, : len(context.text)]
-    else:
-        assert cross is not None
-        prompt = context.text[context.text < len(context.prompt_ids)]
-        answer = own[:, 1 : 1 + len(context.ids)]  # the first place is the start token's
-        image, text = cross[:, context.image], torch.cat([cross[:, prompt], answer], 1)
-    return TokenScores(context.word_mean(image), context.word_mean(text))

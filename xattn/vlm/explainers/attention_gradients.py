@@ -24,7 +24,7 @@ from torch import Tensor
 
 from xattn.runtime.option_checks import Whole
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
-from xattn.vlm.explainers.layers import Attended, attend, starts, token_scores
+from xattn.vlm.explainers.layers import Attended, attend, numbered, starts, token_scores
 
 
 @register_token_explainer(
@@ -114,11 +114,7 @@ class GradientAttention(TokenExplainer):
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         attended = attend(context, "gradient_attention", graph=True)
         here = [layer.number for layer in attended.layers if layer.kind != "encoder"]
-        beyond = set(self.layers or ()) - set(here)
-        if beyond:
-            raise ValueError(
-                f"layers: got {min(beyond)}; the model has attention in layers {min(here)} to {max(here)}"
-            )
+        numbered("layers", self.layers or (), max(here) + 1)
         sizes = {layer.kind: layer.call.operator.shape[3] for layer in attended.layers}
         found: dict[str, list[Tensor]] = {kind: [] for kind in sizes}
         for start, grads in zip(starts(context, attended), attended.gradients(), strict=True):
