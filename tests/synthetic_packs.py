@@ -245,6 +245,7 @@ def _images(photos: range, methods: int, made: _Made, rng: np.random.Generator) 
         "disagreement": rng.random(count).round(4),
         "methods": np.full(count, methods),
         "top": top,
+        "answer": [None] * count,
         "thumbnail_bytes": np.array([len(data) for data in made.jpegs])[numbers % _DIFFERENT],
         "thumbnail_sha256": made.jpeg_hashes[numbers % _DIFFERENT],
     }

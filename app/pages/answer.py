@@ -34,10 +34,11 @@ def page(context: Context) -> None:
     answer = pack.facts_of(image_id).answer
     if answer is None or not answer.words:
         st.info(
-            "No answer of a vision-language model is on this photo. A pack of answers is made by:"
+            "No answer of a vision-language model is on this photo."
             if answer is None
             else "The model's answer on this photo is empty."
         )
+        st.caption("A pack of answers is made by:")
         components.command('xattn caption photos/ --vlm transformers:OWNER/NAME --prompt "..."')
         return
     _answer(pack, _together(pack, image_id), answer)

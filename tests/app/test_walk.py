@@ -19,7 +19,7 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "gallery": ("measured", "Look"),
     "image": ("measured", "Look"),
     "attention": ("vit", "The figures as a table"),
-    "answer": ("measured", "No answer of a vision-language model"),
+    "answer": ("measured", "No answer of a vision-language model is on this photo."),
     "whatif": ("vit", "Fill"),
     "mistakes": ("measured", "Classes"),
     "photomap": ("measured", "Groups"),
