@@ -24,12 +24,12 @@ def load_vlm(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> VLM:
-    """A vision-language model of transformers, ready to be explained.
+    """A vision-language model of transformers, ready to be explained::
 
-        vlm = load_vlm(LlavaForConditionalGeneration.from_pretrained(NAME),
-                       AutoProcessor.from_pretrained(NAME))
-        vlm = load_vlm(f"transformers:{NAME}")      # the same, from the hub
-        vlm = load_vlm("my-folder")                 # what save_pretrained wrote
+        model = LlavaForConditionalGeneration.from_pretrained(NAME)
+        vlm = load_vlm(model, AutoProcessor.from_pretrained(NAME))
+        vlm = load_vlm("transformers:llava-hf/llava-1.5-7b-hf")  # the same, from the hub
+        vlm = load_vlm("my-folder")  # what save_pretrained wrote
 
     The model is used as it is, in its own attention, and its weights are not changed. Three tokens are
     generated from a small picture, and compared with the pass that explains.
