@@ -63,6 +63,21 @@ def batch_norm_scale_and_shift(
     return scale, shift if bias is None else shift + bias
 
 
+def affine_batch_norm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x s + t, with s and t (C,); computed in float32 at least, as the fused function does."""
+    made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    scale, shift = (x.to(wide).view(-1, *[1] * (input.ndim - 2)) for x in made)
+    return torch.addcmul(shift, input.to(wide), scale).to(input.dtype), *made
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -75,11 +90,7 @@ def _batch_norm(
 ) -> Tensor:
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
-    # In float32 at least, as the fused function computes it.
-    wide = torch.promote_types(input.dtype, torch.float32)
-    scale, shift = (x.to(wide).view(-1, *[1] * (input.ndim - 2)) for x in made)
-    return torch.addcmul(shift, input.to(wide), scale).to(input.dtype)
+    return affine_batch_norm(input, running_mean, running_var, weight, bias, eps)[0]
 
 
 def _instance_norm(

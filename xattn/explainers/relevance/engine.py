@@ -45,6 +45,7 @@ from xattn.explainers.relevance.rules import (
     added_bias,
     epsilon_rule,
     live,
+    mapped,
     own,
     quotient_of,
     rules_of,
@@ -72,10 +73,8 @@ class Step:
         def add(c: Tensor | None) -> None:
             if c is None:  # nothing reaches the score
                 return
-            found = (
-                torch.where(c == 0, 0, value * c).double().sum()
-            )  # hidden keys have a bias of -inf
-            self.sums[kind] += float(found)
+            # Hidden keys have a bias of -inf.
+            self.sums[kind] += float(torch.where(c == 0, 0, value * c).double().sum())
 
         x.register_hook(add)
 
@@ -241,17 +240,16 @@ class Engine(TorchFunctionMode):
 
     def _entering(self, step: Step, value: Any) -> Any:
         """``value`` with aliases for its live tensors, whose relevance is what this call gave them."""
-        if isinstance(value, list | tuple):
-            found = [self._entering(step, x) for x in value]
-            return found if isinstance(value, list) else tuple(found)
-        if isinstance(value, dict):
-            return {key: self._entering(step, x) for key, x in value.items()}
-        if not live(value):
-            return value
-        alias = value.view_as(value)
-        vars(alias).update(vars(value))
-        step.weigh("in", alias)
-        return alias
+
+        def alias_of(x: Any) -> Any:
+            if not live(x):
+                return x
+            alias = x.view_as(x)
+            vars(alias).update(vars(x))
+            step.weigh("in", alias)
+            return alias
+
+        return mapped(value, alias_of)
 
     def _leaving(self, step: Step | None, result: Any, constant: Tensor | None) -> None:
         outputs = [x for x in tensors(result) if live(x)]
@@ -281,10 +279,8 @@ class Engine(TorchFunctionMode):
             z.relevance_mark = _Mark(layer, x, rule, None)  # type: ignore[attr-defined]
         return z
 
-    def normed(
-        self, z: Tensor, x: Tensor, scale: Tensor, shift: Tensor, constant: Tensor
-    ) -> Tensor:
-        """z = x scale + shift of BatchNorm, by channel; one layer with the one that gave x."""
+    def normed(self, z: Tensor, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+        """z = x scale + constant of BatchNorm, by channel; one layer with the one that gave x."""
         mark = vars(x).get("relevance_mark")
         if mark is not None:
             layer, wide = mark.layer, layer_dims(mark.layer)
@@ -302,17 +298,14 @@ class Engine(TorchFunctionMode):
 
     def finished(self, value: Any) -> Any:
         """``value`` with the rule applied to linear layers that no BatchNorm follows."""
-        if isinstance(value, list | tuple):
-            found = [self.finished(x) for x in value]
-            return found if isinstance(value, list) else tuple(found)
-        if isinstance(value, dict):
-            return {key: self.finished(x) for key, x in value.items()}
-        mark = getattr(value, "relevance_mark", None)
-        if mark is None:
-            return value
-        if isinstance(mark, _Mark):  # several readers share the finished tensor
-            value.relevance_mark = mark = self._shared(value, mark)
-        return mark
+
+        def applied(x: Any) -> Any:
+            mark = getattr(x, "relevance_mark", None)
+            if isinstance(mark, _Mark):  # several readers share the finished tensor
+                x.relevance_mark = mark = self._shared(x, mark)
+            return x if mark is None else mark
+
+        return mapped(value, applied)
 
     def _shared(self, z: Tensor, mark: _Mark) -> Tensor:
         layer, x, rule, step = mark
@@ -449,13 +442,11 @@ def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
     if bias is not None or name not in AFFINE:
         return bias
 
-    def still(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return type(value)(map(still, value))
-        return torch.zeros_like(value) if live(value) else value
+    def still(x: Any) -> Any:
+        return torch.zeros_like(x) if live(x) else x
 
     with torch.no_grad():
-        found = function(*still(args), **{key: still(x) for key, x in kwargs.items()})
+        found = function(*mapped(args, still), **mapped(kwargs, still))
     return found if isinstance(found, Tensor) else None
 
 

@@ -27,8 +27,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone.scored import class_of, is_score
-from xattn.explainers.base import Choose, check_inputs, check_target, register_explainer
+from xattn.backbone.scored import is_score
+from xattn.explainers.base import Choose, register_explainer
 from xattn.explainers.relevance.attention import patch_grid
 from xattn.explainers.relevance.engine import Engine
 from xattn.explainers.relevance.lrp import TOKENS, RelevanceExplainer
@@ -96,8 +96,7 @@ class LibraGrad(RelevanceExplainer):
             raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
         if is_score(self.backbone, target):
             return cast(LibraGrad, self.with_target(target)).contributions(inputs, 0)
-        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
-        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        inputs, targets = self._checked(inputs, target)
         engine = self._engine(keep=True)
         with self._guard(), torch.enable_grad():
             logits, tokens = self._tokens(self._move(inputs), engine)

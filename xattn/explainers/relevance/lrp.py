@@ -138,8 +138,7 @@ class RelevanceExplainer(Explainer):
         if is_score(self.backbone, target):
             aimed: Any = self.with_target(target)
             return aimed._each(inputs, 0, at, weigh)  # type: ignore[no-any-return]
-        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
-        targets = check_target(target, inputs.shape[0], self.backbone.num_classes)
+        inputs, targets = self._checked(inputs, target)
 
         def explained(images: Tensor, classes: Tensor) -> tuple[dict[str, Tensor], Any]:
             engine = self._engine(weigh=weigh)
@@ -157,6 +156,11 @@ class RelevanceExplainer(Explainer):
                 return self._batches.run(explained, inputs, targets)  # type: ignore[return-value]
             pairs = zip(inputs.split(1), targets.split(1), strict=True)
             return [explained(image, one) for image, one in pairs]
+
+    def _checked(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Images, and the class (B,) of each."""
+        inputs, target = check_inputs(inputs, self.backbone), class_of(self.backbone, target)
+        return inputs, check_target(target, inputs.shape[0], self.backbone.num_classes)
 
     @staticmethod
     def _balance(score: Tensor, end: Tensor, engine: Engine) -> Balance:

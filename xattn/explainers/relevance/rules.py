@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.backbone.norm_gradients import batch_norm_scale_and_shift
+from xattn.backbone.norm_gradients import affine_batch_norm, batch_norm_scale_and_shift
 
 Rule = Callable[..., Any]
 """``rule(engine, function, *args, **kwargs)`` gives what ``function(*args, **kwargs)`` gives, with the
@@ -55,6 +55,16 @@ def tensors(values: Any) -> list[Tensor]:
     elif not isinstance(values, list | tuple):
         return []
     return [x for value in values for x in tensors(value)]
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested lists, tuples and dicts with what ``change`` makes of everything in them."""
+    if isinstance(value, list | tuple):
+        found = [mapped(x, change) for x in value]
+        return found if isinstance(value, list) else tuple(found)
+    if isinstance(value, dict):
+        return {key: mapped(x, change) for key, x in value.items()}
+    return change(value)
 
 
 def live(value: Any) -> bool:
@@ -400,12 +410,8 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         engine.refuse("batch_norm with statistics of the batch")
         return function(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
-    wide = torch.promote_types(input.dtype, torch.float32)  # as the fused function computes it
-    dims = [1] * (input.ndim - 2)
-    scale, shift = (x.to(wide).view(-1, *dims) for x in made)
-    z = torch.addcmul(shift, input.to(wide), scale).to(input.dtype)
-    return engine.normed(z, input, *made, shift.to(z.dtype))
+    z, scale, shift = affine_batch_norm(input, running_mean, running_var, weight, bias, eps)
+    return engine.normed(z, input, scale, over_places(shift.to(z.dtype), z.ndim - 2))
 
 
 def _layer_norm(
