@@ -26,30 +26,32 @@ def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
     """The text of token ids, and the characters of each token, white space before it included; those of
     special tokens are empty.
 
-    Found from what prefixes decode to, so that it holds for any tokenizer. Tokens that are parts of one
-    character all get that character.
+    Found from what a token adds to the text of those before it, so that it holds for any tokenizer. Tokens
+    that are parts of one character all get that character.
     """
 
-    def decode(count: int) -> str:
+    def decode(first: int, last: int) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(tokenizer.decode(list(ids[:count]), **options))
+        return str(tokenizer.decode(list(ids[first:last]), **options))
 
     special = set(tokenizer.all_special_ids)
-    text, spans, waiting, start = decode(len(ids)), list[tuple[int, int]](), 0, 0
+    text, spans, waiting, start = decode(0, len(ids)), list[tuple[int, int]](), 0, 0
+    context = settled = 0  # tokens from the one on, before the other, made the last whole character
     for i, token in enumerate(ids):
         if token in special:
             spans.append((start, start))
             continue
-        prefix = decode(i + 1)
+        added = decode(context, i + 1)[len(decode(context, settled)) :]
         end = start
-        while end < len(prefix) and prefix[end : end + 1] == text[end : end + 1]:
+        while end - start < len(added) and added[end - start] == text[end : end + 1]:
             end += 1
-        if end == start and len(prefix) > start:  # the first bytes of a character
+        if end == start and added:  # the first bytes of a character
             waiting += 1
         spans.append((start, end))
         if end > start:
             for j in range(i - waiting, i):
                 spans[j] = start, end
+            context, settled = i - waiting, i + 1
             start, waiting = end, 0
     return text, spans
 
