@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Answer:
         """The methods that explained it, in the order that was asked for."""
         return tuple(next(iter(self.maps.values()), {}))
 
-    @property
+    @cached_property
     def probabilities(self) -> Array:
         """(W,): exp of the mean log p of each word's tokens."""
         counts = np.array([len(word.tokens) for word in self.words], np.float32)

@@ -138,8 +138,8 @@ class Layout:
         return self.placed & (common >= smaller / 2 - 1e-9)  # type: ignore[no-any-return]
 
 
-def _overlap(start: float, end: float, cells: int) -> Array:
-    """(cells,): how much of each cell lies from ``start`` to ``end``."""
+def _overlap(start: Any, end: Any, cells: int) -> Array:
+    """(cells,), or (k, cells) of (k, 1): how much of each cell lies from ``start`` to ``end``."""
     edges = np.arange(cells + 1)
     return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, 1)  # type: ignore[no-any-return]
 
@@ -164,9 +164,7 @@ class Places(NamedTuple):
         found = []
         for axis, cells in enumerate(shape):
             start, end = self.boxes[:, axis, None] * cells, self.boxes[:, axis + 2, None] * cells
-            edges = np.arange(cells + 1)
-            part = np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)
-            part = np.nan_to_num(np.clip(part, 0, None))
+            part = np.nan_to_num(_overlap(start, end, cells))
             found.append(part / np.maximum(part.sum(1, keepdims=True), 1e-12))
         return found[0], found[1]
 
@@ -481,12 +479,16 @@ def _normal(changes: Array) -> Array:
     total = changes.sum(1, keepdims=True)
     shares = changes / np.maximum(total, 1e-30)
     shares[total[:, 0] <= 1e-8 * max(total.max(), 1e-30)] = 0
-    centres = (np.arange(changes.shape[1]) + 0.5) / changes.shape[1]
-    mean = shares @ centres
-    spread = np.sqrt(np.maximum(shares @ centres**2 - mean**2, 0))
     if changes.shape[1] > 2:
-        shares[spread > EVERYWHERE] = 0
+        shares[_centres(shares)[1] > EVERYWHERE] = 0
     return shares
+
+
+def _centres(shares: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation (n,) of where shares (n, bands) lie, in shares of the photo's side."""
+    places = (np.arange(shares.shape[1]) + 0.5) / shares.shape[1]
+    mean = shares @ places
+    return mean, np.sqrt(np.maximum(shares @ places**2 - mean**2, 0))
 
 
 def locate(
@@ -593,9 +595,7 @@ def check_table(
         boxes = _on_photo(own, (photo.height, photo.width))
         for axis, (cells, count) in enumerate(zip(own.shape, bands[i], strict=True)):
             seen = _normal(changes[i][axis][first : first + len(boxes)])
-            centres = (np.arange(count) + 0.5) / count
-            at = seen @ centres
-            spread = np.sqrt(np.maximum(seen @ centres**2 - at**2, 0))
+            at, spread = _centres(seen)
             start, end = boxes[:, axis], boxes[:, axis + 2]
             size = np.maximum(end - start, 1 / cells)
             more = size * (own.slack + 0.5 * (count < cells))  # where bands are wider than cells

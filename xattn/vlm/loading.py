@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xattn.backbone.families.transformers_models import PREFIX
+from xattn.backbone.families.transformers_models import PREFIX, read_saved, saved_source
 from xattn.vlm.layout import check_table
 from xattn.vlm.model import VLM, entrance_of
 
@@ -81,25 +82,13 @@ def _read(name: str, processor: Any, dtype: Any) -> tuple[Any, Any]:
             f"vlm: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
             f'"xattn[vlm]"'
         ) from None
-    if Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser())
-        if not Path(name, "config.json").is_file():
-            raise FileNotFoundError(
-                f"vlm: {name} holds no config.json; give a folder that save_pretrained wrote"
-            )
-    elif name.count("/") != 1 or name[:1] in ".~/":
-        raise FileNotFoundError(
-            f"vlm: no folder {name!r}; give a folder, or {PREFIX}OWNER/NAME of the hub"
-        )
-    auto: Any = transformers.AutoModelForImageTextToText
-    try:
-        if processor is None:
-            processor = transformers.AutoProcessor.from_pretrained(name)
-        return auto.from_pretrained(name, **({"dtype": dtype} if dtype else {})).eval(), processor
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"vlm: {name} cannot be loaded ({reason})") from error
+    source, auto = saved_source(name, "vlm"), transformers.AutoModelForImageTextToText
+    if processor is None:
+        load = transformers.AutoProcessor.from_pretrained
+        processor = read_saved(name, "processor", load, source, "vlm")
+    given = {"dtype": dtype} if dtype else {}
+    model = read_saved(name, "model", partial(auto.from_pretrained, **given), source, "vlm")
+    return model.eval(), processor
 
 
 def _check(vlm: VLM) -> None:

@@ -182,9 +182,8 @@ class _Reader:
     ) -> None:
         refuse_dropout(dropout_p)
         count, keys = query.shape[-2], key.shape[-2]
-        if (
-            running.length == 1 and count > 1
-        ):  # heads that share a key stand in the place of queries
+        # Heads that share a key may stand in the place of queries.
+        if running.length == 1 and count > 1:
 
             def read(index: list[int]) -> Tensor:
                 rows = _rows(query, key, list(range(count)), attn_mask, is_causal, scale)

@@ -148,38 +148,38 @@ def load_transformers(
             f"backbone: {PREFIX}{name} needs transformers, which is not installed; run: pip install "
             f'"xattn[transformers]"'
         ) from None
-    source = _source(name)
+    source = saved_source(name)
     with _quiet(transformers):
-        config = _read(name, "config.json", transformers.AutoConfig.from_pretrained, source)
+        config = read_saved(name, "config.json", transformers.AutoConfig.from_pretrained, source)
         _check_config(config, name, transformers)
         if processor is None:
             load = transformers.AutoImageProcessor.from_pretrained
-            processor = _read(name, "image processor", load, source)
+            processor = read_saved(name, "image processor", load, source)
         auto: Any = transformers.AutoModelForImageClassification
         network = auto.from_config(config) if weights is None else _with_weights(auto, source, name)
     return from_transformers(network, processor, task)
 
 
-def _source(name: str) -> str:
-    """A folder that is there, or else a name of the hub, OWNER/NAME."""
+def saved_source(name: str, argument: str = "backbone") -> str:
+    """A folder that is there, or else a name of the hub, OWNER/NAME; errors begin with ``argument``."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"backbone: {PREFIX}{name} holds no config.json; give a folder that save_pretrained wrote"
+                f"{argument}: {PREFIX}{name} holds no config.json; give a folder that save_pretrained wrote"
             )
         return str(folder)
     owner, _, rest = name.partition("/")
     if not owner or owner[0] in ".~" or not rest or "/" in rest or Path(owner).is_dir():
         raise FileNotFoundError(
-            f"backbone: no folder {name!r}; give a folder, or OWNER/NAME of the hub, after {PREFIX}"
+            f"{argument}: no folder {name!r}; give a folder, or OWNER/NAME of the hub, after {PREFIX}"
         )
     return name
 
 
 def _with_weights(auto: Any, source: str, name: str) -> Any:
     load = partial(auto.from_pretrained, output_loading_info=True)
-    network, loading = _read(name, "weights", load, source)
+    network, loading = read_saved(name, "weights", load, source)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"backbone: {PREFIX}{name} has no weights for {', '.join(missing[:2])} of a "
@@ -350,14 +350,14 @@ def _interpolation(processor: Any) -> str:
 # ---------------------------------------------------------------------- reading what from_pretrained reads
 
 
-def _read(name: str, what: str, load: Any, source: str) -> Any:
+def read_saved(name: str, what: str, load: Any, source: str, argument: str = "backbone") -> Any:
     """What ``load(source)`` reads; its errors, which take several lines, become one."""
     try:
         return load(source)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(
-            f"backbone: {PREFIX}{name}: its {what} could not be read ({type(error).__name__}: {reason}); "
+            f"{argument}: {PREFIX}{name}: its {what} could not be read ({type(error).__name__}: {reason}); "
             f"give a folder where model and image processor were written by save_pretrained"
         ) from error
 
