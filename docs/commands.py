@@ -8,18 +8,7 @@ from xattn.runtime.arguments import Option, options_of
 
 PAGE = Path(__file__).with_name("commands.md")
 START, END = "<!-- options -->\n", "<!-- end of options -->\n"
-SHOWN = [
-    "train",
-    "probe",
-    "distill",
-    "prune",
-    "explain",
-    "caption",
-    "evaluate",
-    "compare",
-    "parts",
-    "export",
-]
+SHOWN = "train probe distill prune explain caption evaluate compare parts export".split()
 
 
 def table() -> str:

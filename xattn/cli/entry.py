@@ -23,26 +23,11 @@ from xattn.runtime.process import keep_memory, launched, sleep_while_waiting
 from xattn.runtime.version import __version__
 
 NAMES = (
-    *(
-        "train",
-        "probe",
-        "distill",
-        "prune",
-        "explain",
-        "caption",
-        "evaluate",
-        "compare",
-        "accuracy",
-        "diff",
-    ),
-    *("merge", "parts", "export", "app", "bench", "list"),
+    *("train", "probe", "distill", "prune", "explain", "caption", "evaluate", "compare"),
+    *("accuracy", "diff", "merge", "parts", "export", "app", "bench", "list"),
 )
-UPLOADING = (
-    "explain",
-    "caption",
-    "evaluate",
-    "merge",
-)  # the commands whose output may be the URL of a store
+# The commands whose output may be the URL of a store.
+UPLOADING = ("explain", "caption", "evaluate", "merge")
 
 
 class Commands(Mapping[str, type[Any]]):

@@ -51,6 +51,12 @@ class AnswerFacts:
     tokens: tuple[str, ...] = ()
     asked: int = 0
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it has in memory."""
+        numbers = sum(len(v) for word in self.words for v in word.sources.values())
+        return 2000 * (1 + len(self.words)) + 100 * len(self.tokens) + 32 * numbers
+
     def to_json(self) -> str:
         """As :meth:`from_json` reads it; numbers have four digits, scores of tokens three, without the
         zeros behind the last."""

@@ -44,11 +44,8 @@ ROW_GROUP = 2048  # rows that are decoded to read one
 MAX_TEXT = 4096  # bytes of a text in UTF-8
 # Bytes of columns that hold JSON.
 LONG_TEXTS = {
-    "protocol": 1 << 20,
-    "view": MAX_TEXT,
-    "curves": 16 << 20,
-    "top": 1 << 20,
-    "answer": 4 << 20,
+    **dict.fromkeys(("protocol", "top"), 1 << 20),
+    **{"view": MAX_TEXT, "curves": 16 << 20, "answer": 4 << 20},
 }
 METRIC = "metric:"
 _TEXTS = pa.string()
@@ -95,13 +92,7 @@ _IMAGE: dict[str, pa.DataType] = {
 }
 # Columns that may lack a value.
 MISSING = {
-    "label",
-    "label_name",
-    "predicted",
-    "predicted_name",
-    "right",
-    "answer",
-    "thumbnail_sha256",
+    *("label", "label_name", "predicted", "predicted_name", "right", "answer", "thumbnail_sha256")
 }
 # All other texts and whole numbers repeat, and are written by dictionary.
 _UNIQUE = {"entry_id", "curves", "top", "answer", "place", "thumbnail_place", "thumbnail_bytes"}

@@ -222,7 +222,7 @@ class Contents:
         return self._recent.kept(  # type: ignore[no-any-return]
             ("facts", image_id),
             lambda: self._facts_of(image_id),
-            lambda found: 2000 if found.answer is None else 1000 * len(found.answer.words),
+            lambda found: 2000 if found.answer is None else found.answer.size,
         )
 
     def _facts_of(self, image_id: str) -> PhotoFacts:
