@@ -28,7 +28,14 @@ PAGES = {  # name: the pack, and a text that is there when the page is
     "compare": ("measured", "There is no comparison yet."),
     "train": ("measured", "Train a head"),
 }
-FOLDED = ("gallery", "image", "attention", "answer", "compare", "train")  # there, or begin without any
+FOLDED = (
+    "gallery",
+    "image",
+    "attention",
+    "answer",
+    "compare",
+    "train",
+)  # there, or begin without any
 
 
 # Whether every picture in sight is there, those in the shadow roots of grids included.
