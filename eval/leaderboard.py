@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from xattn.backbone import Backbone
-from xattn.backbone.scored import View, scored
+from xattn.backbone.scored import BackboneView, scored
 from xattn.eval.annotations.objects import load_annotations
 from xattn.eval.evaluation.engine import create_metrics, evaluate, made_for
 from xattn.eval.evaluation.map_maker import Randomized
@@ -344,7 +344,7 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
 def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]:
     """Explainers from methods that are given as objects, for the target if there is one."""
     view = job.backbone
-    if job.target is None or not isinstance(view, View):
+    if job.target is None or not isinstance(view, BackboneView):
         return as_explainers(methods, view, job.max_forward_batch)
     return made_for(view, as_explainers(methods, view.base, job.max_forward_batch))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xattn.backbone import Backbone
-from xattn.backbone.scored import Scored, View, is_score, scored
+from xattn.backbone.scored import BackboneView, Scored, is_score, scored
 from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import EvaluationRun
 from xattn.eval.evaluation.facts import Evaluation, run_facts
@@ -138,7 +138,7 @@ def _for_target(
     return view, made_for(view, explainers), None
 
 
-def made_for(view: View, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
+def made_for(view: BackboneView, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
     """Explainers of ``view``, from explainers of the backbone that it is a view of."""
     return {
         name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()

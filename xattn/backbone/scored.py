@@ -2,8 +2,9 @@
 
     backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
 
-A :class:`View` is a :class:`~xattn.backbone.Backbone` over the same modules, so explainers, metrics and
-commands need no special case. Its logits are (B, 1), the target's number, and the classes have its name.
+A :class:`BackboneView` is a :class:`~xattn.backbone.Backbone` over the same modules, so explainers,
+metrics and commands need no special case. Its logits are (B, 1), the target's number, and the classes
+have its name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from xattn.photos.classes import Task
 from xattn.photos.preprocessing import Preprocessing
 
 
-class View(Backbone):
+class BackboneView(Backbone):
     """``base`` with other logits: modules, buffers and facts are shared, nothing is copied.
 
     A subclass says what the logits are (:meth:`answer`) and gives the facts that differ.
@@ -42,7 +43,7 @@ class View(Backbone):
         """What the base answers, (B, ...) -> logits (B, K) of the view."""
         raise NotImplementedError
 
-    def again(self, base: Backbone) -> View:
+    def again(self, base: Backbone) -> BackboneView:
         """The same view of another backbone."""
         raise NotImplementedError
 
@@ -93,17 +94,17 @@ class View(Backbone):
     def _classifier(self) -> tuple[Tensor | None, Tensor | None]:
         return None, None
 
-    def with_taps(self, taps: Any) -> View:
+    def with_taps(self, taps: Any) -> BackboneView:
         return self.again(self.base.with_taps(taps))
 
-    def with_preprocessing(self, preprocessing: Preprocessing) -> View:
+    def with_preprocessing(self, preprocessing: Preprocessing) -> BackboneView:
         return self.again(self.base.with_preprocessing(preprocessing))
 
-    def with_converted(self, model: nn.Module) -> View:
+    def with_converted(self, model: nn.Module) -> BackboneView:
         return self.again(self.base.with_converted(model))
 
 
-class Scored(View):
+class Scored(BackboneView):
     """``scored(images) -> Taps`` whose logits (B, 1) are the numbers of ``target``; made by :func:`scored`.
 
     ``score`` is what p is, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
@@ -210,7 +211,7 @@ class Scored(View):
 def is_score(backbone: Backbone, target: Any) -> bool:
     """Whether a target is a number of the backbone's answer, and not a class or one class an image."""
     text = isinstance(target, str) and hasattr(backbone, "text_target")
-    return text or isinstance(target, Target | View) or callable(target)
+    return text or isinstance(target, Target | BackboneView) or callable(target)
 
 
 def class_of(backbone: Backbone, target: Any) -> Any:
@@ -225,7 +226,7 @@ def class_of(backbone: Backbone, target: Any) -> Any:
         ) from None
 
 
-def scored(backbone: Backbone, target: Any) -> View:
+def scored(backbone: Backbone, target: Any) -> BackboneView:
     """``backbone`` with ``target`` in the place of its classes.
 
     Args:
@@ -236,7 +237,7 @@ def scored(backbone: Backbone, target: Any) -> View:
         ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or
             a backbone that already shows another target.
     """
-    if isinstance(target, View):
+    if isinstance(target, BackboneView):
         if target.base is not backbone:
             raise ValueError(
                 f"target: a view of another backbone ({target.base.name}); make it of this one"

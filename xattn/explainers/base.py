@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
-from xattn.backbone.scored import Scored, View, class_of, is_score, scored
+from xattn.backbone.scored import BackboneView, Scored, class_of, is_score, scored
 from xattn.heads import AttentiveHead, Head, parse_options
 from xattn.heads.base import Frozen
 from xattn.heads.probed import Probed
@@ -424,7 +424,7 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 def probe_of(backbone: Backbone) -> AttentiveHead | None:
     """The head that gives the logits of a probed backbone; None for a network's own classifier."""
-    while isinstance(backbone, View):
+    while isinstance(backbone, BackboneView):
         backbone = backbone.base
     return backbone.probe if isinstance(backbone, Probed) else None
 

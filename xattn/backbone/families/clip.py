@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.loading import load_backbone
-from xattn.backbone.scored import View
+from xattn.backbone.scored import BackboneView
 from xattn.backbone.targets import Target
 from xattn.backbone.weights import load_into
 from xattn.photos.classes import Task
@@ -122,7 +122,7 @@ def _under_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-class Clip(View):
+class Clip(BackboneView):
     """An image tower with its text tower: the logits (B, D) are image embeddings of length 1.
 
     Explain it with a text as target, or its :meth:`with_prompts`. Other towers than those of
@@ -205,7 +205,7 @@ class Clip(View):
         return Prompted(self, [prompts] if isinstance(prompts, str) else list(prompts))
 
 
-class Prompted(View):
+class Prompted(BackboneView):
     """A zero-shot classifier; made by :meth:`Clip.with_prompts`."""
 
     base: Clip
