@@ -39,7 +39,7 @@ def test_a_folder_of_photos_becomes_a_pack_of_words(model, photos, tmp_path, cap
     (photos / "2.png").write_bytes(b"no photo")
     out = tmp_path / "pack"
     names = ["--explainers", "Attention", "occlusion", "--options", "occlusion.size=1"]
-    assert caption(photos, "--vlm", model, *QUESTION, *names, "--output", out) == 0
+    assert caption(photos, "--vlm", model, *QUESTION, *names, "--overlays", 3, "--output", out) == 0
     said = capsys.readouterr()
     assert "skipped 2.png" in said.err and "word" in said.out and f"pack: {out}" in said.out
     pack = Pack(out)
@@ -56,11 +56,12 @@ def test_a_folder_of_photos_becomes_a_pack_of_words(model, photos, tmp_path, cap
 def test_given_texts_words_and_photos_together(model, photos, tmp_path, capsys):
     texts = tmp_path / "texts.json"
     texts.write_text(json.dumps({"0.png": "a red fork", "1.png": "a blue cup"}))
-    given = ["--vlm", model, *QUESTION, "--answer", texts, "--overlays", 0]
+    given = ["--vlm", model, *QUESTION, "--answer", texts]
     one = ["--words", "a", "--limit", 1, "--output", tmp_path / "a"]
     assert caption(photos, *given, *one) == 0
     [id] = Pack(tmp_path / "a").entry_ids
     assert id.endswith(".png@0.attention")
+    assert not (tmp_path / "a" / "overlays").exists()  # drawn where they are asked for
     assert caption(photos, *given, "--output", tmp_path / "b") == 0
     pack = Pack(tmp_path / "b")
     assert [pack.facts_of(f"{i}.png").answer.text for i in range(2)] == ["a red fork", "a blue cup"]

@@ -62,7 +62,7 @@ def explain_tokens(
     seed: int = 0,
     output: str | Path | None = None,
     batch_size: int = 8,
-    overlays: bool = True,
+    overlays: bool = False,
     progress: bool = False,
     max_pixels: int | None = MAX_PIXELS,
     keep: int | None = None,
@@ -84,7 +84,7 @@ def explain_tokens(
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
         output: folder of a pack to write, photo by photo; none is written where no word was explained.
         batch_size: sequences in a pass, halved where memory runs out.
-        overlays: also write pictures of the maps into the pack.
+        overlays: also write pictures of the maps into the pack, which may take longer than the answer.
         keep: return at most so many answers, of ``.total``; ``output`` has all.
 
     Returns:

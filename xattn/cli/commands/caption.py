@@ -55,9 +55,9 @@ class Caption(PhotoArgs):
     output: Path | None = None
     """Folder or URL for the pack; by default runs/answers, or runs/answers-2 and so on if there are
     results."""
-    overlays: Whole = 100
+    overlays: Whole = 0
     """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
-    0 for none."""
+    a picture a word may take longer than the answer."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: Count = 8
