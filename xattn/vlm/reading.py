@@ -55,6 +55,8 @@ class Rows:
         >>> rows.over(6)[0, 0, 0].tolist()
         [0.0, 0.0, 0.0, 0.5, 0.5, 0.0]
         """
+        if not self.offset and length == self.weights.shape[-1]:
+            return self.weights
         kept = self.weights[..., : max(length - self.offset, 0)]
         after = length - self.offset - kept.shape[-1]
         return nn.functional.pad(kept, (self.offset, after))
@@ -235,11 +237,13 @@ def _rows(
     """Rows ``index`` of softmax(scale q k^T + b), (B, H, R, S); q (B, H, N, D), k (B, H or Hk, S, D)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads, groups, (keys, width) = query.shape[1], key.shape[1], key.shape[2:]
-    q = query[:, :, index].to(dtype) * (width**-0.5 if scale is None else scale)
+    # Slices, and no mask that hides nothing: a step of generation asks for its one query.
+    asked = query[:, :, index] if len(index) > 1 else query[:, :, index[0] : index[0] + 1]
+    q = asked.to(dtype) * (width**-0.5 if scale is None else scale)
     q = q.reshape(len(q), groups, -1, width)
     scores = (q @ key.to(dtype).mT).reshape(-1, heads, len(index), keys)
     hidden = None
-    if causal:
+    if causal and min(index) < keys - 1:
         hidden = (
             torch.arange(keys, device=key.device) > torch.tensor(index, device=key.device)[:, None]
         )

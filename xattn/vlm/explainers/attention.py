@@ -29,13 +29,13 @@ class Means:
 
     own: dict[int, Tensor] = field(default_factory=dict)
     cross: dict[int, Tensor] = field(default_factory=dict)
-    counts: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, Tensor | int] = field(default_factory=dict)
 
-    def add(self, place: int, row: Tensor, cross: bool, counted: Tensor) -> None:
-        """A row (S,), if ``counted`` is 1 and not 0: the numbers stay on their device."""
+    def add(self, place: int, row: Tensor, cross: bool, counted: Tensor | None) -> None:
+        """A row (S,), unless ``counted`` is 0, which stays on its device."""
         kept = self.cross if cross else self.own
-        kept[place] = kept.get(place, 0) + counted * row
-        self.counts[place] = self.counts.get(place, 0) + counted
+        kept[place] = kept.get(place, 0) + (row if counted is None else counted * row)
+        self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)
 
     def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
         """(T, length): sums over one kind of keys, divided by the number of layers; 0 beyond the keys."""
@@ -43,7 +43,7 @@ class Means:
         made = torch.zeros(len(places), length)
         for row, place in zip(made, places, strict=True):
             if place in kept:
-                own = kept[place][:length] / self.counts[place].clamp_min(1)
+                own = kept[place][:length] / torch.as_tensor(self.counts[place]).clamp_min(1)
                 row[: len(own)] = own.cpu()
         return made
 
@@ -97,10 +97,11 @@ class Attention(SinkExplainer):
         weights = rows.over(rows.offset + rows.weights.shape[-1])[0]  # (H, R, S)
         if self.heads is not None:
             weights = weights[numbered("heads", self.heads, len(weights))]
-        windowed = vlm.kind == "decoder" and not rows.cross
+        windows = ("sliding_window", "attention_chunk_size")
+        windowed = vlm.kind == "decoder" and any(getattr(text, name, None) for name in windows)
         for i, place in enumerate(rows.queries):
             row = weights[:, i].mean(0)
-            sees = row[image].any().float() if windowed and len(image) else row.new_ones(())
+            sees = row[image].any().float() if windowed and len(image) else None
             if self.first == "zero" and not rows.cross:
                 row = torch.cat([torch.zeros_like(row[:1]), row[1:]])
                 row = row / row.sum().clamp_min(1e-12)
