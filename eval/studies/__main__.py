@@ -34,6 +34,10 @@ STUDIES = {
         "attention_maps",
         "The own maps of each attention mechanism over one photo, a picture for each.",
     ),
+    "bench-answers": (
+        "benches.answers",
+        "A pack with a map of every word, beside the answer of a vision-language model alone.",
+    ),
     "bench-causal": (
         "benches.causal_forms",
         "Causal forms of attention beside the bidirectional ones.",
