@@ -30,6 +30,7 @@ from viewer_pages import only
 
 from xattn.app import library as library_module
 from xattn.app.library import Library
+from xattn.packs.answers import frame_id
 from xattn.packs.contained_files import PackError
 from xattn.packs.contents import Contents
 from xattn.packs.explanation import ImageFacts
@@ -80,9 +81,12 @@ def flip(path, position):
 )
 def test_a_frame_is_titled_by_its_clip_number_and_time(tmp_path, video, title):
     frame = {"image_id": "frame-001503", "file_name": "w.mp4", "protocol": {"video": video}}
-    save_pack(tmp_path / "root" / "clip", [explanation(1, **frame), explanation(2)])
+    of_answer = {**frame, "image_id": frame_id("w", 1503)}
+    made = [explanation(1, **frame), explanation(2), explanation(3, **of_answer)]
+    save_pack(tmp_path / "root" / "clip", made)
     titles = only(tmp_path / "root").images["title"]
-    assert titles["frame-001503"] == title and titles["photo-00002"] == "photo-00002.jpg"
+    assert titles["frame-001503"] == titles["w#frame-001503"] == title
+    assert titles["photo-00002"] == "photo-00002.jpg"
 
 
 def test_a_pack_gives_its_images_entries_and_metrics(root):

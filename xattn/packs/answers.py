@@ -1,7 +1,15 @@
 """What a pack keeps of an answer of a vision-language model beside the maps of its words.
 
 A photo's row holds the question, the answer and its words. The map of word number i is the entry whose
-``target`` is i. Several photos that were shown together hold the same answer.
+``target`` is i. Photos that were shown together, and frames of a clip, hold the same answer, by their ids:
+
+    photo                  alone
+    photo#1, photo#2       shown together, in this order
+    clip#frame-000012      a frame of a clip, by its number in the clip, from 0
+
+Maps of frames have ``protocol["video"]``: ``fps``, of the clip; ``frames``, the numbers of all frames that
+have maps, in their order; and ``frames_a_map``, how many of the frames shown share one: 2 of Qwen-VL, whose
+image tokens are of two frames, the first of which gives the number and the picture.
 """
 
 from __future__ import annotations
@@ -15,6 +23,15 @@ from xattn.runtime.names import encodable
 
 MOST = 1 << 18  # words, or text tokens, of an answer
 SHARES = 3  # of an image, the prompt and the answer
+
+
+def frame_id(clip: str, number: int) -> str:
+    """The id of a frame of a clip.
+
+    >>> frame_id("walk", 12)
+    'walk#frame-000012'
+    """
+    return f"{clip}#frame-{number:06d}"
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ IMAGES = pa.schema([pa.field(k, kind, nullable=k in MISSING) for k, kind in _IMA
 # Of Pack.images.
 IMAGE_TABLE = ("file_name", "title", "label", "label_name", "predicted", "predicted_name", "confidence",
                "right", "disagreement", "methods")  # fmt: skip
-_FRAME = re.compile(r"frame-([0-9]{6,15})")
+_FRAME = re.compile(r"(?:.*#)?frame-([0-9]{6,15})", re.DOTALL)
 
 
 def entry_schema(metrics: Sequence[str]) -> pa.Schema:
