@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.backbone import sha256
-from xattn.cli.model import BackboneArgs
+from xattn.cli.model import BackboneArgs, device_name
 from xattn.runtime.files import Signature
 from xattn.runtime.memory import out_of_memory_is
 from xattn.runtime.names import reason
@@ -129,6 +129,22 @@ def backbone_of(pack: Any) -> Backbone:
     )
 
 
+def vlm() -> Any:
+    """The vision-language model (:class:`xattn.vlm.model.VLM`) that the viewer was started with.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from xattn.app import state
+
+    name = str(state.settings().vlm)
+    with out_of_memory_is(ModelError(f"There is not enough memory for {name}.")):
+        try:
+            return _loaded_vlm(name, _device())
+        except (ValueError, OSError) as error:
+            raise ModelError(reason(error)) from error
+
+
 def weight_files() -> dict[str, Path]:
     """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
     heads, maps and cached rows are not."""
@@ -207,6 +223,13 @@ def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     loaded = arguments.load()
     loaded.fingerprint  # noqa: B018 - hashed once, while nobody else can use the model
     return loaded
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _loaded_vlm(name: str, device: str) -> Any:
+    from xattn.vlm.loading import load_vlm
+
+    return load_vlm(name, device=device_name(device))
 
 
 def _stamps(arguments: BackboneArgs) -> Iterator[tuple[Signature, ...]]:

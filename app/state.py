@@ -78,6 +78,7 @@ class Settings:
     data: Path | None = None  # where training finds photos; None: below the root
     imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
     annotations: Path | None = None  # masks or boxes of photos
+    vlm: str | None = None  # a vision-language model, as xattn.load_vlm takes it
 
     @property
     def local_root(self) -> Path:

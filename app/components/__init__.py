@@ -343,6 +343,7 @@ def answer(
     *,
     subject: str,
     photos: Sequence[Mapping[str, Any]],
+    clip: bool,
     words: Sequence[Mapping[str, Any]],
     after: str,
     methods: Sequence[Mapping[str, str]],
@@ -358,9 +359,11 @@ def answer(
 
     Args:
         subject: what is shown; with another one, the ``word`` and the ``method`` are chosen, by number.
-        photos: each ``{"title", "src", "aspect", "maps"}``; ``maps[method][word]`` is None, or has ``src``,
-            the address of the photo under the map, and its values
-            (:func:`xattn.app.pictures.rendering.map_cells`).
+        photos: each ``{"title", "own", "src", "aspect", "maps"}``: ``own`` is True of the photo that the
+            page is of, if there are several; ``maps[method][word]`` is None, or has ``src``, the address of
+            the photo under the map, and its values (:func:`xattn.app.pictures.rendering.map_cells`), with
+            ``most``, the greatest on all photos.
+        clip: whether photos are the frames of a clip, in a strip.
         words: each ``{"number", "text", "before", "p", "lost", "shares", "sources"}``: ``before`` is the
             text between it and the word before; for each method ``shares`` has a sentence and
             ``sources`` a number for each token of ``prompt``.
@@ -373,6 +376,7 @@ def answer(
         {"pick": on_pick},
         subject=subject,
         photos=[dict(photo) for photo in photos],
+        clip=clip,
         words=[dict(found) for found in words],
         after=after,
         methods=[dict(found) for found in methods],

@@ -76,8 +76,10 @@ function choose(state, method) {
   send(state);
 }
 
-// The pictures of all words by the method that is shown, so that the next one is there at once.
+// The pictures of all words by the method that is shown, so that the next one is there at once; of a clip
+// they would be too many.
 function load(state) {
+  if (state.data.clip) return;
   state.images = state.data.photos.flatMap((photo) =>
     photo.maps[state.method].filter(Boolean).map((map) => Object.assign(new Image(), { src: map.src })));
 }
@@ -128,14 +130,18 @@ function point(event, state, photo) {
 function shareAt(map, x, y) {
   const [top, left, bottom, right] = map.box;
   const [down, across] = [(y - top) / (bottom - top), (x - left) / (right - left)];
-  if (down < 0 || across < 0 || down >= 1 || across >= 1 || map.high <= 0) return 0;
+  if (down < 0 || across < 0 || down >= 1 || across >= 1 || map.most <= 0) return 0;
   map.values ??= new Uint16Array(Uint8Array.from(atob(map.cells), (c) => c.charCodeAt(0)).buffer);
   const at = Math.floor(down * map.rows) * map.columns + Math.floor(across * map.columns);
-  return Math.max(map.low + (map.values[at] / 65535) * (map.high - map.low), 0) / map.high;
+  return Math.max(map.low + (map.values[at] / 65535) * (map.high - map.low), 0) / map.most;
 }
 
 function fill(state) {
   const { data } = state;
+  state.root.classList.toggle("clip", data.clip);
+  state.photos.tabIndex = data.clip ? 0 : -1; // the arrow keys scroll it
+  state.photos.setAttribute("role", "group");
+  state.photos.setAttribute("aria-label", data.clip ? "Frames" : "Photos");
   state.photos.replaceChildren(...data.photos.map((photo) => {
     const figure = element("figure");
     const frame = element("div", "frame");
@@ -143,9 +149,11 @@ function fill(state) {
     frame.append(Object.assign(element("img"), { decoding: "sync" }));
     frame.addEventListener("pointermove", (event) => point(event, state, photo));
     frame.addEventListener("pointerleave", () => show(state, state.word));
-    figure.append(frame, element("figcaption", "", photo.title));
+    figure.append(frame, element("figcaption", photo.own ? "own" : "", photo.title));
     return figure;
   }));
+  const own = state.photos.querySelector("figure:has(.own)"); // of a strip, where it is in sight
+  if (own && data.clip) state.photos.scrollLeft = own.offsetLeft - state.photos.offsetLeft;
   state.methods.replaceChildren(...data.methods.map((method, i) => {
     const button = Object.assign(element("button", "method", method.title), { type: "button" });
     button.title = `${i + 1}`;

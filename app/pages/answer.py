@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
-from xattn.app import components
-from xattn.app.navigation import last_view
+from xattn.app import components, models, state
+from xattn.app.navigation import address, last_view
 from xattn.app.pages.image.shown import SIDE
 from xattn.app.pictures.rendering import Look, map_cells, overlay_url, photo_url
 from xattn.app.state import Context, plain
@@ -18,10 +22,30 @@ from xattn.packs.answers import AnswerFacts, AnswerWord
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
     from xattn.packs.reader import Pack
+    from xattn.vlm.model import VLM
 
 KEY = "answer"  # of the component
-MOST_PHOTOS = 16  # that are shown together
+MOST_PHOTOS = 32  # that are shown together
+FRAME_SIDE = 256  # pixels of a frame's longer side
+MOST_FALL = 4  # nats that a word falls, from which on it is coloured most
+
+
+class Shown(NamedTuple):
+    """What stands together: the ids of photos, or of a clip's frames with the seconds at which they are and
+    the number of frames that share a map."""
+
+    ids: list[str]
+    seconds: list[float] | None = None
+    frames_a_map: int = 1
+
+    @property
+    def side(self) -> int:
+        """Pixels of the longer side of each."""
+        return SIDE if self.seconds is None else FRAME_SIDE
 
 
 def page(context: Context) -> None:
@@ -41,61 +65,84 @@ def page(context: Context) -> None:
         st.caption("A pack of answers is made by:")
         components.command('xattn caption photos/ --vlm transformers:OWNER/NAME --prompt "..."')
         return
-    _answer(pack, _together(pack, image_id), answer)
+    shown = _together(pack, image_id, answer)
+    if not shown.ids:
+        st.info("No word of this answer has a map.")
+        return
+    _answer(pack, shown, image_id, answer)
+    _what_if(pack, shown, image_id, answer)
     _numbers(pack, answer)
 
 
-def _together(pack: Pack, image_id: str) -> list[str]:
-    """The photos that were shown in one conversation, photo#1, photo#2, ..., or the photo alone."""
-    stem, mark, number = image_id.rpartition("#")
-    if not (mark and number.isdigit()):
-        return [image_id]
+def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
+    """Of the photos of one conversation, or of a clip's frames, those whose words have maps."""
     table = selection.table(pack)
-    found = [f"{stem}#{i + 1}" for i in range(MOST_PHOTOS)]
-    return [name for name in found if table.image(name) is not None]
+    stem, mark, number = image_id.rpartition("#")
+    names, clip = [image_id], None
+    if mark and number.isdigit():
+        names = [f"{stem}#{i + 1}" for i in range(MOST_PHOTOS)]
+    elif mark:
+        first = table.entries_of(image_id).index[0]
+        clip = _clip(pack.provenance(first)["protocol"].get("video"))
+        names = [f"{stem}#frame-{i:06d}" for i in clip[0]] if clip else names
+    found = [n for n in names if table.image(n) is not None and len(_of_words(pack, n, answer))]
+    if clip is None:
+        return Shown(found)
+    return Shown(found, [int(name.rpartition("-")[2]) / clip[1] for name in found], clip[2])
 
 
-def _answer(pack: Pack, photos: Sequence[str], answer: AnswerFacts) -> None:
-    entries = {name: _of_words(selection.table(pack).entries_of(name), answer) for name in photos}
-    own = entries[photos[0]]
-    methods = list(dict.fromkeys(own["method"]))
-    places = {
-        name: {(m, int(t)): i for i, m, t in zip(e.index, e["method"], e["target"], strict=True)}
-        for name, e in entries.items()
-    }
-    if not methods:
-        st.info("No word of this answer has a map.")
-        return
+def _clip(record: Any) -> tuple[list[int], float, int] | None:
+    """Of a clip's record the numbers of at most ``MOST_PHOTOS`` frames at even steps, frames a second, and
+    frames a map; None of what is no such record."""
+    if not isinstance(record, Mapping):
+        return None
+    frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_a_map"))
+    if not isinstance(frames, list) or not all(type(i) is int and 0 <= i < 1e9 for i in frames):
+        return None
+    if not isinstance(fps, int | float) or not 0 < fps < 1e6:
+        return None
+    step = max(math.ceil(len(frames) / MOST_PHOTOS), 1)
+    return frames[::step], float(fps), each if type(each) is int else 1
+
+
+def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
+    entries = [_of_words(pack, name, answer) for name in shown.ids]
+    methods = list(dict.fromkeys(entries[0]["method"]))
     word, method = _asked(answer, methods)
-    prompt = answer.tokens[: answer.asked]
+    maps = _maps(pack, tuple(shown.ids), tuple(methods), shown.side)
+    titles = [selection.table(pack).title(name) for name in shown.ids]
+    if shown.seconds is not None:
+        titles = [f"{seconds:.2f} s" for seconds in shown.seconds]
     components.answer(
         KEY,
-        subject=f"{pack.id} {photos[0]}",
+        subject=f"{pack.id} {shown.ids[0]}",
         photos=[
             {
-                "title": selection.table(pack).title(name),
-                "src": photo_url(pack, name, SIDE),
-                "aspect": _aspect(pack, entries[name].index[0]),
-                "maps": [
-                    [_map(pack, entries, places, name, m, i) for i in range(len(answer.words))]
-                    for m in methods
-                ],
+                "title": titles[i],
+                "own": name == image_id and len(shown.ids) > 1,
+                "src": photo_url(pack, name, shown.side),
+                "aspect": _aspect(pack, entries[i].index[0]),
+                "maps": [[of.get(k) for k in range(len(answer.words))] for of in maps[i]],
             }
-            for name in photos
+            for i, name in enumerate(shown.ids)
         ],
+        clip=shown.seconds is not None,
         words=[_word(answer, i, methods) for i in range(len(answer.words))],
         after=answer.text[answer.words[-1].span[1] :],
         methods=[{"name": m, "title": pack.title_of(m)} for m in methods],
-        prompt=prompt if answer.asked else (answer.prompt,),
+        prompt=answer.tokens[: answer.asked] if answer.asked else (answer.prompt,),
         word=word,
         method=methods.index(method),
         label="Words of the answer",
         on_pick=lambda: _picked(answer, methods),
     )
+    if shown.frames_a_map > 1:
+        st.caption(f"A map is of {shown.frames_a_map} frames, the first of which is shown.")
 
 
-def _of_words(entries: pd.DataFrame, answer: AnswerFacts) -> pd.DataFrame:
+def _of_words(pack: Pack, image_id: str, answer: AnswerFacts) -> pd.DataFrame:
     """The maps of words; a merged pack may have maps of a classifier's classes, too."""
+    entries = selection.table(pack).entries_of(image_id)
     words = dict(enumerate(word.text for word in answer.words))
     return entries[entries["target"].map(words) == entries["target_name"]]
 
@@ -124,32 +171,36 @@ def _aspect(pack: Pack, entry_id: str) -> float:
     return width / height
 
 
-def _map(
-    pack: Pack,
-    entries: dict[str, pd.DataFrame],
-    places: dict[str, dict[tuple[str, int], Any]],
-    name: str,
-    method: str,
-    word: int,
-) -> dict[str, Any] | None:
-    """A word's map on one of the photos, all photos on one scale; None where it was not explained."""
-    entry_id = places[name].get((method, word))
-    if entry_id is None:
-        return None
-    look = Look(side=SIDE)
-    if len(entries) > 1:
-        found = [
-            rows.loc[places[n][method, word]]
-            for n, rows in entries.items()
-            if (method, word) in places[n]
-        ]
-        limits = min(float(r["min"]) for r in found), max(float(r["max"]) for r in found)
-        look = Look(side=SIDE, scale="shared", limits=limits)
-    try:
-        cells = map_cells(pack.explanation(entry_id), False)
-    except PackError:  # its picture says so
-        cells = {"high": 0.0, "box": [0, 0, 1, 1]}
-    return {**cells, "src": overlay_url(pack, entry_id, look)}
+@state.kept(entries=8)
+def _maps(
+    pack: Pack, ids: tuple[str, ...], methods: tuple[str, ...], side: int
+) -> list[list[dict[int, dict[str, Any]]]]:
+    """By photo and method the map of each word that was explained; all photos on one scale."""
+    tables = [selection.table(pack).entries_of(name) for name in ids]
+    every = pd.concat(tables).groupby(["method", "target"])
+    low, high = every["min"].min(), every["max"].max()
+    found = []
+    for table in tables:
+        of_photo: list[dict[int, dict[str, Any]]] = [{} for _ in methods]
+        for entry_id, method, word in zip(
+            table.index, table["method"], table["target"], strict=True
+        ):
+            if method not in methods:
+                continue
+            look, limits = Look(side=side), (float(low[method, word]), float(high[method, word]))
+            if len(ids) > 1:
+                look = replace(look, scale="shared", limits=limits)
+            try:
+                cells = map_cells(pack.explanation(entry_id), False)
+            except PackError:  # its picture says so
+                cells = {"high": 0.0, "box": [0, 0, 1, 1]}
+            of_photo[methods.index(method)][int(word)] = {
+                **cells,
+                "most": limits[1],
+                "src": overlay_url(pack, entry_id, look),
+            }
+        found.append(of_photo)
+    return found
 
 
 def _word(answer: AnswerFacts, i: int, methods: Sequence[str]) -> dict[str, Any]:
@@ -193,3 +244,127 @@ def _numbers(pack: Pack, answer: AnswerFacts) -> None:
             )
         )
         st.dataframe(pd.DataFrame(columns).round(3), hide_index=True, width="stretch")
+
+
+# ---------------------------------------------------------------------- what if
+
+
+def _what_if(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
+    """Paint over a part of the photo, and ask the model again, where the viewer was given one."""
+    if shown.seconds is not None:
+        return
+    if state.settings().vlm is None:
+        st.caption(
+            "To paint over a part of the photo and see what becomes of the words, start the viewer with "
+            "the model: `xattn app ROOT --vlm MODEL`"
+        )
+    elif st.toggle("What if a part of the photo is hidden?", key=f"{KEY}whatif"):
+        with st.spinner("Loading the model …"):
+            vlm = models.vlm()
+        _tried(pack, shown.ids, image_id, answer, vlm)
+
+
+@st.fragment
+def _tried(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts, vlm: VLM) -> None:
+    """All that changes with a stroke; nothing else of the page runs again."""
+    try:
+        _asked_again(pack, ids, image_id, answer, vlm)
+    except ValueError as error:  # main.py hears of none after the page's first run
+        st.error(plain(error))
+
+
+def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts, vlm: VLM) -> None:
+    """The photo to paint on, and the words with their probabilities."""
+    import torch
+
+    from xattn.app.pages.whatif import page as whatif
+    from xattn.app.pages.whatif.answer import FILLS, Seen, filled
+
+    photos, own = [pack.photo(name) for name in ids], ids.index(image_id)
+
+    def ask(pixels: Tensor) -> Tensor:
+        photos[own] = whatif.picture(pixels)
+        with models.one_pass("to ask the model again"):
+            return probabilities(vlm, photos, answer)
+
+    def see() -> Seen:
+        pixels = torch.from_numpy(np.array(photos[own])).permute(2, 0, 1) / 255
+        return Seen(pixels, ask(pixels))
+
+    subject = f"{pack.id} {pack.version} {image_id}"
+    painting = whatif.painting_of((subject, vlm.name), see)
+    kind = address.segmented("Fill", FILLS, "fill")
+    pixels, after = painting.seen.pixels, None
+    if painting.mask.any():
+        pixels = filled(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
+        after = ask(pixels)
+    left, right = st.columns([5, 6], gap="large")
+    with left:
+        said = f"{painting.mask.mean():.0%} of the photo is hidden"
+        whatif.canvas(painting, f"{KEY}canvas", subject, pixels, "The photo, to paint on", said)
+    with right:
+        st.html(_spoken(answer, painting.seen.answer, after))
+        st.caption(
+            "Paint over a part of the photo. Below each word stands its probability."
+            if after is None
+            else f"{said}. Below each word stands its probability before and after."
+        )
+        st.caption(
+            f"Asked of {plain(vlm.name)}, about the photo as it is stored in the pack (at most 512 pixels "
+            f"a side)."
+        )
+
+
+def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) -> Tensor:
+    """(W,): of each word, exp of the mean log p of its tokens, where the model is shown ``photos``.
+
+    Raises:
+        ValueError: another number of photos, or other words.
+    """
+    import torch
+
+    from xattn.vlm.explainers.base import guarded
+    from xattn.vlm.words import words_of
+
+    ids = torch.tensor(vlm.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
+    _, words = words_of(vlm.tokenizer, ids.tolist())
+    if [word.text for word in words] != [word.text for word in answer.words]:
+        raise ValueError(
+            f"{vlm.name} has other words than the model that gave this answer; start the viewer with that"
+        )
+    with guarded(vlm), torch.no_grad():
+        inputs = vlm.inputs(photos, answer.prompt)
+        logits = vlm.logits(vlm.forced(inputs, ids), vlm.entered(inputs))[0].cpu()
+    own = logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
+    return torch.stack([own[list(word.tokens)].mean().exp() for word in words])
+
+
+def _spoken(answer: AnswerFacts, before: Tensor, after: Tensor | None) -> str:
+    """The answer in HTML, a probability below each word; what has fallen is coloured."""
+    parts, end = [], 0
+    for i, word in enumerate(answer.words):
+        p, falls = _percent(before[i]), 0.0
+        if after is not None:
+            p += f" → {_percent(after[i])}"
+            falls = float((before[i].log() - after[i].log()) / MOST_FALL)
+        parts.append(
+            f"{html.escape(answer.text[end : word.span[0]])}"
+            f'<span class="w" style="--falls:{min(max(falls, 0.0), 1.0):.0%}">{html.escape(word.text)}'
+            f"<small>{p}</small></span>"
+        )
+        end = word.span[1]
+    return (
+        f'{_STYLE}<p class="again" dir="auto">{"".join(parts)}{html.escape(answer.text[end:])}</p>'
+    )
+
+
+def _percent(p: Tensor) -> str:
+    return f"{p:.0%}" if p >= 0.1 else f"{p:.1%}"
+
+
+_STYLE = """<style>
+.again{margin:0;font-size:1.25rem;line-height:1.3}
+.again .w{display:inline-flex;flex-direction:column;vertical-align:top;margin-bottom:.5rem;padding:0 2px;
+border-radius:4px;background:color-mix(in srgb,var(--accent) calc(.6*var(--falls)),transparent)}
+.again small{font-size:.75rem;font-variant-numeric:tabular-nums;white-space:nowrap}
+</style>"""

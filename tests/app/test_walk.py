@@ -10,16 +10,26 @@ pytest.importorskip("streamlit")
 
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from synthetic_packs import small_pack
-from viewer_pages import choose_option, choose_pack, downloaded, served, shot, vit_pack
+from viewer_pages import (
+    answer,
+    choose_option,
+    choose_pack,
+    downloaded,
+    of_words,
+    served,
+    shot,
+    vit_pack,
+)
 
 from xattn.app.library import Library
+from xattn.packs.writer import save_pack
 
 SIDE = 5  # patches a side: 80 pixels in patches of 16
 PAGES = {  # name: the pack, and a text that is there when the page is
     "gallery": ("measured", "Look"),
     "image": ("measured", "Look"),
     "attention": ("vit", "The figures as a table"),
-    "answer": ("measured", "No answer of a vision-language model is on this photo."),
+    "answer": ("spoken", "xattn app ROOT --vlm MODEL"),
     "whatif": ("vit", "Fill"),
     "mistakes": ("measured", "Classes"),
     "photomap": ("measured", "Groups"),
@@ -53,6 +63,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walk")
     options = vit_pack(folder, SIDE)
     small_pack(folder / "root" / "measured", 30, ("gradcam", "saliency"))
+    save_pack(folder / "root" / "spoken", of_words("photo.png", 0, answer()), overlays=False)
     return folder / "root", options
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import served_viewer
 import torch
 from safetensors.torch import save_file
+from small_explanations import SIZE, make
 from synthetic_packs import picture
 
 from xattn.backbone import load_backbone
 from xattn.explaining.photos import explain
+from xattn.packs.answers import AnswerFacts, AnswerWord
+from xattn.packs.explanation import ImageFacts
 from xattn.packs.writer import save_pack
 
 
@@ -88,6 +93,55 @@ def vit_pack(folder: Path, side: int) -> list[str]:
     save_pack(folder / "root" / "vit", explain(photos, backbone, explainer="rollout"))
     options = f"--backbone test_vit --weights {weights} --input-size {pixels} --device cpu"
     return options.split()
+
+
+WORDS = [("A", 0.0), ("red", 2.5), ("fork", 4.75), ("and", 0.02), ("a", 0.1), ("cup", 3.5)]
+SPOKEN = ("attention", "occlusion")  # methods that explain the words
+
+
+def answer(methods: Sequence[str] = SPOKEN) -> AnswerFacts:
+    """A red fork and a cup: words, of which each takes most from another token of the question."""
+    text = "A red fork and a cup."
+    words, at = [], 0
+    for i, (word, lost) in enumerate(WORDS):
+        start = text.index(word, at)
+        at = start + len(word)
+        shares = {methods[0]: (0.5, 0.3, 0.2)}
+        sources = {methods[0]: tuple(float(k == i % 4) for k in range(4)) + (0.0,) * 6}
+        words.append(AnswerWord(word, (start, at), -0.5, lost, 0.6, shares, sources))
+    tokens = ("What", " is", " this", "?", *(w for w, _ in WORDS))
+    return AnswerFacts("What is this?", text, tuple(words), tokens, 4)
+
+
+def of_words(
+    image_id: str,
+    seed: int,
+    facts: AnswerFacts,
+    methods: Sequence[str] = SPOKEN,
+    words: Sequence[int] = range(len(WORDS)),
+    **protocol: Any,
+) -> list[Any]:
+    """A map a word and method whose one high place moves with the word."""
+    made = []
+    for m, method in enumerate(methods):
+        for i in words:
+            values = np.zeros((7, 5), np.float32)
+            values[i, m] = 1 + seed
+            one = make(image_id, i, method, "whole", seed, source=picture(seed, SIZE[::-1]))
+            told = {"facts": ImageFacts(answer=facts), "protocol": {**one.protocol, **protocol}}
+            made.append(replace(one, map=values, target_name=WORDS[i][0], **told))
+    return made
+
+
+def of_clip(frames: int, facts: AnswerFacts) -> list[Any]:
+    """Every third of a clip's frames, at 12 frames a second, each with a map for two."""
+    numbers = [3 * i for i in range(frames)]
+    video = {"fps": 12.0, "frames": numbers, "frames_a_map": 2}
+    return [
+        one
+        for i, number in enumerate(numbers)
+        for one in of_words(f"walk.mp4#frame-{number:06d}", i, facts, SPOKEN[:1], video=video)
+    ]
 
 
 def choose_pack(page: Any, name: str) -> None:

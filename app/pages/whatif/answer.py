@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +139,13 @@ def predict(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 def changed(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> Tensor:
     """The input (3, H, W) with the cells of ``hidden`` filled; ``kind`` is one of ``FILLS``."""
+    return filled(pixels, hidden, kind, backbone.preprocessing.mean)
+
+
+def filled(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Tensor:
+    """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour of that kind."""
     removed = on_input(hidden, (pixels.shape[1], pixels.shape[2]))
-    return torch.where(
-        removed, fill(pixels, removed, kind, mean=backbone.preprocessing.mean), pixels
-    )
+    return torch.where(removed, fill(pixels, removed, kind, mean=mean), pixels)
 
 
 # ---------------------------------------------------------------------- words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,17 +83,12 @@ class Painting:
         self.mask, self.stamp, self.problem = mask, self.stamp + 1, ""
 
 
-def painting_of(pack: Pack, image_id: str, backbone: Backbone) -> Painting:
-    """The session's painting of a photo, begun if there is none.
-
-    Raises:
-        PackError, ValueError: as :func:`seen`.
-    """
+def painting_of(key: tuple[str, ...], see: Callable[[], Seen]) -> Painting:
+    """The session's painting of a photo under ``key``, begun with what ``see`` gives if there is none."""
     kept: LRUCache = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
-    key = (pack.id, pack.version, image_id, backbone.fingerprint)
 
     def begin() -> Painting:
-        photo = seen(pack, image_id, backbone)
+        photo = see()
         raster = raster_of((photo.pixels.shape[1], photo.pixels.shape[2]))
         return Painting(photo, np.zeros(raster, bool), region_runs(photo.pixels, raster))
 
@@ -208,7 +204,8 @@ def _tried(pack: Pack, image_id: str, backbone: Backbone) -> None:
 def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
     """The picture to paint on, and the network's answer to it."""
     with st.spinner("Reading the photo …", show_time=False):
-        painting = painting_of(pack, image_id, backbone)
+        key = (pack.id, pack.version, image_id, backbone.fingerprint)
+        painting = painting_of(key, lambda: seen(pack, image_id, backbone))
     entry_id, kind, keeps = _choices(pack, image_id)
     hidden = ~painting.mask if keeps else painting.mask
     pixels, after = painting.seen.pixels, None
@@ -218,9 +215,10 @@ def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
     words = verdict(painting.seen.answer, after, backbone)
     left, right = st.columns([5, 6], gap="large")
     with left:
-        _canvas(painting, f"{pack.id} {pack.version} {image_id}", pixels, words)
-        if painting.problem:
-            st.warning(plain(painting.problem))
+        label = "The photo as the network sees it, to paint on"
+        canvas(
+            painting, f"{KEY}canvas", f"{pack.id} {pack.version} {image_id}", pixels, label, words
+        )
     with right:
         st.subheader(plain(words), anchor=False)
         st.caption(_told(painting.mask, hidden, keeps))
@@ -257,25 +255,30 @@ def _entry(entries: pd.DataFrame) -> str:
     return str(rest.sort_values("probability", ascending=False, kind="stable").index[0])
 
 
-def _canvas(painting: Painting, subject: str, pixels: Tensor, words: str) -> None:
+def canvas(
+    painting: Painting, key: str, subject: str, pixels: Tensor, label: str, words: str
+) -> None:
+    """The picture to paint on, ``pixels`` (3, H, W); ``words`` are read out when they change."""
     brush(
         photo_url(pixels),
         painting.raster,
-        f"{KEY}canvas",
+        key,
         subject=subject,
         aspect=pixels.shape[2] / pixels.shape[1],
         mask=encoded(painting.mask),
         stamp=painting.stamp,
         regions=painting.regions,
-        label="The photo as the network sees it, to paint on",
+        label=label,
         alt=f"Photo, {painting.mask.mean():.0%} of it painted",
         said=words,
-        on_paint=lambda: _painted(painting),
+        on_paint=lambda: _painted(painting, key),
     )
+    if painting.problem:
+        st.warning(plain(painting.problem))
 
 
-def _painted(painting: Painting) -> None:
-    mask = sent(f"{KEY}canvas", "paint")
+def _painted(painting: Painting, key: str) -> None:
+    mask = sent(key, "paint")
     if mask is None:
         return
     try:

@@ -89,6 +89,16 @@ class Case:
         fixed = {"min_new_tokens": self.tokens, "max_new_tokens": self.tokens}
         self.vlm.model.generate(**self.inputs(), **fixed, do_sample=False)
 
+    def without_image(self) -> Job:
+        """The pass that says what each word loses without the image."""
+        inputs = self.inputs()
+        entered, forced = (
+            self.vlm.entered(inputs),
+            self.vlm.forced(inputs, torch.arange(self.tokens)),
+        )
+        mean = entered.features.mean(0).expand_as(entered.features)[None]
+        return lambda: self.vlm.logits(forced, entered, mean)
+
     def explained(self, **more: Any) -> None:
         given = {"min_new_tokens": self.tokens}
         explain_tokens(
@@ -121,6 +131,7 @@ def study(side: int = 64, new_tokens: int = 32, rounds: int = 9) -> Iterator[str
             jobs: dict[str, Job] = {
                 "photo read, through the tower": case.tower,
                 "the answer alone": case.alone,
+                "one pass without the image": case.without_image(),
                 "with maps, in memory": case.explained,
                 "with maps, in a pack": case.pack,
                 "with a picture of each map, too": partial(case.pack, overlays=True),

@@ -305,13 +305,13 @@ def test_a_refused_mask_is_said_and_the_earlier_one_counts(pack, monkeypatch):
     found = painting(app)
     found.mask = half()
     monkeypatch.setattr(whatif, "sent", lambda key, name: {"rows": 1, "columns": 1, "bits": "AAAA"})
-    whatif._painted(found)
+    whatif._painted(found, f"{KEY}canvas")
     app.run()
     assert "mask: got 1 x 1; give 48 x 80 bits in base64. What was painted before" in words(app)
     assert (painting(app).mask == half()).all()
     bits = base64.b64encode(np.packbits(~half()).tobytes()).decode()
     monkeypatch.setattr(whatif, "sent", lambda key, name: {"rows": 48, "columns": 80, "bits": bits})
-    whatif._painted(found)
+    whatif._painted(found, f"{KEY}canvas")
     app.run()
     assert (found.mask == ~half()).all() and not app.warning
 

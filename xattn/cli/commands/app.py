@@ -35,6 +35,9 @@ class App:
     """Masks or boxes of the photos, to be drawn over their maps; as xattn evaluate takes them."""
     upload_mb: int = 50
     """Largest upload in megabytes."""
+    vlm: str | None = None
+    """A vision-language model, as xattn caption takes it, for the page Answer: it is asked again where a
+    part of a photo is hidden."""
     demo: bool = False
     """Make the demo pack in the root first, unless it is there."""
 
@@ -53,6 +56,10 @@ class App:
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"data: {self.data} is no folder; name the folder of your photos")
         check_annotations(self.annotations)
+        if self.vlm is not None:
+            from xattn.backbone.families.transformers_models import PREFIX, saved_source
+
+            saved_source(self.vlm.removeprefix(PREFIX), "vlm")
         if self.upload_mb <= 0:
             raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
         from xattn.app.state import Settings
@@ -65,6 +72,7 @@ class App:
             data=self.data,
             imports=imported(),
             annotations=self.annotations,
+            vlm=self.vlm,
         )
         serve(settings, address, self.upload_mb, token, self.allow_host)
 
