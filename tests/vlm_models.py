@@ -79,7 +79,7 @@ EAGER_ONLY = ("blip",)  # writes out its softmax
 AROUND = {QWEN["image_token"]: "<|vision_start|>{}<|vision_end|>"}
 TEMPLATE = (
     "{%% for message in messages %%}{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}"
-    "%s{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}{%% endfor %%}"
+    "%s{%% elif part['type'] == 'video' %%}%s{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}{%% endfor %%}"
 )
 
 
@@ -97,12 +97,15 @@ def tokenizer(kind):
     )
 
 
-def place(kind):
-    """What stands for an image in a prompt of this family: ``""`` where its processor puts it."""
+def place(kind, medium="image"):
+    """What stands for an image, or a clip, in a prompt of this family: ``""`` where its processor puts it."""
     if kind in PUT_BY_PROCESSOR:
         return ""
-    token = next(iter(KINDS[kind][1].values()))
-    return AROUND.get(token, "{}").format(token)
+    named = KINDS[kind][1]
+    around = AROUND.get(named.get("image_token"), "{}")
+    return around.format(
+        next(iter(named.values())) if medium == "image" else named.get("video_token", "")
+    )
 
 
 @cache
@@ -120,9 +123,10 @@ def processor(kind):
         video.num2words = str  # SmolVLM wants it for clips
     films = {"Qwen2_5_VL": "Qwen2VL"}.get(name, name)
     if kind in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"):
-        parts["video_processor"] = getattr(transformers, f"{films}VideoProcessor")()
+        size = sizes if "qwen" in kind else SQUARE if kind == "llava_onevision" else {}
+        parts["video_processor"] = getattr(transformers, f"{films}VideoProcessor")(**size)
     if kind not in ("paligemma", *PUT_BY_PROCESSOR):
-        parts["chat_template"] = TEMPLATE % place(kind)
+        parts["chat_template"] = TEMPLATE % (place(kind), place(kind, "video"))
     return made(**parts, **options)
 
 

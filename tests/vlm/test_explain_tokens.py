@@ -262,7 +262,9 @@ def test_an_explainer_scores_every_token_of_every_word(loaded, kind, name, case)
     context = context_of(loaded(kind), words=["red", "blue"])
     method = create_token_explainer(name, **case)
     if context.vlm.kind not in TOKEN_EXPLAINERS.entry(name).kinds:
-        with pytest.raises(ValueError, match=f"^explainer: {name} needs .* can explain it$"):
+        with pytest.raises(
+            ValueError, match=f"^explainer: {name} needs .*; give one of attention, "
+        ):
             method.explain(context)
         return
     scores = method.explain(context)
@@ -528,3 +530,59 @@ def test_what_is_set_here_and_messages_without_an_image_are_refused(loaded):
         explain_tokens(tiny.photo(), vlm, QUESTION, generate={"output_logits": True})
     with pytest.raises(ValueError, match="prompt: 0 images in the messages for 1 image"):
         explain_tokens(tiny.photo(), vlm, [{"role": "user", "content": "what ?"}])
+
+
+def test_methods_that_read_attention_share_one_pass(loaded, monkeypatch):
+    vlm, passes = loaded(), []
+    forward = type(vlm.model).forward
+    monkeypatch.setattr(
+        type(vlm.model), "forward", lambda *a, **k: passes.append(1) or forward(*a, **k)
+    )
+    names = ["attention", "relative_attention", "localization_heads", "outcomes"]
+    together = explain_tokens(tiny.photo(), vlm, QUESTION, ANSWER, names)[0]
+    assert len(passes) == 3  # what enters, this answer, and without the image
+    for name in names:
+        alone = explain_tokens(tiny.photo(), vlm, QUESTION, ANSWER, name)[0]
+        for i in range(len(alone.words)):
+            np.testing.assert_allclose(together.of(i, name).explanations[0].map, alone[i].map)
+
+
+def test_a_place_in_a_store_is_refused_before_the_work(loaded):
+    with pytest.raises(ValueError, match="^output: got memory://bucket/pack; write the pack to a"):
+        explain_tokens(
+            tiny.photo(), loaded(), QUESTION, ANSWER, Kept(), output="memory://bucket/pack"
+        )
+
+
+def test_views_of_tiles_are_maps_of_these(loaded):
+    vlm, maps = loaded("llava_next"), {}
+    for views in ("all", "base", "tiles"):
+        answer = explain_tokens(tiny.photo(), vlm, QUESTION, ANSWER, Kept(), "red", views=views)[0]
+        maps[views] = answer["red"].map
+        assert answer["red"].protocol["views"] == views
+    np.testing.assert_allclose(maps["base"] + maps["tiles"], maps["all"], rtol=1e-5)
+    with pytest.raises(ValueError, match="^views: got 'half'; give 'all', 'base'"):
+        explain_tokens(tiny.photo(), vlm, QUESTION, ANSWER, Kept(), views="half")
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_tiles_of_zeros_are_not_taken_for_padding(loaded, kind, monkeypatch):
+    vlm = loaded(kind)
+    monkeypatch.setattr(vlm.processor.image_processor, "do_normalize", False)  # so that black is 0
+    context = context_of(vlm, words="red")
+    pixels = np.array(tiny.photo())
+    pixels[:, :20] = 0
+    for dark in (pixels, 0 * pixels):
+        found = context.features_of([Image.fromarray(dark)])
+        assert found.shape == context.features.shape
+
+
+def test_rise_hides_pixels_of_the_tokens_of_a_mask(loaded):
+    context = context_of(loaded("paligemma"), tiny.photo(0, 32, 32), words="red")
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, [0, 5]] = True  # of 4 x 4 tokens of 8 pixels
+    pixels = np.array(tiny.photo(0, 32, 32))
+    mean = pixels.mean((0, 1)).round()
+    pixels[:8, :8] = pixels[8:16, 8:16] = mean
+    wanted = context.scores(context.features_of([Image.fromarray(pixels)])[None]).detach()
+    torch.testing.assert_close(context.hidden(mask, "pixel"), wanted)

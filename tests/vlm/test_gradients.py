@@ -62,19 +62,19 @@ def test_only_what_is_asked_of_gradients_is_kept():
 def test_rise_finds_the_parts_of_an_additive_score():
     context = conversation(photos=2)
     parts = torch.randn(len(context.features), 2, generator=torch.Generator().manual_seed(1))
-    context.hidden = lambda masks: (~masks).float() @ parts + 1000
+    context.hidden = lambda masks, where: (~masks).float() @ parts + 1000
     found = explained("rise", context, masks=20_000)
     torch.testing.assert_close(found.T.float(), parts, atol=0.15, rtol=0)  # 1 / sqrt(20,000)
     assert not torch.equal(found, explained("rise", context, masks=20_000, seed=1))
     again = explained("rise", context, masks=20_000)
-    context.hidden = lambda masks: (~masks).float() @ parts
+    context.hidden = lambda masks, where: (~masks).float() @ parts
     torch.testing.assert_close(explained("rise", context, masks=20_000), again, atol=1e-3, rtol=0)
 
 
 def test_rise_hides_cells_of_the_photo():
     context = conversation(photos=2)
     seen = []
-    context.hidden = lambda masks: seen.append(masks) or masks.float().sum(1, keepdim=True)
+    context.hidden = lambda masks, where: seen.append(masks) or masks.float().sum(1, keepdim=True)
     explained("rise", context, masks=300, cells=2)
     # Neighbours in a row of 4 tokens share a cell of half the width as often as an offset allows.
     together = (seen[0][:, 0] == seen[0][:, 1]).float().mean()

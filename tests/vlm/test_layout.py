@@ -109,16 +109,46 @@ def test_a_map_and_what_has_no_place_have_the_sum_of_the_scores(loaded, kind):
 
 def test_tiles_and_the_whole_photo_add_up_on_the_finest_grid():
     base, tiles = layout.grid(1, 1), layout.grid(2, 2, newline=True)
-    found = Places(np.concatenate([base, tiles]), (2, 2)).layout(0, (10, 20))
+    found = Places(np.concatenate([base, tiles]), (2, 2)).layout(0, 0, (10, 20))
     maps = found.maps(np.array([[4.0, 10, 20, 99, 30, 40, 99]]))
     assert maps.tolist() == [[[11, 21], [31, 41]]]
     assert found.unplaced(np.ones((1, 7))).tolist() == [2]
     assert found.view == View("whole", (10, 20), (10, 20), (0, 0, 10, 20), (10, 20))
 
 
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "internvl", "idefics3"])
+def test_the_whole_photo_and_its_tiles_are_maps_of_their_own(loaded, kind):
+    vlm = loaded(kind)
+    given = asked(vlm, [tiny.photo(1, 24, 60)])
+    (found,) = locate(vlm, *given)
+    scores = np.random.default_rng(0).random((2, given[3]))
+    whole, tiles = found.maps(scores, "base"), found.maps(scores, "tiles")
+    np.testing.assert_allclose(whole + tiles, found.maps(scores), atol=1e-5)
+    side = 4 if kind.startswith("llava") else 2
+    base = slice(side**2) if kind.startswith("llava") else slice(-(side**2), None)
+    own = scores[:, base].reshape(2, side, side)
+    # The mean over the area of each of its tokens, so that sums are kept.
+    blocks = whole.reshape(2, side, found.shape[0] // side, side, found.shape[1] // side)
+    np.testing.assert_allclose(blocks.sum((2, 4)), own, atol=1e-5)
+    np.testing.assert_allclose(blocks.std((2, 4)), 0, atol=1e-6)
+    for views in ("base", "tiles"):
+        total = found.maps(scores, views).sum((1, 2)) + found.unplaced(scores, views)
+        np.testing.assert_allclose(total, scores.sum(1), atol=1e-5)
+
+
+def test_a_photo_without_tiles_is_its_whole(loaded):
+    vlm = loaded("paligemma")
+    given = asked(vlm, [tiny.photo(1)])
+    (found,) = locate(vlm, *given)
+    scores = np.ones((1, given[3]))
+    assert np.array_equal(found.maps(scores, "base"), found.maps(scores))
+    with pytest.raises(ValueError, match="^views: got 'tiles', and the photo is shown whole"):
+        found.maps(scores, "tiles")
+
+
 def test_a_window_hides_what_it_shares_half_of():
     base, tiles = layout.grid(2, 2), layout.grid(4, 4)
-    found = Places(np.concatenate([base, tiles]), (4, 4)).layout(0, (8, 8))
+    found = Places(np.concatenate([base, tiles]), (4, 4)).layout(0, 0, (8, 8))
     hidden = np.flatnonzero(found.covered((0, 1, 2, 3)))
     # Half of both upper tokens of the coarse view, and four of the fine one.
     assert hidden.tolist() == [0, 1, 4 + 1, 4 + 2, 4 + 5, 4 + 6]

@@ -163,6 +163,7 @@ def test_layers_that_are_not_there_are_refused():
 def test_a_model_that_writes_its_softmax_out_is_told_what_can_explain_it(kind):
     context = conversation(kind)
     for name in ("rollout", "generic_relevance", "gradient_attention"):
-        with pytest.raises(ValueError, match=f"explainer: {name} reads calls .*occlusion"):
+        with pytest.raises(ValueError, match=f"explainer: {name} reads calls .*occlusion") as told:
             explained(name, context)
+        assert "rollout," not in str(told.value) and "tam" not in str(told.value)
     assert loaded(kind) is context.vlm

@@ -47,7 +47,7 @@ from xattn.packs.format import (
 from xattn.packs.manifest import Shard, ShardFile
 from xattn.photos.image_names import file_stem
 from xattn.pictures.overlay import overlay
-from xattn.runtime.files import atomic_folder, file_sha256, follow_link, printable
+from xattn.runtime.files import atomic_folder, check_output, file_sha256, follow_link, printable
 from xattn.runtime.stores import is_remote, place_of
 
 PARTS = 100  # numbers of shards that a block has
@@ -83,11 +83,7 @@ def pack_writer(
         ValueError: a folder that is not a pack, or nothing was added.
         OSError: it cannot be written, or the disk is full; earlier results are intact.
     """
-    if is_remote(folder, "output"):
-        raise ValueError(
-            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
-            f"xattn explain --output"
-        )
+    check_local(folder)
     folder = follow_link(folder)
     with ExitStack() as stack:
         temporary: Path | None = None
@@ -104,6 +100,16 @@ def pack_writer(
                 _rescue(writer, folder, error)
             raise
     gather(None)  # until the pack is in its place
+
+
+def check_local(folder: str | Path) -> None:
+    """Refuse a place that is no folder, or a store's, which a pack is not written to."""
+    check_output(folder)
+    if is_remote(folder, "output"):
+        raise ValueError(
+            f"output: got {place_of(folder)}; write the pack to a local folder, then copy it there, or use "
+            f"xattn explain --output"
+        )
 
 
 def save_pack(

@@ -78,6 +78,14 @@ class Answer:
         """All maps: word by word, method by method, photo by photo."""
         return [e for of in self.maps.values() for maps in of.values() for e in maps.explanations]
 
+    @property
+    def by_photo(self) -> dict[str, list[Explanation]]:
+        """The same by the id of the photo, or of the frame."""
+        found: dict[str, list[Explanation]] = {}
+        for one in self.explanations:
+            found.setdefault(one.image_id, []).append(one)
+        return found
+
     def of(self, word: Any, method: str | None = None) -> Maps:
         """What a method, by default the first, says of a word.
 

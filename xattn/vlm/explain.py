@@ -7,30 +7,31 @@ image tokens (W, n), maps (h, w) on the photo.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xattn.explaining.naming import file_name_of, named_photos
+from xattn.explaining.naming import file_name_of, named, named_photos
 from xattn.explaining.photos import report
-from xattn.packs.answers import AnswerFacts, AnswerWord
+from xattn.packs.answers import AnswerFacts, AnswerWord, frame_id
 from xattn.packs.explanation import Explanation, ImageFacts
-from xattn.packs.writer import PackWriter, pack_writer
+from xattn.packs.writer import check_local, pack_writer
 from xattn.photos.image_names import unique_id
 from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.runtime.files import check_output
 from xattn.runtime.memory import ForwardBatches, is_out_of_memory
-from xattn.runtime.option_checks import Count, check
+from xattn.runtime.option_checks import Count, check_fields
 from xattn.runtime.version import __version__
 from xattn.vlm.answer import Answer, Answers, Maps
+from xattn.vlm.clips import frames_of, is_clip
 from xattn.vlm.explainers.base import (
     TOKEN_EXPLAINERS,
     Context,
@@ -39,10 +40,11 @@ from xattn.vlm.explainers.base import (
     TokenScores,
     create_token_explainer,
     guarded,
+    watching,
 )
-from xattn.vlm.layout import locate
-from xattn.vlm.model import VLM
-from xattn.vlm.words import Word, spans_of, word_number, words_of
+from xattn.vlm.layout import Views, locate
+from xattn.vlm.model import VLM, parts_of
+from xattn.vlm.words import PhotoError, Word, spans_of, word_number, words_of
 
 LEAST = -1e4  # log p
 NEEDED = 0.1  # nats that a word loses without the image, from which on it is "visual"
@@ -66,12 +68,16 @@ def explain_tokens(
     progress: bool = False,
     max_pixels: int | None = MAX_PIXELS,
     keep: int | None = None,
+    *,
+    views: Views = "all",
+    frames: int = 16,
 ) -> Answers:
     """Explain the words of a vision-language model's answers about photos.
 
     Args:
         images: as in :func:`xattn.explain`, each photo a conversation of its own. Photos in a tuple are
-            shown together, in its order; a list may hold such tuples.
+            shown together, in its order; a list may hold such tuples. A video file, or an array (frames,
+            H, W, 3), is a clip, of which a word has a map for each frame, or every two.
         vlm: of :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images stand, else before the text; or chat messages.
         answer: a text to explain instead of a generated one, or one for each photo.
@@ -79,13 +85,14 @@ def explain_tokens(
         words: words, numbers of words, or ("fork", 2) for the second; by default all; ``"visual"``: those
             that lose at least 0.1 nats without the image.
         instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), of the first token of each.
-        score: what perturbation and gradients are of: ``"log_prob"``, the sum over a word's tokens, or
-            ``"logit"``.
+        score: what perturbation and gradients are of, the sum over a word's tokens.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
         output: folder of a pack to write, photo by photo; none is written where no word was explained.
         batch_size: sequences in a pass, halved where memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
         keep: return at most so many answers, of ``.total``; ``output`` has all.
+        views: of models that see a photo whole and in tiles: maps of all tokens, or of one kind.
+        frames: how many of a clip are shown, at even steps.
 
     Returns:
         An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
@@ -95,68 +102,88 @@ def explain_tokens(
         ValueError: an argument that does not fit, which is named first.
         OSError: a missing path.
     """
-    check("batch_size", batch_size, Count)
-    check("score", score, Score)
     if vlm.model.training:
         raise ValueError("vlm: the model is in training mode; call model.eval() first")
-    methods = _methods(explainer, seed)
     if output is not None:
-        check_output(Path(output))
+        check_local(output)
+    task = _Task(
+        _methods(explainer, seed), prompt, words, dict(instead or {}), score, max_new_tokens,
+        dict(generate or {}), seed, batch_size, views, frames, max_pixels,
+    )  # fmt: skip
     asked = _conversations(images)
     texts = _texts(answer, len(asked))
-    about = (prompt, words, dict(instead or {}), score, max_new_tokens, dict(generate or {}), seed)
-    found = Answers()
+    bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
+    found, writer = Answers(), None
     with ExitStack() as stack:
-        writer: PackWriter | None = None
-        bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
-        for (name, sources), text in zip(bar, texts, strict=True):
-            try:
-                photos = [load_image(source, max_pixels) for source in sources]
-                with guarded(vlm):
-                    made = _explained(vlm, methods, name, sources, photos, text, batch_size, *about)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                if len(asked) == 1 or not _of_photo(error):
-                    raise
-                found.skipped.append((name, str(error)))
-                continue
+        for made in _each(task, vlm, zip(bar, texts, strict=True), found.skipped, len(asked) > 1):
             found.add(made, keep)
             if output is not None and made.maps:
-                if writer is None:
-                    writer = stack.enter_context(pack_writer(output, overlays, keep=True))
-                    writer.skipped = found.skipped
-                _write(writer, made)
+                writer = writer or stack.enter_context(pack_writer(output, overlays, keep=True))
+                writer.skipped = found.skipped
+                for group in made.by_photo.values():
+                    writer.add(group)
             elif output is not None:
-                found.skipped.append((name, "answer: no word of it was explained"))
-    return _reported(found, missing=output is not None and writer is None)
-
-
-def _reported(found: Answers, missing: bool) -> Answers:
-    """Warn of what was skipped, or of a pack that is ``missing``."""
-    if missing and found.total:
-        warnings.warn("output: no word was explained, so no pack was written", stacklevel=3)
+                found.skipped.append((made.image_id, "answer: no word of it was explained"))
+    if output is not None and writer is None and found.total:
+        warnings.warn("output: no word was explained, so no pack was written", stacklevel=2)
     elif found.skipped:
         report(found.skipped, found.total)
     return found
 
 
-def _write(writer: PackWriter, answer: Answer) -> None:
-    """Add the maps of each of its photos."""
-    photos: dict[str, list[Explanation]] = {}
-    for one in answer.explanations:
-        photos.setdefault(one.image_id, []).append(one)
-    for group in photos.values():
-        writer.add(group)
+def _each(
+    task: _Task, vlm: VLM, asked: Iterable[Any], skipped: list[tuple[str, str]], skip: bool
+) -> Iterator[Answer]:
+    """Each answer; where it is allowed to ``skip``, errors of one photo are kept in ``skipped``."""
+    for (name, sources), text in asked:
+        try:
+            loaded = _loaded(vlm, sources, task.frames, task.max_pixels)
+            with guarded(vlm):
+                made = _explained(task, name, text, *loaded)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if not skip or not (isinstance(error, PhotoError | OSError) or is_out_of_memory(error)):
+                raise
+            skipped.append((name, str(error)))
+        else:
+            yield made
 
 
-def _of_photo(error: Exception) -> bool:
-    """Whether an error is of one photo, and not of all of them."""
-    return (
-        isinstance(error, OSError)
-        or is_out_of_memory(error)
-        or str(error).startswith(
-            ("image", "photo", "words", "instead", "max_new_tokens", "map", "answer")
-        )
-    )
+@dataclass(frozen=True)
+class _Task:
+    """What is asked of each conversation, see :func:`explain_tokens`."""
+
+    methods: Any
+    prompt: Any
+    words: Any
+    instead: Any
+    score: Score
+    max_new_tokens: Count
+    generate: Any
+    seed: int
+    batch_size: Count
+    views: Views
+    frames: Count
+    max_pixels: int | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def _loaded(
+    vlm: VLM, sources: Sequence[Any], frames: int, max_pixels: int | None
+) -> tuple[VLM, list[Image.Image], Sequence[Any]]:
+    """The model as it takes these, the photos or frames, and where they are read from.
+
+    Raises:
+        PhotoError: they cannot be read.
+    """
+    try:
+        if not is_clip(sources[0]):
+            return vlm, [load_image(source, max_pixels) for source in sources], sources
+        photos, timing = frames_of(sources[0], frames, max_pixels)
+    except ValueError as error:
+        raise PhotoError(str(error)) from error
+    return vlm.of_clip(timing), photos, photos
 
 
 def _methods(explainer: Any, seed: int) -> list[TokenExplainer]:
@@ -173,15 +200,18 @@ def _methods(explainer: Any, seed: int) -> list[TokenExplainer]:
 
 
 def _conversations(images: Any) -> list[tuple[str, list[Any]]]:
-    """The id of each conversation, and its photos."""
-    if isinstance(images, tuple):
+    """The id of each conversation, and its photos, or its clip."""
+    if isinstance(images, tuple) or is_clip(images):
         images = [images]
-    if not (isinstance(images, list) and any(isinstance(item, tuple) for item in images)):
+    apart = isinstance(images, list) and any(isinstance(x, tuple) or is_clip(x) for x in images)
+    if not apart:
         return [(name, [source]) for name, source in named_photos(images)]
     found, taken = [], set[str]()
     for number, group in enumerate(images):
         photos = list(group) if isinstance(group, tuple) else [group]
-        own = named_photos(photos)
+        if len(photos) > 1 and any(map(is_clip, photos)):
+            raise ValueError("images: a clip stands in a tuple; give it alone")
+        own = list(named(photos)) if is_clip(photos[0]) else named_photos(photos)
         if len(own) != len(photos):
             raise ValueError("images: one of a tuple holds several photos; name each of them")
         name, first = own[0]
@@ -201,30 +231,20 @@ def _texts(answer: str | Sequence[str] | None, count: int) -> list[str | None]:
 
 
 def _explained(
-    vlm: VLM,
-    methods: Sequence[TokenExplainer],
+    task: _Task,
     name: str,
-    sources: Sequence[Any],
-    photos: Sequence[Image.Image],
     text: str | None,
-    batch_size: int,
-    prompt: Any,
-    words: Any,
-    instead: Mapping[Any, str],
-    score: Score,
-    max_new_tokens: int,
-    generate: Mapping[str, Any],
-    seed: int,
+    vlm: VLM,
+    photos: Sequence[Image.Image],
+    sources: Sequence[Any],
 ) -> Answer:
     """One conversation, see :func:`explain_tokens`."""
+    prompt, methods = task.prompt, task.methods
     inputs = vlm.inputs(photos, prompt)
     prompt_ids, seen, logits, entered = inputs["input_ids"][0].cpu(), {}, None, None
     if text is None:
-        with ExitStack() as stack:
-            for method in methods:
-                if method.watches:
-                    seen[method.name] = stack.enter_context(method.watch(vlm, prompt_ids))
-            made = vlm.generate(inputs, max_new_tokens, generate, seed, logits=True)
+        with watching(methods, vlm, prompt_ids) as seen:
+            made = vlm.generate(inputs, task.max_new_tokens, task.generate, task.seed, logits=True)
         ids, entered = made.ids, made.entered
         logits = None if made.logits is None or len(made.logits) != len(ids) else made.logits
     else:
@@ -249,12 +269,15 @@ def _explained(
         forced=forced,
         entered=entered,
         layouts=locate(vlm, photos, prompt, inputs, len(entered.features)),
-        score=score,
-        instead=_instead(vlm.tokenizer, said, ids, found, instead),
-        batches=ForwardBatches(batch_size),
+        score=task.score,
+        instead=_instead(vlm.tokenizer, said, ids, found, task.instead),
+        batches=ForwardBatches(task.batch_size),
     )
+    if logits is None:  # one pass, in which all methods read
+        with watching(methods, vlm, prompt_ids, context.rows.tolist()) as seen, torch.no_grad():
+            logits = context.logits()[0]
     log_probs, lost = _need(context, logits)
-    own = replace(context, asked=_asked(words, found, lost))
+    own = replace(context, asked=_asked(task.words, found, lost))
     scores = {m.name: m.explain(own, seen.get(m.name)) for m in methods} if own.asked else {}
     shown = Answer(
         image_id=name,
@@ -267,12 +290,8 @@ def _explained(
         tokens=_tokens(own),
         notes={m.name: notes for m in methods if (notes := m.notes(own))},
     )
-    maps: dict[int, dict[str, Maps]] = {i: {} for i in own.asked}
-    for method in methods if own.asked else ():
-        protocol = _protocol(own, method, text is not None)
-        for i, of_word in _maps(own, scores[method.name], shown, method, protocol, sources):
-            maps[i][method.name] = of_word
-    return replace(shown, maps=_with_facts(shown, maps))
+    protocols = {m.name: _protocol(own, m, text is not None, task.views) for m in methods}
+    return replace(shown, maps=_maps(own, scores, shown, protocols, sources, task.views))
 
 
 def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
@@ -283,23 +302,21 @@ def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
     return tuple(zip(shown, (context.text < len(context.prompt_ids)).tolist(), strict=True))
 
 
-def _need(context: Context, logits: Tensor | None) -> tuple[Any, Any]:
-    """(W,) log p of each word, and what it loses where every image token is the mean one."""
-    f = context.features
-    without = context.fill.expand_as(f)
+def _need(context: Context, logits: Tensor) -> tuple[Any, Any]:
+    """(W,) log p of each word by ``logits`` (T, V), and what it loses where every image token is the mean
+    one."""
     with torch.no_grad():
-        if logits is not None:
-            ids = context.ids.to(logits.device)[:, None]
-            own = logits.log_softmax(1).gather(1, ids)[:, 0]
-            other = context.log_probs(without[None])[0]
-        else:
-            both = context.batches.run(context.log_probs, torch.stack([f, without]))
-            own, other = torch.cat(both)
-    tokens = [list(word.tokens) for word in context.words]
-    log_probs = torch.stack([own[t].sum() for t in tokens]).cpu()
-    log_probs = log_probs.float().clamp_min(LEAST)  # a probability of 0 has a number, too
-    without = torch.stack([other[t].sum() for t in tokens]).cpu().float().clamp_min(LEAST)
-    return log_probs.numpy(), (log_probs - without).numpy()
+        own = logits.log_softmax(1).gather(1, context.ids.to(logits.device)[:, None])[:, 0]
+        other = context.log_probs(context.fill.expand_as(context.features)[None])[0]
+    # A probability of 0 has a number, too.
+    whole, without = (
+        torch.stack([x[list(word.tokens)].sum() for word in context.words])
+        .float()
+        .cpu()
+        .clamp_min(LEAST)
+        for x in (own, other)
+    )
+    return whole.numpy(), (whole - without).numpy()
 
 
 def _asked(words: Any, found: Sequence[Word], lost: Any) -> list[int]:
@@ -328,12 +345,12 @@ def _instead(
         )
         at = next((k for k, (a, b) in enumerate(zip(own, new, strict=False)) if a != b), None)
         if at is not None and own[at] != int(ids[words[i].tokens[0]]):
-            raise ValueError(
+            raise PhotoError(
                 f"instead: {words[i].text!r} has other tokens in this answer than by itself; choose "
                 f"another word"
             )
         if at is None:
-            raise ValueError(
+            raise PhotoError(
                 f"instead: {other!r} starts with the same token as {words[i].text!r}; give a word that "
                 f"starts otherwise"
             )
@@ -346,75 +363,96 @@ def _instead(
 
 def _maps(
     context: Context,
-    scores: TokenScores,
+    scores: Mapping[str, TokenScores],
     answer: Answer,
-    method: TokenExplainer,
-    protocol: dict[str, Any],
+    protocols: Mapping[str, Any],
     sources: Sequence[Any],
-) -> Iterator[tuple[int, Maps]]:
-    """By number of the word what a method says of it."""
-    image = scores.image.detach().float().cpu().numpy()
-    text = None if scores.text is None else scores.text.detach().float().cpu().numpy()
-    of_prompt = np.array([of_prompt for _, of_prompt in answer.tokens], bool)
-    several = len(sources) > 1
-    on_photos = [layout.maps(image) for layout in context.layouts]
-    unplaced = [layout.unplaced(np.abs(image)) for layout in context.layouts]
-    title = TOKEN_EXPLAINERS.entry(method.name).title if method.name in TOKEN_EXPLAINERS else ""
-    for j, i in enumerate(context.asked):
-        whole, parts = float(np.abs(image[j]).sum()), None
-        explanations = tuple(
-            Explanation(
-                map=maps[j],
-                target=i,
-                target_name=answer.words[i].text,
-                probability=min(float(answer.probabilities[i]), 1.0),
-                method=method.name,
-                method_title=title,
-                view=context.layouts[k].view.check_size(),
-                image_id=f"{answer.image_id}#{k + 1}" if several else answer.image_id,
-                protocol={
-                    **protocol,
-                    "layout": context.layouts[k].source,
-                    "unplaced": float(unplaced[k][j]) / whole if whole else 0.0,
-                },
-                file_name=file_name_of(sources[k]),
-                source=sources[k],
-            )
-            for k, maps in enumerate(on_photos)
-        )
-        if text is not None:
-            sizes = whole, *(float(np.abs(text[j][part]).sum()) for part in (of_prompt, ~of_prompt))
-            total = sum(sizes) or 1.0
-            parts = sizes[0] / total, sizes[1] / total, sizes[2] / total
-        yield i, Maps(explanations, None if text is None else text[j], parts)
-
-
-def _with_facts(
-    answer: Answer, maps: Mapping[int, Mapping[str, Maps]]
+    views: Views,
 ) -> dict[int, dict[str, Maps]]:
-    """``maps`` whose explanations know the answer, as packs keep it."""
-    words = []
-    for i, word in enumerate(answer.words):
-        own = maps.get(i, {}).items()
-        shares = {name: m.shares for name, m in own if m.shares is not None}
-        sources = {name: tuple(m.text.tolist()) for name, m in own if m.text is not None}
-        log_prob, lost = float(answer.log_probs[i]), float(answer.lost[i])
-        p = float(answer.probabilities[i])
-        words.append(AnswerWord(word.text, word.span, log_prob, lost, p, shares, sources))
+    """By number of the word and by method what it says; each map knows the answer, as packs keep it."""
+    image = {name: _array(of.image) for name, of in scores.items()}
+    text = {name: _array(of.text) for name, of in scores.items() if of.text is not None}
+    of_prompt, shares = np.array([of_prompt for _, of_prompt in answer.tokens], bool), {}
+    for name, own in text.items():
+        parts = (image[name], own[:, of_prompt], own[:, ~of_prompt])
+        sizes = np.stack([np.abs(part).sum(1, dtype=float) for part in parts], 1)
+        shares[name] = sizes / np.maximum(sizes.sum(1, keepdims=True), 1e-30)
+    place = {i: j for j, i in enumerate(context.asked)}
+    words = [
+        AnswerWord(
+            word.text, word.span, float(answer.log_probs[i]), float(answer.lost[i]),
+            float(answer.probabilities[i]),
+            *(
+                {n: (*map(float, x[place[i]]),) for n, x in of.items() if i in place}
+                for of in (shares, text)
+            ),
+        )
+        for i, word in enumerate(answer.words)
+    ]  # fmt: skip
     tokens = tuple(token for token, _ in answer.tokens)
-    told_of = AnswerFacts(answer.prompt, answer.text, tuple(words), tokens, answer.asked)
-    facts = ImageFacts(answer=told_of)
+    told = AnswerFacts(answer.prompt, answer.text, tuple(words), tokens, answer.asked)
+    facts, found = ImageFacts(answer=told), {i: dict[str, Maps]() for i in place}
+    for name, own in image.items():
+        title = TOKEN_EXPLAINERS.entry(name).title if name in TOKEN_EXPLAINERS else ""
+        whole = np.maximum(np.abs(own).sum(1, dtype=float), 1e-30)
+        on_photos = [
+            (layout, image_id, layout.maps(own, views), layout.unplaced(np.abs(own), views) / whole)
+            for layout, image_id in zip(
+                context.layouts, _ids(context, answer.image_id), strict=True
+            )
+        ]
+        for i, j in place.items():
+            explanations = tuple(
+                Explanation(
+                    map=maps[j],
+                    target=i,
+                    target_name=answer.words[i].text,
+                    probability=min(float(answer.probabilities[i]), 1.0),
+                    method=name,
+                    method_title=title,
+                    view=layout.view.check_size(),
+                    image_id=image_id,
+                    protocol={
+                        **protocols[name],
+                        "layout": layout.source,
+                        "unplaced": float(left[j]),
+                    },
+                    file_name=file_name_of(sources[layout.number]),
+                    source=sources[layout.number],
+                    facts=facts,
+                )
+                for layout, image_id, maps, left in on_photos
+            )
+            of_text = text[name][j] if name in text else None
+            of_parts = tuple(map(float, shares[name][j])) if name in text else None
+            found[i][name] = Maps(explanations, of_text, of_parts)  # type: ignore[arg-type]
+    return found
 
-    def told(m: Maps) -> Maps:
-        return replace(m, explanations=tuple(replace(e, facts=facts) for e in m.explanations))
 
-    return {i: {name: told(m) for name, m in of.items()} for i, of in maps.items()}
+def _array(scores: Tensor) -> NDArray[np.float32]:
+    return scores.detach().float().cpu().numpy()  # type: ignore[no-any-return]
 
 
-def _protocol(context: Context, method: TokenExplainer, given: bool) -> dict[str, Any]:
+def _ids(context: Context, image_id: str) -> list[str]:
+    """Of each photo, or frame, that has maps; see :mod:`xattn.packs.answers`."""
+    numbers, clip = [layout.number for layout in context.layouts], context.vlm.clip
+    if clip:
+        return [frame_id(image_id, clip.numbers[i]) for i in numbers]
+    return [f"{image_id}#{i + 1}" for i in numbers] if len(numbers) > 1 else [image_id]
+
+
+def _protocol(
+    context: Context, method: TokenExplainer, given: bool, views: Views
+) -> dict[str, Any]:
     vlm = context.vlm
     options = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+    video = {}
+    if vlm.clip:
+        numbers = [layout.number for layout in context.layouts]
+        shown, each = [vlm.clip.numbers[i] for i in numbers], context.frames_a_map
+        video = {"video": {"fps": vlm.clip.fps, "frames": shown, "frames_a_map": each}}
     return {
+        **video,
         "xattn": __version__,
         "vlm": {"name": vlm.name, "class": type(vlm.model).__name__, "dtype": str(vlm.model.dtype)},
         "explainer": method.name,
@@ -422,6 +460,7 @@ def _protocol(context: Context, method: TokenExplainer, given: bool) -> dict[str
         "score": context.score,
         "instead": {f"{i} {context.words[i].text}": t for i, t in context.instead.items()},
         "answer": "given" if given else "generated",
+        "views": views,
         "classes": "words",
         "probability": "softmax",
     }
@@ -429,9 +468,5 @@ def _protocol(context: Context, method: TokenExplainer, given: bool) -> dict[str
 
 def _text_of(messages: Any) -> str:
     """The text of chat messages."""
-    parts = []
-    for message in messages:
-        content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        parts += [part["text"] for part in content if part.get("type") == "text"]
-    return "\n".join(parts)
+    parts = [part for message in messages for part in parts_of(message)]
+    return "\n".join(part["text"] for part in parts if part.get("type") == "text")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,33 +35,39 @@ from xattn.attention.record import FUSED, fused_layers
 from xattn.photos.view import View
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
+from xattn.vlm.words import PhotoError
 
 # Standard deviation, of the photo's side, of a token without a place; uniform: 0.29
 EVERYWHERE = 0.25
 CHECKED = 4  # bands of the check of the table when a model is loaded
 
 Array = NDArray[np.float64]
+Views = Literal["all", "base", "tiles"]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The image tokens of one photo.
+    """The image tokens of one photo, or of a frame of a clip.
 
     Args:
+        number: of the photo or frame that they lie on, among those that are shown.
         first: the number of its first token among those of all photos.
         rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a place, 0.
         view: from the grid back to the photo.
         source: "table", "measured" or "resampler".
         spread: (k, h, w) shares of each token in all cells, instead of rows and columns, of queries of a
             resampler: what each of them looks at.
+        base: (k,), of a photo that is shown as a whole and in tiles, the tokens of the whole.
     """
 
+    number: int
     first: int
     rows: Array
     columns: Array
     view: View
     source: str = "table"
     spread: Array | None = None
+    base: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,16 +89,29 @@ class Layout:
         """Of the n tokens of all photos."""
         return slice(self.first, self.first + len(self))
 
-    def maps(self, scores: Any) -> NDArray[np.float32]:
+    def shown(self, views: Views = "all") -> NDArray[np.bool_]:
+        """(k,): the tokens that a map of these views is of.
+
+        Raises:
+            ValueError: there are no tiles.
+        """
+        if views == "tiles" and self.base is None:
+            raise PhotoError("views: got 'tiles', and the photo is shown whole; give 'all'")
+        if views == "all" or self.base is None:
+            return self.placed
+        return self.placed & (self.base if views == "base" else ~self.base)  # type: ignore[no-any-return]
+
+    def maps(self, scores: Any, views: Views = "all") -> NDArray[np.float32]:
         """Maps (W, h, w) of scores (W, n) of the tokens of all photos."""
-        own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
+        own = np.asarray(scores, dtype=np.float64)[:, self.tokens] * self.shown(views)
         if self.spread is not None:
             return np.tensordot(own, self.spread, 1).astype(np.float32)
         return np.stack([(self.rows * s[:, None]).T @ self.columns for s in own]).astype(np.float32)
 
-    def unplaced(self, scores: Any) -> Array:
-        """(W,): the sum of the scores (W, n) of this photo's tokens without a place."""
-        return np.asarray(scores, dtype=np.float64)[:, self.tokens][:, ~self.placed].sum(1)  # type: ignore[no-any-return]
+    def unplaced(self, scores: Any, views: Views = "all") -> Array:
+        """(W,): the sum of the scores (W, n) of this photo's tokens that such maps leave out."""
+        own = np.asarray(scores, dtype=np.float64)[:, self.tokens]
+        return own[:, ~self.shown(views)].sum(1)  # type: ignore[no-any-return]
 
     @cached_property
     def grids(self) -> list[NDArray[np.int64]]:
@@ -147,26 +166,26 @@ def _overlap(start: Any, end: Any, cells: int) -> Array:
 class Places(NamedTuple):
     """What the table says of a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as shares of
     what the model saw, NaN without a place; the finest grid; the view, by default of the whole photo; how
-    many cells a token may read beside its own, as of convolutions that step over the photo."""
+    many cells a token may read beside its own, as of convolutions that step over the photo; which tokens
+    are of the whole photo, where others are of its tiles."""
 
     boxes: Array
     shape: tuple[int, int]
     view: View | None = None
     slack: float = 0.0
+    base: slice | None = None
 
-    def layout(self, first: int, size: tuple[int, int]) -> Layout:
+    def layout(self, number: int, first: int, size: tuple[int, int]) -> Layout:
         """Of a photo of ``size`` (height, width)."""
-        rows, columns = self.shares(self.shape)
-        return Layout(first, rows, columns, self.view or _whole(size))
-
-    def shares(self, shape: tuple[int, int]) -> tuple[Array, Array]:
-        """Shares (k, h) and (k, w) of each token in the rows and columns of a grid."""
-        found = []
-        for axis, cells in enumerate(shape):
+        shares, base = [], None
+        for axis, cells in enumerate(self.shape):
             start, end = self.boxes[:, axis, None] * cells, self.boxes[:, axis + 2, None] * cells
             part = np.nan_to_num(_overlap(start, end, cells))
-            found.append(part / np.maximum(part.sum(1, keepdims=True), 1e-12))
-        return found[0], found[1]
+            shares.append(part / np.maximum(part.sum(1, keepdims=True), 1e-12))
+        if self.base is not None:
+            base = np.zeros(len(self.boxes), bool)
+            base[self.base] = True
+        return Layout(number, first, shares[0], shares[1], self.view or _whole(size), base=base)
 
 
 def _whole(size: tuple[int, int]) -> View:
@@ -296,14 +315,25 @@ def _llava_next(photo: _Photo) -> Places:
         if ratio > 1.1:
             shape = int(shape[0] // ratio), int(shape[1] // ratio)
     boxes = np.clip(grid(*shape, (top, left, bottom, right), newline=True), 0, 1)
-    return Places(np.concatenate([base, boxes]), (max(side, shape[0]), max(side, shape[1])))
+    finest = max(side, shape[0]), max(side, shape[1])
+    return Places(np.concatenate([base, boxes]), finest, base=slice(len(base)))
 
 
-def _qwen(photo: _Photo) -> Places | None:
-    frames, height, width = (int(x) for x in photo.inputs["image_grid_thw"][photo.number])
+def _qwen(photo: _Photo, name: str = "image_grid_thw") -> Places:
     merge = photo.config.vision_config.spatial_merge_size
-    shape = height // merge, width // merge
-    return Places(grid(*shape), shape) if frames == 1 else None
+    height, width = (int(x) // merge for x in photo.inputs[name][photo.number, 1:])
+    return Places(grid(height, width), (height, width))
+
+
+def _qwen_clip(clip: _Photo) -> list[Places]:
+    return [_qwen(clip, "video_grid_thw")] * int(clip.inputs["video_grid_thw"][0, 0])
+
+
+def _onevision_clip(clip: _Photo) -> list[Places]:
+    """Means of 2 x 2 tokens of each frame, and a line break behind the last."""
+    one = clip.square(math.ceil(clip.side / 2))
+    last = one._replace(boxes=np.concatenate([one.boxes, _NOWHERE]))
+    return [one] * (clip.photos - 1) + [last]
 
 
 def _tiles(rows: int, columns: int, side: int, overview: bool) -> Places:
@@ -313,9 +343,9 @@ def _tiles(rows: int, columns: int, side: int, overview: bool) -> Places:
         for r in range(rows)
         for c in range(columns)
     ]
-    return Places(
-        np.concatenate([*parts, *[grid(side, side)] * overview]), (rows * side, columns * side)
-    )
+    boxes = np.concatenate([*parts, *[grid(side, side)] * overview])
+    base = slice(rows * columns * side**2, None) if overview else None
+    return Places(boxes, (rows * side, columns * side), base=base)
 
 
 def _internvl(photo: _Photo) -> Places:
@@ -383,21 +413,30 @@ TABLE: dict[str, Callable[[_Photo], Places | None]] = {
     "mllama": _mllama,
 }
 """By ``model_type``."""
+CLIPS: dict[str, Callable[[_Photo], list[Places]]] = {
+    "qwen2_vl": _qwen_clip,
+    "qwen2_5_vl": _qwen_clip,
+    "qwen3_vl": _qwen_clip,
+    "llava_onevision": _onevision_clip,
+}
+"""Likewise: each of the places of some frames, which may be two."""
 
 
 def places(
     vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], n: int
 ) -> list[Places] | None:
-    """What the table says of each photo; None where it does not know, or counts other tokens."""
-    known = TABLE.get(vlm.family)
-    if known is None:
-        return None
+    """What the table says of each photo, or of frames; None where it does not know, or counts other
+    tokens."""
     sizes = [(p.height, p.width) for p in photos]
-    found = [known(_Photo(vlm, inputs, i, len(photos), s, n)) for i, s in enumerate(sizes)]
-    told = [p for p in found if p is not None]
-    if len(told) < len(photos) or sum(len(p.boxes) for p in told) != n:
+    if vlm.clip:
+        found: list[Any] = CLIPS[vlm.family](_Photo(vlm, inputs, 0, len(photos), sizes[0], n))
+    elif known := TABLE.get(vlm.family):
+        found = [known(_Photo(vlm, inputs, i, len(photos), s, n)) for i, s in enumerate(sizes)]
+    else:
         return None
-    return told
+    if None in found or sum(len(p.boxes) for p in found) != n:
+        return None
+    return found
 
 
 # ---------------------------------------------------------------------- measuring
@@ -502,10 +541,16 @@ def locate(
     told = places(vlm, photos, inputs, n)
     if told is not None:
         first, found = 0, []
-        for photo, own in zip(photos, told, strict=True):
-            found.append(own.layout(first, (photo.height, photo.width)))
+        for number, own in _with_numbers(photos, told):
+            photo = photos[number]
+            found.append(own.layout(number, first, (photo.height, photo.width)))
             first += len(own.boxes)
         return found
+    if vlm.clip:
+        raise PhotoError(
+            f"images: a clip has {n:,} tokens, and not as many as frames of a "
+            f"{type(vlm.model).__name__}; please report this model"
+        )
     if hasattr(vlm.model, "qformer"):
         return _looked_at(vlm, photos, inputs, n // len(photos))
     known = _MEASURED.setdefault(vlm, {})
@@ -515,6 +560,12 @@ def locate(
             del known[old]
         known[key] = _measured_layouts(vlm, photos, prompt, n)
     return known[key]
+
+
+def _with_numbers(photos: Sequence[Any], told: Sequence[Places]) -> Iterator[tuple[int, Places]]:
+    """With the number of the photo, or of the first of the frames, that each is of."""
+    step = math.ceil(len(photos) / len(told))
+    return zip(range(0, len(photos), step), told, strict=True)
 
 
 _MEASURED: WeakKeyDictionary[VLM, dict[Any, list[Layout]]] = WeakKeyDictionary()
@@ -541,7 +592,8 @@ def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: i
         mine = np.flatnonzero(owner == i)
         rows, columns = (_normal(x[mine]) for x in changes[i])
         first = int(mine[0]) if len(mine) else 0
-        found.append(Layout(first, rows, columns, _whole((photo.height, photo.width)), "measured"))
+        view = _whole((photo.height, photo.width))
+        found.append(Layout(i, first, rows, columns, view, "measured"))
     return found
 
 
@@ -564,7 +616,7 @@ def _looked_at(
     for i, photo in enumerate(photos):
         spread = mean[i].reshape(queries, side, side)
         empty, view = np.zeros((queries, side)), _whole((photo.height, photo.width))
-        found.append(Layout(i * queries, empty, empty, view, "resampler", spread))
+        found.append(Layout(i, i * queries, empty, empty, view, "resampler", spread))
     return found
 
 
@@ -588,11 +640,13 @@ def check_table(
     told = places(vlm, photos, inputs, n)
     if told is None:
         return None
-    bands = [(min(most, p.shape[0]), min(most, p.shape[1])) for p in told]
+    step = math.ceil(len(photos) / len(told))
+    shapes = [told[i // step].shape for i in range(len(photos))]
+    bands = [(min(most, height), min(most, width)) for height, width in shapes]
     _, changes = measured(vlm, photos, prompt, bands)
     first, worst = 0, None
-    for i, (photo, own) in enumerate(zip(photos, told, strict=True)):
-        boxes = _on_photo(own, (photo.height, photo.width))
+    for i, own in _with_numbers(photos, told):
+        boxes = _on_photo(own)
         for axis, (cells, count) in enumerate(zip(own.shape, bands[i], strict=True)):
             seen = _normal(changes[i][axis][first : first + len(boxes)])
             at, spread = _centres(seen)
@@ -615,7 +669,7 @@ def check_table(
     return worst
 
 
-def _on_photo(own: Places, size: tuple[int, int]) -> Array:
+def _on_photo(own: Places) -> Array:
     """Boxes as shares of the whole photo."""
     if own.view is None:
         return own.boxes

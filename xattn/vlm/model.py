@@ -16,9 +16,10 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -26,12 +27,25 @@ from torch import Tensor, nn
 from xattn.backbone.families.transformers_models import name_of
 from xattn.runtime.locking import alone
 from xattn.runtime.option_checks import Count, check
+from xattn.vlm.words import PhotoError
 
 PLACE = "<image>"  # where an image stands in a prompt
 FAMILIES = (
     "LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, "
     "PaliGemma, Gemma 3, Mistral 3, Florence-2, BLIP, BLIP-2, Mllama"
 )
+OF_CLIPS = {
+    "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
+    "llava_onevision": "LLaVA-OneVision",
+}  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """Frames of a clip: their ``numbers`` in it, from 0; how many it has in all; its frames a second."""
+
+    numbers: tuple[int, ...]
+    total: int
+    fps: float
 
 
 class _EnoughError(Exception):
@@ -61,7 +75,7 @@ class Entrance(NamedTuple):
             def keep(output: Any) -> None:
                 entered = Entered(output, self.field, before[0])
                 if places not in (None, len(entered.features)):
-                    raise ValueError(
+                    raise PhotoError(
                         f"images: {places} image tokens in the prompt, {len(entered.features)} features; "
                         f"give the processor that was saved with the model"
                     )
@@ -200,13 +214,29 @@ class Forced(NamedTuple):
 class VLM:
     """A vision-language model with its processor, see :func:`load_vlm`.
 
-    ``kind``: how the image enters, "decoder", "encoder" or "cross".
+    ``kind``: how the image enters, "decoder", "encoder" or "cross". Where there is a ``clip``, photos are
+    its frames, and image tokens those of the clip.
     """
 
     model: Any
     processor: Any
     entrance: Entrance
     kind: str
+    clip: Timing | None = None
+
+    def of_clip(self, clip: Timing) -> VLM:
+        """The same model, to which frames of a clip are shown.
+
+        Raises:
+            ValueError: it takes none.
+        """
+        if self.family not in OF_CLIPS or not hasattr(self.processor, "video_processor"):
+            raise ValueError(
+                f"images: a {type(self.model).__name__} takes no clips; give photos, or a model of: "
+                f"{', '.join(OF_CLIPS.values())}"
+            )
+        entrance = self.entrance._replace(method="get_video_features")
+        return replace(self, entrance=entrance, clip=clip)
 
     @property
     def name(self) -> str:
@@ -236,55 +266,75 @@ class VLM:
         """Where images enter a prompt (P,): (n,) places in order, none of a cross-attending model."""
         if self.kind == "cross":
             return torch.zeros(0, dtype=torch.long)
-        return torch.eq(ids.cpu(), _image_token(self.model) or 0).nonzero()[:, 0]
+        return torch.eq(ids.cpu(), _image_token(self.model, self._medium) or 0).nonzero()[:, 0]
+
+    @property
+    def _medium(self) -> str:
+        return "video" if self.clip else "image"
 
     # ------------------------------------------------------------------ prompts
 
     def inputs(self, photos: Sequence[Image.Image], prompt: Any) -> dict[str, Any]:
-        """What the processor makes of photos and a prompt: tensors of one conversation.
+        """What the processor makes of photos, or of a clip's frames, and a prompt: tensors of one
+        conversation.
 
         Args:
-            prompt: text, with ``<image>`` where the images stand, else before the text; or messages as
-                chat templates take them.
+            prompt: text, with ``<image>`` where the images or the clip stand, else before the text; or
+                messages as chat templates take them.
 
         Raises:
-            ValueError: another number of places than of photos.
+            ValueError: another number of places than of images.
         """
-        photos = list(photos)
-        messages = prompt if not isinstance(prompt, str) else None
-        places = sum(1 for _ in _image_parts(messages)) if messages else str(prompt).count(PLACE)
-        if (places or messages is not None) and places != len(photos):
-            what = PLACE if messages is None else "images in the messages"
-            count = f"{len(photos)} image{'s' if len(photos) > 1 else ''}"
+        shown: list[Any] = [np.stack([*map(np.asarray, photos)])] if self.clip else list(photos)
+        of_text, medium = isinstance(prompt, str), self._medium
+        parts = [] if of_text else [p for m in prompt for p in parts_of(m)]
+        places = prompt.count(PLACE) if of_text else sum(p.get("type") == medium for p in parts)
+        if (places or not of_text) and places != len(shown):
+            what = PLACE if of_text else f"{medium}s in the messages"
+            count = f"{len(shown)} {medium}{'s' if len(shown) > 1 else ''}"
             raise ValueError(f"prompt: {places} {what} for {count}; give one place for each")
-        if messages is None and not str(prompt).strip() and self.kind != "cross":
+        if of_text and not prompt.strip() and self.kind != "cross":
             raise ValueError("prompt: empty; give a question or an instruction")
         chats = getattr(self.processor, "chat_template", None)
-        if messages is not None and not chats:
+        if not of_text and not chats:
             raise ValueError(
                 f"prompt: the processor of {self.name} has no chat template; give a text"
             )
         try:
             if chats:
                 made = self._chat(
-                    photos, _messages(prompt, photos) if messages is None else messages
+                    shown, _messages(prompt, len(shown), medium) if of_text else prompt
                 )
             else:
-                text = self._text(prompt, photos)
-                made = self.processor(images=photos, text=text, return_tensors="pt")
+                text = self._text(prompt, shown)
+                made = self.processor(images=shown, text=text, return_tensors="pt")
         except ValueError as error:
-            raise ValueError(f"image, prompt: the processor of {self.name}: {error}") from error
-        return {k: self._moved(v) for k, v in made.items() if k != "labels"}
+            raise PhotoError(f"image, prompt: the processor of {self.name}: {error}") from error
+        if self.family in ("idefics3", "smolvlm"):  # they take tiles of zeros for padding
+            tiles = made["pixel_values"]
+            tiles[(tiles == 0).flatten(2).all(2)] = 1e-6
+        return {k: self._moved(v) for k, v in made.items() if k not in ("labels", "video_metadata")}
 
-    def _chat(self, photos: Sequence[Image.Image], messages: Any) -> Mapping[str, Any]:
-        remaining = iter(photos)
-        filled = [dict(m, content=_filled(m["content"], remaining)) for m in messages]
+    def _chat(self, shown: Sequence[Any], messages: Any) -> Mapping[str, Any]:
+        remaining, medium = iter(shown), self._medium
+        filled = [
+            {**m, "content": [
+                {**p, medium: next(remaining)} if p.get("type") == medium else p for p in parts_of(m)
+            ]}
+            for m in messages
+        ]  # fmt: skip
+        options: dict[str, Any] = {}
+        if self.clip:
+            numbers, total, fps = self.clip
+            told = {"total_num_frames": total, "fps": fps, "frames_indices": [*numbers]}
+            options = {"processor_kwargs": {"do_sample_frames": False, "video_metadata": [told]}}
         return self.processor.apply_chat_template(  # type: ignore[no-any-return]
             filled,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            **options,
         )
 
     def _text(self, prompt: str, photos: Sequence[Any]) -> str:
@@ -324,7 +374,7 @@ class VLM:
         text = self.model.config.get_text_config()
         room = getattr(text, "max_position_embeddings", None)
         if self.kind == "decoder" and room and ids.shape[1] >= room:
-            raise ValueError(
+            raise PhotoError(
                 f"max_new_tokens: prompt of {ids.shape[1]:,} leaves 0 of {room:,}; give a shorter "
                 f"prompt or smaller photos"
             )
@@ -417,8 +467,7 @@ class VLM:
             features = entered.features[None]
         count = len(features)
         inputs = {
-            k: v if k.startswith("pixel") or not isinstance(v, Tensor) else _repeated(v, count)
-            for k, v in forced.inputs.items()
+            k: v if k.startswith("pixel") else _repeated(v, count) for k, v in forced.inputs.items()
         }
         needs = features.requires_grad or torch.is_grad_enabled()
         with alone(self.model), self._same(), torch.set_grad_enabled(needs):
@@ -427,9 +476,13 @@ class VLM:
 
     def logits(self, forced: Forced, entered: Entered, features: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) before each token of the answer, float32; see :meth:`output`."""
-        keep = {"logits_to_keep": forced.rows} if self._keeps else {}
-        found = self.output(forced, entered, features, **keep).logits
-        return (found if self._keeps else found[:, forced.rows]).float()
+        few = self.few_logits(forced)
+        found = self.output(forced, entered, features, **few).logits
+        return (found if few else found[:, forced.rows]).float()
+
+    def few_logits(self, forced: Forced) -> dict[str, Any]:
+        """What asks the model's forward for the logits of the answer alone, where it can be asked."""
+        return {"logits_to_keep": forced.rows} if self._keeps else {}
 
     @functools.cached_property
     def _keeps(self) -> bool:
@@ -446,38 +499,34 @@ class VLM:
                 module.rope_deltas = value
 
 
-def _repeated(value: Tensor, count: int) -> Tensor:
-    return value.repeat(count, *[1] * (value.ndim - 1)) if count > 1 else value
+def _repeated(value: Any, count: int) -> Any:
+    """An input of one conversation for ``count``."""
+    if isinstance(value, list):
+        return value * count
+    if count == 1 or not isinstance(value, Tensor):
+        return value
+    return value.repeat(count, *[1] * (value.ndim - 1))
 
 
-def _image_token(model: Any) -> int | None:
+def _image_token(model: Any, medium: str = "image") -> int | None:
     """The id of the tokens that image features replace."""
-    names = ("image_token_id", "image_token_index")
     config = getattr(model, "config", None)
-    return next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+    found = (getattr(config, f"{medium}_token_{name}", None) for name in ("id", "index"))
+    return next((i for i in found if i is not None), None)
 
 
-def _image_parts(messages: Any) -> Iterator[Any]:
-    for message in messages:
-        content = message["content"]
-        yield from (p for p in content if isinstance(p, Mapping) and p.get("type") == "image")
+def parts_of(message: Any) -> list[Any]:
+    """What a chat message holds."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _messages(prompt: str, photos: Sequence[Any]) -> list[dict[str, Any]]:
+def _messages(prompt: str, count: int, medium: str) -> list[dict[str, Any]]:
     """A user's message with images where ``<image>`` stands, else before the text."""
     if PLACE not in prompt:
-        prompt = PLACE * len(photos) + prompt
+        prompt = PLACE * count + prompt
     content: list[dict[str, Any]] = []
     for i, text in enumerate(prompt.split(PLACE)):
-        content += [{"type": "image"}] if i else []
+        content += [{"type": medium}] if i else []
         content += [{"type": "text", "text": text}] if text.strip() else []
     return [{"role": "user", "content": content}]
-
-
-def _filled(content: Any, photos: Iterator[Image.Image]) -> Any:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [
-        {"type": "image", "image": next(photos)} if part.get("type") == "image" else part
-        for part in content
-    ]

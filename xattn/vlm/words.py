@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 from xattn.runtime.names import did_you_mean
 
 
+class PhotoError(ValueError):
+    """What is wrong with one photo, or with its answer, and not with all of them."""
+
+
 class Word(NamedTuple):
     """A word: its ``text``, its characters ``span`` (start, end) of the answer, and its ``tokens``, numbers
     from 0 of the answer's."""
@@ -118,14 +122,14 @@ def word_number(words: Sequence[Word], key: Any, argument: str = "words") -> int
     if isinstance(key, int) and not isinstance(key, bool):
         if -len(words) <= key < len(words):
             return key % len(words)
-        raise ValueError(f"{argument}: got {key}; the answer has words 0 to {len(words) - 1}")
+        raise PhotoError(f"{argument}: got {key}; the answer has words 0 to {len(words) - 1}")
     name, count = key if isinstance(key, tuple) else (key, 1)
     found = [i for i, word in enumerate(words) if word.text == name]
     found = found or [i for i, word in enumerate(words) if word.text.lower() == str(name).lower()]
     if not found:
         known = list(dict.fromkeys(word.text for word in words))
         near = did_you_mean(str(name), known, f"its words: {', '.join(known) or 'none'}")
-        raise ValueError(f"{argument}: {name!r} is not in the answer; {near}")
+        raise PhotoError(f"{argument}: {name!r} is not in the answer; {near}")
     if not 1 <= count <= len(found):
-        raise ValueError(f"{argument}: {name!r} is {len(found)} times in the answer; got {count}")
+        raise PhotoError(f"{argument}: {name!r} is {len(found)} times in the answer; got {count}")
     return found[count - 1]

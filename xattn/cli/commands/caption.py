@@ -1,4 +1,4 @@
-"""``xattn caption``: explain every word that a vision-language model says of photos."""
+"""``xattn caption``: explain every word that a vision-language model says of photos or clips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from xattn.cli.checks import check_device, check_file, saying
 from xattn.cli.model import device_name
 from xattn.cli.outputs import pack_output
 from xattn.cli.shared import PhotoArgs, known
+from xattn.photos.image_names import is_video
 from xattn.runtime.option_checks import Count, Whole
+from xattn.runtime.stores import is_remote
 
 SHOWN = 5  # answers that are printed
 
@@ -42,6 +44,10 @@ class Caption(PhotoArgs):
     """What gradients and perturbations are of."""
     max_new_tokens: Count = 64
     """The longest answer."""
+    views: Literal["all", "base", "tiles"] = "all"
+    """Of a photo that the model sees whole and in tiles: maps of all tokens, of the whole, or of tiles."""
+    frames: Count = 16
+    """How many frames of a clip are shown, at even steps."""
     together: bool = False
     """Show all photos in one conversation."""
     device: str = "auto"
@@ -68,9 +74,18 @@ class Caption(PhotoArgs):
         check_device(self.device)
         if self._answers:
             check_file("answer", self._answers, "a text, or a .csv or .json file of texts by photo")
+        clips = self._clips
+        if clips and (len(clips) < len(self.images) or self.together):
+            raise ValueError(f"images: {clips[0]} is a clip; give clips alone, each for itself")
+        if stored := [name for name in clips if is_remote(name, "images")]:
+            raise ValueError(f"images: {stored[0]} is a clip of a store; copy it here first")
         for pair in self.instead:
             if not all(pair.partition("=")):
                 raise ValueError(f"instead: got {pair!r}; write word=other, as in cat=dog")
+
+    @property
+    def _clips(self) -> list[str]:
+        return [name for name in self.images if is_video(name)]
 
     @property
     def _answers(self) -> Path | None:
@@ -91,12 +106,15 @@ class Caption(PhotoArgs):
         names = known("explainers", self.explainers, TOKEN_EXPLAINERS)
         options = options_by_name(self.options, names)
         methods = [create_token_explainer(n, self.seed, **options.get(n, {})) for n in names]
-        photos = limited(self.photos, self.limit, self.seed)[0]
+        given: Any = [Path(name) for name in self._clips]
+        files = [path.name for path in given]
+        if not given:
+            given = photos = limited(self.photos, self.limit, self.seed)[0]
+            files = [photos.name(i) for i in range(len(photos))]
         texts: Any = self.answer
         if self._answers:
             with saying("answer"):
-                texts = by_photo([photos.name(i) for i in range(len(photos))], self._answers)
-        given: Any = photos
+                texts = by_photo(files, self._answers)
         if self.together:
             given = [tuple(source for _, source in named_photos(photos))]
             texts = texts[:1] if isinstance(texts, list) else texts
@@ -113,11 +131,13 @@ class Caption(PhotoArgs):
                 max_new_tokens=self.max_new_tokens,
                 seed=self.seed,
                 output=output.folder,
-                overlays=len(photos) <= self.overlays,
+                overlays=len(files) <= self.overlays,
                 batch_size=self.batch_size,
                 progress=True,
                 max_pixels=self.max_pixels,
                 keep=SHOWN,
+                views=self.views,
+                frames=self.frames,
             )
         for name, reason in found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)

@@ -77,14 +77,16 @@ class Attention(SinkExplainer):
     first: Literal["keep", "zero"] = "keep"
 
     @contextmanager
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> Iterator[Means | None]:
-        """Reads the last row of each step, unless sinks have to be found first."""
+    def watch(
+        self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
+    ) -> Iterator[Means | None]:
+        """Reads the last row of each step, or ``rows``, unless sinks have to be found first."""
         if self.sinks == "drop":
             yield None
             return
         kept = Means()
         image = vlm.image_places(prompt_ids).to(vlm.device)
-        with read_rows(vlm.decoder, lambda rows: self._keep(vlm, rows, image, kept)):
+        with read_rows(vlm.decoder, lambda own: self._keep(vlm, own, image, kept), rows):
             yield kept
 
     def _keep(self, vlm: VLM, rows: Rows, image: Tensor, kept: Means) -> None:

@@ -31,6 +31,7 @@ from xattn.vlm.explainers.layers import Attended, attend, numbered, starts, toke
     "generic_relevance",
     title="Generic relevance",
     passes="1 + 1 backward a word",
+    needs="calls",
     source="arXiv 2103.15679",
 )
 @dataclass(kw_only=True, eq=False)
@@ -95,6 +96,7 @@ def _bar(r: Tensor) -> Tensor:
     "gradient_attention",
     title="Gradient x attention",
     passes="1 + 1 backward a word",
+    needs="calls",
     source="arXiv 2502.17422",
     cases=({}, {"layers": (1,)}),
 )

@@ -30,7 +30,7 @@ What it may ask, cheapest first:
     context.image, .text              places of image and text tokens in ``context.sequence``
     context.layouts                   where image tokens lie on each photo
     context.scores(f)     (B, W)      score of every asked word for B other f; one pass each
-    context.hidden(masks) (M', W)     the same where masks (M', n) hide tokens, in batches
+    context.hidden(masks) (M', W)     the same where masks (M', n) hide tokens, or pixels, in batches
     context.gradients(f)  (W, n, D)   gradients of each word's score: a pass, a backward a word
     context.logits(f)     (B, T, V)   of all tokens of the answer
     context.hidden_states (P + T, w)  what each layer is given, and the LM head
@@ -49,11 +49,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -65,9 +66,10 @@ from xattn.runtime.memory import ForwardBatches
 from xattn.runtime.option_checks import check_fields
 from xattn.vlm.layout import Layout
 from xattn.vlm.model import VLM, Entered, Forced
-from xattn.vlm.words import Word
+from xattn.vlm.words import PhotoError, Word
 
 Score = Literal["log_prob", "logit"]
+Where = Literal["token", "pixel"]  # what masks hide
 
 
 class TokenScores(NamedTuple):
@@ -156,7 +158,7 @@ class Context:
     def hidden_states(self) -> tuple[Tensor, ...]:
         """(P + T, width) of each of L + 1: what a layer is given, and what the LM head is."""
         with torch.no_grad():
-            out = self.output(output_hidden_states=True)
+            out = self.output(output_hidden_states=True, **self.vlm.few_logits(self.forced))
         states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
         return tuple(x[0] for x in states)
 
@@ -191,15 +193,55 @@ class Context:
         ids = self.ids.to(values.device)[None, :, None].expand(len(values), -1, 1)
         return values.gather(2, ids)[:, :, 0]
 
-    def hidden(self, masks: Tensor) -> Tensor:
-        """Scores (M', W) where the tokens that are True in ``masks`` (M', n) are the mean image token."""
+    def hidden(self, masks: Tensor, where: Where = "token") -> Tensor:
+        """Scores (M', W) where masks (M', n) hide the tokens that are True in them: they are the mean image
+        token, or ("pixel") what they cover has the mean colour of its photo, and the image tower runs
+        again.
+
+        Raises:
+            ValueError: pixels, and no token has a place.
+        """
         f, fill = self.features, self.fill
+        if where == "pixel" and not self.on_grids:
+            raise ValueError(
+                f"where: got 'pixel', and image tokens of a {type(self.vlm.model).__name__} have no place; "
+                f"give 'token'"
+            )
 
         def scored(part: Tensor) -> Tensor:
-            return self.scores(torch.where(part.to(f.device)[:, :, None], fill, f[None]))
+            if where == "token":
+                return self.scores(torch.where(part.to(f.device)[:, :, None], fill, f[None]))
+            return self.scores(torch.stack([self.features_of(self._covered(m)) for m in part]))
 
         with torch.no_grad():
             return torch.cat(self.batches.run(scored, masks))
+
+    @property
+    def on_grids(self) -> bool:
+        """Whether any image token has a place."""
+        return any(len(layout.grids) for layout in self.layouts)
+
+    @property
+    def frames_a_map(self) -> int:
+        """How many of the photos, which are frames of a clip, a layout is of; of photos 1."""
+        return -(-len(self.photos) // len(self.layouts))
+
+    def _covered(self, mask: Tensor) -> list[Image.Image]:
+        """The photos, in their mean colour where most tokens of a cell are True in ``mask`` (n,)."""
+        both = torch.stack([mask, torch.ones_like(mask)]).float()
+        found = [np.array(photo) for photo in self.photos]
+        for layout in self.layouts:
+            own, whole = layout.maps(both)
+            top, left, bottom, right = layout.view.photo_box
+            rows, columns = (
+                np.linspace(start, end, count + 1).round().astype(int)
+                for start, end, count in zip((top, left), (bottom, right), own.shape, strict=True)
+            )
+            cells = np.repeat(own > whole / 2, np.diff(rows), 0).repeat(np.diff(columns), 1)
+            for pixels in found[layout.number : layout.number + self.frames_a_map]:
+                seen = pixels[rows[0] : rows[-1], columns[0] : columns[-1]]
+                seen[cells] = pixels.mean((0, 1)).round()
+        return [Image.fromarray(pixels) for pixels in found]
 
     def gradients(
         self, features: Tensor | None = None, of: Callable[[Tensor], Tensor] = lambda g: g
@@ -225,7 +267,7 @@ class Context:
         """
         found = self.vlm.entered(self.vlm.inputs(photos, self.prompt)).features
         if found.shape != self.features.shape:
-            raise ValueError(
+            raise PhotoError(
                 f"photos: {len(found)} image tokens instead of {len(self.features)}; the processor "
                 f"made other tiles of them"
             )
@@ -251,9 +293,12 @@ class TokenExplainer(ABC):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> AbstractContextManager[Any]:
-        """Around the generation of an answer to (P,) ids: what it yields is given to :meth:`explain` as
-        ``seen``. That is None where nothing was generated, as for a given text: then a pass is needed."""
+    def watch(
+        self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
+    ) -> AbstractContextManager[Any]:
+        """Around the generation of an answer to (P,) ids, or, where ``rows`` of the decoder are named, the
+        one pass over prompt and answer: what it yields is given to :meth:`explain` as ``seen``; None: the
+        explainer needs a pass of its own."""
         return nullcontext()
 
     @abstractmethod
@@ -263,6 +308,22 @@ class TokenExplainer(ABC):
     def notes(self, context: Context) -> list[str]:
         """What should be said of these maps beside them, such as how many tokens were sinks."""
         return []
+
+
+@contextmanager
+def watching(
+    methods: Sequence[TokenExplainer],
+    vlm: VLM,
+    prompt_ids: Tensor,
+    rows: Sequence[int] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """What each of ``methods`` that watches sees inside, by its name; see :meth:`TokenExplainer.watch`."""
+    with ExitStack() as stack:
+        yield {
+            m.name: stack.enter_context(m.watch(vlm, prompt_ids, rows))
+            for m in methods
+            if m.watches
+        }
 
 
 @contextmanager
@@ -292,6 +353,8 @@ class TokenExplainerEntry:
     """Options that the tests of every explainer try."""
     kinds: tuple[str, ...] = ("decoder", "encoder", "cross")
     """The kinds of models that it explains, see :mod:`xattn.vlm.model`."""
+    needs: str = ""
+    """What some models of these kinds lack: "calls" of attention that can be recorded, or "places"."""
 
 
 def register_token_explainer(

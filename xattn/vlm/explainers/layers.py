@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xattn.attention.record import Call, record
 from xattn.kernels.softmax.reference import widen
-from xattn.vlm.explainers.base import Context, TokenScores
+from xattn.vlm.explainers.base import TOKEN_EXPLAINERS, Context, TokenScores
 from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
 
@@ -79,10 +79,13 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
 
 
 def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
-    """The error of an explainer that ``needs`` what this model ``lacks``; it names some that do not."""
+    """The error of an explainer that ``needs`` what this model ``lacks``; it names those that do not."""
+    every = [TOKEN_EXPLAINERS.entry(n) for n in TOKEN_EXPLAINERS.names() if n != name]
+    own = TOKEN_EXPLAINERS.entry(name).needs
+    able = [e.name for e in every if context.vlm.kind in e.kinds and not (own and e.needs == own)]
     return ValueError(
-        f"explainer: {name} {needs}, and a {type(context.vlm.model).__name__} {lacks}; attention, "
-        f"occlusion and integrated_gradients can explain it"
+        f"explainer: {name} {needs}, and a {type(context.vlm.model).__name__} {lacks}; give one of "
+        f"{', '.join(able)}"
     )
 
 
@@ -147,10 +150,10 @@ class HeadRows:
 
     @classmethod
     @contextmanager
-    def watched(cls, vlm: VLM) -> Iterator[HeadRows]:
-        """Inside, the last row of each step is kept."""
+    def watched(cls, vlm: VLM, rows: Sequence[int] | None = None) -> Iterator[HeadRows]:
+        """Inside, ``rows`` of each pass are kept, or the last of each step."""
         kept = cls(vlm)
-        with read_rows(vlm.decoder, kept.add):
+        with read_rows(vlm.decoder, kept.add, rows):
             yield kept
 
     def add(self, rows: Rows) -> None:

@@ -13,6 +13,7 @@ is smoothed by a Gaussian.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from xattn.vlm.explainers.base import Context, TokenScores, register_token_expla
 from xattn.vlm.explainers.layers import HeadRows, unable
 from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
+from xattn.vlm.words import PhotoError
 
 THRESHOLD = 0.576  # divided by n; the paper's is 0.001 of 576 tokens
 
@@ -36,6 +38,7 @@ THRESHOLD = 0.576  # divided by n; the paper's is 0.001 of 576 tokens
     passes="none",
     source="arXiv 2503.06287",
     cases=({}, {"heads": 1, "smooth": 0}, {"released": True}),
+    needs="places",
 )
 @dataclass(kw_only=True, eq=False)
 class LocalizationHeads(SinkExplainer):
@@ -57,15 +60,17 @@ class LocalizationHeads(SinkExplainer):
     vague: list[str] = field(default_factory=list, init=False)
     """Words of the last answer that no head localizes."""
 
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> AbstractContextManager[HeadRows | None]:
-        return nullcontext() if self.sinks == "drop" else HeadRows.watched(vlm)
+    def watch(
+        self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
+    ) -> AbstractContextManager[HeadRows | None]:
+        return nullcontext() if self.sinks == "drop" else HeadRows.watched(vlm, rows)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         sides = [side for layout in context.layouts for grid in layout.grids for side in grid.shape]
         if not sides:
             raise unable(context, "localization_heads", "needs image tokens on a grid", "has none")
         if min(sides) == 1:
-            raise ValueError(
+            raise PhotoError(
                 "photo: image tokens lie in one row or column, and localization_heads needs more; give "
                 "another explainer"
             )

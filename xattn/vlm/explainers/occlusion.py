@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from xattn.runtime.option_checks import Count
-from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
+from xattn.vlm.explainers.base import (
+    Context,
+    TokenExplainer,
+    TokenScores,
+    Where,
+    register_token_explainer,
+)
 from xattn.vlm.layout import Layout
 
 Box = tuple[int, int, int, int]
@@ -37,14 +40,14 @@ class Occlusion(TokenExplainer):
         size: the window's side, in cells of the finest grid of image tokens.
         stride: cells between windows, at most ``size``.
         where: "token": hidden tokens are the mean image token; "pixel": the photo's mean colour lies over
-            the window, and the image tower runs again.
+            their cells, and the image tower runs again.
 
     Tokens without places, as of a resampler, are hidden one by one.
     """
 
     size: Count = 2
     stride: Count = 1
-    where: Literal["token", "pixel"] = "token"
+    where: Where = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,25 +62,16 @@ class Occlusion(TokenExplainer):
         masks = torch.zeros(len(windows), len(context.features), dtype=torch.bool)
         for mask, (layout, box) in zip(masks, windows, strict=True):
             mask[layout.tokens] = torch.from_numpy(layout.covered(box))
-        if _placeless(context):
+        if not context.on_grids:
             masks = torch.eye(len(context.features), dtype=torch.bool)
-            if self.where == "pixel":
-                raise ValueError(
-                    f"where: got 'pixel', and image tokens of a {type(context.vlm.model).__name__} have no "
-                    f"place; give 'token'"
-                )
-        if self.where == "token":
-            without = context.hidden(masks)
-        else:
-            without = torch.cat([self._scores(context, *window) for window in windows])
         with torch.no_grad():
-            fall = (context.scores() - without).cpu()
+            fall = (context.scores() - context.hidden(masks, self.where)).cpu()
         covers = masks.float()
         return TokenScores((covers.T @ fall / covers.sum(0)[:, None].clamp_min(1)).T)
 
     def notes(self, context: Context) -> list[str]:
         single = "image tokens have no place, so each is hidden alone"
-        return [single] if _placeless(context) else []
+        return [] if context.on_grids else [single]
 
     def _windows(self, layout: Layout) -> Iterator[Box]:
         """Boxes (top, left, bottom, right) of cells."""
@@ -89,20 +83,3 @@ class Occlusion(TokenExplainer):
     def _starts(self, cells: int) -> list[int]:
         last = max(cells - self.size, 0)
         return sorted({*range(0, last + 1, self.stride), last})
-
-    @torch.no_grad()
-    def _scores(self, context: Context, layout: Layout, box: Box) -> Tensor:
-        """Scores (1, W) with a window of one photo's pixels hidden."""
-        number = next(i for i, own in enumerate(context.layouts) if own is layout)
-        pixels = np.array(context.photos[number])
-        (top, left, bottom, right), (height, width) = layout.view.photo_box, layout.shape
-        y, x = (bottom - top) / height, (right - left) / width
-        rows = slice(round(top + y * box[0]), round(top + y * box[2]))
-        columns = slice(round(left + x * box[1]), round(left + x * box[3]))
-        pixels[rows, columns] = pixels.mean((0, 1)).round()
-        photos = [*context.photos[:number], Image.fromarray(pixels), *context.photos[number + 1 :]]
-        return context.scores(context.features_of(photos)[None])
-
-
-def _placeless(context: Context) -> bool:
-    return not any(len(layout.grids) for layout in context.layouts)

@@ -68,8 +68,10 @@ class Outcomes(TokenExplainer):
         """Write the weights, and what they were trained on, as JSON."""
         write_json(path, {"weights": list(self.weights or ()), **self.about})
 
-    def watch(self, vlm: VLM, prompt_ids: Tensor) -> AbstractContextManager[HeadRows]:
-        return HeadRows.watched(vlm)
+    def watch(
+        self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
+    ) -> AbstractContextManager[HeadRows]:
+        return HeadRows.watched(vlm, rows)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         rows = (seen or HeadRows(context.vlm)).of_words(context, image=self.above_mean)

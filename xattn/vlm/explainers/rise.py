@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xattn.runtime.option_checks import Count, Where
+from xattn.vlm.explainers import base
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 
 
@@ -22,28 +23,30 @@ from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, regi
     title="RISE",
     passes="masks",
     source="arXiv 1806.07421",
-    cases=({"masks": 8}, {"masks": 8, "cells": 2}),
+    cases=({"masks": 8}, {"masks": 3, "cells": 2, "where": "pixel"}),
 )
 @dataclass(kw_only=True, eq=False)
 class Rise(TokenExplainer):
     """How a word's score differs between random masks that keep an image token and those that hide it.
 
-    Hidden tokens are the mean image token; all words share the masks, which depend on the seed alone.
+    All words share the masks, which depend on the seed alone.
 
     Args:
         masks: how many, a pass each.
         keep: the probability that a token, or cell, is kept.
         cells: None hides single tokens; else cells of a grid of this side over each photo, at a random
             offset, and tokens go with the cell that holds their centre.
+        where: as of :class:`~xattn.vlm.explainers.occlusion.Occlusion`.
     """
 
     masks: Count = 200
     keep: Annotated[float, Where(lambda p: 0 < p < 1, "a probability between 0 and 1")] = 0.5
     cells: Count | None = None
+    where: base.Where = "token"
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         hidden = self.hidden(context)
-        scores = context.hidden(hidden).cpu().double()  # (M', W)
+        scores = context.hidden(hidden, self.where).cpu().double()  # (M', W)
         kept, gone = (~hidden).double(), hidden.double()
         means = [x.T @ scores / x.sum(0).clamp_min(1)[:, None] for x in (kept, gone)]
         both = kept.any(0) & gone.any(0)  # else nothing is known of a token

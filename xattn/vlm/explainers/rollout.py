@@ -21,7 +21,12 @@ from xattn.vlm.explainers.sinks import SinkExplainer, sink_table
 
 
 @register_token_explainer(
-    "rollout", title="Rollout", passes="1", source="arXiv 2005.00928", cases=({}, {"residual": 0.3})
+    "rollout",
+    title="Rollout",
+    passes="1",
+    source="arXiv 2005.00928",
+    cases=({}, {"residual": 0.3}),
+    needs="calls",
 )
 @dataclass(kw_only=True, eq=False)
 class Rollout(SinkExplainer):
