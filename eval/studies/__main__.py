@@ -61,6 +61,10 @@ STUDIES = {
         "Epochs from cached features against running the backbone, attention training against plain steps.",
     ),
     "bench-pruning": ("benches.pruning", "A ViT whose tokens leave, against the whole one."),
+    "bench-relevance": (
+        "benches.relevance",
+        "Composites of relevance beside a plain forward and backward pass: time and memory.",
+    ),
     "bench-rows": (
         "benches.reading_rows",
         "Rows of attention read beside a language model's own kernels: memory and time.",
@@ -101,6 +105,10 @@ STUDIES = {
     "exact-rollout": (
         "exact_rollout",
         "Networks on digits whose rollout is exact: contributions, and the deletion of tokens.",
+    ),
+    "explainers-by-family": (
+        "explainer_families",
+        "Which explainers run on which family of timm, tried on one picture.",
     ),
     "faces": (
         "faces",
@@ -198,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROG} NAME [options]; NAME --help lists the options.")
         print("bench-... --raw FILE.csv keeps what every round measured.\n")
         for name, (_, about) in STUDIES.items():
-            print(f"  {name:19} {about}")
+            print(f"  {name:21} {about}")
         return 0
     name, *rest = words
     if name not in STUDIES:

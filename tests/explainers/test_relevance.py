@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, SAMPLE, network
 from torch import nn
 
 from xattn import load_backbone
 from xattn.cli import main
+from xattn.eval.studies.families import FAMILIES, SAMPLE, network
 from xattn.explainers import create_explainer
 from xattn.explainers.relevance.engine import Engine, following
 from xattn.explainers.relevance.rules import (
@@ -307,6 +307,33 @@ def test_a_network_that_reads_again_what_changed_in_place_keeps_its_answer():
     assert close(got, (leaf * grad).detach())
 
 
+def _written_over(x):
+    """Memory of what linear layers gave is written over, through the tensor and a view of it."""
+    y = F.silu(F.conv2d(x, draw(4, 4, 1, 1), draw(4, seed=1)), inplace=True)
+    z = F.conv2d(y, draw(6, 4, 1, 1, seed=2), draw(6, seed=3))
+    z.flatten(2)[:, :2] = y.flatten(2)[:, 1:3] * 3
+    z += F.conv2d(y, draw(6, 4, 1, 1, seed=4))
+    u = F.linear(z.movedim(1, 3), draw(5, 6, seed=5))
+    u.view(2, -1, 5).mul_(2)
+    return F.relu(F.linear(u, draw(3, 5, seed=6)), inplace=True)
+
+
+def _written_elsewhere(x):
+    y = F.silu(F.conv2d(x, draw(4, 4, 1, 1), draw(4, seed=1)))
+    z = F.conv2d(y, draw(6, 4, 1, 1, seed=2), draw(6, seed=3))
+    z = torch.cat([y[:, 1:3] * 3, z[:, 2:]], 1) + F.conv2d(y, draw(6, 4, 1, 1, seed=4))
+    u = F.linear(z.movedim(1, 3), draw(5, 6, seed=5)) * 2
+    return F.relu(F.linear(u, draw(3, 5, seed=6)))
+
+
+@pytest.mark.parametrize("name", [n for n in COMPOSITES if not n.endswith(("flat", "box"))])
+def test_writing_in_place_changes_no_relevance(name):
+    x = draw(*SHAPE)
+    (got,), out = relevance(_written_over, x, composite=name)
+    (expected,), same = relevance(_written_elsewhere, x, composite=name)
+    assert close(out, same) and close(got, expected)
+
+
 # ---------------------------------------------------------------------- what is not known
 
 
@@ -433,6 +460,14 @@ def test_several_places_are_read_in_one_pass_as_one_by_one(net):
         assert kept.reached == pytest.approx(float(r[0].sum())) and kept.error < 1e-4
     with pytest.raises(ValueError, match="has no module 'layer9'"):
         explainer.relevance(images, targets, ["layer9"])
+
+
+def test_making_an_explainer_takes_no_backward_pass(net, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.autograd, "grad")
+        explainer = create_explainer("lrp", net)
+    found = explainer.measured
+    assert found.error < 1e-4 and explainer.facts["relevance"]["in"] == found.score
 
 
 def test_rewrites_that_keep_the_function_change_nothing(net):

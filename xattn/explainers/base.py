@@ -374,7 +374,8 @@ class Explainer(CaptumMethod, ABC):
         with held, state, torch.inference_mode(False), correct_norm_gradients():
             # Backbone.eval leaves a model alone that a user has set to train.
             for part in {part for module in modules for part in module.modules()}:
-                part.training = False
+                if part.training:
+                    part.training = False
             yield
 
 
@@ -476,10 +477,13 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     another thread draws from them meanwhile will be drawn again.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+    own = [(m, vars(m)) for m in every]
+    parameters = list(
+        dict.fromkeys(p for m in every for p in m._parameters.values() if p is not None)
+    )
     modes = [m.training for m in every]
-    hooks = [(getattr(m, k), dict(getattr(m, k))) for m in every for k in _HOOKS if hasattr(m, k)]
-    unhooked = [m for m in every if not hasattr(m, _HOOKED)]
+    hooks = [(state[k], dict(state[k])) for _, state in own for k in _HOOKS if k in state]
+    unhooked = [state for m, state in own if _HOOKED not in state and not hasattr(type(m), _HOOKED)]
     grads = [
         (p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters
     ]
@@ -496,16 +500,19 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
         yield
     finally:
         for m, training in zip(every, modes, strict=True):
-            m.training = training
+            if m.training != training:
+                m.training = training
         for current, before in hooks:
             if current != before:
                 current.clear()
                 current.update(before)
-        for m in unhooked:
-            vars(m).pop(_HOOKED, None)
+        for state in unhooked:
+            state.pop(_HOOKED, None)
         for p, (requires_grad, grad, copy) in zip(parameters, grads, strict=True):
-            p.requires_grad_(requires_grad)
-            p.grad = grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+            if p.grad is not grad:
+                p.grad = grad
             if grad is not None and copy is not None:
                 grad.detach().copy_(copy)
         for m, key, value, copy in buffers:

@@ -157,33 +157,12 @@ def tried_lines(model: str) -> Iterator[str]:
     """Every explainer, with the first options that run on a network, or why none do."""
     from xattn.backbone import load_backbone
     from xattn.explainers.base import EXPLAINERS
+    from xattn.explaining.trying import tried
 
     backbone = load_backbone(model, weights=None)
     yield f"explainers for {backbone.name}, with random weights:"
     for entry in EXPLAINERS.entries():
-        yield f"  {entry.name:24} {_tried(entry, backbone)}"
-
-
-def _tried(entry: Any, backbone: Any) -> str:
-    from xattn.explainers.base import create_explainer, explainer_class
-    from xattn.explainers.gradients import probe_image
-
-    if explainer_class(entry.name).needs_head:
-        return "needs a trained head"
-    reasons: list[str] = []
-    for options in entry.cases if {} in entry.cases else ({}, *entry.cases):
-        try:
-            explainer = create_explainer(entry.name, backbone, **options)
-            if explainer.forwards == 1:  # others make the same passes of many pictures
-                explainer.attribute(probe_image(backbone), 0)
-        except (ValueError, RuntimeError) as error:
-            reasons.append(" ".join(str(error).split()))
-            continue
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        measured = getattr(explainer, "measured", None)
-        absorbed = f"; of the logit {measured.error:.1%} are absorbed" if measured else ""
-        return "runs" + (f" with {given}" if given else "") + absorbed
-    return f"no: {reasons[0]}"
+        yield f"  {entry.name:24} {tried(entry, backbone)}"
 
 
 def metric_lines() -> Iterator[str]:

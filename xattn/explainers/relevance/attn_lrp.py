@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from xattn.explainers.base import register_explainer
 from xattn.explainers.relevance.engine import Engine
+from xattn.explainers.relevance.linear import gamma_rule
 from xattn.explainers.relevance.lrp import TOKENS, RelevanceExplainer
-from xattn.explainers.relevance.rules import Composite, gamma_rule
+from xattn.explainers.relevance.rules import Composite
 from xattn.runtime.option_checks import NotNegative
 
 

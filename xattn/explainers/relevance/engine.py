@@ -30,6 +30,14 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.base import Operator
 from xattn.attention.record import answering_by
 from xattn.explainers.relevance.attention import layers_text
+from xattn.explainers.relevance.linear import (
+    Kept,
+    Layer,
+    LinearRule,
+    Shared,
+    epsilon_rule,
+    quotient_of,
+)
 from xattn.explainers.relevance.operators import Held, NoRule, depends, times
 from xattn.explainers.relevance.rules import (
     AFFINE,
@@ -37,17 +45,14 @@ from xattn.explainers.relevance.rules import (
     COMPOSITES,
     FEATURES,
     LAYOUT,
+    TAUGHT,
+    WRITING,
     WRITTEN_OUT,
     Composite,
-    Layer,
-    LinearRule,
-    Shared,
     added_bias,
-    epsilon_rule,
     live,
     mapped,
     own,
-    quotient_of,
     rules_of,
     tensors,
 )
@@ -125,6 +130,7 @@ class Engine(TorchFunctionMode):
         weigh: collect ``steps``, for :meth:`balance`; memory for every activation twice.
 
     Attributes: ``refused``, functions without a rule; ``attended``, how many calls of attention there were;
+    ``marks``, whether linear layers have a rule; ``taught``, whether a rule is the user's own;
     ``notes``, where attention was held constant for lack of a rule.
     """
 
@@ -137,8 +143,10 @@ class Engine(TorchFunctionMode):
         self.keep, self.weigh = keep or weigh, weigh
         self.added: list[tuple[Any, Tensor]] = []
         self.steps: list[Step] = []
+        linear = (self.composite.convolution, self.composite.dense, self.composite.first)
+        self.marks = any(rule is not None for rule in linear)
         self.refused: dict[str, None] = {}
-        self.attended = 0
+        self.attended, self.taught = 0, bool(self.composite.rules)
         self._constant: Tensor | None = None  # what the rule that runs adds
         self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
         self._of_mechanism = self._paused = False
@@ -152,7 +160,8 @@ class Engine(TorchFunctionMode):
         written = getattr(function, "__name__", "")
         name = written.strip("_")
         ruled = not self._paused and (name in self.rules or not self.composite.plain)
-        if not ruled or not any(map(live, tensors([args, kwargs]))):
+        moving = ruled and [x for x in tensors((args, kwargs)) if live(x)]
+        if not moving:
             return function(*args, **kwargs)
         if name in FACTS:
             fact = function(*args, **kwargs)
@@ -162,22 +171,36 @@ class Engine(TorchFunctionMode):
             return args[0]
         if name in ATTENTION and not self._of_mechanism:
             self.attended += 1
+        given = args[0] if args else None
+        if name != "batch_norm" or not isinstance(getattr(given, "relevance_mark", None), _Mark):
+            if any("relevance_mark" in vars(x) for x in moving):
+                args, kwargs = self.finished(args), self.finished(kwargs)
         in_place = written != f"__{name}__" and written.endswith("_") and name != "requires_grad"
-        in_place |= bool(kwargs.pop("inplace", False))
-        if in_place:
-            function = _out_of_place(function, name)
+        in_place |= bool(kwargs.get("inplace"))
         target = args[0] if args else None
-        if name != "batch_norm" or not isinstance(getattr(target, "relevance_mark", None), _Mark):
-            args, kwargs = self.finished(args), self.finished(kwargs)
+        writes = in_place and self.rules.get(name) is own and not self.keep
+        if writes or name in WRITING:
+            Kept.before_writing(target)
+        elif in_place:
+            kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+            function = _out_of_place(function, name)
         result = self._ruled(name, function, args, kwargs)
-        if not in_place or result is target or not isinstance(result, Tensor):
+        if not in_place or not isinstance(result, Tensor):
             return result
         # Whoever reads the tensor again reads the new values, with the rule's history.
-        vars(target).clear()
-        return target.copy_(result)
+        if result is target:
+            vars(given).pop("relevance_bounds", None)
+        elif target._is_view():
+            Kept.before_writing(target)
+            vars(target).clear()
+            return target.copy_(result)
+        else:
+            vars(given)["relevance_mark"] = result
+        return result
 
     def _ruled(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
         rule = self.rules.get(name)
+        self.taught |= name in TAUGHT
         if self._of_mechanism and (
             name in FEATURES or (rule is None and name.endswith("_forward"))
         ):
@@ -309,18 +332,25 @@ class Engine(TorchFunctionMode):
 
     def _shared(self, z: Tensor, mark: _Mark) -> Tensor:
         layer, x, rule, step = mark
-        up, plain = z.detach() > 0, z.detach()
-        terms = list(rule.terms(layer, x, z, up))
-        y = sum(part * Shared.apply(p, plain, rule.epsilon) for part, p in terms)
+        if rule.terms is None and not self.keep:
+            return Shared.apply(z, None, rule.epsilon)  # type: ignore[no-any-return]
+        plain = z.detach()
+        terms = [(1.0, z)] if rule.terms is None else list(rule.terms(layer, x, z, plain))
+        parts = [Shared.apply(p, plain, rule.epsilon) for _, p in terms]
+        y = parts[0]
+        if len(terms) > 1:
+            y = sum(factor * part for (factor, _), part in zip(terms, parts, strict=True))
         if self.keep:
             with torch.no_grad():
                 zero = torch.zeros_like(x)
                 vars(zero).update(vars(x))
                 start = torch.zeros_like(z) if layer.bias is None else layer.bias.expand_as(z)
-                fixed = rule.terms(layer, zero, start, up)
+                fixed = [(1.0, start)]
+                if rule.terms is not None:
+                    fixed = list(rule.terms(layer, zero, start, plain))
                 kept = torch.zeros_like(z)
                 for (part, p), (_, still) in zip(terms, fixed, strict=True):
-                    kept += part * quotient_of(plain, p, rule.epsilon) * still
+                    kept += part * quotient_of(plain, p, rule.epsilon, still)
             self._leaving(step, y, kept)
         return y
 

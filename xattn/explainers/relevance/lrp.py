@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,12 +22,8 @@ from xattn.explainers.base import Choose, Explainer, check_inputs, check_target,
 from xattn.explainers.cams.layers import LayerReader
 from xattn.explainers.gradients import class_gradients, probe_image
 from xattn.explainers.relevance.engine import Balance, Engine
-from xattn.explainers.relevance.rules import (
-    COMPOSITES,
-    INPUT_RULES,
-    Composite,
-    gamma_rule,
-)
+from xattn.explainers.relevance.linear import INPUT_RULES, gamma_rule
+from xattn.explainers.relevance.rules import COMPOSITES, Composite
 from xattn.runtime.option_checks import NotNegative
 
 PIXELS, TOKENS = "pixels", "tokens"
@@ -48,8 +45,6 @@ class RelevanceExplainer(Explainer):
     """
 
     at: str = PIXELS
-    measured: Balance = field(init=False)
-    """Where the largest logit of a picture of noise went."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +53,8 @@ class RelevanceExplainer(Explainer):
             image = self._move(probe_image(backbone))
             with torch.no_grad():
                 plain = backbone.logits(image)
-            engine = self._engine(weigh=True)
-            logits, ends = self._pass(image, engine, [self.at])
+            engine = self._engine()
+            logits, _ = self._pass(image, engine, [self.at])
             engine.check(self.name, backbone.name, logits)
             if not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
                 raise ValueError(
@@ -67,17 +62,28 @@ class RelevanceExplainer(Explainer):
                     f"'saliency' or 'gradcam'"
                 )
             self._check(engine)
-            self.measured = self._balance(
-                logits[0, logits[0].abs().argmax()], ends[self.at], engine
-            )
         for note in engine.notes:
             self._note(note)
-        if self._composite.conserves and self.measured.error > LOST:
+        if engine.taught:  # rules of a user's own may be wrong
+            _ = self.measured
+
+    @cached_property
+    def measured(self) -> Balance:
+        """Where the largest logit of a picture of noise went: one more pass, when it is first asked for.
+        Warns of a loss."""
+        backbone = self.backbone
+        with self._guard(), torch.enable_grad():
+            engine = self._engine(weigh=True)
+            logits, ends = self._pass(self._move(probe_image(backbone)), engine, [self.at])
+            score = logits[0, logits[0].abs().argmax()]
+            found = self._balance(score, ends[self.at], engine)
+        if self._composite.conserves and found.error > LOST:
             warnings.warn(
-                f"{self.name}: {self.measured.error:.0%} of a score of {backbone.name} reaches neither "
-                f"{self.at} nor constants; most is lost in {self.measured.fault}",
+                f"{self.name}: {found.error:.0%} of a score of {backbone.name} reaches neither "
+                f"{self.at} nor constants; most is lost in {found.fault}",
                 stacklevel=4,
             )
+        return found
 
     @property
     def _composite(self) -> Composite:

@@ -14,14 +14,8 @@ then by the chain rule, whatever the graph, sum_pixels x c_x + (what constants k
     products of n activations                  1/n of the gradient to each
     softmax attention                          constant: all to the values; shared: 1/2 to the values and
                                                1/4 to queries and keys, softmax keeps its gradient
-    linear layers, z = W x + b                 c_x = (dp/dx)^T (z / p c_z) with a denominator p, see below
+    linear layers, z = W x + b                 see :mod:`xattn.explainers.relevance.linear`
     sums of two, residual = g > 0              p = w(a) a + w(b) b, w(u) = 1 + g where u y > 0
-
-Denominators of linear layers, with a = W+ x+ + W- x- + b+ and d = W- x+ + W+ x- + b-:
-
-    zero  z        epsilon  z + eps        gamma  z + g (a where z > 0, else d)
-    alpha-beta     alpha times the rule with a, less beta times that with d; alpha - beta = 1
-    flat  sum 1    wsquare  sum W^2        box    W x - W+ l - W- h, pixels from l to h
 
 Sources: Bach et al., PLOS ONE 2015 (epsilon, alpha-beta); Montavon et al. 2017 and 2019 (box, wsquare,
 gamma); Lapuschkin et al. 2019 (flat); Arras et al. 2019 (gates); Ali et al. 2022 (constant attention and
@@ -31,15 +25,24 @@ norms); Achtibat et al., ICML 2024 (shared products); Mehri et al., CVPR 2025 (L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone.norm_gradients import affine_batch_norm, batch_norm_scale_and_shift
+from xattn.explainers.relevance.linear import (
+    INPUT_RULES,
+    Kept,
+    Layer,
+    LinearRule,
+    alpha_beta_rule,
+    epsilon_rule,
+    gamma_rule,
+)
 
 Rule = Callable[..., Any]
 """``rule(engine, function, *args, **kwargs)`` gives what ``function(*args, **kwargs)`` gives, with the
@@ -88,116 +91,6 @@ class _Share(torch.autograd.Function):
 def share(x: Any, part: float) -> Any:
     """``x``, which gets ``part`` of the relevance that its own gradient would give it."""
     return _Share.apply(x, part) if live(x) and part != 1 else x
-
-
-# ---------------------------------------------------------------------- linear layers
-
-
-class Layer(NamedTuple):
-    """z = linear(x, weight) + bias."""
-
-    linear: Callable[[Tensor, Tensor], Tensor]
-    weight: Tensor
-    bias: Tensor | None
-    """As it broadcasts over z."""
-
-    def signed(self, x: Tensor, up: bool) -> Tensor:
-        """The sum of the contributions above 0, or of those below."""
-        high, low = self.weight.clamp(min=0), self.weight.clamp(max=0)
-        high, low = (high, low) if up else (low, high)
-        total = self.linear(x.clamp(min=0), high)
-        if bool((x < 0).any()):
-            total = total + self.linear(x.clamp(max=0), low)
-        if self.bias is None:
-            return total
-        return total + (self.bias.clamp(min=0) if up else self.bias.clamp(max=0))
-
-
-Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]]
-
-
-@dataclass(frozen=True)
-class LinearRule:
-    """How a linear layer shares out its relevance.
-
-    Args:
-        terms: gets a layer, x, z and where z > 0; gives denominators p of x, with a factor each.
-        epsilon: added to p, away from 0; None is a millionth of z's root mean square on each image.
-        conserves: whether the factors add up to 1 wherever z is not 0.
-    """
-
-    terms: Terms
-    epsilon: float | None = None
-    conserves: bool = True
-
-
-def epsilon_rule(epsilon: float | None = None) -> LinearRule:
-    return LinearRule(lambda layer, x, z, up: [(1.0, z)], epsilon, conserves=epsilon in (None, 0))
-
-
-def gamma_rule(gamma: float = 0.25, epsilon: float | None = None) -> LinearRule:
-    def terms(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
-        above = layer.signed(x, True)
-        return [(1.0, z + gamma * torch.where(up, above, z - above))]
-
-    return replace(epsilon_rule(epsilon), terms=terms) if gamma else epsilon_rule(epsilon)
-
-
-def alpha_beta_rule(alpha: float = 2.0, epsilon: float | None = None) -> LinearRule:
-    """alpha of contributions above 0 and 1 - alpha of those below; ``alpha=1`` is the plus rule."""
-
-    def terms(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
-        parts = ((alpha, True), (1 - alpha, False))
-        return [(part, layer.signed(x, sign)) for part, sign in parts if part]
-
-    return LinearRule(terms, epsilon, conserves=False)
-
-
-def _ones(x: Tensor) -> Tensor:
-    """1, whose relevance is that of x."""
-    return x * torch.where(x == 0, 0, 1 / x.detach())
-
-
-def _flat(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
-    return [(1.0, layer.linear(_ones(x), torch.ones_like(layer.weight)))]
-
-
-def _wsquare(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
-    p = layer.linear(_ones(x), layer.weight.square())
-    return [(1.0, p if layer.bias is None else p + layer.bias.square())]
-
-
-def _box(layer: Layer, x: Tensor, z: Tensor, up: Tensor) -> list[tuple[float, Tensor]]:
-    low, high = (bound * _ones(x) for bound in x.relevance_bounds)  # type: ignore[attr-defined]
-    p = layer.linear(x, layer.weight) - layer.linear(low, layer.weight.clamp(min=0))
-    return [(1.0, p - layer.linear(high, layer.weight.clamp(max=0)))]
-
-
-INPUT_RULES = {"flat": LinearRule(_flat), "wsquare": LinearRule(_wsquare), "box": LinearRule(_box)}
-
-
-class Shared(torch.autograd.Function):
-    """z; its gradient c = R / z goes to the denominator p as c z / p, and as 0 where z or p is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
-        ctx.save_for_backward(quotient_of(z, p, epsilon))
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return c * ctx.saved_tensors[0], None, None
-
-
-def quotient_of(z: Tensor, p: Tensor, epsilon: float | None) -> Tensor:
-    """z / p, stabilised; see :class:`LinearRule`."""
-    if epsilon is None:
-        rms = z.double().square().mean(tuple(range(1, z.ndim)), keepdim=True).sqrt()
-        small = (1e-6 * rms).to(z.dtype)
-    else:
-        small = z.new_tensor(epsilon)
-    stable = p + torch.where(p < 0, -small, small)
-    return torch.where((z == 0) | (p == 0), 0, z / stable)
 
 
 # ---------------------------------------------------------------------- composites
@@ -268,8 +161,60 @@ def constant(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     )
 
 
+class _Gated(torch.autograd.Function):
+    """y = f(x), whose gradient is y / x; at 0 its limit from the left, as autograd has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Rule, again: bool) -> Tensor:
+        """``again``: keep x, which others keep too, and compute y a second time."""
+        least = torch.full((1,), -4 * torch.finfo(x.dtype).tiny, dtype=x.dtype, device=x.device)
+        ctx.function, ctx.start = function, float(function(least.clone()) / least)
+        y = function(x)
+        if again:
+            ctx.x = Kept(x)
+        else:
+            ctx.save_for_backward(_Gated.gate(ctx, x, y))
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def gate(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        whole = {"posinf": torch.inf, "neginf": -torch.inf}
+        return (y / x).nan_to_num_(ctx.start, **whole)  # y tells of numbers that are none
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.saved_tensors:
+            return c * ctx.saved_tensors[0], None, None
+        x = ctx.x.x
+        return _Gated.gate(ctx, x, ctx.function(x)).mul_(c), None, None
+
+
 def activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x (f(x)/x) with the quotient held constant; at 0 its limit from the left, as autograd has it."""
+    """x (f(x)/x) with the quotient held constant."""
+    return _Gated.apply(x, lambda x: function(x, *args, **kw), engine.marks)  # type: ignore[no-any-return]
+
+
+def _relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
+    if not engine.marks:
+        return function(x)  # type: ignore[no-any-return]
+    return _Rectified.apply(x)  # type: ignore[no-any-return]
+
+
+class _Rectified(torch.autograd.Function):
+    """ReLU that keeps what it gets, as the layer before it does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = Kept(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.ops.aten.threshold_backward(c, ctx.x.x, 0)  # type: ignore[no-any-return]
+
+
+def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    """x times what other elements say; as :func:`activation`."""
     with torch.no_grad():
         safe = torch.where(x == 0, -4 * torch.finfo(x.dtype).tiny, x)
         gate = function(safe, *args, **kw) / safe
@@ -318,8 +263,7 @@ def product(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     moving = [i for i, x in enumerate(args) if live(x)]
     count = len(moving) + sum(map(live, kw.values()))
     if count > 1:
-        kw = {key: share(x, 1 / count) for key, x in kw.items()}
-        return function(*(share(x, 1 / count) for x in args), **kw)
+        return share(function(*args, **kw), 1 / count)
     weights = [i for i, x in enumerate(args) if _is_weight(x)]
     z = function(*args, **kw)
     if len(moving) == len(weights) == 1 and function.__name__.strip("_") in _MATRIX:
@@ -360,25 +304,38 @@ def _quotient(engine: Any, function: Rule, x: Any, y: Any, *args: Any, **kw: Any
     return function(x, y.detach() if isinstance(y, Tensor) else y, *args, **kw)
 
 
+class _Sum(torch.autograd.Function):
+    """z = x + y, whose gradient c goes to x as c w(x) q, q = z / (w(x) x + w(y) y), and to y alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, function: Rule, g: float) -> Tensor:
+        z = function(x, y)
+        size = z.abs()
+        both = torch.add(x.abs(), y.abs()).add_(size).mul_(g / 2).add_(size)  # |w(x) x + w(y) y|
+        q = size.div_(both).nan_to_num_(0)
+        ctx.save_for_backward(q, x * z > 0, y * z > 0)
+        ctx.g = g
+        return z  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Any:  # type: ignore[override]
+        q, *ups = ctx.saved_tensors
+        c = c * q
+        strong = c * (1 + ctx.g)
+        return *(torch.where(up, strong, c) for up in ups), None, None
+
+
 def _addition(engine: Any, function: Rule, x: Any, y: Any, **kw: Any) -> Any:
     g = engine.composite.residual
     if not g or kw or not (live(x) and live(y)) or x.shape != y.shape:
         return function(x, y, **kw)
-    with torch.no_grad():
-        z = function(x, y)
-        weights = [1 + g * (u * z > 0) for u in (x, y)]
-    return Shared.apply(x * weights[0] + y * weights[1], z, 0.0)
+    return _Sum.apply(x, y, function, g)
 
 
 def _linear(
-    engine: Any,
-    function: Rule,
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    *options: Any,
+    engine: Any, function: Rule, input: Tensor, weight: Tensor, bias: Any = None, *options: Any,
     **kw: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     if live(weight):  # made of activations
         part = 0.5 if live(input) else 1.0
         return function(share(input, part), share(weight, part), bias, *options, **kw)
@@ -395,17 +352,10 @@ def over_places(bias: Tensor | None, dims: int) -> Tensor | None:
 
 
 def batch_norm(
-    engine: Any,
-    function: Rule,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
+    engine: Any, function: Rule, input: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
     """x scale + shift; after a convolution or a linear layer, one layer with it."""
     if training or running_mean is None or running_var is None:
         engine.refuse("batch_norm with statistics of the batch")
@@ -414,60 +364,78 @@ def batch_norm(
     return engine.normed(z, input, scale, over_places(shift.to(z.dtype), z.ndim - 2))
 
 
+class _Normed(torch.autograd.Function):
+    """(x - mean) s weight + bias with a constant s; without the mean where ``centre`` is False.
+
+    ``normed(x)`` gives that, and s of the rows (..., 1) in which ``rows`` lays x out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Any, weight: Any, rows: Any, normed: Any, centre: bool = True
+    ) -> Tensor:
+        y, scale = normed(x)
+        ctx.save_for_backward(scale.to(x.dtype), *(() if weight is None else (weight,)))
+        ctx.rows, ctx.centre, ctx.size = rows, centre, None if bias is None else bias.shape
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Any:  # type: ignore[override]
+        scale, *weight = ctx.saved_tensors
+        grad = (c * weight[0] if weight else c.clone()).reshape(ctx.rows)
+        if ctx.centre:
+            grad.sub_(grad.mean(-1, keepdim=True))
+        of_bias = c.sum_to_size(ctx.size) if ctx.needs_input_grad[1] else None
+        return grad.mul_(scale).reshape(c.shape), of_bias, None, None, None, None
+
+
 def _layer_norm(
-    engine: Any,
-    function: Rule,
-    x: Tensor,
-    shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Tensor:
-    return _affine(centred(x, tuple(range(-len(tuple(shape)), 0)), eps), weight, bias)
+    engine: Any, function: Rule, x: Tensor, shape: Any, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *_: Any,
+) -> Any:  # fmt: skip
+    shape = tuple(shape)
+
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, _, scale = torch.native_layer_norm(x, shape, weight, bias, eps)
+        return y, scale.flatten(x.ndim - len(shape))
+
+    return _Normed.apply(x, bias, weight, (*x.shape[: -len(shape)], -1), normed)
 
 
 def _group_norm(
-    engine: Any,
-    function: Rule,
-    x: Tensor,
-    groups: int,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    y = centred(x.reshape(len(x), groups, -1), (2,), eps).reshape(x.shape)
-    return _affine(y, over_places(weight, x.ndim - 2), over_places(bias, x.ndim - 2))
+    engine: Any, function: Rule, x: Tensor, groups: int, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *_: Any,
+) -> Any:  # fmt: skip
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        given = (x.contiguous(), weight, bias, *x.shape[:2], x[0, 0].numel(), groups, eps)
+        y, _, scale = torch.native_group_norm(*given)
+        return y, scale[..., None]
+
+    places = (over_places(t, x.ndim - 2) for t in (bias, weight))
+    return _Normed.apply(x, *places, (len(x), groups, -1), normed)
+
+
+def _rms_norm(
+    engine: Any, function: Rule, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+) -> Any:
+    least = torch.finfo(x.dtype).eps if eps is None else eps
+    start = x.ndim - len(tuple(shape))
+
+    def normed(x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.flatten(start).to(torch.promote_types(x.dtype, torch.float32))
+        return function(x, shape, weight, eps), (wide.square().mean(-1, True) + least).rsqrt()
+
+    return _Normed.apply(x, None, weight, (*x.shape[:start], -1), normed, False)
 
 
 def _instance_norm(
-    engine: Any,
-    function: Rule,
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
+    engine: Any, function: Rule, x: Tensor, running_mean: Any = None, running_var: Any = None,
+    weight: Any = None, bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Any:
+) -> Any:  # fmt: skip
     if use_input_stats:
         return _group_norm(engine, function, x, x.shape[1], weight, bias, eps)
     return batch_norm(engine, F.batch_norm, x, running_mean, running_var, weight, bias, eps=eps)
-
-
-def centred(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """(x - mean) / [deviation], in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide - wide.mean(dims, keepdim=True)
-    deviation = (wide.detach().square().mean(dims, keepdim=True) + eps).sqrt()
-    return (wide / deviation).to(x.dtype)
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
 
 
 def _glu(engine: Any, function: Rule, x: Tensor, dim: int = -1) -> Tensor:
@@ -487,27 +455,30 @@ def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, *
 # ---------------------------------------------------------------------- attention
 
 
-def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
-    """Factors of A V as the products written out would share them: what is learned gets nothing."""
+def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> tuple[float, list[Any]]:
+    """Factors of A V as the products written out would share them, and a factor of all: what is learned
+    gets nothing."""
     scored = any(map(live, (query, key, bias)))
     part = 0.5 if scored and live(value) else 1.0
-    half = part / max(1, live(query) + live(key))
-    return [share(query, half), share(key, half), share(value, part), share(bias, part)]
+    half = 1 / max(1, live(query) + live(key))
+    return part, [share(query, half), share(key, half), value, bias]
 
 
 def _attention(
     engine: Any, function: Rule, q: Any, k: Any, v: Any, mask: Any = None, *args: Any, **kw: Any
 ) -> Any:
     mask = kw.pop("attn_mask", mask)
-    return function(*attended(q, k, v, mask), *args, **kw)
+    part, given = attended(q, k, v, mask)
+    found = function(*given, *args, **kw)
+    if isinstance(found, Tensor):
+        return share(found, part)
+    return type(found)(share(x, part) for x in found)
 
 
-def _pooling(engine: Any, function: Rule, *given: Any) -> Any:
-    return function(*attended(*given[:4]), *given[4:])
-
-
-def _causal_product(engine: Any, function: Rule, *given: Any) -> Any:
-    return function(*attended(*given[:3])[:3], *given[3:])
+def _causal_product(engine: Any, function: Rule, q: Any, k: Any, v: Any, *given: Any) -> Any:
+    return _attention(
+        engine, lambda q, k, v, _, *rest: function(q, k, v, *rest), q, k, v, None, *given
+    )
 
 
 def _by_values(
@@ -520,23 +491,10 @@ def _by_values(
 
 
 def _multi_head(
-    engine: Any,
-    function: Rule,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    width: int,
-    heads: int,
-    in_weight: Tensor | None,
-    in_bias: Tensor | None,
-    bias_k: Any,
-    bias_v: Any,
-    add_zero_attn: bool,
-    dropout: float,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    **kw: Any,
-) -> Any:
+    engine: Any, function: Rule, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int,
+    in_weight: Tensor | None, in_bias: Tensor | None, bias_k: Any, bias_v: Any, add_zero_attn: bool,
+    dropout: float, out_weight: Tensor, out_bias: Tensor | None, **kw: Any,
+) -> Any:  # fmt: skip
     """Projections, attention, projection, each with its rule; (N, B, C) or (N, C)."""
     if bias_k is not None or add_zero_attn or kw.get("static_k") is not None:
         engine.refuse("multi_head_attention_forward with keys of its own")
@@ -568,18 +526,9 @@ def _hiding(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _lstm(
-    engine: Any,
-    function: Rule,
-    x: Tensor,
-    hx: Any,
-    weights: Any,
-    has_bias: bool,
-    layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Any:
+    engine: Any, function: Rule, x: Tensor, hx: Any, weights: Any, has_bias: bool, layers: int,
+    dropout: float, training: bool, bidirectional: bool, batch_first: bool,
+) -> Any:  # fmt: skip
     """Gates are constants; each step's products, sums and tanh have their rules."""
     ways = 2 if bidirectional else 1
     size = len(weights) // (layers * ways)
@@ -638,6 +587,8 @@ _ATTENTION = (
     "block_sparse_forward",
 )  # of kernels
 _POOLS = ("pooling_forward", "causal_product_forward")
+WRITING = frozenset("setitem copy index_put fill zero".split())
+"""Names of functions that change their first argument, underscores or not."""
 FEATURES = frozenset(
     "exp exp2 expm1 log softplus mish elu selu celu erf sin cos rpow relu6 logsigmoid hardtanh "
     "special_expit".split()
@@ -656,10 +607,14 @@ RULES: dict[str, Rule] = {
     **_of("add radd", _addition),
     **_of("addcmul baddbmm addmm addbmm addmv", _added_product),
     **_of(
-        "relu relu6 hardtanh leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish tanh softsign "
-        "hardshrink softshrink tanhshrink threshold erf sin atan rms_norm normalize local_response_norm",
+        "relu6 hardtanh elu selu celu gelu silu mish hardswish tanh softsign softshrink tanhshrink "
+        "threshold erf sin atan",
         activation,
     ),
+    **_of("leaky_relu prelu rrelu hardshrink", own),
+    **_of("normalize local_response_norm", _scaling),
+    "relu": _relu,
+    "rms_norm": _rms_norm,
     **_of("clamp clip clamp_min clamp_max cos cosh logsigmoid log_sigmoid", shifted),
     **_of("max min maximum minimum fmax fmin", _larger),
     **_of(
@@ -686,7 +641,7 @@ RULES: dict[str, Rule] = {
     "multi_head_attention_forward": _multi_head,
     "lstm": _lstm,
     **dict.fromkeys(_ATTENTION, _attention),
-    "pooling_forward": _pooling,
+    "pooling_forward": _attention,
     "causal_product_forward": _causal_product,
     **_of("softmax log_softmax", own),
 }
@@ -696,6 +651,8 @@ _CONSTANT_ATTENTION: dict[str, Rule] = {
     **_of("softmax log_softmax", constant),
 }
 ATTENTION = frozenset((*_ATTENTION, "softmax"))
+TAUGHT: set[str] = set()
+"""Names of functions whose rule is a user's."""
 _KINDS = {"linear": own, "activation": activation, "constant": constant, "product": product}
 
 
@@ -722,22 +679,18 @@ def register_rule(name: str, rule: Rule | str) -> None:
     found = _KINDS.get(rule) if isinstance(rule, str) else rule
     if found is None:
         raise ValueError(f"rule: got {rule!r}; give one of {', '.join(_KINDS)}, or a function")
-    RULES[name.strip("_")] = found
+    name = name.strip("_")
+    RULES[name] = found
+    TAUGHT.add(name)
 
 
 # ---------------------------------------------------------------------- what layers add
 
 
 def _shift(
-    input: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
+    input: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor | None:  # fmt: skip
     """What BatchNorm in eval mode adds to its scaled input."""
     if not (training or mean is None or var is None):
         bias = batch_norm_scale_and_shift(mean, var, weight, bias, eps)[1]

@@ -1,9 +1,14 @@
 """A small variant of every family of timm, with random weights."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import timm
 import torch
+from torch import nn
 
-FAMILIES = {
+FAMILIES: dict[str, str | tuple[str, int]] = {
     "beit": "beit_base_patch16_224",
     "byoanet": ("halonet_h1", 256),
     "byobnet": "test_byobnet",
@@ -105,16 +110,22 @@ FAMILIES = {
 }
 """By timm's module: a name, and the side of its pictures where that is not 64."""
 SAMPLE = (
-    "byobnet convit convnext deit dla edgenext efficientvit_mit hgnet levit mambaout mobilevit nfnet resnet starnet"
+    "byobnet convit convnext deit dla edgenext efficientvit_mit hgnet levit mambaout mobilevit nfnet "
+    "resnet starnet"
 ).split()
 SHORT = {"deepseek_vit_412m": 2, "gemma4_vit_167m": 2, "qwen3_vit_88m": 2}  # depths of the largest
 
 
-def network(family, classes=7):
-    """The network in float64, with biases and statistics far from 0 and 1, and the side of its pictures."""
+def model_of(family: str) -> tuple[str, int]:
+    """The name, and the side of its pictures."""
     found = FAMILIES[family]
-    name, size = (found, 64) if isinstance(found, str) else found
-    options = {"num_classes": classes}
+    return (found, 64) if isinstance(found, str) else found
+
+
+def network(family: str, classes: int = 7) -> tuple[nn.Module, int]:
+    """The network in float64, with biases and statistics far from 0 and 1, and the side of its pictures."""
+    name, size = model_of(family)
+    options: dict[str, Any] = {"num_classes": classes}
     if name in SHORT:
         options["depth"] = SHORT[name]
     with torch.random.fork_rng():

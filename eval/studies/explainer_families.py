@@ -1,0 +1,111 @@
+"""Which explainers run on which family of timm: a small network of each, random weights, one picture.
+
+    python -m xattn.eval.studies explainers-by-family --page docs/explainers-by-family.md
+
+``xattn list explainers --for MODEL`` does the same of one network. The CSV beside the page keeps what was
+found; families in it are not tried again.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn.backbone import Backbone, load_backbone
+from xattn.eval.studies.families import FAMILIES, model_of
+from xattn.explainers.base import EXPLAINERS, explainer_class
+from xattn.explaining.trying import Tried, tried
+from xattn.runtime.files import write_rows, write_text
+
+LEFT_OUT = ("gates",)  # of networks that answer by a mask
+RUNS, OTHERS, NO = "●", "○", ""
+
+
+def study(
+    page: Path = Path("docs/explainers-by-family.md"), families: Sequence[str] = ()
+) -> Iterator[str]:
+    """A line for each family, and the page."""
+    unknown = [name for name in families if name not in FAMILIES]
+    if unknown:
+        raise ValueError(f"families: got {unknown}; give some of {', '.join(FAMILIES)}")
+    raw = page.with_suffix(".csv")
+    rows: list[dict[str, Any]] = []
+    if raw.is_file():
+        with raw.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    for family in families or FAMILIES:
+        if any(row["family"] == family for row in rows):
+            continue
+        found = list(_rows(family))
+        rows = sorted([*rows, *found], key=lambda row: (row["family"], row["explainer"]))
+        write_rows(raw, rows)
+        yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
+    write_text(page, "\n".join(_page(rows)) + "\n")
+    yield f"page: {page}"
+
+
+def _rows(family: str) -> Iterator[dict[str, Any]]:
+    backbone, size, why = None, "", ""
+    try:
+        backbone = _network(family)
+        size = "x".join(map(str, backbone.preprocessing.input_size))
+    except ValueError as error:  # its features are no map
+        why = " ".join(str(error).split())
+    for entry in EXPLAINERS.entries():
+        if entry.name in LEFT_OUT or explainer_class(entry.name).needs_head:
+            continue
+        found = Tried(False, {}, None, why) if backbone is None else tried(entry, backbone)
+        given = ", ".join(f"{key}={value}" for key, value in found.options.items())
+        result = "no" if not found.runs else given or "runs"
+        absorbed = "" if found.absorbed is None else f"{found.absorbed:.1e}"
+        yield {
+            "family": family, "model": model_of(family)[0], "size": size, "explainer": entry.name,
+            "result": result, "absorbed": absorbed, "reason": found.reason,
+        }  # fmt: skip
+
+
+def _network(family: str) -> Backbone:
+    name, side = model_of(family)
+    torch.manual_seed(0)
+    try:
+        return load_backbone(name, weights=None, input_size=side)
+    except (TypeError, AssertionError, RuntimeError, ValueError):  # of one size only
+        return load_backbone(name, weights=None)
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def _page(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    by: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["family"], {})[row["explainer"]] = row
+    names = sorted({row["explainer"] for row in rows})
+    runs = Counter(row["explainer"] for row in rows if row["result"] != "no")
+    everywhere = [name for name in names if runs[name] == len(by)]
+    shown = [name for name in names if name not in everywhere]
+    yield f"# Explainers by family\n\nWhat runs on a small network of each of {len(by)} families of timm,"
+    yield f"with random weights, tried on one picture. {RUNS}: by its defaults; {OTHERS}: with options,"
+    yield "which `xattn list explainers --for MODEL` tells of your own network. Made by\n\n```sh"
+    yield f"python -m xattn.eval.studies explainers-by-family --page docs/{PAGE}.md\n```\n"
+    yield f"[Raw values]({PAGE}.csv): options, what relevance methods lose, why the others do not run.\n"
+    yield f"On every family: {', '.join(f'`{name}`' for name in everywhere)}.\n"
+    yield f"| family | network | {' | '.join(f'`{name}`' for name in shown)} |"
+    yield f"| :-- | :-- |{' :-: |' * len(shown)}"
+    for family, found in by.items():
+        network = next(iter(found.values()))["model"]
+        cells = [_cell(found[name]["result"]) for name in shown]
+        yield f"| {family} | {network} | {' | '.join(cells)} |"
+    yield f"| all {len(by)} | | {' | '.join(str(runs[name]) for name in shown)} |"
+
+
+PAGE = "explainers-by-family"
+
+
+def _cell(result: str) -> str:
+    return {"runs": RUNS, "no": NO}.get(result, OTHERS)

@@ -1,0 +1,56 @@
+"""Which explainers run on a network: each is tried on one picture."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+from xattn.backbone import Backbone
+from xattn.explainers.base import ExplainerEntry, create_explainer, explainer_class
+from xattn.explainers.gradients import probe_image
+
+
+class Tried(NamedTuple):
+    """The first options of an explainer that run on a network, or why none do."""
+
+    runs: bool
+    options: dict[str, Any]
+    absorbed: float | None
+    """Of relevance methods, the share of a logit that reaches nothing."""
+    reason: str
+    """Why the defaults do not run."""
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return self.reason
+        given = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        lost = "" if self.absorbed is None else f"; of the logit {self.absorbed:.1%} are absorbed"
+        return "runs" + (f" with {given}" if given else "") + lost
+
+
+def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
+    """How an explainer does on a picture of noise, by its defaults, else by options of its cases.
+
+    >>> import xattn
+    >>> from xattn.explainers.base import EXPLAINERS
+    >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)
+    >>> print(tried(EXPLAINERS.entry("attn_lrp"), net))
+    runs with at=pixels; of the logit 0.0% are absorbed
+    """
+    if explainer_class(entry.name).needs_head:
+        return Tried(False, {}, None, "needs a trained head")
+    reasons: list[str] = []
+    for options in entry.cases if {} in entry.cases else ({}, *entry.cases):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is lost is in the answer
+                explainer = create_explainer(entry.name, backbone, **options)
+                if explainer.forwards == 1:  # others make the same passes of many pictures
+                    explainer.attribute(probe_image(backbone), 0)
+                measured = getattr(explainer, "measured", None)
+        except (ValueError, RuntimeError) as error:
+            reasons.append(" ".join(str(error).split()))
+            continue
+        absorbed = None if measured is None else measured.error
+        return Tried(True, dict(options), absorbed, *reasons[:1] or ("",))
+    return Tried(False, {}, None, f"no: {reasons[0]}")
