@@ -49,7 +49,10 @@ from xattn.photos.sources import Files, limited
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
 
-MOST_OF_ALL = 1000  # passes with gradients of a method that "all" compares
+MOST_OF_ALL = {
+    False: 1000,
+    True: 4000,
+}  # passes of a method that "all" compares, by whether it perturbs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +323,10 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
                 raise
             refused[label] = str(error)
             continue
-        dear = not made.perturbs and (made.forwards or 0) > MOST_OF_ALL
+        dear = (made.forwards or 0) > MOST_OF_ALL[made.perturbs]
         if every and dear and name not in given.names:
-            refused[label] = f"it takes {made.forwards:,} passes with gradients; give its name"
+            kind = "passes" if made.perturbs else "passes with gradients"
+            refused[label] = f"it takes {made.forwards:,} {kind}; give its name"
         else:
             explainers[label] = made
     recipes = {label: recipes[label] for label in explainers}

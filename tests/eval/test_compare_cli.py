@@ -80,12 +80,14 @@ def test_explainers_that_a_backbone_does_not_allow_are_left_out_of_all(photos, t
         "gradient_shap.samples=2",
         "igos_pp.steps=1",
         "igos_pp.path=2",
+        "dave.copies=2",
     ]
     more = ["--explainers", "all", "--metrics", "complexity", "--limit", "2", "--options", *options]
     assert compare(photos, tmp_path / "out", *more) == 0
     out, err = capsys.readouterr()
     assert "left out rollout" in err
     assert "left out extremal_perturbation: it takes 4,000 passes with gradients" in err
+    assert "left out mda: it takes 5,488 passes;" in err
     shown = ("cam", "scorecam", "lrp", "occlusion", "kernel_shap", "guided_backprop", "igos_pp")
     for name in shown:
         assert f"| {name} " in out

@@ -12,7 +12,7 @@ from xattn.backbone.scored import scored
 from xattn.heads import create_head
 
 # All others read logits, or no class at all.
-READS_P = ("rise", "occlusion", "lime", "kernel_shap", "igos_pp")
+READS_P = ("rise", "occlusion", "lime", "kernel_shap", "igos_pp", "mda")
 PER_CLASS = ("cam", "head", "gates", "token_path")
 K = 3
 

@@ -1,0 +1,102 @@
+"""CAAP: what a class's logit is when one patch's tokens of a photo stand in a picture without content.
+
+    S(p) = f_c(neutral picture, with token p behind blocks first, ..., last as it is in the photo)
+
+Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Of the paper its abstract is
+the source, which says "an intermediate range of layers" and "a neutral target context": which blocks and
+which picture these are is an option here, whose default is ours.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xattn.explainers.base import ImageByImage, register_explainer
+from xattn.explainers.gradients import probe_image
+from xattn.explainers.relevance.attention import choose_layer, patch_grid
+from xattn.explainers.relevance.token_blocks import block_outputs, token_blocks
+
+
+@register_explainer("caap", title="CAAP", networks=("vit",), cases=({}, {"first": 0, "last": 0}))
+@dataclass(kw_only=True, eq=False, repr=False)
+class Caap(ImageByImage):
+    """Activation patching of a ViT, (h, w) of the patch grid: a pass a patch, and one of the photo.
+
+    Args:
+        first, last: the blocks behind which a token is replaced; negative numbers count from the end. By
+            default the first is at a quarter of the depth, the last at half of it.
+        neutral: the picture: the data set's "mean" colour, or "black".
+
+    Raises:
+        ValueError: a network without blocks of tokens, or one whose blocks change their number.
+    """
+
+    perturbs = True
+    first: int | None = None
+    last: int | None = None
+    neutral: Literal["mean", "black"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._blocks = token_blocks(self.backbone)
+        count = len(self._blocks)
+        first = count // 4 if self.first is None else choose_layer(self.first, count, "first")
+        last = count // 2 if self.last is None else choose_layer(self.last, count, "last")
+        if first > last:
+            raise ValueError(
+                f"first: got block {first} and last={last}; give none that is behind last"
+            )
+        self._range = range(first, last + 1)
+        with self._guard(), torch.no_grad():
+            image = self._move(probe_image(self.backbone))
+            tokens = self._source(image)
+            if tokens.ndim != 4:
+                raise ValueError(
+                    f"backbone: blocks of {self.backbone.name} do not give tokens (B, N, C); use "
+                    f"'occlusion'"
+                )
+            patches = tokens.shape[2] - self.backbone.prefix_tokens
+            patch_grid(self.backbone, image, patches)
+        self.forwards = 1 + patches
+
+    def _source(self, image: Tensor) -> Tensor:
+        """The tokens behind the blocks of the range, (blocks, 1, N, C)."""
+        with block_outputs([self._blocks[i] for i in self._range]) as found:
+            self.backbone.logits(image)
+        alike = all(tokens.shape == found[0].shape for tokens in found)
+        return torch.stack(found) if alike else torch.empty(0)
+
+    def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
+        prefix, source = self.backbone.prefix_tokens, self._source(image[None])[:, 0]
+        patches = source.shape[1] - prefix
+        empty = torch.zeros_like(image[None])
+        if self.neutral == "mean":
+            empty = empty + self.backbone.mean.to(image)
+
+        def scores(places: Tensor) -> Tensor:
+            with ExitStack() as hooks:
+                for number, tokens in zip(self._range, source, strict=True):
+                    hooks.enter_context(_patched(self._blocks[number], tokens, places))
+                logits = self.backbone.logits(empty.expand(len(places), -1, -1, -1))
+            return logits[:, classes].double()
+
+        places = torch.arange(prefix, prefix + patches, device=image.device)
+        found = torch.cat(self._batches.run(scores, places))
+        return found.T.unflatten(1, patch_grid(self.backbone, image[None], patches))
+
+
+def _patched(block: nn.Module, tokens: Tensor, places: Tensor) -> Any:
+    """A hook: image i of a batch gets token ``places[i]`` of ``tokens`` (N, C) behind ``block``."""
+
+    def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        own = output if isinstance(output, Tensor) else output[0]
+        own = own.clone()
+        own[torch.arange(len(places), device=own.device), places] = tokens[places]
+        return own if isinstance(output, Tensor) else (own, *output[1:])
+
+    return block.register_forward_hook(replace)
