@@ -152,14 +152,11 @@ def test_a_tap_is_the_output_of_the_last_call_also_before_an_in_place_activation
     assert len(seen) == 3 and torch.equal(found, seen[-1]) and found.min() < 0
 
 
-def test_tokens_are_taps_where_they_are_named():
-    backbone = loops(taps="norm")
+def test_tokens_are_taps_where_they_follow_the_maps():
+    backbone = loops()
+    assert backbone.taps == loops(taps="norm").taps == ("norm",)
     assert backbone.tap_sizes == ((8, 8),) and backbone.channels == (6,)
     assert create_explainer("gradcam", backbone).attribute(IMAGES, 1).shape == (2, 1, 8, 8)
-    with pytest.raises(
-        ValueError, match=r"no module of Loops gives a map .*name modules that give"
-    ):
-        loops()  # tokens follow the maps
 
 
 def test_a_map_from_which_no_logit_follows_is_no_default():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from xattn.backbone.backbone import Backbone
-from xattn.backbone.families.hooked import from_hooks
+from xattn.backbone.families.hooked import HookedClassifier, from_hooks
 from xattn.backbone.families.timm_models import create_timm_model
 from xattn.backbone.families.traced import UntraceableError, load_torchvision, traced_classifier
 from xattn.backbone.families.transformers_models import (
@@ -72,7 +72,7 @@ def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
     """Classifiers of Hugging Face transformers."""
     if not is_transformers(module):
         return None
-    return from_transformers(module, asked.processor, asked.task)
+    return from_transformers(module, asked.processor, asked.task, asked.tap_list, asked.input_size)
 
 
 def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
@@ -192,7 +192,10 @@ def _of_name(
     size, own = asked.input_size, name.startswith("torchvision/")
     with _device_with_values():
         if name.startswith(PREFIX):
-            model: Any = load_transformers(name, weights, asked.processor, num_classes, asked.task)
+            model: Any = load_transformers(
+                name, weights, asked.processor, num_classes, asked.task, asked.tap_list, size
+            )
+            own = isinstance(model, HookedClassifier)
         elif own:
             model = load_torchvision(
                 name.partition("/")[2], weights, asked.tap_list, size, num_classes
@@ -244,7 +247,7 @@ def _backbone(
     """A backbone over ``model``, prepared as it says itself but for what is asked."""
     check_processor(model, asked.processor, asked.normalised)
     task, class_names = asked.task, asked.class_names
-    if isinstance(model, TransformersNetwork):
+    if isinstance(model, TransformersNetwork | HookedClassifier):
         task, class_names = task or model.task, class_names or model.class_names
     own = preprocessing_of(model, asked.input_size)
     channels = channels_of(model, own)

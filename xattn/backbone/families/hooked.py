@@ -9,7 +9,8 @@ A tap is what its module returned in its last call of the pass. The hooks lie on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.families.traced import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
+from xattn.photos.classes import Task
 from xattn.photos.preprocessing import channels_of
 from xattn.runtime.names import did_you_mean
 
@@ -37,7 +39,14 @@ class _Keep:
 
 
 class HookedClassifier(AdaptedClassifier):
-    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_hooks`."""
+    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_hooks`.
+
+    Attributes:
+        class_names, task: what is known of its outputs, or None.
+    """
+
+    class_names: list[str] | None = None
+    task: Task | None = None
 
     def __init__(self, net: nn.Module, taps: Sequence[str], **facts: Any) -> None:
         super().__init__(taps, **facts)
@@ -73,6 +82,7 @@ def from_hooks(
     taps: Sequence[str] | None = None,
     *,
     input_size: tuple[int, int] | None = None,
+    kind: str = "",
 ) -> HookedClassifier:
     """``model`` for ``load_backbone``; it gets hooks that stay, so give a copy.
 
@@ -80,24 +90,28 @@ def from_hooks(
         model: in eval mode; maps normalised images (B, 3, H, W) to logits (B, K).
         taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default those of the
             last maps on each of the three coarsest grids that lead to the logits, in one pass of random
-            images.
+            images; where there are tokens, of the last ones that the logits need patch by patch, which
+            in a ViT are the norm before attention in the last three blocks.
         input_size: (H, W) in pixels; by default that of ``model.preprocessing``.
+        kind: what errors call the module, by default its class.
 
     Raises:
         ValueError: the module does not take images or give logits, or a tap is unknown or no map.
     """
     preprocessing, assumed = prepared_by(model, None, input_size)
-    size, kind = preprocessing.input_size, type(model).__name__
-    logits, outputs = _run(model, size, channels_of(model, preprocessing))
+    size, kind = preprocessing.input_size, kind or type(model).__name__
+    logits, outputs = _run(model, size, channels_of(model, preprocessing), kind)
     shapes = {path: tuple(output.shape) for path, output in outputs.items()}
     if taps is None:
         leading = _leading(logits, outputs)
         taps = coarsest({path: shape for path, shape in shapes.items() if path in leading}, size)
+        layers = dict(model.named_modules())
+        norms = {p: g for p, g in leading.items() if not isinstance(layers[p], nn.Linear)}
+        taps = taps or _token_taps(norms, size)
         if not taps:
             raise ValueError(
-                f"taps: no module of {kind} gives a map (B, C, h, w) that its logits follow from; name "
-                f"modules that give tokens (B, N, C), such as the norm of its last block, or give it a "
-                f"method forward_taps(x) -> (logits, maps)"
+                f"taps: no module of {kind} gives a map (B, C, h, w), or tokens (B, N, C) on a grid, that "
+                f"its logits follow from; name some, or give it a method forward_taps(x) -> (logits, maps)"
             )
     for tap in taps:
         if tap not in shapes:
@@ -108,11 +122,11 @@ def from_hooks(
             )
     grids = [grid_of(tap, shapes[tap], size) for tap in taps]
     last = grids[-1]
-    layers = [m for p, m in model.named_modules() if p in outputs and outputs[p] is logits]
+    heads = [m for p, m in model.named_modules() if p in outputs and outputs[p] is logits]
     made = HookedClassifier(
         model,
         taps,
-        classifier=layers[-1] if layers else None,
+        classifier=heads[-1] if heads else None,
         preprocessing=preprocessing,
         grids=grids,
         prefix=0 if last is None else shapes[taps[-1]][1] - last[0] * last[1],
@@ -124,7 +138,7 @@ def from_hooks(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _run(
-    model: nn.Module, size: tuple[int, int], channels: int
+    model: nn.Module, size: tuple[int, int], channels: int, kind: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits (2, K) of random images, and the last tensor that each module returned, by its path in the
     order of their returns."""
@@ -147,7 +161,7 @@ def _run(
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model: {type(model).__name__} fails on images {tuple(images.shape)} "
+            f"model: {kind} fails on images {tuple(images.shape)} "
             f"({type(error).__name__}: {reason}); give input_size=, or give it a method "
             f"forward_taps(x) -> (logits, maps)"
         ) from error
@@ -155,13 +169,35 @@ def _run(
         for handle in handles:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or len(logits) != 2:
-        raise ValueError(f"model: {type(model).__name__} does not end in logits (B, K)")
+        raise ValueError(f"model: {kind} does not end in logits (B, K)")
     return logits, outputs
 
 
-def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> set[str]:
-    """The paths whose output has a gradient of the logits; all where there are no gradients."""
+def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the logits by the output of each path that has one; the outputs where none has."""
+    followed = {path: output for path, output in outputs.items() if output.requires_grad}
     with suppress(RuntimeError):
-        found = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
-        return {path for path, grad in zip(outputs, found, strict=True) if grad is not None}
-    return set(outputs)
+        ones, tensors = torch.ones_like(logits), list(followed.values())
+        found = torch.autograd.grad(logits, tensors, ones, allow_unused=True)
+        return {path: grad for path, grad in zip(followed, found, strict=True) if grad is not None}
+    return outputs
+
+
+def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, int]) -> list[str]:
+    """The paths of the last tokens on each of the three coarsest grids that the logits need, or on a single
+    grid the last three of the same name. Behind the last attention, a class token may be all they need.
+
+    Args:
+        gradients: of tokens (2, N, C) by their paths, in the order of the pass. size: (H, W) of the images.
+    """
+    grids: dict[str, tuple[int, int]] = {}
+    for path, gradient in gradients.items():
+        with suppress(ValueError):
+            grid = grid_of(path, tuple(gradient.shape), size)
+            if grid and min(grid) > 1 and as_map(gradient, grid).count_nonzero((0, 1)).all():
+                grids[path] = grid
+    last = {grid: path for path, grid in grids.items()}
+    if len(last) == 1:
+        named = [re.sub(r"\d+", "#", path) for path in grids]
+        return [path for path, name in zip(grids, named, strict=True) if name == named[-1]][-3:]
+    return [last[grid] for grid in sorted(last, key=lambda g: g[0] * g[1])[:3]][::-1]

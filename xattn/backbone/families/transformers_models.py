@@ -14,7 +14,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,17 @@ from PIL import Image
 from torch import nn
 
 from xattn.attention.model.convert import evaluating
+from xattn.backbone.families.hooked import HookedClassifier, from_hooks
 from xattn.backbone.families.transformers_networks import (
+    TransformersLogits,
     TransformersMaps,
     TransformersNetwork,
     TransformersViT,
+    pair_of,
+    takes,
 )
 from xattn.photos.classes import Task
-from xattn.photos.preprocessing import Preprocessing
+from xattn.photos.preprocessing import Preprocessing, says_normalization
 from xattn.runtime.locking import alone
 
 PREFIX = "transformers:"
@@ -60,15 +64,22 @@ def name_of(network: Any) -> str:
 
 
 def from_transformers(
-    network: Any, processor: Any = None, task: Task | None = None
-) -> TransformersNetwork:
+    network: Any,
+    processor: Any = None,
+    task: Task | None = None,
+    taps: Sequence[str] | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> TransformersNetwork | HookedClassifier:
     """A classifier of transformers for ``load_backbone``, with what its image processor and its config say.
+
+    The families of ``FAMILIES`` have the parts of timm's networks. Others are run as they are, with hooks.
 
     Args:
         task: instead of the config's.
+        taps, input_size: of the others, as in :func:`~xattn.backbone.families.hooked.from_hooks`.
 
     Raises:
-        ValueError: no image classifier, an architecture that is not read, or a processor that prepares
+        ValueError: no image classifier, one that does not read pixels alone, or a processor that prepares
             photos in a way that has no :class:`Preprocessing`.
     """
     kind = type(network).__name__
@@ -78,20 +89,38 @@ def from_transformers(
         )
     if "ForImageClassification" not in kind:
         raise ValueError(f"name_or_module: a {kind} is {_what(kind, network)}; {GIVE}")
-    family = FAMILIES.get(network.config.model_type)
-    if family is None:
+    if not takes(network, "pixel_values"):
         raise ValueError(
-            f"name_or_module: got a {kind}; of transformers these are read: {', '.join(FAMILIES)}; give "
-            f"it a method forward_taps(x) -> (logits, maps) instead"
+            f"name_or_module: a {kind} reads {network.main_input_name}, not pixels; give it a method "
+            f"forward_taps(x) -> (logits, maps)"
         )
     preprocessing = None if processor is None else preprocessing_of_processor(processor)
-    size = preprocessing.input_size if preprocessing else (224, 224)
+    task = task or _task(network.config)
+    labels = _labels(network.config, task)
+    family = FAMILIES.get(network.config.model_type)
     with alone(network), evaluating(network):
-        model = _checked(family, network, size)
-    model.preprocessing = preprocessing
-    model.task = task or _task(network.config)
-    model.class_names = _labels(network.config, model.task)
+        if family is None:
+            size = input_size or (None if preprocessing else _own_size(network.config))
+            whole = TransformersLogits(network, preprocessing)
+            hooked = from_hooks(whole, taps, input_size=size, kind=kind)
+            hooked.task, hooked.class_names = task, labels
+            return hooked
+        model = _checked(family, network, preprocessing.input_size if preprocessing else (224, 224))
+    model.preprocessing, model.task, model.class_names = preprocessing, task, labels
     return model
+
+
+def _own_size(config: Any) -> tuple[int, int] | None:
+    """(H, W) of the images that a network was made for, by its config; None where that says nothing."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    return None if size is None else pair_of(size)
+
+
+def network_of(model: nn.Module) -> Any:
+    """The network of transformers that ``model`` explains, or None."""
+    if isinstance(model, HookedClassifier) and isinstance(model.net, TransformersLogits):
+        return model.net.network
+    return model.network if isinstance(model, TransformersNetwork) else None
 
 
 def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
@@ -100,15 +129,16 @@ def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
     Args:
         normalised: whether mean and std are given.
     """
-    if not isinstance(model, TransformersNetwork):
+    network = network_of(model)
+    if network is None:
         if processor is not None:
             raise ValueError(
                 f"processor: got a {type(processor).__name__} for a {type(model).__name__}, which is no "
                 f"model of transformers; give mean= and std= instead"
             )
-    elif model.preprocessing is None and not normalised:
+    elif not normalised and not says_normalization(model):
         raise ValueError(
-            f"processor: a {type(model.network).__name__} does not say how photos are prepared for it; "
+            f"processor: a {type(network).__name__} does not say how photos are prepared for it; "
             f"give processor=AutoImageProcessor.from_pretrained(...), or mean= and std="
         )
 
@@ -119,13 +149,16 @@ def load_transformers(
     processor: Any = None,
     num_classes: int | None = None,
     task: Task | None = None,
-) -> TransformersNetwork:
+    taps: Sequence[str] | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> TransformersNetwork | HookedClassifier:
     """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` of the hub, for ``load_backbone``.
 
     Args:
         weights: None for random ones; else its own.
         processor: used instead of the one that lies beside the model.
         num_classes: refused, as the classifier has them. task: instead of the config's.
+        taps, input_size: as in :func:`from_transformers`.
 
     Raises:
         ValueError: as in :func:`from_transformers`; transformers is not installed, or a classifier has no
@@ -157,7 +190,7 @@ def load_transformers(
             processor = read_saved(name, "image processor", load, source)
         auto: Any = transformers.AutoModelForImageClassification
         network = auto.from_config(config) if weights is None else _with_weights(auto, source, name)
-    return from_transformers(network, processor, task)
+    return from_transformers(network, processor, task, taps, input_size)
 
 
 def saved_source(name: str, argument: str = "backbone") -> str:

@@ -164,7 +164,7 @@ class TransformersViT(TransformersNetwork):
             dist_token=getattr(embeddings, "distillation_token", None),
             reg_token=getattr(embeddings, "register_tokens", None),
         )
-        size, patch = _pair(config.image_size), _pair(config.patch_size)
+        size, patch = pair_of(config.image_size), pair_of(config.patch_size)
         self.patch_embed = PatchEmbedding(patches, patch, size)
         self.num_features = int(config.hidden_size)
         tokens = [self.cls_token, self.dist_token, self.reg_token]
@@ -173,7 +173,7 @@ class TransformersViT(TransformersNetwork):
             self.global_pool = "token+avg"
         else:
             self.global_pool = "token" if pooler is None and self.num_prefix_tokens else "avg"
-        self._resizes = _takes(embeddings, "interpolate_pos_encoding")
+        self._resizes = takes(embeddings, "interpolate_pos_encoding")
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         own = tuple(x.shape[-2:]) == self.patch_embed.img_size
@@ -189,7 +189,7 @@ class TransformersViT(TransformersNetwork):
 
     def _options(self, x: Tensor, tokens: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
         """What BEiT's layers are called with: a bias that all of them share, and the image's size."""
-        if not _takes(self.blocks[0].layer, "resolution"):
+        if not takes(self.blocks[0].layer, "resolution"):
             return None, {}
         size = tuple(x.shape[-2:])
         if self.shared_position_bias is None:
@@ -293,6 +293,17 @@ class TransformersMaps(TransformersNetwork):
         return read if pre_logits else self.network.classifier(read)
 
 
+class TransformersLogits(nn.Module):
+    """The logits of ``network``, a classifier of any other family, which is run as it is."""
+
+    def __init__(self, network: Any, preprocessing: Preprocessing | None) -> None:
+        super().__init__()
+        self.network, self.preprocessing = network, preprocessing
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(pixel_values=x)[0]  # type: ignore[no-any-return]
+
+
 def _base(network: Any) -> Any:
     """The network without its classifier."""
     return _first(network, network.base_model_prefix, "vision_model")
@@ -306,9 +317,11 @@ def _first(module: Any, *names: str) -> Any:
     raise AttributeError(f"{type(module).__name__} has no {' or '.join(names)}")
 
 
-def _takes(module: Any, argument: str) -> bool:
+def takes(module: Any, argument: str) -> bool:
+    """Whether its ``forward`` has the argument."""
     return argument in inspect.signature(module.forward).parameters
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of what may be one side."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
