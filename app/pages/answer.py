@@ -18,7 +18,7 @@ from xattn.app.pages.image.shown import SIDE
 from xattn.app.pictures.rendering import Look, map_cells, overlay_url, photo_url
 from xattn.app.state import Context, plain
 from xattn.app.triage import selection
-from xattn.packs.answers import AnswerFacts, AnswerWord
+from xattn.packs.answers import AnswerFacts, AnswerWord, frame_id
 from xattn.packs.contained_files import PackError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
     elif mark:
         first = table.entries_of(image_id).index[0]
         clip = _clip(pack.provenance(first)["protocol"].get("video"))
-        names = [f"{stem}#frame-{i:06d}" for i in clip[0]] if clip else names
+        names = [frame_id(stem, i) for i in clip[0]] if clip else names
     found = [n for n in names if table.image(n) is not None and len(_of_words(pack, n, answer))]
     if clip is None:
         return Shown(found)
@@ -298,12 +298,12 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
     if painting.mask.any():
         pixels = filled(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
         after = ask(pixels)
+    st.html(_spoken(answer, painting.seen.answer, after))
     left, right = st.columns([5, 6], gap="large")
     with left:
         said = f"{painting.mask.mean():.0%} of the photo is hidden"
         whatif.canvas(painting, f"{KEY}canvas", subject, pixels, "The photo, to paint on", said)
     with right:
-        st.html(_spoken(answer, painting.seen.answer, after))
         st.caption(
             "Paint over a part of the photo. Below each word stands its probability."
             if after is None
@@ -365,6 +365,6 @@ def _percent(p: Tensor) -> str:
 _STYLE = """<style>
 .again{margin:0;font-size:1.25rem;line-height:1.3}
 .again .w{display:inline-flex;flex-direction:column;vertical-align:top;margin-bottom:.5rem;padding:0 2px;
-border-radius:4px;background:color-mix(in srgb,var(--accent) calc(.6*var(--falls)),transparent)}
+border-radius:4px;background:color-mix(in srgb,var(--accent) calc(.5*var(--falls)),transparent)}
 .again small{font-size:.75rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 </style>"""

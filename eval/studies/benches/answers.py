@@ -92,10 +92,8 @@ class Case:
     def without_image(self) -> Job:
         """The pass that says what each word loses without the image."""
         inputs = self.inputs()
-        entered, forced = (
-            self.vlm.entered(inputs),
-            self.vlm.forced(inputs, torch.arange(self.tokens)),
-        )
+        said = inputs["input_ids"][0, -1:].expand(self.tokens)
+        entered, forced = self.vlm.entered(inputs), self.vlm.forced(inputs, said)
         mean = entered.features.mean(0).expand_as(entered.features)[None]
         return lambda: self.vlm.logits(forced, entered, mean)
 
