@@ -130,7 +130,7 @@ def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
             )
         if info is not None and known is not None and info != known:
             raise ValueError(f"metrics: {name} is another metric's name; choose a new one")
-        if not type(metric).__module__.startswith("xattn."):
+        if known is None or not type(metric).__module__.startswith("xattn."):
             found[name] = info or METRICS[name]
     return found
 

@@ -163,6 +163,10 @@ STUDIES = {
         "block_recall",
         "How near mechanisms that choose blocks come to the exact choice, with a trained ViT's queries.",
     ),
+    "relevance": (
+        "relevance",
+        "Which relevance method is the most faithful on a network, and what each of its rules adds.",
+    ),
     "sinks": (
         "attention_sinks",
         "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",

@@ -295,10 +295,12 @@ def score_explainer(
     precision: str = "float32",
     max_forward_batch: int = 16,
     progress: bool = True,
+    logits: bool = False,
 ) -> Results:
     """Score the explainer that ``make`` gives on ``held_out``; ``make`` is not called where ``folder`` has
     the results. ``record`` is what the explainer depends on, ``split`` has what ``make`` fits it on.
     """
+    protocol = Protocol(precision=precision, **({"score": "logit"} if logits else {}))
     record = {
         **record, "backbone": backbone.fingerprint,
         "metrics": [m if isinstance(m, str) else repr(m) for m in metrics],
@@ -313,7 +315,7 @@ def score_explainer(
     held_out = split.score(held_out)
     results = evaluate(
         backbone, {label: make()}, held_out,
-        metrics=metrics, protocol=Protocol(precision=precision),
+        metrics=metrics, protocol=protocol,
         max_forward_batch=max_forward_batch, progress=progress, state=folder / "state.sqlite",
     )  # fmt: skip
     write_json(results, done)
