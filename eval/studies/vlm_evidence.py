@@ -56,7 +56,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "localization_heads, one head": ("localization_heads", {"heads": 1}, "log_prob"),
     "occlusion of one token": ("occlusion", {"size": 1}, "log_prob"),
 }
-RANDOMISED = ("attention", "integrated_gradients", "occlusion")
+CONTROLLED = ("attention", "integrated_gradients", "occlusion")
+SCORES = ("pointing", "energy", "deletion", "masks")
+MASKS = 32  # held out, of each photo
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -287,37 +289,48 @@ def write(folder: Path, name: str, run: Run, photos: int, tests: int) -> dict[st
 def pointing_and_energy(
     of: NDArray[np.floating], evidence: NDArray[np.bool_]
 ) -> tuple[float, float]:
-    """Whether the largest value of a map is in the evidence, and the share of positive values there."""
+    """Whether the largest value of a map is in the evidence (the share of several that are), and the share
+    of positive values there."""
     positive = of.clip(0)
-    return float(evidence.flat[of.argmax()]), float(
-        positive[evidence].sum() / (positive.sum() or 1)
-    )
+    share = float(positive[evidence].sum() / (positive.sum() or 1))
+    return float(evidence[of == of.max()].mean()), share
 
 
-class Deletion:
-    """The probability of a word while image tokens become the mean one, a sixteenth of them at a time."""
+class Masked:
+    """What a word loses while image tokens become the mean one: as a map orders them, a sixteenth at a
+    time; and by random masks of objects' size, which no explainer has seen."""
 
-    def __init__(self, vlm: Any, photo: Image.Image, question: str, answer: str) -> None:
+    def __init__(self, vlm: Any, photo: Image.Image, question: str, answer: str, seed: int) -> None:
         self.vlm, inputs = vlm, vlm.inputs([photo], question)
         self.ids = torch.tensor(vlm.tokenizer(answer, add_special_tokens=False)["input_ids"])
         self.forced, self.entered = vlm.forced(inputs, self.ids), vlm.entered(inputs)
+        blocks = np.random.default_rng([9, seed]).random((MASKS, GRID // 2, GRID // 2)) < 0.5
+        self.masks = blocks.repeat(2, 1).repeat(2, 2).reshape(MASKS, -1)
+        self.outcomes = self.log_probs(self.masks)
 
     @torch.no_grad()
-    def __call__(self, of: NDArray[np.floating], word: int) -> float:
-        """The mean height of the curve, tokens in the order of a map; lower is better."""
+    def log_probs(self, hidden: NDArray[np.bool_]) -> NDArray[np.floating]:
+        """(M, T) of the answer's tokens where masks (M, n) hide image tokens."""
         f = self.entered.features
-        rank = torch.from_numpy((-of).ravel().argsort(kind="stable").argsort(kind="stable").copy())
-        hidden = rank < torch.linspace(0, len(f), 17)[:, None]
-        filled = torch.where(hidden[:, :, None], f.mean(0), f)
-        p = self.vlm.logits(self.forced, self.entered, filled).softmax(2)[:, word, self.ids[word]]
-        return float(torch.trapezoid(p, dx=1 / 16))
+        filled = torch.where(torch.from_numpy(hidden)[:, :, None], f.mean(0), f)
+        found = self.vlm.logits(self.forced, self.entered, filled).log_softmax(2)
+        return found[:, range(len(self.ids)), self.ids].numpy()  # type: ignore[no-any-return]
+
+    def __call__(self, of: NDArray[np.floating], word: int) -> tuple[float, float]:
+        """Deletion, the mean height of the word's probability, lower is better; and the correlation of a
+        map's sums over what the masks hide with what the word loses by it."""
+        rank = (-of).ravel().argsort(kind="stable").argsort(kind="stable")
+        p = np.exp(self.log_probs(rank < np.linspace(0, of.size, 17)[:, None])[:, word])
+        sums = self.masks @ of.ravel().astype(float)
+        related = np.corrcoef(sums, -self.outcomes[:, word])[0, 1] if np.ptp(sums) else 0.0
+        return float(np.trapezoid(p, dx=1 / 16)), float(related)
 
 
 def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
-    """Maps that look at nothing: noise, and nearness to the middle."""
+    """Maps that look at nothing: noise, nearness to the middle, and all places alike."""
     y, x = np.mgrid[:GRID, :GRID] - (GRID - 1) / 2
     noise = np.random.default_rng([i, word]).random((GRID, GRID))
-    return {"random": noise, "centre": GRID - np.hypot(y, x)}
+    return {"random": noise, "centre": GRID - np.hypot(y, x), "all ones": np.ones((GRID, GRID))}
 
 
 def conversation(folder: Path, truth: Mapping[str, Any]) -> tuple[Path, str, str]:
@@ -348,15 +361,15 @@ def with_random_words(vlm: Any, folder: Path, run: Run) -> Any:
 def scored(
     folder: Path, name: str, found: Mapping[str, Any], methods: Sequence[str]
 ) -> dict[str, Any]:
-    """By method, of each look of each photo its pointing, energy and deletion; by kind of word what it
-    loses without the image."""
+    """By method, of each look of each photo its pointing, energy, deletion and correlation; by kind of
+    word what it loses without the image."""
     vlm, split = load_vlm(folder), Split(f"{name},")
     run = Run(**found["run"])
     rows: dict[str, list[tuple[float, ...]]] = {}
     lost: dict[str, list[float]] = {"look": [], "colour": [], "and": []}
     variants = {k: v for k, v in VARIANTS.items() if v[0] in methods}
     untaught = with_random_words(vlm, folder, run)
-    plain = [m for m in RANDOMISED if m in methods]
+    plain = [m for m in CONTROLLED if m in methods]
     if "outcomes" in methods:
         head = trained_head(vlm, run, split, 2 * len(found["photos"]))
     for i in split.score(range(len(found["photos"]))):
@@ -370,6 +383,8 @@ def scored(
             one = create_token_explainer(method, **options)
             (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*LOOKS], score=score)
         (random,) = explain_tokens(about[0], untaught, *about[1:], plain, [*LOOKS])
+        another = found["photos"][(i + 1) % len(found["photos"])]["photo"]
+        (misled,) = explain_tokens(folder / "photos" / another, vlm, *about[1:], plain, [*LOOKS])
         if "outcomes" in methods:
             heads = {"trained": head, "trained, whole rows": replace(head, above_mean=False)}
             for label, own in heads.items():
@@ -377,7 +392,7 @@ def scored(
                     about[0], vlm, *about[1:], own, [*LOOKS]
                 )
         with guarded(vlm), Image.open(about[0]) as opened:
-            deletion = Deletion(vlm, opened.convert("RGB"), *about[1:])
+            masked = Masked(vlm, opened.convert("RGB"), *about[1:], seed=i)
             for word, cells in zip(LOOKS, truth["evidence"], strict=True):
                 evidence = np.zeros((GRID, GRID), bool)
                 evidence.flat[cells] = True
@@ -386,9 +401,10 @@ def scored(
                 maps |= {label: own[word].map for label, own in others.items()}
                 for m in plain:
                     maps[f"{m}, random weights"] = random.of(word, m).explanations[0].map
+                    maps[f"{m}, another photo"] = misled.of(word, m).explanations[0].map
                 maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
                 for label, of in (dict(sorted(maps.items())) | controls(i, word)).items():
-                    values = *pointing_and_energy(of, evidence), deletion(of, word)
+                    values = *pointing_and_energy(of, evidence), *masked(of, word)
                     rows.setdefault(label, []).append(values)
     return {"methods": [*methods], "rows": rows, "lost": lost}
 
@@ -409,8 +425,9 @@ def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) 
             marked,
         ]
         yield f"| {' | '.join(cells)} |"
-    yield f"\n| method | pointing {' / '.join(runs)} | mean | energy | mean | deletion | mean |"
-    yield "| :-- | --: | --: | --: | --: | --: | --: |"
+    heads = " | ".join(f"{name} | mean" for name in SCORES[1:])
+    yield f"\n| method | pointing {' / '.join(runs)} | mean | {heads} |"
+    yield f"| :-- |{' --: |' * 8}"
     for method in values[runs[0]]["rows"]:
         means = np.array([np.mean(values[name]["rows"][method], 0) for name in runs]).T
         cells = [
@@ -449,9 +466,9 @@ def study(
         if values[name]["methods"] != methods:
             raise ValueError(f"methods: {file} has others; delete it, to measure again")
     table = [
-        {"run": name, "method": method, "look": i, "pointing": p, "energy": e, "deletion": d}
+        dict(zip(("run", "method", "look", *SCORES), (name, method, i, *scores), strict=True))
         for name in runs
         for method, rows in values[name]["rows"].items()
-        for i, (p, e, d) in enumerate(rows)
+        for i, scores in enumerate(rows)
     ]
     yield from reported(output, [*lines_of(found, values)], {"values": table})

@@ -120,12 +120,13 @@ def test_the_released_program_shows_the_prompts_first_word_for_the_answers():
     context = conversation("llava_next", asked=[0])
     with torch.no_grad():
         logits = context.output().logits[0]
-    first = next(
-        p for p in context.text.tolist() if int(context.sequence[p]) not in (0, 1, 2, 3)
-        and int(context.sequence[p]) not in context.vlm.tokenizer.all_special_ids
-    )  # fmt: skip
-    a = logits[context.image, int(logits[first].argmax())].clamp_min(0)
-    a = (a - a.min()) / (a.max() - a.min())
+    special = context.vlm.tokenizer.all_special_ids
+    prompt = [p for p in context.text.tolist() if p < len(context.prompt_ids)]
+    prompt = [p for p in prompt if int(context.sequence[p]) not in special]
+    said = int(logits[prompt[0]].argmax())
+    a, of_prompt = (logits[places, said].clamp_min(0) for places in (context.image, prompt))
+    both = torch.cat([a, of_prompt])
+    a = (a - both.min()) / (both.max() - both.min())
     found = explained("tam", context, released=True, kernel=1).image[0]
     torch.testing.assert_close(found, a, atol=1e-5, rtol=1e-4)
     filtered = explained("tam", context, released=True).image[0]
@@ -138,3 +139,27 @@ def test_the_released_program_shows_the_prompts_first_word_for_the_answers():
 def test_kernels_are_odd():
     with pytest.raises(ValueError, match="kernel: got 2; give an odd int"):
         create_token_explainer("tam", kernel=2)
+
+
+def test_the_released_program_leaves_out_words_that_are_written_alike():
+    context = conversation(asked=[2], answer="red and red")
+    found = explained("tam", context, released=True, kernel=1).image
+    with torch.no_grad():
+        logits = context.output().logits[0].clamp_min(0)
+    prompt = [p for p in context.text.tolist() if p < len(context.prompt_ids)]
+    prompt = [
+        p for p in prompt if int(context.sequence[p]) not in context.vlm.tokenizer.all_special_ids
+    ]
+    rows = [*prompt, *context.rows.tolist()]
+    ids = [int(logits[prompt[0]].argmax()), *context.sequence[prompt[1:]].tolist()]
+    ids += [int(context.sequence[prompt[-1]]), *context.ids[1:].tolist()]
+    k = len(prompt) + 2
+    a = logits[context.image][:, ids]
+    u = torch.stack([logits[rows[j], ids[k]] for j in range(k)])
+    other = u.clone()
+    other[len(prompt)] = 0  # the first "red", though shown by another token's id
+    b = a[:, :k] @ (other / (other.sum() + 1e-8))
+    e = (a[:, k] - (a[:, k] @ b) / (b @ b) * b).clamp_min(0)
+    both = torch.cat([e, u])
+    wanted = (e - both.min()) / (both.max() - both.min())
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=1e-4)

@@ -78,6 +78,8 @@ def test_a_run_is_kept_as_a_model_that_opens(tmp_path):
     assert {
         "| attention, last layer",
         "| occlusion, random weights",
+        "| occlusion, another photo",
+        "| all ones",
         "| occlusion of one token",
         "| random",
     } <= {*rows}
@@ -102,9 +104,9 @@ def test_pointing_and_energy():
     evidence = np.zeros((8, 8), bool)
     evidence[2:4, 2:4] = True
     assert study.pointing_and_energy(evidence.astype(float), evidence) == (1, 1)
-    assert study.pointing_and_energy(np.ones((8, 8)), evidence) == (0, 4 / 64)
+    assert study.pointing_and_energy(np.ones((8, 8)), evidence) == (4 / 64, 4 / 64)
     assert study.pointing_and_energy(evidence - 0.5, evidence) == (1, 1)
-    assert study.pointing_and_energy(np.zeros((8, 8)), evidence) == (0, 0)
+    assert study.pointing_and_energy(np.zeros((8, 8)), evidence) == (4 / 64, 0)
     assert all((of > 0).all() for of in study.controls(0, 1).values())
 
 
@@ -124,17 +126,21 @@ class OneTokenMatters:
 @pytest.mark.parametrize(("value", "expected"), [(1, 0.5 + 0.5 / 32), (-1, 1 - 0.5 / 32)])
 def test_deletion_is_the_area_below_the_probability(value, expected):
     """It falls at the first sixteenth that is hidden, or at the last."""
-    deletion, of = study.Deletion(OneTokenMatters(), None, "", "a b c"), np.zeros((8, 8))
+    masked, of = study.Masked(OneTokenMatters(), None, "", "a b c", seed=0), np.zeros((8, 8))
+    assert masked(of, 1)[1] == 0  # what hides nothing, or all alike, tells nothing of masks
     of.flat[9] = value
-    assert deletion(of, 1) == pytest.approx(expected)
+    deletion, related = masked(of, 1)
+    assert deletion == pytest.approx(expected)
+    assert related == pytest.approx(value)  # masks that hide the token cost a word, others nothing
+    assert masked.masks.shape == (32, 64) and 0.3 < masked.masks.mean() < 0.7
 
 
 @pytest.mark.slow
 def test_methods_reach_what_they_should_where_the_evidence_is_known(tmp_path):
     [*study.study(tmp_path, ["A"])]
     found = json.loads((tmp_path / "A-scores.json").read_text())
-    pointing, energy, _ = (
-        {k: np.mean(v, 0)[i] for k, v in found["rows"].items()} for i in range(3)
+    pointing, energy, *_ = (
+        {k: np.mean(v, 0)[i] for k, v in found["rows"].items()} for i in range(4)
     )
     lost = {kind: np.mean(values) for kind, values in found["lost"].items()}
     assert min(pointing["attention"], pointing["occlusion"]) >= 0.7

@@ -61,6 +61,7 @@ class TAM(TokenExplainer):
         prompt = [p for p in places if int(context.sequence[p]) not in special]
         rows = torch.tensor([*prompt, *context.rows.tolist()])
         ids = torch.cat([context.sequence[prompt], context.ids])
+        tokens = ids.clone()
         if self.released and prompt:
             head = context.vlm.model.get_output_embeddings()
             with torch.no_grad():
@@ -75,11 +76,16 @@ class TAM(TokenExplainer):
         image = torch.zeros(len(context.ids), len(context.image))
         text = torch.zeros(len(context.ids), len(context.text))
         for t in range(len(context.ids)):
-            k = 0 if self.released and t == 0 else len(prompt) + t
-            e = unexplained(activations[k], activations[:k], said[k, :k] * (ids[:k] != ids[k]))
-            both = torch.cat([e, said[k, :k]])
+            before = (
+                len(prompt) + t
+            )  # earlier tokens, with whose scores those of the image are scaled
+            k = 0 if self.released and t == 0 else before
+            weights = said[k, :k] * (tokens[:k] != tokens[k])
+            e = unexplained(activations[k], activations[:k], weights)
+            both = torch.cat([e, said[k, :before]])
             both = (both - both.min()) / (both.max() - both.min()).clamp_min(1e-12)
-            image[t], text[t, columns[:k]] = self._filtered(context, both[: len(e)]), both[len(e) :]
+            image[t] = self._filtered(context, both[: len(e)])
+            text[t, columns[:before]] = both[len(e) :]
         return TokenScores(context.word_mean(image), context.word_mean(text))
 
     def _filtered(self, context: Context, scores: Tensor) -> Tensor:
