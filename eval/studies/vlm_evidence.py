@@ -188,11 +188,7 @@ def untrained(run: Run) -> Any:
         "image_size": SIDE,
         "patch_size": SIDE // GRID,
     }
-    words = {
-        "num_hidden_layers": 3,
-        "vocab_size": len(words_of()),
-        "max_position_embeddings": 128,
-    }
+    words = {"num_hidden_layers": 3, "vocab_size": len(words_of()), "max_position_embeddings": 128}
     torch.manual_seed(run.seed)
     return LlavaForConditionalGeneration(
         LlavaConfig(

@@ -202,7 +202,7 @@ class Context:
             ValueError: pixels, and no token has a place.
         """
         f, fill = self.features, self.fill
-        if where == "pixel" and not self.on_grids:
+        if where == "pixel" and not self.grids:
             raise ValueError(
                 f"where: got 'pixel', and image tokens of a {type(self.vlm.model).__name__} have no place; "
                 f"give 'token'"
@@ -216,10 +216,10 @@ class Context:
         with torch.no_grad():
             return torch.cat(self.batches.run(scored, masks))
 
-    @property
-    def on_grids(self) -> bool:
-        """Whether any image token has a place."""
-        return any(len(layout.grids) for layout in self.layouts)
+    @cached_property
+    def grids(self) -> list[Tensor]:
+        """Numbers (h', w') of the image tokens that lie side by side, of each view of each photo."""
+        return [x.first + torch.from_numpy(grid) for x in self.layouts for grid in x.grids]
 
     @property
     def frames_a_map(self) -> int:

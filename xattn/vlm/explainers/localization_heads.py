@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.runtime.option_checks import Count, NotNegative
@@ -66,7 +65,7 @@ class LocalizationHeads(SinkExplainer):
         return nullcontext() if self.sinks == "drop" else HeadRows.watched(vlm, rows)
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        sides = [side for layout in context.layouts for grid in layout.grids for side in grid.shape]
+        sides = [side for grid in context.grids for side in grid.shape]
         if not sides:
             raise unable(context, "localization_heads", "needs image tokens on a grid", "has none")
         if min(sides) == 1:
@@ -113,31 +112,24 @@ class LocalizationHeads(SinkExplainer):
         """E of a row (n,); infinite for heads that are dropped, too."""
         above = (m - m.mean()).clamp_min(0)
         limit, parts = THRESHOLD / len(m), list[Tensor]()
-        for layout in context.layouts:
-            for grid in layout.grids:
-                own = above[layout.first + torch.from_numpy(grid)]
-                if (own[-1] > limit).all():
-                    return math.inf
-                parts += connected_sums(own, own > limit)
+        for grid in context.grids:
+            own = above[grid]
+            if (own[-1] > limit).all():
+                return math.inf
+            parts += connected_sums(own, own > limit)
         if not parts:
             return math.inf
         shares = torch.stack(parts) / sum(parts)
         return float(-(shares * shares.log()).sum())
 
     def _smoothed(self, context: Context, scores: Tensor) -> Tensor:
-        """(W, n); what leaves the grid stays at its edge, so that sums are kept."""
-        if not self.smooth:
-            return scores
+        """(W, n); what leaves a grid comes back at its edge, so that sums are kept."""
+        from scipy.ndimage import gaussian_filter  # imported late: it loads slowly
+
         made = scores.clone()
-        for layout in context.layouts:
-            for grid in layout.grids:
-                kernels = []
-                for size in grid.shape:
-                    at = torch.arange(size)
-                    kernel = (-((at[:, None] - at) ** 2) / (2 * self.smooth**2)).exp()
-                    kernels.append(kernel / kernel.sum(0))
-                places = layout.first + torch.from_numpy(grid)
-                made[:, places] = kernels[0] @ scores[:, places] @ kernels[1].T
+        for grid in context.grids if self.smooth else ():
+            own, widths = scores[:, grid].numpy(), (0, self.smooth, self.smooth)
+            made[:, grid] = torch.from_numpy(gaussian_filter(own, widths, mode="reflect"))
         return made
 
 
@@ -154,10 +146,7 @@ def elbow(ordered: Tensor) -> int:
 
 def connected_sums(values: Tensor, inside: Tensor) -> list[Tensor]:
     """Sums of values (h, w) over each part of ``inside`` that sides or corners connect."""
-    labels = torch.arange(1, inside.numel() + 1, dtype=torch.float64).view_as(inside) * inside
-    while True:
-        spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * inside
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    return [values[labels == label].sum() for label in labels.unique() if label]
+    from scipy.ndimage import label  # imported late: it loads slowly
+
+    labels, count = label(inside.numpy(), torch.ones(3, 3))
+    return [values[torch.from_numpy(labels == i + 1)].sum() for i in range(count)]

@@ -62,7 +62,7 @@ class Occlusion(TokenExplainer):
         masks = torch.zeros(len(windows), len(context.features), dtype=torch.bool)
         for mask, (layout, box) in zip(masks, windows, strict=True):
             mask[layout.tokens] = torch.from_numpy(layout.covered(box))
-        if not context.on_grids:
+        if not context.grids:
             masks = torch.eye(len(context.features), dtype=torch.bool)
         with torch.no_grad():
             fall = (context.scores() - context.hidden(masks, self.where)).cpu()
@@ -71,7 +71,7 @@ class Occlusion(TokenExplainer):
 
     def notes(self, context: Context) -> list[str]:
         single = "image tokens have no place, so each is hidden alone"
-        return [] if context.on_grids else [single]
+        return [] if context.grids else [single]
 
     def _windows(self, layout: Layout) -> Iterator[Box]:
         """Boxes (top, left, bottom, right) of cells."""

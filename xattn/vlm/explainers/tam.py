@@ -89,13 +89,10 @@ class TAM(TokenExplainer):
         return TokenScores(context.word_mean(image), context.word_mean(text))
 
     def _filtered(self, context: Context, scores: Tensor) -> Tensor:
-        made = scores.numpy().copy()
-        for layout in context.layouts:
-            for grid in layout.grids:
-                made[layout.first + grid] = rank_filter(
-                    scores.numpy()[layout.first + grid], self.kernel
-                )
-        return torch.from_numpy(made)
+        made = scores.clone()
+        for grid in context.grids:
+            made[grid] = torch.from_numpy(rank_filter(scores[grid].numpy(), self.kernel))
+        return made
 
 
 def unexplained(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
