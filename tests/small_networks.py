@@ -2,8 +2,10 @@
 
 import timm
 import torch
+from small_detectors import torchvision_detector
 
 from xattn import load_backbone
+from xattn.detection import load_detector
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.base import EXPLAINERS
 from xattn.models.agunet import AGUNet
@@ -18,8 +20,12 @@ def cheap(name, backbone, head=None):
 
 
 def made(kind):
-    """A backbone of seven classes for images of 32 x 32; ``kind`` is "cnn", "vit" or "masks"."""
+    """A backbone of seven classes for images of 32 x 32; ``kind`` is "cnn", "vit", "masks" or
+    "detector", whose classes are detections."""
     torch.manual_seed(0)
+    if kind == "detector":
+        detector = load_detector(torchvision_detector("fcos"), input_size=32)
+        return detector.of(detector.best_candidates(torch.rand(3, 32, 32), 7))
     if kind == "masks":
         net = AGUNet(channels=3, masks=7, filters=(4, 8, 8))
         return load_backbone(MaskClassifier(net, (32, 32)), task="multiclass")

@@ -13,9 +13,10 @@ from packaging.requirements import Requirement
 setuptools = pytest.importorskip("setuptools")
 
 ROOT = Path(__file__).resolve().parents[1]
-# The goal: 75,000 and 520. Of them 5,000 for the words of vision-language models, 784 for one relevance engine, 323 for its relatives.
-MOST_LINES, MOST_MODULES = 96_515, 551
-MOST_OUTSIDE = 18_180  # lines of studies and of the benchmarks behind pages; the goal: 13,000
+# The goal: 75,000 and 520. Of them 5,000 for the words of vision-language models, 784 for one relevance engine, 323 for its relatives,
+# 1,930 for detectors.
+MOST_LINES, MOST_MODULES = 98_423, 557
+MOST_OUTSIDE = 18_478  # lines of studies and of the benchmarks behind pages; the goal: 13,000
 OUTSIDE = "xattn.eval.studies"
 
 

@@ -41,8 +41,10 @@ _EXPORTS = {
     "PruneConfig": "xattn.config",
     "load_conversion": "xattn.backbone",
     "explain": "xattn.explaining.photos",
+    "explain_detections": "xattn.explaining.detections",
     "explain_video": "xattn.explaining.clips",
     "explain_tokens": "xattn.vlm.explain",
+    "load_detector": "xattn.detection",
     "load_vlm": "xattn.vlm.loading",
     "export": "xattn.exporting",
     "Explanation": "xattn.packs.explanation",
@@ -83,6 +85,7 @@ __all__ = [
     "distill",
     "evaluate",
     "explain",
+    "explain_detections",
     "explain_tokens",
     "explain_video",
     "export",
@@ -93,6 +96,7 @@ __all__ = [
     "load_backbone",
     "load_clip",
     "load_conversion",
+    "load_detector",
     "load_head",
     "load_pack",
     "load_vlm",
@@ -125,9 +129,11 @@ if TYPE_CHECKING:
     from xattn.backbone.targets import Target, at_mask, at_point
     from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
+    from xattn.detection import load_detector
     from xattn.eval import evaluate, register_metric
     from xattn.explainers import as_explainer, create_explainer, list_explainers, register_explainer
     from xattn.explaining.clips import explain_video
+    from xattn.explaining.detections import explain_detections
     from xattn.explaining.photos import explain
     from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, register_head, save_head

@@ -1,5 +1,6 @@
 """Where objects are in photos: masks, boxes, and COCO's names of them."""
 
+from xattn.eval.annotations.detections import DetectedObjects
 from xattn.eval.annotations.objects import (
     Annotation,
     Annotations,
@@ -13,6 +14,7 @@ __all__ = [
     "Annotation",
     "Annotations",
     "Boxes",
+    "DetectedObjects",
     "MaskFolder",
     "annotations_of_classes",
     "load_annotations",

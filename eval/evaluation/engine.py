@@ -163,7 +163,7 @@ def _settled(
         protocol,
         score="logit" if protocol.score == "logit" else score_of(backbone),
         class_policy="given" if classes_given or of_target else "predicted",
-        target=backbone.target_id if isinstance(backbone, Scored) else "",
+        target=getattr(backbone, "target_id", ""),
         **{key: value for key, value in given.items() if value is not None},
     )
 

@@ -98,6 +98,10 @@ STUDIES = {
         "conversion_depths",
         "How many of a ViT's last blocks can be converted: the mechanism alone, then low-rank updates.",
     ),
+    "detection-cues": (
+        "detection_cues",
+        "Detections whose class is decided outside their box: which method points at the cue.",
+    ),
     "dial": (
         "localist_dial",
         "The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited.",

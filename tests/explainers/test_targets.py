@@ -13,13 +13,13 @@ from xattn.heads import create_head
 
 # All others read logits, or no class at all.
 READS_P = ("rise", "occlusion", "lime", "kernel_shap", "igos_pp", "mda")
-PER_CLASS = ("cam", "head", "gates", "token_path")
+PER_CLASS = ("cam", "head", "gates", "token_path", "box", "box_centre", "d_rise", "odam")
 K = 3
 
 
 @pytest.fixture(scope="module")
 def backbones():
-    return {kind: made(kind) for kind in ("cnn", "vit", "masks")}
+    return {kind: made(kind) for kind in ("cnn", "vit", "masks", "detector")}
 
 
 @pytest.fixture(scope="module")

@@ -495,6 +495,10 @@ class Backbone(Movable):
                 f"probe and explain that: --probe FOLDER, xattn.heads.probed.probed(backbone, head)"
             )
 
+    def about(self, target: int) -> dict[str, Any]:
+        """What provenance keeps of a class beside its name: nothing, but of views such as detections."""
+        return {}
+
     def class_index(self, name: str | int) -> int:
         """The index of a class given by index, name or unique part of a name."""
         return find_class(name, self.class_names, self.name)

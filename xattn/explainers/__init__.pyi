@@ -7,6 +7,8 @@ from .base import preserve_state as preserve_state
 from .baselines import Centre as Centre
 from .baselines import Ones as Ones
 from .baselines import Random as Random
+from .boxes import Box as Box
+from .boxes import BoxCentre as BoxCentre
 from .cams.ablationcam import AblationCam as AblationCam
 from .cams.cam import Cam as Cam
 from .cams.eigencam import EigenCam as EigenCam
@@ -17,6 +19,7 @@ from .cams.gradcam import GradCamPlusPlus as GradCamPlusPlus
 from .cams.gradcam import HiResCam as HiResCam
 from .cams.gradcam import LayerCam as LayerCam
 from .cams.gradcam import XGradCam as XGradCam
+from .cams.odam import Odam as Odam
 from .cams.scorecam import ScoreCam as ScoreCam
 from .gates import Gates as Gates
 from .gradients import InputXGradient as InputXGradient
@@ -25,6 +28,7 @@ from .head import HeadExplainer as HeadExplainer
 from .integrated_gradients import GradientShap as GradientShap
 from .integrated_gradients import IntegratedGradients as IntegratedGradients
 from .integrated_gradients import SmoothGrad as SmoothGrad
+from .masking.d_rise import DRise as DRise
 from .masking.extremal_perturbation import ExtremalPerturbation as ExtremalPerturbation
 from .masking.igos_pp import IgosPP as IgosPP
 from .masking.kernel_shap import KernelShap as KernelShap

@@ -194,6 +194,7 @@ def explain_batch(
     for i, item in enumerate(batch):
         label, label_name = (truth or {}).get(item.image_id, (None, None))
         facts = ImageFacts(top_classes(every[i], backbone), label, label_name, read[i])
+        tensor = {"view": "tensor"} if item.view.mode == "tensor" else {}
         for j, target in enumerate(dict.fromkeys(targets[i].tolist())):
             yield Explanation(
                 map=values[i, j],
@@ -204,7 +205,7 @@ def explain_batch(
                 method_title=title,
                 view=item.view,
                 image_id=item.image_id,
-                protocol=protocol if item.view.mode != "tensor" else {**protocol, "view": "tensor"},
+                protocol={**(protocol | tensor), **backbone.about(target)},
                 file_name=file_name_of(item.source),
                 is_mask=method.is_mask,
                 source=item.source,

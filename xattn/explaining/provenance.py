@@ -26,7 +26,8 @@ def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str,
         record = {"name": head.name, "sha256": sha256(head), "explain_with": head.explain_with}
         if head.backbone_taps != list(backbone.taps):
             record["taps"] = head.backbone_taps
-    target = {"target": backbone.target_id} if isinstance(backbone, Scored) else {}
+    target_id = getattr(backbone, "target_id", None)
+    target = {} if target_id is None else {"target": target_id}
     notes = {"notes": list(method.notes)} if method.notes else {}
     return {
         "xattn": __version__,

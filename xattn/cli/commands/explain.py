@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from xattn.cli.checks import check_labels
+from xattn.cli.detections import asked_objects, check_detector, load
 from xattn.cli.heads import choose_head, explainers_of, fits_a_head, load_with_classifier, row_name
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
@@ -23,6 +24,12 @@ PLANE = (
     *("heads", "classes", "top", "view", "max_pixels", "seed", "batch_size"),
     *(field.name for field in fields(BackboneArgs) if field.name != "backbone"),
 )
+# What a detector does not read.
+CLASSES = (
+    *("heads", "labels", "classes", "top", "view", "every", "smoothing", "features"),
+    *("backbone", "taps", "tile_positions", "mean", "std", "crop_pct", "interpolation", "task"),
+    *("probe", "mechanism", "layers"),
+)
 SHOWN = 20  # explanations that are printed
 
 
@@ -35,12 +42,25 @@ class Explain(MethodArgs):
         Belongs("every", "smoothing", input="a clip"),
         Belongs("labels", "features", "limit", input="photos"),
         Belongs(*PLANE, input=Not("a 3-D network's volume")),
+        Belongs("threshold", "missed", "candidates", explains="detections"),
+        Belongs(*CLASSES, explains="classes"),
     )
 
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
     ...) or volume (.nii, .nii.gz), whose axial slices are explained."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
+    detector: str | None = None
+    """Explain detections instead of classes, one map a box: torchvision/NAME, transformers:NAME, or
+    FILE.py:NAME, a function that returns a detector. --weights, --input-size, --class-names and --device
+    are the detector's."""
+    threshold: float = 0.5
+    """The score that a detection needs."""
+    missed: tuple[str, ...] = ()
+    """Objects that the detector does not show, as CLASS@x0,y0,x1,y1 in pixels of the photo: the best
+    candidate before suppression is explained."""
+    candidates: Whole = 0
+    """Of a photo without a detection, explain so many of the best candidates."""
     explainers: tuple[str, ...] = ()
     """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained
     head, or Grad-CAM where none fits."""
@@ -77,6 +97,9 @@ class Explain(MethodArgs):
         super().check()
         self.model.check()
         check_labels(self.labels)
+        if self.detector is not None:
+            check_detector(self.detector)
+            asked_objects(self.missed)
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
@@ -96,7 +119,40 @@ class Explain(MethodArgs):
         from xattn.explainers.base import EXPLAINERS
 
         names = known("explainers", self.explainers, EXPLAINERS)
-        replace(self, explainers=names)._explain()
+        done = replace(self, explainers=names)
+        done._explain() if self.detector is None else done._explain_detections()
+
+    @property
+    def explains(self) -> str:
+        """What is explained, on which the options depend."""
+        return "classes" if self.detector is None else "detections"
+
+    def _explain_detections(self) -> None:
+        from xattn.explainers.base import options_by_name
+        from xattn.explaining.detections import explain_detections
+
+        assert self.detector is not None
+        names = self.explainers or ("d_rise",)
+        options = options_by_name(self.options, names)
+        photos = self.chosen
+        with pack_output(self.output, "runs/explained", self.overwrite) as output:
+            found = explain_detections(
+                photos,
+                load(self.detector, self.model),
+                list(names),
+                threshold=self.threshold,
+                missed=asked_objects(self.missed),
+                candidates=self.candidates,
+                output=output.folder,
+                options=options,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                max_pixels=self.max_pixels,
+                overlays=len(photos) <= self.overlays,
+                progress=True,
+                keep=SHOWN,
+            )
+        self._tell(found, found.maps, output)
 
     def _explain(self) -> None:
         from xattn.explaining.photos import explain

@@ -273,7 +273,7 @@ class LayerExplainer(Explainer):
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output
             is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). By default the pooled map of a CNN,
-            ``blocks[-1].norm1`` of a ViT.
+            ``blocks[-1].norm1`` of a ViT, and of a detector all scales as ``layers``.
         layers: several of these instead, as a sequence or with commas between them; the map is the mean
             of theirs, each scaled to [0, 1] and up-sampled to the image.
         reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
@@ -291,6 +291,9 @@ class LayerExplainer(Explainer):
         self.layers = _several(self.layers)
         if self.layers and self.layer is not None:
             raise ValueError("layers: got layer= as well; give one of them")
+        if self.layer is None and not self.layers:
+            own = getattr(self.backbone.model, "gradcam_layers", ())  # of a detector, its scales
+            self.layers = own if len(own) > 1 else ()
         if self.layers:
             self._parts = [
                 replace(self, layer=one, layers=(), aug_smooth=False) for one in self.layers

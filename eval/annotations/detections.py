@@ -1,0 +1,75 @@
+"""Detections as annotations: the box of each, or its mask, is where its object is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn.detection import Detections
+from xattn.eval.annotations.objects import Annotation, Annotations
+from xattn.photos.view import View
+
+
+@dataclass(frozen=True, eq=False)
+class _Boxes(Annotation):
+    """Masks are made when they are asked for: of many detections few are."""
+
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
+    detections: Any = ()
+
+    def mask(self, target: int) -> Tensor | None:
+        if target in self.masks:
+            return self.masks[target]
+        one = self.detections[target]
+        x0, y0, x1, y1 = one.place
+        y, x = (torch.arange(n, device="cpu") + 0.5 for n in one.view.input_size)
+        found = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
+        return found[None] if bool(found.any()) else None
+
+
+class DetectedObjects(Annotations):
+    """Where the detections of a view are, for the metrics of localization.
+
+        evaluate(view, explainers, photos, classes=..., metrics="localization",
+                 annotations=DetectedObjects(view))
+
+    Args:
+        view: of :meth:`xattn.detection.Detector.of`; class i of it is on its own photo alone.
+        masks: by number of the detection, (H, W) bool over the input, such as those of
+            :meth:`xattn.detection.Detector.masks`; of others the box counts.
+
+    Raises:
+        ValueError: a mask of another size.
+    """
+
+    def __init__(self, view: Detections, masks: Mapping[int, Tensor] | None = None) -> None:
+        size = view.preprocessing.input_size
+        for number, mask in (masks or {}).items():
+            if tuple(mask.shape) != tuple(size):
+                raise ValueError(
+                    f"masks: that of detection {number} has shape {tuple(mask.shape)}; give {size}, the "
+                    f"size of the input"
+                )
+        self.view = view
+        self.masks = {number: mask[None].bool().cpu() for number, mask in (masks or {}).items()}
+
+    def of(self, photo: Any, view: View) -> Annotation:
+        return _Boxes(self.masks, self.view.detections)
+
+    def has(self, photo: Any) -> bool:
+        return True
+
+    def regions(self, photo: Any, view: View) -> Any:
+        return iter(())
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.view.target_id.encode())
+        for number, mask in sorted(self.masks.items()):
+            digest.update(f"{number}".encode() + mask.numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,294 @@
+"""Detections whose class is decided outside their box: which method points at the cue?
+
+    python -m xattn.eval.studies detection-cues
+
+Drawn pictures hold a diamond, discs and squares, all grey, and a mark in one corner: where it is orange the
+diamond's class is "warm diamond", where it is blue "cold diamond". So nothing inside the box of a diamond
+tells its class, and the box itself as a map fails by construction. A small FCOS is trained on such
+pictures; a method is right if its map of the diamond's detection points at the mark.
+
+A picture is a function of its number alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from xattn.detection import Detections, Detector, load_detector
+from xattn.eval.bootstrap import Interval, mean_interval
+from xattn.eval.evaluation.engine import evaluate
+from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.kept import kept_record, kept_values, reported
+from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.small_training import minimize
+from xattn.explainers import create_explainer
+from xattn.pictures.overlay import overlay
+from xattn.runtime.files import check_folder
+
+SIDE, MARK = 64, 8  # pixels
+CLASSES = ("disc", "square", "warm diamond", "cold diamond")
+MARKS = ((1.0, 0.5, 0.1), (0.1, 0.5, 1.0))  # of a warm and a cold diamond
+TRAINED = 1_000_000  # the number of the first picture that is trained on
+NEAR = 4  # pixels around the mark, half a cell of the detector's map, that count as on it
+OPTIONS: dict[str, dict[str, Any]] = {
+    "d_rise": {"cells": 8},
+    "occlusion": {"size": 8, "stride": 4},
+}
+METHODS = (
+    *("d_rise", "occlusion", "odam", "layercam", "gradcam", "saliency"),
+    *("box", "box_centre", "centre", "random"),
+)
+TOLD = ("pointing at the cue", "pointing at the box", "energy on the cue", "deletion", "insertion")
+
+
+@dataclass(frozen=True)
+class CueConfig:
+    pictures: int = 200
+    steps: int = 1500
+    batch: int = 16
+    masks: int = 1000
+    seed: int = 0
+
+    def quick(self) -> CueConfig:
+        return replace(self, pictures=4, steps=4, batch=4, masks=8)
+
+
+DEFAULTS = CueConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """``pixels`` (3, H, W) in [0, 1]; boxes (n, 4) and labels (n,), the diamond first; the mark's box."""
+
+    pixels: Tensor
+    boxes: Tensor
+    labels: Tensor
+    mark: tuple[int, int, int, int]
+
+
+def picture(number: int) -> Picture:
+    """Picture ``number``."""
+    draw = np.random.default_rng(number)
+    pixels = np.repeat(draw.normal(0.45, 0.04, (1, SIDE, SIDE)), 3, 0)
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    warm = int(draw.random() < 0.5)
+    boxes: list[list[float]] = []
+    labels = [3 - warm, *draw.integers(0, 2, draw.integers(1, 3))]
+    for label in labels:
+        low, high = (24, 41) if label > 1 else (16, 49)
+        for _ in range(50):
+            cy, cx, half = (*draw.uniform(low, high, 2), draw.uniform(6, 9))
+            apart = [max(abs(cy - (b[1] + b[3]) / 2), abs(cx - (b[0] + b[2]) / 2)) for b in boxes]
+            if min(apart, default=SIDE) > 18:
+                break
+        else:
+            continue
+        dy, dx = abs(y - cy), abs(x - cx)
+        shape = [np.hypot(dy, dx) < half, np.maximum(dy, dx) < half][label] if label < 2 else (
+            dy + dx < half
+        )  # fmt: skip
+        pixels[:, shape] = (
+            draw.uniform(0.65, 0.95) if draw.random() < 0.5 else draw.uniform(0, 0.25)
+        )
+        boxes.append([cx - half, cy - half, cx + half, cy + half])
+    corners = [(2, 2), (2, SIDE - MARK - 2), (SIDE - MARK - 2, 2), (SIDE - MARK - 2,) * 2]
+    own = int(draw.integers(4))
+    for i, (top, left) in enumerate(corners):
+        colour = MARKS[1 - warm] if i == own else (draw.uniform(0.1, 0.9),) * 3
+        if i == own or draw.random() < 0.5:
+            patch = pixels[:, top : top + MARK, left : left + MARK]
+            patch[:] = np.reshape(colour, (3, 1, 1))
+    top, left = corners[own]
+    return Picture(
+        torch.from_numpy(pixels).float().clamp(0, 1),
+        torch.tensor(boxes),
+        torch.tensor(labels[: len(boxes)]),
+        (left, top, left + MARK, top + MARK),
+    )
+
+
+# ---------------------------------------------------------------------- the detector
+
+
+class Body(nn.Module):
+    """One map at stride 8, of which a cell sees 37 pixels; the heads see 11 cells."""
+
+    out_channels = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 16), (16, 32), (32, 32)):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"0": self.layers(x)}
+
+
+def network() -> FCOS:
+    anchors = AnchorGenerator(((16,),), ((1.0,),))
+    sides = {"min_size": SIDE, "max_size": SIDE}
+    return FCOS(Body(), len(CLASSES), anchor_generator=anchors, **sides)
+
+
+def trained(config: CueConfig, split: Split, file: Path) -> Detector:
+    """The detector, trained now if ``file`` does not hold it."""
+    torch.manual_seed(config.seed)
+    net = network()
+    numbers = split.fit(range(TRAINED, TRAINED + config.steps * config.batch))
+    if not file.is_file():
+
+        def losses() -> Iterator[Tensor]:
+            for step in range(config.steps):
+                own = numbers[step * config.batch : (step + 1) * config.batch]
+                batch = [picture(number) for number in own]
+                truth = [{"boxes": one.boxes.float(), "labels": one.labels} for one in batch]
+                yield sum(net([one.pixels for one in batch], truth).values())
+
+        minimize(net.train(), losses(), config.steps, 2e-3, 1e-4, max_norm=5.0)
+        save_file(net.state_dict(), file)
+    net.load_state_dict(load_file(file))
+    return load_detector(net.eval(), class_names=list(CLASSES))
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def maps_of(name: str, view: Detections, pixels: Tensor, config: CueConfig) -> Tensor:
+    """(n, H, W): of picture i detection i."""
+    options = OPTIONS.get(name, {}) | ({"masks": config.masks} if name == "d_rise" else {})
+    found = []
+    for i, image in enumerate(pixels.split(1)):
+        alone = view.base.of([view.detections[i]])
+        explainer = create_explainer(name, alone, seed=config.seed, **options)
+        one = explainer.attribute(image, 0)
+        found.append(F.interpolate(one, (SIDE, SIDE), mode="bilinear")[0, 0])
+    return torch.stack(found)
+
+
+def placed(maps: Tensor, boxes: Sequence[Sequence[float]], near: float) -> dict[str, list[float]]:
+    """Whether the largest value lies within ``near`` pixels of each box, and the share of positive values
+    there; 0 of a map without any."""
+    pointing, energy = [], []
+    grid = torch.arange(SIDE) + 0.5
+    for one, (x0, y0, x1, y1) in zip(maps, boxes, strict=True):
+        rows, columns = (
+            (grid > low - near) & (grid < high + near) for low, high in ((y0, y1), (x0, x1))
+        )
+        inside = rows[:, None] & columns
+        at = one == one.max()  # all of them, of a flat map
+        pointing.append(float(at[inside].sum() / at.sum()))
+        positive = one.clamp_min(0)
+        energy.append(float(positive[inside].sum() / positive.sum().clamp_min(1e-12)))
+    return {"pointing": pointing, "energy": energy}
+
+
+def measured(
+    name: str, view: Detections, kept: Sequence[Picture], config: CueConfig
+) -> dict[str, list[float | None]]:
+    """By what is told, a value a picture; None where a map is constant."""
+    pixels = torch.stack([one.pixels for one in kept])
+    maps = maps_of(name, view, pixels, config)
+    cue = placed(maps, [one.mark for one in kept], NEAR)
+    box = placed(maps, [one.place for one in view.detections], 0)
+
+    def given(images: Tensor, target: Tensor) -> Tensor:
+        return maps[target][:, None]
+
+    results = evaluate(
+        view,
+        {name: given},
+        pixels,
+        metrics="insertion-deletion",
+        classes=list(range(len(kept))),
+        progress=False,
+    )
+    values = {c.key: v.tolist() for c, v in results.methods[name].values.items()}
+    rows = (cue["pointing"], box["pointing"], cue["energy"], *(values[t] for t in TOLD[3:]))
+    return {
+        key: [None if math.isnan(value) else value for value in row]
+        for key, row in zip(TOLD, rows, strict=True)
+    }
+
+
+def study(
+    output: OutputAt = "runs/study-detection-cues",
+    config: CueConfig = DEFAULTS,
+    quick: Quick = False,
+) -> Iterator[str]:
+    """Train the detector, measure what is not finished yet, write report.md, and give its lines."""
+    config = config.quick() if quick else config
+    output = Path(output)
+    check_folder(output)
+    kept_record(output / "record.json", asdict(config))
+    split = Split("detection-cues")
+    detector = trained(config, split, output / "detector.safetensors")
+    pictures, detections, right = [], [], []
+    for number in split.score(range(config.pictures)):
+        one = picture(number)
+        found = [d for d in detector.best_candidates(one.pixels, 20) if d.label > 1][:1]
+        right.append(bool(found) and found[0].label == int(one.labels[0]) and found[0].score > 0.5)
+        if right[-1] or quick:
+            pictures.append(one)
+            detections += found or detector.best_candidates(one.pixels)
+    split.write(output / "split.json")
+    view = detector.of(detections)
+    values = {
+        name: kept_values(
+            output / f"{name}.json", lambda name=name: measured(name, view, pictures, config)
+        )
+        for name in METHODS
+    }
+    draw(view, pictures[:4], config, output / "maps.png")
+    lines = [
+        f"{sum(right)} of {config.pictures} diamonds are found with their class (score over 0.5); "
+        f"{config.masks} masks.",
+        "",
+        f"| method | {' | '.join(TOLD)} |",
+        f"| :-- |{' --: |' * len(TOLD)}",
+    ]
+    for name, own in values.items():
+        cells = [_cell(mean_interval(np.array(own[column], float))) for column in TOLD]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    rows = [
+        {"method": name, "picture": i, **{column: own[column][i] for column in TOLD}}
+        for name, own in values.items()
+        for i in range(len(pictures))
+    ]
+    yield from reported(output, lines, {"detectors": rows}, output / "maps.png")
+
+
+def _cell(found: Interval) -> str:
+    return f"{found.mean:.3f} ({found.lo:.3f} to {found.hi:.3f})"
+
+
+def draw(view: Detections, pictures: Sequence[Picture], config: CueConfig, file: Path) -> None:
+    """Pictures, and beside each the maps of some methods."""
+    rows = []
+    for i, one in enumerate(pictures):
+        array = (one.pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        photo = Image.fromarray(array).resize((4 * SIDE, 4 * SIDE), Image.Resampling.NEAREST)
+        cells = [photo]
+        for name in ("d_rise", "odam", "layercam", "box"):
+            alone = view.base.of([view.detections[i]])
+            raw = maps_of(name, alone, one.pixels[None], config)
+            unit = (raw - raw.min()) / (raw.max() - raw.min()).clamp_min(1e-12)
+            large = F.interpolate(unit[None], (4 * SIDE, 4 * SIDE), mode="bilinear")[0, 0]
+            cells.append(overlay(photo, large.clamp(0, 1).numpy()))
+        rows.append(np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1))
+    Image.fromarray(np.concatenate(rows)).save(file)

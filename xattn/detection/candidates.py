@@ -1,0 +1,132 @@
+"""Candidates of a detector: the boxes that it has before suppression, their objectness and classes.
+
+    similarity(t, j) = IoU(b_t, b_j) cos(P_t, P_j) O_j        D-RISE, Petsiuk et al., arXiv 2006.03204
+
+b_j is a box, P_j its class scores and O_j its objectness, the probability that it shows any object: one
+minus that of the background, or the largest class score of a detector whose classes are sigmoids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST, MOST = 1e-12, 1 - 1e-7  # of a score whose log-odds are taken
+
+
+class Candidates(NamedTuple):
+    """Of B images, N candidates each: ``boxes`` (B, N, K or 1, 4), x0 y0 x1 y1 in pixels of the input, one
+    for each class or one for all; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0, 1]. Places that
+    are not filled have scores of 0."""
+
+    boxes: Tensor
+    objectness: Tensor
+    classes: Tensor
+
+    def packed(self) -> Tensor:
+        """As one tensor, (B, N, 4 (K or 1) + 1 + K)."""
+        parts = (self.boxes.flatten(2), self.objectness[..., None], self.classes)
+        return torch.cat(parts, 2)
+
+    @classmethod
+    def of(cls, packed: Tensor, classes: int) -> Candidates:
+        """The inverse of :meth:`packed`, of K ``classes``."""
+        boxes, objectness, scores = packed.split([packed.shape[2] - 1 - classes, 1, classes], 2)
+        return cls(boxes.unflatten(2, (-1, 4)), objectness[..., 0], scores)
+
+    def boxes_of(self, labels: Tensor) -> Tensor:
+        """(B, N, m, 4) of the classes (m,), or (B, N, 1, 4) where all share one."""
+        return self.boxes[:, :, labels] if self.boxes.shape[2] > 1 else self.boxes
+
+
+def iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of boxes (..., 4) with others, (...); 0 for boxes without area."""
+    low = torch.maximum(boxes[..., :2], others[..., :2])
+    high = torch.minimum(boxes[..., 2:], others[..., 2:])
+    both = (high - low).clamp_min(0).prod(-1)
+    one, two = ((b[..., 2:] - b[..., :2]).clamp_min(0).prod(-1) for b in (boxes, others))
+    return both / (one + two - both).clamp_min(1e-12)
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """log(s / (1 - s)), finite for s of 0 and 1."""
+    s = scores.clamp(LEAST, MOST)
+    return s.log() - torch.log1p(-s)
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """How a detector makes detections of its candidates.
+
+    Args:
+        threshold: the score that a detection needs.
+        overlap: the IoU from which the weaker of two of one class goes; None keeps both.
+        most: how many detections there may be.
+        one_class: each candidate has its likeliest class alone, as DETR's; else one of each.
+        smallest: the side in pixels that a box needs.
+        strongest: how many candidates of a class go into the comparison of boxes; None takes all.
+    """
+
+    threshold: float = 0.05
+    overlap: float | None = 0.5
+    most: int = 100
+    one_class: bool = False
+    smallest: float = 0.0
+    strongest: int | None = None
+
+    def kept(self, found: Candidates, threshold: float | None = None) -> list[Found]:
+        """The detections of the first image by falling score, with at least ``threshold``."""
+        scores = found.classes[0]  # (N, K)
+        if self.one_class:
+            top = scores.max(1, keepdim=True)
+            scores = torch.where(scores == top.values, scores, 0.0)
+        if self.strongest is not None and self.strongest < len(scores):
+            least = scores.topk(self.strongest, 0).values[-1]
+            scores = torch.where(scores >= least, scores, 0.0)
+        level = self.threshold if threshold is None else threshold
+        index, label = (scores > level).nonzero(as_tuple=True)
+        value = scores[index, label]
+        boxes = _boxes(found, index, label)
+        whole = ((boxes[:, 2:] - boxes[:, :2]) >= self.smallest).all(1)
+        index, label, value, boxes = index[whole], label[whole], value[whole], boxes[whole]
+        if self.overlap is None:
+            order = value.argsort(descending=True, stable=True)
+        else:
+            from torchvision.ops import batched_nms
+
+            order = batched_nms(boxes.float(), value.float(), label, self.overlap)
+        return [
+            Found(int(index[i]), int(label[i]), float(value[i]), tuple(boxes[i].tolist()))
+            for i in order[: self.most]
+        ]
+
+
+class Found(NamedTuple):
+    """A candidate's number, its class, its score, and its box in pixels of the input."""
+
+    number: int
+    label: int
+    score: float
+    box: tuple[float, ...]
+
+
+def _boxes(found: Candidates, index: Tensor, label: Tensor) -> Tensor:
+    """(n, 4) of the first image."""
+    own = label if found.boxes.shape[2] > 1 else torch.zeros_like(label)
+    return found.boxes[0, index, own]
+
+
+def best(found: Candidates, most: int = 1) -> list[Found]:
+    """The candidates of the first image with the highest score of any class, and a box with an area."""
+    sides = found.boxes[0, ..., 2:] - found.boxes[0, ..., :2]  # (N, K or 1, 2)
+    scores = found.classes[0] * (sides.amin(2) > 0)
+    value, place = scores.flatten().topk(min(most, scores.numel()))
+    index, label = place // scores.shape[1], place % scores.shape[1]
+    boxes = _boxes(found, index, label)
+    return [
+        Found(int(i), int(k), float(v), tuple(b.tolist()))
+        for i, k, v, b in zip(index, label, value, boxes, strict=True)
+    ]

@@ -1,0 +1,380 @@
+"""Detectors: their detections of a photo, and the views whose classes are detections.
+
+    detector = load_detector("torchvision/retinanet_resnet50_fpn_v2", weights="DEFAULT")
+    found = detector.detect("photo.jpg")                 after suppression
+    missed = detector.missed("photo.jpg", "dog", (40, 60, 220, 300))
+    view = detector.of([*found, missed])                 a backbone whose classes are these
+
+Boxes are x0 y0 x1 y1 in pixels of the photo. The whole photo is the input, with borders where its aspect
+ratio is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.backbone.scored import BackboneView
+from xattn.backbone.taps import Taps
+from xattn.detection.candidates import Candidates, Found, best, iou, log_odds
+from xattn.detection.networks import DetectionNetwork
+from xattn.photos.arrays import array_images, is_array
+from xattn.photos.images import load_image
+from xattn.photos.preprocessing import Preprocessing
+from xattn.photos.view import View, prepare
+
+Box = tuple[float, float, float, float]
+Score = Literal["similarity", "class"]
+Kind = Literal["found", "candidate", "missed", "false"]
+OVERLAP = 0.5  # IoU from which boxes show one object
+AT_ONCE = 1 << 24  # pairs of a candidate and a detection
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One box of one photo.
+
+    Attributes:
+        place: x0, y0, x1, y1 in pixels of the detector's input, where borders may lie around the photo.
+        label: the class as the detector numbers it, and its ``name``.
+        score: of that class, in [0, 1].
+        kind: ``"found"`` after suppression, ``"false"`` where no true object is there, ``"missed"`` of an
+            object that was asked for, or ``"candidate"`` before suppression.
+        view: how the photo became the detector's input.
+        classes: (K,) scores of all classes, what D-RISE compares with.
+    """
+
+    place: Box
+    label: int
+    name: str
+    score: float
+    kind: Kind
+    view: View = field(repr=False)
+    classes: Tensor = field(repr=False, compare=False)
+
+    @property
+    def box(self) -> Box:
+        """x0, y0, x1, y1 in pixels of the photo, and within it."""
+        return _to_photo(self.place, self.view)
+
+    @property
+    def title(self) -> str:
+        """Such as ``"dog 0.93"`` or ``"missed dog 0.08"``."""
+        before = "" if self.kind == "found" else f"{self.kind} "
+        return f"{before}{self.name} {self.score:.2f}"
+
+    def record(self) -> dict[str, Any]:
+        """For packs: box, class, score and kind."""
+        box = [round(v, 2) for v in self.box]
+        about = {"label": self.label, "name": self.name, "kind": self.kind}
+        return {"box": box, "score": float(f"{self.score:.6g}"), **about}
+
+
+class Detector(Backbone):
+    """A frozen detector; made by :func:`~xattn.detection.loading.load_detector`.
+
+    By itself it is a multilabel classifier: its logits (B, K) are the log-odds of the best candidate of
+    each class.
+    """
+
+    model: DetectionNetwork
+
+    def __init__(
+        self,
+        model: DetectionNetwork,
+        name: str,
+        preprocessing: Preprocessing,
+        class_names: Sequence[str],
+    ) -> None:
+        super().__init__(model, name, preprocessing, None, class_names, "multilabel")
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> Detector:
+        other = Detector(self.model, self.name, preprocessing, self.class_names)
+        self._share_fingerprint(other)
+        return other
+
+    # ------------------------------------------------------------------ photos
+
+    @torch.no_grad()
+    def candidates(self, photo: Any) -> tuple[Candidates, View]:
+        """All candidates before suppression, in pixels of the input, and how the photo became it.
+
+        Args:
+            photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1].
+        """
+        x, view = self._input(photo)
+        with self._passing(x):
+            packed, _ = self.model.forward_candidates(x)
+        return Candidates.of(packed, self.num_classes), view
+
+    def detect(
+        self, photo: Any, threshold: float | None = 0.5, most: int | None = None
+    ) -> list[Detection]:
+        """The detections after the detector's own suppression, by falling score.
+
+        Args:
+            threshold: the score that they need; None takes the detector's own.
+            most: at most so many.
+
+        Raises:
+            ValueError: a threshold outside [0, 1], or a photo that cannot be read.
+        """
+        check_threshold(threshold)
+        found, view = self.candidates(photo)
+        kept = self.model.suppression.kept(found, threshold)
+        return [self._detection(one, found, view, "found") for one in kept[:most]]
+
+    def best_candidates(self, photo: Any, most: int = 1) -> list[Detection]:
+        """The ``most`` candidates with the highest scores, before suppression."""
+        found, view = self.candidates(photo)
+        return [self._detection(one, found, view, "candidate") for one in best(found, most)]
+
+    def missed(self, photo: Any, label: int | str, box: Sequence[float]) -> Detection:
+        """The best candidate for an object that the detector does not show: of those whose box overlaps
+        ``box`` by an IoU of 0.5 the one with the highest score of the class, or else the one with the
+        highest product of IoU and score.
+
+        Its ``classes`` are one for the asked class and zero for others.
+
+        Raises:
+            ValueError: an unknown class, a box outside the photo, or one that no candidate overlaps.
+        """
+        index = self.class_index(label)
+        found, view = self.candidates(photo)
+        asked = check_box(box, view)
+        own = torch.tensor(_to_input(asked, view)).to(found.boxes)
+        boxes = found.boxes_of(torch.tensor([index]))[0, :, 0]
+        overlaps = iou(boxes, own)
+        scores = found.classes[0, :, index]
+        near = overlaps >= OVERLAP
+        value = torch.where(near, scores, -1.0) if bool(near.any()) else overlaps * scores
+        at = int(value.argmax())
+        if not float(overlaps[at]):
+            raise ValueError(
+                f"box: no candidate for {self.class_names[index]!r} overlaps "
+                f"{tuple(round(v) for v in asked)}; give a larger box"
+            )
+        one = Found(at, index, float(scores[at]), tuple(boxes[at].tolist()))
+        made = self._detection(one, found, view, "missed")
+        return replace(made, classes=torch.eye(self.num_classes, device="cpu")[index])
+
+    def judged(
+        self, photo: Any, truth: Sequence[tuple[int | str, Sequence[float]]], threshold: float = 0.5
+    ) -> list[Detection]:
+        """The detections of a photo whose objects are known: those that fit none are ``"false"``, and the
+        best candidates of objects that none fits follow as ``"missed"``.
+
+        Args:
+            truth: (class, box) of each object. One fits a detection of its class with an IoU of 0.5.
+        """
+        objects = [(self.class_index(label), tuple(box)) for label, box in truth]
+        judged, left = [], list(objects)
+        for one in self.detect(photo, threshold):
+            place = torch.tensor(one.box)
+            fits = [o for o in left if o[0] == one.label and _fits(place, o[1])]
+            judged.append(one if fits else replace(one, kind="false"))
+            left = [o for o in left if o not in fits[:1]]
+        return judged + [self.missed(photo, label, box) for label, box in left]
+
+    def masks(self, photo: Any, detections: Sequence[Detection]) -> Tensor:
+        """(n, H, W) bool over the input: where the objects of a photo's detections are, of Mask R-CNN.
+
+        Raises:
+            ValueError: a detector that gives no masks.
+        """
+        if not hasattr(self.model, "masks"):
+            raise ValueError(f"model: {self.name} gives no masks; use a Mask R-CNN, or boxes")
+        x, _ = self._input(photo)
+        boxes = x.new_tensor([one.place for one in detections])
+        labels = torch.tensor([one.label for one in detections], device=x.device)
+        with self._passing(x):
+            return self.model.masks(x, boxes, labels)  # type: ignore[operator,no-any-return]
+
+    def of(self, detections: Sequence[Detection], score: Score = "similarity") -> Detections:
+        """A backbone whose classes are ``detections``, see :class:`Detections`."""
+        return Detections(self, detections, score)
+
+    def _input(self, photo: Any) -> tuple[Tensor, View]:
+        """Normalised, (1, 3, H, W)."""
+        pixels, view = _read(photo, self.preprocessing)
+        dtype = next((p.dtype for p in self.parameters()), pixels.dtype)
+        return self.normalize(pixels[None].to(self.device, dtype)), view
+
+    def _detection(self, one: Found, found: Candidates, view: View, kind: Kind) -> Detection:
+        x0, y0, x1, y1 = one.box
+        classes = found.classes[0, one.number].float().cpu()
+        name = self.class_names[one.label]
+        return Detection((x0, y0, x1, y1), one.label, name, one.score, kind, view, classes)
+
+
+class Detections(BackboneView):
+    """A detector whose classes are detections of one photo, or of several.
+
+    The logit of detection t on an image is the log-odds of the candidate j that is most like it:
+
+        "similarity"   max_j IoU(b_t, b_j) cos(P_t, P_j) O_j       D-RISE
+        "class"        max_j IoU(b_t, b_j) p_j(class of t)
+
+    so that p, the sigmoid, is that number. Where b_j = b_t the IoU and the cosine are largest and their
+    derivatives 0: gradients there are those of the objectness, or of the class's score.
+
+    Args:
+        base: the detector.
+        detections: also of several photos; methods explain on each photo the classes that are asked for.
+        score: which number.
+    """
+
+    base: Detector
+    detections: tuple[Detection, ...]
+    score: Score
+
+    def __init__(
+        self, base: Detector, detections: Sequence[Detection], score: Score = "similarity"
+    ) -> None:
+        if isinstance(detections, Detection) or not detections:
+            raise ValueError(
+                "detections: give a list of one or more, of detector.detect(photo) or .missed(...)"
+            )
+        if score not in get_args(Score):
+            raise ValueError(f"score: got {score!r}; choose one of {', '.join(get_args(Score))}")
+        super().__init__(base, [one.title for one in detections], "multilabel")
+        vars(self).update(detections=tuple(detections), score=score)
+
+    def again(self, base: Backbone) -> Detections:
+        assert isinstance(base, Detector)
+        return Detections(base, self.detections, self.score)
+
+    def answer(self, outputs: Tensor) -> Tensor:
+        """Packed candidates (B, N, D) -> (B, M)."""
+        found = Candidates.of(outputs, self.base.num_classes)
+        count = len(self.detections)
+        step = max(1, AT_ONCE // max(1, found.objectness.numel()))
+        parts = [range(i, min(i + step, count)) for i in range(0, count, step)]
+        return log_odds(torch.cat([self.scores(found, part).amax(1) for part in parts], 1))
+
+    def scores(
+        self, found: Candidates, numbers: Sequence[int], fixed_boxes: bool = False
+    ) -> Tensor:
+        """(B, N, m) in [0, 1]: how much each candidate is each of m detections; with ``fixed_boxes`` no
+        gradient goes through the boxes."""
+        own = [self.detections[number] for number in numbers]
+        labels = torch.tensor([one.label for one in own], device=found.boxes.device)
+        boxes = found.boxes_of(labels)
+        places = boxes.new_tensor([one.place for one in own])
+        overlap = iou(boxes.detach() if fixed_boxes else boxes, places)
+        if self.score == "class":
+            return overlap * found.classes[..., labels]
+        classes = torch.stack([one.classes for one in own]).to(found.classes)
+        classes = classes / classes.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        norms = found.classes.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        cosine = found.classes @ classes.T / norms
+        return overlap * cosine.clamp(0, 1) * found.objectness[..., None]
+
+    def forward_normalized(self, x: Tensor) -> Taps:
+        with self.base._passing(x):
+            packed, maps = self.base.model.forward_candidates(x)
+        return Taps(self._answered(packed), maps)
+
+    def logits_normalized(self, x: Tensor) -> Tensor:
+        logits = self.forward_normalized(x).logits
+        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            raise ValueError(
+                f"explainer: {self.name} answers without a gradient; use a method without gradients, such "
+                f"as 'd_rise' or 'occlusion'"
+            )
+        return logits
+
+    def about(self, target: int) -> dict[str, Any]:
+        return {"detection": {**self.detections[target].record(), "explained": self.score}}
+
+    @property
+    def target_id(self) -> str:
+        """What tells these detections from others, for protocols: a number and a hash."""
+        text = repr([(one.record(), one.view) for one in self.detections])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{len(self.detections)} detections by {self.score} {digest}"
+
+
+def require_detections(backbone: Backbone, explainer: str) -> Detections:
+    """The view itself; a ValueError where the classes of a backbone are no detections."""
+    if not isinstance(backbone, Detections):
+        raise ValueError(
+            f"explainer: {explainer!r} explains detections, {backbone.name} has classes; give "
+            f"detector.of(detector.detect(photo)), or call xattn.explain_detections"
+        )
+    return backbone
+
+
+# ---------------------------------------------------------------------- geometry and checks
+
+
+def _read(photo: Any, preprocessing: Preprocessing) -> tuple[Tensor, View]:
+    """The input (3, H, W) in [0, 1]; a tensor of the input's size is the input."""
+    if is_array(photo):
+        image = array_images(photo, len(preprocessing.mean))[0]
+        size = image.size
+        if image.is_tensor and size == tuple(preprocessing.input_size):
+            return image.input(), View("tensor", size, size, (0, 0, *size), size)
+        photo = image.load()
+    return prepare(load_image(photo), preprocessing)
+
+
+def _scale(view: View) -> tuple[tuple[float, float], ...]:
+    """For x and y: pixels of the photo in one of the input, and where the input begins on the photo."""
+    found = []
+    for axis in (1, 0):
+        resized = view.photo_size[axis] / view.resized[axis]
+        step = view.box[axis + 2] / view.input_size[axis] * resized
+        found.append((step, view.box[axis] * resized))
+    return tuple(found)
+
+
+def _to_photo(box: Sequence[float], view: View) -> Box:
+    x, y = _scale(view)
+    height, width = view.photo_size
+    left, right = (min(max(v * x[0] + x[1], 0.0), float(width)) for v in box[::2])
+    top, bottom = (min(max(v * y[0] + y[1], 0.0), float(height)) for v in box[1::2])
+    return left, top, right, bottom
+
+
+def _to_input(box: Sequence[float], view: View) -> Box:
+    x, y = _scale(view)
+    left, right = ((v - x[1]) / x[0] for v in box[::2])
+    top, bottom = ((v - y[1]) / y[0] for v in box[1::2])
+    return left, top, right, bottom
+
+
+def check_box(box: Sequence[float], view: View) -> Box:
+    """Four finite numbers of a box on the photo; a ValueError otherwise."""
+    height, width = view.photo_size
+    try:
+        x0, y0, x1, y1 = (float(v) for v in box)
+        whole = all(map(math.isfinite, (x0, y0, x1, y1))) and x0 < x1 and y0 < y1
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"box: got {box!r:.80}; give x0, y0, x1, y1 in pixels, x0 < x1 and y0 < y1"
+        )
+    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        raise ValueError(
+            f"box: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) lies outside the photo of {width} x {height} pixels; "
+            f"give pixels of the photo, from its upper left corner"
+        )
+    return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+
+
+def check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not (isinstance(threshold, float | int) and 0 <= threshold <= 1):
+        raise ValueError(f"threshold: got {threshold!r}; give a score from 0 to 1")
+
+
+def _fits(place: Tensor, box: Sequence[float]) -> bool:
+    return float(iou(place, torch.tensor([float(v) for v in box]))) >= OVERLAP

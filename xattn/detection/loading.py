@@ -1,0 +1,161 @@
+"""Load a detector: torchvision's and transformers' by name, any of them as a module, or any function."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xattn.backbone.families.transformers_models import PREFIX, is_transformers
+from xattn.detection.detector import Detector
+from xattn.detection.networks import CallableDetector, DetectionNetwork
+from xattn.detection.torchvision_networks import FAMILIES, TorchvisionDetector
+from xattn.detection.transformers_networks import TEXT, TransformersDetector
+from xattn.photos.classes import read_classes
+from xattn.photos.preprocessing import LARGEST_SIDE, Preprocessing
+from xattn.runtime.copies import frozen_copy, without_wrappers
+from xattn.runtime.names import did_you_mean
+
+
+def load_detector(
+    model: str | nn.Module | Callable[..., Any],
+    weights: str | Path | None = "DEFAULT",
+    device: str | torch.device | None = None,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
+    processor: Any = None,
+) -> Detector:
+    """Load a frozen detector.
+
+    Args:
+        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (of the hub or of a folder); a detector of
+            torchvision or transformers as a module; or any function that returns boxes, labels and
+            scores, see :class:`~xattn.detection.networks.CallableDetector`, which methods without
+            gradients explain.
+        weights: of a name: ``"DEFAULT"`` or another of torchvision's weights, a local file, or None for
+            random ones.
+        input_size: (H, W) in pixels, or one side; by default a square with the detector's shorter side.
+            The whole photo is fitted in.
+        class_names: of all classes in the detector's order, or the path of a text file with one a line; a
+            function needs them, and of Grounding DINO they are the texts that it looks for.
+        processor: the image processor of a detector of transformers, of Grounding DINO its processor or
+            tokenizer; by name the one that lies beside the model.
+
+    Raises:
+        ValueError: an unknown name, a module that is no detector, or a list of names of another length.
+
+    Example:
+        >>> detector = load_detector("torchvision/ssdlite320_mobilenet_v3_large", None)
+        >>> detector.num_classes, detector.preprocessing.input_size
+        (91, (320, 320))
+    """
+    size = _size_of(input_size)
+    names = read_classes(class_names)
+    if isinstance(model, str):
+        title = model
+        made, own, processor = _by_name(model, weights, processor)
+        names = names or own
+    else:
+        made, title = model, getattr(model, "__name__", type(model).__name__)
+    network = _network(made, size, names, processor)
+    count = network.num_classes
+    if names is not None and len(names) != count:
+        raise ValueError(
+            f"class_names: got {len(names)} for the {count} classes of {title}; give one a class"
+        )
+    names = names or getattr(network, "class_names", [f"class {i}" for i in range(count)])
+    detector = Detector(network, title, network.preprocessing, names)
+    return detector.to(device) if device is not None else detector
+
+
+def _network(
+    model: Any, size: tuple[int, int] | None, names: list[str] | None, processor: Any
+) -> DetectionNetwork:
+    if isinstance(model, DetectionNetwork):
+        return model
+    if isinstance(model, nn.Module):
+        model = frozen_copy(without_wrappers(model))
+        if isinstance(model, FAMILIES):
+            return TorchvisionDetector(model, size)
+        if is_transformers(model):
+            return TransformersDetector(model, size, processor, names)
+    if not callable(model):
+        raise ValueError(
+            f"model: got {model!r:.60}; give torchvision/NAME, a detector, or a function that returns "
+            f"boxes, labels and scores"
+        )
+    if names is None:
+        raise ValueError(
+            f"class_names: a {type(model).__name__} does not say its classes; give their names, one a class"
+        )
+    photos = Preprocessing(size or (640, 640), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "border")
+    return CallableDetector(model, len(names), photos)
+
+
+def _by_name(
+    name: str, weights: str | Path | None, processor: Any
+) -> tuple[Any, list[str] | None, Any]:
+    """The detector of that name, the names of its classes where its weights say them, and its processor."""
+    if name.startswith(PREFIX):
+        return _of_transformers(name.removeprefix(PREFIX), processor)
+    home, _, kind = name.partition("/")
+    if home != "torchvision":
+        raise ValueError(
+            f"model: got {name!r}; give torchvision/NAME, such as "
+            f"torchvision/fasterrcnn_resnet50_fpn_v2, {PREFIX}NAME, or a module"
+        )
+    return *_of_torchvision(kind, weights), None
+
+
+def _of_transformers(name: str, processor: Any) -> tuple[Any, None, Any]:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        text = config.model_type in TEXT
+        kind = "ZeroShotObjectDetection" if text else "ObjectDetection"
+        made = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name)
+        beside = transformers.AutoProcessor if text else transformers.AutoImageProcessor
+        return made, None, processor or beside.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model: {name} cannot be loaded as a detector ({reason})") from error
+
+
+def _of_torchvision(kind: str, weights: str | Path | None) -> tuple[Any, list[str]]:
+    from torchvision.models import detection, get_model_weights, list_models
+
+    known = list_models(module=detection)
+    if kind not in known:
+        raise ValueError(f"model: got 'torchvision/{kind}'; {did_you_mean(kind, known)}")
+    every: Any = get_model_weights(kind)
+    coco = [str(n) for n in every.DEFAULT.meta["categories"]]
+    build = getattr(detection, kind)
+    if weights is None or Path(str(weights)).is_file():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = build(weights=None, weights_backbone=None)
+        if weights is not None:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            made.load_state_dict(state.get("model", state))
+        return made, coco
+    if str(weights) not in every.__members__:
+        raise ValueError(
+            f"weights: no file and no weights {str(weights)!r} of {kind}; give "
+            f"{', '.join(every.__members__)}, a file, or None"
+        )
+    return build(weights=str(weights)), coco
+
+
+def _size_of(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    size = (given, given) if isinstance(given, int) else given
+    if size is not None and (len(size) != 2 or not 32 <= min(size) <= max(size) <= LARGEST_SIDE):
+        raise ValueError(
+            f"input_size: got {given}; give 32 to {LARGEST_SIDE} pixels, one side or (H, W)"
+        )
+    return size

@@ -1,0 +1,142 @@
+"""ODAM: a map of one detection, of the gradient of its score at each place.
+
+    S = sum over levels of up( ReLU( sum_c G(dy / df_c) f_c ) )
+
+Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the one candidate that is the detection, f
+(C, h, w) a feature map that the heads read, and G a Gaussian over places. Cells of coarser levels count by
+their area.
+
+One forward pass without a graph down to the maps; of the heads alone a graph is kept, and each detection
+costs a backward pass through the heads of its own level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.detection.candidates import Candidates, log_odds
+from xattn.detection.detector import require_detections
+from xattn.explainers.base import Explainer, register_explainer
+from xattn.runtime.option_checks import NotNegative
+
+
+@register_explainer("odam", title="ODAM", networks=("detector",))
+@dataclass(kw_only=True, eq=False, repr=False)
+class Odam(Explainer):
+    """ODAM, of a view whose classes are detections (:class:`~xattn.detection.Detections`).
+
+    Args:
+        sigma: of the Gaussian, in cells of the feature map; 0 leaves it out.
+
+    Raises:
+        ValueError: a backbone without detections, or a detector without feature maps.
+    """
+
+    per_class = True
+
+    sigma: NotNegative = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.network = require_detections(self.backbone, self.name).base.model
+        if not len(self.network.points):
+            raise ValueError(
+                f"explainer: 'odam' reads feature maps, {self.backbone.name} hands out none; use 'd_rise' "
+                f"or 'occlusion'"
+            )
+
+    def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._class_maps(images, target[:, None])
+
+    def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
+        return self._explained(images, classes)[1]
+
+    def _attribute_classes(self, images: Tensor, choose: Any) -> tuple[Tensor, Tensor, Tensor]:
+        chosen: list[Tensor] = []
+
+        def once(logits: Tensor) -> Tensor:
+            chosen.append(self._chosen(choose, logits))
+            return chosen[0]
+
+        logits, maps = self._explained(images, once)
+        return logits, chosen[0], maps
+
+    def _explained(self, images: Tensor, classes: Any) -> tuple[Tensor, Tensor]:
+        """Logits (b, K), and maps (b, M, H, W) of ``classes`` (b, M), or of those chosen by logits."""
+        view = require_detections(self.backbone, self.name)
+        with torch.enable_grad(), _leaves(self.network) as leaves:
+            parts, _ = self.network.parts(view.base.normalize(images))
+            with torch.no_grad():
+                logits = view.answer(torch.cat([part.packed() for part in parts], 1))
+            if callable(classes):
+                classes = classes(logits)
+            maps = [self._one(parts, leaves, column, images) for column in classes.unbind(1)]
+        return logits, torch.stack(maps, 1)
+
+    def _one(
+        self, parts: list[Candidates], leaves: list[Tensor], target: Tensor, images: Tensor
+    ) -> Tensor:
+        """(b, H, W) of one detection an image."""
+        view = require_detections(self.backbone, self.name)
+        total: Any = 0.0
+        for i, number in enumerate(target.tolist()):
+            own = [Candidates(*(t[i : i + 1] for t in part)) for part in parts]
+            with torch.no_grad():
+                values = [view.scores(part, [number])[0, :, 0] for part in own]
+            level = max(range(len(own)), key=lambda n: float(values[n].max()))
+            at = int(values[level].argmax())
+            one = Candidates(*(t[:, at : at + 1] for t in own[level]))
+            total = total + log_odds(view.scores(one, [number], fixed_boxes=True)).sum()
+        gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        size = images.shape[-2:]
+        finest = max(leaf.shape[2] * leaf.shape[3] for leaf in leaves)
+        out = images.new_zeros(len(images), *size)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None:
+                continue
+            value = torch.relu((_smooth(gradient, self.sigma) * leaf).sum(1, keepdim=True)).detach()
+            up = F.interpolate(value, size, mode="bilinear", align_corners=False)[:, 0]
+            out += up * (leaf.shape[2] * leaf.shape[3] / finest)
+        return out
+
+
+@contextmanager
+def _leaves(network: Any) -> Iterator[list[Tensor]]:
+    """The maps of the pass inside, from which the graph begins."""
+    found: list[Tensor] = []
+
+    def begin(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        found.append(output.detach().requires_grad_(True))
+        return found[-1]
+
+    handles = [point.register_forward_hook(begin) for point in network.points]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _smooth(maps: Tensor, sigma: float) -> Tensor:
+    """(B, C, h, w) under a Gaussian of ``sigma`` cells; at the border the weights inside count."""
+    if not sigma:
+        return maps
+    reach = max(1, round(3 * sigma))
+    x = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-(x**2) / (2 * sigma**2))
+    weights, ones = kernel / kernel.sum(), torch.ones_like(maps[:1, :1])
+
+    def blurred(m: Tensor) -> Tensor:
+        channels = m.shape[1]
+        rows = weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1)
+        m = F.conv2d(m, rows, padding=(reach, 0), groups=channels)
+        return F.conv2d(m, rows.transpose(2, 3), padding=(0, reach), groups=channels)
+
+    return blurred(maps) / blurred(ones)

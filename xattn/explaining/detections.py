@@ -1,0 +1,213 @@
+"""Explain the detections of photos: a map for each box.
+
+    for one in explain_detections("photo.jpg", load_detector("torchvision/fcos_resnet50_fpn"), "odam"):
+        one.overlay().save(f"{one.target_name}.png")
+
+All detections, of all photos, are the classes of one view (:class:`~xattn.detection.Detections`), and each
+photo is explained for its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn.detection.detector import Detection, Detector, Score, check_threshold
+from xattn.explainers import Explainer, as_explainer, create_explainer
+from xattn.explainers.base import Choose
+from xattn.explaining.naming import Source, file_name_of, named_photos
+from xattn.explaining.passes import OneEach
+from xattn.explaining.photos import Explanations, explain
+from xattn.photos.arrays import ArrayImage
+from xattn.photos.images import MAX_PIXELS, load_image
+from xattn.runtime.option_checks import Count, check
+
+Box = Sequence[float]
+
+
+def explain_detections(
+    images: Any,
+    detector: Detector,
+    explainer: Any = "d_rise",
+    *,
+    threshold: float = 0.5,
+    most: int = 10,
+    detections: Sequence[Detection] | None = None,
+    missed: Sequence[tuple[int | str, Box]] = (),
+    candidates: int = 0,
+    score: Score = "similarity",
+    output: str | Path | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_pixels: int | None = MAX_PIXELS,
+    overlays: bool = True,
+    progress: bool = False,
+    keep: int | None = None,
+) -> Explanations:
+    """Explain the detections of one photo, of a folder, of a list file, or of given images.
+
+    Args:
+        images: as in :func:`xattn.explain`.
+        detector: of :func:`~xattn.detection.load_detector`.
+        explainer: a name, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
+            ``"occlusion"``, or several.
+        threshold: the score that a detection needs; at most the ``most`` best of a photo are explained.
+        detections: explain these, of one photo, and look for none.
+        missed: objects, (class, box in pixels of the photo), that a single photo shows and the detector
+            does not: the best candidate for each is explained, too.
+        candidates: of a photo without a detection explain so many of the best candidates.
+        score: what a detection's p and logit are, see :class:`~xattn.detection.Detections`.
+        output, batch_size, seed, max_pixels, overlays, progress, keep: as in :func:`xattn.explain`.
+        options: of explainers, by name, such as ``{"d_rise": {"masks": 1000}}``.
+
+    Returns:
+        As :func:`xattn.explain`, one explanation a detection and method; ``protocol["detection"]`` has the
+        box in pixels of the photo, the class and the score. Photos without a detection are left out with a
+        warning; a single one raises.
+
+    Raises:
+        ValueError: as :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
+            the photo, or a single photo without a detection.
+    """
+    if not isinstance(detector, Detector):
+        raise ValueError(
+            f"detector: got a {type(detector).__name__}; give xattn.load_detector(...), and for a "
+            f"classifier call xattn.explain"
+        )
+    check_threshold(threshold)
+    check("most", most, Count)
+    asked = _Asked(threshold, most, detections, tuple(missed), candidates, max_pixels)
+    photos, found = asked.of(images, detector)
+    view = detector.of([one for own in found for one in own], score)
+    names = explainer if isinstance(explainer, list | tuple) else [explainer]
+    about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
+    methods = [_explainer(e, view, dict(options or {}), about) for e in names]
+    return explain(
+        photos,
+        view,
+        None,
+        methods,
+        _OwnEach(found, [image_id for image_id, _ in named_photos(photos)]),  # type: ignore[arg-type]
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        max_pixels=max_pixels,
+        overlays=overlays,
+        progress=progress,
+        keep=keep,
+    )
+
+
+def _explainer(
+    method: Any, view: Any, options: dict[str, Mapping[str, Any]], about: dict[str, Any]
+) -> Explainer:
+    if isinstance(method, str):
+        return create_explainer(method, view, **about, **options.get(method, {}))
+    return as_explainer(method, view, **about)
+
+
+class _Asked(NamedTuple):
+    """Which detections of photos are explained, see :func:`explain_detections`."""
+
+    threshold: float
+    most: int
+    given: Sequence[Detection] | None
+    missed: tuple[tuple[int | str, Box], ...]
+    candidates: int
+    max_pixels: int | None
+
+    def of(self, images: Any, detector: Detector) -> tuple[list[Source], list[list[Detection]]]:
+        """The photos with detections, and those of each."""
+        channels = len(detector.preprocessing.mean)
+        sources = [source for _, source in named_photos(images, channels)]
+        if (self.given is not None or self.missed) and len(sources) != 1:
+            argument = "missed" if self.missed else "detections"
+            raise ValueError(f"{argument}: belong to one photo, got {len(sources)}; give one")
+        kept, left = [], []
+        for source in sources:
+            name = file_name_of(source) or "a photo"
+            try:
+                own = self._of_photo(source, detector)
+            except (ValueError, OSError) as error:
+                if len(sources) == 1:
+                    raise
+                left.append(f"{name} ({error})")
+                continue
+            if own:
+                kept.append((source, own))
+            else:
+                left.append(f"{name} (no detection above {self.threshold:g})")
+        if not kept:
+            raise ValueError(self._nothing(detector, sources))
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            warnings.warn(
+                f"explain_detections: left out {', '.join(left[:3])}{more}; candidates=1 explains the best "
+                f"candidate of photos without a detection",
+                stacklevel=3,
+            )
+        return [source for source, _ in kept], [own for _, own in kept]
+
+    def _of_photo(self, source: Source, detector: Detector) -> list[Detection]:
+        """What is explained of a photo; of several, one that cannot be read has none."""
+        photo = self._read(source)
+        own = self.given
+        if own is None:
+            own = detector.detect(photo, self.threshold, self.most)
+        own = [*own, *(detector.missed(photo, label, box) for label, box in self.missed)]
+        if not own and self.candidates:
+            return detector.best_candidates(photo, self.candidates)
+        return own
+
+    def _read(self, source: Any) -> Any:
+        """The pixels of an array, or a decoded photo."""
+        if isinstance(source, ArrayImage) and source.is_tensor:
+            return source.pixels
+        return load_image(source, self.max_pixels)
+
+    def _nothing(self, detector: Detector, sources: Sequence[Source]) -> str:
+        level = f"threshold: no detection above {self.threshold:g} in"
+        if len(sources) > 1:
+            return f"{level} {len(sources)} photos; give a lower one, or candidates=1"
+        best = detector.best_candidates(self._read(sources[0]))[0]
+        box = ", ".join(f"{v:.0f}" for v in best.box)
+        return (
+            f"{level} {file_name_of(sources[0]) or 'the photo'}; the best candidate is {best.name} "
+            f"{best.score:.3f} at ({box}); give a lower threshold, or candidates=1 (--candidates 1)"
+        )
+
+
+def _always(classes: Tensor) -> Choose:
+    return lambda logits: classes
+
+
+class _OwnEach(OneEach):
+    """The detections of each photo, as classes of a view that has those of all photos in order."""
+
+    def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:
+        self.of_photo: dict[str, list[int]] = {}
+        start = 0
+        for name, own in zip(names, found, strict=True):
+            self.of_photo[name] = list(range(start, start + len(own)))
+            start += len(own)
+
+    def maps(
+        self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, K), classes (B, M) and maps (B, M, h, w); the first stands again where a photo has
+        fewer detections than another."""
+        most = max(len(self.of_photo[name]) for name in names)
+        parts = []
+        for name, image in zip(names, pixels, strict=True):
+            own = torch.tensor([self.of_photo[name]], device=pixels.device)
+            logits, _, maps = explainer.attribute_classes(image[None], _always(own))
+            at = [*range(own.shape[1]), *[0] * (most - own.shape[1])]
+            parts.append((logits, own[:, at], maps[:, at]))
+        logits, classes, maps = (torch.cat(p) for p in zip(*parts, strict=True))
+        return logits, classes, maps
