@@ -33,7 +33,7 @@ _CHOICES = {
     "threshold": ("quantile", "kth"),
     "masked_value": KINDS,
     "resize": ("bilinear", "nearest"),
-    "invalid": ("excluded",),
+    "invalid": ("excluded", "chance"),
     "view": ("crop", "whole", "tensor"),
     "precision": ("float32", "bfloat16"),
 }
@@ -62,7 +62,9 @@ class Protocol:
             (:mod:`xattn.eval.fills.imputation`).
         ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding does not count.
         resize: how a map reaches the image's size (align_corners=False).
-        invalid: constant or non-finite maps are left out of the means, and counted.
+        invalid: constant or non-finite maps are ``"excluded"`` from the means, and counted; or they
+            score ``"chance"`` in the metrics that have such a value (``MetricInfo.chance``), so that no
+            method gains by giving no map.
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
             by the caller).
         precision: of the forward passes: ``"float32"``, or ``"bfloat16"`` autocast.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from xattn.attention import fit_static
 from xattn.backbone import Backbone, converted
 from xattn.backbone.families.transformers_networks import TransformersBlock
+from xattn.backbone.halves import half_blind
 from xattn.correlation import spearman
 from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream
@@ -329,7 +330,7 @@ class Cascade:
         self.max_forward_batch = max_forward_batch
         self._twins: list[tuple[str, Backbone]] | None = None
         self._methods = 0
-        self._explainers: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._explainers: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
 
     @property
     def twins(self) -> list[tuple[str, Backbone]]:
@@ -340,8 +341,9 @@ class Cascade:
 
     def method(
         self, name: str, head: Any = None, **options: Any
-    ) -> Callable[[int, Tensor, Tensor | int], Tensor]:
-        """(stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w) on the twin of that stage.
+    ) -> Callable[[int | str, Tensor, Tensor | int], Tensor]:
+        """(stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w) on the twin of that stage, -1 for
+        the last, or on the network that sees one half alone, see :func:`xattn.backbone.halves.half_blind`.
 
         A trained ``head`` is kept as it is and reads the random network's maps. An option that is a
         module of the backbone (Grad-CAM's ``layer``) stands for the twin's module.
@@ -352,10 +354,12 @@ class Cascade:
         self._methods += 1
         number = self._methods
 
-        def explain(stage: int, images: Tensor, targets: Tensor | int) -> Tensor:
+        def explain(stage: int | str, images: Tensor, targets: Tensor | int) -> Tensor:
             key = number, stage
             if key not in self._explainers:
-                self._explainers[key] = self._create(name, head, options, self.twins[stage][1])
+                half = isinstance(stage, str)
+                twin = half_blind(self.backbone, stage) if half else self.twins[stage][1]  # type: ignore
+                self._explainers[key] = self._create(name, head, options, twin)
                 if len(self._explainers) > self.stages:
                     self._explainers.popitem(last=False)
             self._explainers.move_to_end(key)

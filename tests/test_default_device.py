@@ -58,8 +58,15 @@ def test_explainers(name, kind, images, meta):
     assert all(torch.equal(x, y) for x, y in zip(run(), expected, strict=True))
 
 
-# Localization needs annotations, randomization networks of its own; see the test below.
-@pytest.mark.parametrize("probe", sorted(set(GROUPS) - {"localization", "randomization"}))
+# Others need annotations or networks of their own; see the test below.
+@pytest.mark.parametrize(
+    "probe",
+    sorted(
+        name
+        for name, group in GROUPS.items()
+        if not (group.metric.needs_annotation or group.metric.explains_randomized)
+    ),
+)
 def test_metrics(probe, photos, meta):
     backbone = made("cnn")
 

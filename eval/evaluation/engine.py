@@ -113,7 +113,7 @@ def evaluate(
         backbone,
         explainers,
         protocol,
-        create_metrics(metrics, protocol, backbone.preprocessing.mean),
+        create_metrics(metrics, protocol, backbone.preprocessing.mean, backbone),
         annotations,
         randomized or {},
         again_limit,
@@ -245,8 +245,10 @@ def create_metrics(
     metrics: str | PerturbationMetric | Sequence[str | PerturbationMetric],
     protocol: Protocol,
     mean: Sequence[float],
+    network: Any = None,
 ) -> list[PerturbationMetric]:
-    """The metrics of groups by name; a ValueError where a column would stand twice."""
+    """The metrics of groups by name, as they are for ``network``; a ValueError where a column would stand
+    twice."""
     if not metrics:
         raise ValueError("metrics: got none; give names of xattn list")
     given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics
@@ -264,6 +266,7 @@ def create_metrics(
         problem = metric.score_problem(protocol.score)
         if problem is not None:
             raise ValueError(problem)
+    made = [metric.for_network(network) for metric in made] if network is not None else made
     columns = [column for metric in made for column in metric.columns]
     twice = sorted({c.key for c in columns if columns.count(c) > 1})
     if twice:

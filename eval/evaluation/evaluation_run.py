@@ -8,7 +8,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from xattn.eval.evaluation.facts import Evaluation
 from xattn.eval.evaluation.map_maker import MapMaker, reason
 from xattn.eval.evaluation.store import ImageRow, ResultRow, Store
 from xattn.eval.evaluation.stream import ImageStream, Item
-from xattn.eval.metrics.base import Finish, PerturbationMetric, Sample
+from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Sample
+from xattn.eval.metrics.board.cohort import Cohort, Company, Maps
+from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import finished, sample_seed, scores_of, submit_all
 from xattn.eval.metrics.registry import group_name
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket
@@ -34,13 +37,15 @@ from xattn.explaining.passes import top_classes
 class ScoredImage:
     """An image with its clean score and the class that is explained.
 
-    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none that can be used.
+    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none that can be used;
+    ``table`` serves all methods.
     """
 
     item: Item
     pixels: Tensor
     score: float
     target: int
+    table: OutcomeTable
     annotation: Annotation | None = None
 
     @property
@@ -75,6 +80,7 @@ class EvaluationRun:
         self.evaluation, self.scorer, self.store = evaluation, scorer, store
         self.backbone, self.protocol = evaluation.backbone, evaluation.protocol
         self.methods = list(evaluation.explainers)
+        self.compares = any(metric.compares for metric in evaluation.metrics)
         self.maker = MapMaker(
             evaluation.explainers,
             evaluation.randomized,
@@ -102,17 +108,30 @@ class EvaluationRun:
         numbers = [i for i, item in enumerate(chunk) if missing[item.position]]
         if not numbers:
             return
+        if self.compares:  # maps are compared with those of finished photos, too
+            numbers = list(range(len(chunk)))
         images = self._scored(
             [chunk[i] for i in numbers], None if targets is None else targets[numbers]
         )
-        parts = {
-            name: self.maker.passes(name, [i for i in images if name in missing[i.position]])
-            for name in self.methods
-        }
+        company = Company([image.table for image in images], [image.target for image in images])
+        parts = {}
+        for name in self.methods:
+            wanted = [i for i in images if name in missing[i.position]]
+            whole = images if self.compares and wanted else wanted
+            parts[name] = self.maker.passes(name, whole)
         first = {n: self._first(n, parts[n]) for n in self.methods if self.maker.tries_out(n)}
         for name in self.methods:
-            for part, made in zip_longest(parts[name], first.pop(name, [])):
-                self._explain(name, part, made or self._make(name, part), done)
+            made, cohort = first.pop(name, []), None
+            if self.compares:
+                made = made or [self._make(name, part) for part in parts[name]]
+                cohort = self._cohort(name, images, parts[name], made, company)
+            for part, maps in zip_longest(parts[name], made):
+                maps = maps or self._make(name, part)
+                for image, values, why in zip(part, maps.maps, maps.reasons, strict=True):
+                    if name in missing[image.position]:
+                        beside = None if cohort is None else (cohort, images.index(image))
+                        self._explain(name, image, values, why, maps.seconds, beside)
+                        done(1)
         self.scorer.forget()
 
     def _check_known(self, chunk: Sequence[Item], finished: Mapping[int, set[str]]) -> None:
@@ -135,17 +154,19 @@ class EvaluationRun:
     def _scored(self, items: list[Item], targets: Tensor | None) -> list[ScoredImage]:
         """The clean pass of images; without ``targets`` the predicted class is explained."""
         pixels = self._on_device(items)
-        scores, classes, every = self.scorer.clean_classes(pixels, targets)
+        scores, classes, every, logits = self.scorer.clean_classes(pixels, targets)
         self._keep_tops(items, every)
         names = self.backbone.class_names
         images, rows = [], []
-        for item, image, score, target in zip(
-            items, pixels, scores.tolist(), classes.tolist(), strict=True
+        for item, image, score, target, clean in zip(
+            items, pixels, scores.tolist(), classes.tolist(), logits, strict=True
         ):
             if not math.isfinite(score):
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
             annotation, note = self._annotation(item)
-            images.append(ScoredImage(item, image, score, target, annotation))
+            seed = sample_seed(self.protocol.seed, item.position)
+            table = OutcomeTable(self.scorer, image, seed, clean, (target,))
+            images.append(ScoredImage(item, image, score, target, table, annotation))
             about = item.position, item.id, target, names[target], score
             rows.append(ImageRow(*about, note=note, digest=_digest(item.image)))
         self.store.add_images(rows)
@@ -229,20 +250,61 @@ class EvaluationRun:
             self.maker.check_first(name, maps, [why for part in made for why in part.reasons])
         return made
 
+    def _cohort(
+        self,
+        name: str,
+        images: list[ScoredImage],
+        parts: list[list[ScoredImage]],
+        made: list[_Made],
+        company: Company,
+    ) -> Cohort:
+        """What the maps of one method on a chunk are compared with."""
+        randomized = self.evaluation.randomized.get(name)
+
+        def valid(maps: Sequence[Tensor], reasons: Sequence[str | None]) -> Maps:
+            pairs = zip(maps, reasons, strict=True)
+            return [values if why is None else None for values, why in pairs]
+
+        def pixels(places: Sequence[int]) -> Tensor:
+            return torch.stack([images[i].pixels for i in places])
+
+        def on_random(places: Sequence[int]) -> Maps:
+            targets = torch.tensor([images[i].target for i in places], device="cpu")
+            assert randomized is not None
+            return valid(
+                *self.maker.maps_of(name, partial(randomized, -1), pixels(places), targets)
+            )
+
+        places = [[images.index(image) for image in part] for part in parts]
+        own = [one for part in made for one in valid(part.maps, part.reasons)]
+        return Cohort(
+            company,
+            own,
+            places,
+            lambda at, targets: valid(*self.maker.maps(name, pixels(at), targets)),
+            None if randomized is None else on_random,
+            self.maker.explainers[name].attribute,
+            self.protocol.resize,
+        )
+
     def _explain(
-        self, name: str, images: list[ScoredImage], made: _Made, done: Callable[[int], Any]
+        self,
+        name: str,
+        image: ScoredImage,
+        values: Tensor,
+        why: str | None,
+        seconds: float,
+        beside: tuple[Cohort, int] | None,
     ) -> None:
-        """The requests of all metrics on the maps of one method on some images of a chunk."""
-        seconds = made.seconds
-        for image, values, why in zip(images, made.maps, made.reasons, strict=True):
-            grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
-            if why is None:
-                grey, raw, why = self._prepared(name, image, values)
-            if why is None and self._kept(image.position):
-                self._keep_map(name, image.position, values)
-            self._request(name, image, self._sample(name, image, grey, raw), why, seconds)
-            self._collect()
-            done(1)
+        """The requests of all metrics on the map of one method on one image of a chunk."""
+        grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
+        if why is None:
+            grey, raw, why = self._prepared(name, image, values)
+        if why is None and self._kept(image.position):
+            self._keep_map(name, image.position, values)
+        sample = replace(self._sample(name, image, grey, raw), beside=beside)
+        self._request(name, image, sample, why, seconds)
+        self._collect()
 
     def _prepared(
         self, name: str, image: ScoredImage, values: Tensor
@@ -271,13 +333,14 @@ class EvaluationRun:
             raw=raw,
             target=image.target,
             score=image.score,
-            seed=sample_seed(self.protocol.seed, image.position),
+            seed=image.table.seed,
             is_mask=self.maker.facts[name].is_mask,
             resize=self.protocol.resize,
             normalization=self.protocol.normalization,
             explain=self.maker.again(name, image.target),
             explain_randomized=self.maker.at_stage(name, image.target),
             annotation=image.annotation,
+            table=image.table,
         )
 
     # ------------------------------------------------------------------ requests
@@ -290,9 +353,9 @@ class EvaluationRun:
         finishes, failed = [], []
         before = self.scorer.requested
         for metric in self.evaluation.metrics:
-            if not self._applies(metric, name, image):
+            if not self._applies(metric, name, image, sample.beside):
                 continue
-            measured.update({column.key: math.nan for column in metric.columns})
+            measured.update({column.key: self._chance(metric, column) for column in metric.columns})
             if why is not None:
                 continue
             tickets: dict[str, list[Ticket]] = {}
@@ -321,8 +384,16 @@ class EvaluationRun:
         )
         self._pending.append(_Pending(row, finishes))
 
-    def _applies(self, metric: PerturbationMetric, name: str, image: ScoredImage) -> bool:
+    def _applies(
+        self,
+        metric: PerturbationMetric,
+        name: str,
+        image: ScoredImage,
+        beside: tuple[Cohort, int] | None,
+    ) -> bool:
         """Whether a metric is measured on an image for a method."""
+        if beside is not None and not metric.can_compare(beside[0].company, beside[1]):
+            return False
         if metric.needs_annotation:
             note = image.annotation
             return note is not None and note.mask(image.target) is not None
@@ -332,6 +403,13 @@ class EvaluationRun:
             return False
         limit = self.evaluation.again_limit
         return not self.maker.facts[name].perturbs or limit is None or image.position < limit
+
+    def _chance(self, metric: PerturbationMetric, column: Column) -> float:
+        """What stands where a map has no value."""
+        if self.protocol.invalid != "chance":
+            return math.nan
+        chance = metric.chance(column)
+        return math.nan if chance is None else chance
 
     def _tied(self, sample: Sample) -> bool:
         """Whether ties at a threshold keep more than 2 points above a level."""
@@ -355,7 +433,12 @@ class EvaluationRun:
                         values = finished(metric, finish, scores)
                     except Exception as error:
                         raise _own_error(metric, error) from error
-                    row.measured.update({c.key: value for c, value in values.items()})
+                    row.measured.update(
+                        {
+                            c.key: self._chance(metric, c) if math.isnan(value) else value
+                            for c, value in values.items()
+                        }
+                    )
                 else:
                     failed = "; ".join(filter(None, [row.failed, "non-finite score"]))
                     row = row._replace(failed=failed)

@@ -12,8 +12,9 @@ from xattn.eval.interfaces import Explainer, ExplainerFacts
 from xattn.eval.metrics.scorer import pad_batch
 from xattn.explainers.own import WrongShapeError, is_own
 
-Randomized = Mapping[str, Callable[[int, Tensor, Tensor], Tensor]]
+Randomized = Mapping[str, Callable[[int | str, Tensor, Tensor], Tensor]]
 """By method: (stage, images, targets) -> its maps on a network with randomised weights."""
+Attribute = Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T")
 
 
@@ -52,8 +53,14 @@ class MapMaker:
         An explainer that never worked and fails on its first three images does not work at all:
         its error is raised.
         """
+        return self.maps_of(name, self.explainers[name].attribute, images, targets)
+
+    def maps_of(
+        self, name: str, attribute: Attribute, images: Tensor, targets: Tensor
+    ) -> tuple[Sequence[Tensor], list[str | None]]:
+        """:meth:`maps` by ``attribute`` in place of the method's own, in passes of the same shape."""
         try:
-            maps = self._attribute(name, images, targets)
+            maps = self._attribute(name, attribute, images, targets)
             self._worked.add(name)
             return list(maps), [None] * len(images)
         except (MemoryError, WrongShapeError):
@@ -62,7 +69,8 @@ class MapMaker:
             failure = error
         if len(images) > 1:
             parts = [
-                self.maps(name, images[i : i + 1], targets[i : i + 1]) for i in range(len(images))
+                self.maps_of(name, attribute, images[i : i + 1], targets[i : i + 1])
+                for i in range(len(images))
             ]
             return [p[0][0] for p in parts], [p[1][0] for p in parts]
         self._failures[name] = self._failures.get(name, 0) + 1
@@ -89,13 +97,15 @@ class MapMaker:
             f"explainers: {name} cannot work: {problem} on the first {len(maps)} images"
         )
 
-    def _attribute(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
+    def _attribute(
+        self, name: str, attribute: Attribute, images: Tensor, targets: Tensor
+    ) -> Tensor:
         """Raw maps (b, 1, h, w) of a batch."""
         count = len(images)
         targets = targets.to(images.device)
         if not self.facts[name].one_by_one:
             images, targets = pad_batch(images, self.size), pad_batch(targets, self.size)
-        maps = self.explainers[name].attribute(images, targets)
+        maps = attribute(images, targets)
         if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise WrongShapeError(
@@ -112,7 +122,7 @@ class MapMaker:
 
         return explain
 
-    def at_stage(self, name: str, target: int) -> Callable[[int, Tensor], Tensor] | None:
+    def at_stage(self, name: str, target: int) -> Callable[[int | str, Tensor], Tensor] | None:
         """The method on randomised networks as a function of stage and images, where it has such."""
         function = self.randomized.get(name)
         if function is None:

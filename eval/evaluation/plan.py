@@ -1,6 +1,7 @@
 """What an evaluation will cost, before it starts: forward passes by method, and the time they take.
 
-Perturbed images that equal an earlier one are scored once, so the passes are an upper bound. The
+Perturbed images that equal an earlier one are scored once, so the passes are an upper bound; those of the
+table of outcomes are counted once, for all methods. The
 time is that of one timed micro-batch of the backbone times the passes, plus what the metrics take to
 make their images, timed on the first image; a gradient costs two passes more.
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xattn.eval.interfaces import Classifier, Explainer, ExplainerFacts, ScoredModel
 from xattn.eval.metrics.base import PerturbationMetric, Sample
+from xattn.eval.metrics.board.cohort import Cohort, Company, Maps, Mosaic
+from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.scorer import micro_batch
 
 
@@ -27,6 +31,7 @@ class Plan:
         images: how many.
         explaining: passes of the explanations, by method.
         scoring: passes of the metrics, by method.
+        outcomes: passes of the tables of outcomes, which all methods share.
         seconds_a_pass: of one image in a full micro-batch.
         seconds: expected in all.
     """
@@ -36,11 +41,13 @@ class Plan:
     scoring: dict[str, int]
     seconds_a_pass: float
     seconds: float
+    outcomes: int = 0
 
     @property
     def passes(self) -> int:
         """All passes, the clean one of every image included."""
-        return self.images + sum(self.explaining.values()) + sum(self.scoring.values())
+        explained, scored = sum(self.explaining.values()), sum(self.scoring.values())
+        return self.images + explained + scored + self.outcomes
 
     def __str__(self) -> str:
         costly = sorted(self.explaining, key=lambda name: -self.explaining[name])[:3]
@@ -48,8 +55,8 @@ class Plan:
         return (
             f"plan: at most {self.passes:,} forward passes for {len(self.explaining)} methods on "
             f"{self.images} images: {sum(self.explaining.values()):,} explain ({named}), "
-            f"{sum(self.scoring.values()):,} score; {1000 * self.seconds_a_pass:.1f} ms a pass, "
-            f"about {duration(self.seconds)}"
+            f"{sum(self.scoring.values()) + self.outcomes:,} score; "
+            f"{1000 * self.seconds_a_pass:.1f} ms a pass, about {duration(self.seconds)}"
         )
 
 
@@ -75,12 +82,15 @@ def plan(
     batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
     seconds_a_pass = _seconds_a_pass(backbone, batch)
     requests, again, making = 0, 0, 0.0
+    counter = _Counter(backbone)
+    table = OutcomeTable(counter, image.to(backbone.device), 0, torch.zeros(2, device="cpu"))
     for metric in metrics:
         started = time.perf_counter()
-        scored, explained = _dry_run(metric, image.to(backbone.device))
+        scored, explained = _dry_run(metric.for_network(backbone), table)
         making += time.perf_counter() - started
         requests, again = requests + scored, again + explained
-    explaining, scoring, seconds = {}, {}, count * seconds_a_pass
+    outcomes = counter.asked * count
+    explaining, scoring, seconds = {}, {}, (count + outcomes) * seconds_a_pass
     for name, explainer in explainers.items():
         facts = ExplainerFacts.of(explainer)
         forwards = facts.forwards or 0
@@ -89,7 +99,30 @@ def plan(
         scoring[name] = requests * count
         passes = scoring[name] + explaining[name] * (1 if facts.perturbs or not forwards else 3)
         seconds += passes * seconds_a_pass + making * count
-    return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes)
+    return Plan(count, explaining, scoring, seconds_a_pass, seconds / processes, outcomes)
+
+
+class _Company(Company):
+    """One photo, which has what any contrast needs."""
+
+    def next_photo(self, i: int) -> int | None:
+        return i
+
+    def mosaic(self, i: int, n: int, confidence: float, halved: bool) -> Mosaic | None:
+        return Mosaic(n, (0,) * n**2, self.tables[i])
+
+
+class _Counter:
+    """A scorer that counts what it is asked."""
+
+    max_forward_batch, score = 1000, "probability"
+
+    def __init__(self, backbone: ScoredModel) -> None:
+        self.backbone, self.asked = backbone, 0
+
+    def answers(self, inputs: Tensor, function: Any = None) -> Tensor:
+        self.asked += len(inputs)
+        return torch.zeros(len(inputs), 2, device="cpu")
 
 
 def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
@@ -102,8 +135,9 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
     return took / len(batch)
 
 
-def _dry_run(metric: PerturbationMetric, image: Tensor) -> tuple[int, int]:
+def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]:
     """How many images a metric wants scored, and how many explained again."""
+    image = table.image
     if metric.needs_annotation:
         return 0, 0
     y, x = (torch.linspace(-1, 1, side, device="cpu") for side in image.shape[-2:])
@@ -114,6 +148,15 @@ def _dry_run(metric: PerturbationMetric, image: Tensor) -> tuple[int, int]:
         explained[0] += len(images)
         return grey.expand(len(images), -1, -1, -1) * images.mean(1, keepdim=True)
 
+    def alone(images: Tensor, targets: Tensor) -> Tensor:
+        return explain(images)
+
+    def again(places: Sequence[int], targets: Tensor) -> Maps:
+        return list(explain(image[None]))
+
+    def again_random(places: Sequence[int]) -> Maps:
+        return list(explain(image[None]))
+
     sample = Sample(
         image=image,
         grey=grey,
@@ -122,6 +165,8 @@ def _dry_run(metric: PerturbationMetric, image: Tensor) -> tuple[int, int]:
         score=0.5,
         explain=explain,
         explain_randomized=lambda stage, images: explain(images),
+        table=table,
+        beside=(Cohort(_Company([table], [0]), [grey], [[0]], again, again_random, alone), 0),
     )
     return sum(1 for _ in metric.measure(sample)), explained[0]
 

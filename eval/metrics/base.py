@@ -11,12 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
+
+if TYPE_CHECKING:
+    from xattn.eval.metrics.board.cohort import Cohort, Company
+    from xattn.eval.metrics.board.table import OutcomeTable
 
 Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 
@@ -51,6 +55,8 @@ class MetricInfo(NamedTuple):
     """A metric's formula in words, which direction is better, and the range of its values.
 
     ``reads``: see :mod:`xattn.eval.metrics.objectives`; None for a metric that no training is close to.
+    ``chance``: the mean of maps that know nothing, which an invalid map scores where the protocol says so
+    (``Protocol.invalid``); None where it is not known.
     """
 
     formula: str
@@ -59,6 +65,7 @@ class MetricInfo(NamedTuple):
     high: float = 1.0
     kind: str = "faithfulness"
     reads: Reads | None = None
+    chance: float | None = None
 
     @property
     def digits(self) -> int:
@@ -95,8 +102,12 @@ class Sample:
         resize, normalization: how ``grey`` was made, see :class:`~xattn.eval.Protocol`.
         explain: (b, 3, H, W) -> raw maps (b, 1, h, w) by the same method for the same class.
         explain_randomized: (stage, (b, 3, H, W)) -> raw maps by the method on the network of which
-            stage + 1 parts are randomised, see :mod:`xattn.eval.metrics.randomization`.
+            stage + 1 parts are randomised (-1: all), see :mod:`xattn.eval.metrics.randomization`; or, by
+            one of :data:`xattn.backbone.halves.HALVES`, on the network that sees that half alone.
         annotation: what the image shows where.
+        table: what the network answers to masks of the photo that no map has a part in.
+        beside: the method's maps of other classes, photos and networks, for metrics that compare, and which
+            of its photos this one is.
     """
 
     image: Tensor
@@ -109,8 +120,10 @@ class Sample:
     resize: str = "bilinear"
     normalization: str = "minmax"
     explain: Callable[[Tensor], Tensor] | None = None
-    explain_randomized: Callable[[int, Tensor], Tensor] | None = None
+    explain_randomized: Callable[[int | str, Tensor], Tensor] | None = None
     annotation: Annotation | None = None
+    table: OutcomeTable | None = None
+    beside: tuple[Cohort, int] | None = None
     _masks: dict[tuple[float, str], Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, level: float, method: str) -> Tensor:
@@ -119,6 +132,25 @@ class Sample:
             masked = functional.threshold_mask(self.grey[None], level, method)[0]
             self._masks[level, method] = masked
         return self._masks[level, method]
+
+    @property
+    def outcomes(self) -> OutcomeTable:
+        """``table``; an error if there is none."""
+        if self.table is None:
+            raise ValueError("table: None; this metric reads outcomes, give Sample an OutcomeTable")
+        return self.table
+
+    @property
+    def cohort(self) -> Cohort:
+        """That of ``beside``; an error if there is none."""
+        if self.beside is None:
+            raise ValueError("beside: None; this metric compares maps, give Sample a Cohort")
+        return self.beside[0]
+
+    @property
+    def place(self) -> int:
+        """Of this photo in :attr:`cohort`."""
+        return 0 if self.beside is None else self.beside[1]
 
 
 class MaskingChoices(Protocol):
@@ -141,7 +173,9 @@ class PerturbationMetric(ABC):
 
     * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
     * ``explains_randomized``: calls ``sample.explain_randomized``;
-    * ``needs_annotation``: reads ``sample.annotation``.
+    * ``needs_annotation``: reads ``sample.annotation``;
+    * ``compares``: reads ``sample.cohort``: the map of another ``"class"``, ``"photo"`` or ``"network"``,
+      or maps of a ``"mosaic"``.
 
     ``info`` says of each metric what it is. A metric of your own that is not registered needs it; those
     that are have it from their group.
@@ -151,6 +185,7 @@ class PerturbationMetric(ABC):
     explains_again: ClassVar[bool] = False
     explains_randomized: ClassVar[bool] = False
     needs_annotation: ClassVar[bool] = False
+    compares: ClassVar[str] = ""
 
     @classmethod
     def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
@@ -160,6 +195,19 @@ class PerturbationMetric(ABC):
     def score_problem(self, score: str) -> str | None:
         """Why the metrics are not defined for this kind of score, with the remedy; None if they are."""
         return None
+
+    def for_network(self, network: Any) -> PerturbationMetric:
+        """The metric with the options that it takes from the network that is scored; by default itself."""
+        return self
+
+    def can_compare(self, company: Company, place: int) -> bool:
+        """Whether a photo of a chunk has what the metric compares its map with."""
+        return self.compares != "photo" or company.next_photo(place) is not None
+
+    def chance(self, column: Column) -> float | None:
+        """The mean of maps that know nothing, or None."""
+        info = self.info.get(column.metric)
+        return None if info is None else info.chance
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -197,6 +245,7 @@ class MetricGroup:
             ``{kept}`` or ``{removed}``, which part of the photo that is at the metric's level.
         classes: its torchmetrics classes, :class:`~xattn.eval.metrics.MeanMetric`.
         cases: options that the tests of every group try; the first are cheap.
+        by_name: measured only where it is named, not in ``direct`` and ``all``.
     """
 
     name: str
@@ -205,16 +254,33 @@ class MetricGroup:
     classes: tuple[type[Any], ...] = ()
     cases: tuple[Mapping[str, Any], ...] = ({},)
     words: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    by_name: bool = False
 
     def __post_init__(self) -> None:
-        self.metric.info = self.metric.info or self.metrics
+        if "info" not in vars(self.metric):  # a base's are its own
+            self.metric.info = self.metrics
         for cls in self.classes:
             cls.group = self
 
+    @classmethod
+    def single(
+        cls,
+        metric: type[PerturbationMetric],
+        name: str,
+        info: MetricInfo,
+        title: str,
+        sentence: str,
+        column: str = "",
+        **more: Any,
+    ) -> MetricGroup:
+        """A group of one metric, whose column has the group's name unless it has one of its own."""
+        column = column or name
+        return cls(name, metric, {column: info}, words={column: (title, sentence)}, **more)
+
     @property
     def direct(self) -> bool:
-        """Whether it needs no annotation and explains nothing again."""
-        return not (self.metric.explains_again or self.metric.needs_annotation)
+        """Whether it needs no annotation, explains nothing again and need not be named."""
+        return not (self.by_name or self.metric.explains_again or self.metric.needs_annotation)
 
 
 def _plain(value: Any) -> Any:

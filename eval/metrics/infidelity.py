@@ -27,6 +27,7 @@ from xattn.eval.metrics.base import (
     Request,
     Sample,
 )
+from xattn.eval.metrics.board.masks import Squares, corners_of
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.metrics.mean_metric import MeanMetric
 
@@ -125,10 +126,10 @@ class InfidelityMetric(PerturbationMetric):
 
     def _perturbed(self, image: Tensor, raw: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """x - I (3, H, W) and I . phi (), float64, for each perturbation."""
-        generator = torch.Generator().manual_seed(seed)
         height, width = image.shape[-2:]
         phi = raw[0].double()
         if self.perturbation == "noise":
+            generator = torch.Generator().manual_seed(seed)
             for _ in range(self.samples):
                 noise = self.sigma * torch.randn(
                     1, height, width, generator=generator, device="cpu"
@@ -137,12 +138,8 @@ class InfidelityMetric(PerturbationMetric):
                 yield image - noise, (phi * noise[0]).sum()
             return
         weighted = phi * image.double().mean(0) if self.perturbation == "square" else phi
-        side = max(1, round(self.side * min(height, width)))
-        for _ in range(self.samples):
-            top, left = (
-                int(torch.randint(n - side + 1, (), generator=generator, device="cpu"))
-                for n in (height, width)
-            )
+        corners, side = corners_of(Squares(self.samples, self.side), (height, width), seed)
+        for top, left in corners.tolist():
             square = (..., slice(top, top + side), slice(left, left + side))
             removed = image.clone()
             removed[square] = 0

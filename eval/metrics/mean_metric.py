@@ -62,7 +62,7 @@ class MeanMetric(Metric):
         *,
         measured_by: PerturbationMetric | None = None,
         explainer: Any = None,
-        randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+        randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None = None,
         is_mask: bool = False,
         **kwargs: Any,
     ) -> None:

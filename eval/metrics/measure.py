@@ -13,6 +13,8 @@ from torch import Tensor
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
 from xattn.eval.metrics.base import Column, Finish, PerturbationMetric, Request, Sample
+from xattn.eval.metrics.board.cohort import Cohort, Company, Maps
+from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.scorer import MaskedScorer, Ticket, micro_batch
 
 
@@ -31,7 +33,7 @@ def measure(
     first: int = 0,
     is_mask: bool = False,
     explain: Callable[[Tensor, Tensor], Tensor] | None = None,
-    explain_randomized: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None = None,
     annotations: Sequence[Annotation | None] | None = None,
 ) -> dict[Column, Tensor]:
     """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
@@ -48,37 +50,34 @@ def measure(
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
     batch, size = len(images), images.shape[-2:]
-    classes = (
-        torch.full((batch,), targets, device="cpu") if isinstance(targets, int) else targets.cpu()
-    )
-    if len(maps) != batch or len(classes) != batch:
-        raise ValueError(
-            f"maps, targets: got {len(maps)} and {len(classes)} for {batch} images; give one an image"
-        )
+    classes = _classes(targets, len(maps), batch)
     network = f if hasattr(f, "probabilities") else _Callable(f)
+    metric = metric.for_network(network)
     scorer = MaskedScorer(network, micro_batch(max_forward_batch, batch), score=score)
     grey, valid = functional.saliency(
         maps, size, is_mask=is_mask, normalization=normalization, resize=resize
     )
     raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
-    values = {
-        column: torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
-        for column in metric.columns
-    }
+    undefined = torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
+    values = {column: undefined.clone() for column in metric.columns}
     for part in torch.arange(batch, device="cpu").split(scorer.max_forward_batch):
-        scores, _ = scorer.clean(images[part], classes[part])
+        scores, _, _, logits = scorer.clean_classes(images[part], classes[part])
+        seeds = [sample_seed(seed, first + i) for i in part.tolist()]
+        rows = zip(images[part].float(), seeds, logits, strict=True)
+        tables = [OutcomeTable(scorer, *row) for row in rows]
+        cohort = _cohort(tables, classes[part], maps[part], explain, explain_randomized, resize)
         waiting = []
-        for i, p in zip(part.tolist(), scores.tolist(), strict=True):
-            if not valid[i]:
+        for place, (i, p) in enumerate(zip(part.tolist(), scores.tolist(), strict=True)):
+            target, table = int(classes[i]), tables[place]
+            if not valid[i] or not metric.can_compare(cohort.company, place):
                 continue
-            target = int(classes[i])
             sample = Sample(
-                image=images[i].float(),
+                image=table.image,
                 grey=grey[i],
                 raw=raw[i],
                 target=target,
                 score=p,
-                seed=sample_seed(seed, first + i),
+                seed=table.seed,
                 is_mask=is_mask,
                 resize=resize,
                 normalization=normalization,
@@ -86,16 +85,49 @@ def measure(
                 explain_randomized=explain_randomized
                 and partial(_explain_at_stage, explain_randomized, target),
                 annotation=None if annotations is None else annotations[i],
+                table=table,
+                beside=(cohort, place),
             )
-            tickets: dict[str, list[Ticket]] = {}
-            finish = submit_all(metric.measure(sample), scorer, target, tickets)
-            waiting.append((i, finish, tickets))
+            waiting.append((i, *_submitted(metric, sample, scorer)))
         scorer.flush()
         for i, finish, tickets in waiting:
             for column, value in finished(metric, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
     return values
+
+
+def _cohort(
+    tables: list[OutcomeTable],
+    classes: Tensor,
+    maps: Tensor,
+    explain: Callable[[Tensor, Tensor], Tensor] | None,
+    explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None,
+    resize: str,
+) -> Cohort:
+    """What contrasts compare maps with: one batch, explained again as a whole."""
+    images = torch.stack([table.image for table in tables])
+    for table, k in zip(tables, classes.tolist(), strict=True):
+        table.wanted = (k,)
+
+    def alone(images: Tensor, targets: Tensor) -> Tensor:
+        if explain is None:
+            raise ValueError("explain: None; this metric explains again, give the method")
+        return explain(images, targets)
+
+    def on_random(places: Sequence[int]) -> Maps:
+        assert explain_randomized is not None
+        return list(explain_randomized(-1, images, classes))
+
+    return Cohort(
+        Company(tables, classes.tolist()),
+        list(maps),
+        [list(range(len(tables)))],
+        lambda places, targets: list(alone(images, targets)),
+        None if explain_randomized is None else on_random,
+        alone,
+        resize,
+    )
 
 
 def finished(
@@ -112,6 +144,24 @@ def finished(
             f"{known}"
         )
     return {column: float(value) for column, value in values.items()}
+
+
+def _classes(targets: Tensor | int, maps: int, images: int) -> Tensor:
+    """(B,) on the CPU; an error where maps or classes are not one an image."""
+    if isinstance(targets, int):
+        targets = torch.full((images,), targets, device="cpu")
+    if maps != images or len(targets) != images:
+        raise ValueError(
+            f"maps, targets: got {maps} and {len(targets)} for {images} images; give one an image"
+        )
+    return targets.cpu()
+
+
+def _submitted(
+    metric: PerturbationMetric, sample: Sample, scorer: MaskedScorer
+) -> tuple[Finish, dict[str, list[Ticket]]]:
+    tickets: dict[str, list[Ticket]] = {}
+    return submit_all(metric.measure(sample), scorer, sample.target, tickets), tickets
 
 
 def submit_all(
@@ -158,6 +208,9 @@ def _explain(explain: Callable[[Tensor, Tensor], Tensor], target: int, images: T
 
 
 def _explain_at_stage(
-    explain: Callable[[int, Tensor, Tensor], Tensor], target: int, stage: int, images: Tensor
+    explain: Callable[[int | str, Tensor, Tensor], Tensor],
+    target: int,
+    stage: int | str,
+    images: Tensor,
 ) -> Tensor:
     return explain(stage, images, torch.full((len(images),), target, device="cpu"))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -145,29 +145,58 @@ class RandomizationMetric(PerturbationMetric):
     Args:
         stages: how many stages the cascade behind ``explain_randomized`` has.
         absolute: compare absolute values, as most of the paper does; False for signed maps.
+        smooth: compare means of the maps of so many noisy copies of the photo, as sMPRT does with 50
+            (Hedstroem et al. 2024, arXiv 2401.06465); 0 for the maps of the photo itself.
+        noise: their standard deviation, as a part of the photo's range.
     """
 
     stages: int = 5
     absolute: bool = True
+    smooth: int = 0
+    noise: float = 0.1
     explains_again: ClassVar[bool] = True
     explains_randomized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("stages", self.stages)
+        if self.smooth < 0 or not self.noise > 0:
+            raise ValueError(
+                f"smooth, noise: got {self.smooth} and {self.noise}; give a number of copies, 0 for none, "
+                f"and a positive standard deviation"
+            )
+
+    def options(self) -> dict[str, Any]:
+        given = super().options()
+        return given if self.smooth else {k: given[k] for k in ("stages", "absolute")}
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
         yield from ()
         if sample.explain_randomized is None:
             return lambda scores: dict.fromkeys(self.columns, math.nan)
-        size = sample.raw.shape[-2:]
         stages = []
+        images, own = sample.image[None], sample.raw[None]
+        if self.smooth:
+            images = self._noisy(sample)
+            assert sample.explain is not None
+            own = self._mean(sample, sample.explain(images)).to(own)
         for stage in range(self.stages):
-            raw = sample.explain_randomized(stage, sample.image[None]).detach().float()
-            stages.append(functional.upsample(raw, size, sample.resize))
-        randomized = torch.stack(stages, 1).to(sample.raw.device)
-        found = randomization_values(sample.raw[None], randomized, absolute=self.absolute)
+            stages.append(self._mean(sample, sample.explain_randomized(stage, images)))
+        randomized = torch.stack(stages, 1).to(own.device)
+        found = randomization_values(own, randomized, absolute=self.absolute)
         values = {column: float(value) for column, value in found.items()}
         return lambda scores: values
+
+    def _noisy(self, sample: Sample) -> Tensor:
+        """(smooth, 3, H, W) copies of the photo."""
+        generator = torch.Generator().manual_seed(sample.seed)
+        shape = (self.smooth, *sample.image.shape)
+        noise = torch.randn(shape, generator=generator, device="cpu").to(sample.image)
+        return sample.image + self.noise * (sample.image.amax() - sample.image.amin()) * noise
+
+    def _mean(self, sample: Sample, raw: Tensor) -> Tensor:
+        """The mean of raw maps (b, 1, h, w) at the photo's size, (1, 1, H, W)."""
+        sized = functional.upsample(raw.detach().float(), sample.raw.shape[-2:], sample.resize)
+        return sized.mean(0, keepdim=True)
 
 
 class _Similarity(MeanMetric):

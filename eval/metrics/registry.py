@@ -29,6 +29,21 @@ FILES = (
     "adcc",
     "sensitivity",
     "randomization",
+    "board.squares",
+    "board.subsets",
+    "board.single_deletion",
+    "board.photo_gain",
+    "board.class_contrast",
+    "board.mosaic_contrast",
+    "board.network_contrast",
+    "board.gridpg",
+    "board.thinned",
+    "board.saco",
+    "board.eraser",
+    "board.blind",
+    "board.emprt",
+    "board.sensitivity_n",
+    "board.mufidelity",
 )
 """The files of metrics, in the order of the tables."""
 
@@ -90,13 +105,17 @@ for _file in FILES:
 
 
 def direct_groups() -> list[str]:
-    """The groups that neither explain again nor need annotations: ``--metrics direct``."""
+    """The groups that neither explain again nor need annotations or their name: ``--metrics direct``."""
     return [name for name, group in GROUPS.items() if group.direct]
 
 
 def groups_without_annotations() -> list[str]:
-    """The groups that need no annotations: ``--metrics all``."""
-    return [name for name, group in GROUPS.items() if not group.metric.needs_annotation]
+    """The groups that need neither annotations nor their name: ``--metrics all``."""
+    return [
+        name
+        for name, group in GROUPS.items()
+        if not (group.by_name or group.metric.needs_annotation)
+    ]
 
 
 def groups_with_annotations() -> list[str]:

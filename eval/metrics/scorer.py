@@ -9,7 +9,9 @@ memory runs out, the passes go on at half the size (:mod:`xattn.runtime.memory`)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,15 @@ class Ticket:
     target: int
     score: float = float("nan")
     done: bool = False
+
+
+class Clean(NamedTuple):
+    """Of b unmasked images: scores (b,) of the ``classes`` (b,), all ``scores`` and ``logits`` (b, K)."""
+
+    p: Tensor
+    classes: Tensor
+    scores: Tensor
+    logits: Tensor
 
 
 class MaskedScorer:
@@ -87,17 +98,28 @@ class MaskedScorer:
         return self.clean_classes(images, targets)[:2]
 
     @torch.no_grad()
-    def clean_classes(
-        self, images: Tensor, targets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`clean`, and the scores (b, K) of all classes."""
-        scores = self._forward(pad_batch(images, self.max_forward_batch))[: len(images)]
+    def clean_classes(self, images: Tensor, targets: Tensor | None = None) -> Clean:
+        """:meth:`clean`, and scores and logits (b, K) of all classes."""
+        every = self._logits(pad_batch(images, self.max_forward_batch))[: len(images)]
+        scores = self._scores(every)
         self.scored += len(images)
         classes = scores.argmax(1) if targets is None else targets.cpu()
         p = scores.gather(1, classes[:, None])[:, 0]
         for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
             self._known[self._digest(image), target] = Ticket(target, value, done=True)
-        return p, classes, scores
+        return Clean(p, classes, scores, every.double())
+
+    @torch.no_grad()
+    def answers(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(n, ...) inputs, n <= max_forward_batch -> logits (n, K) float64, of images or of what
+        ``function`` takes in their place.
+
+        In a pass of the next multiple of 4, so that equal inputs have equal logits.
+        """
+        self.scored += len(inputs)
+        return self._logits(pad_batch(inputs, -(-len(inputs) // 4) * 4), function)[
+            : len(inputs)
+        ].double()
 
     def submit(self, perturbed: Tensor, target: int, shared: bool = True) -> Ticket:
         """Ask for the score of ``target`` on one perturbed image (3, H, W), which is copied.
@@ -156,13 +178,19 @@ class MaskedScorer:
 
     def _forward(self, images: Tensor) -> Tensor:
         """(max_forward_batch, 3, H, W) -> (max_forward_batch, K) scores, float64 on CPU."""
-        with torch.autocast(
-            images.device.type, torch.bfloat16, enabled=self.precision != "float32"
-        ):
-            parts = self._batches.run(self.backbone.logits, images)
-        self.batches += len(parts)
-        logits = torch.cat([part.float().cpu() for part in parts])
+        return self._scores(self._logits(images))
+
+    def _scores(self, logits: Tensor) -> Tensor:
         return logits.double() if self.score == "logit" else self.backbone.probabilities(logits)
+
+    def _logits(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(n, K) float32 on CPU."""
+        with torch.autocast(
+            inputs.device.type, torch.bfloat16, enabled=self.precision != "float32"
+        ):
+            parts = self._batches.run(function or self.backbone.logits, inputs)
+        self.batches += len(parts)
+        return torch.cat([part.float().cpu() for part in parts])
 
     def _digest(self, image: Tensor) -> bytes:
         """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""

@@ -32,17 +32,29 @@ def explained(backbone, summary):
 
 
 MASKED = {"AD", "IC", "ADD", "AG", "drop", "ADCC"}
+TABLE = {"squares", "subsets", "single-deletion", "photo-gain", "class-contrast", "network-contrast",
+         "class-contrast-mosaic"}  # fmt: skip
+BLACK_TABLE = {"sensitivity-n", "mufidelity"}
+ERASER, BY_RANK = {"comprehensiveness", "sufficiency"}, {"thinned", "saco"}
 
 
 @pytest.mark.parametrize(
     ("objective", "marked"),
     [
-        ("mask", MASKED | {"complexity", "deletion", "AOPC", "infidelity"}),
-        ("mask-mean", MASKED | {"complexity", "IROF"}),
+        (
+            "mask",
+            MASKED | BLACK_TABLE | ERASER | {"complexity", "deletion", "AOPC", "infidelity"},
+        ),
+        ("mask-mean", MASKED | TABLE | BY_RANK | {"complexity", "IROF"}),
         ("mask-features", MASKED | {"complexity"}),
         (
             "outcomes",
-            MASKED | {"deletion", "insertion", "AOPC", "IROF", "infidelity", "monotonicity"},
+            MASKED
+            | TABLE
+            | BLACK_TABLE
+            | ERASER
+            | BY_RANK
+            | {"deletion", "insertion", "AOPC", "IROF", "infidelity", "monotonicity"},
         ),
         ("of a later version", set()),
         (None, set()),

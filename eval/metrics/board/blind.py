@@ -1,0 +1,87 @@
+"""Blind: how much of a map lies where the network cannot see?
+
+    mean over halves of sum_{u hidden} |phi(u)| / sum_u |phi(u)|,    phi of f'(x) = f(x o M + b o (1 - M))
+
+M keeps the top, left, bottom or right half, b is the mean colour. Gradients of f' by its input have 0.
+CAMs of the last layer reach across the border by its receptive field and give what is behind it the
+value of no evidence (arXiv 2404.01964).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from xattn.backbone.halves import HALVES, seen
+from xattn.eval import functional
+from xattn.eval.metrics.base import (
+    Finish,
+    MetricGroup,
+    MetricInfo,
+    PerturbationMetric,
+    Request,
+    Sample,
+)
+from xattn.eval.metrics.mean_metric import MeanMetric
+
+
+def leak_values(maps: Tensor, hidden: Tensor) -> Tensor:
+    """Share of |phi| of maps (B, 1, H, W) in what is ``hidden`` (H, W) bool, (B,) float64 in [0, 1].
+
+    NaN where a map is 0 or not finite.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    functional.check_maps(maps)
+    if hidden.shape != maps.shape[2:]:
+        raise ValueError(f"hidden: got {tuple(hidden.shape)}; give {tuple(maps.shape[2:])}")
+    size = maps.detach().double().abs()
+    return (size * hidden).sum((1, 2, 3)) / size.sum((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class BlindMetric(PerturbationMetric):
+    """The mean over four halves; the method explains the same class on a network that sees one of them."""
+
+    explains_again: ClassVar[bool] = True
+    explains_randomized: ClassVar[bool] = True
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        size = (sample.raw.shape[1], sample.raw.shape[2])
+        values = []
+        for half in HALVES if sample.explain_randomized else ():
+            raw = sample.explain_randomized(half, sample.image[None]).detach().float()
+            sized = functional.upsample(raw, size, sample.resize)
+            values.append(float(leak_values(sized, ~seen(half, size).to(sized.device))))
+        value = sum(values) / len(values) if values else math.nan
+        return lambda scores: {self.columns[0]: value}
+
+
+class BlindLeak(MeanMetric):
+    """Mean share of maps that is hidden; ``update(maps, hidden, valid=None)``."""
+
+    metric = "blind"
+    higher_is_better = False
+    values = leak_values
+
+
+GROUP = MetricGroup.single(
+    BlindMetric,
+    "blind",
+    MetricInfo(
+        "share of |phi| in the half of the photo that the network does not see",
+        False,
+        kind="sanity",
+        chance=0.5,
+    ),
+    "In the blind half",
+    "How much of the map lies where the network cannot see",
+    classes=(BlindLeak,),
+    by_name=True,
+)

@@ -1,0 +1,165 @@
+"""What contrasts compare a map with: the method's maps of another class, photo or network, and of mosaics.
+
+Contrasts are 0 by algebra for a map that ignores the photo, the class or the network. That holds to the
+last bit only where both maps come from passes of one shape, so maps are made a chunk of photos at a
+time, as the method's own are, each once and only where one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xattn.eval import functional
+from xattn.eval.metrics.board.table import OutcomeTable
+
+Maps = list[Tensor | None]
+"""Raw maps (1, h, w) of some photos, None where there is none."""
+
+
+class Mosaic(NamedTuple):
+    """n x n photos side by side, row by row, their ``classes``, and the ``table`` of the whole."""
+
+    n: int
+    classes: tuple[int, ...]
+    table: OutcomeTable
+
+
+class Company:
+    """The photos of a chunk beside each other.
+
+    Args:
+        tables: of each photo.
+        targets: the explained classes.
+    """
+
+    def __init__(self, tables: Sequence[OutcomeTable], targets: Sequence[int]) -> None:
+        self.tables, self.targets = tables, targets
+        self._mosaics: dict[tuple[int, float, bool], dict[int, Mosaic]] = {}
+
+    def next_photo(self, i: int) -> int | None:
+        """The next photo, after the last the first, of another predicted class."""
+        predicted = [int(table.clean.argmax()) for table in self.tables]
+        order = [*range(i + 1, len(predicted)), *range(i)]
+        return next((j for j in order if predicted[j] != predicted[i]), None)
+
+    def mosaic(self, i: int, n: int, confidence: float, halved: bool) -> Mosaic | None:
+        """The mosaic whose first photo is ``i``; each photo is in one at most.
+
+        Args:
+            confidence: photos whose explained class is less probable are in none.
+            halved: cells are smaller by n, so that the mosaic has the size of a photo.
+        """
+        key = n, confidence, halved
+        if key not in self._mosaics:
+            self._mosaics[key] = dict(self._composed(*key))
+        return self._mosaics[key].get(i)
+
+    def _composed(self, n: int, confidence: float, halved: bool) -> list[tuple[int, Mosaic]]:
+        left = [
+            i
+            for i, (table, k) in enumerate(zip(self.tables, self.targets, strict=True))
+            if float(table.clean.softmax(0)[k]) >= confidence
+        ]
+        found = []
+        while left:
+            group: list[int] = []
+            for i in left:
+                if len(group) < n * n and self.targets[i] not in [self.targets[j] for j in group]:
+                    group.append(i)
+            if len(group) < n * n:
+                break
+            left = [i for i in left if i not in group]
+            first = self.tables[group[0]]
+            image = mosaic_of(torch.stack([self.tables[i].image for i in group]), n, halved)
+            classes = tuple(self.targets[i] for i in group)
+            table = OutcomeTable(first.scorer, image, first.seed, wanted=classes)
+            found.append((group[0], Mosaic(n, classes, table)))
+        return found
+
+
+def mosaic_of(images: Tensor, n: int, halved: bool) -> Tensor:
+    """n^2 photos (n^2, 3, H, W), row by row -> (3, n H, n W), or (3, H, W) of smaller ones."""
+    height, width = images.shape[-2:]
+    if halved:
+        size = (height // n, width // n)
+        images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    rows = [torch.cat(list(row), 2) for row in images.split(n)]
+    whole = torch.cat(rows, 1)
+    rest = (0, width - whole.shape[2], 0, height - whole.shape[1]) if halved else (0, 0, 0, 0)
+    return F.pad(whole[None], rest, mode="replicate")[0]
+
+
+@dataclass(eq=False)
+class Cohort:
+    """One method on the photos of a chunk.
+
+    Args:
+        own: the raw maps of each photo's own class.
+        parts: which photos are explained at a time.
+        explain: (places, targets (b,)) -> maps of these photos as ``own`` was made.
+        randomized: (places) -> maps of their own classes on a network of random weights; None where the
+            method has none.
+        alone: (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).
+        resize: how maps reach a photo's size.
+    """
+
+    company: Company
+    own: Maps
+    parts: Sequence[Sequence[int]]
+    explain: Callable[[Sequence[int], Tensor], Maps]
+    randomized: Callable[[Sequence[int]], Maps] | None
+    alone: Callable[[Tensor, Tensor], Tensor]
+    resize: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        self._made: dict[tuple[str, int], Tensor | None] = {}
+        self._of_mosaics: dict[int, Tensor] = {}
+
+    def of_next_photo(self, i: int) -> Tensor | None:
+        """The map of the next photo, at this one's size; None where it has none."""
+        j = self.company.next_photo(i)
+        return None if j is None else self._sized(self.own[j], i)
+
+    def of_second_class(self, i: int) -> Tensor | None:
+        """The map of the likeliest class but the explained one."""
+        return self._of("class", i)
+
+    def on_random_weights(self, i: int) -> Tensor | None:
+        """The map of the explained class on random weights."""
+        return self._of("network", i)
+
+    def of_mosaic(self, mosaic: Mosaic) -> Tensor:
+        """(n^2, 1, h, w) raw maps of each of its classes."""
+        if id(mosaic) not in self._of_mosaics:
+            targets = torch.tensor(mosaic.classes, device=mosaic.table.image.device)
+            images = mosaic.table.image.expand(len(targets), -1, -1, -1).contiguous()
+            self._of_mosaics[id(mosaic)] = self.alone(images, targets).detach()
+        return self._of_mosaics[id(mosaic)]
+
+    def _of(self, kind: str, i: int) -> Tensor | None:
+        if (kind, i) not in self._made:
+            part = next(part for part in self.parts if i in part)
+            if kind == "class":
+                seconds = [self.company.tables[j].second(self.company.targets[j]) for j in part]
+                maps = self.explain(part, torch.tensor(seconds, device="cpu"))
+            else:
+                maps = [None] * len(part) if self.randomized is None else self.randomized(part)
+            for j, values in zip(part, maps, strict=True):
+                self._made[kind, j] = self._sized(values, j)
+        return self._made[kind, i]
+
+    def _sized(self, values: Tensor | None, i: int) -> Tensor | None:
+        """(1, h, w) -> (1, H, W); None if it is constant or not finite."""
+        if values is None:
+            return None
+        image = self.company.tables[i].image
+        one = values[None].detach().to(image.device)
+        if not bool(functional.minmax(one)[1]):
+            return None
+        return functional.upsample(one.float(), image.shape[-2:], self.resize)[0]

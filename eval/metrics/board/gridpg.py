@@ -1,0 +1,146 @@
+"""GridPG: of a mosaic of n x n photos, how much of the positive map of a class lies in its own photo?
+
+    mean_i (sum_{u in cell i} phi_i(u)^+ / sum_u phi_i(u)^+),    phi_i of the class of cell i
+
+Boehle et al. 2021, arXiv 2104.00032; Rao et al. 2022, arXiv 2205.10435. A map that ignores the class has
+exactly 1 / n^2, since the shares of one map add up to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from xattn.backbone import Backbone
+from xattn.eval import functional
+from xattn.eval.metrics.base import (
+    Column,
+    Finish,
+    MetricGroup,
+    MetricInfo,
+    PerturbationMetric,
+    Request,
+    Sample,
+)
+from xattn.eval.metrics.board.cohort import Company, Mosaic
+from xattn.eval.metrics.board.masks import cell_sums
+from xattn.eval.metrics.curves import check_count
+
+NOTHING = 1e-7  # a positive part below this is none, as in the authors' program
+
+
+def positive_shares(maps: Tensor, n: int) -> Tensor:
+    """Of maps (B, 1, H, W) the share of the positive part in each cell, (B, n^2) float64; 0 where there is
+    none.
+
+    Of a mosaic with two photos of the class the sum over both cells is the Focus of Arias-Duart et al. 2022
+    (arXiv 2109.15035).
+    """
+    functional.check_maps(maps)
+    parts = torch.stack([cell_sums(m[0].clamp_min(0).cpu(), (n, n)).flatten() for m in maps])
+    total = parts.sum(1, keepdim=True)
+    return torch.where(total < NOTHING, 0.0, parts / total.clamp_min(NOTHING))
+
+
+def gridpg_values(maps: Tensor) -> Tensor:
+    """(B, n^2, 1, H, W) maps of the class of each cell, row by row -> (B,) float64 in [0, 1].
+
+    >>> gridpg_values(torch.ones(1, 4, 1, 6, 6))
+    tensor([0.2500], dtype=torch.float64)
+
+    Raises:
+        ValueError: another shape, or a number of classes that is no square.
+    """
+    n = round(maps.shape[1] ** 0.5) if maps.ndim == 5 else 0
+    if n < 1 or n * n != maps.shape[1]:
+        raise ValueError(f"maps: got {tuple(maps.shape)}; give (B, n^2, 1, H, W)")
+    own = [torch.diagonal(positive_shares(of_mosaic, n)).mean() for of_mosaic in maps]
+    values = torch.stack(own)
+    return torch.where(maps.flatten(1).isfinite().all(1).cpu(), values, torch.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MosaicOptions(PerturbationMetric):
+    """Mosaics are made of the photos of a chunk, each of which is in one at most; the value stands with the
+    first photo of each, and other photos have none.
+
+    Args:
+        n: photos a side.
+        confidence: only of photos whose class has this probability at least.
+        halved: photos are smaller by n, so that a mosaic has the size of a photo; None for networks that
+            take one size alone, which are those whose grid of patches is fixed.
+    """
+
+    n: int = 2
+    confidence: float = 0.9
+    halved: bool | None = None
+
+    def __post_init__(self) -> None:
+        parent = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        check_count("n", self.n)
+        if self.n < 2 or not 0 <= self.confidence <= 1:
+            raise ValueError(
+                f"n, confidence: got {self.n} and {self.confidence}; give at least 2, and a probability"
+            )
+
+    def for_network(self, network: Any) -> Self:
+        made = super().for_network(network)
+        if self.halved is None:
+            fixed = isinstance(network, Backbone) and network.knows_grid
+            made = replace(made, halved=fixed)  # type: ignore[type-var]
+        return made  # type: ignore[return-value]
+
+    def mosaic(self, company: Company, place: int) -> Mosaic | None:
+        """The mosaic that the photo at ``place`` leads."""
+        return company.mosaic(place, self.n, self.confidence, bool(self.halved))
+
+    def can_compare(self, company: Company, place: int) -> bool:
+        return self.mosaic(company, place) is not None
+
+    def mosaic_of(self, sample: Sample) -> Mosaic:
+        """The mosaic that the photo leads; an error if there is none."""
+        found = self.mosaic(sample.cohort.company, sample.place)
+        if found is None:
+            raise ValueError("mosaic: this photo leads none")
+        return found
+
+
+@dataclass(frozen=True)
+class GridPGMetric(MosaicOptions):
+    """The mean over the classes of a mosaic, each of which is explained; n = 3 in the papers."""
+
+    compares: ClassVar[str] = "mosaic"
+    explains_again: ClassVar[bool] = True
+
+    def chance(self, column: Column) -> float | None:
+        return 1 / self.n**2
+
+    def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
+        yield from ()
+        mosaic = self.mosaic_of(sample)
+        size = mosaic.table.image.shape[-2:]
+        maps = sample.cohort.of_mosaic(mosaic).float()
+        value = float(gridpg_values(functional.upsample(maps, size, sample.resize)[None]))
+        return lambda scores: {self.columns[0]: value}
+
+
+GROUP = MetricGroup.single(
+    GridPGMetric,
+    "gridpg",
+    MetricInfo(
+        "share of the positive map of a class in its own photo of a mosaic",
+        True,
+        kind="localisation",
+    ),
+    "Grid pointing game",
+    "How much of the map of a class lies in its photo, of a mosaic of photos",
+    cases=({"confidence": 0.2},),
+    by_name=True,
+)

@@ -1,0 +1,176 @@
+"""Lists of masks that do not depend on any map: which part of a photo goes, by the photo's size and a seed.
+
+A part is a square, or a set of cells of a c x c grid whose borders lie at floor(i H / c).
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskList(ABC):
+    """Masks of one kind; equal lists of a photo have equal masks, which all maps and metrics share.
+
+    ``size`` is (h, w) in pixels, or in patches where patches are dropped.
+    """
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many masks there are."""
+
+    @abstractmethod
+    def removed(self, size: tuple[int, int], seed: int) -> Tensor:
+        """(count, h, w) bool: what each mask removes."""
+
+    @abstractmethod
+    def sums(self, values: Tensor, seed: int) -> Tensor:
+        """The sum of ``values`` (h, w) over what each mask removes, (count,) float64."""
+
+    def _generator(self, seed: int) -> torch.Generator:
+        """Draws of this list alone, whatever other lists draw."""
+        return torch.Generator().manual_seed(random.Random(f"{self!r} {seed}").getrandbits(63))
+
+
+def _check_size(cells: int, size: tuple[int, int]) -> None:
+    if min(size) < cells:
+        raise ValueError(f"cells: got {cells}; the photo has {size[0]} x {size[1]}, give fewer")
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    """(h, w) -> (h + 1, w + 1) float64, sums of all above and to the left."""
+    return torch.nn.functional.pad(values.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+
+
+def cell_sums(values: Tensor, cells: tuple[int, int]) -> Tensor:
+    """(h, w) -> sums over a grid of ``cells``, float64, borders at floor(i h / rows).
+
+    >>> cell_sums(torch.ones(5, 4), (2, 2))
+    tensor([[4., 4.],
+            [6., 6.]], dtype=torch.float64)
+    """
+    _check_size(max(cells), (values.shape[0], values.shape[1]))
+    y, x = (
+        torch.arange(n + 1, device="cpu") * side // n
+        for n, side in zip(cells, values.shape, strict=True)
+    )
+    return _cumulative(values)[y][:, x].diff(dim=0).diff(dim=1)
+
+
+@dataclass(frozen=True)
+class Squares(MaskList):
+    """``rows`` squares inside the photo, all of one area: ``side`` of its shorter side. In pixels they are
+    those of infidelity."""
+
+    rows: int = 50
+    side: float = 0.25
+
+    @property
+    def count(self) -> int:
+        return self.rows
+
+    def removed(self, size: tuple[int, int], seed: int) -> Tensor:
+        corners, side = corners_of(self, size, seed)
+        y, x = (
+            (place >= start[:, None]) & (place < start[:, None] + side)
+            for place, start in zip(
+                (torch.arange(n, device="cpu") for n in size), corners.unbind(1), strict=True
+            )
+        )
+        return y[:, :, None] & x[:, None, :]
+
+    def sums(self, values: Tensor, seed: int) -> Tensor:
+        corners, side = corners_of(self, (values.shape[0], values.shape[1]), seed)
+        total, (y, x) = _cumulative(values), corners.unbind(1)
+        return total[y + side, x + side] - total[y, x + side] - total[y + side, x] + total[y, x]
+
+
+@lru_cache(maxsize=64)  # every method asks for them
+def corners_of(squares: Squares, size: tuple[int, int], seed: int) -> tuple[Tensor, int]:
+    """Top and left (rows, 2) of squares, and their side."""
+    generator = torch.Generator().manual_seed(seed)
+    side = max(1, round(squares.side * min(size)))
+    drawn = [
+        [int(torch.randint(n - side + 1, (), generator=generator, device="cpu")) for n in size]
+        for _ in range(squares.rows)
+    ]
+    return torch.tensor(drawn, device="cpu"), side
+
+
+@dataclass(frozen=True)
+class _OfCells(MaskList):
+    """Sets of cells of a ``cells`` x ``cells`` grid."""
+
+    cells: int = 14
+
+    @abstractmethod
+    def chosen(self, seed: int) -> Tensor:
+        """(count, cells^2) bool: the cells that go."""
+
+    def removed(self, size: tuple[int, int], seed: int) -> Tensor:
+        _check_size(self.cells, size)
+        grid = self.chosen(seed).view(-1, self.cells, self.cells)
+        y, x = (
+            torch.searchsorted(
+                torch.arange(1, self.cells + 1, device="cpu") * n // self.cells,
+                torch.arange(n, device="cpu"),
+                right=True,
+            )
+            for n in size
+        )
+        return grid[:, y][:, :, x]
+
+    def sums(self, values: Tensor, seed: int) -> Tensor:
+        of_cells = cell_sums(values, (self.cells, self.cells)).flatten()
+        return self.chosen(seed).to(of_cells.dtype) @ of_cells
+
+
+@dataclass(frozen=True)
+class EachCell(_OfCells):
+    """Every cell by itself."""
+
+    @property
+    def count(self) -> int:
+        return self.cells**2
+
+    def chosen(self, seed: int) -> Tensor:
+        return torch.eye(self.count, dtype=torch.bool, device="cpu")
+
+
+@dataclass(frozen=True)
+class Subsets(_OfCells):
+    """``rows`` sets of ``removes`` cells, each set of that size equally likely."""
+
+    removes: int = 59
+    rows: int = 24
+
+    @property
+    def count(self) -> int:
+        return self.rows
+
+    def chosen(self, seed: int) -> Tensor:
+        drawn = torch.rand(self.rows, self.cells**2, generator=self._generator(seed), device="cpu")
+        return drawn.argsort(1).argsort(1) < self.removes
+
+
+@dataclass(frozen=True)
+class Tossed(_OfCells):
+    """``rows`` sets of which each cell is one with probability ``share``."""
+
+    share: float = 0.2
+    rows: int = 200
+
+    @property
+    def count(self) -> int:
+        return self.rows
+
+    def chosen(self, seed: int) -> Tensor:
+        drawn = torch.rand(self.rows, self.cells**2, generator=self._generator(seed), device="cpu")
+        return drawn < self.share

@@ -1,0 +1,48 @@
+"""Class contrast on mosaics: class contrast on 2 x 2 photos, of the classes of the first two.
+
+The classes stand side by side, so maps that tell them apart only where both are likely have no excuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from xattn.eval import functional
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads, Sample
+from xattn.eval.metrics.board.class_contrast import ContrastMetric
+from xattn.eval.metrics.board.gridpg import MosaicOptions
+
+
+@dataclass(frozen=True)
+class MosaicContrastMetric(MosaicOptions, ContrastMetric):
+    """Class contrast of the first photo's class and the second's, on the mosaic."""
+
+    compares: ClassVar[str] = "mosaic"
+
+    def value(self, sample: Sample) -> float:
+        mosaic = self.mosaic_of(sample)
+        raw = functional.upsample(
+            sample.cohort.of_mosaic(mosaic)[:2].float(),
+            mosaic.table.image.shape[-2:],
+            sample.resize,
+        )
+        return self.of_classes(mosaic.table, (raw[0], raw[1]), mosaic.classes[:2])
+
+
+GROUP = MetricGroup.single(
+    MosaicContrastMetric,
+    "class-contrast-mosaic",
+    MetricInfo(
+        "how much better maps of two classes of a mosaic fit their own outcomes than each other's",
+        True,
+        -2,
+        2,
+        reads=Reads("class", "squares", "mean"),
+        chance=0,
+    ),
+    "Class contrast on mosaics",
+    "How much better the maps of two photos' classes go with their own class, side by side",
+    cases=({"fill": "black", "confidence": 0.2},),
+    by_name=True,
+)

@@ -1,0 +1,47 @@
+"""Network contrast: does the map fit the network's outcomes better than the map of random weights does?
+
+    S(phi_f, T_f) - S(phi_g, T_f)
+
+g is f with random weights, S is ``squares`` (or ``single-deletion``). A map that reads no network has 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads, Sample
+from xattn.eval.metrics.board.class_contrast import ContrastMetric
+
+
+@dataclass(frozen=True)
+class NetworkContrastMetric(ContrastMetric):
+    """The method explains the same class on the network whose weights are all random."""
+
+    compares: ClassVar[str] = "network"
+    explains_randomized: ClassVar[bool] = True
+
+    def value(self, sample: Sample) -> float:
+        random = sample.cohort.on_random_weights(sample.place)
+        own, other = (
+            self.agreement(sample.outcomes, raw, sample.target) for raw in (sample.raw, random)
+        )
+        return own - other
+
+
+GROUP = MetricGroup.single(
+    NetworkContrastMetric,
+    "network-contrast",
+    MetricInfo(
+        "how much better the map fits the network's outcomes than its map of random weights",
+        True,
+        -2,
+        2,
+        reads=Reads("class", "squares", "mean"),
+        chance=0,
+    ),
+    "Network contrast",
+    "How much better the map goes with this network than the method's map of random weights",
+    cases=({"fill": "black"},),
+    by_name=True,
+)

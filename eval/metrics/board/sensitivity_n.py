@@ -1,0 +1,54 @@
+"""Sensitivity-n: is the sum of a map over n cells, up to a scale, what the network loses without them?
+
+    mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
+
+Ancona et al. 2018, arXiv 1711.06104, with black in place of what goes and logits. This is ``subsets``
+with more sizes, small ones among them. (Quantus removes cells one after the other in the map's order and
+correlates over photos: another quantity under this name.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.board.masks import MaskList, Subsets
+from xattn.eval.metrics.board.subsets import SubsetsMetric
+
+
+@dataclass(frozen=True)
+class SensitivityNMetric(SubsetsMetric):
+    """Mean correlation over sets of one size, of sizes from one cell to 80 % of them.
+
+    Args:
+        cells: a side of the grid.
+        kept: the shares of cells that sets leave; sizes are at least one cell.
+        samples: sets of each size.
+    """
+
+    fill: str = "black"
+    score: str = "logit"
+    kept: tuple[float, ...] = (0.995, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
+    samples: int = 50
+
+    def lists(self) -> tuple[MaskList, ...]:
+        count = self.cells**2
+        sizes = dict.fromkeys(max(1, count - round(share * count)) for share in self.kept)
+        return tuple(Subsets(self.cells, size, self.samples) for size in sizes)
+
+
+GROUP = MetricGroup.single(
+    SensitivityNMetric,
+    "sensitivity-n",
+    MetricInfo(
+        "mean over n of the Pearson correlation of the sum of phi over n cells and the score lost",
+        True,
+        -1,
+        reads=Reads("class", "squares", "black"),
+        chance=0,
+    ),
+    "Sensitivity-n",
+    "How well the map's sum over n cells goes with what the class loses without them",
+    cases=({"cells": 5, "samples": 6, "kept": (0.9, 0.6)},),
+    by_name=True,
+)

@@ -1,0 +1,65 @@
+"""Squares: does the sum of a map over a square foretell, with its sign, what the network loses without it?
+
+    r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
+
+Infidelity after the best scale is mean(df^2) (1 - cos^2) of the same two vectors, uncentred: it cannot
+tell phi from -phi, and a flat map gains from mean(df) > 0. r does neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.board.correlation import CorrelationMetric, correlation_values
+from xattn.eval.metrics.board.masks import MaskList, Squares
+from xattn.eval.metrics.curves import check_count
+from xattn.eval.metrics.mean_metric import MeanMetric
+
+
+@dataclass(frozen=True)
+class SquaresMetric(CorrelationMetric):
+    """Correlation over ``samples`` squares of one area, those of infidelity.
+
+    Args:
+        samples: squares a photo, each a pass for all methods together.
+        side: of a square, as a part of the shorter side of the photo.
+    """
+
+    samples: int = 50
+    side: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("samples", self.samples)
+        if not 0 < self.side <= 1:
+            raise ValueError(f"side: got {self.side}; give a part of the image's side in (0, 1]")
+
+    def lists(self) -> tuple[MaskList, ...]:
+        return (Squares(self.samples, self.side),)
+
+
+class SquaresCorrelation(MeanMetric):
+    """Mean of squares; ``update(sums, drops, valid=None)`` with (B, I) each."""
+
+    metric = "squares"
+    higher_is_better = True
+    values = correlation_values
+
+
+GROUP = MetricGroup.single(
+    SquaresMetric,
+    "squares",
+    MetricInfo(
+        "Pearson correlation of the sum of phi over a square and the log-odds lost without it",
+        True,
+        -1,
+        reads=Reads("class", "squares", "mean"),
+        chance=0,
+    ),
+    "Squares",
+    "How well the map's sum over a square goes with what the class loses without it",
+    classes=(SquaresCorrelation,),
+    cases=({"samples": 9, "fill": "black"},),
+    by_name=True,
+)

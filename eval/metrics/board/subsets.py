@@ -1,0 +1,71 @@
+"""Subsets: do sums of a map over sets of cells foretell what the network answers to the photo without them?
+
+    mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
+
+All sets of one correlation have as many cells: over sets of any size, as in ViT-Shapley (Covert et al.,
+arXiv 2206.05282), a flat map does well, since larger sets score more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
+from xattn.eval.metrics.board.correlation import CorrelationMetric, correlation_values
+from xattn.eval.metrics.board.masks import MaskList, Subsets
+from xattn.eval.metrics.curves import check_count
+from xattn.eval.metrics.mean_metric import MeanMetric
+
+
+@dataclass(frozen=True)
+class SubsetsMetric(CorrelationMetric):
+    """Mean correlation over sets of one size, of several sizes.
+
+    Args:
+        cells: a side of the grid.
+        kept: the shares of cells that sets leave; of 196 cells 20, 59, 98 and 137 stay.
+        samples: sets of each size.
+    """
+
+    cells: int = 14
+    kept: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
+    samples: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("cells", self.cells)
+        check_count("samples", self.samples)
+        if not self.kept or not all(0 < share < 1 for share in self.kept):
+            raise ValueError(f"kept: got {tuple(self.kept)}; give shares in (0, 1)")
+
+    def lists(self) -> tuple[MaskList, ...]:
+        count = self.cells**2
+        return tuple(
+            Subsets(self.cells, count - round(share * count), self.samples) for share in self.kept
+        )
+
+
+class SubsetsCorrelation(MeanMetric):
+    """Mean of subsets of one size; ``update(sums, drops, valid=None)`` with (B, I) each."""
+
+    metric = "subsets"
+    higher_is_better = True
+    values = correlation_values
+
+
+GROUP = MetricGroup.single(
+    SubsetsMetric,
+    "subsets",
+    MetricInfo(
+        "Pearson correlation of the sum of phi over cells and the log-odds lost, mean over sizes of sets",
+        True,
+        -1,
+        reads=Reads("class", "squares", "mean"),
+        chance=0,
+    ),
+    "Sets of cells",
+    "How well the map's sum over many cells goes with what the class loses without them",
+    classes=(SubsetsCorrelation,),
+    cases=({"cells": 5, "samples": 6, "kept": (0.3, 0.7), "fill": "black"},),
+    by_name=True,
+)

@@ -1,0 +1,184 @@
+"""The table of outcomes: what a network answers to masks of a photo that no map has a part in.
+
+    s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; of a multilabel network z_k)
+
+Rows are computed where a metric first asks for them and serve all methods, metrics and classes after it.
+The table is an object of its own, beside the scorer that finds equal images by their hashes, since that
+keeps the score of one class alone, would make and hash every masked photo again for every method (212 of
+them cost more than the passes after two methods), and has no images at all where patches are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from xattn.backbone.dropped import logits_of_patches
+from xattn.eval.fills import fill
+from xattn.eval.interfaces import ScoredModel
+from xattn.eval.metrics.board.masks import MaskList, cell_sums
+from xattn.training.outcome_rows import DROP, KEPT, MANY, log_odds
+
+SCORES = ("log-odds", "logit")
+
+
+class Answering(Protocol):
+    """The part of a scorer that a table needs."""
+
+    backbone: ScoredModel
+    max_forward_batch: int
+    score: str
+
+    def answers(self, inputs: Tensor, function: Any = None) -> Tensor: ...
+
+
+def log_odds_of(scores: Tensor, kind: str) -> Tensor:
+    """Log-odds of a scorer's ``scores`` where they are probabilities, else as they are, float64."""
+    if kind in ("probability", "sigmoid", "binary"):
+        return scores.double().logit(eps=1e-15)
+    return scores.double()
+
+
+class Behind(NamedTuple):
+    """What stands for a part that goes: a fill (:data:`xattn.eval.fills.KINDS`) with the data set's mean
+    colour where it needs one, or ``"drop"``: its patches are left out of a ViT's sequence."""
+
+    kind: str
+    mean: tuple[float, ...] | None = None
+
+
+class OutcomeTable:
+    """Of one photo: logits by mask list and fill.
+
+    Of more than 2,000 classes it keeps the 256 likeliest of the whole photo, and the sum of the others.
+
+    Args:
+        scorer: runs the passes.
+        image: (3, H, W) in [0, 1].
+        seed: of the masks.
+        clean: (K,) logits of the whole photo; asked for where they are not given.
+        wanted: classes to keep in any case.
+    """
+
+    def __init__(
+        self,
+        scorer: Answering,
+        image: Tensor,
+        seed: int,
+        clean: Tensor | None = None,
+        wanted: Sequence[int] = (),
+    ) -> None:
+        self.scorer, self.image, self.seed, self.wanted = scorer, image, seed, tuple(wanted)
+        self._clean = clean
+        self._rows: dict[tuple[MaskList, Behind], Tensor] = {}
+        self._drops: dict[tuple[MaskList, Behind, int, str], Tensor] = {}
+
+    @property
+    def clean(self) -> Tensor:
+        """(K,) float64 logits of the whole photo."""
+        if self._clean is None:
+            self._clean = self.scorer.answers(self.image[None])[0]
+        return self._clean
+
+    def second(self, target: int) -> int:
+        """The likeliest class but ``target``."""
+        first, *others = self.clean.argsort(descending=True, stable=True)[:2].tolist()
+        return first if first != target or not others else others[0]
+
+    def compared(
+        self, masks: MaskList, behind: Behind, raw: Tensor, target: int, score: str = "log-odds"
+    ) -> tuple[Tensor, Tensor]:
+        """The map ``raw`` (H, W) summed over what each mask removes, and s(x) - s(x without it), both
+        (count,) float64.
+
+        Args:
+            score: ``"log-odds"``, or ``"logit"`` for z_k.
+        """
+        values, grid = raw.cpu(), self._grid(behind)
+        if grid != tuple(values.shape):
+            values = cell_sums(values, grid)
+        return masks.sums(values, self.seed), self.drops(masks, behind, target, score)
+
+    def drops(
+        self, masks: MaskList, behind: Behind, target: int, score: str = "log-odds"
+    ) -> Tensor:
+        """s(x) - s(x without the part) of class ``target`` for each mask, (count,) float64."""
+        key = masks, behind, target, score
+        if key not in self._drops:
+            if key[:2] not in self._rows:
+                self._rows[key[:2]] = self._kept(self._answers(masks, behind))
+            logits = torch.cat([self._kept(self.clean[None]), self._rows[key[:2]]])
+            column = self._classes.index(target) if self._classes else target
+            scores = self._scores(logits, column, score)
+            self._drops[key] = scores[0] - scores[1:]
+        return self._drops[key]
+
+    def _scores(self, logits: Tensor, column: int, score: str) -> Tensor:
+        task = getattr(self.scorer.backbone, "task", "multiclass")
+        if score == "logit" or task not in ("multiclass", "binary") or logits.shape[1] == 1:
+            return logits[:, column]
+        index = torch.full((len(logits), 1), column, device="cpu")
+        return log_odds(logits, index, task)[:, 0]
+
+    @property
+    def _classes(self) -> list[int]:
+        """The classes that are kept, all where that is []."""
+        if len(self.clean) <= MANY:
+            return []
+        likeliest = self.clean.argsort(descending=True, stable=True)[:KEPT].tolist()
+        return [*likeliest, *(k for k in dict.fromkeys(self.wanted) if k not in likeliest)]
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """(n, K) -> (n, K), or the kept classes and the log-sum-exp of all others."""
+        classes = self._classes
+        if not classes:
+            return logits
+        others = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
+        others[classes] = False
+        rest = logits[:, others].logsumexp(1, keepdim=True)
+        return torch.cat([logits[:, classes], rest], 1)
+
+    def _grid(self, behind: Behind) -> tuple[int, int]:
+        """What masks are made of: pixels, or patches that can be dropped."""
+        height, width = self.image.shape[-2:]
+        if behind.kind != DROP:
+            return height, width
+        backbone: Any = self.scorer.backbone
+        rows, columns = backbone.grid(height, width)
+        return int(rows), int(columns)
+
+    def _answers(self, masks: MaskList, behind: Behind) -> Tensor:
+        """(count, K) float64 logits."""
+        removed = masks.removed(self._grid(behind), self.seed)
+        if behind.kind == DROP:
+            return self._dropped(~removed.flatten(1))
+        image = self.image
+        shown = fill(
+            image, torch.ones_like(image[:1], dtype=torch.bool), *behind[:1], mean=behind.mean
+        )
+        parts = removed[:, None].split(self.scorer.max_forward_batch)
+        return torch.cat(
+            [self.scorer.answers(torch.where(p.to(image.device), shown, image)) for p in parts]
+        )
+
+    def _dropped(self, kept: Tensor) -> Tensor:
+        """As :meth:`_answers`, of the patches ``kept`` (count, N); those of a pass keep as many."""
+        backbone: Any = self.scorer.backbone
+        found: dict[int, Tensor] = {}
+        for count in kept.sum(1).unique().tolist():
+            places = (kept.sum(1) == count).nonzero()[:, 0]
+            index = kept[places].nonzero()[:, 1].view(len(places), count)
+            answers = torch.cat(
+                [
+                    self.scorer.answers(
+                        part.to(self.image.device),
+                        lambda rows: logits_of_patches(backbone, self.image[None], rows),
+                    )
+                    for part in index.split(self.scorer.max_forward_batch)
+                ]
+            )
+            found |= dict(zip(places.tolist(), answers, strict=True))
+        return torch.stack([found[i] for i in range(len(kept))])

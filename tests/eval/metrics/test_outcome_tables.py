@@ -1,0 +1,226 @@
+"""The table of outcomes: its masks, its passes, and the metrics that read it, on networks whose answer is known."""
+
+import math
+
+import eval_fakes as fakes
+import numpy as np
+import pytest
+import timm
+import torch
+from eval_fakes import FakeBackbone, Maps
+
+from xattn import load_backbone
+from xattn.eval import Protocol, create_metric, evaluate, measure
+from xattn.eval.evaluation.plan import plan
+from xattn.eval.metrics.base import Column, Sample
+from xattn.eval.metrics.board.masks import EachCell, Squares, Subsets, Tossed, cell_sums
+from xattn.eval.metrics.board.table import Behind, OutcomeTable
+from xattn.eval.metrics.infidelity import InfidelityMetric
+from xattn.eval.metrics.scorer import MaskedScorer
+
+MEAN = (0.5, 0.4, 0.3)
+SIZE = (35, 37)
+LISTS = [Squares(11, 0.3), EachCell(5), EachCell(3), Subsets(5, 8, 12), Tossed(6, 0.3, 9)]
+
+
+def rand(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Additive:
+    """z_0 = w . x in float64, z_1 = 0: black takes away exactly the contributions w x."""
+
+    def __init__(self, size=SIZE, seed=4):
+        self.weight = rand(3, *size, seed=seed).double() - 0.5
+
+    def __call__(self, images):
+        score = (images.double() * self.weight).sum((1, 2, 3))
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+    def truth(self, images):
+        return (self.weight * images).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("masks", LISTS, ids=repr)
+def test_sums_are_those_over_what_is_removed(masks):
+    values = rand(*SIZE).double() - 0.4
+    removed = masks.removed(SIZE, 3)
+    assert removed.shape == (masks.count, *SIZE) and removed.dtype == torch.bool
+    torch.testing.assert_close(masks.sums(values, 3), (removed * values).sum((1, 2)))
+    assert torch.equal(removed, masks.removed(SIZE, 3))
+    assert isinstance(masks, EachCell) or not torch.equal(removed, masks.removed(SIZE, 4))
+
+
+def test_cells_have_borders_at_floor_and_cover_the_photo_once():
+    removed = EachCell(3).removed((35, 37), 0).view(3, 3, 35, 37)
+    assert bool((removed.sum((0, 1)) == 1).all())
+    assert [int(removed[i, 0].any(1).sum()) for i in range(3)] == [11, 12, 12]
+    assert float(cell_sums(torch.ones(7, 5), (2, 2))[0, 0]) == 3 * 2
+
+
+def test_squares_and_subsets_remove_one_area_and_a_constant_adds_nothing():
+    assert len(Squares(20).removed(SIZE, 1).sum((1, 2)).unique()) == 1
+    grid = Subsets(7, 20, 30)
+    assert bool((grid.chosen(5).sum(1) == 20).all())
+    sums = grid.sums(torch.ones(28, 28), 5)
+    assert len(sums.unique()) == 1
+
+
+def test_squares_are_those_of_infidelity():
+    image, masks = 0.1 + 0.8 * rand(3, *SIZE), Squares(6, 0.25)
+    asked = InfidelityMetric(samples=6).measure(Sample(image, image[:1], image[:1], 0, 0.0, seed=9))
+    black = torch.stack([r.image[0].clone() == 0 for r in asked])
+    assert torch.equal(black, masks.removed(SIZE, 9))
+
+
+# ---------------------------------------------------------------- answers
+
+
+def table_of(network, image, seed=0, **options):
+    return OutcomeTable(MaskedScorer(network, 8), image, seed, **options)
+
+
+def test_rows_are_the_networks_own_answers_and_are_computed_once():
+    network, image, masks = FakeBackbone(), rand(3, 18, 20), Squares(8, 0.4)
+    table = table_of(network, image)
+    drops = table.drops(masks, Behind("mean", MEAN), 2)
+    removed = masks.removed((18, 20), 0)[:, None]
+    changed = torch.where(removed, torch.tensor(MEAN)[:, None, None], image)
+    whole = network.logits(image[None].expand(4, -1, -1, -1))[:1]
+    logits = torch.cat([whole, network.logits(changed)]).double()
+    p = logits.softmax(1)[:, 2]
+    odds = p.log() - (1 - p).log()
+    torch.testing.assert_close(drops, odds[0] - odds[1:], rtol=1e-5, atol=1e-6)
+    passes = table.scorer.scored
+    table.drops(masks, Behind("mean", MEAN), 4)
+    table.compared(masks, Behind("mean", MEAN), image[0], 2)
+    assert table.scorer.scored == passes == 9
+    table.drops(masks, Behind("black"), 2)
+    assert table.scorer.scored == 17
+
+
+def test_of_many_classes_the_kept_ones_and_the_sum_of_the_others_give_the_same():
+    weight = rand(2500, 6, seed=3).double() * 9
+
+    class Many(FakeBackbone):
+        def logits(self, images):
+            return (images.double().mean((2, 3)).repeat(1, 2) @ weight.T).float()
+
+    image, masks, black = rand(3, 18, 20), Squares(5, 0.4), Behind("black")
+    table = table_of(Many(), image, wanted=(7,))
+    assert table._rows == {} and len(table._classes) in (256, 257)
+    changed = torch.where(masks.removed((18, 20), 0)[:, None], 0, image)
+    for k in (int(table.clean.argmax()), 7):
+        odds = [
+            z[:, k] - torch.cat([z[:, :k], z[:, k + 1 :]], 1).logsumexp(1)
+            for z in (table.clean[None], Many().logits(changed).double())
+        ]
+        torch.testing.assert_close(table.drops(masks, black, k), odds[0] - odds[1])
+
+
+def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
+    backbone = load_backbone(
+        timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5),
+        input_size=64,
+    )
+    image = rand(3, 64, 64)
+    metric = create_metric("squares", mean=MEAN).for_network(backbone)
+    assert metric.fill == "drop" and "mean" not in metric.options()
+    assert create_metric("squares", mean=MEAN).for_network(FakeBackbone()).fill == "mean"
+    table = table_of(backbone, image)
+    nothing = table.drops(Tossed(4, 0.0, 3), Behind("drop"), 1, "logit")
+    torch.testing.assert_close(nothing, torch.zeros(3).double(), rtol=0, atol=1e-5)
+    one = table.drops(EachCell(4), Behind("drop"), 1, "logit")
+    again = table_of(backbone, image).drops(EachCell(2), Behind("drop"), 1, "logit")
+    assert len(one) == 16 and len(again) == 4 and float(one.abs().min()) > 0
+    sums, _ = table.compared(EachCell(2), Behind("drop"), image[0], 1)
+    torch.testing.assert_close(sums, cell_sums(image[0], (2, 2)).flatten())
+    with pytest.raises(ValueError, match="fill: drop is for ViTs"):
+        create_metric("squares", fill="drop").for_network(FakeBackbone())
+
+
+# ---------------------------------------------------------------- limit cases
+
+TABLES = {"squares": {"samples": 12}}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_contributions_of_an_additive_network_have_one_and_their_negative_minus_one(name):
+    network, images = Additive(), rand(2, 3, *SIZE)
+    metric = create_metric(name, fill="black", score="logit", **TABLES[name])
+    for sign in (1, -1):
+        maps = sign * network.truth(images)
+        values = measure(metric, network, images, maps, 0, score="logit")
+        torch.testing.assert_close(
+            values[Column(name)], torch.full((2,), float(sign)).double(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_infidelity_cannot_tell_a_map_from_its_negative_and_squares_can():
+    network, images = Additive(), rand(1, 3, *SIZE)
+    truth = network.truth(images)
+    found = [
+        float(measure(InfidelityMetric(samples=12), network, images, m, 0, score="logit")[Column("infidelity")])
+        for m in (truth, -truth)
+    ]  # fmt: skip
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_constant_on_top_changes_nothing(name):
+    network, image = Additive((28, 28)), rand(3, 28, 28)
+    metric = create_metric(name, fill="black", **TABLES[name]).for_network(network)
+    raw = rand(1, 28, 28, seed=8).double()
+    table = OutcomeTable(MaskedScorer(_Network(network), 8), image, 3)
+    plain, lifted = (metric.agreement(table, m, 0) for m in (raw, raw + 10))
+    assert plain == pytest.approx(lifted, abs=1e-10) and abs(plain) < 0.999
+    assert metric.agreement(table, -raw, 0) == pytest.approx(-plain, abs=1e-12)
+
+
+class _Network:
+    def __init__(self, logits):
+        self.logits = logits
+
+    def probabilities(self, logits):
+        return logits.double().softmax(1)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_network_that_does_not_react_gives_no_value(name):
+    def flat(images):
+        return torch.zeros(len(images), 3)
+
+    metric = create_metric(name, fill="black", **TABLES[name])
+    values = measure(metric, flat, rand(1, 3, 35, 35), rand(1, 1, 5, 5), 0)
+    assert math.isnan(float(values[Column(name)]))
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def test_methods_share_the_passes_and_the_plan_counts_them_once():
+    rows = {"bright": Maps(fakes.brightness), "noise": Maps(fakes.noise)}
+    options = {"max_forward_batch": 8, "progress": False}
+    metric = create_metric("squares", mean=MEAN, samples=16)
+    one, two = (
+        evaluate(FakeBackbone(), r, fakes.images(8), metrics=[metric], **options).cost
+        for r in ({"bright": rows["bright"]}, rows)
+    )
+    assert one["images_scored"] == two["images_scored"] == 8 * 17
+    found = plan(FakeBackbone(), rows, [metric], fakes.images(1)[0], 8)
+    assert found.outcomes == 8 * 16 and found.passes == 8 * 17 + 16
+
+
+def test_invalid_maps_score_chance_where_the_protocol_says_so():
+    rows = {"bright": Maps(fakes.brightness), "flat": fakes.Flat(backbone=FakeBackbone())}
+    options = {"metrics": ["squares", "complexity"], "progress": False, "max_forward_batch": 4}
+    left_out, by_chance = (
+        evaluate(FakeBackbone(), rows, fakes.images(4), protocol=Protocol(invalid=way), **options)
+        for way in ("excluded", "chance")
+    )
+    column = Column("squares")
+    assert np.isnan(left_out.methods["flat"].values[column]).all()
+    assert (by_chance.methods["flat"].values[column] == 0).all()
+    assert np.isnan(by_chance.methods["flat"].values[Column("Gini")]).all(), "chance is not known"
+    assert left_out.metric_id(column) != by_chance.metric_id(column)
+    assert by_chance.mean("bright", "squares") == left_out.mean("bright", "squares") != 0

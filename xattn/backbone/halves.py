@@ -1,0 +1,48 @@
+"""A network that sees one half of its input: f'(x) = f(x o M + b o (1 - M)), b the mean colour."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from xattn.backbone.backbone import Backbone
+from xattn.backbone.taps import Taps
+
+HALVES = ("top", "left", "bottom", "right")
+
+
+def seen(half: str, size: tuple[int, int]) -> Tensor:
+    """(H, W) bool: what a network sees of which only ``half`` is there.
+
+    >>> seen("left", (1, 5))
+    tensor([[ True,  True, False, False, False]])
+    """
+    height, width = size
+    row, column = torch.arange(height, device="cpu")[:, None], torch.arange(width, device="cpu")
+    first = (row < height // 2) if half in ("top", "bottom") else (column < width // 2)
+    return (first if half in ("top", "left") else ~first).expand(height, width)
+
+
+def half_blind(backbone: Backbone, half: str) -> Backbone:
+    """A copy of ``backbone`` with the same weights that sees only one of :data:`HALVES`."""
+    own = type(backbone)
+
+    class HalfBlind(own):  # type: ignore[valid-type,misc]
+        """The part of the normalised input that is hidden is 0, the mean colour."""
+
+        def forward_normalized(self, x: Tensor) -> Taps:
+            return super().forward_normalized(_hidden(x, half))  # type: ignore[no-any-return]
+
+        def logits_normalized(self, x: Tensor) -> Tensor:
+            return super().logits_normalized(_hidden(x, half))  # type: ignore[no-any-return]
+
+    memo = {id(t): t for t in [*backbone.parameters(), *backbone.buffers()]}
+    twin = copy.deepcopy(backbone, dict(memo))  # type: ignore[arg-type]
+    twin.__class__ = HalfBlind
+    return twin
+
+
+def _hidden(x: Tensor, half: str) -> Tensor:
+    return x * seen(half, (x.shape[-2], x.shape[-1])).to(x)
