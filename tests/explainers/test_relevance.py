@@ -196,6 +196,7 @@ ONE = {
     "in place sum": lambda x: x.add_(x.flip(1)).mul_(2),
     "assigned": lambda x: _assigned(x),
     "lstm": lambda x: LSTM(x.flatten(0, 1))[0],
+    "one number": lambda x: F.gelu(x.sum()) * torch.tanh(x.mean()),
     "live kernel": lambda x: F.conv2d(x, x.mean(0)[:1, None, :3, :3].expand(4, 4, 3, 3)),
 }  # fmt: skip
 LSTM = nn.LSTM(6, 3, bias=False, bidirectional=True, num_layers=2, batch_first=True).double()

@@ -53,6 +53,7 @@ from xattn.explainers.relevance.rules import (
     live,
     mapped,
     own,
+    relu,
     rules_of,
     tensors,
 )
@@ -130,7 +131,7 @@ class Engine(TorchFunctionMode):
         weigh: collect ``steps``, for :meth:`balance`; memory for every activation twice.
 
     Attributes: ``refused``, functions without a rule; ``attended``, how many calls of attention there were;
-    ``marks``, whether linear layers have a rule; ``taught``, whether a rule is the user's own;
+    ``taught``, whether a rule is the user's own;
     ``notes``, where attention was held constant for lack of a rule.
     """
 
@@ -143,8 +144,6 @@ class Engine(TorchFunctionMode):
         self.keep, self.weigh = keep or weigh, weigh
         self.added: list[tuple[Any, Tensor]] = []
         self.steps: list[Step] = []
-        linear = (self.composite.convolution, self.composite.dense, self.composite.first)
-        self.marks = any(rule is not None for rule in linear)
         self.refused: dict[str, None] = {}
         self.attended, self.taught = 0, bool(self.composite.rules)
         self._constant: Tensor | None = None  # what the rule that runs adds
@@ -178,7 +177,10 @@ class Engine(TorchFunctionMode):
         in_place = written != f"__{name}__" and written.endswith("_") and name != "requires_grad"
         in_place |= bool(kwargs.get("inplace"))
         target = args[0] if args else None
-        writes = in_place and self.rules.get(name) is own and not self.keep
+        rule = self.rules.get(name)
+        writes = (
+            in_place and (rule is own or rule is relu) and not self.keep and not Kept.has(target)
+        )
         if writes or name in WRITING:
             Kept.before_writing(target)
         elif in_place:

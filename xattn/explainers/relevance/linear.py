@@ -11,13 +11,12 @@ Sources: those of :mod:`xattn.explainers.relevance.rules`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,6 +29,11 @@ class Kept:
         self.x = x.data  # without a version: what is written later is written elsewhere
         self._next = Kept._all.get(x.untyped_storage().data_ptr())
         Kept._all[x.untyped_storage().data_ptr()] = self
+
+    @staticmethod
+    def has(x: Tensor) -> bool:
+        """Whether something is kept in the memory of ``x``."""
+        return x.untyped_storage().data_ptr() in Kept._all
 
     @staticmethod
     def before_writing(x: Tensor) -> None:
@@ -54,10 +58,25 @@ class Layer(NamedTuple):
         if float(x.detach().amin()) >= 0:
             total = self.linear(x, high)
         else:
-            total = self.linear(x.relu(), high) + self.linear(F.hardtanh(x, -torch.inf, 0), low)
+            above, below = _Halves.apply(x)
+            total = self.linear(above, high) + self.linear(below, low)
         if self.bias is None:
             return total
         return total + (self.bias.clamp(min=0) if up else self.bias.clamp(max=0))
+
+
+class _Halves(torch.autograd.Function):
+    """x where it is above 0, else 0, and the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        above = x.relu()
+        ctx.save_for_backward(x > 0)
+        return above, x - above
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor, below: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.where(ctx.saved_tensors[0], above, below)
 
 
 Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]]
@@ -156,8 +175,12 @@ class Shared(torch.autograd.Function):
         return quotient_of(ctx.z.x, p, ctx.epsilon, c), None, None
 
 
-CACHED = 1 << 17
-"""Numbers in a step of an elementwise computation, so that what is between stays in a CPU's cache."""
+def in_cache(x: Tensor) -> Iterator[Any]:
+    """Images of x that are computed together, so that what is between two steps stays in a CPU's cache."""
+    if not x.ndim or x.device.type != "cpu":
+        return iter((...,))
+    step = max(1, len(x) * (1 << 17) // max(1, x.numel()))
+    return (slice(low, low + step) for low in range(0, len(x), step))
 
 
 def quotient_of(z: Tensor, p: Tensor | None, epsilon: float | None, c: Tensor) -> Tensor:
@@ -169,10 +192,8 @@ def quotient_of(z: Tensor, p: Tensor | None, epsilon: float | None, c: Tensor) -
         small = (rms * (1e-6 * each**-0.5)).to(z.dtype).clamp_min(torch.finfo(z.dtype).tiny)
     else:
         small = z.new_full([1] * z.ndim, epsilon).expand(len(z), *[1] * (z.ndim - 1))
-    step = max(1, CACHED * len(z) // max(1, z.numel())) if z.device.type == "cpu" else len(z)
     out = torch.empty_like(z)
-    for low in range(0, len(z), step):
-        part = slice(low, low + step)
+    for part in in_cache(z):
         x, e, to = z[part], small[part], out[part]
         if p is None and epsilon != 0:
             x = x.abs()

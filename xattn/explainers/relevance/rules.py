@@ -42,6 +42,7 @@ from xattn.explainers.relevance.linear import (
     alpha_beta_rule,
     epsilon_rule,
     gamma_rule,
+    in_cache,
 )
 
 Rule = Callable[..., Any]
@@ -169,33 +170,37 @@ class _Gated(torch.autograd.Function):
         """``again``: keep x, which others keep too, and compute y a second time."""
         least = torch.full((1,), -4 * torch.finfo(x.dtype).tiny, dtype=x.dtype, device=x.device)
         ctx.function, ctx.start = function, float(function(least.clone()) / least)
-        y = function(x)
         if again:
             ctx.x = Kept(x)
-        else:
-            ctx.save_for_backward(_Gated.gate(ctx, x, y))
+            return function(x)  # type: ignore[no-any-return]
+        y, gate = function(x), torch.empty_like(x)
+        _Gated.into(gate, ctx, x, lambda part: y[part])
+        ctx.save_for_backward(gate)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    def gate(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        whole = {"posinf": torch.inf, "neginf": -torch.inf}
-        return (y / x).nan_to_num_(ctx.start, **whole)  # y tells of numbers that are none
+    def into(gate: Tensor, ctx: Any, x: Tensor, of: Callable[[slice], Tensor]) -> None:
+        whole = {"posinf": torch.inf, "neginf": -torch.inf}  # numbers that are none are in y, too
+        for part in in_cache(x):
+            torch.div(of(part), x[part], out=gate[part]).nan_to_num_(ctx.start, **whole)
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         if ctx.saved_tensors:
             return c * ctx.saved_tensors[0], None, None
-        x = ctx.x.x
-        return _Gated.gate(ctx, x, ctx.function(x)).mul_(c), None, None
+        x, gate = ctx.x.x, torch.empty_like(c)
+        _Gated.into(gate, ctx, x, lambda part: ctx.function(x[part]))
+        return gate.mul_(c), None, None
 
 
 def activation(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
     """x (f(x)/x) with the quotient held constant."""
-    return _Gated.apply(x, lambda x: function(x, *args, **kw), engine.marks)  # type: ignore[no-any-return]
+    return _Gated.apply(x, lambda x: function(x, *args, **kw), Kept.has(x))  # type: ignore[no-any-return]
 
 
-def _relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
-    if not engine.marks:
+def relu(engine: Any, function: Rule, x: Tensor, *_: Any, **kw: Any) -> Tensor:
+    """Its own gradient."""
+    if not Kept.has(x):
         return function(x)  # type: ignore[no-any-return]
     return _Rectified.apply(x)  # type: ignore[no-any-return]
 
@@ -613,7 +618,7 @@ RULES: dict[str, Rule] = {
     ),
     **_of("leaky_relu prelu rrelu hardshrink", own),
     **_of("normalize local_response_norm", _scaling),
-    "relu": _relu,
+    "relu": relu,
     "rms_norm": _rms_norm,
     **_of("clamp clip clamp_min clamp_max cos cosh logsigmoid log_sigmoid", shifted),
     **_of("max min maximum minimum fmax fmin", _larger),
