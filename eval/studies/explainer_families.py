@@ -3,7 +3,7 @@
     python -m xattn.eval.studies explainers-by-family --page docs/explainers-by-family.md
 
 ``xattn list explainers --for MODEL`` does the same of one network. The CSV beside the page keeps what was
-found; families in it are not tried again.
+found, which is not tried again.
 """
 
 from __future__ import annotations
@@ -39,32 +39,38 @@ def study(
         with raw.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
     for family in families or FAMILIES:
-        if any(row["family"] == family for row in rows):
-            continue
-        found = list(_rows(family))
-        rows = sorted([*rows, *found], key=lambda row: (row["family"], row["explainer"]))
-        write_rows(raw, rows)
-        yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
+        known = {row["explainer"] for row in rows if row["family"] == family}
+        found = list(_rows(family, [name for name in _names() if name not in known]))
+        if found:
+            rows = sorted([*rows, *found], key=lambda row: (row["family"], row["explainer"]))
+            write_rows(raw, rows)
+            yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
     write_text(page, "\n".join(_page(rows)) + "\n")
     yield f"page: {page}"
 
 
-def _rows(family: str) -> Iterator[dict[str, Any]]:
+def _names() -> list[str]:
+    names = [name for name in EXPLAINERS.names() if name not in LEFT_OUT]
+    return [name for name in names if not explainer_class(name).needs_head]
+
+
+def _rows(family: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if not names:
+        return
     backbone, size, why = None, "", ""
     try:
         backbone = _network(family)
         size = "x".join(map(str, backbone.preprocessing.input_size))
     except ValueError as error:  # its features are no map
         why = " ".join(str(error).split())
-    for entry in EXPLAINERS.entries():
-        if entry.name in LEFT_OUT or explainer_class(entry.name).needs_head:
-            continue
+    for name in names:
+        entry = EXPLAINERS.entry(name)
         found = Tried(False, {}, None, why) if backbone is None else tried(entry, backbone)
         given = ", ".join(f"{key}={value}" for key, value in found.options.items())
         result = "no" if not found.runs else given or "runs"
         absorbed = "" if found.absorbed is None else f"{found.absorbed:.1e}"
         yield {
-            "family": family, "model": model_of(family)[0], "size": size, "explainer": entry.name,
+            "family": family, "model": model_of(family)[0], "size": size, "explainer": name,
             "result": result, "absorbed": absorbed, "reason": found.reason,
         }  # fmt: skip
 
@@ -85,23 +91,29 @@ def _page(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     by: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by.setdefault(row["family"], {})[row["explainer"]] = row
+    loaded = [name for name in by if next(iter(by[name].values()))["size"]]
     names = sorted({row["explainer"] for row in rows})
     runs = Counter(row["explainer"] for row in rows if row["result"] != "no")
-    everywhere = [name for name in names if runs[name] == len(by)]
+    everywhere = [name for name in names if runs[name] == len(loaded)]
     shown = [name for name in names if name not in everywhere]
     yield f"# Explainers by family\n\nWhat runs on a small network of each of {len(by)} families of timm,"
     yield f"with random weights, tried on one picture. {RUNS}: by its defaults; {OTHERS}: with options,"
     yield "which `xattn list explainers --for MODEL` tells of your own network. Made by\n\n```sh"
     yield f"python -m xattn.eval.studies explainers-by-family --page docs/{PAGE}.md\n```\n"
     yield f"[Raw values]({PAGE}.csv): options, what relevance methods lose, why the others do not run.\n"
-    yield f"On every family: {', '.join(f'`{name}`' for name in everywhere)}.\n"
+    yield f"On {len(loaded)} families: {', '.join(f'`{name}`' for name in everywhere)}.\n"
+    missing = ", ".join(name for name in by if name not in loaded)
+    if missing:
+        yield f"Not loaded by name: {missing}. Their features are no map; wrap the model in a module with"
+        yield "`forward_taps`, as [own-model.md](own-model.md) shows, or use"
+        yield "[`following`](relevance.md#any-module), which runs them as they are.\n"
     yield f"| family | network | {' | '.join(f'`{name}`' for name in shown)} |"
     yield f"| :-- | :-- |{' :-: |' * len(shown)}"
-    for family, found in by.items():
-        network = next(iter(found.values()))["model"]
-        cells = [_cell(found[name]["result"]) for name in shown]
+    for family in loaded:
+        network = next(iter(by[family].values()))["model"]
+        cells = [_cell(by[family][name]["result"]) for name in shown]
         yield f"| {family} | {network} | {' | '.join(cells)} |"
-    yield f"| all {len(by)} | | {' | '.join(str(runs[name]) for name in shown)} |"
+    yield f"| all {len(loaded)} | | {' | '.join(str(runs[name]) for name in shown)} |"
 
 
 PAGE = "explainers-by-family"

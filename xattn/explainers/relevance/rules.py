@@ -268,7 +268,8 @@ def product(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
     moving = [i for i, x in enumerate(args) if live(x)]
     count = len(moving) + sum(map(live, kw.values()))
     if count > 1:
-        return share(function(*args, **kw), 1 / count)
+        kw = {key: share(x, 1 / count) for key, x in kw.items()}
+        return function(*(share(x, 1 / count) for x in args), **kw)
     weights = [i for i, x in enumerate(args) if _is_weight(x)]
     z = function(*args, **kw)
     if len(moving) == len(weights) == 1 and function.__name__.strip("_") in _MATRIX:
@@ -460,24 +461,19 @@ def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, *
 # ---------------------------------------------------------------------- attention
 
 
-def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> tuple[float, list[Any]]:
-    """Factors of A V as the products written out would share them, and a factor of all: what is learned
-    gets nothing."""
+def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
+    """Factors of A V as the products written out would share them: what is learned gets nothing."""
     scored = any(map(live, (query, key, bias)))
     part = 0.5 if scored and live(value) else 1.0
-    half = 1 / max(1, live(query) + live(key))
-    return part, [share(query, half), share(key, half), value, bias]
+    half = part / max(1, live(query) + live(key))
+    return [share(query, half), share(key, half), share(value, part), share(bias, part)]
 
 
 def _attention(
     engine: Any, function: Rule, q: Any, k: Any, v: Any, mask: Any = None, *args: Any, **kw: Any
 ) -> Any:
     mask = kw.pop("attn_mask", mask)
-    part, given = attended(q, k, v, mask)
-    found = function(*given, *args, **kw)
-    if isinstance(found, Tensor):
-        return share(found, part)
-    return type(found)(share(x, part) for x in found)
+    return function(*attended(q, k, v, mask), *args, **kw)
 
 
 def _causal_product(engine: Any, function: Rule, q: Any, k: Any, v: Any, *given: Any) -> Any:
