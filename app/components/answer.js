@@ -138,8 +138,10 @@ function shareAt(map, x, y) {
 
 function fill(state) {
   const { data } = state;
+  const strip = data.clip || data.photos.length > 2;
   state.root.classList.toggle("clip", data.clip);
-  state.photos.tabIndex = data.clip ? 0 : -1; // the arrow keys scroll it
+  state.root.classList.toggle("many", strip);
+  state.photos.tabIndex = strip ? 0 : -1; // the arrow keys scroll it
   state.photos.setAttribute("role", "group");
   state.photos.setAttribute("aria-label", data.clip ? "Frames" : "Photos");
   state.photos.replaceChildren(...data.photos.map((photo) => {
@@ -153,7 +155,7 @@ function fill(state) {
     return figure;
   }));
   const own = state.photos.querySelector("figure:has(.own)"); // of a strip, where it is in sight
-  if (own && data.clip) state.photos.scrollLeft = own.offsetLeft - state.photos.offsetLeft;
+  if (own && strip) state.photos.scrollLeft = own.offsetLeft - state.photos.offsetLeft;
   state.methods.replaceChildren(...data.methods.map((method, i) => {
     const button = Object.assign(element("button", "method", method.title), { type: "button" });
     button.title = `${i + 1}`;
