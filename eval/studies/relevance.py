@@ -328,7 +328,7 @@ class Measuring:
         backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scored, self.explained = copy.copy(backbone), backbone
         if config.compiled:
-            with_compiled_passes(self.scored)
+            with_compiled_passes(self.scored, config.precision)
         mean = tuple(float(v) for v in backbone.preprocessing.mean)
         black_and_blur = InsertionDeletionMetric(steps=config.steps, mean=mean)
         road = create_metric("road", levels=config.road)
