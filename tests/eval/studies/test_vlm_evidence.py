@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from xattn.eval.studies import vlm_evidence as study
-from xattn.eval.studies.benches import reading_rows
+from xattn.eval.studies.benches import answers, reading_rows
 
 transformers = pytest.importorskip("transformers")
 
@@ -157,3 +157,14 @@ def test_the_cost_of_reading_is_measured_beside_plain_attention():
     rows = [line.split(" | ") for line in lines if line.startswith("| rows read")]
     above = [float(row[2].strip(" |")) for row in rows[:2]]
     assert len(rows) == 3 and max(above) < 1 < 4 * 4 * 200**2 * 4 / 1e6
+
+
+def test_a_pack_is_measured_beside_the_answer_alone():
+    lines = [*answers.study(side=4, new_tokens=2, rounds=1)]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "tokens |" in line
+    ]
+    jobs = [job for _, job, *_ in rows]
+    assert [prompt for prompt, *_ in rows] == 6 * ["LLaVA, 68 tokens"] + 6 * ["Qwen2-VL, 22 tokens"]
+    assert jobs[:6] == jobs[6:] and rows[1][3] == rows[7][3] == "1.00x"
+    assert all(float(seconds) >= 0 for *_, seconds, _ in rows)
