@@ -251,39 +251,3 @@ def test_masks_of_our_own_networks_are_targets(backbones):
         pixels = backbone.model.net.outputs(backbone.normalize(images)).logits
         expected = pixels[:, 4, 8:20, 8:20].mean((1, 2))
         assert torch.allclose(view.logits(images)[:, 0], expected, atol=1e-5)
-
-
-# ---------------------------------------------------------------------- detection
-
-
-def test_a_detector_is_explained_by_the_score_of_a_box(images):
-    """The wrapper of docs/targets.md."""
-    import re
-    from pathlib import Path
-
-    import xattn
-
-    page = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
-    block = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)[-1]
-    names = {"xattn": xattn, "torch": torch}
-    exec(block.partition("detector = ")[0], names)
-
-    class Detector(torch.nn.Module):
-        """One box whose score is the brightness inside it, and one of another label."""
-
-        def forward(self, photos):
-            scores = [torch.stack([photo[:, 8:24, 16:48].mean(), photo.mean()]) for photo in photos]
-            boxes = torch.tensor([[16.0, 8.0, 48.0, 24.0], [16.0, 8.0, 48.0, 24.0]])
-            labels = torch.tensor([1, 2])
-            return [{"boxes": boxes, "scores": s, "labels": labels} for s in scores]
-
-    module = names["BoxScore"](Detector(), label=1, box=(16, 8, 48, 24))
-    backbone = load_backbone(module, input_size=64, task="regression")
-    with torch.no_grad():
-        expected = images[:, :, 8:24, 16:48].mean((1, 2, 3))
-        assert torch.allclose(backbone.logits(images)[:, 0], expected, atol=1e-6)
-    for name, options in (("occlusion", {"size": 8, "stride": 8}), ("saliency", {})):
-        maps = create_explainer(name, backbone, **options).attribute(images, 0)
-        inside = torch.zeros(64, 64, dtype=torch.bool)
-        inside[8:24, 16:48] = True
-        assert bool((maps[:, 0, inside] > 0).all()) and not bool(maps[:, 0, ~inside].any())
