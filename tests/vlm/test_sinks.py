@@ -6,7 +6,7 @@ from conversations import conversation, explained, of_sequence
 
 from xattn.vlm.explainers.base import create_token_explainer, guarded
 from xattn.vlm.explainers.relative_attention import GENERAL
-from xattn.vlm.explainers.sinks import sink_table
+from xattn.vlm.explainers.sinks import sink_table, tower_outliers
 from xattn.vlm.reading import read_rows
 
 METHODS = ("attention", "relative_attention", "localization_heads", "rollout")
@@ -137,3 +137,35 @@ def test_a_prompt_as_reference_is_that_prompts_last_row(kind):
     same = conversation(kind, prompt=GENERAL, asked=[0])
     ones = explained("relative_attention", same, reference=GENERAL).image
     torch.testing.assert_close(ones, torch.ones_like(ones))
+
+
+@pytest.mark.parametrize("kind", ["llava", "paligemma", "internvl"])
+def test_outliers_of_the_tower_are_sinks_of_every_layer(kind):
+    context = conversation(kind)
+    assert not tower_outliers(context).any()
+    projector = next(
+        m for n, m in context.vlm.model.named_modules() if n.endswith("multi_modal_projector")
+    )
+    change = torch.ones(len(context.features), 1)
+    change[2] = 1000
+
+    def grow(module, args):
+        return (args[0] * change.reshape(*args[0].shape[:-1], 1),)
+
+    handle = projector.register_forward_pre_hook(grow)
+    try:
+        context = conversation(kind)
+        assert tower_outliers(context).nonzero().flatten().tolist() == [2]
+        found = explained("attention", context, sinks="drop")
+    finally:
+        handle.remove()
+    assert (found.image[:, 2] == 0).all() and (found.image[:, 3] > 0).all()
+    whole = found.image.sum(1) + found.text.sum(1)
+    torch.testing.assert_close(whole, torch.ones_like(whole))
+    told = create_token_explainer("attention", sinks="drop").notes(context)
+    assert told[0].endswith("1 of them outliers of the image tower")
+
+
+def test_towers_whose_tokens_are_put_together_later_have_no_known_outliers():
+    for kind in ("qwen2_vl", "mistral3", "llava_next"):
+        assert not tower_outliers(conversation(kind)).any()

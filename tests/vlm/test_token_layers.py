@@ -99,6 +99,17 @@ def test_without_a_gradient_relevance_stays_where_the_word_was_made():
     assert explained("gradient_attention", context).image.abs().max() == 0
 
 
+def test_relevance_of_one_layer_is_attention_times_its_gradient():
+    vlm = load_vlm(network("llava", num_hidden_layers=1), processor("llava"))
+    context = conversation(vlm=vlm, asked=[1])
+    found = of_sequence(context, explained("generic_relevance", context))[0]
+    scores, (_, tables, _) = written_out(context)
+    row = int(context.rows[1])
+    wanted = weighted(scores, tables, 0)[0][row]
+    wanted[row] += 1
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_rollout_is_a_row_of_the_product_of_matrices():
     for kind in ("llava", "gemma3"):
         context = conversation(kind, asked=[0, 3])

@@ -48,6 +48,22 @@ def test_training_finds_the_weights_that_made_the_outcomes():
     torch.testing.assert_close(tied, torch.full((6,), 1 / 6), atol=1e-3, rtol=0)
 
 
+def test_the_loss_is_one_less_the_correlation_and_has_its_gradient():
+    generator = torch.Generator().manual_seed(2)
+    sums, lost = (torch.rand(*n, generator=generator, dtype=torch.float64) for n in ((8, 3), (8,)))
+    trainer = OutcomesTrainer()
+    trainer.examples.append((sums, lost))
+    w = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+    loss = trainer.loss(w)
+    own = (sums @ w).detach()
+    r = float(torch.corrcoef(torch.stack([own, lost]))[0, 1])
+    assert float(loss.detach()) == pytest.approx(1 - r)
+    # d r / d s_j = (b_j - r a_j) / |s - mean s|, a and b the centred sums and outcomes of length 1.
+    a, b = ((x - x.mean()) / (x - x.mean()).norm() for x in (own, lost))
+    wanted = -sums.T @ (b - r * a) / (own - own.mean()).norm()
+    torch.testing.assert_close(torch.autograd.grad(loss, w)[0], wanted)
+
+
 def test_the_head_that_masks_follow_is_found():
     context = conversation("llava_next", photos=2)
     with guarded(context.vlm):

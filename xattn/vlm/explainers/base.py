@@ -162,6 +162,21 @@ class Context:
         states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
         return tuple(x[0] for x in states)
 
+    @cached_property
+    def before_projector(self) -> Tensor | None:
+        """The length of each vector of the image tower that a projector is given, where there is one."""
+        named = self.vlm.model.named_modules()
+        found = [m for name, m in named if name.endswith("multi_modal_projector")]
+        if not found:
+            return None
+        kept: list[Tensor] = []
+        handle = found[0].register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+        try:
+            self.vlm.entered(self.vlm.inputs(self.photos, self.prompt))
+        finally:
+            handle.remove()
+        return kept[0].flatten(0, -2).float().norm(dim=1) if len(kept) == 1 else None
+
     def logits(self, features: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) that produce each token of the answer, float32; see :meth:`output`."""
         return self.vlm.logits(self.forced, self.entered, features)

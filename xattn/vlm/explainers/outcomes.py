@@ -141,16 +141,13 @@ class OutcomesTrainer(TokenExplainer):
         Raises:
             ValueError: no word that needs the image was seen.
         """
-        sums, outcomes = (torch.stack(x) for x in zip(*self._examples(), strict=True))
-        heads = sums.shape[2]
-        scaled = torch.ones(heads, dtype=sums.dtype, requires_grad=True)  # w / w_0
+        heads = self._examples()[0][0].shape[1]
+        scaled = torch.ones(heads, dtype=torch.float64, requires_grad=True)  # w / w_0
         search = torch.optim.LBFGS([scaled], max_iter=200, line_search_fn="strong_wolfe")
 
         def step() -> Tensor:
             search.zero_grad()
-            loss = (
-                1 - pearson(sums @ scaled, outcomes).mean() + decay * (scaled - 1).square().mean()
-            )
+            loss = self.loss(scaled) + decay * (scaled - 1).square().mean()
             loss.backward()
             return loss
 
@@ -160,15 +157,17 @@ class OutcomesTrainer(TokenExplainer):
         made.about = {"words": len(self.examples), "correlation": self.correlation(made)}
         return made
 
+    def loss(self, weights: Tensor) -> Tensor:
+        """L of weights (L H,) in float64, the mean over words."""
+        sums, outcomes = (torch.stack(x) for x in zip(*self._examples(), strict=True))
+        return 1 - pearson(sums @ weights.to(sums), outcomes).mean()
+
     def correlation(self, explainer: Outcomes | None = None) -> float:
         """Mean correlation of sums with outcomes, of an explainer or of equal weights: of one that was
         trained on other conversations, how well it tells what masks do."""
-        found = []
-        for sums, outcomes in self._examples():
-            weights = None if explainer is None else explainer.weights
-            w = sums.new_ones(sums.shape[1]) if weights is None else _tensor(weights).to(sums)
-            found.append(float(pearson((sums @ w)[None], outcomes[None])))
-        return sum(found) / len(found)
+        weights = None if explainer is None else explainer.weights
+        heads = self._examples()[0][0].shape[1]
+        return 1 - float(self.loss(torch.ones(heads) if weights is None else _tensor(weights)))
 
     def _examples(self) -> list[tuple[Tensor, Tensor]]:
         if not self.examples:

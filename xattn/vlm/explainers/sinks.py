@@ -7,6 +7,9 @@ Kang et al., ICLR 2025, "See what you are told: visual attention sink in large m
 j is a sink of the layer if phi_j > tau. D are the dimensions where the first token of the sequence has
 |x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D by model: 1415 and 2533 of
 Llama-2-7B). Dropped sinks get 0, and each row is scaled to the sum that it had.
+
+Image towers have such tokens, too (Darcet et al., ICLR 2024, arXiv 2309.16588): those whose |v_i|, before
+the projector, is over 4 times the median of all. They count as sinks of every layer.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from xattn.vlm.explainers.base import Context, TokenExplainer
 from xattn.vlm.reading import Rows
 
 FIRST_LAYER = 2
+OUTLIER = 4.0  # times the median length
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,9 +66,11 @@ class SinkExplainer(TokenExplainer):
             return ["no token is a sink"]
         text = "" if found.sum() == 1 else "s"
         count = int(found[context.image].sum())
-        return [
+        told = (
             f"{int(found.sum())} sink{text} left out, {count} of {len(context.image)} image tokens"
-        ]
+        )
+        outliers = int(tower_outliers(context).sum())
+        return [told + f", {outliers} of them outliers of the image tower" * bool(outliers)]
 
 
 def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
@@ -85,7 +91,17 @@ def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
         first = torch.cat([_sizes(x[:1]) > ratio for x in later])  # (layers, width)
         dims = first.float().mean(0) >= 0.5
         found[FIRST_LAYER:] = torch.stack([(_sizes(x)[:, dims] > ratio).any(1) for x in later])
+    found[:, context.image[tower_outliers(context)]] = True
     return found
+
+
+def tower_outliers(context: Context) -> Tensor:
+    """(n,), True of image tokens that are outliers of the tower; of towers whose tokens before the
+    projector are not those after it, or lie in another order, none is known."""
+    lengths = context.before_projector
+    if lengths is None or len(lengths) != len(context.features):
+        return torch.zeros(len(context.features), dtype=torch.bool)
+    return (lengths > OUTLIER * lengths.median()).cpu()
 
 
 def _sizes(x: Tensor) -> Tensor:
