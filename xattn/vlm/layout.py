@@ -177,14 +177,13 @@ class Places(NamedTuple):
 
     def layout(self, number: int, first: int, size: tuple[int, int]) -> Layout:
         """Of a photo of ``size`` (height, width)."""
-        shares, base = [], None
+        shares = []
         for axis, cells in enumerate(self.shape):
             start, end = self.boxes[:, axis, None] * cells, self.boxes[:, axis + 2, None] * cells
             part = np.nan_to_num(_overlap(start, end, cells))
             shares.append(part / np.maximum(part.sum(1, keepdims=True), 1e-12))
-        if self.base is not None:
-            base = np.zeros(len(self.boxes), bool)
-            base[self.base] = True
+        tokens = np.arange(len(self.boxes))
+        base = None if self.base is None else np.isin(tokens, tokens[self.base])
         return Layout(number, first, shares[0], shares[1], self.view or _whole(size), base=base)
 
 

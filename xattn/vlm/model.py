@@ -130,8 +130,6 @@ class Entered:
     """What entered of the images: ``features`` (n, D), detached.
 
     Qwen3-VL adds features in its first layers, too: these stand behind those of the input in each row.
-    ``lengths`` are the numbers of tokens of the items in which the model returned them, which are images
-    or tiles.
     """
 
     def __init__(self, output: Any, field: str, before: Any = None) -> None:
@@ -142,7 +140,6 @@ class Entered:
         flat = [torch.cat([x.reshape(-1, x.shape[-1]) for x in part]) for part in self._parts]
         self.features = torch.cat(flat, 1).detach()
         self._widths = [x.shape[1] for x in flat]
-        self.lengths = [x.shape[:-1].numel() for x in self._parts[0]]
 
     def filled(self, features: Tensor) -> Any:
         """The output of the same call for ``features`` (B, n, D) of B sequences."""
@@ -371,21 +368,18 @@ class VLM:
         if reserved := {"output_logits", "return_dict_in_generate"} & set(options or {}):
             raise ValueError(f"generate: {min(reserved)} is set here; leave it out")
         ids = inputs["input_ids"]
-        text = self.model.config.get_text_config()
-        room = getattr(text, "max_position_embeddings", None)
-        if self.kind == "decoder" and room and ids.shape[1] >= room:
-            raise PhotoError(
-                f"max_new_tokens: prompt of {ids.shape[1]:,} leaves 0 of {room:,}; give a shorter "
-                f"prompt or smaller photos"
-            )
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if room and self.kind == "decoder":
             max_new_tokens = min(max_new_tokens, room - ids.shape[1])
+            if max_new_tokens <= 0:
+                raise PhotoError(
+                    f"max_new_tokens: prompt of {ids.shape[1]:,} leaves 0 of {room:,}; give a shorter "
+                    f"prompt or smaller photos"
+                )
         greedy = {
             "do_sample": False,
             "num_beams": 1,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
         }
         asked = {**greedy, **(options or {}), "max_new_tokens": max_new_tokens}
         devices = [self.device] if self.device.type == "cuda" else []

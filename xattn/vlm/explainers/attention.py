@@ -27,24 +27,22 @@ class Means:
     """Sums over layers of rows, the mean of heads, by the place of the query: of keys in its own sequence,
     and of those of cross-attention; how many layers are in both."""
 
-    own: dict[int, Tensor] = field(default_factory=dict)
-    cross: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor | int] = field(default_factory=dict)
 
     def add(self, place: int, row: Tensor, cross: bool, counted: Tensor | None) -> None:
         """A row (S,), unless ``counted`` is 0, which stays on its device."""
-        kept = self.cross if cross else self.own
-        kept[place] = kept.get(place, 0) + (row if counted is None else counted * row)
+        row = row if counted is None else counted * row
+        self.sums[place, cross] = self.sums.get((place, cross), 0) + row
         self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)
 
     def of(self, places: Sequence[int], cross: bool, length: int) -> Tensor:
         """(T, length): sums over one kind of keys, divided by the number of layers; 0 beyond the keys."""
-        kept = self.cross if cross else self.own
         made = torch.zeros(len(places), length)
         for row, place in zip(made, places, strict=True):
-            if place in kept:
-                own = kept[place][:length] / torch.as_tensor(self.counts[place]).clamp_min(1)
-                row[: len(own)] = own.cpu()
+            if (place, cross) in self.sums:
+                own = self.sums[place, cross][:length]
+                row[: len(own)] = (own / torch.as_tensor(self.counts[place]).clamp_min(1)).cpu()
         return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -76,9 +77,8 @@ class Occlusion(TokenExplainer):
     def _windows(self, layout: Layout) -> Iterator[Box]:
         """Boxes (top, left, bottom, right) of cells."""
         height, width = layout.shape
-        for top in self._starts(height):
-            for left in self._starts(width):
-                yield top, left, min(top + self.size, height), min(left + self.size, width)
+        for top, left in product(self._starts(height), self._starts(width)):
+            yield top, left, min(top + self.size, height), min(left + self.size, width)
 
     def _starts(self, cells: int) -> list[int]:
         last = max(cells - self.size, 0)
