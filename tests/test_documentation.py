@@ -27,7 +27,6 @@ WITHOUT_VALUES = {
     "exports-and-processes": "pytest tests/test_exporting.py -m slow",
     "faithfulness": KEEP.format("runs/faithfulness/leaderboard.json", "faithfulness"),
     "finding-objects": KEEP.format("runs/finding-objects/leaderboard.json", "finding-objects"),
-    "gpu-kernels": "xattn bench kernels --aot --raw gpu-kernels-values.csv",
     "held-out-classes": "python -m xattn.eval.studies class-folds, the page's command: values.csv",
     "lesions": "python -m xattn.eval.studies lesions: values.csv",
     "linear-attention-depths": "python -m xattn.eval.studies depths, the page's command: values.csv",
