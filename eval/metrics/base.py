@@ -78,12 +78,14 @@ class Request(NamedTuple):
 
     ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the metric may change it in
     place afterwards. ``shared`` says whether some other request may want the very same image; the
-    engine then looks for it by a hash of the pixels, which costs about a quarter of a millisecond.
+    engine then looks for it by a hash of the pixels, which costs about a quarter of a millisecond. With
+    ``hit`` the score is 1 where the explained class has the highest one of all, else 0.
     """
 
     key: str
     image: Tensor
     shared: bool = True
+    hit: bool = False
 
 
 @dataclass(eq=False, frozen=True)

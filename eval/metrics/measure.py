@@ -176,7 +176,7 @@ def submit_all(
             request = next(requests)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-        ticket = scorer.submit(request.image, target, request.shared)
+        ticket = scorer.submit(request.image, target, request.shared, request.hit)
         tickets.setdefault(request.key, []).append(ticket)
 
 

@@ -40,6 +40,7 @@ FILES = (
     "board.thinned",
     "board.saco",
     "board.eraser",
+    "board.information_curves",
     "board.blind",
     "board.emprt",
     "board.sensitivity_n",

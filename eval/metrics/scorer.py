@@ -44,6 +44,7 @@ class Ticket:
     target: int
     score: float = float("nan")
     done: bool = False
+    hit: bool = False
 
 
 class Clean(NamedTuple):
@@ -86,7 +87,7 @@ class MaskedScorer:
         self._buffer: Tensor | None = None
         self._waiting: list[list[Ticket]] = []
         self._slots: dict[bytes, int] = {}
-        self._known: dict[tuple[bytes, int], Ticket] = {}
+        self._known: dict[tuple[bytes, int, bool], Ticket] = {}
         self._weights: Tensor | None = None
 
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class MaskedScorer:
         classes = scores.argmax(1) if targets is None else targets.cpu()
         p = scores.gather(1, classes[:, None])[:, 0]
         for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
-            self._known[self._digest(image), target] = Ticket(target, value, done=True)
+            self._known[self._digest(image), target, False] = Ticket(target, value, done=True)
         return Clean(p, classes, scores, every.double())
 
     @torch.no_grad()
@@ -121,22 +122,25 @@ class MaskedScorer:
             : len(inputs)
         ].double()
 
-    def submit(self, perturbed: Tensor, target: int, shared: bool = True) -> Ticket:
+    def submit(
+        self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
+    ) -> Ticket:
         """Ask for the score of ``target`` on one perturbed image (3, H, W), which is copied.
 
-        ``shared``: look for an equal image among the earlier ones, by a hash of its pixels.
+        ``shared``: look for an equal image among the earlier ones, by a hash of its pixels. ``hit``: ask
+        whether the class has the highest score.
         """
         self.requested += 1
         if not shared:
-            ticket = Ticket(target)
+            ticket = Ticket(target, hit=hit)
             place = self._place(perturbed)  # may run what waits, and start a new list
             self._waiting[place].append(ticket)
             return ticket
         digest = self._digest(perturbed)
-        known = self._known.get((digest, target))
+        known = self._known.get((digest, target, hit))
         if known is not None:
             return known
-        ticket = self._known[digest, target] = Ticket(target)
+        ticket = self._known[digest, target, hit] = Ticket(target, hit=hit)
         slot = self._slots.get(digest)
         if slot is None:
             slot = self._place(perturbed)
@@ -172,7 +176,8 @@ class MaskedScorer:
         self.scored += len(self._waiting)
         for row, tickets in zip(scores, self._waiting, strict=False):
             for ticket in tickets:
-                ticket.score, ticket.done = float(row[ticket.target]), True
+                found = row.argmax() == ticket.target if ticket.hit else row[ticket.target]
+                ticket.score, ticket.done = float(found), True
         self._waiting = []
         self._slots.clear()
 

@@ -36,6 +36,7 @@ TABLE = {"squares", "subsets", "single-deletion", "photo-gain", "class-contrast"
          "class-contrast-mosaic"}  # fmt: skip
 BLACK_TABLE = {"sensitivity-n", "mufidelity"}
 ERASER, BY_RANK = {"comprehensiveness", "sufficiency"}, {"thinned", "saco"}
+BLUR = {"SIC", "AIC"}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ ERASER, BY_RANK = {"comprehensiveness", "sufficiency"}, {"thinned", "saco"}
             | BLACK_TABLE
             | ERASER
             | BY_RANK
+            | BLUR
             | {"deletion", "insertion", "AOPC", "IROF", "infidelity", "monotonicity"},
         ),
         ("of a later version", set()),

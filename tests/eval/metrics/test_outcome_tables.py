@@ -15,7 +15,7 @@ from xattn.eval.evaluation.plan import plan
 from xattn.eval.metrics.base import Column, Sample
 from xattn.eval.metrics.board.masks import EachCell, Squares, Subsets, Tossed, cell_sums
 from xattn.eval.metrics.board.table import Behind, OutcomeTable
-from xattn.eval.metrics.infidelity import InfidelityMetric
+from xattn.eval.metrics.infidelity import InfidelityMetric, infidelity_values
 from xattn.eval.metrics.scorer import MaskedScorer
 
 MEAN = (0.5, 0.4, 0.3)
@@ -141,7 +141,14 @@ def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
 
 # ---------------------------------------------------------------- limit cases
 
-TABLES = {"squares": {"samples": 12}}
+TABLES = {
+    "squares": {"samples": 12},
+    "subsets": {"cells": 7, "samples": 8, "kept": (0.3, 0.7)},
+    "single-deletion": {"cells": (4, 7)},
+    "sensitivity-n": {"cells": 7, "samples": 8, "kept": (0.98, 0.5)},
+    "mufidelity": {"cells": 5, "samples": 20},
+}
+OF_ONE_AREA = sorted(set(TABLES) - {"mufidelity"})
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -164,9 +171,21 @@ def test_infidelity_cannot_tell_a_map_from_its_negative_and_squares_can():
         for m in (truth, -truth)
     ]  # fmt: skip
     assert found[0] == pytest.approx(found[1], abs=1e-9)
+    sums, drops = rand(1, 20).double() - 0.3, rand(1, 20, seed=1).double()
+    cosine = torch.nn.functional.cosine_similarity(sums, drops)
+    expected = drops.square().mean(1) * (1 - cosine**2)
+    torch.testing.assert_close(infidelity_values(sums, drops), expected)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("cells", [3, 5, 7])
+def test_cells_that_do_not_divide_the_photo(cells):
+    network, images = Additive((35, 35)), rand(1, 3, 35, 35)
+    metric = create_metric("single-deletion", fill="black", score="logit", cells=cells)
+    found = measure(metric, network, images, network.truth(images), 0)
+    assert float(found[Column("single-deletion")]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", OF_ONE_AREA)
 def test_a_constant_on_top_changes_nothing(name):
     network, image = Additive((28, 28)), rand(3, 28, 28)
     metric = create_metric(name, fill="black", **TABLES[name]).for_network(network)

@@ -10,6 +10,7 @@ from eval_fakes import FakeBackbone
 from xattn.eval import create_metric, measure
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.board.emprt import histogram_entropy
+from xattn.eval.metrics.board.information_curves import information_area, interpolated
 from xattn.eval.metrics.board.saco import saco_values
 from xattn.eval.metrics.board.thinned import thinned_share, thinned_values
 
@@ -107,6 +108,34 @@ def test_entropy_of_histograms_and_emprt_of_a_rougher_map():
     )  # fmt: skip
     own, other = histogram_entropy(smooth), histogram_entropy(rand(1, 1, 18, 20))
     torch.testing.assert_close(found[Column("eMPRT")], (other - own) / own)
+
+
+def test_information_curves_by_hand_and_of_a_map_that_knows():
+    sizes, scores = torch.tensor([10.0, 14.0, 20.0, 30.0]), torch.tensor([0.1, 0.7, 0.4, 0.9])
+    y = torch.tensor([0.0, 0.75, 0.75, 1.0])
+    expected = float(torch.trapezoid(y, torch.tensor([0.0, 0.2, 0.5, 1.0])))
+    assert information_area(sizes, scores) == pytest.approx(expected)
+    assert math.isnan(information_area(sizes, scores.flip(0)))
+    smooth = torch.linspace(0, 1, 20).expand(3, 18, 20)
+    torch.testing.assert_close(interpolated(smooth, 0.3, 0), smooth, atol=0.2, rtol=0)
+    images = 0.2 * rand(2, 3, 18, 20)[:1]
+    images[:, 0, :, :10] = 0.98
+
+    def red(images):
+        """The first class where the left half is red enough."""
+        score = images[:, 0, :, :10].sum((1, 2)) / 18 - 8
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+    maps = torch.zeros(1, 1, 18, 20)
+    maps[..., :10] = 1
+    options = {"levels": (0.1, 0.25, 0.5), "least": 0.5}
+    metric = create_metric("information-curves", **options)
+    good, bad = (measure(metric, red, images, m, 0) for m in (maps, 1 - maps))
+    for column in (Column("SIC"), Column("AIC")):
+        assert (good[column] >= bad[column]).all()
+    assert (good[Column("SIC")] > bad[Column("SIC")]).all()
+    low = measure(create_metric("information-curves"), red, images * 0.1, maps, 0)
+    assert low[Column("SIC")].isnan().all(), "the class is not likely"
 
 
 def test_the_smooth_randomisation_test_compares_means_over_noise():
