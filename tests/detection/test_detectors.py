@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from small_detectors import CLASSES, SIDE, Words, torchvision_detector, transformers_detector
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import xattn
 from xattn.detection import Candidates, DetectionNetwork, Suppression, load_detector
@@ -237,6 +239,37 @@ def test_ten_detections_cost_odam_one_pass_of_the_backbone(kind):
     for i in (0, 7):
         one = explainer.attribute(random_image()[None], i)
         assert torch.allclose(maps[:, i : i + 1], one, atol=1e-6)
+
+
+class Flops(TorchDispatchMode):
+    """How many floating point operations run inside."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def test_odam_of_two_stages_goes_back_through_its_own_proposals_alone():
+    detector = load_detector(torchvision_detector("fasterrcnn"))
+    view = detector.of(detector.best_candidates(random_image(), 10))
+    explainer = create_explainer("odam", view, sigma=0.0)
+    image = random_image()[None].requires_grad_()
+    with Flops() as whole:
+        view.logits(image)[0, 0].backward()
+    with Flops() as own:
+        maps = explainer.attribute_classes(image.detach(), lambda z: torch.arange(10)[None])[2]
+    assert own.total <= 2.5 * whole.total
+    (part,), found = detector.model.parts(detector.normalize(image))
+    score = view.scores(part, [4], fixed_boxes=True).amax()
+    slopes = torch.autograd.grad(torch.logit(score), found)
+    up = [nn.functional.interpolate((g * f).sum(1, True).relu() * f[0, 0].numel(), (SIDE, SIDE), mode="bilinear")
+          for g, f in zip(slopes, found, strict=True)]  # fmt: skip
+    expected = sum(up)[0, 0] / found[0][0, 0].numel()
+    assert (maps[0, 4] - expected).abs().max() <= 1e-5 * expected.abs().max() > 0
 
 
 def test_layer_methods_read_all_scales_and_one_that_is_named():

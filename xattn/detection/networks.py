@@ -34,6 +34,7 @@ class DetectionNetwork(nn.Module):
     """
 
     default_task = "multilabel"
+    proposes = False  # whether :meth:`again` gives candidates
 
     def __init__(
         self,
@@ -65,6 +66,11 @@ class DetectionNetwork(nn.Module):
         """Candidates in parts, and the maps. If there are as many parts as maps, part i comes from map i
         alone; else each may come from all of them."""
         raise NotImplementedError
+
+    def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
+        """Candidate ``number`` of an image of the last :meth:`parts`, from ``maps`` by itself, (1, 1); None
+        where its own graph costs no more."""
+        return None
 
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """:meth:`Candidates.packed <xattn.detection.Candidates.packed>`, (B, N, D), and the maps."""

@@ -13,6 +13,7 @@ size already.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,8 +63,11 @@ class TorchvisionDetector(DetectionNetwork):
         )
         with torch.no_grad():
             image = next(own.parameters()).new_zeros(1, 3, *size)
-            levels = len(_as_dict(own.backbone(image)))
-        super().__init__(net, _class_count(own), photos, suppression, levels)
+            names = list(_as_dict(own.backbone(image)))
+        super().__init__(net, _class_count(own), photos, suppression, len(names))
+        self.names, self.proposes = names, isinstance(net, FasterRCNN)
+        self.proposals: list[Tensor] = []  # of the last pass
+        self.size = size  # of its images
 
     def parts(self, x: Tensor) -> tuple[list[Candidates], tuple[Tensor, ...]]:
         net: Any = self.net
@@ -132,23 +136,40 @@ class TorchvisionDetector(DetectionNetwork):
 
     def _two_stages(self, features: dict[str, Tensor], images: ImageList) -> Candidates:
         net: Any = self.net
-        heads = net.roi_heads
         with torch.no_grad():  # as they are trained: no gradient goes through the proposals
             proposals, _ = net.rpn(images, features)
-        pooled = heads.box_roi_pool(features, proposals, images.image_sizes)
-        # A level without a proposal leads to the answer as well, with a gradient of 0.
-        pooled = pooled + 0 * torch.stack([one.mean() for one in features.values()]).sum()
-        logits, shifts = heads.box_predictor(heads.box_head(pooled))
+        self.proposals, self.size = proposals, images.image_sizes[0]
+        boxes, logits = self._refined(features, proposals, images.image_sizes)
         counts = [len(one) for one in proposals]
-        boxes = clip_boxes_to_image(
-            heads.box_coder.decode(shifts, proposals), images.image_sizes[0]
-        )
         padded = (_padded(t, counts) for t in (boxes, logits))
         found = _softmax(*padded)
         there = torch.arange(max(counts), device=logits.device) < torch.tensor(
             counts, device=logits.device
         ).unsqueeze(1)
         return Candidates(found.boxes, found.objectness * there, found.classes * there.unsqueeze(2))
+
+    def _refined(
+        self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes (n, K, 4) and logits (n, K) of all proposals."""
+        net: Any = self.net
+        heads = net.roi_heads
+        pooled = heads.box_roi_pool(features, proposals, sizes)
+        # A level without a proposal leads to the answer as well, with a gradient of 0.
+        pooled = pooled + 0 * torch.stack([one.mean() for one in features.values()]).sum()
+        logits, shifts = heads.box_predictor(heads.box_head(pooled))
+        return clip_boxes_to_image(heads.box_coder.decode(shifts, proposals), sizes[0]), logits
+
+    def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
+        """Of two stages: a backward pass through the heads would be one of all proposals."""
+        if not self.proposes:
+            return None
+        features = {
+            name: one[image : image + 1] for name, one in zip(self.names, maps, strict=True)
+        }
+        own = self.proposals[image][number : number + 1]
+        boxes, logits = self._refined(features, [own], [self.size])
+        return _softmax(boxes[None], logits[None])
 
 
 def _as_dict(features: Any) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the one candida
 their area.
 
 One forward pass without a graph down to the maps; of the heads alone a graph is kept, and each detection
-costs a backward pass through the heads of its own level.
+costs a backward pass through the heads of its own level, of a detector with proposals through those of its
+own proposal.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Odam(Explainer):
         """Logits (b, K), and maps (b, M, H, W) of ``classes`` (b, M), or of those chosen by logits."""
         view = require_detections(self.backbone, self.name)
         with torch.enable_grad(), _leaves(self.network) as leaves:
-            parts, _ = self.network.parts(view.base.normalize(images))
+            # Of two stages the chosen candidates are computed again, from the maps.
+            with torch.set_grad_enabled(not self.network.proposes):
+                parts, _ = self.network.parts(view.base.normalize(images))
             with torch.no_grad():
                 logits = view.answer(torch.cat([part.packed() for part in parts], 1))
             if callable(classes):
@@ -92,7 +95,9 @@ class Odam(Explainer):
                 values = [view.scores(part, [number])[0, :, 0] for part in own]
             level = max(range(len(own)), key=lambda n: float(values[n].max()))
             at = int(values[level].argmax())
-            one = Candidates(*(t[:, at : at + 1] for t in own[level]))
+            one = self.network.again(leaves, i, at)
+            if one is None:
+                one = Candidates(*(t[:, at : at + 1] for t in own[level]))
             total = total + log_odds(view.scores(one, [number], fixed_boxes=True)).sum()
         gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         size = images.shape[-2:]
