@@ -64,7 +64,7 @@ class Company:
         left = [
             i
             for i, (table, k) in enumerate(zip(self.tables, self.targets, strict=True))
-            if float(table.clean.softmax(0)[k]) >= confidence
+            if float(table.scorer.backbone.probabilities(table.clean[None])[0, k]) >= confidence
         ]
         found = []
         while left:
