@@ -22,7 +22,8 @@ from xattn.explainers.base import EXPLAINERS, explainer_class
 from xattn.explaining.trying import Tried, tried
 from xattn.runtime.files import write_rows, write_text
 
-LEFT_OUT = ("gates",)  # of networks that answer by a mask
+CLASSIFIERS = {"cnn", "vit"}  # other explainers are of masks, or of boxes
+EXACT = ("lrp", "libragrad")
 RUNS, OTHERS, NO = "●", "○", ""
 
 
@@ -50,8 +51,8 @@ def study(
 
 
 def _names() -> list[str]:
-    names = [name for name in EXPLAINERS.names() if name not in LEFT_OUT]
-    return [name for name in names if not explainer_class(name).needs_head]
+    entries = [entry for entry in EXPLAINERS.entries() if CLASSIFIERS & set(entry.networks)]
+    return [entry.name for entry in entries if not explainer_class(entry.name).needs_head]
 
 
 def _rows(family: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -102,6 +103,9 @@ def _page(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"python -m xattn.eval.studies explainers-by-family --page docs/{PAGE}.md\n```\n"
     yield f"[Raw values]({PAGE}.csv): options, what relevance methods lose, why the others do not run.\n"
     yield f"On {len(loaded)} families: {', '.join(f'`{name}`' for name in everywhere)}.\n"
+    lost = [float(row["absorbed"]) for row in rows if row["explainer"] in EXACT and row["absorbed"]]
+    if lost:
+        yield f"Of a logit, {' and '.join(f'`{name}`' for name in EXACT)} lose at most {max(lost):.0e}.\n"
     missing = ", ".join(name for name in by if name not in loaded)
     if missing:
         yield f"Not loaded by name: {missing}. Their features are no map; wrap the model in a module with"

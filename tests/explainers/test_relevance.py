@@ -369,6 +369,13 @@ def test_what_has_no_rule_is_refused_by_name(function, words):
         engine.check("test", "this", y.sum())
 
 
+def test_a_scripted_part_is_refused_by_name():
+    net = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.GELU()))
+    with pytest.raises(ValueError, match=r"cannot see into scripted GELU; give the module as it"):
+        with following(net, "libragrad"):
+            net(torch.rand(2, 4, requires_grad=True))
+
+
 def test_a_function_gets_a_rule_in_one_line():
     register_rule("special_i0e", "activation")
     try:
@@ -441,6 +448,75 @@ def test_relevance_of_every_family_is_conserved(family):
         assert found.error < tolerance, (composite, found)
     found = balance(model, size, "attn_lrp")  # softmax alone absorbs
     assert found.error < 1e-7 or "attention" in found.fault or "softmax" in found.fault
+
+
+def mapped_relevance(model, x, composite):
+    """R of the image for each picture's logit 2, and those logits."""
+    leaf = x.clone().requires_grad_()
+    engine = Engine(composite)
+    with engine:
+        scores = engine.whole(model(leaf.clone()))[:, 2]
+    (grad,) = torch.autograd.grad(scores.sum(), leaf)
+    return (leaf * grad).detach(), scores.detach()
+
+
+def test_a_linear_network_gives_each_pixel_its_weight_times_its_value():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 5)
+    )
+    model.double().requires_grad_(False)
+    x = draw(2, 3, 8, 8)
+    expected, _ = mapped_relevance(model, x, "gradient")
+    exact = epsilon_rule(1e-13)
+    for composite in ("libragrad", "attn_lrp", "res_lrp", Composite(exact, exact)):
+        assert close(mapped_relevance(model, x, composite)[0], expected, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["resnet", "densenet"])
+def test_without_epsilon_a_network_of_relus_has_input_times_gradient(family):
+    model, size = network(family)
+    x = draw(1, 3, size, size)
+    expected, _ = mapped_relevance(model, x, "gradient")
+    small = epsilon_rule(1e-9)
+    assert close(mapped_relevance(model, x, "libragrad")[0], expected, 1e-12)
+    assert close(mapped_relevance(model, x, Composite(small, small))[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "mambaout", "mobilevit"])
+def test_without_biases_the_map_sums_to_the_logit(family):
+    model, size = network(family)
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith(("bias", "running_mean", "pos_embed", "cls_token", "beta")):
+            value.zero_()
+    x = draw(2, 3, size, size)
+    for composite, tolerance in (("libragrad", 1e-9), ("gamma", 1e-2)):
+        found, logits = mapped_relevance(model, x, composite)
+        assert found.flatten(1).sum(1).allclose(logits, rtol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["repghost", pytest.param("fastvit", marks=pytest.mark.slow)])
+def test_merged_branches_change_nothing_without_a_rule_for_linear_layers(family):
+    model, size = network(family)
+    merged = timm.utils.reparameterize_model(copy.deepcopy(model)).requires_grad_(False)
+    x = draw(1, 3, size, size)
+    assert len(list(merged.modules())) < len(list(model.modules()))
+    for composite in ("libragrad", "attn_lrp"):
+        got, expected = (mapped_relevance(m, x, composite)[0] for m in (merged, model))
+        assert close(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "composite", ["libragrad", "attn_lrp", "res_lrp", "epsilon", "gamma", "vit"]
+)
+def test_single_precision_is_as_double_precision(composite):
+    for family in ("resnet", "mobilevit"):
+        model, size = network(family)
+        x = draw(2, 3, size, size)
+        expected, _ = mapped_relevance(model, x, composite)
+        got, _ = mapped_relevance(model.float(), x.float(), composite)
+        error = (got - expected).norm() / expected.norm()
+        assert error < 1e-3, (family, error)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
     "resnet18",
 )
-SHOWN = ("gradient", "libragrad", "attn_lrp", "res_lrp", "epsilon", "gamma", "vit", "alpha_beta")
+SHOWN = ("gradient", "libragrad", "attn_lrp", "res_lrp", "epsilon", "gamma", "vit")
 MOST = {
     "gradient": (1.1, 1.1),
     "libragrad": (1.1, 1.1),

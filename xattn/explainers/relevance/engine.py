@@ -437,6 +437,7 @@ def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]
     True
     """
     engine = Engine(composite)
+    refuse_scripted(module, "following")
     weights = [p for p in module.parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
@@ -447,6 +448,16 @@ def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]
     finally:
         for weight in weights:
             weight.requires_grad_()
+
+
+def refuse_scripted(module: nn.Module, method: str) -> None:
+    """Raise a ``ValueError`` for a part whose calls no mode sees, and no graph tells of."""
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"backbone: {method} cannot see into scripted {part.original_name}; give the module as it "
+                f"was before torch.jit.script, or use 'gradcam'"
+            )
 
 
 def layer_dims(layer: Layer) -> list[int]:

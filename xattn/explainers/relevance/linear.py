@@ -76,7 +76,7 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor, below: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.where(ctx.saved_tensors[0], above, below)
+        return torch.lerp(below, above, ctx.saved_tensors[0].to(above.dtype))
 
 
 Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]]
@@ -189,17 +189,18 @@ def quotient_of(z: Tensor, p: Tensor | None, epsilon: float | None, c: Tensor) -
         wide = torch.promote_types(z.dtype, torch.float32)
         rms = torch.linalg.vector_norm(z, dim=tuple(range(1, z.ndim)), keepdim=True, dtype=wide)
         each = max(1, z.numel() // max(1, len(z)))
-        small = (rms * (1e-6 * each**-0.5)).to(z.dtype).clamp_min(torch.finfo(z.dtype).tiny)
+        small = (rms * (1e-6 * each**-0.5)).to(z.dtype)
     else:
         small = z.new_full([1] * z.ndim, epsilon).expand(len(z), *[1] * (z.ndim - 1))
+    small = small.clamp_min(torch.finfo(z.dtype).tiny)
     out = torch.empty_like(z)
     for part in in_cache(z):
         x, e, to = z[part], small[part], out[part]
-        if p is None and epsilon != 0:
+        if p is None:
             x = x.abs()
             torch.div(x, x + e, out=to)
         else:
-            q = x if p is None else p[part]
-            torch.div(x, torch.copysign(e, q).add_(q), out=to).masked_fill_(q == 0, 0)
+            q = p[part]  # masks are slower than products
+            torch.div(q.sign().abs_().mul_(x), torch.copysign(e, q).add_(q), out=to)
         to.mul_(c[part])
     return out

@@ -21,7 +21,7 @@ from xattn.backbone.scored import class_of, is_score
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
 from xattn.explainers.cams.layers import LayerReader
 from xattn.explainers.gradients import class_gradients, probe_image
-from xattn.explainers.relevance.engine import Balance, Engine
+from xattn.explainers.relevance.engine import Balance, Engine, refuse_scripted
 from xattn.explainers.relevance.linear import INPUT_RULES, gamma_rule
 from xattn.explainers.relevance.rules import COMPOSITES, Composite
 from xattn.runtime.option_checks import NotNegative
@@ -49,6 +49,7 @@ class RelevanceExplainer(Explainer):
     def __post_init__(self) -> None:
         super().__post_init__()
         backbone = self.backbone
+        refuse_scripted(backbone, self.name)
         with self._guard(), torch.enable_grad():
             image = self._move(probe_image(backbone))
             with torch.no_grad():

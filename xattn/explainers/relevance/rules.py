@@ -327,8 +327,7 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, c: Tensor) -> Any:  # type: ignore[override]
         q, *ups = ctx.saved_tensors
         c = c * q
-        strong = c * (1 + ctx.g)
-        return *(torch.where(up, strong, c) for up in ups), None, None
+        return *(torch.addcmul(c, c, up.to(c.dtype), value=ctx.g) for up in ups), None, None
 
 
 def _addition(engine: Any, function: Rule, x: Any, y: Any, **kw: Any) -> Any:
