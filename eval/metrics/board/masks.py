@@ -134,11 +134,25 @@ class _OfCells(MaskList):
 
 @dataclass(frozen=True)
 class EachCell(_OfCells):
-    """Every cell by itself."""
+    """Every cell by itself; ``equal`` ones have floor(H / c) rows, and a rest of the photo is in none."""
+
+    equal: bool = False
 
     @property
     def count(self) -> int:
         return self.cells**2
+
+    def removed(self, size: tuple[int, int], seed: int) -> Tensor:
+        if not self.equal:
+            return super().removed(size, seed)
+        height, width = (n - n % self.cells for n in size)
+        found = torch.zeros(self.count, *size, dtype=torch.bool, device="cpu")
+        found[:, :height, :width] = super().removed((height, width), seed)
+        return found
+
+    def sums(self, values: Tensor, seed: int) -> Tensor:
+        height, width = (n - n % self.cells * self.equal for n in values.shape)
+        return super().sums(values[:height, :width], seed)
 
     def chosen(self, seed: int) -> Tensor:
         return torch.eye(self.count, dtype=torch.bool, device="cpu")

@@ -24,10 +24,13 @@ class SingleDeletionMetric(CorrelationMetric):
 
     Args:
         cells: a side of the grid, or of each of several.
+        published: cells have floor(H / c) rows, as in the authors' program, where what is left of a photo
+            whose side c does not divide is never removed.
     """
 
     ranks = True
     cells: int | tuple[int, ...] = (4, 7)
+    published: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +42,7 @@ class SingleDeletionMetric(CorrelationMetric):
         return (self.cells,) if isinstance(self.cells, int) else tuple(self.cells)
 
     def lists(self) -> tuple[MaskList, ...]:
-        return tuple(EachCell(side) for side in self._sides)
+        return tuple(EachCell(side, self.published) for side in self._sides)
 
 
 class SingleDeletion(MeanMetric):

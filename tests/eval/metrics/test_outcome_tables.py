@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from eval_fakes import FakeBackbone, Maps
+from scipy.stats import spearmanr
 
 from xattn import load_backbone
 from xattn.eval import Protocol, create_metric, evaluate, measure
@@ -20,7 +21,14 @@ from xattn.eval.metrics.scorer import MaskedScorer
 
 MEAN = (0.5, 0.4, 0.3)
 SIZE = (35, 37)
-LISTS = [Squares(11, 0.3), EachCell(5), EachCell(3), Subsets(5, 8, 12), Tossed(6, 0.3, 9)]
+LISTS = [
+    Squares(11, 0.3),
+    EachCell(5),
+    EachCell(4, True),
+    EachCell(3),
+    Subsets(5, 8, 12),
+    Tossed(6, 0.3, 9),
+]
 
 
 def rand(*shape, seed=0):
@@ -183,6 +191,22 @@ def test_cells_that_do_not_divide_the_photo(cells):
     metric = create_metric("single-deletion", fill="black", score="logit", cells=cells)
     found = measure(metric, network, images, network.truth(images), 0)
     assert float(found[Column("single-deletion")]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", [32, 35])
+def test_single_deletion_as_published_by_hand(side):
+    network, image, raw = Additive((side, side)), rand(3, side, side), rand(1, side, side, seed=6)
+    options = {"fill": "black", "score": "logit", "cells": 4, "published": True}
+    metric = create_metric("single-deletion", **options)
+    found = measure(metric, network, image[None], raw[None], 0)[Column("single-deletion")]
+    sums, drops, step = [], [], side // 4
+    for i in range(0, 4 * step, step):
+        for j in range(0, 4 * step, step):
+            changed = image.clone()
+            changed[:, i : i + step, j : j + step] = 0
+            sums.append(float(raw[0, i : i + step, j : j + step].sum()))
+            drops.append(float((network(image[None]) - network(changed[None]))[0, 0]))
+    assert float(found) == pytest.approx(spearmanr(sums, drops).statistic, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", OF_ONE_AREA)
