@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from xattn.detection import Detections
 from xattn.eval.annotations.objects import Annotation, Annotations
 from xattn.photos.view import View
+
+if TYPE_CHECKING:
+    from xattn.detection import Detections
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,6 @@ from torch import nn
 from xattn.backbone.families.transformers_models import PREFIX, is_transformers
 from xattn.detection.detector import Detector
 from xattn.detection.networks import CallableDetector, DetectionNetwork
-from xattn.detection.torchvision_networks import FAMILIES, TorchvisionDetector
-from xattn.detection.transformers_networks import TEXT, TransformersDetector
 from xattn.photos.classes import read_classes
 from xattn.photos.preprocessing import LARGEST_SIDE, Preprocessing
 from xattn.runtime.copies import frozen_copy, without_wrappers
@@ -76,6 +74,10 @@ def load_detector(
 def _network(
     model: Any, size: tuple[int, int] | None, names: list[str] | None, processor: Any
 ) -> DetectionNetwork:
+    # Imported late: torchvision's detectors take a second to load.
+    from xattn.detection.torchvision_networks import FAMILIES, TorchvisionDetector
+    from xattn.detection.transformers_networks import TransformersDetector
+
     if isinstance(model, DetectionNetwork):
         return model
     if isinstance(model, nn.Module):
@@ -114,6 +116,8 @@ def _by_name(
 
 def _of_transformers(name: str, processor: Any) -> tuple[Any, None, Any]:
     import transformers
+
+    from xattn.detection.transformers_networks import TEXT
 
     try:
         config = transformers.AutoConfig.from_pretrained(name)
