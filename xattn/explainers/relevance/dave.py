@@ -68,7 +68,9 @@ class Dave(RelevanceExplainer):
             drawn = 2 * torch.rand(3, generator=generator, device="cpu") - 1
             noise = torch.randn(images.shape[1:], generator=generator, device="cpu")
             with torch.enable_grad():
-                copy = moved(x, *(drawn * torch.tensor([self.shift, self.shift, self.rotation])))
+                copy = moved(
+                    x, *(drawn * drawn.new_tensor([self.shift, self.shift, self.rotation]))
+                )
                 noisy = copy.detach() + self.noise * noise.to(x)
                 raw = noisy + self.backbone.mean.to(x)
                 answer, ends = self._pass(raw, self._engine(), [PIXELS])
@@ -91,6 +93,12 @@ def moved(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tenso
     # From a place of the result, in [-1, 1], to that of the image; pixels are square.
     x, y = -2 * float(right) / width, -2 * float(down) / height
     rows = [[cos, sin * height / width], [-sin * width / height, cos]]
-    theta = torch.tensor([[*row, row[0] * x + row[1] * y] for row in rows]).to(images)
-    grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    theta = torch.tensor([[*row, row[0] * x + row[1] * y] for row in rows], device="cpu").to(images)
+    across, along = (
+        (2 * torch.arange(n, dtype=images.dtype, device=images.device) + 1) / n - 1
+        for n in (height, width)
+    )
+    y_of, x_of = torch.meshgrid(across, along, indexing="ij")
+    grid = torch.stack([x_of, y_of, torch.ones_like(x_of)], 2) @ theta.T
+    grid = grid.expand(len(images), *grid.shape)
     return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
