@@ -335,6 +335,22 @@ def test_writing_in_place_changes_no_relevance(name):
     assert close(out, same) and close(got, expected)
 
 
+def _read_and_dropped(x, dropped=True):
+    y = F.conv2d(x, draw(4, 4, 1, 1), draw(4, seed=1))
+    u = y * 1.0
+    if dropped:
+        F.silu(y)
+    y[:, :2] = 0
+    return u + y
+
+
+@pytest.mark.parametrize("name", ["epsilon", "gamma", "alpha_beta"])
+def test_a_result_that_nobody_uses_changes_no_relevance(name):
+    (got,), _ = relevance(_read_and_dropped, draw(*SHAPE), composite=name)
+    (expected,), _ = relevance(lambda x: _read_and_dropped(x, False), draw(*SHAPE), composite=name)
+    assert close(got, expected)
+
+
 # ---------------------------------------------------------------------- what is not known
 
 

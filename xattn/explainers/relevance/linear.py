@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from torch import Tensor
 class Kept:
     """A tensor that a backward pass needs; whoever writes into its memory asks :meth:`before_writing`."""
 
-    _all: ClassVar[WeakValueDictionary[int, Kept]] = WeakValueDictionary()
+    _all: ClassVar[WeakValueDictionary[int, WeakSet[Kept]]] = WeakValueDictionary()  # by memory
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.data  # without a version: what is written later is written elsewhere
-        self._next = Kept._all.get(x.untyped_storage().data_ptr())
-        Kept._all[x.untyped_storage().data_ptr()] = self
+        self._others = Kept._all.setdefault(x.untyped_storage().data_ptr(), WeakSet())
+        self._others.add(self)
 
     @staticmethod
     def has(x: Tensor) -> bool:
@@ -38,9 +38,8 @@ class Kept:
     @staticmethod
     def before_writing(x: Tensor) -> None:
         """Copy what is kept in the memory of ``x``."""
-        kept = Kept._all.pop(x.untyped_storage().data_ptr(), None)
-        while kept is not None:
-            kept.x, kept = kept.x.clone(), kept._next
+        for kept in Kept._all.pop(x.untyped_storage().data_ptr(), ()):
+            kept.x = kept.x.clone()
 
 
 class Layer(NamedTuple):
