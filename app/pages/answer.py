@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,24 +76,40 @@ def page(context: Context) -> None:
 
 def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
     """Of the photos of one conversation, or of a clip's frames, those whose words have maps."""
-    table = selection.table(pack)
+    table, words = selection.table(pack), _texts(answer)
     stem, mark, number = image_id.rpartition("#")
     names, clip = [image_id], None
     if mark and number.isdigit():
-        names = [f"{stem}#{i + 1}" for i in range(MOST_PHOTOS)]
-    elif mark:
-        first = table.entries_of(image_id).index[0]
-        clip = _clip(pack.provenance(first)["protocol"].get("video"))
+        names = list(dict.fromkeys([*_numbered(stem, MOST_PHOTOS), image_id]))
+    elif mark and len(own := _of_words(pack, image_id, words)):
+        record = pack.provenance(own.index[0])["protocol"].get("video")
+        clip = _clip(record, lambda i: frame_id(stem, i) == image_id)
         names = [frame_id(stem, i) for i in clip[0]] if clip else names
-    found = [n for n in names if table.image(n) is not None and len(_of_words(pack, n, answer))]
+    found = [n for n in names if table.image(n) is not None and len(_of_words(pack, n, words))]
     if clip is None:
         return Shown(found)
     return Shown(found, [int(name.rpartition("-")[2]) / clip[1] for name in found], clip[2])
 
 
-def _clip(record: Any) -> tuple[list[int], float, int] | None:
-    """Of a clip's record the numbers of at most ``MOST_PHOTOS`` frames at even steps, frames a second, and
-    frames a map; None of what is no such record."""
+def _numbered(stem: str, count: int) -> list[str]:
+    """Ids of photos that were shown together."""
+    return [f"{stem}#{i + 1}" for i in range(count)]
+
+
+def _all_there(pack: Pack, ids: list[str], image_id: str) -> bool:
+    """Whether ``ids`` are all photos that were shown, as far as their numbers tell."""
+    stem, mark, number = image_id.rpartition("#")
+    if not mark or not number.isdigit():
+        return ids == [image_id]
+    *before, after = _numbered(stem, len(ids) + 1)
+    return ids == before and image_id in ids and selection.table(pack).image(after) is None
+
+
+def _clip(
+    record: Any, own: Callable[[int], bool] = lambda number: False
+) -> tuple[list[int], float, int] | None:
+    """Of a clip's record the numbers of at most ``MOST_PHOTOS`` frames at even steps, and of the page's
+    ``own``; frames a second, and frames a map; None of what is no such record."""
     if not isinstance(record, Mapping):
         return None
     frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_a_map"))
@@ -102,14 +118,16 @@ def _clip(record: Any) -> tuple[list[int], float, int] | None:
     if not isinstance(fps, int | float) or not 0 < fps < 1e6:
         return None
     step = max(math.ceil(len(frames) / MOST_PHOTOS), 1)
-    return frames[::step], float(fps), each if type(each) is int else 1
+    numbers = [number for i, number in enumerate(frames) if i % step == 0 or own(number)]
+    return numbers, float(fps), each if type(each) is int else 1
 
 
 def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
-    entries = [_of_words(pack, name, answer) for name in shown.ids]
+    texts = _texts(answer)
+    entries = [_of_words(pack, name, texts) for name in shown.ids]
     methods = list(dict.fromkeys(entries[0]["method"]))
     word, method = _asked(answer, methods)
-    maps = _maps(pack, tuple(shown.ids), tuple(methods), shown.side)
+    maps = _maps(pack, tuple(shown.ids), tuple(methods), shown.side, texts)
     titles = [selection.table(pack).title(name) for name in shown.ids]
     if shown.seconds is not None:
         titles = [f"{seconds:.2f} s" for seconds in shown.seconds]
@@ -140,11 +158,14 @@ def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> Non
         st.caption(f"A map is of {shown.frames_a_map} frames, the first of which is shown.")
 
 
-def _of_words(pack: Pack, image_id: str, answer: AnswerFacts) -> pd.DataFrame:
+def _texts(answer: AnswerFacts) -> tuple[str, ...]:
+    return tuple(word.text for word in answer.words)
+
+
+def _of_words(pack: Pack, image_id: str, words: tuple[str, ...]) -> pd.DataFrame:
     """The maps of words; a merged pack may have maps of a classifier's classes, too."""
     entries = selection.table(pack).entries_of(image_id)
-    words = dict(enumerate(word.text for word in answer.words))
-    return entries[entries["target"].map(words) == entries["target_name"]]
+    return entries[entries["target"].map(dict(enumerate(words))) == entries["target_name"]]
 
 
 def _asked(answer: AnswerFacts, methods: Sequence[str]) -> tuple[int, str]:
@@ -173,10 +194,10 @@ def _aspect(pack: Pack, entry_id: str) -> float:
 
 @state.kept(entries=8)
 def _maps(
-    pack: Pack, ids: tuple[str, ...], methods: tuple[str, ...], side: int
+    pack: Pack, ids: tuple[str, ...], methods: tuple[str, ...], side: int, words: tuple[str, ...]
 ) -> list[list[dict[int, dict[str, Any]]]]:
     """By photo and method the map of each word that was explained; all photos on one scale."""
-    tables = [selection.table(pack).entries_of(name) for name in ids]
+    tables = [_of_words(pack, name, words) for name in ids]
     every = pd.concat(tables).groupby(["method", "target"])
     low, high = every["min"].min(), every["max"].max()
     found = []
@@ -258,6 +279,10 @@ def _what_if(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> No
             "To paint over a part of the photo and see what becomes of the words, start the viewer with "
             "the model: `xattn app ROOT --vlm MODEL`"
         )
+    elif not _all_there(pack, shown.ids, image_id):
+        st.caption(
+            "A part of the photo can be hidden only where all photos that were shown together are here."
+        )
     elif st.toggle("What if a part of the photo is hidden?", key=f"{KEY}whatif"):
         with st.spinner("Loading the model …"):
             vlm = models.vlm()
@@ -319,12 +344,12 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
     """(W,): of each word, exp of the mean log p of its tokens, where the model is shown ``photos``.
 
     Raises:
-        ValueError: another number of photos, or other words.
+        ValueError: another number of photos, or question, or other words.
     """
     import torch
 
     from xattn.vlm.explainers.base import guarded
-    from xattn.vlm.words import words_of
+    from xattn.vlm.words import token_texts, words_of
 
     ids = torch.tensor(vlm.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
     _, words = words_of(vlm.tokenizer, ids.tolist())
@@ -334,9 +359,25 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
         )
     with guarded(vlm), torch.no_grad():
         inputs = vlm.inputs(photos, answer.prompt)
-        logits = vlm.logits(vlm.forced(inputs, ids), vlm.entered(inputs))[0].cpu()
+        forced = vlm.forced(inputs, ids)
+        encoder = vlm.kind == "encoder"  # others hold the answer in the same sequence
+        prompt = (inputs if encoder else forced.inputs)["input_ids"][0].cpu()
+        prompt = prompt if encoder else prompt[: -len(ids)]
+        text = np.delete(prompt.numpy(), vlm.image_places(prompt).numpy()).tolist()
+        asked, added = token_texts(vlm.tokenizer, text), vlm.tokenizer.get_added_vocab()
+        was = answer.tokens[: answer.asked]
+        if was and _question(asked, added) != _question(was, added):
+            raise ValueError(
+                "The question was chat messages, of which the pack has only the text; ask it in Python"
+            )
+        logits = vlm.logits(forced, vlm.entered(inputs))[0].cpu()
     own = logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
     return torch.stack([own[list(word.tokens)].mean().exp() for word in words])
+
+
+def _question(tokens: Iterable[str], added: Container[str]) -> str:
+    """Tokens of a prompt without what depends on the photos' sizes: marks of their parts, white space."""
+    return "".join("".join(t for t in tokens if t.strip() not in added).split())
 
 
 def _spoken(answer: AnswerFacts, before: Tensor, after: Tensor | None) -> str:

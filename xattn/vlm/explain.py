@@ -43,8 +43,8 @@ from xattn.vlm.explainers.base import (
     watching,
 )
 from xattn.vlm.layout import Views, locate
-from xattn.vlm.model import VLM, parts_of
-from xattn.vlm.words import PhotoError, Word, spans_of, word_number, words_of
+from xattn.vlm.model import PLACE, VLM, parts_of
+from xattn.vlm.words import PhotoError, Word, token_texts, word_number, words_of
 
 LEAST = -1e4  # log p
 NEEDED = 0.1  # nats that a word loses without the image, from which on it is "visual"
@@ -296,9 +296,7 @@ def _explained(
 
 def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
     """The text of each text token, with the white space before it, and whether it is of the prompt."""
-    tokenizer, ids = context.vlm.tokenizer, context.sequence[context.text].tolist()
-    text, spans = spans_of(tokenizer, ids)
-    shown = [text[a:b] or tokenizer.decode([i]) for i, (a, b) in zip(ids, spans, strict=True)]
+    shown = token_texts(context.vlm.tokenizer, context.sequence[context.text].tolist())
     return tuple(zip(shown, (context.text < len(context.prompt_ids)).tolist(), strict=True))
 
 
@@ -467,6 +465,7 @@ def _protocol(
 
 
 def _text_of(messages: Any) -> str:
-    """The text of chat messages."""
+    """The text of chat messages, with ``<image>`` where images stand."""
     parts = [part for message in messages for part in parts_of(message)]
-    return "\n".join(part["text"] for part in parts if part.get("type") == "text")
+    text = "\n".join(p["text"] if p.get("type") == "text" else PLACE for p in parts)
+    return text.replace(f"\n{PLACE}", PLACE).replace(f"{PLACE}\n", PLACE)

@@ -60,6 +60,12 @@ def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
     return text, spans
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, with the white space before it; special ones as they are written."""
+    text, spans = spans_of(tokenizer, ids)
+    return [text[a:b] or tokenizer.decode([i]) for i, (a, b) in zip(ids, spans, strict=True)]
+
+
 def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Word]]:
     """The text of token ids (T,), and its words.
 

@@ -229,6 +229,58 @@ def test_the_model_is_asked_about_the_changed_photos(root, model, monkeypatch):
         page_of_answer.probabilities(vlm, photos, other)
 
 
+def test_a_question_of_chat_messages_is_asked_again_or_refused(model):
+    vlm, photo = load_vlm(model), vlm_models.photo()
+    asked = {"type": "text", "text": "what is it ?"}
+    user = {"role": "user", "content": [asked, {"type": "image"}, asked]}
+    [said] = explain_tokens(photo, vlm, [user], SAID)
+    told = said.of(0).explanations[0].facts.answer
+    found = page_of_answer.probabilities(vlm, [photo], told)
+    assert found.tolist() == pytest.approx(said.probabilities.tolist(), rel=1e-4)
+    roles = "{% for message in messages %}{{ 'the ' if message['role'] == 'system' else '' }}"
+    template = vlm.processor.chat_template
+    vlm.processor.chat_template = template.replace("{% for message in messages %}", roles)
+    system = {"role": "system", "content": [{"type": "text", "text": "describe the dog"}]}
+    [said] = explain_tokens(photo, vlm, [system, user], SAID)
+    told = said.of(0).explanations[0].facts.answer
+    with pytest.raises(ValueError, match="The question was chat messages"):
+        page_of_answer.probabilities(vlm, [photo], told)
+
+
+def test_maps_of_a_classifier_are_no_words(tmp_path, monkeypatch):
+    facts = answer(SPOKEN[:1])
+    words = of_words("photo.png", 0, facts, ("rise",), (1, 2))
+    save_pack(tmp_path / "p", [make("photo.png", 5, "rise", "whole"), *words], overlays=False)
+    pack = opened_pack(tmp_path)
+    texts = tuple(word.text for word in facts.words)
+    maps = page_of_answer._maps(pack, ("photo.png",), ("rise",), 64, texts)
+    assert sorted(maps[0][0]) == [1, 2]
+
+
+def test_photos_and_frames_beyond_those_shown(tmp_path):
+    facts = answer(SPOKEN[:1])
+    many = [e for k in range(1, 41) for e in of_words(f"two#{k}", k, facts, SPOKEN[:1], (1,))]
+    lacks = [e for k in (2, 3) for e in of_words(f"few#{k}", k, facts, SPOKEN[:1], (1,))]
+    classes = [make(f"walk.mp4#frame-{3 * i:06d}", 1, "rise", "whole") for i in range(48)]
+    save_pack(tmp_path / "p", [*many, *lacks, *classes, *of_clip(48, facts)], overlays=False)
+    pack = opened_pack(tmp_path)
+
+    def shown(name):
+        return page_of_answer._together(pack, name, facts).ids
+
+    assert shown("two#40")[-2:] == ["two#32", "two#40"]
+    for name in ("two#40", "two#1", "few#2"):
+        assert not page_of_answer._all_there(pack, shown(name), name)
+    assert page_of_answer._all_there(pack, ["two#1"], "few.png") is False
+    frames = shown("walk.mp4#frame-000003")
+    assert frames[:3] == [f"walk.mp4#frame-{n:06d}" for n in (0, 3, 6)] and len(frames) == 25
+
+
+def opened_pack(root):
+    library = Library(root)
+    return library.open(library.packs()[0].id)
+
+
 @pytest.mark.parametrize("query", ["word=99", "word=-1", "word=x&method=y", "word=1&word=2"])
 def test_addresses_that_name_no_word_show_the_usual_one(address, open_page, query):
     page = open_page(address("one", f"&{query}"))
