@@ -40,6 +40,12 @@ def can_drop(network: Any) -> bool:
     return True
 
 
+def cells_for(network: Any, fill: str, most: int = 14) -> int:
+    """A side of the grid of cells where none is given: ``most``, or the patches of a side where ``network``
+    drops patches and has fewer."""
+    return min(most, *check_drops(network)) if fill == DROP else most
+
+
 def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tensor:
     """r of a map's sums and of what the network's answer loses, both (B, I) -> (B,) float64 in [-1, 1].
 

@@ -41,7 +41,9 @@ class MaskList(ABC):
 
 def _check_size(cells: int, size: tuple[int, int]) -> None:
     if min(size) < cells:
-        raise ValueError(f"cells: got {cells}; the photo has {size[0]} x {size[1]}, give fewer")
+        raise ValueError(
+            f"cells: got {cells}; the photo has {size[0]} x {size[1]} pixels; give fewer"
+        )
 
 
 def _cumulative(values: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Self
 
 from xattn.eval.metrics.base import (
     Column,
@@ -24,7 +25,7 @@ from xattn.eval.metrics.base import (
     Request,
     Sample,
 )
-from xattn.eval.metrics.board.correlation import TableMetric
+from xattn.eval.metrics.board.correlation import TableMetric, cells_for
 from xattn.eval.metrics.board.squares import SquaresMetric
 from xattn.eval.metrics.board.subsets import SubsetsMetric
 from xattn.eval.metrics.monotonicity import MonotonicityMetric
@@ -36,13 +37,17 @@ class PhotoGainMetric(TableMetric):
     correlation that is not defined counts as 0.
 
     Args:
-        cells: a side of the grid of ``subsets``.
+        cells: a side of the grid of ``subsets``, by default as there.
         patch: side of the squares of ``monotonicity`` in pixels.
     """
 
-    cells: int = 14
+    cells: int | None = None
     patch: int = 32
     compares: ClassVar[str] = "photo"
+
+    def for_network(self, network: Any) -> Self:
+        made = super().for_network(network)
+        return replace(made, cells=made.cells or cells_for(network, made.fill))
 
     def _parts(self) -> tuple[PerturbationMetric, ...]:
         shared = {"fill": self.fill, "score": self.score, "mean": self.mean}

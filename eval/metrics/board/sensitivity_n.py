@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
-from xattn.eval.metrics.board.masks import MaskList, Subsets
 from xattn.eval.metrics.board.subsets import SubsetsMetric
 
 
@@ -21,7 +20,7 @@ class SensitivityNMetric(SubsetsMetric):
     """Mean correlation over sets of one size, of sizes from one cell to 80 % of them.
 
     Args:
-        cells: a side of the grid.
+        cells: a side of the grid, by default as in ``subsets``.
         kept: the shares of cells that sets leave; sizes are at least one cell.
         samples: sets of each size.
     """
@@ -31,10 +30,8 @@ class SensitivityNMetric(SubsetsMetric):
     kept: tuple[float, ...] = (0.995, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
     samples: int = 50
 
-    def lists(self) -> tuple[MaskList, ...]:
-        count = self.cells**2
-        sizes = dict.fromkeys(max(1, count - round(share * count)) for share in self.kept)
-        return tuple(Subsets(self.cells, size, self.samples) for size in sizes)
+    def sizes(self, count: int) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(max(1, size) for size in super().sizes(count)))
 
 
 GROUP = MetricGroup.single(

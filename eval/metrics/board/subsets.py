@@ -8,10 +8,17 @@ arXiv 2206.05282), a flat map does well, since larger sets score more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from typing_extensions import Self
 
 from xattn.eval.metrics.base import MetricGroup, MetricInfo, Reads
-from xattn.eval.metrics.board.correlation import CorrelationMetric, correlation_values
+from xattn.eval.metrics.board.correlation import (
+    CorrelationMetric,
+    cells_for,
+    correlation_values,
+)
 from xattn.eval.metrics.board.masks import MaskList, Subsets
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.metrics.mean_metric import MeanMetric
@@ -22,27 +29,34 @@ class SubsetsMetric(CorrelationMetric):
     """Mean correlation over sets of one size, of several sizes.
 
     Args:
-        cells: a side of the grid.
+        cells: a side of the grid; 14, or of a ViT with fewer patches a side that are dropped so many.
         kept: the shares of cells that sets leave; of 196 cells 20, 59, 98 and 137 stay.
         samples: sets of each size.
     """
 
-    cells: int = 14
+    cells: int | None = None
     kept: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     samples: int = 24
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("cells", self.cells)
+        if self.cells is not None:
+            check_count("cells", self.cells)
         check_count("samples", self.samples)
         if not self.kept or not all(0 < share < 1 for share in self.kept):
             raise ValueError(f"kept: got {tuple(self.kept)}; give shares in (0, 1)")
 
+    def for_network(self, network: Any) -> Self:
+        made = super().for_network(network)
+        return replace(made, cells=made.cells or cells_for(network, made.fill))
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """How many of ``count`` cells go."""
+        return tuple(count - round(share * count) for share in self.kept)
+
     def lists(self) -> tuple[MaskList, ...]:
-        count = self.cells**2
-        return tuple(
-            Subsets(self.cells, count - round(share * count), self.samples) for share in self.kept
-        )
+        side = self.cells or 14
+        return tuple(Subsets(side, size, self.samples) for size in self.sizes(side**2))
 
 
 class SubsetsCorrelation(MeanMetric):

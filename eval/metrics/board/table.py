@@ -97,7 +97,7 @@ class OutcomeTable:
         Args:
             score: ``"log-odds"``, or ``"logit"`` for z_k.
         """
-        values, grid = raw.cpu(), self._grid(behind)
+        values, grid = raw.cpu(), self._grid(masks, behind)
         if grid != tuple(values.shape):
             values = cell_sums(values, grid)
         return masks.sums(values, self.seed), self.drops(masks, behind, target, score)
@@ -141,18 +141,24 @@ class OutcomeTable:
         rest = logits[:, others].logsumexp(1, keepdim=True)
         return torch.cat([logits[:, classes], rest], 1)
 
-    def _grid(self, behind: Behind) -> tuple[int, int]:
-        """What masks are made of: pixels, or patches that can be dropped."""
+    def _grid(self, masks: MaskList, behind: Behind) -> tuple[int, int]:
+        """What masks are made of: pixels, or patches that can be dropped; an error if cells are more."""
         height, width = self.image.shape[-2:]
         if behind.kind != DROP:
             return height, width
         backbone: Any = self.scorer.backbone
-        rows, columns = backbone.grid(height, width)
-        return int(rows), int(columns)
+        rows, columns = (int(n) for n in backbone.grid(height, width))
+        cells = getattr(masks, "cells", 1)
+        if cells > min(rows, columns):
+            raise ValueError(
+                f"cells: got {cells}; the photo has {rows} x {columns} patches; "
+                f"give cells={min(rows, columns)} or fill='mean'"
+            )
+        return rows, columns
 
     def _answers(self, masks: MaskList, behind: Behind) -> Tensor:
         """(count, K) float64 logits."""
-        removed = masks.removed(self._grid(behind), self.seed)
+        removed = masks.removed(self._grid(masks, behind), self.seed)
         if behind.kind == DROP:
             return self._dropped(~removed.flatten(1))
         image = self.image

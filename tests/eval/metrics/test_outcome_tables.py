@@ -10,7 +10,7 @@ import torch
 from eval_fakes import FakeBackbone, Maps
 from scipy.stats import spearmanr
 
-from xattn import load_backbone
+from xattn import create_explainer, load_backbone
 from xattn.eval import Protocol, create_metric, evaluate, measure
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.metrics.base import Column, Sample
@@ -145,6 +145,22 @@ def test_dropped_patches_are_left_out_and_dropping_none_changes_nothing():
     torch.testing.assert_close(sums, cell_sums(image[0], (2, 2)).flatten())
     with pytest.raises(ValueError, match="fill: drop is for ViTs"):
         create_metric("squares", fill="drop").for_network(FakeBackbone())
+
+
+def test_default_cells_are_no_more_than_the_patches_that_are_dropped():
+    backbone = load_backbone("test_vit", weights=None, input_size=96)  # 6 x 6 patches
+    images = rand(2, 3, 96, 96)
+    for name in ("subsets", "photo-gain"):
+        assert create_metric(name, mean=MEAN).for_network(backbone).cells == 6
+        assert create_metric(name, mean=MEAN).for_network(FakeBackbone()).cells == 14
+        assert create_metric(name, fill="mean", mean=MEAN).for_network(backbone).cells == 14
+    rows = {"random": create_explainer("random", backbone)}
+    found = evaluate(backbone, rows, images, metrics=["subsets"], progress=False)
+    assert np.isfinite(found.methods["random"].values[Column("subsets")]).all()
+    given = create_metric("subsets", cells=14, mean=MEAN)
+    message = "cells: got 14; the photo has 6 x 6 patches; give cells=6 or fill='mean'"
+    with pytest.raises(ValueError, match=message):
+        measure(given, backbone, images, rand(2, 1, 6, 6), 0)
 
 
 # ---------------------------------------------------------------- limit cases
