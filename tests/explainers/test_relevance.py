@@ -335,6 +335,57 @@ def test_writing_in_place_changes_no_relevance(name):
     assert close(out, same) and close(got, expected)
 
 
+def _convolved(x):
+    return F.conv2d(x, draw(4, 4, 1, 1), draw(4, seed=1))
+
+
+def _into_constant(x):
+    out = torch.zeros_like(x)
+    first = out[:, :1]
+    out.add_(_convolved(x))
+    out.mul_(2)
+    return torch.cat([first, out], 1)
+
+
+def _view_before(x, view):
+    y = _convolved(x)
+    v = view(y)
+    y.mul_(2)
+    return torch.cat([v.flatten(1), F.silu(y, inplace=True).flatten(1), y.flatten(1)], 1)
+
+
+def _view_after(x, view):
+    z = F.silu(_convolved(x) * 2)
+    return torch.cat([view(z).flatten(1), z.flatten(1), z.flatten(1)], 1)
+
+
+VIEWS = {
+    "slice": lambda y: y[:, :2],
+    "flat": lambda y: y.flatten(2),
+    "itself": lambda y: y.contiguous(),
+    "written": lambda y: y.mul_(1),
+}
+
+
+@pytest.mark.parametrize("composite", ["libragrad", "gamma"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_shows_what_is_written_in_place(name, composite):
+    x, view = draw(*SHAPE), VIEWS[name]
+    (got,), out = relevance(lambda x: _view_before(x, view), x, composite=composite)
+    (expected,), same = relevance(lambda x: _view_after(x, view), x, composite=composite)
+    assert close(out, same) and close(got, expected)
+
+
+@pytest.mark.parametrize("composite", ["libragrad", "gamma"])
+def test_activations_are_added_to_a_constant_in_place(composite):
+    x = draw(*SHAPE)
+    (got,), out = relevance(_into_constant, x, composite=composite)
+    (expected,), same = relevance(
+        lambda x: _convolved(x)[:, [0, *range(4)]] * 2, x, composite=composite
+    )
+    assert close(out, same) and close(got, expected)
+
+
 def _read_and_dropped(x, dropped=True):
     y = F.conv2d(x, draw(4, 4, 1, 1), draw(4, seed=1))
     u = y * 1.0

@@ -181,23 +181,26 @@ class Engine(TorchFunctionMode):
         writes = (
             in_place and (rule is own or rule is relu) and not self.keep and not Kept.has(target)
         )
+        known = live(target) and (target.is_leaf or "relevance_alone" in vars(target))
         if writes or name in WRITING:
             Kept.before_writing(target)
         elif in_place:
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
             function = _out_of_place(function, name)
         result = self._ruled(name, function, args, kwargs)
+        _tell_alone(result, (args, kwargs))
         if not in_place or not isinstance(result, Tensor):
             return result
         # Whoever reads the tensor again reads the new values, with the rule's history.
         if result is target:
             vars(given).pop("relevance_bounds", None)
-        elif target._is_view():
+        elif known or (name in WRITING and not target._is_view()):
+            vars(given)["relevance_mark"] = vars(target)["relevance_mark"] = result
+        else:  # others read this memory
+            result = self.finished(result)
             Kept.before_writing(target)
             vars(target).clear()
             return target.copy_(result)
-        else:
-            vars(given)["relevance_mark"] = result
         return result
 
     def _ruled(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
@@ -325,10 +328,14 @@ class Engine(TorchFunctionMode):
         """``value`` with the rule applied to linear layers that no BatchNorm follows."""
 
         def applied(x: Any) -> Any:
-            mark = getattr(x, "relevance_mark", None)
-            if isinstance(mark, _Mark):  # several readers share the finished tensor
-                x.relevance_mark = mark = self._shared(x, mark)
-            return x if mark is None else mark
+            while (mark := getattr(x, "relevance_mark", None)) is not None:
+                if isinstance(mark, _Mark):  # several readers share the finished tensor
+                    alone = "relevance_alone" in vars(x)
+                    x.relevance_mark = mark = self._shared(x, mark)
+                    if alone:
+                        mark.relevance_alone = True  # type: ignore[attr-defined]
+                x = mark
+            return x
 
         return mapped(value, applied)
 
@@ -491,6 +498,20 @@ def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
     with torch.no_grad():
         found = function(*mapped(args, still), **mapped(kwargs, still))
     return found if isinstance(found, Tensor) else None
+
+
+def _tell_alone(result: Any, given: Any) -> None:
+    """Mark what a function made; what shares memory with another is no longer alone."""
+    found, before = tensors(result), [x for x in tensors(given) if live(x)]
+    memory = {x.untyped_storage().data_ptr() for x in found}
+    sharing = [x for x in before if x.untyped_storage().data_ptr() in memory]
+    sharing = [x for x in sharing if all(x is not y for y in found)]
+    several = bool(sharing) or len(memory) < len(found)
+    for x in (*sharing, *found):
+        if several:
+            vars(x).pop("relevance_alone", None)
+        elif live(x) and all(x is not y for y in before):
+            x.relevance_alone = True  # type: ignore[attr-defined]
 
 
 def _carry_bounds(function: Any, args: Any, kwargs: Any, result: Any) -> None:
