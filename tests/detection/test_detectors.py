@@ -1,6 +1,7 @@
 """Detectors: families, detections as targets, methods, packs, metrics, and what is refused."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import xattn
-from xattn.detection import Candidates, DetectionNetwork, Suppression, load_detector
+from xattn.detection import Candidates, DetectionNetwork, Detections, Suppression, load_detector
 from xattn.detection.candidates import iou
 from xattn.eval import evaluate
 from xattn.eval.annotations import DetectedObjects
@@ -75,6 +76,27 @@ def test_transformers_gives_the_detectors_own_answer_and_maps_that_lead_to_it(ki
     gradcam = create_explainer("gradcam", view).attribute(x[:1].clamp(0, 1), 1)
     odam = create_explainer("odam", view).attribute(random_image()[None], 1)
     assert odam.shape == (1, 1, SIDE, SIDE) and float(odam.max()) > 0 and gradcam.isfinite().all()
+
+
+def test_a_name_of_transformers_takes_trained_or_random_weights(tmp_path, monkeypatch):
+    net = transformers_detector("yolos")
+    net.save_pretrained(tmp_path)
+    name, key = f"transformers:{tmp_path}", "class_labels_classifier.layers.0.weight"
+    given = {"input_size": SIDE, "processor": object()}
+    made, random = (load_detector(name, w, **given) for w in ("DEFAULT", None))
+    assert torch.equal(made.model.net.state_dict()[key], net.state_dict()[key])
+    assert not torch.equal(random.model.net.state_dict()[key], net.state_dict()[key])
+    with pytest.raises(ValueError, match="^weights: got 'COCO_V1' for transformers:.*; give"):
+        load_detector(name, "COCO_V1", **given)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"^model: .* needs transformers; run: pip install"):
+        load_detector(name, **given)
+
+
+def test_the_patches_of_yolos_are_those_of_its_input():
+    detector = load_detector(transformers_detector("yolos"), input_size=(400, 200))
+    maps = detector.model.forward_candidates(torch.zeros(1, 3, 400, 200))[1]
+    assert maps[0].shape[2:] == (25, 12)
 
 
 def test_a_function_of_boxes_labels_and_scores_is_a_detector():
@@ -217,6 +239,20 @@ def test_at_the_detections_own_box_the_gradient_is_that_of_the_objectness():
     assert (slope - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["fcos", "ssd"])
+def test_maps_of_gradients_are_the_same_in_a_batch_and_alone(kind):
+    detector = load_detector(torchvision_detector(kind))
+    images = torch.stack([random_image(seed=i) for i in range(5)])
+    # Found in another batch: its box differs in the last bits.
+    one = detector.best_candidates(images[0])[0]
+    near = replace(one, place=tuple(v + 1e-5 for v in one.place))
+    maps = [
+        create_explainer("gradcam", detector.of([d])).attribute(images[:n], 0)[0]
+        for d, n in ((one, 1), (one, 5), (near, 1))
+    ]
+    assert all((m - maps[0]).abs().max() <= 1e-3 * maps[0].abs().max() > 0 for m in maps)
+
+
 def test_iou_of_boxes():
     box = torch.tensor([0.0, 0.0, 2.0, 2.0])
     others = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 2.0, 4.0]])
@@ -264,7 +300,7 @@ def test_odam_of_two_stages_goes_back_through_its_own_proposals_alone():
         maps = explainer.attribute_classes(image.detach(), lambda z: torch.arange(10)[None])[2]
     assert own.total <= 2.5 * whole.total
     (part,), found = detector.model.parts(detector.normalize(image))
-    score = view.scores(part, [4], fixed_boxes=True).amax()
+    score = view.scores(part, [4]).amax()
     slopes = torch.autograd.grad(torch.logit(score), found)
     up = [nn.functional.interpolate((g * f).sum(1, True).relu() * f[0, 0].numel(), (SIDE, SIDE), mode="bilinear")
           for g, f in zip(slopes, found, strict=True)]  # fmt: skip
@@ -357,6 +393,21 @@ def test_a_pack_has_an_entry_and_a_box_for_each_detection(detector, photo, tmp_p
         options={"d_rise": {"masks": 4}},
     )  # fmt: skip
     assert np.allclose(alone[0].map, made[5].map, atol=1e-6)
+
+
+def test_each_photo_is_compared_with_its_own_detections_alone(detector, photo, monkeypatch):
+    counts, scores = [], Detections.scores
+    monkeypatch.setattr(
+        Detections, "scores", lambda *a: counts.append(len(a[2])) or scores(*a)
+    )  # fmt: skip
+    images = [random_image(), random_image(seed=1), photo]
+    made = xattn.explain_detections(images, detector, "gradcam", threshold=0.3, most=2)
+    monkeypatch.undo()
+    alone = xattn.explain_detections(photo, detector, "gradcam", threshold=0.3, most=2)
+    assert len(made) == 6 and max(counts) == 2
+    for mine, own in zip(made[4:], alone, strict=True):
+        assert np.allclose(mine.map, own.map, atol=1e-5)
+        assert mine.probability == pytest.approx(own.probability, rel=1e-4)
 
 
 def test_where_nothing_is_detected_the_best_candidate_is_named_and_offered(detector, photo):

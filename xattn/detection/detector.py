@@ -14,16 +14,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.scored import BackboneView
 from xattn.backbone.taps import Taps
-from xattn.detection.candidates import Candidates, Found, best, iou, log_odds
+from xattn.detection.candidates import LEAST, Candidates, Found, best, iou, log_odds
 from xattn.detection.networks import DetectionNetwork
 from xattn.photos.arrays import array_images, is_array
 from xattn.photos.images import load_image
@@ -35,6 +37,8 @@ Score = Literal["similarity", "class"]
 Kind = Literal["found", "candidate", "missed", "false"]
 OVERLAP = 0.5  # IoU from which boxes show one object
 AT_ONCE = 1 << 24  # pairs of a candidate and a detection
+# The detections of a view that are asked for, where not all are; the others have the logit of p = 0.
+WANTED: ContextVar[range | None] = ContextVar("wanted", default=None)
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,9 @@ class Detections(BackboneView):
         "similarity"   max_j IoU(b_t, b_j) cos(P_t, P_j) O_j       D-RISE
         "class"        max_j IoU(b_t, b_j) p_j(class of t)
 
-    so that p, the sigmoid, is that number. Where b_j = b_t the IoU and the cosine are largest and their
-    derivatives 0: gradients there are those of the objectness, or of the class's score.
+    so that p, the sigmoid, is that number. No gradient goes through b_j: the IoU has a corner at b_j = b_t,
+    where rounding would decide its slope. Gradients are those of the scores; on the detection's own photo
+    the cosine is at its largest, and they are those of the objectness, or of the class's score.
 
     Args:
         base: the detector.
@@ -255,20 +260,19 @@ class Detections(BackboneView):
         """Packed candidates (B, N, D) -> (B, M)."""
         found = Candidates.of(outputs, self.base.num_classes)
         count = len(self.detections)
+        own = WANTED.get() or range(count)
         step = max(1, AT_ONCE // max(1, found.objectness.numel()))
-        parts = [range(i, min(i + step, count)) for i in range(0, count, step)]
-        return log_odds(torch.cat([self.scores(found, part).amax(1) for part in parts], 1))
+        parts = [own[i : i + step] for i in range(0, len(own), step)]
+        values = log_odds(torch.cat([self.scores(found, part).amax(1) for part in parts], 1))
+        return F.pad(values, (own.start, count - own.stop), value=math.log(LEAST))
 
-    def scores(
-        self, found: Candidates, numbers: Sequence[int], fixed_boxes: bool = False
-    ) -> Tensor:
-        """(B, N, m) in [0, 1]: how much each candidate is each of m detections; with ``fixed_boxes`` no
-        gradient goes through the boxes."""
+    def scores(self, found: Candidates, numbers: Sequence[int]) -> Tensor:
+        """(B, N, m) in [0, 1]: how much each candidate is each of m detections."""
         own = [self.detections[number] for number in numbers]
         labels = torch.tensor([one.label for one in own], device=found.boxes.device)
         boxes = found.boxes_of(labels)
         places = boxes.new_tensor([one.place for one in own])
-        overlap = iou(boxes.detach() if fixed_boxes else boxes, places)
+        overlap = iou(boxes.detach(), places)
         if self.score == "class":
             return overlap * found.classes[..., labels]
         classes = torch.stack([one.classes for one in own]).to(found.classes)

@@ -35,8 +35,8 @@ def load_detector(
             torchvision or transformers as a module; or any function that returns boxes, labels and
             scores, see :class:`~xattn.detection.networks.CallableDetector`, which methods without
             gradients explain.
-        weights: of a name: ``"DEFAULT"`` or another of torchvision's weights, a local file, or None for
-            random ones.
+        weights: of a name: ``"DEFAULT"``, or None for random ones; of torchvision also another name of
+            its weights, or a local file.
         input_size: (H, W) in pixels, or one side; by default a square with the detector's shorter side.
             The whole photo is fitted in.
         class_names: of all classes in the detector's order, or the path of a text file with one a line; a
@@ -104,7 +104,7 @@ def _by_name(
 ) -> tuple[Any, list[str] | None, Any]:
     """The detector of that name, the names of its classes where its weights say them, and its processor."""
     if name.startswith(PREFIX):
-        return _of_transformers(name.removeprefix(PREFIX), processor)
+        return _of_transformers(name.removeprefix(PREFIX), weights, processor)
     home, _, kind = name.partition("/")
     if home != "torchvision":
         raise ValueError(
@@ -114,8 +114,19 @@ def _by_name(
     return *_of_torchvision(kind, weights), None
 
 
-def _of_transformers(name: str, processor: Any) -> tuple[Any, None, Any]:
-    import transformers
+def _of_transformers(
+    name: str, weights: str | Path | None, processor: Any
+) -> tuple[Any, None, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f'model: {PREFIX}{name} needs transformers; run: pip install "xattn[transformers]"'
+        ) from error
+    if weights not in ("DEFAULT", None):
+        raise ValueError(
+            f"weights: got {str(weights)!r} for {PREFIX}{name}; give 'DEFAULT', or None for random ones"
+        )
 
     from xattn.detection.transformers_networks import TEXT
 
@@ -123,7 +134,13 @@ def _of_transformers(name: str, processor: Any) -> tuple[Any, None, Any]:
         config = transformers.AutoConfig.from_pretrained(name)
         text = config.model_type in TEXT
         kind = "ZeroShotObjectDetection" if text else "ObjectDetection"
-        made = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(name)
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        if weights is None:
+            if hasattr(config, "use_pretrained_backbone"):
+                config.use_pretrained_backbone = False
+            made = auto.from_config(config)
+        else:
+            made = auto.from_pretrained(name)
         beside = transformers.AutoProcessor if text else transformers.AutoImageProcessor
         return made, None, processor or beside.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone.families.transformers_networks import pair_of
 from xattn.detection.candidates import Candidates, Suppression
 from xattn.detection.networks import DetectionNetwork
 from xattn.photos.preprocessing import Preprocessing
@@ -141,8 +142,9 @@ class TransformersDetector(DetectionNetwork):
         if isinstance(output, Tensor):  # tokens of YOLOS: class, patches, detections
             own: Any = self.net
             inner = output[:, 1 : output.shape[1] - own.config.num_detection_tokens]
-            shapes = [_grid_of(inner.shape[1], self.preprocessing.input_size)]
-            led = self._tokens(inner, shapes, kept)
+            sides = zip(self.preprocessing.input_size, pair_of(own.config.patch_size), strict=True)
+            rows, columns = (side // patch for side, patch in sides)
+            led = self._tokens(inner, [(rows, columns)], kept)
             return torch.cat([output[:, :1], led, output[:, 1 + inner.shape[1] :]], 1)
         key = "last_hidden_state"
         key = key if hasattr(output, key) else f"{key}_vision"
@@ -166,14 +168,6 @@ class TransformersDetector(DetectionNetwork):
 
     def _pass(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return self.through(maps) if len(self.points) else tuple(maps)
-
-
-def _grid_of(count: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of so many patches of an image of ``size``."""
-    rows = max(1, round((count * size[0] / size[1]) ** 0.5))
-    while count % rows:
-        rows -= 1
-    return rows, count // rows
 
 
 def _photos(kind: str, size: tuple[int, int] | None, processor: Any) -> Preprocessing:

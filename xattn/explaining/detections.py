@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn.detection.detector import Detection, Detector, Score, check_threshold
+from xattn.detection.detector import WANTED, Detection, Detector, Score, check_threshold
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose
 from xattn.explaining.naming import Source, file_name_of, named_photos
@@ -191,10 +191,10 @@ class _OwnEach(OneEach):
     """The detections of each photo, as classes of a view that has those of all photos in order."""
 
     def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:
-        self.of_photo: dict[str, list[int]] = {}
+        self.of_photo: dict[str, range] = {}
         start = 0
         for name, own in zip(names, found, strict=True):
-            self.of_photo[name] = list(range(start, start + len(own)))
+            self.of_photo[name] = range(start, start + len(own))
             start += len(own)
 
     def maps(
@@ -205,8 +205,13 @@ class _OwnEach(OneEach):
         most = max(len(self.of_photo[name]) for name in names)
         parts = []
         for name, image in zip(names, pixels, strict=True):
-            own = torch.tensor([self.of_photo[name]], device=pixels.device)
-            logits, _, maps = explainer.attribute_classes(image[None], _always(own))
+            numbers = self.of_photo[name]
+            own = torch.tensor([list(numbers)], device=pixels.device)
+            token = WANTED.set(numbers)
+            try:
+                logits, _, maps = explainer.attribute_classes(image[None], _always(own))
+            finally:
+                WANTED.reset(token)
             at = [*range(own.shape[1]), *[0] * (most - own.shape[1])]
             parts.append((logits, own[:, at], maps[:, at]))
         logits, classes, maps = (torch.cat(p) for p in zip(*parts, strict=True))

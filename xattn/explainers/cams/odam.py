@@ -98,7 +98,7 @@ class Odam(Explainer):
             one = self.network.again(leaves, i, at)
             if one is None:
                 one = Candidates(*(t[:, at : at + 1] for t in own[level]))
-            total = total + log_odds(view.scores(one, [number], fixed_boxes=True)).sum()
+            total = total + log_odds(view.scores(one, [number])).sum()
         gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         size = images.shape[-2:]
         finest = max(leaf.shape[2] * leaf.shape[3] for leaf in leaves)
