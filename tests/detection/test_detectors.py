@@ -14,8 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import xattn
-from xattn.detection import Candidates, DetectionNetwork, Detections, Suppression, load_detector
-from xattn.detection.candidates import iou
+from xattn.detection import (
+    Candidates,
+    DetectionNetwork,
+    Detections,
+    Detector,
+    Suppression,
+    load_detector,
+)
+from xattn.detection.candidates import iou, log_odds
 from xattn.eval import evaluate
 from xattn.eval.annotations import DetectedObjects
 from xattn.explainers import create_explainer
@@ -259,6 +266,12 @@ def test_iou_of_boxes():
     assert torch.allclose(iou(others, box), torch.tensor([1.0, 1 / 7, 0.0]))
 
 
+def test_of_half_precision_areas_and_log_odds_are_those_of_single():
+    packed = torch.tensor([[[0.0, 0.0, 300.0, 300.0, 1.0, 1.0]]], dtype=torch.float16)
+    found = Candidates.of(packed, 1)
+    assert float(iou(found.boxes, found.boxes)) == 1 and log_odds(found.classes).isfinite().all()
+
+
 # ---------------------------------------------------------------------- methods
 
 
@@ -365,6 +378,38 @@ def test_a_missed_object_is_the_best_candidate_of_its_class_that_overlaps(detect
     assert one.score == pytest.approx(float(near.max())) and one.title.startswith("missed cow 0.")
 
 
+class Fixed(DetectionNetwork):
+    """The same candidates for all images: of two classes, with the given boxes and scores (n, 2)."""
+
+    def __init__(self, boxes, scores):
+        super().__init__(nn.Identity(), 2, PLAIN, Suppression(), 0)
+        self.found = torch.tensor(boxes)[None, :, None], torch.tensor(scores)[None]
+        self.tap_names = ["pixels"]
+
+    def parts(self, x):
+        boxes, scores = (t.expand(len(x), *t.shape[1:]) for t in self.found)
+        return [Candidates(boxes, scores.amax(2), scores)], (x,)
+
+
+def test_scores_of_zero_and_true_objects_that_compete(monkeypatch):
+    far, near, all_ = [0.0, 0.0, 4.0, 4.0], [10.0, 10.0, 20.0, 20.0], [10.0, 10.0, 20.0, 30.0]
+    detector = load_detector(Fixed([far, near], [[0.0, 0.9], [0.0, 0.0]]), class_names=["a", "b"])
+    assert detector.missed(random_image(32), "a", all_).place == tuple(near)
+    assert detector.missed(random_image(32), "a", (15, 15, 25, 25)).place == tuple(near)
+    assert [one.place for one in detector.best_candidates(random_image(32), 4)] == [tuple(far)]
+    empty = load_detector(Fixed([far], [[0.0, 0.0]]), class_names=["a", "b"])
+    with pytest.raises(ValueError, match="^threshold: .* and no candidate with a score above 0"):
+        xattn.explain_detections(random_image(32), empty, "occlusion", candidates=1)
+    # The best true object goes, and one of two that are equal.
+    single = load_detector(Fixed([near], [[0.9, 0.0]]), class_names=["a", "b"])
+    other, asked, missed = [10.0, 10.0, 20.0, 19.0], [], Detector.missed
+    monkeypatch.setattr(Detector, "missed", lambda *a: asked.append(a[2:]) or missed(*a))
+    for truth, left in (([other, near], other), ([near, near], near)):
+        judged = single.judged(random_image(32), [("a", box) for box in truth])
+        assert [one.kind for one in judged] == ["found", "missed"]
+        assert asked.pop() == (0, tuple(left)) and not asked
+
+
 def test_detections_are_judged_by_the_objects_that_are_there(detector, photo):
     first, second, third = detector.detect(photo, most=3)
     level = (second.score + third.score) / 2
@@ -410,7 +455,13 @@ def test_each_photo_is_compared_with_its_own_detections_alone(detector, photo, m
         assert mine.probability == pytest.approx(own.probability, rel=1e-4)
 
 
-def test_where_nothing_is_detected_the_best_candidate_is_named_and_offered(detector, photo):
+def failing(*args):
+    raise ValueError("model: its own error")
+
+
+def test_where_nothing_is_detected_the_best_candidate_is_named_and_offered(
+    detector, photo, monkeypatch
+):
     best = detector.best_candidates(photo)[0]
     expected = (
         rf"^threshold: no detection above 0.99 in wide.png; the best candidate is {best.name} "
@@ -424,6 +475,13 @@ def test_where_nothing_is_detected_the_best_candidate_is_named_and_offered(detec
     with pytest.warns(UserWarning, match=r"left out broken.png \("):
         made = xattn.explain_detections([broken, photo], detector, "box", threshold=0.3, most=2)
     assert [one.file_name for one in made] == ["wide.png"] * 2
+    with pytest.raises(ValueError, match=r"in 2 photos: broken.png \(.*, wide.png \(no detection"):
+        xattn.explain_detections([broken, photo], detector, "box", threshold=0.99)
+    with pytest.raises(ValueError, match="^candidates: "):
+        xattn.explain_detections(photo, detector, "box", candidates=-1)
+    monkeypatch.setattr(Detector, "detect", failing)
+    with pytest.raises(ValueError, match="^model: its own error"):
+        xattn.explain_detections([photo, photo], detector, "box")
 
 
 def test_metrics_take_the_similarity_as_score(detector, photo):

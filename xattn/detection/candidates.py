@@ -34,7 +34,9 @@ class Candidates(NamedTuple):
     @classmethod
     def of(cls, packed: Tensor, classes: int) -> Candidates:
         """The inverse of :meth:`packed`, of K ``classes``."""
-        boxes, objectness, scores = packed.split([packed.shape[2] - 1 - classes, 1, classes], 2)
+        boxes, objectness, scores = full(packed).split(
+            [packed.shape[2] - 1 - classes, 1, classes], 2
+        )
         return cls(boxes.unflatten(2, (-1, 4)), objectness[..., 0], scores)
 
     def boxes_of(self, labels: Tensor) -> Tensor:
@@ -51,6 +53,11 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
     return both / (one + two - both).clamp_min(1e-12)
 
 
+def full(values: Tensor) -> Tensor:
+    """At least of single precision: areas and log-odds are beyond half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def log_odds(scores: Tensor) -> Tensor:
     """log(s / (1 - s)), finite for s of 0 and 1."""
     s = scores.clamp(LEAST, MOST)
@@ -62,7 +69,7 @@ class Suppression:
     """How a detector makes detections of its candidates.
 
     Args:
-        threshold: the score that a detection needs.
+        threshold: the score that a detection exceeds.
         overlap: the IoU from which the weaker of two of one class goes; None keeps both.
         most: how many detections there may be.
         one_class: each candidate has its likeliest class alone, as DETR's; else one of each.
@@ -78,7 +85,7 @@ class Suppression:
     strongest: int | None = None
 
     def kept(self, found: Candidates, threshold: float | None = None) -> list[Found]:
-        """The detections of the first image by falling score, with at least ``threshold``."""
+        """The detections of the first image by falling score, which is above ``threshold``."""
         scores = found.classes[0]  # (N, K)
         if self.one_class:
             top = scores.max(1, keepdim=True)
@@ -120,7 +127,8 @@ def _boxes(found: Candidates, index: Tensor, label: Tensor) -> Tensor:
 
 
 def best(found: Candidates, most: int = 1) -> list[Found]:
-    """The candidates of the first image with the highest score of any class, and a box with an area."""
+    """The candidates of the first image with the highest scores of any class, above 0, and boxes with an
+    area."""
     sides = found.boxes[0, ..., 2:] - found.boxes[0, ..., :2]  # (N, K or 1, 2)
     scores = found.classes[0] * (sides.amin(2) > 0)
     value, place = scores.flatten().topk(min(most, scores.numel()))
@@ -129,4 +137,5 @@ def best(found: Candidates, most: int = 1) -> list[Found]:
     return [
         Found(int(i), int(k), float(v), tuple(b.tolist()))
         for i, k, v, b in zip(index, label, value, boxes, strict=True)
+        if v > 0
     ]

@@ -124,7 +124,7 @@ class Detector(Backbone):
         """The detections after the detector's own suppression, by falling score.
 
         Args:
-            threshold: the score that they need; None takes the detector's own.
+            threshold: the score that they exceed; None takes the detector's own.
             most: at most so many.
 
         Raises:
@@ -141,9 +141,9 @@ class Detector(Backbone):
         return [self._detection(one, found, view, "candidate") for one in best(found, most)]
 
     def missed(self, photo: Any, label: int | str, box: Sequence[float]) -> Detection:
-        """The best candidate for an object that the detector does not show: of those whose box overlaps
-        ``box`` by an IoU of 0.5 the one with the highest score of the class, or else the one with the
-        highest product of IoU and score.
+        """The best candidate for an object that the detector does not show: of the candidates with an IoU
+        of 0.5 or more with ``box``, the one with the highest score of the class. If there is none, the
+        highest IoU x score.
 
         Its ``classes`` are one for the asked class and zero for others.
 
@@ -158,7 +158,9 @@ class Detector(Backbone):
         overlaps = iou(boxes, own)
         scores = found.classes[0, :, index]
         near = overlaps >= OVERLAP
-        value = torch.where(near, scores, -1.0) if bool(near.any()) else overlaps * scores
+        value = torch.where(near, scores, -1.0)
+        if not near.any():
+            value = overlaps * scores.clamp_min(LEAST)
         at = int(value.argmax())
         if not float(overlaps[at]):
             raise ValueError(
@@ -176,15 +178,18 @@ class Detector(Backbone):
         best candidates of objects that none fits follow as ``"missed"``.
 
         Args:
-            truth: (class, box) of each object. One fits a detection of its class with an IoU of 0.5.
+            truth: (class, box) of each object. A detection fits the one of its class with the largest
+                IoU, if that is 0.5 or more; those with the highest scores choose first.
         """
         objects = [(self.class_index(label), tuple(box)) for label, box in truth]
         judged, left = [], list(objects)
         for one in self.detect(photo, threshold):
             place = torch.tensor(one.box)
-            fits = [o for o in left if o[0] == one.label and _fits(place, o[1])]
-            judged.append(one if fits else replace(one, kind="false"))
-            left = [o for o in left if o not in fits[:1]]
+            fits = [_fit(place, box) if label == one.label else 0.0 for label, box in left]
+            best_fit = max(fits, default=0.0)
+            if best_fit >= OVERLAP:
+                left.pop(fits.index(best_fit))
+            judged.append(one if best_fit >= OVERLAP else replace(one, kind="false"))
         return judged + [self.missed(photo, label, box) for label, box in left]
 
     def masks(self, photo: Any, detections: Sequence[Detection]) -> Tensor:
@@ -380,5 +385,5 @@ def check_threshold(threshold: float | None) -> None:
         raise ValueError(f"threshold: got {threshold!r}; give a score from 0 to 1")
 
 
-def _fits(place: Tensor, box: Sequence[float]) -> bool:
-    return float(iou(place, torch.tensor([float(v) for v in box]))) >= OVERLAP
+def _fit(place: Tensor, box: Sequence[float]) -> float:
+    return float(iou(place, torch.tensor([float(v) for v in box])))

@@ -24,7 +24,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference, paste_mas
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from xattn.detection.candidates import Candidates, Suppression
+from xattn.detection.candidates import Candidates, Suppression, full
 from xattn.detection.networks import DetectionNetwork
 from xattn.photos.preprocessing import Preprocessing
 
@@ -112,6 +112,7 @@ class TorchvisionDetector(DetectionNetwork):
     ) -> Candidates:
         """Of RetinaNet and FCOS at one level."""
         net: Any = self.net
+        answer = {key: full(value) for key, value in answer.items()}
         scores = answer["cls_logits"].sigmoid()
         shifts = answer["bbox_regression"]
         if isinstance(net, FCOS):
@@ -126,7 +127,7 @@ class TorchvisionDetector(DetectionNetwork):
         parts, at = [], 0
         heads = (net.head.classification_head, net.head.regression_head)
         for i, one in enumerate(maps):
-            logits, shifts = (_ssd_level(head, i, one) for head in heads)
+            logits, shifts = (full(_ssd_level(head, i, one)) for head in heads)
             own = anchors[at : at + logits.shape[1]]
             at += logits.shape[1]
             boxes = torch.stack([net.box_coder.decode_single(s, own) for s in shifts])
@@ -157,7 +158,7 @@ class TorchvisionDetector(DetectionNetwork):
         pooled = heads.box_roi_pool(features, proposals, sizes)
         # A level without a proposal leads to the answer as well, with a gradient of 0.
         pooled = pooled + 0 * torch.stack([one.mean() for one in features.values()]).sum()
-        logits, shifts = heads.box_predictor(heads.box_head(pooled))
+        logits, shifts = (full(t) for t in heads.box_predictor(heads.box_head(pooled)))
         return clip_boxes_to_image(heads.box_coder.decode(shifts, proposals), sizes[0]), logits
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from xattn.backbone.families.transformers_networks import pair_of
-from xattn.detection.candidates import Candidates, Suppression
+from xattn.detection.candidates import Candidates, Suppression, full
 from xattn.detection.networks import DetectionNetwork
 from xattn.photos.preprocessing import Preprocessing
 
@@ -98,7 +98,7 @@ class TransformersDetector(DetectionNetwork):
 
     def parts(self, x: Tensor) -> tuple[list[Candidates], tuple[Tensor, ...]]:
         answer, maps = self._run(x)
-        logits = answer.logits
+        logits, own = full(answer.logits), full(answer.pred_boxes)
         if self.kind in SOFTMAX:
             p = logits.softmax(-1)
             classes, objectness = p[..., :-1], 1 - p[..., -1]
@@ -110,7 +110,7 @@ class TransformersDetector(DetectionNetwork):
             classes = logits.sigmoid()
             objectness = classes.amax(-1)
         height, width = x.shape[-2:]
-        centre, half = answer.pred_boxes[..., :2], answer.pred_boxes[..., 2:] / 2
+        centre, half = own[..., :2], own[..., 2:] / 2
         boxes = torch.cat([centre - half, centre + half], -1)
         boxes = boxes * boxes.new_tensor([width, height, width, height])
         return [Candidates(boxes[:, :, None], objectness, classes)], maps
@@ -176,7 +176,9 @@ def _photos(kind: str, size: tuple[int, int] | None, processor: Any) -> Preproce
     mode = "squash" if squash else "border"
     usual = Preprocessing()
     mean, std = ((0.0,) * 3, (1.0,) * 3) if squash else (usual.mean, usual.std)
-    if hasattr(processor, "image_mean") and getattr(processor, "do_normalize", True):
+    if not getattr(processor, "do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    elif hasattr(processor, "image_mean"):
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     given = dict(getattr(processor, "size", None) or {})
     side = int(given.get("shortest_edge") or given.get("height") or 640)

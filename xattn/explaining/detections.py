@@ -25,7 +25,7 @@ from xattn.explaining.passes import OneEach
 from xattn.explaining.photos import Explanations, explain
 from xattn.photos.arrays import ArrayImage
 from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.runtime.option_checks import Count, check
+from xattn.runtime.option_checks import Count, Whole, check
 
 Box = Sequence[float]
 
@@ -82,6 +82,7 @@ def explain_detections(
         )
     check_threshold(threshold)
     check("most", most, Count)
+    check("candidates", candidates, Whole)
     asked = _Asked(threshold, most, detections, tuple(missed), candidates, max_pixels)
     photos, found = asked.of(images, detector)
     view = detector.of([one for own in found for one in own], score)
@@ -133,30 +134,30 @@ class _Asked(NamedTuple):
         for source in sources:
             name = file_name_of(source) or "a photo"
             try:
-                own = self._of_photo(source, detector)
+                photo = self._read(source)
             except (ValueError, OSError) as error:
                 if len(sources) == 1:
                     raise
                 left.append(f"{name} ({error})")
                 continue
+            own = self._of_photo(photo, detector)
             if own:
                 kept.append((source, own))
             else:
                 left.append(f"{name} (no detection above {self.threshold:g})")
+        reasons = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         if not kept:
-            raise ValueError(self._nothing(detector, sources))
+            raise ValueError(self._nothing(detector, sources, reasons))
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             warnings.warn(
-                f"explain_detections: left out {', '.join(left[:3])}{more}; candidates=1 explains the best "
+                f"explain_detections: left out {reasons}; candidates=1 explains the best "
                 f"candidate of photos without a detection",
                 stacklevel=3,
             )
         return [source for source, _ in kept], [own for _, own in kept]
 
-    def _of_photo(self, source: Source, detector: Detector) -> list[Detection]:
-        """What is explained of a photo; of several, one that cannot be read has none."""
-        photo = self._read(source)
+    def _of_photo(self, photo: Any, detector: Detector) -> list[Detection]:
+        """What is explained of a photo."""
         own = self.given
         if own is None:
             own = detector.detect(photo, self.threshold, self.most)
@@ -171,14 +172,18 @@ class _Asked(NamedTuple):
             return source.pixels
         return load_image(source, self.max_pixels)
 
-    def _nothing(self, detector: Detector, sources: Sequence[Source]) -> str:
+    def _nothing(self, detector: Detector, sources: Sequence[Source], reasons: str) -> str:
         level = f"threshold: no detection above {self.threshold:g} in"
         if len(sources) > 1:
-            return f"{level} {len(sources)} photos; give a lower one, or candidates=1"
-        best = detector.best_candidates(self._read(sources[0]))[0]
+            return f"{level} {len(sources)} photos: {reasons}; give a lower one, or candidates=1"
+        level = f"{level} {file_name_of(sources[0]) or 'the photo'}"
+        candidates = detector.best_candidates(self._read(sources[0]))
+        if not candidates:
+            return f"{level}, and no candidate with a score above 0; give another photo"
+        (best,) = candidates
         box = ", ".join(f"{v:.0f}" for v in best.box)
         return (
-            f"{level} {file_name_of(sources[0]) or 'the photo'}; the best candidate is {best.name} "
+            f"{level}; the best candidate is {best.name} "
             f"{best.score:.3f} at ({box}); give a lower threshold, or candidates=1 (--candidates 1)"
         )
 
