@@ -2,8 +2,9 @@
 
     mean over lists of r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-r is Pearson's or Spearman's correlation over the masks I of a list. Where all masks of a list remove the
-same area, neither a constant nor the area of a map earns anything.
+r is Pearson's or Spearman's correlation over the masks I of a list. Where masks of a list differ in area,
+as cells that do not divide the photo do, both sides are divided by it, so that neither a constant nor the
+area of a map earns anything.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from torch import Tensor
 class MaskList(ABC):
     """Masks of one kind; equal lists of a photo have equal masks, which all maps and metrics share.
 
-    ``size`` is (h, w) in pixels, or in patches where patches are dropped.
+    ``size`` is (h, w) in pixels, or in patches where patches are dropped. ``by_area``: whether sums
+    and drops are divided by the area of masks, where it is not the same for all of a list.
     """
+
+    by_area: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -178,8 +182,9 @@ class Subsets(_OfCells):
 
 @dataclass(frozen=True)
 class Tossed(_OfCells):
-    """``rows`` sets of which each cell is one with probability ``share``."""
+    """``rows`` sets of which each cell is one with probability ``share``; area counts, as published."""
 
+    by_area: ClassVar[bool] = False
     share: float = 0.2
     rows: int = 200
 

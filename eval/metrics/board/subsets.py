@@ -2,8 +2,9 @@
 
     mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-All sets of one correlation have as many cells: over sets of any size, as in ViT-Shapley (Covert et al.,
-arXiv 2206.05282), a flat map does well, since larger sets score more.
+All sets of one correlation have as many cells, and where those differ in area both sides are divided by
+it: over sets of any size, as in ViT-Shapley (Covert et al., arXiv 2206.05282), a flat map does well, since
+larger sets score more.
 """
 
 from __future__ import annotations

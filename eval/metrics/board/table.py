@@ -74,6 +74,7 @@ class OutcomeTable:
         self.scorer, self.image, self.seed, self.wanted = scorer, image, seed, tuple(wanted)
         self._clean = clean
         self._rows: dict[tuple[MaskList, Behind], Tensor] = {}
+        self._areas: dict[tuple[MaskList, Behind], Tensor] = {}
         self._drops: dict[tuple[MaskList, Behind, int, str], Tensor] = {}
 
     @property
@@ -92,15 +93,24 @@ class OutcomeTable:
         self, masks: MaskList, behind: Behind, raw: Tensor, target: int, score: str = "log-odds"
     ) -> tuple[Tensor, Tensor]:
         """The map ``raw`` (H, W) summed over what each mask removes, and s(x) - s(x without it), both
-        (count,) float64.
+        (count,) float64; both a pixel that goes, where masks of one list differ in area.
 
         Args:
             score: ``"log-odds"``, or ``"logit"`` for z_k.
         """
-        values, grid = raw.cpu(), self._grid(masks, behind)
-        if grid != tuple(values.shape):
-            values = cell_sums(values, grid)
-        return masks.sums(values, self.seed), self.drops(masks, behind, target, score)
+        drops = self.drops(masks, behind, target, score)
+        if (masks, behind) not in self._areas:
+            area = self._sums(masks, behind, torch.ones_like(raw, device="cpu"))
+            one = not masks.by_area or bool((area == area[0]).all())
+            self._areas[masks, behind] = torch.ones_like(area) if one else area
+        area = self._areas[masks, behind]
+        return self._sums(masks, behind, raw.cpu()) / area, drops / area
+
+    def _sums(self, masks: MaskList, behind: Behind, values: Tensor) -> Tensor:
+        grid = self._grid(masks, behind)
+        return masks.sums(
+            values if grid == tuple(values.shape) else cell_sums(values, grid), self.seed
+        )
 
     def drops(
         self, masks: MaskList, behind: Behind, target: int, score: str = "log-odds"

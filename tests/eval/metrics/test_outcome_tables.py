@@ -225,15 +225,34 @@ def test_single_deletion_as_published_by_hand(side):
     assert float(found) == pytest.approx(spearmanr(sums, drops).statistic, abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [(28, 28), (30, 25)])
 @pytest.mark.parametrize("name", OF_ONE_AREA)
-def test_a_constant_on_top_changes_nothing(name):
-    network, image = Additive((28, 28)), rand(3, 28, 28)
+def test_a_constant_on_top_changes_nothing(name, size):
+    network, image = Additive(size), rand(3, *size)
     metric = create_metric(name, fill="black", **TABLES[name]).for_network(network)
-    raw = rand(1, 28, 28, seed=8).double()
+    raw = rand(1, *size, seed=8).double()
     table = OutcomeTable(MaskedScorer(_Network(network), 8), image, 3)
     plain, lifted = (metric.agreement(table, m, 0) for m in (raw, raw + 10))
     assert plain == pytest.approx(lifted, abs=1e-10) and abs(plain) < 0.999
     assert metric.agreement(table, -raw, 0) == pytest.approx(-plain, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "side"),
+    [("single-deletion", 4, 14), ("single-deletion", 7, 16), ("subsets", 14, 16)],
+)
+def test_cells_of_unequal_area_give_nothing_to_maps_that_know_nothing(name, cells, side):
+    def total(images):
+        red = images[:, 0].double().sum((1, 2))
+        return torch.stack([red, torch.zeros_like(red)], 1)
+
+    images, other = rand(80, 3, side, side), rand(80, 1, side, side, seed=1)
+    metric = create_metric(name, fill="black", score="logit", cells=cells)
+    for maps in (other, 1 + 1e-3 * other):  # independent of the truth, and next to constant
+        found = measure(metric, total, images, maps, 0, score="logit")[Column(name)]
+        assert abs(float(found.mean())) < 0.1
+    found = measure(metric, total, images, images[:, :1], 0, score="logit")[Column(name)]
+    torch.testing.assert_close(found, torch.ones(80).double(), rtol=0, atol=1e-5)
 
 
 class _Network:
