@@ -11,6 +11,8 @@ from conversations import loaded
 
 from xattn.cli import main
 from xattn.packs.reader import Pack
+from xattn.photos.clip import Clip
+from xattn.vlm import explain as explaining
 from xattn.vlm import layout
 from xattn.vlm.clips import frames_of
 from xattn.vlm.explain import explain_tokens
@@ -93,16 +95,52 @@ def test_each_word_has_a_map_of_each_frame(kind):
     assert np.array_equal(maps[1].source, clip_array(8)[shown[each]])
     total = sum(e.map.sum() for e in maps)
     assert total == pytest.approx(answer.of("red").shares[0], rel=0.1)
+    [slow] = explain_tokens(clip_array(4), loaded(kind), QUESTION, "a red fork", fps=4.0)
+    assert slow.of("red").explanations[0].protocol["video"]["fps"] == 4.0
 
 
 def test_frames_are_those_of_even_steps(clip_file):
     for count, wanted in ((4, (0, 3, 6, 9)), (1, (0,)), (20, tuple(range(10)))):
-        found, timing = frames_of(clip_file, count, None)
+        found, timing = frames_of(clip_file, count, None, 1.0)
         assert timing == (wanted, 10, 5.0)
         assert [np.asarray(f).mean() // 5 * 5 for f in found] == pytest.approx(
             [25 * n for n in wanted], abs=6
         )
-    assert frames_of(clip_array(3), 2, None)[1].numbers == (0, 2)
+    assert frames_of(clip_array(3), 2, None, 1.0)[1] == ((0, 2), 3, 1.0)
+
+
+@pytest.mark.parametrize("header", [200, 0, 50, 900])
+def test_frames_are_even_whatever_the_header_says(tmp_path, monkeypatch, header):
+    path = tmp_path / "long.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (16, 16))
+    for number in range(200):
+        writer.write(np.full((16, 16, 3), number, np.uint8))
+    writer.release()
+    get = Clip.frames_at
+
+    def told(self, numbers):
+        damaged = self._retrieved
+        self._retrieved = lambda: None if self.decoded == 1 else damaged()
+        return get(self, numbers)
+
+    start = Clip.__init__
+
+    def opened(self, *arguments):
+        start(self, *arguments)
+        self.announced = header
+
+    monkeypatch.setattr(Clip, "__init__", opened)
+    wanted = np.linspace(0, 199, 16).round().astype(int).tolist()
+    found, timing = frames_of(path, 16, None, 1.0)
+    assert timing == (tuple(wanted), 200, 5.0)
+    assert [np.asarray(f).mean() for f in found] == pytest.approx(wanted, abs=3)
+    monkeypatch.setattr(Clip, "frames_at", told)
+    assert frames_of(path, 16, None, 1.0)[1].numbers == (1, *wanted[1:])  # the first is damaged
+
+
+def test_an_array_is_a_batch_of_photos_where_a_model_takes_no_clips():
+    found = explain_tokens(clip_array(2), loaded("llava"), QUESTION, "a red fork")
+    assert [answer.image_id for answer in found] == ["image 0", "image 1"]
 
 
 def test_a_clip_becomes_a_pack_of_frames(clip_file, tmp_path, capsys):
@@ -121,10 +159,29 @@ def test_a_clip_becomes_a_pack_of_frames(clip_file, tmp_path, capsys):
     assert pack.explanation(f"{ids[1]}@1.attention").protocol["video"]["frames"] == [0, 6]
 
 
-def test_clips_that_cannot_be_explained_are_refused(clip_file, tmp_path):
-    def refused(match, images, kind="qwen2_vl"):
+def test_clips_of_one_name_have_a_limit_and_texts_by_folder(clip_file, tmp_path, capsys):
+    folder = tiny.save("qwen2_vl", tmp_path / "model")
+    clips = [tmp_path / name / "walk.avi" for name in ("a", "b", "c")]
+    for clip in clips:
+        clip.parent.mkdir()
+        clip.write_bytes(clip_file.read_bytes())
+    texts = tmp_path / "texts.json"
+    texts.write_text('{"a/walk.avi": "a red fork", "b/walk.avi": "a blue cup"}')
+    given = ["--vlm", str(folder), "--answer", str(texts), "--limit", "2", "--frames", "2"]
+    out = tmp_path / "pack"
+    assert main(["caption", *map(str, clips), *given, "--output", str(out)]) == 0
+    pack = Pack(out)
+    said = {pack.facts_of(name).answer.text for name in pack.image_ids}
+    assert said == {"a red fork", "a blue cup"}
+    capsys.readouterr()
+    assert main(["caption", str(clips[0]), *given[:2], "--together"]) == 2
+    assert "leave out --together" in capsys.readouterr().err
+
+
+def test_clips_that_cannot_be_explained_are_refused(clip_file, tmp_path, monkeypatch):
+    def refused(match, images, kind="qwen2_vl", **options):
         with pytest.raises((ValueError, FileNotFoundError), match=match) as caught:
-            explain_tokens(images, loaded(kind), QUESTION, "a red fork")
+            explain_tokens(images, loaded(kind), QUESTION, "a red fork", **options)
         assert "\n" not in str(caught.value)
 
     refused(
@@ -132,7 +189,11 @@ def test_clips_that_cannot_be_explained_are_refused(clip_file, tmp_path):
         clip_file,
         "llava",
     )
-    refused("^images: a Llava.* takes no clips", clip_array(2), "llava")
+    refused("^images: memory://bucket/clip.mp4 is a clip of a store", "memory://bucket/clip.mp4")
+    refused("^frames: got 1; a Qwen3-VL needs 2 or more", clip_array(2), "qwen3_vl", frames=1)
+    monkeypatch.setattr(explaining, "_need", lambda *_: pytest.fail("refused after all the work"))
+    refused("^views: got 'tiles'", clip_array(2), views="tiles")
+    monkeypatch.undo()
     refused("^images: a clip stands in a tuple", (str(clip_file), tiny.photo()))
     refused("^images: no file gone.mp4", "gone.mp4")
     broken = tmp_path / "broken.mp4"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,16 +54,29 @@ class Clip:
         self.fps = float(self.capture.get(cv2.CAP_PROP_FPS))
         if not 0 < self.fps <= 1000:
             warnings.warn(
-                f"explain_video: {path.name} gives {self.fps:g} frames per second; "
-                f"the overlay runs at {FALLBACK_FPS:g}",
+                f"video: {path.name} gives {self.fps:g} frames per second; it is taken to run "
+                f"at {FALLBACK_FPS:g}",
                 stacklevel=5,
             )
             self.fps = FALLBACK_FPS
 
     def frames(self, every: int) -> Iterator[tuple[int, Image.Image]]:
         """(number, RGB frame) of every n-th frame (n = ``every``); damaged frames are skipped."""
-        import cv2
+        for number in self._grabbed():
+            if number % every == 0 and (photo := self._retrieved()):
+                yield number, photo
 
+    def frames_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """The same of rising ``numbers``, each or the next that is not damaged."""
+        due = 0
+        for number in self._grabbed():
+            if due < len(numbers) and number >= numbers[due] and (photo := self._retrieved()):
+                yield number, photo
+                while due < len(numbers) and numbers[due] <= number:
+                    due += 1
+
+    def _grabbed(self) -> Iterator[int]:
+        """The number of each frame, in turn."""
         failed = 0
         while failed <= (RETRIES if self.decoded < self.announced else 0):
             if not self.capture.grab():
@@ -71,12 +84,18 @@ class Clip:
                 continue
             number, failed = self.decoded, 0
             self.decoded += 1
-            if number % every == 0:
-                valid, frame = self.capture.retrieve()
-                if valid:
-                    photo = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-                    photo.filename = self.path.name  # type: ignore[attr-defined]
-                    yield number, photo
+            yield number
+
+    def _retrieved(self) -> Image.Image | None:
+        """The frame that was grabbed last; None where it is damaged."""
+        import cv2
+
+        valid, frame = self.capture.retrieve()
+        if not valid:
+            return None
+        photo = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+        photo.filename = self.path.name  # type: ignore[attr-defined]
+        return photo
 
 
 def opencv_path(path: Path, argument: str) -> str:

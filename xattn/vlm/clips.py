@@ -6,44 +6,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from xattn.photos.arrays import array_images
-from xattn.photos.clip import FALLBACK_FPS, open_clip, quiet
+from xattn.photos.clip import open_clip, quiet
 from xattn.photos.image_names import is_video
-from xattn.vlm.model import Timing
+from xattn.runtime.stores import StorePath, is_remote
+from xattn.vlm.model import OF_CLIPS, VLM, Timing
 
 
-def is_clip(source: Any) -> bool:
-    """Whether ``source`` is a clip: a file that is named like one, or an array (frames, H, W, 3)."""
-    if isinstance(source, str | Path):
-        return is_video(source)
-    return isinstance(source, np.ndarray) and source.ndim == 4
+def is_clip(source: Any, vlm: VLM) -> bool:
+    """Whether ``source`` is a clip: a file that is named like one, or, for a model that takes clips, an
+    array (frames, H, W, 3).
+
+    Raises:
+        ValueError: a clip of a store.
+    """
+    if isinstance(source, str | Path | StorePath):
+        if (video := is_video(str(source))) and is_remote(source, "images"):
+            raise ValueError(f"images: {source} is a clip of a store; copy it here first")
+        return video
+    return isinstance(source, np.ndarray) and source.ndim == 4 and vlm.family in OF_CLIPS
 
 
-def frames_of(source: Any, count: int, max_pixels: int | None) -> tuple[list[Image.Image], Timing]:
-    """At most ``count`` frames of a clip, at even steps from the first to the last, and when they are.
+def frames_of(
+    source: Any, count: int, max_pixels: int | None, fps: float
+) -> tuple[list[Image.Image], Timing]:
+    """At most ``count`` frames of a clip, at even steps from the first to the last, and when they are; of a
+    damaged one the next. An array is of ``fps`` frames a second.
 
     Raises:
         ValueError: no clip that can be read. FileNotFoundError: it is not there.
     """
-    found, step, fps = list[tuple[int, Image.Image]](), 1, FALLBACK_FPS
     if isinstance(source, np.ndarray):
-        found = [(i, x.load(max_pixels)) for i, x in enumerate(array_images(source))]
-        total = len(found)
-    else:
-        try:
-            with quiet(), open_clip(Path(source), max_pixels) as clip:
-                frames = clip.frames(max(clip.announced // (2 * count), 1))
-                for i, frame in enumerate(frames):
-                    found += [frame] if i % step == 0 else []
-                    if len(found) > 4 * count:  # the header knows nothing, or too little
-                        found, step = found[::2], 2 * step
-                total, fps = clip.decoded, clip.fps
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"images: {str(error).partition(': ')[2]}") from error
+        at = _even(len(source), count)
+        chosen = [image.load(max_pixels) for image in array_images(source[at])]
+        return chosen, Timing((*at.tolist(),), len(source), fps)
+    found, total = list[tuple[int, Image.Image]](), -1
+    try:
+        with quiet():
+            for _ in range(2):  # again where the header knows another number than there is, or none
+                with open_clip(Path(source), max_pixels) as clip:
+                    known = clip.announced if total < 0 else total
+                    found = list(clip.frames_at(_even(known, count).tolist()))
+                    total, fps = clip.decoded, clip.fps
+                if known == total:
+                    break
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"images: {str(error).partition(': ')[2]}") from error
     if not found:
         raise ValueError(f"images: no frame of {source} can be decoded; replace the file")
-    places = np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)
-    numbers = tuple(found[i][0] for i in places)
-    return [found[i][1] for i in places], Timing(numbers, total, fps)
+    return [frame for _, frame in found], Timing(tuple(n for n, _ in found), total, fps)
+
+
+def _even(total: int, count: int) -> NDArray[np.int64]:
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

@@ -25,10 +25,11 @@ from xattn.explaining.photos import report
 from xattn.packs.answers import AnswerFacts, AnswerWord, frame_id
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.writer import check_local, pack_writer
+from xattn.photos.clip import FALLBACK_FPS
 from xattn.photos.image_names import unique_id
 from xattn.photos.images import MAX_PIXELS, load_image
 from xattn.runtime.memory import ForwardBatches, is_out_of_memory
-from xattn.runtime.option_checks import Count, check_fields
+from xattn.runtime.option_checks import Count, Positive, check_fields
 from xattn.runtime.version import __version__
 from xattn.vlm.answer import Answer, Answers, Maps
 from xattn.vlm.clips import frames_of, is_clip
@@ -43,7 +44,7 @@ from xattn.vlm.explainers.base import (
     watching,
 )
 from xattn.vlm.layout import Views, locate
-from xattn.vlm.model import PLACE, VLM, parts_of
+from xattn.vlm.model import PLACE, VLM, Timing, parts_of
 from xattn.vlm.words import PhotoError, Word, token_texts, word_number, words_of
 
 LEAST = -1e4  # log p
@@ -71,13 +72,14 @@ def explain_tokens(
     *,
     views: Views = "all",
     frames: int = 16,
+    fps: float = FALLBACK_FPS,
 ) -> Answers:
     """Explain the words of a vision-language model's answers about photos.
 
     Args:
         images: as in :func:`xattn.explain`, each photo a conversation of its own. Photos in a tuple are
-            shown together, in its order; a list may hold such tuples. A video file, or an array (frames,
-            H, W, 3), is a clip, of which a word has a map for each frame, or every two.
+            shown together, in its order; a list may hold such tuples. A video file is a clip, with a map a
+            frame, or two; so is an array (frames, H, W, 3) where ``vlm`` takes clips, else it is a batch.
         vlm: of :func:`~xattn.vlm.loading.load_vlm`.
         prompt: text, with ``<image>`` where the images stand, else before the text; or chat messages.
         answer: a text to explain instead of a generated one, or one for each photo.
@@ -92,7 +94,7 @@ def explain_tokens(
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
         keep: return at most so many answers, of ``.total``; ``output`` has all.
         views: of models that see a photo whole and in tiles: maps of all tokens, or of one kind.
-        frames: how many of a clip are shown, at even steps.
+        frames, fps: how many of a clip are shown, at even steps; frames a second of an array.
 
     Returns:
         An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
@@ -108,9 +110,9 @@ def explain_tokens(
         check_local(output)
     task = _Task(
         _methods(explainer, seed), prompt, words, dict(instead or {}), score, max_new_tokens,
-        dict(generate or {}), seed, batch_size, views, frames, max_pixels,
+        dict(generate or {}), seed, batch_size, views, frames, fps, max_pixels,
     )  # fmt: skip
-    asked = _conversations(images)
+    asked = _conversations(images, task, vlm)
     texts = _texts(answer, len(asked))
     bar = tqdm(asked, "explain", unit="photo", disable=not progress or len(asked) == 1)
     found, writer = Answers(), None
@@ -137,7 +139,7 @@ def _each(
     """Each answer; where it is allowed to ``skip``, errors of one photo are kept in ``skipped``."""
     for (name, sources), text in asked:
         try:
-            loaded = _loaded(vlm, sources, task.frames, task.max_pixels)
+            loaded = _loaded(task, vlm, sources)
             with guarded(vlm):
                 made = _explained(task, name, text, *loaded)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -163,6 +165,7 @@ class _Task:
     batch_size: Count
     views: Views
     frames: Count
+    fps: Positive
     max_pixels: int | None
 
     def __post_init__(self) -> None:
@@ -170,7 +173,7 @@ class _Task:
 
 
 def _loaded(
-    vlm: VLM, sources: Sequence[Any], frames: int, max_pixels: int | None
+    task: _Task, vlm: VLM, sources: Sequence[Any]
 ) -> tuple[VLM, list[Image.Image], Sequence[Any]]:
     """The model as it takes these, the photos or frames, and where they are read from.
 
@@ -178,9 +181,9 @@ def _loaded(
         PhotoError: they cannot be read.
     """
     try:
-        if not is_clip(sources[0]):
-            return vlm, [load_image(source, max_pixels) for source in sources], sources
-        photos, timing = frames_of(sources[0], frames, max_pixels)
+        if not is_clip(sources[0], vlm):
+            return vlm, [load_image(source, task.max_pixels) for source in sources], sources
+        photos, timing = frames_of(sources[0], task.frames, task.max_pixels, task.fps)
     except ValueError as error:
         raise PhotoError(str(error)) from error
     return vlm.of_clip(timing), photos, photos
@@ -199,19 +202,23 @@ def _methods(explainer: Any, seed: int) -> list[TokenExplainer]:
     return made
 
 
-def _conversations(images: Any) -> list[tuple[str, list[Any]]]:
-    """The id of each conversation, and its photos, or its clip."""
-    if isinstance(images, tuple) or is_clip(images):
+def _conversations(images: Any, task: _Task, vlm: VLM) -> list[tuple[str, list[Any]]]:
+    """The id of each conversation, and its photos, or its clip; clips are refused where none is taken."""
+    if isinstance(images, tuple) or is_clip(images, vlm):
         images = [images]
-    apart = isinstance(images, list) and any(isinstance(x, tuple) or is_clip(x) for x in images)
+    apart = isinstance(images, list) and any(
+        isinstance(x, tuple) or is_clip(x, vlm) for x in images
+    )
     if not apart:
         return [(name, [source]) for name, source in named_photos(images)]
     found, taken = [], set[str]()
     for number, group in enumerate(images):
         photos = list(group) if isinstance(group, tuple) else [group]
-        if len(photos) > 1 and any(map(is_clip, photos)):
+        if len(photos) > 1 and any(is_clip(x, vlm) for x in photos):
             raise ValueError("images: a clip stands in a tuple; give it alone")
-        own = list(named(photos)) if is_clip(photos[0]) else named_photos(photos)
+        if is_clip(photos[0], vlm):
+            vlm.of_clip(Timing(tuple(range(task.frames)), task.frames, task.fps))
+        own = list(named(photos)) if is_clip(photos[0], vlm) else named_photos(photos)
         if len(own) != len(photos):
             raise ValueError("images: one of a tuple holds several photos; name each of them")
         name, first = own[0]
@@ -258,6 +265,9 @@ def _explained(
     entered, forced = entered or vlm.entered(inputs), vlm.forced(inputs, ids)
     if vlm.kind != "encoder":  # BLIP changes the prompt
         prompt_ids = forced.inputs["input_ids"][0, : -len(ids)].cpu()
+    layouts = locate(vlm, photos, prompt, inputs, len(entered.features))
+    for layout in layouts:
+        layout.shown(task.views)
     context = Context(
         vlm=vlm,
         photos=photos,
@@ -268,7 +278,7 @@ def _explained(
         asked=range(len(found)),
         forced=forced,
         entered=entered,
-        layouts=locate(vlm, photos, prompt, inputs, len(entered.features)),
+        layouts=layouts,
         score=task.score,
         instead=_instead(vlm.tokenizer, said, ids, found, task.instead),
         batches=ForwardBatches(task.batch_size),

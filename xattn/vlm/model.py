@@ -225,13 +225,15 @@ class VLM:
         """The same model, to which frames of a clip are shown.
 
         Raises:
-            ValueError: it takes none.
+            ValueError: it takes none, or none so short.
         """
         if self.family not in OF_CLIPS or not hasattr(self.processor, "video_processor"):
             raise ValueError(
                 f"images: a {type(self.model).__name__} takes no clips; give photos, or a model of: "
                 f"{', '.join(OF_CLIPS.values())}"
             )
+        if self.family == "qwen3_vl" and len(clip.numbers) < 2:
+            raise PhotoError(f"frames: got {len(clip.numbers)}; a Qwen3-VL needs 2 or more")
         entrance = self.entrance._replace(method="get_video_features")
         return replace(self, entrance=entrance, clip=clip)
 

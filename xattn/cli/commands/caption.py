@@ -53,7 +53,8 @@ class Caption(PhotoArgs):
     device: str = "auto"
     """Where the model runs, such as cuda:1; by default a GPU if there is one."""
     limit: Count | None = None
-    """Use only so many photos, spread over their folders by --seed: the same in every command."""
+    """Use only so many photos, spread over their folders by --seed, the same in every command; of clips
+    the first."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
@@ -75,8 +76,10 @@ class Caption(PhotoArgs):
         if self._answers:
             check_file("answer", self._answers, "a text, or a .csv or .json file of texts by photo")
         clips = self._clips
-        if clips and (len(clips) < len(self.images) or self.together):
-            raise ValueError(f"images: {clips[0]} is a clip; give clips alone, each for itself")
+        if clips and len(clips) < len(self.images):
+            raise ValueError(f"images: {clips[0]} is a clip; give clips alone")
+        if clips and self.together:
+            raise ValueError(f"images: {clips[0]} is a clip; leave out --together")
         if stored := [name for name in clips if is_remote(name, "images")]:
             raise ValueError(f"images: {stored[0]} is a clip of a store; copy it here first")
         for pair in self.instead:
@@ -106,8 +109,8 @@ class Caption(PhotoArgs):
         names = known("explainers", self.explainers, TOKEN_EXPLAINERS)
         options = options_by_name(self.options, names)
         methods = [create_token_explainer(n, self.seed, **options.get(n, {})) for n in names]
-        given: Any = [Path(name) for name in self._clips]
-        files = [path.name for path in given]
+        given: Any = [Path(name) for name in self._clips[: self.limit]]
+        files = [str(path) for path in given]
         if not given:
             given = photos = limited(self.photos, self.limit, self.seed)[0]
             files = [photos.name(i) for i in range(len(photos))]
