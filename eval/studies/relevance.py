@@ -49,6 +49,7 @@ from xattn.explainers.relevance.libragrad import LibraGrad
 from xattn.explainers.relevance.rules import Composite, own
 from xattn.explaining.photos import explain
 from xattn.heads import load_head
+from xattn.photos.image_names import photo_ids
 from xattn.photos.images import list_images
 from xattn.pictures.contact_sheet import contact_sheet_image
 from xattn.runtime import strict_json
@@ -508,8 +509,8 @@ def study(
     raw = [
         {"method": label, "photo": photo} | {key: f"{values[key][i]:.5g}" for key in COLUMNS}
         for label, values in table.items()
-        for i, photo in enumerate(values["photo"])
-        if isinstance(photo, str)
+        for i, photo in enumerate(photo_ids(photos))
+        if isinstance(values["photo"][i], str)  # else it was not scored
     ]
     heading = f"{backbone.name}, weights sha256 {backbone.fingerprint[:12]}, {len(photos)} photos"
     yield from reported(

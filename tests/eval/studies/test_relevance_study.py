@@ -77,10 +77,12 @@ def test_shifted_maps_are_shifted_back(vit):
     assert torch.allclose(found, images.mean(1, keepdim=True))
 
 
-def test_rows_are_read_again_and_photos_of_even_place_are_not_scored(tmp_path, capsys):
+def test_rows_are_read_again_and_photos_of_even_place_are_not_scored(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("xattn.eval.studies.relevance.PART", 1)  # alone, a photo has no folder
     for i in range(6):
         pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / str(i)).mkdir()
+        Image.fromarray(pixels.numpy()).save(tmp_path / str(i) / "x.png")
     rows = ["centre", "FullGrad+, LibraGrad", "FullGrad+, no rules", "four shifts of zero"]
     words = ["relevance", str(tmp_path), "--backbone", "test_vit", "--weights", "random"]
     words[-1] = str(tmp_path / "weights.pth")
@@ -90,7 +92,7 @@ def test_rows_are_read_again_and_photos_of_even_place_are_not_scored(tmp_path, c
     assert main([*words, *rows]) == 0
     folder = tmp_path / "out" / "test_vit"
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
-    assert len(kept) == 2 * len(rows)
+    assert len(kept) == 4 * len(rows)
     assert main([*words, *rows, "random"]) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     text = (folder / "report.md").read_text()
@@ -98,9 +100,12 @@ def test_rows_are_read_again_and_photos_of_even_place_are_not_scored(tmp_path, c
     with open(folder / "values.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 2 * (len(rows) + 1)
-    assert {row["photo"] for row in table} <= {"1.png", "3.png", "5.png"}
+    assert {row["photo"] for row in table} < {"1/x.png", "3/x.png", "5/x.png"}
     assert all(row["SRG"] for row in table)
-    assert main([*words, "centre", "gamma, at pixels", "--pictures", str(tmp_path / "0.png")]) == 0
+    assert (
+        main([*words, "centre", "gamma, at pixels", "--pictures", str(tmp_path / "0" / "x.png")])
+        == 0
+    )
     with Image.open(folder / "maps.png") as sheet:
         assert sheet.width > 3 * 150  # the photo and two maps
     capsys.readouterr()
