@@ -180,7 +180,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def into(gate: Tensor, ctx: Any, x: Tensor, of: Callable[[slice], Tensor]) -> None:
-        whole = {"posinf": torch.inf, "neginf": -torch.inf}  # numbers that are none are in y, too
+        whole = {"posinf": torch.inf, "neginf": -torch.inf}  # NaN of y stays NaN
         for part in in_cache(x):
             torch.div(of(part), x[part], out=gate[part]).nan_to_num_(ctx.start, **whole)
 
@@ -357,7 +357,7 @@ def over_places(bias: Tensor | None, dims: int) -> Tensor | None:
 
 
 class _Scaled(torch.autograd.Function):
-    """BatchNorm in eval mode, and the gradient that its own function has wrong."""
+    """BatchNorm; on a CPU, PyTorch's gradient is wrong for one image if what comes in is channels-last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, given: Any) -> Tensor:
