@@ -418,7 +418,7 @@ CLIPS: dict[str, Callable[[_Photo], list[Places]]] = {
     "qwen3_vl": _qwen_clip,
     "llava_onevision": _onevision_clip,
 }
-"""Likewise: each of the places of some frames, which may be two."""
+"""By `model_type`: the places of each map of a clip, which may be of two frames."""
 
 
 def places(

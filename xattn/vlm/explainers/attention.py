@@ -64,7 +64,8 @@ class Attention(SinkExplainer):
         heads: numbers of the heads that count, likewise.
         first: "zero": the first token of the sequence, which many heads rest on, counts 0, and the mean row
             of each layer is scaled to the sum 1 without it.
-        sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), for two passes more.
+        sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), for two passes and
+            a run of the image tower more.
         sink_ratio: how far a dimension of a sink is above the root mean square.
     """
 

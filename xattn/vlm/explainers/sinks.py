@@ -35,7 +35,7 @@ class SinkExplainer(TokenExplainer):
     """Base of explainers of attention, which may leave out sinks.
 
     Args:
-        sinks: "keep" them, or "drop" them, for a pass more.
+        sinks: "keep" them, or "drop" them, for a pass and a run of the image tower more.
         sink_ratio: tau, how far a dimension of a sink is above the root mean square.
     """
 
