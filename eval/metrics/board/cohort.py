@@ -131,7 +131,7 @@ class Cohort:
         return self._of("class", i)
 
     def on_random_weights(self, i: int) -> Tensor | None:
-        """The map of the explained class on random weights."""
+        """The map of the explained class on random weights; an error if the method has none there."""
         return self._of("network", i)
 
     def of_mosaic(self, mosaic: Mosaic) -> Tensor:
@@ -148,8 +148,13 @@ class Cohort:
             if kind == "class":
                 seconds = [self.company.tables[j].second(self.company.targets[j]) for j in part]
                 maps = self.explain(part, torch.tensor(seconds, device="cpu"))
+            elif self.randomized is None:
+                raise ValueError(
+                    "explain_randomized: None; this metric explains on random weights, give the method "
+                    "there, as Cascade(backbone).method('gradcam') does"
+                )
             else:
-                maps = [None] * len(part) if self.randomized is None else self.randomized(part)
+                maps = self.randomized(part)
             for j, values in zip(part, maps, strict=True):
                 self._made[kind, j] = self._sized(values, j)
         return self._made[kind, i]

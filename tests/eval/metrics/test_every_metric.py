@@ -35,7 +35,7 @@ def again(images, targets):
 
 
 def values_of(name, images, maps, **options):
-    """Each column's values; metrics that explain again ask ``fakes.brightness``."""
+    """Each column's values; metrics that explain again ask ``fakes.brightness``, on random weights, too."""
     notes = [object_at(images.shape[-2:], 1) for _ in images]
     return measure(
         probe_of(name),
@@ -45,6 +45,7 @@ def values_of(name, images, maps, **options):
         1,
         max_forward_batch=4,
         explain=again,
+        explain_randomized=lambda stage, images, targets: again(images, targets),
         annotations=notes,
         **options,
     )

@@ -110,6 +110,12 @@ def test_entropy_of_histograms_and_emprt_of_a_rougher_map():
     torch.testing.assert_close(found[Column("eMPRT")], (other - own) / own)
 
 
+@pytest.mark.parametrize("name", ["emprt", "network-contrast"])
+def test_without_maps_on_random_weights_there_is_an_error(name):
+    with pytest.raises(ValueError, match="explain_randomized: None; .* give the method"):
+        measure(create_metric(name), FakeBackbone(), fakes.images(1), rand(1, 1, 18, 20), 0)
+
+
 def test_information_curves_by_hand_and_of_a_map_that_knows():
     sizes, scores = torch.tensor([10.0, 14.0, 20.0, 30.0]), torch.tensor([0.1, 0.7, 0.4, 0.9])
     y = torch.tensor([0.0, 0.75, 0.75, 1.0])
