@@ -106,8 +106,13 @@ class MaskedScorer:
         self.scored += len(images)
         classes = scores.argmax(1) if targets is None else targets.cpu()
         p = scores.gather(1, classes[:, None])[:, 0]
-        for image, target, value in zip(images, classes.tolist(), p.tolist(), strict=True):
-            self._known[self._digest(image), target, False] = Ticket(target, value, done=True)
+        hits = (scores.argmax(1) == classes).tolist()
+        for image, target, value, hit in zip(
+            images, classes.tolist(), p.tolist(), hits, strict=True
+        ):
+            digest = self._digest(image)
+            self._known[digest, target, False] = Ticket(target, value, done=True)
+            self._known[digest, target, True] = Ticket(target, float(hit), done=True, hit=True)
         return Clean(p, classes, scores, every.double())
 
     @torch.no_grad()

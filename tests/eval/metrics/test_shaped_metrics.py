@@ -7,12 +7,13 @@ import pytest
 import torch
 from eval_fakes import FakeBackbone
 
-from xattn.eval import create_metric, measure
+from xattn.eval import create_metric, evaluate, measure
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.board.emprt import histogram_entropy
 from xattn.eval.metrics.board.information_curves import information_area, interpolated
 from xattn.eval.metrics.board.saco import saco_values
 from xattn.eval.metrics.board.thinned import thinned_share, thinned_values
+from xattn.eval.metrics.scorer import MaskedScorer
 
 
 def rand(*shape, seed=0):
@@ -142,6 +143,21 @@ def test_information_curves_by_hand_and_of_a_map_that_knows():
     assert (good[Column("SIC")] > bad[Column("SIC")]).all()
     low = measure(create_metric("information-curves"), red, images * 0.1, maps, 0)
     assert low[Column("SIC")].isnan().all(), "the class is not likely"
+
+
+def test_information_curves_take_a_pass_a_level_and_one_for_the_blurred_photo():
+    rows = {"bright": fakes.Maps(fakes.brightness)}
+    for classes, hit in ((None, 1), ([4], 0)):
+        metric = create_metric("information-curves", levels=(0.1, 0.5), least=0.0)
+        options = {"metrics": [metric], "classes": classes, "progress": False}
+        cost = evaluate(FakeBackbone(), rows, fakes.images(1), **options).cost
+        assert cost["images_scored"] == 1 + 3
+        scorer = MaskedScorer(FakeBackbone(), 8)
+        target = scorer.clean(fakes.images(1), None if classes is None else torch.tensor(classes))[
+            1
+        ]
+        ticket = scorer.submit(fakes.images(1)[0], int(target), hit=True)
+        assert ticket.done and ticket.score == hit
 
 
 def test_the_smooth_randomisation_test_compares_means_over_noise():
