@@ -82,26 +82,33 @@ def transformers_detector(kind, labels=3):
         "num_labels": labels, "use_timm_backbone": False, "use_pretrained_backbone": False,
     }  # fmt: skip
     three = ("stage2", "stage3", "stage4")
-    if kind == "detr":
-        config = transformers.DetrConfig(backbone_config=resnet(transformers), **small)
-        net = transformers.DetrForObjectDetection(config)
+    one_map = {
+        "detr": "Detr",
+        "table-transformer": "TableTransformer",
+        "conditional_detr": "ConditionalDetr",
+    }
+    real_time = {"rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "d_fine": "DFine"}
+    if kind in one_map:
+        make = getattr(transformers, f"{one_map[kind]}Config")
+        config = make(backbone_config=resnet(transformers), **small)
+        net = getattr(transformers, f"{one_map[kind]}ForObjectDetection")(config)
     elif kind == "deformable_detr":
         config = transformers.DeformableDetrConfig(
             backbone_config=resnet(transformers, three), num_feature_levels=3, **small
         )
         net = transformers.DeformableDetrForObjectDetection(config)
-    elif kind == "rt_detr":
+    elif kind in real_time:
         body = transformers.RTDetrResNetConfig(
             embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
             out_features=list(three),
         )  # fmt: skip
-        config = transformers.RTDetrConfig(
+        config = getattr(transformers, f"{real_time[kind]}Config")(
             backbone_config=body, encoder_hidden_dim=16, encoder_in_channels=[8, 16, 16],
             encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16, num_queries=9, decoder_layers=2,
             decoder_in_channels=[16, 16, 16], decoder_attention_heads=2, decoder_ffn_dim=32,
             num_labels=labels, num_denoising=0, use_pretrained_backbone=False,
         )  # fmt: skip
-        net = transformers.RTDetrForObjectDetection(config)
+        net = getattr(transformers, f"{real_time[kind]}ForObjectDetection")(config)
     elif kind == "yolos":
         config = transformers.YolosConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import xattn
+from xattn.cli.detections import asked_objects
 from xattn.detection import (
     Candidates,
     DetectionNetwork,
@@ -30,7 +31,11 @@ from xattn.photos.preprocessing import Preprocessing
 from xattn.photos.view import prepare
 
 TORCHVISION = ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd")
-QUERIES = ("detr", "deformable_detr", "rt_detr", "yolos", "grounding-dino")
+QUERIES = (
+    "detr", "table-transformer", "conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine",
+    "yolos", "grounding-dino",
+)  # fmt: skip
+ONE_MAP = ("detr", "table-transformer", "conditional_detr", "yolos")
 PLAIN = Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0, "border")
 
 
@@ -67,7 +72,7 @@ def test_transformers_gives_the_detectors_own_answer_and_maps_that_lead_to_it(ki
     inputs = {key: getattr(detector.model, key).expand(2, -1) for key in detector.model.text_keys}
     with torch.no_grad():
         own = net(pixel_values=x, **inputs)
-    if kind in ("detr", "yolos"):
+    if kind in ("detr", "table-transformer", "yolos"):
         expected = own.logits.softmax(-1)[..., :-1]
         assert torch.allclose(found.objectness, expected.sum(-1), atol=1e-5)
     elif "ground" in kind:  # [CLS] a cat . dog . [SEP]
@@ -77,8 +82,9 @@ def test_transformers_gives_the_detectors_own_answer_and_maps_that_lead_to_it(ki
         expected = own.logits.sigmoid()
     assert torch.allclose(found.classes, expected, atol=1e-5)
     middle = (found.boxes[:, :, 0, :2] + found.boxes[:, :, 0, 2:]) / 2 / SIDE
-    assert torch.allclose(middle, own.pred_boxes[..., :2], atol=1e-5)
-    assert len(maps) == len(detector.model.points) == (1 if kind in ("detr", "yolos") else 3)
+    sides = (found.boxes[:, :, 0, 2:] - found.boxes[:, :, 0, :2]) / SIDE
+    assert torch.allclose(torch.cat([middle, sides], -1), own.pred_boxes, atol=1e-5)
+    assert len(maps) == len(detector.model.points) == (1 if kind in ONE_MAP else 3)
     view = detector.of(detector.best_candidates(random_image(), 2))
     gradcam = create_explainer("gradcam", view).attribute(x[:1].clamp(0, 1), 1)
     odam = create_explainer("odam", view).attribute(random_image()[None], 1)
@@ -122,8 +128,13 @@ def test_a_function_of_boxes_labels_and_scores_is_a_detector():
     assert maps.shape == (1, 1, SIDE, SIDE) and float(maps.max()) > 0
     with pytest.raises(ValueError, match="^explainer: .* answers without a gradient; use a method"):
         create_explainer("saliency", one).attribute(random_image()[None], 0)
-    with pytest.raises(ValueError, match="^explainer: 'odam' reads feature maps"):
-        create_explainer("odam", one)
+    for name in ("odam", "gradcam"):
+        with pytest.raises(
+            ValueError, match=f"^explainer: '{name}' reads feature maps, .*'d_rise'"
+        ):
+            create_explainer(name, one)
+    with pytest.raises(ValueError, match="^prior: 'gradcam' reads feature maps"):
+        create_explainer("mda", one)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +144,12 @@ def test_a_function_of_boxes_labels_and_scores_is_a_detector():
         {"boxes": torch.zeros(1, 4), "scores": torch.ones(1)},
         [(torch.zeros(2, 4), torch.zeros(1), torch.ones(1))],
         [(torch.zeros(1, 4), torch.zeros(1), torch.full((1,), 70.0))],
+        {
+            "boxes": torch.zeros(1, 4),
+            "labels": torch.zeros(1),
+            "scores": torch.ones(1),
+            "probabilities": torch.ones(1, 3),
+        },
     ],
 )
 def test_an_answer_that_is_not_understood_says_what_to_return(answer):
@@ -424,7 +441,7 @@ def test_a_pack_has_an_entry_and_a_box_for_each_detection(detector, photo, tmp_p
     missed = [("cow", (20.0, 10.0, 120.0, 90.0))]
     made = xattn.explain_detections(
         [photo], detector, ["odam", "d_rise"], threshold=0.3, most=3, missed=missed,
-        options={"d_rise": {"masks": 4}}, output=tmp_path / "pack",
+        options={"d_rise": {"masks": 4, "seed": 0}}, output=tmp_path / "pack",
     )  # fmt: skip
     assert len(made) == 8 and made[3].target_name.startswith("missed cow")
     rows = xattn.load_pack(tmp_path / "pack")
@@ -536,6 +553,16 @@ def test_masks_are_mask_rcnns_own_and_annotate_its_detections():
         (lambda d, p: load_detector("yolo"), "^model: got 'yolo'; give torchvision/NAME"),
         (lambda d, p: load_detector(lambda x: x), "^class_names: a function does not say its"),
         (lambda d, p: load_detector(5), "^model: got 5; give"),
+        (lambda d, p: load_detector(Linear(), input_size=64), "^input_size: a Linear has its own"),
+        (
+            lambda d, p: load_detector("torchvision/ssdlite320_mobilenet_v3_large", p),
+            "^weights: .*wide.png does not fit torchvision/ssdlite320",
+        ),
+        (
+            lambda d, p: xattn.explain_detections(p, d, "box", options={"odam": {"sigma": 0.0}}),
+            "^options: 'odam' is not among the explainers",
+        ),
+        (lambda d, p: asked_objects(["dog@1.2.3,1,2,3"]), "^missed: got 'dog@1.2.3,1,2,3'; give"),
         (lambda d, p: xattn.explain_detections(p, d.model), "^detector: got a TorchvisionDetector"),
     ],
 )

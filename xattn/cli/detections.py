@@ -9,7 +9,8 @@ from typing import Any
 
 from xattn.cli.model import BackboneArgs, device_name
 
-_ASKED = re.compile(r"(?P<label>.+)@(?P<box>-?[\d.]+(?:,-?[\d.]+){3})")
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
+_ASKED = re.compile(rf"(?P<label>.+)@(?P<box>{_NUMBER}(?:,{_NUMBER}){{3}})")
 OWN = ".py:"  # FILE.py:NAME
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -79,6 +80,10 @@ def _network(
     from xattn.detection.transformers_networks import TransformersDetector
 
     if isinstance(model, DetectionNetwork):
+        if size is not None:
+            raise ValueError(
+                f"input_size: a {type(model).__name__} has its own; give it in its preprocessing"
+            )
         return model
     if isinstance(model, nn.Module):
         model = frozen_copy(without_wrappers(model))
@@ -162,8 +167,15 @@ def _of_torchvision(kind: str, weights: str | Path | None) -> tuple[Any, list[st
             warnings.simplefilter("ignore")
             made = build(weights=None, weights_backbone=None)
         if weights is not None:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            made.load_state_dict(state.get("model", state))
+            try:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+                made.load_state_dict(state.get("model", state))
+            except (RuntimeError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"weights: {weights} does not fit torchvision/{kind} ({reason}); of other classes, "
+                    f"load it into a module and give that"
+                ) from error
         return made, coco
     if str(weights) not in every.__members__:
         raise ValueError(

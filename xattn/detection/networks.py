@@ -146,7 +146,11 @@ class CallableDetector(DetectionNetwork):
                 f"{self.num_classes} names; give one a class, from 0"
             )
         if isinstance(answer, dict) and "probabilities" in answer:
-            return boxes, torch.as_tensor(answer["probabilities"], device=x.device).to(x)
+            every = torch.as_tensor(answer["probabilities"], device=x.device).to(x)
+            if every.shape != (len(scores), self.num_classes):
+                shapes = f"{tuple(every.shape)}, not {(len(scores), self.num_classes)}"
+                raise _not_understood(answer, f"with probabilities of shape {shapes}")
+            return boxes, every
         return boxes, F.one_hot(labels.long(), self.num_classes).to(x) * scores.to(x)[:, None]
 
 

@@ -3,7 +3,7 @@
 Candidates are the queries' answers, by the model's own ``forward``:
 
     DETR, Table Transformer, YOLOS      P the softmax without its last class, "no object", O = 1 - p of that
-    Conditional and Deformable DETR, RT-DETR, D-FINE    P the sigmoids, O = max P
+    Conditional and Deformable DETR, RT-DETR (v2), D-FINE    P the sigmoids, O = max P
     Grounding DINO                      P of a phrase the largest sigmoid of its tokens, O = max P
 
 The feature maps are what the decoder reads, the encoder's output; in YOLOS the patches that enter the last

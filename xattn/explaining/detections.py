@@ -83,10 +83,13 @@ def explain_detections(
     check_threshold(threshold)
     check("most", most, Count)
     check("candidates", candidates, Whole)
+    names = explainer if isinstance(explainer, list | tuple) else [explainer]
+    foreign = sorted(set(options or {}).difference(e for e in names if isinstance(e, str)))
+    if foreign:
+        raise ValueError(f"options: {foreign[0]!r} is not among the explainers; give it there, too")
     asked = _Asked(threshold, most, detections, tuple(missed), candidates, max_pixels)
     photos, found = asked.of(images, detector)
     view = detector.of([one for own in found for one in own], score)
-    names = explainer if isinstance(explainer, list | tuple) else [explainer]
     about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
     methods = [_explainer(e, view, dict(options or {}), about) for e in names]
     return explain(
@@ -109,7 +112,7 @@ def _explainer(
     method: Any, view: Any, options: dict[str, Mapping[str, Any]], about: dict[str, Any]
 ) -> Explainer:
     if isinstance(method, str):
-        return create_explainer(method, view, **about, **options.get(method, {}))
+        return create_explainer(method, view, **{**about, **options.get(method, {})})
     return as_explainer(method, view, **about)
 
 

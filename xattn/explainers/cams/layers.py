@@ -31,6 +31,11 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
     layer = backbone.cam_layer
     if layer is None and backbone.adapter:
         layer = getattr(backbone.model, "gradcam_layer", None)
+    if layer is None and hasattr(backbone.model, "gradcam_layers"):
+        raise ValueError(
+            f"explainer: {method!r} reads feature maps, {backbone.name} hands out none; use 'd_rise' or "
+            f"'occlusion'"
+        )
     if layer is None and backbone.adapter:
         raise ValueError(
             f"layer: {backbone.name} is not a timm model, so {method} does not know its last map; "

@@ -46,7 +46,10 @@ class Mda(ImageByImage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._prior: Explainer = create_explainer(self.prior, self.backbone)
+        try:
+            self._prior: Explainer = create_explainer(self.prior, self.backbone)
+        except ValueError as error:
+            raise ValueError(f"prior: {str(error).removeprefix('explainer: ')}") from error
         self.forwards = self.cells**2 * self.candidates
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
