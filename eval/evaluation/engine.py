@@ -31,6 +31,7 @@ from xattn.eval.evaluation.store import Store
 from xattn.eval.evaluation.stream import ImageStream, Item
 from xattn.eval.interfaces import Classifier, check_classes
 from xattn.eval.metrics.base import PerturbationMetric
+from xattn.eval.metrics.measure import warn_alone
 from xattn.eval.metrics.registry import create_metric, group_name, own_infos
 from xattn.eval.metrics.scorer import MaskedScorer, micro_batch
 from xattn.eval.protocol import Protocol, score_of
@@ -231,8 +232,18 @@ def _run(
         results = collect(store, evaluation, cost, stream.length)
         if rank > 0:
             store.close()
+        else:
+            _warn_alone(evaluation, results, size)
         gather(None)  # the first process closes the file last
         return results
+
+
+def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
+    """Say which metrics had no photos to compare with."""
+    for metric in evaluation.metrics:
+        found = (m.attempts(c) for m in results.methods.values() for c in metric.columns)
+        if metric.company_needed and not any(found):
+            warn_alone(metric, chunk)
 
 
 def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:

@@ -206,6 +206,11 @@ class PerturbationMetric(ABC):
         """Whether a photo of a chunk has what the metric compares its map with."""
         return self.compares != "photo" or company.next_photo(place) is not None
 
+    @property
+    def company_needed(self) -> str:
+        """What a chunk of photos must have for :meth:`can_compare`, in words; empty if nothing."""
+        return "2 photos of different predicted classes" if self.compares == "photo" else ""
+
     def chance(self, column: Column) -> float | None:
         """The mean of maps that know nothing, or None."""
         info = self.info.get(column.metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ def measure(
     raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
     undefined = torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
     values = {column: undefined.clone() for column in metric.columns}
+    compared = False
     for part in torch.arange(batch, device="cpu").split(scorer.max_forward_batch):
         scores, _, _, logits = scorer.clean_classes(images[part], classes[part])
         seeds = [sample_seed(seed, first + i) for i in part.tolist()]
@@ -69,7 +71,10 @@ def measure(
         waiting = []
         for place, (i, p) in enumerate(zip(part.tolist(), scores.tolist(), strict=True)):
             target, table = int(classes[i]), tables[place]
-            if not valid[i] or not metric.can_compare(cohort.company, place):
+            if not metric.can_compare(cohort.company, place):
+                continue
+            compared = True
+            if not valid[i]:
                 continue
             sample = Sample(
                 image=table.image,
@@ -94,7 +99,19 @@ def measure(
             for column, value in finished(metric, finish, scores_of(tickets)).items():
                 values[column][i] = value
         scorer.forget()
+    if metric.company_needed and not compared:
+        warn_alone(metric, scorer.max_forward_batch)
     return values
+
+
+def warn_alone(metric: PerturbationMetric, chunk: int) -> None:
+    """Say that no photo has what ``metric`` compares its map with, of chunks of ``chunk`` photos."""
+    names = ", ".join(column.key for column in metric.columns)
+    warnings.warn(
+        f"{names}: no photo has a value; give photos of which a chunk (max_forward_batch, here {chunk}) "
+        f"has {metric.company_needed}",
+        stacklevel=3,
+    )
 
 
 def _cohort(

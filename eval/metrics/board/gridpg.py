@@ -104,6 +104,13 @@ class MosaicOptions(PerturbationMetric):
     def can_compare(self, company: Company, place: int) -> bool:
         return self.mosaic(company, place) is not None
 
+    @property
+    def company_needed(self) -> str:
+        return (
+            f"{self.n**2} photos of different explained classes, each with a probability of "
+            f"{self.confidence:g} at least"
+        )
+
     def mosaic_of(self, sample: Sample) -> Mosaic:
         """The mosaic that the photo leads; an error if there is none."""
         found = self.mosaic(sample.cohort.company, sample.place)

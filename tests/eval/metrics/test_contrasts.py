@@ -1,5 +1,7 @@
 """Contrasts are exactly 0 for maps that ignore the photo, the class or the network; mosaics; blind halves."""
 
+import warnings
+
 import eval_fakes as fakes
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from eval_fakes import FakeBackbone, Maps
 import xattn
 from xattn import load_backbone
 from xattn.backbone.halves import HALVES, half_blind, seen
-from xattn.eval import create_metric, evaluate
+from xattn.eval import create_metric, evaluate, measure
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.board.blind import leak_values
 from xattn.eval.metrics.board.cohort import mosaic_of
@@ -161,6 +163,30 @@ def test_mosaics_lie_row_by_row_and_may_keep_the_size_of_a_photo():
     assert whole.shape == (3, 14, 18)
     assert torch.equal(whole[:, :7, 9:], photos[1]) and torch.equal(whole[:, 7:, :9], photos[2])
     assert mosaic_of(photos, 2, halved=True).shape == (3, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("photo-gain", "2 photos of different predicted classes"),
+        ("gridpg", "4 photos of different explained classes, each with a probability of 0"),
+        ("class-contrast-mosaic", "4 photos of different explained classes"),
+    ],
+)
+def test_photos_that_have_none_to_compare_with_are_told_what_a_chunk_needs(name, needs):
+    message = f"{name}: no photo has a value; .* here 8\\) has {needs}"
+    rows = {"truth": Maps(NETWORK.truth)}
+    with pytest.warns(UserWarning, match=message):
+        values(rows, [name], n=1)
+    images, metric = fakes.images(8), create_metric(name, **CASES[name])
+    targets, again = NETWORK.logits(images).argmax(1), {"explain": NETWORK.truth}
+    maps = NETWORK.truth(images, targets)
+    with pytest.warns(UserWarning, match=message):
+        measure(metric, NETWORK, images[:1], maps[:1], targets[:1], **again)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        values(rows, [name])
+        measure(metric, NETWORK, images, maps, targets, **again)
 
 
 # ---------------------------------------------------------------- blind halves
