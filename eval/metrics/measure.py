@@ -50,7 +50,7 @@ def measure(
         explain, explain_randomized: (images, targets) or (stage, images, targets) -> raw maps
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
-    batch, size = len(images), images.shape[-2:]
+    batch, size, compared = len(images), images.shape[-2:], False
     classes = _classes(targets, len(maps), batch)
     network = f if hasattr(f, "probabilities") else _Callable(f)
     metric = metric.for_network(network)
@@ -61,20 +61,17 @@ def measure(
     raw = functional.upsample(maps.detach().float().nan_to_num(), size, resize)
     undefined = torch.full((batch,), math.nan, dtype=torch.float64, device="cpu")
     values = {column: undefined.clone() for column in metric.columns}
-    compared = False
     for part in torch.arange(batch, device="cpu").split(scorer.max_forward_batch):
         scores, _, _, logits = scorer.clean_classes(images[part], classes[part])
         seeds = [sample_seed(seed, first + i) for i in part.tolist()]
-        rows = zip(images[part].float(), seeds, logits, strict=True)
-        tables = [OutcomeTable(scorer, *row) for row in rows]
+        tables = list(map(partial(OutcomeTable, scorer), images[part].float(), seeds, logits))
         cohort = _cohort(tables, classes[part], maps[part], explain, explain_randomized, resize)
         waiting = []
         for place, (i, p) in enumerate(zip(part.tolist(), scores.tolist(), strict=True)):
             target, table = int(classes[i]), tables[place]
-            if not metric.can_compare(cohort.company, place):
-                continue
-            compared = True
-            if not valid[i]:
+            comparable = metric.can_compare(cohort.company, place)
+            compared |= comparable
+            if not valid[i] or not comparable:
                 continue
             sample = Sample(
                 image=table.image,
