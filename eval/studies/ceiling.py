@@ -133,8 +133,10 @@ class Photo:
 class Remembering(MaskedScorer):
     """A scorer that passes no image twice, also those that a metric does not share."""
 
-    def submit(self, perturbed: Tensor, target: int, shared: bool = True) -> Ticket:
-        return super().submit(perturbed, target)
+    def submit(
+        self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
+    ) -> Ticket:
+        return super().submit(perturbed, target, hit=hit)
 
 
 def map_of(order: Tensor, size: Sequence[int]) -> Tensor:

@@ -80,11 +80,6 @@ MISTAKES = [
         ("name_or_module: got a type", "give a name or a torch.nn.Module"),
     ),
     Mistake(
-        "an architecture that is not read",
-        lambda b: xattn.load_backbone(made("PoolFormerForImageClassification")),
-        ("name_or_module: got a PoolFormerForImageClassification", "forward_taps"),
-    ),
-    Mistake(
         "the processor's name in place of the processor",
         lambda b: xattn.load_backbone(made(VIT), processor="google/vit-base-patch16-224"),
         ("processor: got str", "AutoImageProcessor.from_pretrained"),

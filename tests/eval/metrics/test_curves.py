@@ -167,7 +167,7 @@ def test_curves_start_and_end_with_the_clean_score():
     generator, scores = probe.measure(sample(image, grey, clean)), {"deletion": [], "insertion": []}
     while True:
         try:
-            key, perturbed, _ = next(generator)
+            key, perturbed, *_ = next(generator)
         except StopIteration as stop:
             finish = stop.value
             break
