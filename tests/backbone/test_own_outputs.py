@@ -1,6 +1,7 @@
 """Models with outputs of their own: multi-label, a single logit, torchvision, other input sizes."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -52,6 +53,25 @@ def test_multilabel_probabilities_are_sigmoids_of_their_own_logits():
     logits = backbone.logits(IMAGES)
     assert torch.equal(logits, backbone.model(backbone.normalize(IMAGES)))
     assert torch.allclose(backbone.probabilities(logits), logits.double().sigmoid())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit"])
+def test_networks_of_torchvision_with_1000_outputs_have_imagenets_names(name):
+    def net(outputs):
+        if name == "vit":
+            zoo = torchvision.models.VisionTransformer
+            return zoo(32, 16, 2, 2, 8, 16, num_classes=outputs)
+        return torchvision.models.get_model(name, weights=None, num_classes=outputs)
+
+    known = load_backbone(net(1000), input_size=32, mean=0.5, std=0.5)
+    assert known.class_names[0] == "tench" and known.class_names[281] == "tabby"
+    assert load_backbone(net(999), input_size=32, mean=0.5, std=0.5).class_names[0] == "class 0"
+    own = type("Own", (type(net(5)),), {})  # a class of the user's may have learned anything
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mine = net(1000)
+        mine.__class__ = own
+        assert load_backbone(mine, input_size=32).class_names[0] == "class 0"
 
 
 @pytest.mark.parametrize(

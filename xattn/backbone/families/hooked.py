@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xattn.backbone.families.traced import AdaptedClassifier, as_map, coarsest, grid_of, prepared_by
+from xattn.backbone.families.traced import (
+    AdaptedClassifier,
+    as_map,
+    coarsest,
+    grid_of,
+    imagenet_names,
+    prepared_by,
+)
 from xattn.photos.classes import Task
 from xattn.photos.preprocessing import channels_of
 from xattn.runtime.names import did_you_mean
@@ -42,10 +49,9 @@ class HookedClassifier(AdaptedClassifier):
     """A :class:`~xattn.backbone.TapModule`; made by :func:`from_hooks`.
 
     Attributes:
-        class_names, task: what is known of its outputs, or None.
+        task: what is known of its outputs, or None.
     """
 
-    class_names: list[str] | None = None
     task: Task | None = None
 
     def __init__(self, net: nn.Module, taps: Sequence[str], **facts: Any) -> None:
@@ -132,6 +138,7 @@ def from_hooks(
         prefix=0 if last is None else shapes[taps[-1]][1] - last[0] * last[1],
     )
     made.assumes_preprocessing = assumed
+    made.class_names = imagenet_names(model)
     return made
 
 

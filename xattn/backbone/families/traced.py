@@ -37,9 +37,11 @@ class AdaptedClassifier(nn.Module):
     Attributes:
         num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
         assumes_preprocessing: whether ``preprocessing`` was not given, but assumed.
+        class_names: what is known of its classes, or None.
     """
 
     assumes_preprocessing = False
+    class_names: list[str] | None = None
 
     def __init__(
         self,
@@ -75,8 +77,6 @@ class TracedClassifier(AdaptedClassifier):
 
     Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last.
     """
-
-    class_names: list[str] | None = None  # of the weights, if they are torchvision's own
 
     def __init__(
         self,
@@ -180,7 +180,20 @@ def traced_classifier(
         prefix=prefix,
     )
     made.assumes_preprocessing = assumed
+    made.class_names = imagenet_names(model)
     return made
+
+
+def imagenet_names(model: nn.Module) -> list[str] | None:
+    """ImageNet's names, as torchvision's weights have them, of a module of torchvision whose last layer has
+    1,000 outputs; None of any other."""
+    import torchvision.models as zoo
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    if not type(model).__module__.startswith("torchvision.models.") or not layers:
+        return None
+    names = list(zoo.ResNet18_Weights.DEFAULT.meta["categories"])
+    return names if len(layers[-1].weight) == len(names) else None
 
 
 def prepared_by(
@@ -224,7 +237,7 @@ def load_torchvision(
                 f"input_size: got {size}; torchvision's {name} takes one side, a square"
             )
         options["image_size"] = size[0]
-    preprocessing, own = _evaluation_preprocessing(name, size), weights in ("timm", "package")
+    preprocessing = _evaluation_preprocessing(name, size)
     if weights == "package":
         record, weights = package_file(f"torchvision/{name}")
         told = dict(record.preprocessing)
@@ -242,10 +255,7 @@ def load_torchvision(
     else:
         assert weights is not None
         model = _with_file(name, weights, options)
-    made = from_torchvision(model, taps, preprocessing=preprocessing)
-    if own:
-        made.class_names = list(zoo.get_model_weights(name).DEFAULT.meta["categories"])
-    return made
+    return from_torchvision(model, taps, preprocessing=preprocessing)
 
 
 def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
