@@ -163,7 +163,7 @@ def load_backbone(
             preprocessing.
         OSError: weights that cannot be read or downloaded.
     """
-    size = _size_of(input_size)
+    size = size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
     photos = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
@@ -232,11 +232,12 @@ def _of_module(module: nn.Module, asked: Asked) -> Backbone:
     return backbone
 
 
-def _size_of(input_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
+    """(H, W) of at least ``least`` pixels; a ValueError otherwise."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= LARGEST_SIDE):
+    if size is not None and (len(size) != 2 or not least <= min(size) <= max(size) <= LARGEST_SIDE):
         raise ValueError(
-            f"input_size: got {input_size}; give 1 to {LARGEST_SIDE} pixels, one side or (H, W)"
+            f"input_size: got {input_size}; give {least} to {LARGEST_SIDE} pixels, one side or (H, W)"
         )
     return size
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
-from xattn.backbone.families.transformers_models import PREFIX, is_transformers
+from xattn.backbone.families.transformers_models import (
+    PREFIX,
+    is_transformers,
+    read_saved,
+    saved_source,
+)
+from xattn.backbone.loading import size_of
+from xattn.backbone.weights import load_weight_file, part_of
 from xattn.detection.detector import Detector
 from xattn.detection.networks import CallableDetector, DetectionNetwork
 from xattn.photos.classes import read_classes
-from xattn.photos.preprocessing import LARGEST_SIDE, Preprocessing
+from xattn.photos.preprocessing import Preprocessing
 from xattn.runtime.copies import frozen_copy, without_wrappers
 from xattn.runtime.names import did_you_mean
+
+LEAST_SIDE = 32  # pixels
 
 
 def load_detector(
@@ -47,13 +55,14 @@ def load_detector(
 
     Raises:
         ValueError: an unknown name, a module that is no detector, or a list of names of another length.
+        OSError: a folder or a name that cannot be read.
 
     Example:
         >>> detector = load_detector("torchvision/ssdlite320_mobilenet_v3_large", None)
         >>> detector.num_classes, detector.preprocessing.input_size
         (91, (320, 320))
     """
-    size = _size_of(input_size)
+    size = size_of(input_size, LEAST_SIDE)
     names = read_classes(class_names)
     if isinstance(model, str):
         title = model
@@ -135,22 +144,23 @@ def _of_transformers(
 
     from xattn.detection.transformers_networks import TEXT
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        text = config.model_type in TEXT
-        kind = "ZeroShotObjectDetection" if text else "ObjectDetection"
-        auto = getattr(transformers, f"AutoModelFor{kind}")
-        if weights is None:
-            if hasattr(config, "use_pretrained_backbone"):
-                config.use_pretrained_backbone = False
-            made = auto.from_config(config)
-        else:
-            made = auto.from_pretrained(name)
+    source = saved_source(name, "model")
+    config = read_saved(
+        name, "config.json", transformers.AutoConfig.from_pretrained, source, "model"
+    )
+    text = config.model_type in TEXT
+    kind = "ZeroShotObjectDetection" if text else "ObjectDetection"
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    if weights is None:
+        if hasattr(config, "use_pretrained_backbone"):
+            config.use_pretrained_backbone = False
+        made = auto.from_config(config)
+    else:
+        made = read_saved(name, "model", auto.from_pretrained, source, "model")
+    if processor is None:
         beside = transformers.AutoProcessor if text else transformers.AutoImageProcessor
-        return made, None, processor or beside.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"model: {name} cannot be loaded as a detector ({reason})") from error
+        processor = read_saved(name, "processor", beside.from_pretrained, source, "model")
+    return made, None, processor
 
 
 def _of_torchvision(kind: str, weights: str | Path | None) -> tuple[Any, list[str]]:
@@ -168,10 +178,10 @@ def _of_torchvision(kind: str, weights: str | Path | None) -> tuple[Any, list[st
             made = build(weights=None, weights_backbone=None)
         if weights is not None:
             try:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-                made.load_state_dict(state.get("model", state))
-            except (RuntimeError, AttributeError, TypeError, EOFError, UnpicklingError) as error:
-                reason = " ".join(str(error).split())[:200]
+                state = load_weight_file(weights)
+                made.load_state_dict(part_of(state, made.state_dict().keys(), weights))
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).removeprefix("weights: ").split())[:200]
                 raise ValueError(
                     f"weights: {weights} does not fit torchvision/{kind} ({reason}); of other classes, "
                     f"load it into a module and give that"
@@ -183,12 +193,3 @@ def _of_torchvision(kind: str, weights: str | Path | None) -> tuple[Any, list[st
             f"{', '.join(every.__members__)}, a file, or None"
         )
     return build(weights=str(weights)), coco
-
-
-def _size_of(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    size = (given, given) if isinstance(given, int) else given
-    if size is not None and (len(size) != 2 or not 32 <= min(size) <= max(size) <= LARGEST_SIDE):
-        raise ValueError(
-            f"input_size: got {given}; give 32 to {LARGEST_SIDE} pixels, one side or (H, W)"
-        )
-    return size
