@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xattn.backbone.families.transformers_models import normalisation_of
 from xattn.backbone.families.transformers_networks import pair_of
 from xattn.detection.candidates import Candidates, Suppression, full
 from xattn.detection.networks import DetectionNetwork
@@ -176,10 +177,8 @@ def _photos(kind: str, size: tuple[int, int] | None, processor: Any) -> Preproce
     mode = "squash" if squash else "border"
     usual = Preprocessing()
     mean, std = ((0.0,) * 3, (1.0,) * 3) if squash else (usual.mean, usual.std)
-    if not getattr(processor, "do_normalize", True):
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    elif hasattr(processor, "image_mean"):
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    if hasattr(processor, "image_mean"):
+        mean, std = normalisation_of(processor)
     given = dict(getattr(processor, "size", None) or {})
     side = int(given.get("shortest_edge") or given.get("height") or 640)
     return Preprocessing(

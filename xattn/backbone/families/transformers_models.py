@@ -307,7 +307,7 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
             f"AutoImageProcessor.from_pretrained loads it"
         )
     resized, crop, squash = _geometry(processor)
-    mean, std = _normalisation(processor)
+    mean, std = normalisation_of(processor)
     pct = crop[0] / resized[0]
     if math.floor(crop[0] / pct) != resized[0]:  # rounded down
         pct = crop[0] / (resized[0] + 0.5)
@@ -353,8 +353,8 @@ def _sides(size: Any) -> dict[str, int]:
     return {key: int(value) for key, value in items if value is not None}
 
 
-def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for pixels in [0, 1]."""
+def normalisation_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for pixels in [0, 1], by an image processor of transformers."""
     mean, std = processor.image_mean, processor.image_std
     if not getattr(processor, "do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
