@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from xattn.attention import fit_static
 from xattn.backbone import Backbone, converted
 from xattn.backbone.families.transformers_networks import TransformersBlock
-from xattn.backbone.halves import half_blind
+from xattn.backbone.halves import HALVES, half_blind
 from xattn.correlation import spearman
 from xattn.eval.evaluation.results import WITHOUT_CONTENT
 from xattn.eval.evaluation.stream import ImageStream
@@ -331,6 +331,7 @@ class Cascade:
         self._twins: list[tuple[str, Backbone]] | None = None
         self._methods = 0
         self._explainers: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
+        self._of_halves: OrderedDict[tuple[int, int | str], Any] = OrderedDict()
 
     @property
     def twins(self) -> list[tuple[str, Backbone]]:
@@ -355,15 +356,16 @@ class Cascade:
         number = self._methods
 
         def explain(stage: int | str, images: Tensor, targets: Tensor | int) -> Tensor:
-            key = number, stage
-            if key not in self._explainers:
-                half = isinstance(stage, str)
+            stage = stage if isinstance(stage, str) else stage % self.stages
+            key, half = (number, stage), isinstance(stage, str)
+            kept, most = (self._of_halves, len(HALVES)) if half else (self._explainers, self.stages)
+            if key not in kept:
                 twin = half_blind(self.backbone, stage) if half else self.twins[stage][1]  # type: ignore
-                self._explainers[key] = self._create(name, head, options, twin)
-                if len(self._explainers) > self.stages:
-                    self._explainers.popitem(last=False)
-            self._explainers.move_to_end(key)
-            return self._explainers[key].attribute(images, targets)  # type: ignore[no-any-return]
+                kept[key] = self._create(name, head, options, twin)
+                if len(kept) > most:
+                    kept.popitem(last=False)
+            kept.move_to_end(key)
+            return kept[key].attribute(images, targets)  # type: ignore[no-any-return]
 
         return explain
 

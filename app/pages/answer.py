@@ -35,10 +35,11 @@ MOST_FALL = 4  # nats that a word falls, from which on it is coloured most
 
 
 class Shown(NamedTuple):
-    """What stands together: the ids of photos, or of a clip's frames with the seconds at which they are and
-    the number of frames that share a map."""
+    """What stands together: photos by their ids with the maps of their words, or a clip's frames with the
+    seconds at which they are and the number of frames that share a map."""
 
     ids: list[str]
+    entries: list[pd.DataFrame]
     seconds: list[float] | None = None
     frames_a_map: int = 1
 
@@ -85,10 +86,13 @@ def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
         record = pack.provenance(own.index[0])["protocol"].get("video")
         clip = _clip(record, lambda i: frame_id(stem, i) == image_id)
         names = [frame_id(stem, i) for i in clip[0]] if clip else names
-    found = [n for n in names if table.image(n) is not None and len(_of_words(pack, n, words))]
+    there = [name for name in names if table.image(name) is not None]
+    found = {n: own for n in there if len(own := _of_words(pack, n, words))}
+    ids, entries = [*found], [*found.values()]
     if clip is None:
-        return Shown(found)
-    return Shown(found, [int(name.rpartition("-")[2]) / clip[1] for name in found], clip[2])
+        return Shown(ids, entries)
+    seconds = [int(name.rpartition("-")[2]) / clip[1] for name in ids]
+    return Shown(ids, entries, seconds, clip[2])
 
 
 def _numbered(stem: str, count: int) -> list[str]:
@@ -124,8 +128,7 @@ def _clip(
 
 def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
     texts = _texts(answer)
-    entries = [_of_words(pack, name, texts) for name in shown.ids]
-    methods = list(dict.fromkeys(entries[0]["method"]))
+    methods = list(dict.fromkeys(shown.entries[0]["method"]))
     word, method = _asked(answer, methods)
     maps = _maps(pack, tuple(shown.ids), tuple(methods), shown.side, texts)
     titles = [selection.table(pack).title(name) for name in shown.ids]
@@ -139,7 +142,7 @@ def _answer(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> Non
                 "title": titles[i],
                 "own": name == image_id and len(shown.ids) > 1,
                 "src": photo_url(pack, name, shown.side),
-                "aspect": _aspect(pack, entries[i].index[0]),
+                "aspect": _aspect(pack, shown.entries[i].index[0]),
                 "maps": [[of.get(k) for k in range(len(answer.words))] for of in maps[i]],
             }
             for i, name in enumerate(shown.ids)
@@ -305,15 +308,14 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
     from xattn.app.pages.whatif import page as whatif
     from xattn.app.pages.whatif.answer import FILLS, Seen, filled
 
-    photos, own = [pack.photo(name) for name in ids], ids.index(image_id)
-
     def ask(pixels: Tensor) -> Tensor:
-        photos[own] = whatif.picture(pixels)
+        own = whatif.picture(pixels)
+        photos = [own if name == image_id else pack.photo(name) for name in ids]
         with models.one_pass("to ask the model again"):
             return probabilities(vlm, photos, answer)
 
     def see() -> Seen:
-        pixels = torch.from_numpy(np.array(photos[own])).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(np.array(pack.photo(image_id))).permute(2, 0, 1) / 255
         return Seen(pixels, ask(pixels))
 
     subject = f"{pack.id} {pack.version} {image_id}"
@@ -322,7 +324,10 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
     pixels, after = painting.seen.pixels, None
     if painting.mask.any():
         pixels = filled(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
-        after = ask(pixels)
+        changed = kind, painting.mask.tobytes()
+        if changed not in painting.answered:  # another click runs the page again, too
+            painting.answered = {changed: ask(pixels)}
+        after = painting.answered[changed]
     st.html(_spoken(answer, painting.seen.answer, after))
     left, right = st.columns([5, 6], gap="large")
     with left:

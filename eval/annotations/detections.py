@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from xattn.eval.annotations.objects import Annotation, Annotations
@@ -28,9 +27,7 @@ class _Boxes(Annotation):
         if target in self.masks:
             return self.masks[target]
         one = self.detections[target]
-        x0, y0, x1, y1 = one.place
-        y, x = (torch.arange(n, device="cpu") + 0.5 for n in one.view.input_size)
-        found = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
+        found = one.inside(one.view.input_size)
         return found[None] if bool(found.any()) else None
 
 

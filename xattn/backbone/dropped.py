@@ -7,6 +7,7 @@ positions stay.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,3 +63,12 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
         for block in [model.norm_pre, *model.blocks, model.norm]:
             x = block(x)
         return as_classes(model.forward_head(x), backbone.task)
+
+
+def by_count(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, ...) of ``answers`` (m, n) -> (m, ...) to N sets of patch numbers, those of one size at once."""
+    found: dict[int, Tensor] = {}
+    for count in sorted({len(numbers) for numbers in kept}):
+        places = [i for i, numbers in enumerate(kept) if len(numbers) == count]
+        found.update(zip(places, answers(torch.stack([kept[i] for i in places])), strict=True))
+    return torch.stack([found[i] for i in range(len(kept))])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.taps import Taps
+from xattn.runtime.copies import shared_copy
 
 HALVES = ("top", "left", "bottom", "right")
 
@@ -38,8 +37,7 @@ def half_blind(backbone: Backbone, half: str) -> Backbone:
         def logits_normalized(self, x: Tensor) -> Tensor:
             return super().logits_normalized(_hidden(x, half))  # type: ignore[no-any-return]
 
-    memo = {id(t): t for t in [*backbone.parameters(), *backbone.buffers()]}
-    twin = copy.deepcopy(backbone, dict(memo))  # type: ignore[arg-type]
+    twin = shared_copy(backbone)
     twin.__class__ = HalfBlind
     return twin
 

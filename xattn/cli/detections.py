@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xattn.cli.imports import load_file
 from xattn.cli.model import BackboneArgs, device_name
 
 _NUMBER = r"-?(?:\d+\.?\d*|\.\d+)"
@@ -62,12 +63,7 @@ def load(name: str, model: BackboneArgs) -> Any:
 
 
 def _made(path: Path, attribute: str) -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_file(path, "detector")
     if not callable(getattr(module, attribute, None)):
         raise ValueError(
             f"detector: {path} has no function {attribute!r}; name one that takes nothing and returns a "

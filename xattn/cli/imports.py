@@ -47,23 +47,28 @@ def import_own(source: str) -> None:
     """
     path = Path(source)
     if path.suffix == ".py" or path.is_file() or len(path.parts) > 1:
-        _import_file(path)
+        load_file(path)
         _imported.append(str(path.resolve()))
     else:
         _import_module(source)
         _imported.append(source)
 
 
-def _import_file(path: Path) -> None:
+def load_file(path: Path, argument: str = "import") -> ModuleType:
+    """The module that a Python file is; errors begin with ``argument``."""
     if not path.exists():
-        raise ValueError(f"import: {path} does not exist; give a Python file, or a module's name")
+        raise ValueError(
+            f"{argument}: {path} does not exist; give a Python file, or a module's name"
+        )
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"import: {path} is no Python file; give a file whose name ends in .py")
+        raise ValueError(
+            f"{argument}: {path} is no Python file; give a file whose name ends in .py"
+        )
     name, path = path.stem, path.resolve()
     other = _origin(name)
     if other is not None and Path(other).resolve() != path:
         raise ValueError(
-            f"import: {path.name} has the name of another module ({other}); rename the file"
+            f"{argument}: {path.name} has the name of another module ({other}); rename the file"
         )
     folder = str(path.parent)
     if (
@@ -85,7 +90,8 @@ def _import_file(path: Path) -> None:
                 sys.modules[name] = before
             raise
 
-    _run(run, path.name, path)
+    _run(run, path.name, path, argument)
+    return sys.modules[name]
 
 
 def _origin(name: str) -> str | None:
@@ -117,7 +123,9 @@ def _import_module(name: str) -> None:
     _run(lambda: importlib.import_module(name), name, Path(found.origin or name))
 
 
-def _run(load: Callable[[], ModuleType | None], name: str, path: Path) -> None:
+def _run(
+    load: Callable[[], ModuleType | None], name: str, path: Path, argument: str = "import"
+) -> None:
     """Import by ``load``; errors name the line of ``path`` that led to them."""
     from xattn import registry
 
@@ -132,10 +140,11 @@ def _run(load: Callable[[], ModuleType | None], name: str, path: Path) -> None:
         where = f" at line {line}" if line is not None else ""
         how = name if name.endswith(".py") else f"-m {name}"
         raise ValueError(
-            f"import: {name} failed{where} ({type(error).__name__}: {reason}); correct it, and check "
+            f"{argument}: {name} failed{where} ({type(error).__name__}: {reason}); correct it, and check "
             f"it by python {how}"
         ) from None
-    _check_registered(name, registry.additions() - before)
+    if argument == "import":
+        _check_registered(name, registry.additions() - before)
 
 
 def _check_registered(name: str, count: int) -> None:

@@ -74,6 +74,12 @@ class Detection:
         before = "" if self.kind == "found" else f"{self.kind} "
         return f"{before}{self.name} {self.score:.2f}"
 
+    def inside(self, size: tuple[int, int]) -> Tensor:
+        """(H, W) bool: the pixels of the input whose centres lie in the box."""
+        x0, y0, x1, y1 = self.place
+        y, x = (torch.arange(n, device="cpu") + 0.5 for n in size)
+        return ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
+
     def record(self) -> dict[str, Any]:
         """For packs: box, class, score and kind."""
         box = [round(v, 2) for v in self.box]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from xattn.photos.classes import read_classes
 from xattn.photos.preprocessing import Preprocessing
 from xattn.runtime.copies import frozen_copy, without_wrappers
 from xattn.runtime.names import did_you_mean
-
-LEAST_SIDE = 32  # pixels
 
 
 def load_detector(
@@ -62,7 +61,7 @@ def load_detector(
         >>> detector.num_classes, detector.preprocessing.input_size
         (91, (320, 320))
     """
-    size = size_of(input_size, LEAST_SIDE)
+    size = size_of(input_size, least=32)
     names = read_classes(class_names)
     if isinstance(model, str):
         title = model
@@ -145,21 +144,18 @@ def _of_transformers(
     from xattn.detection.transformers_networks import TEXT
 
     source = saved_source(name, "model")
-    config = read_saved(
-        name, "config.json", transformers.AutoConfig.from_pretrained, source, "model"
-    )
+    read = partial(read_saved, name, source=source, argument="model")
+    config = read("config.json", transformers.AutoConfig.from_pretrained)
     text = config.model_type in TEXT
-    kind = "ZeroShotObjectDetection" if text else "ObjectDetection"
-    auto = getattr(transformers, f"AutoModelFor{kind}")
+    auto = getattr(transformers, f"AutoModelFor{'ZeroShot' * text}ObjectDetection")
     if weights is None:
         if hasattr(config, "use_pretrained_backbone"):
             config.use_pretrained_backbone = False
         made = auto.from_config(config)
     else:
-        made = read_saved(name, "model", auto.from_pretrained, source, "model")
-    if processor is None:
-        beside = transformers.AutoProcessor if text else transformers.AutoImageProcessor
-        processor = read_saved(name, "processor", beside.from_pretrained, source, "model")
+        made = read("model", auto.from_pretrained)
+    beside = transformers.AutoProcessor if text else transformers.AutoImageProcessor
+    processor = read("processor", beside.from_pretrained) if processor is None else processor
     return made, None, processor
 
 

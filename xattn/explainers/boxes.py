@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xattn.detection.detector import require_detections
+from xattn.detection.detector import Detection, require_detections
 from xattn.explainers.base import Explainer, register_explainer
 from xattn.runtime.option_checks import Positive
 
@@ -25,15 +25,12 @@ class Box(Explainer):
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         detections = require_detections(self.backbone, self.name).detections
-        maps = [
-            self._map(*detections[number].place, *images.shape[-2:]) for number in target.tolist()
-        ]
+        height, width = images.shape[-2:]
+        maps = [self._map(detections[number], (height, width)) for number in target.tolist()]
         return torch.stack(maps)[:, None].to(images)
 
-    def _map(self, x0: float, y0: float, x1: float, y1: float, height: int, width: int) -> Tensor:
-        y, x = (torch.arange(n, device="cpu") + 0.5 for n in (height, width))
-        inside = ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
-        return inside.float()
+    def _map(self, detection: Detection, size: tuple[int, int]) -> Tensor:
+        return detection.inside(size).float()
 
 
 @register_explainer("box_centre", title="Centre of the box", networks=("detector",))
@@ -47,7 +44,8 @@ class BoxCentre(Box):
 
     sigma: Positive = 0.25
 
-    def _map(self, x0: float, y0: float, x1: float, y1: float, height: int, width: int) -> Tensor:
+    def _map(self, detection: Detection, size: tuple[int, int]) -> Tensor:
+        (x0, y0, x1, y1), (height, width) = detection.place, size
         y, x = (
             (
                 (torch.arange(n, device="cpu") + 0.5 - (low + high) / 2) / max(high - low, 1.0)

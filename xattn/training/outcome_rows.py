@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone import Backbone, Taps, sha256
-from xattn.backbone.dropped import check_drops, logits_of_patches
+from xattn.backbone.dropped import by_count, check_drops, logits_of_patches
 from xattn.config import Fill
 from xattn.heads import Head
 from xattn.runtime.memory import out_of_memory_is
@@ -480,16 +480,12 @@ class RowMaker:
     def _dropped(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """Logits of the photo with the patches that each of ``masks`` keeps, those that keep as many in one
         pass."""
-        kept = [mask.flatten().nonzero()[:, 0] for mask in masks]
-        found: dict[int, Tensor] = {}
-        for count in sorted({len(numbers) for numbers in kept}):
-            places = [i for i, numbers in enumerate(kept) if len(numbers) == count]
-            index = torch.stack([kept[i] for i in places]).to(self.backbone.device)
-            logits = self._pass(
-                image[None], lambda x, i=index: logits_of_patches(self.backbone, x, i)
-            )
-            found.update(zip(places, logits, strict=True))
-        return torch.stack([found[i] for i in range(len(kept))])
+
+        def answers(index: Tensor) -> Tensor:
+            index = index.to(self.backbone.device)
+            return self._pass(image[None], lambda x: logits_of_patches(self.backbone, x, index))
+
+        return by_count([mask.flatten().nonzero()[:, 0] for mask in masks], answers)
 
     def _searched(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`_answers`, for the order in which each next cell adds most to the log-odds of the class

@@ -62,7 +62,7 @@ class Painting:
 
     ``stamp`` counts the masks that the page set by itself; ``problem`` says why the last one that came
     from the browser was refused; ``drawn`` are URLs of the pack's maps, by entry; ``fresh`` is a map of the
-    changed photo, by what it belongs to.
+    changed photo, ``answered`` what a model of words said of it, by what they belong to.
     """
 
     seen: Seen
@@ -72,6 +72,7 @@ class Painting:
     problem: str = ""
     drawn: dict[str, str] = field(default_factory=dict)
     fresh: dict[tuple[object, ...], Explanation] = field(default_factory=dict)
+    answered: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @property
     def raster(self) -> tuple[int, int]:

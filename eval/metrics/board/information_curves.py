@@ -14,6 +14,7 @@ import io
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ def information_area(sizes: Tensor, scores: Tensor) -> float:
     return float(torch.trapezoid(parts[1][order].cummax(0).values, x))
 
 
+@lru_cache(maxsize=64)  # every method asks for it; a tensor is known by its identity
 def interpolated(image: Tensor, share: float, seed: int) -> Tensor:
     """A photo (3, H, W) from a random ``share`` of its pixels; outside of them the nearest one."""
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
@@ -102,7 +104,7 @@ class InformationCurvesMetric(PerturbationMetric):
         if is_constant(flat) or sample.score < self.least:
             return lambda scores: dict.fromkeys(self.columns, math.nan)
         order = flat.argsort(descending=True, stable=True)
-        current = interpolated(sample.image, self.known, sample.seed).flatten(1)
+        current = interpolated(sample.image, self.known, sample.seed).flatten(1).clone()
         sizes, whole = [], sample.image.flatten(1)
         for level in (0.0, *sorted(self.levels), 1.0):
             top = order[: round(level * len(order))]

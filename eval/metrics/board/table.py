@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xattn.backbone.dropped import logits_of_patches
+from xattn.backbone.dropped import by_count, logits_of_patches
 from xattn.eval.fills import fill
 from xattn.eval.interfaces import ScoredModel
 from xattn.eval.metrics.board.masks import MaskList, cell_sums
@@ -183,18 +183,12 @@ class OutcomeTable:
     def _dropped(self, kept: Tensor) -> Tensor:
         """As :meth:`_answers`, of the patches ``kept`` (count, N); those of a pass keep as many."""
         backbone: Any = self.scorer.backbone
-        found: dict[int, Tensor] = {}
-        for count in kept.sum(1).unique().tolist():
-            places = (kept.sum(1) == count).nonzero()[:, 0]
-            index = kept[places].nonzero()[:, 1].view(len(places), count)
-            answers = torch.cat(
-                [
-                    self.scorer.answers(
-                        part.to(self.image.device),
-                        lambda rows: logits_of_patches(backbone, self.image[None], rows),
-                    )
-                    for part in index.split(self.scorer.max_forward_batch)
-                ]
-            )
-            found |= dict(zip(places.tolist(), answers, strict=True))
-        return torch.stack([found[i] for i in range(len(kept))])
+
+        def answers(index: Tensor) -> Tensor:
+            parts = index.to(self.image.device).split(self.scorer.max_forward_batch)
+            return torch.cat([self.scorer.answers(part, passed) for part in parts])
+
+        def passed(rows: Tensor) -> Tensor:
+            return logits_of_patches(backbone, self.image[None], rows)
+
+        return by_count([row.nonzero()[:, 0] for row in kept], answers)

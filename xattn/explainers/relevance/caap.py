@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xattn.explainers.base import ImageByImage, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.relevance.attention import choose_layer, patch_grid
-from xattn.explainers.relevance.token_blocks import block_outputs, token_blocks
+from xattn.explainers.relevance.token_blocks import block_outputs, output_changed, token_blocks
 
 
 @register_explainer("caap", title="CAAP", networks=("vit",), cases=({}, {"first": 0, "last": 0}))
@@ -79,24 +80,14 @@ class Caap(ImageByImage):
             empty = empty + self.backbone.mean.to(image)
 
         def scores(places: Tensor) -> Tensor:
+            at = torch.arange(len(places), device=image.device), places  # of each picture one token
             with ExitStack() as hooks:
                 for number, tokens in zip(self._range, source, strict=True):
-                    hooks.enter_context(_patched(self._blocks[number], tokens, places))
+                    change = partial(torch.index_put, indices=at, values=tokens[places])
+                    hooks.enter_context(output_changed(self._blocks[number], change))
                 logits = self.backbone.logits(empty.expand(len(places), -1, -1, -1))
             return logits[:, classes].double()
 
         places = torch.arange(prefix, prefix + patches, device=image.device)
         found = torch.cat(self._batches.run(scores, places))
         return found.T.unflatten(1, patch_grid(self.backbone, image[None], patches))
-
-
-def _patched(block: nn.Module, tokens: Tensor, places: Tensor) -> Any:
-    """A hook: image i of a batch gets token ``places[i]`` of ``tokens`` (N, C) behind ``block``."""
-
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        own = output if isinstance(output, Tensor) else output[0]
-        own = own.clone()
-        own[torch.arange(len(places), device=own.device), places] = tokens[places]
-        return own if isinstance(output, Tensor) else (own, *output[1:])
-
-    return block.register_forward_hook(replace)

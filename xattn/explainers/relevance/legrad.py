@@ -23,7 +23,7 @@ from xattn.attention.record import Call, record
 from xattn.explainers.base import probe_of, register_explainer
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.relevance.attention import AttentionExplainer, Reading, Start, read_attention
-from xattn.explainers.relevance.token_blocks import block_outputs, output_replaced, token_blocks
+from xattn.explainers.relevance.token_blocks import block_outputs, output_changed, token_blocks
 from xattn.kernels.softmax.reference import widen
 
 
@@ -100,7 +100,7 @@ class LeGrad(AttentionExplainer):
         if way == "directly":
             model = self.backbone.model
             return model.forward_head(model.norm(tokens))  # type: ignore[operator]
-        with output_replaced(self._blocks[-1], tokens):
+        with output_changed(self._blocks[-1], lambda _: tokens):
             return self.backbone.logits(images)
 
     def _read(self, images: Tensor) -> Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,10 +56,11 @@ def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def output_replaced(block: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Inside, ``block`` puts out ``tokens`` in place of its own."""
+def output_changed(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, ``block`` puts out what ``change`` makes of its tokens."""
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = change(_tokens(output))
         return tokens if isinstance(output, Tensor) else (tokens, *output[1:])
 
     with block.register_forward_hook(replace):

@@ -141,13 +141,14 @@ class OutcomesTrainer(TokenExplainer):
         Raises:
             ValueError: no word that needs the image was seen.
         """
-        heads = self._examples()[0][0].shape[1]
+        examples = self._stacked()
+        heads = examples[0].shape[2]
         scaled = torch.ones(heads, dtype=torch.float64, requires_grad=True)  # w / w_0
         search = torch.optim.LBFGS([scaled], max_iter=200, line_search_fn="strong_wolfe")
 
         def step() -> Tensor:
             search.zero_grad()
-            loss = self.loss(scaled) + decay * (scaled - 1).square().mean()
+            loss = self.loss(scaled, examples) + decay * (scaled - 1).square().mean()
             loss.backward()
             return loss
 
@@ -157,25 +158,27 @@ class OutcomesTrainer(TokenExplainer):
         made.about = {"words": len(self.examples), "correlation": self.correlation(made)}
         return made
 
-    def loss(self, weights: Tensor) -> Tensor:
-        """L of weights (L H,) in float64, the mean over words."""
-        sums, outcomes = (torch.stack(x) for x in zip(*self._examples(), strict=True))
+    def loss(self, weights: Tensor, examples: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """L of weights (L H,) in float64, the mean over words; ``examples`` as from :meth:`_stacked`."""
+        sums, outcomes = examples or self._stacked()
         return 1 - pearson(sums @ weights.to(sums), outcomes).mean()
 
     def correlation(self, explainer: Outcomes | None = None) -> float:
         """Mean correlation of sums with outcomes, of an explainer or of equal weights: of one that was
         trained on other conversations, how well it tells what masks do."""
         weights = None if explainer is None else explainer.weights
-        heads = self._examples()[0][0].shape[1]
+        heads = self._stacked()[0].shape[2]
         return 1 - float(self.loss(torch.ones(heads) if weights is None else _tensor(weights)))
 
-    def _examples(self) -> list[tuple[Tensor, Tensor]]:
+    def _stacked(self) -> tuple[Tensor, Tensor]:
+        """Sums of heads over what masks hide, (words, M, L H), and outcomes (words, M)."""
         if not self.examples:
             raise ValueError(
                 f"examples: none of the words lost {self.needed} nats without the image; explain others, "
                 f"or lower needed"
             )
-        return self.examples
+        sums, outcomes = zip(*self.examples, strict=True)
+        return torch.stack(sums), torch.stack(outcomes)
 
 
 def _tensor(weights: Any) -> Tensor:
