@@ -57,7 +57,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "occlusion of one token": ("occlusion", {"size": 1}, "log_prob"),
 }
 CONTROLLED = ("attention", "integrated_gradients", "occlusion")
-SCORES = ("pointing", "energy", "deletion", "masks")
+AND = 2  # its word that says nothing of the image
+WORDS = (*LOOKS, AND)
+SCORES = ("pointing", "energy", "deletion", "insertion", "masks", "F1-IoU")
 MASKS = 32  # held out, of each photo
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -292,6 +294,37 @@ def pointing_and_energy(
     return float(evidence[of == of.max()].mean()), share
 
 
+def f1_iou(
+    objects: Sequence[NDArray[np.floating]],
+    evidence: Sequence[NDArray[np.bool_]],
+    function: NDArray[np.floating],
+) -> float:
+    """F1-IoU of TAM (Li et al., 2025) for one answer: its words of objects should be bright on their
+    evidence alone, its function word nowhere.
+
+    Obj-IoU is the mean IoU of objects' maps above their Otsu thresholds with the evidence, at the size of
+    the photo; Func-IoU the share of the function word's map below the mean threshold; the value is their
+    harmonic mean. Maps are bytes, of their positive values over the largest one of the answer.
+    """
+    from skimage.filters import threshold_otsu
+
+    largest = max(float(of.max()) for of in (*objects, function)) or 1.0
+
+    def in_bytes(of: NDArray[np.floating]) -> NDArray[np.uint8]:
+        bright = torch.from_numpy(255 * of.clip(0) / max(largest, 1e-30))[None, None].double()
+        fine = F.interpolate(bright, (SIDE, SIDE), mode="bilinear")[0, 0]
+        return fine.numpy().astype(np.uint8)  # type: ignore[no-any-return]
+
+    levels, overlaps = [], []
+    for of, true in zip(map(in_bytes, objects), evidence, strict=True):
+        levels.append(float(threshold_otsu(of)) if np.ptp(of) else 0.0)
+        shown, true = of > levels[-1], true.repeat(SIDE // GRID, 0).repeat(SIDE // GRID, 1)
+        overlaps.append((shown & true).sum() / (shown | true).sum())
+    dark = float((in_bytes(function) < np.mean(levels)).mean())
+    whole = float(np.mean(overlaps))
+    return 2 * whole * dark / (whole + dark) if whole + dark else 0.0
+
+
 class Masked:
     """What a word loses while image tokens become the mean one: as a map orders them, a sixteenth at a
     time; and by random masks of objects' size, which no explainer has seen."""
@@ -312,14 +345,17 @@ class Masked:
         found = self.vlm.logits(self.forced, self.entered, filled).log_softmax(2)
         return found[:, range(len(self.ids)), self.ids].numpy()  # type: ignore[no-any-return]
 
-    def __call__(self, of: NDArray[np.floating], word: int) -> tuple[float, float]:
-        """Deletion, the mean height of the word's probability, lower is better; and the correlation of a
-        map's sums over what the masks hide with what the word loses by it."""
+    def __call__(self, of: NDArray[np.floating], word: int) -> tuple[float, float, float]:
+        """Deletion, the mean height of the word's probability, lower is better; insertion, the same while
+        the other tokens are hidden, higher is better; and the correlation of a map's sums over what the
+        masks hide with what the word loses by it."""
         rank = (-of).ravel().argsort(kind="stable").argsort(kind="stable")
-        p = np.exp(self.log_probs(rank < np.linspace(0, of.size, 17)[:, None])[:, word])
+        gone = rank < np.linspace(0, of.size, 17)[:, None]
+        p = np.exp(self.log_probs(np.concatenate([gone, ~gone]))[:, word]).reshape(2, -1)
         sums = self.masks @ of.ravel().astype(float)
         related = np.corrcoef(sums, -self.outcomes[:, word])[0, 1] if np.ptp(sums) else 0.0
-        return float(np.trapezoid(p, dx=1 / 16)), float(related)
+        deleted, inserted = np.trapezoid(p, dx=1 / 16).tolist()
+        return deleted, inserted, float(related)
 
 
 def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
@@ -327,6 +363,13 @@ def controls(i: int, word: int) -> dict[str, NDArray[np.float64]]:
     y, x = np.mgrid[:GRID, :GRID] - (GRID - 1) / 2
     noise = np.random.default_rng([i, word]).random((GRID, GRID))
     return {"random": noise, "centre": GRID - np.hypot(y, x), "all ones": np.ones((GRID, GRID))}
+
+
+def true_cells(cells: Sequence[int]) -> NDArray[np.bool_]:
+    """(8, 8): the image tokens that show an object."""
+    found = np.zeros((GRID, GRID), bool)
+    found.flat[cells] = True
+    return found
 
 
 def conversation(folder: Path, truth: Mapping[str, Any]) -> tuple[Path, str, str]:
@@ -357,8 +400,7 @@ def with_random_words(vlm: Any, folder: Path, run: Run) -> Any:
 def scored(
     folder: Path, name: str, found: Mapping[str, Any], methods: Sequence[str]
 ) -> dict[str, Any]:
-    """By method, of each look of each photo its pointing, energy, deletion and correlation; by kind of
-    word what it loses without the image."""
+    """By method, of each look of each photo its scores; by kind of word what it loses without the image."""
     vlm, split = load_vlm(folder), Split(f"{name},")
     run = Run(**found["run"])
     rows: dict[str, list[tuple[float, ...]]] = {}
@@ -372,36 +414,40 @@ def scored(
         truth = found["photos"][i]
         about = conversation(folder, truth)
         (answer,) = explain_tokens(about[0], vlm, *about[1:], [*methods])
-        for kind, numbers in (("look", LOOKS), ("colour", (0, 3)), ("and", (2,))):
+        for kind, numbers in (("look", LOOKS), ("colour", (0, 3)), ("and", (AND,))):
             lost[kind] += [float(answer.lost[n]) for n in numbers]
         others = {}
         for label, (method, options, score) in variants.items():
             one = create_token_explainer(method, **options)
-            (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*LOOKS], score=score)
-        (random,) = explain_tokens(about[0], untaught, *about[1:], plain, [*LOOKS])
+            (others[label],) = explain_tokens(about[0], vlm, *about[1:], one, [*WORDS], score=score)
+        (random,) = explain_tokens(about[0], untaught, *about[1:], plain, [*WORDS])
         another = found["photos"][(i + 1) % len(found["photos"])]["photo"]
-        (misled,) = explain_tokens(folder / "photos" / another, vlm, *about[1:], plain, [*LOOKS])
+        (misled,) = explain_tokens(folder / "photos" / another, vlm, *about[1:], plain, [*WORDS])
         if "outcomes" in methods:
             heads = {"trained": head, "trained, whole rows": replace(head, above_mean=False)}
             for label, own in heads.items():
                 (others[f"outcomes, {label}"],) = explain_tokens(
-                    about[0], vlm, *about[1:], own, [*LOOKS]
+                    about[0], vlm, *about[1:], own, [*WORDS]
                 )
+        explained: dict[int, dict[str, NDArray[Any]]] = {}
+        for word in WORDS:
+            maps = {m: answer.of(word, m).explanations[0].map for m in methods}
+            maps |= {label: own[word].map for label, own in others.items()}
+            for m in plain:
+                maps[f"{m}, random weights"] = random.of(word, m).explanations[0].map
+                maps[f"{m}, another photo"] = misled.of(word, m).explanations[0].map
+            maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
+            explained[word] = dict(sorted(maps.items())) | controls(i, word)
+        evidence = [true_cells(cells) for cells in truth["evidence"]]
         with guarded(vlm), Image.open(about[0]) as opened:
             masked = Masked(vlm, opened.convert("RGB"), *about[1:], seed=i)
-            for word, cells in zip(LOOKS, truth["evidence"], strict=True):
-                evidence = np.zeros((GRID, GRID), bool)
-                evidence.flat[cells] = True
-                maps: dict[str, NDArray[Any]] = {}
-                maps |= {m: answer.of(word, m).explanations[0].map for m in methods}
-                maps |= {label: own[word].map for label, own in others.items()}
-                for m in plain:
-                    maps[f"{m}, random weights"] = random.of(word, m).explanations[0].map
-                    maps[f"{m}, another photo"] = misled.of(word, m).explanations[0].map
-                maps["map of the word before"] = answer.of(word - 1, methods[0]).explanations[0].map
-                for label, of in (dict(sorted(maps.items())) | controls(i, word)).items():
-                    values = *pointing_and_energy(of, evidence), *masked(of, word)
-                    rows.setdefault(label, []).append(values)
+            for label, function in explained[AND].items():
+                looks = [explained[word][label] for word in LOOKS]
+                whole = f1_iou(looks, evidence, function)
+                rows.setdefault(label, []).extend(
+                    (*pointing_and_energy(of, true), *masked(of, word), whole)
+                    for word, of, true in zip(LOOKS, looks, evidence, strict=True)
+                )
     return {"methods": [*methods], "rows": rows, "lost": lost}
 
 
@@ -423,7 +469,7 @@ def lines_of(found: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any]) 
         yield f"| {' | '.join(cells)} |"
     heads = " | ".join(f"{name} | mean" for name in SCORES[1:])
     yield f"\n| method | pointing {' / '.join(runs)} | mean | {heads} |"
-    yield f"| :-- |{' --: |' * 8}"
+    yield f"| :-- |{' --: |' * 2 * len(SCORES)}"
     for method in values[runs[0]]["rows"]:
         means = np.array([np.mean(values[name]["rows"][method], 0) for name in runs]).T
         cells = [

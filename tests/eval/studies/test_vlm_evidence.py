@@ -110,6 +110,20 @@ def test_pointing_and_energy():
     assert all((of > 0).all() for of in study.controls(0, 1).values())
 
 
+def test_f1_iou_needs_bright_evidence_and_a_dark_function_word():
+    evidence = [np.zeros((8, 8), bool) for _ in range(2)]
+    evidence[0][:4], evidence[1][4:] = True, True
+    exact = [2.0 * true for true in evidence]
+    # Bilinear edges lie half on, half off: Otsu cuts within them.
+    assert study.f1_iou(exact, evidence, np.zeros((8, 8))) == pytest.approx(1, abs=0.04)
+    assert study.f1_iou(exact, evidence, np.full((8, 8), 2.0)) == 0  # bright where nothing is meant
+    assert study.f1_iou(exact[::-1], evidence, np.zeros((8, 8))) < 0.2
+    assert study.f1_iou([np.zeros((8, 8))] * 2, evidence, np.zeros((8, 8))) == 0
+    half = study.f1_iou([np.ones((8, 8))] * 2, evidence, np.eye(8))
+    assert half == 0  # a flat map has no threshold, so nothing of it is shown
+    assert study.f1_iou(exact, evidence, 2.0 * evidence[0]) == pytest.approx(2 / 3, abs=0.05)
+
+
 class OneTokenMatters:
     """Its word is certain while image token 9 is there, and as likely as another without it."""
 
@@ -124,13 +138,14 @@ class OneTokenMatters:
 
 
 @pytest.mark.parametrize(("value", "expected"), [(1, 0.5 + 0.5 / 32), (-1, 1 - 0.5 / 32)])
-def test_deletion_is_the_area_below_the_probability(value, expected):
-    """It falls at the first sixteenth that is hidden, or at the last."""
+def test_deletion_and_insertion_are_areas_below_the_probability(value, expected):
+    """It falls at the first sixteenth that is hidden, or at the last, and comes back likewise."""
     masked, of = study.Masked(OneTokenMatters(), None, "", "a b c", seed=0), np.zeros((8, 8))
-    assert masked(of, 1)[1] == 0  # what hides nothing, or all alike, tells nothing of masks
+    assert masked(of, 1)[2] == 0  # what hides nothing, or all alike, tells nothing of masks
     of.flat[9] = value
-    deletion, related = masked(of, 1)
+    deletion, insertion, related = masked(of, 1)
     assert deletion == pytest.approx(expected)
+    assert insertion == pytest.approx(1.5 - expected)
     assert related == pytest.approx(value)  # masks that hide the token cost a word, others nothing
     assert masked.masks.shape == (32, 64) and 0.3 < masked.masks.mean() < 0.7
 
