@@ -14,6 +14,7 @@ from xattn import create_explainer, load_backbone
 from xattn.eval import Protocol, create_metric, evaluate, measure
 from xattn.eval.evaluation.plan import plan
 from xattn.eval.metrics.base import Column, Sample
+from xattn.eval.metrics.board.correlation import correlation_values
 from xattn.eval.metrics.board.masks import EachCell, Squares, Subsets, Tossed, cell_sums
 from xattn.eval.metrics.board.table import Behind, OutcomeTable
 from xattn.eval.metrics.infidelity import InfidelityMetric, infidelity_values
@@ -33,6 +34,16 @@ LISTS = [
 
 def rand(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rows_of_one_correlation_do_not_touch_each_other():
+    """A row is flat by its own scale, however large the others are."""
+    sums = torch.tensor([[1.0, 2.0, 4.0], [1e12, 2e12, 4e12], [0.1, 0.1, 0.1], [3.0, 2.0, 1.0]])
+    drops = torch.tensor([[2.0, 4.0, 8.0]] * 4).double()
+    values = correlation_values(sums.double(), drops)
+    assert values.isnan().tolist() == [False, False, True, False]
+    alone = [correlation_values(sums[i : i + 1].double(), drops[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(values, torch.cat(alone), rtol=0, atol=1e-15, equal_nan=True)
 
 
 class Additive:
