@@ -3,18 +3,21 @@
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
 The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, of a ViT
-``sanity.csv`` (how like maps are to those of attention without content), ``pack/`` with the maps for
-``xattn app``, the state from which a killed run resumes (``state.sqlite``) and the time it took
-(``seconds.js``, which the page shows). All but the last two are a pure function of the arguments.
+``sanity.csv`` (how like maps are to those of attention without content), with a report card
+``report-card.csv``, ``pack/`` with the maps for ``xattn app``, the state from which a killed run resumes
+(``state.sqlite``, of the card ``card.sqlite``) and the time it took (``seconds.js``, which the page shows).
+All but the states and the time are a pure function of the arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from xattn.backbone import Backbone
@@ -28,6 +31,7 @@ from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.interfaces import Explainer
 from xattn.eval.metrics.base import PerturbationMetric
 from xattn.eval.metrics.registry import (
+    BOARD,
     create_metric,
     direct_groups,
     groups_with_annotations,
@@ -36,7 +40,9 @@ from xattn.eval.metrics.registry import (
 from xattn.eval.protocol import Protocol, score_of
 from xattn.eval.report.comparison_pack import can_pack, write_pack
 from xattn.eval.report.leaderboard_files import write_report
+from xattn.eval.report.report_card import ReportCard, report_card
 from xattn.eval.sanity import Cascade, first_photos, likeness, sanity_rows, without_content
+from xattn.eval.sanity.ladders import ANCHORS, DONORS, Anchor, CardRows, card_rows
 from xattn.explainers import create_explainer, list_explainers
 from xattn.explainers.base import options_by_name
 from xattn.explainers.own import as_explainers
@@ -45,7 +51,7 @@ from xattn.explaining.passes import true_classes_of
 from xattn.heads import Head
 from xattn.packs.format import is_pack
 from xattn.photos.images import MAX_PIXELS
-from xattn.photos.sources import Files, limited
+from xattn.photos.sources import Files, is_listed, limited
 from xattn.runtime.distributed import processes
 from xattn.runtime.files import check_output, write_text
 
@@ -64,8 +70,9 @@ class Comparison:
     networks unless they are registered. ``metrics`` are names or metrics. ``options`` are
     ``explainer.name=value``, for heads ``head.name=value`` or ``row.name=value``. The maps of the first
     ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
-    ``target`` is a number of the network's answer that is explained in place of the predicted class, see
-    :mod:`xattn.backbone.targets`.
+    ``card_photos``: how many photos the report card (:mod:`xattn.eval.report.report_card`) is made on,
+    None: 60 where the metrics are those of ``"board"``, else none. ``target`` is a number of the network's
+    answer that is explained in place of the predicted class, see :mod:`xattn.backbone.targets`.
     """
 
     backbone: Backbone
@@ -83,6 +90,7 @@ class Comparison:
     maps: int = 1000
     labels: str | Path | None = None
     target: Any = None
+    card_photos: int | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -150,10 +158,11 @@ def compare(
         state=output / "state.sqlite",
         kept_maps=job.maps if packed else 0,
     )
+    card = _report_card(job, metrics, images, output, results, progress, say)
     if rank > 0:
         return results, []
     paths = dict(zip(images.ids, images.paths, strict=True)) if isinstance(images, Files) else {}
-    files = write_report(results, output, paths, job.backbone.preprocessing)
+    files = write_report(results, output, paths, job.backbone.preprocessing, card)
     files += _write_likeness(job, methods, recipes, photos, output / "sanity.csv", say)
     if packed:
         write_pack(
@@ -192,9 +201,79 @@ def _write_likeness(
     return [path]
 
 
+CARD_PHOTOS = 60
+
+
+def _report_card(
+    job: Comparison,
+    metrics: Sequence[PerturbationMetric],
+    images: Any,
+    output: Path,
+    results: Results,
+    progress: bool,
+    say: Callable[[str], Any],
+) -> ReportCard | None:
+    """The report card on some of the photos, if it is asked for; kept in ``output/card.sqlite``."""
+    wanted = job.card_photos
+    if wanted is None:
+        wanted = CARD_PHOTOS if "board" in job.metrics else 0
+    if wanted == 0:
+        return None
+    if not is_listed(images):
+        raise ValueError(
+            "card_photos: a report card needs photos by name; give files, or card_photos=0"
+        )
+    photos, _ = limited(images, min(wanted, len(images)), job.seed)
+    protocol = replace(results.protocol, n=None, n_invalid=None)
+    rows, anchors = ladder_rows(job.backbone, photos, job.view, job.seed, job.max_forward_batch)
+    named = [m for m in metrics if not m.needs_annotation]
+    say(f"report card: {len(rows.methods)} rows of ladders on {len(photos)} photos")
+    _say_plan(job, rows.methods, named, photos, None, 1, say)
+    found = evaluate(
+        job.backbone,
+        rows.methods,
+        photos,
+        metrics=named,
+        protocol=protocol,
+        max_forward_batch=job.max_forward_batch,
+        max_pixels=job.max_pixels,
+        progress=progress,
+        randomized=rows.randomized,
+        again_limit=None,
+        state=output / "card.sqlite",
+    )
+    card = report_card(found, anchors, results)
+    results.admitted = card.admitted
+    return card
+
+
+def ladder_rows(
+    backbone: Backbone, photos: Any, view: str, seed: int, max_forward_batch: int
+) -> tuple[CardRows, list[str]]:
+    """The rows of a report card and the methods that are degraded, those of
+    :data:`xattn.eval.sanity.ladders.ANCHORS` that the network allows."""
+    stream = ImageStream(photos, backbone.preprocessing, view, limit=DONORS)
+    block = next(block for block in stream.blocks(DONORS) if block)
+    donors = torch.stack([item.image for item in block]).to(backbone.device)
+    with torch.no_grad():
+        classes = backbone.logits(donors).argmax(1).tolist()
+    shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
+    cascade, anchors = Cascade(backbone, **shared), []
+    for name in ANCHORS:
+        with suppress(ValueError):
+            method = create_explainer(name, backbone, **shared)
+            anchors.append(Anchor(name, method, donors, classes, cascade.method(name)))
+    if not anchors:
+        raise ValueError(
+            f"card_photos: {backbone.name} allows none of {', '.join(ANCHORS)}; give 0"
+        )
+    rows = card_rows(anchors, backbone, create_explainer("random", backbone, seed=seed))
+    return rows, [anchor.name for anchor in anchors]
+
+
 def _say_plan(
     job: Comparison,
-    methods: Mapping[str, Explainer],
+    methods: Mapping[str, Any],
     metrics: Sequence[PerturbationMetric],
     images: Any,
     limit: int | None,
@@ -231,6 +310,8 @@ def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
             names += direct_groups()
         elif name == "all":
             names += groups_without_annotations()
+        elif name == "board":
+            names += BOARD
         else:
             names.append(name)
     if job.annotations is not None:
@@ -241,7 +322,8 @@ def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
 def _defined(
     job: Comparison, protocol: Protocol, say: Callable[[str], Any]
 ) -> list[str | PerturbationMetric]:
-    """The groups of metrics without those that "direct" and "all" bring and the score does not allow."""
+    """The groups of metrics without those that "direct", "all" and "board" bring and the score does not
+    allow."""
     names: list[str | PerturbationMetric] = []
     for name in groups_of(job):
         problem = None

@@ -155,7 +155,8 @@ class Results:
     ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
     ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
     ``options`` are the metrics' own, by column key; ``infos`` are those of metrics from outside the
-    package, by name; ``notes`` say why the annotation of an image cannot be used, by image id.
+    package, by name; ``notes`` say why the annotation of an image cannot be used, by image id; ``admitted``
+    are the keys of the columns that may rank, by the run's report card if it has one.
     """
 
     protocol: Protocol
@@ -168,6 +169,7 @@ class Results:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     infos: dict[str, MetricInfo] = field(default_factory=dict)
+    admitted: tuple[str, ...] | None = None
 
     @property
     def columns(self) -> list[Column]:
@@ -177,6 +179,11 @@ class Results:
     def judged(self) -> list[Column]:
         """The columns in which a method has to beat the sanity rows."""
         return [c for c in self.columns if self.info(c.metric).kind in JUDGED]
+
+    @property
+    def ranked(self) -> list[Column]:
+        """Those of :attr:`judged` that may rank."""
+        return [c for c in self.judged if self.admitted is None or c.key in self.admitted]
 
     def info(self, metric: str) -> MetricInfo:
         """Formula, direction and range of a metric; a ``KeyError`` if nothing is known of it."""

@@ -47,6 +47,11 @@ FILES = (
     "board.mufidelity",
 )
 """The files of metrics, in the order of the tables."""
+BOARD = (
+    *("squares", "subsets", "monotonicity", "single-deletion", "photo-gain"),
+    *("class-contrast", "network-contrast", "gridpg", "road", "thinned", "blind"),
+)
+"""The groups of a board: ``--metrics board``."""
 
 
 def register(group: MetricGroup) -> None:

@@ -6,8 +6,9 @@ For method m, image i and column c, with s_c = 1 where higher is better and -1 w
     z_m  = median over metrics of the mean of z_mc over the metric's levels
     rank = 1 + number of methods with a larger z_m
 
-Images are resampled with replacement, with median_c and IQR_c as they are: the 95 % interval of the rank,
-and the share of resamples in which a method is first. LATEC (Klein et al., NeurIPS 2024, arXiv 2409.16756)
+Images are resampled with replacement, with median_c and IQR_c as they are: the rank sets
+(:mod:`xattn.eval.report.rank_sets`), and the share of resamples in which a method is first.
+LATEC (Klein et al., NeurIPS 2024, arXiv 2409.16756)
 averages ranks within a criterion; here the criterion is faithfulness and localisation.
 """
 
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from xattn.eval import bootstrap
 from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results
 from xattn.eval.metrics.base import Column
+from xattn.eval.report.rank_sets import rank_sets_of_draws
 
 MIN_METRICS = 3
 _SAME = 1e-9  # of z: what rounding may change
 
 
 class AggregateRank(NamedTuple):
-    """A method's rank from 1, its 95 % interval, the share of resamples in which it is first, and z."""
+    """A method's rank from 1, the ends of its rank set (95 % for all methods together), the share of
+    resamples in which it is first, and z."""
 
     method: str
     rank: int
@@ -75,15 +78,15 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     names = [
         name
         for name in results.judged_methods
-        if any(np.isfinite(results.methods[name].values[c]).any() for c in results.judged)
+        if any(np.isfinite(results.methods[name].values[c]).any() for c in results.ranked)
     ]
     methods = [results.methods[name] for name in names]
-    judged = list(dict.fromkeys(c.metric for c in results.judged))
+    judged = list(dict.fromkeys(c.metric for c in results.ranked))
     if len(names) < 2 or len(judged) < MIN_METRICS:
         return None
-    close = {c.metric for c in results.judged if any(results.trained_on(m, c) for m in names)}
+    close = {c.metric for c in results.ranked if any(results.trained_on(m, c) for m in names)}
     trained = tuple(metric for metric in judged if metric in close)
-    columns = [c for c in results.judged if c.metric not in trained]
+    columns = [c for c in results.ranked if c.metric not in trained]
     # (methods, columns, images)
     values = np.array([[m.values[c] for c in columns] for m in methods], dtype=np.float64)
     values = values.reshape(len(methods), len(columns), len(results.images))
@@ -112,11 +115,11 @@ def _ranks(
     scores = _scores(columns, means[None])[0]
     drawn = _scores(columns, samples.reshape(-1, *means.shape))
     ranks, places = _places(scores[None])[0], _places(drawn)
-    lo, hi = np.quantile(places, (0.025, 0.975), axis=0, method="inverted_cdf")
+    sets = rank_sets_of_draws(scores, drawn)
     first = (places == 1).mean(0)
     return tuple(
         AggregateRank(
-            name, int(ranks[m]), int(lo[m]), int(hi[m]), float(first[m]), float(scores[m])
+            name, int(ranks[m]), sets[m][0], sets[m][1], float(first[m]), float(scores[m])
         )
         for m, name in enumerate(names)
     )

@@ -25,7 +25,7 @@ from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import AggregateRank
 from xattn.eval.report.html_data import page_data
 from xattn.eval.report.standings import Board, Standing
-from xattn.eval.report.text_tables import protocol_notes
+from xattn.eval.report.text_tables import Section, protocol_notes
 from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath
@@ -90,9 +90,7 @@ def leaderboard(board: Board) -> str:
     places = {r.method: r for r in board.ranks.ranks} if board.ranks else {}
     if places:
         top += f"<th scope=colgroup data-kind={cost + 1}><span>all metrics</span></th>"
-        low += _sortable(
-            "rank", False, cost + 1, "aggregate rank, with its 95 % bootstrap interval"
-        )
+        low += _sortable("rank", False, cost + 1, "aggregate rank, with its rank set at 95 %")
     body = ""
     for name, method in results.methods.items():
         row = "".join(
@@ -247,6 +245,21 @@ def _verdict(row: Mapping[Column, list[str] | None], metric: str, trained_on: bo
     return f"<ul>{said}</ul>" if said else f"✓{dagger}" if judged else TOO_FEW
 
 
+def section(given: Section) -> str:
+    """A table with its notes."""
+    notes = "".join(f"<p class=note>{text(note)}</p>" for note in given.notes)
+    titles, *rows = given.lines or [[]]
+    head = "".join(f"<th scope=col>{text(title)}</th>" for title in titles)
+    body = ""
+    for name, *cells in rows:
+        row = "".join(f"<td>{text(cell)}</td>" for cell in cells)
+        body += f"<tr><th scope=row class=name>{label(name)}</th>{row}</tr>"
+    table = f"<table class=sanity><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    name = given.title.capitalize()
+    scroll = f'<div class=scroll tabindex=0 role=region aria-label="{name}">{table}</div>'
+    return f"<section><h2>{name}</h2>{notes}{scroll if given.lines else ''}</section>\n"
+
+
 _LISTED = 20  # images of one method, or skipped photos, before "and n more"
 
 
@@ -257,6 +270,7 @@ def html_page(
     state: Path | None,
     photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None = None,
+    more: Sequence[Section] = (),
 ) -> str:
     """The page as text; equal arguments give equal bytes.
 
@@ -265,6 +279,7 @@ def html_page(
         state: the evaluation's SQLite file, whose maps are shown; None: no maps.
         photos: by image id; shown as the model saw them, which needs ``preprocessing``. A photo that
             is missing or cannot be read leaves its map alone.
+        more: tables below the sanity rows.
 
     Raises:
         ValueError: ``state`` is damaged, or not the file of an evaluation.
@@ -286,6 +301,7 @@ def html_page(
         "facts": _facts(results),
         "warnings": _warnings(results, failures),
         "sanity": sanity_table(results, failures),
+        "more": "".join(map(section, more)),
         "toggles": toggles(board),
         "verdicts": verdicts(board),
         "legend": key,

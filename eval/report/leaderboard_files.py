@@ -12,9 +12,17 @@ from xattn.eval.evaluation.results import TOO_FEW, Results, csv_text, is_baselin
 from xattn.eval.metrics.objectives import MARK
 from xattn.eval.report.aggregate_ranks import aggregate_ranks
 from xattn.eval.report.html_page import html_page
+from xattn.eval.report.rank_sets import ranked_columns
+from xattn.eval.report.report_card import ReportCard
 from xattn.eval.report.results_files import image_lines, to_dict
 from xattn.eval.report.standings import Standing, standings, too_few, wins
-from xattn.eval.report.text_tables import format_table
+from xattn.eval.report.text_tables import (
+    RankTable,
+    Section,
+    format_section,
+    format_table,
+    sections,
+)
 from xattn.runtime.files import atomic_file
 from xattn.runtime.stores import StorePath
 from xattn.runtime.tables import markdown as markdown_table
@@ -25,6 +33,7 @@ def write_report(
     folder: Path,
     photos: Mapping[str, Path | StorePath] | None = None,
     preprocessing: Any = None,
+    card: ReportCard | None = None,
 ) -> list[Path]:
     """Write the leaderboard as Markdown, CSV, JSON and HTML; returns the files.
 
@@ -32,21 +41,25 @@ def write_report(
         photos: by image id, for the page's pictures of best and worst cases; their maps come from
             ``state.sqlite`` in ``folder``.
         preprocessing: the backbone's, to show the photos as it sees them.
+        card: the report card of the run.
 
     Raises:
         OSError: a file cannot be written; earlier files are intact.
     """
     table = standings(results)
+    ranks = ranked_columns(results, results.ranked, results.judged_methods)
+    more = sections(results, ranks, card)
     state = folder / "state.sqlite"
     texts = {
-        "leaderboard.md": markdown(results, table),
-        "leaderboard.csv": csv_text(_standing_lines(results, table)),
+        "leaderboard.md": markdown(results, table, more),
+        "leaderboard.csv": csv_text(_standing_lines(results, table, ranks)),
         "leaderboard.json": _json(
             {
                 **to_dict(results),
                 "cost": {},
                 "standings": _plain(results, table),
                 "aggregate_ranks": _ranking(results),
+                "rank_sets": {column.key: dict(found) for column, found in ranks.items()},
             }
         ),
         "images.csv": csv_text(image_lines(results)),
@@ -56,9 +69,12 @@ def write_report(
             state=state if state.exists() else None,
             photos=photos or {},
             preprocessing=preprocessing,
+            more=more,
         ),
         "seconds.js": seconds_script(results),
     }
+    if card is not None:
+        texts["report-card.csv"] = csv_text(card.csv_lines())
     paths = []
     for name, text in texts.items():
         with atomic_file(folder / name) as temporary:
@@ -67,8 +83,8 @@ def write_report(
     return paths
 
 
-def markdown(results: Results, table: Sequence[Standing]) -> str:
-    """The tables with protocol and warnings; who is best, in words; and who is level with the best."""
+def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section] = ()) -> str:
+    """The tables with protocol and warnings; who is best and who is level with it, in words; ``more``."""
     verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
     verdicts += [f"- {few}"] if (few := too_few(table)) else []
     rows = []
@@ -81,7 +97,9 @@ def markdown(results: Results, table: Sequence[Standing]) -> str:
             rows.append((column.key, TOO_FEW, TOO_FEW))
     titles = "metric", "best", "not told apart from the best (paired 95 % interval holds 0)"
     lines = [*verdicts, *([""] if verdicts else []), *markdown_table(titles, rows, 3)]
-    return "# Leaderboard\n\n" + format_table(results, "markdown") + "\n" + "\n".join(lines) + "\n"
+    parts = ["# Leaderboard", format_table(results, "markdown").rstrip("\n"), "\n".join(lines)]
+    parts += [format_section(section, "markdown") for section in more]
+    return "\n\n".join(parts) + "\n"
 
 
 def _level_with(cells: Sequence[Standing]) -> str:
@@ -114,16 +132,20 @@ def seconds_script(results: Results) -> str:
     return f"window.XATTN_SECONDS = {json.dumps(seconds)};\n"
 
 
-def _standing_lines(results: Results, table: Sequence[Standing]) -> list[list[Any]]:
+def _standing_lines(
+    results: Results, table: Sequence[Standing], sets: RankTable
+) -> list[list[Any]]:
     last = ("forwards", "protocol_id", "trained_on")
     ranks = ("aggregate_rank", "aggregate_lo", "aggregate_hi", "aggregate_first")
-    lines: list[list[Any]] = [["method", "metric", "level", *Standing._fields[2:-1], *last, *ranks]]
+    titles = ["method", "metric", "level", *Standing._fields[2:-1], *last, *ranks]
+    lines: list[list[Any]] = [[*titles, "rank_lo", "rank_hi"]]
     ranking = aggregate_ranks(results)
     places = {r.method: r[1:5] for r in (ranking.ranks if ranking else ())}
     for s in table:
         facts = (results.methods[s.method].forwards, results.metric_id(s.column), s.trained_on)
         place = places.get(s.method, (None,) * len(ranks))
-        lines.append([s.method, *s.column, *s[2:-1], *facts, *place])
+        ends = sets.get(s.column, {}).get(s.method, (None, None))
+        lines.append([s.method, *s.column, *s[2:-1], *facts, *place, *ends])
     return lines
 
 

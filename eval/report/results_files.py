@@ -51,6 +51,7 @@ def to_dict(results: Results) -> dict[str, Any]:
         "summary": [{k: _plain(v) for k, v in row._asdict().items()} for row in results.rows()],
         "warnings": results.warnings(),
         "notes": results.notes,
+        **({} if results.admitted is None else {"admitted": list(results.admitted)}),
         "skipped": [s._asdict() for s in results.skipped],
         "images": [image._asdict() for image in results.images],
         "methods": {name: _method_dict(method) for name, method in results.methods.items()},
@@ -98,6 +99,7 @@ def from_dict(data: dict[str, Any]) -> Results:
         options={key: dict(value) for key, value in data["options"].items()},
         notes={image: str(note) for image, note in data["notes"].items()},
         infos={m: _info(m, record) for m, record in data["infos"].items()},
+        admitted=tuple(map(str, data["admitted"])) if "admitted" in data else None,
     )
 
 

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from xattn.eval.evaluation.results import Results, Row
 from xattn.eval.metrics.base import Column
 from xattn.eval.metrics.objectives import LEGEND, MARK
 from xattn.eval.report.aggregate_ranks import Ranking, aggregate_ranks
+from xattn.eval.report.rank_sets import MIN_RANKED
+from xattn.eval.report.report_card import ReportCard
 from xattn.runtime.tables import markdown
+
+RankTable = Mapping[Column, Mapping[str, tuple[int, int]]]
+
+
+class Section(NamedTuple):
+    """A table with titles in its first line, and notes."""
+
+    title: str
+    lines: list[list[str]]
+    notes: list[str]
+
+
+def sections(results: Results, ranks: RankTable, card: ReportCard | None) -> list[Section]:
+    """The rank sets of columns and the report card, where there are such."""
+    found = []
+    if ranks:
+        methods = list(dict.fromkeys(name for of in ranks.values() for name in of))
+        rows = [[name, *(_places(ranks[column].get(name)) for column in ranks)] for name in methods]
+        notes = [
+            "rank sets: all places from best to worst that a method may have, for all methods and these "
+            "columns together at 95 %; photos are resampled"
+        ]
+        if card is not None:
+            notes.append("columns that fail the report card have no ranks")
+        found.append(Section("rank sets", [["method", *(c.key for c in ranks)], *rows], notes))
+    elif len(results.judged_methods) > 1:
+        few = f"rank sets: {len(results.images)} photos; it takes at least {MIN_RANKED}"
+        found.append(Section("rank sets", [], [few] * (len(results.images) < MIN_RANKED)))
+    if card is not None:
+        found.append(Section("report card", card.lines(), card.notes))
+    return [section for section in found if section.lines or section.notes]
+
+
+def _places(ends: tuple[int, int] | None) -> str:
+    return "-" if ends is None else str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}-{ends[1]}"
+
+
+def format_section(section: Section, style: str = "text") -> str:
+    """A section as text or Markdown."""
+    bullet = "- " if style == "markdown" else ""
+    table = [_table(section.title, section.lines, style)] if section.lines else []
+    return "\n\n".join([*table, "\n".join(bullet + note for note in section.notes)])
 
 
 def format_table(results: Results, style: str = "text") -> str:
@@ -66,7 +111,7 @@ def format_table(results: Results, style: str = "text") -> str:
 
 
 def _rank_lines(ranking: Ranking) -> list[list[str]]:
-    lines = [["method", "rank", "95 % interval", "first in", "z ↑"]]
+    lines = [["method", "rank", "rank set", "first in", "z ↑"]]
     for r in ranking.ranks:
         share = f"{100 * r.first:.0f} %"
         lines.append([r.method, str(r.rank), f"[{r.lo}, {r.hi}]", share, f"{r.score:+.2f}"])

@@ -102,7 +102,7 @@ def _ranks(ranking: Ranking) -> None:
             {
                 "method": r.method,
                 "rank": r.rank,
-                "95 % interval": f"{r.lo} to {r.hi}",
+                "rank set, 95 %": f"{r.lo} to {r.hi}",
                 "first in": 100 * r.first,
             }
             for r in sorted(ranking.ranks, key=lambda r: r.rank)

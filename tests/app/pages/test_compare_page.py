@@ -240,7 +240,7 @@ def test_the_leaderboard_has_intervals_directions_and_words(library):
     assert "while pixels come back" in texts(page) and "Higher is better" in texts(page)
     ranks = page.dataframe[1].value.set_index("method")
     assert set(ranks.index) == {"gradcam", "saliency"} and list(ranks["rank"]) == [1, 2]
-    assert set(ranks["95 % interval"]) == {"1 to 2"} and ranks["first in"].sum() == pytest.approx(
+    assert set(ranks["rank set, 95 %"]) == {"1 to 2"} and ranks["first in"].sum() == pytest.approx(
         100
     )
     assert "of how many interquartile ranges" in texts(page)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cheats import CHEATS, of_second_class
 from eval_fakes import FakeBackbone, Flat, Maps
 
 from xattn.eval import Protocol, create_metric, evaluate
 from xattn.eval.metrics.base import Column
+from xattn.eval.sanity.cheats import CHEATS, of_second_class
 
 GROUPS = {
     "squares": {"side": 0.3},

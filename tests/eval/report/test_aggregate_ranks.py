@@ -178,7 +178,7 @@ def test_the_ranks_stand_in_every_file_of_a_report(tmp_path):
     assert [w.strip() for w in line.strip("|").split("|")][:3] == [
         "method",
         "rank",
-        "95 % interval",
+        "rank set",
     ]
     with (tmp_path / "leaderboard.csv").open() as stream:
         rows = list(csv.DictReader(stream))

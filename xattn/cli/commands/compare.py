@@ -12,7 +12,7 @@ from xattn.cli.model import BackboneArgs
 from xattn.cli.printing import note, silent
 from xattn.cli.shared import MethodArgs, known
 from xattn.runtime.files import check_output
-from xattn.runtime.option_checks import Belongs, Count, Not
+from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,11 @@ class Compare(MethodArgs):
     """Methods of xattn list, or "all" for every one that suits this backbone and takes no more than 1,000
     gradients a photo."""
     metrics: tuple[str, ...] = ("direct",)
-    """Groups of metrics of xattn list; "direct" (all that need no second explanation) or "all"."""
+    """Groups of metrics of xattn list; "direct" (all that need no second explanation), "all", or "board"
+    (those that cheats do not win, with a report card)."""
+    card_photos: Whole | None = None
+    """Photos on which it is tried whether each column orders maps that are degraded on purpose; by default
+    60 with --metrics board, else 0, none."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
     again_limit: int = 2
@@ -66,7 +70,7 @@ class Compare(MethodArgs):
                 "anyway) and leave 'head' out"
             )
         explainers = known("explainers", self.explainers, EXPLAINERS, "all")
-        metrics = known("metrics", self.metrics, REGISTRY, "all", "direct")
+        metrics = known("metrics", self.metrics, REGISTRY, "all", "direct", "board")
         check_folder(self.output)
         backbone = self.model.load()
         if not backbone.is_vit:
@@ -92,6 +96,7 @@ class Compare(MethodArgs):
             seed=self.seed,
             maps=self.maps,
             labels=self.labels,
+            card_photos=self.card_photos,
         )
         main = processes(backbone.device)[1] == 0
 

@@ -1,0 +1,243 @@
+"""Degradation ladders: rows whose maps get worse from rung to rung, which a metric has to order.
+
+    cells: a share t of the map's own cells exchange values, the same and further ones on each rung
+    photo: cells in the order of (1 - t) rank + t rank of another photo's map, with the map's own values
+
+t = 0, .2, .. 1. All rungs have the map's own histogram and resolution; those of ``cells`` are rougher once
+resized, so that a metric of roughness orders them, too, and ``photo`` is the test that counts. Beside
+them stand rows that explain nothing, and copies of the map that say the same.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xattn.eval.interfaces import Explainer, ExplainerFacts
+from xattn.eval.sanity.cheats import CHEATS, of_second_class
+
+LADDERS = ("cells", "photo")
+RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
+"""The methods whose maps are degraded, of three kinds."""
+DONORS = 16  # photos that other photos' maps are taken from
+KEPT = 64  # answers of a method
+
+Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
+
+
+def shuffled(values: Tensor, t: float, seed: int) -> Tensor:
+    """(h, w) with a share ``t`` of its cells exchanged; those of a smaller share are among them.
+
+    >>> shuffled(torch.arange(4.0).view(2, 2), 0.0, seed=1)
+    tensor([[0., 1.],
+            [2., 3.]])
+    """
+    flat = values.flatten()
+    generator = torch.Generator().manual_seed(seed)
+    order, luck = (
+        torch.rand(len(flat), generator=generator, device="cpu").argsort() for _ in range(2)
+    )
+    chosen = order[: round(t * len(flat))].to(flat.device)
+    made = flat.clone()
+    made[chosen] = flat[chosen[luck.to(flat.device)[chosen].argsort()]]
+    return made.view_as(values)
+
+
+def blended(values: Tensor, other: Tensor, t: float) -> Tensor:
+    """The values of a map (h, w) in the order of (1 - ``t``) times their own ranks and ``t`` times those
+    of ``other``, which is resized.
+
+    >>> blended(torch.tensor([[1.0, 5.0]]), torch.tensor([[9.0, 2.0]]), 1.0)
+    tensor([[5., 1.]])
+    """
+    if other.shape != values.shape:
+        other = F.interpolate(
+            other[None, None], values.shape, mode="bilinear", align_corners=False
+        )[0, 0]
+    own, theirs = (_ranks(v.flatten()) for v in (values, other))
+    places = ((1 - t) * own + t * theirs).argsort(stable=True)
+    made = torch.empty_like(values.flatten())
+    made[places] = values.flatten().sort().values
+    return made.view_as(values)
+
+
+def _ranks(flat: Tensor) -> Tensor:
+    return flat.argsort(stable=True).argsort().double()
+
+
+def photo_seed(image: Tensor) -> int:
+    """A number of a photo's pixels (3, H, W)."""
+    return zlib.crc32(image.detach().float().cpu().contiguous().numpy().data)
+
+
+class Anchor:
+    """A method whose maps are degraded, each made once for all rungs.
+
+    Args:
+        method: the explainer; ``randomized``: the method on random weights, if it has any.
+        photos: (D, 3, H, W) whose maps stand for those of other photos, and their ``classes``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Explainer,
+        photos: Tensor,
+        classes: Sequence[int],
+        randomized: Randomized | None = None,
+    ) -> None:
+        self.name, self.method, self.randomized = name, method, randomized
+        self.facts = ExplainerFacts.of(method)
+        self._photos, self._classes = photos, list(classes)
+        self._seeds = [photo_seed(photo) for photo in photos]
+        self._donors: Tensor | None = None
+        self._made: OrderedDict[Any, Tensor] = OrderedDict()
+
+    def maps(self, images: Tensor, targets: Tensor, stage: int | str | None = None) -> Tensor:
+        """Raw maps (b, 1, h, w), of random weights with a ``stage``."""
+        key = stage, tuple(map(photo_seed, images)), tuple(targets.tolist())
+        if key not in self._made:
+            if stage is None:
+                found = self.method.attribute(images, targets)
+            else:
+                assert self.randomized is not None
+                found = self.randomized(stage, images, targets)
+            self._made[key] = found.detach()
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        return self._made[key]
+
+    def of_another(self, seed: int, target: int) -> Tensor:
+        """The map (h, w) of a photo of another class, chosen by the ``seed`` of this one."""
+        if self._donors is None:
+            targets = torch.tensor(self._classes, device=self._photos.device)
+            parts = [
+                self.method.attribute(*part)
+                for part in zip(self._photos.split(1), targets.split(1), strict=True)
+            ]
+            self._donors = torch.cat(parts).detach()[:, 0]
+        count = len(self._classes)
+        order = [(seed + i) % count for i in range(count)]
+        others = (i for i in order if self._seeds[i] != seed)
+        best = next((i for i in order if self._classes[i] != target), None)
+        return self._donors[next(others, 0) if best is None else best]
+
+
+class Changed:
+    """A row whose maps are those of an anchor, changed; what :func:`xattn.eval.evaluate` takes."""
+
+    def __init__(
+        self, anchor: Anchor, recipe: str, change: Callable[[Tensor, Tensor, int], Tensor]
+    ) -> None:
+        self._anchor, self.recipe, self._change = anchor, recipe, change
+        self.perturbs, self.one_by_one = anchor.facts.perturbs, anchor.facts.one_by_one
+        self.forwards = 0  # the anchor's passes serve all rungs
+
+    def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
+        return self._changed(self._anchor.maps(inputs, target), inputs, target)
+
+    def randomized(self, stage: int | str, images: Tensor, targets: Tensor) -> Tensor:
+        """The same of the anchor on random weights."""
+        return self._changed(self._anchor.maps(images, targets, stage), images, targets)
+
+    def _changed(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        made = [
+            self._change(values[0], image, target)
+            for values, image, target in zip(maps, images, targets.tolist(), strict=True)
+        ]
+        return torch.stack(made)[:, None]
+
+
+def rungs(anchor: Anchor) -> dict[str, Changed]:
+    """The rows of both ladders of one method by :func:`rung_name`, without the maps as they are."""
+
+    def cells(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
+        return lambda values, image, target: shuffled(values, t, photo_seed(image))
+
+    def photo(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
+        return lambda values, image, target: blended(
+            values, anchor.of_another(photo_seed(image), target), t
+        )
+
+    changes: dict[str, Callable[[float], Any]] = {"cells": cells, "photo": photo}
+    return {
+        rung_name(anchor.name, ladder, t): Changed(anchor, f"{ladder} {t:g}", change(t))
+        for ladder, change in changes.items()
+        for t in RUNGS[1:]
+    }
+
+
+def rung_name(anchor: str, ladder: str, t: float) -> str:
+    """The row of one rung; the lowest is the anchor's own."""
+    return anchor if t == 0 else f"{anchor} {ladder} {t:g}"
+
+
+SAME: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "scale": lambda values, image, target: 3 * values,
+    "shift": lambda values, image, target: values + values.std(),
+    "order": lambda values, image, target: (values / values.abs().max().clamp_min(1e-12)).exp(),
+}
+"""Copies of a map that say the same: a larger scale, another zero, and the same order."""
+NULLS = (*CHEATS, "random", "second class")
+"""Rows that explain nothing, or another class."""
+
+
+class CardRows(NamedTuple):
+    """The rows of a report card, and those of them that there are on random weights."""
+
+    methods: dict[str, Any]
+    randomized: dict[str, Randomized]
+
+
+def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> CardRows:
+    """The ladders of all ``anchors``; cheats, and copies of the first anchor's maps.
+
+    Args:
+        network: what maps the second class is asked of.
+        random: an explainer of random maps.
+    """
+    methods: dict[str, Any] = {}
+    randomized: dict[str, Randomized] = {}
+
+    def add(name: str, row: Any, on_random: Randomized | None) -> None:
+        methods[name] = row
+        if on_random is not None:
+            randomized[name] = on_random
+
+    for anchor in anchors:
+        own = Changed(anchor, "as it is", lambda values, image, target: values)
+        own.forwards = anchor.facts.forwards or 0
+        for name, row in {anchor.name: own, **rungs(anchor)}.items():
+            add(name, row, row.randomized if anchor.randomized else None)
+    first = anchors[0]
+    for kind, change in SAME.items():
+        row = Changed(first, kind, change)
+        add(f"{first.name} {kind}", row, row.randomized if first.randomized else None)
+    swapped = of_second_class(first.maps, network.logits)
+    add("second class", swapped, None if first.randomized is None else _at_stages(first, network))
+    for name, cheat in CHEATS.items():
+        add(name, cheat, _at_no_stage(cheat))
+    add("random", random, _at_no_stage(random.attribute))
+    return CardRows(methods, randomized)
+
+
+def _at_no_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
+    """What reads no network explains as it does on any."""
+    return lambda stage, images, targets: explain(images, targets)
+
+
+def _at_stages(anchor: Anchor, network: Any) -> Randomized:
+    def explain(stage: int | str, images: Tensor, targets: Tensor) -> Tensor:
+        def of(x: Tensor, k: Tensor) -> Tensor:
+            return anchor.maps(x, k, stage)
+
+        return of_second_class(of, network.logits)(images, targets)
+
+    return explain
