@@ -130,9 +130,8 @@ def compare(
     metrics = create_metrics(
         _defined(job, protocol, say), protocol, job.backbone.preprocessing.mean
     )
-    annotations = None
-    if job.annotations is not None:
-        annotations = load_annotations(job.annotations, job.backbone)
+    noted = job.annotations
+    annotations = None if noted is None else load_annotations(noted, job.backbone)
     photos = first_photos(images, job.backbone, job.view)
     methods, recipes, refused = _methods(job, photos)
     for name, reason in refused.items():
