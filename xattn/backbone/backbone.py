@@ -52,7 +52,8 @@ _SETTLED = {
 
 
 class Backbone(Movable):
-    """A frozen classifier in eval mode. ``backbone(images) -> Taps``; images (B, 3, H, W) in [0, 1].
+    """A frozen classifier in eval mode. ``backbone(images) -> Taps``; images (B, 3, H, W) in [0, 1], or
+    clips and volumes (B, C, T, H, W), whose maps are (B, C, t, h, w).
 
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
     ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
@@ -89,7 +90,8 @@ class Backbone(Movable):
         self.head_point = nn.Identity()
         for key in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, key), dtype=torch.float32, device="cpu")
-            self.register_buffer(key, values.view(1, -1, 1, 1), persistent=False)
+            ones = [1] * len(preprocessing.places)
+            self.register_buffer(key, values.view(1, -1, *ones), persistent=False)
         reference = next(model.parameters(), torch.zeros((), device="cpu"))
         self.to(device=reference.device)
         self.adapter = not hasattr(model, "forward_intermediates")
@@ -136,20 +138,23 @@ class Backbone(Movable):
             with lock_of(self.model).shared(), correct_norm_gradients(torch.is_grad_enabled()):
                 yield
         except (AssertionError, RuntimeError) as error:
-            own = tuple(self.preprocessing.input_size)
-            size = own if x is None else tuple(x.shape[-2:])
+            own = tuple(self.preprocessing.places)
+            size = own if x is None else tuple(x.shape[2:])
             if x is None or size == own or is_out_of_memory(error) or not self._takes_own_size(x):
                 raise
             reason = " ".join(str(error).split())[:200]
+            options = f"input_size={size[-2:]} (--input-size)"
+            if len(size) == 3:
+                options += f" and frames={size[0]} (--frames)"
             raise ValueError(
-                f"images: {self.name} takes {own[0]} x {own[1]} pixels and fails on {size[0]} x "
-                f"{size[1]} ({reason}); resize them, or load it with input_size={size} (--input-size)"
+                f"images: {self.name} takes {' x '.join(map(str, own))} pixels and fails on "
+                f"{' x '.join(map(str, size))} ({reason}); resize them, or load it with {options}"
             ) from error
 
     def _takes_own_size(self, x: Tensor) -> bool:
         """Whether a black image of the backbone's own size passes, with the device and type of ``x``.
         If not, the size of ``x`` was not the cause of its failure."""
-        image = x.new_zeros(1, *x.shape[1:-2], *self.preprocessing.input_size)
+        image = x.new_zeros(1, x.shape[1], *self.preprocessing.places)
         image.requires_grad_(x.requires_grad)  # hooks may ask for gradients
         try:
             with lock_of(self.model).shared():
@@ -174,7 +179,7 @@ class Backbone(Movable):
     @torch.no_grad()
     def _resolve_taps(self, taps: str | Sequence[str] | None, task: Task | None) -> None:
         image = torch.zeros(
-            1, len(self.preprocessing.mean), *self.preprocessing.input_size, device="cpu"
+            1, len(self.preprocessing.mean), *self.preprocessing.places, device="cpu"
         )
         image = image.to(self.device, next(self.model.parameters(), image).dtype)
         if self.adapter:
@@ -205,9 +210,10 @@ class Backbone(Movable):
                 self.taps = default_map_taps(pooled, inner)
             maps = self._select(self.taps, final, inner)
         for name, value in zip(self.taps, maps, strict=True):
-            if value.ndim != 4:
+            if value.ndim != self.mean.ndim:
+                form = "(B, C, t, h, w)" if self.reads_clips else "(B, C, h, w)"
                 raise ValueError(
-                    f"taps: {name!r} of {self.name} has shape {tuple(value.shape)}, not (B, C, h, w); "
+                    f"taps: {name!r} of {self.name} has shape {tuple(value.shape)}, not {form}; "
                     f"choose other taps"
                 )
         self._wanted = [] if self.adapter else wanted_intermediates(self.taps, self._depth)
@@ -217,7 +223,7 @@ class Backbone(Movable):
         self.task = resolve_task(task, logits, self.name)
         self.num_classes = int(self._as_classes(logits).shape[1])
         self.channels = tuple(m.shape[1] for m in maps)
-        self.tap_sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
+        self.tap_sizes: tuple[Any, ...] = tuple(tuple(m.shape[2:]) for m in maps)
         self.pools_linearly = self._pools_linearly(maps[-1])
 
     def _features(
@@ -256,6 +262,11 @@ class Backbone(Movable):
             last = list(sizes)[-1]
             return self.tokens_to_map(final, (last.shape[-2], last.shape[-1]))
         return final
+
+    @property
+    def reads_clips(self) -> bool:
+        """Whether its inputs are clips or volumes (B, C, T, H, W)."""
+        return self.mean.ndim == 5
 
     @staticmethod
     def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -358,12 +369,14 @@ class Backbone(Movable):
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def check_channels(self, images: Tensor, argument: str = "images") -> None:
-        """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W)."""
+        """Raise a ``ValueError`` unless ``images`` are (3, H, W) or (B, 3, H, W), clips (3, T, H, W) or
+        (B, 3, T, H, W)."""
         channels = self.mean.shape[1]
-        remedy = layout_remedy(images, channels, argument)
+        remedy = layout_remedy(images, channels, argument, self.mean.ndim - 2)
         if remedy:
+            sides = "T, H, W" if self.reads_clips else "H, W"
             raise ValueError(
-                f"{argument}: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, H, W); "
+                f"{argument}: got shape {tuple(images.shape)}, {self.name} takes (B, {channels}, {sides}); "
                 f"{remedy}"
             )
 
@@ -401,7 +414,7 @@ class Backbone(Movable):
             return False
         generator = torch.Generator().manual_seed(0)
         if self.adapter:
-            size = self.preprocessing.input_size
+            size = self.preprocessing.places
             image = torch.rand(1, self.mean.shape[1], *size, generator=generator, device="cpu").to(
                 last
             )
@@ -412,7 +425,7 @@ class Backbone(Movable):
         else:
             final = torch.rand(last.shape, generator=generator, device="cpu").to(last) - 0.3
             logits = self.head_logits(final)
-        expected = final.mean((2, 3)) @ weight.t() + (0 if bias is None else bias)
+        expected = final.flatten(2).mean(2) @ weight.t() + (0 if bias is None else bias)
         return bool(logits.any()) and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
     @property

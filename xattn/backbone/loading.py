@@ -15,7 +15,12 @@ from torch import nn
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
 from xattn.backbone.families.timm_models import create_timm_model
-from xattn.backbone.families.traced import UntraceableError, load_torchvision, traced_classifier
+from xattn.backbone.families.traced import (
+    UntraceableError,
+    check_reads_clips,
+    load_torchvision,
+    traced_classifier,
+)
 from xattn.backbone.families.transformers_models import (
     PREFIX,
     check_processor,
@@ -37,6 +42,7 @@ from xattn.photos.preprocessing import (
     says_normalization,
 )
 from xattn.runtime.copies import calls_of, frozen, frozen_copy, without_wrappers
+from xattn.runtime.option_checks import Count, check
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Asked:
     task: Task | None
     processor: Any
     photos: dict[str, Any]
+    frames: int | None = None
 
     @property
     def tap_list(self) -> tuple[str, ...] | None:
@@ -72,7 +79,9 @@ def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
     """Classifiers of Hugging Face transformers."""
     if not is_transformers(module):
         return None
-    return from_transformers(module, asked.processor, asked.task, asked.tap_list, asked.input_size)
+    return from_transformers(
+        module, asked.processor, asked.task, asked.tap_list, asked.input_size, asked.frames
+    )
 
 
 def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
@@ -87,14 +96,14 @@ def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
     """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
     try:
-        return traced_classifier(module, asked.tap_list, None, asked.input_size)
+        return traced_classifier(module, asked.tap_list, None, asked.input_size, asked.frames)
     except UntraceableError:
         return None
 
 
 def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
     """Any other module, run as it is."""
-    return from_hooks(module, asked.tap_list, input_size=asked.input_size)
+    return from_hooks(module, asked.tap_list, input_size=asked.input_size, frames=asked.frames)
 
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
@@ -124,8 +133,9 @@ def load_backbone(
     interpolation: str | None = None,
     tile_positions: bool = False,
     processor: Any = None,
+    frames: int | None = None,
 ) -> Backbone:
-    """Load a frozen classifier.
+    """Load a frozen classifier, of photos, or of clips and volumes (B, C, T, H, W).
 
     A module of yours stays as it is. The backbone has a copy in eval mode in the memory of its weights:
     train it on, in the same thread, and the next explanation is of what it has become. On another
@@ -157,6 +167,8 @@ def load_backbone(
             of resized, as windows of the training size (``freeswim``) need them.
         processor: the image processor of a classifier of transformers, from which its size, crop,
             interpolation, mean and std are read; by name the one that lies beside the model.
+        frames: how many frames of a clip, or slices of a volume, the network reads; 16 by default where it
+            does not say. A network whose first convolution is 3-D reads clips by itself.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
@@ -168,7 +180,9 @@ def load_backbone(
         raise ValueError("tile_positions: needs a model's name and input_size; give both")
     photos = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     given = taps if isinstance(taps, str | None) else tuple(taps)
-    asked = Asked(given, size, read_classes(class_names), task, processor, photos)
+    if frames is not None:
+        check("frames", frames, Count)
+    asked = Asked(given, size, read_classes(class_names), task, processor, photos, frames)
     if isinstance(name_or_module, nn.Module):
         backbone = _of_module(name_or_module, asked)
     elif isinstance(name_or_module, str):
@@ -193,12 +207,19 @@ def _of_name(
     with _device_with_values():
         if name.startswith(PREFIX):
             model: Any = load_transformers(
-                name, weights, asked.processor, num_classes, asked.task, asked.tap_list, size
+                name,
+                weights,
+                asked.processor,
+                num_classes,
+                asked.task,
+                asked.tap_list,
+                size,
+                asked.frames,
             )
             own = isinstance(model, HookedClassifier)
         elif own:
             model = load_torchvision(
-                name.partition("/")[2], weights, asked.tap_list, size, num_classes
+                name.partition("/")[2], weights, asked.tap_list, size, num_classes, asked.frames
             )
         else:
             model = create_timm_model(name, weights, None if tile else size, num_classes)
@@ -251,6 +272,8 @@ def _backbone(
     if isinstance(model, TransformersNetwork | HookedClassifier):
         task, class_names = task or model.task, class_names or model.class_names
     own = preprocessing_of(model, asked.input_size)
+    if asked.frames is not None:
+        check_reads_clips(own, name)
     channels = channels_of(model, own)
     preprocessing = given_preprocessing(own, channels, **asked.photos)
     try:

@@ -181,7 +181,7 @@ class Scored(BackboneView):
         if not self.adapter:
             return taps
         embed = getattr(self.model, "forward_embedding", None)
-        return taps._replace(logits=taps.maps[-1].mean((2, 3)) if embed is None else embed(x))
+        return taps._replace(logits=taps.maps[-1].flatten(2).mean(2) if embed is None else embed(x))
 
     def _classify(self, final: Tensor) -> Tensor:
         """What the classifier reads, (B, C): the passes of :class:`Backbone` serve targets of features."""
@@ -202,7 +202,7 @@ class Scored(BackboneView):
         """The shape of what the target reads of one image."""
         if self.target.reads == "logits":
             return (self.base.num_classes,)
-        size = self.preprocessing.input_size
+        size = self.preprocessing.places
         image = torch.zeros(1, self.mean.shape[1], *size, device="cpu")
         image = image.to(self.device, next(self.model.parameters(), image).dtype)
         return tuple(self.outputs_normalized(image).logits.shape[1:])

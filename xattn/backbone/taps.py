@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
@@ -65,6 +66,12 @@ class TapModule(Protocol):
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, M, h, w) at ``size`` (H, W), bilinear; (B, M, t, h, w) at (T, H, W), trilinear."""
+    mode = "bilinear" if maps.ndim == 4 else "trilinear"
+    return F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
 
 
 def parse_tap(tap: str) -> tuple[str, int, bool]:

@@ -34,7 +34,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,6 +41,7 @@ from xattn.backbone import Backbone, sha256
 from xattn.backbone.norm_gradients import correct_norm_gradients
 from xattn.backbone.pooled_features import answered
 from xattn.backbone.scored import BackboneView, Scored, class_of, is_score, scored
+from xattn.backbone.taps import resized
 from xattn.heads import AttentiveHead, Head, parse_options
 from xattn.heads.base import Frozen
 from xattn.heads.probed import Probed
@@ -98,7 +98,7 @@ class CaptumMethod:
         """Maps in the shape of the inputs (B, C, H, W), as ``captum.metrics.infidelity`` wants them:
         resized bilinearly, a C-th for each channel."""
         maps = self.attribute(inputs, target)  # type: ignore[attr-defined]
-        maps = F.interpolate(maps, inputs.shape[-2:], mode="bilinear", align_corners=False)
+        maps = resized(maps, inputs.shape[2:])
         return (maps / inputs.shape[1]).expand(inputs.shape)
 
 
@@ -128,11 +128,11 @@ class Copy(NamedTuple):
     def of(self, images: Tensor, mean: Tensor) -> Tensor:
         """Copies of ``images`` (B, C, H, W) around the colour ``mean`` (1, C, 1, 1)."""
         images = mean + self.contrast * (images - mean)
-        return images.flip(3) if self.mirrored else images
+        return images.flip(-1) if self.mirrored else images
 
     def back(self, maps: Tensor) -> Tensor:
         """Maps (B, M, h, w) of copies as maps of the photos."""
-        return maps.flip(3) if self.mirrored else maps
+        return maps.flip(-1) if self.mirrored else maps
 
 
 # Those beside the photo itself.
@@ -175,7 +175,8 @@ class Explainer(CaptumMethod, ABC):
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
     each image has micro-batches of its own, so that a batch of images needs no fixed size;
     ``needs_head``; ``per_class``, whether it has maps of classes alone, and none of other targets;
-    ``is_mask``, whether the map is already a mask, to be shown without min-max.
+    ``is_mask``, whether the map is already a mask, to be shown without min-max; ``clips``, whether it
+    explains clips and volumes (B, C, T, H, W), too, by maps (B, 1, t, h, w).
     """
 
     name: ClassVar[str]
@@ -185,6 +186,7 @@ class Explainer(CaptumMethod, ABC):
     needs_head: ClassVar[bool] = False
     per_class: ClassVar[bool] = False
     is_mask: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
 
     backbone: Backbone
     head: Head | None = None
@@ -202,6 +204,11 @@ class Explainer(CaptumMethod, ABC):
         check_fields(self, but=EXPLAINERS.given)
         if self.aug_smooth:
             self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
+        if getattr(self.backbone, "reads_clips", False) and not self.clips:
+            raise ValueError(
+                f"explainer: {self.name!r} explains photos, {self.backbone.name} reads clips; use "
+                f"'gradcam', 'occlusion' or 'rise'"
+            )
         if self.per_class and isinstance(self.backbone, Scored):
             raise ValueError(
                 f"target: explainer {self.name!r} has maps of classes alone, none of "
@@ -401,7 +408,7 @@ class ImageByImage(Explainer):
 
 def check_inputs(inputs: Tensor | NDArray[Any], backbone: Backbone) -> Tensor:
     """``inputs`` as a finite float (B >= 1, 3, H, W) in [0, 1]; a ``ValueError`` says what is wrong."""
-    return input_batch(inputs, backbone.mean.shape[1])
+    return input_batch(inputs, backbone.mean.shape[1], axes=backbone.mean.ndim - 2)
 
 
 def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:

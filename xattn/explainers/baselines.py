@@ -22,17 +22,18 @@ from xattn.runtime.option_checks import Positive
 class Random(Explainer):
     """Baseline: uniform noise on the grid of the last tap, fixed by the seed and the pixels."""
 
+    clips = True
     forwards = 0
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        height, width = _grid(self.backbone, images)
+        grid = _grid(self.backbone, images)
         maps = []
         for image in images.float().cpu().contiguous().numpy():
             digest = hashlib.sha256(
                 f"{self.seed}:{image.shape}:".encode() + image.tobytes()
             ).digest()
             generator = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-            maps.append(generator.random((1, height, width), dtype=np.float32))
+            maps.append(generator.random((1, *grid), dtype=np.float32))
         return torch.from_numpy(np.stack(maps)).to(images)
 
 
@@ -42,19 +43,21 @@ class Centre(Explainer):
     """Baseline: a Gaussian around the image's centre.
 
     Args:
-        sigma: standard deviation, as a fraction of the height and of the width.
+        sigma: standard deviation, as a fraction of the height and of the width, and of a clip's length.
     """
 
     sigma: Positive = 0.25
     forwards = 0
+    clips = True
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        y, x = (
+        axes = [
             ((torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n - 0.5).square()
-            for n in images.shape[-2:]
-        )
-        value = torch.exp(-(y[:, None] + x[None]) / (2 * self.sigma**2))
-        return value.to(images)[None, None].repeat(images.shape[0], 1, 1, 1)
+            for n in images.shape[2:]
+        ]
+        squares = torch.stack(torch.meshgrid(*axes, indexing="ij")).sum(0)
+        value = torch.exp(-squares / (2 * self.sigma**2)).to(images)
+        return value.expand(len(images), 1, *value.shape).clone()
 
 
 @register_explainer("ones", title="All ones")
@@ -63,16 +66,15 @@ class Ones(Explainer):
 
     forwards = 0
     is_mask = True
+    clips = True
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
-        height, width = _grid(self.backbone, images)
-        return images.new_ones(images.shape[0], 1, height, width)
+        return images.new_ones(images.shape[0], 1, *_grid(self.backbone, images))
 
 
-def _grid(backbone: Backbone, images: Tensor) -> tuple[int, int]:
+def _grid(backbone: Backbone, images: Tensor) -> list[int]:
     """The last tap's (h, w), scaled with the images where they are not of the default size."""
     sides = zip(
-        images.shape[-2:], backbone.preprocessing.input_size, backbone.tap_sizes[-1], strict=True
+        images.shape[2:], backbone.preprocessing.places, backbone.tap_sizes[-1], strict=True
     )
-    height, width = (max(1, round(side * tap / own)) for side, own, tap in sides)
-    return height, width
+    return [max(1, round(side * tap / own)) for side, own, tap in sides]

@@ -21,6 +21,8 @@ from xattn.explainers.base import Explainer, register_explainer
 class Saliency(Explainer):
     """max over the three channels of ``|g|``, (B, 1, H, W), never negative."""
 
+    clips = True
+
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         return pixel_gradient(self.backbone, images, target).abs().amax(1, keepdim=True)
 
@@ -28,6 +30,8 @@ class Saliency(Explainer):
 @register_explainer("input_x_gradient", title="Input × gradient")
 class InputXGradient(Explainer):
     """Sum over the three channels of x * g, (B, 1, H, W), signed. Black pixels get 0."""
+
+    clips = True
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
         # Imported late: captum takes longer to load than the maps take to compute.
@@ -60,6 +64,6 @@ def class_gradients(
 
 
 def probe_image(backbone: Backbone) -> Tensor:
-    """(1, 3, H, W) of noise at the backbone's default size, to try rules on."""
-    size = (1, backbone.mean.shape[1], *backbone.preprocessing.input_size)
+    """(1, 3, H, W) of noise at the backbone's default size, or (1, 3, T, H, W), to try rules on."""
+    size = (1, backbone.mean.shape[1], *backbone.preprocessing.places)
     return torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")

@@ -33,6 +33,7 @@ class _GradientSum(Explainer):
     """Base of sums over ``forwards`` perturbed copies of an image, ``max_forward_batch`` at a time."""
 
     one_by_one = True
+    clips = True
     forwards: int = field(init=False, default=1)
 
     def _sum(self, points: Points, target: Tensor) -> Tensor:
@@ -86,8 +87,9 @@ class IntegratedGradients(_GradientSum):
         nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(self.steps))
 
         def points(k: Tensor) -> tuple[Tensor, Tensor]:
-            a = ((nodes[k] + 1) / 2).to(image)[:, None, None, None]  # from [-1, 1] to [0, 1]
-            return base + a * difference, (weights[k] / 2).to(image.device)[:, None, None, None]
+            ones = [1] * image.ndim
+            a = ((nodes[k] + 1) / 2).to(image).view(-1, *ones)  # from [-1, 1] to [0, 1]
+            return base + a * difference, (weights[k] / 2).to(image.device).view(-1, *ones)
 
         return (self._sum(points, target) * difference).sum(0, keepdim=True)
 
@@ -118,14 +120,16 @@ class GradientShap(_GradientSum):
         if self.baselines is None:
             self.baselines = torch.cat([torch.zeros_like(mean), torch.ones_like(mean), mean])
         self.forwards = self.samples
-        self.baselines = _checked(self.baselines, mean.shape[1])
+        self.baselines = _checked(self.baselines, mean)
 
     def _map(self, image: Tensor, target: Tensor) -> Tensor:
         assert self.baselines is not None
-        if self.baselines.shape[2:] not in (image.shape[1:], (1, 1)):
+        one = (1,) * (image.ndim - 1)
+        if self.baselines.shape[2:] not in (image.shape[1:], one):
             raise ValueError(
                 f"baselines: got images of {tuple(self.baselines.shape[2:])} pixels for images of "
-                f"{tuple(image.shape[1:])}; give the same size, or colours (n, 3, 1, 1)"
+                f"{tuple(image.shape[1:])}; give the same size, or colours (n, 3, "
+                f"{', '.join(map(str, one))})"
             )
         draw = _Draws(self.seed, image)
         spread = self.noise * _range(image)
@@ -199,11 +203,13 @@ def _range(image: Tensor) -> float:
     return float(high - low)
 
 
-def _checked(baselines: Tensor, channels: int) -> Tensor:
+def _checked(baselines: Tensor, mean: Tensor) -> Tensor:
     given = isinstance(baselines, Tensor) and baselines.is_floating_point()
-    if not given or baselines.ndim != 4 or not len(baselines) or baselines.shape[1] != channels:
+    channels, axes = mean.shape[1], mean.ndim
+    if not given or baselines.ndim != axes or not len(baselines) or baselines.shape[1] != channels:
         got = tuple(baselines.shape) if isinstance(baselines, Tensor) else type(baselines)
-        raise ValueError(f"baselines: got {got}; give a float tensor (n, {channels}, H, W)")
+        sides = "H, W" if axes == 4 else "T, H, W"
+        raise ValueError(f"baselines: got {got}; give a float tensor (n, {channels}, {sides})")
     low, high = (float(v) for v in baselines.detach().aminmax())
     if not (low >= -1e-4 and high <= 1 + 1e-4):  # NaN fails as well
         raise ValueError(

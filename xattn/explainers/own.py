@@ -41,12 +41,15 @@ class WrongShapeError(ValueError):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AdaptedExplainer(Explainer):
-    """Base of explainers whose maps come from elsewhere: they are checked and brought to (b, 1, h, w).
+    """Base of explainers whose maps come from elsewhere: they are checked and brought to (b, 1, h, w), of
+    clips to (b, 1, t, h, w).
 
     Args:
         channels: how attributions of several channels become one map: ``"signed"``, their sum, or
             ``"absolute"``, the sum of their sizes.
     """
+
+    clips = True
 
     channels: Literal["signed", "absolute"] = "signed"
 
@@ -291,11 +294,17 @@ def one_map_each(
     if isinstance(found, tuple) and len(found) == 1:
         found = found[0]
     maps = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
-    if isinstance(maps, Tensor) and maps.ndim == 3:
+    if isinstance(maps, Tensor) and maps.ndim == images.ndim - 1:
         maps = maps[:, None]
     count, colours = images.shape[:2]
-    wanted = f"return (B, h, w), (B, 1, h, w), or a map for each colour (B, {colours}, h, w)"
-    if not isinstance(maps, Tensor) or maps.ndim != 4 or len(maps) != count or not maps.numel():
+    grid = "h, w" if images.ndim == 4 else "t, h, w"
+    wanted = f"return (B, {grid}), (B, 1, {grid}), or a map for each colour (B, {colours}, {grid})"
+    if (
+        not isinstance(maps, Tensor)
+        or maps.ndim != images.ndim
+        or len(maps) != count
+        or not maps.numel()
+    ):
         got = tuple(found.shape) if hasattr(found, "shape") else type(found).__name__
         raise WrongShapeError(f"explainer: {name} returned {got} for {count} images; {wanted}")
     if maps.shape[1] not in (1, colours) and not any_channels:

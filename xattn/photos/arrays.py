@@ -5,6 +5,8 @@
     a tensor   (3, H, W) or (B, 3, H, W)    float in [0, 1], or uint8
     an array   (H, W, 3) or (B, H, W, 3)    float in [0, 1], or uint8
 
+where a clip has an axis more, (3, T, H, W) and (T, H, W, 3).
+
 A **tensor of the model's input size is the model's input** and goes in as it is. Everything else is a
 photo, which the model's own crop prepares: tensors of another size, arrays, PIL images, files. Photos
 have 8 bits, so floats are rounded to them there. A list may mix all of these; a loader, or any other
@@ -101,18 +103,22 @@ def array_images(images: Tensor | NDArray[Any], channels: int = 3) -> list[Array
     return [ArrayImage(image, isinstance(images, Tensor)) for image in pixels.unbind()]
 
 
-def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs") -> Tensor:
-    """(B, C, H, W) float in [0, 1] for the network, of a batch or one image as a tensor or an array.
+def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs", axes: int = 2) -> Tensor:
+    """(B, C, H, W) float in [0, 1] for the network, of a batch or one image as a tensor or an array; of
+    clips, whose ``axes`` are 3, (B, C, T, H, W).
 
     Raises:
         ValueError: another layout, type or range, NaN, no image, or something else.
     """
     if not is_array(inputs):
+        sides, other = "H, W", "photos to xattn.explain(images, backbone, explainer=explainer)"
+        if axes == 3:
+            sides, other = "T, H, W", "a clip to xattn.explain_clip(clip, backbone, explainer)"
         raise ValueError(
-            f"{argument}: got a {type(inputs).__name__}; give a float tensor (B, {channels}, H, W), or "
-            f"photos to xattn.explain(images, backbone, explainer=explainer)"
+            f"{argument}: got a {type(inputs).__name__}; give a float tensor (B, {channels}, {sides}), or "
+            f"{other}"
         )
-    pixels = _checked(inputs, channels, argument)
+    pixels = _checked(inputs, channels, argument, axes)
     if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
         raise ValueError(
             f"{argument}: got {_kind(inputs)}; give floats in [0, 1]: {argument} / 255"
@@ -153,9 +159,9 @@ def _has_labels(item: Sequence[Any]) -> bool:
 # ---------------------------------------------------------------------- checks
 
 
-def _checked(images: Tensor | NDArray[Any], channels: int, argument: str) -> Tensor:
-    """(B, C, H, W), detached, uint8 or float in [0, 1]."""
-    remedy = layout_remedy(images, channels, argument) or _type_remedy(images, argument)
+def _checked(images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2) -> Tensor:
+    """(B, C, H, W) or (B, C, T, H, W), detached, uint8 or float in [0, 1]."""
+    remedy = layout_remedy(images, channels, argument, axes) or _type_remedy(images, argument)
     if remedy:
         raise ValueError(f"{argument}: got {_kind(images)}; {remedy}")
     if 0 in images.shape:
@@ -166,8 +172,8 @@ def _checked(images: Tensor | NDArray[Any], channels: int, argument: str) -> Ten
         pixels = images.detach()
     else:  # a copy: arrays may be read-only, or run backwards
         pixels = torch.from_numpy(np.array(images, order="C"))
-        pixels = pixels.movedim(-1, -3)
-    pixels = pixels if pixels.ndim == 4 else pixels[None]
+        pixels = pixels.movedim(-1, -1 - axes)
+    pixels = pixels if pixels.ndim == 2 + axes else pixels[None]
     if pixels.is_floating_point():
         _check_range(pixels, argument, isinstance(images, Tensor))
     return pixels
@@ -178,8 +184,12 @@ def _kind(images: Tensor | NDArray[Any]) -> str:
     return f"{noun} {tuple(images.shape)} of {images.dtype}"
 
 
-def layout_remedy(images: Tensor | NDArray[Any], channels: int, argument: str) -> str:
-    """The call that lays the images out as they are taken; empty if they are."""
+def layout_remedy(
+    images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2
+) -> str:
+    """The call that lays the images, or clips of 3 ``axes``, out as they are taken; empty if they are."""
+    if axes == 3:
+        return _clip_remedy(images, channels, argument)
     if isinstance(images, Tensor):
         return _tensor_remedy(tuple(images.shape), channels, argument)
     return _array_remedy(tuple(images.shape), channels, argument)
@@ -209,6 +219,19 @@ def _tensor_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
         )
     if len(shape) == 5 and shape[2] == channels:
         return f"give {form}: {name}.flatten(0, 1)"
+    return f"give {form}"
+
+
+def _clip_remedy(clips: Tensor | NDArray[Any], channels: int, name: str) -> str:
+    shape, tensor = tuple(clips.shape), isinstance(clips, Tensor)
+    form = f"({channels}, T, H, W)" if tensor else f"(T, H, W, {channels})"
+    form = f"{form} or (B, {form[1:]}"
+    if len(shape) in (4, 5) and shape[-4 if tensor else -1] == channels:
+        return ""
+    if tensor and len(shape) in (4, 5) and shape[-3] == channels:
+        return f"put channels before frames: {name}.transpose(-4, -3)"
+    if tensor and len(shape) in (4, 5) and shape[-1] == channels:
+        return f"put channels first: {name}.movedim(-1, -4)"
     return f"give {form}"
 
 

@@ -27,6 +27,22 @@ class Preprocessing:
     crop_pct: float = 0.875
     crop_mode: str = "center"
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sides of the model's input: (H, W), of a clip (T, H, W)."""
+        return self.input_size
+
+
+@dataclass(frozen=True)
+class ClipPreprocessing(Preprocessing):
+    """How a clip or a volume becomes the input (C, T, H, W): ``frames``, T of them, each as a photo."""
+
+    frames: int = 16
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        return (self.frames, *self.input_size)
+
 
 def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> Preprocessing:
     """What the model says of its preprocessing, with ImageNet's for what it does not say; at ``size``
@@ -119,8 +135,13 @@ def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tu
 def channels_of(model: nn.Module, own: Preprocessing) -> int:
     """How many channels an image has for the model: as many as its first convolution reads, or as
     ``own`` normalises where that reads something else than an image."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = first_convolution(model)
     return len(own.mean) if first is None or first.in_channels > 4 else first.in_channels
+
+
+def first_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    """The first convolution over two or three axes among the modules of ``model``."""
+    return next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
 
 
 def preprocessing_record(model: nn.Module, used: Preprocessing) -> dict[str, Any]:

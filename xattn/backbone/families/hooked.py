@@ -9,6 +9,7 @@ A tap is what its module returned in its last call of the pass. The hooks lie on
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,8 +24,9 @@ from xattn.backbone.families.traced import (
     as_map,
     coarsest,
     grid_of,
-    imagenet_names,
+    own_names,
     prepared_by,
+    steps_of,
 )
 from xattn.photos.classes import Task
 from xattn.photos.preprocessing import channels_of
@@ -80,7 +82,7 @@ class HookedClassifier(AdaptedClassifier):
                 f"taps: {missing[0]!r} is not called in this pass of {type(self.net).__name__}; name a "
                 f"module that every pass calls"
             )
-        return logits, [as_map(found[i], grid) for i, grid in enumerate(self.grids)]
+        return logits, self.as_maps([found[i] for i in range(len(self.grids))])
 
 
 def from_hooks(
@@ -88,32 +90,38 @@ def from_hooks(
     taps: Sequence[str] | None = None,
     *,
     input_size: tuple[int, int] | None = None,
+    frames: int | None = None,
     kind: str = "",
+    time_last: bool = False,
 ) -> HookedClassifier:
     """``model`` for ``load_backbone``; it gets hooks that stay, so give a copy.
 
     Args:
-        model: in eval mode; maps normalised images (B, 3, H, W) to logits (B, K).
+        model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default those of the
             last maps on each of the three coarsest grids that lead to the logits, in one pass of random
             images; where there are tokens, of the last ones that the logits need patch by patch, which
             in a ViT are the norm before attention in the last three blocks.
         input_size: (H, W) in pixels; by default that of ``model.preprocessing``.
+        frames: T of a clip; by default that of ``model.preprocessing``, or 16 of a network of 3-D
+            convolutions.
         kind: what errors call the module, by default its class.
+        time_last: whether the tokens of a clip go through time before places.
 
     Raises:
         ValueError: the module does not take images or give logits, or a tap is unknown or no map.
     """
-    preprocessing, assumed = prepared_by(model, None, input_size)
-    size, kind = preprocessing.input_size, kind or type(model).__name__
+    preprocessing, assumed = prepared_by(model, None, input_size, frames)
+    size, kind = preprocessing.places, kind or type(model).__name__
     logits, outputs = _run(model, size, channels_of(model, preprocessing), kind)
     shapes = {path: tuple(output.shape) for path, output in outputs.items()}
+    steps = steps_of(shapes.values(), size)
     if taps is None:
         leading = _leading(logits, outputs)
         taps = coarsest({path: shape for path, shape in shapes.items() if path in leading}, size)
         layers = dict(model.named_modules())
         norms = {p: g for p, g in leading.items() if not isinstance(layers[p], nn.Linear)}
-        taps = taps or _token_taps(norms, size)
+        taps = taps or _token_taps(norms, size, steps)
         if not taps:
             raise ValueError(
                 f"taps: no module of {kind} gives a map (B, C, h, w), or tokens (B, N, C) on a grid, that "
@@ -126,7 +134,7 @@ def from_hooks(
                 f"taps: {kind} calls no module {tap!r} that returns a tensor; "
                 f"{did_you_mean(tap, shapes, others)}"
             )
-    grids = [grid_of(tap, shapes[tap], size) for tap in taps]
+    grids = [grid_of(tap, shapes[tap], size, steps) for tap in taps]
     last = grids[-1]
     heads = [m for p, m in model.named_modules() if p in outputs and outputs[p] is logits]
     made = HookedClassifier(
@@ -135,17 +143,19 @@ def from_hooks(
         classifier=heads[-1] if heads else None,
         preprocessing=preprocessing,
         grids=grids,
-        prefix=0 if last is None else shapes[taps[-1]][1] - last[0] * last[1],
+        prefix=0 if last is None else shapes[taps[-1]][1] - math.prod(last),
+        steps=steps,
+        time_last=time_last,
     )
     made.assumes_preprocessing = assumed
-    made.class_names = imagenet_names(model)
+    made.class_names = own_names(model)
     return made
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _run(
-    model: nn.Module, size: tuple[int, int], channels: int, kind: str
+    model: nn.Module, size: tuple[int, ...], channels: int, kind: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits (2, K) of random images, and the last tensor that each module returned, by its path in the
     order of their returns."""
@@ -167,9 +177,10 @@ def _run(
         logits = model(images.requires_grad_())
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        options = "" if len(size) == 2 else " and frames="
         raise ValueError(
             f"model: {kind} fails on images {tuple(images.shape)} "
-            f"({type(error).__name__}: {reason}); give input_size=, or give it a method "
+            f"({type(error).__name__}: {reason}); give input_size={options}, or give it a method "
             f"forward_taps(x) -> (logits, maps)"
         ) from error
     finally:
@@ -190,21 +201,22 @@ def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return outputs
 
 
-def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, int]) -> list[str]:
+def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, ...], steps: int) -> list[str]:
     """The paths of the last tokens on each of the three coarsest grids that the logits need, or on a single
     grid the last three of the same name. Behind the last attention, a class token may be all they need.
 
     Args:
-        gradients: of tokens (2, N, C) by their paths, in the order of the pass. size: (H, W) of the images.
+        gradients: of tokens (2, N, C) by their paths, in the order of the pass. size, steps: as in
+            :func:`~xattn.backbone.families.traced.grid_of`.
     """
-    grids: dict[str, tuple[int, int]] = {}
+    grids: dict[str, tuple[int, ...]] = {}
     for path, gradient in gradients.items():
         with suppress(ValueError):
-            grid = grid_of(path, tuple(gradient.shape), size)
-            if grid and min(grid) > 1 and as_map(gradient, grid).count_nonzero((0, 1)).all():
+            grid = grid_of(path, tuple(gradient.shape), size, steps)
+            if grid and min(grid[-2:]) > 1 and as_map(gradient, grid).count_nonzero((0, 1)).all():
                 grids[path] = grid
     last = {grid: path for path, grid in grids.items()}
     if len(last) == 1:
         named = [re.sub(r"\d+", "#", path) for path in grids]
         return [path for path, name in zip(grids, named, strict=True) if name == named[-1]][-3:]
-    return [last[grid] for grid in sorted(last, key=lambda g: g[0] * g[1])[:3]][::-1]
+    return [last[grid] for grid in sorted(last, key=math.prod)[:3]][::-1]

@@ -8,7 +8,8 @@ maps; nothing is hooked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from xattn.backbone.weights import package_file
-from xattn.photos.preprocessing import Preprocessing, channels_of
+from xattn.photos.preprocessing import (
+    ClipPreprocessing,
+    Preprocessing,
+    channels_of,
+    first_convolution,
+)
 from xattn.runtime.copies import frozen_copy
 from xattn.runtime.names import did_you_mean
 
 HEAD_POINT = "head_point"
+CLIP_SIDE = 112  # pixels of the frames of a network that does not say
 Key = TypeVar("Key")
 
 
@@ -31,8 +38,10 @@ class AdaptedClassifier(nn.Module):
     Args:
         tap_names: of the taps.
         classifier: the module that gives the logits, of which a linear layer is read.
-        grids: None of a tap that is a map (B, C, h, w), the (h, w) of one of tokens (B, N, C).
+        grids: None of a tap that is a map (B, C, h, w), the (h, w) of one of tokens (B, N, C); of clips
+            (B, C, t, h, w) and (t, h, w).
         prefix: how many tokens of the last tap are none of its grid.
+        steps: t of the tokens of a clip. time_last: whether these go through time before places.
 
     Attributes:
         num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
@@ -49,10 +58,13 @@ class AdaptedClassifier(nn.Module):
         *,
         classifier: nn.Module | None,
         preprocessing: Preprocessing,
-        grids: Sequence[tuple[int, int] | None],
+        grids: Sequence[tuple[int, ...] | None],
         prefix: int,
+        steps: int = 1,
+        time_last: bool = False,
     ) -> None:
         super().__init__()
+        self.steps, self.time_last = steps, time_last
         self.tap_names = list(tap_names)
         self.preprocessing = preprocessing
         self.grids = list(grids)
@@ -60,6 +72,11 @@ class AdaptedClassifier(nn.Module):
         self.token_taps = self.grids[-1] is not None
         # In a list, so that it is not registered a second time.
         self._classifier = [classifier] if isinstance(classifier, nn.Linear) else []
+
+    def as_maps(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The taps as maps."""
+        pairs = zip(values, self.grids, strict=True)
+        return [as_map(value, grid, self.time_last) for value, grid in pairs]
 
     @property
     def classifier_weight(self) -> Tensor | None:
@@ -95,7 +112,7 @@ class TracedClassifier(AdaptedClassifier):
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, *values = self.graph(x)
-        return logits, [as_map(v, grid) for v, grid in zip(values, self.grids, strict=True)]
+        return logits, self.as_maps(values)
 
     def point_of(self, layer: str | nn.Module) -> nn.Module | None:
         """The identity through which the output of ``layer`` goes, a module of the network that was
@@ -116,6 +133,7 @@ def from_torchvision(
     *,
     preprocessing: Preprocessing | None = None,
     input_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> TracedClassifier:
     """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
 
@@ -123,7 +141,7 @@ def from_torchvision(
     made holds a frozen copy over the same weights.
 
     Args:
-        model: maps normalised images (B, 3, H, W) to logits (B, K).
+        model: maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
         taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
             ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
             last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
@@ -131,11 +149,12 @@ def from_torchvision(
         preprocessing: by default the module's own attribute of that name, or 224 pixels and ImageNet's
             mean and std.
         input_size: (H, W) in pixels; by default that of ``preprocessing``, of a ViT its own.
+        frames: T of a clip; by default that of ``preprocessing``, or 16.
 
     Raises:
         ValueError: the module cannot be traced, or a tap is unknown or not a map.
     """
-    return traced_classifier(frozen_copy(model), taps, preprocessing, input_size)
+    return traced_classifier(frozen_copy(model), taps, preprocessing, input_size, frames)
 
 
 def traced_classifier(
@@ -143,10 +162,11 @@ def traced_classifier(
     taps: Sequence[str] | None,
     preprocessing: Preprocessing | None,
     input_size: tuple[int, int] | None,
+    frames: int | None = None,
 ) -> TracedClassifier:
     """:func:`from_torchvision` of a module in eval mode, without another copy."""
-    preprocessing, assumed = prepared_by(model, preprocessing, input_size)
-    size = preprocessing.input_size
+    preprocessing, assumed = prepared_by(model, preprocessing, input_size, frames)
+    size = preprocessing.places
     traced, shapes, names = _trace(model, size, channels_of(model, preprocessing))
     taps = taps or _vit_taps(model)
     nodes = [_find(tap, names) for tap in taps] if taps is not None else coarsest(shapes, size)
@@ -155,7 +175,8 @@ def traced_classifier(
             f"taps: {type(model).__name__} does not end in (B, C, h, w) maps; name its token nodes, "
             f"such as the norm of its last block"
         )
-    grids = [grid_of(names[node], shapes[node], size) for node in nodes]
+    steps = steps_of(shapes.values(), size)
+    grids = [grid_of(names[node], shapes[node], size, steps) for node in nodes]
     graph = traced.graph
     output = next(n for n in graph.nodes if n.op == "output")
     logits = output.args[0]
@@ -168,7 +189,7 @@ def traced_classifier(
     points = _add_points(model, traced, names, {nodes[-1]: traced.get_submodule(HEAD_POINT)})
     traced.recompile()
     last = grids[-1]
-    prefix = 0 if last is None else shapes[nodes[-1]][1] - last[0] * last[1]
+    prefix = 0 if last is None else shapes[nodes[-1]][1] - math.prod(last)
     call = logits.op == "call_module"
     made = TracedClassifier(
         traced,
@@ -178,37 +199,57 @@ def traced_classifier(
         preprocessing=preprocessing,
         grids=grids,
         prefix=prefix,
+        steps=steps,
     )
     made.assumes_preprocessing = assumed
-    made.class_names = imagenet_names(model)
+    made.class_names = own_names(model)
     return made
 
 
-def imagenet_names(model: nn.Module) -> list[str] | None:
-    """ImageNet's names, as torchvision's weights have them, of a module of torchvision whose last layer has
-    1,000 outputs; None of any other."""
+def own_names(model: nn.Module) -> list[str] | None:
+    """ImageNet's names, of networks of clips those of Kinetics-400, as torchvision's weights have them, of a
+    module of torchvision whose last layer has as many outputs; None of any other."""
     import torchvision.models as zoo
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    if not type(model).__module__.startswith("torchvision.models.") or not layers:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    place = type(model).__module__
+    if not place.startswith("torchvision.models.") or not layers:
         return None
-    names = list(zoo.ResNet18_Weights.DEFAULT.meta["categories"])
+    clips = place.startswith("torchvision.models.video.")
+    weights = zoo.video.R3D_18_Weights if clips else zoo.ResNet18_Weights
+    names = list(weights.DEFAULT.meta["categories"])
     return names if len(layers[-1].weight) == len(names) else None
 
 
 def prepared_by(
-    model: nn.Module, preprocessing: Preprocessing | None, input_size: tuple[int, int] | None
+    model: nn.Module,
+    preprocessing: Preprocessing | None,
+    input_size: tuple[int, int] | None,
+    frames: int | None = None,
 ) -> tuple[Preprocessing, bool]:
-    """How photos are prepared for ``model``, and whether that had to be assumed."""
+    """How photos, or the clips of a network of 3-D convolutions, are prepared for ``model``, and whether
+    that had to be assumed."""
     preprocessing = preprocessing or getattr(model, "preprocessing", None)
     assumed = not isinstance(preprocessing, Preprocessing)
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = Preprocessing(interpolation="bilinear")
         side = getattr(model, "image_size", None)  # of torchvision's ViT
         input_size = (side, side) if input_size is None and isinstance(side, int) else input_size
+        if frames or isinstance(first_convolution(model), nn.Conv3d):
+            side = (CLIP_SIDE, CLIP_SIDE)
+            preprocessing = ClipPreprocessing(side, interpolation="bilinear")
     if input_size is not None:
         preprocessing = replace(preprocessing, input_size=input_size)
+    if frames is not None:
+        check_reads_clips(preprocessing, type(model).__name__)
+        preprocessing = replace(preprocessing, frames=frames)  # type: ignore[call-arg]
     return preprocessing, assumed
+
+
+def check_reads_clips(preprocessing: Preprocessing, name: str) -> None:
+    """Raise a ``ValueError`` that names ``frames`` unless the network reads clips."""
+    if not isinstance(preprocessing, ClipPreprocessing):
+        raise ValueError(f"frames: {name} reads single photos; leave it out")
 
 
 def load_torchvision(
@@ -217,6 +258,7 @@ def load_torchvision(
     taps: Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
     num_classes: int | None = None,
+    frames: int | None = None,
 ) -> TracedClassifier:
     """torchvision's classifier ``name`` with its own weights (``"timm"``, the default source of
     ``load_backbone``, stands for them), those of a file or of a package, or random ones (None).
@@ -227,8 +269,9 @@ def load_torchvision(
     """
     import torchvision.models as zoo
 
-    if name not in zoo.list_models(zoo):
-        hint = did_you_mean(name, zoo.list_models(zoo), "see torchvision.models.list_models()")
+    names = [*zoo.list_models(zoo), *zoo.list_models(zoo.video)]
+    if name not in names:
+        hint = did_you_mean(name, names, "see torchvision.models.list_models()")
         raise ValueError(f"backbone: torchvision has no classifier {name!r}; {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
@@ -255,7 +298,7 @@ def load_torchvision(
     else:
         assert weights is not None
         model = _with_file(name, weights, options)
-    return from_torchvision(model, taps, preprocessing=preprocessing)
+    return from_torchvision(model, taps, preprocessing=preprocessing, frames=frames)
 
 
 def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
@@ -264,7 +307,8 @@ def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Prepro
 
     transforms = zoo.get_model_weights(name).DEFAULT.transforms()
     side = transforms.crop_size[0]
-    return Preprocessing(
+    clips = name in zoo.list_models(zoo.video)
+    return (ClipPreprocessing if clips else Preprocessing)(
         input_size=size or (side, side),
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),
@@ -301,6 +345,10 @@ class _Shapes(fx.Interpreter):
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)  # whose lists cannot be changed
+        return tuple(list(a) if isinstance(a, list) else a for a in args), kwargs
+
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         if isinstance(result, Tensor):
@@ -313,7 +361,7 @@ Shapes = dict[fx.Node, tuple[int, ...]]
 
 @torch.no_grad()
 def _trace(
-    model: nn.Module, size: tuple[int, int], channels: int
+    model: nn.Module, size: tuple[int, ...], channels: int
 ) -> tuple[fx.GraphModule, Shapes, dict[fx.Node, str]]:
     """The traced module, the shape of every tensor in it, and its nodes' paths."""
     from torchvision.models.feature_extraction import NodePathTracer
@@ -347,9 +395,13 @@ def _trace(
 
 
 def _vit_taps(model: nn.Module) -> list[str] | None:
-    """``ln_1`` of the last three blocks of torchvision's ViT, what their attention reads."""
+    """``ln_1`` of the last three blocks of torchvision's ViT, ``norm1`` of MViT: what their attention
+    reads."""
     from torchvision.models import VisionTransformer
+    from torchvision.models.video.mvit import MViT
 
+    if isinstance(model, MViT):
+        return [f"blocks.{i}.norm1" for i in range(len(model.blocks))][-3:]
     if not isinstance(model, VisionTransformer):
         return None
     return [f"encoder.layers.{name}.ln_1" for name, _ in model.encoder.layers.named_children()][-3:]
@@ -365,11 +417,11 @@ def _find(tap: str, names: dict[fx.Node, str]) -> fx.Node:
     return found[-1]
 
 
-def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, int]) -> list[Key]:
+def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> list[Key]:
     """The last map on each of the three coarsest grids of more than one cell, fine to coarse.
 
     Args:
-        shapes: of tensors in their order; the batch is 2. size: (H, W) of the images.
+        shapes: of tensors in their order; the batch is 2. size: (H, W) of the images, (T, H, W) of clips.
 
     Grids have the aspect ratio of the input, which tells maps from (B, h, w, C) and position tables.
     Empty if tokens (B, N, C) follow the maps: these are just a ViT's patches then.
@@ -377,13 +429,29 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, int]) -> li
     last: dict[tuple[int, ...], Key] = {}
     tokens = False
     for node, shape in shapes.items():
-        is_map = len(shape) == 4 and shape[0] == 2 and min(shape[2:]) > 1
-        if is_map and abs(shape[2] / size[0] * size[1] - shape[3]) < 1:
+        is_map = len(shape) == 2 + len(size) and shape[0] == 2 and min(shape[-2:]) > 1
+        if is_map and fits(shape[2:], size):
             last[shape[2:]] = node
         tokens = not is_map and (tokens or (len(shape) == 3 and shape[0] == 2))
     if tokens:
         return []
-    return [last[grid] for grid in sorted(last, key=lambda g: g[0] * g[1])[:3]][::-1]
+    return [last[grid] for grid in sorted(last, key=math.prod)[:3]][::-1]
+
+
+def fits(grid: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a grid has the aspect ratio of an input of ``size``, up to a cell, and no more steps than it
+    has frames."""
+    return grid[0] <= size[0] and abs(grid[-2] / size[-2] * size[-1] - grid[-1]) < 1
+
+
+def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
+    """t of the first coarser map (2, C, t, h, w) of clips of ``size`` (T, H, W), or T where each frame has
+    a map of its own; 1 of photos."""
+    if len(size) == 2:
+        return 1
+    maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
+    own = (s[0] for s in maps if fits(s, size) and s[-1] < size[-1])
+    return next(own, size[0])
 
 
 def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -430,23 +498,42 @@ def _add_points(
     return found
 
 
-def grid_of(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int] | None:
-    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token."""
-    if len(shape) == 4 and shape[0] == 2:
+def grid_of(
+    name: str, shape: tuple[int, ...], size: tuple[int, ...], steps: int = 1
+) -> tuple[int, ...] | None:
+    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token, of clips
+    (t, h, w) with t = ``steps``."""
+    if len(shape) == 2 + len(size) and shape[0] == 2:
         return None
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[0] == 2:
         for count in (shape[1] - 1, shape[1]):
-            rows = round((count * size[0] / size[1]) ** 0.5)
-            if rows and count % rows == 0 and rows * size[1] == (count // rows) * size[0]:
-                return rows, count // rows
+            grid = token_grid(count, size, steps)
+            if grid is not None:
+                return grid
+    form = "(B, C, h, w)" if len(size) == 2 else "(B, C, t, h, w)"
     raise ValueError(
-        f"taps: {name!r} has shape {shape}; choose a node that is (B, C, h, w), or (B, N, C) tokens"
+        f"taps: {name!r} has shape {shape}; choose a node that is {form}, or (B, N, C) tokens"
     )
 
 
-def as_map(value: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """A tap as (B, C, h, w); of tokens (B, N, C) those of the ``grid`` (h, w), the last ones."""
+def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ...] | None:
+    """(h, w) of ``count`` tokens with the aspect ratio of images of ``size`` (H, W), or (t, h, w) of clips
+    of ``size`` (T, H, W); None where there is no such grid."""
+    area, left = divmod(count, steps)
+    rows = round((area * size[-2] / size[-1]) ** 0.5)
+    if left or not rows or area % rows or rows * size[-1] != (area // rows) * size[-2]:
+        return None
+    return (*(steps,) * (len(size) - 2), rows, area // rows)
+
+
+def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
+    """A tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C) those of the ``grid``, the last ones.
+
+    ``time_last``: the tokens of a clip go through time before places.
+    """
     if grid is None:
         return value
-    tokens = value[:, value.shape[1] - grid[0] * grid[1] :]
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    tokens = value[:, value.shape[1] - math.prod(grid) :].transpose(1, 2)
+    if time_last:
+        return tokens.unflatten(2, (*grid[1:], grid[0])).movedim(-1, 2)
+    return tokens.unflatten(2, grid)

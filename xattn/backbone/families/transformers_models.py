@@ -26,6 +26,7 @@ from torch import nn
 
 from xattn.attention.model.convert import evaluating
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
+from xattn.backbone.families.transformers_clips import KIND, clip_classifier
 from xattn.backbone.families.transformers_networks import (
     TransformersLogits,
     TransformersMaps,
@@ -69,6 +70,7 @@ def from_transformers(
     task: Task | None = None,
     taps: Sequence[str] | None = None,
     input_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
     """A classifier of transformers for ``load_backbone``, with what its image processor and its config say.
 
@@ -76,7 +78,7 @@ def from_transformers(
 
     Args:
         task: instead of the config's.
-        taps, input_size: of the others, as in :func:`~xattn.backbone.families.hooked.from_hooks`.
+        taps, input_size, frames: of the others, as in :func:`~xattn.backbone.families.hooked.from_hooks`.
 
     Raises:
         ValueError: no image classifier, one that does not read pixels alone, or a processor that prepares
@@ -87,9 +89,9 @@ def from_transformers(
         raise ValueError(
             f"name_or_module: a {kind} holds a timm model; give that, load_backbone(model.timm_model)"
         )
-    if "ForImageClassification" not in kind:
+    if KIND not in kind and "ForImageClassification" not in kind:
         raise ValueError(f"name_or_module: a {kind} is {_what(kind, network)}; {GIVE}")
-    if not takes(network, "pixel_values"):
+    if KIND not in kind and not takes(network, "pixel_values"):
         raise ValueError(
             f"name_or_module: a {kind} reads {network.main_input_name}, not pixels; give it a method "
             f"forward_taps(x) -> (logits, maps)"
@@ -99,6 +101,10 @@ def from_transformers(
     labels = _labels(network.config, task)
     family = FAMILIES.get(network.config.model_type)
     with alone(network), evaluating(network):
+        if KIND in kind:
+            hooked = clip_classifier(network, preprocessing, taps, input_size, frames)
+            hooked.task, hooked.class_names = task, labels
+            return hooked
         if family is None:
             size = input_size or (None if preprocessing else _own_size(network.config))
             whole = TransformersLogits(network, preprocessing)
@@ -151,6 +157,7 @@ def load_transformers(
     task: Task | None = None,
     taps: Sequence[str] | None = None,
     input_size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
     """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` of the hub, for ``load_backbone``.
 
@@ -158,7 +165,7 @@ def load_transformers(
         weights: None for random ones; else its own.
         processor: used instead of the one that lies beside the model.
         num_classes: refused, as the classifier has them. task: instead of the config's.
-        taps, input_size: as in :func:`from_transformers`.
+        taps, input_size, frames: as in :func:`from_transformers`.
 
     Raises:
         ValueError: as in :func:`from_transformers`; transformers is not installed, or a classifier has no
@@ -188,9 +195,11 @@ def load_transformers(
         if processor is None:
             load = transformers.AutoImageProcessor.from_pretrained
             processor = read_saved(name, "image processor", load, source)
+        clips = config.model_type in _known(transformers, clips=True)
         auto: Any = transformers.AutoModelForImageClassification
+        auto = transformers.AutoModelForVideoClassification if clips else auto
         network = auto.from_config(config) if weights is None else _with_weights(auto, source, name)
-    return from_transformers(network, processor, task, taps, input_size)
+    return from_transformers(network, processor, task, taps, input_size, frames)
 
 
 def saved_source(name: str, argument: str = "backbone") -> str:
@@ -222,12 +231,19 @@ def _with_weights(auto: Any, source: str, name: str) -> Any:
 
 
 def _check_config(config: Any, name: str, transformers: Any) -> None:
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     kinds = list(config.architectures or ())
-    if config.model_type in known and (not kinds or "ForImageClassification" in kinds[0]):
-        return
+    for clips, ending in ((False, "ForImageClassification"), (True, KIND)):
+        if config.model_type in _known(transformers, clips) and (not kinds or ending in kinds[0]):
+            return
     kind = kinds[0] if kinds else config.model_type
     raise ValueError(f"backbone: {PREFIX}{name} holds a {kind}, which is {_what(kind)}; {GIVE}")
+
+
+def _known(transformers: Any, clips: bool = False) -> Any:
+    """The kinds of config that have a classifier of photos, or of clips."""
+    names = transformers.models.auto.modeling_auto
+    kind = "VIDEO" if clips else "IMAGE"
+    return getattr(names, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES")
 
 
 def _what(kind: str, network: Any = None) -> str:

@@ -51,14 +51,14 @@ class AblationCam(LayerExplainer, ImageByImage):
         def ablated(index: Tensor) -> Tensor:
             if not self.classifier_only:
                 return self._without(image, index)
-            copies = activations.repeat(len(index), 1, 1, 1)
+            copies = activations.expand(len(index), *activations.shape[1:]).clone()
             copies[torch.arange(len(index), device="cpu"), index] = 0
             return self.backbone.head_logits(copies)
 
         y = whole[0, classes].double().cpu()
         scores = self._run(ablated, activations.shape[1], classes)
         weights = ((y - scores) / torch.where(y != 0, y.abs(), 1.0)).to(activations.device)
-        return torch.relu(torch.einsum("cm,chw->mhw", weights, activations[0].double()))
+        return torch.relu(torch.tensordot(weights.T, activations[0].double(), 1))
 
     def _run(self, ablated: Callable[[Tensor], Tensor], channels: int, classes: Tensor) -> Tensor:
         """The logits (C, M) float64 without each channel, in micro-batches of one shape."""
@@ -76,7 +76,7 @@ class AblationCam(LayerExplainer, ImageByImage):
 
     def _without(self, image: Tensor, index: Tensor) -> Tensor:
         """Logits (n, K) of n copies of the image; copy i has channel ``index[i]`` of the layer set to 0."""
-        images = image.expand(len(index), -1, -1, -1)
+        images = image.expand(len(index), *image.shape)
 
         def ablate(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             output = output.clone()

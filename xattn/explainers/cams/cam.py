@@ -49,6 +49,8 @@ class TapsExplainer(Explainer):
 class Cam(TapsExplainer):
     """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
 
+    clips = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.reading = class_reading(self.backbone, "explainer: cam")

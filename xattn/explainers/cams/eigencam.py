@@ -31,7 +31,7 @@ class EigenCam(LayerExplainer):
         maps = [_component(f) for f in self.reader.activations(images)]
         maps = [-m if m.sum() < 0 else m for m in maps]
         one = torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
-        return one.expand(-1, classes.shape[1], -1, -1)
+        return one.expand(-1, classes.shape[1], *one.shape[2:])
 
 
 @register_explainer("eigengradcam", title="Eigen-Grad-CAM")

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xattn.backbone.scored import class_of, is_score
+from xattn.backbone.taps import resized
 from xattn.explainers.base import Choose, Explainer, check_inputs, check_target, register_explainer
 from xattn.explainers.relevance.engine import Engine
 from xattn.explainers.relevance.rules import BIASED, Composite, own
@@ -34,6 +34,8 @@ class FullGrad(Explainer):
     bias or those inside windows of a Swin, are not on the map. Each layer counts alike, so the map depends
     on how a network is cut into layers.
     """
+
+    clips = True
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         """What the image and what all biases add to the class's logit, (B,) and (B,).
@@ -96,9 +98,9 @@ class FullGrad(Explainer):
             grid = self.backbone.grid(*images.shape[2:])
             count = grid[0] * grid[1] + self.backbone.prefix_tokens
             return self.backbone.tokens_to_map(part, grid) if part.shape[1] == count else None
-        if part.ndim != 4:
+        if part.ndim != images.ndim:
             return None
-        part = part.movedim(3, 1) if last else part
+        part = part.movedim(-1, 1) if last else part
         return part if part[0, 0].numel() > 1 else None
 
 
@@ -106,6 +108,7 @@ class FullGrad(Explainer):
 def _psi(part: Tensor, size: Any) -> Tensor:
     """(B, C, h, w) -> (B, 1, H, W); a constant part counts as 0."""
     part = part.abs()
-    low, high = part.amin((1, 2, 3), keepdim=True), part.amax((1, 2, 3), keepdim=True)
+    axes = tuple(range(1, part.ndim))
+    low, high = part.amin(axes, keepdim=True), part.amax(axes, keepdim=True)
     unit = torch.where(high > low, (part - low) / (high - low), 0.0).sum(1, keepdim=True)
-    return F.interpolate(unit, tuple(size), mode="bilinear", align_corners=False)
+    return resized(unit, size)

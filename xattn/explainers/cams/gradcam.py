@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xattn.explainers.base import register_explainer
-from xattn.explainers.cams.layers import LayerExplainer
+from xattn.explainers.cams.layers import LayerExplainer, axes_of
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -56,7 +56,7 @@ class GradCam(GradientCam):
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        return gradients.mean((2, 3), keepdim=True)
+        return gradients.mean(axes_of(gradients), keepdim=True)
 
 
 @register_explainer("gradcam_plusplus", title="Grad-CAM++")
@@ -69,9 +69,9 @@ class GradCamPlusPlus(GradientCam):
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         # The reduced fraction: g^2 and g^3 of usual gradients underflow in float16.
-        denominator = 2 + activations.sum((2, 3), keepdim=True) * gradients
+        denominator = 2 + activations.sum(axes_of(activations), keepdim=True) * gradients
         alpha = torch.where(denominator != 0, 1 / denominator, 0.0)
-        return (alpha * torch.relu(gradients)).sum((2, 3), keepdim=True)
+        return (alpha * torch.relu(gradients)).sum(axes_of(activations), keepdim=True)
 
 
 @register_explainer("layercam", title="LayerCAM")
@@ -115,6 +115,6 @@ class XGradCam(GradientCam):
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        total = activations.sum((2, 3), keepdim=True)
-        weighted = (gradients * activations).sum((2, 3), keepdim=True)
+        total = activations.sum(axes_of(activations), keepdim=True)
+        weighted = (gradients * activations).sum(axes_of(activations), keepdim=True)
         return torch.where(total != 0, weighted / total, 0.0)

@@ -1,8 +1,9 @@
 """The layers that CAM methods read: their activations, and gradients, as maps (B, C, h, w).
 
 By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, without
-prefix tokens, as a map. Maps of several layers are fused as pytorch-grad-cam does: each is scaled to
-[0, 1] by its minimum and maximum, up-sampled to the image, and the mean is taken.
+prefix tokens, as a map. Of clips maps are (B, C, t, h, w). Maps of several layers are fused as
+pytorch-grad-cam does: each is scaled to [0, 1] by its minimum and maximum, up-sampled to the image, and the
+mean is taken.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone import Backbone
+from xattn.backbone.families.traced import as_map, fits, token_grid
+from xattn.backbone.taps import resized
 from xattn.explainers.base import Explainer
 from xattn.runtime.copies import copies_of
 from xattn.runtime.names import near_names
+
+
+def axes_of(maps: Tensor) -> tuple[int, ...]:
+    """The axes of places of (B, C, h, w) or (B, C, t, h, w)."""
+    return tuple(range(2, maps.ndim))
 
 
 def default_layer(backbone: Backbone, method: str) -> nn.Module:
@@ -191,34 +198,49 @@ class LayerReader:
         if self.reshape is not None:
             return self._reshaped(output, images)
         if output.shape[:1] == images.shape[:1]:
-            unrolled = self._unrolled(output)
+            unrolled = self._of_clip(output, images) if images.ndim == 5 else self._unrolled(output)
             if unrolled is not None:
                 return unrolled
             if output.ndim == 4 and self._looks_like_map(output, images):
                 return output.movedim(self.channel_axis(output, images), 1)
-            if output.ndim == 3:
+            if output.ndim == 3 and images.ndim == 4:
                 grid = self._grid(output.shape[1], images.shape[-2:])
                 if grid is not None:
                     return self.backbone.tokens_to_map(output, grid)
         raise self._no_map(output, images)
 
     def _no_map(self, output: Tensor, images: Tensor) -> ValueError:
+        form = "(B, C, h, w)" if images.ndim == 4 else "(B, C, t, h, w)"
         return ValueError(
             f"layer: {self.name} of {self.backbone.name} gives {tuple(output.shape)} for "
-            f"{len(images)} images of {images.shape[-2]} x {images.shape[-1]}, which is no map; give "
-            f"layer=<one whose output is (B, C, h, w)>, or reshape=<a function that makes it so>"
+            f"{len(images)} images of {' x '.join(map(str, images.shape[2:]))}, which is no map; give "
+            f"layer=<one whose output is {form}>, or reshape=<a function that makes it so>"
         )
 
     def _reshaped(self, output: Tensor, images: Tensor) -> Tensor:
         assert self.reshape is not None
         found = self.reshape(output)
-        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != len(images):
+        if not isinstance(found, Tensor) or found.ndim != images.ndim or len(found) != len(images):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
                 f"reshape: got {got} for {self.name}, whose output is {tuple(output.shape)}; return "
-                f"(B, C, h, w)"
+                f"{'(B, C, h, w)' if images.ndim == 4 else '(B, C, t, h, w)'}"
             )
         return found
+
+    def _of_clip(self, output: Tensor, images: Tensor) -> Tensor | None:
+        """(B, C, t, h, w) of maps with their channels first or last, or of tokens less their prefix."""
+        size, model = images.shape[2:], self.backbone.model
+        if output.ndim == 5:
+            axis = self.channel_axis(output, images)
+            moved = output.movedim(axis, 1)
+            return moved if fits(moved.shape[2:], size) else None
+        if output.ndim == 3:
+            for prefix in (self.backbone.prefix_tokens, *range(MOST_PREFIX_TOKENS + 1)):
+                grid = token_grid(output.shape[1] - prefix, size, getattr(model, "steps", 1))
+                if grid is not None:
+                    return as_map(output, grid, getattr(model, "time_last", False))
+        return None
 
     def _unrolled(self, output: Tensor) -> Tensor | None:
         """Tokens of a Hiera block in the order of places; Hiera keeps those of a mask unit together."""
@@ -243,12 +265,15 @@ class LayerReader:
         return None
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
-        """The channel axis of (B, h, w, C) or (B, C, h, w): h and w have the image's aspect ratio."""
+        """The channel axis of (B, h, w, C) or (B, C, h, w), of clips with t before h: h and w have the
+        image's aspect ratio."""
         if self.reshape is not None:
             channels = self._reshaped(output, images).shape[1]
             return max(i for i in range(1, output.ndim) if output.shape[i] == channels)
         if output.ndim == 3:
             return 2
+        if output.ndim == 5:
+            return 1 if fits(output.shape[2:], images.shape[2:]) else 4
         size = images.shape[-2:]
         _, one, two, three = output.shape
         first, last = _fits(one, two, size), _fits(two, three, size)
@@ -273,7 +298,7 @@ def _fits(h: int, w: int, size: Sequence[int]) -> bool:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerExplainer(Explainer):
-    """Base of explainers that read the activations of one layer, or of several.
+    """Base of explainers that read the activations of one layer, or of several; of clips, too.
 
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output
@@ -283,6 +308,8 @@ class LayerExplainer(Explainer):
             of theirs, each scaled to [0, 1] and up-sampled to the image.
         reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
     """
+
+    clips = True
 
     layer: nn.Module | str | None = None
     layers: Any = ()
@@ -316,7 +343,7 @@ class LayerExplainer(Explainer):
     def _class_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         if not self._parts:
             return self._layer_maps(images, classes)
-        return fused([p._class_maps(images, classes) for p in self._parts], images.shape[-2:])
+        return fused([p._class_maps(images, classes) for p in self._parts], images.shape[2:])
 
     def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
         """Maps (b, M, h, w) of the classes (b, M) at one layer."""
@@ -339,7 +366,7 @@ def fused(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     one counts as 0."""
     scaled = []
     for one in maps:
-        low, high = one.amin((2, 3), keepdim=True), one.amax((2, 3), keepdim=True)
+        low, high = (of(one, axes_of(one), keepdim=True) for of in (torch.amin, torch.amax))
         unit = torch.where(high > low, (one - low) / (high - low), 0.0)
-        scaled.append(F.interpolate(unit, tuple(size), mode="bilinear"))
+        scaled.append(resized(unit, size))
     return torch.stack(scaled).mean(0)

@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from xattn.backbone.taps import resized
 from xattn.explainers.base import register_explainer
-from xattn.explainers.cams.layers import LayerExplainer
+from xattn.explainers.cams.layers import LayerExplainer, axes_of
 from xattn.explainers.gradients import probe_image
 from xattn.explainers.masking.masked_passes import PerturbationExplainer
 
@@ -50,10 +50,10 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
 
         def masks(index: Tensor) -> Tensor:
             channel = varies[index.to(varies.device)]
-            up = F.interpolate(activations[channel, None], image.shape[1:], mode="bilinear")
-            low, high = up.amin((2, 3), keepdim=True), up.amax((2, 3), keepdim=True)
+            up = resized(activations[channel, None], image.shape[1:])
+            low, high = (of(up, axes_of(up), keepdim=True) for of in (torch.amin, torch.amax))
             return ((up - low) / (high - low)).to(image.dtype)
 
         scores = self._scores(image, classes, len(varies), masks, logits=True)
         weights = scores.softmax(0).to(activations.device)
-        return torch.relu(torch.einsum("cm,chw->mhw", weights, activations[varies]))
+        return torch.relu(torch.tensordot(weights.T, activations[varies], 1))

@@ -32,6 +32,7 @@ class DRise(Rise):
     """
 
     per_class = True
+    clips = False
 
     masks: Count = 5000
     cells: Count = 16

@@ -36,6 +36,7 @@ class PerturbationExplainer(ImageByImage):
 
     fill: Literal["black", "mean"] = "black"
     perturbs = True
+    clips = True
 
     def _scores(
         self,
@@ -49,7 +50,7 @@ class PerturbationExplainer(ImageByImage):
         """Probabilities (count, M) float64, on the CPU, of ``count`` masked copies of an image.
 
         Args:
-            image: (3, H, W).
+            image: (3, H, W), or a clip (3, T, H, W) with masks (n, 1, T, H, W).
             classes: (M,).
             count: how many masks there are.
             masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once per
@@ -61,7 +62,7 @@ class PerturbationExplainer(ImageByImage):
         # other bits for another batch shape, and the repeats that fill up the last one cost time.
         steps = -(-count // self.max_forward_batch)
         batches = ForwardBatches(-(-count // steps))
-        fill = self.backbone.mean.view(-1, 1, 1).to(image) if self.fill == "mean" else None
+        fill = self.backbone.mean[0].to(image) if self.fill == "mean" else None
 
         def step(index: Tensor) -> Tensor:
             repeats = torch.arange(batches.size, device="cpu").clamp_max(len(index) - 1)
@@ -132,17 +133,18 @@ class SuperpixelExplainer(PerturbationExplainer):
             return rows[:, flat].view(-1, 1, *labels.shape)
 
         scores = self._scores(image, classes, len(kept), masks)
-        return self._coefficients(kept, scores)[labels].permute(2, 0, 1).to(image.device)
+        return self._coefficients(kept, scores)[labels].movedim(-1, 0).to(image.device)
 
 
 def superpixels(image: Tensor, n_segments: int = 50, compactness: float = 10.0) -> Tensor:
-    """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, CPU.
+    """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, CPU; of a clip
+    (3, T, H, W) supervoxels (T, H, W).
 
     scikit-image's SLIC (Achanta et al., TPAMI 2012) in CIELAB with connected superpixels. M is
     close to ``n_segments`` on photos and may be 1.
     """
     from skimage.segmentation import slic  # imported late: it loads scipy.ndimage
 
-    pixels = image.detach().double().cpu().permute(1, 2, 0).clamp(0, 1).numpy()
+    pixels = image.detach().double().cpu().movedim(0, -1).clamp(0, 1).numpy()
     labels = slic(pixels, n_segments=n_segments, compactness=compactness, start_label=0)
     return torch.from_numpy(np.unique(labels, return_inverse=True)[1].reshape(labels.shape)).long()

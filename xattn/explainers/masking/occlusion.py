@@ -8,6 +8,8 @@ float32.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,24 +26,29 @@ class Occlusion(PerturbationExplainer):
     """Occlusion: how much the probability falls, on average, when a square window hides a pixel.
 
     Windows start at 0, stride, 2 stride, ... until one reaches the border, which cuts it. A map is
-    (B, 1, H, W), signed, in [-1, 1].
+    (B, 1, H, W), signed, in [-1, 1]. In a clip a window hides some frames, too.
 
     Args:
         size: the window's side in pixels; a seventh of the image's shorter side by default.
         stride: pixels between windows, at most ``size``; half of it by default.
+        frames: of a clip that a window hides; a quarter of them by default. Windows start every half of
+            that.
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.
     """
 
     size: Count | None = None
     stride: Count | None = None
+    frames: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows, columns = self._windows(*self.backbone.preprocessing.input_size)
-        self.forwards = 1 + len(rows) * len(columns)
+        windows = self._windows(self.backbone.preprocessing.places)
+        self.forwards = 1 + math.prod(map(len, windows))
 
-    def _windows(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The R x C windows: bool (R, H), the rows that each covers, and (C, W), the columns."""
+    def _windows(self, sides: Sequence[int]) -> list[Tensor]:
+        """The R x C windows of images of ``sides`` (H, W): bool (R, H), the rows that each covers, and
+        (C, W), the columns; of clips of (T, H, W) those of time come first."""
+        *length, height, width = sides
         size = self.size or max(1, round(min(height, width) / 7))
         stride = self.stride or max(1, size // 2)
         if size > min(height, width):
@@ -54,23 +61,34 @@ class Occlusion(PerturbationExplainer):
                 f"stride: got {stride} with windows of {size} pixels, which would leave pixels out; "
                 f"give at most {size}"
             )
-        return _intervals(height, size, stride), _intervals(width, size, stride)
+        if not length and self.frames is not None:
+            raise ValueError(f"frames: got {self.frames} for photos; leave it out")
+        windows = [_intervals(side, size, stride) for side in (height, width)]
+        for side in length:
+            frames = min(side, self.frames or max(1, round(side / 4)))
+            windows.insert(0, _intervals(side, frames, max(1, frames // 2)))
+        return windows
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
-        rows, columns = (w.to(image.device) for w in self._windows(*image.shape[1:]))
+        windows = [w.to(image.device) for w in self._windows(image.shape[1:])]
+        counts = [len(w) for w in windows]
 
         def masks(index: Tensor) -> Tensor:  # index 0 is the clean image
             index = index.to(image.device)
-            window = (index - 1).clamp_min(0)
-            row, column = rows[window // len(columns)], columns[window % len(columns)]
-            hidden = row[:, :, None] & column[:, None, :] & (index > 0)[:, None, None]
+            places = torch.unravel_index((index - 1).clamp_min(0), counts)
+            hidden = (index > 0).view(-1, *[1] * len(windows))
+            for axis, (window, place) in enumerate(zip(windows, places, strict=True)):
+                ones = [1] * len(windows)
+                ones[axis] = -1
+                hidden = hidden & window[place].view(len(index), *ones)
             return ~hidden[:, None]
 
-        scores = self._scores(image, classes, 1 + len(rows) * len(columns), masks)
-        drops = (scores[:1] - scores[1:]).T.reshape(len(classes), len(rows), len(columns))
-        r, c = rows.cpu().double(), columns.cpu().double()
-        covered = r.sum(0)[:, None] * c.sum(0)
-        return (r.T @ drops @ c / covered).to(image.device)
+        scores = self._scores(image, classes, 1 + math.prod(counts), masks)
+        drops = (scores[:1] - scores[1:]).T.reshape(len(classes), *counts)
+        for axis, window in enumerate((w.cpu().double() for w in windows), start=1):
+            mean = window / window.sum(0)
+            drops = torch.tensordot(drops.movedim(axis, -1), mean, 1).movedim(-1, axis)
+        return drops.to(image.device)
 
 
 def _intervals(side: int, size: int, stride: int) -> Tensor:

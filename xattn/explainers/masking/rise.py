@@ -2,7 +2,8 @@
 
 Petsiuk et al., BMVC 2018, arXiv 1806.07421. A mask is an s x s grid of cells, each 1 with
 probability p, enlarged bilinearly to (s + 1) cells of ceil(H / s) x ceil(W / s) pixels and cropped
-to H x W at a random offset of less than a cell.
+to H x W at a random offset of less than a cell. For a clip of T frames it is a grid in time and space, of
+min(s, T) x s x s cells.
 """
 
 from __future__ import annotations
@@ -56,22 +57,28 @@ class Rise(PerturbationExplainer):
         return total / (self.masks * self.keep)
 
     def _random_masks(self, image: Tensor) -> Callable[[Tensor], Tensor]:
-        """indices (n,) -> masks (n, 1, H, W) float32 in [0, 1]."""
+        """indices (n,) -> masks (n, 1, H, W) or (n, 1, T, H, W) float32 in [0, 1]."""
         generator = self._generator()
-        grids = generator.random((self.masks, self.cells, self.cells)) < self.keep
-        offsets = torch.from_numpy(generator.random((self.masks, 2))).to(image.device)
+        counts = [*(min(self.cells, n) for n in image.shape[1:-2]), self.cells, self.cells]
+        grids = generator.random((self.masks, *counts)) < self.keep
+        offsets = torch.from_numpy(generator.random((self.masks, len(counts)))).to(image.device)
         cells = torch.from_numpy(grids).to(image.device, torch.float32)
         # Bilinear enlargement is separable: rows (n, H, s) @ cells (n, s, s) @ columns (n, s, W).
-        tables = [_interpolation(side, self.cells).to(image.device) for side in image.shape[1:]]
+        pairs = list(zip(image.shape[1:], counts, strict=True))
+        tables = [_interpolation(side, count).to(image.device) for side, count in pairs]
         sides = [torch.arange(side, device=image.device) for side in image.shape[1:]]
 
         def masks(index: Tensor) -> Tensor:
             index = index.to(image.device)
-            rows, columns = (
-                table[(offsets[index, axis] * _cell(len(side), self.cells)).long()[:, None] + side]
-                for axis, (table, side) in enumerate(zip(tables, sides, strict=True))
+            *times, rows, columns = (
+                table[(offsets[index, axis] * _cell(len(side), count)).long()[:, None] + side]
+                for axis, (table, side, count) in enumerate(zip(tables, sides, counts, strict=True))
             )
-            return (rows @ cells[index] @ columns.mT).clamp(0, 1)[:, None]
+            chosen = cells[index]
+            for steps in times:  # (n, T, s)
+                chosen = torch.einsum("nts,nshw->nthw", steps, chosen)
+                rows, columns = rows[:, None], columns[:, None]
+            return (rows @ chosen @ columns.mT).clamp(0, 1)[:, None]
 
         return masks
 

@@ -7,6 +7,7 @@ layer to the first: O(N) memory.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from xattn.attention.record import Call, record
 from xattn.backbone import Backbone
+from xattn.backbone.families.traced import token_grid
 from xattn.explainers.base import Choose, Explainer
 
 Start = str | Sequence[int]
@@ -26,14 +28,15 @@ CLASS_AND_PATCHES = "class+patches"
 
 @dataclass(frozen=True)
 class Reading:
-    """The attention of one pass over B images of N tokens: prefix tokens, then an (h, w) grid."""
+    """The attention of one pass over B images of N tokens: prefix tokens, then an (h, w) grid, of clips
+    (t, h, w)."""
 
     logits: Tensor
     layers: list[Call]
     """Self-attention, first layer to last; operators of shape (B, H, N, N)."""
     pool: Call | None
     """Attention pooling by one query of its own, (B, H, 1, N)."""
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -41,7 +44,7 @@ class Reading:
 
     @property
     def prefix(self) -> int:
-        return self.tokens - self.grid[0] * self.grid[1]
+        return self.tokens - math.prod(self.grid)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -69,7 +72,7 @@ class AttentionExplainer(Explainer):
         backbone = self.backbone
         with self._guard(), torch.no_grad():
             image = torch.zeros(
-                1, backbone.mean.shape[1], *backbone.preprocessing.input_size, device="cpu"
+                1, backbone.mean.shape[1], *backbone.preprocessing.places, device="cpu"
             )
             image = self._move(image)
             reading = read_attention(backbone, image)
@@ -99,7 +102,7 @@ class AttentionExplainer(Explainer):
         classes = self._chosen(choose, logits)
         rows = self._rows(reading, classes)
         maps = rows[..., reading.prefix :].unflatten(-1, reading.grid)
-        return logits, classes, maps.expand(-1, classes.shape[1], -1, -1)
+        return logits, classes, maps.expand(-1, classes.shape[1], *reading.grid)
 
     def _start_row(self, reading: Reading) -> Tensor | None:
         """(B, 1, N), sums to 1; None where the row of attention pooling is used instead."""
@@ -135,8 +138,14 @@ def first_row(call: Call) -> Tensor:
     return call.operator.rows(torch.zeros(1, dtype=torch.long, device=call.value.device))
 
 
-def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, int]:
-    """(h, w) of the patches; by the image's aspect ratio where the model does not report it."""
+def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, ...]:
+    """(h, w) of the patches, of clips (t, h, w); by the image's aspect ratio where the model does not
+    report it."""
+    if images.ndim == 5:
+        grid = token_grid(patches, images.shape[2:], getattr(backbone.model, "steps", 1))
+        if grid is None:
+            raise ValueError(f"backbone: {patches} patch tokens of {backbone.name} form no grid")
+        return grid
     height, width = images.shape[-2:]
     if backbone.knows_grid:
         rows, columns = backbone.grid(height, width)

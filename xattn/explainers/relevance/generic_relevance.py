@@ -29,6 +29,7 @@ class GenericRelevance(AttentionExplainer):
     """
 
     gradients = True
+    clips = True
 
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
         calls = [*reading.layers, *([reading.pool] if self.start is None and reading.pool else [])]

@@ -73,6 +73,8 @@ class GuidedBackprop(Explainer):
         ValueError: a network that calls no ReLU; the message names the activations that it calls.
     """
 
+    clips = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         engine = Engine(RULES)

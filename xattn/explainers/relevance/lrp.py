@@ -279,6 +279,8 @@ class Lrp(RelevanceExplainer):
         composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
     """
 
+    clips = True
+
     gamma: NotNegative = 0.25
     linear_gamma: NotNegative = 0.0
     epsilon: NotNegative | None = None

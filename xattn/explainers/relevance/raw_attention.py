@@ -42,6 +42,8 @@ class RawAttention(AttentionExplainer):
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
+    clips = True
+
     layer: int = -1
     fusion: Fusion | int = "mean"
 
@@ -87,6 +89,8 @@ class ColumnMass(AttentionExplainer):
     Raises:
         ValueError: a layer whose attention may be negative.
     """
+
+    clips = True
 
     layer: int | None = -1
     start: Start | None = field(default="patches", init=False)

@@ -52,6 +52,8 @@ class Rollout(AttentionExplainer):
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
+    clips = True
+
     fusion: Fusion = "mean"
     residual: Annotated[float, Where(lambda x: 0 <= x <= 1, "a weight in [0, 1]")] = 0.5
     discard: Share = 0.0

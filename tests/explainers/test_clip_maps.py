@@ -1,0 +1,149 @@
+"""Explanations of clips: every method gives a map in time and space or says in one line that it cannot."""
+
+import pytest
+import torch
+from clip_networks import backbone, clips
+from torch import nn
+
+from xattn import load_backbone
+from xattn.explainers import create_explainer, list_explainers
+from xattn.explainers.base import EXPLAINERS, explainer_class
+
+EVERY = [name for name in list_explainers() if explainer_class(name).clips]
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {family: backbone(family) for family in ("own", "VideoMAE", "Timesformer")}
+
+
+@pytest.mark.parametrize("family", ["own", "VideoMAE", "Timesformer"])
+@pytest.mark.parametrize("name", list_explainers())
+def test_a_map_or_one_line(name, family, networks):
+    network = networks[family]
+    x, options = clips(network), EXPLAINERS.entry(name).cases[0]
+    try:
+        method = create_explainer(name, network, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        if name not in EVERY:
+            assert "clips" in str(error) or "detections" in str(error) or "blocks" in str(error)
+        return
+    assert name in EVERY
+    one = method.attribute(x, 1)
+    grids = {network.tap_sizes[-1], network.preprocessing.places}
+    assert one.shape[:2] == (2, 1) and tuple(one.shape[2:]) in grids and bool(one.isfinite().all())
+    logits, _, maps = method.attribute_classes(x, lambda z: z.topk(2).indices)
+    assert maps.shape == (2, 2, *one.shape[2:]) and torch.equal(logits, network.logits(x))
+    alone = create_explainer(name, network, **options).attribute(x[:1], 1)
+    torch.testing.assert_close(alone, one[:1], rtol=1e-3, atol=1e-5)
+
+
+def flat(channels=(3, 6, 8)):
+    """The same network of photos and of clips whose convolutions are one frame deep."""
+    torch.manual_seed(0)
+    two = nn.Sequential(
+        nn.Conv2d(channels[0], channels[1], 3, padding=1), nn.BatchNorm2d(channels[1]), nn.ReLU(),
+        nn.Conv2d(channels[1], channels[2], 3, 2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(channels[2], 4),
+    )  # fmt: skip
+    three = nn.Sequential(
+        nn.Conv3d(channels[0], channels[1], (1, 3, 3), padding=(0, 1, 1)),
+        nn.BatchNorm3d(channels[1]), nn.ReLU(),
+        nn.Conv3d(channels[1], channels[2], (1, 3, 3), (1, 2, 2), padding=(0, 1, 1)), nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(channels[2], 4),
+    )  # fmt: skip
+    weights = two.state_dict()
+    three.load_state_dict({k: weights[k].view(v.shape) for k, v in three.state_dict().items()})
+    return two, three
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(set(EVERY) - {"rise", "random", "smoothgrad", "gradient_shap", "lime", "kernel_shap"}),
+)  # whose draws are of the input's shape
+def test_one_frame_is_explained_as_a_photo(name):
+    two, three = flat()
+    photo = load_backbone(two, input_size=24, mean=0.5, std=0.5)
+    clip = load_backbone(three, input_size=24, frames=1, mean=0.5, std=0.5)
+    x, options = torch.rand(2, 3, 24, 24), EXPLAINERS.entry(name).cases[0]
+    try:
+        method = create_explainer(name, photo, **options)
+    except ValueError:
+        with pytest.raises(ValueError, match="backbone|cam"):
+            create_explainer(name, clip, **options)
+        return
+    expected = method.attribute(x, 2)
+    found = create_explainer(name, clip, **options).attribute(x[:, :, None], 2)
+    torch.testing.assert_close(found[:, :, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+class Linear(nn.Module):
+    """The sum of w x over all pixels of all frames."""
+
+    def __init__(self, places):
+        super().__init__()
+        torch.manual_seed(1)
+        self.w = nn.Parameter(torch.randn(3, *places))
+        self.frame = nn.Conv3d(3, 3, 1, groups=3, bias=False)
+        nn.init.ones_(self.frame.weight)
+
+    def forward(self, x):
+        return (self.frame(x) * self.w).sum((1, 2, 3, 4))[:, None]
+
+
+def test_a_linear_scorer_is_explained_by_its_terms():
+    places = (4, 6, 5)
+    net = Linear(places)
+    options = {"input_size": places[1:], "frames": 4, "mean": 0.0, "std": 1.0, "task": "regression"}
+    network = load_backbone(net, **options)
+    x = torch.rand(1, 3, *places)
+    terms = (net.w * x).sum(1, keepdim=True).detach()
+
+    def map_of(name, **options):
+        return create_explainer(name, network, **options).attribute(x, 0)
+
+    for name in ("input_x_gradient", "integrated_gradients"):
+        torch.testing.assert_close(map_of(name), terms, rtol=1e-4, atol=1e-5)
+    pixels = map_of("occlusion", size=1, stride=1, frames=1)
+    torch.testing.assert_close(pixels, terms, rtol=1e-4, atol=1e-4)
+    whole = map_of("occlusion", size=5, stride=1, frames=2)  # windows by their definition
+    expected, count = torch.zeros(places), torch.zeros(places)
+    for t in range(3):
+        for y in range(2):
+            window = slice(t, t + 2), slice(y, y + 5), slice(0, 5)
+            expected[window] += terms[0, 0][window].sum()
+            count[window] += 1
+    torch.testing.assert_close(whole[0, 0], expected / count, rtol=1e-4, atol=1e-4)
+    many = map_of("rise", masks=4000, cells=4)  # whose mean is linear in the terms, too
+    assert torch.corrcoef(torch.stack([many.flatten(), terms.flatten()]))[0, 1] > 0.3
+
+
+def test_rise_hides_in_time_and_space():
+    network = backbone("own")
+    masks = create_explainer("rise", network, masks=400)._random_masks(clips(network)[0])
+    drawn = masks(torch.arange(400))
+    assert drawn.shape == (400, 1, 6, 28, 20) and abs(float(drawn.mean()) - 0.5) < 0.02
+    assert float(drawn.std(2).mean()) > 0.1 and float(drawn.std((3, 4)).mean()) > 0.1
+    torch.testing.assert_close(drawn[7:9], masks(torch.tensor([7, 8])))
+
+
+def test_attention_rows_of_videomae_are_those_of_its_own_weights():
+    network = backbone("VideoMAE")
+    x = clips(network)
+    net = network.model.net.network
+    found = create_explainer("raw_attention", network).attribute(x, 0)
+    net.set_attn_implementation("eager")
+    weights = net(network.normalize(x).transpose(1, 2), output_attentions=True).attentions
+    own = weights[-1].mean(1).mean(1).unflatten(1, (2, 4, 4))  # the classifier averages all patches
+    torch.testing.assert_close(found[:, 0], own, rtol=1e-4, atol=1e-6)
+
+
+def test_cams_of_a_clip_cost_one_forward_and_one_backward_pass():
+    network = backbone("own")
+    method = create_explainer("gradcam", network)
+    calls = []
+    handle = network.model.graph.fc.register_forward_hook(lambda *_: calls.append(1))
+    method.attribute(clips(network), 1)
+    handle.remove()
+    assert len(calls) == 1

@@ -1,0 +1,70 @@
+"""Classifiers of clips of Hugging Face ``transformers``: VideoMAE, TimeSformer, ViViT, V-JEPA 2.
+
+    model = AutoModelForVideoClassification.from_pretrained(NAME)
+    backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
+
+They are run as they are, with hooks. They take frames before channels, (B, T, C, H, W); here clips are
+(B, C, T, H, W) for every network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from xattn.backbone.families.hooked import HookedClassifier, from_hooks
+from xattn.backbone.families.transformers_networks import TransformersLogits, pair_of
+from xattn.photos.preprocessing import ClipPreprocessing, Preprocessing
+
+KIND = "ForVideoClassification"
+TIME_LAST = ("timesformer",)  # whose tokens go through time before places
+
+
+class TransformersClips(TransformersLogits):
+    """The logits of ``network`` for clips (B, C, T, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = {self.network.main_input_name: x.transpose(1, 2)}
+        return self.network(**frames)[0]  # type: ignore[no-any-return]
+
+
+def clip_classifier(
+    network: Any,
+    preprocessing: Preprocessing | None,
+    taps: Sequence[str] | None,
+    input_size: tuple[int, int] | None,
+    frames: int | None,
+) -> HookedClassifier:
+    """A classifier of clips for ``load_backbone``.
+
+    Args:
+        preprocessing: what its processor says; None of ImageNet's, which then counts as assumed.
+        taps: see :func:`~xattn.backbone.families.hooked.from_hooks`.
+        input_size, frames: by default those of ``preprocessing`` and of the network's config.
+    """
+    config = getattr(network.config, "vision_config", network.config)
+    count = next(
+        (int(n) for key in ("num_frames", "frames_per_clip") if (n := getattr(config, key, None))),
+        16,
+    )
+    count, size = frames or count, input_size
+    if preprocessing is not None:
+        preprocessing = ClipPreprocessing(**asdict(preprocessing), frames=count)
+    else:
+        own = getattr(config, "image_size", None) or getattr(config, "crop_size", None)
+        size = size or (None if own is None else pair_of(own))
+    made = from_hooks(
+        TransformersClips(network, preprocessing),
+        taps,
+        input_size=size,
+        frames=count,
+        kind=type(network).__name__,
+        time_last=network.config.model_type in TIME_LAST,
+    )
+    layers = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    if layers:  # not a module's attribute: they are registered in the network
+        vars(made)["blocks"] = layers[0]
+    return made
