@@ -207,8 +207,8 @@ def traced_classifier(
 
 
 def own_names(model: nn.Module) -> list[str] | None:
-    """ImageNet's names, of networks of clips those of Kinetics-400, as torchvision's weights have them, of a
-    module of torchvision whose last layer has as many outputs; None of any other."""
+    """ImageNet's names, of networks of clips those of Kinetics-400, as torchvision's weights have them, of
+    a module of torchvision whose last layer has as many outputs; None of any other."""
     import torchvision.models as zoo
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
