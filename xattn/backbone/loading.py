@@ -167,8 +167,7 @@ def load_backbone(
             of resized, as windows of the training size (``freeswim``) need them.
         processor: the image processor of a classifier of transformers, from which its size, crop,
             interpolation, mean and std are read; by name the one that lies beside the model.
-        frames: how many frames of a clip, or slices of a volume, the network reads; 16 by default where it
-            does not say. A network whose first convolution is 3-D reads clips by itself.
+        frames: of a clip, or slices of a volume, that the network reads; its own, or 16 by default.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
