@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from xattn.backbone import sha256
+from xattn.cli import detections
 from xattn.cli.model import BackboneArgs, device_name
 from xattn.runtime.files import Signature
 from xattn.runtime.memory import out_of_memory_is
@@ -145,6 +146,37 @@ def vlm() -> Any:
             raise ModelError(reason(error)) from error
 
 
+def detector() -> Any:
+    """The detector (:class:`xattn.detection.Detector`) that the viewer was started with.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from xattn.app import state
+
+    name = str(state.settings().detector)
+    with out_of_memory_is(ModelError(f"There is not enough memory for {name}.")):
+        try:
+            return _loaded_detector(name, _own() or BackboneArgs())
+        except (ValueError, OSError) as error:
+            raise ModelError(reason(error)) from error
+
+
+def check_made(pack: Any, loaded: Any) -> None:
+    """Refuse a model that did not make ``pack``.
+
+    Raises:
+        ModelError: its weights are others.
+    """
+    record = _record(pack)
+    if loaded.fingerprint != record["sha256"]:
+        raise ModelError(
+            f"The maps of this pack explain {record['name']} with weights sha256 "
+            f"{record['sha256'][:12]}, and the viewer was started with {loaded.name}, "
+            f"{loaded.fingerprint[:12]}; start it with the one that made the pack."
+        )
+
+
 def weight_files() -> dict[str, Path]:
     """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
     heads, maps and cached rows are not."""
@@ -222,6 +254,13 @@ def _load(arguments: BackboneArgs) -> Backbone:
 def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     loaded = arguments.load()
     loaded.fingerprint  # noqa: B018 - hashed once, while nobody else can use the model
+    return loaded
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def _loaded_detector(name: str, arguments: BackboneArgs) -> Any:
+    loaded = detections.load(name, arguments)
+    loaded.fingerprint  # noqa: B018 - as in _loaded
     return loaded
 
 

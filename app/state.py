@@ -79,6 +79,7 @@ class Settings:
     imports: tuple[str, ...] = ()  # files and modules of --import, for jobs
     annotations: Path | None = None  # masks or boxes of photos
     vlm: str | None = None  # a vision-language model, as xattn.load_vlm takes it
+    detector: str | None = None  # as xattn explain --detector takes it
 
     @property
     def local_root(self) -> Path:

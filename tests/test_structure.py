@@ -23,6 +23,7 @@ LAYERS = {
 UPWARD = {
     ("xattn", "xattn.eval"): "evaluate is a public name of the package",
     ("xattn.app.models", "xattn.cli.model"): "the viewer takes the options of xattn explain",
+    ("xattn.app.models", "xattn.cli.detections"): "and those of its --detector",
     ("xattn.app.jobs.child", "xattn.cli"): "a job's process runs a command line",
 }
 LONGEST_FUNCTION, LONGEST_KERNEL, LONGEST_FILE, MOST_ENTRIES = 80, 100, 800, 20

@@ -328,6 +328,44 @@ def patches(
     )
 
 
+def boxes(
+    photo: str,
+    found: Sequence[Mapping[str, Any]],
+    key: str,
+    *,
+    aspect: float,
+    label: str,
+    alt: str,
+    draws: bool = False,
+    drawn: Sequence[float] | None = None,
+    on_open: Any = None,
+    on_draw: Any = None,
+) -> None:
+    """Show a photo under boxes, each a button; a click, or Enter on one, opens it.
+
+    Args:
+        photo: URL of the picture; ``aspect``: its width over its height.
+        found: each ``{"id", "at", "text", "kind", "selected": bool}``, ``at`` as left, top, right and
+            bottom in shares of the photo; kinds ``missed`` and ``candidate`` are dashed.
+        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
+        draws: whether a drag draws another box, ``drawn``, of which there is one at a time.
+        on_open, on_draw: called before the script runs again; ``sent(key, "open")`` is an id, and
+            ``sent(key, "draw")`` the box in shares of the photo.
+    """
+    _show(
+        "boxes",
+        key,
+        {"open": on_open, "draw": on_draw},
+        photo=photo,
+        boxes=[dict(box) for box in found],
+        aspect=aspect,
+        label=label,
+        alt=alt,
+        draws=draws,
+        drawn=None if drawn is None else list(drawn),
+    )
+
+
 def picked_patch(key: str, grid: tuple[int, int]) -> tuple[int, int] | None:
     """The patch that was just picked in the picture ``key``: (row, column) from 0."""
     value = sent(key, "pick")

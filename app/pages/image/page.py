@@ -16,6 +16,7 @@ from xattn.app.components.look import STYLES, look_control
 from xattn.app.components.theme import name_html
 from xattn.app.navigation import address, frame, last_view
 from xattn.app.pages.image import photo_tabs
+from xattn.app.pages.image.boxes import Boxed, boxes_of, outlines, photo_boxes
 from xattn.app.pages.image.shown import (
     SIDE,
     WIDTH,
@@ -35,6 +36,7 @@ from xattn.app.triage.store import KEYS, NOTE_LENGTH, Mark, Store, TagsError
 from xattn.app.triage.tag_files import Person
 from xattn.packs.contained_files import PackError
 from xattn.pictures.explained import probability_text
+from xattn.runtime.names import counted
 
 if TYPE_CHECKING:
     from xattn.app.pages.image.objects import Objects
@@ -247,12 +249,21 @@ def page(context: Context) -> None:
         st.warning("This pack has no such image. Choose one in the gallery.")
         st.link_button("Gallery", state.link("gallery", pack=pack.id))
         return
-    _heading(pack, image_id, row)
+    found = boxes_of(pack, image_id)
+    _heading(pack, image_id, row, len(found))
     marks(pack, _view(pack), image_id)
-    shown = _choose(pack, image_id)
+    shown = _choose(pack, image_id, "Detection" if found else "Class")
     if shown is None:
         return
-    _maps(pack, shown)
+    if found:
+        left, right = st.columns([2, 3], gap="medium")
+        with left:
+            photo_boxes(pack, image_id, found, "boxes", shown.target, _open_box)
+            st.caption("Click a box, or Tab to it and press Enter, for its maps.")
+        with right:
+            _maps(pack, shown, found)
+    else:
+        _maps(pack, shown)
     tabs = st.tabs(list(TABS), key="tab", bind="query-params")
     for tab, part in zip(tabs, TABS.values(), strict=True):
         if tab.open:
@@ -263,7 +274,7 @@ def page(context: Context) -> None:
 # ---------------------------------------------------------------------- where we are
 
 
-def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
+def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> None:
     view = _view(pack)
     before, after, number, count = neighbours(pack, view, image_id)
     bar = st.container(horizontal=True, vertical_alignment="center", gap="small")
@@ -310,7 +321,10 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
             help="What each patch attends to",
         )
     st.html(name_html(row["title"]))
-    _verdict(pack, image_id, row)
+    if boxes:
+        st.caption(counted(boxes, "detection"))
+    else:
+        _verdict(pack, image_id, row)
 
 
 def _view(pack: Pack) -> selection.View:
@@ -380,7 +394,7 @@ def _has_attention(pack: Pack, image_id: str) -> bool:
 # ---------------------------------------------------------------------- what to show
 
 
-def _choose(pack: Pack, image_id: str) -> Shown | None:
+def _choose(pack: Pack, image_id: str, label: str) -> Shown | None:
     table = selection.table(pack)
     entries = table.entries_of(image_id)
     classes = _explained(entries)
@@ -391,7 +405,7 @@ def _choose(pack: Pack, image_id: str) -> Shown | None:
     several = len(classes) > 1 or len(everything) > 1
     filters = frame.place(bar, "Filters") if several else bar
     if len(classes) > 1:
-        select(filters, "Class", classes, target, "class", image_id, forget="entry")
+        select(filters, label, classes, target, "class", image_id, forget="entry")
     methods = everything
     if len(everything) > 1:
         with filters:
@@ -451,7 +465,12 @@ def _first_look(pack: Pack) -> dict[str, str]:
 # ---------------------------------------------------------------------- maps
 
 
-def _maps(pack: Pack, shown: Shown) -> None:
+def _open_box(target: int) -> None:
+    st.query_params["class"] = str(target)
+    st.query_params.pop("entry", None)
+
+
+def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
     photo = {
         "id": f"photo {shown.image_id}",
         "src": photo_of(pack, shown),
@@ -461,19 +480,25 @@ def _maps(pack: Pack, shown: Shown) -> None:
     }
     ids = [*shown.ids, *_of_true_class(pack, shown)]
     found = _objects(pack, shown, ids)
-    cells = [photo, *(_cell(pack, shown, entry_id, found) for entry_id in ids)]
-    outlines = _outlined(found)
+    cells = [_cell(pack, shown, entry_id, found) for entry_id in ids]
+    if not boxes:  # with boxes it stands beside them
+        cells.insert(0, photo)
+    drawn = [*_outlined(found), *outlines(pack, shown.focus, boxes, shown.look.crop)]
     grid(
         cells,
         "maps",
         label="Photo and maps",
-        columns=4 if len(cells) == 4 or len(cells) > 6 else 3,  # no lone one in a row
+        columns=2
+        if boxes
+        else 4
+        if len(cells) == 4 or len(cells) > 6
+        else 3,  # no lone one in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
         linked={
             "aspect": aspect_of(pack, shown),
             "subject": shown.image_id,
-            "outlines": outlines,
+            "outlines": drawn,
         },
         on_open=lambda: _focus(ids),
     )

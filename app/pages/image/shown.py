@@ -67,7 +67,13 @@ def aspect_of(pack: Pack, shown: Shown) -> float:
     if shown.look.crop:
         top, left, bottom, right = view.photo_box
         return (right - left) / max(bottom - top, 1e-6)
-    height, width = view.photo_size
+    return aspect_of_photo(pack, shown.image_id)
+
+
+def aspect_of_photo(pack: Pack, image_id: str) -> float:
+    """Width over height of the whole photo."""
+    entry_id = selection.table(pack).entries_of(image_id).index[0]
+    height, width = pack.view(entry_id).photo_size
     return width / height
 
 

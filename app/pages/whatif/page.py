@@ -19,6 +19,8 @@ from xattn.app.components import brush, sent
 from xattn.app.models import ModelError
 from xattn.app.navigation import address
 from xattn.app.navigation.last_view import photo_bar
+from xattn.app.pages.image.boxes import boxes_of
+from xattn.app.pages.whatif import missed
 from xattn.app.pages.whatif.answer import (
     FILLS,
     Mask,
@@ -177,6 +179,8 @@ def page(context: Context) -> None:
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = photo_bar(pack, "whatif", KEY, _carried)
+    if found := boxes_of(pack, image_id):
+        return missed.page(pack, image_id, found)
     with st.spinner("Loading the network that made this pack …"):
         backbone = models.backbone_of(pack)
     backbone.require_classes()

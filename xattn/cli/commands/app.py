@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from xattn.cli.checks import check_annotations
+from xattn.cli.detections import check_detector
 from xattn.cli.imports import imported
 from xattn.cli.model import BackboneArgs
 from xattn.runtime.arguments import Argument
@@ -38,6 +39,10 @@ class App:
     vlm: str | None = None
     """A vision-language model, as xattn caption takes it, for the page Answer: it is asked again where a
     part of a photo is hidden."""
+    detector: str | None = None
+    """A detector, as xattn explain takes it, for the page What if of a pack of detections: it is asked for
+    an object that it misses. --weights, --input-size, --class-names and --device are then the
+    detector's."""
     demo: bool = False
     """Make the demo pack in the root first, unless it is there."""
 
@@ -60,6 +65,8 @@ class App:
             from xattn.backbone.families.transformers_models import PREFIX, saved_source
 
             saved_source(self.vlm.removeprefix(PREFIX), "vlm")
+        if self.detector is not None:
+            check_detector(self.detector)
         if self.upload_mb <= 0:
             raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
         from xattn.app.state import Settings
@@ -73,6 +80,7 @@ class App:
             imports=imported(),
             annotations=self.annotations,
             vlm=self.vlm,
+            detector=self.detector,
         )
         serve(settings, address, self.upload_mb, token, self.allow_host)
 

@@ -1,0 +1,103 @@
+"""The boxes of a photo in a pack of detections: over the photo, and as outlines over the maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from xattn.app import components
+from xattn.app.components import sent
+from xattn.app.pages.image.shown import SIDE, aspect_of_photo
+from xattn.app.pictures.rendering import on_picture, photo_url
+from xattn.app.triage import selection
+
+if TYPE_CHECKING:
+    from xattn.packs.reader import Pack
+
+KINDS = ("found", "false", "missed", "candidate")
+
+
+class Boxed(NamedTuple):
+    """A detection: ``at`` is left, top, right and bottom in shares of the photo, ``target`` its number in
+    the pack, ``text`` its class and score."""
+
+    target: int
+    at: tuple[float, ...]
+    text: str
+    kind: str
+
+
+def boxes_of(pack: Pack, image_id: str) -> list[Boxed]:
+    """The detections of a photo that have a map; [] in a pack of something else."""
+    first = selection.table(pack).entries_of(image_id).drop_duplicates("target")
+    found = []
+    for entry_id, target, name in zip(
+        first.index, first["target"], first["target_name"], strict=True
+    ):
+        record = pack.provenance(entry_id)["protocol"].get("detection")
+        at = _shares(record, pack.view(entry_id).photo_size)
+        if at is not None:
+            kind = record["kind"] if record.get("kind") in KINDS else "found"
+            found.append(Boxed(int(target), at, str(name), kind))
+    return found
+
+
+def _shares(record: Any, size: tuple[int, int]) -> tuple[float, ...] | None:
+    """The box of a detection's record; None of what is no such record."""
+    box = record.get("box") if isinstance(record, Mapping) else None
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+        return None
+    return tuple(min(max(v / size[(i + 1) % 2], 0.0), 1.0) for i, v in enumerate(box))
+
+
+def photo_boxes(
+    pack: Pack,
+    image_id: str,
+    found: Sequence[Boxed],
+    key: str,
+    target: int | None,
+    on_open: Callable[[int], None],
+    **drawing: Any,
+) -> None:
+    """The photo under its boxes; ``on_open`` is called with the number of the one that was clicked."""
+
+    def opened() -> None:
+        number = str(sent(key, "open"))
+        if number in {str(box.target) for box in found}:
+            on_open(int(number))
+
+    components.boxes(
+        photo_url(pack, image_id, SIDE),
+        [
+            {
+                "id": str(box.target),
+                "at": [round(v, 4) for v in box.at],
+                "text": box.text,
+                "kind": box.kind,
+                "selected": box.target == target,
+            }
+            for box in found
+        ],
+        key,
+        aspect=aspect_of_photo(pack, image_id),
+        label="Detections of the photo",
+        alt=f"Photo {selection.table(pack).title(image_id)}",
+        on_open=opened,
+        **drawing,
+    )
+
+
+def outlines(pack: Pack, entry_id: str, found: Sequence[Boxed], crop: bool) -> list[dict[str, Any]]:
+    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; the one that is explained is
+    thick."""
+    target, view, drawn = pack.explanation(entry_id).target, pack.view(entry_id), []
+    for box in found:
+        x0, y0, x1, y1 = box.at
+        corners = on_picture(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), view, crop)
+        drawn.append({"points": corners.round(4).tolist(), "own": box.target == target})
+    return drawn
