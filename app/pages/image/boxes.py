@@ -16,6 +16,7 @@ from xattn.app.triage import selection
 
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
+    from xattn.photos.view import View
 
 KINDS = ("found", "false", "missed", "candidate")
 
@@ -92,10 +93,9 @@ def photo_boxes(
     )
 
 
-def outlines(pack: Pack, entry_id: str, found: Sequence[Boxed], crop: bool) -> list[dict[str, Any]]:
-    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; the one that is explained is
-    thick."""
-    target, view, drawn = pack.explanation(entry_id).target, pack.view(entry_id), []
+def outlines(found: Sequence[Boxed], target: int, view: View, crop: bool) -> list[dict[str, Any]]:
+    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; that of ``target`` is thick."""
+    drawn = []
     for box in found:
         x0, y0, x1, y1 = box.at
         corners = on_picture(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), view, crop)

@@ -483,7 +483,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
     cells = [_cell(pack, shown, entry_id, found) for entry_id in ids]
     if not boxes:  # with boxes it stands beside them
         cells.insert(0, photo)
-    drawn = [*_outlined(found), *outlines(pack, shown.focus, boxes, shown.look.crop)]
+    drawn = outlines(boxes, shown.target, pack.view(shown.focus), shown.look.crop)
     grid(
         cells,
         "maps",
@@ -498,7 +498,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
         linked={
             "aspect": aspect_of(pack, shown),
             "subject": shown.image_id,
-            "outlines": drawn,
+            "outlines": [*_outlined(found), *drawn],
         },
         on_open=lambda: _focus(ids),
     )
