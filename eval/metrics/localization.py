@@ -1,12 +1,17 @@
-"""Localisation: does the map lie on the object? The pointing game, its energy form, and IoU.
+"""Localisation: does the map lie on the object? The pointing game, its energy form, IoU, and VEA.
 
     pointing = 100 [min_{u in M} |argmax m - u| <= tolerance]    Zhang et al. 2016, arXiv 1608.00507
     energy = sum_{u in M} m(u) / sum_u m(u)                      Score-CAM, arXiv 1910.01279
     IoU = |S & M| / |S | M|                                      S: the map's |M| largest pixels
+    VEA = mean over t of |{m > t} & M| / |{m > t} | M|           t = 0.1, 0.2, ..., 0.9
 
 m is the grey map, M the pixels of all objects of the explained class, as a mask or as boxes, both
 in the model's input. A large object is easy to hit: the centre row of a table tells how easy. What a
 network looks at need not lie on the object: these metrics do not measure faithfulness.
+
+VEA is visual explanation accuracy, Oramas et al., arXiv 1712.06302; of detections with these thresholds
+Zhao and Chan, arXiv 2304.06354. They show the curve over t, here its mean stands. Unlike IoU it depends on
+the map's grey levels, not on their order alone.
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.mean_metric import MeanMetric
 
 POINTING, ENERGY, IOU = Column("pointing"), Column("energy-pointing"), Column("IoU")
+VEA = Column("VEA")
+THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 
 
 def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Tensor:
@@ -93,6 +100,25 @@ def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> T
     return torch.tensor(ious, dtype=torch.float64, device=v.device)
 
 
+def vea_values(maps: Tensor, masks: Tensor) -> Tensor:
+    """Mean IoU of a grey map above each of :data:`THRESHOLDS` with the object, (B,) float64 in [0, 1].
+
+    The object itself as map has 1. NaN where the mask is empty or the map not finite.
+
+    Raises:
+        ValueError: other shapes, or masks that are not bool.
+
+    Example:
+        >>> mask = torch.tensor([[[[True, False]]]])
+        >>> vea_values(torch.tensor([[[[1.0, 0.5]]]]), mask).round(decimals=3).tolist()
+        [0.778]
+    """
+    v, inside, valid = _checked(maps, masks)
+    kept = v > v.new_tensor(THRESHOLDS)[:, None, None]  # (t, B, n)
+    ious = (kept & inside).sum(2) / (kept | inside).sum(2)
+    return torch.where(valid, ious.double().mean(0), torch.nan)
+
+
 def _iou(values: Tensor, inside: Tensor, threshold: float | None) -> float:
     size = int(inside.sum())
     if threshold is None:
@@ -146,7 +172,7 @@ def _check_threshold(threshold: float | None) -> None:
 
 @dataclass(frozen=True)
 class LocalizationMetric(PerturbationMetric):
-    """Pointing game, energy-based pointing game and IoU; no forward passes.
+    """Pointing game, energy-based pointing game, IoU and visual explanation accuracy; no forward passes.
 
     NaN where the image has no annotation of the explained class.
 
@@ -178,6 +204,7 @@ class LocalizationMetric(PerturbationMetric):
             values[POINTING] = float(pointing_values(maps, masks, self.tolerance))
             values[ENERGY] = float(energy_pointing_values(maps, masks))
             values[IOU] = float(iou_values(maps, masks, self.iou_threshold))
+            values[VEA] = float(vea_values(maps, masks))
         return lambda scores: values
 
 
@@ -217,6 +244,14 @@ class LocalizationIoU(MeanMetric):
         return iou_values(maps, masks, self.threshold)
 
 
+class VisualExplanationAccuracy(MeanMetric):
+    """Mean VEA; ``update(maps, masks, valid=None)`` with grey maps."""
+
+    metric = "VEA"
+    higher_is_better = True
+    values = vea_values
+
+
 GROUP = MetricGroup(
     "localization",
     LocalizationMetric,
@@ -234,6 +269,11 @@ GROUP = MetricGroup(
             1,
             "localisation",
         ),
+        "VEA": MetricInfo(
+            "mean over t of intersection / union of the map above t and the object",
+            True,
+            kind="localisation",
+        ),
     },
     words={
         "pointing": ("Pointing game", "How often the map's highest point lies on the object"),
@@ -242,6 +282,10 @@ GROUP = MetricGroup(
             "Overlap with the object",
             "How well the map's highest part covers the object alone",
         ),
+        "VEA": (
+            "Visual explanation accuracy",
+            "How well the map covers the object alone, wherever it is cut",
+        ),
     },
-    classes=(PointingGame, EnergyPointingGame, LocalizationIoU),
+    classes=(PointingGame, EnergyPointingGame, LocalizationIoU, VisualExplanationAccuracy),
 )

@@ -515,7 +515,7 @@ def test_metrics_take_the_similarity_as_score(detector, photo):
     p = view.probabilities(view.logits(pixels[None]))[0, 1]
     assert results.images[0].p == pytest.approx(float(p), rel=1e-5)
     own = {column.key: float(v[0]) for column, v in results.methods["box"].values.items()}
-    assert (own["pointing"], own["energy-pointing"], own["IoU"]) == (100, 1, 1), own
+    assert [own[key] for key in ("pointing", "energy-pointing", "IoU", "VEA")] == [100, 1, 1, 1]
     assert all(m.valid.all() and 0 <= own["deletion"] <= 1 for m in results.methods.values())
 
 

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from xattn.eval.annotations import Annotation
 from xattn.eval.metrics import Column, create_metric, measure
 from xattn.eval.metrics.localization import (
+    THRESHOLDS,
     energy_pointing_values,
     iou_values,
     pointing_values,
+    vea_values,
 )
 
 SEEDS = st.integers(0, 2**31)
-VALUES = (pointing_values, energy_pointing_values, iou_values)
+VALUES = (pointing_values, energy_pointing_values, iou_values, vea_values)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -168,6 +170,24 @@ def test_masks_of_another_kind_are_refused(values):
         values(maps[:, 0], maps > 0)
 
 
+def test_explanation_accuracy_is_the_mean_iou_over_thresholds():
+    maps, masks = (
+        draw(3, 1, 9, 11).double(),
+        torch.cat([box(3, 4, 6, 9), box(0, 0, 2, 2), box(0, 0, 0, 0)]),
+    )
+    masks[1] &= False
+    got = vea_values(maps, masks)
+    ious = [
+        float(((maps[0] > t) & masks[0]).sum() / ((maps[0] > t) | masks[0]).sum())
+        for t in THRESHOLDS
+    ]
+    assert got[0].item() == pytest.approx(sum(ious) / 9) and got[1:].isnan().all()
+    assert vea_values(masks[:1].double(), masks[:1]).item() == 1  # the object itself
+    assert vea_values(maps[:1] ** 3, masks[:1]).item() != pytest.approx(
+        got[0].item()
+    )  # IoU would not tell
+
+
 def test_the_probe_measures_the_grey_map_on_the_explained_class():
     maps, masks = draw(2, 1, 9, 11), torch.cat([box(3, 3, 6, 6), box(0, 0, 4, 9)])
     notes = [Annotation({2: masks[0], 1: masks[1]}), Annotation({1: masks[1]})]
@@ -182,6 +202,7 @@ def test_the_probe_measures_the_grey_map_on_the_explained_class():
         Column("pointing"): pointing_values(grey, masks, 1),
         Column("energy-pointing"): energy_pointing_values(grey, masks),
         Column("IoU"): iou_values(grey, masks),
+        Column("VEA"): vea_values(grey, masks),
     }
     for column, values in expected.items():
         assert got[column][0].item() == pytest.approx(values[0].item(), abs=1e-6)

@@ -25,7 +25,7 @@ from xattn.eval.metrics import (
     sensitivity,
 )
 from xattn.eval.metrics.infidelity import infidelity_values
-from xattn.eval.metrics.localization import iou_values, pointing_values
+from xattn.eval.metrics.localization import iou_values, pointing_values, vea_values
 from xattn.eval.metrics.masking import MaskingMetric
 from xattn.eval.metrics.randomization import SPEARMAN, SSIM
 from xattn.eval.metrics.randomization import randomization_values as stages
@@ -116,6 +116,7 @@ P = draw(3, 4)
         (metrics.PointingGame(tolerance=1), (MAPS, MASKS), lambda a, m: pointing_values(a, m, 1)),
         (metrics.EnergyPointingGame(), (MAPS, MASKS), localization.energy_pointing_values),
         (metrics.LocalizationIoU(threshold=0.5), (MAPS, MASKS), lambda a, m: iou_values(a, m, 0.5)),
+        (metrics.VisualExplanationAccuracy(), (MAPS, MASKS), vea_values),
         (metrics.RandomizationSpearman(), (MAPS, STAGES), lambda *x: stages(*x)[SPEARMAN]),
         (metrics.RandomizationSSIM(), (MAPS, STAGES), lambda *x: stages(*x)[SSIM]),
     ],
