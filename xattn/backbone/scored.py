@@ -105,49 +105,67 @@ class BackboneView(Backbone):
 
 
 class Scored(BackboneView):
-    """``scored(images) -> Taps`` whose logits (B, 1) are the numbers of ``target``; made by :func:`scored`.
+    """``scored(images) -> Taps`` whose logits (B, M) are the numbers of M targets; made by :func:`scored`.
 
     ``score`` is what p is, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
-    with a hash of what it gives for fixed random outputs.
+    with a hash of what it gives for fixed random outputs. Several targets share each pass, so they read the
+    same answer and have the same p.
     """
 
-    target: Target
+    targets: tuple[Target, ...]
     score: str
     target_id: str
 
-    def __init__(self, base: Backbone, target: Target) -> None:
-        target = target.of(base)
-        super().__init__(base, [""], "multilabel" if target.p == "sigmoid" else "regression")
-        vars(self).update(target=target, score=target.p)
-        digest = target.digest(self._shape_of_outputs(), base.mean)
-        name = target.own_name
+    def __init__(self, base: Backbone, *targets: Target) -> None:
+        targets = tuple(target.of(base) for target in targets)
+        first = targets[0]
+        for one in targets[1:]:
+            if (one.reads, one.p) != (first.reads, first.p):
+                raise ValueError(
+                    f"target: {first.own_name!r} reads {first.reads} with p={first.p!r}, {one.own_name!r} "
+                    f"{one.reads} with p={one.p!r}; explain them one by one"
+                )
+        super().__init__(base, [""], "multilabel" if first.p == "sigmoid" else "regression")
+        vars(self).update(targets=targets, score=first.p)
+        shape = self._shape_of_outputs()
+        digests = [target.digest(shape, base.mean) for target in targets]
+        named = [(target.own_name, d) for target, d in zip(targets, digests, strict=True)]
         vars(self).update(
-            target_id=f"{name} {digest}" if name else digest,
-            class_names=[name or f"function {digest}"],
+            target_id="; ".join(f"{name} {digest}" if name else digest for name, digest in named),
+            class_names=[name or f"function {digest}" for name, digest in named],
+            num_classes=len(targets),
         )
 
+    @property
+    def target(self) -> Target:
+        """The first."""
+        return self.targets[0]
+
     def again(self, base: Backbone) -> Scored:
-        return Scored(base, self.target)
+        return Scored(base, *self.targets)
+
+    def about(self, target: int) -> dict[str, Any]:
+        return self.targets[target].about()
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """(B, ...) -> (B, 1).
+        """(B, ...) -> (B, M).
 
         Raises:
-            ValueError: the function returns anything but B finite numbers, or loses the gradient.
+            ValueError: a function returns anything but B finite numbers, or loses the gradient.
         """
-        score = self.target.scores(outputs)
-        name = self.class_names[0]
-        if not torch.compiler.is_compiling() and not bool(score.isfinite().all()):
-            raise ValueError(
-                f"target: {name!r} gives NaN or infinite values; return finite numbers, such as "
-                f"log_softmax where p may be 0"
-            )
-        if outputs.requires_grad and torch.is_grad_enabled() and not score.requires_grad:
-            raise ValueError(
-                f"target: {name!r} returns a tensor without a gradient; leave out detach, numpy and "
-                f"no_grad, or use a method without gradients, such as 'rise'"
-            )
-        return score[:, None]
+        found = [target.scores(outputs) for target in self.targets]
+        for name, score in zip(self.class_names, found, strict=False):
+            if not torch.compiler.is_compiling() and not bool(score.isfinite().all()):
+                raise ValueError(
+                    f"target: {name!r} gives NaN or infinite values; return finite numbers, such as "
+                    f"log_softmax where p may be 0"
+                )
+            if outputs.requires_grad and torch.is_grad_enabled() and not score.requires_grad:
+                raise ValueError(
+                    f"target: {name!r} returns a tensor without a gradient; leave out detach, numpy and "
+                    f"no_grad, or use a method without gradients, such as 'rise'"
+                )
+        return torch.stack(found, 1)
 
     # ------------------------------------------------------------------ passes
 
@@ -170,12 +188,13 @@ class Scored(BackboneView):
         return self._answered(Backbone.head_logits(self, final))
 
     def outputs_normalized(self, x: Tensor) -> Taps:
-        """A pass whose ``logits`` are what the target reads."""
-        if self.target.reads == "logits":
+        """A pass whose ``logits`` are what the targets read."""
+        reads = self.target.reads
+        if reads == "logits":
             return self.base.forward_normalized(x)
-        if self.target.reads == "pixels":
+        if reads in ("pixels", "masks"):
             with self._passing(x):
-                logits, maps = self._pixels()(x)
+                logits, maps = self._forward(reads)(x)
             return Taps(logits, tuple(maps))
         taps = Backbone.forward_normalized(self, x)
         if not self.adapter:
@@ -188,12 +207,13 @@ class Scored(BackboneView):
         classified(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
-    def _pixels(self) -> Callable[[Tensor], tuple[Tensor, Any]]:
-        found = getattr(self.model, "forward_pixels", None)
+    def _forward(self, reads: str) -> Callable[[Tensor], tuple[Tensor, Any]]:
+        found = getattr(self.model, f"forward_{reads}", None)
         if found is None:
             raise ValueError(
-                f"target: reads the logits of pixels, and {self.name} has none; give a segmentation "
-                f"network (xattn.backbone.segmentation), or a function of the logits (B, K)"
+                f"target: reads the {'logits of pixels' if reads == 'pixels' else 'masks'}, and "
+                f"{self.name} has none; give a segmentation network, xattn.load_segmenter(...), or a "
+                f"function of the logits (B, K)"
             )
         return found  # type: ignore[no-any-return]
 
@@ -230,8 +250,9 @@ def scored(backbone: Backbone, target: Any) -> BackboneView:
     """``backbone`` with ``target`` in the place of its classes.
 
     Args:
-        target: a function of the logits (B, K) that returns (B,), a :class:`Target`, or a text for an
-            image-text model (:mod:`xattn.backbone.families.clip`).
+        target: a function of the logits (B, K) that returns (B,), a :class:`Target`, a text for an
+            image-text model (:mod:`xattn.backbone.families.clip`), or a list of functions and targets,
+            whose numbers are classes 0, 1, ... of the view.
 
     Raises:
         ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or
@@ -250,7 +271,10 @@ def scored(backbone: Backbone, target: Any) -> BackboneView:
         )
     if isinstance(target, str):
         return Scored(backbone, _target_of_text(backbone, target))
-    return Scored(backbone, as_target(target))
+    several = target if isinstance(target, list | tuple) else [target]
+    if not several:
+        raise ValueError("target: got an empty list; give a target or more")
+    return Scored(backbone, *map(as_target, several))
 
 
 def _target_of_text(backbone: Backbone, text: str) -> Target:

@@ -1,7 +1,8 @@
 """What is explained where it is no class: one number an image, made of what the network answers.
 
     Target(lambda logits: logits[:, 281] - logits[:, 282], name="tabby rather than tiger cat")
-    at_mask(12, mask), at_point(12, 80, 120)     a class of a segmentation network at some pixels
+    at_mask("dog", mask), at_point("dog", 0.5, 0.3)    a class of a segmentation network at some pixels
+    at_query(17)                                       one mask of a network that answers masks
 
 A plain function is one, too. :func:`xattn.backbone.scored.scored` makes a backbone of it.
 """
@@ -9,8 +10,8 @@ A plain function is one, too. :func:`xattn.backbone.scored.scored` makes a backb
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     from xattn.backbone.backbone import Backbone
 
 P = Literal["value", "probability", "sigmoid"]
-Reads = Literal["logits", "features", "pixels"]
-SHAPES = {"logits": "logits (B, K)", "features": "features (B, C)", "pixels": "logits (B, K, h, w)"}
+Reads = Literal["logits", "features", "pixels", "masks"]
+SHAPES = {
+    "logits": "logits (B, K)",
+    "features": "features (B, C)",
+    "pixels": "logits (B, K, h, w)",
+    "masks": "masks (B, Q, K + 1 + h w)",
+}
 _TRIED = 3  # images of the batch that a function is tried on
 
 
@@ -38,8 +44,9 @@ class Target:
         p: what metrics and methods that mask the image take for the probability of a class:
             ``"value"``, the number itself, whatever its size; ``"probability"``, the number itself, which
             is promised to be in [0, 1]; or ``"sigmoid"`` of it.
-        reads: ``"logits"`` (B, K); ``"features"`` (B, C), what the classifier reads; or ``"pixels"``, the
-            logits (B, K, h, w) of a segmentation network.
+        reads: ``"logits"`` (B, K); ``"features"`` (B, C), what the classifier reads; ``"pixels"``, the
+            logits (B, K, h, w) of a segmentation network; or ``"masks"``, its masks beside their class
+            logits, (B, Q, K + 1 + h w).
 
     Raises:
         ValueError: ``function`` cannot be called, an empty name, an unknown ``p`` or ``reads``.
@@ -67,6 +74,10 @@ class Target:
     def of(self, backbone: Backbone) -> Target:
         """The target for this backbone; one that begins with a photo embeds it here."""
         return self
+
+    def about(self) -> dict[str, Any]:
+        """What packs keep of it beside its name."""
+        return {}
 
     def scores(self, outputs: Tensor) -> Tensor:
         """The numbers (B,) of ``outputs``, B images.
@@ -124,13 +135,52 @@ def as_target(target: Any) -> Target:
 # ---------------------------------------------------------------------- segmentation
 
 
-def at_mask(class_index: int, mask: Any, name: str | None = None, p: P = "value") -> Target:
-    """Mean logit of a class over the pixels of a mask, for a segmentation network.
+@dataclass(frozen=True, eq=False)
+class Place(Target):
+    """A class of a segmentation network at some pixels, or one of its masks; made by :func:`at_mask`,
+    :func:`at_point` and :func:`at_query`, and bound to a network by :meth:`of`.
+
+    Attributes:
+        label: the class, by number or name; None of a mask for its likeliest one.
+        where: for the name; ``{}`` stands for the class.
+    """
+
+    label: int | str | None = None
+    where: str = "{}"
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, backbone: Backbone) -> Target:
+        """The same with the class's number.
+
+        Raises:
+            ValueError: an unknown class.
+        """
+        index, title = None, "the likeliest class"
+        if self.label is not None:
+            try:
+                index = backbone.class_index(self.label)
+            except ValueError as error:
+                raise ValueError(f"target: {error}") from None
+            title = backbone.class_names[index]
+        # What p is of a softmax is not the sigmoid of a logit, but of the log-odds.
+        odds = getattr(backbone.model, "odds", None) if self.p == "sigmoid" else None
+        function = replace(self.function, index=index, classes=backbone.num_classes, odds=odds)  # type: ignore[type-var]
+        return replace(self, function=function, name=self.name or self.where.format(title))
+
+    def about(self) -> dict[str, Any]:
+        return {"segment": {"class": self.label, **self.record}}
+
+
+def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "value") -> Place:
+    """Mean logit of a class over the pixels of a mask, for a segmentation network. Its Grad-CAM is
+    Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434), up to the number of pixels.
 
     Args:
+        class_index: the class, by number or name.
         mask: (H, W), bool or weights of at least 0, over the model's input; brought to the size of the
             logits by the mean of each cell.
-        name: by default such as ``"class 12 at a mask of 340 pixels"``.
+        name: by default such as ``"dog at a mask of 340 pixels"``.
+        p: with ``"sigmoid"`` the number is the mean of the class's log-odds, so that p is a probability.
 
     Raises:
         ValueError: a mask of another shape, without a pixel, or with negative or non-finite weights.
@@ -147,17 +197,21 @@ def at_mask(class_index: int, mask: Any, name: str | None = None, p: P = "value"
             "such as labels == 12"
         )
     pixels = int((weights > 0).sum())
-    name = name or f"class {class_index} at a mask of {pixels} pixels"
-    return Target(_AtMask(_checked_class(class_index), weights), name, p, "pixels")
+    where = f"{{}} at a mask of {pixels} pixels"
+    own = _AtMask(weights=weights)
+    return Place(own, name, p, "pixels", _class(class_index), where, {"pixels": pixels})
 
 
 def at_point(
-    class_index: int, row: float, column: float, name: str | None = None, p: P = "value"
-) -> Target:
+    class_index: int | str, row: float, column: float, name: str | None = None, p: P = "value"
+) -> Place:
     """Logit of a class at one point, for a segmentation network.
 
     Args:
+        class_index: the class, by number or name.
         row, column: as shares of the model's input, from 0 (top, left) to 1 (bottom, right).
+        name: by default such as ``"dog at (0.5, 0.3)"``.
+        p: with ``"sigmoid"`` the number is the class's log-odds, so that p is its probability.
 
     Raises:
         ValueError: a point outside.
@@ -166,26 +220,54 @@ def at_point(
         raise ValueError(
             f"row, column: got {row}, {column}; give shares of the input's height and width, 0..1"
         )
-    name = name or f"class {class_index} at ({row:g}, {column:g})"
-    return Target(_AtPoint(_checked_class(class_index), row, column), name, p, "pixels")
+    where = f"{{}} at ({row:g}, {column:g})"
+    own = _AtPoint(row=row, column=column)
+    return Place(own, name, p, "pixels", _class(class_index), where, {"at": [row, column]})
 
 
-def _checked_class(index: int) -> int:
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise ValueError(f"class_index: got {index!r}; give the number of a class, from 0")
-    return index
+def at_query(
+    number: int, class_index: int | str | None = None, name: str | None = None, p: P = "probability"
+) -> Place:
+    """Score of one mask of a network that answers masks and their classes, such as Mask2Former: the
+    probability of the class times the mean of the mask's sigmoids where they are above one half (or the
+    largest, where none is). That is the score of the model's own post-processing, in [0, 1].
+
+    Args:
+        number: of the mask, from 0.
+        class_index: the class, by number or name; by default the likeliest of the mask in each image.
+
+    Raises:
+        ValueError: a number below 0.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"number: got {number!r}; give the number of a mask, from 0")
+    label = None if class_index is None else _class(class_index)
+    where, record = f"mask {number}, {{}}", {"mask": number}
+    return Place(_AtQuery(number=number), name, p, "masks", label, where, record)
 
 
-def _class_of(logits: Tensor, index: int) -> Tensor:
-    """(B, K, h, w) -> (B, h, w) of one class."""
-    if index >= logits.shape[1]:
-        raise ValueError(f"target: class {index} is out of range 0..{logits.shape[1] - 1}")
-    return logits[:, index]
+def _class(label: int | str) -> int | str:
+    if isinstance(label, str) and label.strip():
+        return label
+    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        raise ValueError(f"class_index: got {label!r}; give a class by name, or its number from 0")
+    return label
 
 
 @dataclass(frozen=True, eq=False)
-class _AtMask:
-    index: int
+class _AtPlace:
+    index: int | None = None
+    classes: int = 0
+    odds: Callable[[Tensor], Tensor] | None = None
+
+    def class_of(self, logits: Tensor) -> Tensor:
+        """(B, K, h, w) -> (B, h, w), logits or log-odds of the class."""
+        assert self.index is not None
+        return (logits if self.odds is None else self.odds(logits))[:, self.index]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _AtMask(_AtPlace):
     weights: Tensor
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -197,16 +279,33 @@ class _AtMask:
                 f"input, of its aspect ratio"
             )
         weights = F.adaptive_avg_pool2d(self.weights[None, None], size)[0, 0].to(logits)
-        return (_class_of(logits, self.index) * weights).sum((1, 2)) / weights.sum()
+        return (self.class_of(logits) * weights).sum((1, 2)) / weights.sum()
 
 
-@dataclass(frozen=True, eq=False)
-class _AtPoint:
-    index: int
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _AtPoint(_AtPlace):
     row: float
     column: float
 
     def __call__(self, logits: Tensor) -> Tensor:
         height, width = logits.shape[2:]
         y, x = min(int(self.row * height), height - 1), min(int(self.column * width), width - 1)
-        return _class_of(logits, self.index)[:, y, x]
+        return self.class_of(logits)[:, y, x]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _AtQuery(_AtPlace):
+    number: int
+
+    def __call__(self, packed: Tensor) -> Tensor:
+        if self.number >= packed.shape[1]:
+            raise ValueError(
+                f"number: got {self.number}; the network answers masks 0..{packed.shape[1] - 1}"
+            )
+        own = packed[:, self.number]
+        p = own[:, : self.classes + 1].softmax(1)[:, :-1]
+        mask = own[:, self.classes + 1 :].sigmoid()
+        inside = mask > 0.5
+        mean = (mask * inside).sum(1) / inside.sum(1).clamp(min=1)
+        sure = torch.where(inside.any(1), mean, mask.amax(1))
+        return sure * (p.amax(1) if self.index is None else p[:, self.index])

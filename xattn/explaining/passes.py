@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xattn.backbone import Backbone
 from xattn.backbone.pooled_features import FeatureRecord, answered, recording
-from xattn.backbone.scored import class_of, is_score, scored
+from xattn.backbone.scored import Scored, class_of, is_score, scored
 from xattn.explainers import Explainer, as_explainer, create_explainer
 from xattn.explainers.base import Choose, check_target, method_title
 from xattn.explaining.naming import Picture, Source, file_name_of
@@ -46,13 +46,14 @@ def aimed(
         return backbone, explainers, classes
     if classes is not None:
         raise ValueError("target: got one, and classes as well; give one of them")
-    if is_score(backbone, target):
+    if isinstance(target, list | tuple) or is_score(backbone, target):
         view = scored(backbone, target)
         made = [
             e if e is None or isinstance(e, str) else as_explainer(e, backbone).with_target(view)
             for e in explainers
         ]
-        return view, made, [0] if view.num_classes == 1 else None
+        every = isinstance(view, Scored) or view.num_classes == 1
+        return view, made, list(range(view.num_classes)) if every else None
     return backbone, explainers, class_of(backbone, target)
 
 

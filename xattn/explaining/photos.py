@@ -126,7 +126,8 @@ def explain(
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
         target: instead of ``classes`` one class, or a LongTensor (N,) with one a photo; or a number of
-            the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text.
+            the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text; or a
+            list of functions and targets, which share each pass.
         features: also keep what the classifier reads of each photo, of the first explainer's passes, in
             its ``facts`` and in the pack, for the viewer's map of the photos.
         keep: how many explanations to return, the first ones, so that memory does not grow with the
