@@ -17,10 +17,13 @@ _EXPORTS = {
     "Taps": "xattn.backbone",
     "TapModule": "xattn.backbone",
     "load_backbone": "xattn.backbone",
+    "load_segmenter": "xattn.backbone",
     "load_clip": "xattn.backbone.families.clip",
     "Target": "xattn.backbone.targets",
     "at_mask": "xattn.backbone.targets",
     "at_point": "xattn.backbone.targets",
+    "at_query": "xattn.backbone.targets",
+    "segment_targets": "xattn.explaining.segments",
     "similarity_to": "xattn.backbone.similarity",
     "Head": "xattn.heads",
     "create_head": "xattn.heads",
@@ -78,6 +81,7 @@ __all__ = [
     "as_explainer",
     "at_mask",
     "at_point",
+    "at_query",
     "cache_features",
     "create_explainer",
     "create_head",
@@ -99,6 +103,7 @@ __all__ = [
     "load_detector",
     "load_head",
     "load_pack",
+    "load_segmenter",
     "load_vlm",
     "open_photos",
     "probe",
@@ -111,6 +116,7 @@ __all__ = [
     "register_token_explainer",
     "save_head",
     "save_pack",
+    "segment_targets",
     "similarity_to",
 ]
 
@@ -123,10 +129,11 @@ if TYPE_CHECKING:
         Taps,
         load_backbone,
         load_conversion,
+        load_segmenter,
     )
     from xattn.backbone.families.clip import load_clip
     from xattn.backbone.similarity import similarity_to
-    from xattn.backbone.targets import Target, at_mask, at_point
+    from xattn.backbone.targets import Target, at_mask, at_point, at_query
     from xattn.blocks import register_block
     from xattn.config import DistillConfig, ProbeConfig, PruneConfig
     from xattn.detection import load_detector
@@ -135,6 +142,7 @@ if TYPE_CHECKING:
     from xattn.explaining.clips import explain_video
     from xattn.explaining.detections import explain_detections
     from xattn.explaining.photos import explain
+    from xattn.explaining.segments import segment_targets
     from xattn.exporting import export
     from xattn.heads import Head, create_head, list_heads, load_head, register_head, save_head
     from xattn.packs.explanation import Explanation

@@ -223,6 +223,9 @@ def test_a_network_of_encoder_decoder_and_head_segments(images):
             self.decoder = Last()
             self.segmentation_head = torch.nn.Conv2d(6, 3, 1)
 
+        def forward(self, x):
+            return self.segmentation_head(self.decoder(self.encoder(x)))
+
     class Levels(torch.nn.Module):
         def __init__(self):
             super().__init__()

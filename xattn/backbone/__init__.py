@@ -3,7 +3,7 @@
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.conversion import converted, load_conversion
 from xattn.backbone.fingerprint import sha256, state_sha256
-from xattn.backbone.loading import load_backbone
+from xattn.backbone.loading import load_backbone, load_segmenter
 from xattn.backbone.resizing import resized
 from xattn.backbone.taps import PRE_NORM_BLOCKS, TapModule, Taps
 from xattn.photos.classes import Task, read_classes
@@ -19,6 +19,7 @@ __all__ = [
     "converted",
     "load_backbone",
     "load_conversion",
+    "load_segmenter",
     "read_classes",
     "resized",
     "sha256",

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
+from xattn.backbone.families.segmenters import Answering, Prompted, segmenter_by_name, segmenter_of
 from xattn.backbone.families.timm_models import create_timm_model
 from xattn.backbone.families.traced import (
     UntraceableError,
@@ -85,12 +86,15 @@ def _of_transformers(module: nn.Module, asked: Asked) -> nn.Module | None:
 
 
 def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
-    """Segmentation networks of torchvision, and those with encoder, decoder and segmentation head."""
-    if not is_segmentation(module):
-        return None
+    """Segmentation networks of torchvision and transformers, and those with encoder, decoder and head."""
+    return _pixelwise(module, asked) if is_segmentation(module) else None
+
+
+def _pixelwise(module: nn.Module, asked: Asked) -> Segmenter:
+    """Any network that answers the logits of pixels."""
     if asked.taps is not None:
         raise ValueError(f"taps: got {asked.taps}; a segmentation network has one tap, pass None")
-    return Segmenter(module)
+    return segmenter_of(module, asked.task, asked.input_size, asked.processor)
 
 
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
@@ -108,10 +112,11 @@ def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
 
 # What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
 # that are not of its kind. An adapted module fixes its own taps, unless it is like timm's.
-ADAPTERS: list[Callable[[nn.Module, Asked], nn.Module | None]] = [
+Adapter = Callable[[nn.Module, Asked], nn.Module | None]
+ADAPTERS: list[Adapter] = [
     _ready,
-    _of_transformers,
     _segmenting,
+    _of_transformers,
     _traced,
     _hooked,
 ]
@@ -190,13 +195,74 @@ def load_backbone(
         raise TypeError(
             f"name_or_module: got a {type(name_or_module).__name__}; give a name or a torch.nn.Module"
         )
-    if mean is None and std is None and not says_normalization(backbone.model):
-        warnings.warn(
-            f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
-            f"are used; give mean= and std= (--mean, --std)",
-            stacklevel=2,
-        )
+    _warn_of_normalisation(backbone, asked)
     return backbone.to(device) if device is not None else backbone
+
+
+def load_segmenter(
+    model: str | nn.Module | Callable[..., Any],
+    weights: str | Path | None = "DEFAULT",
+    device: str | torch.device | None = None,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
+    task: Literal["multiclass", "multilabel"] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    processor: Any = None,
+    prompt: Sequence[tuple[float, float]] = (),
+) -> Backbone:
+    """Load a frozen segmentation network.
+
+    :func:`load_backbone` takes those that it knows as modules, too; here names are those of segmentation
+    networks, and any module or function that answers the logits of pixels is one.
+
+    Args:
+        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (of the hub or of a folder); a module; or a
+            function of images (B, 3, H, W) in [0, 1]. What it answers is read as
+            :class:`~xattn.backbone.segmentation.Segmenter` says.
+        weights: of a name: ``"DEFAULT"``, or None for random ones; of torchvision also a local file.
+        input_size, class_names, mean, std: as in :func:`load_backbone`. The whole photo is fitted in, with
+            borders where its aspect ratio is another one, but for processors that squeeze it.
+        task: ``"multiclass"``, a softmax over the classes at each pixel, or ``"multilabel"``, sigmoids; by
+            default one channel is a sigmoid, and several are a softmax.
+        processor: the image processor of a model of transformers; by name the one that lies beside it.
+        prompt: of SAM and its kin the points (row, column) of one object, as shares of the input.
+
+    Raises:
+        ValueError: an unknown name, an answer that is not understood, or as :func:`load_backbone`.
+
+    Example:
+        >>> network = load_segmenter("torchvision/lraspp_mobilenet_v3_large", None, input_size=64)
+        >>> network.num_classes, network.class_names[12]
+        (21, 'dog')
+    """
+    size, names, title = size_of(input_size), read_classes(class_names), ""
+    net: Any = model
+    if isinstance(model, str):
+        title = model
+        with _device_with_values():
+            net, own, processor = segmenter_by_name(model, weights, processor)
+        names = names or own
+    elif not callable(model):
+        raise ValueError(
+            f"model: got {model!r:.60}; give torchvision/NAME, transformers:NAME, a module, or a function "
+            f"that answers logits (B, K, h, w)"
+        )
+    photos = {"mean": mean, "std": std, "crop": None, "interpolation": None}
+    asked = Asked(None, size, names, task, processor, photos)
+    net = without_wrappers(net) if isinstance(net, nn.Module) else Answering(net)
+    title = title or getattr(model, "__name__", "") or _name_of(net)
+    if prompt or Prompted.needed(net):
+        net = Prompted(net, prompt)
+    backbone = _of_module(net, asked, (_ready_segmenter, _pixelwise))
+    backbone.name = title
+    _warn_of_normalisation(backbone, asked)
+    return backbone.to(device) if device is not None else backbone
+
+
+def _ready_segmenter(module: nn.Module, asked: Asked) -> nn.Module | None:
+    return module if hasattr(module, "forward_pixels") else None
 
 
 def _of_name(
@@ -227,12 +293,14 @@ def _of_name(
     return _backbone(model, name, None if own else asked.taps, asked)
 
 
-def _of_module(module: nn.Module, asked: Asked) -> Backbone:
+def _of_module(
+    module: nn.Module, asked: Asked, adapters: Sequence[Adapter] | None = None
+) -> Backbone:
     """A backbone over a frozen copy of a caller's module."""
     module = without_wrappers(module)
 
     def made(whole: nn.Module) -> Backbone:
-        found = (adapter(whole, asked) for adapter in ADAPTERS)
+        found = (adapter(whole, asked) for adapter in adapters or ADAPTERS)
         model = next(adapted for adapted in found if adapted is not None)
         own = model is whole or isinstance(model, TransformersNetwork)
         return _backbone(model, _name_of(module), asked.taps if own else None, asked)
@@ -250,6 +318,16 @@ def _of_module(module: nn.Module, asked: Asked) -> Backbone:
     if called:
         backbone = made(frozen(module, f"its copy calls a {called[0]} of the module itself"))
     return backbone
+
+
+def _warn_of_normalisation(backbone: Backbone, asked: Asked) -> None:
+    given = asked.photos["mean"] is not None or asked.photos["std"] is not None
+    if not given and not says_normalization(backbone.model):
+        warnings.warn(
+            f"{backbone.name} does not say how its training normalised photos, so ImageNet's mean and std "
+            f"are used; give mean= and std= (--mean, --std)",
+            stacklevel=3,
+        )
 
 
 def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
@@ -276,6 +354,8 @@ def _backbone(
     channels = channels_of(model, own)
     preprocessing = given_preprocessing(own, channels, **asked.photos)
     try:
+        # Of a segmentation network, task says what its pixels' classes are.
+        task = "multilabel" if isinstance(model, Segmenter) else task
         task = task or getattr(model, "default_task", None)
         return Backbone(model, name, preprocessing, taps, class_names, task)
     except (RuntimeError, AssertionError) as error:

@@ -1,92 +1,193 @@
-"""Segmentation networks, logits (B, K, h, w), as backbones.
+"""Segmentation networks as backbones: whatever gives logits (B, K, h, w), run as it is.
 
     backbone = load_backbone(fcn_resnet50(weights="DEFAULT"))
-    explain("photo.jpg", backbone, explainer="gradcam", target=at_mask(12, mask))
+    explain("photo.jpg", backbone, explainer="gradcam", target=at_mask("dog", mask))
+
+Grad-CAM of such a target is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434): the sum over the pixels of
+a mask in the place of the logit of a class, read at the bottleneck. That layer is found here, see
+:func:`bottleneck`.
 
 As a classifier, a network answers for class k the mean log-odds of the pixels where it is the likeliest
 answer above one half, or the largest log-odds where there is no such pixel: above 0 exactly where there is
 such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid is p.
+
+Of a network that answers masks and their classes (MaskFormer, Mask2Former, EoMT, DETR), p_q(c) of mask q
+and mask logits m_q, the logit of class c at a pixel is log sum_q p_q(c) sigmoid(m_q): the class where it is
+largest is that of the model's own post-processing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xattn.photos.preprocessing import Preprocessing
+from xattn.photos.preprocessing import Preprocessing, channels_of
+
+own_derivative = (
+    torch._C.DisableTorchFunction
+)  # what lrp and attn_lrp have rules for is the network
+_FOUND: ContextVar[list[Tensor] | None] = ContextVar("found", default=None)
+_Key = tuple[Any, ...]  # of a tensor in a nested answer
+GRID = 14  # side of the pixels' map of a network that hands out none
+LEAST = 1e-12  # of a sum of probabilities whose logarithm is taken
+
+
+class Masks(NamedTuple):
+    """Of Q masks: class logits (B, Q, K + 1), the last of no class, and mask logits (B, Q, h, w)."""
+
+    classes: Tensor
+    masks: Tensor
+
+    def by_class(self) -> Tensor:
+        """log sum_q p_q(c) sigmoid(m_q), (B, K, h, w)."""
+        p = self.classes.softmax(-1)[..., :-1]
+        return torch.einsum("bqc,bqhw->bchw", p, self.masks.sigmoid()).clamp_min(LEAST).log()
+
+    def packed(self) -> Tensor:
+        """As one tensor, (B, Q, K + 1 + h w)."""
+        return torch.cat([self.classes, self.masks.flatten(2)], 2)
 
 
 class Segmenter(nn.Module):
-    """A :class:`~xattn.backbone.TapModule` of torchvision's segmentation networks, and of those with the
-    parts ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    """A :class:`~xattn.backbone.TapModule` of a network whose answer has logits (B, K, h, w), or masks.
 
-    Its tap is the coarsest map of the features that the classifier reads.
+    Its tap is the map that :func:`bottleneck` finds; where there is none, as of a function, the pixels.
 
     Args:
-        net: gets normalised images (B, 3, H, W).
-        preprocessing: by default 224 x 224 pixels, the whole photo's crop, ImageNet's mean and std.
+        net: gets normalised images (B, 3, H, W). It answers the logits, a dict with ``out``, ``logits`` or
+            ``pred_masks``, or ``class_queries_logits`` and ``masks_queries_logits``. It gets a hook that
+            stays, so give a copy.
+        preprocessing: by default 224 x 224 pixels, into which the whole photo is fitted with borders,
+            ImageNet's mean and std. size: (H, W) instead of its own.
+        sigmoids: whether each channel is a sigmoid; by default a single one is, and several are a softmax.
+        class_names: what is known of them.
 
     Raises:
-        ValueError: a network with other parts.
+        ValueError: the network fails, or its answer is not understood.
     """
 
     default_task = "multilabel"
 
-    def __init__(self, net: nn.Module, preprocessing: Preprocessing | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        preprocessing: Preprocessing | None = None,
+        size: tuple[int, int] | None = None,
+        sigmoids: bool | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        if not is_segmentation(net):
-            raise ValueError(
-                f"net: a {type(net).__name__} has neither backbone and classifier (torchvision) nor "
-                f"encoder, decoder and segmentation_head; give a module with forward_taps(x) and "
-                f"forward_pixels(x)"
-            )
-        self.net = net
+        self.net, self.class_names = net, class_names
         # torchvision's weights were trained with ImageNet's mean and std; else that is a guess.
         self.assumes_preprocessing = preprocessing is None and not _of_torchvision(net)
-        self.preprocessing = preprocessing or Preprocessing(interpolation="bilinear", crop_pct=1.0)
+        own = preprocessing or Preprocessing(
+            interpolation="bilinear", crop_pct=1.0, crop_mode="border"
+        )
+        self.preprocessing = own if size is None else replace(own, input_size=size)
         self.tap_names = ["features"]
+        self.gradcam_layer: nn.Module | None = None
+        run = _Run(net, self.preprocessing)
+        self.sigmoids = run.logits.shape[1] == 1 if sigmoids is None else sigmoids
+        found = bottleneck(run)
+        if found is None:
+            self.gradcam_layers = ()
+            self.tap_names = ["pixels"]
+            return
+        self.path, self.key = found
         self.gradcam_layer = nn.Identity()
+        net.get_submodule(self.path).register_forward_hook(self._lead)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_taps(x)[0]
 
-    def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """The score (B, K) of each class, and the map that the classifier reads."""
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The score (B, K) of each class, and the map."""
         logits, maps = self.forward_pixels(x)
-        return class_scores(logits), maps
+        with own_derivative():
+            return class_scores(logits, self.sigmoids), maps
 
-    def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        """Logits (B, K, H, W) of the pixels, and the map."""
-        net: Any = self.net
-        if hasattr(net, "segmentation_head"):
-            features = list(net.encoder(x))
-            features[-1] = self.gradcam_layer(features[-1])
-            return net.segmentation_head(net.decoder(features)), (features[-1],)
-        features = net.backbone(x)
-        key = "high" if "high" in features else "out"  # LR-ASPP reads two maps
-        features[key] = self.gradcam_layer(features[key])
-        logits = net.classifier(features if key == "high" else features[key])
-        size = x.shape[-2:]
-        pixels = nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return pixels, (features[key],)
+    def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (B, K, h, w) of the pixels, and the map."""
+        answer, maps = self._run(x)
+        with own_derivative():
+            logits = answer.by_class() if isinstance(answer, Masks) else answer
+        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            raise ValueError(
+                "explainer: the network answers without a gradient; use a method without gradients, such "
+                "as 'occlusion' or 'rise'"
+            )
+        return logits, maps
+
+    def forward_masks(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Masks as :meth:`Masks.packed`, and the map; see :meth:`masks`."""
+        found, maps = self.masks(x)
+        return found.packed(), maps
+
+    def masks(self, x: Tensor) -> tuple[Masks, tuple[Tensor, ...]]:
+        """Masks and their classes, and the map.
+
+        Raises:
+            ValueError: a network that answers logits alone.
+        """
+        answer, maps = self._run(x)
+        if not isinstance(answer, Masks):
+            raise ValueError(
+                f"target: a {type(self.net).__name__} answers no masks but the logits of its pixels; give "
+                f"at_point or at_mask, or a MaskFormer or Mask2Former"
+            )
+        return answer, maps
+
+    def odds(self, logits: Tensor) -> Tensor:
+        """log(p / (1 - p)) of each class at each pixel, (B, K, h, w)."""
+        return logits if self.sigmoids else log_odds(logits)
+
+    def _run(self, x: Tensor) -> tuple[Tensor | Masks, tuple[Tensor, ...]]:
+        token = _FOUND.set([])
+        try:
+            answer, kept = self.net(x), _FOUND.get() or []
+        finally:
+            _FOUND.reset(token)
+        maps = (kept[-1],) if kept else (F.adaptive_avg_pool2d(x, GRID),)
+        return _understood(answer, self.net, len(x)), maps
+
+    def _lead(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """Leads the bottleneck through ``gradcam_layer``, and keeps it for this thread's pass."""
+        assert self.gradcam_layer is not None
+        led = self.gradcam_layer(_at(output, self.key))
+        kept = _FOUND.get()
+        if kept is not None:
+            kept.append(led.clone())  # what follows may work in place
+        return _with(output, self.key, led)
 
 
 def is_segmentation(net: nn.Module) -> bool:
-    """Whether :class:`Segmenter` knows the parts of a network."""
+    """Whether a network is known as one of segmentation: torchvision's, those of transformers that are made
+    for it, and those with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    """
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
-    return smp or (_of_torchvision(net) and hasattr(net, "backbone") and hasattr(net, "classifier"))
+    named = re.search(r"For\w*Segmentation$", type(net).__name__) and hasattr(net, "config")
+    return smp or bool(named) or _of_torchvision(net)
 
 
 def _of_torchvision(net: nn.Module) -> bool:
     return type(net).__module__.startswith("torchvision.models.segmentation")
 
 
-def class_scores(logits: Tensor) -> Tensor:
+# ---------------------------------------------------------------------- answers
+
+
+def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
     """(B, K, h, w) -> (B, K): mean log-odds of the pixels where class k has more than one half, or the
     largest where there is none."""
-    odds = log_odds(logits).flatten(2)
+    odds = (logits if sigmoids else log_odds(logits)).flatten(2)
     inside = odds > 0
     mean = (odds * inside).sum(2) / inside.sum(2).clamp(min=1)
     return torch.where(inside.any(2), mean, odds.amax(2))
@@ -98,3 +199,155 @@ def log_odds(logits: Tensor) -> Tensor:
         return logits
     log_p = logits.log_softmax(1)
     return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-7))
+
+
+def _read(answer: Any) -> Tensor | Masks | None:
+    """The logits, or the masks, of what a network answers; None where there are none."""
+    found = answer
+    if isinstance(answer, Mapping):
+        classes = answer.get("class_queries_logits", answer.get("logits"))
+        masks = answer.get("masks_queries_logits", answer.get("pred_masks"))
+        if masks is not None and getattr(classes, "ndim", 0) == 3:  # queries, of DETR, too
+            return Masks(classes, masks)
+        found = next((answer[key] for key in ("out", "logits") if key in answer), masks)
+        if found is masks and getattr(masks, "ndim", 0) == 5:  # SAM, of one prompt
+            found = masks[:, 0]
+    elif isinstance(answer, tuple | list) and answer:
+        found = answer[0]
+    if isinstance(found, np.ndarray):
+        found = torch.from_numpy(found)
+    floating = isinstance(found, Tensor) and found.is_floating_point()
+    return found if floating and found.ndim == 4 and 0 not in found.shape else None
+
+
+def _understood(answer: Any, net: nn.Module, count: int) -> Tensor | Masks:
+    found = _read(answer)
+    if found is None or len(found[0] if isinstance(found, Masks) else found) != count:
+        shape = f" {tuple(answer.shape)}" if hasattr(answer, "shape") else ""
+        keys = f" with {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
+        raise ValueError(
+            f"name_or_module: the answer of {type(net).__name__} to {count} images is not understood, a "
+            f"{type(answer).__name__}{shape}{keys}; return logits ({count}, K, h, w) of the pixels"
+        )
+    return found
+
+
+def _answer(net: nn.Module, own: Preprocessing) -> Any:
+    """To one random image that asks for a gradient."""
+    weight = next(net.parameters(), torch.zeros((), device="cpu"))
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, channels_of(net, own), *own.input_size)
+    image = torch.rand(shape, generator=draw, device="cpu").to(weight)
+    with torch.inference_mode(False), torch.enable_grad():
+        return net(image.requires_grad_())
+
+
+# ---------------------------------------------------------------------- the bottleneck
+
+
+class _Run:
+    """One pass of a random image.
+
+    Attributes:
+        logits: (1, K, h, w).
+        outputs: what each module returned last, by its path, in the order of their returns.
+    """
+
+    def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
+        self.net, self.size = net, preprocessing.input_size
+        self.outputs: dict[str, Any] = {}
+        handles = [m.register_forward_hook(self._keep(p)) for p, m in net.named_modules() if p]
+        try:
+            answer = _answer(net, preprocessing)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"name_or_module: {type(net).__name__} fails on images of {self.size[0]} x {self.size[1]} "
+                f"({type(error).__name__}: {reason}); give input_size=, or another network"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = _understood(answer, net, 1)
+        self.logits = found.by_class() if isinstance(found, Masks) else found
+
+    def _keep(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.outputs.pop(path, None)
+            self.outputs[path] = output
+
+        return hook
+
+    def maps(self, path: str) -> dict[_Key, Tensor]:
+        """The maps that a module returned: (1, C, h, w), of more than one cell and with the image's aspect
+        ratio, of which the logits are made."""
+        return {
+            key: one
+            for key, one in _tensors(self.outputs[path])
+            if one.ndim == 4
+            and min(one.shape[2:]) > 1
+            and abs(one.shape[2] / self.size[0] * self.size[1] - one.shape[3]) < 1
+            and self._leads(one)
+        }
+
+    def _leads(self, one: Tensor) -> bool:
+        if not self.logits.requires_grad:
+            return True
+        if not one.requires_grad or one is self.logits:
+            return False
+        total = self.logits.sum()
+        return torch.autograd.grad(total, one, retain_graph=True, allow_unused=True)[0] is not None
+
+
+def bottleneck(run: _Run) -> tuple[str, _Key] | None:
+    """The path of a module, and the key of the map in its output, that Seg-Grad-CAM reads: the coarsest map
+    that the encoder hands on.
+
+    The encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
+    Where there is none, the map is the last one with most channels on the coarsest grid, of a module with
+    parts if there is one. None where no module returns a map.
+    """
+    named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
+    for path in sorted(named, key=lambda p: p.count(".")):
+        maps = run.maps(path)
+        if maps:
+            least = min(one.shape[2] for one in maps.values())
+            return path, [key for key, one in maps.items() if one.shape[2] == least][-1]
+    single = [path for path, output in run.outputs.items() if isinstance(output, Tensor)]
+    found = {path: maps[()] for path in single if (maps := run.maps(path))}
+    if not found:
+        return None
+    least = min(one.shape[2] for one in found.values())
+    found = {path: one for path, one in found.items() if one.shape[2] == least}
+    parts = {p: one for p, one in found.items() if any(run.net.get_submodule(p).children())}
+    most = max(one.shape[1] for one in (parts or found).values())
+    return [path for path, one in (parts or found).items() if one.shape[1] == most][-1], ()
+
+
+def _tensors(output: Any, key: _Key = ()) -> Iterator[tuple[_Key, Tensor]]:
+    """The tensors of nested dicts, lists and tuples, with their keys."""
+    if isinstance(output, Tensor):
+        yield key, output
+    elif isinstance(output, Mapping | list | tuple):
+        items = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for name, one in items:
+            yield from _tensors(one, (*key, name))
+
+
+def _at(output: Any, key: _Key) -> Any:
+    for name in key:
+        output = output[name]
+    return output
+
+
+def _with(output: Any, key: _Key, value: Tensor) -> Any:
+    """``output`` with ``value`` at ``key``."""
+    if not key:
+        return value
+    name, rest = key[0], key[1:]
+    one = _with(output[name], rest, value)
+    if isinstance(output, tuple):
+        make = getattr(output, "_make", type(output))  # of a named tuple
+        return make([*output[:name], one, *output[name + 1 :]])
+    output[name] = one
+    return output

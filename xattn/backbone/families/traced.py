@@ -272,6 +272,8 @@ def load_torchvision(
     names = [*zoo.list_models(zoo), *zoo.list_models(zoo.video)]
     if name not in names:
         hint = did_you_mean(name, names, "see torchvision.models.list_models()")
+        if name in zoo.list_models(zoo.segmentation):
+            hint = "of a segmentation network call xattn.load_segmenter (--segmenter)"
         raise ValueError(f"backbone: torchvision has no classifier {name!r}; {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if size is not None and name.startswith("vit_"):
@@ -297,7 +299,7 @@ def load_torchvision(
             ) from error
     else:
         assert weights is not None
-        model = _with_file(name, weights, options)
+        model = network_with_file(name, weights, options)
     return from_torchvision(model, taps, preprocessing=preprocessing, frames=frames)
 
 
@@ -317,7 +319,7 @@ def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Prepro
     )
 
 
-def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+def network_with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
     """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
     import torchvision.models as zoo
 
@@ -325,7 +327,7 @@ def _with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
 
     whole = load_weight_file(weights)
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
-        layers = dict(zoo.get_model(name, weights=None).named_modules())
+        layers = dict(zoo.get_model(name, weights=None, **options).named_modules())
         last = [n for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         count = class_count(whole, last)
         options = options if count is None else {**options, "num_classes": count}

@@ -35,6 +35,7 @@ from xattn.backbone.families.transformers_networks import (
     pair_of,
     takes,
 )
+from xattn.backbone.segmentation import Segmenter
 from xattn.photos.classes import Task
 from xattn.photos.preprocessing import Preprocessing, says_normalization
 from xattn.runtime.locking import alone
@@ -98,7 +99,7 @@ def from_transformers(
         )
     preprocessing = None if processor is None else preprocessing_of_processor(processor)
     task = task or _task(network.config)
-    labels = _labels(network.config, task)
+    labels = labels_of(network.config, task)
     family = FAMILIES.get(network.config.model_type)
     with alone(network), evaluating(network):
         if KIND in kind:
@@ -106,7 +107,7 @@ def from_transformers(
             hooked.task, hooked.class_names = task, labels
             return hooked
         if family is None:
-            size = input_size or (None if preprocessing else _own_size(network.config))
+            size = input_size or (None if preprocessing else own_size(network.config))
             whole = TransformersLogits(network, preprocessing)
             hooked = from_hooks(whole, taps, input_size=size, kind=kind)
             hooked.task, hooked.class_names = task, labels
@@ -116,7 +117,7 @@ def from_transformers(
     return model
 
 
-def _own_size(config: Any) -> tuple[int, int] | None:
+def own_size(config: Any) -> tuple[int, int] | None:
     """(H, W) of the images that a network was made for, by its config; None where that says nothing."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     return None if size is None else pair_of(size)
@@ -126,6 +127,9 @@ def network_of(model: nn.Module) -> Any:
     """The network of transformers that ``model`` explains, or None."""
     if isinstance(model, HookedClassifier) and isinstance(model.net, TransformersLogits):
         return model.net.network
+    if isinstance(model, Segmenter):
+        net = getattr(model.net, "prompted", model.net)
+        return net if is_transformers(net) else None
     return model.network if isinstance(model, TransformersNetwork) else None
 
 
@@ -189,7 +193,7 @@ def load_transformers(
             f'"xattn[transformers]"'
         ) from None
     source = saved_source(name)
-    with _quiet(transformers):
+    with quiet(transformers):
         config = read_saved(name, "config.json", transformers.AutoConfig.from_pretrained, source)
         _check_config(config, name, transformers)
         if processor is None:
@@ -198,7 +202,7 @@ def load_transformers(
         clips = config.model_type in _known(transformers, clips=True)
         auto: Any = transformers.AutoModelForImageClassification
         auto = transformers.AutoModelForVideoClassification if clips else auto
-        network = auto.from_config(config) if weights is None else _with_weights(auto, source, name)
+        network = auto.from_config(config) if weights is None else with_weights(auto, source, name)
     return from_transformers(network, processor, task, taps, input_size, frames)
 
 
@@ -219,7 +223,7 @@ def saved_source(name: str, argument: str = "backbone") -> str:
     return name
 
 
-def _with_weights(auto: Any, source: str, name: str) -> Any:
+def with_weights(auto: Any, source: str, name: str) -> Any:
     load = partial(auto.from_pretrained, output_loading_info=True)
     network, loading = read_saved(name, "weights", load, source)
     if missing := sorted(loading["missing_keys"]):
@@ -297,7 +301,7 @@ def _task(config: Any) -> Task | None:
     return None
 
 
-def _labels(config: Any, task: Task | None) -> list[str] | None:
+def labels_of(config: Any, task: Task | None) -> list[str] | None:
     """Names of the classes by ``config.id2label``, of one output those of both its classes; None where
     that has only a number."""
     labels = {int(i): str(label) for i, label in (config.id2label or {}).items()}
@@ -331,7 +335,7 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
         input_size=crop,
         mean=mean,
         std=std,
-        interpolation=_interpolation(processor),
+        interpolation=interpolation_of(processor),
         crop_pct=pct,
         crop_mode="squash" if squash else "center_floor",
     )
@@ -340,9 +344,9 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
 def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
     """The size (or the short side, twice) that a photo is resized to, the crop of that, and whether its
     aspect ratio is lost."""
-    size = _sides(processor.size)
+    size = sides_of(processor.size)
     short, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
-    crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    crop = sides_of(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
     cropped = (crop.get("height"), crop.get("width"))
     if not getattr(processor, "do_resize", True) or "longest_edge" in size:
         short, both = None, (None, None)
@@ -362,7 +366,7 @@ def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
     )
 
 
-def _sides(size: Any) -> dict[str, int]:
+def sides_of(size: Any) -> dict[str, int]:
     if isinstance(size, int):
         return {"height": size, "width": size}
     items = size.items() if isinstance(size, Mapping) else vars(size).items()
@@ -388,7 +392,7 @@ def normalisation_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(v / unit for v in means), tuple(v / unit for v in stds)
 
 
-def _interpolation(processor: Any) -> str:
+def interpolation_of(processor: Any) -> str:
     resample = getattr(processor, "resample", None)
     value = getattr(resample, "value", resample)
     if isinstance(value, str):  # torchvision's InterpolationMode
@@ -412,7 +416,7 @@ def read_saved(name: str, what: str, load: Any, source: str, argument: str = "ba
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Inside, transformers reports no loading: what matters becomes an error here."""
     logs = transformers.utils.logging, importlib.import_module("huggingface_hub.utils.logging")
     levels, bar = [log.get_verbosity() for log in logs], logs[0].is_progress_bar_enabled()

@@ -1,0 +1,434 @@
+"""Segmentation networks as backbones: equal to the networks' own answers, and right where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_segmenters import CLASSES, SIDE, UNet, sam, torchvision_segmenter, transformers_segmenter
+from torch import nn
+
+import xattn
+from xattn.backbone.scored import scored
+from xattn.backbone.segmentation import class_scores, log_odds
+from xattn.photos.images import load_image
+from xattn.photos.view import prepare
+
+HALF = {"mean": 0.5, "std": 0.5}
+TORCHVISION = ("fcn", "deeplabv3", "lraspp")
+SEMANTIC, MASKED = ("segformer", "upernet"), ("maskformer", "mask2former")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def mask():
+    mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    mask[16:32, 16:48] = True
+    return mask
+
+
+def made(kind):
+    net = torchvision_segmenter(kind) if kind in TORCHVISION else transformers_segmenter(kind)
+    return net, xattn.load_segmenter(net, input_size=SIDE, **HALF)
+
+
+def own_logits(net, x):
+    answer = net(x)
+    if "masks_queries_logits" not in answer:
+        return answer["out"] if "out" in answer else answer.logits
+    p = answer.class_queries_logits.softmax(-1)[..., :-1]
+    return sum(
+        p[:, q, :, None, None] * answer.masks_queries_logits[:, q, None].sigmoid()
+        for q in range(p.shape[1])
+    ).log()
+
+
+# ---------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("kind", TORCHVISION + SEMANTIC + MASKED)
+def test_a_network_answers_as_its_own_output_and_is_explained(kind, image, mask):
+    net, segmenter = made(kind)
+    with torch.no_grad():
+        own = own_logits(net, segmenter.normalize(image))
+        scale = SIDE // own.shape[2]
+        rows = own[0, :, 5, 7]
+        points = [
+            xattn.at_point(k, *((v + 0.5) / own.shape[2] for v in (5, 7))) for k in range(CLASSES)
+        ]
+        assert torch.allclose(scored(segmenter, points).logits(image)[0], rows, atol=1e-5)
+        at = scored(segmenter, xattn.at_mask(2, mask)).logits(image)
+        inside = own[:, 2, 16 // scale : 32 // scale, 16 // scale : 48 // scale]
+        assert torch.allclose(at[0], inside.mean((1, 2)), atol=1e-5)
+        assert torch.allclose(segmenter.logits(image), class_scores(own), atol=1e-5)
+    for name, options in (
+        ("gradcam", {"relu": False}),
+        ("saliency", {}),
+        ("occlusion", {"size": 32, "stride": 32}),
+    ):
+        maps = xattn.create_explainer(name, segmenter, **options).attribute(
+            image, xattn.at_mask(2, mask)
+        )
+        assert maps.isfinite().all() and maps.any(), name
+    first = "thing 1" if kind in SEMANTIC + MASKED else "class 1"
+    assert segmenter.class_names[1] == first
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("fcn", "backbone"),
+        ("segformer", "segformer.stages.3"),
+        ("upernet", "backbone"),
+        ("mask2former", "model.pixel_level_module.encoder"),
+    ],
+)
+def test_the_bottleneck_is_what_the_encoder_hands_on(kind, layer):
+    assert made(kind)[1].model.path == layer
+
+
+def test_the_bottleneck_of_a_network_without_an_encoder_is_its_coarsest_map():
+    assert xattn.load_segmenter(UNet(), input_size=32, **HALF).model.path == "middle"
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_by_class_the_likeliest_one_is_that_of_the_own_post_processing(kind, image):
+    transformers = pytest.importorskip("transformers")
+    net, segmenter = made(kind)
+    name = "MaskFormer" if kind == "maskformer" else "Mask2Former"
+    processor = getattr(transformers, f"{name}ImageProcessor")()
+    with torch.no_grad():
+        x = segmenter.normalize(image)
+        answer = net(x)
+        if kind == "mask2former":  # which resizes to 384 pixels first
+            answer.masks_queries_logits = nn.functional.interpolate(
+                answer.masks_queries_logits, (384, 384), mode="bilinear", align_corners=False
+            )
+        (found,) = processor.post_process_semantic_segmentation(answer)
+        logits = segmenter.model.forward_pixels(x)[0]
+        if kind == "mask2former":
+            logits = nn.functional.interpolate(logits, (384, 384), mode="bilinear")
+    assert (found == logits[0].argmax(0)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_a_mask_has_the_score_of_its_class_and_pixels(kind, image):
+    net, segmenter = made(kind)
+    with torch.no_grad():
+        answer = net(segmenter.normalize(image))
+        p = answer.class_queries_logits[0, 4].softmax(0)[:-1]
+        pixels = answer.masks_queries_logits[0, 4].sigmoid()
+        inside = pixels[pixels > 0.5]
+        sure = inside.mean() if len(inside) else pixels.max()
+        view = scored(segmenter, [xattn.at_query(4), xattn.at_query(4, "thing 1")])
+        assert torch.allclose(view.logits(image)[0], sure * torch.stack([p.max(), p[1]]), atol=1e-5)
+    assert view.class_names == ["mask 4, the likeliest class", "mask 4, thing 1"]
+    assert xattn.create_explainer("gradcam", view, relu=False).attribute(image, 0).any()
+
+
+def test_sam_cuts_out_what_its_points_show(image):
+    pytest.importorskip("transformers")
+    net = sam()
+    segmenter = xattn.load_segmenter(net, prompt=[(0.25, 0.5)], **HALF)
+    x = segmenter.normalize(image)
+    with torch.no_grad():
+        own = net(pixel_values=x, input_points=torch.tensor([[[[32.0, 16.0]]]])).pred_masks[:, 0]
+        assert torch.allclose(segmenter.model.forward_pixels(x)[0], own, atol=1e-5)
+        assert torch.allclose(segmenter.logits(image), class_scores(own, True), atol=1e-5)
+    maps = xattn.create_explainer("gradcam", segmenter, relu=False).attribute(image, 0)
+    assert maps.shape[2:] == (4, 4) and maps.any()
+    with pytest.raises(ValueError, match=r"^prompt: .* give \(row, column\)"):
+        xattn.load_segmenter(net, **HALF)
+    with pytest.raises(ValueError, match=r"^prompt: got \(2, 0\)"):
+        xattn.load_segmenter(net, prompt=[(2, 0)], **HALF)
+    with pytest.raises(ValueError, match=r"^prompt: a UNet takes no points"):
+        xattn.load_segmenter(UNet(), prompt=[(0, 0)], **HALF)
+
+
+@pytest.mark.parametrize("kind", ["Unet", "FPN", "DeepLabV3Plus"])
+def test_segmentation_models_pytorch(kind, image):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    net = getattr(smp, kind)("mobilenet_v2", encoder_weights=None, classes=3).eval()
+    segmenter = xattn.load_backbone(net, input_size=SIDE, task="multilabel", **HALF)
+    assert segmenter.model.path == "encoder" and segmenter.task == "multilabel"
+    with torch.no_grad():
+        own = net(segmenter.normalize(image))
+        assert torch.allclose(segmenter.logits(image), class_scores(own, True), atol=1e-5)
+        view = scored(segmenter, xattn.at_point(1, 0.5, 0.5, p="sigmoid"))
+        assert torch.allclose(view.logits(image)[0], own[0, 1, 32, 32], atol=1e-5)
+
+
+def test_torchvision_by_name_says_its_classes():
+    segmenter = xattn.load_segmenter("torchvision/lraspp_mobilenet_v3_large", None, input_size=SIDE)
+    assert segmenter.class_index("dog") == 12
+    assert segmenter.preprocessing.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="did you mean.*fcn_resnet50"):
+        xattn.load_segmenter("torchvision/fcn_resnet5", None)
+    with pytest.raises(ValueError, match=r"^backbone: .*load_segmenter"):
+        xattn.load_backbone("torchvision/fcn_resnet50", None)
+
+
+def test_transformers_by_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers_segmenter("segformer").save_pretrained(tmp_path)
+    transformers.SegformerImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(
+        tmp_path
+    )
+    segmenter = xattn.load_segmenter(f"transformers:{tmp_path}")
+    assert segmenter.class_names[4] == "thing 4"
+    assert segmenter.preprocessing.crop_mode == "squash"
+    with pytest.raises(ValueError, match="^weights: got 'mine.pth'"):
+        xattn.load_segmenter(f"transformers:{tmp_path}", "mine.pth")
+
+
+# ---------------------------------------------------------------------- functions
+
+
+def test_a_function_is_explained_by_methods_that_mask(image):
+    def bright(images):
+        found = images.numpy().mean(1, keepdims=True)
+        return np.concatenate([found, 1 - found], 1)
+
+    segmenter = xattn.load_segmenter(bright, input_size=SIDE)
+    assert segmenter.name == "bright"
+    point = xattn.at_point(0, 0.1, 0.6)
+    value = scored(segmenter, point).logits(image)[0, 0]
+    assert torch.allclose(value, image[0, :, 6, 38].mean())
+    maps = xattn.create_explainer("occlusion", segmenter, size=8, stride=8).attribute(image, point)
+    assert maps[0, 0, :8, 32:40].all() and maps.count_nonzero() == 64
+    with pytest.raises(ValueError, match="^explainer: the network answers without a gradient"):
+        xattn.create_explainer("saliency", segmenter).attribute(image, point)
+    with pytest.raises(ValueError, match="^explainer: 'gradcam' reads feature maps"):
+        xattn.create_explainer("gradcam", segmenter)
+
+
+@pytest.mark.parametrize("answer", [lambda x: x.mean((2, 3)), lambda x: {"boxes": x}, lambda x: 3])
+def test_an_answer_that_is_not_understood_is_refused(answer):
+    with pytest.raises(
+        ValueError, match=r"^name_or_module: the answer .*return logits \(1, K, h, w\)"
+    ):
+        xattn.load_segmenter(answer, input_size=SIDE)
+
+
+def test_what_cannot_be_a_segmenter_is_refused(image):
+    with pytest.raises(ValueError, match=r"^model: got 3; give torchvision/NAME"):
+        xattn.load_segmenter(3)
+    with pytest.raises(ValueError, match=r"^task: got 'regression'"):
+        xattn.load_segmenter(UNet(), task="regression", **HALF)
+    with pytest.raises(ValueError, match=r"fails on images of 224 x 224"):
+        xattn.load_segmenter(nn.Linear(3, 3), **HALF)
+    segmenter = xattn.load_segmenter(UNet(), input_size=SIDE, **HALF)
+    for target, reason in (
+        (xattn.at_point("dog", 0.5, 0.5), "^target: class 'dog' is not a class of UNet"),
+        (xattn.at_point(7, 0.5, 0.5), "^target: class 7 is out of range"),
+        (xattn.at_query(1), "^target: a UNet answers no masks"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            scored(segmenter, target)
+    with pytest.raises(ValueError, match=r"^target: .*reads pixels.*one by one"):
+        scored(segmenter, [xattn.at_point(0, 0, 0), xattn.at_point(0, 0, 0, p="sigmoid")])
+
+
+# ---------------------------------------------------------------------- known answers
+
+
+class Linear(nn.Module):
+    """Logits of each pixel from that pixel alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.mix(x)
+
+
+def test_maps_of_a_linear_function_of_each_pixel_are_its_weights(image, mask):
+    net = Linear()
+    segmenter = xattn.load_segmenter(net, input_size=SIDE, mean=0.0, std=1.0)
+    target = xattn.at_mask(2, mask)
+    share = mask.float() / mask.sum()
+    weight = net.mix.weight[2, :, 0, 0].detach()
+    expected = {
+        "saliency": weight.abs().max() * share,
+        "input_x_gradient": (weight[:, None, None] * image[0]).sum(0) * share,
+        "integrated_gradients": (weight[:, None, None] * image[0]).sum(0) * share,
+    }
+    for name, maps in expected.items():
+        found = xattn.create_explainer(name, segmenter).attribute(image, target)[0, 0]
+        assert torch.allclose(found, maps, atol=1e-6), name
+    found = xattn.create_explainer("occlusion", segmenter, size=4, stride=4).attribute(
+        image, target
+    )
+    cells = nn.functional.adaptive_max_pool2d(mask.float()[None, None], found.shape[2:])
+    assert found[cells == 0].abs().max() < 1e-6 and found[cells == 1].abs().min() > 0
+
+
+def test_gradcam_is_seg_grad_cam_written_by_hand(image, mask):
+    torch.manual_seed(0)
+    net = UNet()
+    segmenter = xattn.load_segmenter(net, input_size=SIDE, **HALF)
+    x = segmenter.normalize(image)
+    down = net.down(x)
+    activations = net.middle(down).detach().requires_grad_()
+    pixels = net.last(torch.cat([down, net.up(activations).relu()], 1))
+    (gradient,) = torch.autograd.grad(pixels[0, 1][mask].sum(), activations)
+    weights = gradient.mean((2, 3), keepdim=True)
+    expected = (weights * activations).sum(1, keepdim=True).relu() / mask.sum()
+    found = xattn.create_explainer("gradcam", segmenter).attribute(image, xattn.at_mask(1, mask))
+    assert expected.any() and torch.allclose(found, expected.detach(), atol=1e-6)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU()
+        )
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class OnePixel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Classifier()
+
+    def forward(self, x):
+        return self.net(x)[:, :, None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gradcam", {}), ("layercam", {}), ("saliency", {}), ("smoothgrad", {"samples": 2}),
+     ("integrated_gradients", {"steps": 4}), ("lrp", {}), ("occlusion", {"size": 32, "stride": 32}), ("rise", {"masks": 20}),
+     ("ablationcam", {})],
+)  # fmt: skip
+def test_a_classifier_as_a_segmenter_of_one_pixel_gives_its_maps(name, options, image):
+    classifier = xattn.load_backbone(Classifier(), input_size=SIDE, **HALF)
+    segmenter = xattn.load_segmenter(OnePixel(), input_size=SIDE, **HALF)
+    p = "sigmoid" if name in ("occlusion", "rise") else "value"
+    expected = xattn.create_explainer(name, classifier, **options).attribute(image, 2)
+    target = xattn.at_point(2, 0.5, 0.5, p=p)
+    found = xattn.create_explainer(name, segmenter, **options).attribute(image, target)
+    assert expected.any() and torch.allclose(found, expected, atol=1e-6)
+
+
+def test_several_targets_have_the_maps_that_each_has_alone(image, mask):
+    torch.manual_seed(0)
+    segmenter = xattn.load_segmenter(UNet(), input_size=SIDE, **HALF)
+    targets = [xattn.at_point(1, 0.2, 0.7), xattn.at_mask(0, mask)]
+    for name, options in (("gradcam", {}), ("rise", {"masks": 10})):
+        found = xattn.explain(
+            image,
+            segmenter,
+            explainer=xattn.create_explainer(name, segmenter, **options),
+            target=targets,
+        )
+        assert [one.target_name for one in found] == [
+            "class 1 at (0.2, 0.7)",
+            "class 0 at a mask of 512 pixels",
+        ]
+        for one, target in zip(found, targets, strict=True):
+            alone = xattn.create_explainer(name, segmenter, **options).attribute(image, target)[
+                0, 0
+            ]
+            assert np.allclose(one.map, alone, atol=1e-6)
+
+
+def test_with_p_sigmoid_p_is_the_probability_of_the_class_at_the_point(image):
+    segmenter = xattn.load_segmenter(UNet(), input_size=SIDE, **HALF)
+    x = segmenter.normalize(image)
+    with torch.no_grad():
+        p = segmenter.model.forward_pixels(x)[0].softmax(1)[0, 1, 32, 32]
+        assert torch.allclose(
+            log_odds(segmenter.model.forward_pixels(x)[0])[0, 1, 32, 32].sigmoid(), p
+        )
+    one = xattn.explain(
+        image, segmenter, explainer="gradcam", target=xattn.at_point(1, 0.5, 0.5, p="sigmoid")
+    )
+    assert one[0].probability == pytest.approx(float(p), abs=1e-5)
+
+
+# ---------------------------------------------------------------------- questions in pixels of a photo
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A photo of 160 x 80 pixels, red where x is from 100 and y is from 40."""
+    path = tmp_path_factory.mktemp("photos") / "wide.png"
+    pixels = np.zeros((80, 160, 3), np.uint8)
+    pixels[40:, 100:, 0] = 255
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def reds(images):
+    return torch.cat([0.5 - images[:, :1], images[:, :1] - 0.5], 1)
+
+
+def test_points_and_masks_lie_on_the_photo(wide, tmp_path):
+    segmenter = xattn.load_segmenter(reds, input_size=SIDE, class_names=["black", "red"])
+    mask = np.zeros((80, 160), bool)
+    mask[50:70, 110:150] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    asked = [
+        ("red", (120, 60)),
+        ("red", (90, 60)),
+        (None, (90, 60)),
+        ("red", mask),
+        (None, tmp_path / "mask.png"),
+    ]
+    targets = xattn.segment_targets(wide, segmenter, asked)
+    found = xattn.explain(wide, segmenter, explainer="occlusion", target=targets)
+    names = ["red at (120, 60)", "red at (90, 60)", "black at (90, 60)"]
+    assert [one.target_name for one in found[:3]] == names
+    assert found[4].target_name == "red in mask.png"
+    p = [one.probability for one in found]
+    high = float(torch.tensor(1.0).sigmoid())
+    assert p == pytest.approx([high, 1 - high, high, high, high], abs=1e-5)
+    assert found[0].protocol["segment"] == {"class": "red", "point": [120.0, 60.0]}
+
+
+def test_a_mask_of_the_network_is_asked_for_by_a_point(wide):
+    net, segmenter = made("mask2former")
+    (target,) = xattn.segment_targets(wide, segmenter, [("thing 1", (50, 20))], by="mask")
+    number = target.record["mask"]
+    pixels, _ = prepare(load_image(wide), segmenter.preprocessing)
+    answer = net(segmenter.normalize(pixels[None]))
+    p = answer.class_queries_logits[0].softmax(-1)[:, 1]
+    # (50, 20) of 160 x 80 is column 20, row 24 of 64 x 64: cell (6, 5) of 16 x 16.
+    assert number == int((p * answer.masks_queries_logits[0, :, 6, 5].sigmoid()).argmax())
+    (one,) = xattn.explain(wide, segmenter, explainer="gradcam", target=[target])
+    assert one.target_name == f"thing 1, mask {number} at (50, 20)"
+
+
+def test_questions_that_have_no_answer_are_refused(wide):
+    segmenter = xattn.load_segmenter(reds, input_size=SIDE, class_names=["black", "red"])
+    for at, reason in (
+        ([("red", (160, 10))], r"^at: \(160, 10\) lies outside the photo of 160 x 80 pixels"),
+        ([("blue", (1, 1))], "^at: class 'blue' is not a class"),
+        ([("red", np.zeros((80, 160)))], "^at: got a mask without a pixel"),
+        ([("red", np.ones((8, 8)))], r"^at: got a mask of \(8, 8\) for a photo of 160 x 80"),
+        ([("red", "nothing.png")], "^at: "),
+        (["red"], r"^at: got 'red'; give \(class"),
+        ([("red", (1,))], "^at: "),
+        ([], "^at: got"),
+    ):
+        with pytest.raises((ValueError, OSError), match=reason):
+            xattn.segment_targets(wide, segmenter, at)
+    with pytest.raises(ValueError, match="^by: got 'box'"):
+        xattn.segment_targets(wide, segmenter, [("red", (1, 1))], by="box")
+    with pytest.raises(ValueError, match="no masks"):
+        xattn.segment_targets(wide, segmenter, [("red", (1, 1))], by="mask")
+    with pytest.raises(ValueError, match="^segmenter: .*load_segmenter"):
+        classifier = xattn.load_backbone("test_resnet", weights=None)
+        xattn.segment_targets(wide, classifier, [(0, (1, 1))])

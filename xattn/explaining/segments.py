@@ -1,0 +1,198 @@
+"""Questions to a segmentation network, in pixels of a photo: why is this a dog here, why this mask?
+
+targets = segment_targets("photo.jpg", network, [("dog", (120, 80)), (None, (10, 10))])
+explain("photo.jpg", network, explainer="gradcam", target=targets)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.backbone.segmentation import Masks
+from xattn.backbone.targets import Place, at_mask, at_point, at_query
+from xattn.photos.arrays import array_images, is_array
+from xattn.photos.images import MAX_PIXELS, load_image
+from xattn.photos.view import View, prepare
+
+By = Literal["class", "mask"]
+
+
+@torch.no_grad()
+def segment_targets(
+    photo: Any,
+    segmenter: Backbone,
+    at: Sequence[tuple[int | str | None, Any]],
+    by: By = "class",
+    view: str = "crop",
+    max_pixels: int | None = MAX_PIXELS,
+) -> list[Place]:
+    """Targets for one photo: a class at a point or in a mask, or the network's own mask there.
+
+    Args:
+        photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1].
+        segmenter: of :func:`xattn.load_segmenter`.
+        at: (class, place) of each question. The class is a name, a number, or None for the likeliest one
+            there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array (H, W),
+            or the path of a picture that is not black there.
+        by: ``"class"``; or ``"mask"`` for the one mask, of a network that answers masks, whose probability
+            of the class times its own there is largest, :func:`~xattn.backbone.targets.at_query`.
+        view: as in :func:`xattn.explain`.
+
+    Returns:
+        Targets for ``explain(photo, segmenter, target=...)``; p is the class's probability there, of a mask
+        its score.
+
+    Raises:
+        ValueError: a place outside the photo or outside what the network sees, an unknown class, or a
+            network without the logits of pixels, or without masks.
+    """
+    if by not in get_args(By):
+        raise ValueError(f"by: got {by!r}; choose one of {', '.join(get_args(By))}")
+    model: Any = segmenter.model
+    if not hasattr(model, "forward_pixels"):
+        raise ValueError(
+            f"segmenter: {segmenter.name} answers no pixels; give xattn.load_segmenter(...)"
+        )
+    if isinstance(at, str) or not at:
+        raise ValueError(
+            f"at: got {at!r:.80}; give a list of (class, (x, y)) or (class, mask), one or more"
+        )
+    if is_array(photo):
+        photo = array_images(photo, len(segmenter.preprocessing.mean))[0].load()
+    pixels, seen = prepare(load_image(photo, max_pixels), segmenter.preprocessing, view)
+    asked = [_Asked.of(question, seen, segmenter) for question in at]
+    dtype = next((p.dtype for p in segmenter.parameters()), pixels.dtype)
+    x = segmenter.normalize(pixels[None].to(segmenter.device, dtype))
+    with segmenter._passing(x):
+        if by == "mask" and not hasattr(model, "masks"):
+            raise ValueError(f"by: {segmenter.name} answers no masks; leave it out")
+        if by == "mask":
+            found = model.masks(x)[0]
+            return [one.mask(found, segmenter) for one in asked]
+        logits = model.forward_pixels(x)[0]
+    return [one.at_class(logits, segmenter) for one in asked]
+
+
+class _Asked(NamedTuple):
+    """A class, if one is asked for, and its place on the input; ``text`` and ``record`` say where that is
+    on the photo."""
+
+    label: int | None
+    make: Callable[..., Place]
+    place: tuple[Any, ...]
+    text: str
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, question: Any, seen: View, segmenter: Backbone) -> _Asked:
+        try:
+            label, place = question
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"at: got {question!r:.80}; give (class, (x, y)) or (class, mask)"
+            ) from None
+        index = None
+        if label is not None:
+            try:
+                index = segmenter.class_index(label)
+            except ValueError as error:
+                raise ValueError(f"at: {error}") from None
+        if isinstance(place, tuple) or (isinstance(place, list) and np.ndim(place) < 2):
+            x, y = _point(place, seen.photo_size)
+            place = _on_input(x, y, seen)
+            return cls(index, at_point, place, f"at ({x:g}, {y:g})", {"point": [x, y]})
+        mask, name = _mask(place, seen, segmenter)
+        count = int((mask > 0).sum())
+        text = f"in {name}" if name else f"in a mask of {count} pixels"
+        return cls(index, at_mask, (mask,), text, {"pixels": count})
+
+    def means(self, maps: Tensor) -> Tensor:
+        """(1, C, h, w) -> (C,), the mean over the place."""
+        read: Any = self.make(0, *self.place).function
+        return torch.cat([replace(read, index=i)(maps) for i in range(maps.shape[1])])
+
+    def at_class(self, logits: Tensor, segmenter: Backbone) -> Place:
+        odds = getattr(segmenter.model, "odds", lambda logits: logits)
+        index = self.label
+        if index is None:
+            index = int(self.means(odds(logits)).argmax())
+        name = segmenter.class_names[index]
+        made = self.make(index, *self.place, f"{name} {self.text}", "sigmoid")
+        return replace(made, label=name, record=self.record)
+
+    def mask(self, found: Masks, segmenter: Backbone) -> Place:
+        p = found.classes.softmax(-1)[0, :, :-1]
+        p = p.amax(1) if self.label is None else p[:, self.label]
+        number = int((p * self.means(found.masks.sigmoid())).argmax())
+        made = at_query(number, self.label)
+        where = f"{{}}, mask {number} {self.text}"
+        return replace(made, where=where, record={**made.record, **self.record})
+
+
+def _point(place: Any, size: tuple[int, int]) -> tuple[float, float]:
+    """x and y on a photo of ``size`` (H, W)."""
+    try:
+        x, y = (float(v) for v in place)
+    except (TypeError, ValueError):
+        raise ValueError(f"at: got {place!r:.80}; give a point (x, y), or a mask") from None
+    height, width = size
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(
+            f"at: ({x:g}, {y:g}) lies outside the photo of {width} x {height} pixels; give pixels of the "
+            f"photo, from its upper left corner"
+        )
+    return x, y
+
+
+def _on_input(x: float, y: float, seen: View) -> tuple[float, float]:
+    """(row, column) of the middle of a pixel of the photo, as shares of the input."""
+    shares = [
+        ((value + 0.5) * resized / whole - start) / length
+        for value, resized, whole, start, length in zip(
+            (y, x), seen.resized, seen.photo_size, seen.box[:2], seen.box[2:], strict=True
+        )
+    ]
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(
+            f"at: ({x:g}, {y:g}) lies outside the part of the photo that the network sees; give "
+            f"view='whole' (--view whole)"
+        )
+    return shares[0], shares[1]
+
+
+def _mask(place: Any, seen: View, segmenter: Backbone) -> tuple[Tensor, str]:
+    """(h, w) over the input, and the name of the file."""
+    name = ""
+    if isinstance(place, str | Path):
+        name = Path(place).name
+        try:
+            place = np.asarray(load_image(place)).any(2)
+        except OSError as error:
+            raise ValueError(f"at: {error}") from None
+    mask = np.asarray(place.cpu() if isinstance(place, Tensor) else place)
+    if mask.shape != tuple(seen.photo_size):
+        height, width = seen.photo_size
+        raise ValueError(
+            f"at: got a mask of {mask.shape} for a photo of {width} x {height} pixels; give ({height}, "
+            f"{width})"
+        )
+    if not mask.any():
+        raise ValueError("at: got a mask without a pixel; give one that marks a pixel or more")
+    picture = Image.fromarray(np.where(mask != 0, 255, 0).astype(np.uint8)).convert("RGB")
+    photos = replace(segmenter.preprocessing, mean=(0.0,) * 3, interpolation="box")
+    found = prepare(picture, photos, seen.mode)[0][0]
+    if not found.any():
+        raise ValueError(
+            "at: the mask lies outside the part of the photo that the network sees; give view='whole' "
+            "(--view whole)"
+        )
+    return found, name
