@@ -44,6 +44,7 @@ _EXPORTS = {
     "PruneConfig": "xattn.config",
     "load_conversion": "xattn.backbone",
     "explain": "xattn.explaining.photos",
+    "explain_clip": "xattn.explaining.clip_maps",
     "explain_detections": "xattn.explaining.detections",
     "explain_video": "xattn.explaining.clips",
     "explain_tokens": "xattn.vlm.explain",
@@ -89,6 +90,7 @@ __all__ = [
     "distill",
     "evaluate",
     "explain",
+    "explain_clip",
     "explain_detections",
     "explain_tokens",
     "explain_video",
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     from xattn.detection import load_detector
     from xattn.eval import evaluate, register_metric
     from xattn.explainers import as_explainer, create_explainer, list_explainers, register_explainer
+    from xattn.explaining.clip_maps import explain_clip
     from xattn.explaining.clips import explain_video
     from xattn.explaining.detections import explain_detections
     from xattn.explaining.photos import explain

@@ -36,6 +36,8 @@ class BackboneArgs:
     depends on the architecture."""
     input_size: int | None = None
     """Side of the model's input in pixels; by default the model's own."""
+    frames: int | None = None
+    """Frames of a clip, or slices of a volume, that a network of clips reads; by default its own."""
     tile_positions: bool = False
     """Repeat a ViT's positions over the grid of --input-size, as freeswim needs them; else they are
     resized."""
@@ -105,6 +107,7 @@ class BackboneArgs:
         shared: dict[str, Any] = {
             "device": device_name(self.device),
             "input_size": self.input_size,
+            "frames": self.frames,
             "task": self.task,
             "mean": self.mean or None,
             "std": self.std or None,

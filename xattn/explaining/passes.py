@@ -146,9 +146,19 @@ def set_up(
     view: str,
     batch_size: int,
     seed: int,
+    clips: bool = False,
 ) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
-    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol."""
+    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol.
+
+    ``clips``: whether clips are explained whole.
+    """
     check("batch_size", batch_size, Count)
+    if backbone.reads_clips and not clips:
+        raise ValueError(f"backbone: {backbone.name} reads clips; use xattn.explain_clip")
+    if clips and not backbone.reads_clips:
+        raise ValueError(
+            f"backbone: {backbone.name} reads single photos; use xattn.explain_video, frame by frame"
+        )
     method = _explainer(backbone, head, explainer, seed, batch_size)
     backbone.require_classes()
     protocol = provenance_of(backbone, method, view)

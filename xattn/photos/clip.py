@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from xattn.photos.arrays import array_images
 from xattn.runtime.files import printable
 
 FALLBACK_FPS = 25.0
@@ -96,6 +99,50 @@ class Clip:
         photo = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
         photo.filename = self.path.name  # type: ignore[attr-defined]
         return photo
+
+
+class Frames(NamedTuple):
+    """``photos`` of a clip, the ``numbers`` of these frames, of ``total``, ``fps`` of them a second."""
+
+    photos: list[Image.Image]
+    numbers: tuple[int, ...]
+    total: int
+    fps: float
+
+
+def evenly(
+    source: Any, count: int, max_pixels: int | None, fps: float, argument: str = "clip"
+) -> Frames:
+    """At most ``count`` frames of a file or an array (frames, H, W, 3), at even steps from the first to the
+    last; of a damaged one the next. An array is of ``fps`` frames a second.
+
+    Raises:
+        ValueError: no clip that can be read. FileNotFoundError: it is not there.
+    """
+    if isinstance(source, np.ndarray):
+        at = even_steps(len(source), count)
+        chosen = [image.load(max_pixels) for image in array_images(source[at])]
+        return Frames(chosen, tuple(at.tolist()), len(source), fps)
+    found, total = list[tuple[int, Image.Image]](), -1
+    try:
+        with quiet():
+            for _ in range(2):  # again where the header knows another number than there is, or none
+                with open_clip(Path(source), max_pixels) as clip:
+                    known = clip.announced if total < 0 else total
+                    found = list(clip.frames_at(even_steps(known, count).tolist()))
+                    total, fps = clip.decoded, clip.fps
+                if known == total:
+                    break
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{argument}: {str(error).partition(': ')[2]}") from error
+    if not found:
+        raise ValueError(f"{argument}: no frame of {source} can be decoded; replace the file")
+    return Frames([frame for _, frame in found], tuple(n for n, _ in found), total, fps)
+
+
+def even_steps(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """At most ``count`` numbers of 0..total-1 at even steps, the ends among them."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def opencv_path(path: Path, argument: str) -> str:

@@ -27,7 +27,17 @@ PLANE = (
 # What a detector does not read.
 CLASSES = (
     *("heads", "labels", "classes", "top", "view", "every", "smoothing", "features"),
-    *("backbone", "taps", "tile_positions", "mean", "std", "crop_pct", "interpolation", "task"),
+    *(
+        "backbone",
+        "taps",
+        "frames",
+        "tile_positions",
+        "mean",
+        "std",
+        "crop_pct",
+        "interpolation",
+        "task",
+    ),
     *("probe", "mechanism", "layers"),
 )
 SHOWN = 20  # explanations that are printed
@@ -48,7 +58,7 @@ class Explain(MethodArgs):
 
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
-    ...) or volume (.nii, .nii.gz), whose axial slices are explained."""
+    ...) or volume (.nii, .nii.gz), whose axial slices are explained; networks of clips read these whole."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     detector: str | None = None
     """Explain detections instead of classes, one map a box: torchvision/NAME, transformers:NAME, or
@@ -181,7 +191,9 @@ class Explain(MethodArgs):
         with pack_output(self.output, "runs/explained", self.overwrite) as output:
             backbone, methods = self._methods()
             options["output"] = output.folder
-            if clip:
+            if backbone.reads_clips:
+                found = self._explain_whole(backbone, methods, options)
+            elif clip:
                 from xattn.explaining.clips import explain_video
 
                 options.update(every=self.every, smoothing=self.smoothing)
@@ -193,9 +205,27 @@ class Explain(MethodArgs):
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
         if launched()[1] > 0:
             return
-        for name, reason in () if clip else found.skipped:
+        whole = clip or backbone.reads_clips
+        for name, reason in () if whole else found.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        self._tell(found, len(found) if clip else found.maps, output)
+        self._tell(found, len(found) if whole else found.maps, output)
+
+    def _explain_whole(
+        self, backbone: Any, methods: list[Any], options: dict[str, Any]
+    ) -> list[Any]:
+        """A clip or a volume, by a network that reads it whole."""
+        from xattn.explaining.clip_maps import explain_clip
+
+        name, reads = self.images[0], f"{backbone.name} reads clips"
+        if len(self.images) > 1 or not (is_video(name) or is_volume(name)):
+            raise ValueError(f"images: {reads}; give one clip or volume, such as clip.mp4")
+        if len(methods) > 1:
+            raise ValueError(f"explainers: {reads}; give one method")
+        if self.every > 1 or self.smoothing:
+            raise ValueError(f"every, smoothing: {reads} whole; leave them out")
+        del options["progress"]
+        options["view"] = self.view or "whole"
+        return explain_clip(name, backbone, methods[0], **options)
 
     @property
     def input(self) -> str:
@@ -230,7 +260,8 @@ class Explain(MethodArgs):
     def _tell(self, found: Any, count: int, output: Output) -> None:
         """The first of ``count`` explanations, and where the pack is."""
         for item in found[:SHOWN]:
-            print(f"{item.image_id}: {item.target_name} ({item.probability:.3f})")
+            name = getattr(item, "image_id", Path(self.images[0]).name)
+            print(f"{name}: {item.target_name} ({item.probability:.3f})")
         if count > SHOWN:
             print(f"... and {count - SHOWN:,} more")
         print(f"pack: {output.place}")

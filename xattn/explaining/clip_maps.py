@@ -1,0 +1,325 @@
+"""Explain a clip or a volume whole, by a network that reads (B, C, T, H, W): maps (t, h, w).
+
+    found = explain_clip("clip.mp4", load_backbone("torchvision/r3d_18"), "gradcam")
+    found[0].map, found[0].by_frame, found[0].strip()
+
+A network of photos explains a clip frame by frame instead: :func:`xattn.explain_video`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from xattn.backbone import Backbone
+from xattn.explainers import Explainer
+from xattn.explainers.base import method_title
+from xattn.explaining.clips import Film
+from xattn.explaining.passes import aimed, set_up, top_classes
+from xattn.explaining.photos import Explanations
+from xattn.packs.explanation import Explanation, ImageFacts
+from xattn.packs.format import OVERLAYS, is_pack
+from xattn.photos.arrays import array_images
+from xattn.photos.clip import FALLBACK_FPS, Frames, even_steps, evenly
+from xattn.photos.image_names import is_volume
+from xattn.photos.images import MAX_PIXELS, load_image
+from xattn.photos.view import View, prepare
+from xattn.photos.volumes import AxialSlices
+from xattn.pictures.strip import strip, write_gif
+from xattn.runtime.files import check_output
+from xattn.runtime.stores import is_remote
+
+STRIP = 8  # frames of a strip
+
+
+@dataclass(frozen=True, eq=False)
+class ClipExplanation:
+    """One class of one clip, explained.
+
+    ``map`` holds raw scores (t, h, w), float32; ``photos`` are the T frames that the network read, the
+    frames ``numbers`` of the clip or, of a volume, its slices, with ``fps`` of the clip's frames a second.
+    The other fields are those of :class:`xattn.Explanation`.
+    """
+
+    map: NDArray[np.float32]
+    photos: Sequence[Image.Image] = field(repr=False)
+    numbers: tuple[int, ...]
+    fps: float
+    target: int
+    target_name: str
+    probability: float
+    method: str
+    view: View
+    protocol: dict[str, Any] = field(default_factory=dict, repr=False)
+    is_mask: bool = False
+    facts: ImageFacts = field(default_factory=ImageFacts, repr=False)
+    unit: str = "frame"
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the map is constant, so that it says nothing."""
+        return bool(self.map.min() == self.map.max())
+
+    def normalized(self) -> NDArray[np.float32]:
+        """(T, h, w): the map min-maxed over the whole clip to [0, 1], then linear in time at each frame."""
+        values = self.map.astype(np.float64)
+        if not self.is_mask:
+            low, span = values.min(), np.ptp(values)
+            values = (values - low) / span if span else np.zeros_like(values)
+        return self._at_frames(values).astype(np.float32)
+
+    def _at_frames(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(t, h, w), linear between its steps, at each of the T frames."""
+        steps, count = len(values), len(self.photos)
+        at = np.clip((np.arange(count) + 0.5) * steps / count - 0.5, 0, steps - 1)
+        before = np.floor(at).astype(int)
+        after, share = np.minimum(before + 1, steps - 1), (at - before)[:, None, None]
+        return (1 - share) * values[before] + share * values[after]
+
+    @property
+    def by_frame(self) -> NDArray[np.float32]:
+        """(T,): which share of the map's positive values lies in each frame, less the least value of a map
+        without negative ones; zeros where there are none."""
+        values = self.map.astype(np.float64)
+        total = self._at_frames(np.maximum(values - max(values.min(), 0), 0)).sum((1, 2))
+        return (total / (total.sum() or 1)).astype(np.float32)
+
+    def on_photos(self) -> NDArray[np.float32]:
+        """(T, H, W): the map on the pixels of the frames, in [0, 1]; NaN where the network did not look."""
+        return self.view.to_photo(self.normalized())
+
+    def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
+        """``count`` frames at even steps above their overlays, ``side`` pixels high, with when they are and
+        a bar of the map's share in them; the longest bar is full."""
+        at, shares = even_steps(len(self.photos), count), self.by_frame
+        photos, maps = self._shown(at, side)
+        title = (
+            f"{self.target_name.split(',')[0]}  {self.probability:.1%}  {method_title(self.method)}"
+        )
+        return strip(
+            photos,
+            maps,
+            [self._label(i) for i in at],
+            [float(shares[i] / (shares.max() or 1)) for i in at],
+            title,
+        )
+
+    def film(self, path: str | Path, side: int = 240) -> Path:
+        """Write the overlays of all T frames as a GIF as long as the clip, ``side`` pixels high."""
+        span = self.numbers[-1] - self.numbers[0] + 1
+        seconds = span / self.fps if self.unit == "frame" else len(self.photos) / 4
+        return write_gif(path, *self._shown(np.arange(len(self.photos)), side), seconds)
+
+    def _shown(
+        self, at: NDArray[np.int64], side: int
+    ) -> tuple[list[Image.Image], NDArray[np.float32]]:
+        """Frames ``side`` pixels high, and the map on them."""
+        width = max(1, round(self.photos[0].width * side / self.photos[0].height))
+        small = [self.photos[i].resize((width, side), Image.Resampling.LANCZOS) for i in at]
+        return small, self.view.to_photo(self.normalized()[at], (side, width))
+
+    def _label(self, i: int) -> str:
+        number = self.numbers[i]
+        return f"slice {number}" if self.unit != "frame" else f"{number / self.fps:.2f} s"
+
+    def explanations(self) -> list[Explanation]:
+        """One explanation a frame, on the clip's scale, for packs and the viewer."""
+        protocol = self.protocol
+        if not self.is_mask:
+            how = "as explained; min-max over the clip, linear between its steps"
+            protocol = {**protocol, "map": how}
+        twice = len(set(self.numbers)) < len(self.numbers)
+        return [
+            Explanation(
+                map=values,
+                target=self.target,
+                target_name=self.target_name,
+                probability=self.probability,
+                method=self.method,
+                method_title=method_title(self.method),
+                view=self.view,
+                image_id=f"{self.unit}-{number:06d}{f'-{i:03d}' * twice}",
+                protocol=protocol,
+                is_mask=True,
+                source=photo,
+                facts=self.facts,
+            )
+            for i, (values, photo, number) in enumerate(
+                zip(self.normalized(), self.photos, self.numbers, strict=True)
+            )
+        ]
+
+
+def explain_clip(
+    clip: Any,
+    backbone: Backbone,
+    explainer: str | Explainer = "gradcam",
+    *,
+    classes: int | str | Sequence[int | str] | None = None,
+    target: Any = None,
+    top: int = 1,
+    view: str = "whole",
+    output: str | Path | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_pixels: int | None = MAX_PIXELS,
+    fps: float = FALLBACK_FPS,
+    overlays: bool = True,
+) -> list[ClipExplanation]:
+    """Explain a clip or a volume by a network that reads it whole; arguments not named here are those of
+    ``explain``.
+
+    Args:
+        clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos;
+            an array (frames, H, W, 3); or a tensor (C, T, H, W) in [0, 1], which goes in as it is where it
+            has the network's size. Of more frames than the network reads, those at even steps are taken;
+            fewer are repeated, with a warning.
+        batch_size: clips a pass, of methods that run many.
+        output: folder for a pack: a map a frame, ``overlay.mp4``, and a strip for each class in
+            ``overlays/``.
+        fps: frames a second of an array, a tensor or a list.
+        overlays: whether the pack gets the film and pictures.
+
+    Returns:
+        One explanation a class, the most probable first.
+
+    Raises:
+        ValueError: a network of photos, a clip that cannot be read, or a bad argument.
+        OSError: a missing file, or an ``output`` that cannot be written.
+    """
+    if output is not None:
+        check_output(output, is_ours=is_pack)
+    backbone, (explainer,), classes = aimed(backbone, [explainer], classes, target)
+    method, choose, protocol = set_up(
+        backbone, None, explainer, classes, top, view, batch_size, seed, clips=True
+    )
+    assert callable(choose)
+    frames, unit = _frames(clip, backbone, max_pixels, fps)
+    pixels, seen = _pixels(clip, frames, backbone, view)
+    logits, targets, maps = method.attribute_classes(pixels[None].to(backbone.device), choose)
+    every = backbone.probabilities(logits)[0]
+    taken = {"frames": list(frames.numbers), "of": frames.total, "fps": frames.fps}
+    protocol = {**protocol, "view": seen.mode, unit: taken}
+    found = [
+        ClipExplanation(
+            values,
+            frames.photos,
+            frames.numbers,
+            frames.fps,
+            number,
+            backbone.class_names[number],
+            float(every[number]),
+            method.name,
+            seen,
+            {**protocol, **backbone.about(number)},
+            method.is_mask,
+            ImageFacts(top_classes(every, backbone)),
+            unit,
+        )
+        for number, values in zip(targets[0].tolist(), maps[0].float().cpu().numpy(), strict=True)
+    ]
+    blank = [f"{e.method} of {e.target_name.split(',')[0]}" for e in found if e.is_blank]
+    if blank:
+        warnings.warn(
+            f"explain_clip: the map by {', '.join(blank)} has one value everywhere; it points at nothing",
+            stacklevel=2,
+        )
+    if output is not None:
+        _save(Path(output), found, overlays)
+    return found
+
+
+def _frames(
+    clip: Any, backbone: Backbone, max_pixels: int | None, fps: float
+) -> tuple[Frames, str]:
+    """T frames, and whether they are a "frame" of a clip or a "slice" of a volume."""
+    count, unit = backbone.preprocessing.places[0], "frame"
+    if isinstance(clip, Tensor):
+        _check_tensor(clip, backbone)
+        at = even_steps(clip.shape[1], count)
+        photos = [i.load(max_pixels) for i in array_images(clip.movedim(1, 0)[at], len(clip))]
+        found = Frames(photos, tuple(at.tolist()), clip.shape[1], fps)
+    elif isinstance(clip, list | tuple) or is_volume(clip):
+        unit = "slice" if is_volume(clip) else unit
+        whole: Any = AxialSlices(clip) if is_volume(clip) else clip
+        if not len(whole):
+            raise ValueError("clip: got an empty list; give one photo or more")
+        at = even_steps(len(whole), count)
+        load = whole.load if is_volume(clip) else lambda i, most: load_image(clip[i], most)
+        names = [whole.numbers[i] for i in at] if is_volume(clip) else at.tolist()
+        found = Frames([load(int(i), max_pixels) for i in at], tuple(names), len(whole), fps)
+    elif isinstance(clip, str | Path) and is_remote(clip, "clip"):
+        raise ValueError(f"clip: {clip} is in a store; copy it here first")
+    elif isinstance(clip, str | Path | np.ndarray):
+        if isinstance(clip, np.ndarray) and (clip.ndim != 4 or not len(clip)):
+            raise ValueError(f"clip: got an array {clip.shape}; give (frames, H, W, 3)")
+        found = evenly(clip, count, max_pixels, fps)
+    else:
+        raise ValueError(
+            f"clip: got a {type(clip).__name__}; give a file, a list of photos, an array (frames, H, W, 3) "
+            f"or a tensor (C, T, H, W)"
+        )
+    if len({photo.size for photo in found.photos}) > 1:
+        raise ValueError("clip: its photos have several sizes; give frames of one size")
+    here = len(found.photos)
+    if here < count:
+        warnings.warn(
+            f"explain_clip: the clip has {here} {unit}{'s' * (here > 1)} and {backbone.name} reads "
+            f"{count}; they are repeated",
+            stacklevel=3,
+        )
+        at = np.linspace(0, here - 1, count).round().astype(int)
+        photos, numbers = [found.photos[i] for i in at], tuple(found.numbers[i] for i in at)
+        found = found._replace(photos=photos, numbers=numbers)
+    return found, unit
+
+
+def _check_tensor(clip: Tensor, backbone: Backbone) -> None:
+    channels = backbone.mean.shape[1]
+    if clip.ndim != 4 or clip.shape[0] != channels or not clip.numel():
+        raise ValueError(
+            f"clip: got a tensor {tuple(clip.shape)}; give one clip ({channels}, T, H, W) in [0, 1]"
+        )
+
+
+def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[Tensor, View]:
+    """The network's input (C, T, H, W), and what it shows of each frame."""
+    channels, size = backbone.mean.shape[1], backbone.preprocessing.input_size
+    if isinstance(clip, Tensor) and tuple(clip.shape[2:]) == tuple(size):
+        at = torch.tensor(frames.numbers)
+        values = clip.detach().cpu()[:, at]
+        values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+        return values, View("tensor", size, size, (0, 0, *size), size)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"clip: {backbone.name} reads {channels} channels; give a tensor ({channels}, T, {size[0]}, "
+            f"{size[1]})"
+        )
+    prepared = [prepare(photo, backbone.preprocessing, view) for photo in frames.photos]
+    values = torch.stack([pixels for pixels, _ in prepared], 1)
+    return values if channels == 3 else values.mean(0, keepdim=True), prepared[0][1].check_size()
+
+
+def _save(output: Path, found: Sequence[ClipExplanation], overlays: bool) -> None:
+    """The pack of all classes, frame by frame, and their strips."""
+    first = found[0]
+    span = max(1, first.numbers[-1] - first.numbers[0] + 1)
+    speed = len(first.photos) * first.fps / span if first.unit == "frame" else 4.0
+    groups = list(zip(*(e.explanations() for e in found), strict=True))
+    with Film(output, min(speed, first.fps), overlays) as film:
+        for photo, group in zip(first.photos, groups, strict=True):
+            film.add(photo, group)
+        result = Explanations(replace(e, source=None) for group in groups for e in group)
+        film.save(result)
+    for e in found if overlays else ():
+        (output / OVERLAYS).mkdir(exist_ok=True)
+        e.strip().save(output / OVERLAYS / f"strip-{e.target}.png")
