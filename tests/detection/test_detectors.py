@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_detectors import CLASSES, SIDE, Words, torchvision_detector, transformers_detector
+from small_detectors import (
+    CLASSES,
+    SIDE,
+    Words,
+    Yolo,
+    torchvision_detector,
+    transformers_detector,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torchvision.ops import batched_nms
 
 import xattn
 from xattn.cli.detections import asked_objects
@@ -275,6 +283,35 @@ def test_maps_of_gradients_are_the_same_in_a_batch_and_alone(kind):
         for d, n in ((one, 1), (one, 5), (near, 1))
     ]
     assert all((m - maps[0]).abs().max() <= 1e-3 * maps[0].abs().max() > 0 for m in maps)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_yolo_answers_as_its_own_network_and_has_maps(ends):
+    yolo, image = Yolo(ends), random_image()
+    detector = load_detector(yolo, input_size=SIDE)
+    assert detector.class_names == ["cat", "dog", "cow", "hen"] and detector.model.ends is ends
+    with torch.no_grad():
+        own = yolo.model.eval()(image[None])[0][0]
+    if ends:
+        boxes, scores, labels = own[:, :4], own[:, 4], own[:, 5]
+    else:
+        boxes = torch.cat([own[:2] - own[2:4] / 2, own[:2] + own[2:4] / 2]).T
+        scores, labels = own[4:].max(0)
+        kept = batched_nms(boxes, scores, labels, 0.7)
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+    found = detector.detect(image, None)
+    assert len(found) == int((scores > 0.25).sum()) > 3
+    for i, one in enumerate(found):
+        assert one.label == int(labels[i]) and one.score == pytest.approx(float(scores[i]))
+        assert one.place == pytest.approx(boxes[i].tolist(), abs=1e-4)
+    view = detector.of(found[:2])
+    for name in ("odam", "layercam"):
+        assert create_explainer(name, view).attribute(image[None], 1).abs().max() > 0
+    with pytest.raises(ValueError, match=r"^input_size: got \(72, 72\); give multiples of 16"):
+        load_detector(yolo, input_size=72)
+    yolo.model.model = nn.Sequential(nn.Identity())
+    with pytest.raises(ValueError, match="^model: a Yolo of YoloNetwork has no detection head"):
+        load_detector(yolo)
 
 
 def test_iou_of_boxes():

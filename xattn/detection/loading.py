@@ -40,9 +40,9 @@ def load_detector(
 
     Args:
         model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (of the hub or of a folder); a detector of
-            torchvision or transformers as a module; or any function that returns boxes, labels and
-            scores, see :class:`~xattn.detection.networks.CallableDetector`, which methods without
-            gradients explain.
+            torchvision or transformers as a module, or a ``YOLO`` of ultralytics; or any function that
+            returns boxes, labels and scores, see
+            :class:`~xattn.detection.networks.CallableDetector`, which methods without gradients explain.
         weights: of a name: ``"DEFAULT"``, or None for random ones; of torchvision also another name of
             its weights, or a local file.
         input_size: (H, W) in pixels, or one side; by default a square with the detector's shorter side.
@@ -86,6 +86,7 @@ def _network(
     # Imported late: torchvision's detectors take a second to load.
     from xattn.detection.torchvision_networks import FAMILIES, TorchvisionDetector
     from xattn.detection.transformers_networks import TransformersDetector
+    from xattn.detection.ultralytics_networks import UltralyticsDetector, is_ultralytics
 
     if isinstance(model, DetectionNetwork):
         if size is not None:
@@ -93,6 +94,8 @@ def _network(
                 f"input_size: a {type(model).__name__} has its own; give it in its preprocessing"
             )
         return model
+    if is_ultralytics(model):
+        return UltralyticsDetector(model, size)
     if isinstance(model, nn.Module):
         model = frozen_copy(without_wrappers(model))
         if isinstance(model, FAMILIES):
