@@ -100,6 +100,8 @@ CASES: list[tuple[str, str, Callable[[], Any]]] = [
     ("nilearn", "volumes", resampled),
     ("umap", "umap", umap_points),
     ("onnx", "weights", onnx_weights),
+    ("onnx", "onnx", lambda: xattn.load_backbone("model.onnx")),
+    ("onnxruntime", "onnx", lambda: xattn.load_backbone("model.onnx")),
     ("transformers", "transformers", lambda: xattn.load_backbone("transformers:google/vit")),
     ("transformers", "vlm", lambda: xattn.load_vlm("transformers:llava-hf/llava")),
 ]

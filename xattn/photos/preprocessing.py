@@ -133,8 +133,10 @@ def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tu
 
 
 def channels_of(model: nn.Module, own: Preprocessing) -> int:
-    """How many channels an image has for the model: as many as its first convolution reads, or as
-    ``own`` normalises where that reads something else than an image."""
+    """How many channels an image has for the model: as many as it says (``input_channels``), as its first
+    convolution reads, or as ``own`` normalises where that reads something else than an image."""
+    if isinstance(said := getattr(model, "input_channels", None), int):
+        return said
     first = first_convolution(model)
     return len(own.mean) if first is None or first.in_channels > 4 else first.in_channels
 

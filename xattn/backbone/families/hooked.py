@@ -117,7 +117,11 @@ def from_hooks(
     shapes = {path: tuple(output.shape) for path, output in outputs.items()}
     steps = steps_of(shapes.values(), size)
     if taps is None:
-        leading = _leading(logits, outputs)
+        leading = {
+            path: gradient
+            for path, gradient in _leading(logits, outputs).items()
+            if getattr(model.get_submodule(path), "is_layer", True)  # not of an operator of ONNX
+        }
         taps = coarsest({path: shape for path, shape in shapes.items() if path in leading}, size)
         layers = dict(model.named_modules())
         norms = {p: g for p, g in leading.items() if not isinstance(layers[p], nn.Linear)}

@@ -40,8 +40,8 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
         layer = getattr(backbone.model, "gradcam_layer", None)
     if layer is None and hasattr(backbone.model, "gradcam_layers"):
         raise ValueError(
-            f"explainer: {method!r} reads feature maps, {backbone.name} hands out none; use 'd_rise' or "
-            f"'occlusion'"
+            f"explainer: {method!r} reads feature maps, {backbone.name} hands out none; use 'occlusion' or "
+            f"another that hides pixels"
         )
     if layer is None and backbone.adapter:
         raise ValueError(

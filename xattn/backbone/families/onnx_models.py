@@ -1,0 +1,293 @@
+"""Classifiers in ONNX files: run by onnxruntime, and as a PyTorch network where the graph converts.
+
+    backbone = load_backbone("model.onnx", mean=0.5, std=0.5)
+
+A graph with one image input and one output of logits is a black box: methods and metrics that hide parts
+of the image need no more. Where all operators convert (:mod:`xattn.backbone.families.onnx_networks`) and
+the logits of two random images equal those of onnxruntime to 1e-4, the PyTorch network stands for it, so
+that gradients and CAMs work, too. A softmax or sigmoid at the end is taken off, since p is made of logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xattn.backbone.families.hooked import from_hooks
+from xattn.backbone.families.onnx_networks import OnnxNetwork, UnknownOperator
+from xattn.photos.preprocessing import Preprocessing
+
+SUFFIX = ".onnx"
+TOLERANCE = 1e-4
+CHANNELS = (1, 3, 4)  # by which a layout is told
+GRID = 14  # of what a black box hands out as its map
+_TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
+
+
+@dataclass(frozen=True)
+class Form:
+    """The input of a file: its ``name``, ``dtype``, the ``batch`` and ``size`` (H, W) that it is fixed to,
+    or None, ``channels``, and whether these come ``last``."""
+
+    name: str
+    dtype: torch.dtype
+    batch: int | None
+    channels: int
+    size: tuple[int, int] | None
+    last: bool
+
+
+class OnnxSession:
+    """A graph in onnxruntime: ``session(x) -> logits``; it can be copied and pickled."""
+
+    def __init__(self, content: bytes, form: Form) -> None:
+        self.content, self.form = content, form
+        self._open()
+
+    def _open(self) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._run = onnxruntime.InferenceSession(
+            self.content, options, providers=["CPUExecutionProvider"]
+        ).run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"content": self.content, "form": self.form}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, K), of x's type and on its device, in batches of the file's own size."""
+        given = x.detach().to("cpu", self.form.dtype)
+        given = given.movedim(1, 3) if self.form.last else given
+        found = []
+        for part in given.split(self.form.batch or len(given)):
+            short = (self.form.batch or len(part)) - len(part)
+            whole = torch.cat([part, part[:1].expand(short, *part.shape[1:])]) if short else part
+            answer = self._run(None, {self.form.name: whole.contiguous().numpy()})[0]
+            found.append(torch.from_numpy(answer).flatten(1)[: len(part)])
+        return torch.cat(found).to(x)
+
+
+class _WithoutGradients(torch.autograd.Function):
+    """A session's answer, whose backward pass says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, session: OnnxSession, reason: str) -> Tensor:
+        ctx.reason = reason
+        return session(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ValueError(ctx.reason)
+
+
+class OnnxClassifier(nn.Module):
+    """A :class:`~xattn.backbone.TapModule` without feature maps; its tap are the pixels, on a small grid.
+
+    Args:
+        net: the converted network, or None, where ``reason`` says why there are no gradients.
+    """
+
+    gradcam_layers = ()  # CAM methods have nothing to read
+
+    def __init__(
+        self, session: OnnxSession, net: nn.Module | None, preprocessing: Preprocessing, reason: str
+    ) -> None:
+        super().__init__()
+        self.session, self.net, self.reason = session, net, reason
+        self.tap_names = ["pixels"]
+        self.preprocessing = preprocessing
+        self.input_channels = session.form.channels
+        digest = hashlib.sha256(session.content).digest()
+        # Tensors are what a backbone is told by.
+        self.register_buffer("sha256", torch.tensor(list(digest), dtype=torch.uint8, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.net is not None:
+            return self.net(x)  # type: ignore[no-any-return]
+        if x.requires_grad and torch.is_grad_enabled():
+            return _WithoutGradients.apply(x, self.session, self.reason)  # type: ignore[no-any-return]
+        return self.session(x)
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.forward(x), [F.adaptive_avg_pool2d(x, GRID)]
+
+
+def load_onnx(
+    path: str | Path,
+    taps: tuple[str, ...] | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """The classifier in a file, for ``load_backbone``.
+
+    Args:
+        path: of a graph with one image input (N, C, H, W) or (N, H, W, C) and one output (N, K).
+        taps: of a converted graph, names of its nodes that give maps.
+        input_size: (H, W) in pixels; by default what the file is fixed to.
+
+    Raises:
+        ValueError: onnx or onnxruntime is missing, or the file is damaged or holds something else.
+        FileNotFoundError: no such file.
+    """
+    name = str(path)
+    missing = [one for one in ("onnx", "onnxruntime") if importlib.util.find_spec(one) is None]
+    if missing:
+        raise ValueError(
+            f'backbone: {name} needs {" and ".join(missing)}; run: pip install "xattn[onnx]"'
+        )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"backbone: no file {name}; give an .onnx file")
+    model = _read(name)
+    form = _form_of(model.graph, name)
+    size = _size_of(form, input_size, name)
+    ends = _end_of(model.graph, name)
+    preprocessing = Preprocessing(input_size=size, interpolation="bilinear")
+    try:
+        session = OnnxSession(model.SerializeToString(), form)
+        images = torch.rand(2, form.channels, *size, generator=torch.Generator().manual_seed(0))
+        expected = session(images)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"backbone: onnxruntime cannot run {name} on {size[0]} x {size[1]} pixels ({reason}); give "
+            f"another input_size (--input-size), or export the network again"
+        ) from None
+    net, reason = _converted(model, form, images, expected)
+    made: Any = _with_maps(net, taps, preprocessing, name) if net is not None else None
+    if made is None:
+        if net is None:
+            warnings.warn(
+                f"{name} is run by onnxruntime, without gradients: {reason}", stacklevel=4
+            )
+        if taps:
+            raise ValueError(f"taps: got {taps}; {name} hands out no maps, leave them out")
+        refusal = (
+            f"explainer: {name} gives no gradients ({reason}); use a method that hides parts of the "
+            f"image, such as 'rise' or 'occlusion'"
+        )
+        made = OnnxClassifier(session, net, preprocessing, refusal)
+    made.assumes_preprocessing = True
+    made.input_channels = form.channels
+    made.default_task = "multilabel" if ends == "Sigmoid" and expected.shape[1] > 1 else None
+    return made
+
+
+def _read(name: str) -> Any:
+    """The ``ModelProto`` of a file that onnx finds right."""
+    import onnx
+
+    try:
+        model = onnx.load(name)
+        onnx.checker.check_model(model)
+        return model
+    except Exception as error:  # of protobuf, of onnx, of files beside it
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"backbone: {name} is not a whole ONNX file ({reason}); export it again, with the files of "
+            f"weights beside it"
+        ) from None
+
+
+def _form_of(graph: Any, name: str) -> Form:
+    weights = {one.name for one in graph.initializer}
+    inputs = [one for one in graph.input if one.name not in weights]
+    kinds = [one.type.tensor_type for one in inputs]
+    shapes = [[d.dim_value or None for d in kind.shape.dim] for kind in kinds]
+    if len(inputs) != 1 or len(shapes[0]) != 4:
+        got = ", ".join(f"{i.name} {tuple(s)}" for i, s in zip(inputs, shapes, strict=True))
+        raise ValueError(
+            f"backbone: {name} takes {got or 'no input'}; give one with a single input of images "
+            f"(N, C, H, W) or (N, H, W, C)"
+        )
+    if kinds[0].elem_type not in _TYPES:
+        raise ValueError(
+            f"backbone: {name} takes images that are no floats (type {kinds[0].elem_type} of ONNX); "
+            f"export it with float inputs"
+        )
+    batch, one, two, three = shapes[0]
+    last = three in CHANNELS and one not in CHANNELS
+    channels = three if last else one
+    if channels is None:
+        raise ValueError(
+            f"backbone: {name} takes {tuple(shapes[0])}, which does not say where the channels are; export "
+            f"it with a fixed number of channels, (N, C, H, W) or (N, H, W, C)"
+        )
+    height, width = (one, two) if last else (two, three)
+    size = None if height is None or width is None else (height, width)
+    return Form(inputs[0].name, _TYPES[kinds[0].elem_type], batch, channels, size, last)
+
+
+def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    if form.size is None and asked is None:
+        raise ValueError(
+            f"input_size: {name} takes any; give what it was trained on, input_size= (--input-size)"
+        )
+    if None not in (form.size, asked) and form.size != asked:
+        raise ValueError(f"input_size: got {asked}, {name} takes {form.size}; leave it out")
+    return form.size or asked  # type: ignore[return-value]
+
+
+def _end_of(graph: Any, name: str) -> str:
+    """Take a softmax or sigmoid off the end of the graph, in place; the name of its last operator."""
+    found = [o for o in graph.output if o.type.tensor_type.elem_type in _TYPES]
+    found = [o for o in found if len(o.type.tensor_type.shape.dim) in (0, 2, 4)]
+    if len(found) != 1:
+        got = ", ".join(one.name for one in graph.output)
+        raise ValueError(
+            f"backbone: {name} gives {got or 'nothing'}; give one with a single output of logits (N, K)"
+        )
+    output = found[0]
+    made = next((node for node in graph.node if output.name in node.output), None)
+    kind = "" if made is None else str(made.op_type)
+    if kind in ("Softmax", "Sigmoid"):
+        assert made is not None
+        output.name = made.input[0]
+        graph.node.remove(made)
+    del graph.output[:]
+    graph.output.append(output)
+    return kind
+
+
+def _converted(
+    model: Any, form: Form, images: Tensor, expected: Tensor
+) -> tuple[nn.Module | None, str]:
+    """The network in PyTorch if its logits (2, K) are the ``expected`` ones; else None and the reason."""
+    try:
+        with torch.no_grad():
+            net = OnnxNetwork(model, form.batch == 1, form.last)
+            net = net.float().eval().requires_grad_(False)
+            off = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+    except UnknownOperator as error:
+        return None, f"not converted to PyTorch are its operators {error}"
+    except Exception as error:  # a graph that is right may still be none of ours
+        return None, f"its conversion fails, {' '.join(str(error).split())[:120]}"
+    if not off <= TOLERANCE:
+        return None, f"the logits of its conversion differ by {off:.1g}"
+    return net, ""
+
+
+def _with_maps(
+    net: nn.Module, taps: tuple[str, ...] | None, preprocessing: Preprocessing, name: str
+) -> nn.Module | None:
+    """The network with its maps as taps; None if it has none."""
+    net.preprocessing = preprocessing  # type: ignore[assignment]
+    try:
+        return from_hooks(net, taps, kind=name)
+    except ValueError:
+        if taps:
+            raise
+        return None
