@@ -508,7 +508,8 @@ def study(
         if values[name]["methods"] != methods:
             raise ValueError(f"methods: {file} has others; delete it, to measure again")
     table = [
-        dict(zip(("run", "method", "look", *SCORES), (name, method, i, *scores), strict=True))
+        {"run": name, "method": method, "look": i}
+        | {key: round(value, 3) for key, value in zip(SCORES, scores, strict=True)}
         for name in runs
         for method, rows in values[name]["rows"].items()
         for i, scores in enumerate(rows)
