@@ -225,7 +225,7 @@ def test_what_cannot_be_a_segmenter_is_refused(image):
     for target, reason in (
         (xattn.at_point("dog", 0.5, 0.5), "^target: class 'dog' is not a class of UNet"),
         (xattn.at_point(7, 0.5, 0.5), "^target: class 7 is out of range"),
-        (xattn.at_query(1), "^target: a UNet answers no masks"),
+        (xattn.at_query(1), "^target: UNet answers no masks"),
     ):
         with pytest.raises(ValueError, match=reason):
             scored(segmenter, target)
@@ -427,8 +427,119 @@ def test_questions_that_have_no_answer_are_refused(wide):
             xattn.segment_targets(wide, segmenter, at)
     with pytest.raises(ValueError, match="^by: got 'box'"):
         xattn.segment_targets(wide, segmenter, [("red", (1, 1))], by="box")
-    with pytest.raises(ValueError, match="no masks"):
+    with pytest.raises(ValueError, match="^by: reds answers no masks; leave it out"):
         xattn.segment_targets(wide, segmenter, [("red", (1, 1))], by="mask")
     with pytest.raises(ValueError, match="^segmenter: .*load_segmenter"):
         classifier = xattn.load_backbone("test_resnet", weights=None)
         xattn.segment_targets(wide, classifier, [(0, (1, 1))])
+
+
+# ---------------------------------------------------------------------- a planted cue
+
+
+class Planted(nn.Module):
+    """Learns what :func:`planted` draws: each place sees its surroundings and the mean of the picture."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()
+        )
+        self.last = nn.Sequential(nn.Conv2d(64, 32, 1), nn.ReLU(), nn.Conv2d(32, 3, 1))
+
+    def forward(self, x):
+        near = self.encoder(x)
+        far = near.mean((2, 3), keepdim=True).expand(near.shape)
+        coarse = self.last(torch.cat([near, far], 1))
+        return nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+
+
+def planted(count, seed):
+    """Grey squares in the middle of noise, (n, 3, 32, 32), of class 1 or 2 by whether a mark in a corner is
+    red or blue; the labels (n, 32, 32), and the corners (n,)."""
+    draw = torch.Generator().manual_seed(seed)
+    images = 0.4 + 0.1 * torch.rand(count, 3, 32, 32, generator=draw)
+    labels = torch.zeros(count, 32, 32, dtype=torch.long)
+    kind = torch.randint(0, 2, (count,), generator=draw)
+    corner = torch.randint(0, 4, (count,), generator=draw)
+    images[:, :, 12:20, 12:20] = 0.8
+    labels[:, 12:20, 12:20] = 1 + kind[:, None, None]
+    for i in range(count):
+        top, left = 25 * (int(corner[i]) // 2), 25 * (int(corner[i]) % 2)
+        images[i, :, top : top + 7, left : left + 7] = 0.0
+        images[i, 2 * int(kind[i]), top : top + 7, left : left + 7] = 1.0
+    return images, labels, corner
+
+
+@pytest.fixture(scope="module")
+def planted_segmenter():
+    net = Planted()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    images, labels, _ = planted(512, 0)
+    weight = torch.tensor([0.2, 1.0, 1.0])
+    for step in range(100):
+        own = torch.arange(64) + 64 * (step % 8)
+        loss = nn.functional.cross_entropy(net(images[own] - 0.5), labels[own], weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return xattn.load_segmenter(net, input_size=32, mean=0.5, std=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("occlusion", {"size": 8, "stride": 4}), ("input_x_gradient", {}), ("integrated_gradients", {"steps": 16})],
+)  # fmt: skip
+def test_maps_of_a_class_at_a_point_are_largest_at_the_far_cue_that_decides_it(
+    name, options, planted_segmenter
+):
+    images, labels, corners = planted(24, 1)
+    kinds = labels[:, 16, 16]
+    pixels = planted_segmenter.model.forward_pixels(images - 0.5)[0]
+    assert (pixels[:, :, 16, 16].argmax(1) == kinds).all()
+    # Rather one class than the other: both know from the square itself that it is one.
+    contrast = xattn.Target(
+        lambda logits: logits[:, 1, 16, 16] - logits[:, 2, 16, 16], "one", "sigmoid", "pixels"
+    )
+    maps = xattn.create_explainer(name, planted_segmenter, **options).attribute(images, contrast)
+    signed = maps[:, 0] * torch.where(kinds == 1, 1, -1)[:, None, None]
+    quarters = nn.functional.avg_pool2d(signed.clamp_min(0)[:, None], 16).flatten(1)
+    assert (quarters.argmax(1) == corners).float().mean() > 0.9
+    # The square alone as a map says nothing of it.
+    assert (
+        nn.functional.avg_pool2d((labels > 0).float()[:, None], 16).flatten(1).argmax(1) == corners
+    ).float().mean() < 0.6
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_explains_places_of_a_photo(wide, tmp_path, capsys):
+    from xattn.cli import main
+
+    (tmp_path / "reds_of_a_test.py").write_text(
+        "import torch, xattn\n"
+        "def made():\n"
+        "    reds = lambda x: torch.cat([0.5 - x[:, :1], x[:, :1] - 0.5], 1)\n"
+        "    return xattn.load_segmenter(reds, input_size=64, class_names=['black', 'red'])\n"
+    )
+    network = ["--segmenter", f"{tmp_path}/reds_of_a_test.py:made", "--explainers", "occlusion"]
+    output = ["--output", str(tmp_path / "pack")]
+    assert main(["explain", str(wide), *network, "--at", "red@120,60", "@90,60", *output]) == 0
+    pack = xattn.load_pack(tmp_path / "pack")
+    assert [e.target_name for e in pack] == ["red at (120, 60)", "black at (90, 60)"]
+    assert (
+        main(["explain", str(wide), *network, "--top", "2", "--output", str(tmp_path / "top")]) == 0
+    )
+    capsys.readouterr()
+    for words, reason in (
+        ([*network, "--at", "red@200,5"], "at: (200, 5) lies outside the photo"),
+        ([*network, "--at", "red"], "at: got 'red'; give CLASS@x,y"),
+        ([*network, "--at", "red@1,1", "--by", "mask"], "by: "),
+        ([*network, "--by", "mask"], "by: needs --at"),
+        (["--at", "red@1,1"], "at: places are of a segmentation network; give --segmenter"),
+        (["--segmenter", "unet"], "segmenter: got 'unet'; give torchvision/NAME"),
+    ):
+        assert main(["explain", str(wide), *words]) == 2
+        assert f"error: {reason}" in capsys.readouterr().err

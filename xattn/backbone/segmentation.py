@@ -95,6 +95,7 @@ class Segmenter(nn.Module):
         self.tap_names = ["features"]
         self.gradcam_layer: nn.Module | None = None
         run = _Run(net, self.preprocessing)
+        self.answers_masks = run.masked
         self.sigmoids = run.logits.shape[1] == 1 if sigmoids is None else sigmoids
         found = bottleneck(run)
         if found is None:
@@ -140,8 +141,8 @@ class Segmenter(nn.Module):
         answer, maps = self._run(x)
         if not isinstance(answer, Masks):
             raise ValueError(
-                f"target: a {type(self.net).__name__} answers no masks but the logits of its pixels; give "
-                f"at_point or at_mask, or a MaskFormer or Mask2Former"
+                f"target: {_kind(self.net)} answers no masks but the logits of pixels; give at_point or "
+                f"at_mask, or a MaskFormer or Mask2Former"
             )
         return answer, maps
 
@@ -226,10 +227,14 @@ def _understood(answer: Any, net: nn.Module, count: int) -> Tensor | Masks:
         shape = f" {tuple(answer.shape)}" if hasattr(answer, "shape") else ""
         keys = f" with {', '.join(map(str, answer))}" if isinstance(answer, Mapping) else ""
         raise ValueError(
-            f"name_or_module: the answer of {type(net).__name__} to {count} images is not understood, a "
+            f"name_or_module: the answer of {_kind(net)} to {count} images is not understood, a "
             f"{type(answer).__name__}{shape}{keys}; return logits ({count}, K, h, w) of the pixels"
         )
     return found
+
+
+def _kind(net: nn.Module) -> str:
+    return str(getattr(net, "kind", type(net).__name__))
 
 
 def _answer(net: nn.Module, own: Preprocessing) -> Any:
@@ -249,7 +254,7 @@ class _Run:
     """One pass of a random image.
 
     Attributes:
-        logits: (1, K, h, w).
+        logits: (1, K, h, w). masked: whether these are made of masks.
         outputs: what each module returned last, by its path, in the order of their returns.
     """
 
@@ -262,13 +267,14 @@ class _Run:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"name_or_module: {type(net).__name__} fails on images of {self.size[0]} x {self.size[1]} "
+                f"name_or_module: {_kind(net)} fails on images of {self.size[0]} x {self.size[1]} "
                 f"({type(error).__name__}: {reason}); give input_size=, or another network"
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
         found = _understood(answer, net, 1)
+        self.masked = isinstance(found, Masks)
         self.logits = found.by_class() if isinstance(found, Masks) else found
 
     def _keep(self, path: str) -> Callable[..., None]:

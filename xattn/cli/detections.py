@@ -33,16 +33,22 @@ def asked_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
     return found
 
 
-def check_detector(name: str) -> None:
-    """Refuse a file that is not there, before torch is imported."""
-    path, own, _ = name.partition(OWN)
-    if own and not Path(f"{path}.py").is_file():
-        raise ValueError(f"detector: no file {path}.py; give FILE.py:NAME of one that is there")
-    if not own and not name.startswith(("torchvision/", "transformers:")):
+def check_detector(name: str, kind: str = "detector") -> None:
+    """Refuse a file that is not there, before torch is imported; ``kind`` is what the option is called."""
+    path, _ = partition_own(name)
+    if path is not None and not path.is_file():
+        raise ValueError(f"{kind}: no file {path}; give FILE.py:NAME of one that is there")
+    if path is None and not name.startswith(("torchvision/", "transformers:")):
         raise ValueError(
-            f"detector: got {name!r}; give torchvision/NAME, transformers:NAME, or FILE.py:NAME of a "
-            f"function that returns a detector"
+            f"{kind}: got {name!r}; give torchvision/NAME, transformers:NAME, or FILE.py:NAME of a "
+            f"function that returns a {kind}"
         )
+
+
+def partition_own(name: str) -> tuple[Path | None, str]:
+    """The file and the function of FILE.py:NAME; no file of another name."""
+    path, own, attribute = name.partition(OWN)
+    return (Path(f"{path}.py") if own else None), attribute
 
 
 def load(name: str, model: BackboneArgs) -> Any:
@@ -53,8 +59,8 @@ def load(name: str, model: BackboneArgs) -> Any:
         model.weights, model.weights
     )
     device = device_name(model.device)
-    path, own, attribute = name.partition(OWN)
-    given: Any = _made(Path(f"{path}.py"), attribute) if own else name
+    path, attribute = partition_own(name)
+    given: Any = name if path is None else made_by("detector", path, attribute)
     if isinstance(given, Detector):
         return given.to(device)
     return load_detector(
@@ -62,11 +68,12 @@ def load(name: str, model: BackboneArgs) -> Any:
     )
 
 
-def _made(path: Path, attribute: str) -> Any:
-    module = load_file(path, "detector")
+def made_by(kind: str, path: Path, attribute: str) -> Any:
+    """What a function of a file returns, a detector or another ``kind`` of network."""
+    module = load_file(path, kind)
     if not callable(getattr(module, attribute, None)):
         raise ValueError(
-            f"detector: {path} has no function {attribute!r}; name one that takes nothing and returns a "
-            f"detector"
+            f"{kind}: {path} has no function {attribute!r}; name one that takes nothing and returns a "
+            f"{kind}"
         )
     return getattr(module, attribute)()

@@ -73,7 +73,7 @@ def segment_targets(
     dtype = next((p.dtype for p in segmenter.parameters()), pixels.dtype)
     x = segmenter.normalize(pixels[None].to(segmenter.device, dtype))
     with segmenter._passing(x):
-        if by == "mask" and not hasattr(model, "masks"):
+        if by == "mask" and not getattr(model, "answers_masks", False):
             raise ValueError(f"by: {segmenter.name} answers no masks; leave it out")
         if by == "mask":
             found = model.masks(x)[0]

@@ -41,6 +41,7 @@ class Answering(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.shared = _Shared(function)
+        self.kind = f"the function {getattr(function, '__name__', type(function).__name__)}"
 
     def forward(self, x: Tensor) -> Any:
         try:

@@ -13,6 +13,8 @@ from xattn.cli.heads import choose_head, explainers_of, fits_a_head, load_with_c
 from xattn.cli.model import BackboneArgs
 from xattn.cli.outputs import Output, pack_output
 from xattn.cli.printing import note
+from xattn.cli.segments import asked_places
+from xattn.cli.segments import load as load_network
 from xattn.cli.shared import Images, MethodArgs, known
 from xattn.photos.image_names import is_video, is_volume
 from xattn.runtime.option_checks import Belongs, Count, Not, Whole
@@ -24,22 +26,12 @@ PLANE = (
     *("heads", "classes", "top", "view", "max_pixels", "seed", "batch_size"),
     *(field.name for field in fields(BackboneArgs) if field.name != "backbone"),
 )
-# What a detector does not read.
-CLASSES = (
-    *("heads", "labels", "classes", "top", "view", "every", "smoothing", "features"),
-    *(
-        "backbone",
-        "taps",
-        "frames",
-        "tile_positions",
-        "mean",
-        "std",
-        "crop_pct",
-        "interpolation",
-        "task",
-    ),
-    *("probe", "mechanism", "layers"),
+# What neither a detector nor a segmentation network reads, and what a detector does not read.
+CLASSIFIER = (
+    *("heads", "every", "smoothing", "backbone", "taps", "frames", "tile_positions", "crop_pct"),
+    *("interpolation", "probe", "mechanism", "layers"),
 )
+CLASSES = ("labels", "classes", "top", "view", "features", "mean", "std", "task")
 SHOWN = 20  # explanations that are printed
 
 
@@ -48,12 +40,15 @@ class Explain(MethodArgs):
     """Explain images, folders or a clip: overlays, and a pack with maps of the top or named classes."""
 
     belongs: ClassVar = (
-        Belongs("top", classes=()),
+        Belongs("top", classes=(), at=()),
+        Belongs("classes", at=()),
+        Belongs("by", at=Not(())),
         Belongs("every", "smoothing", input="a clip"),
         Belongs("labels", "features", "limit", input="photos"),
         Belongs(*PLANE, input=Not("a 3-D network's volume")),
         Belongs("threshold", "missed", "candidates", explains="detections"),
-        Belongs(*CLASSES, explains="classes"),
+        Belongs(*CLASSES, explains=["classes", "segments"]),
+        Belongs(*CLASSIFIER, explains="classes"),
     )
 
     images: Images = ()
@@ -71,6 +66,15 @@ class Explain(MethodArgs):
     candidate before suppression is explained."""
     candidates: Whole = 0
     """Of a photo without a detection, explain so many of the best candidates."""
+    segmenter: str | None = None
+    """Explain the classes of a segmentation network: torchvision/NAME, transformers:NAME, or FILE.py:NAME,
+    a function that returns one. --weights, --input-size, --class-names, --task, --mean, --std and --device
+    are the network's."""
+    at: tuple[str, ...] = ()
+    """Explain these places of one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
+    there; without CLASS the likeliest one."""
+    by: Literal["class", "mask"] = "class"
+    """What is explained there: the class, or the network's mask (MaskFormer, Mask2Former)."""
     explainers: tuple[str, ...] = ()
     """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained
     head, or Grad-CAM where none fits."""
@@ -110,6 +114,13 @@ class Explain(MethodArgs):
         if self.detector is not None:
             check_detector(self.detector)
             asked_objects(self.missed)
+        if self.at and self.segmenter is None:
+            raise ValueError("at: places are of a segmentation network; give --segmenter")
+        if self.segmenter is not None:
+            if self.detector is not None:
+                raise ValueError("segmenter: got one, and a detector as well; give one of them")
+            check_detector(self.segmenter, "segmenter")
+            asked_places(self.at)
         if len(self.images) == 1:
             return
         clips = [name for name in self.images if is_video(name)]
@@ -135,6 +146,8 @@ class Explain(MethodArgs):
     @property
     def explains(self) -> str:
         """What is explained, on which the options depend."""
+        if self.segmenter is not None:
+            return "segments"
         return "classes" if self.detector is None else "detections"
 
     def _explain_detections(self) -> None:
@@ -202,6 +215,8 @@ class Explain(MethodArgs):
                 photos = self.chosen
                 options.update(labels=self.labels, features=self.features)
                 options["overlays"] = len(photos) <= self.overlays
+                if self.at:
+                    options["target"] = self._targets(photos, backbone)
                 found = explain(photos, backbone, None, methods, keep=SHOWN, **options)
         if launched()[1] > 0:
             return
@@ -226,6 +241,15 @@ class Explain(MethodArgs):
         del options["progress"]
         options["view"] = self.view or "whole"
         return explain_clip(name, backbone, methods[0], **options)
+
+    def _targets(self, photos: list[Any], backbone: Any) -> Any:
+        """Those of --at."""
+        from xattn.explaining.segments import segment_targets
+
+        if len(photos) != 1:
+            raise ValueError(f"at: places belong to one photo, got {len(photos)}; give one")
+        at, view = asked_places(self.at), self.view or "crop"
+        return segment_targets(photos[0], backbone, at, self.by, view, self.max_pixels)
 
     @property
     def input(self) -> str:
@@ -268,8 +292,12 @@ class Explain(MethodArgs):
 
     def _methods(self) -> tuple[Any, list[Any]]:
         """The backbone and the explainers, with their options."""
-        backbone, sources = load_with_classifier(self.model, self.heads)
         names = list(self.explainers)
+        if self.segmenter is None:
+            backbone, sources = load_with_classifier(self.model, self.heads)
+        else:
+            backbone, sources = load_network(self.segmenter, self.model), ()
+            names = names or ["gradcam"]
         heads: dict[str, Any] = {}
         for source in sources:
             head = choose_head(source, backbone)

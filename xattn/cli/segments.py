@@ -1,0 +1,56 @@
+"""``xattn explain --segmenter``: a map for a class of the whole photo, at a point or in a mask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xattn.cli.detections import made_by, partition_own
+from xattn.cli.model import BackboneArgs, device_name
+
+_NUMBER = r"\d+\.?\d*|\.\d+"
+_POINT = re.compile(rf"({_NUMBER}),({_NUMBER})")
+
+
+def asked_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
+    """Classes and places of ``--at``.
+
+    >>> asked_places(["dog@120,80", "@10,20"])
+    [('dog', (120.0, 80.0)), (None, (10.0, 20.0))]
+    """
+    found: list[tuple[str | None, Any]] = []
+    for text in at:
+        label, given, place = text.partition("@")
+        point = _POINT.fullmatch(place)
+        if point is None and (not given or not Path(place).is_file()):
+            raise ValueError(
+                f"at: got {text!r}; give CLASS@x,y in pixels of the photo, such as dog@120,80, or "
+                f"CLASS@FILE of a mask that is there"
+            )
+        where = Path(place) if point is None else (float(point[1]), float(point[2]))
+        found.append((label or None, where))
+    return found
+
+
+def load(name: str, model: BackboneArgs) -> Any:
+    """The network of ``--segmenter``, with the options of a network that are its, too."""
+    from xattn.backbone import Backbone, load_segmenter
+
+    sources = {"auto": "DEFAULT", "timm": "DEFAULT", "package": "DEFAULT", "random": None}
+    device = device_name(model.device)
+    path, attribute = partition_own(name)
+    given: Any = name if path is None else made_by("segmenter", path, attribute)
+    if isinstance(given, Backbone):
+        return given.to(device)
+    return load_segmenter(
+        given,
+        sources.get(model.weights, model.weights),
+        device,
+        input_size=model.input_size,
+        class_names=model.class_names,
+        task=model.task,  # type: ignore[arg-type]
+        mean=model.mean or None,
+        std=model.std or None,
+    )
