@@ -102,6 +102,10 @@ STUDIES = {
         "detection_cues",
         "Detections whose class is decided outside their box: which method points at the cue.",
     ),
+    "detectors-by-family": (
+        "detector_families",
+        "Which explainers run on which family of detectors, tried on one detection.",
+    ),
     "dial": (
         "localist_dial",
         "The localist dial in a trained ViT: mass, agreement, steering, and regions that are recruited.",

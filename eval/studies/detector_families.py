@@ -1,0 +1,112 @@
+"""Which explainers run on which family of detectors: a tiny network of each, random weights, noise.
+
+    python -m xattn.eval.studies detectors-by-family --page docs/detectors-by-family.md
+
+Run from a checkout: the networks are those of the tests, tests/small_detectors.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xattn.detection import Detections, Detector, load_detector
+from xattn.eval.studies.explainer_families import NO, OTHERS, RUNS
+from xattn.explainers.base import EXPLAINERS, create_explainer, explainer_class
+from xattn.explainers.gradients import probe_image
+from xattn.explaining.trying import tried
+from xattn.runtime.files import write_rows, write_text
+
+TORCHVISION = ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd")
+OTHER = ("YOLO, a stand-in", "a function")
+PAGE = "detectors-by-family"
+
+
+def study(
+    page: Path = Path(f"docs/{PAGE}.md"), networks: Path = Path("tests/small_detectors.py")
+) -> Iterator[str]:
+    """A line for each family, and the page with its CSV."""
+    if not networks.is_file():
+        raise ValueError(f"networks: no file {networks}; run it from a checkout")
+    spec = spec_from_file_location(networks.stem, networks)
+    assert spec is not None and spec.loader is not None
+    small = module_from_spec(spec)
+    spec.loader.exec_module(small)
+    rows: list[dict[str, Any]] = []
+    for family, detector in _detectors(small):
+        noise = torch.rand(3, small.SIDE, small.SIDE, generator=torch.Generator().manual_seed(0))
+        view = detector.of(detector.best_candidates(noise, 1))
+        found = list(_rows(family, view))
+        rows += found
+        yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
+    write_rows(page.with_suffix(".csv"), rows)
+    write_text(page, "\n".join(_page(rows)) + "\n")
+    yield f"page: {page}"
+
+
+def _detectors(small: Any) -> Iterator[tuple[str, Detector]]:
+    from xattn.detection.transformers_networks import SIGMOID, SOFTMAX, TEXT
+
+    for kind in TORCHVISION:
+        yield kind, load_detector(small.torchvision_detector(kind))
+    for kind in (*SOFTMAX, *SIGMOID, *TEXT):
+        text = {"class_names": ["a cat", "a red dog"], "processor": small.Words()}
+        more = text if kind in TEXT else {}
+        net = small.transformers_detector(kind)
+        yield kind, load_detector(net, input_size=small.SIDE, **more)
+    yield OTHER[0], load_detector(small.Yolo(), input_size=small.SIDE)
+
+    def corner(images: torch.Tensor) -> list[Any]:
+        return [([[4.0, 4.0, 40.0, 40.0]], [0], [float(x.mean())]) for x in images]
+
+    yield OTHER[1], load_detector(corner, input_size=small.SIDE, class_names=["a"])
+
+
+def _rows(family: str, view: Detections) -> Iterator[dict[str, Any]]:
+    for entry in EXPLAINERS.entries():
+        fits = {"cnn", "vit", "detector"} & set(entry.networks)
+        if not fits or explainer_class(entry.name).needs_head:
+            continue
+        found = tried(entry, view)
+        result, reason = _text(found.options) if found.runs else "no", found.reason
+        made = create_explainer(entry.name, view, **found.options) if found.runs else None
+        if made is not None and made.forwards != 1:  # which tried() does not run
+            few = entry.cases[0]  # passes
+            try:
+                create_explainer(entry.name, view, **few).attribute(probe_image(view), 0)
+            except (ValueError, RuntimeError) as error:
+                result, reason = "no", " ".join(str(error).split())
+        yield {"family": family, "explainer": entry.name, "result": result, "reason": reason}
+
+
+def _text(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "runs"
+
+
+def _page(rows: list[dict[str, Any]]) -> Iterator[str]:
+    by: dict[str, dict[str, str]] = {}
+    for row in rows:
+        by.setdefault(row["family"], {})[row["explainer"]] = row["result"]
+    runs = Counter(row["explainer"] for row in rows if row["result"] != "no")
+    names = sorted({row["explainer"] for row in rows})
+    every = [f"`{name}`" for name in names if runs[name] == len(by)]
+    never = [f"`{name}`" for name in names if not runs[name]]
+    shown = [name for name in names if 0 < runs[name] < len(by)]
+    yield "# Explainers by family of detectors\n\nWhat runs on a tiny network of each of"
+    yield f"{len(by)} families, random weights, one detection in noise. {RUNS}: by its defaults;"
+    yield f"{OTHERS}: with options. How detectors are loaded, and what is explained:"
+    yield "[detectors.md](detectors.md). Made by\n\n```sh"
+    yield f"python -m xattn.eval.studies {PAGE} --page docs/{PAGE}.md\n```\n"
+    yield f"[Raw values]({PAGE}.csv): options, and why the others do not run.\n"
+    yield f"On all: {', '.join(every)}.\n\nOn none: {', '.join(never)}.\n"
+    yield f"| family | {' | '.join(f'`{name}`' for name in shown)} |"
+    yield f"| :-- |{' :-: |' * len(shown)}"
+    for family, found in by.items():
+        cells = [{"runs": RUNS, "no": NO}.get(found[name], OTHERS) for name in shown]
+        yield f"| {family} | {' | '.join(cells)} |"
+    yield f"| all {len(by)} | {' | '.join(str(runs[name]) for name in shown)} |"
