@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-KEPT = {"words_of_an_answer"}  # with outputs, since a model is trained there
+KEPT = {"boxes_of_a_detector", "words_of_an_answer"}  # with outputs, since a model is trained there
 
 
 def cells(path: Path) -> list[dict]:
@@ -43,9 +43,9 @@ def workplace(tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_there_are_five_notebooks_and_the_index_links_each():
+def test_there_are_six_notebooks_and_the_index_links_each():
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert len(NOTEBOOKS) == 5
+    assert len(NOTEBOOKS) == 6
     assert all(f"]({path.name})" in index for path in NOTEBOOKS)
 
 
@@ -105,4 +105,15 @@ def test_words_of_an_answer_are_explained(workplace, capsys):
     assert min(answer.lost[1], answer.lost[4]) > 1 > 0.2 > max(answer.lost[i] for i in (0, 2, 3))
     found = {name: sum(right) for name, right in names["right"].items()}
     assert min(found["attention"], found["occlusion"]) >= 6 and found["gradcam"] <= 4
+    assert "manifest.json" in names["_"]
+
+
+@pytest.mark.slow
+def test_boxes_of_a_detector_are_explained(workplace):
+    pytest.importorskip("torchvision")
+    names = run(FOLDER / "boxes_of_a_detector.ipynb")
+    assert names["diamond"].name == "warm diamond" and names["missed"].score < 0.2
+    assert any("cold diamond" in title for title in names["after"])
+    right = names["right"]
+    assert right["occlusion mean"] >= 7 > 4 > max(right["odam"], right["box"])
     assert "manifest.json" in names["_"]

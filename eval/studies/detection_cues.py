@@ -2,11 +2,13 @@
 
     python -m xattn.eval.studies detection-cues
 
-Drawn pictures hold a diamond, discs and squares, all grey, and a mark in one corner: where it is orange the
-diamond's class is "warm diamond", where it is blue "cold diamond". So nothing inside the box of a diamond
-tells its class, and the box itself as a map fails by construction. A small FCOS is trained on such
-pictures; a method is right if its map of the diamond's detection points at the mark. Most of what makes a
-diamond a detection lies in its box, so where the map is largest outside that box is told by itself.
+Drawn pictures hold a diamond, discs and squares, all grey, and in one corner a mark: where it is orange the
+diamond's class is "warm diamond", where it is blue "cold diamond", where there is none "plain diamond". So
+nothing inside the box of a diamond tells its class, and the box itself as a map fails by construction. A
+small FCOS is trained on such pictures. That it reads the mark is shown first: with the mark's colours
+swapped and with the mark painted over, the class must change. A method is right if its map of the diamond's
+detection points at the mark. Most of what makes a diamond a detection lies in its box, so where the map is
+largest outside that box is told by itself.
 
 A picture is a function of its number alone.
 """
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from xattn.detection import Detections, Detector, load_detector
+from xattn.detection import Detection, Detections, Detector, load_detector
 from xattn.detection.detector import Score
 from xattn.eval.bootstrap import Interval, mean_interval
 from xattn.eval.evaluation.engine import evaluate
@@ -41,7 +43,9 @@ from xattn.pictures.overlay import overlay
 from xattn.runtime.files import check_folder
 
 SIDE, MARK = 64, 8  # pixels
-CLASSES = ("disc", "square", "warm diamond", "cold diamond")
+CLASSES = ("disc", "square", "warm diamond", "cold diamond", "plain diamond")
+LEAST = 0.9  # of the detections, whose class must follow the mark
+KINDS = 3  # of diamonds: picture n has the kind n % 3
 MARKS = ((1.0, 0.5, 0.1), (0.1, 0.5, 1.0))  # of a warm and a cold diamond
 TRAINED = 1_000_000  # the number of the first picture that is trained on
 # The cosine of D-RISE's similarity hardly sees which of two diamonds it is, the score of the class does.
@@ -81,8 +85,8 @@ CURVES = ("deletion", "insertion")
 @dataclass(frozen=True)
 class CueConfig:
     pictures: int = 200
-    curves: int = 50  # of the first pictures deletion and insertion are measured
-    steps: int = 1500
+    curves: int = 200  # of the first pictures deletion and insertion are measured
+    steps: int = 3000
     batch: int = 16
     masks: int = 500
     seed: int = 0
@@ -109,9 +113,9 @@ def picture(number: int) -> Picture:
     draw = np.random.default_rng(number)
     pixels = np.repeat(draw.normal(0.45, 0.04, (1, SIDE, SIDE)), 3, 0)
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
-    warm = int(draw.random() < 0.5)
+    kind = number % KINDS
     boxes: list[list[float]] = []
-    labels = [3 - warm, *draw.integers(0, 2, draw.integers(1, 3))]
+    labels = [2 + kind, *draw.integers(0, 2, draw.integers(1, 3))]
     for label in labels:
         low, high = (24, 41) if label > 1 else (16, 49)
         for _ in range(50):
@@ -132,8 +136,9 @@ def picture(number: int) -> Picture:
     corners = [(2, 2), (2, SIDE - MARK - 2), (SIDE - MARK - 2, 2), (SIDE - MARK - 2,) * 2]
     own = int(draw.integers(4))
     for i, (top, left) in enumerate(corners):
-        colour = MARKS[1 - warm] if i == own else (draw.uniform(0.1, 0.9),) * 3
-        if i == own or draw.random() < 0.5:
+        marked = i == own and kind < len(MARKS)
+        colour = MARKS[kind] if marked else (draw.uniform(0.1, 0.9),) * 3
+        if marked or draw.random() < 0.5:
             patch = pixels[:, top : top + MARK, left : left + MARK]
             patch[:] = np.reshape(colour, (3, 1, 1))
     top, left = corners[own]
@@ -149,7 +154,7 @@ def picture(number: int) -> Picture:
 
 
 class Body(nn.Module):
-    """One map at stride 8, of which a cell sees 37 pixels; the heads see 11 cells."""
+    """One map at stride 8, of which a cell sees 15 pixels; the heads see 11 cells."""
 
     out_channels = 32
 
@@ -158,7 +163,7 @@ class Body(nn.Module):
         layers: list[nn.Module] = []
         for before, after in ((3, 16), (16, 32), (32, 32)):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.Conv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()]
+        layers += [nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -189,6 +194,23 @@ def trained(config: CueConfig, split: Split, file: Path) -> Detector:
         save_file(net.state_dict(), file)
     net.load_state_dict(load_file(file))
     return load_detector(net.eval(), class_names=list(CLASSES))
+
+
+def diamond(detector: Detector, pixels: Tensor) -> list[Detection]:
+    """The best candidate whose class is a diamond's; [] if none is among the 20 best."""
+    return [d for d in detector.best_candidates(pixels, 20) if d.label > 1][:1]
+
+
+def follows(detector: Detector, one: Picture, label: int) -> tuple[bool, bool]:
+    """Whether the diamond of class ``label`` takes the other colour's class with the mark's colours
+    swapped, and the plain one's with the mark painted over in the ground's grey."""
+    x0, y0, x1, y1 = one.mark
+    answers = []
+    for colour, wanted in ((MARKS[3 - label], 5 - label), ((0.45,) * 3, 4)):
+        pixels = one.pixels.clone()
+        pixels[:, y0:y1, x0:x1] = torch.tensor(colour)[:, None, None]
+        answers.append([d.label for d in diamond(detector, pixels)] == [wanted])
+    return answers[0], answers[1]
 
 
 # ---------------------------------------------------------------------- measuring
@@ -290,22 +312,32 @@ def study(
     kept_record(output / "record.json", asdict(config))
     split = Split("detection-cues")
     detector = trained(config, split, output / "detector.safetensors")
-    pictures, detections, right = [], [], []
-    for number in split.score(range(config.pictures)):
+    pictures, detections, right, followed = [], [], [], []
+    marked = [n for n in range(config.pictures * KINDS // len(MARKS)) if n % KINDS < len(MARKS)]
+    for number in split.score(marked):
         one = picture(number)
-        found = [d for d in detector.best_candidates(one.pixels, 20) if d.label > 1][:1]
+        found = diamond(detector, one.pixels)
         right.append(bool(found) and found[0].label == int(one.labels[0]) and found[0].score > 0.5)
         if right[-1] or quick:
             pictures.append(one)
             detections += found or detector.best_candidates(one.pixels)
+            followed.append(follows(detector, one, int(one.labels[0])))
     split.write(output / "split.json")
+    swapped, painted = (sum(told) for told in zip(*followed, strict=True))
+    if min(swapped, painted) < LEAST * len(pictures) and not quick:
+        raise ValueError(
+            f"config.steps: of {len(pictures)} classes {swapped} follow the mark's colour and {painted} "
+            f"its absence; train longer, until {LEAST:.0%} do"
+        )
     view = detector.of(detections, SCORE)
     values = {name: measured(name, view, pictures, config, output) for name in METHODS}
     draw(view, pictures[:3], config, output / "maps.png")
     told = (*PLACES, *CURVES)
     lines = [
-        f"{sum(right)} of {config.pictures} diamonds are found with their class (score over 0.5); "
-        f"{config.masks} masks; deletion and insertion on {config.curves} pictures.",
+        f"{sum(right)} of {config.pictures} diamonds are found with their class (score over 0.5). Of these "
+        f"{swapped} change to the other colour's class with the mark's colours swapped, {painted} to the "
+        f"plain one with the mark painted over; {config.masks} masks; deletion and insertion on "
+        f"{config.curves} pictures.",
         "",
         f"| method | {' | '.join(told)} |",
         f"| :-- |{' --: |' * len(told)}",
