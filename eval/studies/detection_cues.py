@@ -331,7 +331,7 @@ def study(
         )
     view = detector.of(detections, SCORE)
     values = {name: measured(name, view, pictures, config, output) for name in METHODS}
-    draw(view, pictures[:3], config, output / "maps.png")
+    draw(view, pictures[:3], config, output / "maps.jpg")
     told = (*PLACES, *CURVES)
     lines = [
         f"{sum(right)} of {config.pictures} diamonds are found with their class (score over 0.5). Of these "
@@ -351,7 +351,7 @@ def study(
         for name, own in values.items()
         for i in range(len(pictures))
     ]
-    yield from reported(output, lines, {"detectors": rows}, output / "maps.png")
+    yield from reported(output, lines, {"detectors": rows}, output / "maps.jpg")
 
 
 def _cell(found: Interval) -> str:
@@ -372,4 +372,4 @@ def draw(view: Detections, pictures: Sequence[Picture], config: CueConfig, file:
             large = F.interpolate(unit[None], (4 * SIDE, 4 * SIDE), mode="bilinear")[0, 0]
             cells.append(overlay(photo, large.clamp(0, 1).numpy()))
         rows.append(np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1))
-    Image.fromarray(np.concatenate(rows)).save(file)
+    Image.fromarray(np.concatenate(rows)).save(file, quality=88)
