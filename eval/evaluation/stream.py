@@ -13,7 +13,7 @@ from xattn.explaining.naming import check_kind, each_photo, named
 from xattn.photos.arrays import input_batch, is_stream, single_images
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
 from xattn.photos.sources import is_listed, limited
-from xattn.photos.view import View, prepare
+from xattn.photos.view import View, prepare_source
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StoreError
 
@@ -115,5 +115,5 @@ class ImageStream:
         except (ValueError, OSError) as error:
             self.skipped[position] = Skipped(name, printable(str(error)))
             return None
-        pixels, view = prepare(photo, self.preprocessing, self.view)
+        pixels, view = prepare_source(item, photo, self.preprocessing, self.view)
         return Item(name, position, pixels, item, view)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,29 +30,31 @@ def fill(
     mean: Sequence[float] | Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The image behind the mask, (3, H, W) in the dtype and on the device of ``image``.
+    """The image behind the mask, (C, H, W) in the dtype and on the device of ``image``.
 
     Args:
-        image: (3, H, W) float in [0, 1], raw pixels.
+        image: (C, H, W) float in [0, 1], raw pixels.
         removed: (1, H, W) bool, the masked pixels; only inpaint and road read it, and they give
             the image's own values at kept pixels.
         kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
             ``"rise"`` see :func:`rise_blur`; ``"noise"`` uniform in [0, 1), each pixel and channel
             for itself; ``"inpaint"`` see :func:`inpaint`; ``"road"``
             :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, which may leave [0, 1] a little.
-        mean: (3,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
+        mean: (C,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
         seed: of noise and road, which are pure functions of it.
 
     Black and mean are expanded views of one colour: copy before writing into them.
     """
-    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+    if image.ndim != 3 or not image.is_floating_point():
         raise ValueError(
-            f"image: got {image.dtype} of shape {tuple(image.shape)}; give float (3, H, W)"
+            f"image: got {image.dtype} of shape {tuple(image.shape)}; give float (C, H, W)"
         )
     if kind == "black":
         return image.new_zeros(()).expand_as(image)
-    if kind in COLOURED and (mean is None or len(mean) != 3):
-        raise ValueError(f"mean: got {mean}; kind={kind!r} needs the mean colour (3,) in [0, 1]")
+    if kind in COLOURED and (mean is None or len(mean) != len(image)):
+        raise ValueError(
+            f"mean: got {mean}; kind={kind!r} needs the mean colour ({len(image)},) in [0, 1]"
+        )
     if kind == "mean":
         return torch.as_tensor(mean, device="cpu").to(image)[:, None, None].expand_as(image)
     if kind == "blur":
@@ -115,6 +118,13 @@ def inpaint(image: Tensor, removed: Tensor) -> Tensor:
         return image.mean((1, 2), keepdim=True).expand_as(image)
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     mask = removed[0].to(torch.uint8).cpu().numpy()
-    filled = cv2.inpaint(pixels, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
+    if pixels.shape[2] == 3:
+        filled = cv2.inpaint(pixels, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
+    else:  # OpenCV takes one channel or three
+        parts = [
+            cv2.inpaint(p, mask, _TELEA_RADIUS, cv2.INPAINT_TELEA)
+            for p in pixels.transpose(2, 0, 1)
+        ]
+        filled = np.stack(parts, 2)
     values = torch.from_numpy(filled).to(image.device, image.dtype).permute(2, 0, 1) / 255
     return torch.where(removed, values, image)

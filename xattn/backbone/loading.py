@@ -40,6 +40,7 @@ from xattn.photos.preprocessing import (
     LARGEST_SIDE,
     Preprocessing,
     channels_of,
+    first_convolution,
     given_preprocessing,
     preprocessing_of,
     says_normalization,
@@ -65,6 +66,14 @@ class Asked:
     def tap_list(self) -> tuple[str, ...] | None:
         """``taps``, of which a single one may be a str; None for those of the architecture."""
         return (self.taps,) if isinstance(self.taps, str) else self.taps or None
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels mean or std are given for; None if for all alike."""
+        for given in (self.photos["mean"], self.photos["std"]):
+            if isinstance(given, Sequence) and len(given) > 1:
+                return len(given)
+        return None
 
     @property
     def normalised(self) -> bool:
@@ -309,9 +318,15 @@ def _of_module(
     module = without_wrappers(module)
 
     def made(whole: nn.Module) -> Backbone:
+        first = first_convolution(whole)
+        counted = asked.channels if first and first.in_channels == asked.channels else None
+        if counted is not None and whole is not module:
+            whole.input_channels = counted  # type: ignore[assignment]
         found = (adapter(whole, asked) for adapter in adapters or ADAPTERS)
         model = next(adapted for adapted in found if adapted is not None)
         own = model is whole or isinstance(model, TransformersNetwork)
+        if counted is not None:
+            model.input_channels = counted  # type: ignore[assignment]
         return _backbone(model, _name_of(module), asked.taps if own else None, asked)
 
     copied = frozen_copy(module)
@@ -371,8 +386,10 @@ def _backbone(
         return Backbone(model, name, preprocessing, taps, class_names, task)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        if channels != len(preprocessing.mean):
-            raise _unnormalised(name, channels, own) from None
+        first = first_convolution(model)
+        read = first.in_channels if first and "channels" in reason else channels
+        if read != len(preprocessing.mean):
+            raise _unnormalised(name, read, own) from None
         raise ValueError(
             f"input_size: {name} cannot take {preprocessing.input_size} ({reason}); give another"
         ) from error

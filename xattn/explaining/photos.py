@@ -38,9 +38,9 @@ from xattn.heads import Head
 from xattn.packs.explanation import Explanation
 from xattn.packs.format import OVERLAY_SIDE, SHARD_PHOTOS
 from xattn.packs.writer import PackWriter, pack_writer, thumbnail_jpeg
-from xattn.photos.arrays import ArrayImage, is_stream
+from xattn.photos.arrays import ArrayImage, check_bands, is_stream
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
-from xattn.photos.view import View, prepare
+from xattn.photos.view import View, prepare_source
 from xattn.runtime.distributed import gather, processes, together
 from xattn.runtime.stores import StoreError
 
@@ -101,6 +101,7 @@ def explain(
     *,
     keep: int | None = None,
     shard_photos: int = SHARD_PHOTOS,
+    bands: Sequence[int] | None = None,
 ) -> Explanations:
     """Explain the classes of one photo, of a folder, of a list file, or of given images.
 
@@ -119,10 +120,8 @@ def explain(
             several processes (:func:`~xattn.runtime.distributed.processes`) number r of n explains the
             blocks r, r + n, ... of ``shard_photos`` photos, and the pack is the one that a single process
             writes, byte by byte.
-        batch_size: images per pass.
-        max_pixels: refuse larger photos before they are decoded.
-        overlays: whether the pack gets overlay pictures; those of several processes get none.
-        progress: show a progress bar if there is more than one photo.
+        batch_size: images per pass; max_pixels: larger photos are refused before they are decoded.
+        overlays: draw pictures for the pack, but not by several processes; progress: show a bar.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
         target: instead of ``classes`` one class, or a LongTensor (N,) with one a photo; or a number of
@@ -130,6 +129,7 @@ def explain(
             list of functions and targets, which share each pass.
         features: also keep what the classifier reads of each photo, of the first explainer's passes, in
             its ``facts`` and in the pack, for the viewer's map of the photos.
+        bands: the three channels that pictures of tensors and arrays show as red, green and blue.
         keep: how many explanations to return, the first ones, so that memory does not grow with the
             maps; by default all, or 20 of several processes.
 
@@ -153,7 +153,8 @@ def explain(
             drawn = overlays and count == 1
             writer = stack.enter_context(pack_writer(output, drawn, shard_photos, **about))
         stored = None if writer is None else writer.overlays
-        reading = Reading(view, batch_size, max_pixels, features, progress and rank == 0, stored)
+        bar = progress and rank == 0
+        reading = Reading(view, batch_size, max_pixels, features, bar, stored, bands)
         given = (images, backbone, head, explainer, classes, top, seed, labels, target, reading)
         work = together(lambda: _work_of(*given)) if count > 1 else _work_of(*given)
         blocks = _blocks(work.sources, shard_photos, count, rank)
@@ -246,6 +247,8 @@ class Reading(NamedTuple):
     progress: bool
     stored: bool | None
     """Whether pictures are kept for overlays; None where not even thumbnails are stored."""
+    bands: Sequence[int] | None = None
+    """The channels that pictures of arrays show as red, green and blue."""
 
 
 class Work(NamedTuple):
@@ -290,6 +293,7 @@ def _work_of(
 ) -> Work:
     """The checked arguments of :func:`explain`."""
     batch_size = reading.batch_size
+    check_bands(reading.bands, len(backbone.preprocessing.mean))
     listed = labels is not None or isinstance(target, Tensor) or not is_stream(images)
     sources = (named_photos if listed else each_photo)(images, len(backbone.preprocessing.mean))
     given = _listed(explainer, backbone, seed, batch_size)
@@ -368,14 +372,17 @@ def _prepared(
     image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
 ) -> Prepared:
     """A photo, decoded once."""
-    photo = load_image(source, reading.max_pixels)
-    as_given = None
+    given, as_given = source, None
+    if isinstance(source, ArrayImage) and reading.bands is not None:
+        photo = source.load(reading.max_pixels, reading.bands)
+    else:
+        photo = load_image(source, reading.max_pixels)
     if isinstance(source, ArrayImage):
         height, width = size = source.size
         if source.is_tensor and size == tuple(preprocessing.input_size):
             as_given = source.input(), View("tensor", size, size, (0, 0, height, width), size)
         source = photo
-    pixels, seen = as_given or prepare(photo, preprocessing, reading.view)
+    pixels, seen = as_given or prepare_source(given, photo, preprocessing, reading.view)
     found = Prepared(pixels, seen.check_size(), image_id, source)
     if reading.stored is None:
         return found

@@ -50,14 +50,16 @@ class ArrayImage:
         """Height and width."""
         return int(self.pixels.shape[1]), int(self.pixels.shape[2])
 
-    def load(self, max_pixels: int | None = None) -> Image.Image:
-        """As an 8-bit RGB photo; of more or fewer than 3 channels their mean, in grey.
+    def load(
+        self, max_pixels: int | None = None, bands: Sequence[int] | None = None
+    ) -> Image.Image:
+        """As an 8-bit RGB photo: three channels, or the three ``bands``; of others their mean, in grey.
 
         Raises:
             ValueError: more than ``max_pixels``.
         """
         check_size(self.size[::-1], "the given array", max_pixels)
-        pixels = self.pixels
+        pixels = self.pixels if bands is None else self.pixels[list(bands)]
         if pixels.shape[0] != 3:
             pixels = pixels.float().mean(0, keepdim=True).to(pixels.dtype).expand(3, -1, -1)
         if pixels.dtype != torch.uint8:
@@ -157,6 +159,16 @@ def _has_labels(item: Sequence[Any]) -> bool:
 
 
 # ---------------------------------------------------------------------- checks
+
+
+def check_bands(bands: Sequence[int] | None, channels: int) -> None:
+    """Raise a ``ValueError`` unless ``bands`` are None or three numbers of channels."""
+    if bands is None:
+        return
+    if len(bands) != 3 or not all(type(n) is int and 0 <= n < channels for n in bands):
+        raise ValueError(
+            f"bands: got {bands!r}; give three numbers of channels, from 0 to {channels - 1}"
+        )
 
 
 def _checked(images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2) -> Tensor:

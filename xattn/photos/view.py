@@ -8,6 +8,7 @@ original photo (H, W): bilinear, cell centres at half-integers (``align_corners=
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -208,13 +209,60 @@ def prepare(
 
     The whole photo is resized and then cropped, as timm does; where that would be large (a photo of
     8000 x 20 becomes 102400 x 256) only the seen part is resampled, to the same pixels up to the
-    rounding of Pillow's single-precision box.
+    rounding of Pillow's single-precision box. A network of one channel gets the photo in grey.
+
+    Raises:
+        ValueError: a network of two channels, or of more than three.
     """
     import torch
 
     if image.mode != "RGB":
         image = load_image(image, max_pixels=None)
+    channels = len(preprocessing.mean)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"images: a photo has 3 channels, the network takes {channels}; give tensors "
+            f"({channels}, H, W), or arrays (H, W, {channels})"
+        )
+    image = image.convert("L") if channels == 1 else image
     view = make_view((image.height, image.width), preprocessing, mode)
+    border = preprocessing.crop_mode == "border"
+    fill = tuple(round(255 * m) * border for m in preprocessing.mean)
+    pixels = np.array(_seen(image, view, preprocessing, fill), dtype=np.uint8)
+    pixels = pixels.reshape(*pixels.shape[:2], channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255), view
+
+
+def prepare_bands(
+    pixels: Tensor, preprocessing: Preprocessing, mode: str = "crop"
+) -> tuple[Tensor, View]:
+    """:func:`prepare` of an image (C, H, W) in [0, 1] of any number of channels, not rounded to 8 bits."""
+    import torch
+
+    view = make_view((pixels.shape[1], pixels.shape[2]), preprocessing, mode)
+    fill = preprocessing.mean if preprocessing.crop_mode == "border" else [0.0] * len(pixels)
+    bands = [
+        np.array(_seen(Image.fromarray(band.float().numpy()), view, preprocessing, (value,)))
+        for band, value in zip(pixels, fill, strict=True)
+    ]
+    return torch.from_numpy(np.stack(bands)).clamp(0, 1), view
+
+
+def prepare_source(
+    source: Any, photo: Image.Image, preprocessing: Preprocessing, mode: str
+) -> tuple[Tensor, View]:
+    """:func:`prepare` of a ``photo``, or of the array that it is a picture of, where that has other
+    channels."""
+    bands = getattr(source, "pixels", None)
+    if bands is None or len(bands) == 3:
+        return prepare(photo, preprocessing, mode)
+    return prepare_bands(source.input(), preprocessing, mode)
+
+
+def _seen(
+    image: Image.Image, view: View, preprocessing: Preprocessing, fill: Sequence[float]
+) -> Image.Image:
+    """The part of an image, of any mode, that the model sees; ``fill`` is around it."""
     top, left, height, width = view.box
     y0, y1 = max(top, 0), min(top + height, view.resized[0])
     x0, x1 = max(left, 0), min(left + width, view.resized[1])
@@ -226,13 +274,11 @@ def prepare(
         box = (x0 * x, y0 * y, min(x1 * x, image.width), min(y1 * y, image.height))
         seen = image.resize((x1 - x0, y1 - y0), resampling, box=box)
     if seen.size != (width, height):
-        border = preprocessing.crop_mode == "border"
-        fill = tuple(round(255 * m) for m in preprocessing.mean) if border else (0, 0, 0)
-        canvas = Image.new("RGB", (width, height), fill)
+        colour: Any = tuple(fill) if len(fill) > 1 else fill[0]
+        canvas = Image.new(image.mode, (width, height), colour)
         canvas.paste(seen, (x0 - left, y0 - top))
         seen = canvas
-    pixels = np.array(seen, dtype=np.uint8)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div(255), view
+    return seen
 
 
 def _resampling(name: str) -> Image.Resampling:

@@ -29,7 +29,7 @@ from xattn.backbone.families.traced import (
     steps_of,
 )
 from xattn.photos.classes import Task
-from xattn.photos.preprocessing import channels_of
+from xattn.photos.preprocessing import channels_of, first_convolution
 from xattn.runtime.names import did_you_mean
 
 _FOUND: ContextVar[dict[int, Tensor] | None] = ContextVar("found", default=None)
@@ -181,6 +181,12 @@ def _run(
         logits = model(images.requires_grad_())
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
+        first = first_convolution(model)
+        if first is not None and first.in_channels not in (channels, 3) and "channels" in reason:
+            raise ValueError(
+                f"mean: {kind} reads images of {first.in_channels} channels; give mean= and std= with "
+                f"{first.in_channels} numbers"
+            ) from error
         options = "" if len(size) == 2 else " and frames="
         raise ValueError(
             f"model: {kind} fails on images {tuple(images.shape)} "
