@@ -67,6 +67,10 @@ def test_what_cannot_be_read_is_refused_in_one_line(line, message):
         read(line)
 
 
+def test_an_option_that_begins_with_no_is_no_opposite_of_another():
+    assert read("app --no-token").no_token and not read("app").no_token
+
+
 def test_the_help_of_every_command_says_what_each_option_is_for(capsys):
     for name, command in COMMANDS.items():
         with pytest.raises(SystemExit) as end:

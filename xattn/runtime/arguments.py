@@ -216,7 +216,9 @@ class _Parser(argparse.ArgumentParser):
         spellings = [option.dest] if option.positional else [*option.argument.also, option.flag]
         details: dict[str, Any] = {} if option.positional else {"dest": option.dest}
         if option.values == "none":
-            details["action"] = argparse.BooleanOptionalAction
+            # Of a name with --no- in front BooleanOptionalAction would take the option for its opposite.
+            no = option.flag.startswith("--no-")
+            details["action"] = "store_true" if no else argparse.BooleanOptionalAction
             return group.add_argument(*spellings, **details)
         details["type"] = functools.partial(_value, option)
         details["metavar"] = _metavar(option)
