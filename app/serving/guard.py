@@ -148,6 +148,7 @@ class Guard:
         token: None lets everybody in who passes the checks of names and origins.
         loopback: the server listens on this machine's own address alone.
         names: further host names, of a proxy.
+        frames: origins whose pages may show the viewer in a frame; without any, no page may.
         cookie: name of the cookie; cookies are shared by all ports of a host, so it holds the port.
     """
 
@@ -158,8 +159,10 @@ class Guard:
         loopback: bool = True,
         names: Collection[str] = (),
         cookie: str = "xattn_session",
+        frames: Collection[str] = (),
     ) -> None:
         self.app, self.token, self.loopback, self.cookie = app, token, loopback, cookie
+        self.frames = frames
         self.names = {name.lower().rstrip(".") for name in names} | LOCAL
         if not loopback:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -170,7 +173,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        send = _with_headers(send)
+        send = _with_headers(send, self.frames)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await _answer(PlainTextResponse(refusal, 403), scope, receive, send)
@@ -234,7 +237,7 @@ def _same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, frames: Collection[str]) -> Send:
     """``send`` that adds the headers; a policy that a route has set itself stays."""
 
     async def sending(message: Message) -> None:
@@ -242,7 +245,11 @@ def _with_headers(send: Send) -> Send:
             headers = MutableHeaders(raw=message.setdefault("headers", []))
             for name, value in HEADERS.items():
                 headers[name] = value
-            headers.setdefault("Content-Security-Policy", policy())
+            text = policy()
+            if frames:
+                del headers["X-Frame-Options"]  # it can name no origin
+                text = text.replace("frame-ancestors 'none'", f"frame-ancestors {' '.join(frames)}")
+            headers.setdefault("Content-Security-Policy", text)
             message["headers"] = headers.raw
         await send(message)
 

@@ -104,7 +104,7 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
+def streamlit_options(address: Address, upload_mb: int, framed: bool = False) -> dict[str, Any]:
     """Streamlit's configuration; what a user's own ``config.toml`` says of these is overridden."""
     from xattn.app.components.theme import CONFIG
 
@@ -116,7 +116,8 @@ def streamlit_options(address: Address, upload_mb: int) -> dict[str, Any]:
         "server.headless": True,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
-        "server.enableXsrfProtection": True,
+        # Frames of other sites get no cookies; the guard's check of origins is left.
+        "server.enableXsrfProtection": not framed,
         "server.enableCORS": True,  # cross-origin requests are refused
         "server.xsrfCookieSameSite": "strict",
         "server.enableStaticServing": False,
@@ -141,7 +142,7 @@ def application(
 
     Args:
         ready: called once the application runs, when Ctrl-C already is the server's.
-        options: of ``guard.Guard``: ``token``, ``names``.
+        options: of ``guard.Guard``: ``token``, ``names``, ``frames``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -150,7 +151,7 @@ def application(
     from xattn.app import main, scratch, state
     from xattn.app.serving import guard, routes
 
-    load_config_options(streamlit_options(address, upload_mb))
+    load_config_options(streamlit_options(address, upload_mb, bool(options.get("frames"))))
     before = Middleware(
         guard.Guard, loopback=address.loopback, cookie=f"xattn_session_{address.port}", **options
     )
@@ -186,6 +187,7 @@ def serve(
     upload_mb: int = 50,
     token: str | None = None,
     names: tuple[str, ...] = (),
+    frames: tuple[str, ...] = (),
 ) -> None:
     """Run until Ctrl-C or SIGTERM; prints the address once it is answered.
 
@@ -193,6 +195,7 @@ def serve(
         settings: ``state.Settings``, what pages get to know.
         token: what opens the viewer; one of the environment is not printed.
         names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers then count.
+        frames: origins whose pages may show the viewer in a frame.
     """
     import uvicorn
 
@@ -214,7 +217,8 @@ def serve(
             )
             sys.stdout.flush()
 
-        app = application(Address(address.host, port), upload_mb, ready, token=token, names=names)
+        guarding = {"token": token, "names": names, "frames": frames}
+        app = application(Address(address.host, port), upload_mb, ready, **guarding)
         # Not before all is imported: modules cannot be imported from two sides at once.
         threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(

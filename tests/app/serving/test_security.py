@@ -205,6 +205,12 @@ def test_every_answer_has_the_headers() -> None:
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
 
 
+def test_only_pages_that_are_named_may_show_it_in_a_frame() -> None:
+    headers = client(frames=("https://a.example", "http://b:1")).get("/").headers
+    assert "frame-ancestors https://a.example http://b:1" in headers["content-security-policy"]
+    assert "x-frame-options" not in headers and "nosniff" in headers["x-content-type-options"]
+
+
 # ---------------------------------------------------------------------- the real server
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("streamlit")
+from served_viewer import free_port
 from viewer_pages import served
 
 from xattn.app.pages import first_run
@@ -51,6 +52,8 @@ def test_a_taken_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--host", "203.0.113.7", "--no-token"], "host"),
         (["--data", "nowhere"], "data"),
         (["--upload-mb", "0"], "upload_mb"),
+        (["--allow-frame", "wiki.example.org"], "allow_frame"),
+        (["--host", "0.0.0.0", "--allow-frame", "https://wiki.example.org"], "allow_frame"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -147,6 +150,33 @@ def test_the_policy_names_each_inline_script_and_no_other_server() -> None:
     assert "unsafe-eval" not in policy and "http" not in policy and "*" not in policy
     script = next(p for p in policy.split("; ") if p.startswith("script-src"))
     assert "unsafe-inline" not in script
+
+
+def test_a_page_of_another_site_shows_it_in_a_frame_only_if_it_is_named(
+    tmp_path: Path, browser: Any
+) -> None:
+    port = free_port()
+    named, other = f"http://localhost:{port}", f"http://127.0.0.1:{port}"
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    command = [sys.executable, "-m", "http.server", str(port), "--directory", str(pages)]
+    site = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with served(tmp_path / "root", "--allow-frame", named, log=tmp_path / "log") as address:
+            (pages / "index.html").write_text(f'<iframe src="{address}" width=800 height=800>')
+            page = browser.new_page()
+            page.goto(named)
+            inside = page.frame_locator("iframe")
+            inside.get_by_role("heading", name=first_run.AIM).wait_for(timeout=300_000)
+            refused: list[str] = []
+            page.on("console", lambda message: refused.append(message.text))
+            page.goto(other)
+            page.wait_for_timeout(500)
+            assert any("frame-ancestors" in text for text in refused)
+            page.close()
+    finally:
+        site.terminate()
+        site.wait()
 
 
 def test_a_phone_tells_the_page_where_its_corners_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,9 @@ class App:
     """Let everybody who reaches --host in without a token."""
     allow_host: tuple[str, ...] = ()
     """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
+    allow_frame: tuple[str, ...] = ()
+    """Origins whose pages may show the viewer in a frame, for example https://wiki.example.org; without a
+    token, as browsers keep its cookie out of frames."""
     data: Path | None = None
     """Folder whose photos and folders the train page may use; the root by default."""
     annotations: Path | None = None
@@ -53,6 +57,7 @@ class App:
         check_installed()
         address = Address(self.host, self.port)
         token = token_of(address, self.no_token)
+        _check_frames(self.allow_frame, token)
         root = place_of(self.root, "root")
         if isinstance(root, StorePath):
             _check_root(root, self.demo)
@@ -82,7 +87,19 @@ class App:
             vlm=self.vlm,
             detector=self.detector,
         )
-        serve(settings, address, self.upload_mb, token, self.allow_host)
+        serve(settings, address, self.upload_mb, token, self.allow_host, self.allow_frame)
+
+
+def _check_frames(origins: tuple[str, ...], token: str | None) -> None:
+    for origin in origins:
+        if not re.fullmatch(r"https?://[a-z0-9.-]+(:\d+)?", origin):
+            raise ValueError(
+                f"allow_frame: got {origin!r}; give scheme and host, such as https://wiki.example.org"
+            )
+    if origins and token is not None:
+        raise ValueError(
+            "allow_frame: browsers keep the token's cookie out of frames; give --no-token, too"
+        )
 
 
 def _check_root(root: Any, demo: bool) -> None:
