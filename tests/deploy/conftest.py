@@ -1,0 +1,6 @@
+"""``deploy/`` is a folder of scripts: its files are imported by their own names."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "deploy"))
