@@ -1,4 +1,5 @@
-"""Masks from maps, and the four masking metrics as pure functions of probabilities.
+"""Masks from maps (of clips with an axis of time, too), and the four masking metrics as pure functions of
+probabilities.
 
     AD = 100/n sum max(0, p - q) / p        Grad-CAM++ (arXiv 1710.11063)
     IC = 100/n sum [q > p]                  Grad-CAM++, with a margin for rounding
@@ -35,22 +36,31 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
     check_maps(maps)
     x = maps.detach().double()
     finite = x.isfinite().flatten(1).all(1)
-    x = torch.where(finite[:, None, None, None], x, 0.0)
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    one = (-1, *[1] * (x.ndim - 1))
+    x = torch.where(finite.view(one), x, 0.0)
+    low, high = _range(x)
     span = high - low
     varies = (span > CONSTANT_RANGE * torch.maximum(low.abs(), high.abs())).flatten()
-    scaled = (x - low) / torch.where(varies[:, None, None, None], span, 1.0)
+    scaled = (x - low) / torch.where(varies.view(one), span, 1.0)
     valid = finite & varies
-    return torch.where(valid[:, None, None, None], scaled, 0.0).float(), valid
+    return torch.where(valid.view(one), scaled, 0.0).float(), valid
+
+
+def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of each of (B, ...)."""
+    axes = tuple(range(1, maps.ndim))
+    return maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
 
 
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; never leaves the range of the input."""
+    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; never leaves the range of the input. Of clips
+    (B, 1, t, h, w) -> (B, 1, T, H, W), linear in time as well."""
     check_maps(maps)
     corners = None if mode == "nearest" else False
+    mode = "trilinear" if mode == "bilinear" and maps.ndim == 5 else mode
     resized = F.interpolate(maps, tuple(size), mode=mode, align_corners=corners)
     # Interpolation weights sum to 1 only up to rounding: all-ones has to stay exactly one.
-    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+    low, high = _range(maps)
     return torch.minimum(torch.maximum(resized, low), high)
 
 
@@ -123,8 +133,8 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
 
 
 def check_maps(maps: Tensor) -> None:
-    """Raise a ValueError unless ``maps`` are (B, 1, h, w)."""
-    if maps.ndim != 4 or maps.shape[1] != 1 or 0 in maps.shape[2:]:
+    """Raise a ValueError unless ``maps`` are (B, 1, h, w), or of clips (B, 1, t, h, w)."""
+    if maps.ndim not in (4, 5) or maps.shape[1] != 1 or 0 in maps.shape[2:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
 
 

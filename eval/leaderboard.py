@@ -116,6 +116,11 @@ def compare(
         ValueError: an unknown name or option, no image, or a state of another run.
         OSError: files that cannot be read or written.
     """
+    if job.backbone.reads_clips:
+        raise ValueError(
+            f"backbone: {job.backbone.name} reads clips, a comparison is of photos; give clips as a tensor "
+            f"to xattn.evaluate"
+        )
     output.mkdir(parents=True, exist_ok=True)
     images, limit = limited(images, limit, job.seed)
     packed = job.maps > 0 and can_pack(images)

@@ -274,6 +274,8 @@ def create_metrics(
                 f"PerturbationMetric (functions by register_metric)"
             )
         own_infos(metric)
+        if getattr(network, "reads_clips", False):
+            metric.require_clips()
         problem = metric.score_problem(protocol.score)
         if problem is not None:
             raise ValueError(problem)

@@ -297,7 +297,7 @@ class EvaluationRun:
         beside: tuple[Cohort, int] | None,
     ) -> None:
         """The requests of all metrics on the map of one method on one image of a chunk."""
-        grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[-2:])
+        grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[1:])
         if why is None:
             grey, raw, why = self._prepared(name, image, values)
         if why is None and self._kept(image.position):
@@ -310,7 +310,7 @@ class EvaluationRun:
         self, name: str, image: ScoredImage, values: Tensor
     ) -> tuple[Tensor, Tensor, str | None]:
         """Grey map and raw map (1, H, W) of a map (1, h, w), and why it is invalid, or None."""
-        size, is_mask = image.pixels.shape[-2:], self.maker.facts[name].is_mask
+        size, is_mask = image.pixels.shape[1:], self.maker.facts[name].is_mask
         one = values[None].detach().to(image.pixels.device)
         grey, valid = functional.saliency(
             one,
@@ -478,7 +478,8 @@ def _digest(image: Tensor) -> str:
 
 
 def _png(grey: Tensor) -> bytes:
-    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels a side."""
+    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels a side; of a clip the mean in time."""
+    grey = grey.mean(1) if grey.ndim == 4 else grey
     height, width = (min(side, 56) for side in grey.shape[-2:])
     small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), (height, width))[0, 0]
     stream = io.BytesIO()

@@ -106,11 +106,11 @@ class MapMaker:
         if not self.facts[name].one_by_one:
             images, targets = pad_batch(images, self.size), pad_batch(targets, self.size)
         maps = attribute(images, targets)
-        if not isinstance(maps, Tensor) or maps.ndim != 4 or maps.shape[:2] != (len(images), 1):
+        right = isinstance(maps, Tensor) and maps.ndim == images.ndim
+        if not right or maps.shape[:2] != (len(images), 1):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise WrongShapeError(
-                f"explainers: {name} returned {got}; it has to return (B, 1, h, w)"
-            )
+            form = "(B, 1, h, w)" if images.ndim == 4 else "(B, 1, t, h, w)"
+            raise WrongShapeError(f"explainers: {name} returned {got}; it has to return {form}")
         return maps[:count]
 
     def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:

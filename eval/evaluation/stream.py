@@ -42,7 +42,8 @@ class ImageStream:
     :func:`~xattn.photos.sources.some_of` takes of files and datasets, and the first of others.
 
     Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
-    they are; photos, and arrays (H, W, 3) or (B, H, W, 3), are prepared as the backbone wants them.
+    they are, clips (3, T, H, W) or (B, 3, T, H, W), too; photos, and arrays (H, W, 3) or (B, H, W, 3), are
+    prepared as the backbone wants them.
 
     Attributes:
         tensors: whether the images were given as tensors.
@@ -61,7 +62,8 @@ class ImageStream:
     ) -> None:
         self.preprocessing, self.view, self.max_pixels = preprocessing, view, max_pixels
         self.skipped: dict[int, Skipped] = {}
-        self._channels = len(preprocessing.mean)
+        sides = getattr(preprocessing, "places", preprocessing.input_size)
+        self._channels, self._axes = len(preprocessing.mean), len(sides)
         images, limit = limited(images, limit, seed)
         if not is_listed(images):
             images = self._flattened(images, limit)
@@ -71,12 +73,16 @@ class ImageStream:
         if first is None:
             raise ValueError("images: got none; give a photo, a folder, a list file or tensors")
         self.tensors = isinstance(first[1], Tensor)
+        if self._axes == 3 and not self.tensors:
+            raise ValueError(
+                f"images: the network reads clips; give a tensor (B, {self._channels}, T, H, W) in [0, 1]"
+            )
         self._items: Iterator[tuple[str, Any]] = chain([first], items)
 
     def _flattened(self, images: Any, limit: int | None) -> Any:
         """Single tensors and photos, at most ``limit``: a tensor, a list, or an iterator of a loader's."""
         if isinstance(images, Tensor):
-            return input_batch(images, self._channels, "images")[:limit]
+            return input_batch(images, self._channels, "images", self._axes)[:limit]
         if is_stream(images):
             return islice(single_images(images, self._channels), limit)
         given = images if isinstance(images, Sequence) else [images]
@@ -105,7 +111,7 @@ class ImageStream:
         if isinstance(item, Tensor) != self.tensors:
             raise ValueError("images: got tensors and photos mixed; give one kind")
         if self.tensors:
-            image = input_batch(item, self._channels, f"images[{position}]")
+            image = input_batch(item, self._channels, f"images[{position}]", self._axes)
             return Item(name, position, image[0].to(torch.float32))
         check_kind(item)
         try:

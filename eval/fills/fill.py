@@ -33,7 +33,7 @@ def fill(
     """The image behind the mask, (C, H, W) in the dtype and on the device of ``image``.
 
     Args:
-        image: (C, H, W) float in [0, 1], raw pixels.
+        image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), each frame by itself.
         removed: (1, H, W) bool, the masked pixels; only inpaint and road read it, and they give
             the image's own values at kept pixels.
         kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
@@ -45,7 +45,10 @@ def fill(
 
     Black and mean are expanded views of one colour: copy before writing into them.
     """
-    if image.ndim != 3 or not image.is_floating_point():
+    clip = image.ndim == removed.ndim == 4
+    if clip and kind in ("inpaint", "road"):
+        raise ValueError(f"kind: got {kind!r}, which is of photos; give 'black', 'mean' or 'blur'")
+    if not (clip or image.ndim == 3) or not image.is_floating_point():
         raise ValueError(
             f"image: got {image.dtype} of shape {tuple(image.shape)}; give float (C, H, W)"
         )
@@ -56,11 +59,15 @@ def fill(
             f"mean: got {mean}; kind={kind!r} needs the mean colour ({len(image)},) in [0, 1]"
         )
     if kind == "mean":
-        return torch.as_tensor(mean, device="cpu").to(image)[:, None, None].expand_as(image)
+        colour = torch.as_tensor(mean, device="cpu").to(image)
+        return colour.view(-1, *[1] * (image.ndim - 1)).expand_as(image)
     if kind == "blur":
         return blur(image)
     if kind == "rise":
-        return rise_blur(image, torch.as_tensor(mean, device="cpu"))
+        colour = torch.as_tensor(mean, device="cpu")
+        if image.ndim == 4:
+            return rise_blur(image.transpose(0, 1), colour).transpose(0, 1)
+        return rise_blur(image, colour)
     if kind == "noise":
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(image.shape, generator=generator, device="cpu").to(image)

@@ -176,6 +176,7 @@ class PerturbationMetric(ABC):
     * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
     * ``explains_randomized``: calls ``sample.explain_randomized``;
     * ``needs_annotation``: reads ``sample.annotation``;
+    * ``clips``: also measures clips (3, T, H, W) and their maps (1, T, H, W);
     * ``compares``: reads ``sample.cohort``: the map of another ``"class"``, ``"photo"`` or ``"network"``,
       or maps of a ``"mosaic"``.
 
@@ -187,6 +188,7 @@ class PerturbationMetric(ABC):
     explains_again: ClassVar[bool] = False
     explains_randomized: ClassVar[bool] = False
     needs_annotation: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
     compares: ClassVar[str] = ""
 
     @classmethod
@@ -201,6 +203,15 @@ class PerturbationMetric(ABC):
     def for_network(self, network: Any) -> PerturbationMetric:
         """The metric with the options that it takes from the network that is scored; by default itself."""
         return self
+
+    def require_clips(self) -> None:
+        """Raise a ``ValueError`` unless it measures clips."""
+        if not self.clips:
+            raise ValueError(
+                f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} "
+                f"{'is' if len(self.columns) == 1 else 'are'} of photos, the network reads clips; give "
+                f"'masking' or 'insertion-deletion'"
+            )
 
     def can_compare(self, company: Company, place: int) -> bool:
         """Whether a photo of a chunk has what the metric compares its map with."""

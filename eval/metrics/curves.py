@@ -71,6 +71,8 @@ def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
 class InsertionDeletionMetric(PerturbationMetric):
     """Insertion (higher is better) and deletion (lower is better), each with T forward passes.
 
+    The pixels of a clip are those of all its frames.
+
     Pixels go in stable descending order of the grey map, ties in row-major order. A constant map
     ranks nothing: both values are NaN. Any strictly increasing function of a map has its values.
 
@@ -87,6 +89,8 @@ class InsertionDeletionMetric(PerturbationMetric):
     Where nothing remains, ``"inpaint"`` and ``"road"`` give the image's own mean colour. They solve
     for a new image every step, which can cost more than the forward pass.
     """
+
+    clips = True
 
     step: int | None = None
     steps: int = 56

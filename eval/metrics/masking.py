@@ -48,6 +48,8 @@ class MaskingMetric(PerturbationMetric):
         bounded: scores are probabilities; for logits only AD, IC and drop are defined.
     """
 
+    clips = True
+
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     threshold: str = "quantile"
     masked_value: str = "black"

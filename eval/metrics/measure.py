@@ -41,7 +41,8 @@ def measure(
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
-        images: (B, 3, H, W) float in [0, 1]; ``annotations``: one an image, where metrics need them.
+        images: (B, 3, H, W) float in [0, 1], or clips (B, 3, T, H, W) with maps (B, 1, t, h, w);
+            ``annotations``: one an image, where metrics need them.
         maps: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``.
         targets: the class, one for all or a LongTensor (B,).
         score: ``"probability"`` or ``"logit"``.
@@ -50,7 +51,9 @@ def measure(
         explain, explain_randomized: (images, targets) or (stage, images, targets) -> raw maps
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
-    batch, size, compared = len(images), images.shape[-2:], False
+    batch, size, compared = len(images), images.shape[2:], False
+    if images.ndim == 5:
+        metric.require_clips()
     classes = _classes(targets, len(maps), batch)
     network = f if hasattr(f, "probabilities") else _Callable(f)
     metric = metric.for_network(network)
