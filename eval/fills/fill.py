@@ -34,8 +34,8 @@ def fill(
 
     Args:
         image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), each frame by itself.
-        removed: (1, H, W) bool, the masked pixels; only inpaint and road read it, and they give
-            the image's own values at kept pixels.
+        removed: (1, H, W) bool, of a clip (1, T, H, W), the masked pixels; only inpaint and road read it,
+            and they give the image's own values at kept pixels.
         kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
             ``"rise"`` see :func:`rise_blur`; ``"noise"`` uniform in [0, 1), each pixel and channel
             for itself; ``"inpaint"`` see :func:`inpaint`; ``"road"``

@@ -90,6 +90,10 @@ STUDIES = {
         "coarse_groups",
         "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
     ),
+    "clip-cues": (
+        "clip_cues",
+        "Clips whose class depends on one frame: which method points at it.",
+    ),
     "controls": (
         "content_controls",
         "What is left of a ViT and its maps when attention carries no content; networks trained that way.",

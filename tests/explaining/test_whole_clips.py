@@ -6,25 +6,22 @@ import pytest
 import torch
 from clip_networks import Tiny
 from PIL import Image
-from planted_clips import FRAMES, SIDE, drawn, trained
 from torch import nn
 
 from xattn import create_explainer, explain, explain_clip, explain_video, load_backbone, load_pack
 from xattn.backbone.taps import resized
 from xattn.cli.entry import main
-
-NAMES = ["red square", "blue square"]
+from xattn.eval.studies.clip_cues import FRAMES, SIDE, drawn, trained
 
 
 @pytest.fixture(scope="module")
 def network():
-    options = {"mean": 0.5, "std": 0.25, "task": "multilabel", "class_names": NAMES}
-    return load_backbone(trained(), input_size=SIDE, frames=FRAMES, **options)
+    return trained()
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return drawn(16, 99, 2)
+    return drawn(range(16))
 
 
 def as_array(clip):
@@ -41,20 +38,20 @@ def as_array(clip):
     ],
 )
 def test_the_map_points_at_the_frame_that_decides(network, planted, name, options, exact):
-    clips, classes, truth = planted
+    clips, classes, _ = planted
     assert torch.equal(network.logits(clips) > 0, torch.eye(2)[classes] > 0)
 
-    def away(name, **options):
+    def away(data, name, **options):
         """By how many frames the highest value is away from the square."""
-        maps = create_explainer(name, network, **options).attribute(clips, classes)
+        maps = create_explainer(name, network, **options).attribute(*data[:2])
         peak = resized(maps, (FRAMES, SIDE, SIDE))[:, 0].amax((2, 3)).argmax(1)
-        return (peak - truth.any(3).any(2).int().argmax(1)).abs()
+        return (peak - data[2].any(3).any(2).int().argmax(1)).abs()
 
-    found, chance = away(name, **options), away("random")
+    found, chance = away(planted, name, **options), away(drawn(range(60)), "random")
     assert (found <= 1).float().mean() >= 0.9 and (
         chance <= 1
-    ).float().mean() < 0.7  # by chance 0.34
-    assert (found == 0).float().mean() >= exact and (chance == 0).float().mean() < 0.3  # 1/8
+    ).float().mean() < 0.6  # by chance 0.34
+    assert (found == 0).float().mean() >= exact and (chance == 0).float().mean() < 0.25  # 1/8
 
 
 def test_a_pack_holds_a_map_a_frame_a_film_and_strips(network, planted, tmp_path):

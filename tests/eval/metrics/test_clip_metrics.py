@@ -3,7 +3,6 @@
 import pytest
 import torch
 from clip_networks import backbone, clips
-from planted_clips import FRAMES, SIDE, drawn
 
 from xattn import evaluate, load_backbone
 from xattn.eval import compare
@@ -13,6 +12,7 @@ from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.masking import MaskingMetric
 from xattn.eval.metrics.measure import measure
 from xattn.eval.metrics.registry import create_metric
+from xattn.eval.studies.clip_cues import PLACES, drawn
 
 MEAN = (0.5, 0.4, 0.3)
 
@@ -53,14 +53,14 @@ def test_average_drop_hides_in_time_and_space():
 
 
 def test_the_frame_that_decides_is_deleted_first():
-    x, classes, truth = drawn(4, 5, 2)
+    x, classes, truth = drawn(range(4))
 
     def redness(images):  # and blueness of the 25 reddest and bluest pixels of all frames
         return 8 * (images - 0.5).flatten(2).topk(25).values.mean(2)[:, [0, 2]]
 
     metric = InsertionDeletionMetric(steps=16, insertion_fill="black")
     right = measure(metric, redness, x, truth[:, None].float(), classes)
-    noise = torch.rand(4, 1, FRAMES, SIDE, SIDE)
+    noise = torch.rand(4, 1, *PLACES)
     chance = measure(metric, redness, x, noise, classes)
     for (column, found), other in zip(right.items(), chance.values(), strict=True):
         better = found - other if column.metric == "insertion" else other - found
