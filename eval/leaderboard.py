@@ -93,6 +93,11 @@ class Comparison:
     card_photos: int | None = None
 
     def __post_init__(self) -> None:
+        if getattr(self.backbone, "reads_clips", False):
+            raise ValueError(
+                f"backbone: {self.backbone.name} reads clips, a comparison is of photos; give clips as a "
+                f"tensor to xattn.evaluate"
+            )
         if self.target is not None:
             object.__setattr__(self, "backbone", scored(self.backbone, self.target))
 
@@ -116,11 +121,6 @@ def compare(
         ValueError: an unknown name or option, no image, or a state of another run.
         OSError: files that cannot be read or written.
     """
-    if job.backbone.reads_clips:
-        raise ValueError(
-            f"backbone: {job.backbone.name} reads clips, a comparison is of photos; give clips as a tensor "
-            f"to xattn.evaluate"
-        )
     output.mkdir(parents=True, exist_ok=True)
     images, limit = limited(images, limit, job.seed)
     packed = job.maps > 0 and can_pack(images)

@@ -204,9 +204,9 @@ class PerturbationMetric(ABC):
         """The metric with the options that it takes from the network that is scored; by default itself."""
         return self
 
-    def require_clips(self) -> None:
-        """Raise a ``ValueError`` unless it measures clips."""
-        if not self.clips:
+    def require_axes(self, axes: int) -> None:
+        """Raise a ``ValueError`` unless it measures inputs of so many ``axes``, 2 of photos, 3 of clips."""
+        if axes > 2 and not self.clips:
             raise ValueError(
                 f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} "
                 f"{'is' if len(self.columns) == 1 else 'are'} of photos, the network reads clips; give "

@@ -41,10 +41,9 @@ def measure(
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
-        images: (B, 3, H, W) float in [0, 1], or clips (B, 3, T, H, W) with maps (B, 1, t, h, w);
-            ``annotations``: one an image, where metrics need them.
-        maps: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``.
-        targets: the class, one for all or a LongTensor (B,).
+        images, annotations: (B, 3, H, W) float in [0, 1]; of these one an image, where metrics need them.
+        maps, targets: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``; the class, one for all or
+            a LongTensor (B,). Of clips (B, 3, T, H, W) maps are (B, 1, t, h, w).
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on an image's place, counted from ``first``.
@@ -52,8 +51,7 @@ def measure(
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
     batch, size, compared = len(images), images.shape[2:], False
-    if images.ndim == 5:
-        metric.require_clips()
+    metric.require_axes(len(size))
     classes = _classes(targets, len(maps), batch)
     network = f if hasattr(f, "probabilities") else _Callable(f)
     metric = metric.for_network(network)
