@@ -274,7 +274,7 @@ def create_metrics(
                 f"PerturbationMetric (functions by register_metric)"
             )
         own_infos(metric)
-        metric.require_axes(3 if getattr(network, "reads_clips", False) else 2)
+        metric.for_axes(3 if getattr(network, "reads_clips", False) else 2)
         problem = metric.score_problem(protocol.score)
         if problem is not None:
             raise ValueError(problem)

@@ -204,14 +204,15 @@ class PerturbationMetric(ABC):
         """The metric with the options that it takes from the network that is scored; by default itself."""
         return self
 
-    def require_axes(self, axes: int) -> None:
-        """Raise a ``ValueError`` unless it measures inputs of so many ``axes``, 2 of photos, 3 of clips."""
+    def for_axes(self, axes: int) -> PerturbationMetric:
+        """Itself, if it measures inputs of so many ``axes``, 2 of photos, 3 of clips; else a ``ValueError``."""
         if axes > 2 and not self.clips:
+            are = "is" if len(self.columns) == 1 else "are"
             raise ValueError(
-                f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} "
-                f"{'is' if len(self.columns) == 1 else 'are'} of photos, the network reads clips; give "
-                f"'masking' or 'insertion-deletion'"
+                f"metrics: {', '.join(c.key for c in self.columns[:2])} of {type(self).__name__} {are} of "
+                f"photos, the network reads clips; give 'masking' or 'insertion-deletion'"
             )
+        return self
 
     def can_compare(self, company: Company, place: int) -> bool:
         """Whether a photo of a chunk has what the metric compares its map with."""

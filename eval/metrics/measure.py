@@ -42,8 +42,8 @@ def measure(
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
         images, annotations: (B, 3, H, W) float in [0, 1]; of these one an image, where metrics need them.
-        maps, targets: (B, 1, h, w) raw maps, or masks in [0, 1] with ``is_mask``; the class, one for all or
-            a LongTensor (B,). Of clips (B, 3, T, H, W) maps are (B, 1, t, h, w).
+        maps: (B, 1, h, w), of clips (B, 1, t, h, w): raw, or masks in [0, 1] with ``is_mask``.
+        targets: the class, one for all or a LongTensor (B,).
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on an image's place, counted from ``first``.
@@ -51,10 +51,9 @@ def measure(
             (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
     """
     batch, size, compared = len(images), images.shape[2:], False
-    metric.require_axes(len(size))
     classes = _classes(targets, len(maps), batch)
     network = f if hasattr(f, "probabilities") else _Callable(f)
-    metric = metric.for_network(network)
+    metric = metric.for_axes(len(size)).for_network(network)
     scorer = MaskedScorer(network, micro_batch(max_forward_batch, batch), score=score)
     grey, valid = functional.saliency(
         maps, size, is_mask=is_mask, normalization=normalization, resize=resize
