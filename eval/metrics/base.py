@@ -205,7 +205,11 @@ class PerturbationMetric(ABC):
         return self
 
     def for_axes(self, axes: int) -> PerturbationMetric:
-        """Itself, if it measures inputs of so many ``axes``, 2 of photos, 3 of clips; else a ``ValueError``."""
+        """Itself, if it measures inputs of so many ``axes``, 2 of photos, 3 of clips.
+
+        Raises:
+            ValueError: of clips, which it does not measure.
+        """
         if axes > 2 and not self.clips:
             are = "is" if len(self.columns) == 1 else "are"
             raise ValueError(
