@@ -1,6 +1,7 @@
 from .annotations.objects import Annotation as Annotation
 from .annotations.objects import Annotations as Annotations
 from .annotations.objects import load_annotations as load_annotations
+from .board.folder import Board as Board
 from .bootstrap import mean_interval as mean_interval
 from .bootstrap import paired_difference as paired_difference
 from .evaluation.engine import evaluate as evaluate

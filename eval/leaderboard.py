@@ -138,14 +138,14 @@ def compare(
     noted = job.annotations
     annotations = None if noted is None else load_annotations(noted, job.backbone)
     photos = first_photos(images, job.backbone, job.view)
-    methods, recipes, refused = _methods(job, photos)
+    methods, recipes, refused = methods_of(job, photos)
     for name, reason in refused.items():
         say(f"left out {name}: {reason}")
     ranks, rank = processes(job.backbone.device)
     first = next(iter(recipes), None)
     if first is not None and recipes[first].head is not None:
         say(f"randomized_head: the head of the row {first}, on random weights")
-    _say_plan(job, methods, metrics, images, limit, ranks, say)
+    say_plan(job, methods, metrics, images, limit, ranks, say)
     results = evaluate(
         job.backbone,
         methods,
@@ -157,7 +157,7 @@ def compare(
         limit=limit,
         progress=progress,
         annotations=annotations,
-        randomized=_randomized(job, recipes) if any(p.explains_randomized for p in metrics) else {},
+        randomized=randomized_of(job, recipes, metrics),
         again_limit=job.again_limit,
         state=output / "state.sqlite",
         kept_maps=job.maps if packed else 0,
@@ -187,7 +187,7 @@ def compare(
 def _write_likeness(
     job: Comparison,
     methods: Mapping[str, Explainer],
-    recipes: Mapping[str, _Recipe],
+    recipes: Mapping[str, Recipe],
     photos: Tensor | None,
     path: Path,
     say: Callable[[str], Any],
@@ -232,7 +232,7 @@ def _report_card(
     rows, anchors = ladder_rows(job.backbone, photos, job.view, job.seed, job.max_forward_batch)
     named = [m for m in metrics if not m.needs_annotation]
     say(f"report card: {len(rows.methods)} rows of ladders on {len(photos)} photos")
-    _say_plan(job, rows.methods, named, photos, None, 1, say)
+    say_plan(job, rows.methods, named, photos, None, 1, say)
     found = evaluate(
         job.backbone,
         rows.methods,
@@ -275,7 +275,7 @@ def ladder_rows(
     return rows, [anchor.name for anchor in anchors]
 
 
-def _say_plan(
+def say_plan(
     job: Comparison,
     methods: Mapping[str, Any],
     metrics: Sequence[PerturbationMetric],
@@ -341,7 +341,7 @@ def _defined(
     return names
 
 
-class _Recipe(NamedTuple):
+class Recipe(NamedTuple):
     """How to make an explainer: its name, a trained head where it takes one, and options."""
 
     name: str
@@ -349,12 +349,12 @@ class _Recipe(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
-class _Methods(NamedTuple):
+class Methods(NamedTuple):
     """``explainers`` by row with the sanity rows, the ``recipes`` of those that are compared, and why
     the backbone does not allow those that "all" had to leave out."""
 
     explainers: dict[str, Explainer]
-    recipes: dict[str, _Recipe]
+    recipes: dict[str, Recipe]
     refused: dict[str, str]
 
 
@@ -384,7 +384,7 @@ class _Given(NamedTuple):
         return cls({**job.heads, **heads}, names, others)
 
 
-def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
+def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
     """Make every explainer that is compared; ``photos`` are those of mean maps."""
     given = _Given.of(job)
     names, heads, every = given.names, given.heads, "all" in given.names
@@ -395,10 +395,10 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
     options = options_by_name(job.options, rows)
     shared: dict[str, Any] = {"seed": job.seed, "max_forward_batch": job.max_forward_batch}
     recipes = {
-        label: _Recipe("head", head, options.get("head", {}) | options.get(label, {}))
+        label: Recipe("head", head, options.get("head", {}) | options.get(label, {}))
         for label, head in heads.items()
     }
-    recipes |= {row: _Recipe(name, None, options.get(row, {})) for row, name in names.items()}
+    recipes |= {row: Recipe(name, None, options.get(row, {})) for row, name in names.items()}
     explainers: dict[str, Explainer] = {}
     refused = {}
     for label, (name, head, chosen) in recipes.items():
@@ -428,7 +428,7 @@ def _methods(job: Comparison, photos: Tensor | None) -> _Methods:
         raise ValueError(f"{argument}: {', '.join(taken)} is the name of another row; give another")
     for label, explainer in sanity.items():
         explainers.setdefault(label, explainer)
-    return _Methods(explainers, recipes, refused)
+    return Methods(explainers, recipes, refused)
 
 
 def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]:
@@ -439,8 +439,12 @@ def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]
     return made_for(view, as_explainers(methods, view.base, job.max_forward_batch))
 
 
-def _randomized(job: Comparison, recipes: Mapping[str, _Recipe]) -> Randomized:
-    """Each method on networks whose weights are randomised from the classifier down."""
+def randomized_of(
+    job: Comparison, recipes: Mapping[str, Recipe], metrics: Sequence[PerturbationMetric]
+) -> Randomized:
+    """Each method on networks whose weights are randomised from the classifier down, if a metric asks."""
+    if not any(metric.explains_randomized for metric in metrics):
+        return {}
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)
-    rows = {**recipes, "random": _Recipe("random"), "centre": _Recipe("centre")}
+    rows = {**recipes, "random": Recipe("random"), "centre": Recipe("centre")}
     return {label: cascade.method(name, head, **own) for label, (name, head, own) in rows.items()}

@@ -47,6 +47,7 @@ NOT_RUN = (
     ["bench", "explain"],
     ["explain", "photo.jpg", "-b", "vit_small_patch16_224"],
     ["accuracy"],
+    ["board"],
     ["distill"],
     ["prune"],
     ["train", "imagenet/train"],

@@ -24,7 +24,7 @@ from xattn.backbone import Backbone
 from xattn.backbone.scored import BackboneView, Scored, is_score, scored
 from xattn.eval.annotations import Annotations
 from xattn.eval.evaluation.evaluation_run import EvaluationRun
-from xattn.eval.evaluation.facts import Evaluation, run_facts
+from xattn.eval.evaluation.facts import BoardState, Evaluation, run_facts
 from xattn.eval.evaluation.map_maker import Randomized
 from xattn.eval.evaluation.results import Results, collect
 from xattn.eval.evaluation.store import Store
@@ -63,7 +63,7 @@ def evaluate(
     randomized: Randomized | None = None,
     again_limit: int | None = 2,
     state: str | Path | None = None,
-    kept_maps: int = 0,
+    kept_maps: int | BoardState = 0,
 ) -> Results:
     """Every metric of every explainer on the same images; by default AD, IC, ADD and AG.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xattn.eval import functional
 from xattn.eval.annotations import Annotation
-from xattn.eval.evaluation.facts import Evaluation
+from xattn.eval.evaluation.facts import BoardState, Evaluation
 from xattn.eval.evaluation.map_maker import MapMaker, reason
 from xattn.eval.evaluation.store import ImageRow, ResultRow, Store
 from xattn.eval.evaluation.stream import ImageStream, Item
@@ -87,6 +87,9 @@ class EvaluationRun:
             scorer.max_forward_batch,
             {name for name in self.methods if store.worked(name)},
         )
+        kept = evaluation.kept_maps
+        self.board = kept if isinstance(kept, BoardState) else None
+        self.kept_maps = kept if isinstance(kept, int) else 0
         self._pending: deque[_Pending] = deque()
 
     # ------------------------------------------------------------------ chunks
@@ -103,7 +106,7 @@ class EvaluationRun:
         missing = {i.position: set(self.methods) - finished.get(i.position, set()) for i in chunk}
         done(len(self.methods) * len(chunk) - sum(map(len, missing.values())))
         self._check_known(chunk, finished)
-        if chunk[0].position < self.evaluation.kept_maps:
+        if chunk[0].position < self.kept_maps:
             self._keep_missing(chunk)
         numbers = [i for i, item in enumerate(chunk) if missing[item.position]]
         if not numbers:
@@ -165,7 +168,8 @@ class EvaluationRun:
                 raise ValueError(f"backbone: its logits for {item.id} are not finite")
             annotation, note = self._annotation(item)
             seed = sample_seed(self.protocol.seed, item.position)
-            table = OutcomeTable(self.scorer, image, seed, clean, (target,))
+            kept = None if self.board is None else self.store.outcomes(item.position)
+            table = OutcomeTable(self.scorer, image, seed, clean, (target,), kept)
             images.append(ScoredImage(item, image, score, target, table, annotation))
             about = item.position, item.id, target, names[target], score
             rows.append(ImageRow(*about, note=note, digest=_digest(item.image)))
@@ -188,7 +192,7 @@ class EvaluationRun:
     # ------------------------------------------------------------------ kept maps
 
     def _kept(self, position: int) -> bool:
-        return position < self.evaluation.kept_maps
+        return self.board is not None or position < self.kept_maps
 
     def _keep_tops(self, items: Sequence[Item], scores: Tensor) -> None:
         """Store the first classes of the images that are kept, from the (b, K) scores of all."""
@@ -203,7 +207,22 @@ class EvaluationRun:
         )
 
     def _keep_map(self, name: str, position: int, values: Tensor) -> None:
+        if self.board is not None:
+            values = self.board.thinned(values, position)
         self.store.add_map(position, name, values[0].detach().float().cpu().numpy())
+
+    def _keeper(
+        self, name: str, images: Sequence[ScoredImage]
+    ) -> Callable[[int, str, Tensor], None]:
+        """What a cohort gives the maps to that it makes; those of a board are stored."""
+
+        def keep(place: int, kind: str, values: Tensor) -> None:
+            if self.board is not None:
+                position = images[place].position
+                thin = self.board.thinned(values, position).numpy()
+                self.store.add_other(position, name, kind, thin)
+
+        return keep
 
     def _keep_missing(self, chunk: list[Item]) -> None:
         """Store maps and first classes of finished images that an earlier run did not keep."""
@@ -285,6 +304,7 @@ class EvaluationRun:
             None if randomized is None else on_random,
             self.maker.explainers[name].attribute,
             self.protocol.resize,
+            self._keeper(name, images),
         )
 
     def _explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,29 @@ from xattn.eval.protocol import Protocol
 from xattn.explainers.own import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
 
+WHOLE_SIDE = 56  # larger maps are thinned to it
+
+
+class BoardState(NamedTuple):
+    """The state of a board keeps the table of outcomes and all maps, those of other classes, networks and
+    mosaics, too; of all but the first ``whole`` images as area means of at most 56 x 56."""
+
+    whole: int
+
+    def thinned(self, values: Tensor, position: int) -> Tensor:
+        """Maps (n, h, w) as they are kept, float32."""
+        values = values.detach().float().cpu()
+        size = min(values.shape[-2], WHOLE_SIDE), min(values.shape[-1], WHOLE_SIDE)
+        if position < self.whole or size == tuple(values.shape[-2:]):
+            return values
+        return torch.nn.functional.adaptive_avg_pool2d(values, size)
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What is evaluated, how, and by which metrics; see :func:`~xattn.eval.evaluate`.
 
-    ``kept_maps``: of how many of the first images the state keeps the maps.
+    ``kept_maps``: of how many of the first images the state keeps the maps, or what that of a board keeps.
     """
 
     backbone: Classifier
@@ -35,7 +52,7 @@ class Evaluation:
     annotations: Annotations | None
     randomized: Randomized
     again_limit: int | None
-    kept_maps: int
+    kept_maps: int | BoardState
 
 
 def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
@@ -55,7 +72,7 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
         "again_limit": evaluation.again_limit,
         **{f"method {name}": describe(method) for name, method in evaluation.explainers.items()},
         "annotations": None if annotations is None else annotations.fingerprint,
-        "randomized": sorted(evaluation.randomized),
+        **{f"randomized {name}": name in evaluation.randomized for name in evaluation.explainers},
     }
 
 

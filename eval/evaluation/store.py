@@ -6,6 +6,8 @@
             failed)
     maps(position, method, height, width, data)
     tops(position, top)
+    outcomes(position, key, data)                 drops of the table, of a board
+    others(position, method, kind, count, height, width, data)
 
 ``measured`` is JSON {column: value or null}: null is an undefined value, and a column that
 is missing was not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map;
@@ -21,13 +23,16 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(key TEXT PRIMARY KEY, value TEXT);
@@ -41,8 +46,13 @@ CREATE TABLE IF NOT EXISTS maps(
     position INTEGER, method TEXT, height INTEGER, width INTEGER, data BLOB,
     PRIMARY KEY(position, method));
 CREATE TABLE IF NOT EXISTS tops(position INTEGER PRIMARY KEY, top TEXT);
+CREATE TABLE IF NOT EXISTS outcomes(
+    position INTEGER, key TEXT, data BLOB, PRIMARY KEY(position, key));
+CREATE TABLE IF NOT EXISTS others(
+    position INTEGER, method TEXT, kind TEXT, count INTEGER, height INTEGER, width INTEGER, data BLOB,
+    PRIMARY KEY(position, method, kind));
 """
-_TABLES = {"meta", "images", "results", "maps", "tops"}
+_TABLES = {"meta", "images", "results", "maps", "tops", "outcomes", "others"}
 _PATIENCE = 60  # seconds to wait for another process that writes
 
 
@@ -111,6 +121,23 @@ def naming(path: Path | None) -> Iterator[None]:
             f"state: {path} cannot be used ({error}); delete it to measure everything again, or give "
             f"another file"
         ) from error
+
+
+class KeptDrops(UserDict[str, Tensor]):
+    """Drops (count,) float32 by key; what is set is given to ``keep`` as bytes."""
+
+    def __init__(self, known: Mapping[str, Tensor], keep: Callable[[str, bytes], object]) -> None:
+        super().__init__()
+        self.data.update(known)
+        self._keep = keep
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.data[key] = value
+        self._keep(key, value.contiguous().numpy().astype("<f4").tobytes())
+
+
+def _drops(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
 
 
 class Store:
@@ -241,6 +268,17 @@ class Store:
         data = np.ascontiguousarray(values, dtype="<f4")
         self._write("maps", [(position, method, *data.shape, data.tobytes())])
 
+    def add_other(self, position: int, method: str, kind: str, values: NDArray[np.float32]) -> None:
+        """Keep raw maps (n, h, w) of another class, network or of a mosaic."""
+        data = np.ascontiguousarray(values, dtype="<f4")
+        self._write("others", [(position, method, kind, *data.shape, data.tobytes())])
+
+    def outcomes(self, position: int) -> KeptDrops:
+        """The drops of an image's table, of which new ones are kept."""
+        query = "SELECT key, data FROM outcomes WHERE position = ?"
+        rows = {key: _drops(data) for key, data in self._rows(query, (position,))}
+        return KeptDrops(rows, lambda key, data: self._write("outcomes", [(position, key, data)]))
+
     def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
         """Keep the first classes of images by position."""
         self._write("tops", [(position, json.dumps(top)) for position, top in rows])
@@ -330,3 +368,33 @@ def _number(value: float | None) -> float:
 
 def _null(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+# ---------------------------------------------------------------- boards
+
+
+def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
+    """Put drops (position, key, (count,)) into a state, which need not be there yet."""
+    with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
+        file.executescript(_SCHEMA)
+        packed = [(p, key, values.numpy().astype("<f4").tobytes()) for p, key, values in rows]
+        file.executemany("INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?)", packed)
+
+
+def kept_outcomes(path: Path) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield the drops that a state keeps: position, key, (count,) float32."""
+    with naming(path), closing(_reading(path)) as file:
+        for position, key, data in file.execute("SELECT * FROM outcomes ORDER BY position, key"):
+            yield position, key, _drops(data)
+
+
+def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
+    """Yield what a board's state keeps of a method: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
+    with naming(path), closing(_reading(path)) as file:
+        query = (
+            "SELECT position, 'own', 1, height, width, data FROM maps WHERE method = :m UNION ALL "
+            "SELECT position, kind, count, height, width, data FROM others WHERE method = :m "
+            "ORDER BY 1, 2"
+        )
+        for position, kind, *shape, data in file.execute(query, {"m": method}):
+            yield position, kind, np.frombuffer(data, "<f4").reshape(shape)

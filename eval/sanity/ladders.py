@@ -223,12 +223,12 @@ def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> Car
     swapped = of_second_class(first.maps, network.logits)
     add("second class", swapped, None if first.randomized is None else _at_stages(first, network))
     for name, cheat in CHEATS.items():
-        add(name, cheat, _at_no_stage(cheat))
-    add("random", random, _at_no_stage(random.attribute))
+        add(name, cheat, at_no_stage(cheat))
+    add("random", random, at_no_stage(random.attribute))
     return CardRows(methods, randomized)
 
 
-def _at_no_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
+def at_no_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
     """What reads no network explains as it does on any."""
     return lambda stage, images, targets: explain(images, targets)
 

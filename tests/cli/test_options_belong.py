@@ -28,6 +28,7 @@ NEEDED = {  # what a command cannot do without
     "caption": ["a.jpg", "--vlm", "m"],
     "export": ["a.pt2"],
     "diff": ["a", "b"],
+    "board": ["make", "runs/board"],
 }
 
 

@@ -24,7 +24,7 @@ from xattn.runtime.version import __version__
 
 NAMES = (
     *("train", "probe", "distill", "prune", "explain", "caption", "evaluate", "compare"),
-    *("accuracy", "diff", "merge", "parts", "export", "app", "bench", "list"),
+    *("board", "accuracy", "diff", "merge", "parts", "export", "app", "bench", "list"),
 )
 # The commands whose output may be the URL of a store.
 UPLOADING = ("explain", "caption", "evaluate", "merge")

@@ -147,7 +147,7 @@ def atomic_folder(
 def _swap(new: Path, path: Path) -> None:
     """Exchange the names of the folders ``new`` and ``path``."""
     old = new.with_suffix(OLD)
-    with _held(path):  # so that no other writer takes the backup for one of a killed writer
+    with folder_lock(path):  # so that no other writer takes the backup for one of a killed writer
         os.replace(path, old)
         try:
             os.replace(new, path)
@@ -169,7 +169,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     while True:
         folder = path.parent / f".{path.name}.{secrets.token_hex(4)}{NEW}"
         folder.mkdir()
-        with _held(folder, wait=True):
+        with folder_lock(folder, wait=True):
             if not folder.exists():  # swept by another process before it was held
                 continue
             try:
@@ -185,7 +185,7 @@ def _restore(path: Path) -> None:
         return
     backups = _siblings(path, rf"\w+\{OLD}")
     for old in sorted(backups, key=lambda old: old.stat().st_ctime_ns)[-1:]:
-        with _held(old) as held:
+        with folder_lock(old) as held:
             if held is not False:
                 os.replace(old, path)
 
@@ -193,7 +193,7 @@ def _restore(path: Path) -> None:
 def _sweep(path: Path) -> None:
     """Delete what killed writers of ``path`` have left: unfinished folders and replaced ones."""
     for leftover in _siblings(path, rf"[0-9a-f]{{8}}\.({NEW[1:]}|{OLD[1:]})"):
-        with _held(leftover) as held:
+        with folder_lock(leftover) as held:
             if held and (leftover.suffix == NEW or path.exists()):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -208,7 +208,7 @@ def _siblings(path: Path, ending: str) -> list[Path]:
 
 
 @contextmanager
-def _held(folder: Path, wait: bool = False) -> Iterator[bool | None]:
+def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool | None]:
     """Lock a folder until the block, or the process, ends. Yields True, False if another process or
     thread holds it, or None if that cannot be known."""
     with ExitStack() as stack:

@@ -23,11 +23,13 @@ Maps = list[Tensor | None]
 
 
 class Mosaic(NamedTuple):
-    """n x n photos side by side, row by row, their ``classes``, and the ``table`` of the whole."""
+    """n x n photos side by side, row by row, their ``classes``, the ``table`` of the whole, and the place
+    of the first photo in its chunk."""
 
     n: int
     classes: tuple[int, ...]
     table: OutcomeTable
+    first: int = 0
 
 
 class Company:
@@ -79,7 +81,7 @@ class Company:
             image = mosaic_of(torch.stack([self.tables[i].image for i in group]), n, halved)
             classes = tuple(self.targets[i] for i in group)
             table = OutcomeTable(first.scorer, image, first.seed, wanted=classes)
-            found.append((group[0], Mosaic(n, classes, table)))
+            found.append((group[0], Mosaic(n, classes, table, group[0])))
         return found
 
 
@@ -107,6 +109,8 @@ class Cohort:
             method has none.
         alone: (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).
         resize: how maps reach a photo's size.
+        keep: is given the raw maps that are made, (1, h, w) of the kinds "class" and "network" and
+            (n^2, h, w) of a "mosaic", with the place of their photo.
     """
 
     company: Company
@@ -116,6 +120,7 @@ class Cohort:
     randomized: Callable[[Sequence[int]], Maps] | None
     alone: Callable[[Tensor, Tensor], Tensor]
     resize: str = "bilinear"
+    keep: Callable[[int, str, Tensor], None] = lambda place, kind, values: None
 
     def __post_init__(self) -> None:
         self._made: dict[tuple[str, int], Tensor | None] = {}
@@ -139,7 +144,8 @@ class Cohort:
         if id(mosaic) not in self._of_mosaics:
             targets = torch.tensor(mosaic.classes, device=mosaic.table.image.device)
             images = mosaic.table.image.expand(len(targets), -1, -1, -1).contiguous()
-            self._of_mosaics[id(mosaic)] = self.alone(images, targets).detach()
+            made = self._of_mosaics[id(mosaic)] = self.alone(images, targets).detach()
+            self.keep(mosaic.first, "mosaic", made[:, 0])
         return self._of_mosaics[id(mosaic)]
 
     def _of(self, kind: str, i: int) -> Tensor | None:
@@ -157,6 +163,8 @@ class Cohort:
                 maps = self.randomized(part)
             for j, values in zip(part, maps, strict=True):
                 self._made[kind, j] = self._sized(values, j)
+                if values is not None:
+                    self.keep(j, kind, values)
         return self._made[kind, i]
 
     def _sized(self, values: Tensor | None, i: int) -> Tensor | None:

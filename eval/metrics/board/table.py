@@ -10,7 +10,7 @@ them cost more than the passes after two methods), and has no images at all wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +50,11 @@ class Behind(NamedTuple):
     mean: tuple[float, ...] | None = None
 
 
+def drops_key(masks: MaskList, behind: Behind, score: str, target: int | str) -> str:
+    """The name under which drops of one class are kept."""
+    return f"{masks!r} {behind.kind} {score} {target}"
+
+
 class OutcomeTable:
     """Of one photo: logits by mask list and fill.
 
@@ -61,6 +66,7 @@ class OutcomeTable:
         seed: of the masks.
         clean: (K,) logits of the whole photo; asked for where they are not given.
         wanted: classes to keep in any case.
+        kept: drops by :func:`drops_key`, float32, that were computed before; new ones are added.
     """
 
     def __init__(
@@ -70,9 +76,10 @@ class OutcomeTable:
         seed: int,
         clean: Tensor | None = None,
         wanted: Sequence[int] = (),
+        kept: MutableMapping[str, Tensor] | None = None,
     ) -> None:
         self.scorer, self.image, self.seed, self.wanted = scorer, image, seed, tuple(wanted)
-        self._clean = clean
+        self._clean, self.kept = clean, kept
         self._rows: dict[tuple[MaskList, Behind], Tensor] = {}
         self._areas: dict[tuple[MaskList, Behind], Tensor] = {}
         self._drops: dict[tuple[MaskList, Behind, int, str], Tensor] = {}
@@ -118,13 +125,23 @@ class OutcomeTable:
         """s(x) - s(x without the part) of class ``target`` for each mask, (count,) float64."""
         key = masks, behind, target, score
         if key not in self._drops:
-            if key[:2] not in self._rows:
-                self._rows[key[:2]] = self._kept(self._answers(masks, behind))
-            logits = torch.cat([self._kept(self.clean[None]), self._rows[key[:2]]])
-            column = self._classes.index(target) if self._classes else target
-            scores = self._scores(logits, column, score)
-            self._drops[key] = scores[0] - scores[1:]
+            name = drops_key(masks, behind, score, target)
+            if self.kept is None:
+                self._drops[key] = self._computed(*key)
+            else:
+                if name not in self.kept:
+                    self.kept[name] = self._computed(*key).float()
+                self._drops[key] = self.kept[name].double()
         return self._drops[key]
+
+    def _computed(self, masks: MaskList, behind: Behind, target: int, score: str) -> Tensor:
+        """:meth:`drops` by the network."""
+        if (masks, behind) not in self._rows:
+            self._rows[masks, behind] = self._kept(self._answers(masks, behind))
+        logits = torch.cat([self._kept(self.clean[None]), self._rows[masks, behind]])
+        column = self._classes.index(target) if self._classes else target
+        scores = self._scores(logits, column, score)
+        return scores[0] - scores[1:]
 
     def _scores(self, logits: Tensor, column: int, score: str) -> Tensor:
         task = getattr(self.scorer.backbone, "task", "multiclass")

@@ -1,0 +1,283 @@
+"""A board is a folder of results that others can check, and add a row to.
+
+    board.json                           networks, photos, columns, seeds, versions, the hash of every file
+    tables/<network>.safetensors         what the network answers to the masks of each photo
+    rows/<row>/row.json                  what the row is and where it comes from
+    rows/<row>/values.csv                row,network,photo,class,column,value
+    rows/<row>/maps-<network>.safetensors   maps of the explained class and the second, of random weights
+                                            and of mosaics
+    report-card.csv  board.csv  index.html  audit-<seed>.csv
+    state/                               what a stopped command goes on from; may be deleted
+
+Files of others are read: names are checked before a path is made of them, and nothing is executed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xattn.runtime import strict_json
+from xattn.runtime.files import atomic_file, file_sha256, open_tensors, put_tensors, write_json
+
+FORMAT, SCHEMA = "xattn-board", 1
+LARGEST = 2 << 30  # bytes of a file
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
+CRITERIA: Mapping[str, tuple[str, ...]] = {
+    "shared outcomes": ("squares", "subsets", "monotonicity", "photo-gain"),
+    "contrasts": ("class-contrast", "network-contrast", "gridpg"),
+    "map-shaped": ("ROAD", "thinned"),
+    "planted": ("blind",),
+}
+"""The columns that may rank, by what they have in common; others stand beside them."""
+VALUE_TITLES = ("row", "network", "photo", "class", "column", "value")
+SMALL = 28 * 28  # cells up to which maps are float32, larger ones float16 of their largest value
+
+
+def check_name(argument: str, name: str) -> str:
+    """``name``, which may be a folder of a board; an error if it may not."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{argument}: got {name!r:.80}; give up to 64 letters, digits and _ . + -, no path"
+        )
+    return name
+
+
+def network_name(backbone_name: str) -> str:
+    """The name of a network in a board."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", backbone_name).strip(".-")[-64:] or "network"
+
+
+@dataclass(frozen=True, eq=False)
+class Board:
+    """An open board; ``facts`` is its ``board.json``.
+
+    Who is ahead, :func:`xattn.eval.board.ranks.board_ranks` says.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Board:
+        """Read ``board.json``.
+
+        Raises:
+            ValueError: no board, a damaged one, or one of a newer version.
+            OSError: it cannot be read.
+        """
+        folder = Path(folder)
+        path = folder / "board.json"
+        if not path.is_file():
+            raise ValueError(
+                f"board: {folder} has no board.json; give a folder that xattn board made"
+            )
+        try:
+            facts = strict_json.parse(_small(path).read_bytes())
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']!r}")
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"board: {path} is damaged or no board ({error})") from None
+        if facts.get("schema") != SCHEMA:
+            raise ValueError(
+                f"board: {path} has schema {facts.get('schema')!r}, this version reads {SCHEMA}; use "
+                f"xattn {facts.get('versions', {}).get('xattn', '?')!s:.20}"
+            )
+        board = cls(folder, facts)
+        try:
+            for network in board.networks:
+                check_name("network", str(network["name"]))
+            for row in board.row_names:
+                check_name("row", row)
+            for name in facts["files"]:
+                board.path(name)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"board: {path} is damaged ({type(error).__name__}: {error})"
+            ) from None
+        return board
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def networks(self) -> list[dict[str, Any]]:
+        """Name, hashes, size and columns of each network."""
+        return self.facts["networks"]  # type: ignore[no-any-return]
+
+    @property
+    def row_names(self) -> list[str]:
+        return list(self.facts["rows"])
+
+    @property
+    def photos(self) -> list[dict[str, Any]]:
+        """``id`` and ``sha256`` of each file."""
+        return self.facts["photos"]  # type: ignore[no-any-return]
+
+    @property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Direction and chance by key."""
+        return self.facts["columns"]  # type: ignore[no-any-return]
+
+    @property
+    def admitted(self) -> list[str]:
+        """The keys of the columns that rank: those of :data:`CRITERIA` that pass the report card on every
+        network."""
+        return [str(key) for key in self.facts["admitted"]]
+
+    def network(self, name: str) -> dict[str, Any]:
+        return next(n for n in self.networks if n["name"] == name)
+
+    def path(self, name: str) -> Path:
+        """Of a file in the folder; an error if it lies elsewhere."""
+        parts = str(name).split("/")
+        if not all(NAME.fullmatch(part) for part in parts) or len(parts) > 3:
+            raise ValueError(f"board: {name!r:.80} is no file of a board")
+        path = self.folder.joinpath(*parts)
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"board: {name} lies outside {self.folder}")
+        return path
+
+    def has(self, row: str, network: str) -> bool:
+        """Whether a row was measured on a network."""
+        return self.path(f"rows/{row}/maps-{network}.safetensors").is_file()
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The ``row.json`` of a row."""
+        path = self.path(f"rows/{name}/row.json")
+        try:
+            facts = strict_json.parse(_small(path).read_bytes())
+            return {**facts, "kind": facts["kind"], "sanity": bool(facts["sanity"])}
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"board: {path} is damaged ({error})") from None
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """By row and column, (networks, photos); NaN where there is no value."""
+        networks = {n["name"]: i for i, n in enumerate(self.networks)}
+        photos = {photo["id"]: i for i, photo in enumerate(self.photos)}
+        shape = len(networks), len(photos)
+        found = {}
+        for row in self.row_names:
+            table = {key: np.full(shape, np.nan) for key in self.columns}
+            for line in self.lines(row):
+                try:
+                    place = networks[line["network"]], photos[line["photo"]]
+                    table[line["column"]][place] = float(line["value"] or "nan")
+                except (LookupError, ValueError) as error:
+                    raise ValueError(f"board: rows/{row}/values.csv is damaged ({error})") from None
+            found[row] = table
+        return found
+
+    def lines(self, row: str) -> Iterator[dict[str, str]]:
+        """The lines of a row's ``values.csv``."""
+        path = self.path(f"rows/{row}/values.csv")
+        with _small(path).open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != VALUE_TITLES:
+                raise ValueError(f"board: {path} is damaged (titles {reader.fieldnames})")
+            yield from reader
+
+    def table(self, network: str) -> dict[str, Tensor]:
+        """Drops (photos, masks) float32 by name, see :func:`drops_name`, and ``classes`` (photos, 2)."""
+        path = _small(self.path(f"tables/{network}.safetensors"))
+        try:
+            with open_tensors(path) as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
+        except Exception as error:
+            raise ValueError(f"board: {path} is damaged ({error})") from None
+
+    @contextmanager
+    def open_maps(self, row: str, network: str) -> Iterator[Maps]:
+        """The maps of a row."""
+        path = _small(self.path(f"rows/{row}/maps-{network}.safetensors"))
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open_tensors(path))
+            except Exception as error:
+                raise ValueError(f"board: {path} is damaged ({error})") from None
+            yield Maps(file)
+
+    def save(self) -> None:
+        """Write ``board.json``, with the hash of every file there is."""
+        names = [*(f"tables/{n['name']}.safetensors" for n in self.networks)]
+        for row in self.row_names:
+            names += [f"rows/{row}/row.json", f"rows/{row}/values.csv"]
+            names += [f"rows/{row}/maps-{n['name']}.safetensors" for n in self.networks]
+        names += ["report-card.csv", "board.csv", "index.html"]
+        names += [f"audit-{seed}.csv" for seed in self.facts["audits"]]
+        self.facts["files"] = {
+            name: file_sha256(self.path(name)) for name in names if self.path(name).is_file()
+        }
+        write_json(self.folder / "board.json", self.facts)
+
+    def card(self) -> list[dict[str, str]]:
+        """The lines of ``report-card.csv``."""
+        path = self.folder / "report-card.csv"
+        if not path.is_file():
+            return []
+        return list(csv.DictReader(io.StringIO(_small(path).read_text(encoding="utf-8"))))
+
+
+class Maps:
+    """Maps of one row on one network, read as they are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.keys = file, set(file.keys())
+
+    def of(self, photo: int, kind: str = "own") -> Tensor | None:
+        """(n, h, w) float32 of a photo by its number; None where there is none."""
+        key = f"{photo}/{kind}"
+        if key not in self.keys:
+            return None
+        values = self._file.get_tensor(key).float()
+        scale = f"{key}/scale"
+        return values * self._file.get_tensor(scale).float() if scale in self.keys else values
+
+
+def write_maps(path: Path, maps: Iterator[tuple[int, str, NDArray[np.float32]]]) -> None:
+    """Write (photo, kind, (n, h, w)) as a file of maps."""
+    tensors: dict[str, Tensor] = {}
+    for photo, kind, values in maps:
+        made = torch.from_numpy(values.copy())
+        if made[0].numel() > SMALL:
+            largest = made.abs().nan_to_num().max().clamp_min(1e-38)
+            tensors[f"{photo}/{kind}/scale"] = largest[None]
+            made = (made / largest).half()
+        tensors[f"{photo}/{kind}"] = made
+    write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, atomically."""
+    with atomic_file(path) as temporary:
+        put_tensors(temporary, tensors)
+
+
+def number(value: float) -> str:
+    """As in ``values.csv``."""
+    return "" if math.isnan(value) else f"{value:.9g}"
+
+
+def csv_of(lines: Sequence[Sequence[object]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(lines)
+    return stream.getvalue()
+
+
+def _small(path: Path) -> Path:
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise ValueError(f"board: {path} has more than 2 GB; it was not written by xattn")
+    return path

@@ -1,0 +1,583 @@
+"""Making a board, and adding a network or a row to one.
+
+A network's photos are scored once, into its table; every row is then arithmetic on table and maps, but for
+columns whose images the map shapes. The state of each network lies in ``state/``, from which a stopped
+command goes on; without it, as in a copy of a board, it is made of the tables.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor
+
+from xattn.eval.board.folder import (
+    CRITERIA,
+    FORMAT,
+    SCHEMA,
+    VALUE_TITLES,
+    Board,
+    check_name,
+    csv_of,
+    network_name,
+    number,
+    write_maps,
+    write_tensors,
+)
+from xattn.eval.board.page import write_page
+from xattn.eval.evaluation.engine import create_metrics, evaluate
+from xattn.eval.evaluation.facts import BoardState, describe
+from xattn.eval.evaluation.results import Results, is_baseline
+from xattn.eval.evaluation.store import every_map, kept_outcomes, seed_outcomes
+from xattn.eval.evaluation.stream import ImageStream
+from xattn.eval.interfaces import ExplainerFacts
+from xattn.eval.leaderboard import (
+    Comparison,
+    Methods,
+    ladder_rows,
+    methods_of,
+    randomized_of,
+    say_plan,
+)
+from xattn.eval.metrics.registry import BOARD
+from xattn.eval.protocol import Protocol, score_of
+from xattn.eval.report.report_card import report_card
+from xattn.eval.sanity import first_photos
+from xattn.eval.sanity.cheats import CHEATS
+from xattn.eval.sanity.ladders import at_no_stage
+from xattn.explainers.base import method_title
+from xattn.explainers.own import as_explainers
+from xattn.photos.sources import Files, limited
+from xattn.runtime.files import file_sha256, folder_lock, write_json, write_text
+from xattn.runtime.version import __version__
+
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRow:
+    """What a row says of itself beside its values.
+
+    Attributes:
+        author: whoever added it.
+        sources: sha256 by name of the files that ``--import`` brought in.
+        kind: ``"code"``, or ``"maps"`` that were made elsewhere.
+    """
+
+    author: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "code"
+
+
+def make_board(
+    folder: Path,
+    job: Comparison,
+    photos: Any,
+    *,
+    limit: int | None = None,
+    name: str = "",
+    card_photos: int = 60,
+    about: NewRow | None = None,
+    progress: bool = True,
+    say: Say = lambda line: None,
+) -> Board:
+    """A board of the photos and methods of ``job`` on its network; where a board is there, another network
+    of it, or what an earlier command left undone.
+
+    Args:
+        photos: files; ``limit`` of them, chosen by the job's seed.
+        name: of the board, by default that of its folder.
+        card_photos: how many of the first photos the report card is made on.
+
+    Raises:
+        ValueError: photos that are no files or cannot be read, or a board of other photos or settings.
+    """
+    files = _files(limited(photos, limit, job.seed)[0])
+    with _locked(folder):
+        if (folder / "board.json").is_file():
+            board = Board.open(folder)
+            files = check_photos(board, files)
+            _check_settings(board, job, card_photos)
+        else:
+            board = Board(
+                folder, _new_facts(files, job, name or folder.resolve().name, card_photos)
+            )
+        network = _network(board, job, files)
+        methods = methods_of(job, first_photos(files, job.backbone, job.view))
+        for row, reason in methods.refused.items():
+            say(f"left out {row}: {reason}")
+        randomized = _on_random(job, methods)
+        _add_rows(
+            board,
+            job,
+            network,
+            files,
+            methods.explainers,
+            randomized,
+            about or NewRow(),
+            progress,
+            say,
+        )
+        tests = _card(board, job, network, files, card_photos, progress, say)
+        _admit(board, network["name"], tests)
+        _finish(board)
+    return board
+
+
+def join_board(
+    folder: Path,
+    job: Comparison,
+    photos: Any,
+    methods: Mapping[str, Any] | None = None,
+    *,
+    about: NewRow | None = None,
+    progress: bool = True,
+    say: Say = lambda line: None,
+) -> Board:
+    """Add rows to a board, of the methods of ``job``, or of ``methods`` by row.
+
+    Raises:
+        ValueError: other photos, another network or settings than the board's, or the name of a row that
+            is there.
+    """
+    board = Board.open(folder)
+    files = check_photos(board, _files(limited(photos, None)[0]))
+    settings = {"seed": board.facts["seed"], "max_forward_batch": board.facts["batch"]}
+    job = replace(job, **settings)
+    with _locked(folder):
+        network = _network(board, job, files)
+        if methods is None:
+            made = methods_of(job, first_photos(files, job.backbone, job.view))
+            named = [*made.recipes, *(r for r in made.explainers if not is_sanity(r))]
+            explainers = {r: made.explainers[r] for r in dict.fromkeys(named)}
+            randomized = {r: f for r, f in _on_random(job, made).items() if r in explainers}
+        else:
+            explainers, randomized = as_explainers(methods, job.backbone, job.max_forward_batch), {}
+        there = [r for r in explainers if r in board.row_names and board.has(r, network["name"])]
+        if there:
+            raise ValueError(
+                f"row: {', '.join(there)} is a row of {folder} already; give another name by --row"
+            )
+        _add_rows(
+            board, job, network, files, explainers, randomized, about or NewRow(), progress, say
+        )
+        _finish(board)
+    return board
+
+
+def is_sanity(row: str) -> bool:
+    """Whether a row explains nothing, or random weights."""
+    return is_baseline(row) or row in CHEATS
+
+
+def board_metrics(board_seed: int, backbone: Any) -> tuple[Protocol, list[Any]]:
+    """What a board measures, and how."""
+    protocol = Protocol(score_of(backbone), seed=board_seed, invalid="chance")
+    mean = tuple(backbone.preprocessing.mean)
+    return protocol, create_metrics(BOARD, protocol, mean, backbone)
+
+
+# ---------------------------------------------------------------- what a board is of
+
+
+def _files(photos: Any) -> Files:
+    if not isinstance(photos, Files) or not all(isinstance(p, Path) for p in photos.paths):
+        raise ValueError("photos: a board is of files on disk; give photos or folders of them")
+    return photos
+
+
+def check_photos(board: Board, files: Files) -> Files:
+    """The board's photos among ``files``, in its order.
+
+    Raises:
+        ValueError: one is missing or another file.
+    """
+    places = {name: i for i, name in enumerate(files.ids)}
+    for photo in board.photos:
+        if photo["id"] not in places:
+            raise ValueError(
+                f"photos: {photo['id']} is not among them; give the photos of {board.folder}"
+            )
+        found = file_sha256(files.paths[places[photo["id"]]])
+        if found != photo["sha256"]:
+            raise ValueError(
+                f"photos: {photo['id']} has sha256 {found}, and {photo['sha256']} on the board; give "
+                f"the same file"
+            )
+    return files.part([places[photo["id"]] for photo in board.photos])
+
+
+def _new_facts(files: Files, job: Comparison, name: str, card_photos: int) -> dict[str, Any]:
+    versions = {
+        "xattn": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    photos = [
+        {"id": i, "sha256": file_sha256(path)}
+        for i, path in zip(files.ids, files.paths, strict=True)
+    ]
+    return {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "name": name,
+        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "seed": job.seed,
+        "batch": job.max_forward_batch,
+        "whole_maps": job.maps,
+        "card_photos": card_photos,
+        "photos": photos,
+        "networks": [],
+        "columns": {},
+        "rows": [],
+        "admitted": [],
+        "audits": [],
+        "files": {},
+    }
+
+
+def _check_settings(board: Board, job: Comparison, card_photos: int) -> None:
+    given = {
+        "seed": job.seed,
+        "batch": job.max_forward_batch,
+        "whole_maps": job.maps,
+        "card_photos": card_photos,
+    }
+    for key, value in given.items():
+        if board.facts[key] != value:
+            raise ValueError(
+                f"{key}: got {value}, and {board.folder} has {board.facts[key]}; give the same"
+            )
+
+
+def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
+    """The board's entry of the job's network, made if a board has none; an error if it is another one."""
+    backbone, name = job.backbone, network_name(job.backbone.name)
+    protocol, metrics = board_metrics(board.facts["seed"], backbone)
+    columns, infos = {}, {}
+    for metric in metrics:
+        for c in metric.columns:
+            info = metric.info[c.metric]
+            options = metric.column_options(c)
+            columns[c.key] = {
+                "protocol": protocol.metric_id(*c, options, info.formula),
+                "options": options,
+                "group": type(metric).__name__,
+            }
+            infos[c.key] = {"higher": info.higher_is_better, "chance": metric.chance(c)}
+    stream = ImageStream(files, backbone.preprocessing, "crop", job.max_pixels)
+    views, size = [], (0, 0)
+    for block in stream.blocks(job.max_forward_batch):
+        views += [digest(item.image) for item in block]
+        size = (block[0].image.shape[-2], block[0].image.shape[-1]) if block else size
+    if stream.skipped:
+        skipped = next(iter(stream.skipped.values()))
+        raise ValueError(f"photos: {skipped.id} cannot be read ({skipped.reason}); leave it out")
+    grid = [*backbone.grid(*size)] if backbone.knows_grid else None
+    made = {
+        "name": name,
+        "sha256": backbone.fingerprint,
+        "task": backbone.task,
+        "classes": backbone.num_classes,
+        "preprocessing": repr(backbone.preprocessing),
+        "size": [*size],
+        "grid": grid,
+        "protocol": protocol.id,
+        "columns": columns,
+        "views": views,
+    }
+    known = next((n for n in board.networks if n["name"] == name), None)
+    for key, value in made.items() if known else ():
+        if known[key] != value:  # type: ignore[index]
+            got, wanted = _differing(value, known[key])  # type: ignore[index]
+            raise ValueError(
+                f"{key}: got {got}, and {board.folder} has {wanted} for {name}; use the same network, "
+                f"settings and version"
+            )
+    if known is None:
+        board.networks.append(made)
+        board.columns.update(infos)
+    return known or made
+
+
+def _differing(got: Any, wanted: Any) -> tuple[str, str]:
+    """The first difference of two settings, in few words."""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        key = next(k for k in {**wanted, **got} if got.get(k) != wanted.get(k))
+        return f"{key} {got.get(key)!s:.200}", f"{wanted.get(key)!s:.200}"
+    if isinstance(got, list) and isinstance(wanted, list) and len(got) == len(wanted):
+        i = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+        return f"{got[i]!s:.80} at {i}", f"{wanted[i]!s:.80}"
+    return f"{got!s:.200}", f"{wanted!s:.200}"
+
+
+def digest(image: Tensor) -> str:
+    """Of a photo as the network sees it, (3, H, W) in [0, 1], in 255 levels."""
+    import hashlib
+
+    pixels = (image * 255).round().to(torch.uint8).contiguous().numpy()
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for one command alone.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder / "state") as alone:
+        if alone is False:
+            raise ValueError(
+                f"board: another command is at work in {folder}; wait until it is done"
+            )
+        yield
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _on_random(job: Comparison, methods: Methods) -> dict[str, Any]:
+    """Each row on random weights; those that read no network explain as they do on any."""
+    metrics = board_metrics(job.seed, job.backbone)[1]
+    found = {
+        row: on_random
+        for row, on_random in randomized_of(job, methods.recipes, metrics).items()
+        if row in methods.explainers
+    }
+    readless = {row: methods.explainers[row].attribute for row in ("random", "centre")}
+    return {**found, **{row: at_no_stage(f) for row, f in {**CHEATS, **readless}.items()}}
+
+
+def _add_rows(
+    board: Board,
+    job: Comparison,
+    network: Mapping[str, Any],
+    files: Files,
+    explainers: Mapping[str, Any],
+    randomized: Mapping[str, Any],
+    about: NewRow,
+    progress: bool,
+    say: Say,
+) -> None:
+    """Measure rows on one network and write their files."""
+    rows = dict(explainers)
+    if any(map(is_sanity, rows)):  # of a board that is made
+        rows = {**rows, **as_explainers(CHEATS, job.backbone, job.max_forward_batch), **rows}
+    for row in rows:
+        check_name("row", row)
+    state = _state(board, network["name"])
+    protocol, metrics = board_metrics(board.facts["seed"], job.backbone)
+    say_plan(job, rows, metrics, files, None, 1, say)
+    results = evaluate(
+        job.backbone,
+        rows,
+        files,
+        metrics=metrics,
+        protocol=protocol,
+        max_forward_batch=job.max_forward_batch,
+        max_pixels=job.max_pixels,
+        progress=progress,
+        randomized={row: f for row, f in randomized.items() if row in rows},
+        again_limit=None,
+        state=state,
+        kept_maps=BoardState(board.facts["whole_maps"]),
+    )
+    _write_table(board, network["name"], results, state)
+    for row in rows:
+        if about.kind == "maps":
+            _check_constant(row, results)
+        _write_row(board, network["name"], row, rows[row], results, state, about)
+        if row not in board.row_names:
+            board.facts["rows"].append(row)
+    board.save()
+
+
+def _check_constant(row: str, results: Results) -> None:
+    """Refuse maps that were made elsewhere if more than 5 % are of no use."""
+    method = results.methods[row]
+    bad = int((~method.valid).sum())
+    if bad > 0.05 * len(method.valid):
+        why = next(iter(method.reasons.values()), "constant")
+        raise ValueError(
+            f"row: {row} has {bad} invalid maps of {len(method.valid)} ({why}); at most 5 % may be"
+        )
+
+
+def _state(board: Board, network: str, card: bool = False) -> Path:
+    """The state of a network; a new one begins with the board's table."""
+    path = board.folder / "state" / f"{'card-' if card else ''}{network}.sqlite"
+    table = board.folder / "tables" / f"{network}.safetensors"
+    if not path.is_file() and table.is_file():
+        seed_outcomes(path, _drops_of(board, network))
+    return path
+
+
+def _drops_of(board: Board, network: str) -> Iterator[tuple[int, str, Tensor]]:
+    table = board.table(network)
+    classes = table.pop("classes").tolist()
+    for key, values in table.items():
+        base, slot = key.rsplit(" ", 1)
+        for position, row in enumerate(values):
+            if bool(row.isfinite().all()):
+                yield position, f"{base} {classes[position]['ab'.index(slot)]}", row
+
+
+def _write_table(board: Board, network: str, results: Results, state: Path) -> None:
+    """The drops that the state keeps, of the explained class (a) and the second (b)."""
+    path = board.path(f"tables/{network}.safetensors")
+    if path.is_file():
+        return
+    count = len(results.images)
+    found: dict[str, dict[int, dict[int, Tensor]]] = {}
+    for position, key, drops in kept_outcomes(state):
+        base, target = key.rsplit(" ", 1)
+        if position < count:
+            found.setdefault(base, {}).setdefault(position, {})[int(target)] = drops
+    classes = torch.tensor([[image.target, -1] for image in results.images])
+    for of_list in found.values():
+        for position, by_class in of_list.items():
+            for target in by_class:
+                if target != classes[position, 0]:
+                    classes[position, 1] = target
+    tensors = {"classes": classes}
+    for base, of_list in found.items():
+        length = len(next(iter(next(iter(of_list.values())).values())))
+        for slot in (0, 1):
+            rows = [of_list.get(i, {}).get(int(classes[i, slot])) for i in range(count)]
+            if any(row is not None for row in rows):
+                nothing = torch.full((length,), torch.nan)
+                stacked = [nothing if row is None else row for row in rows]
+                tensors[f"{base} {'ab'[slot]}"] = torch.stack(stacked)
+    write_tensors(path, tensors)
+
+
+def _write_row(
+    board: Board,
+    network: str,
+    row: str,
+    explainer: Any,
+    results: Results,
+    state: Path,
+    about: NewRow,
+) -> None:
+    """``values.csv``, maps and ``row.json`` of one row, beside what other networks gave."""
+    method = results.methods[row]
+    path = board.path(f"rows/{row}/values.csv")
+    others = [tuple(line.values()) for line in board.lines(row)] if path.is_file() else []
+    fresh = [
+        (row, network, image.id, str(image.target), column.key, number(float(values[i])))
+        for i, image in enumerate(results.images)
+        for column, values in method.values.items()
+        if method.measured[column][i]
+    ]
+    lines = [line for line in others if line[1] != network] + fresh
+    order = {n["name"]: i for i, n in enumerate(board.networks)}
+    lines.sort(key=lambda line: order[line[1]])
+    write_text(path, csv_of([VALUE_TITLES, *lines]))
+    maps = board.path(f"rows/{row}/maps-{network}.safetensors")
+    count = len(results.images)
+    write_maps(maps, (found for found in every_map(state, row) if found[0] < count))
+    facts = ExplainerFacts.of(explainer)
+    trained = [c.key for c in results.columns if results.trained_on(row, c)]
+    file = board.path(f"rows/{row}/row.json")
+    seconds = method.seconds / max(1, count)
+    known = board.row(row) if file.is_file() else {"seconds": {}, "sha256": {}}
+    hashes = {maps.name: file_sha256(maps), path.name: file_sha256(path)}
+    record = {
+        "row": row,
+        "kind": about.kind,
+        "sanity": is_sanity(row),
+        "author": about.author,
+        "title": method_title(row),
+        "explainer": describe(explainer),
+        "xattn": __version__,
+        "sources": dict(about.sources),
+        "objective": method.objective,
+        "trained_on": trained,
+        "passes": facts.forwards,
+        "seconds": {**known["seconds"], network: float(f"{seconds:.3g}")},
+        "invalid": int((~method.valid).sum()),
+        "failed": "; ".join(dict.fromkeys(method.failed.values()))[:500],
+        "sha256": {**known["sha256"], **hashes},
+    }
+    write_json(file, record)
+
+
+# ---------------------------------------------------------------- report card
+
+
+def _card(
+    board: Board,
+    job: Comparison,
+    network: Mapping[str, Any],
+    files: Files,
+    count: int,
+    progress: bool,
+    say: Say,
+) -> list[list[object]]:
+    """The lines of the report card of one network, made on the first ``count`` photos."""
+    if count == 0:
+        return []
+    photos = files.part(range(min(count, len(files))))
+    seed = board.facts["seed"]
+    made, anchors = ladder_rows(job.backbone, photos, "crop", seed, job.max_forward_batch)
+    protocol, metrics = board_metrics(seed, job.backbone)
+    say(f"report card: {len(made.methods)} rows of ladders on {len(photos)} photos")
+    say_plan(job, made.methods, metrics, photos, None, 1, say)
+    found = evaluate(
+        job.backbone,
+        made.methods,
+        photos,
+        metrics=metrics,
+        protocol=protocol,
+        max_forward_batch=job.max_forward_batch,
+        max_pixels=job.max_pixels,
+        progress=progress,
+        randomized=made.randomized,
+        again_limit=None,
+        state=_state(board, network["name"], card=True),
+        kept_maps=BoardState(0),
+    )
+    card = report_card(found, anchors)
+    network_of: list[list[object]] = [[network["name"], *line] for line in card.csv_lines()[1:]]
+    return network_of
+
+
+def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
+    """Write the card with what other networks gave, and which columns pass on all of them."""
+    titles = ("network", "metric", "test", "value", "lo", "hi", "passed")
+    known = [[*line.values()] for line in board.card() if line["network"] != network]
+    every = [*known, *([*line] for line in lines)]
+    if not every:
+        return
+    rows = [[number(cell) if isinstance(cell, float) else cell for cell in line] for line in every]
+    write_text(board.folder / "report-card.csv", csv_of([titles, *rows]))
+    passed = {(str(line[0]), str(line[1]), str(line[2])) for line in rows if str(line[6]) == "1"}
+    ranked = [key for keys in CRITERIA.values() for key in keys]
+    ladders = [
+        (n["name"], ladder) for n in board.networks for ladder in ("ladder cells", "ladder photo")
+    ]
+    board.facts["admitted"] = [
+        key for key in ranked if all((n, key, ladder) in passed for n, ladder in ladders)
+    ]
+
+
+def _finish(board: Board) -> None:
+    """Write what is made of all rows, ``board.json`` last."""
+    fresh = Board(board.folder, board.facts)  # reads the values anew
+    write_page(fresh)
+    fresh.save()

@@ -1,0 +1,170 @@
+"""Who is ahead on a board: which rows are verified, and the places that each may have.
+
+    verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, that of gridpg
+                 is above chance, each at 1 - .05 / 4: the map reads photo, class and network
+    places       rank sets of z among the verified rows
+    z            median over criteria of the mean over their columns of (mean - median) / IQR
+
+Columns count that passed the report card on every network, and of a row those that are not close to its
+training. With fewer than 8 photos there is no verdict, with fewer than 40 no rank.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xattn.eval import bootstrap
+from xattn.eval.board.folder import CRITERIA, Board
+from xattn.eval.evaluation.results import MIN_IMAGES
+from xattn.eval.report.aggregate_ranks import standardised
+from xattn.eval.report.rank_sets import ALPHA, MIN_RANKED, rank_sets, rank_sets_of_draws
+
+GATES = ("photo-gain", "class-contrast", "network-contrast", "gridpg")
+APART = 2.0  # interquartile ranges by which one family may be ahead of all others
+
+
+class RowRank(NamedTuple):
+    """A row's means with intervals by column, its rank sets by column, and its place on the board.
+
+    ``verified`` None: too few photos. ``rank`` and ``places`` None: not verified, too few photos, or a
+    column is missing. ``one_family``: the criterion in which alone it is ahead, or "".
+    """
+
+    means: Mapping[str, bootstrap.Interval]
+    columns: Mapping[str, tuple[int, int]]
+    verified: bool | None
+    class_blind: bool
+    rank: int | None
+    places: tuple[int, int] | None
+    z: float
+    one_family: str
+
+
+def board_ranks(board: Board) -> dict[str, RowRank]:
+    """Of every row, in their order."""
+    seed, values, facts = board.facts["seed"], board.values, {}
+    for row in board.row_names:
+        facts[row] = board.row(row)
+    by_photo = {
+        row: {key: _mean(table[key]) for key in board.columns} for row, table in values.items()
+    }
+    means = {
+        row: {key: bootstrap.mean_interval(v, seed=seed) for key, v in table.items()}
+        for row, table in by_photo.items()
+    }
+    verified = {row: _verified(board, table, seed) for row, table in by_photo.items()}
+    able = [r for r in board.row_names if verified[r] and not facts[r]["sanity"]]
+    chosen = [k for keys in CRITERIA.values() for k in keys if k in board.admitted]
+    able = [r for r in able if all(means[r][k].n >= MIN_RANKED for k in chosen if k not in GATES)]
+    trained = {row: set(map(str, facts[row].get("trained_on", ()))) for row in able}
+    sets, scores, places, flags = _ranked(board, able, chosen, trained, seed)
+    found = {}
+    for row in board.row_names:
+        z = scores.get(row, math.nan)
+        found[row] = RowRank(
+            means[row],
+            {key: of[row] for key, of in sets.items() if row in of},
+            verified[row],
+            _class_blind(values[row]),
+            None if math.isnan(z) else 1 + sum(other > z + 1e-9 for other in scores.values()),
+            places.get(row),
+            z,
+            flags.get(row, ""),
+        )
+    return found
+
+
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(networks, photos) -> (photos,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmean(values, 0))
+
+
+def _verified(board: Board, table: Mapping[str, NDArray[np.float64]], seed: int) -> bool | None:
+    ends = []
+    for key in GATES:
+        found = bootstrap.mean_interval(table[key], level=1 - ALPHA / len(GATES), seed=seed)
+        chance = board.columns[key]["chance"] or 0.0
+        if found.n == 0:
+            return False
+        if found.n < MIN_IMAGES:
+            return None
+        ends.append(found.lo > chance)
+    return all(ends)
+
+
+def _class_blind(table: Mapping[str, NDArray[np.float64]]) -> bool:
+    values = table["class-contrast"][~np.isnan(table["class-contrast"])]
+    return bool(len(values)) and bool((values == 0).all())
+
+
+def _ranked(
+    board: Board,
+    able: Sequence[str],
+    chosen: Sequence[str],
+    trained: Mapping[str, set[str]],
+    seed: int,
+) -> tuple[
+    dict[str, dict[str, tuple[int, int]]],
+    dict[str, float],
+    dict[str, tuple[int, int]],
+    dict[str, str],
+]:
+    """Rank sets by column and row, z, places and flags of the rows that may rank."""
+    if len(able) < 2 or not chosen:
+        return {}, {}, {}, {}
+    values = np.array([[board.values[row][key] for key in chosen] for row in able])
+    sets = {}
+    for c, key in enumerate(chosen):
+        ranks = rank_sets(
+            values[:, c],
+            higher=bool(board.columns[key]["higher"]),
+            level=1 - ALPHA / len(chosen),
+            seed=seed,
+        )
+        sets[key] = dict(zip(able, ranks, strict=True))
+    signs = [1.0 if board.columns[key]["higher"] else -1.0 for key in chosen]
+    z = standardised(signs, values.reshape(len(able), len(chosen), -1)).reshape(values.shape)
+    z = np.stack([[_mean(cell) for cell in row] for row in z])  # (rows, columns, photos)
+    drawn = bootstrap.resampled_means(z.reshape(-1, z.shape[2]).T, bootstrap.N_RESAMPLES, seed)
+    drawn = drawn.reshape(-1, *z.shape[:2])
+    for m, row in enumerate(able):
+        for c, key in enumerate(chosen):
+            if key in trained[row]:
+                z[m, c], drawn[:, m, c] = np.nan, np.nan
+    whole = np.array([[bootstrap.mean(cell) for cell in row] for row in z])
+    families = {
+        name: [c for c, key in enumerate(chosen) if key in keys] for name, keys in CRITERIA.items()
+    }
+    families = {name: places for name, places in families.items() if places}
+    scores, of_families = _scores(whole[None], families)
+    of_draws, _ = _scores(drawn, families)
+    ends = rank_sets_of_draws(scores[0], np.nan_to_num(of_draws, nan=0.0))
+    flags = {row: _alone(of_families[0, m], list(families)) for m, row in enumerate(able)}
+    z_of = {row: float(scores[0, m]) for m, row in enumerate(able)}
+    return sets, z_of, dict(zip(able, ends, strict=True)), flags
+
+
+def _scores(
+    means: NDArray[np.float64], families: Mapping[str, list[int]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(R, rows, columns) -> the median over families (R, rows), and each family (R, rows, families)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        each = np.stack([np.nanmean(means[..., at], axis=2) for at in families.values()], axis=2)
+        return np.asarray(np.nanmedian(each, axis=2)), each
+
+
+def _alone(families: NDArray[np.float64], names: Sequence[str]) -> str:
+    """The family that is more than two interquartile ranges ahead of all others."""
+    order = np.argsort(np.nan_to_num(families, nan=-np.inf))
+    if len(order) < 2 or not np.isfinite(families).all():
+        return ""
+    return names[order[-1]] if families[order[-1]] - families[order[-2]] > APART else ""

@@ -1,0 +1,358 @@
+"""``xattn board``: make, join, check, audit, on a network whose classes are known by colour; what is refused."""
+
+import csv
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from xattn.backbone import load_backbone
+from xattn.cli import main
+from xattn.eval.board.check import audit_board, check_board, recomputed
+from xattn.eval.board.folder import Board
+from xattn.eval.board.make import join_board, make_board
+from xattn.eval.board.maps import maps_explainer
+from xattn.eval.board.ranks import board_ranks
+from xattn.eval.leaderboard import Comparison
+from xattn.runtime.files import file_sha256
+
+COUNT, SIDE = 8, 32
+
+
+class Colours(torch.nn.Module):
+    """Three classes by the mean colour of the photo, through a small convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 3, 4, 4, bias=False)
+        self.more = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 1, bias=False) for _ in range(4)))
+        self.pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.flat = torch.nn.Flatten()
+        self.fc = torch.nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4) / 16)
+            for layer in self.more:
+                layer.weight.copy_(torch.eye(3)[:, :, None, None])
+            self.fc.weight.copy_(30 * (torch.eye(3) - 1 / 3))
+
+    def forward(self, x):
+        return self.fc(self.flat(self.pool(torch.relu(self.more(self.stem(x))))))
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(
+        Colours().eval(), input_size=SIDE, mean=(0.0,) * 3, std=(1.0,) * 3, crop=1.0,
+        class_names=["red", "green", "blue"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(COUNT):
+        pixels = np.random.default_rng(i).integers(0, 90, (4, 4, 3), dtype=np.uint8)
+        pixels[i % 3 : i % 3 + 2, 1:3, i % 3] = 255
+        Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST).save(
+            folder / f"{i}.png"
+        )
+    return folder
+
+
+def job(backbone, explainers=("gradcam", "saliency"), **more):
+    return Comparison(backbone=backbone, explainers=explainers, max_forward_batch=8, maps=4, **more)
+
+
+@pytest.fixture(scope="module")
+def made(backbone, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("boards") / "board"
+    make_board(folder, job(backbone), str(photos), card_photos=0, progress=False)
+    return folder
+
+
+@pytest.fixture
+def board(made, tmp_path):
+    """A copy that a test may change, as others get it: without the state."""
+    shutil.copytree(made, tmp_path / "copy", ignore=shutil.ignore_patterns("state"))
+    return tmp_path / "copy"
+
+
+def lines(folder, row):
+    with (folder / "rows" / row / "values.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rehash(folder):
+    """What somebody does who changes a board and its hashes."""
+    opened = Board.open(folder)
+    for row in opened.row_names:
+        path = folder / "rows" / row / "row.json"
+        facts = json.loads(path.read_text())
+        facts["sha256"] = {name: file_sha256(path.with_name(name)) for name in facts["sha256"]}
+        path.write_text(json.dumps(facts))
+    opened.save()
+
+
+def test_a_board_passes_its_check_and_every_value_is_recomputed(made):
+    said = check_board(Board.open(made), cells=10_000)
+    count = int(said[-1].split()[0])
+    assert count > 100 and said[-1].startswith(f"{count} of {count} values recomputed")
+
+
+def test_rows_that_explain_nothing_are_class_blind_and_never_verified(made):
+    ranks = board_ranks(Board.open(made))
+    assert {"gradcam", "saliency", "centre", "edges", "ones", "randomized_gradcam"} <= set(ranks)
+    for row in ("centre", "edges", "colour", "all_but_one", "random"):
+        assert ranks[row].class_blind and not ranks[row].verified
+        values = [float(x["value"]) for x in lines(made, row) if x["column"] == "network-contrast"]
+        assert values == [0.0] * COUNT
+    assert not ranks["gradcam"].class_blind and ranks["gradcam"].rank is None, "too few photos"
+    ones = {x["column"]: float(x["value"]) for x in lines(made, "ones") if x["value"]}
+    assert ones["squares"] == ones["class-contrast"] == 0, "an invalid map scores chance"
+
+
+def test_a_row_that_joins_a_copy_has_the_values_of_one_made_at_once(
+    backbone, photos, board, tmp_path
+):
+    more = ("gradcam", "saliency", "input_x_gradient")
+    at_once = tmp_path / "at_once"
+    make_board(at_once, job(backbone, more), str(photos), card_photos=0, progress=False)
+    join_board(board, job(backbone, more[2:]), str(photos), progress=False)
+    for row in more:
+        name = f"rows/{row}/values.csv"
+        assert (board / name).read_bytes() == (at_once / name).read_bytes()
+    assert check_board(Board.open(board))
+    before = Board.open(board).facts["files"]["rows/gradcam/values.csv"]
+    assert before == file_sha256(at_once / "rows/gradcam/values.csv")
+
+
+def test_a_killed_make_goes_on_and_measures_nothing_twice(
+    made, backbone, photos, tmp_path, monkeypatch
+):
+    again = tmp_path / "again"
+    shutil.copytree(made, again)
+    shutil.rmtree(again / "rows")
+    shutil.rmtree(again / "tables")
+    (again / "board.json").unlink()
+    monkeypatch.setattr(backbone, "logits", lambda images: pytest.fail("a pass"))
+    monkeypatch.setattr("xattn.eval.board.make.say_plan", lambda *a: None)
+    make_board(again, job(backbone), str(photos), card_photos=0, progress=False)
+    for name in (
+        "rows/gradcam/values.csv",
+        "rows/gradcam/maps-Colours.safetensors",
+        "tables/Colours.safetensors",
+    ):
+        assert (again / name).read_bytes() == (made / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["rows/gradcam/values.csv", "rows/saliency/maps-Colours.safetensors",
+             "tables/Colours.safetensors", "rows/gradcam/row.json", "board.csv", "index.html"],
+)  # fmt: skip
+def test_a_changed_byte_of_any_file_is_refused_by_its_name(board, name):
+    data = bytearray((board / name).read_bytes())
+    data[-2] ^= 1
+    (board / name).write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=f"board: {name} was changed: sha256"):
+        check_board(Board.open(board))
+
+
+def test_a_missing_and_an_unknown_row_are_refused(board):
+    (board / "rows" / "stranger").mkdir()
+    with pytest.raises(ValueError, match=r"rows/stranger is not a row"):
+        check_board(Board.open(board))
+    (board / "rows" / "gradcam" / "values.csv").unlink()
+    with pytest.raises(ValueError, match=r"rows/gradcam/values\.csv is missing"):
+        check_board(Board.open(board))
+
+
+@pytest.mark.parametrize(
+    "column", ["squares", "class-contrast", "network-contrast", "single-deletion"]
+)
+def test_a_value_that_was_changed_with_all_hashes_is_found(board, column):
+    path = board / "rows/gradcam/values.csv"
+    rows = path.read_text().splitlines()
+    place = next(i for i, line in enumerate(rows) if f",{column}," in line)
+    *rest, value = rows[place].split(",")
+    rows[place] = ",".join([*rest, f"{float(value) + 1e-5:.9g}"])
+    path.write_text("\n".join(rows) + "\n")
+    rehash(board)
+    with pytest.raises(ValueError, match=rf"gradcam, Colours, 0\.png, {column}: values\.csv has"):
+        check_board(Board.open(board), cells=10_000)
+
+
+def test_a_map_that_was_changed_with_all_hashes_is_found(board):
+    path = board / "rows/gradcam/maps-Colours.safetensors"
+    maps = load_file(path)
+    maps["2/own"] = maps["2/own"].flip(2)
+    save_file(maps, path)
+    rehash(board)
+    with pytest.raises(ValueError, match=r"gradcam, Colours, 2\.png"):
+        check_board(Board.open(board), cells=10_000)
+
+
+def test_recomputed_values_are_those_of_the_run(made):
+    opened = Board.open(made)
+    for column in ("squares", "subsets", "class-contrast", "network-contrast"):
+        there = opened.values["gradcam"][column][0, 3]
+        assert recomputed(opened, "gradcam", "Colours", 3, column) == pytest.approx(there, abs=1e-6)
+
+
+def test_maps_that_were_made_elsewhere_are_a_row(backbone, photos, board, made, tmp_path):
+    maps = load_file(board / "rows/gradcam/maps-Colours.safetensors")
+    arrays = {f"{i}.png": maps[f"{i}/own"][0].numpy() for i in range(COUNT)}
+    arrays |= {f"{i}.png@class": maps[f"{i}/class"][0].numpy() for i in range(COUNT)}
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    method = maps_explainer(Board.open(board), backbone, tmp_path / "theirs.npz")
+    join_board(board, job(backbone, ()), str(photos), {"theirs": method}, progress=False)
+    opened = Board.open(board)
+    for column in ("squares", "class-contrast", "ROAD"):
+        got, own = (opened.values[row][column] for row in ("theirs", "gradcam"))
+        assert np.allclose(got, own, atol=1e-6), column
+    assert np.isnan(opened.values["theirs"]["network-contrast"]).all()
+    assert not board_ranks(opened)["theirs"].verified
+    check_board(opened)
+    arrays["1.png"] = np.full((2, 2), np.nan)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=r"maps_of: 1\.png has NaN"):
+        maps_explainer(opened, backbone, tmp_path / "bad.npz")
+    del arrays["1.png"]
+    np.savez(tmp_path / "few.npz", **arrays)
+    with pytest.raises(ValueError, match=r"has no map of 1\.png"):
+        maps_explainer(opened, backbone, tmp_path / "few.npz")
+
+
+def test_an_audit_finds_maps_that_repeat_the_table(backbone, photos, board):
+    opened = Board.open(board)
+    table = opened.table("Colours")
+    squares = next(v for k, v in table.items() if k.startswith("Squares") and k.endswith(" a"))
+    from xattn.eval.board.make import digest
+    from xattn.eval.evaluation.stream import ImageStream
+    from xattn.eval.metrics.board.masks import Squares
+    from xattn.eval.metrics.measure import sample_seed
+
+    fitted = {}
+    for block in ImageStream(str(photos), backbone.preprocessing).blocks(8):
+        for item in block:
+            masks = (
+                Squares().removed((SIDE, SIDE), sample_seed(0, item.position)).flatten(1).double()
+            )
+            # any answers, as a network's that these squares alone would tell
+            answers = torch.randn(
+                50, generator=torch.Generator().manual_seed(item.position)
+            ).double()
+            squares[item.position] = answers.float()
+            fitted[digest(item.image)] = torch.linalg.lstsq(
+                masks, answers[:, None], driver="gelsd"
+            ).solution
+    path = board / "tables/Colours.safetensors"
+    tables = load_file(path)
+    tables[next(k for k in tables if k.startswith("Squares") and k.endswith(" a"))] = squares
+    save_file(tables, path)
+
+    def fit(images, target):
+        return torch.stack([fitted[digest(x)].view(1, SIDE, SIDE).float() for x in images])
+
+    join_board(board, job(backbone, ()), str(photos), {"fit": fit}, progress=False)
+    opened = Board.open(board)
+    assert opened.values["fit"]["squares"].min() > 0.9
+    found = {tuple(line[:3]): line[-1] for line in audit_board(opened, backbone, str(photos), 7)}
+    assert found["fit", "Colours", "squares"] == "overfits the masks"
+    assert found["random", "Colours", "squares"] == ""
+    assert (board / "audit-7.csv").is_file() and "Audit with seed 7" in (
+        board / "index.html"
+    ).read_text()
+    with pytest.raises(ValueError, match="seed: 0 is the board's own"):
+        audit_board(opened, backbone, str(photos), 0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_other_photos_networks_and_settings_are_refused_before_the_work(
+    backbone, photos, board, tmp_path
+):
+    more = tmp_path / "photos"
+    shutil.copytree(photos, more)
+    shutil.copy(more / "1.png", more / "2.png")
+    with pytest.raises(
+        ValueError, match=rf"photos: 2\.png has sha256 {file_sha256(more / '1.png')}"
+    ):
+        join_board(board, job(backbone), str(more))
+    (more / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"photos: 2\.png is not among them"):
+        join_board(board, job(backbone), str(more))
+    with pytest.raises(ValueError, match="row: gradcam is a row of"):
+        join_board(board, job(backbone, ("gradcam",)), str(photos))
+    other = load_backbone(
+        Colours().eval(), input_size=SIDE, mean=(0.1,) * 3, std=(1.0,) * 3, crop=1.0,
+        class_names=["red", "green", "blue"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="sha256: got"):
+        join_board(board, job(other, ("input_x_gradient",)), str(photos))
+    with pytest.raises(ValueError, match="seed: got 3, and"):
+        make_board(board, job(backbone, seed=3), str(photos), card_photos=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 9}, "has schema 9, this version reads 1"),
+        ({"format": "zip"}, "is damaged or no board"),
+        ({"rows": ["../../etc"]}, "row: got '../../etc'"),
+        ({"files": {"../secret": "0"}}, "'../secret' is no file of a board"),
+        ({"files": {"rows/a/b/c": "0"}}, "is no file of a board"),
+    ],
+)
+def test_a_hostile_or_newer_board_is_one_line(board, change, message):
+    facts = json.loads((board / "board.json").read_text())
+    (board / "board.json").write_text(json.dumps(facts | change))
+    with pytest.raises(ValueError, match=message):
+        Board.open(board)
+
+
+def test_a_link_out_of_the_folder_is_refused(board, tmp_path):
+    path = board / "rows" / "gradcam"
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="lies outside"):
+        check_board(Board.open(board))
+
+
+def test_the_command_checks_shows_and_refuses(made, photos, tmp_path, capsys):
+    assert main(["board", "check", str(made)]) == 0
+    assert "nothing was changed" in capsys.readouterr().out
+    assert main(["board", "show", str(made)]) == 0
+    assert "| gradcam | code |" in capsys.readouterr().out
+    for words, message in (
+        (["check", str(tmp_path)], f"folder: {tmp_path} holds no board"),
+        (["check", str(made), str(made)], "images: "),
+        (["join", str(made), str(photos)], "explainers: got none; name what joins"),
+        (["join", str(made), str(photos), "--maps-of", "x.npz"], "row: got none"),
+        (["mend", str(made)], "action: got 'mend'"),
+        (["check", str(made), "--row", "x"], "row: "),
+    ):
+        assert main(["board", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_two_commands_at_once_are_refused(made, backbone, photos, monkeypatch):
+    from xattn.runtime.files import folder_lock
+
+    with folder_lock(made / "state") as alone:
+        assert alone
+        with pytest.raises(ValueError, match="another command is at work"):
+            join_board(made, job(backbone, ("input_x_gradient",)), str(photos))
+
+
+def test_the_page_is_one_file_and_names_are_text(made):
+    page = (made / "index.html").read_text(encoding="utf-8")
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+    assert "gradcam" in page and hashlib.sha256(page.encode()).hexdigest() == file_sha256(
+        made / "index.html"
+    )

@@ -1,0 +1,211 @@
+"""``xattn board``: a leaderboard as a folder that others check, audit and add a row to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from xattn.cli.checks import check_images
+from xattn.cli.heads import choose_heads, row_name
+from xattn.cli.imports import imported
+from xattn.cli.model import BackboneArgs
+from xattn.cli.printing import note
+from xattn.cli.shared import MethodArgs, known
+from xattn.runtime.arguments import Argument
+from xattn.runtime.option_checks import Belongs, Count, Whole, check_fields
+
+WORKS = ["make", "join", "audit"]
+MEASURES = ["make", "join"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What is done, and where."""
+
+    action: Annotated[Literal["make", "join", "check", "audit", "show"], Argument(positional=True)]
+    """make: measure methods on photos, or another network on those of a board. join: add a row. check:
+    refuse changed maps, values and hashes. audit: score its maps on other masks. show: print it."""
+    folder: Annotated[Path, Argument(positional=True)]
+    """The folder of the board."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board(MethodArgs, Place):
+    """A leaderboard as a folder: make it, join a row, check it, audit it, show it."""
+
+    after_interrupt: ClassVar[str] = "; the same command goes on"
+    belongs: ClassVar = (
+        Belongs("images", "model", "max_pixels", action=WORKS),
+        Belongs("heads", "options", "explainers", "author", action=MEASURES),
+        Belongs("seed", action=["make", "audit"]),
+        Belongs("limit", "batch_size", "maps", "card_photos", "name", action="make"),
+        Belongs("row", "maps_of", action="join"),
+        Belongs("cells", action="check"),
+    )
+
+    model: BackboneArgs = field(default_factory=BackboneArgs)
+    explainers: tuple[str, ...] = ()
+    """Methods of xattn list, also those that --import brings in; for make by default gradcam, layercam and
+    integrated_gradients; "all" for every one that suits the network."""
+    row: str | None = None
+    """The name of the row that joins, by default that of its method."""
+    maps_of: Path | None = None
+    """A .npz of maps that were made elsewhere: an array (h, w) a photo, by the photos' names; NAME@class
+    may be that of the second class."""
+    author: str = ""
+    """Who adds the rows."""
+    name: str = ""
+    """Of the board, by default that of its folder."""
+    batch_size: Count = 32
+    """Images per pass."""
+    maps: int = 60
+    """Keep the maps of so many photos as they are, others at 56 x 56 cells at most."""
+    card_photos: Whole = 60
+    """Photos of the report card: whether each column orders maps that are degraded on purpose."""
+    cells: Count = 20
+    """Values that are recomputed."""
+
+    def check(self) -> None:
+        check_fields(self)
+        if self.action in WORKS:
+            super().check()
+            self.model.check()
+        elif self.images:
+            check_images(self.images)
+            raise ValueError(f"images: xattn board {self.action} reads none; leave them out")
+        if self.action != "make" and not (self.folder / "board.json").is_file():
+            raise ValueError(
+                f"folder: {self.folder} holds no board; give one that xattn board make wrote"
+            )
+        if self.action == "join" and not (self.explainers or self.heads or self.maps_of):
+            raise ValueError(
+                "explainers: got none; name what joins by --explainers, --heads or --maps-of"
+            )
+        if self.maps_of is not None and not self.row:
+            raise ValueError("row: got none; give the row of the maps a name by --row")
+
+    def run(self) -> None:
+        getattr(self, f"_{self.action}")()
+
+    def _make(self) -> None:
+        from xattn.eval.board.make import NewRow, make_board
+
+        job = self._job(self.explainers or ("gradcam", "layercam", "integrated_gradients"))
+        board = make_board(
+            self.folder,
+            job,
+            self.photos,
+            limit=self.limit,
+            name=self.name,
+            card_photos=self.card_photos,
+            about=NewRow(author=self.author, sources=_sources()),
+            say=note,
+        )
+        _print(board)
+
+    def _join(self) -> None:
+        from xattn.eval.board.folder import Board as Folder
+        from xattn.eval.board.make import NewRow, join_board
+        from xattn.eval.board.maps import maps_explainer
+
+        explainers: Any = self.explainers
+        if self.row and explainers:
+            if len(explainers) > 1:
+                raise ValueError(
+                    f"row: got {self.row} for {len(explainers)} methods; join one at a time"
+                )
+            explainers = {self.row: explainers[0]}
+        job, methods, kind = self._job(explainers), None, "code"
+        if self.maps_of is not None:
+            assert self.row is not None
+            made = maps_explainer(Folder.open(self.folder), job.backbone, self.maps_of)
+            methods, kind = {self.row: made}, "maps"
+        board = join_board(
+            self.folder,
+            job,
+            self.photos,
+            methods,
+            about=NewRow(author=self.author, sources=_sources(), kind=kind),
+            say=note,
+        )
+        _print(board)
+
+    def _check(self) -> None:
+        from xattn.eval.board.check import check_board
+        from xattn.eval.board.folder import Board as Folder
+
+        for line in check_board(Folder.open(self.folder), self.cells):
+            print(line)
+        print(f"{self.folder}: nothing was changed")
+
+    def _audit(self) -> None:
+        from xattn.eval.board.check import audit_board
+        from xattn.eval.board.folder import Board as Folder
+        from xattn.runtime.tables import markdown
+
+        board = Folder.open(self.folder)
+        lines = audit_board(board, self._backbone(), self.photos, self.seed, note)
+        print(*markdown(lines[0], lines[1:], 3), sep="\n")
+
+    def _show(self) -> None:
+        from xattn.eval.board.folder import Board as Folder
+
+        _print(Folder.open(self.folder))
+
+    def _backbone(self) -> Any:
+        import torch
+
+        backbone = self.model.load()
+        if not backbone.is_vit:
+            backbone.model.to(memory_format=torch.channels_last)
+        return backbone
+
+    def _job(self, explainers: Any) -> Any:
+        """What is measured, as ``xattn compare`` has it."""
+        from xattn.eval.leaderboard import Comparison
+        from xattn.explainers import list_explainers
+        from xattn.explainers.base import EXPLAINERS
+
+        names = list(explainers.values()) if isinstance(explainers, dict) else explainers
+        found = known("explainers", names, EXPLAINERS, "all")
+        chosen = (
+            dict(zip(explainers, found, strict=True)) if isinstance(explainers, dict) else found
+        )
+        backbone = self._backbone()
+        heads: dict[str, Any] = {}
+        if self.heads:
+            for source, head in zip(*choose_heads(self.heads, backbone), strict=True):
+                name = self.row or row_name(source, head.name, {*heads, *list_explainers()})
+                heads[name] = head
+        return Comparison(
+            backbone=backbone,
+            heads=heads,
+            explainers=chosen,
+            options=self.options,
+            max_forward_batch=self.batch_size,
+            max_pixels=self.max_pixels,
+            seed=self.seed,
+            maps=self.maps,
+        )
+
+
+def _sources() -> dict[str, str]:
+    """sha256 of what ``--import`` brought in, by name."""
+    from xattn.runtime.files import file_sha256
+
+    files = [Path(source) for source in imported()]
+    return {path.name: file_sha256(path) for path in files if path.is_file()}
+
+
+def _print(board: Any) -> None:
+    """The board's rows, and where its page is."""
+    from xattn.eval.board.page import table_lines
+    from xattn.eval.board.ranks import board_ranks
+    from xattn.runtime.tables import markdown
+
+    lines = table_lines(board, board_ranks(board))
+    print(*markdown(lines[0], lines[1:], 3), sep="\n")
+    ranked = ", ".join(board.admitted) or "none"
+    print(f"\ncolumns that passed their report card: {ranked}")
+    print(f"page: {board.folder / 'index.html'}")
