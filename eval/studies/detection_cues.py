@@ -58,6 +58,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "occlusion": {"size": 16, "stride": 4},
     "occlusion mean": {"size": 16, "stride": 4, "fill": "mean"},
 }
+# FCOS scores a class by sqrt(sigmoid(class) sigmoid(centre)), and the centre is the box's. Gradient x
+# activation of the class's logit alone, and of its difference to that of the other colour, as ODAM without
+# smoothing.
+LOGITS = ("class logit", "class contrast")
 METHODS = (
     *(
         "d_rise",
@@ -65,6 +69,7 @@ METHODS = (
         "occlusion",
         "occlusion mean",
         "odam",
+        *LOGITS,
         "layercam",
         "gradcam",
         "saliency",
@@ -223,10 +228,27 @@ def maps_of(name: str, view: Detections, pixels: Tensor, config: CueConfig) -> T
     found = []
     for i, image in enumerate(pixels.split(1)):
         alone = view.base.of([view.detections[i]], SCORE)
-        explainer = create_explainer(kind, alone, seed=config.seed, **options)
-        one = explainer.attribute(image, 0)
+        if name in LOGITS:
+            one = logit_map(alone, image, name == LOGITS[1])
+        else:
+            explainer = create_explainer(kind, alone, seed=config.seed, **options)
+            one = explainer.attribute(image, 0)
         found.append(F.interpolate(one, (SIDE, SIDE), mode="bilinear")[0, 0])
     return torch.stack(found)
+
+
+def logit_map(view: Detections, image: Tensor, contrast: bool) -> Tensor:
+    """(1, 1, h, w) of the one detection of ``view``: see :data:`LOGITS`."""
+    x, label = view.base.normalize(image), view.detections[0].label
+    with torch.no_grad():
+        (part,), (features,) = view.base.model.parts(x)
+        at = int(view.scores(part, [0]).argmax())
+    features.requires_grad_()
+    net: Any = view.base.model.net
+    logits = net.head([features])["cls_logits"][0, at]
+    value = logits[label] - logits[5 - label] if contrast else logits[label]
+    (gradient,) = torch.autograd.grad(value, features)
+    return (gradient * features.detach()).sum(1, keepdim=True).relu()
 
 
 def placed(maps: Tensor, boxes: Sequence[Sequence[float]], near: float) -> dict[str, list[float]]:
