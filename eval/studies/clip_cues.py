@@ -13,7 +13,8 @@ A clip is a function of its number alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from xattn.eval.metrics.curves import InsertionDeletionMetric
 from xattn.eval.metrics.measure import measure
 from xattn.eval.studies.kept import kept_record, kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.small_training import single_thread
 from xattn.explainers import create_explainer
 from xattn.explaining.clip_maps import explain_clip
 from xattn.runtime.files import check_folder
@@ -61,10 +63,11 @@ class ClipConfig:
     curves: int = 40  # of the first clips deletion and insertion are measured
     steps: int = 100
     masks: int = 500
+    side: int = 112  # of the frames whose cost is measured
     seed: int = 0
 
     def quick(self) -> ClipConfig:
-        return replace(self, clips=3, curves=2, steps=2, masks=6)
+        return replace(self, clips=3, curves=2, steps=2, masks=6, side=32)
 
 
 DEFAULTS = ClipConfig()
@@ -186,8 +189,52 @@ def study(
         for name, own in values.items()
         for i in range(config.clips)
     ]
+    others = kept_values(output / "seeds.json", lambda: of_seeds(config, data))
+    lines += [
+        "",
+        f"`cam` {POINTS[0]}, by the seed of training: {', '.join(f'{v:.3f}' for v in others)}.",
+    ]
+    spent = kept_values(output / "costs.json", lambda: costs(config.side))
+    lines += [
+        "",
+        f"CPU seconds of one clip of 16 x {config.side} x {config.side} in r3d_18, one thread:",
+    ]
+    lines += ["", "| | s | forward passes |", "| :-- | --: | --: |"]
+    one = spent["forward pass"]
+    lines += [f"| {name} | {s:.2f} | {s / one:.2f} |" for name, s in spent.items()]
     draw(network, data[0][0], output / "strip.png")
     yield from reported(output, lines, {"clips": rows}, output / "strip.png")
+
+
+def of_seeds(config: ClipConfig, data: tuple[Tensor, Tensor, Tensor]) -> list[float]:
+    """The share of clips in which CAM is largest at the frame, of networks trained with several seeds."""
+    shares = []
+    for seed in range(config.seed, config.seed + 4):
+        network = trained(config.steps, seed)
+        maps = create_explainer("cam", network).attribute(data[0], data[1])
+        shares.append(float(np.mean(pointing(maps, data[2])[POINTS[0]])))
+    return shares
+
+
+def costs(side: int, repeats: int = 5) -> dict[str, float]:
+    """CPU seconds of a forward pass of r3d_18 on random weights, and of explanations of one class, the
+    median of ``repeats`` turns in which each is run once."""
+    network = load_backbone("torchvision/r3d_18", None, input_size=side)
+    x, found = torch.rand(1, 3, *network.preprocessing.places), dict[str, list[float]]()
+    cams = {
+        name: create_explainer(name, network) for name in ("cam", "gradcam", "layercam", "eigencam")
+    }
+    calls: dict[str, Callable[[], Any]] = {
+        "forward pass": torch.no_grad()(lambda: network.logits(x))
+    }
+    calls |= {f"`{name}`": lambda one=one: one.attribute(x, 0) for name, one in cams.items()}
+    with single_thread():
+        for turn in range(repeats + 1):  # the first warms up
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                found.setdefault(name, []).extend([time.process_time() - start] if turn else [])
+    return {name: float(np.median(values)) for name, values in found.items()}
 
 
 def draw(network: Backbone, one: Tensor, file: Path) -> None:

@@ -360,9 +360,15 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     """Create an untrained head for ``backbone``.
 
     Raises:
-        ValueError: unknown name (with near matches) or an option that the head does not take.
+        ValueError: unknown name (with near matches), an option that the head does not take, or a network
+            of clips.
     """
     own = HEADS.entry(name).taps
+    if getattr(backbone, "reads_clips", False):
+        raise ValueError(
+            f"backbone: {backbone.name} reads clips, heads read maps of photos; explain it by 'cam' or "
+            f"'gradcam'"
+        )
     if own is not None and backbone.is_vit:
         backbone = tapped(name, backbone, own(backbone.depth))
     with torch.device("cpu"):  # whatever torch's default device is
