@@ -28,6 +28,7 @@ function build(root) {
   frame.addEventListener("pointerup", () => {
     state.from = null;
     if (state.dragged) state.send("draw", state.box);
+    setTimeout(() => (state.dragged = false)); // after the click
   });
   frame.addEventListener("pointercancel", () => {
     state.from = null;

@@ -115,6 +115,14 @@ def test_a_drawn_box_asks_for_a_missed_object(address, made, open_page):
     title = made[1].missed(photo, "cat", box).title
     page.get_by_text(f"{title}, the best candidate there").wait_for()
     shot(page, "missed")
+    page.locator(".boxes .box[data-id='2']").focus()
+    page.keyboard.press("Enter")  # takes that box
+    at = boxes_of(only(made[2]), "photo.png")[2].at
+    sides = [round(v * side) for v, side in zip(at, (480, 320, 480, 320), strict=True)]
+    page.wait_for_function(
+        "value => [...document.querySelectorAll('input')].some(i => i.value === value)",
+        arg=", ".join(map(str, sides)),
+    )
 
 
 @pytest.mark.parametrize(
