@@ -39,6 +39,22 @@ def test_a_map_or_one_line(name, family, networks):
     torch.testing.assert_close(alone, one[:1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["r3d", "s3d", "mvit", "swin3d", "Vivit", "VJEPA2"])
+def test_every_family_has_a_cam_and_rows_where_it_attends_to_all_tokens(family):
+    network = backbone(family)
+    x = clips(network, 1)
+    found = create_explainer("gradcam", network, relu=False).attribute(x, 1)
+    assert tuple(found.shape[2:]) == network.tap_sizes[-1] and float(found.std()) > 0
+    if family == "Vivit":
+        rows = create_explainer("rollout", network).attribute(x, 1)
+        assert (
+            rows.shape == (1, 1, 2, 4, 4) and float(rows.sum()) < 1
+        )  # the rest is the class token's
+        return
+    with pytest.raises(ValueError, match="attention|attends"):
+        create_explainer("rollout", network)
+
+
 def flat(channels=(3, 6, 8)):
     """The same network of photos and of clips whose convolutions are one frame deep."""
     torch.manual_seed(0)
