@@ -25,8 +25,8 @@ _STYLE = """
 body{font:15px/1.5 var(--font);max-width:1200px;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884;white-space:nowrap}
-th:first-child,td.l,th.l{text-align:left}small{opacity:.65;display:block;font-size:.75rem}
-tr.s{opacity:.7}tr.c td:first-child{font-weight:600}td.no{opacity:.55}
+th:first-child,td.l,th.l{text-align:left}small{opacity:.75;font-weight:400;display:block;font-size:.75rem}
+tr.s td{opacity:.75}tr.c td:first-child,tr.m td:first-child{font-weight:600}td.no{font-style:italic}
 .scroll{overflow-x:auto;margin:1rem 0}td img{width:56px;height:56px;image-rendering:pixelated;display:block}
 h2{margin-top:2.5rem}.note{max-width:60rem}
 """
@@ -157,7 +157,8 @@ def _notes(board: Board) -> str:
         "together at 95 %: its maps read photo, class and network. Verified rows rank by the columns "
         "that passed the report card: the median over criteria of how many interquartile ranges the mean "
         "lies above the middle. Places hold for all rows together with 95 %.",
-        "† the column is close to what the row was trained on, and has no part in its rank.",
+        "Slanted: the column did not pass its report card, and has no part in ranks. † the column is close "
+        "to what the row was trained on, and has no part in its rank.",
     ]
     count = len(board.photos)
     if count < MIN_IMAGES:
@@ -222,11 +223,15 @@ def _card_table(board: Board) -> str:
         body += f"<tr><td class=l>{key}</td>{row}</tr>"
     heads = ("column", "is", *tests, "not told from the method, or above chance", "ranks")
     head = "".join(f"<th class=l>{h}</th>" for h in heads)
-    count = board.facts["card_photos"]
+    count = min(board.facts["card_photos"], len(board.photos))
     note = (
-        f"Made on {min(count, len(board.photos))} photos: a column ranks if it orders maps that are "
-        f"degraded on purpose, by cells and by another photo's map, on every network."
+        f"Made on {count} photos: a column ranks if it orders maps that are degraded on purpose, by cells "
+        f"and by another photo's map, on every network."
     )
+    if not card:
+        return (
+            "<p class=note>There is none, so that no column ranks: make one with --card-photos.</p>"
+        )
     return f"<p class=note>{note}</p><div class=scroll><table><tr>{head}</tr>{body}</table></div>"
 
 

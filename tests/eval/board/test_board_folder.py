@@ -356,3 +356,105 @@ def test_the_page_is_one_file_and_names_are_text(made):
     assert "gradcam" in page and hashlib.sha256(page.encode()).hexdigest() == file_sha256(
         made / "index.html"
     )
+
+
+# ---------------------------------------------------------------- report cards, several networks
+
+
+class Other(Colours):
+    """The same with the classes of two colours less apart."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.fc.weight.mul_(0.5)
+
+
+def card(network, **passed):
+    """Lines of a report card by column: whether it passes both ladders, or (cells, photo)."""
+    return [
+        [
+            network,
+            key.replace("_", "-"),
+            f"ladder {ladder}",
+            2.0,
+            float("nan"),
+            float("nan"),
+            int(ok),
+        ]
+        for key, both in passed.items()
+        for ladder, ok in zip(("cells", "photo"), both, strict=True)
+    ]
+
+
+def test_a_column_ranks_that_passes_both_ladders_on_every_network(
+    backbone, photos, made, tmp_path, monkeypatch
+):
+    def cards(board, job, network, *rest):
+        first = network["name"] == "Colours"
+        return card(
+            network["name"], squares=(1, 1), thinned=(1, 1) if first else (0, 1),
+            ROAD=(1, 0) if first else (1, 1), gridpg=(1, 1), single_deletion=(1, 1),
+        )  # fmt: skip
+
+    monkeypatch.setattr("xattn.eval.board.make._card", cards)
+    folder = tmp_path / "board"
+    shutil.copytree(
+        made, folder, ignore=shutil.ignore_patterns("*.json", "*.csv", "rows", "tables")
+    )
+    make_board(folder, job(backbone), str(photos), progress=False)
+    assert Board.open(folder).admitted == ["squares", "gridpg", "thinned"]
+    second = load_backbone(
+        Other().eval(), input_size=SIDE, mean=(0.0,) * 3, std=(1.0,) * 3, crop=1.0,
+        class_names=["red", "green", "blue"],
+    )  # fmt: skip
+    make_board(folder, job(second, ("gradcam",)), str(photos), progress=False)
+    opened = Board.open(folder)
+    assert opened.admitted == ["squares", "gridpg"]
+    assert {line["network"] for line in opened.card()} == {"Colours", "Other"}
+    assert opened.values["gradcam"]["squares"].shape == (2, COUNT)
+    assert np.isfinite(opened.values["gradcam"]["squares"]).all()
+    assert np.isnan(opened.values["saliency"]["squares"][1]).all()
+    check_board(opened, cells=50)
+    assert "Colours: passed; Other: failed" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_verified_rows_rank_and_what_is_close_to_training_does_not_count(made, tmp_path):
+    folder = tmp_path / "ranked"
+    shutil.copytree(made, folder)
+    opened = Board.open(folder)
+    rng, count = np.random.default_rng(0), 60
+    opened.facts["photos"] = [{"id": f"{i}", "sha256": ""} for i in range(count)]
+    opened.facts["admitted"] = ["squares", "photo-gain", "class-contrast", "ROAD"]
+    opened.facts["rows"] = ["gradcam", "saliency", "edges"]
+
+    def values(level, blind=False):
+        table = {k: level + 0.1 * rng.normal(size=(1, count)) for k in opened.columns}
+        return {
+            k: np.zeros((1, count)) if blind and "contrast" in k else v for k, v in table.items()
+        }
+
+    tables = {"gradcam": values(0.5), "saliency": values(0.7), "edges": values(0.9, blind=True)}
+    opened.__dict__["values"] = tables
+    ranks = board_ranks(opened)
+    assert (ranks["saliency"].rank, ranks["saliency"].places) == (1, (1, 1))
+    assert (ranks["gradcam"].rank, ranks["gradcam"].places) == (2, (2, 2))
+    assert ranks["edges"].class_blind and ranks["edges"].rank is None
+    assert ranks["saliency"].columns == {k: (1, 1) for k in opened.admitted}
+    more = [f"row{i}" for i in range(5)]
+    for row in more:
+        shutil.copytree(folder / "rows/gradcam", folder / "rows" / row)
+        tables[row] = values(0.5)
+    opened.facts["rows"] += more
+    tables["gradcam"]["ROAD"] += 9.0
+    ranks = board_ranks(opened)
+    assert ranks["gradcam"].one_family == "map-shaped" and ranks["saliency"].one_family == ""
+    assert ranks["saliency"].rank == 1, "one family does not decide"
+    assert ranks["saliency"].places == (1, 1) and ranks["row1"].places == (2, 7)
+    for key in ("squares", "photo-gain", "class-contrast"):
+        tables["gradcam"][key] += 0.5
+    assert board_ranks(opened)["gradcam"].rank == 1
+    path = folder / "rows/gradcam/row.json"
+    trained = {"trained_on": ["squares", "photo-gain", "class-contrast"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | trained))
+    assert set(trained["trained_on"]) <= set(board_ranks(opened)["gradcam"].columns)
