@@ -10,6 +10,7 @@ Each head becomes the repository ``ACCOUNT/NAME``, tagged with xattn's version, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -43,7 +44,9 @@ def push(account: str, api: HfApi, root: Path = ROOT) -> list[str]:
     return [*pushed, str(url)]
 
 
-def _commit(api: HfApi, repo: str, kind: str, files: dict[str, Path | bytes], version: str) -> None:
+def _commit(
+    api: HfApi, repo: str, kind: str, files: Mapping[str, Path | bytes], version: str
+) -> None:
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     api.create_commit(repo, additions, commit_message=f"xattn {version}", repo_type=kind)
 

@@ -43,9 +43,10 @@ def read(root: Path, name: str) -> str:
 
 
 def git(root: Path, *words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=root, check=True, capture_output=True, text=True
-    ).stdout
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"git {words[0]}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
 
 
 def current(root: Path) -> str:
@@ -89,7 +90,7 @@ def bump(root: Path, version: str, today: date) -> str:
     """Write the version everywhere, commit it and tag the commit; the line to run next.
 
     Raises:
-        ValueError: the version is not a newer one, or something is not ready for it.
+        ValueError: the version is no newer one, or something is not ready; nothing is changed then.
     """
     if not re.fullmatch(VERSION, version):
         raise ValueError(f"version: got {version}; give X.Y.Z or X.Y.ZrcN")
@@ -102,13 +103,19 @@ def bump(root: Path, version: str, today: date) -> str:
         raise ValueError("CHANGELOG.md: nothing stands under Unreleased; say what changed")
     if git(root, "status", "--porcelain"):
         raise ValueError("git: there are changes that are not committed; commit them")
+    if git(root, "tag", "--list", f"v{version}"):
+        raise ValueError(
+            f"version: the tag v{version} is there already; delete it, or go on to the next"
+        )
+    changed: dict[str, str] = {}
     for name, (pattern, text) in PLACES.items():
         new = text.format(version=version, today=today.isoformat())
-        changed, count = re.subn(pattern, new, read(root, name), flags=re.M)
+        changed[name], count = re.subn(pattern, new, read(root, name), flags=re.M)
         if count != 1:
-            git(root, "checkout", "--", ".")
             raise ValueError(f"{name}: names the version {count} times; see PLACES in release.py")
-        (root / name).write_text(changed, encoding="utf-8")
+    git(root, "var", "GIT_COMMITTER_IDENT")  # fails where git does not know who commits
+    for name, page in changed.items():
+        (root / name).write_text(page, encoding="utf-8")
     git(root, "commit", "-qam", f"Release {version}")
     git(root, "tag", "-a", f"v{version}", "-m", f"xattn {version}")
     return f"git push origin HEAD v{version}"
@@ -153,7 +160,7 @@ def fill_recipe(root: Path, sdist: Path) -> None:
         raise ValueError(f"recipe: got {sdist.name}; give the sdist of xattn {current(root)}")
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     path = root / "deploy" / "conda" / "recipe.yaml"
-    text = re.sub(r"sha256: .*", f"sha256: {digest}", path.read_text(encoding="utf-8"))
+    text = re.sub(r"sha256: .*", f'sha256: "{digest}"', path.read_text(encoding="utf-8"))
     path.write_text(text, encoding="utf-8")
 
 

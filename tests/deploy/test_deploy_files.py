@@ -99,15 +99,15 @@ def test_the_space_starts_the_viewer_on_the_port_that_its_card_names(monkeypatch
     monkeypatch.setenv("SPACE_HOST", "acme-xattn.hf.space")
     scope: dict = {"__name__": "space"}
     exec(compile(text(SPACE / "app.py"), "app.py", "exec"), scope)
-    chosen = choose(COMMANDS, scope["LINE"], "xattn", "")
-    command = next(
-        c for c in (chosen if isinstance(chosen, tuple) else (chosen,)) if hasattr(c, "port")
-    )
-    assert command.no_token and command.demo and command.allow_host == ("acme-xattn.hf.space",)
+    command = choose(COMMANDS, scope["LINE"], "xattn", "")
+    assert command.no_token and command.allow_host == ("acme-xattn.hf.space",)
     assert command.allow_frame == ("https://huggingface.co",)
     card = yaml.safe_load(text(SPACE / "README.md").split("---\n")[1])
     words = dict(steps(SPACE / "Dockerfile"))
     assert card["app_port"] == command.port == int(words["EXPOSE"])
+    assert ("RUN", "python app.py pack") in steps(SPACE / "Dockerfile")
+    made = choose(COMMANDS, scope["pack_job"].arguments(Path("runs/demo"), Path()), "xattn", "")
+    assert made.output.parent == command.root
     assert card["sdk"] == "docker" and len(card["short_description"]) <= 60 and card["emoji"]
     colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
     assert {card["colorFrom"], card["colorTo"]} <= colours

@@ -94,7 +94,7 @@ def test_a_candidate_comes_before_its_release():
     assert sorted(reversed(order), key=release.order) == order
 
 
-def test_what_is_not_ready_is_refused_and_nothing_is_changed(clone, capsys):
+def test_what_is_not_ready_is_refused_and_nothing_is_changed(clone, monkeypatch, capsys):
     def refused(said: str) -> None:
         before = git(clone, "rev-parse", "HEAD"), release.read(clone, "CHANGELOG.md")
         assert release.main(["bump", "99.0.0"], clone) == 2
@@ -110,6 +110,14 @@ def test_what_is_not_ready_is_refused_and_nothing_is_changed(clone, capsys):
         file.write("version: 3.0.0\n")
     git(clone, "commit", "-qam", "Twice")
     refused("CITATION.cff: names the version 2 times")
+    git(clone, "revert", "--no-edit", "HEAD")
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.delenv(f"GIT_{name}_NAME")
+        monkeypatch.delenv(f"GIT_{name}_EMAIL")
+    for name in ("user.useConfigOnly=true", "user.name=", "user.email="):
+        key, _, value = name.partition("=")
+        git(clone, "config", key, value)
+    refused("git var: ")
     assert not git(clone, "status", "--porcelain")
 
 
@@ -162,7 +170,7 @@ def test_the_recipe_takes_the_checksum_of_its_own_sdist(owned, capsys):
     sdist.write_bytes(b"")
     assert release.main(["recipe", str(sdist)], owned) == 0
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert f"sha256: {empty}\n" in release.read(owned, "deploy/conda/recipe.yaml")
+    assert f'sha256: "{empty}"\n' in release.read(owned, "deploy/conda/recipe.yaml")
     shutil.move(sdist, other := owned / "xattn-9.9.9.tar.gz")
     assert release.main(["recipe", str(other)], owned) == 2
     assert "recipe: got xattn-9.9.9.tar.gz" in capsys.readouterr().err
