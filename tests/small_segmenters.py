@@ -107,3 +107,10 @@ def sam():
         },
     )  # fmt: skip
     return t.SamModel(config).eval()
+
+
+def smp_segmenter(kind):
+    import segmentation_models_pytorch as smp
+
+    torch.manual_seed(0)
+    return getattr(smp, kind)("mobilenet_v2", encoder_weights=None, classes=3).eval()

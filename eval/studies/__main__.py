@@ -179,6 +179,10 @@ STUDIES = {
         "relevance",
         "Which relevance method is the most faithful on a network, and what each of its rules adds.",
     ),
+    "segment-cues": (
+        "segment_cues",
+        "A class at a point that a mark elsewhere decides: which method points at the mark.",
+    ),
     "sinks": (
         "attention_sinks",
         "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",

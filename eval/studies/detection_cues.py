@@ -268,9 +268,11 @@ def placed(maps: Tensor, boxes: Sequence[Sequence[float]], near: float) -> dict[
     return {"pointing": pointing, "energy": energy}
 
 
-def places(maps: Tensor, view: Detections, kept: Sequence[Picture]) -> dict[str, list[float]]:
+def places(
+    maps: Tensor, boxes: Sequence[Sequence[float]], kept: Sequence[Picture]
+) -> dict[str, list[float]]:
     """Where each map is largest, and its share on the cue."""
-    marks, boxes = [one.mark for one in kept], [one.place for one in view.detections]
+    marks = [one.mark for one in kept]
     cue, box = placed(maps, marks, NEAR), placed(maps, boxes, 0)
     outside = []
     for one, (x0, y0, x1, y1) in zip(maps, boxes, strict=True):
@@ -312,9 +314,10 @@ def measured(
         pixels = torch.stack([one.pixels for one in kept])
         save_file({"maps": maps_of(name, view, pixels, config)}, file)
     maps = load_file(file)["maps"]
+    boxes = [one.place for one in view.detections]
     few = view.base.of(view.detections[: config.curves], SCORE)
     return {
-        **kept_values(output / f"{name}-places.json", lambda: places(maps, view, kept)),
+        **kept_values(output / f"{name}-places.json", lambda: places(maps, boxes, kept)),
         **kept_values(
             output / f"{name}-curves.json",
             lambda: curves(maps[: config.curves], few, kept[: config.curves]),
@@ -365,7 +368,7 @@ def study(
         f"| :-- |{' --: |' * len(told)}",
     ]
     for name, own in values.items():
-        cells = [_cell(mean_interval(np.array(own[column], float))) for column in told]
+        cells = [cell_of(mean_interval(np.array(own[column], float))) for column in told]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     rows = [
         {"method": name, "picture": i}
@@ -376,7 +379,7 @@ def study(
     yield from reported(output, lines, {"detectors": rows}, output / "maps.jpg")
 
 
-def _cell(found: Interval) -> str:
+def cell_of(found: Interval) -> str:
     return f"{found.mean:.3f} ({found.lo:.3f} to {found.hi:.3f})"
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from xattn.detection import Detections, Detector, load_detector
+from xattn.backbone import Backbone
+from xattn.detection import Detector, load_detector
 from xattn.eval.studies.explainer_families import NO, OTHERS, RUNS
 from xattn.explainers.base import EXPLAINERS, create_explainer, explainer_class
 from xattn.explainers.gradients import probe_image
@@ -25,28 +26,38 @@ from xattn.runtime.files import write_rows, write_text
 TORCHVISION = ("fasterrcnn", "maskrcnn", "retinanet", "fcos", "ssd")
 OTHER = ("YOLO, a stand-in", "a function")
 PAGE = "detectors-by-family"
+ABOUT = (
+    "families, random weights, one detection in noise",
+    "How detectors are loaded, and what is explained:\n[detectors.md](detectors.md)",
+)
 
 
 def study(
     page: Path = Path(f"docs/{PAGE}.md"), networks: Path = Path("tests/small_detectors.py")
 ) -> Iterator[str]:
     """A line for each family, and the page with its CSV."""
-    if not networks.is_file():
-        raise ValueError(f"networks: no file {networks}; run it from a checkout")
-    spec = spec_from_file_location(networks.stem, networks)
-    assert spec is not None and spec.loader is not None
-    small = module_from_spec(spec)
-    spec.loader.exec_module(small)
+    small = networks_of(networks)
     rows: list[dict[str, Any]] = []
     for family, detector in _detectors(small):
         noise = torch.rand(3, small.SIDE, small.SIDE, generator=torch.Generator().manual_seed(0))
         view = detector.of(detector.best_candidates(noise, 1))
-        found = list(_rows(family, view))
+        found = list(rows_of(family, view, {"cnn", "vit", "detector"}))
         rows += found
         yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
     write_rows(page.with_suffix(".csv"), rows)
-    write_text(page, "\n".join(_page(rows)) + "\n")
+    write_text(page, "\n".join(page_of(rows, "detectors", PAGE, *ABOUT)) + "\n")
     yield f"page: {page}"
+
+
+def networks_of(path: Path) -> Any:
+    """The module of the tests that makes tiny networks."""
+    if not path.is_file():
+        raise ValueError(f"networks: no file {path}; run it from a checkout")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    small = module_from_spec(spec)
+    spec.loader.exec_module(small)
+    return small
 
 
 def _detectors(small: Any) -> Iterator[tuple[str, Detector]]:
@@ -67,9 +78,10 @@ def _detectors(small: Any) -> Iterator[tuple[str, Detector]]:
     yield OTHER[1], load_detector(corner, input_size=small.SIDE, class_names=["a"])
 
 
-def _rows(family: str, view: Detections) -> Iterator[dict[str, Any]]:
+def rows_of(family: str, view: Backbone, kinds: set[str]) -> Iterator[dict[str, Any]]:
+    """What runs on a view of the explainers that are for networks of these kinds."""
     for entry in EXPLAINERS.entries():
-        fits = {"cnn", "vit", "detector"} & set(entry.networks)
+        fits = kinds & set(entry.networks)
         if not fits or explainer_class(entry.name).needs_head:
             continue
         found = tried(entry, view)
@@ -88,7 +100,10 @@ def _text(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items()) or "runs"
 
 
-def _page(rows: list[dict[str, Any]]) -> Iterator[str]:
+def page_of(
+    rows: list[dict[str, Any]], networks: str, page: str, about: str, more: str
+) -> Iterator[str]:
+    """Lines of the page of that name; ``about`` and ``more`` are words of its first paragraph."""
     by: dict[str, dict[str, str]] = {}
     for row in rows:
         by.setdefault(row["family"], {})[row["explainer"]] = row["result"]
@@ -97,12 +112,11 @@ def _page(rows: list[dict[str, Any]]) -> Iterator[str]:
     every = [f"`{name}`" for name in names if runs[name] == len(by)]
     never = [f"`{name}`" for name in names if not runs[name]]
     shown = [name for name in names if 0 < runs[name] < len(by)]
-    yield "# Explainers by family of detectors\n\nWhat runs on a tiny network of each of"
-    yield f"{len(by)} families, random weights, one detection in noise. {RUNS}: by its defaults;"
-    yield f"{OTHERS}: with options. How detectors are loaded, and what is explained:"
-    yield "[detectors.md](detectors.md). Made by\n\n```sh"
-    yield f"python -m xattn.eval.studies {PAGE} --page docs/{PAGE}.md\n```\n"
-    yield f"[Raw values]({PAGE}.csv): options, and why the others do not run.\n"
+    yield f"# Explainers by family of {networks}\n\nWhat runs on a tiny network of each of"
+    yield f"{len(by)} {about}. {RUNS}: by its defaults;"
+    yield f"{OTHERS}: with options. {more}. Made by\n\n```sh"
+    yield f"python -m xattn.eval.studies {page} --page docs/{page}.md\n```\n"
+    yield f"[Raw values]({page}.csv): options, and why the others do not run.\n"
     yield f"On all: {', '.join(every)}.\n\nOn none: {', '.join(never)}.\n"
     yield f"| family | {' | '.join(f'`{name}`' for name in shown)} |"
     yield f"| :-- |{' :-: |' * len(shown)}"

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_segmenters import CLASSES, SIDE, UNet, sam, torchvision_segmenter, transformers_segmenter
+from small_segmenters import (
+    CLASSES,
+    SIDE,
+    UNet,
+    sam,
+    smp_segmenter,
+    torchvision_segmenter,
+    transformers_segmenter,
+)
 from torch import nn
 
 import xattn
@@ -150,9 +158,8 @@ def test_sam_cuts_out_what_its_points_show(image):
 
 @pytest.mark.parametrize("kind", ["Unet", "FPN", "DeepLabV3Plus"])
 def test_segmentation_models_pytorch(kind, image):
-    smp = pytest.importorskip("segmentation_models_pytorch")
-    torch.manual_seed(0)
-    net = getattr(smp, kind)("mobilenet_v2", encoder_weights=None, classes=3).eval()
+    pytest.importorskip("segmentation_models_pytorch")
+    net = smp_segmenter(kind)
     segmenter = xattn.load_backbone(net, input_size=SIDE, task="multilabel", **HALF)
     assert segmenter.model.path == "encoder" and segmenter.task == "multilabel"
     with torch.no_grad():

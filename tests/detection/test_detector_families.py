@@ -11,13 +11,19 @@ from xattn.detection import load_detector
 from xattn.eval.studies import detector_families
 from xattn.explainers.base import EXPLAINERS
 
-PAGE = Path(__file__).parents[2] / "docs" / "detectors-by-family.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_is_made_of_its_raw_values():
-    with PAGE.with_suffix(".csv").open(newline="", encoding="utf-8") as lines:
+@pytest.mark.parametrize(
+    ("study", "networks"),
+    [(detector_families, "detectors")],
+)
+def test_the_page_is_made_of_its_raw_values(study, networks):
+    page = DOCS / f"{study.PAGE}.md"
+    with page.with_suffix(".csv").open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
-    assert PAGE.read_text(encoding="utf-8") == "\n".join(detector_families._page(rows)) + "\n"
+    made = detector_families.page_of(rows, networks, study.PAGE, *study.ABOUT)
+    assert page.read_text(encoding="utf-8") == "\n".join(made) + "\n"
 
 
 def test_methods_of_many_passes_are_run_and_not_only_made(monkeypatch):
@@ -30,7 +36,10 @@ def test_methods_of_many_passes_are_run_and_not_only_made(monkeypatch):
 
     detector = load_detector(corner, input_size=64, class_names=["a"])
     view = detector.of(detector.best_candidates(detector_families.torch.ones(3, 64, 64)))
-    found = {row["explainer"]: row for row in detector_families._rows("a function", view)}
+    found = {
+        row["explainer"]: row
+        for row in detector_families.rows_of("a function", view, {"cnn", "detector"})
+    }
     assert [name for name in names if found[name]["result"] == "runs"] == ["d_rise"]
     assert "answers without a gradient" in found["integrated_gradients"]["reason"]
     with pytest.raises(ValueError, match="^networks: no file nowhere.py; run it from a checkout"):

@@ -57,7 +57,7 @@ def test_a_map_is_placed_by_its_maximum_also_outside_the_box():
     values = torch.zeros(1, cues.SIDE, cues.SIDE)
     values[0, int(box[1] + box[3]) // 2, int(box[0] + box[2]) // 2] = 2.0
     values[0, (y0 + y1) // 2, (x0 + x1) // 2] = 1.0
-    found = cues.places(values, view, [one])
+    found = cues.places(values, [d.place for d in view.detections], [one])
     expected = (0, 1, 1, pytest.approx(1 / 3))
     assert tuple(found[column][0] for column in cues.PLACES) == expected
 

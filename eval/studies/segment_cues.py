@@ -1,0 +1,261 @@
+"""A class at a point that is decided elsewhere: which method points at the cue?
+
+    python -m xattn.eval.studies segment-cues
+
+The pictures are those of :mod:`xattn.eval.studies.detection_cues`: whether a diamond is of class "warm
+diamond", "cold diamond" or "plain diamond", a mark in one corner tells, and nothing in the diamond. A small
+network of encoder and decoder learns the class of each pixel. That it reads the mark is shown first: with
+the mark's colours swapped and with the mark painted over, the class must change. Explained is the class of
+the pixel in the middle of the diamond; a method is right if its map points at the mark. The network's own
+mask of the class as a map fails by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, load_segmenter
+from xattn.backbone.scored import scored
+from xattn.backbone.targets import Place, at_point
+from xattn.eval.bootstrap import mean_interval
+from xattn.eval.evaluation.split import Split
+from xattn.eval.studies.detection_cues import (
+    CLASSES,
+    KINDS,
+    LEAST,
+    MARKS,
+    PLACES,
+    SIDE,
+    TRAINED,
+    Picture,
+    cell_of,
+    picture,
+    places,
+)
+from xattn.eval.studies.kept import kept_record, kept_values, reported
+from xattn.eval.studies.options import OutputAt, Quick
+from xattn.eval.studies.small_training import minimize
+from xattn.explainers import create_explainer
+from xattn.pictures.overlay import overlay
+from xattn.runtime.files import check_folder
+
+METHODS: dict[str, dict[str, Any]] = {
+    "occlusion": {"size": 16, "stride": 4, "fill": "mean"},
+    "rise": {"masks": 200},
+    "integrated_gradients": {},
+    "input_x_gradient": {},
+    "saliency": {},
+    "lrp": {},
+    "gradcam": {},
+    "layercam": {},
+    # Before the layers that carry what is seen elsewhere to the diamond.
+    "gradcam early": {"layer": "encoder.1"},
+    "layercam early": {"layer": "encoder.1"},
+    "own mask": {},
+    "centre": {},
+    "random": {},
+}
+DRAWN = ("occlusion", "lrp", "layercam early", "layercam", "own mask")
+
+
+@dataclass(frozen=True)
+class SegmentCueConfig:
+    pictures: int = 100
+    steps: int = 800
+    batch: int = 16
+    seed: int = 0
+
+    def quick(self) -> SegmentCueConfig:
+        return replace(self, pictures=3, steps=4, batch=4)
+
+
+DEFAULTS = SegmentCueConfig()
+
+
+def labels_of(one: Picture) -> Tensor:
+    """(H, W) classes: 0 where there is nothing, else 1 + that of the shape."""
+    grid = torch.arange(SIDE) + 0.5
+    found = torch.zeros(SIDE, SIDE, dtype=torch.long)
+    for (x0, y0, x1, y1), label in zip(one.boxes.tolist(), one.labels.tolist(), strict=True):
+        dy, dx = (grid - (y0 + y1) / 2).abs()[:, None], (grid - (x0 + x1) / 2).abs()[None]
+        size = (
+            torch.hypot(dy, dx) if label == 0 else torch.maximum(dy, dx) if label == 1 else dy + dx
+        )
+        found[size < (x1 - x0) / 2] = 1 + label
+    return found
+
+
+class Network(nn.Module):
+    """The bottleneck has cells of 8 pixels, and each sees the whole picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(before: int, after: int, stride: int, wide: int = 1) -> nn.Sequential:
+            own = nn.Conv2d(before, after, 3, stride, wide, wide)
+            return nn.Sequential(own, nn.BatchNorm2d(after), nn.ReLU())
+
+        self.fine = layer(3, 8, 2)
+        self.encoder = nn.Sequential(
+            layer(8, 24, 2), layer(24, 32, 2), *(layer(32, 32, 1, wide) for wide in (1, 2, 4))
+        )
+        self.decoder = layer(32 + 8, 16, 1)
+        self.last = nn.Conv2d(16, 1 + len(CLASSES), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x)
+        coarse = F.interpolate(self.encoder(fine), fine.shape[2:], mode="bilinear")
+        pixels = self.last(self.decoder(torch.cat([coarse, fine], 1)))
+        return F.interpolate(pixels, x.shape[2:], mode="bilinear")
+
+
+def trained(config: SegmentCueConfig, split: Split, file: Path) -> Backbone:
+    """The network, trained now if ``file`` does not hold it."""
+    torch.manual_seed(config.seed)
+    net = Network()
+    numbers = split.fit(range(TRAINED, TRAINED + config.steps * config.batch))
+    if not file.is_file():
+        weight = torch.tensor([0.2, *[1.0] * len(CLASSES)])
+
+        def losses() -> Iterator[Tensor]:
+            for step in range(config.steps):
+                batch = [picture(n) for n in numbers[step * config.batch :][: config.batch]]
+                pixels = torch.stack([one.pixels for one in batch])
+                truth = torch.stack([labels_of(one) for one in batch])
+                yield F.cross_entropy(net(pixels - 0.5), truth, weight)
+
+        minimize(net, losses(), config.steps, 3e-3, 1e-4, max_norm=5.0)
+        save_file(net.state_dict(), file)
+    net.load_state_dict(load_file(file))
+    names = ["nothing", *CLASSES]
+    return load_segmenter(net.eval(), input_size=SIDE, class_names=names, mean=0.5, std=1.0)
+
+
+def question(one: Picture, label: int | None = None) -> Place:
+    """The class of the diamond, or another, in its middle."""
+    x0, y0, x1, y1 = one.boxes[0].tolist()
+    middle = (y0 + y1) / 2 / SIDE, (x0 + x1) / 2 / SIDE
+    own = int(one.labels[0]) if label is None else label
+    return at_point(1 + own, *middle, p="sigmoid")
+
+
+@torch.no_grad()
+def answer(segmenter: Backbone, one: Picture, pixels: Tensor) -> int:
+    """The likeliest class in the middle of the diamond, of those of shapes."""
+    every = [question(one, label) for label in range(len(CLASSES))]
+    return int(scored(segmenter, every).logits(pixels[None])[0].argmax())
+
+
+def follows(segmenter: Backbone, one: Picture) -> tuple[bool, bool]:
+    """Whether the class becomes that of the other colour with the mark's colours swapped, and the plain
+    one's with the mark painted over in the ground's grey."""
+    x0, y0, x1, y1 = one.mark
+    label, answers = int(one.labels[0]), []
+    for colour, wanted in ((MARKS[3 - label], 5 - label), ((0.45,) * 3, 4)):
+        pixels = one.pixels.clone()
+        pixels[:, y0:y1, x0:x1] = torch.tensor(colour)[:, None, None]
+        answers.append(answer(segmenter, one, pixels) == wanted)
+    return answers[0], answers[1]
+
+
+@torch.no_grad()
+def own_mask(one: Picture, segmenter: Backbone) -> Tensor:
+    """(1, 1, H, W) probability of the class."""
+    logits = segmenter.model.forward_pixels(segmenter.normalize(one.pixels[None]))[0]  # type: ignore[operator]
+    return logits.softmax(1)[:, [1 + int(one.labels[0])]]
+
+
+def maps_of(name: str, segmenter: Backbone, kept: Sequence[Picture], seed: int) -> Tensor:
+    """(n, H, W)."""
+    found = []
+    for one in kept:
+        if name == "own mask":
+            made = own_mask(one, segmenter)
+        else:
+            view = scored(segmenter, question(one))
+            kind = name.partition(" ")[0]
+            method = create_explainer(kind, view, seed=seed, **METHODS[name])
+            made = method.attribute(one.pixels[None], 0)
+        found.append(F.interpolate(made, (SIDE, SIDE), mode="bilinear")[0, 0])
+    return torch.stack(found)
+
+
+def study(
+    output: OutputAt = "runs/study-segment-cues",
+    config: SegmentCueConfig = DEFAULTS,
+    quick: Quick = False,
+) -> Iterator[str]:
+    """Train the network, measure what is not finished yet, write report.md, and give its lines."""
+    config = config.quick() if quick else config
+    output = Path(output)
+    check_folder(output)
+    kept_record(output / "record.json", asdict(config))
+    split = Split("segment-cues")
+    segmenter = trained(config, split, output / "network.safetensors")
+    marked = [n for n in range(config.pictures * KINDS // len(MARKS)) if n % KINDS < len(MARKS)]
+    every = [picture(number) for number in split.score(marked)]
+    split.write(output / "split.json")
+    right = [answer(segmenter, one, one.pixels) == int(one.labels[0]) for one in every]
+    kept = [one for one, known in zip(every, right, strict=True) if known or quick]
+    followed = [follows(segmenter, one) for one in kept]
+    swapped, painted = (sum(told[i] for told in followed) for i in range(2))
+    if min(swapped, painted) < LEAST * len(every) and not quick:
+        raise ValueError(
+            f"config.steps: of {len(every)} classes {swapped} follow the mark's colour and {painted} its "
+            f"absence; train longer, until {LEAST:.0%} do"
+        )
+    boxes = [one.boxes[0].tolist() for one in kept]
+
+    def measured(name: str) -> dict[str, list[Any]]:
+        def found() -> dict[str, list[float]]:
+            return places(maps_of(name, segmenter, kept, config.seed), boxes, kept)
+
+        return kept_values(output / f"{name}-places.json", found)
+
+    values = {name: measured(name) for name in METHODS}
+    draw(segmenter, kept[:3], config, output / "maps.png")
+    lines = [
+        f"{sum(right)} of {len(every)} diamonds have their class in their middle. Of these {swapped} "
+        f"change to the other colour's with the mark's colours swapped, {painted} to the plain one "
+        f"with the mark painted over.",
+        "",
+        f"| method | {' | '.join(PLACES)} |",
+        f"| :-- |{' --: |' * len(PLACES)}",
+    ]
+    for name, own in values.items():
+        cells = [cell_of(mean_interval(np.array(own[column], float))) for column in PLACES]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    rows = [
+        {"method": name, "picture": i} | {column: own[column][i] for column in PLACES}
+        for name, own in values.items()
+        for i in range(len(kept))
+    ]
+    yield from reported(output, lines, {"segmenters": rows}, output / "maps.png")
+
+
+def draw(
+    segmenter: Backbone, pictures: Sequence[Picture], config: SegmentCueConfig, file: Path
+) -> None:
+    """Pictures, and beside each the maps of some methods."""
+    size, rows = (3 * SIDE, 3 * SIDE), []
+    for one in pictures:
+        array = (one.pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        photo = Image.fromarray(array).resize(size, Image.Resampling.NEAREST)
+        cells = [photo]
+        for name in DRAWN:
+            raw = maps_of(name, segmenter, [one], config.seed)
+            unit = (raw - raw.min()) / (raw.max() - raw.min()).clamp_min(1e-12)
+            large = F.interpolate(unit[None], size, mode="bilinear")[0, 0]
+            cells.append(overlay(photo, large.clamp(0, 1).numpy()))
+        rows.append(np.concatenate([np.asarray(cell.convert("RGB")) for cell in cells], 1))
+    Image.fromarray(np.concatenate(rows)).save(file)
