@@ -46,6 +46,7 @@ _EXPORTS = {
     "explain": "xattn.explaining.photos",
     "explain_clip": "xattn.explaining.clip_maps",
     "explain_detections": "xattn.explaining.detections",
+    "explain_inputs": "xattn.explaining.inputs",
     "explain_video": "xattn.explaining.clips",
     "explain_tokens": "xattn.vlm.explain",
     "load_detector": "xattn.detection",
@@ -92,6 +93,7 @@ __all__ = [
     "explain",
     "explain_clip",
     "explain_detections",
+    "explain_inputs",
     "explain_tokens",
     "explain_video",
     "export",
@@ -144,6 +146,7 @@ if TYPE_CHECKING:
     from xattn.explaining.clip_maps import explain_clip
     from xattn.explaining.clips import explain_video
     from xattn.explaining.detections import explain_detections
+    from xattn.explaining.inputs import explain_inputs
     from xattn.explaining.photos import explain
     from xattn.explaining.segments import segment_targets
     from xattn.exporting import export

@@ -1,0 +1,376 @@
+"""Networks with several inputs: a map for each image, numbers for every other input.
+
+    found = explain_inputs(net, {"rgb": rgb, "depth": depth, "table": table}, "occlusion")
+    found["depth"].maps["occlusion"].overlay()
+    found["table"].numbers["feature_ablation"], found["depth"].drop
+
+One input is explained at a time, and the others are held fixed: what is explained of input k is the
+function x -> f(a_1, ..., x, ..., a_n). As a view of the network (:func:`input_view`) it is a backbone like
+any other, so explainers and metrics need no special case. The channels of one image are inputs in the same
+sense (:func:`band_maps`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from xattn.backbone import Backbone, Preprocessing
+from xattn.backbone.families.hooked import from_hooks
+from xattn.explainers.base import create_explainer
+from xattn.explainers.cams.layers import LayerExplainer
+from xattn.explaining.photos import explain
+from xattn.packs.explanation import Explanation
+from xattn.packs.writer import save_pack
+from xattn.photos.classes import Task, as_classes, find_class
+from xattn.photos.preprocessing import given_preprocessing
+from xattn.runtime.copies import frozen_copy, without_wrappers
+from xattn.runtime.names import did_you_mean
+
+NUMBERS = ("integrated_gradients", "feature_ablation")
+Inputs = Mapping[str, Tensor] | Sequence[Tensor]
+PerInput = float | Sequence[float] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class InputExplanation:
+    """What one input does.
+
+    Attributes:
+        name: of the input.
+        drop: by how much p falls when the whole input is its baseline.
+        maps: of an image, an explanation a method.
+        numbers: of another input, by method one number an element, of the logit, in the input's shape
+            without its batch.
+    """
+
+    name: str
+    drop: float
+    maps: Mapping[str, Explanation]
+    numbers: Mapping[str, NDArray[np.float32]]
+
+
+class OneInput(nn.Module):
+    """(B, ...) of one input -> what the network answers, (B, K), the other inputs being those ``given``."""
+
+    gradcam_layers = ()  # where no map is found
+
+    def __init__(self, net: nn.Module, given: Mapping[str, Tensor], name: str, call: str) -> None:
+        super().__init__()
+        self.net, self.names, self.name, self.call = net, list(given), name, call
+        self.input_channels = given[name].shape[1]
+        for i, value in enumerate(given.values()):
+            self.register_buffer(
+                f"input_{i}", value
+            )  # a part of the function, and of its fingerprint
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = {}
+        for i, name in enumerate(self.names):
+            value = self.get_buffer(f"input_{i}")
+            values[name] = x if name == self.name else value.expand(len(x), *value.shape[1:])
+        if self.call == "tuple":
+            return self.net(*values.values())  # type: ignore[no-any-return]
+        return self.net(**values) if self.call == "names" else self.net(values)  # type: ignore[no-any-return]
+
+
+class _WithoutMaps(OneInput):
+    """One whose network hands out no feature maps; its tap are the pixels, on a small grid."""
+
+    preprocessing: Preprocessing
+    tap_names = ("pixels",)
+
+    def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.forward(x), [F.adaptive_avg_pool2d(x, 14)]
+
+
+class InputView(Backbone):
+    """A backbone of one image input; made by :func:`input_view`."""
+
+    def __init__(self, *args: Any, about: Mapping[str, Any]) -> None:
+        super().__init__(*args)
+        self._about = dict(about)
+
+    def about(self, target: int) -> dict[str, Any]:
+        return self._about
+
+
+class _Sample:
+    """One sample of a network's inputs, checked; the network gets images normalised."""
+
+    def __init__(self, net: nn.Module, inputs: Inputs, mean: PerInput, std: PerInput) -> None:
+        if not isinstance(inputs, Mapping | tuple | list):
+            raise ValueError(
+                f"inputs: got a {type(inputs).__name__}; give a dict of tensors by name, or a tuple"
+            )
+        named = isinstance(inputs, Mapping)
+        self.raw = dict(inputs) if isinstance(inputs, Mapping) else _numbered(inputs)
+        for name, value in self.raw.items():
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != 1:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"inputs: {name!r} is {got}; give each as a tensor with a batch of one, images "
+                    f"(1, C, H, W), a table's row (1, F)"
+                )
+        self.raw = {name: value.detach() for name, value in self.raw.items()}
+        self.net = frozen_copy(without_wrappers(net))
+        self.call = _call_of(net, self.raw) if named else "tuple"
+        self.images = [name for name, value in self.raw.items() if value.ndim == 4]
+        self.photos = {name: self._photos(name, mean, std) for name in self.images}
+        self.given = {name: self.normalised(name, value) for name, value in self.raw.items()}
+
+    def _photos(self, name: str, mean: PerInput, std: PerInput) -> Preprocessing:
+        channels, height, width = self.raw[name].shape[1:]
+        own = Preprocessing((height, width), (0.0,) * channels, (1.0,) * channels, crop_pct=1.0)
+        mean, std = (v.get(name) if isinstance(v, Mapping) else v for v in (mean, std))
+        return given_preprocessing(own, channels, mean, std, None, None)
+
+    def normalised(self, name: str, value: Tensor) -> Tensor:
+        photos = self.photos.get(name)
+        if photos is None:
+            return value
+        mean, std = (torch.tensor(v).view(-1, 1, 1).to(value) for v in (photos.mean, photos.std))
+        return (value - mean) / std
+
+    def view(
+        self,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        task: Task | None = None,
+        taps: Sequence[str] | None = None,
+        **about: Any,
+    ) -> InputView:
+        if name not in self.images:
+            hint = did_you_mean(name, self.images, f"images are {', '.join(self.images) or 'none'}")
+            raise ValueError(f"name: {name!r} is no image (1, C, H, W) among the inputs; {hint}")
+        parts = (self.net, self.given, name, self.call)
+        bound, kind = OneInput(*parts).eval(), f"{type(self.net).__name__} of {name}"
+        bound.preprocessing = self.photos[name]  # type: ignore[assignment]
+        try:
+            made: nn.Module = from_hooks(bound, taps, kind=kind)
+        except ValueError as error:
+            if taps is not None or "taps: no module" not in str(error):
+                raise
+            made = _WithoutMaps(*parts).eval()
+            made.preprocessing = self.photos[name]  # type: ignore[assignment]
+        about = {"input": name, **about}
+        return InputView(made, kind, self.photos[name], None, class_names, task, about=about)
+
+
+def _numbered(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"input {i}": value for i, value in enumerate(inputs)}
+
+
+def _call_of(net: nn.Module, inputs: Mapping[str, Tensor]) -> str:
+    """Whether ``forward`` takes inputs by their names, or one dictionary."""
+    parameters = inspect.signature(net.forward).parameters
+    return "names" if set(inputs) <= set(parameters) else "dict"
+
+
+def input_view(
+    net: nn.Module,
+    inputs: Inputs,
+    name: str,
+    *,
+    mean: PerInput = None,
+    std: PerInput = None,
+    class_names: Sequence[str] | None = None,
+    task: Task | None = None,
+    taps: Sequence[str] | None = None,
+) -> Backbone:
+    """A backbone for one image input of ``net``, the other inputs held at those of one sample.
+
+    Args:
+        net: gives logits (1, K): ``net(**inputs)``, ``net(inputs)`` of a dict, ``net(*inputs)`` of a tuple.
+        inputs: a dict of tensors by name, or a tuple, whose names are ``"input 0"``, ``"input 1"``, ...
+            Each has a batch of one; images are (1, C, H, W) in [0, 1].
+        name: of the image that the backbone takes.
+        mean, std: of images, as in :func:`~xattn.load_backbone`; a dict gives each input its own. By
+            default the network gets images as they are.
+        class_names, task, taps: as in :func:`~xattn.load_backbone`.
+
+    Raises:
+        ValueError: inputs of another form, no such image, or a network that fails on them.
+
+    Example:
+        >>> net = torch.nn.Bilinear(4, 2, 3)
+        >>> class Two(torch.nn.Module):
+        ...     def forward(self, image, table):
+        ...         return image.flatten(1)[:, :3] * table.sum(1, keepdim=True)
+        >>> view = input_view(Two(), {"image": torch.rand(1, 1, 8, 8), "table": torch.ones(1, 2)}, "image")
+        >>> view.logits(torch.ones(5, 1, 8, 8)).shape
+        torch.Size([5, 3])
+    """
+    return _Sample(net, inputs, mean, std).view(name, class_names, task, taps)
+
+
+def explain_inputs(
+    net: nn.Module,
+    inputs: Inputs,
+    explainer: str | Sequence[str] = "occlusion",
+    *,
+    target: int | str | None = None,
+    numbers: Sequence[str] = NUMBERS,
+    baselines: Mapping[str, Tensor] | None = None,
+    mean: PerInput = None,
+    std: PerInput = None,
+    class_names: Sequence[str] | None = None,
+    task: Task | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    output: str | Path | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> dict[str, InputExplanation]:
+    """Explain every input of one sample, the others held fixed: images by maps, others by numbers.
+
+    Args:
+        net, inputs, mean, std, class_names, task: as in :func:`input_view`; at least one input is an image.
+        explainer: one or more names of :func:`~xattn.list_explainers`, for the images.
+        target: a class by number or name; by default the predicted one.
+        numbers: for other inputs, ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
+            ``"feature_ablation"`` of Captum; inputs that are no floats get the latter alone.
+        baselines: by name, what stands for an absent input, in its shape; zeros by default.
+        options: of explainers by name, such as ``{"occlusion": {"size": 8}}``.
+        output: the folder of a pack, in which each image input is a photo of that name, with the numbers of
+            the others in its provenance.
+
+    Returns:
+        By the inputs' names.
+
+    Raises:
+        ValueError: as :func:`input_view`; an unknown class or method, or a baseline of another shape.
+    """
+    sample = _Sample(net, inputs, mean, std)
+    if not sample.images:
+        raise ValueError("inputs: none is an image (1, C, H, W); use Captum for tables alone")
+    unknown = next((one for one in numbers if one not in NUMBERS), None)
+    if unknown is not None:
+        raise ValueError(f"numbers: got {unknown!r}; {did_you_mean(unknown, NUMBERS)}")
+    first = sample.view(sample.images[0], class_names, task)
+    logits = first.logits(sample.raw[sample.images[0]])
+    chosen = (
+        int(logits.argmax())
+        if target is None
+        else find_class(target, first.class_names, first.name)
+    )
+    absent, p = _baselines(sample, baselines or {}), first.probabilities(logits)[0, chosen]
+    drops: dict[str, float] = {}
+    found: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for name in sample.raw:
+        function = _function(sample, name, first.task)
+        with torch.no_grad():
+            drops[name] = float(p - first.probabilities(function(absent[name]))[0, chosen])
+        if name not in sample.images:
+            found[name] = {
+                one: _numbers(one, function, sample.given[name], absent[name], chosen)
+                for one in (numbers if sample.given[name].is_floating_point() else NUMBERS[1:])
+            }
+    about: dict[str, Any] = {
+        "drops": {name: float(f"{drop:.6g}") for name, drop in drops.items()},
+        "numbers": {k: {m: v.round(6).tolist() for m, v in by.items()} for k, by in found.items()},
+    }
+    maps: dict[str, dict[str, Explanation]] = {name: {} for name in sample.raw}
+    methods = [explainer] if isinstance(explainer, str) else list(explainer)
+    made: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
+    for name in sample.images:
+        view = sample.view(name, first.class_names, first.task, **about)
+        given = [create_explainer(m, view, **made, **(options or {}).get(m, {})) for m in methods]
+        for one in explain(sample.raw[name], view, explainer=given, classes=chosen, seed=seed):
+            maps[name][one.method] = replace(one, image_id=name)
+    if output is not None:
+        save_pack(output, [one for by in maps.values() for one in by.values()])
+    return {
+        name: InputExplanation(name, drops[name], maps[name], found.get(name, {}))
+        for name in sample.raw
+    }
+
+
+def band_maps(
+    backbone: Backbone, image: Tensor, explainer: str = "occlusion", target: int = 0, **options: Any
+) -> Tensor:
+    """A map for each channel of an image, the other channels held fixed: (C, h, w).
+
+    Args:
+        image: (C, H, W) or (1, C, H, W) in [0, 1].
+        explainer: a method that reads pixels, by gradients or by hiding them; methods that read a layer
+            have one map for all channels. For ``"input_x_gradient"`` the maps sum to that of the image.
+        target: a class.
+        options: of the explainer.
+
+    Raises:
+        ValueError: a method that reads a layer, or an image of another number of channels.
+    """
+    image = image if image.ndim == 4 else image[None]
+    backbone.check_channels(image, "image")
+    bands = image.split(1, 1)
+    names, photos = _numbered(bands), backbone.preprocessing
+    mean, std = (dict(zip(names, v, strict=True)) for v in (photos.mean, photos.std))
+    sample = _Sample(_Bands(backbone), bands, mean, std)
+    task = None if backbone.task == "binary" else backbone.task  # two logits stand for one
+    maps = []
+    for name in sample.images:
+        view = sample.view(name, backbone.class_names, task)
+        method = create_explainer(explainer, view, **options)
+        if isinstance(method, LayerExplainer):
+            raise ValueError(
+                f"explainer: {explainer!r} reads a layer, which is one for all channels; use "
+                f"'input_x_gradient', 'occlusion' or another that reads pixels"
+            )
+        maps.append(method.attribute(sample.raw[name], target)[0, 0])
+    return torch.stack(maps)
+
+
+class _Bands(nn.Module):
+    """A backbone whose channels are inputs, each normalised, (B, 1, H, W)."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *bands: Tensor) -> Tensor:
+        return self.backbone.logits_normalized(torch.cat(bands, 1))
+
+
+def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What stands for each input where it is absent, as the network gets it."""
+    unknown = next((name for name in given if name not in sample.raw), None)
+    if unknown is not None:
+        raise ValueError(f"baselines: {unknown!r} is no input; {did_you_mean(unknown, sample.raw)}")
+    found = {}
+    for name, value in sample.raw.items():
+        own = given.get(name, torch.zeros_like(value))
+        if own.shape not in (value.shape, value.shape[1:]):
+            raise ValueError(
+                f"baselines: {name!r} is {tuple(own.shape)}, the input {tuple(value.shape)}; give its shape"
+            )
+        found[name] = sample.normalised(name, own.reshape(value.shape).to(value))
+    return found
+
+
+def _function(sample: _Sample, name: str, task: Task) -> Callable[[Tensor], Tensor]:
+    """Logits (B, K) of one input, as the network gets it."""
+    bound = OneInput(sample.net, sample.given, name, sample.call).eval().requires_grad_(False)
+
+    def function(x: Tensor) -> Tensor:
+        return as_classes(bound(x), task)
+
+    return function
+
+
+def _numbers(
+    method: str, function: Callable[[Tensor], Tensor], x: Tensor, absent: Tensor, target: int
+) -> NDArray[np.float32]:
+    from captum.attr import FeatureAblation, IntegratedGradients
+
+    kind = IntegratedGradients if method == "integrated_gradients" else FeatureAblation
+    values = kind(function).attribute(x, baselines=absent, target=target)
+    return values[0].detach().float().cpu().numpy()  # type: ignore[no-any-return]
