@@ -60,6 +60,17 @@ def test_a_volume_of_one_channel():
     assert made(torch.rand(2, 1, 8, 16, 16)).maps[-1].shape == (2, 12, 4, 8, 8)
 
 
+def test_a_module_with_taps_of_its_own():
+    class Own(Tiny):
+        def forward_taps(self, x):
+            found = self.net(x)
+            return self.fc(found.mean((2, 3, 4))), [found]
+
+    made = load_backbone(Own(), input_size=16, frames=6, mean=0.5, std=0.5)
+    assert made.reads_clips and made.tap_sizes == ((3, 8, 8),)
+    assert made.preprocessing_record() == {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+
+
 def test_a_network_that_does_not_say_reads_16_frames_of_112_pixels():
     with pytest.warns(UserWarning, match="does not say how its training normalised"):
         assert load_backbone(Tiny()).preprocessing.places == (16, 112, 112)

@@ -80,6 +80,13 @@ def test_a_pack_holds_a_map_a_frame_a_film_and_strips(network, planted, tmp_path
         assert film.n_frames == FRAMES and film.size == (32, 32)
 
 
+def test_a_target_that_is_a_number(network, planted):
+    (found,) = explain_clip(planted[0][0], network, "hirescam", target=lambda z: z[:, 0] - z[:, 1])
+    z = network.logits(planted[0][:1])[0]
+    assert found.probability == pytest.approx(float(z[0] - z[1]), rel=1e-4)
+    assert found.strip(count=2, side=24).width == 2 * 30 - 6
+
+
 def test_steps_of_the_map_are_brought_to_the_frames():
     network = load_backbone(Tiny(), input_size=16, frames=8, mean=0.5, std=0.5)
     (one,) = explain_clip(torch.rand(3, 8, 16, 16), network, "eigencam")

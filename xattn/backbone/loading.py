@@ -42,6 +42,7 @@ from xattn.photos.preprocessing import (
     channels_of,
     first_convolution,
     given_preprocessing,
+    of_clips,
     preprocessing_of,
     says_normalization,
 )
@@ -372,7 +373,7 @@ def _backbone(
     task, class_names = asked.task, asked.class_names
     if isinstance(model, TransformersNetwork | HookedClassifier):
         task, class_names = task or model.task, class_names or model.class_names
-    own = preprocessing_of(model, asked.input_size)
+    own = of_clips(preprocessing_of(model, asked.input_size), model, asked.frames)
     if asked.frames is not None:
         check_reads_clips(own, name)
     channels = channels_of(model, own)

@@ -58,8 +58,8 @@ class TapModule(Protocol):
     """The adapter protocol for modules that are not timm's.
 
     ``forward_taps(x)`` takes normalised images (B, 3, H, W) and returns ``(logits, maps)`` with
-    4-D NCHW maps; optional attributes ``preprocessing`` (a
-    :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
+    4-D NCHW maps, or clips (B, 3, T, H, W) and maps (B, C, t, h, w); optional attributes
+    ``preprocessing`` (a :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
     ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
     output Grad-CAM reads) are used where present.
     :func:`xattn.backbone.families.traced.from_torchvision` makes one.

@@ -102,9 +102,9 @@ class ClipExplanation:
         a bar of the map's share in them; the longest bar is full."""
         at, shares = even_steps(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
-        title = (
-            f"{self.target_name.split(',')[0]}  {self.probability:.1%}  {method_title(self.method)}"
-        )
+        value = self.protocol.get("probability") == "value"
+        amount = f"{self.probability:.4g}" if value else f"{self.probability:.1%}"
+        title = f"{self.target_name.split(',')[0]}  {amount}  {method_title(self.method)}"
         return strip(
             photos,
             maps,

@@ -65,6 +65,15 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> P
     )
 
 
+def of_clips(own: Preprocessing, model: nn.Module, frames: int | None) -> Preprocessing:
+    """``own`` with ``frames`` of a clip, where ``model`` does not say how its inputs are prepared and
+    ``frames`` are given or its first convolution is 3-D."""
+    said = isinstance(getattr(model, "preprocessing", None), Preprocessing) or _config_of(model)
+    if said or not (frames or isinstance(first_convolution(model), nn.Conv3d)):
+        return own
+    return ClipPreprocessing(**asdict(own), frames=frames or ClipPreprocessing.frames)
+
+
 def says_normalization(model: nn.Module) -> bool:
     """Whether the model itself says with which mean and std it was trained."""
     if isinstance(getattr(model, "preprocessing", None), Preprocessing):
@@ -150,7 +159,7 @@ def preprocessing_record(model: nn.Module, used: Preprocessing) -> dict[str, Any
     """``{"preprocessing": {...}}`` with what ``used`` changes of the model's own preprocessing but for
     the size; empty if nothing."""
     own = asdict(preprocessing_of(model))
-    changed = {key: value for key, value in asdict(used).items() if value != own[key]}
+    changed = {key: value for key, value in asdict(used).items() if value != own.get(key, value)}
     changed.pop("input_size", None)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
     return {"preprocessing": values} if values else {}
