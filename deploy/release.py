@@ -115,7 +115,7 @@ def bump(root: Path, version: str, today: date) -> str:
             raise ValueError(f"{name}: names the version {count} times; see PLACES in release.py")
     git(root, "var", "GIT_COMMITTER_IDENT")  # fails where git does not know who commits
     for name, page in changed.items():
-        (root / name).write_text(page, encoding="utf-8")
+        (root / name).write_text(page, encoding="utf-8", newline="\n")
     git(root, "commit", "-qam", f"Release {version}")
     git(root, "tag", "-a", f"v{version}", "-m", f"xattn {version}")
     return f"git push origin HEAD v{version}"
@@ -130,7 +130,7 @@ def set_owner(root: Path, name: str) -> list[str]:
         if file.startswith(("deploy/release.py", "tests/")):
             continue
         text = read(root, file).replace(UNSET, f"github.com/{name}/")
-        (root / file).write_text(text, encoding="utf-8")
+        (root / file).write_text(text, encoding="utf-8", newline="\n")
         changed.append(file)
     return changed
 
@@ -161,7 +161,7 @@ def fill_recipe(root: Path, sdist: Path) -> None:
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     path = root / "deploy" / "conda" / "recipe.yaml"
     text = re.sub(r"sha256: .*", f'sha256: "{digest}"', path.read_text(encoding="utf-8"))
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def main(words: list[str] | None = None, root: Path = ROOT) -> int:
@@ -184,7 +184,7 @@ def main(words: list[str] | None = None, root: Path = ROOT) -> int:
             print(section(root, current(root)))
         elif given.job == "readme":
             page = absolute(read(root, "README.md"), "", repository(root), current(root))
-            (root / "README.md").write_text(page, encoding="utf-8")
+            (root / "README.md").write_text(page, encoding="utf-8", newline="\n")
         else:
             fill_recipe(root, given.sdist)
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def clone(tmp_path, monkeypatch):
         text = (ROOT / name).read_text(encoding="utf-8")
         own = release.read(ROOT, "pyproject.toml").split("github.com/")[1].split("/")[0]
         text = text.replace(f"github.com/{own}/", release.UNSET).replace("not on PyPI yet", "here")
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="\n")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "Start")
@@ -187,5 +188,5 @@ def test_notes_and_the_readme_are_those_of_the_version(owned, capsys):
 
 def test_the_script_runs_by_itself():
     script = str(ROOT / "deploy" / "release.py")
-    done = subprocess.run(["python3", "-S", script, "notes"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", script, "notes"], capture_output=True, text=True)
     assert done.returncode == 0 and "### Added" in done.stdout, done.stderr
