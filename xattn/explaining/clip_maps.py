@@ -295,7 +295,7 @@ def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[T
     """The network's input (C, T, H, W), and what it shows of each frame."""
     channels, size = backbone.mean.shape[1], backbone.preprocessing.input_size
     if isinstance(clip, Tensor) and tuple(clip.shape[2:]) == tuple(size):
-        at = torch.tensor(frames.numbers)
+        at = torch.tensor(frames.numbers, device="cpu")
         values = clip.detach().cpu()[:, at]
         values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
         return values, View("tensor", size, size, (0, 0, *size), size)
