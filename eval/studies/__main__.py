@@ -183,6 +183,10 @@ STUDIES = {
         "segment_cues",
         "A class at a point that a mark elsewhere decides: which method points at the mark.",
     ),
+    "segmenters-by-family": (
+        "segmenter_families",
+        "Which explainers run on which family of segmentation networks, tried on a class at a point.",
+    ),
     "sinks": (
         "attention_sinks",
         "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",
