@@ -27,7 +27,7 @@ RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
 """The methods whose maps are degraded, of three kinds."""
 DONORS = 16  # photos that other photos' maps are taken from
-KEPT = 64  # answers of a method
+KEPT = 32 << 20  # cells of a method's maps, those of a chunk of photos for all rungs
 
 Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 
@@ -99,6 +99,7 @@ class Anchor:
         self._seeds = [photo_seed(photo) for photo in photos]
         self._donors: Tensor | None = None
         self._made: OrderedDict[Any, Tensor] = OrderedDict()
+        self._cells = 0
 
     def maps(self, images: Tensor, targets: Tensor, stage: int | str | None = None) -> Tensor:
         """Raw maps (b, 1, h, w), of random weights with a ``stage``."""
@@ -110,8 +111,9 @@ class Anchor:
                 assert self.randomized is not None
                 found = self.randomized(stage, images, targets)
             self._made[key] = found.detach()
-            if len(self._made) > KEPT:
-                self._made.popitem(last=False)
+            self._cells += found.numel()
+            while self._cells > KEPT and len(self._made) > 1:
+                self._cells -= self._made.popitem(last=False)[1].numel()
         return self._made[key]
 
     def of_another(self, seed: int, target: int) -> Tensor:

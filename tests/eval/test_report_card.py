@@ -127,6 +127,29 @@ def test_a_changed_scale_or_zero_changes_no_squares_and_an_order_does(found):
     assert tests["invariance order"].passed is None and tests["invariance order"].value > 0.01
 
 
+def test_a_methods_maps_are_made_once_for_all_rungs(network, photos, monkeypatch):
+    asked = []
+
+    def truth(images, targets):
+        asked.append(len(images))
+        return network.truth(images, targets)
+
+    classes = network.logits(photos[:2]).argmax(1)
+    anchor = Anchor("truth", Maps(truth), photos[:2], classes.tolist())
+    rows = card_rows([anchor], network, Maps(truth)).methods
+    for _ in range(2):
+        for t in RUNGS:
+            for i in range(2):  # as metrics ask that explain again
+                rows[rung_name("truth", "photo", t)].attribute(
+                    photos[i : i + 1], classes[i : i + 1]
+                )
+    assert asked == [1] * 4, "of two photos, and of two that lend their maps"
+    monkeypatch.setattr("xattn.eval.sanity.ladders.KEPT", 16)
+    for i in (0, 1, 0):
+        anchor.maps(photos[i : i + 1] / 2, classes[i : i + 1])
+    assert asked == [1] * 7 and len(anchor._made) == 1
+
+
 def test_rungs_fall_from_the_anchor_to_nothing(found):
     means = {
         name: float(np.nanmean(m.values[Column("squares")])) for name, m in found.methods.items()
