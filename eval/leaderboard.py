@@ -283,6 +283,7 @@ def say_plan(
     limit: int | None,
     ranks: int,
     say: Callable[[str], Any],
+    tabled: bool = False,
 ) -> None:
     """Say what the comparison will cost, if the number of images is known.
 
@@ -302,6 +303,7 @@ def say_plan(
             max_forward_batch=job.max_forward_batch,
             again_limit=job.again_limit,
             processes=ranks,
+            tabled=tabled,
         )
         say(str(expected))
 

@@ -381,7 +381,8 @@ def _add_rows(
         check_name("row", row)
     state = _state(board, network["name"])
     protocol, metrics = board_metrics(board.facts["seed"], job.backbone)
-    say_plan(job, rows, metrics, files, None, 1, say)
+    tabled = board.path(f"tables/{network['name']}.safetensors").is_file()
+    say_plan(job, rows, metrics, files, None, 1, say, tabled)
     results = evaluate(
         job.backbone,
         rows,
@@ -537,7 +538,7 @@ def _card(
     made, anchors = ladder_rows(job.backbone, photos, "crop", seed, job.max_forward_batch)
     protocol, metrics = board_metrics(seed, job.backbone)
     say(f"report card: {len(made.methods)} rows of ladders on {len(photos)} photos")
-    say_plan(job, made.methods, metrics, photos, None, 1, say)
+    say_plan(job, made.methods, metrics, photos, None, 1, say, tabled=True)
     found = evaluate(
         job.backbone,
         made.methods,

@@ -70,6 +70,7 @@ def plan(
     max_forward_batch: int = 32,
     again_limit: int | None = 2,
     processes: int = 1,
+    tabled: bool = False,
 ) -> Plan:
     """Count the passes on one ``image`` (3, H, W) and time a micro-batch.
 
@@ -77,6 +78,7 @@ def plan(
         count: how many images there will be.
         again_limit: see :func:`xattn.eval.evaluate`.
         processes: how many share the work.
+        tabled: the tables of outcomes are there.
     """
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
@@ -89,7 +91,7 @@ def plan(
         scored, explained = _dry_run(metric.for_network(backbone), table)
         making += time.perf_counter() - started
         requests, again = requests + scored, again + explained
-    outcomes = counter.asked * count
+    outcomes = 0 if tabled else counter.asked * count
     explaining, scoring, seconds = {}, {}, (count + outcomes) * seconds_a_pass
     for name, explainer in explainers.items():
         facts = ExplainerFacts.of(explainer)
