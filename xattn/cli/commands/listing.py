@@ -61,7 +61,8 @@ class List:
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
     model: Annotated[str | None, Argument(also=("--for",), metavar="MODEL")] = None
-    """Tell which explainers run on this backbone: each is tried on one picture, with random weights."""
+    """Tell which explainers run on this backbone: each is tried on one picture, with random weights, but of
+    an .onnx file with its own."""
 
     def run(self) -> None:
         if self.what in ("all", "models"):
@@ -160,7 +161,8 @@ def tried_lines(model: str) -> Iterator[str]:
     from xattn.explaining.trying import tried
 
     backbone = load_backbone(model, weights=None)
-    yield f"explainers for {backbone.name}, with random weights:"
+    own = model.endswith(".onnx")
+    yield f"explainers for {backbone.name}, with {'its own' if own else 'random'} weights:"
     for entry in EXPLAINERS.entries():
         yield f"  {entry.name:24} {tried(entry, backbone)}"
 

@@ -41,7 +41,7 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
     if layer is None and hasattr(backbone.model, "gradcam_layers"):
         raise ValueError(
             f"explainer: {method!r} reads feature maps, {backbone.name} hands out none; use 'occlusion' or "
-            f"another that hides pixels"
+            f"another that hides pixels, for detections 'd_rise'"
         )
     if layer is None and backbone.adapter:
         raise ValueError(
