@@ -194,7 +194,7 @@ def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Read
         operators=[call.operator for call in found.layers],
         maps=[{name: m[0].float().cpu() for name, m in c.maps.items()} for c in found.layers],
         logits=found.logits[0].float().cpu(),
-        grid=found.grid,
+        grid=(found.grid[0], found.grid[1]),
         prefix=prefix_names(backbone, found.prefix),
     )
 

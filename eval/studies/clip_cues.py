@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def costs(side: int, repeats: int = 5) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {
         "forward pass": torch.no_grad()(lambda: network.logits(x))
     }
-    calls |= {f"`{name}`": lambda one=one: one.attribute(x, 0) for name, one in cams.items()}
+    calls |= {f"`{name}`": partial(one.attribute, x, 0) for name, one in cams.items()}
     with single_thread():
         for turn in range(repeats + 1):  # the first warms up
             for name, call in calls.items():
