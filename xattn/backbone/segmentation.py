@@ -3,8 +3,8 @@
     backbone = load_backbone(fcn_resnet50(weights="DEFAULT"))
     explain("photo.jpg", backbone, explainer="gradcam", target=at_mask("dog", mask))
 
-Grad-CAM of such a target is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434): the mean over the pixels of
-a mask in the place of the logit of a class, read at the bottleneck. That layer is found here, see
+Grad-CAM of such a target is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434): the mean over the pixels
+of a mask in the place of the logit of a class, read at the bottleneck. That layer is found here, see
 :func:`bottleneck`.
 
 As a classifier, a network answers for class k the mean log-odds of the pixels where it is the likeliest
