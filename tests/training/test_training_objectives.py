@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,6 +335,18 @@ def test_rank_equals_the_areas_of_an_additive_game():
             w * (r + 0.5) / PLAYERS for r, w in enumerate(order)
         )  # cell r stays until its turn
         assert float(area) == pytest.approx(float(exact), rel=1e-3)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2)])
+def test_a_removed_cell_takes_its_own_share_of_the_photo(place):
+    """Each cell has the same weight, in a corner or not: of a white photo 15/16 of the light are left."""
+    gone = torch.zeros(1, 2, 4, 4).double()
+    gone[0, 1, place[0], place[1]] = 1
+    network = SimpleNamespace(task="multilabel", logits=lambda x: 3 * x.mean((1, 2, 3))[:, None])
+    step = SimpleNamespace(images=torch.ones(1, 3, 32, 32).double(), backbone=network)
+    area = Rank(steps=2)._area(step, gone, torch.zeros(1, 3, 32, 32).double(), torch.tensor([0]))
+    curve = torch.tensor([3.0, 3 * 15 / 16]).double().sigmoid()
+    assert float(area) == pytest.approx(float(curve.mean()), abs=1e-9)
 
 
 @pytest.fixture(scope="module")
