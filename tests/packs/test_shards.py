@@ -208,6 +208,14 @@ def test_a_shard_ends_when_it_is_large(tmp_path, monkeypatch):
     assert [e.image_id for e in load_pack(tmp_path / "pack")[::3]] == list(pack.image_ids)
 
 
+def test_large_maps_end_a_shard_as_photos_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("xattn.packs.writer.SHARD_BYTES", 20_000)
+    with pack_writer(tmp_path / "pack") as writer:
+        for i in range(4):
+            writer.add([explanation(i, side=50, metrics={}, curves={})])  # of 10,000 bytes
+    assert len([*(tmp_path / "pack").glob("maps-*")]) == 2
+
+
 def test_a_shard_that_could_not_be_read_back_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("xattn.packs.columns.MAX_ROWS", 20)
     with pytest.raises(ValueError, match="21 rows, over the limit of 20.*fewer photos in a shard"):
