@@ -386,8 +386,8 @@ def page(context: Context) -> None:
         return
     if not settings.training:
         st.info(
-            "Training is off, because everybody in the network reaches this viewer without a "
-            "token. Start it without --no-token to train here."
+            "Training is off, because others may reach this viewer without a token. Start it with "
+            "XATTN_APP_TOKEN, and without --no-token, to train here."
         )
         return
     jobs = Jobs.of(settings)

@@ -64,6 +64,33 @@ def test_bad_arguments_are_one_line(
     assert "xattn: error: " in captured and named in captured and "Traceback" not in captured
 
 
+@pytest.mark.parametrize(
+    ("arguments", "token", "training"),
+    [
+        ([], None, True),
+        (["--host", "0.0.0.0"], None, True),  # which makes a token
+        (["--no-token"], None, False),
+        (["--allow-host", "viewer.example.org"], None, False),
+        (["--allow-host", "viewer.example.org"], "a" * 20, True),
+        (["--no-token", "--allow-frame", "https://wiki.example.org"], None, False),
+    ],
+)
+def test_whoever_gets_in_without_a_token_cannot_train(
+    arguments: list[str],
+    token: str | None,
+    training: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(server, "serve", lambda settings, *_: seen.append(settings.training))
+    monkeypatch.delenv("XATTN_APP_TOKEN", raising=False)
+    if token is not None:
+        monkeypatch.setenv("XATTN_APP_TOKEN", token)
+    assert run(str(tmp_path), *arguments) == 0
+    assert seen == [training]
+
+
 def test_a_file_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pack.zip").write_text("")
     assert run(str(tmp_path / "pack.zip")) == 2

@@ -76,10 +76,12 @@ class App:
             raise ValueError(f"upload_mb: got {self.upload_mb}; give a positive number")
         from xattn.app.state import Settings
 
+        opened = self.no_token or self.allow_host or self.allow_frame
+        alone = address.loopback and not opened  # nobody but who uses this machine gets here
         settings = Settings(
             root=root,
             model=self.model,
-            training=isinstance(root, Path) and (address.loopback or token is not None),
+            training=isinstance(root, Path) and (token is not None or alone),
             demo=self.demo,
             data=self.data,
             imports=imported(),
