@@ -25,7 +25,10 @@ VERSION = r"\d+\.\d+\.\d+(?:rc\d+)?"
 PLACES = {
     "xattn/runtime/version.py": (rf'__version__ = "{VERSION}"', '__version__ = "{version}"'),
     "deploy/space/requirements.txt": (rf"(xattn\[.*\])=={VERSION}", r"\1=={version}"),
-    "deploy/conda/recipe.yaml": (rf'^  version: "{VERSION}"', '  version: "{version}"'),
+    "deploy/conda/recipe.yaml": (
+        rf'^  version: "{VERSION}"((?:\n.*)*?\n  sha256: ).*',
+        f'  version: "{{version}}"\\1"{"0" * 64}"',  # of an sdist that is not there yet
+    ),
     "CITATION.cff": (
         rf"^version: {VERSION}\n(?:date-released: .*\n)?",
         "version: {version}\ndate-released: {today}\n",
@@ -129,7 +132,9 @@ def set_owner(root: Path, name: str) -> list[str]:
     for file in git(root, "grep", "-lI", UNSET).splitlines():
         if file.startswith(("deploy/release.py", "tests/")):
             continue
-        text = read(root, file).replace(UNSET, f"github.com/{name}/")
+        text = (
+            read(root, file).replace(UNSET, f"github.com/{name}/").replace("- OWNER", f"- {name}")
+        )
         (root / file).write_text(text, encoding="utf-8", newline="\n")
         changed.append(file)
     return changed

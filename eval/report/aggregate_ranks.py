@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from xattn.eval import bootstrap
 from xattn.eval.evaluation.results import MIN_IMAGES, TOO_FEW, Results
 from xattn.eval.metrics.base import Column
-from xattn.eval.report.rank_sets import rank_sets_of_draws
+from xattn.eval.report.rank_sets import MIN_RANKED, rank_sets_of_draws
 
 MIN_METRICS = 3
 _SAME = 1e-9  # of z: what rounding may change
 
 
 class AggregateRank(NamedTuple):
-    """A method's rank from 1, the ends of its rank set (95 % for all methods together), the share of
-    resamples in which it is first, and z."""
+    """A method's rank from 1, the ends of its rank set (95 % for all methods together; with fewer than 40
+    photos all places), the share of resamples in which it is first, and z."""
 
     method: str
     rank: int
@@ -101,6 +101,8 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     if fewest < MIN_IMAGES:
         return Ranking((), metrics, trained, f"{TOO_FEW}: {fewest}; it takes at least {MIN_IMAGES}")
     ranks = _ranks(names, columns, values[:, fits], results)
+    if fewest < MIN_RANKED:  # too few to tell methods apart for all together
+        ranks = tuple(rank._replace(lo=1, hi=len(ranks)) for rank in ranks)
     return Ranking(ranks, metrics, trained)
 
 

@@ -47,7 +47,7 @@ def rank_sets(
         values: (M, photos), or (M, networks, photos), of which a photo counts as a whole; NaN where a
             method has no value. Two methods are compared on the photos and networks that both have.
         higher: larger values are better.
-        level: of all sets together.
+        level: of all sets together. It holds from about 40 photos on; with fewer the sets are too narrow.
 
     Raises:
         ValueError: another shape.

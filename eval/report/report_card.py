@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from xattn.correlation import spearman
+from xattn.correlation import ranks, spearman
 from xattn.eval import bootstrap
 from xattn.eval.evaluation.results import MIN_IMAGES, Results
 from xattn.eval.metrics.base import Column
@@ -202,13 +202,15 @@ def _null_test(table: _Signed, anchor: str, null: str) -> list[CardTest]:
 
 def _same_test(table: _Signed, anchor: str, kind: str) -> list[CardTest]:
     """The largest difference that a change of the maps makes; judged where the column declares it."""
-    apart = np.abs(table.of(anchor) - table.of(f"{anchor} {kind}"))
+    own, other = table.of(anchor), table.of(f"{anchor} {kind}")
+    apart = np.abs(own - other)
     if not np.isfinite(apart).any():
         return []
     most = float(np.nanmax(apart))
     declared = kind in INVARIANCE.get(table.column.metric, ())
-    size = max(1.0, float(np.nanmax(np.abs(table.of(anchor)))))
-    passed = most <= TOLERANCE * size if declared else None
+    same = bool((np.isnan(own) == np.isnan(other)).all())  # a value that is lost is a change, too
+    limit = TOLERANCE * max(1.0, float(np.nanmax(np.abs(own))))
+    passed = same and most <= limit if declared else None
     return [CardTest(table.key, f"invariance {kind}", most, passed=passed)]
 
 
@@ -230,16 +232,19 @@ def _halves(run: Results, column: Column) -> list[CardTest]:
 
 
 def _agreement(run: Results, admitted: Sequence[str]) -> list[CardTest]:
-    """Kendall's W of the orders that the columns give the methods: 1 if all are the same."""
+    """Kendall's W of the orders that the columns give the methods, ties counted: 1 if all are the same.
+    Columns in which all methods are equal give no order."""
     names, orders = run.judged_methods, []
     for column in run.columns:
         table = _Signed(run, column)
         means = np.array([bootstrap.mean(table.of(name)) for name in names])
-        if column.key in admitted and np.isfinite(means).all():
-            orders.append(means.argsort().argsort())
+        if column.key in admitted and np.ptp(means) > 0:
+            orders.append(ranks(torch.from_numpy(means)[None])[0].numpy())
     m, n = len(orders), len(names)
     if m < 2 or n < 3:
         return []
     total = np.sum(orders, axis=0)
-    w = 12 * float(((total - total.mean()) ** 2).sum()) / (m**2 * (n**3 - n))
+    sizes = np.concatenate([np.unique(order, return_counts=True)[1] for order in orders])
+    most = m**2 * (n**3 - n) - m * int((sizes**3 - sizes).sum())
+    w = 12 * float(((total - total.mean()) ** 2).sum()) / most
     return [CardTest("all", "agreement", w)]

@@ -50,6 +50,7 @@ def test_the_owner_is_put_into_every_address(clone):
     assert "pyproject.toml" in release.set_owner(clone, "some-body")
     assert not re.search(r"github\.com/OWNER", "".join(release.read(clone, n) for n in COPIED))
     assert release.repository(clone) == "https://github.com/some-body/xattn"
+    assert "    - some-body\n" in release.read(clone, "deploy/conda/recipe.yaml")
     with pytest.raises(ValueError, match=r"^owner: got 'a/b'"):
         release.set_owner(clone, "a/b")
 
@@ -175,6 +176,10 @@ def test_the_recipe_takes_the_checksum_of_its_own_sdist(owned, capsys):
     shutil.move(sdist, other := owned / "xattn-9.9.9.tar.gz")
     assert release.main(["recipe", str(other)], owned) == 2
     assert "recipe: got xattn-9.9.9.tar.gz" in capsys.readouterr().err
+    other.unlink()
+    git(owned, "commit", "-qam", "Recipe")
+    release.bump(owned, "99.0.0", DAY)  # whose sdist is another file
+    assert f'sha256: "{"0" * 64}"\n' in release.read(owned, "deploy/conda/recipe.yaml")
 
 
 def test_notes_and_the_readme_are_those_of_the_version(owned, capsys):

@@ -9,7 +9,7 @@ from eval_fakes import FakeBackbone, Maps
 from xattn.eval import Protocol, create_metric, evaluate
 from xattn.eval.evaluation.results import ImageRecord, MethodResult, Results
 from xattn.eval.metrics.base import Column
-from xattn.eval.report.report_card import report_card
+from xattn.eval.report.report_card import _agreement, _same_test, _Signed, report_card
 from xattn.eval.sanity.ladders import (
     LADDERS,
     NULLS,
@@ -219,3 +219,40 @@ def test_halves_and_agreement_of_a_run():
         report_card(made_up({("a", x): FALLING for x in LADDERS}), ["a"], run), "squares"
     )
     assert worse["halves"].passed is False
+
+
+@pytest.mark.parametrize("names", [("a", "b", "c"), ("c", "b", "a")])
+def test_agreement_does_not_hang_on_the_order_of_methods_that_tie(names):
+    """One column orders three methods; in another two of them tie; in the third all do, which says nothing."""
+    values = {"a": (1.0, 1.0, 1.0), "b": (2.0, 1.0, 1.0), "c": (3.0, 2.0, 1.0)}
+    run = of_columns({name: values[name] for name in names}, ("squares", "subsets", "ROAD"))
+    (test,) = _agreement(run, ["squares", "subsets", "ROAD"])
+    # Ranks 1 2 3 and 1.5 1.5 3: sums 2.5, 3.5, 6; S = 6.5; W = 12 S / (m^2 (n^3 - n) - m (2^3 - 2)).
+    assert test.value == pytest.approx(12 * 6.5 / (4 * 24 - 2 * 6))
+
+
+def test_a_value_that_a_change_takes_away_is_a_change():
+    changed = np.full(10, 0.5)
+    changed[3] = np.nan
+    run = of_columns({"a": (0.5,), "a scale": (0.5,)}, ("squares",))
+    table = _Signed(run, Column("squares"))
+    assert _same_test(table, "a", "scale")[0].passed
+    run.methods["a scale"].values[Column("squares")] = changed
+    (test,) = _same_test(_Signed(run, Column("squares")), "a", "scale")
+    assert test.value == 0 and test.passed is False
+
+
+def of_columns(values, columns, n=10):
+    """Results of methods that have the same value on each of ``n`` photos, by column."""
+    methods = {
+        name: MethodResult(
+            2,
+            False,
+            np.ones(n, bool),
+            {},
+            {Column(c): np.full(n, v) for c, v in zip(columns, own, strict=True)},
+        )
+        for name, own in values.items()
+    }
+    images = [ImageRecord(f"{i}.jpg", 0, "ant", 0.5) for i in range(n)]
+    return Results(Protocol(n=n, n_invalid=0), images, methods, n_resamples=100)

@@ -35,7 +35,7 @@ def results_of(values, objectives=(), masks=()):
     return Results(Protocol(n=n, n_invalid=0), images, methods, n_resamples=400)
 
 
-def noisy(goodness, n=30, columns=(*LOWER, *HIGHER), seed=0, noise=1.0):
+def noisy(goodness, n=40, columns=(*LOWER, *HIGHER), seed=0, noise=1.0):
     """Values of methods that differ by ``goodness`` in every column."""
     rng = np.random.default_rng(seed)
     shared = {c: rng.normal(size=n) for c in columns}
@@ -82,7 +82,7 @@ def test_the_order_of_methods_and_images_does_not_matter():
     again = {r.method: r for r in aggregate_ranks(results_of(turned)).ranks}
     for name, r in expected.items():
         assert r[:5] == again[name][:5] and r.score == pytest.approx(again[name].score)
-    order = np.random.default_rng(1).permutation(30)
+    order = np.random.default_rng(1).permutation(40)
     shuffled = {n: {c: x[order] for c, x in cs.items()} for n, cs in values.items()}
     for r in aggregate_ranks(results_of(shuffled)).ranks:
         assert r.rank == expected[r.method].rank
@@ -161,7 +161,7 @@ def test_few_images_or_few_metrics_give_no_ranks():
 
 
 def test_the_interval_holds_what_resampling_gives():
-    found = aggregate_ranks(results_of(noisy({"a": 0.3, "b": 0.25, "c": -3.0}, n=12)))
+    found = aggregate_ranks(results_of(noisy({"a": 0.3, "b": 0.25, "c": -3.0})))
     a, b, c = found.ranks
     assert (a.lo, a.hi, b.lo, b.hi) == (1, 2, 1, 2) and (c.lo, c.hi) == (3, 3)
     assert 0.05 < a.first < 0.95 and a.first + b.first == pytest.approx(1)
@@ -206,3 +206,9 @@ def test_a_page_without_ranks_has_no_column_for_them():
     results = results_of(noisy({"a": 1.0, "b": 0.0}, n=7))
     page = html_page(results, standings(results), state=None, photos={})
     assert "all metrics" not in page and "too few images for a verdict: 7" in page
+
+
+def test_few_photos_tell_no_methods_apart_for_sure():
+    values = noisy({"worst": 0.0, "best": 9.0, "mid": 4.0}, n=20, noise=0.1)
+    found = {r.method: r for r in aggregate_ranks(results_of(values)).ranks}
+    assert found["best"][1:4] == (1, 1, 3) and found["worst"][1:4] == (3, 1, 3)
