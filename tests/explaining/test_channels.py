@@ -102,6 +102,18 @@ def test_pictures_show_the_bands_that_are_asked_for():
         xattn.explain(image, backbone, explainer="occlusion", bands=(5, 0, 6))
 
 
+@pytest.mark.parametrize("side", [32, 40])
+def test_bands_change_the_picture_and_nothing_of_what_the_network_gets(side):
+    backbone, image = loaded(3), torch.rand(3, side, side, generator=DRAW)
+    for one in (image, image.permute(1, 2, 0).numpy()):
+        plain = xattn.explain(one, backbone, explainer="saliency")[0]
+        other = xattn.explain(one, backbone, explainer="saliency", bands=(2, 1, 1))[0]
+        assert (other.probability, other.target) == (plain.probability, plain.target)
+        assert np.array_equal(other.map, plain.map)
+        red, green, _ = plain.source.getpixel((3, 3))
+        assert other.source.getpixel((3, 3))[1:] == (green, green) != (red, green)
+
+
 def test_what_is_missing_is_asked_for_in_one_line():
     for kind in ("cnn", "timm"):
         with pytest.raises(ValueError, match="mean: .*reads images of 13 channels.*give mean="):

@@ -373,20 +373,19 @@ def _prepared(
 ) -> Prepared:
     """A photo, decoded once."""
     given, as_given = source, None
-    if isinstance(source, ArrayImage) and reading.bands is not None:
-        photo = source.load(reading.max_pixels, reading.bands)
-    else:
-        photo = load_image(source, reading.max_pixels)
+    shown = photo = load_image(source, reading.max_pixels)
     if isinstance(source, ArrayImage):
+        if reading.bands is not None:
+            shown = source.load(reading.max_pixels, reading.bands)
         height, width = size = source.size
         if source.is_tensor and size == tuple(preprocessing.input_size):
             as_given = source.input(), View("tensor", size, size, (0, 0, height, width), size)
-        source = photo
+        source = shown
     pixels, seen = as_given or prepare_source(given, photo, preprocessing, reading.view)
     found = Prepared(pixels, seen.check_size(), image_id, source)
     if reading.stored is None:
         return found
-    small = photo.copy() if photo is source else photo
+    small = shown.copy() if shown is source else shown
     small.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE), Image.Resampling.LANCZOS)
     return found._replace(
         thumbnail=thumbnail_jpeg(small), picture=small if reading.stored else None
