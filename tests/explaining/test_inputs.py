@@ -9,7 +9,7 @@ from torch import nn
 import xattn
 from xattn import load_backbone
 from xattn.explainers import create_explainer
-from xattn.explaining.inputs import band_maps, explain_inputs, input_view
+from xattn.explaining.inputs import _Sample, band_maps, explain_inputs, input_view
 from xattn.packs.reader import Pack
 
 DRAW = torch.Generator().manual_seed(0)
@@ -164,6 +164,18 @@ def test_layers_are_those_of_the_inputs_own_branch(tmp_path):
         about = pack.provenance(f"{name}@1.gradcam")["protocol"]
         assert about["input"] == name and len(about["numbers"]["table"]["feature_ablation"]) == 4
         assert about["drops"]["table"] == pytest.approx(found["table"].drop, rel=1e-5)
+
+
+def test_views_of_one_sample_keep_their_own_taps():
+    net = Branches()
+    inputs, _, _ = drawn(1, "rgb", torch.Generator().manual_seed(3))
+    sample = _Sample(net, inputs, None, None)
+    views = {name: sample.view(name) for name in ("rgb", "depth")}
+    views["deep"] = sample.view("depth", taps=["net.depth.0", "net.depth.1", "net.depth.3"])
+    for key, view in views.items():
+        name, taps = "rgb" if key == "rgb" else "depth", list(view.taps)
+        expected = input_view(net, inputs, name, taps=taps)(inputs[name]).maps
+        assert all(torch.equal(*pair) for pair in zip(view(inputs[name]).maps, expected, strict=True)), key  # fmt: skip
 
 
 # ------------------------------------------------------------------ bands

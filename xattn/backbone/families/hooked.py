@@ -32,19 +32,17 @@ from xattn.photos.classes import Task
 from xattn.photos.preprocessing import channels_of, first_convolution
 from xattn.runtime.names import did_you_mean
 
-_FOUND: ContextVar[dict[int, Tensor] | None] = ContextVar("found", default=None)
+_FOUND: ContextVar[dict[_Keep, Tensor | None] | None] = ContextVar("found", default=None)
 
 
 class _Keep:
-    """A forward hook that keeps a module's output for the pass that this thread runs."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+    """A forward hook that keeps a module's output in passes of its own classifier; others may share the
+    network."""
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         found = _FOUND.get()
-        if found is not None:
-            found[self.index] = output.clone()  # what follows may work in place
+        if found is not None and self in found:
+            found[self] = output.clone()  # what follows may work in place
 
 
 class HookedClassifier(AdaptedClassifier):
@@ -59,8 +57,9 @@ class HookedClassifier(AdaptedClassifier):
     def __init__(self, net: nn.Module, taps: Sequence[str], **facts: Any) -> None:
         super().__init__(taps, **facts)
         self.net = net
-        for i, path in enumerate(self.tap_names):
-            net.get_submodule(path).register_forward_hook(_Keep(i))
+        self.keepers = [_Keep() for _ in self.tap_names]
+        for path, keeper in zip(self.tap_names, self.keepers, strict=True):
+            net.get_submodule(path).register_forward_hook(keeper)
 
     @property
     def gradcam_layer(self) -> nn.Module:
@@ -71,18 +70,20 @@ class HookedClassifier(AdaptedClassifier):
         return self.net(x)  # type: ignore[no-any-return]
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        token = _FOUND.set({})
+        found: dict[_Keep, Tensor | None] = dict.fromkeys(self.keepers)
+        token = _FOUND.set(found)
         try:
-            logits, found = self.net(x), _FOUND.get() or {}
+            logits = self.net(x)
         finally:
             _FOUND.reset(token)
-        missing = [name for i, name in enumerate(self.tap_names) if i not in found]
-        if missing:
+        kept = [value for value in found.values() if value is not None]
+        if len(kept) < len(found):
+            missing = self.tap_names[list(found.values()).index(None)]
             raise ValueError(
-                f"taps: {missing[0]!r} is not called in this pass of {type(self.net).__name__}; name a "
+                f"taps: {missing!r} is not called in this pass of {type(self.net).__name__}; name a "
                 f"module that every pass calls"
             )
-        return logits, self.as_maps([found[i] for i in range(len(self.grids))])
+        return logits, self.as_maps(kept)
 
 
 def from_hooks(
