@@ -37,6 +37,11 @@ class Dict(Linear):
         return super().forward(**inputs)
 
 
+class Keywords(Linear):
+    def forward(self, **inputs):
+        return super().forward(**inputs)
+
+
 class Tuple(Linear):
     def forward(self, *inputs):
         return super().forward(*inputs)
@@ -49,7 +54,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", [Linear, Dict, Tuple])
+@pytest.mark.parametrize("kind", [Linear, Dict, Keywords, Tuple])
 def test_a_linear_network_shares_its_logit_out_exactly(kind):
     net = kind()
     given = INPUTS if kind is not Tuple else tuple(INPUTS.values())
@@ -78,6 +83,32 @@ def test_a_view_is_the_network_with_the_other_inputs_of_the_sample():
         != input_view(net, INPUTS | {"table": torch.zeros(1, 5)}, "depth").fingerprint
     )
     assert net.a.requires_grad and net.training  # it is still the caller's
+
+
+def test_bytes_and_doubles_are_the_images_that_floats_are():
+    image = (INPUTS["rgb"] * 255).to(torch.uint8)
+    about = {"target": 1, "mean": 0.4, "std": 0.25, "task": "multilabel"}
+
+    def found(change):
+        one = explain_inputs(Linear(), INPUTS | change, **about)["rgb"]
+        return one.drop, one.maps["occlusion"].probability, one.maps["occlusion"].map
+
+    drop, p, map = found({"rgb": image / 255})
+    double = {"rgb": image.double() / 255, "table": INPUTS["table"].double()}
+    for change in ({"rgb": image}, double):
+        other = found(change)
+        assert other[:2] == pytest.approx((drop, p), abs=1e-5) and np.allclose(
+            other[2], map, atol=1e-5
+        )
+
+
+def test_a_view_stays_as_it_was_made_when_the_sample_changes():
+    given = {name: value.clone() for name, value in INPUTS.items()}
+    view = input_view(Linear(), given, "depth")
+    before = view.logits(INPUTS["depth"])
+    given["table"].zero_()
+    given["rgb"].zero_()
+    assert torch.equal(view.logits(INPUTS["depth"]), before)
 
 
 # ------------------------------------------------------------------ planted truth
@@ -211,7 +242,7 @@ def test_the_maps_of_bands_sum_to_that_of_the_image_and_find_the_band_that_decid
     [
         ({"table": torch.zeros(2, 5)}, "inputs: 'table' is .*batch of one"),
         ({"table": [1, 2]}, "inputs: 'table' is list"),
-        ({"rgb": INPUTS["rgb"] * 255}, "images: got values in .*0, 1"),
+        ({"rgb": INPUTS["rgb"] * 255}, "inputs: 'rgb': got values in .*0, 1"),
         ({"rgb": torch.rand(1, 3, 9, 9)}, "fails on images"),
     ],
 )

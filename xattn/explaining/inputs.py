@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from xattn.explainers.cams.layers import LayerExplainer
 from xattn.explaining.photos import explain
 from xattn.packs.explanation import Explanation
 from xattn.packs.writer import save_pack
+from xattn.photos.arrays import array_images
 from xattn.photos.classes import Task, as_classes, find_class
 from xattn.photos.preprocessing import given_preprocessing
 from xattn.runtime.copies import frozen_copy, without_wrappers
@@ -121,12 +123,20 @@ class _Sample:
                     f"inputs: {name!r} is {got}; give each as a tensor with a batch of one, images "
                     f"(1, C, H, W), a table's row (1, F)"
                 )
-        self.raw = {name: value.detach() for name, value in self.raw.items()}
         self.net = frozen_copy(without_wrappers(net))
-        self.call = _call_of(net, self.raw) if named else "tuple"
+        self.call = _call_of(self.net, self.raw) if named else "tuple"
         self.images = [name for name, value in self.raw.items() if value.ndim == 4]
+        self.raw = {name: self.taken(name, value) for name, value in self.raw.items()}
         self.photos = {name: self._photos(name, mean, std) for name in self.images}
         self.given = {name: self.normalised(name, value) for name, value in self.raw.items()}
+
+    def taken(self, name: str, value: Tensor) -> Tensor:
+        """A copy, of an image in [0, 1] as ``explain`` takes it; floats are of the network's own type."""
+        if name in self.images:
+            image = array_images(value, value.shape[1], f"inputs: {name!r}")[0]
+            value = image.input()[None].to(value.device)
+        weight = next((p for p in self.net.parameters() if p.is_floating_point()), value)
+        return value.detach().to(weight if value.is_floating_point() else value, copy=True)
 
     def _photos(self, name: str, mean: PerInput, std: PerInput) -> Preprocessing:
         channels, height, width = self.raw[name].shape[1:]
@@ -172,8 +182,11 @@ def _numbered(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def _call_of(net: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     """Whether ``forward`` takes inputs by their names, or one dictionary."""
-    parameters = inspect.signature(net.forward).parameters
-    return "names" if set(inputs) <= set(parameters) else "dict"
+    signature = inspect.signature(net.forward)
+    with suppress(TypeError):
+        signature.bind(**inputs)
+        return "names"
+    return "names" if set(inputs) <= set(signature.parameters) else "dict"
 
 
 def input_view(
@@ -192,7 +205,7 @@ def input_view(
     Args:
         net: gives logits (1, K): ``net(**inputs)``, ``net(inputs)`` of a dict, ``net(*inputs)`` of a tuple.
         inputs: a dict of tensors by name, or a tuple, whose names are ``"input 0"``, ``"input 1"``, ...
-            Each has a batch of one; images are (1, C, H, W) in [0, 1].
+            Each has a batch of one; images are (1, C, H, W), floats in [0, 1] or uint8.
         name: of the image that the backbone takes.
         mean, std: of images, as in :func:`~xattn.load_backbone`; a dict gives each input its own. By
             default the network gets images as they are.
@@ -352,7 +365,9 @@ def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor
             raise ValueError(
                 f"baselines: {name!r} is {tuple(own.shape)}, the input {tuple(value.shape)}; give its shape"
             )
-        found[name] = sample.normalised(name, own.reshape(value.shape).to(value))
+        found[name] = sample.normalised(
+            name, sample.taken(name, own.reshape(value.shape)).to(value)
+        )
     return found
 
 

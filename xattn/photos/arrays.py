@@ -95,13 +95,15 @@ def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
             yield item
 
 
-def array_images(images: Tensor | NDArray[Any], channels: int = 3) -> list[ArrayImage]:
+def array_images(
+    images: Tensor | NDArray[Any], channels: int = 3, argument: str = "images"
+) -> list[ArrayImage]:
     """The images of a tensor or an array, one or a batch; the module says which layouts it takes.
 
     Raises:
         ValueError: another layout, type or range, NaN, or no image.
     """
-    pixels = _checked(images, channels, "images").cpu()
+    pixels = _checked(images, channels, argument).cpu()
     return [ArrayImage(image, isinstance(images, Tensor)) for image in pixels.unbind()]
 
 
