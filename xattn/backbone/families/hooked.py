@@ -78,7 +78,8 @@ class HookedClassifier(AdaptedClassifier):
             _FOUND.reset(token)
         kept = [value for value in found.values() if value is not None]
         if len(kept) < len(found):
-            missing = self.tap_names[list(found.values()).index(None)]
+            named = zip(self.tap_names, found.values(), strict=True)
+            missing = next(name for name, value in named if value is None)
             raise ValueError(
                 f"taps: {missing!r} is not called in this pass of {type(self.net).__name__}; name a "
                 f"module that every pass calls"
