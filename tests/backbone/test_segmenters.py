@@ -17,7 +17,7 @@ from torch import nn
 
 import xattn
 from xattn.backbone.scored import scored
-from xattn.backbone.segmentation import class_scores, log_odds
+from xattn.backbone.segmentation import Masks, class_scores, log_odds
 from xattn.photos.images import load_image
 from xattn.photos.view import prepare
 
@@ -192,6 +192,63 @@ def test_transformers_by_name(tmp_path):
         xattn.load_segmenter(f"transformers:{tmp_path}", "mine.pth")
 
 
+def test_a_file_with_the_auxiliary_classifier_of_training_is_loaded(tmp_path):
+    from torchvision.models.segmentation import fcn_resnet50
+
+    net = fcn_resnet50(weights=None, weights_backbone=None, num_classes=3, aux_loss=True).eval()
+    torch.save(net.state_dict(), tmp_path / "fcn.pth")
+    segmenter = xattn.load_segmenter(
+        "torchvision/fcn_resnet50", tmp_path / "fcn.pth", input_size=33
+    )
+    x = torch.rand(1, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = class_scores(net(segmenter.normalize(x))["out"])
+    assert torch.allclose(segmenter.logits(x), own, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gap", [2, 10, 40])
+def test_log_odds_are_exact_and_have_a_gradient_however_sure_the_network_is(dtype, gap):
+    z = torch.tensor([0.0, 1.0, gap, -gap], dtype=dtype)[None, :, None, None].requires_grad_()
+    odds = log_odds(z)
+    wide = z.detach().double()[0, :, 0, 0]
+    others = [torch.cat([wide[:k], wide[k + 1 :]]).logsumexp(0) for k in range(4)]
+    expected = wide - torch.stack(others)
+    assert torch.allclose(odds.double()[0, :, 0, 0], expected, rtol=1e-5, atol=1e-5)
+    for k in range(4):
+        (gradient,) = torch.autograd.grad(odds[0, k], z, torch.ones(1, 1), retain_graph=True)
+        share = -(wide.clone().index_fill(0, torch.tensor(k), -torch.inf)).softmax(0)
+        share[k] = 1
+        assert torch.allclose(gradient.double()[0, :, 0, 0], share, atol=1e-2), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_class_of_a_pixel_far_from_every_mask_is_still_told(dtype):
+    draw = torch.Generator().manual_seed(0)
+    classes = (20 * torch.randn(1, 3, 4, generator=draw)).to(dtype)
+    masks = (10 * torch.randn(1, 3, 4, 4, generator=draw) - 30).to(dtype).requires_grad_()
+    log_p = classes.double().log_softmax(-1)[..., :-1]
+    inside = nn.functional.logsigmoid(masks.double())
+    expected = (log_p[:, :, :, None, None] + inside[:, :, None]).logsumexp(1)
+    found = Masks(classes, masks).by_class()
+    assert torch.allclose(found.double(), expected, atol=1e-3)
+    assert torch.autograd.grad(found.sum(), masks)[0].amax(1).min() > 0.1
+
+
+def test_a_mask_of_many_pixels_in_half_precision_has_the_score_of_single_precision():
+    net = nn.Conv2d(3, 4, 1)
+    image, mask = torch.rand(1, 3, 300, 300), torch.ones(300, 300)
+    segmenter = xattn.load_segmenter(net, input_size=300, mean=0.0, std=1.0)
+    expected = scored(segmenter, xattn.at_mask(1, mask)).logits(image)
+    segmenter = segmenter.to(torch.float16)
+    found = scored(segmenter, xattn.at_mask(1, mask)).logits(image.half())
+    assert torch.allclose(found.float(), expected, atol=1e-3)
+    assert class_scores(torch.full((1, 1, 300, 300), 2.0).half(), True).item() == 2
+
+
 # ---------------------------------------------------------------------- functions
 
 
@@ -219,6 +276,13 @@ def test_an_answer_that_is_not_understood_is_refused(answer):
         ValueError, match=r"^name_or_module: the answer .*return logits \(1, K, h, w\)"
     ):
         xattn.load_segmenter(answer, input_size=SIDE)
+
+
+def test_channels_last_are_refused():
+    for size in (SIDE, (32, 48)):
+        with pytest.raises(ValueError, match=r"channels first: .permute\(0, 3, 1, 2\)"):
+            xattn.load_segmenter(lambda x: x.permute(0, 2, 3, 1), input_size=size)
+        assert xattn.load_segmenter(lambda x: x[..., ::2, ::2], input_size=size).num_classes == 3
 
 
 def test_what_cannot_be_a_segmenter_is_refused(image):
@@ -403,6 +467,40 @@ def test_points_and_masks_lie_on_the_photo(wide, tmp_path):
     high = float(torch.tensor(1.0).sigmoid())
     assert p == pytest.approx([high, 1 - high, high, high, high], abs=1e-5)
     assert found[0].protocol["segment"] == {"class": "red", "point": [120.0, 60.0]}
+
+
+SEEN = []
+
+
+class Seeing(nn.Module):
+    """Two classes by the first channel; all copies put what they see into one list."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.mix = nn.Conv2d(channels, 2, 1, bias=False)
+        self.mix.weight.data.zero_()[:, 0, 0, 0] = torch.tensor([1.0, -1.0])
+
+    def forward(self, x):
+        SEEN.append(x)
+        return self.mix(x)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+@pytest.mark.parametrize("side", [SIDE, 48])
+def test_an_image_of_any_channels_is_seen_as_by_explain(channels, side):
+    image = torch.rand(channels, side, side, generator=torch.Generator().manual_seed(0))
+    segmenter = xattn.load_segmenter(
+        Seeing(channels), input_size=SIDE, mean=[0.2] * channels, std=[0.5] * channels
+    )
+    mask = torch.zeros(side, side)
+    mask[3, 40] = 1
+    SEEN.clear()
+    targets = xattn.segment_targets(image, segmenter, [(0, (40, 3)), (0, mask)])
+    found = xattn.explain(image, segmenter, explainer="random", target=targets)
+    assert torch.equal(SEEN[0], SEEN[-1])
+    if side == SIDE:
+        p = float((2 * (image[0, 3, 40] - 0.2) / 0.5).sigmoid())
+        assert [one.probability for one in found] == pytest.approx([p, p], abs=1e-5)
 
 
 def test_a_mask_of_the_network_is_asked_for_by_a_point(wide):

@@ -37,7 +37,6 @@ own_derivative = (
 _FOUND: ContextVar[list[Tensor] | None] = ContextVar("found", default=None)
 _Key = tuple[Any, ...]  # of a tensor in a nested answer
 GRID = 14  # side of the pixels' map of a network that hands out none
-LEAST = 1e-12  # of a sum of probabilities whose logarithm is taken
 
 
 class Masks(NamedTuple):
@@ -48,8 +47,12 @@ class Masks(NamedTuple):
 
     def by_class(self) -> Tensor:
         """log sum_q p_q(c) sigmoid(m_q), (B, K, h, w)."""
-        p = self.classes.softmax(-1)[..., :-1]
-        return torch.einsum("bqc,bqhw->bchw", p, self.masks.sigmoid()).clamp_min(LEAST).log()
+        log_p = _at_least_float(self.classes).log_softmax(-1)[..., :-1]
+        log_m = F.logsigmoid(_at_least_float(self.masks))
+        most_p, most_m = (one.detach().amax(1, keepdim=True) for one in (log_p, log_m))
+        total = torch.einsum("bqc,bqhw->bchw", (log_p - most_p).exp(), (log_m - most_m).exp())
+        least = torch.finfo(total.dtype).tiny  # as small as e^-87 of the largest
+        return total.clamp_min(least).log() + most_p.mT[..., None] + most_m
 
     def packed(self) -> Tensor:
         """As one tensor, (B, Q, K + 1 + h w)."""
@@ -188,18 +191,30 @@ def _of_torchvision(net: nn.Module) -> bool:
 def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
     """(B, K, h, w) -> (B, K): mean log-odds of the pixels where class k has more than one half, or the
     largest where there is none."""
-    odds = (logits if sigmoids else log_odds(logits)).flatten(2)
+    odds = (_at_least_float(logits) if sigmoids else log_odds(logits)).flatten(2)
     inside = odds > 0
     mean = (odds * inside).sum(2) / inside.sum(2).clamp(min=1)
     return torch.where(inside.any(2), mean, odds.amax(2))
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); of a single mask the logit itself."""
+    """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); of a single mask the logit itself.
+
+    In float32 or better: the likeliest class as its logit less the logsumexp of the others', which stays
+    exact near p = 1.
+    """
+    logits = _at_least_float(logits)
     if logits.shape[1] == 1:
         return logits
+    most, first = logits.max(1, keepdim=True)
+    others = logits.scatter(1, first, -torch.inf).logsumexp(1, keepdim=True)
     log_p = logits.log_softmax(1)
-    return log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-7))
+    rest = log_p - torch.log1p(-log_p.exp().scatter(1, first, 0.0))
+    return rest.scatter(1, first, most - others)
+
+
+def _at_least_float(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _read(answer: Any) -> Tensor | Masks | None:
@@ -231,6 +246,20 @@ def _understood(answer: Any, net: nn.Module, count: int) -> Tensor | Masks:
             f"{type(answer).__name__}{shape}{keys}; return logits ({count}, K, h, w) of the pixels"
         )
     return found
+
+
+def _check_channels_first(net: nn.Module, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    fits = [_has_aspect(sides, size) for sides in (shape[1:3], shape[2:])]
+    if fits == [True, False]:
+        raise ValueError(
+            f"name_or_module: {_kind(net)} answers {shape} to an image of {size[0]} x {size[1]}; return "
+            f"channels first: .permute(0, 3, 1, 2)"
+        )
+
+
+def _has_aspect(sides: Sequence[int], size: tuple[int, int]) -> bool:
+    """Whether a map of ``sides`` has the aspect ratio of an image, up to a cell."""
+    return abs(sides[0] / size[0] * size[1] - sides[1]) < 1
 
 
 def _kind(net: nn.Module) -> str:
@@ -275,6 +304,8 @@ class _Run:
                 handle.remove()
         found = _understood(answer, net, 1)
         self.masked = isinstance(found, Masks)
+        if isinstance(found, Tensor):
+            _check_channels_first(net, tuple(found.shape), self.size)
         self.logits = found.by_class() if isinstance(found, Masks) else found
 
     def _keep(self, path: str) -> Callable[..., None]:
@@ -292,7 +323,7 @@ class _Run:
             for key, one in _tensors(self.outputs[path])
             if one.ndim == 4
             and min(one.shape[2:]) > 1
-            and abs(one.shape[2] / self.size[0] * self.size[1] - one.shape[3]) < 1
+            and _has_aspect(one.shape[2:], self.size)
             and self._leads(one)
         }
 

@@ -278,8 +278,12 @@ class _AtMask(_AtPlace):
                 f"mask: got {given} for logits of {size}; give a mask over the model's "
                 f"input, of its aspect ratio"
             )
-        weights = F.adaptive_avg_pool2d(self.weights[None, None], size)[0, 0].to(logits)
-        return (self.class_of(logits) * weights).sum((1, 2)) / weights.sum()
+        weights = F.adaptive_avg_pool2d(self.weights[None, None], size)[0, 0]
+        dtype = torch.promote_types(
+            logits.dtype, torch.float32
+        )  # sums of a large mask outgrow fp16
+        weights = (weights / weights.sum()).to(logits.device, dtype)
+        return (self.class_of(logits) * weights).sum((1, 2))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

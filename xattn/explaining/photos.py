@@ -40,7 +40,7 @@ from xattn.packs.format import OVERLAY_SIDE, SHARD_PHOTOS
 from xattn.packs.writer import PackWriter, pack_writer, thumbnail_jpeg
 from xattn.photos.arrays import ArrayImage, check_bands, is_stream
 from xattn.photos.images import MAX_PIXELS, load_image, read_ahead
-from xattn.photos.view import View, prepare_source
+from xattn.photos.view import prepare_source
 from xattn.runtime.distributed import gather, processes, together
 from xattn.runtime.stores import StoreError
 
@@ -372,16 +372,13 @@ def _prepared(
     image_id: str, source: Source, preprocessing: Preprocessing, reading: Reading
 ) -> Prepared:
     """A photo, decoded once."""
-    given, as_given = source, None
+    given = source
     shown = photo = load_image(source, reading.max_pixels)
     if isinstance(source, ArrayImage):
         if reading.bands is not None:
             shown = source.load(reading.max_pixels, reading.bands)
-        height, width = size = source.size
-        if source.is_tensor and size == tuple(preprocessing.input_size):
-            as_given = source.input(), View("tensor", size, size, (0, 0, height, width), size)
         source = shown
-    pixels, seen = as_given or prepare_source(given, photo, preprocessing, reading.view)
+    pixels, seen = prepare_source(given, photo, preprocessing, reading.view)
     found = Prepared(pixels, seen.check_size(), image_id, source)
     if reading.stored is None:
         return found

@@ -21,7 +21,7 @@ from xattn.backbone.segmentation import Masks
 from xattn.backbone.targets import Place, at_mask, at_point, at_query
 from xattn.photos.arrays import array_images, is_array
 from xattn.photos.images import MAX_PIXELS, load_image
-from xattn.photos.view import View, prepare
+from xattn.photos.view import View, prepare, prepare_source
 
 By = Literal["class", "mask"]
 
@@ -38,7 +38,8 @@ def segment_targets(
     """Targets for one photo: a class at a point or in a mask, or the network's own mask there.
 
     Args:
-        photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1].
+        photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1], of the network's
+            channels; prepared as by :func:`xattn.explain`.
         segmenter: of :func:`xattn.load_segmenter`.
         at: (class, place) of each question. The class is a name, a number, or None for the likeliest one
             there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array (H, W),
@@ -67,8 +68,9 @@ def segment_targets(
             f"at: got {at!r:.80}; give a list of (class, (x, y)) or (class, mask), one or more"
         )
     if is_array(photo):
-        photo = array_images(photo, len(segmenter.preprocessing.mean))[0].load()
-    pixels, seen = prepare(load_image(photo, max_pixels), segmenter.preprocessing, view)
+        photo = array_images(photo, len(segmenter.preprocessing.mean))[0]
+    opened = load_image(photo, max_pixels)
+    pixels, seen = prepare_source(photo, opened, segmenter.preprocessing, view)
     asked = [_Asked.of(question, seen, segmenter) for question in at]
     dtype = next((p.dtype for p in segmenter.parameters()), pixels.dtype)
     x = segmenter.normalize(pixels[None].to(segmenter.device, dtype))
@@ -187,6 +189,8 @@ def _mask(place: Any, seen: View, segmenter: Backbone) -> tuple[Tensor, str]:
         )
     if not mask.any():
         raise ValueError("at: got a mask without a pixel; give one that marks a pixel or more")
+    if seen.mode == "tensor":  # which goes in as it is
+        return torch.from_numpy(mask != 0).float(), name
     picture = Image.fromarray(np.where(mask != 0, 255, 0).astype(np.uint8)).convert("RGB")
     photos = replace(segmenter.preprocessing, mean=(0.0,) * 3, interpolation="box")
     found = prepare(picture, photos, seen.mode)[0][0]

@@ -252,8 +252,11 @@ def prepare_source(
     source: Any, photo: Image.Image, preprocessing: Preprocessing, mode: str
 ) -> tuple[Tensor, View]:
     """:func:`prepare` of a ``photo``, or of the array that it is a picture of, where that has other
-    channels."""
+    channels. A tensor of the network's size goes in as it is."""
     bands = getattr(source, "pixels", None)
+    height, width = size = preprocessing.input_size
+    if bands is not None and source.is_tensor and source.size == tuple(size):
+        return source.input(), View("tensor", size, size, (0, 0, height, width), size)
     if bands is None or len(bands) == 3:
         return prepare(photo, preprocessing, mode)
     return prepare_bands(source.input(), preprocessing, mode)

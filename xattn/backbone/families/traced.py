@@ -326,6 +326,8 @@ def network_with_file(name: str, weights: str | Path, options: dict[str, Any]) -
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
 
     whole = load_weight_file(weights)
+    if any("aux_classifier." in key for key in whole):  # for training, of a segmentation network
+        options = {**options, "aux_loss": True}
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
         layers = dict(zoo.get_model(name, weights=None, **options).named_modules())
         last = [n for n, m in layers.items() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
