@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn.backbone.families.hooked import from_hooks
-from xattn.backbone.families.onnx_networks import OnnxNetwork, UnknownOperator
+from xattn.backbone.families.onnx_networks import MOST, OnnxNetwork, TooLarge, UnknownOperator
 from xattn.photos.preprocessing import Preprocessing
 
 SUFFIX = ".onnx"
 TOLERANCE = 1e-4
 CHANNELS = (1, 3, 4)  # by which a layout is told
 GRID = 14  # of what a black box hands out as its map
+_ENDS = ("Softmax", "Sigmoid")
+_MOVES = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")  # may follow these
 _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 
 
@@ -43,6 +47,10 @@ class Form:
     channels: int
     size: tuple[int, int] | None
     last: bool
+
+
+class _NoLogits(ValueError):
+    """Answers of another shape than (B, K)."""
 
 
 class OnnxSession:
@@ -78,6 +86,9 @@ class OnnxSession:
             short = (self.form.batch or len(part)) - len(part)
             whole = torch.cat([part, part[:1].expand(short, *part.shape[1:])]) if short else part
             answer = self._run(None, {self.form.name: whole.contiguous().numpy()})[0]
+            sides = answer.shape[1:]
+            if answer.ndim < 2 or len(answer) != len(whole) or math.prod(sides) != max(sides):
+                raise _NoLogits(f"{answer.shape} for {len(whole)} images")
             found.append(torch.from_numpy(answer).flatten(1)[: len(part)])
         return torch.cat(found).to(x)
 
@@ -155,18 +166,29 @@ def load_onnx(
     form = _form_of(model.graph, name)
     size = _size_of(form, input_size, name)
     ends = _end_of(model.graph, name)
+    net, reason = _converted(model, form, name)
     preprocessing = Preprocessing(input_size=size, interpolation="bilinear")
     try:
         session = OnnxSession(model.SerializeToString(), form)
         images = torch.rand(2, form.channels, *size, generator=torch.Generator().manual_seed(0))
         expected = session(images)
+    except _NoLogits as error:
+        raise ValueError(
+            f"backbone: {name} gives {error}; give a classifier, whose output is logits (N, K)"
+        ) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"backbone: onnxruntime cannot run {name} on {size[0]} x {size[1]} pixels ({reason}); give "
             f"another input_size (--input-size), or export the network again"
         ) from None
-    net, reason = _converted(model, form, images, expected)
+    if len(expected[0]) > 1 and (expected >= 0).all() and (expected.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(
+            f"backbone: {name} gives probabilities that no Softmax at its end makes; export it without "
+            f"what makes them of logits"
+        )
+    reason = reason if net is None else _difference(net, images, expected)
+    net = None if reason else net
     made: Any = _with_maps(net, taps, preprocessing, name) if net is not None else None
     if made is None:
         if net is None:
@@ -206,7 +228,7 @@ def _form_of(graph: Any, name: str) -> Form:
     weights = {one.name for one in graph.initializer}
     inputs = [one for one in graph.input if one.name not in weights]
     kinds = [one.type.tensor_type for one in inputs]
-    shapes = [[d.dim_value or None for d in kind.shape.dim] for kind in kinds]
+    shapes = [[d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim] for kind in kinds]
     if len(inputs) != 1 or len(shapes[0]) != 4:
         got = ", ".join(f"{i.name} {tuple(s)}" for i, s in zip(inputs, shapes, strict=True))
         raise ValueError(
@@ -238,11 +260,18 @@ def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int,
         )
     if None not in (form.size, asked) and form.size != asked:
         raise ValueError(f"input_size: got {asked}, {name} takes {form.size}; leave it out")
-    return form.size or asked  # type: ignore[return-value]
+    size: tuple[int, int] = form.size or asked  # type: ignore[assignment]
+    if (form.batch or 2) * form.channels * math.prod(size) > MOST:
+        raise ValueError(
+            f"backbone: {name} takes {form.batch or 2} images of {form.channels} x {size[0]} x {size[1]}, "
+            f"more than {MOST} numbers; export it for fewer or smaller images"
+        )
+    return size
 
 
 def _end_of(graph: Any, name: str) -> str:
-    """Take a softmax or sigmoid off the end of the graph, in place; the name of its last operator."""
+    """Take a softmax or sigmoid off the end of the graph, and what does not lead there, in place; the name
+    of the operator."""
     found = [o for o in graph.output if o.type.tensor_type.elem_type in _TYPES]
     found = [o for o in found if len(o.type.tensor_type.shape.dim) in (0, 2, 4)]
     if len(found) != 1:
@@ -251,33 +280,61 @@ def _end_of(graph: Any, name: str) -> str:
             f"backbone: {name} gives {got or 'nothing'}; give one with a single output of logits (N, K)"
         )
     output = found[0]
-    made = next((node for node in graph.node if output.name in node.output), None)
+    makers = {one: node for node in graph.node for one in node.output}
+    made = makers.get(output.name)
+    while made is not None and made.op_type in _MOVES:
+        made = makers.get(made.input[0])
     kind = "" if made is None else str(made.op_type)
-    if kind in ("Softmax", "Sigmoid"):
-        assert made is not None
-        output.name = made.input[0]
-        graph.node.remove(made)
+    if made is not None and kind in _ENDS:
+        made.op_type = "Identity"
+        del made.attribute[:]
     del graph.output[:]
     graph.output.append(output)
+    needed = {output.name}
+    for i in reversed(range(len(graph.node))):
+        if needed & set(graph.node[i].output):
+            needed |= set(_names(graph.node[i]))
+        else:
+            del graph.node[i]
     return kind
 
 
-def _converted(
-    model: Any, form: Form, images: Tensor, expected: Tensor
-) -> tuple[nn.Module | None, str]:
-    """The network in PyTorch if its logits (2, K) are the ``expected`` ones; else None and the reason."""
+def _names(node: Any) -> Iterator[str]:
+    """What a node reads, also in graphs of its own."""
+    yield from node.input
+    for graph in (graph for one in node.attribute for graph in (one.g, *one.graphs)):
+        yield from (one.name for one in graph.output)
+        for inner in graph.node:
+            yield from _names(inner)
+
+
+def _converted(model: Any, form: Form, name: str) -> tuple[nn.Module | None, str]:
+    """The network in PyTorch, or None and the reason."""
     try:
-        with torch.no_grad():
-            net = OnnxNetwork(model, form.batch == 1, form.last)
-            net = net.float().eval().requires_grad_(False)
-            off = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+        net = OnnxNetwork(model, form.batch == 1, form.last)
+        return net.float().eval().requires_grad_(False), ""
+    except TooLarge as error:
+        raise ValueError(f"backbone: {name} is refused, {error}; export it again") from None
     except UnknownOperator as error:
         return None, f"not converted to PyTorch are its operators {error}"
     except Exception as error:  # a graph that is right may still be none of ours
-        return None, f"its conversion fails, {' '.join(str(error).split())[:120]}"
-    if not off <= TOLERANCE:
-        return None, f"the logits of its conversion differ by {off:.1g}"
-    return net, ""
+        return None, _failed(error)
+
+
+def _failed(error: Exception) -> str:
+    return f"its conversion fails, {' '.join(str(error).split())[:120]}"
+
+
+@torch.no_grad()
+def _difference(net: nn.Module, images: Tensor, expected: Tensor) -> str:
+    """Why the logits (2, K) are not the ``expected`` ones; empty if they are."""
+    try:
+        off = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+    except UnknownOperator as error:
+        return f"not converted to PyTorch are its operators {error}"
+    except Exception as error:
+        return _failed(error)
+    return "" if off <= TOLERANCE else f"the logits of its conversion differ by {off:.1g}"
 
 
 def _with_maps(
@@ -285,6 +342,7 @@ def _with_maps(
 ) -> nn.Module | None:
     """The network with its maps as taps; None if it has none."""
     net.preprocessing = preprocessing  # type: ignore[assignment]
+    taps = taps and tuple(f"layers.{one.removeprefix('layers.')}" for one in taps)
     try:
         return from_hooks(net, taps, kind=name)
     except ValueError:

@@ -13,17 +13,48 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Attributes = dict[str, Any]
+MOST = (
+    2**27
+)  # numbers of an image's batch, and of what constants give beyond eight times the weights
+_MOST_SIDES = 2**16  # numbers that say a shape or axes
 
 
 class UnknownOperator(ValueError):
     """An operator, or a form of one, that has no counterpart here."""
+
+
+class TooLarge(ValueError):
+    """Constants that give more numbers than :data:`MOST` allows."""
+
+
+class _Counted(TorchDispatchMode):
+    """Counts the numbers of all answers, each before it is computed, and stops at ``most``."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found, kwargs = None, kwargs or {}
+        with suppress(RuntimeError, NotImplementedError):  # of those that read a number
+            given, named = tree_map_only(Tensor, lambda one: one.to("meta"), (args, kwargs))
+            if any(one.name == "device" for one in func._schema.arguments):
+                named["device"] = torch.device("meta")
+            found = func(*given, **named)
+        self.left -= sum(one.numel() for one in tree_leaves(found) if isinstance(one, Tensor))
+        if self.left < 0:
+            raise TooLarge("its constants give too many numbers")
+        return func(*args, **kwargs)
 
 
 class Operator(nn.Module):
@@ -46,6 +77,9 @@ class Operator(nn.Module):
         return self.kind
 
     def forward(self, *inputs: Tensor | None) -> Any:
+        place = next((x.device for x in inputs if x is not None and x.device.type != "cpu"), None)
+        if place is not None and self.kind not in _READS_SHAPES:
+            inputs = tuple(None if x is None else x.to(place) for x in inputs)
         return OPERATORS[self.kind](self.attributes, *inputs)
 
 
@@ -59,6 +93,7 @@ class OnnxNetwork(nn.Module):
 
     Raises:
         UnknownOperator: the graph has operators that are not converted; their names are the message.
+        TooLarge: what follows from constants would fill the memory.
     """
 
     def __init__(self, model: Any, single: bool = False, last: bool = False) -> None:
@@ -76,6 +111,8 @@ class OnnxNetwork(nn.Module):
         self.whole: dict[str, Tensor] = {}  # constants that are no floats, on the CPU
         self.steps: list[tuple[str, list[str], list[str]]] = []
         constants = {one.name: tensor(one) for one in graph.initializer}
+        counted = _Counted(MOST + 8 * sum(one.numel() for one in constants.values()))
+        self.layers = nn.ModuleDict()  # whose names cannot be those of attributes of the network
         unknown = set()
         for number, node in enumerate(graph.node):
             attributes = {one.name: _value(one, tensor) for one in node.attribute}
@@ -91,14 +128,14 @@ class OnnxNetwork(nn.Module):
                 continue
             if self._adds_bias(node, constants):
                 continue
-            if fixed and not unknown:
-                with torch.no_grad():
+            if fixed:
+                with torch.no_grad(), counted:
                     found = _several(layer(*(constants.get(name) for name in inputs)))
                 constants |= dict(zip(node.output, found, strict=False))
                 continue
             name = re.sub(r"\W+", "_", node.name).strip("_") or f"{node.op_type}_{number}"
-            name = f"{name}_{number}" if hasattr(self, name) else name
-            self.add_module(name, layer)
+            name = f"{name}_{number}" if hasattr(self.layers, name) else name
+            self.layers[name] = layer
             self.steps.append((name, inputs, list(node.output)))
         if unknown:
             raise UnknownOperator(", ".join(sorted(unknown)))
@@ -118,7 +155,7 @@ class OnnxNetwork(nn.Module):
     def _adds_bias(self, node: Any, constants: dict[str, Tensor]) -> bool:
         """Whether ``node`` adds a bias to the linear layer before it, which has it then."""
         name, _, outputs = self.steps[-1] if self.steps else ("", [], [""])
-        layer = self._modules.get(name)
+        layer = self.layers[name] if name else None
         others = [constants.get(one) for one in node.input if one != outputs[0]]
         if node.op_type != "Add" or type(layer) is not nn.Linear or layer.bias is not None:
             return False
@@ -133,7 +170,7 @@ class OnnxNetwork(nn.Module):
         values: dict[str, Any] = {**self.whole, self.input: x}
         values |= {name: self.get_buffer(own) for name, own in self.floats.items()}
         for (layer, inputs, outputs), done in zip(self.steps, self.done, strict=True):
-            found = self._modules[layer](*(values[name] if name else None for name in inputs))  # type: ignore[misc]
+            found = self.layers[layer](*(values[name] if name else None for name in inputs))
             values |= dict(zip(outputs, _several(found), strict=False))
             for name in done:
                 if name != self.output:
@@ -217,6 +254,13 @@ _NO_LAYERS = set(
 )
 
 
+# Operators whose inputs but the first are read on the CPU.
+_READS_SHAPES = set(
+    "Reshape Expand Tile Slice Split Squeeze Unsqueeze Pad Resize ReduceMean ReduceSum ReduceMax ReduceMin "
+    "ReduceL2".split()
+)
+
+
 # ---------------------------------------------------------------------- operators
 
 
@@ -287,6 +331,8 @@ def _clip(a: Attributes, x: Tensor, low: Any = None, high: Any = None) -> Tensor
 
 
 def _shape_of(given: Tensor) -> list[int]:
+    if given.numel() > _MOST_SIDES:
+        raise TooLarge("it has a shape of too many sides")
     return [int(v) for v in given.flatten().tolist()]
 
 
@@ -323,7 +369,7 @@ def _slice(a: Attributes, x: Tensor, *given: Tensor | None) -> Tensor:
             index = [slice(None)] * (axis % x.ndim) + [slice(places.start, places.stop, step)]
             x = x[tuple(index)]
         else:
-            x = x.index_select(axis, torch.tensor(list(places), device=x.device))
+            x = x.index_select(axis, torch.arange(places.start, places.stop, step, device=x.device))
     return x
 
 
