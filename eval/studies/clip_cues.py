@@ -225,9 +225,12 @@ def costs(side: int, repeats: int = 5) -> dict[str, float]:
     cams = {
         name: create_explainer(name, network) for name in ("cam", "gradcam", "layercam", "eigencam")
     }
-    calls: dict[str, Callable[[], Any]] = {
-        "forward pass": torch.no_grad()(lambda: network.logits(x))
-    }
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return network.logits(x)
+
+    calls: dict[str, Callable[[], Any]] = {"forward pass": forward}
     calls |= {f"`{name}`": partial(one.attribute, x, 0) for name, one in cams.items()}
     with single_thread():
         for turn in range(repeats + 1):  # the first warms up

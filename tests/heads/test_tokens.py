@@ -15,6 +15,7 @@ from xattn.cli import main
 from xattn.explainers import create_explainer
 from xattn.exporting import ExplainedClassifier
 from xattn.heads import create_head, load_head, save_head
+from xattn.heads.maps.tokens import Norm
 from xattn.heads.probed import probed
 
 IMAGES, TARGET = torch.rand(2, 3, 64, 64), torch.tensor([1, 4])
@@ -24,6 +25,17 @@ IMAGES, TARGET = torch.rand(2, 3, 64, 64), torch.tensor([1, 4])
 def vit():
     torch.manual_seed(0)
     return xattn.load_backbone("test_vit", None, input_size=64, num_classes=5)
+
+
+def test_the_derivative_of_a_norm_is_that_of_autograd():
+    """Of tokens whose mean is not 0."""
+    norm = torch.nn.LayerNorm(6).double()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x, g = 3 + torch.rand(2, 6).double(), torch.randn(2, 4, 6).double()
+    x.requires_grad_()
+    y = norm(x)
+    expected = [torch.autograd.grad(y, x, g[:, m], retain_graph=True)[0] for m in range(4)]
+    torch.testing.assert_close(Norm(norm).back(g, x.detach()), torch.stack(expected, 1))
 
 
 def moved(head):

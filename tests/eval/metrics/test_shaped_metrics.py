@@ -145,6 +145,12 @@ def test_information_curves_by_hand_and_of_a_map_that_knows():
     assert low[Column("SIC")].isnan().all(), "the class is not likely"
 
 
+@pytest.mark.parametrize("option", [{"levels": (0.2, 2.0)}, {"levels": ()}, {"known": 0.0}])
+def test_shares_of_information_curves_lie_between_none_and_all(option):
+    with pytest.raises(ValueError, match=rf"^{next(iter(option))}: got .* in \(0, 1\)"):
+        create_metric("information-curves", **option)
+
+
 def test_information_curves_take_a_pass_a_level_and_one_for_the_blurred_photo():
     rows = {"bright": fakes.Maps(fakes.brightness)}
     for classes, hit in ((None, 1), ([4], 0)):
