@@ -249,6 +249,13 @@ def test_a_mask_of_many_pixels_in_half_precision_has_the_score_of_single_precisi
     assert class_scores(torch.full((1, 1, 300, 300), 2.0).half(), True).item() == 2
 
 
+def test_numbers_of_numpy_name_classes_and_masks():
+    assert xattn.at_point(np.int64(1), 0.5, 0.5).label == 1
+    assert xattn.at_query(np.int32(4)).about() == xattn.at_query(4).about()
+    with pytest.raises(ValueError, match="class_index: got .*True"):
+        xattn.at_point(True, 0.5, 0.5)
+
+
 # ---------------------------------------------------------------------- functions
 
 

@@ -242,7 +242,7 @@ def test_the_maps_of_bands_sum_to_that_of_the_image_and_find_the_band_that_decid
     [
         ({"table": torch.zeros(2, 5)}, "inputs: 'table' is .*batch of one"),
         ({"table": [1, 2]}, "inputs: 'table' is list"),
-        ({"rgb": INPUTS["rgb"] * 255}, "inputs: 'rgb': got values in .*0, 1"),
+        ({"rgb": INPUTS["rgb"] * 255}, r"inputs\['rgb'\]: got values in .*: inputs\['rgb'\] / 255"),
         ({"rgb": torch.rand(1, 3, 9, 9)}, "fails on images"),
     ],
 )

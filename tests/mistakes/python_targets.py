@@ -68,6 +68,16 @@ MISTAKES = [
     ),
     Mistake("function without a gradient", of(lambda z: z.detach()[:, 1]), ("target: ", "'rise'")),
     Mistake("function that gives NaN", of(lambda z: (z[:, 1] * 0).log()), ("target: ", "finite")),
+    *(
+        Mistake(
+            f"several {what} as a target",
+            lambda b, several=several: xattn.explain(
+                b.images, b.cnn, explainer="rise", target=several
+            ),
+            (f"target: got {several}", f"classes={several}"),
+        )
+        for what, several in (("classes", [1, 2]), ("names", ["dog", "cat"]))
+    ),
     Mistake("number that is no class", of(2.5), ("target: got 2.5", "give one int")),
     Mistake("text for a classifier", of("a photo of a cat"), ("target: ", "xattn.load_clip")),
     Mistake(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -239,8 +240,9 @@ def at_query(
     Raises:
         ValueError: a number below 0.
     """
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
         raise ValueError(f"number: got {number!r}; give the number of a mask, from 0")
+    number = int(number)
     label = None if class_index is None else _class(class_index)
     where, record = f"mask {number}, {{}}", {"mask": number}
     return Place(_AtQuery(number=number), name, p, "masks", label, where, record)
@@ -249,9 +251,9 @@ def at_query(
 def _class(label: int | str) -> int | str:
     if isinstance(label, str) and label.strip():
         return label
-    if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+    if isinstance(label, bool) or not isinstance(label, Integral) or label < 0:
         raise ValueError(f"class_index: got {label!r}; give a class by name, or its number from 0")
-    return label
+    return int(label)
 
 
 @dataclass(frozen=True, eq=False)

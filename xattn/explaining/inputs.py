@@ -133,7 +133,8 @@ class _Sample:
     def taken(self, name: str, value: Tensor) -> Tensor:
         """A copy, of an image in [0, 1] as ``explain`` takes it; floats are of the network's own type."""
         if name in self.images:
-            image = array_images(value, value.shape[1], f"inputs: {name!r}")[0]
+            at = name.removeprefix("input ") if self.call == "tuple" else repr(name)
+            image = array_images(value, value.shape[1], f"inputs[{at}]")[0]
             value = image.input()[None].to(value.device)
         weight = next((p for p in self.net.parameters() if p.is_floating_point()), value)
         return value.detach().to(weight if value.is_floating_point() else value, copy=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,10 @@ def aimed(
         return backbone, explainers, classes
     if classes is not None:
         raise ValueError("target: got one, and classes as well; give one of them")
+    if isinstance(target, list | tuple) and any(isinstance(one, Integral | str) for one in target):
+        raise ValueError(
+            f"target: got {target!r:.80}; give several classes as classes={list(target)!r:.80}"
+        )
     if isinstance(target, list | tuple) or is_score(backbone, target):
         view = scored(backbone, target)
         made = [
