@@ -2,26 +2,39 @@
 
 A board is refused with the place named where a file is missing, is not the one that was hashed, or holds a
 value that its maps and tables do not give. What the map shapes (ROAD, thinned), noise (monotonicity, and so
-photo-gain) and half-blind networks need passes, and is vouched for by hashes alone.
+photo-gain) and half-blind networks need passes, and is vouched for by hashes alone; so are the report card,
+audits, and values of maps that are kept as area means.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xattn.eval import bootstrap, functional
-from xattn.eval.board.folder import SMALL, Board, csv_of, number
-from xattn.eval.board.make import board_metrics, check_photos, digest
-from xattn.eval.board.page import write_page
-from xattn.eval.evaluation.facts import WHOLE_SIDE
+from xattn.eval.board.folder import Board, csv_of, number
+from xattn.eval.board.make import (
+    admitted_of,
+    board_metrics,
+    check_photos,
+    digest,
+    infos_of,
+    is_sanity,
+    locked,
+)
+from xattn.eval.board.page import write_page, written_pages
+from xattn.eval.evaluation.engine import create_metrics
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.metrics.board.class_contrast import ContrastMetric
@@ -29,8 +42,9 @@ from xattn.eval.metrics.board.correlation import CorrelationMetric
 from xattn.eval.metrics.board.gridpg import GridPGMetric, gridpg_values
 from xattn.eval.metrics.board.table import OutcomeTable
 from xattn.eval.metrics.measure import sample_seed
-from xattn.eval.metrics.registry import REGISTRY
+from xattn.eval.metrics.registry import BOARD, REGISTRY
 from xattn.eval.metrics.scorer import MaskedScorer
+from xattn.eval.protocol import Protocol
 from xattn.photos.sources import limited
 from xattn.runtime.files import file_sha256, write_text
 
@@ -38,8 +52,18 @@ RECOMPUTED = (
     *("squares", "subsets", "single-deletion"),
     *("class-contrast", "network-contrast", "gridpg"),
 )
+KINDS = {
+    "class-contrast": ("own", "class"),
+    "network-contrast": ("own", "network"),
+    "gridpg": ("mosaic",),
+}
 CELLS = 20  # values that are recomputed
-EXACT, ROUGH = 1e-6, 1e-3  # differences that are allowed of float32 and of float16 maps
+EXACT = 1e-6  # difference that is allowed
+COMPARING = ("gridpg", "photo-gain")  # which not every photo has other photos for
+RANDOMIZED = ("network-contrast", "blind")  # which rows have that were explained on other weights
+SHOWN = {"board.csv": 1e-6, "index.html": 1.01e-3}  # likewise, of numbers as they are written
+DECIMAL = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+PICTURE = re.compile(r'base64,([^"]*)"')
 AUDITED = ("squares", "subsets")  # whose masks are drawn
 
 
@@ -52,65 +76,186 @@ def check_board(board: Board, cells: int = CELLS, seed: int | None = None) -> li
     Raises:
         ValueError: the first fault, with its place.
     """
-    lines = [_check_files(board), _check_rows(board)]
-    rng = random.Random(seed)
-    places = list(_recomputable(board))
+    try:
+        return _checked(board, cells, random.Random(seed))
+    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"board: {board.folder} is damaged ({what:.200})") from error
+
+
+def _checked(board: Board, cells: int, rng: random.Random) -> list[str]:
+    lines = [_check_files(board)]
+    there = {row: _places(board, row) for row in board.row_names}
+    lines += [_check_rows(board, there), _check_complete(board, there)]
+    places, thin = _recomputable(board, there)
     chosen = rng.sample(places, min(cells, len(places)))
-    for row, network, photo, column in chosen:
-        _check_value(board, row, network, photo, column)
-    lines.append(f"{len(chosen)} of {len(places)} values recomputed from maps and tables")
-    return lines
+    for place in chosen:
+        _check_value(board, *place)
+    others = sum(map(len, there.values())) - len(places) - thin
+    return [
+        *lines,
+        _check_derived(board),
+        f"not checked: {others} values that need passes, and {thin} of maps that are kept as area means",
+        f"{len(chosen)} of {len(places)} values recomputed from maps and tables",
+    ]
+
+
+Place = tuple[str, int, str]  # network, photo, column
+
+
+def _places(board: Board, row: str) -> set[Place]:
+    """The lines of a row, each of which is there once."""
+    photos = {photo["id"]: i for i, photo in enumerate(board.photos)}
+    found: set[Place] = set()
+    for line in board.lines(row):
+        place = line["network"], photos[line["photo"]], line["column"]
+        if place in found:
+            raise ValueError(
+                f"board: rows/{row}/values.csv has two lines of {place[0]}, {line['photo']}, {place[2]}"
+            )
+        found.add(place)
+    return found
 
 
 def _check_files(board: Board) -> str:
-    for name, digest_there in board.facts["files"].items():
+    wanted = {f"tables/{n['name']}.safetensors" for n in board.networks}
+    wanted |= {f"rows/{r}/{f}" for r in board.row_names for f in ("row.json", "values.csv")}
+    wanted |= {"board.csv", "index.html", *(f"audit-{seed}.csv" for seed in board.facts["audits"])}
+    if board.path("report-card.csv").is_file():
+        wanted.add("report-card.csv")
+    files = board.facts["files"]
+    for name in sorted(wanted | set(files)):
         path = board.path(name)
         if not path.is_file():
             raise ValueError(f"board: {name} is missing")
+        if name not in files:
+            raise ValueError(f"board: board.json has no hash of {name}")
         found = file_sha256(path)
-        if found != digest_there:
+        if found != files[name]:
             raise ValueError(
-                f"board: {name} was changed: sha256 {found}, and {digest_there} in board.json"
+                f"board: {name} was changed: sha256 {found}, and {files[name]} in board.json"
             )
-    wanted = {f"tables/{n['name']}.safetensors" for n in board.networks}
-    wanted |= {f"rows/{r}/{f}" for r in board.row_names for f in ("row.json", "values.csv")}
-    missing = sorted(wanted - set(board.facts["files"]))
-    if missing:
-        raise ValueError(f"board: board.json has no hash of {missing[0]}")
-    return f"{len(board.facts['files'])} files have their hashes"
+    return f"{len(files)} files have their hashes"
 
 
-def _check_rows(board: Board) -> str:
-    for row in board.row_names:
-        for name, there in board.row(row)["sha256"].items():
-            found = file_sha256(board.path(f"rows/{row}/{name}"))
-            if found != there:
+def _check_rows(board: Board, there: Mapping[str, set[Place]]) -> str:
+    for row, places in there.items():
+        facts = board.row(row)
+        maps = {f"maps-{network}.safetensors" for network, _, _ in places}
+        for name in sorted(maps | set(facts["sha256"])):
+            path = board.path(f"rows/{row}/{name}")
+            if not path.is_file():
+                raise ValueError(f"board: rows/{row}/{name} is missing")
+            if name not in facts["sha256"] or f"rows/{row}/{name}" not in board.facts["files"]:
+                raise ValueError(f"board: board.json or rows/{row}/row.json has no hash of {name}")
+            found, wanted = file_sha256(path), facts["sha256"][name]
+            if found != wanted:
                 raise ValueError(
-                    f"board: rows/{row}/{name} was changed: sha256 {found}, and {there} in row.json"
+                    f"board: rows/{row}/{name} was changed: sha256 {found}, and {wanted} in row.json"
                 )
+        if facts["sanity"] != is_sanity(row):
+            raise ValueError(f"board: rows/{row}/row.json has sanity {facts['sanity']}")
     values = board.values
-    folder = board.folder / "rows"
+    folder = board.path("rows")
     others = sorted(p.name for p in folder.iterdir() if p.name not in values)
     if others:
         raise ValueError(f"board: rows/{others[0]} is not a row of board.json")
     return f"{len(values)} rows of {len(board.photos)} photos on {len(board.networks)} networks"
 
 
-def _recomputable(board: Board) -> Iterator[tuple[str, str, int, str]]:
-    """Row, network, photo and column of the values that whole maps and tables give."""
-    for row, table in board.values.items():
-        for n, network in enumerate(board.networks):
-            if not board.has(row, network["name"]):
+def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
+    """Nobody gains by leaving a value out: a column has a line of every photo, one that compares photos
+    where any row has it; and what has a chance level is never blank."""
+    photos = range(len(board.photos))
+    for n, network in enumerate(x["name"] for x in board.networks):
+        rows = [row for row in board.row_names if board.has(row, network)]
+        some: dict[str, set[int]] = {}
+        for row in rows:
+            for net, photo, key in there[row]:
+                if net == network:
+                    some.setdefault(key, set()).add(photo)
+        for row in rows:
+            with board.open_maps(row, network) as maps:
+                some.setdefault("gridpg", set()).update(
+                    i for i in photos if f"{i}/mosaic" in maps.keys
+                )
+        for row in rows:
+            for key, info in board.columns.items():
+                has = {p for net, p, column in there[row] if (net, column) == (network, key)}
+                wanted = some.get(key, set()) if key in COMPARING else set(photos)
+                optional = key in RANDOMIZED
+                blank = {p for p in has if math.isnan(board.values[row][key][n, p])}
+                if info["chance"] is None:
+                    valid = key != "monotonicity"
+                    blank = {p for p in blank if valid and _is_valid(board, row, network, p)}
+                missing = blank | (wanted - has if has or not optional else set())
+                if missing:
+                    photo = board.photos[min(missing)]["id"]
+                    raise ValueError(
+                        f"board: {row}, {network}, {photo}, {key}: values.csv has no value"
+                    )
+    return "every row has its values"
+
+
+def _is_valid(board: Board, row: str, network: str, photo: int) -> bool:
+    with board.open_maps(row, network) as maps:
+        own = maps.of(photo)
+    return own is not None and bool(functional.minmax(own[None])[1])
+
+
+def _check_derived(board: Board) -> str:
+    """What is made of rows and of the report card is what they give."""
+    metrics = create_metrics(BOARD, Protocol(invalid="chance"), (0.5,) * 3)
+    if board.columns != infos_of(metrics):
+        raise ValueError("board: columns have other directions or chance levels than their metrics")
+    if board.admitted != admitted_of(board, board.card()):
+        raise ValueError(
+            f"board: admitted is {', '.join(board.admitted) or 'none'}, and report-card.csv says otherwise"
+        )
+    for name, text in written_pages(board).items():
+        if not _alike(board.path(name).read_text(encoding="utf-8"), text, SHOWN[name]):
+            raise ValueError(f"board: {name} is not what this version makes of the rows")
+    return "board.csv, index.html and what ranks are what the rows give"
+
+
+def _alike(there: str, made: str, most: float) -> bool:
+    """Whether two texts are one but for the last digits of numbers and the packing of pictures, which
+    differ from machine to machine."""
+    pictures = [[_pixels(data) for data in PICTURE.findall(text)] for text in (there, made)]
+    (a, b) = (DECIMAL.split(PICTURE.sub("", text)) for text in (there, made))
+    if a[::2] != b[::2] or len(pictures[0]) != len(pictures[1]):
+        return False
+    if any(x.shape != y.shape or np.abs(x - y).max() > 1 for x, y in zip(*pictures, strict=True)):
+        return False
+    pairs = zip(a[1::2], b[1::2], strict=True)
+    return all(x == y or abs(float(x) - float(y)) <= most for x, y in pairs)
+
+
+def _pixels(data: str) -> Any:
+    with Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]) as image:
+        return np.asarray(image).astype(int)
+
+
+def _recomputable(
+    board: Board, there: Mapping[str, set[Place]]
+) -> tuple[list[tuple[str, str, int, str]], int]:
+    """Row, network, photo and column of the values that whole maps and tables give, and of how many others
+    the maps may be area means."""
+    found, thin = [], 0
+    for row, places in there.items():
+        for network in board.networks:
+            name = network["name"]
+            if not board.has(row, name):
                 continue
-            with board.open_maps(row, network["name"]) as maps:
-                for i in range(len(board.photos)):
-                    own = maps.of(i)
-                    thin = own is not None and max(own.shape[-2:]) >= WHOLE_SIDE
-                    if thin and i >= board.facts["whole_maps"]:
+            with board.open_maps(row, name) as maps:
+                for net, photo, key in sorted(places):
+                    if net != name or key not in RECOMPUTED:
                         continue
-                    for key in RECOMPUTED:
-                        if not math.isnan(table[key][n, i]):
-                            yield row, network["name"], i, key
+                    if any([maps.thin(photo, kind) for kind in KINDS.get(key, ("own",))]):
+                        thin += 1
+                    else:
+                        found.append((row, name, photo, key))
+    return found, thin
 
 
 class _Network:
@@ -148,6 +293,14 @@ class _Offline:
         self.facts = self.board.network(self.name)
         self._table = self.board.table(self.name)
         self.classes: list[list[int]] = self._table.pop("classes").tolist()
+        shape = [len(pair) for pair in self.classes]
+        if shape != [2] * len(self.board.photos) or not all(
+            0 <= a < self.facts["classes"] and -1 <= b < self.facts["classes"]
+            for a, b in self.classes
+        ):
+            raise ValueError(
+                f"board: tables/{self.name}.safetensors has classes that there are not"
+            )
         self._scorer = _Network(self.facts)
 
     def table(self, photo: int) -> OutcomeTable:
@@ -187,6 +340,8 @@ def recomputed(board: Board, row: str, network: str, photo: int, column: str) ->
             mosaic = maps.of(photo, "mosaic")
             if mosaic is None:
                 return metric.chance(metric.columns[0]) or 0.0
+            if metric.n > 4 or len(mosaic) != metric.n**2:
+                raise ValueError(f"board: {row}, {network}: gridpg has n {metric.n!s:.20}")
             times = 1 if metric.halved else metric.n
             whole = (times * size[0], times * size[1])
             return float(
@@ -209,11 +364,8 @@ def recomputed(board: Board, row: str, network: str, photo: int, column: str) ->
 def _check_value(board: Board, row: str, network: str, photo: int, column: str) -> None:
     n = [x["name"] for x in board.networks].index(network)
     there = float(board.values[row][column][n, photo])
-    with board.open_maps(row, network) as maps:
-        own = maps.of(photo)
-        exact = own is None or own[0].numel() <= SMALL
     found = recomputed(board, row, network, photo, column)
-    if not abs(found - there) <= (EXACT if exact else ROUGH):
+    if not abs(found - there) <= EXACT:
         raise ValueError(
             f"board: {row}, {network}, {board.photos[photo]['id']}, {column}: values.csv has {there:.9g}, "
             f"its map and table give {found:.9g}"
@@ -238,6 +390,13 @@ def audit_board(
     Raises:
         ValueError: the board's own seed, other photos or another network.
     """
+    with locked(board.folder):
+        return _audited(Board.open(board.folder), backbone, photos, seed, say)
+
+
+def _audited(
+    board: Board, backbone: Any, photos: Any, seed: int, say: Callable[[str], Any]
+) -> list[list[str]]:
     if seed == board.facts["seed"]:
         raise ValueError(f"seed: {seed} is the board's own; give another")
     files = check_photos(board, limited(photos, None)[0])
@@ -293,7 +452,7 @@ def _written(board: Board, network: str, seed: int, found: Mapping[str, Any]) ->
             means = [bootstrap.mean(before), bootstrap.mean(after), diff.mean, diff.lo, diff.hi]
             shown = [number(float(f"{x:.6g}")) for x in means]
             lines.append([row, network, key, *shown, verdict])
-    write_text(board.folder / f"audit-{seed}.csv", csv_of(lines))
+    write_text(board.path(f"audit-{seed}.csv"), csv_of(lines))
     board.facts["audits"] = sorted({*board.facts["audits"], seed})
     fresh = Board(board.folder, board.facts)
     write_page(fresh)

@@ -15,6 +15,7 @@ Files of others are read: names are checked before a path is made of them, and n
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 import re
@@ -30,12 +31,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xattn.eval.evaluation.facts import WHOLE_SIDE
 from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, file_sha256, open_tensors, put_tensors, write_json
 
 FORMAT, SCHEMA = "xattn-board", 1
 LARGEST = 2 << 30  # bytes of a file
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
+LONGEST = 64 - len("maps-.safetensors")  # letters of a network's name
 CRITERIA: Mapping[str, tuple[str, ...]] = {
     "shared outcomes": ("squares", "subsets", "monotonicity", "photo-gain"),
     "contrasts": ("class-contrast", "network-contrast", "gridpg"),
@@ -43,8 +46,9 @@ CRITERIA: Mapping[str, tuple[str, ...]] = {
     "planted": ("blind",),
 }
 """The columns that may rank, by what they have in common; others stand beside them."""
+KINDS = ("code", "maps")
 VALUE_TITLES = ("row", "network", "photo", "class", "column", "value")
-SMALL = 28 * 28  # cells up to which maps are float32, larger ones float16 of their largest value
+SIDES = 4096  # pixels of a photo's side at most, as a network sees it
 
 
 def check_name(argument: str, name: str) -> str:
@@ -58,7 +62,11 @@ def check_name(argument: str, name: str) -> str:
 
 def network_name(backbone_name: str) -> str:
     """The name of a network in a board."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", backbone_name).strip(".-")[-64:] or "network"
+    name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", backbone_name).strip(".+-")
+    if len(name) > LONGEST:
+        cut = hashlib.sha256(backbone_name.encode()).hexdigest()[:6]
+        name = f"{name[: LONGEST - 7].strip('.+-')}-{cut}"
+    return name or "network"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +94,7 @@ class Board:
                 f"board: {folder} has no board.json; give a folder that xattn board made"
             )
         try:
-            facts = strict_json.parse(_small(path).read_bytes())
+            facts = strict_json.parse(small(path).read_bytes())
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']!r}")
         except (ValueError, LookupError, TypeError) as error:
@@ -98,10 +106,13 @@ class Board:
             )
         board = cls(folder, facts)
         try:
+            _check_facts(facts)
             for network in board.networks:
-                check_name("network", str(network["name"]))
+                board.path(f"rows/row/maps-{check_name('network', network['name'])}.safetensors")
             for row in board.row_names:
                 check_name("row", row)
+            for key in board.columns:
+                check_name("column", key)
             for name in facts["files"]:
                 board.path(name)
         except (LookupError, TypeError, AttributeError) as error:
@@ -151,15 +162,17 @@ class Board:
         return path
 
     def has(self, row: str, network: str) -> bool:
-        """Whether a row was measured on a network."""
+        """Whether there are maps of a row on a network."""
         return self.path(f"rows/{row}/maps-{network}.safetensors").is_file()
 
     def row(self, name: str) -> dict[str, Any]:
         """The ``row.json`` of a row."""
         path = self.path(f"rows/{name}/row.json")
         try:
-            facts = strict_json.parse(_small(path).read_bytes())
-            return {**facts, "kind": facts["kind"], "sanity": bool(facts["sanity"])}
+            facts = strict_json.parse(small(path).read_bytes())
+            if facts["kind"] not in KINDS:
+                raise ValueError(f"kind {facts['kind']!r:.80}")
+            return {**facts, "sanity": bool(facts["sanity"])}
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"board: {path} is damaged ({error})") from None
 
@@ -175,7 +188,10 @@ class Board:
             for line in self.lines(row):
                 try:
                     place = networks[line["network"]], photos[line["photo"]]
-                    table[line["column"]][place] = float(line["value"] or "nan")
+                    value = float(line["value"] or "nan")
+                    if math.isinf(value):
+                        raise ValueError(f"value {value}")
+                    table[line["column"]][place] = value
                 except (LookupError, ValueError) as error:
                     raise ValueError(f"board: rows/{row}/values.csv is damaged ({error})") from None
             found[row] = table
@@ -184,7 +200,7 @@ class Board:
     def lines(self, row: str) -> Iterator[dict[str, str]]:
         """The lines of a row's ``values.csv``."""
         path = self.path(f"rows/{row}/values.csv")
-        with _small(path).open(encoding="utf-8", newline="") as file:
+        with small(path).open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != VALUE_TITLES:
                 raise ValueError(f"board: {path} is damaged (titles {reader.fieldnames})")
@@ -192,7 +208,7 @@ class Board:
 
     def table(self, network: str) -> dict[str, Tensor]:
         """Drops (photos, masks) float32 by name, see :func:`drops_name`, and ``classes`` (photos, 2)."""
-        path = _small(self.path(f"tables/{network}.safetensors"))
+        path = small(self.path(f"tables/{network}.safetensors"))
         try:
             with open_tensors(path) as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
@@ -202,13 +218,13 @@ class Board:
     @contextmanager
     def open_maps(self, row: str, network: str) -> Iterator[Maps]:
         """The maps of a row."""
-        path = _small(self.path(f"rows/{row}/maps-{network}.safetensors"))
+        path = small(self.path(f"rows/{row}/maps-{network}.safetensors"))
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(open_tensors(path))
             except Exception as error:
                 raise ValueError(f"board: {path} is damaged ({error})") from None
-            yield Maps(file)
+            yield Maps(file, self.facts["whole_maps"])
 
     def save(self) -> None:
         """Write ``board.json``, with the hash of every file there is."""
@@ -225,17 +241,32 @@ class Board:
 
     def card(self) -> list[dict[str, str]]:
         """The lines of ``report-card.csv``."""
-        path = self.folder / "report-card.csv"
+        path = self.path("report-card.csv")
         if not path.is_file():
             return []
-        return list(csv.DictReader(io.StringIO(_small(path).read_text(encoding="utf-8"))))
+        return list(csv.DictReader(io.StringIO(small(path).read_text(encoding="utf-8"))))
 
 
 class Maps:
     """Maps of one row on one network, read as they are asked for."""
 
-    def __init__(self, file: Any) -> None:
-        self._file, self.keys = file, set(file.keys())
+    def __init__(self, file: Any, whole: int) -> None:
+        self._file, self.keys, self._whole = file, set(file.keys()), whole
+
+    def thin(self, photo: int, kind: str) -> bool:
+        """Whether the map may be an area mean; an error if its size or precision contradict that."""
+        key = f"{photo}/{kind}"
+        if key not in self.keys:
+            return False
+        shape = self._file.get_slice(key).get_shape()
+        if len(shape) != 3 or not 0 < max(shape[1:]) <= 4 * SIDES:
+            raise ValueError(f"board: map {key} has the shape {shape}; (n, h, w) is one")
+        thin = is_thin(photo, shape, self._whole)
+        if thin != (f"{key}/scale" in self.keys) or (thin and max(shape[1:]) > WHOLE_SIDE):
+            raise ValueError(
+                f"board: map {key} of {shape[1]} x {shape[2]} contradicts whole_maps {self._whole}"
+            )
+        return thin
 
     def of(self, photo: int, kind: str = "own") -> Tensor | None:
         """(n, h, w) float32 of a photo by its number; None where there is none."""
@@ -247,12 +278,20 @@ class Maps:
         return values * self._file.get_tensor(scale).float() if scale in self.keys else values
 
 
-def write_maps(path: Path, maps: Iterator[tuple[int, str, NDArray[np.float32]]]) -> None:
-    """Write (photo, kind, (n, h, w)) as a file of maps."""
+def is_thin(photo: int, shape: Sequence[int], whole: int) -> bool:
+    """Whether maps of a shape may be thinned ones. They are float16 of their largest value; all others are
+    float32, so that what they score can be computed again."""
+    return photo >= whole and max(shape[-2:]) >= WHOLE_SIDE
+
+
+def write_maps(
+    path: Path, maps: Iterator[tuple[int, str, NDArray[np.float32]]], whole: int
+) -> None:
+    """Write (photo, kind, (n, h, w)) as a file of maps, the first ``whole`` photos' as they are."""
     tensors: dict[str, Tensor] = {}
     for photo, kind, values in maps:
         made = torch.from_numpy(values.copy())
-        if made[0].numel() > SMALL:
+        if is_thin(photo, made.shape, whole):
             largest = made.abs().nan_to_num().max().clamp_min(1e-38)
             tensors[f"{photo}/{kind}/scale"] = largest[None]
             made = (made / largest).half()
@@ -277,7 +316,32 @@ def csv_of(lines: Sequence[Sequence[object]]) -> str:
     return stream.getvalue()
 
 
-def _small(path: Path) -> Path:
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """An error if a number, list or size of ``board.json`` is none, or larger than any board's."""
+    counts = {key: facts[key] for key in ("seed", "batch", "whole_maps", "card_photos")}
+    counts |= {f"audits {seed}"[:80]: seed for seed in facts["audits"]}
+    for network in facts["networks"]:
+        size = [*network["size"], *(network["grid"] or ())]
+        counts |= {f"size {i}": side for i, side in enumerate(size)} | {
+            "classes": network["classes"]
+        }
+        if len(network["size"]) != 2 or len(size) not in (2, 4) or not max(size) <= SIDES:
+            raise TypeError(f"size {network['size']!s:.80}")
+        if not all(isinstance(network[key], str) for key in ("name", "sha256", "task")):
+            raise TypeError("a network without a name")
+    for key, count in counts.items():
+        if type(count) is not int or not 0 <= count < (10**7 if key == "classes" else 2**63):
+            raise TypeError(f"{key} {count!r:.80}")
+    texts = [*facts["rows"], *facts["admitted"], *(photo["id"] for photo in facts["photos"])]
+    texts += [*facts["columns"], *facts["files"].values()]
+    if not all(isinstance(text, str) for text in texts) or not facts["photos"]:
+        raise TypeError("rows, admitted, photos, columns or files")
+    for key in (*facts["columns"], *(key for keys in CRITERIA.values() for key in keys)):
+        _ = facts["columns"][key]["higher"], float(facts["columns"][key]["chance"] or 0)
+
+
+def small(path: Path) -> Path:
+    """``path``; an error if it is too large for a file of a board."""
     if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"board: {path} has more than 2 GB; it was not written by xattn")
     return path

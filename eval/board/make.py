@@ -37,7 +37,12 @@ from xattn.eval.board.page import write_page
 from xattn.eval.evaluation.engine import create_metrics, evaluate
 from xattn.eval.evaluation.facts import BoardState, describe
 from xattn.eval.evaluation.results import Results, is_baseline
-from xattn.eval.evaluation.store import every_map, kept_outcomes, seed_outcomes
+from xattn.eval.evaluation.store import (
+    every_map,
+    forget_changed,
+    kept_outcomes,
+    seed_outcomes,
+)
 from xattn.eval.evaluation.stream import ImageStream
 from xattn.eval.interfaces import ExplainerFacts
 from xattn.eval.leaderboard import (
@@ -102,7 +107,7 @@ def make_board(
         ValueError: photos that are no files or cannot be read, or a board of other photos or settings.
     """
     files = _files(limited(photos, limit, job.seed)[0])
-    with _locked(folder):
+    with locked(folder):
         if (folder / "board.json").is_file():
             board = Board.open(folder)
             files = check_photos(board, files)
@@ -149,11 +154,17 @@ def join_board(
         ValueError: other photos, another network or settings than the board's, or the name of a row that
             is there.
     """
-    board = Board.open(folder)
-    files = check_photos(board, _files(limited(photos, None)[0]))
-    settings = {"seed": board.facts["seed"], "max_forward_batch": board.facts["batch"]}
-    job = replace(job, **settings)
-    with _locked(folder):
+    Board.open(folder)
+    with locked(folder):
+        board = Board.open(folder)
+        files = check_photos(board, _files(limited(photos, None)[0]))
+        settings = {"seed": board.facts["seed"], "max_forward_batch": board.facts["batch"]}
+        job = replace(job, **settings)
+        if network_name(job.backbone.name) not in [n["name"] for n in board.networks]:
+            raise ValueError(
+                f"backbone: {job.backbone.name} is no network of {folder}; give one that is, or add it by "
+                f"xattn board make"
+            )
         network = _network(board, job, files)
         if methods is None:
             made = methods_of(job, first_photos(files, job.backbone, job.view))
@@ -162,6 +173,8 @@ def join_board(
             randomized = {r: f for r, f in _on_random(job, made).items() if r in explainers}
         else:
             explainers, randomized = as_explainers(methods, job.backbone, job.max_forward_batch), {}
+        for row in filter(is_sanity, explainers):
+            raise ValueError(f"row: {row} is the name of a sanity row; give another by --row")
         there = [r for r in explainers if r in board.row_names and board.has(r, network["name"])]
         if there:
             raise ValueError(
@@ -266,7 +279,7 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
     """The board's entry of the job's network, made if a board has none; an error if it is another one."""
     backbone, name = job.backbone, network_name(job.backbone.name)
     protocol, metrics = board_metrics(board.facts["seed"], backbone)
-    columns, infos = {}, {}
+    columns = {}
     for metric in metrics:
         for c in metric.columns:
             info = metric.info[c.metric]
@@ -276,7 +289,6 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
                 "options": options,
                 "group": type(metric).__name__,
             }
-            infos[c.key] = {"higher": info.higher_is_better, "chance": metric.chance(c)}
     stream = ImageStream(files, backbone.preprocessing, "crop", job.max_pixels)
     views, size = [], (0, 0)
     for block in stream.blocks(job.max_forward_batch):
@@ -308,8 +320,17 @@ def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
             )
     if known is None:
         board.networks.append(made)
-        board.columns.update(infos)
+        board.columns.update(infos_of(metrics))
     return known or made
+
+
+def infos_of(metrics: list[Any]) -> dict[str, dict[str, Any]]:
+    """Direction and chance of each column."""
+    return {
+        c.key: {"higher": metric.info[c.metric].higher_is_better, "chance": metric.chance(c)}
+        for metric in metrics
+        for c in metric.columns
+    }
 
 
 def _differing(got: Any, wanted: Any) -> tuple[str, str]:
@@ -332,19 +353,45 @@ def digest(image: Tensor) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """The folder for one command alone.
 
     Raises:
-        ValueError: another one has it.
+        ValueError: another one has it, or the state in it was not made here.
     """
-    (folder / "state").mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder / "state") as alone:
+    state = folder / "state"
+    if state.is_symlink():
+        raise ValueError(f"board: {state} is a link; delete it")
+    state.mkdir(parents=True, exist_ok=True)
+    with folder_lock(state) as alone:
         if alone is False:
             raise ValueError(
                 f"board: another command is at work in {folder}; wait until it is done"
             )
+        _check_owned(state)
         yield
+
+
+def _check_owned(state: Path) -> None:
+    """An error if ``state`` came with the board: its contents are trusted."""
+    owner = state / "owner"
+    if not any(state.iterdir()):
+        own_state(state)
+    there = owner.is_file() and not owner.is_symlink() and owner.read_text(encoding="utf-8")
+    if not (state / "mark").is_file() or there != _mark_of(state):
+        raise ValueError(f"board: {state} was not made here; delete it, it is made again")
+
+
+def own_state(state: Path) -> None:
+    """Say of a state that it was made here."""
+    (state / "mark").touch()
+    write_text(state / "owner", _mark_of(state))
+
+
+def _mark_of(state: Path) -> str:
+    """What nobody can choose for a file that is copied or unpacked."""
+    mark = (state / "mark").lstat()
+    return f"{mark.st_ino} {mark.st_ctime_ns}"
 
 
 # ---------------------------------------------------------------- measuring
@@ -380,6 +427,8 @@ def _add_rows(
     for row in rows:
         check_name("row", row)
     state = _state(board, network["name"])
+    fresh = [r for r in rows if r not in board.row_names or not board.has(r, network["name"])]
+    forget_changed(state, {r: [describe(rows[r]), dict(about.sources)] for r in fresh})
     protocol, metrics = board_metrics(board.facts["seed"], job.backbone)
     tabled = board.path(f"tables/{network['name']}.safetensors").is_file()
     say_plan(job, rows, metrics, files, None, 1, say, tabled)
@@ -404,7 +453,6 @@ def _add_rows(
         _write_row(board, network["name"], row, rows[row], results, state, about)
         if row not in board.row_names:
             board.facts["rows"].append(row)
-    board.save()
 
 
 def _check_constant(row: str, results: Results) -> None:
@@ -485,13 +533,14 @@ def _write_row(
         for column, values in method.values.items()
         if method.measured[column][i]
     ]
-    lines = [line for line in others if line[1] != network] + fresh
     order = {n["name"]: i for i, n in enumerate(board.networks)}
+    lines = [line for line in others if line[1] != network and line[1] in order] + fresh
     lines.sort(key=lambda line: order[line[1]])
     write_text(path, csv_of([VALUE_TITLES, *lines]))
     maps = board.path(f"rows/{row}/maps-{network}.safetensors")
     count = len(results.images)
-    write_maps(maps, (found for found in every_map(state, row) if found[0] < count))
+    kept = (found for found in every_map(state, row) if found[0] < count)
+    write_maps(maps, kept, board.facts["whole_maps"])
     facts = ExplainerFacts.of(explainer)
     trained = [c.key for c in results.columns if results.trained_on(row, c)]
     file = board.path(f"rows/{row}/row.json")
@@ -566,15 +615,16 @@ def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
     if not every:
         return
     rows = [[number(cell) if isinstance(cell, float) else cell for cell in line] for line in every]
-    write_text(board.folder / "report-card.csv", csv_of([titles, *rows]))
-    passed = {(str(line[0]), str(line[1]), str(line[2])) for line in rows if str(line[6]) == "1"}
+    write_text(board.path("report-card.csv"), csv_of([titles, *rows]))
+    board.facts["admitted"] = admitted_of(board, board.card())
+
+
+def admitted_of(board: Board, card: list[dict[str, str]]) -> list[str]:
+    """The columns that pass both ladders of a report card on every network."""
+    passed = {(x["network"], x["metric"], x["test"]) for x in card if x["passed"] == "1"}
+    wanted = [(n["name"], x) for n in board.networks for x in ("ladder cells", "ladder photo")]
     ranked = [key for keys in CRITERIA.values() for key in keys]
-    ladders = [
-        (n["name"], ladder) for n in board.networks for ladder in ("ladder cells", "ladder photo")
-    ]
-    board.facts["admitted"] = [
-        key for key in ranked if all((n, key, ladder) in passed for n, ladder in ladders)
-    ]
+    return [key for key in ranked if all((n, key, ladder) in passed for n, ladder in wanted)]
 
 
 def _finish(board: Board) -> None:

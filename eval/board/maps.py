@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +18,10 @@ from xattn.eval.board.folder import LARGEST, Board, network_name
 from xattn.eval.board.make import digest
 
 SECOND = "@class"
+BROKEN = (
+    *(ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
+    *(NotImplementedError, RuntimeError),  # of another packing, or with a password
+)
 
 
 class MapsExplainer:
@@ -54,27 +61,42 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
     facts = next((n for n in board.networks if n["name"] == name), None)
     if facts is None:
         raise ValueError(f"backbone: {name} is no network of {board.folder}; give one that is")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"maps_of: {path} has more than 2 GB; give smaller maps")
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        names = set(arrays.files)
-    except (ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"maps_of: {path} is no .npz of arrays ({error})") from None
+    arrays = _arrays(path)
     classes = board.table(name)["classes"].tolist()
     found = {}
     for i, photo in enumerate(board.photos):
         for key, slot in ((photo["id"], 0), (photo["id"] + SECOND, 1)):
-            if key not in names:
+            if key not in arrays:
                 if slot == 0:
                     raise ValueError(f"maps_of: {path} has no map of {key}; give one a photo")
                 continue
-            values = np.asarray(arrays[key])
+            values = arrays[key]
             if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
                 raise ValueError(
                     f"maps_of: {key} is {values.dtype} {values.shape}; give (h, w) numbers"
                 )
-            if not np.isfinite(values).all():
-                raise ValueError(f"maps_of: {key} has NaN or infinite values; give finite ones")
+            if not (np.abs(values.astype(np.float64)) <= np.finfo(np.float32).max).all():
+                raise ValueError(
+                    f"maps_of: {key} has NaN, infinite or values over 3.4e38; give finite float32 ones"
+                )
             found[facts["views"][i], classes[i][slot]] = torch.from_numpy(values.astype(np.float32))
     return MapsExplainer(found, file_sha256(path))
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a .npz whose unpacked files, as their headers have them, are not too large."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            total = 0
+            for item in packed.infolist():
+                with packed.open(item) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
+                total += max(item.file_size, math.prod(header[0]) * header[2].itemsize)
+        if total > LARGEST:
+            raise ValueError("more than 2 GB")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: np.asarray(arrays[key]) for key in arrays.files}
+    except BROKEN as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"maps_of: {path} is no .npz of arrays of numbers ({why:.100})") from None

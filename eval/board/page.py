@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xattn.eval.board.folder import CRITERIA, Board, csv_of, number
-from xattn.eval.board.ranks import RowRank, board_ranks
+from xattn.eval.board.folder import CRITERIA, Board, csv_of, number, small
+from xattn.eval.board.ranks import GATES, RowRank, board_ranks, gates_of
 from xattn.eval.evaluation.results import MIN_IMAGES
 from xattn.eval.metric_words import metric_about, metric_title
 from xattn.eval.report.rank_sets import MIN_RANKED
@@ -34,9 +34,14 @@ h2{margin-top:2.5rem}.note{max-width:60rem}
 
 def write_page(board: Board) -> None:
     """Write ``board.csv`` and ``index.html``."""
+    for name, text in written_pages(board).items():
+        write_text(board.path(name), text)
+
+
+def written_pages(board: Board) -> dict[str, str]:
+    """The text of ``board.csv`` and ``index.html``."""
     ranks = board_ranks(board)
-    write_text(board.folder / "board.csv", csv_of(_csv_lines(board, ranks)))
-    write_text(board.folder / "index.html", page(board, ranks))
+    return {"board.csv": csv_of(_csv_lines(board, ranks)), "index.html": page(board, ranks)}
 
 
 def _csv_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[object]]:
@@ -77,6 +82,8 @@ def _word(verified: bool | None) -> str:
 
 
 def _places(rank: RowRank) -> str:
+    if rank.lacks:
+        return f"not on {rank.lacks}"
     return "-" if rank.places is None else f"{rank.places[0]}-{rank.places[1]}"
 
 
@@ -161,6 +168,12 @@ def _notes(board: Board) -> str:
         "to what the row was trained on, and has no part in its rank.",
     ]
     count = len(board.photos)
+    gates = gates_of(board)
+    if missing := [key for key in GATES if key not in gates]:
+        notes.append(
+            f"No row has a value of {', '.join(missing)}, which has no part in what verifies a row (gridpg "
+            f"needs four classes)."
+        )
     if count < MIN_IMAGES:
         notes.append(f"{count} photos are too few for any verdict; it takes at least {MIN_IMAGES}.")
     elif count < MIN_RANKED:
@@ -171,7 +184,10 @@ def _notes(board: Board) -> str:
 def _board_table(board: Board, ranks: Mapping[str, RowRank]) -> str:
     keys = shown_columns(board)
     arrows = {k: "↑" if board.columns[k]["higher"] else "↓" for k in keys}
-    heads = [f"<th title='{html.escape(metric_about(k))}'>{k} {arrows[k]}</th>" for k in keys]
+    heads = [
+        f"<th title='{html.escape(metric_about(k))}'>{html.escape(k)} {arrows[k]}</th>"
+        for k in keys
+    ]
     body = ""
     for row in ordered(ranks):
         r, facts = ranks[row], board.row(row)
@@ -185,11 +201,8 @@ def _board_table(board: Board, ranks: Mapping[str, RowRank]) -> str:
             dull = "" if key in board.admitted else " class=no"
             cells += f"<td{dull}>{said}<small>{small}</small></td>"
         verified = "class-blind" if r.class_blind else _word(r.verified) or "too few photos"
-        place = (
-            "-"
-            if r.rank is None or r.places is None
-            else f"{r.rank}<small>{r.places[0]}-{r.places[1]}</small>"
-        )
+        place = f"<small>{html.escape(_places(r))}</small>" if r.places or r.lacks else ""
+        place = f"{'-' if r.rank is None else r.rank}{place}"
         kind = _kind(board, row)
         family = f"<small>one family only: {r.one_family}</small>" if r.one_family else ""
         name = html.escape(str(facts.get("title", row)))
@@ -220,7 +233,7 @@ def _card_table(board: Board) -> str:
         cells += [", ".join(dict.fromkeys(card.get((key, "nulls"), ["none"])))]
         cells += ["yes" if key in board.admitted else "no"]
         row = "".join(f"<td class=l>{html.escape(cell)}</td>" for cell in cells)
-        body += f"<tr><td class=l>{key}</td>{row}</tr>"
+        body += f"<tr><td class=l>{html.escape(key)}</td>{row}</tr>"
     heads = ("column", "is", *tests, "not told from the method, or above chance", "ranks")
     head = "".join(f"<th class=l>{h}</th>" for h in heads)
     count = min(board.facts["card_photos"], len(board.photos))
@@ -238,7 +251,10 @@ def _card_table(board: Board) -> str:
 def _audits(board: Board) -> list[str]:
     found = []
     for seed in board.facts["audits"]:
-        lines = (board.folder / f"audit-{seed}.csv").read_text(encoding="utf-8").splitlines()
+        path = board.path(f"audit-{seed}.csv")
+        if not path.is_file():
+            raise ValueError(f"board: audit-{seed}.csv is missing")
+        lines = small(path).read_text(encoding="utf-8").splitlines()
         rows = "".join(
             "<tr>"
             + "".join(f"<td class=l>{html.escape(c)}</td>" for c in line.split(","))

@@ -1,12 +1,13 @@
 """Who is ahead on a board: which rows are verified, and the places that each may have.
 
     verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, that of gridpg
-                 is above chance, each at 1 - .05 / 4: the map reads photo, class and network
+                 is above chance, each at 1 - .05 / gates: the map reads photo, class and network
     places       rank sets of z among the verified rows
     z            median over criteria of the mean over their columns of (mean - median) / IQR
 
 Columns count that passed the report card on every network, and of a row those that are not close to its
-training. With fewer than 8 photos there is no verdict, with fewer than 40 no rank.
+training. With fewer than 8 photos there is no verdict, with fewer than 40 no rank, nor has a row one that
+lacks a network, or half of the values of a column.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class RowRank(NamedTuple):
     """A row's means with intervals by column, its rank sets by column, and its place on the board.
 
     ``verified`` None: too few photos. ``rank`` and ``places`` None: not verified, too few photos, or a
-    column is missing. ``one_family``: the criterion in which alone it is ahead, or "".
+    column is missing. ``one_family``: the criterion in which alone it is ahead, or "". ``lacks``: a network
+    of the board on which it has no value, or "".
     """
 
     means: Mapping[str, bootstrap.Interval]
@@ -44,6 +46,7 @@ class RowRank(NamedTuple):
     places: tuple[int, int] | None
     z: float
     one_family: str
+    lacks: str
 
 
 def board_ranks(board: Board) -> dict[str, RowRank]:
@@ -58,10 +61,18 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
         row: {key: bootstrap.mean_interval(v, seed=seed) for key, v in table.items()}
         for row, table in by_photo.items()
     }
-    verified = {row: _verified(board, table, seed) for row, table in by_photo.items()}
-    able = [r for r in board.row_names if verified[r] and not facts[r]["sanity"]]
+    gates = gates_of(board)
+    verified = {row: _verified(board, gates, table, seed) for row, table in by_photo.items()}
+    lacks = {row: _lacked(board, table) for row, table in values.items()}
+    able = [r for r in board.row_names if verified[r] and not facts[r]["sanity"] and not lacks[r]]
     chosen = [k for keys in CRITERIA.values() for k in keys if k in board.admitted]
-    able = [r for r in able if all(means[r][k].n >= MIN_RANKED for k in chosen if k not in GATES)]
+    least = len(board.photos) / 2  # on each network; of gridpg the mosaics that there are
+    able = [
+        r
+        for r in able
+        if len(board.photos) >= MIN_RANKED
+        and all((~np.isnan(values[r][k])).sum(1).min() >= least for k in chosen if k != "gridpg")
+    ]
     trained = {row: set(map(str, facts[row].get("trained_on", ()))) for row in able}
     sets, scores, places, flags = _ranked(board, able, chosen, trained, seed)
     found = {}
@@ -76,8 +87,28 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
             places.get(row),
             z,
             flags.get(row, ""),
+            lacks[row],
         )
     return found
+
+
+def gates_of(board: Board) -> list[str]:
+    """The columns that verify: those of :data:`GATES` in which any row has a value. Of ``gridpg`` there is
+    none where a network has fewer than four classes."""
+    tables = board.values.values()
+    return [key for key in GATES if any(not np.isnan(table[key]).all() for table in tables)]
+
+
+def _lacked(board: Board, table: Mapping[str, NDArray[np.float64]]) -> str:
+    measured = np.array((~np.isnan(np.stack(list(table.values())))).any((0, 2)))
+    return next(
+        (
+            n["name"]
+            for n, is_there in zip(board.networks, measured.tolist(), strict=True)
+            if not is_there
+        ),
+        "",
+    )
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -87,17 +118,21 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(np.nanmean(values, 0))
 
 
-def _verified(board: Board, table: Mapping[str, NDArray[np.float64]], seed: int) -> bool | None:
+def _verified(
+    board: Board, gates: Sequence[str], table: Mapping[str, NDArray[np.float64]], seed: int
+) -> bool | None:
+    if len(board.photos) < MIN_IMAGES:
+        return None
     ends = []
-    for key in GATES:
-        found = bootstrap.mean_interval(table[key], level=1 - ALPHA / len(GATES), seed=seed)
+    for key in gates:
+        found = bootstrap.mean_interval(table[key], level=1 - ALPHA / len(gates), seed=seed)
         chance = board.columns[key]["chance"] or 0.0
         if found.n == 0 and key != "gridpg":  # a row that has none, of gridpg the photos
             return False
         if found.n < MIN_IMAGES:
             return None
         ends.append(found.lo > chance)
-    return all(ends)
+    return bool(ends) and all(ends)
 
 
 def _class_blind(table: Mapping[str, NDArray[np.float64]]) -> bool:

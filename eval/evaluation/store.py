@@ -398,3 +398,18 @@ def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.fl
         )
         for position, kind, *shape, data in file.execute(query, {"m": method}):
             yield position, kind, np.frombuffer(data, "<f4").reshape(shape)
+
+
+def forget_changed(path: Path, codes: Mapping[str, Any]) -> None:
+    """Forget what a state keeps of methods whose code, any JSON, is not what it was begun with."""
+    with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
+        file.executescript(_SCHEMA)
+        known = dict(file.execute("SELECT key, value FROM meta"))
+        for method, code in codes.items():
+            now, key = json.dumps(code, sort_keys=True), f"code {method}"
+            if known.get(key, now) != now:
+                for table in ("results", "maps", "others"):
+                    file.execute(f"DELETE FROM {table} WHERE method = ?", (method,))
+                old = (f"method {method}", f"randomized {method}")
+                file.execute("DELETE FROM meta WHERE key IN (?, ?)", old)
+            file.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, now))

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from xattn.backbone import load_backbone
 from xattn.cli import main
 from xattn.eval.board.check import audit_board, check_board, recomputed
-from xattn.eval.board.folder import Board
-from xattn.eval.board.make import join_board, make_board
+from xattn.eval.board.folder import Board, network_name
+from xattn.eval.board.make import NewRow, join_board, make_board, own_state
 from xattn.eval.board.maps import maps_explainer
+from xattn.eval.board.page import write_page
 from xattn.eval.board.ranks import board_ranks
 from xattn.eval.leaderboard import Comparison
 from xattn.runtime.files import file_sha256
@@ -136,6 +139,7 @@ def test_a_killed_make_goes_on_and_measures_nothing_twice(
 ):
     again = tmp_path / "again"
     shutil.copytree(made, again)
+    own_state(again / "state")
     shutil.rmtree(again / "rows")
     shutil.rmtree(again / "tables")
     (again / "board.json").unlink()
@@ -307,6 +311,33 @@ def test_other_photos_networks_and_settings_are_refused_before_the_work(
         ({"rows": ["../../etc"]}, "row: got '../../etc'"),
         ({"files": {"../secret": "0"}}, "'../secret' is no file of a board"),
         ({"files": {"rows/a/b/c": "0"}}, "is no file of a board"),
+        ({"audits": ["/../../secret"]}, "is damaged"),
+        ({"whole_maps": "x"}, "is damaged"),
+        ({"columns": {}}, "is damaged"),
+        ({"photos": {}}, "is damaged"),
+        (
+            {
+                "networks": [
+                    {"name": "n", "sha256": "", "task": "", "size": "x", "grid": None, "classes": 3}
+                ]
+            },
+            "is damaged",
+        ),
+        (
+            {
+                "networks": [
+                    {
+                        "name": "n",
+                        "sha256": "",
+                        "task": "",
+                        "size": [10**6] * 2,
+                        "grid": None,
+                        "classes": 3,
+                    }
+                ]
+            },
+            "is damaged",
+        ),
     ],
 )
 def test_a_hostile_or_newer_board_is_one_line(board, change, message):
@@ -358,6 +389,243 @@ def test_the_page_is_one_file_and_names_are_text(made):
     )
 
 
+# ---------------------------------------------------------------- what somebody forges with all hashes
+
+
+def edit(folder, row, change, **facts):
+    """``values.csv`` with ``change`` of each line, None to leave it out, and ``facts`` of the row."""
+    rows = [change(line) for line in lines(folder, row)]
+    with (folder / "rows" / row / "values.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "network", "photo", "class", "column", "value"])
+        writer.writeheader()
+        writer.writerows(line for line in rows if line is not None)
+    path = folder / "rows" / row / "row.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    rehash(folder)
+    write_page(Board.open(folder))
+    rehash(folder)
+
+
+def test_a_row_without_its_maps_is_refused(board):
+    (board / "rows/random/maps-Colours.safetensors").unlink()
+    path = board / "rows/random/row.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": {}}))
+    edit(board, "random", lambda line: line | {"value": "1"})
+    with pytest.raises(ValueError, match=r"rows/random/maps-Colours\.safetensors is missing"):
+        check_board(Board.open(board))
+
+
+def test_a_row_that_abstains_is_refused(board):
+    at = {"photo": "3.png", "column": "squares"}
+    edit(board, "gradcam", lambda x: None if at.items() <= x.items() else x)
+    with pytest.raises(ValueError, match=r"gradcam, Colours, 3\.png, squares: .* has no value"):
+        check_board(Board.open(board))
+    edit(board, "gradcam", lambda x: x if x["column"] != "squares" else None)
+    with pytest.raises(ValueError, match=r"gradcam, Colours, 0\.png, squares: .* has no value"):
+        check_board(Board.open(board))
+
+
+@pytest.mark.parametrize("column", ["squares", "ROAD"])
+def test_a_blank_value_is_refused(board, column):
+    at = {"photo": "3.png", "column": column}
+    edit(board, "gradcam", lambda x: x | {"value": ""} if at.items() <= x.items() else x)
+    with pytest.raises(ValueError, match=rf"gradcam, Colours, 3\.png, {column}: .* has no value"):
+        check_board(Board.open(board))
+
+
+def test_what_is_derived_is_made_again(board):
+    def refused(message, **change):
+        facts = json.loads((board / "board.json").read_text())
+        (board / "board.json").write_text(json.dumps(facts | change))
+        with pytest.raises(ValueError, match=message):
+            check_board(Board.open(board), 1)
+        (board / "board.json").write_text(json.dumps(facts))
+
+    columns = Board.open(board).columns
+    refused("other directions", columns=columns | {"squares": {"higher": False, "chance": 0}})
+    refused("other directions", columns=columns | {"gridpg": {"higher": True, "chance": -1}})
+    refused("admitted is ROAD", admitted=["ROAD"])
+    files = Board.open(board).facts["files"]
+    refused("no hash of board.csv", files={k: v for k, v in files.items() if k != "board.csv"})
+    for name in ("board.csv", "index.html"):
+        path, text = board / name, (board / name).read_text()
+        path.write_text(text.replace("gradcam", "best"))
+        rehash(board)
+        refused(f"{name} is not what")
+        path.write_text(text)
+        rehash(board)
+    assert check_board(Board.open(board), 1)
+    edit(board, "random", dict, sanity=False)
+    with pytest.raises(ValueError, match="sanity"):
+        check_board(Board.open(board))
+
+
+def test_maps_that_contradict_how_many_are_whole_are_refused_and_others_are_counted(board):
+    path = board / "rows/gradcam/maps-Colours.safetensors"
+    maps = {
+        key: torch.nn.functional.interpolate(m[None].float(), (56, 56))[0]
+        for key, m in load_file(path).items()
+    }
+    facts = json.loads((board / "board.json").read_text()) | {"whole_maps": 0}
+    (board / "board.json").write_text(json.dumps(facts))
+    save_file(maps, path)
+    edit(board, "gradcam", dict)
+    with pytest.raises(ValueError, match="map 0/.* of 56 x 56 contradicts whole_maps 0"):
+        check_board(Board.open(board), 10_000)
+    scales = {f"{key}/scale": torch.ones(1, dtype=torch.float16) for key in maps}
+    save_file({**{k: m.half() for k, m in maps.items()}, **scales}, path)
+    edit(board, "gradcam", dict)
+    said = check_board(Board.open(board), 10_000)
+    assert f"and {5 * COUNT} of maps that are kept as area means" in said[-2]
+
+
+def test_texts_of_a_board_are_escaped_and_links_are_not_read(board, tmp_path):
+    edit(board, "gradcam", dict)
+    path = board / "rows/gradcam/row.json"
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps(own | {"kind": "<script>"}))
+    with pytest.raises(ValueError, match="kind '<script>'"):
+        board_ranks(Board.open(board))
+    path.write_text(json.dumps(own | {"title": "<script>"}))
+    write_page(Board.open(board))
+    assert "<script" not in (board / "index.html").read_text()
+    facts = json.loads((board / "board.json").read_text())
+    more = facts["columns"] | {"<script>": {"higher": True, "chance": 0}}
+    (board / "board.json").write_text(json.dumps(facts | {"columns": more}))
+    with pytest.raises(ValueError, match="column: got '<script>'"):
+        Board.open(board)
+    (tmp_path / "secret.csv").write_text("secret")
+    for name in ("audit-7.csv", "report-card.csv"):
+        (board / name).unlink(missing_ok=True)
+        (board / name).symlink_to(tmp_path / "secret.csv")
+        (board / "board.json").write_text(json.dumps(facts | {"audits": [7]}))
+        with pytest.raises(ValueError, match="lies outside"):
+            write_page(Board.open(board))
+        (board / name).unlink()
+
+
+def test_tables_of_classes_that_there_are_not_are_refused(board):
+    path = board / "tables/Colours.safetensors"
+    tables = load_file(path)
+    tables["classes"] += 10**11
+    save_file(tables, path)
+    rehash(board)
+    with pytest.raises(ValueError, match="classes that there are not"):
+        check_board(Board.open(board))
+
+
+# ---------------------------------------------------------------- joining
+
+
+def test_a_state_that_came_with_a_board_is_refused(made, backbone, photos, tmp_path):
+    shutil.copytree(made, tmp_path / "board")
+    with pytest.raises(ValueError, match="state was not made here; delete it"):
+        join_board(tmp_path / "board", job(backbone, ("input_x_gradient",)), str(photos))
+    shutil.rmtree(tmp_path / "board/state")
+    (tmp_path / "board/state").symlink_to(made / "state")
+    with pytest.raises(ValueError, match="state is a link"):
+        join_board(tmp_path / "board", job(backbone, ("input_x_gradient",)), str(photos))
+
+
+def test_a_network_that_the_board_lacks_and_a_sanity_name_are_refused(backbone, photos, board):
+    other = load_backbone(
+        Other().eval(), input_size=SIDE, mean=(0.0,) * 3, std=(1.0,) * 3, crop=1.0,
+        class_names=["red", "green", "blue"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="backbone: Other is no network of"):
+        join_board(board, job(other, ("input_x_gradient",)), str(photos))
+    for row in ("randomized_mine", "edges"):
+        method = {row: lambda images, target: images.mean(1, keepdim=True)}
+        with pytest.raises(ValueError, match=f"row: {row} is the name of a sanity row"):
+            join_board(board, job(backbone, ()), str(photos), method)
+
+
+def test_names_of_networks_can_be_files():
+    names = [f"{'swinv2_large_window12to24' * 2}.{end}+" for end in ("ms_in22k", "ms_in1k")]
+    cut = [network_name(name) for name in names]
+    assert len(set(cut)) == 2 and network_name("vit.a-") == "vit.a"
+    for name in cut:
+        assert Board(Path("x"), {}).path(f"rows/a/maps-{name}.safetensors").name
+
+
+def test_a_join_that_was_killed_before_the_page_goes_on(backbone, photos, board, monkeypatch):
+    def killed(board):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xattn.eval.board.make._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            join_board(board, job(backbone, ("input_x_gradient",)), str(photos), progress=False)
+    join_board(board, job(backbone, ("input_x_gradient",)), str(photos), progress=False)
+    assert "input_x_gradient" in (board / "board.csv").read_text()
+    assert check_board(Board.open(board), 10_000), "pixel maps, too"
+
+
+def test_a_row_that_another_join_adds_is_kept(backbone, photos, board):
+    before = Board.open(board)
+    join_board(board, job(backbone, ("input_x_gradient",)), str(photos), progress=False)
+    audit_board(before, backbone, str(photos), 7)
+    assert "input_x_gradient" in Board.open(board).row_names
+
+
+def test_maps_and_code_that_are_corrected_are_measured_anew(
+    backbone, photos, board, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    for name, values in (("bad", np.ones((8, 8))), ("good", rng.random((8, 8)))):
+        np.savez(tmp_path / f"{name}.npz", **{f"{i}.png": values for i in range(COUNT)})
+
+    def join(name):
+        method = maps_explainer(Board.open(board), backbone, tmp_path / f"{name}.npz")
+        about = NewRow(kind="maps")
+        join_board(
+            board, job(backbone, ()), str(photos), {"theirs": method}, about=about, progress=False
+        )
+
+    with pytest.raises(ValueError, match="row: theirs has 8 invalid maps"):
+        join("bad")
+    join("good")
+
+    def killed(board):
+        raise KeyboardInterrupt
+
+    def add(sign, sha256):
+        mine = {"mine": lambda images, target: sign * images.mean(1, keepdim=True)}
+        about = NewRow(sources={"mine.py": sha256})
+        join_board(board, job(backbone, ()), str(photos), mine, about=about, progress=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xattn.eval.board.make._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add(1.0, "a")
+    add(-1.0, "b")
+    assert (Board.open(board).values["mine"]["squares"] < 0).all(), "of one code alone"
+
+
+def test_unclear_files_of_maps_are_one_line(backbone, board, tmp_path):
+    path, good = tmp_path / "maps.npz", {f"{i}.png": np.eye(8) for i in range(COUNT)}
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            maps_explainer(Board.open(board), backbone, path)
+
+    path.write_bytes(b"")
+    refused("maps_of: .* is no .npz")
+    np.savez(path, **good)
+    data = bytearray(path.read_bytes())
+    data[200] ^= 255
+    path.write_bytes(data)
+    refused("maps_of: .* is no .npz")
+    np.savez(path, **good | {"0.png": np.array([{}], dtype=object)})
+    refused("maps_of: .* is no .npz")
+    np.savez(path, **good | {"0.png": np.eye(8) * 1e300})
+    refused(r"maps_of: 0\.png has NaN, infinite or values over 3\.4e38")
+    with zipfile.ZipFile(path, "w") as packed, packed.open("0.png.npy", "w") as file:
+        header = {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)}
+        np.lib.format.write_array_header_1_0(file, header)
+    refused("maps_of: .*more than 2 GB")
+
+
 # ---------------------------------------------------------------- report cards, several networks
 
 
@@ -402,6 +670,7 @@ def test_a_column_ranks_that_passes_both_ladders_on_every_network(
     shutil.copytree(
         made, folder, ignore=shutil.ignore_patterns("*.json", "*.csv", "rows", "tables")
     )
+    own_state(folder / "state")
     make_board(folder, job(backbone), str(photos), progress=False)
     assert Board.open(folder).admitted == ["squares", "gridpg", "thinned"]
     second = load_backbone(
@@ -458,3 +727,53 @@ def test_verified_rows_rank_and_what_is_close_to_training_does_not_count(made, t
     trained = {"trained_on": ["squares", "photo-gain", "class-contrast"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | trained))
     assert set(trained["trained_on"]) <= set(board_ranks(opened)["gradcam"].columns)
+
+
+def ranked(made, folder, networks=1, count=60):
+    """An opened board with made-up values, and a function for those of a row."""
+    shutil.copytree(made, folder)
+    opened, rng = Board.open(folder), np.random.default_rng(0)
+    opened.facts["photos"] = [{"id": f"{i}", "sha256": ""} for i in range(count)]
+    opened.facts["networks"] = [opened.networks[0] | {"name": f"n{i}"} for i in range(networks)]
+    opened.facts["admitted"] = ["squares", "photo-gain", "ROAD"]
+    opened.facts["rows"] = ["gradcam", "saliency"]
+
+    def values(level):
+        shape = networks, count
+        return {k: level + 0.1 * rng.normal(size=shape) for k in opened.columns}
+
+    opened.__dict__["values"] = {"gradcam": values(0.5), "saliency": values(0.7)}
+    return opened
+
+
+@pytest.mark.parametrize("key", ["squares", "photo-gain"])
+def test_half_of_the_values_make_no_rank(made, tmp_path, key):
+    opened = ranked(made, tmp_path / "b", count=100)
+    opened.values["saliency"][key][:, :45] = np.nan
+    assert board_ranks(opened)["saliency"].rank == 1
+    opened.values["saliency"][key][:, :55] = np.nan
+    assert board_ranks(opened)["saliency"].rank is None
+
+
+def test_few_photos_and_a_network_that_is_lacking_make_no_rank(made, tmp_path):
+    opened = ranked(made, tmp_path / "few", count=39)
+    opened.facts["admitted"] = ["photo-gain", "class-contrast"]
+    ranks = board_ranks(opened)
+    assert ranks["saliency"].verified and ranks["saliency"].rank is None
+    opened = ranked(made, tmp_path / "two", networks=2)
+    assert board_ranks(opened)["saliency"].rank == 1
+    for table in opened.values["saliency"].values():
+        table[1] = np.nan
+    ranks = board_ranks(opened)
+    assert ranks["saliency"].rank is None and ranks["saliency"].lacks == "n1"
+    assert ranks["gradcam"].lacks == ""
+
+
+def test_a_gate_that_no_row_can_pass_is_left_out(made, tmp_path):
+    opened = ranked(made, tmp_path / "b")
+    for row in opened.values:
+        opened.values[row]["gridpg"][:] = np.nan
+    assert board_ranks(opened)["saliency"].verified
+    opened.values["gradcam"]["gridpg"][:] = 0.9
+    assert board_ranks(opened)["saliency"].verified is None, "too few mosaics"
+    assert "No row has a value of gridpg" in (made / "index.html").read_text()
