@@ -62,6 +62,23 @@ def test_a_map_is_placed_by_its_maximum_also_outside_the_box():
     assert tuple(found[column][0] for column in cues.PLACES) == expected
 
 
+def test_what_is_outside_a_box_begins_at_the_pixel_that_holds_its_edge():
+    # The box lies in pixels 20..29, and NEAR pixels around them belong to it.
+    mark = SimpleNamespace(mark=(40, 40, 44, 44))
+    box = (20.6, 20.6, 29.4, 29.4)
+    for place, beside in (
+        (20 - cues.NEAR, 1),
+        (19 - cues.NEAR, 0),
+        (29 + cues.NEAR, 1),
+        (30 + cues.NEAR, 0),
+    ):
+        values = torch.zeros(2, cues.SIDE, cues.SIDE)
+        values[0, place, 25] = values[1, 25, place] = 2.0
+        values[:, 42, 42] = 1.0
+        found = cues.places(values, [box] * 2, [mark] * 2)
+        assert found[cues.PLACES[2]] == [beside] * 2
+
+
 def test_a_detector_that_does_not_read_the_mark_is_not_scored(tmp_path, monkeypatch):
     config = replace(cues.DEFAULTS, pictures=4, steps=1, batch=2)
     monkeypatch.setattr(
