@@ -100,12 +100,21 @@ def test_the_same_frames_give_the_same_map_however_they_are_given(network, plant
     array = as_array(planted[0][0])
     tensor = torch.from_numpy(array).permute(3, 0, 1, 2)
     photos = [Image.fromarray(frame) for frame in array]
-    maps = [explain_clip(clip, network, "cam")[0].map for clip in (array, tensor, photos)]
-    np.testing.assert_allclose(maps[1], maps[0], atol=1e-5)
-    np.testing.assert_allclose(maps[2], maps[0], atol=1e-5)
+    given = (array, tensor, photos, list(array), list(tensor.movedim(1, 0)))
+    first, *maps = [explain_clip(clip, network, "cam")[0].map for clip in given]
+    for values in maps:
+        np.testing.assert_allclose(values, first, atol=1e-5)
     longer = array.repeat(3, 0)
     (found,) = explain_clip(longer, network, "cam")
     assert found.numbers == (0, 3, 7, 10, 13, 16, 20, 23)
+
+
+def test_grey_frames_are_taken_by_a_network_of_one_channel():
+    network = load_backbone(Tiny(1), input_size=16, frames=8, mean=0.5, std=0.5)
+    grey = np.random.default_rng(0).integers(0, 256, (8, 20, 16), dtype=np.uint8)
+    given = (grey[..., None].repeat(3, -1), grey, grey[..., None], list(grey[..., None]))
+    maps = [explain_clip(clip, network, "saliency")[0].map for clip in given]
+    assert maps[0].any() and all(np.array_equal(one, maps[0]) for one in maps)
 
 
 def test_a_clip_of_one_frame_repeated_a_short_one_and_one_frame(network, planted):
@@ -167,6 +176,9 @@ def test_the_command_explains_a_clip_whole(tmp_path, capsys):
         (lambda n, a: explain_clip([], n), "clip: got an empty list"),
         (lambda n, a: explain_clip(7, n), "clip: got a int"),
         (lambda n, a: explain_clip(torch.rand(2, 8, 16, 16), n), r"give one clip \(3, T, H, W\)"),
+        (lambda n, a: explain_clip(torch.rand(8, 3, 16, 16), n), r"clip.transpose\(0, 1\)"),
+        (lambda n, a: explain_clip(a[..., :1], n), r"clip: .*clip.repeat\(3, -1\)"),
+        (lambda n, a: explain_clip(a, n, fps=0), "fps: got 0; give frames a second"),
         (lambda n, a: explain_clip("s3://b/clip.mp4", n), "in a store; copy it here"),
         (lambda n, a: explain_clip(a, n, "mda"), "'mda' explains photos, Sequential reads clips"),
         (lambda n, a: explain_clip(a, n, classes="green"), "green"),

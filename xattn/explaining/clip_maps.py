@@ -28,7 +28,7 @@ from xattn.explaining.passes import aimed, set_up, top_classes
 from xattn.explaining.photos import Explanations
 from xattn.packs.explanation import Explanation, ImageFacts
 from xattn.packs.format import OVERLAYS, is_pack
-from xattn.photos.arrays import array_images
+from xattn.photos.arrays import array_images, is_array
 from xattn.photos.clip import FALLBACK_FPS, Frames, even_steps, evenly
 from xattn.photos.image_names import is_volume
 from xattn.photos.images import MAX_PIXELS, load_image
@@ -114,7 +114,8 @@ class ClipExplanation:
         )
 
     def film(self, path: str | Path, side: int = 240) -> Path:
-        """Write the overlays of all T frames as a GIF as long as the clip, ``side`` pixels high."""
+        """Write the overlays of all T frames as a GIF, ``side`` pixels high: as long as the clip, but of
+        0.04 to 1 s a frame."""
         span = self.numbers[-1] - self.numbers[0] + 1
         seconds = span / self.fps if self.unit == "frame" else len(self.photos) / 4
         return write_gif(path, *self._shown(np.arange(len(self.photos)), side), seconds)
@@ -179,10 +180,11 @@ def explain_clip(
     ``explain``.
 
     Args:
-        clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos;
-            an array (frames, H, W, 3); or a tensor (C, T, H, W) in [0, 1], which goes in as it is where it
-            has the network's size. Of more frames than the network reads, those at even steps are taken;
-            fewer are repeated, with a warning.
+        clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,
+            of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3), of a network of one
+            channel also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in [0, 1],
+            which goes in as it is where it has the network's size. Of more frames than the network reads,
+            those at even steps are taken; fewer are repeated, with a warning.
         batch_size: clips a pass, of methods that run many.
         output: folder for a pack: a map a frame, ``overlay.mp4``, and a strip for each class in
             ``overlays/``.
@@ -196,6 +198,8 @@ def explain_clip(
         ValueError: a network of photos, a clip that cannot be read, or a bad argument.
         OSError: a missing file, or an ``output`` that cannot be written.
     """
+    if not 0 < fps < np.inf:
+        raise ValueError(f"fps: got {fps!r}; give frames a second, above 0")
     if output is not None:
         check_output(output, is_ours=is_pack)
     backbone, (explainer,), classes = aimed(backbone, [explainer], classes, target)
@@ -243,10 +247,12 @@ def _frames(
 ) -> tuple[Frames, str]:
     """T frames, and whether they are a "frame" of a clip or a "slice" of a volume."""
     count, unit = backbone.preprocessing.places[0], "frame"
+    channels = backbone.mean.shape[1]
     if isinstance(clip, Tensor):
         _check_tensor(clip, backbone)
         at = even_steps(clip.shape[1], count)
-        photos = [i.load(max_pixels) for i in array_images(clip.movedim(1, 0)[at], len(clip))]
+        chosen = array_images(clip.movedim(1, 0)[at], channels, "clip")
+        photos = [image.load(max_pixels) for image in chosen]
         found = Frames(photos, tuple(at.tolist()), clip.shape[1], fps)
     elif isinstance(clip, list | tuple) or is_volume(clip):
         unit = "slice" if is_volume(clip) else unit
@@ -254,14 +260,18 @@ def _frames(
         if not len(whole):
             raise ValueError("clip: got an empty list; give one photo or more")
         at = even_steps(len(whole), count)
-        load = whole.load if is_volume(clip) else lambda i, most: load_image(clip[i], most)
+        load = whole.load if is_volume(clip) else lambda i, most: _photo(clip[i], channels, most)
         names = [whole.numbers[i] for i in at] if is_volume(clip) else at.tolist()
         found = Frames([load(int(i), max_pixels) for i in at], tuple(names), len(whole), fps)
     elif isinstance(clip, str | Path) and is_remote(clip, "clip"):
         raise ValueError(f"clip: {clip} is in a store; copy it here first")
     elif isinstance(clip, str | Path | np.ndarray):
-        if isinstance(clip, np.ndarray) and (clip.ndim != 4 or not len(clip)):
-            raise ValueError(f"clip: got an array {clip.shape}; give (frames, H, W, 3)")
+        if isinstance(clip, np.ndarray):
+            clip = clip[..., None] if channels == 1 and clip.ndim == 3 else clip
+            if clip.ndim != 4 or not len(clip):
+                raise ValueError(f"clip: got an array {clip.shape}; give (frames, H, W, 3)")
+            if channels == clip.shape[-1] == 1:
+                clip = np.broadcast_to(clip, (*clip.shape[:3], 3))
         found = evenly(clip, count, max_pixels, fps)
     else:
         raise ValueError(
@@ -283,12 +293,21 @@ def _frames(
     return found, unit
 
 
+def _photo(frame: Any, channels: int, max_pixels: int | None) -> Image.Image:
+    """A frame of a list; as many channels as the network's, or three."""
+    if is_array(frame):
+        rgb = frame.ndim == 3 and frame.shape[0 if isinstance(frame, Tensor) else -1] == 3
+        (frame,) = array_images(frame, 3 if rgb else channels, "clip")
+    return load_image(frame, max_pixels)
+
+
 def _check_tensor(clip: Tensor, backbone: Backbone) -> None:
     channels = backbone.mean.shape[1]
     if clip.ndim != 4 or clip.shape[0] != channels or not clip.numel():
-        raise ValueError(
-            f"clip: got a tensor {tuple(clip.shape)}; give one clip ({channels}, T, H, W) in [0, 1]"
-        )
+        remedy = f"give one clip ({channels}, T, H, W) in [0, 1]"
+        if clip.ndim == 4 and clip.shape[1] == channels:
+            remedy = "put channels before frames: clip.transpose(0, 1)"
+        raise ValueError(f"clip: got a tensor {tuple(clip.shape)}; {remedy}")
 
 
 def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[Tensor, View]:
@@ -305,8 +324,7 @@ def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[T
             f"{size[1]})"
         )
     prepared = [prepare(photo, backbone.preprocessing, view) for photo in frames.photos]
-    values = torch.stack([pixels for pixels, _ in prepared], 1)
-    return values if channels == 3 else values.mean(0, keepdim=True), prepared[0][1].check_size()
+    return torch.stack([pixels for pixels, _ in prepared], 1), prepared[0][1].check_size()
 
 
 def _save(output: Path, found: Sequence[ClipExplanation], overlays: bool) -> None:

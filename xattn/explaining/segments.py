@@ -68,7 +68,7 @@ def segment_targets(
             f"at: got {at!r:.80}; give a list of (class, (x, y)) or (class, mask), one or more"
         )
     if is_array(photo):
-        photo = array_images(photo, len(segmenter.preprocessing.mean))[0]
+        photo = array_images(photo, len(segmenter.preprocessing.mean), "photo")[0]
     opened = load_image(photo, max_pixels)
     pixels, seen = prepare_source(photo, opened, segmenter.preprocessing, view)
     asked = [_Asked.of(question, seen, segmenter) for question in at]

@@ -121,7 +121,7 @@ def evenly(
     """
     if isinstance(source, np.ndarray):
         at = even_steps(len(source), count)
-        chosen = [image.load(max_pixels) for image in array_images(source[at])]
+        chosen = [i.load(max_pixels) for i in array_images(source[at], argument=argument)]
         return Frames(chosen, tuple(at.tolist()), len(source), fps)
     found, total = list[tuple[int, Image.Image]](), -1
     try:

@@ -56,7 +56,8 @@ def strip(
 def write_gif(
     path: str | Path, photos: Sequence[Image.Image], maps: NDArray[Any], seconds: float
 ) -> Path:
-    """The overlays as a GIF that runs for ``seconds`` and begins again; arguments as of :func:`strip`."""
+    """The overlays as a GIF that runs for ``seconds``, but of 0.04 to 1 s a frame, and begins again;
+    arguments as of :func:`strip`."""
     first, *others = [overlay(photo, values) for photo, values in zip(photos, maps, strict=True)]
     each = int(np.clip(1000 * seconds / len(photos), 40, 1000))
     first.save(path, save_all=True, append_images=others, duration=each, loop=0)
