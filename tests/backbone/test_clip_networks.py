@@ -55,6 +55,45 @@ def test_tokens_of_timesformer_go_through_time_before_places():
     assert torch.equal(moved, expected)
 
 
+def test_taps_of_blocks_that_return_tuples_are_their_tokens():
+    made = backbone("Timesformer")
+    block = made.model.net.network.timesformer.encoder.layer[1]
+    kept = []
+    block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    tap = made(clips(made)).maps[-1]
+    tokens = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    torch.testing.assert_close(tap, as_map(tokens, (4, 4, 4), True))
+
+
+def test_blocks_that_return_tuples_have_taps():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.mix(x), None
+
+    class Tuples(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.block, self.fc = nn.Conv2d(3, 6, 4, 4), Block(), nn.Linear(6, 5)
+
+        def forward(self, x):
+            if x.sum() == 1e9:  # which tracing cannot follow
+                return x
+            tokens, _ = self.block(self.patches(x).flatten(2).mT)
+            return self.fc(tokens.mean(1))
+
+    made = load_backbone(Tuples(), input_size=16, mean=0.5, std=0.5)
+    assert made.taps[-1] == "block"
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        net = made.model.net
+        tokens, _ = net.block(net.patches((x - 0.5) / 0.5).flatten(2).mT)
+    torch.testing.assert_close(made(x).maps[-1], as_map(tokens, (4, 4)))
+
+
 def test_a_volume_of_one_channel():
     made = load_backbone(Tiny(1), input_size=16, frames=8, mean=0.5, std=0.5)
     assert made(torch.rand(2, 1, 8, 16, 16)).maps[-1].shape == (2, 12, 4, 8, 8)

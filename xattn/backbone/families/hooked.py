@@ -36,13 +36,30 @@ _FOUND: ContextVar[dict[_Keep, Tensor | None] | None] = ContextVar("found", defa
 
 
 class _Keep:
-    """A forward hook that keeps a module's output in passes of its own classifier; others may share the
-    network."""
+    """A forward hook that keeps a module's output, of a tuple its first tensor, in passes of its own
+    classifier; others may share the network."""
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def __init__(self) -> None:
+        self.point = nn.Identity()  # through which what CAMs read of a tuple is led
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        tensor = _tensor_of(output)
+        if tensor is not None and type(output) is tuple:
+            led = self.point(tensor)
+            output = tuple(led if one is tensor else one for one in output)
+            tensor = led
         found = _FOUND.get()
         if found is not None and self in found:
-            found[self] = output.clone()  # what follows may work in place
+            # A copy: what follows may work in place.
+            found[self] = None if tensor is None else tensor.clone()
+        return output
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    """What a module returned, of a tuple the first tensor, as blocks of `transformers` return it."""
+    if type(output) is tuple:
+        return next((one for one in output if isinstance(one, Tensor)), None)
+    return output if isinstance(output, Tensor) else None
 
 
 class HookedClassifier(AdaptedClassifier):
@@ -54,17 +71,20 @@ class HookedClassifier(AdaptedClassifier):
 
     task: Task | None = None
 
-    def __init__(self, net: nn.Module, taps: Sequence[str], **facts: Any) -> None:
+    def __init__(
+        self, net: nn.Module, taps: Sequence[str], in_tuple: bool = False, **facts: Any
+    ) -> None:
         super().__init__(taps, **facts)
-        self.net = net
+        self.net, self.in_tuple = net, in_tuple
         self.keepers = [_Keep() for _ in self.tap_names]
         for path, keeper in zip(self.tap_names, self.keepers, strict=True):
             net.get_submodule(path).register_forward_hook(keeper)
+        self.point = self.keepers[-1].point
 
     @property
     def gradcam_layer(self) -> nn.Module:
-        """The module of the last tap."""
-        return self.net.get_submodule(self.tap_names[-1])
+        """The module of the last tap; of one that returns a tuple an identity behind it."""
+        return self.point if self.in_tuple else self.net.get_submodule(self.tap_names[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # type: ignore[no-any-return]
@@ -115,7 +135,7 @@ def from_hooks(
     """
     preprocessing, assumed = prepared_by(model, None, input_size, frames)
     size, kind = preprocessing.places, kind or type(model).__name__
-    logits, outputs = _run(model, size, channels_of(model, preprocessing), kind)
+    logits, outputs, tuples = _run(model, size, channels_of(model, preprocessing), kind)
     shapes = {path: tuple(output.shape) for path, output in outputs.items()}
     steps = steps_of(shapes.values(), size)
     if taps is None:
@@ -146,6 +166,7 @@ def from_hooks(
     made = HookedClassifier(
         model,
         taps,
+        taps[-1] in tuples,
         classifier=heads[-1] if heads else None,
         preprocessing=preprocessing,
         grids=grids,
@@ -162,16 +183,19 @@ def from_hooks(
 @torch.enable_grad()
 def _run(
     model: nn.Module, size: tuple[int, ...], channels: int, kind: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits (2, K) of random images, and the last tensor that each module returned, by its path in the
-    order of their returns."""
+) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+    """Logits (2, K) of random images, the last tensor that each module returned, by its path in the order
+    of their returns, and the paths of those that return tuples."""
     outputs: dict[str, Tensor] = {}
+    tuples: set[str] = set()
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             outputs.pop(path, None)
-            if isinstance(output, Tensor):
-                outputs[path] = output
+            if (tensor := _tensor_of(output)) is not None:
+                outputs[path] = tensor
+            if type(output) is tuple:
+                tuples.add(path)
 
         return hook
 
@@ -200,7 +224,7 @@ def _run(
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim not in (1, 2) or len(logits) != 2:
         raise ValueError(f"model: {kind} does not end in logits (B, K)")
-    return logits, outputs
+    return logits, outputs, tuples
 
 
 def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
