@@ -172,7 +172,11 @@ class Board:
             facts = strict_json.parse(small(path).read_bytes())
             if facts["kind"] not in KINDS:
                 raise ValueError(f"kind {facts['kind']!r:.80}")
-            return {**facts, "sanity": bool(facts["sanity"])}
+            trained, hashes = [*map(str, facts["trained_on"])], dict(facts["sha256"])
+            return {
+                **facts,
+                **{"sanity": bool(facts["sanity"]), "trained_on": trained, "sha256": hashes},
+            }
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"board: {path} is damaged ({error})") from None
 

@@ -191,7 +191,7 @@ def _board_table(board: Board, ranks: Mapping[str, RowRank]) -> str:
     body = ""
     for row in ordered(ranks):
         r, facts = ranks[row], board.row(row)
-        trained = set(facts.get("trained_on", ()))
+        trained = set(facts["trained_on"])
         cells = ""
         for key in keys:
             mean, places = r.means[key], r.columns.get(key)

@@ -73,7 +73,7 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
         if len(board.photos) >= MIN_RANKED
         and all((~np.isnan(values[r][k])).sum(1).min() >= least for k in chosen if k != "gridpg")
     ]
-    trained = {row: set(map(str, facts[row].get("trained_on", ()))) for row in able}
+    trained = {row: set(facts[row]["trained_on"]) for row in able}
     sets, scores, places, flags = _ranked(board, able, chosen, trained, seed)
     found = {}
     for row in board.row_names:

@@ -486,6 +486,9 @@ def test_texts_of_a_board_are_escaped_and_links_are_not_read(board, tmp_path):
     path.write_text(json.dumps(own | {"kind": "<script>"}))
     with pytest.raises(ValueError, match="kind '<script>'"):
         board_ranks(Board.open(board))
+    path.write_text(json.dumps(own | {"trained_on": 5}))
+    with pytest.raises(ValueError, match=r"row\.json is damaged"):
+        board_ranks(Board.open(board))
     path.write_text(json.dumps(own | {"title": "<script>"}))
     write_page(Board.open(board))
     assert "<script" not in (board / "index.html").read_text()
