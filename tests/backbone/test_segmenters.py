@@ -1,5 +1,7 @@
 """Segmentation networks as backbones: equal to the networks' own answers, and right where the answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -247,6 +249,9 @@ def test_a_mask_of_many_pixels_in_half_precision_has_the_score_of_single_precisi
     found = scored(segmenter, xattn.at_mask(1, mask)).logits(image.half())
     assert torch.allclose(found.float(), expected, atol=1e-3)
     assert class_scores(torch.full((1, 1, 300, 300), 2.0).half(), True).item() == 2
+    packed = Masks(torch.tensor([[[9.0, 0.0]]]), torch.full((1, 1, 300, 300), 9.0)).packed()
+    read = replace(xattn.at_query(0).function, classes=1)
+    assert read(packed.half()).item() == pytest.approx(float(torch.tensor(9.0).sigmoid()) ** 2)
 
 
 def test_numbers_of_numpy_name_classes_and_masks():

@@ -309,6 +309,7 @@ class _AtQuery(_AtPlace):
                 f"number: got {self.number}; the network answers masks 0..{packed.shape[1] - 1}"
             )
         own = packed[:, self.number]
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
         p = own[:, : self.classes + 1].softmax(1)[:, :-1]
         mask = own[:, self.classes + 1 :].sigmoid()
         inside = mask > 0.5
