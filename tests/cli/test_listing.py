@@ -17,7 +17,15 @@ from xattn.attention import (
 from xattn.attention.base import MECHANISMS
 from xattn.attention.description import described
 from xattn.cli import main
-from xattn.cli.commands.listing import ADDS, HOMES, declared, measured, read_accuracy, registered
+from xattn.cli.commands.listing import (
+    ADDS,
+    HOMES,
+    declared,
+    described_lines,
+    measured,
+    read_accuracy,
+    registered,
+)
 
 
 @pytest.fixture
@@ -106,6 +114,12 @@ def test_what_files_declare_is_what_they_register(kind):
     found = declared(kind)
     assert found.keys() == own.keys()
     assert {n: d.split() for n, d in found.items()} == {n: d.split() for n, d in own.items()}
+
+
+def test_names_of_the_code_stand_without_their_marks():
+    lines = [*described_lines("explainers")]
+    assert any("mechanism of xattn.attention." in line for line in lines)
+    assert not [line for line in lines if "`" in line]
 
 
 def test_lists_of_the_package_own_things_do_not_wait_for_torch():

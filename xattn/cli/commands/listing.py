@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -185,6 +186,7 @@ def _described(kind: str) -> Iterator[str]:
     told = registered(kind) if more else declared(kind)
     for name in sorted(told):
         about = told[name].strip().partition("\n\n")[0]
+        about = re.sub(r":\w+:`~?([^`]*)`|``", r"\1", about)  # of reStructuredText the names alone
         yield f"  {name:24} {' '.join(about.split())}"
 
 
