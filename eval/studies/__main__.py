@@ -86,13 +86,13 @@ STUDIES = {
         "class_folds",
         "Cross-validation over classes: every photo is scored by a head that never saw its class.",
     ),
-    "coarse-groups": (
-        "coarse_groups",
-        "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
-    ),
     "clip-cues": (
         "clip_cues",
         "Clips whose class depends on one frame: which method points at it.",
+    ),
+    "coarse-groups": (
+        "coarse_groups",
+        "Per-class heads on coarse groups: a linear probe on a frozen encoder, heads with a row a class.",
     ),
     "controls": (
         "content_controls",
