@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -138,12 +138,7 @@ def vlm() -> Any:
     """
     from xattn.app import state
 
-    name = str(state.settings().vlm)
-    with out_of_memory_is(ModelError(f"There is not enough memory for {name}.")):
-        try:
-            return _loaded_vlm(name, _device())
-        except (ValueError, OSError) as error:
-            raise ModelError(reason(error)) from error
+    return _started_with(state.settings().vlm, lambda name: _loaded_vlm(name, _device()))
 
 
 def detector() -> Any:
@@ -154,10 +149,15 @@ def detector() -> Any:
     """
     from xattn.app import state
 
-    name = str(state.settings().detector)
+    own = _own() or BackboneArgs()
+    return _started_with(state.settings().detector, lambda name: _loaded_detector(name, own))
+
+
+def _started_with(name: str | None, load: Callable[[str], Any]) -> Any:
+    name = str(name)
     with out_of_memory_is(ModelError(f"There is not enough memory for {name}.")):
         try:
-            return _loaded_detector(name, _own() or BackboneArgs())
+            return load(name)
         except (ValueError, OSError) as error:
             raise ModelError(reason(error)) from error
 

@@ -16,7 +16,7 @@ A picture is a function of its number alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from xattn.eval.studies.small_training import minimize
 from xattn.explainers import create_explainer
 from xattn.pictures.overlay import overlay
 from xattn.runtime.files import check_folder
+from xattn.runtime.tables import markdown
 
 SIDE, MARK = 64, 8  # pixels
 CLASSES = ("disc", "square", "warm diamond", "cold diamond", "plain diamond")
@@ -63,26 +64,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # smoothing.
 LOGITS = ("class logit", "class contrast")
 METHODS = (
-    *(
-        "d_rise",
-        "d_rise mean",
-        "occlusion",
-        "occlusion mean",
-        "odam",
-        *LOGITS,
-        "layercam",
-        "gradcam",
-        "saliency",
-    ),
-    *("box", "box_centre", "centre", "random"),
+    *("d_rise", "d_rise mean", "occlusion", "occlusion mean", "odam", *LOGITS),
+    *("layercam", "gradcam", "saliency", "box", "box_centre", "centre", "random"),
 )
 PLACES = (
-    *(
-        "pointing at the cue",
-        "pointing at the box",
-        "at the cue outside the box",
-        "energy on the cue",
-    ),
+    *("pointing at the cue", "pointing at the box", "at the cue outside the box"),
+    "energy on the cue",
 )
 CURVES = ("deletion", "insertion")
 
@@ -325,6 +312,31 @@ def measured(
     }
 
 
+def marked(pictures: int) -> list[int]:
+    """The numbers of the first ``pictures`` that have a mark."""
+    return [n for n in range(pictures * KINDS // len(MARKS)) if n % KINDS < len(MARKS)]
+
+
+def check_followed(count: int, swapped: int, painted: int) -> None:
+    """Refuse a network whose classes do not follow the mark."""
+    if min(swapped, painted) < LEAST * count:
+        raise ValueError(
+            f"config.steps: of {count} classes {swapped} follow the mark's colour and {painted} its "
+            f"absence; train longer, until {LEAST:.0%} do"
+        )
+
+
+def table_of(
+    values: Mapping[str, Mapping[str, Sequence[Any]]], told: Sequence[str]
+) -> Iterator[str]:
+    """A line for each method: means of the columns ``told``, with intervals."""
+    rows = (
+        [f"`{name}`", *(cell_of(mean_interval(np.array(own[c], float))) for c in told)]
+        for name, own in values.items()
+    )
+    return markdown(["method", *told], rows)
+
+
 def study(
     output: OutputAt = "runs/study-detection-cues",
     config: CueConfig = DEFAULTS,
@@ -338,8 +350,7 @@ def study(
     split = Split("detection-cues")
     detector = trained(config, split, output / "detector.safetensors")
     pictures, detections, right, followed = [], [], [], []
-    marked = [n for n in range(config.pictures * KINDS // len(MARKS)) if n % KINDS < len(MARKS)]
-    for number in split.score(marked):
+    for number in split.score(marked(config.pictures)):
         one = picture(number)
         found = diamond(detector, one.pixels)
         right.append(bool(found) and found[0].label == int(one.labels[0]) and found[0].score > 0.5)
@@ -349,11 +360,8 @@ def study(
             followed.append(follows(detector, one, int(one.labels[0])))
     split.write(output / "split.json")
     swapped, painted = (sum(told) for told in zip(*followed, strict=True))
-    if min(swapped, painted) < LEAST * len(pictures) and not quick:
-        raise ValueError(
-            f"config.steps: of {len(pictures)} classes {swapped} follow the mark's colour and {painted} "
-            f"its absence; train longer, until {LEAST:.0%} do"
-        )
+    if not quick:
+        check_followed(len(pictures), swapped, painted)
     view = detector.of(detections, SCORE)
     values = {name: measured(name, view, pictures, config, output) for name in METHODS}
     draw(view, pictures[:3], config, output / "maps.jpg")
@@ -364,12 +372,8 @@ def study(
         f"plain one with the mark painted over; {config.masks} masks; deletion and insertion on "
         f"{config.curves} pictures.",
         "",
-        f"| method | {' | '.join(told)} |",
-        f"| :-- |{' --: |' * len(told)}",
+        *table_of(values, told),
     ]
-    for name, own in values.items():
-        cells = [cell_of(mean_interval(np.array(own[column], float))) for column in told]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     rows = [
         {"method": name, "picture": i}
         | {column: own[column][i] if i < len(own[column]) else None for column in told}

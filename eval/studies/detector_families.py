@@ -8,7 +8,7 @@ Run from a checkout: the networks are those of the tests, tests/small_detectors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,22 @@ def study(
 ) -> Iterator[str]:
     """A line for each family, and the page with its CSV."""
     small = networks_of(networks)
+    noise = torch.rand(3, small.SIDE, small.SIDE, generator=torch.Generator().manual_seed(0))
+    views = ((f, one.of(one.best_candidates(noise, 1))) for f, one in _detectors(small))
+    yield from written(page, views, {"cnn", "vit", "detector"}, "detectors", PAGE, *ABOUT)
+
+
+def written(
+    page: Path, views: Iterable[tuple[str, Backbone]], kinds: set[str], *words: str
+) -> Iterator[str]:
+    """Try all on each family's view; ``words`` are those of :func:`page_of`."""
     rows: list[dict[str, Any]] = []
-    for family, detector in _detectors(small):
-        noise = torch.rand(3, small.SIDE, small.SIDE, generator=torch.Generator().manual_seed(0))
-        view = detector.of(detector.best_candidates(noise, 1))
-        found = list(rows_of(family, view, {"cnn", "vit", "detector"}))
+    for family, view in views:
+        found = list(rows_of(family, view, kinds))
         rows += found
         yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
     write_rows(page.with_suffix(".csv"), rows)
-    write_text(page, "\n".join(page_of(rows, "detectors", PAGE, *ABOUT)) + "\n")
+    write_text(page, "\n".join(page_of(rows, *words)) + "\n")
     yield f"page: {page}"
 
 

@@ -27,20 +27,19 @@ from torch import Tensor, nn
 from xattn.backbone import Backbone, load_segmenter
 from xattn.backbone.scored import scored
 from xattn.backbone.targets import Place, at_point
-from xattn.eval.bootstrap import mean_interval
 from xattn.eval.evaluation.split import Split
 from xattn.eval.studies.detection_cues import (
     CLASSES,
-    KINDS,
-    LEAST,
     MARKS,
     PLACES,
     SIDE,
     TRAINED,
     Picture,
-    cell_of,
+    check_followed,
+    marked,
     picture,
     places,
+    table_of,
 )
 from xattn.eval.studies.kept import kept_record, kept_values, reported
 from xattn.eval.studies.options import OutputAt, Quick
@@ -202,18 +201,14 @@ def study(
     kept_record(output / "record.json", asdict(config))
     split = Split("segment-cues")
     segmenter = trained(config, split, output / "network.safetensors")
-    marked = [n for n in range(config.pictures * KINDS // len(MARKS)) if n % KINDS < len(MARKS)]
-    every = [picture(number) for number in split.score(marked)]
+    every = [picture(number) for number in split.score(marked(config.pictures))]
     split.write(output / "split.json")
     right = [answer(segmenter, one, one.pixels) == int(one.labels[0]) for one in every]
     kept = [one for one, known in zip(every, right, strict=True) if known or quick]
     followed = [follows(segmenter, one) for one in kept]
     swapped, painted = (sum(told[i] for told in followed) for i in range(2))
-    if min(swapped, painted) < LEAST * len(every) and not quick:
-        raise ValueError(
-            f"config.steps: of {len(every)} classes {swapped} follow the mark's colour and {painted} its "
-            f"absence; train longer, until {LEAST:.0%} do"
-        )
+    if not quick:
+        check_followed(len(every), swapped, painted)
     boxes = [one.boxes[0].tolist() for one in kept]
 
     def measured(name: str) -> dict[str, list[Any]]:
@@ -229,12 +224,8 @@ def study(
         f"change to the other colour's with the mark's colours swapped, {painted} to the plain one "
         f"with the mark painted over.",
         "",
-        f"| method | {' | '.join(PLACES)} |",
-        f"| :-- |{' --: |' * len(PLACES)}",
+        *table_of(values, PLACES),
     ]
-    for name, own in values.items():
-        cells = [cell_of(mean_interval(np.array(own[column], float))) for column in PLACES]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     rows = [
         {"method": name, "picture": i} | {column: own[column][i] for column in PLACES}
         for name, own in values.items()

@@ -14,8 +14,7 @@ from typing import Any
 from xattn.backbone import Backbone, load_segmenter
 from xattn.backbone.scored import scored
 from xattn.backbone.targets import at_point
-from xattn.eval.studies.detector_families import networks_of, page_of, rows_of
-from xattn.runtime.files import write_rows, write_text
+from xattn.eval.studies.detector_families import networks_of, written
 
 TORCHVISION = ("fcn", "deeplabv3", "lraspp")
 TRANSFORMERS = ("segformer", "upernet", "maskformer", "mask2former")
@@ -31,15 +30,9 @@ def study(
     page: Path = Path(f"docs/{PAGE}.md"), networks: Path = Path("tests/small_segmenters.py")
 ) -> Iterator[str]:
     """A line for each family, and the page with its CSV."""
-    rows: list[dict[str, Any]] = []
-    for family, network in _segmenters(networks_of(networks)):
-        view = scored(network, at_point(0, 0.5, 0.5, p="sigmoid"))
-        found = list(rows_of(family, view, {"cnn", "vit"}))
-        rows += found
-        yield f"{family}: {sum(row['result'] != 'no' for row in found)} of {len(found)} run"
-    write_rows(page.with_suffix(".csv"), rows)
-    write_text(page, "\n".join(page_of(rows, "segmentation networks", PAGE, *ABOUT)) + "\n")
-    yield f"page: {page}"
+    point = at_point(0, 0.5, 0.5, p="sigmoid")
+    views = ((f, scored(network, point)) for f, network in _segmenters(networks_of(networks)))
+    yield from written(page, views, {"cnn", "vit"}, "segmentation networks", PAGE, *ABOUT)
 
 
 def _segmenters(small: Any) -> Iterator[tuple[str, Backbone]]:
