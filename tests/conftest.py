@@ -39,6 +39,16 @@ def pytest_configure(config):
         config.pluginmanager.register(on_device.Plugin(DEVICE))
 
 
+def pytest_collection_modifyitems(items):
+    """A test that drives a browser gets a second and a third try: a busy machine can delay any step.
+
+    What was tried again is printed at the end, with ``R``.
+    """
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=2))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One more than there are cores: tests that start a server or a process spend time waiting."""

@@ -132,3 +132,25 @@ def pointed_at(page: Any, name: str | re.Pattern[str]) -> Any:
     option = option.and_(page.locator("[data-focused=true]"))
     option.wait_for()
     return option
+
+
+def boxes(*locators: Any, seconds: float = 30) -> list[dict[str, float]]:
+    """Where elements of a page are, read together once nothing moves any more.
+
+    A run of the viewer's script or an animation may still be moving them when they appear.
+    """
+    page = locators[0].page
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+    end = time.monotonic() + seconds
+    before = None
+    while before != (now := [one.bounding_box() for one in locators]) or None in now:
+        if time.monotonic() > end:
+            raise RuntimeError(f"elements still move or are hidden after {seconds:g} s: {now}")
+        before = now
+        page.evaluate("() => new Promise(done => setTimeout(done, 50))")
+    return now
+
+
+def box(locator: Any) -> dict[str, float]:
+    """Where one element is; see :func:`boxes`."""
+    return boxes(locator)[0]

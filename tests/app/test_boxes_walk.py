@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import served_viewer
 from PIL import Image
 
 pytest.importorskip("streamlit")
@@ -69,7 +70,7 @@ def test_a_click_or_a_key_on_a_box_opens_its_maps(address, made, open_page, size
     assert [box.target for box in found] == [0, 1, 2, 3, 4] and found[4].kind == "missed"
     page = open_page(f"{address}/image?class=1", size)
     one = wanted(page, 1)
-    photo, place = page.locator(".boxes .frame").bounding_box(), one.bounding_box()
+    photo, place = served_viewer.boxes(page.locator(".boxes .frame"), one)
     shares = [
         (place["x"] - photo["x"]) / photo["width"],
         (place["y"] - photo["y"]) / photo["height"],
@@ -95,7 +96,7 @@ def test_a_drawn_box_asks_for_a_missed_object(address, made, open_page):
     page = open_page(f"{address}/whatif")
     page.locator(".boxes .box").nth(4).wait_for()
     assert page.get_by_role("button", name="Explain").is_disabled()
-    frame = page.locator(".boxes .frame").bounding_box()
+    frame = served_viewer.box(page.locator(".boxes .frame"))
     at = [
         (frame["x"] + x * frame["width"], frame["y"] + y * frame["height"])
         for x, y in ((0.25, 0.25), (0.75, 1))

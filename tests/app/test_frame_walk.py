@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -70,15 +71,15 @@ def test_the_bar_of_a_narrow_screen_leads_to_every_page(address, open_page):
     page = open_page(address, "narrow", "dark")
     page.locator(".cell .frame.there").first.wait_for()
     bar = page.locator(".st-key-bottom-bar")
-    box = bar.bounding_box()
+    box = served_viewer.box(bar)
     assert box["x"] == 0 and box["width"] == 390 and round(box["y"] + box["height"]) == 844
     for target in bar.locator("a, button").all():
-        size = target.bounding_box()
+        size = served_viewer.box(target)
         assert size["width"] >= 44 and size["height"] >= 44
     assert not page.get_by_test_id("stSidebar").is_visible()
     last = page.get_by_text(re.compile("^In the pictures the arrow keys"))
     page.get_by_test_id("stMain").evaluate("e => e.scrollTo(0, e.scrollHeight)")
-    under = last.bounding_box()
+    under = served_viewer.box(last)
     assert under["y"] + under["height"] <= box["y"], "hidden behind the bar"
     bar.get_by_role("link", name="Mistakes").click()
     page.wait_for_url(re.compile("/mistakes"))
@@ -99,21 +100,21 @@ def test_the_frame_fits_a_long_name_and_every_page(address, open_page, size, sch
     page.locator(".cell .frame.there").first.wait_for()
     shot(page, f"long-name-{size}-{scheme}")
     button = page.locator(".st-key-pack-chip button")
-    chip = button.bounding_box()
+    chip = served_viewer.box(button)
     assert chip["x"] >= 0 and chip["x"] + chip["width"] <= page.viewport_size["width"]
     parts = button.locator("p, [data-testid]").all()
     assert len(parts) > 2
-    for box in [part.bounding_box() for part in parts]:
+    for box in served_viewer.boxes(*parts):
         assert chip["x"] <= box["x"] and box["x"] + box["width"] <= chip["x"] + chip["width"]
     if size == "wide":
         links = page.get_by_test_id("stTopNavLink").all()
         assert len(links) == len(PAGES)
-        ends = [link.bounding_box() for link in links]
+        ends = served_viewer.boxes(*links)
         assert max(box["x"] + box["width"] for box in ends) <= chip["x"]
     else:
         page.get_by_role("button", name="More").click()
         others = page.get_by_test_id("stPopoverBody").get_by_role("link")
         others.last.wait_for()
         assert others.count() == len(PAGES) - len(frame.FIRST)
-        for box in [link.bounding_box() for link in others.all()]:
+        for box in served_viewer.boxes(*others.all()):
             assert box["height"] >= 44 and 0 <= box["y"] <= 844 - box["height"]

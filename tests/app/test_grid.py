@@ -6,6 +6,7 @@ import re
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -51,9 +52,9 @@ def test_arrow_keys_move_and_enter_opens_and_back_returns(address, open_page):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate(FOCUSED) == "photo-00001@1.gradcam"
-    top = cell(page, 1).bounding_box()
+    top = served_viewer.box(cell(page, 1))
     page.keyboard.press("ArrowDown")
-    below = page.locator(".cell:focus").bounding_box()
+    below = served_viewer.box(page.locator(".cell:focus"))
     assert below["x"] == top["x"]
     assert below["y"] > top["y"]
     page.keyboard.press("Home")
@@ -161,14 +162,14 @@ def test_from_the_gallery_to_an_outline_on_the_photos_page(address, open_page, s
     page = open_page(address, size, scheme)
     first, second = (page.locator(".cell").nth(i) for i in (0, 1))
     first.locator(".frame.there").wait_for()
-    box, beside = first.locator(".frame").bounding_box(), second.locator(".frame").bounding_box()
+    box, beside = served_viewer.boxes(first.locator(".frame"), second.locator(".frame"))
     assert abs(box["width"] - box["height"]) < 1
     if size == "narrow":
         assert beside["y"] == box["y"] and beside["x"] + beside["width"] > 390 - 20
     first.focus()
     page.keyboard.press("ArrowRight")
     wait_shown(page, second)
-    assert first.locator(".frame").bounding_box() == box, "nothing moves"
+    assert served_viewer.box(first.locator(".frame")) == box, "nothing moves"
     if size == "wide":
         first.hover()
         wait_shown(page, first)
@@ -201,7 +202,7 @@ def test_a_person_filters_the_gallery_and_takes_the_filters_away(address, open_p
     bars = page.locator(".st-key-gallery-histogram [data-testid=stVegaLiteChart]")
     bars.scroll_into_view_if_needed()
     bars.locator("canvas, svg").first.wait_for()
-    box = bars.bounding_box()
+    box = served_viewer.box(bars)
     at = [(box["x"] + x * box["width"], box["y"] + 30) for x in (0.1, 0.5, 0.9)]
     page.mouse.move(*at[0])
     page.mouse.down()

@@ -178,7 +178,7 @@ def test_no_choice_of_a_list_is_cut_off(root, address, open_page, name):
         "found => found.map(e => e.firstElementChild).map(e => [e.scrollWidth, e.clientWidth])"
     )
     assert all(wanted <= there for wanted, there in names)
-    box = page.get_by_role("listbox").bounding_box()
+    box = served_viewer.box(page.get_by_role("listbox"))
     assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
 
 

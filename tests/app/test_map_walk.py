@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -31,7 +32,7 @@ def drawn(page, corners):
     """Draw on the map along ``corners``, shares of its width and height."""
     plane = page.locator(".drawing")
     plane.scroll_into_view_if_needed()
-    box = plane.bounding_box()
+    box = served_viewer.box(plane)
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in corners]
     page.mouse.move(*places[0])
     page.mouse.down()

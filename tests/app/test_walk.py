@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -87,7 +88,7 @@ def test_gallery_to_image_to_a_patch_to_a_shared_address_to_a_file(address, open
     page.wait_for_url(re.compile(r"/attention\?.*image=photo-1\.png&view=sort"))
     frame = page.locator(".st-key-attention-picker .frame")
     frame.wait_for()
-    box = frame.bounding_box()
+    box = served_viewer.box(frame)
     frame.click(position={"x": box["width"] * 0.7, "y": box["height"] * 0.3})
     page.get_by_text(re.compile("from row 2, column 4$")).first.wait_for()
     page.wait_for_url(re.compile(r"patch=2%2C4"))
@@ -116,7 +117,7 @@ def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_p
     canvas.wait_for()
     page.get_by_text("Paint over a part of the photo").wait_for()
     canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
+    box = served_viewer.box(canvas)
     at = [(box["x"] + x * box["width"], box["y"] + 0.5 * box["height"]) for x in (0.2, 0.8)]
     page.mouse.move(*at[0])
     page.mouse.down()
@@ -328,7 +329,7 @@ def of_picker(page, part):
 
 def click(page, row, column):
     """On the middle of a patch, counted from 1."""
-    box = picker(page).bounding_box()
+    box = served_viewer.box(picker(page))
     at = ((c - 0.5) / SIDE for c in (column, row))
     x, y = (share * side for share, side in zip(at, (box["width"], box["height"]), strict=True))
     picker(page).click(position={"x": x, "y": y})
@@ -412,7 +413,7 @@ def test_focus_is_to_be_seen_and_the_pointer_outlines_a_patch(page):
     frame.focus()
     page.keyboard.press("ArrowLeft")
     assert frame.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
-    box = frame.bounding_box()
+    box = served_viewer.box(frame)
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])
     cursor = of_picker(page, ".cursor")
     assert cursor.evaluate("e => [e.style.top, e.style.left]") == ["0%", "80%"]

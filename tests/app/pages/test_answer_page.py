@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 pytest.importorskip("transformers")
@@ -101,7 +102,7 @@ def place(page, at, x, y):
     """Point at a place of a photo, in shares of it."""
     frame = page.locator(".answer .frame").nth(at)
     frame.scroll_into_view_if_needed()
-    box = frame.bounding_box()
+    box = served_viewer.box(frame)
     page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
 
 
@@ -130,7 +131,7 @@ def test_photos_of_one_conversation_are_walked_together(address, open_page, size
     frames = page.locator(".answer .frame")
     frames.nth(1).wait_for()
     assert frames.count() == 2
-    one, other = (frames.nth(i).bounding_box() for i in range(2))
+    one, other = served_viewer.boxes(frames.nth(0), frames.nth(1))
     assert one["x"] + one["width"] < other["x"] if size == "wide" else one["y"] < other["y"]
     assert "low=0.0&high=3.0" in picture(page).get_attribute("src")  # one scale for both
     said = page.locator(".said")
@@ -161,7 +162,7 @@ def test_frames_of_a_clip_are_a_strip(address, open_page, size):
         "0.50 s",
     ]
     page.get_by_text("A map is of 2 frames, the first of which is shown.").wait_for()
-    boxes = [page.locator(".answer .frame").nth(i).bounding_box() for i in (0, 7)]
+    boxes = served_viewer.boxes(*(page.locator(".answer .frame").nth(i) for i in (0, 7)))
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
     assert page.locator(".answer .own").all_inner_texts() == ["0.25 s"]  # the frame of the address
     before = picture(page, 7).get_attribute("src")
@@ -186,7 +187,8 @@ def test_frames_of_a_clip_are_a_strip(address, open_page, size):
 def test_answers_stack_on_a_narrow_screen(address, open_page):
     page = open_page(address("one"), "narrow")
     page.locator(".answer .frame").wait_for()
-    frame, words = (page.locator(f".answer .{name}").bounding_box() for name in ("frame", "words"))
+    parts = (page.locator(f".answer .{name}") for name in ("frame", "words"))
+    frame, words = served_viewer.boxes(*parts)
     assert words["y"] >= frame["y"] + frame["height"]
     word(page, "cup").click()
     page.locator(".said").get_by_text(re.compile("^cup")).wait_for()
@@ -206,7 +208,7 @@ def test_painting_over_a_photo_asks_the_model_again(address, open_page, size):
     for key in ("ArrowUp", "Enter", "ArrowLeft", "Enter"):
         page.keyboard.press(key)
     page.get_by_text(re.compile("of the photo is hidden. Below each word stands")).wait_for()
-    box = canvas.bounding_box()
+    box = served_viewer.box(canvas)
     page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.4 * box["height"])
     page.mouse.down()
     page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.4 * box["height"], steps=4)

@@ -4,6 +4,7 @@ import re
 from urllib.parse import parse_qs, urlparse
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -59,7 +60,7 @@ def test_the_slider_follows_keys_and_pointer(page):
     assert slider.get_attribute("aria-valuetext") == "55 % Grad-CAM"
     page.keyboard.press("Shift+ArrowRight")  # not the page's shortcut while the slider has the keys
     page.locator(".slide img").first.scroll_into_view_if_needed()
-    box = page.locator(".slide .frame").bounding_box()
+    box = served_viewer.box(page.locator(".slide .frame"))
     page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
     assert abs(int(slider.input_value()) - 25) <= 1
     share = page.locator(".slide .after").evaluate("e => getComputedStyle(e).clipPath")
@@ -100,7 +101,7 @@ def zoomed(page):
 def centred(frame):
     """A frame's box and middle, after the page has brought it into its own."""
     frame.evaluate("e => e.scrollIntoView({ block: 'center', behavior: 'instant' })")
-    box = frame.bounding_box()
+    box = served_viewer.box(frame)
     return box, (box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
 
 

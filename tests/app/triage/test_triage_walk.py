@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+import served_viewer
 
 pytest.importorskip("streamlit")
 
@@ -128,7 +129,7 @@ def test_choose_tag_undo_filter_save_and_export(address, open_page, root):
     table.scroll_into_view_if_needed()
     table.get_by_text("to be told anew").wait_for(state="attached")
     shot(page, "slices")
-    box = table.bounding_box()
+    box = served_viewer.box(table)
     page.mouse.click(box["x"] + 20, box["y"] + 52)  # the box of the first row
     page.wait_for_url(re.compile(r"^[^?]*/\?.*tag=wrong\+label"))
     page.get_by_text("3 maps, filtered from 26").wait_for()
