@@ -1,7 +1,7 @@
-"""Fidelity of explanations: metrics, protocols, sanity rows, intervals and reports.
+"""Measures how faithful explanations are: metrics, protocols, sanity rows, intervals and reports.
 
-``evaluate(backbone, {name: explainer}, images) -> Results`` is the whole job; the names of ``__init__.pyi``
-load on first use, so that importing this package costs nothing.
+``evaluate(backbone, {name: explainer}, images) -> Results`` does the whole job. The public names, listed in
+``__init__.pyi``, load on first use, so importing this package is cheap.
 """
 
 import lazy_loader

@@ -1,5 +1,4 @@
-"""Masks from maps (of clips with an axis of time, too), and the four masking metrics as pure functions of
-probabilities.
+"""Masks made from maps of images or clips, and the four masking metrics as pure functions of probabilities.
 
     AD = 100/n sum max(0, p - q) / p        Grad-CAM++ (arXiv 1710.11063)
     IC = 100/n sum [q > p]                  Grad-CAM++, with a margin for rounding
@@ -8,8 +7,8 @@ probabilities.
 
 p, q and d are the probabilities (B,) of one fixed class on the image x, on x o m and on
 x o (1 - m); with ``bounded=False`` they are any scores, such as logits. All sums run in float64.
-``*_values`` give one percentage an image, NaN where p, q or the map is invalid, so that a mean of
-them is the metric and a bootstrap can resample them.
+The ``*_values`` functions return one percentage per image, NaN where p, q or the map is invalid. Their mean
+is the metric, and a bootstrap can resample them.
 """
 
 from __future__ import annotations
@@ -47,14 +46,15 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest value of each of (B, ...)."""
+    """The smallest and the largest value of each item of (B, ...)."""
     axes = tuple(range(1, maps.ndim))
     return maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
 
 
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; never leaves the range of the input. Of clips
-    (B, 1, t, h, w) -> (B, 1, T, H, W), linear in time as well."""
+    """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; the result stays in the range of the input.
+
+    Maps of clips, (B, 1, t, h, w) -> (B, 1, T, H, W), are also interpolated linearly in time."""
     check_maps(maps)
     corners = None if mode == "nearest" else False
     mode = "trilinear" if mode == "bilinear" and maps.ndim == 5 else mode
@@ -74,9 +74,9 @@ def saliency(
 ) -> tuple[Tensor, Tensor]:
     """Raw maps (B, 1, h, w) -> (grey masks (B, 1, H, W) float32 in [0, 1], valid (B,) bool).
 
-    Min-max at the map's own resolution, then resized (``"minmax"``), or the other way round
-    (``"minmax_upsampled"``). With ``is_mask`` the values are used as they are and must lie in
-    [0, 1]: the all-ones mask is a mask, a constant map from an explainer is not.
+    ``"minmax"`` scales each map at its own resolution and then resizes it; ``"minmax_upsampled"`` resizes
+    first. With ``is_mask`` the values are used as they are and must lie in [0, 1]: the all-ones mask is
+    a valid mask, but a constant map from an explainer is not.
     """
     if is_mask:
         check_maps(maps)
@@ -95,24 +95,24 @@ def saliency(
 
 
 def quantile(flat: Tensor, q: float) -> Tensor:
-    """(B, N) -> (B,): linearly interpolated quantile, by selection instead of a full sort."""
+    """(B, N) -> (B,): the linearly interpolated quantile, found by selection instead of a full sort."""
     position = q * (flat.shape[1] - 1)
     rank = min(int(position), flat.shape[1] - 1)
     low = flat.kthvalue(rank + 1, dim=1).values
     if rank == position:
         return low
-    above = flat > low[:, None]  # one selection finds the next value, too
+    above = flat > low[:, None]  # one selection also gives the next value
     tied = above.sum(1) < flat.shape[1] - rank - 1
     high = torch.where(tied, low, torch.where(above, flat, torch.inf).amin(1))
     return torch.lerp(low, high, position - rank)
 
 
 def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Tensor:
-    """Keep the largest ``level`` of the pixels of (B, 1, H, W), set the others to 0.
+    """Keep the fraction ``level`` of the pixels of (B, 1, H, W) with the largest values; set others to 0.
 
-    Survivors keep their grey level. ``"quantile"`` keeps every value >= the (1 - level) quantile,
-    so a constant mask keeps everything; ``"kth"`` keeps exactly ceil(level * HW) pixels, of equal
-    values the first in row-major order.
+    Pixels that are kept keep their grey level. ``"quantile"`` keeps every value >= the (1 - level)
+    quantile, so a constant mask keeps everything. ``"kth"`` keeps exactly ceil(level * HW) pixels; among
+    equal values the first in row-major order win.
     """
     check_maps(masks)
     if not 0 < level <= 1:
@@ -133,12 +133,12 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
 
 
 def check_maps(maps: Tensor) -> None:
-    """Raise a ValueError unless ``maps`` are (B, 1, h, w), or of clips (B, 1, t, h, w)."""
+    """Raise a ValueError unless ``maps`` have shape (B, 1, h, w), or (B, 1, t, h, w) for clips."""
     if maps.ndim not in (4, 5) or maps.shape[1] != 1 or 0 in maps.shape[2:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
 
 
-# ---------------------------------------------------------------- one percentage an image
+# ---------------------------------------------------------------- one percentage per image
 
 
 def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
@@ -184,7 +184,7 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers as a tensor, where they are or on the CPU, whatever torch's default device is."""
+    """Numbers as a tensor. A tensor keeps its device; others go to the CPU, whatever torch's default is."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
@@ -203,7 +203,7 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
                 f"{name}: values from {float(finite.min()):g} to {float(finite.max()):g}; give "
                 f"probabilities in [0, 1] (softmax or sigmoid of the logits)"
             )
-    # float32 softmax may end a little above 1; one invalid side makes the pair invalid.
+    # A float32 softmax can come out slightly above 1. If p or q is invalid, so is the pair.
     finite = p.isfinite() & q.isfinite()
     return (
         torch.where(finite, p, torch.nan).clamp_max(1.0),
@@ -215,7 +215,7 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
 
 
 def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-image values (B,) -> (float64 sum over the valid ones, n, n_invalid)."""
+    """Per-image values (B,) -> (float64 sum of the valid values, n, n_invalid)."""
     good = ~values.isnan()
     if valid is not None:
         if valid.shape != values.shape or valid.dtype != torch.bool:
@@ -248,7 +248,7 @@ def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
 def increase_in_confidence(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> Tensor:
-    """Share of images whose masked image scores higher, in percent, higher is better."""
+    """Percentage of images that score higher when masked; higher is better."""
     return _mean(increase_in_confidence_values(p, q, margin), valid)
 
 

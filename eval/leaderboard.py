@@ -1,12 +1,12 @@
-"""One leaderboard of heads and explainers: every metric, sanity rows, intervals, and a report.
+"""Compares heads and explainers in one leaderboard: metrics, sanity rows, intervals and a report.
 
     xattn compare PHOTOS --heads ... --explainers ... --metrics ...
 
-The folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, of a ViT
-``sanity.csv`` (how like maps are to those of attention without content), with a report card
-``report-card.csv``, ``pack/`` with the maps for ``xattn app``, the state from which a killed run resumes
-(``state.sqlite``, of the card ``card.sqlite``) and the time it took (``seconds.js``, which the page shows).
-All but the states and the time are a pure function of the arguments.
+The output folder holds ``leaderboard.md``, ``.csv`` and ``.json``, ``images.csv``, ``report.html``, and
+``pack/`` with the maps for ``xattn app``. A ViT also gets ``sanity.csv`` (how similar the maps are to maps
+of attention without content), and a report card is written to ``report-card.csv``. A killed run resumes
+from ``state.sqlite`` (``card.sqlite`` for the report card). ``seconds.js`` holds the run's duration, which
+the page shows. Everything but the states and the duration depends only on the arguments.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ from xattn.runtime.files import check_output, write_text
 MOST_OF_ALL = {
     False: 1000,
     True: 4000,
-}  # passes of a method that "all" compares, by whether it perturbs
+}  # most passes of a method that "all" includes, by whether it perturbs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What to compare, and by what; see ``xattn compare --help``.
+    """What to compare and how; see ``xattn compare --help``.
 
-    ``heads`` are trained heads by row name. ``explainers`` are names; or by row name names, explainers,
-    trained heads or methods of other makes (:mod:`xattn.explainers.own`), which have no rows on randomised
-    networks unless they are registered. ``metrics`` are names or metrics. ``options`` are
-    ``explainer.name=value``, for heads ``head.name=value`` or ``row.name=value``. The maps of the first
-    ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
-    ``card_photos``: how many photos the report card (:mod:`xattn.eval.report.report_card`) is made on,
-    None: 60 where the metrics are those of ``"board"``, else none. ``target`` is a number of the network's
-    answer that is explained in place of the predicted class, see :mod:`xattn.backbone.targets`.
+    ``heads`` maps row names to trained heads. ``explainers`` is a list of names, or maps row names to
+    names, explainers, trained heads or your own methods (:mod:`xattn.explainers.own`); the latter get no
+    rows on randomised networks unless they are registered. ``metrics`` are names or metrics. ``options``
+    are ``explainer.name=value``, or for heads ``head.name=value`` or ``row.name=value``. The maps of the
+    first ``maps`` images go into the pack, with ``labels`` as in :func:`xattn.explaining.photos.explain`.
+    ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`); with
+    None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number of
+    the network's answer to explain in place of the predicted class, see :mod:`xattn.backbone.targets`.
     """
 
     backbone: Backbone
@@ -111,15 +111,15 @@ def compare(
     progress: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[Results, list[Path]]:
-    """Run a comparison and write its report to ``output``; resumes from ``output/state.sqlite``.
+    """Run a comparison and write its report to ``output``; a run resumes from ``output/state.sqlite``.
 
     Args:
         images, limit: as in :func:`xattn.eval.evaluate`.
-        say: gets the plan, and which explainers this backbone does not allow, before the start.
+        say: called before the start with the plan and with the explainers that this backbone rules out.
 
     Raises:
-        ValueError: an unknown name or option, no image, or a state of another run.
-        OSError: files that cannot be read or written.
+        ValueError: a name or option is unknown, there is no image, or the state is from another run.
+        OSError: a file cannot be read or written.
     """
     output.mkdir(parents=True, exist_ok=True)
     images, limit = limited(images, limit, job.seed)
@@ -127,7 +127,7 @@ def compare(
     if packed:
         check_output(output / "pack", is_ours=is_pack)
     truth = None
-    if job.labels is not None:  # refused now rather than after the work
+    if job.labels is not None:  # fail now rather than after the work
         truth = true_classes_of(named_photos(images), job.labels, job.backbone)
     protocol = Protocol(
         score_of(job.backbone), precision=job.precision, seed=job.seed, view=job.view
@@ -192,7 +192,7 @@ def _write_likeness(
     path: Path,
     say: Callable[[str], Any],
 ) -> list[Path]:
-    """How like the first method's maps are to those of attention without content, if there are such."""
+    """Write how similar the first method's maps are to maps of attention without content, if any."""
     rows, first = without_content(methods), next(iter(recipes), "")
     if not rows or photos is None or len(photos) < 2:
         return []
@@ -217,7 +217,7 @@ def _report_card(
     progress: bool,
     say: Callable[[str], Any],
 ) -> ReportCard | None:
-    """The report card on some of the photos, if it is asked for; kept in ``output/card.sqlite``."""
+    """The report card on some of the photos, if one was asked for; its state is ``output/card.sqlite``."""
     wanted = job.card_photos
     if wanted is None:
         wanted = CARD_PHOTOS if "board" in job.metrics else 0
@@ -254,7 +254,7 @@ def _report_card(
 def ladder_rows(
     backbone: Backbone, photos: Any, view: str, seed: int, max_forward_batch: int
 ) -> tuple[CardRows, list[str]]:
-    """The rows of a report card and the methods that are degraded, those of
+    """The rows of a report card, and the methods whose maps it degrades: those of
     :data:`xattn.eval.sanity.ladders.ANCHORS` that the network allows."""
     stream = ImageStream(photos, backbone.preprocessing, view, limit=DONORS)
     block = next(block for block in stream.blocks(DONORS) if block)
@@ -285,9 +285,9 @@ def say_plan(
     say: Callable[[str], Any],
     tabled: bool = False,
 ) -> None:
-    """Say what the comparison will cost, if the number of images is known.
+    """Report what the comparison will cost, if the number of images is known.
 
-    Reading ahead would take images from a generator.
+    A generator's images are not counted, since that would use them up.
     """
     stream = ImageStream(images, job.backbone.preprocessing, job.view, job.max_pixels, limit)
     if stream.length is None:
@@ -309,7 +309,7 @@ def say_plan(
 
 
 def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
-    """The groups of metrics, by name, and metrics; those that need annotations come with them."""
+    """The metrics and names of groups to measure; annotations add the groups that need them."""
     names: list[str | PerturbationMetric] = []
     for name in job.metrics:
         if name == "direct":
@@ -328,8 +328,7 @@ def groups_of(job: Comparison) -> list[str | PerturbationMetric]:
 def _defined(
     job: Comparison, protocol: Protocol, say: Callable[[str], Any]
 ) -> list[str | PerturbationMetric]:
-    """The groups of metrics without those that "direct", "all" and "board" bring and the score does not
-    allow."""
+    """The metrics without the groups from "direct", "all" and "board" that are undefined for this score."""
     names: list[str | PerturbationMetric] = []
     for name in groups_of(job):
         problem = None
@@ -344,7 +343,7 @@ def _defined(
 
 
 class Recipe(NamedTuple):
-    """How to make an explainer: its name, a trained head where it takes one, and options."""
+    """How to make an explainer: its name, its trained head if it needs one, and its options."""
 
     name: str
     head: Head | None = None
@@ -352,8 +351,8 @@ class Recipe(NamedTuple):
 
 
 class Methods(NamedTuple):
-    """``explainers`` by row with the sanity rows, the ``recipes`` of those that are compared, and why
-    the backbone does not allow those that "all" had to leave out."""
+    """``explainers`` by row, sanity rows included; the ``recipes`` of the methods that are compared; and
+    why "all" left methods out."""
 
     explainers: dict[str, Explainer]
     recipes: dict[str, Recipe]
@@ -361,8 +360,8 @@ class Methods(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What a comparison names, each by its row: trained ``heads``, ``names`` of explainers, and ``others``,
-    explainers and methods of other makes."""
+    """The methods of a comparison by row name: trained ``heads``, ``names`` of explainers, and ``others``,
+    which are explainers and methods given as objects."""
 
     heads: dict[str, Head]
     names: dict[str, str]
@@ -370,7 +369,7 @@ class _Given(NamedTuple):
 
     @classmethod
     def of(cls, job: Comparison) -> _Given:
-        """Sorted by what is given; a ``ValueError`` for a method that has no row's name."""
+        """Sort the methods of a job by kind; raises a ``ValueError`` for a method without a row name."""
         rows = job.explainers
         if not isinstance(rows, Mapping):
             unnamed = [row for row in rows if not isinstance(row, str)]
@@ -387,7 +386,7 @@ class _Given(NamedTuple):
 
 
 def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
-    """Make every explainer that is compared; ``photos`` are those of mean maps."""
+    """Make every explainer that is compared; ``photos`` are for mean maps."""
     given = _Given.of(job)
     names, heads, every = given.names, given.heads, "all" in given.names
     if every:
@@ -434,7 +433,7 @@ def methods_of(job: Comparison, photos: Tensor | None) -> Methods:
 
 
 def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]:
-    """Explainers from methods that are given as objects, for the target if there is one."""
+    """Make explainers from methods given as objects, for the target if there is one."""
     view = job.backbone
     if job.target is None or not isinstance(view, BackboneView):
         return as_explainers(methods, view, job.max_forward_batch)
@@ -444,7 +443,7 @@ def _others(job: Comparison, methods: Mapping[str, Any]) -> dict[str, Explainer]
 def randomized_of(
     job: Comparison, recipes: Mapping[str, Recipe], metrics: Sequence[PerturbationMetric]
 ) -> Randomized:
-    """Each method on networks whose weights are randomised from the classifier down, if a metric asks."""
+    """If a metric needs it, each method on networks randomised from the classifier down."""
     if not any(metric.explains_randomized for metric in metrics):
         return {}
     cascade = Cascade(job.backbone, seed=job.seed, max_forward_batch=job.max_forward_batch)

@@ -1,4 +1,4 @@
-"""Published and widespread definitions by name, so that a number can be compared with theirs.
+"""Published and widely used definitions by name, so that results can be compared with theirs.
 
 A preset is a :class:`~xattn.eval.Protocol` and the metrics that go with it:
 
@@ -18,8 +18,9 @@ from xattn.runtime.names import did_you_mean
 
 
 class Preset(NamedTuple):
-    """Fields of the protocol, and the group that goes with it with its options. ``with_mean``: normalised
-    images are masked with 0, which is the mean colour."""
+    """Fields of the protocol, and the group of metrics with its options.
+
+    ``with_mean``: images are masked with 0 after normalisation, which is the mean colour."""
 
     protocol: Mapping[str, Any]
     group: str
@@ -30,22 +31,22 @@ class Preset(NamedTuple):
 _WHOLE = {"levels": (1.0,), "ic_margin": 0.0}  # grey maps at full level only
 _RESIZED = {"normalization": "minmax_upsampled"}
 PRESETS = {
-    # Black behind grey maps at 100, 50 and 15 %, IC strict.
+    # Grey maps at 100, 50 and 15 % on black; IC without a margin.
     "ttame": Preset({"ic_margin": 0.0}, "masking", {"metrics": ("AD", "IC")}),
     # ADD on the complement, signed.
     "lift-cam": Preset({**_WHOLE, **_RESIZED}, "masking", {"metrics": ("AD", "IC", "ADD")}),
     # AG beside AD and IC.
     "opti-cam": Preset({**_WHOLE, **_RESIZED}, "masking", {"metrics": ("AD", "IC", "AG")}),
-    # 224 pixels a step; deletion to 0 after normalisation, insertion onto the normalised image, padded with
-    # zeros and blurred.
+    # 224 pixels per step. Deletion sets normalised pixels to 0; insertion starts from the normalised image,
+    # padded with zeros and blurred.
     "rise": Preset(
         _RESIZED,
         "insertion-deletion",
         {"step": 224, "deletion_fill": "mean", "insertion_fill": "rise"},
         True,
     ),
-    # Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01; the class's mean probability,
-    # which the authors' program gives beside the accuracy that the paper reports.
+    # Noisy linear imputation at 10, 20, 30, 40, 50, 70 and 90 %, sigma 0.01. The value is the mean
+    # probability of the class, which the authors' program prints beside the paper's accuracy.
     "road": Preset({}, "road", {}),
     # What torch-cam computes without ``logits_fn``: AD and IC of logits.
     "torch-cam": Preset(
@@ -54,8 +55,8 @@ PRESETS = {
         {"metrics": ("AD", "IC"), "bounded": False},
         True,
     ),
-    # pytorch-grad-cam's: the drop is not divided by p. It scales its maps to [0, 1] before and after
-    # resizing, which is the same as after it.
+    # pytorch-grad-cam does not divide the drop by p. It scales its maps to [0, 1] both before and after
+    # resizing, which equals scaling them only after it.
     "grad-cam-lib": Preset(
         {**_WHOLE, **_RESIZED, "masked_value": "mean"}, "masking", {"metrics": ("drop", "IC")}, True
     ),
@@ -65,10 +66,10 @@ PRESETS = {
 def preset(
     name: str, mean: Sequence[float] | None = None
 ) -> tuple[Protocol, list[PerturbationMetric]]:
-    """Protocol and metrics of a preset; ``mean`` (3,) is the data set's mean colour in [0, 1].
+    """The protocol and the metrics of a preset; ``mean`` (3,) is the data set's mean colour in [0, 1].
 
     Raises:
-        ValueError: unknown name (with near matches), or a preset that needs ``mean`` without it.
+        ValueError: the name is unknown (the message lists near matches), or the preset needs ``mean``.
     """
     if name not in PRESETS:
         raise ValueError(f"preset: unknown preset {name!r}; {did_you_mean(name, PRESETS)}")

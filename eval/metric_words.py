@@ -1,15 +1,15 @@
-"""Plain words for the columns of tables: the titles and sentences that metrics declare, with their levels.
+"""Titles and descriptions of table columns, made of what each metric declares and the column's level.
 
-A pack carries both, so that the viewer shows them by :func:`named` and :func:`directed` without loading
-metrics, and torch with them; :func:`metric_title` and the others do. A key that is not known is its own
-title.
+A pack stores both. The viewer can therefore show them with :func:`named` and :func:`directed` without
+loading the metrics and torch, which :func:`metric_title` and the other functions do load. The title of an
+unknown key is the key itself.
 """
 
 from __future__ import annotations
 
 
 def metric_title(key: str) -> str:
-    """What a column's metric is called, with its level; an unknown key as it is.
+    """The title of a column's metric with its level; an unknown key is returned as it is.
 
     >>> metric_title("AD@50"), metric_title("AD@15"), metric_title("Gini")
     ('Average drop, top half', 'Average drop, top 15 %', 'Concentration (Gini)')
@@ -19,7 +19,7 @@ def metric_title(key: str) -> str:
 
 
 def metric_about(key: str, higher_is_better: bool | None = None) -> str:
-    """What a column says, in one sentence, and which direction is better; "" of an unknown key.
+    """One sentence on what a column measures and which direction is better; "" for an unknown key.
 
     >>> metric_about("AD@50", False)
     'How much confidence is lost when only the top half is kept. Lower is better.'
@@ -34,19 +34,19 @@ def metric_about(key: str, higher_is_better: bool | None = None) -> str:
 
 
 def named_metric(key: str) -> str:
-    """A column's key with its title, for lists: "AD@50: average drop, top half"."""
+    """A column's key followed by its title, for lists: "AD@50: average drop, top half"."""
     return named(key, metric_title(key))
 
 
 def named(key: str, title: str) -> str:
-    """A column's key with a title, which is "" or the key where there is none."""
+    """A column's key followed by ``title``; the key alone if ``title`` is "" or the key itself."""
     if title in ("", key):
         return key
     return f"{key}: {title if title[1:2].isupper() else title[0].lower() + title[1:]}"
 
 
 def directed(about: str, higher_is_better: bool | None) -> str:
-    """A sentence about a metric, which may be "", and which direction is better."""
+    """``about``, a sentence on a metric or "", followed by which direction is better."""
     said = [about] if about else []
     if higher_is_better is not None:
         said.append("Higher is better." if higher_is_better else "Lower is better.")

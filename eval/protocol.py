@@ -1,8 +1,8 @@
-"""What a fidelity number means: the protocol that made it, with a short stable id.
+"""The protocol that a fidelity value was measured by, with a short stable id.
 
 Two values may be compared only if their ids are equal. The id is a readable prefix and a hash of
-the fields that change a value's meaning; how many images were scored (``n``, ``n_invalid``) and the
-``seed`` of resampling and random rows do not.
+the fields that change a value's meaning. The number of scored images (``n``, ``n_invalid``) and the
+``seed`` of resampling and random rows are not part of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHOICES = {
     "precision": ("float32", "bfloat16"),
 }
 _NOT_SEMANTIC = ("seed", "n", "n_invalid")
-_MASKING = ("levels", "threshold", "masked_value", "ic_margin")  # of AD, IC, ADD and AG alone
+_MASKING = ("levels", "threshold", "masked_value", "ic_margin")  # only for AD, IC, ADD and AG
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,31 @@ class Protocol:
     """Every choice that a fidelity value depends on.
 
     Attributes:
-        score: what p, q and d are, in float64; the task of the backbone decides: ``"probability"``
-            (softmax over the classes), ``"sigmoid"`` (multi-label: of the label's own logit) or
-            ``"binary"`` (a single logit z: sigmoid(z) of "positive", sigmoid(-z) of "negative"), or
-            ``"value"`` (regression: the number itself); or ``"logit"`` for every task.
+        score: what p, q and d are, in float64. The backbone's task decides: ``"probability"`` (softmax
+            over the classes), ``"sigmoid"`` (multi-label: sigmoid of the label's logit), ``"binary"`` (a
+            single logit z: sigmoid(z) for "positive", sigmoid(-z) for "negative") or ``"value"``
+            (regression: the number itself). ``"logit"`` is possible for every task.
         class_policy: ``"predicted"`` (argmax on the clean image, fixed afterwards) or ``"given"``.
         normalization: ``"minmax"`` at the map's own resolution, before resizing, or
             ``"minmax_upsampled"`` after it.
         threshold: ``"quantile"`` keeps values >= the linearly interpolated (1 - level) quantile,
             ties included; ``"kth"`` keeps exactly ceil(level * HW) pixels (TAME, L-CAM).
-        levels: retained fractions in (0, 1]; survivors keep their grey level.
-        masked_value: what stands behind the mask: ``"black"`` (0 before normalisation), the data
-            set's ``"mean"`` colour, the image's own ``"blur"`` or RISE's of it (``"rise"``),
-            ``"noise"``, or what is removed filled in by ``"inpaint"`` (Telea) or ``"road"``
+        levels: retained fractions in (0, 1]; pixels that are kept keep their grey level.
+        masked_value: what replaces masked pixels: ``"black"`` (0 before normalisation), the data
+            set's ``"mean"`` colour, the blurred image (``"blur"``, or ``"rise"`` for RISE's blur),
+            ``"noise"``, or an imputation by ``"inpaint"`` (Telea) or ``"road"``
             (:mod:`xattn.eval.fills.imputation`).
-        ic_margin: IC counts q > p + ic_margin * max(p, q), so that rounding does not count.
-        resize: how a map reaches the image's size (align_corners=False).
+        ic_margin: IC counts an image if q > p + ic_margin * max(p, q), so that rounding does not count.
+        resize: how a map is resized to the image (align_corners=False).
         invalid: constant or non-finite maps are ``"excluded"`` from the means, and counted; or they
-            score ``"chance"`` in the metrics that have such a value (``MetricInfo.chance``), so that no
-            method gains by giving no map.
+            score ``"chance"`` in the metrics that have a chance value (``MetricInfo.chance``), so that no
+            method gains by failing to return a map.
         view: ``"crop"`` (the model's own evaluation crop), ``"whole"``, or ``"tensor"`` (prepared
             by the caller).
-        precision: of the forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
-        target: what was explained where it is no class, a name and a hash, see
-            :mod:`xattn.backbone.targets`; ``score`` is what is taken for its probability.
-        seed, n, n_invalid: of one run; not part of the id.
+        precision: the precision of forward passes: ``"float32"``, or ``"bfloat16"`` autocast.
+        target: what was explained if it is not a class: a name and a hash, see
+            :mod:`xattn.backbone.targets`; ``score`` then says what is used as its probability.
+        seed, n, n_invalid: facts of one run; not part of the id.
     """
 
     score: str = "probability"
@@ -107,7 +107,7 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """Such as ``"prob-pred-black-1f2e3d4c"``."""
+        """The protocol's id, such as ``"prob-pred-black-1f2e3d4c"``."""
         return f"{self._prefix}-{_hash(self._semantics())}"
 
     def metric_id(
@@ -117,11 +117,11 @@ class Protocol:
         options: Mapping[str, Any] | None = None,
         formula: str | None = None,
     ) -> str:
-        """Id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
+        """The id of one column, such as ``"AD@15-prob-pred-black-1f2e3d4c"``.
 
-        It depends on the metric's formula and on ``options``, what else the value depends on; for
-        the masking metrics that is by default this protocol's masking at ``level``. ``formula`` is
-        needed for a metric that is not registered.
+        It depends on the metric's formula and on ``options``, which are all other choices that change
+        the value; for the masking metrics the default is this protocol's masking at ``level``. A metric
+        that is not registered needs ``formula``.
         """
         if formula is None and metric not in METRICS:
             raise ValueError(f"metric: got {metric!r}; choose one of {', '.join(METRICS)}")
@@ -136,7 +136,7 @@ class Protocol:
 
     @property
     def explained(self) -> str:
-        """What ``score`` is of, in words."""
+        """What ``score`` scores, in words."""
         return f"the target {self.target!r}" if self.target else f"the {self.class_policy} class"
 
     @property
@@ -145,12 +145,12 @@ class Protocol:
 
     def _semantics(self) -> dict[str, Any]:
         hidden = {*_NOT_SEMANTIC, "id"}
-        if self.precision == "float32":  # ids are those from before there was a choice
+        if self.precision == "float32":  # keeps the ids from before precision was a choice
             hidden.add("precision")
         return {k: v for k, v in self.to_dict().items() if k not in hidden}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, ``target`` only where there is one; ``from_dict`` reads them back."""
+        """Plain values for JSON, ``target`` only if there is one; ``from_dict`` reads them back."""
         values = {**asdict(self), "levels": list(self.levels)}
         return {k: v for k, v in values.items() if k != "target" or v}
 
@@ -173,7 +173,7 @@ class Protocol:
 
 
 def score_of(backbone: Classifier) -> str:
-    """What p, q and d are, see :class:`Protocol`: the target's choice, else the task's."""
+    """What p, q and d are, see :class:`Protocol`: set by the target if there is one, else by the task."""
     return backbone.score if isinstance(backbone, Scored) else SCORES[backbone.task]
 
 

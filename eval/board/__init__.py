@@ -1,1 +1,1 @@
-"""Boards: folders of results that others check, audit and add a row to."""
+"""Boards: folders of results that other people can check, audit and add rows to."""

@@ -1,9 +1,10 @@
-"""Checking a board: hashes, and values recomputed from maps and tables; auditing it: other masks.
+"""Checks a board (hashes, and values recomputed from maps and tables) and audits it with other masks.
 
-A board is refused with the place named where a file is missing, is not the one that was hashed, or holds a
-value that its maps and tables do not give. What the map shapes (ROAD, thinned), noise (monotonicity, and so
-photo-gain) and half-blind networks need passes, and is vouched for by hashes alone; so are the report card,
-audits, and values of maps that are kept as area means.
+A check fails, and says where, if a file is missing, does not match its hash, or holds a value that the
+board's maps and tables do not give. Some values cannot be recomputed without forward passes: those whose
+images depend on the map (ROAD, thinned) or on noise (monotonicity, and so photo-gain), and those of
+half-blind networks. Only hashes vouch for these, for the report card, for audits, and for values of maps
+that are stored as area means.
 """
 
 from __future__ import annotations
@@ -57,24 +58,24 @@ KINDS = {
     "network-contrast": ("own", "network"),
     "gridpg": ("mosaic",),
 }
-CELLS = 20  # values that are recomputed
-EXACT = 1e-6  # difference that is allowed
-COMPARING = ("gridpg", "photo-gain")  # which not every photo has other photos for
-RANDOMIZED = ("network-contrast", "blind")  # which rows have that were explained on other weights
+CELLS = 20  # number of values to recompute
+EXACT = 1e-6  # largest difference allowed
+COMPARING = ("gridpg", "photo-gain")  # need other photos, which not every photo has
+RANDOMIZED = ("network-contrast", "blind")  # only for rows also explained on other weights
 SHOWN = {"board.csv": 1e-6, "index.html": 1.01e-3}  # likewise, of numbers as they are written
 DECIMAL = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 PICTURE = re.compile(r'base64,([^"]*)"')
-AUDITED = ("squares", "subsets")  # whose masks are drawn
+AUDITED = ("squares", "subsets")  # columns whose masks are drawn at random
 
 
 def check_board(board: Board, cells: int = CELLS, seed: int | None = None) -> list[str]:
-    """What was checked, a line each.
+    """Check a board; returns one line for each thing checked.
 
     Args:
-        cells: how many values are recomputed, drawn by ``seed`` (None: at random).
+        cells: number of values to recompute, drawn with ``seed`` (None: at random).
 
     Raises:
-        ValueError: the first fault, with its place.
+        ValueError: the board has a fault; the message says where the first one is.
     """
     try:
         return _checked(board, cells, random.Random(seed))
@@ -104,7 +105,7 @@ Place = tuple[str, int, str]  # network, photo, column
 
 
 def _places(board: Board, row: str) -> set[Place]:
-    """The lines of a row, each of which is there once."""
+    """The places of a row's lines; raises a ValueError if one occurs twice."""
     photos = {photo["id"]: i for i, photo in enumerate(board.photos)}
     found: set[Place] = set()
     for line in board.lines(row):
@@ -164,8 +165,10 @@ def _check_rows(board: Board, there: Mapping[str, set[Place]]) -> str:
 
 
 def _check_complete(board: Board, there: Mapping[str, set[Place]]) -> str:
-    """Nobody gains by leaving a value out: a column has a line of every photo, one that compares photos
-    where any row has it; and what has a chance level is never blank."""
+    """Check that no row gains by leaving a value out.
+
+    A column needs a line for every photo; a column that compares photos needs one wherever any row has it.
+    A column with a chance level may not be blank."""
     photos = range(len(board.photos))
     for n, network in enumerate(x["name"] for x in board.networks):
         rows = [row for row in board.row_names if board.has(row, network)]
@@ -204,7 +207,7 @@ def _is_valid(board: Board, row: str, network: str, photo: int) -> bool:
 
 
 def _check_derived(board: Board) -> str:
-    """What is made of rows and of the report card is what they give."""
+    """Check that everything derived from rows and the report card agrees with them."""
     metrics = create_metrics(BOARD, Protocol(invalid="chance"), (0.5,) * 3)
     if board.columns != infos_of(metrics):
         raise ValueError("board: columns have other directions or chance levels than their metrics")
@@ -219,8 +222,8 @@ def _check_derived(board: Board) -> str:
 
 
 def _alike(there: str, made: str, most: float) -> bool:
-    """Whether two texts are one but for the last digits of numbers and the packing of pictures, which
-    differ from machine to machine."""
+    """Whether two texts agree except for the last digits of numbers and the encoding of pictures, which
+    differ between machines."""
     pictures = [[_pixels(data) for data in PICTURE.findall(text)] for text in (there, made)]
     (a, b) = (DECIMAL.split(PICTURE.sub("", text)) for text in (there, made))
     if a[::2] != b[::2] or len(pictures[0]) != len(pictures[1]):
@@ -239,8 +242,8 @@ def _pixels(data: str) -> Any:
 def _recomputable(
     board: Board, there: Mapping[str, set[Place]]
 ) -> tuple[list[tuple[str, str, int, str]], int]:
-    """Row, network, photo and column of the values that whole maps and tables give, and of how many others
-    the maps may be area means."""
+    """The row, network, photo and column of each value that whole maps and tables give, and the number of
+    other values whose maps may be area means."""
     found, thin = [], 0
     for row, places in there.items():
         for network in board.networks:
@@ -259,7 +262,7 @@ def _recomputable(
 
 
 class _Network:
-    """What a table needs of a network that is not there."""
+    """Stands in for a network that is not available, with what a table needs."""
 
     task: str
     max_forward_batch, score = 1, "probability"
@@ -284,7 +287,7 @@ class _Network:
 
 @dataclass(eq=False)
 class _Offline:
-    """The tables of one network of a board, without the network."""
+    """The tables of one network of a board, used without the network itself."""
 
     board: Board
     name: str
@@ -304,7 +307,7 @@ class _Offline:
         self._scorer = _Network(self.facts)
 
     def table(self, photo: int) -> OutcomeTable:
-        """What the network answered to the masks of a photo."""
+        """The network's answers to the masks of a photo."""
         a, b = self.classes[photo]
         drops = {}
         for key, values in self._table.items():
@@ -325,7 +328,7 @@ class _Offline:
 
 
 def recomputed(board: Board, row: str, network: str, photo: int, column: str) -> float:
-    """The value of a column from the maps and the table."""
+    """The value of a column, recomputed from the maps and the table."""
     offline = _Offline(board, network)
     metric, size = offline.metric(column), offline.facts["size"]
     with board.open_maps(row, network) as maps:
@@ -349,7 +352,7 @@ def recomputed(board: Board, row: str, network: str, photo: int, column: str) ->
             )
         own = sized("own")
         if own is None:
-            return 0.0  # what invalid maps score
+            return 0.0  # the score of invalid maps
         table, (a, b) = offline.table(photo), offline.classes[photo]
         if isinstance(metric, CorrelationMetric):
             value = metric.agreement(table, own, a)
@@ -382,13 +385,13 @@ def audit_board(
     seed: int,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[list[str]]:
-    """Score the maps of all rows on masks of another seed: the lines of ``audit-<seed>.csv``.
+    """Score the maps of all rows on masks of another seed; returns the lines of ``audit-<seed>.csv``.
 
-    A row that is worse than on the board's masks "overfits the masks": its paired t interval, of all rows
-    and columns together at 95 %, lies below 0. Both are computed from the maps that are kept.
+    A row "overfits the masks" if it scores worse than on the board's masks: its paired t interval, at 95 %
+    for all rows and columns together, lies below 0. Both scores are computed from the stored maps.
 
     Raises:
-        ValueError: the board's own seed, other photos or another network.
+        ValueError: the seed is the board's own, or the photos or the network are not the board's.
     """
     with locked(board.folder):
         return _audited(Board.open(board.folder), backbone, photos, seed, say)

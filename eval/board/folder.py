@@ -1,15 +1,15 @@
-"""A board is a folder of results that others can check, and add a row to.
+"""The folder of a board: results that other people can check and add rows to.
 
     board.json                           networks, photos, columns, seeds, versions, the hash of every file
-    tables/<network>.safetensors         what the network answers to the masks of each photo
+    tables/<network>.safetensors         the network's answers to the masks of each photo
     rows/<row>/row.json                  what the row is and where it comes from
     rows/<row>/values.csv                row,network,photo,class,column,value
-    rows/<row>/maps-<network>.safetensors   maps of the explained class and the second, of random weights
-                                            and of mosaics
+    rows/<row>/maps-<network>.safetensors   maps of the explained class, the second class, random weights
+                                            and mosaics
     report-card.csv  board.csv  index.html  audit-<seed>.csv
-    state/                               what a stopped command goes on from; may be deleted
+    state/                               what a stopped command resumes from; may be deleted
 
-Files of others are read: names are checked before a path is made of them, and nothing is executed.
+Files may come from other people, so names are checked before they become paths, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from xattn.runtime import strict_json
 from xattn.runtime.files import atomic_file, file_sha256, open_tensors, put_tensors, write_json
 
 FORMAT, SCHEMA = "xattn-board", 1
-LARGEST = 2 << 30  # bytes of a file
+LARGEST = 2 << 30  # largest size of a file in bytes
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
-LONGEST = 64 - len("maps-.safetensors")  # letters of a network's name
+LONGEST = 64 - len("maps-.safetensors")  # longest name of a network
 CRITERIA: Mapping[str, tuple[str, ...]] = {
     "shared outcomes": ("squares", "subsets", "monotonicity", "photo-gain"),
     "contrasts": ("class-contrast", "network-contrast", "gridpg"),
     "map-shaped": ("ROAD", "thinned"),
     "planted": ("blind",),
 }
-"""The columns that may rank, by what they have in common; others stand beside them."""
+"""The columns that may count for ranks, by criterion; other columns are only shown."""
 KINDS = ("code", "maps")
 VALUE_TITLES = ("row", "network", "photo", "class", "column", "value")
-SIDES = 4096  # pixels of a photo's side at most, as a network sees it
+SIDES = 4096  # longest side of a photo in pixels, as a network sees it
 
 
 def check_name(argument: str, name: str) -> str:
-    """``name``, which may be a folder of a board; an error if it may not."""
+    """Return ``name`` if it may name a folder of a board; else raise a ValueError."""
     if not NAME.fullmatch(name):
         raise ValueError(
             f"{argument}: got {name!r:.80}; give up to 64 letters, digits and _ . + -, no path"
@@ -73,7 +73,7 @@ def network_name(backbone_name: str) -> str:
 class Board:
     """An open board; ``facts`` is its ``board.json``.
 
-    Who is ahead, :func:`xattn.eval.board.ranks.board_ranks` says.
+    :func:`xattn.eval.board.ranks.board_ranks` ranks its rows.
     """
 
     folder: Path
@@ -84,8 +84,8 @@ class Board:
         """Read ``board.json``.
 
         Raises:
-            ValueError: no board, a damaged one, or one of a newer version.
-            OSError: it cannot be read.
+            ValueError: there is no board, or it is damaged or from a newer version.
+            OSError: the file cannot be read.
         """
         folder = Path(folder)
         path = folder / "board.json"
@@ -121,7 +121,7 @@ class Board:
             ) from None
         return board
 
-    # ------------------------------------------------------------------ what there is
+    # ------------------------------------------------------------------ contents
 
     @property
     def networks(self) -> list[dict[str, Any]]:
@@ -139,20 +139,20 @@ class Board:
 
     @property
     def columns(self) -> dict[str, dict[str, Any]]:
-        """Direction and chance by key."""
+        """The direction and the chance level of each column, by key."""
         return self.facts["columns"]  # type: ignore[no-any-return]
 
     @property
     def admitted(self) -> list[str]:
-        """The keys of the columns that rank: those of :data:`CRITERIA` that pass the report card on every
-        network."""
+        """The keys of the columns that count for ranks: those of :data:`CRITERIA` that pass the report
+        card on every network."""
         return [str(key) for key in self.facts["admitted"]]
 
     def network(self, name: str) -> dict[str, Any]:
         return next(n for n in self.networks if n["name"] == name)
 
     def path(self, name: str) -> Path:
-        """Of a file in the folder; an error if it lies elsewhere."""
+        """The path of a file in the folder; raises a ValueError if it would lie elsewhere."""
         parts = str(name).split("/")
         if not all(NAME.fullmatch(part) for part in parts) or len(parts) > 3:
             raise ValueError(f"board: {name!r:.80} is no file of a board")
@@ -162,7 +162,7 @@ class Board:
         return path
 
     def has(self, row: str, network: str) -> bool:
-        """Whether there are maps of a row on a network."""
+        """Whether a row has maps on a network."""
         return self.path(f"rows/{row}/maps-{network}.safetensors").is_file()
 
     def row(self, name: str) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Board:
 
     @cached_property
     def values(self) -> dict[str, dict[str, NDArray[np.float64]]]:
-        """By row and column, (networks, photos); NaN where there is no value."""
+        """Values (networks, photos) by row and column; NaN where there is none."""
         networks = {n["name"]: i for i, n in enumerate(self.networks)}
         photos = {photo["id"]: i for i, photo in enumerate(self.photos)}
         shape = len(networks), len(photos)
@@ -231,7 +231,7 @@ class Board:
             yield Maps(file, self.facts["whole_maps"])
 
     def save(self) -> None:
-        """Write ``board.json``, with the hash of every file there is."""
+        """Write ``board.json`` with the hash of every file."""
         names = [*(f"tables/{n['name']}.safetensors" for n in self.networks)]
         for row in self.row_names:
             names += [f"rows/{row}/row.json", f"rows/{row}/values.csv"]
@@ -252,13 +252,13 @@ class Board:
 
 
 class Maps:
-    """Maps of one row on one network, read as they are asked for."""
+    """The maps of one row on one network, each read when it is needed."""
 
     def __init__(self, file: Any, whole: int) -> None:
         self._file, self.keys, self._whole = file, set(file.keys()), whole
 
     def thin(self, photo: int, kind: str) -> bool:
-        """Whether the map may be an area mean; an error if its size or precision contradict that."""
+        """Whether a map may be an area mean; raises a ValueError if its size or precision disagrees."""
         key = f"{photo}/{kind}"
         if key not in self.keys:
             return False
@@ -273,7 +273,7 @@ class Maps:
         return thin
 
     def of(self, photo: int, kind: str = "own") -> Tensor | None:
-        """(n, h, w) float32 of a photo by its number; None where there is none."""
+        """The maps (n, h, w) float32 of photo number ``photo``; None if there are none."""
         key = f"{photo}/{kind}"
         if key not in self.keys:
             return None
@@ -283,15 +283,16 @@ class Maps:
 
 
 def is_thin(photo: int, shape: Sequence[int], whole: int) -> bool:
-    """Whether maps of a shape may be thinned ones. They are float16 of their largest value; all others are
-    float32, so that what they score can be computed again."""
+    """Whether maps of a shape may be thinned. Thinned maps are float16 fractions of their largest value;
+    all others are float32, so that their scores can be recomputed."""
     return photo >= whole and max(shape[-2:]) >= WHOLE_SIDE
 
 
 def write_maps(
     path: Path, maps: Iterator[tuple[int, str, NDArray[np.float32]]], whole: int
 ) -> None:
-    """Write (photo, kind, (n, h, w)) as a file of maps, the first ``whole`` photos' as they are."""
+    """Write items (photo, kind, (n, h, w)) as a file of maps; those of the first ``whole`` photos stay
+    unthinned."""
     tensors: dict[str, Tensor] = {}
     for photo, kind, values in maps:
         made = torch.from_numpy(values.copy())
@@ -310,7 +311,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def number(value: float) -> str:
-    """As in ``values.csv``."""
+    """A number as ``values.csv`` writes it."""
     return "" if math.isnan(value) else f"{value:.9g}"
 
 
@@ -321,7 +322,7 @@ def csv_of(lines: Sequence[Sequence[object]]) -> str:
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
-    """An error if a number, list or size of ``board.json`` is none, or larger than any board's."""
+    """Raise an error if a number, list or size in ``board.json`` has the wrong type or is too large."""
     counts = {key: facts[key] for key in ("seed", "batch", "whole_maps", "card_photos")}
     counts |= {f"audits {seed}"[:80]: seed for seed in facts["audits"]}
     for network in facts["networks"]:
@@ -345,7 +346,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
 
 
 def small(path: Path) -> Path:
-    """``path``; an error if it is too large for a file of a board."""
+    """Return ``path``; raise a ValueError if the file is too large for a board."""
     if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"board: {path} has more than 2 GB; it was not written by xattn")
     return path

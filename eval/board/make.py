@@ -1,8 +1,8 @@
-"""Making a board, and adding a network or a row to one.
+"""Makes a board, and adds a network or rows to an existing one.
 
-A network's photos are scored once, into its table; every row is then arithmetic on table and maps, but for
-columns whose images the map shapes. The state of each network lies in ``state/``, from which a stopped
-command goes on; without it, as in a copy of a board, it is made of the tables.
+Each network scores masked photos once, into its table. Every row is then arithmetic on the table and the
+maps, except in columns whose images depend on the map. A command that was stopped resumes from the state of
+each network in ``state/``. If that is missing, as in a copy of a board, it is rebuilt from the tables.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ Say = Callable[[str], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class NewRow:
-    """What a row says of itself beside its values.
+    """Where a new row comes from.
 
     Attributes:
-        author: whoever added it.
-        sources: sha256 by name of the files that ``--import`` brought in.
-        kind: ``"code"``, or ``"maps"`` that were made elsewhere.
+        author: who added it.
+        sources: the sha256 of each file that ``--import`` read, by file name.
+        kind: ``"code"``, or ``"maps"`` for maps that were made elsewhere.
     """
 
     author: str = ""
@@ -95,16 +95,17 @@ def make_board(
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> Board:
-    """A board of the photos and methods of ``job`` on its network; where a board is there, another network
-    of it, or what an earlier command left undone.
+    """Make a board of the photos and methods of ``job`` on its network.
+
+    If the board exists already, add another network to it, or finish what an earlier command left undone.
 
     Args:
-        photos: files; ``limit`` of them, chosen by the job's seed.
-        name: of the board, by default that of its folder.
-        card_photos: how many of the first photos the report card is made on.
+        photos: files, of which the job's seed chooses ``limit``.
+        name: the board's name; by default that of its folder.
+        card_photos: the report card is made on this many of the first photos.
 
     Raises:
-        ValueError: photos that are no files or cannot be read, or a board of other photos or settings.
+        ValueError: a photo is no file or cannot be read, or the board has other photos or settings.
     """
     files = _files(limited(photos, limit, job.seed)[0])
     with locked(folder):
@@ -148,11 +149,10 @@ def join_board(
     progress: bool = True,
     say: Say = lambda line: None,
 ) -> Board:
-    """Add rows to a board, of the methods of ``job``, or of ``methods`` by row.
+    """Add the methods of ``job``, or ``methods`` by row name, to a board as rows.
 
     Raises:
-        ValueError: other photos, another network or settings than the board's, or the name of a row that
-            is there.
+        ValueError: the photos, network or settings are not the board's, or a row of this name exists.
     """
     Board.open(folder)
     with locked(folder):
@@ -188,18 +188,18 @@ def join_board(
 
 
 def is_sanity(row: str) -> bool:
-    """Whether a row explains nothing, or random weights."""
+    """Whether a row is a sanity row: one that explains nothing, or explains random weights."""
     return is_baseline(row) or row in CHEATS
 
 
 def board_metrics(board_seed: int, backbone: Any) -> tuple[Protocol, list[Any]]:
-    """What a board measures, and how."""
+    """The protocol and the metrics of a board."""
     protocol = Protocol(score_of(backbone), seed=board_seed, invalid="chance")
     mean = tuple(backbone.preprocessing.mean)
     return protocol, create_metrics(BOARD, protocol, mean, backbone)
 
 
-# ---------------------------------------------------------------- what a board is of
+# ---------------------------------------------------------------- photos, networks, settings
 
 
 def _files(photos: Any) -> Files:
@@ -209,10 +209,10 @@ def _files(photos: Any) -> Files:
 
 
 def check_photos(board: Board, files: Files) -> Files:
-    """The board's photos among ``files``, in its order.
+    """The board's photos among ``files``, in the board's order.
 
     Raises:
-        ValueError: one is missing or another file.
+        ValueError: a photo is missing, or its file has changed.
     """
     places = {name: i for i, name in enumerate(files.ids)}
     for photo in board.photos:
@@ -276,7 +276,11 @@ def _check_settings(board: Board, job: Comparison, card_photos: int) -> None:
 
 
 def _network(board: Board, job: Comparison, files: Files) -> dict[str, Any]:
-    """The board's entry of the job's network, made if a board has none; an error if it is another one."""
+    """The board's entry for the job's network; a new one if the board has none.
+
+    Raises:
+        ValueError: the board's network of this name differs.
+    """
     backbone, name = job.backbone, network_name(job.backbone.name)
     protocol, metrics = board_metrics(board.facts["seed"], backbone)
     columns = {}
@@ -334,7 +338,7 @@ def infos_of(metrics: list[Any]) -> dict[str, dict[str, Any]]:
 
 
 def _differing(got: Any, wanted: Any) -> tuple[str, str]:
-    """The first difference of two settings, in few words."""
+    """The first difference between two settings, as short texts."""
     if isinstance(got, dict) and isinstance(wanted, dict):
         key = next(k for k in {**wanted, **got} if got.get(k) != wanted.get(k))
         return f"{key} {got.get(key)!s:.200}", f"{wanted.get(key)!s:.200}"
@@ -345,7 +349,7 @@ def _differing(got: Any, wanted: Any) -> tuple[str, str]:
 
 
 def digest(image: Tensor) -> str:
-    """Of a photo as the network sees it, (3, H, W) in [0, 1], in 255 levels."""
+    """A hash of a photo as the network sees it, (3, H, W) in [0, 1], rounded to 255 levels."""
     import hashlib
 
     pixels = (image * 255).round().to(torch.uint8).contiguous().numpy()
@@ -354,10 +358,10 @@ def digest(image: Tensor) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for one command alone.
+    """Lock the folder for one command.
 
     Raises:
-        ValueError: another one has it, or the state in it was not made here.
+        ValueError: another command holds the lock, or the state in the folder was not made here.
     """
     state = folder / "state"
     if state.is_symlink():
@@ -373,7 +377,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _check_owned(state: Path) -> None:
-    """An error if ``state`` came with the board: its contents are trusted."""
+    """Raise a ValueError if ``state`` came with the board, since its contents would be trusted."""
     owner = state / "owner"
     if not any(state.iterdir()):
         own_state(state)
@@ -383,13 +387,13 @@ def _check_owned(state: Path) -> None:
 
 
 def own_state(state: Path) -> None:
-    """Say of a state that it was made here."""
+    """Mark a state as made here."""
     (state / "mark").touch()
     write_text(state / "owner", _mark_of(state))
 
 
 def _mark_of(state: Path) -> str:
-    """What nobody can choose for a file that is copied or unpacked."""
+    """Facts of a file that cannot be chosen when it is copied or unpacked."""
     mark = (state / "mark").lstat()
     return f"{mark.st_ino} {mark.st_ctime_ns}"
 
@@ -398,7 +402,7 @@ def _mark_of(state: Path) -> str:
 
 
 def _on_random(job: Comparison, methods: Methods) -> dict[str, Any]:
-    """Each row on random weights; those that read no network explain as they do on any."""
+    """Each row's method on random weights; methods that read no network are the same on any."""
     metrics = board_metrics(job.seed, job.backbone)[1]
     found = {
         row: on_random
@@ -422,7 +426,7 @@ def _add_rows(
 ) -> None:
     """Measure rows on one network and write their files."""
     rows = dict(explainers)
-    if any(map(is_sanity, rows)):  # of a board that is made
+    if any(map(is_sanity, rows)):  # the board is being made
         rows = {**rows, **as_explainers(CHEATS, job.backbone, job.max_forward_batch), **rows}
     for row in rows:
         check_name("row", row)
@@ -456,7 +460,7 @@ def _add_rows(
 
 
 def _check_constant(row: str, results: Results) -> None:
-    """Refuse maps that were made elsewhere if more than 5 % are of no use."""
+    """Raise a ValueError if more than 5 % of the maps that were made elsewhere are invalid."""
     method = results.methods[row]
     bad = int((~method.valid).sum())
     if bad > 0.05 * len(method.valid):
@@ -467,7 +471,7 @@ def _check_constant(row: str, results: Results) -> None:
 
 
 def _state(board: Board, network: str, card: bool = False) -> Path:
-    """The state of a network; a new one begins with the board's table."""
+    """The path of a network's state; a new state starts with the board's table."""
     path = board.folder / "state" / f"{'card-' if card else ''}{network}.sqlite"
     table = board.folder / "tables" / f"{network}.safetensors"
     if not path.is_file() and table.is_file():
@@ -486,7 +490,7 @@ def _drops_of(board: Board, network: str) -> Iterator[tuple[int, str, Tensor]]:
 
 
 def _write_table(board: Board, network: str, results: Results, state: Path) -> None:
-    """The drops that the state keeps, of the explained class (a) and the second (b)."""
+    """Write the drops in the state as a table, for the explained class (a) and the second one (b)."""
     path = board.path(f"tables/{network}.safetensors")
     if path.is_file():
         return
@@ -523,7 +527,7 @@ def _write_row(
     state: Path,
     about: NewRow,
 ) -> None:
-    """``values.csv``, maps and ``row.json`` of one row, beside what other networks gave."""
+    """Write ``values.csv``, maps and ``row.json`` of one row, keeping the values of other networks."""
     method = results.methods[row]
     path = board.path(f"rows/{row}/values.csv")
     others = [tuple(line.values()) for line in board.lines(row)] if path.is_file() else []
@@ -608,7 +612,7 @@ def _card(
 
 
 def _admit(board: Board, network: str, lines: list[list[object]]) -> None:
-    """Write the card with what other networks gave, and which columns pass on all of them."""
+    """Write the card, keeping the lines of other networks, and note which columns pass on all of them."""
     titles = ("network", "metric", "test", "value", "lo", "hi", "passed")
     known = [[*line.values()] for line in board.card() if line["network"] != network]
     every = [*known, *([*line] for line in lines)]
@@ -628,7 +632,7 @@ def admitted_of(board: Board, card: list[dict[str, str]]) -> list[str]:
 
 
 def _finish(board: Board) -> None:
-    """Write what is made of all rows, ``board.json`` last."""
-    fresh = Board(board.folder, board.facts)  # reads the values anew
+    """Write what is derived from all rows, ``board.json`` last."""
+    fresh = Board(board.folder, board.facts)  # reads the values again
     write_page(fresh)
     fresh.save()

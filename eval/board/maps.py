@@ -1,4 +1,4 @@
-"""Maps that were made elsewhere, as the method of a row: a photo's map is found by its pixels."""
+"""Uses maps that were made elsewhere as the method of a row; a photo's map is looked up by its pixels."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from xattn.eval.board.make import digest
 SECOND = "@class"
 BROKEN = (
     *(ValueError, LookupError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
-    *(NotImplementedError, RuntimeError),  # of another packing, or with a password
+    *(NotImplementedError, RuntimeError),  # unknown compression, or password-protected
 )
 
 
 class MapsExplainer:
-    """What :func:`xattn.eval.evaluate` takes: the map of a photo that is known, for a class that is."""
+    """An explainer for :func:`xattn.eval.evaluate` that looks up the map of a known photo and class."""
 
     forwards = 0
 
@@ -48,12 +48,13 @@ class MapsExplainer:
 
 
 def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
-    """The maps of ``path``, a .npz of arrays (h, w) by the photos' ids; ``ID@class`` are maps of the second
-    class, without which there are no contrasts of classes.
+    """Make an explainer from ``path``, a .npz file of arrays (h, w) named by the photos' ids.
+
+    Maps of the second class are named ``ID@class``; without them, classes cannot be contrasted.
 
     Raises:
-        ValueError: no .npz, or a map that is missing, of another shape, or not finite.
-        OSError: it cannot be read.
+        ValueError: the file is no .npz, or a map is missing, has another shape or is not finite.
+        OSError: the file cannot be read.
     """
     from xattn.runtime.files import file_sha256
 
@@ -84,7 +85,7 @@ def maps_explainer(board: Board, backbone: Any, path: Path) -> MapsExplainer:
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a .npz whose unpacked files, as their headers have them, are not too large."""
+    """The arrays of a .npz file, unless its headers say that they are too large when unpacked."""
     try:
         with zipfile.ZipFile(path) as packed:
             total = 0

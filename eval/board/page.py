@@ -1,4 +1,4 @@
-"""A board as one HTML page and as ``board.csv``, from what its folder holds; the page fetches nothing."""
+"""Writes a board as a self-contained HTML page and as ``board.csv``, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xattn.eval.report.rank_sets import MIN_RANKED
 from xattn.pictures.design import FONT, VARIABLES
 from xattn.runtime.files import write_text
 
-SHOWN, SIDE = 6, 56  # photos whose maps are shown, and their size
+SHOWN, SIDE = 6, 56  # number of photos whose maps are shown, and the maps' size
 _STYLE = """
 body{font:15px/1.5 var(--font);max-width:1200px;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -88,7 +88,7 @@ def _places(rank: RowRank) -> str:
 
 
 def table_lines(board: Board, ranks: Mapping[str, RowRank]) -> list[list[str]]:
-    """Rows in the order of the board, with a title line, as text."""
+    """A title line and the rows in the order of the board, as text."""
     keys = shown_columns(board)
     lines = [["row", "kind", "verified", "rank", "places", *keys]]
     for row in ordered(ranks):
@@ -109,13 +109,13 @@ def ordered(ranks: Mapping[str, RowRank]) -> list[str]:
 
 
 def shown_columns(board: Board) -> list[str]:
-    """The columns that may rank, then others."""
+    """The columns that may count for ranks, then all others."""
     first = [key for keys in CRITERIA.values() for key in keys if key in board.columns]
     return [*first, *(key for key in board.columns if key not in first)]
 
 
 def page(board: Board, ranks: Mapping[str, RowRank]) -> str:
-    """The page as text; a pure function of the folder."""
+    """The page as text; it depends only on the folder's files."""
     name = html.escape(str(board.facts["name"]))
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",

@@ -1,13 +1,13 @@
-"""Who is ahead on a board: which rows are verified, and the places that each may have.
+"""Ranks the rows of a board: which rows are verified, and which places each may have.
 
     verified     the lower ends of photo-gain, class-contrast, network-contrast are above 0, that of gridpg
                  is above chance, each at 1 - .05 / gates: the map reads photo, class and network
     places       rank sets of z among the verified rows
     z            median over criteria of the mean over their columns of (mean - median) / IQR
 
-Columns count that passed the report card on every network, and of a row those that are not close to its
-training. With fewer than 8 photos there is no verdict, with fewer than 40 no rank, nor has a row one that
-lacks a network, or half of the values of a column.
+Only columns that passed the report card on every network count, and for each row only those that are not
+close to its training. With fewer than 8 photos there is no verdict, and with fewer than 40 no rank. A row
+that lacks a network, or half of the values of a column, has no rank either.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from xattn.eval.report.aggregate_ranks import standardised
 from xattn.eval.report.rank_sets import ALPHA, MIN_RANKED, rank_sets, rank_sets_of_draws
 
 GATES = ("photo-gain", "class-contrast", "network-contrast", "gridpg")
-APART = 2.0  # interquartile ranges by which one family may be ahead of all others
+APART = 2.0  # a family ahead of all others by more interquartile ranges is flagged
 
 
 class RowRank(NamedTuple):
     """A row's means with intervals by column, its rank sets by column, and its place on the board.
 
-    ``verified`` None: too few photos. ``rank`` and ``places`` None: not verified, too few photos, or a
-    column is missing. ``one_family``: the criterion in which alone it is ahead, or "". ``lacks``: a network
-    of the board on which it has no value, or "".
+    ``verified`` is None with too few photos. ``rank`` and ``places`` are None if the row is not verified,
+    lacks a column, or there are too few photos. ``one_family`` is the criterion if the row is ahead in one
+    only, else "". ``lacks`` is a network of the board on which the row has no value, else "".
     """
 
     means: Mapping[str, bootstrap.Interval]
@@ -50,7 +50,7 @@ class RowRank(NamedTuple):
 
 
 def board_ranks(board: Board) -> dict[str, RowRank]:
-    """Of every row, in their order."""
+    """The rank of every row, in the order of the rows."""
     seed, values, facts = board.facts["seed"], board.values, {}
     for row in board.row_names:
         facts[row] = board.row(row)
@@ -66,7 +66,7 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
     lacks = {row: _lacked(board, table) for row, table in values.items()}
     able = [r for r in board.row_names if verified[r] and not facts[r]["sanity"] and not lacks[r]]
     chosen = [k for keys in CRITERIA.values() for k in keys if k in board.admitted]
-    least = len(board.photos) / 2  # on each network; of gridpg the mosaics that there are
+    least = len(board.photos) / 2  # on each network; for gridpg, of the mosaics there are
     able = [
         r
         for r in able
@@ -93,8 +93,8 @@ def board_ranks(board: Board) -> dict[str, RowRank]:
 
 
 def gates_of(board: Board) -> list[str]:
-    """The columns that verify: those of :data:`GATES` in which any row has a value. Of ``gridpg`` there is
-    none where a network has fewer than four classes."""
+    """The columns that verify a row: those of :data:`GATES` in which any row has a value. ``gridpg`` has
+    none if a network has fewer than four classes."""
     tables = board.values.values()
     return [key for key in GATES if any(not np.isnan(table[key]).all() for table in tables)]
 
@@ -127,7 +127,7 @@ def _verified(
     for key in gates:
         found = bootstrap.mean_interval(table[key], level=1 - ALPHA / len(gates), seed=seed)
         chance = board.columns[key]["chance"] or 0.0
-        if found.n == 0 and key != "gridpg":  # a row that has none, of gridpg the photos
+        if found.n == 0 and key != "gridpg":  # this row has no value; for gridpg no photo has one
             return False
         if found.n < MIN_IMAGES:
             return None
@@ -152,7 +152,7 @@ def _ranked(
     dict[str, tuple[int, int]],
     dict[str, str],
 ]:
-    """Rank sets by column and row, z, places and flags of the rows that may rank."""
+    """The rank sets by column and row, and the z, places and flags of the rows that may rank."""
     if len(able) < 2 or not chosen:
         return {}, {}, {}, {}
     values = np.array([[board.values[row][key] for key in chosen] for row in able])
@@ -198,7 +198,7 @@ def _scores(
 
 
 def _alone(families: NDArray[np.float64], names: Sequence[str]) -> str:
-    """The family that is more than two interquartile ranges ahead of all others."""
+    """The family that is more than :data:`APART` interquartile ranges ahead of all others, or ""."""
     order = np.argsort(np.nan_to_num(families, nan=-np.inf))
     if len(order) < 2 or not np.isfinite(families).all():
         return ""

@@ -1,1 +1,1 @@
-"""Evaluating explanations: images in, one stream of forward passes, a state that survives a kill."""
+"""Evaluates explanations with one stream of forward passes and a state from which a killed run resumes."""

@@ -1,11 +1,11 @@
-"""Measure the explanations of many methods on many images with one bounded stream of forward passes.
+"""Measures the explanations of many methods on many images with one bounded stream of forward passes.
 
     images -> clean pass (score, class) -> maps of each method -> grey masks -> metrics -> scorer
 
 Images stream through in chunks of ``max_forward_batch``, or fewer if there are fewer images; clean
 passes, explanations and perturbed passes all run at that one batch shape (:func:`micro_batch`).
-Under ``torchrun`` each process takes every n-th chunk, and all return the results of all images.
-What is finished is stored at once (:mod:`~xattn.eval.evaluation.store`): a killed run resumes from it.
+Under ``torchrun`` each of n processes takes every n-th chunk, and all return the results of all images.
+Finished work is stored at once (:mod:`~xattn.eval.evaluation.store`), so that a killed run can resume.
 """
 
 from __future__ import annotations
@@ -65,36 +65,38 @@ def evaluate(
     state: str | Path | None = None,
     kept_maps: int | BoardState = 0,
 ) -> Results:
-    """Every metric of every explainer on the same images; by default AD, IC, ADD and AG.
+    """Measure every metric of every explainer on the same images; by default AD, IC, ADD and AG.
 
     Args:
-        backbone: a :class:`xattn.Backbone`; it alone scores, whatever an explainer looks at.
-        explainers: by the name of their row in the table; also names of xattn list, trained heads and what
-            :mod:`xattn.explainers.own` takes, which is tried on the first images before others.
+        backbone: a :class:`xattn.Backbone`; it computes all scores, whatever an explainer looks at.
+        explainers: by the name of their row in the table: explainers, names from ``xattn list``, trained
+            heads, or anything that :mod:`xattn.explainers.own` accepts, which is tried out on the first
+            images before the others.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
-        metrics: groups by name (:data:`xattn.eval.metrics.GROUPS`), or metrics, also of your own.
-        protocol: its ``class_policy`` follows ``classes``, its ``score`` the backbone's task unless
+        metrics: names of groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
+        protocol: its ``class_policy`` follows ``classes``, and its ``score`` the backbone's task unless
             it is ``"logit"``.
-        levels, view, seed: replace the protocol's own: (1.0, 0.5, 0.15), ``"crop"``, 0.
-        max_forward_batch: images a forward pass; also how many are explained at a time. A multiple
-            of 4 keeps results bit-equal whatever else is scored in the same run. Of fewer images a pass
-            is no larger than it takes; then results are bit-equal for the same number of images.
-        classes: explain these instead of the predicted class: one for all images, or one an image
+        levels, view, seed: replace those of the protocol: (1.0, 0.5, 0.15), ``"crop"``, 0.
+        max_forward_batch: images per forward pass and per explanation batch. With a multiple of 4,
+            results are bit-equal whatever else is scored in the same run. With fewer images than this,
+            passes are only as large as needed, and results are bit-equal for equal numbers of images.
+        classes: explain these instead of the predicted class: one for all images, or one per image
             (unreadable ones included), as index or name.
-        target: another name of ``classes``; or a number of the network's answer, as in
-            :func:`xattn.explain`. The explainers are made again for it.
+        target: another name for ``classes``; or a number of the network's answer, as in
+            :func:`xattn.explain`, for which the explainers are made again.
         max_pixels: larger photos are skipped as decompression bombs.
-        limit: only so many images, chosen by ``seed`` as :func:`~xattn.photos.sources.limited` says.
+        limit: use at most this many images, chosen by ``seed``, see
+            :func:`~xattn.photos.sources.limited`.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
-        randomized: by method, (stage, images, targets) -> its maps on a network with randomised
+        randomized: for each method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.sanity.Cascade`.
-        again_limit: metrics that explain again are measured on this many images for explainers that
-            run many perturbed passes; None for all.
-        state: an SQLite file that keeps what is finished. A run with the same arguments resumes
-            from it, also with more images if there were ``max_forward_batch`` before.
-        kept_maps: of how many of the first images ``state`` keeps the maps as explained and the
-            top classes. What an earlier run did not keep is explained again, and not measured again.
+        again_limit: for explainers that run many perturbed passes, the number of images on which
+            metrics that explain again are measured; None for all.
+        state: an SQLite file for finished work. A run with the same arguments resumes from it, also
+            with more images if the earlier run had at least ``max_forward_batch``.
+        kept_maps: number of first images whose raw maps and top classes ``state`` keeps. If an earlier
+            run did not keep them, the images are explained again but not measured again.
 
     Raises:
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
@@ -128,7 +130,7 @@ def evaluate(
 def _for_target(
     backbone: Classifier, explainers: Mapping[str, Explainer], classes: Classes, target: Any
 ) -> tuple[Any, Mapping[str, Explainer], Classes]:
-    """Backbone, explainers and classes for ``target``; as they are where there is none."""
+    """Backbone, explainers and classes for ``target``; unchanged if there is no target."""
     if classes is not None and target is not None:
         raise ValueError("target: got one, and classes as well; give one of them")
     if target is None or not isinstance(backbone, Backbone) or not is_score(backbone, target):
@@ -140,14 +142,14 @@ def _for_target(
 
 
 def made_for(view: BackboneView, explainers: Mapping[str, Explainer]) -> dict[str, Explainer]:
-    """Explainers of ``view``, from explainers of the backbone that it is a view of."""
+    """Make explainers of ``view`` from explainers of its backbone."""
     return {
         name: e if e.backbone is view else e.with_target(view) for name, e in explainers.items()
     }
 
 
 def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
-    """The protocol with the view of images that come as tensors."""
+    """The protocol, with the view set for images that come as tensors."""
     if stream.tensors:
         return replace(protocol, view="tensor")
     if protocol.view == "tensor":
@@ -158,7 +160,7 @@ def _of_stream(protocol: Protocol, stream: ImageStream) -> Protocol:
 def _settled(
     protocol: Protocol, backbone: Classifier, classes_given: bool, given: Mapping[str, Any]
 ) -> Protocol:
-    """A protocol with the score of the backbone's task or target, and with what was ``given``."""
+    """A protocol with the score of the backbone's task or target, and with the choices in ``given``."""
     of_target = isinstance(backbone, Scored)
     return replace(
         protocol,
@@ -172,7 +174,7 @@ def _settled(
 def _check_needs(
     evaluation: Evaluation, stream: ImageStream, randomized: Randomized | None
 ) -> None:
-    """Raise a ValueError if a metric lacks what it measures with."""
+    """Raise a ValueError if something that a metric needs was not given."""
     for metric in evaluation.metrics:
         name = group_name(metric)
         if metric.needs_annotation and evaluation.annotations is None:
@@ -199,7 +201,7 @@ def _run(
     max_forward_batch: int,
     progress: bool,
 ) -> Results:
-    """Measure this process's share of the images, and collect the results of all."""
+    """Measure this process's share of the images, then collect the results of all processes."""
     path = None if state is None else Path(state)
     backbone, protocol = evaluation.backbone, evaluation.protocol
     methods = len(evaluation.explainers)
@@ -239,7 +241,7 @@ def _run(
 
 
 def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
-    """Say which metrics had no photos to compare with."""
+    """Warn which metrics had no photos to compare with."""
     for metric in evaluation.metrics:
         found = (m.attempts(c) for m in results.methods.values() for c in metric.columns)
         if metric.company_needed and not any(found):
@@ -247,7 +249,7 @@ def _warn_alone(evaluation: Evaluation, results: Results, chunk: int) -> None:
 
 
 def _opened(path: Path | None, facts: Mapping[str, Any], rank: int) -> Store:
-    """The state; of several processes the first makes the file."""
+    """Open the state; if there are several processes, the first one creates the file."""
     first = together(lambda: Store(path, facts) if rank == 0 else None)
     return first or Store(path, facts)
 
@@ -258,8 +260,11 @@ def create_metrics(
     mean: Sequence[float],
     network: Any = None,
 ) -> list[PerturbationMetric]:
-    """The metrics of groups by name, as they are for ``network``; a ValueError where a column would stand
-    twice."""
+    """Make the metrics of groups by name, with the options for ``network``.
+
+    Raises:
+        ValueError: there are no metrics, or two of them have the same column.
+    """
     if not metrics:
         raise ValueError("metrics: got none; give names of xattn list")
     given = [metrics] if isinstance(metrics, str | PerturbationMetric) else metrics

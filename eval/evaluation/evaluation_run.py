@@ -1,4 +1,4 @@
-"""One evaluation under way: clean passes, maps, the requests of all metrics, and what they give."""
+"""Runs one evaluation: clean passes, maps, the requests of all metrics, and their values."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from xattn.explaining.passes import top_classes
 
 @dataclass(frozen=True, eq=False)
 class ScoredImage:
-    """An image with its clean score and the class that is explained.
+    """An image with its clean score and the explained class.
 
-    ``pixels`` (3, H, W) on the backbone's device; ``annotation`` None where there is none that can be used;
-    ``table`` serves all methods.
+    ``pixels`` (3, H, W) are on the backbone's device; ``annotation`` is None if there is no usable one;
+    all methods share ``table``.
     """
 
     item: Item
@@ -54,7 +54,7 @@ class ScoredImage:
 
 
 class _Made(NamedTuple):
-    """Raw maps (1, h, w), for each image the reason why it has none, and the seconds an image."""
+    """Raw maps (1, h, w), for each image the reason if it has none, and the seconds per image."""
 
     maps: Sequence[Tensor]
     reasons: Sequence[str | None]
@@ -74,7 +74,7 @@ class _Pending:
 
 
 class EvaluationRun:
-    """Measures chunk after chunk. It holds what waits for its scores; all else is in the store."""
+    """Measures chunk after chunk. It holds only what waits for scores; all else is in the store."""
 
     def __init__(self, evaluation: Evaluation, scorer: MaskedScorer, store: Store) -> None:
         self.evaluation, self.scorer, self.store = evaluation, scorer, store
@@ -95,9 +95,9 @@ class EvaluationRun:
     # ------------------------------------------------------------------ chunks
 
     def add(self, chunk: list[Item], targets: Tensor | None, done: Callable[[int], Any]) -> None:
-        """Clean pass, explanations and requests of one chunk; stores what is finished.
+        """Run the clean pass, explanations and requests of one chunk; store what is finished.
 
-        ``done`` is told how many explanations are finished.
+        ``done`` is called with the number of finished explanations.
         """
         sizes = {tuple(item.image.shape) for item in chunk}
         if len(sizes) > 1:
@@ -111,7 +111,7 @@ class EvaluationRun:
         numbers = [i for i, item in enumerate(chunk) if missing[item.position]]
         if not numbers:
             return
-        if self.compares:  # maps are compared with those of finished photos, too
+        if self.compares:  # maps are also compared with those of finished photos
             numbers = list(range(len(chunk)))
         images = self._scored(
             [chunk[i] for i in numbers], None if targets is None else targets[numbers]
@@ -155,7 +155,7 @@ class EvaluationRun:
                 )
 
     def _scored(self, items: list[Item], targets: Tensor | None) -> list[ScoredImage]:
-        """The clean pass of images; without ``targets`` the predicted class is explained."""
+        """Run the clean pass of images; without ``targets`` the predicted class is explained."""
         pixels = self._on_device(items)
         scores, classes, every, logits = self.scorer.clean_classes(pixels, targets)
         self._keep_tops(items, every)
@@ -180,7 +180,7 @@ class EvaluationRun:
         return torch.stack([item.image for item in items]).to(self.backbone.device)
 
     def _annotation(self, item: Item) -> tuple[Annotation | None, str | None]:
-        """Where objects are, or why that cannot be said."""
+        """The annotation of an image, or why it has no usable one."""
         annotations = self.evaluation.annotations
         if annotations is None or item.source is None or item.view is None:
             return None, None
@@ -195,7 +195,7 @@ class EvaluationRun:
         return self.board is not None or position < self.kept_maps
 
     def _keep_tops(self, items: Sequence[Item], scores: Tensor) -> None:
-        """Store the first classes of the images that are kept, from the (b, K) scores of all."""
+        """Store the top classes of the images that are kept, from the scores (b, K) of all images."""
         if self.protocol.score == "logit":
             scores = self.backbone.probabilities(scores)
         self.store.add_tops(
@@ -214,7 +214,7 @@ class EvaluationRun:
     def _keeper(
         self, name: str, images: Sequence[ScoredImage]
     ) -> Callable[[int, str, Tensor], None]:
-        """What a cohort gives the maps to that it makes; those of a board are stored."""
+        """A function that a cohort passes its maps to; it stores them if this is a board."""
 
         def keep(place: int, kind: str, values: Tensor) -> None:
             if self.board is not None:
@@ -225,7 +225,7 @@ class EvaluationRun:
         return keep
 
     def _keep_missing(self, chunk: list[Item]) -> None:
-        """Store maps and first classes of finished images that an earlier run did not keep."""
+        """Store maps and top classes of finished images if an earlier run did not keep them."""
         ends = chunk[0].position, chunk[-1].position
         kept = [item for item in chunk if self._kept(item.position)]
         without_top = self.store.without_top(*ends)
@@ -254,8 +254,11 @@ class EvaluationRun:
         return _Made(maps, reasons, (time.perf_counter() - started) / len(images))
 
     def _first(self, name: str, parts: list[list[ScoredImage]]) -> list[_Made]:
-        """Maps of a method of another make on its first chunk, made before anything is scored; an error if
-        none is of use."""
+        """Maps of a method from outside the package on its first chunk, made before anything is scored.
+
+        Raises:
+            ValueError: none of the maps is usable.
+        """
         try:
             made = [self._make(name, part) for part in parts]
         except (MemoryError, WrongShapeError):
@@ -277,7 +280,7 @@ class EvaluationRun:
         made: list[_Made],
         company: Company,
     ) -> Cohort:
-        """What the maps of one method on a chunk are compared with."""
+        """The maps that one method's maps of a chunk are compared with."""
         randomized = self.evaluation.randomized.get(name)
 
         def valid(maps: Sequence[Tensor], reasons: Sequence[str | None]) -> Maps:
@@ -316,7 +319,7 @@ class EvaluationRun:
         seconds: float,
         beside: tuple[Cohort, int] | None,
     ) -> None:
-        """The requests of all metrics on the map of one method on one image of a chunk."""
+        """Make the requests of all metrics for the map of one method on one image of a chunk."""
         grey = raw = image.pixels.new_zeros(1, *image.pixels.shape[1:])
         if why is None:
             grey, raw, why = self._prepared(name, image, values)
@@ -329,7 +332,7 @@ class EvaluationRun:
     def _prepared(
         self, name: str, image: ScoredImage, values: Tensor
     ) -> tuple[Tensor, Tensor, str | None]:
-        """Grey map and raw map (1, H, W) of a map (1, h, w), and why it is invalid, or None."""
+        """The grey map and raw map (1, H, W) of a map (1, h, w), and why it is invalid, else None."""
         size, is_mask = image.pixels.shape[1:], self.maker.facts[name].is_mask
         one = values[None].detach().to(image.pixels.device)
         grey, valid = functional.saliency(
@@ -368,7 +371,7 @@ class EvaluationRun:
     def _request(
         self, name: str, image: ScoredImage, sample: Sample, why: str | None, seconds: float
     ) -> None:
-        """Hand the requests of all metrics to the scorer; ``why`` says that the map is invalid."""
+        """Pass the requests of all metrics to the scorer; ``why`` says why the map is invalid, if it is."""
         measured: dict[str, float] = {}
         finishes, failed = [], []
         before = self.scorer.requested
@@ -425,14 +428,14 @@ class EvaluationRun:
         return not self.maker.facts[name].perturbs or limit is None or image.position < limit
 
     def _chance(self, metric: PerturbationMetric, column: Column) -> float:
-        """What stands where a map has no value."""
+        """The value of a column for an invalid map."""
         if self.protocol.invalid != "chance":
             return math.nan
         chance = metric.chance(column)
         return math.nan if chance is None else chance
 
     def _tied(self, sample: Sample) -> bool:
-        """Whether ties at a threshold keep more than 2 points above a level."""
+        """Whether ties at a threshold keep over 2 percentage points more pixels than a level says."""
         for level in self.protocol.levels:
             kept = sample.mask(level, self.protocol.threshold) > 0
             if int(kept.sum()) > (level + 0.02) * kept.numel():
@@ -442,7 +445,7 @@ class EvaluationRun:
     # ------------------------------------------------------------------ results
 
     def _collect(self) -> None:
-        """Store the explanations whose scores are all there, in their order."""
+        """Store the explanations whose scores are complete, in their order."""
         while self._pending and self._pending[0].done:
             pending = self._pending.popleft()
             row = pending.row
@@ -466,7 +469,7 @@ class EvaluationRun:
             self.store.add(row)
 
     def finish(self, stream: ImageStream) -> None:
-        """Run what waits, store it, and list what could not be read."""
+        """Run and store all pending work, and list the images that could not be read."""
         self.scorer.flush()
         self._collect()
         self.store.add_images(
@@ -477,7 +480,7 @@ class EvaluationRun:
         )
 
     def cost(self) -> dict[str, int]:
-        """What this process has asked for and run."""
+        """The numbers of scores requested, images scored and passes run by this process."""
         return {
             "scores_requested": self.scorer.requested,
             "images_scored": self.scorer.scored,
@@ -486,7 +489,7 @@ class EvaluationRun:
 
 
 def _own_error(metric: PerturbationMetric, error: Exception) -> Exception:
-    """An error of a metric from outside the package in one line that names it."""
+    """If a metric from outside the package raised an error, one line that names the metric."""
     own = not type(metric).__module__.startswith("xattn.")
     if not own or str(error).startswith("metrics: "):
         return error
@@ -498,7 +501,7 @@ def _digest(image: Tensor) -> str:
 
 
 def _png(grey: Tensor) -> bytes:
-    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels a side; of a clip the mean in time."""
+    """(1, H, W) in [0, 1] -> an 8-bit grey PNG of at most 56 pixels per side; a clip's mean over time."""
     grey = grey.mean(1) if grey.ndim == 4 else grey
     height, width = (min(side, 56) for side in grey.shape[-2:])
     small = torch.nn.functional.adaptive_avg_pool2d(grey[None].float(), (height, width))[0, 0]

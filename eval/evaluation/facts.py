@@ -1,4 +1,4 @@
-"""What is evaluated, and what a stored result depends on: protocol, backbone, metrics, explainers."""
+"""What an evaluation runs, and everything its stored results depend on."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from xattn.eval.protocol import Protocol
 from xattn.explainers.own import FunctionExplainer, OwnExplainer
 from xattn.runtime.version import __version__
 
-WHOLE_SIDE = 56  # larger maps are thinned to it
+WHOLE_SIDE = 56  # larger maps are thinned to this side
 
 
 class BoardState(NamedTuple):
-    """The state of a board keeps the table of outcomes and all maps, those of other classes, networks and
-    mosaics, too; of all but the first ``whole`` images as area means of at most 56 x 56."""
+    """What the state of a board keeps: the table of outcomes and all maps, including those of other
+    classes, networks and mosaics. Maps of all but the first ``whole`` images are area means of at most
+    56 x 56."""
 
     whole: int
 
     def thinned(self, values: Tensor, position: int) -> Tensor:
-        """Maps (n, h, w) as they are kept, float32."""
+        """Maps (n, h, w) as they are stored, float32."""
         values = values.detach().float().cpu()
         size = min(values.shape[-2], WHOLE_SIDE), min(values.shape[-1], WHOLE_SIDE)
         if position < self.whole or size == tuple(values.shape[-2:]):
@@ -42,7 +43,7 @@ class BoardState(NamedTuple):
 class Evaluation:
     """What is evaluated, how, and by which metrics; see :func:`~xattn.eval.evaluate`.
 
-    ``kept_maps``: of how many of the first images the state keeps the maps, or what that of a board keeps.
+    ``kept_maps``: the number of first images whose maps the state keeps, or a :class:`BoardState`.
     """
 
     backbone: Classifier
@@ -56,10 +57,10 @@ class Evaluation:
 
 
 def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
-    """What the results of a run depend on; each method under a key of its own, so that one can be added.
+    """What the results of a run depend on. Each method has its own key, so that methods can be added.
 
-    ``max_forward_batch``: of the passes as they run (:func:`~xattn.eval.metrics.scorer.micro_batch`).
-    The explained classes are not among them.
+    ``max_forward_batch`` is the actual size of the passes (:func:`~xattn.eval.metrics.scorer.micro_batch`).
+    The explained classes are not included.
     """
     backbone, protocol = evaluation.backbone, evaluation.protocol
     annotations = evaluation.annotations
@@ -77,9 +78,9 @@ def run_facts(evaluation: Evaluation, max_forward_batch: int) -> dict[str, Any]:
 
 
 def describe(explainer: Explainer) -> dict[str, Any]:
-    """What an explainer is: its class, options, and the hashes of its head and network.
+    """Describe an explainer: its class, its options, and the hashes of its head and network.
 
-    Options come in the order in which the explainer declares them.
+    Options are listed in the order in which the explainer declares them.
     """
     if isinstance(explainer, OwnExplainer):
         return _describe_own(explainer)
@@ -104,7 +105,7 @@ def describe(explainer: Explainer) -> dict[str, Any]:
 
 
 def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
-    """The function or object of another make, a function by its compiled code, and what is made of it."""
+    """Describe a method from outside the package (a function by its compiled code) and its wrapper."""
     method = explainer.method
     record = describe(method)
     if hasattr(method, "__code__"):
@@ -116,7 +117,7 @@ def _describe_own(explainer: OwnExplainer) -> dict[str, Any]:
 
 
 def _code(function: Any) -> str | None:
-    """A hash of a function's own compiled code, so that a state does not go on with a changed one."""
+    """A hash of a function's compiled code, so that a state is not resumed with a changed function."""
     code = getattr(function, "__code__", None)
     if code is None:
         return None

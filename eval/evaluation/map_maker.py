@@ -1,4 +1,4 @@
-"""Maps of several methods: padded to one batch shape, image by image where a batch fails."""
+"""Makes the maps of several methods in batches of one shape, or image by image if a batch fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xattn.eval.metrics.scorer import pad_batch
 from xattn.explainers.own import WrongShapeError, is_own
 
 Randomized = Mapping[str, Callable[[int | str, Tensor, Tensor], Tensor]]
-"""By method: (stage, images, targets) -> its maps on a network with randomised weights."""
+"""For each method, (stage, images, targets) -> its maps on a network with randomised weights."""
 Attribute = Callable[[Tensor, Tensor], Tensor]
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ class MapMaker:
     """Explains images with every method by name.
 
     Args:
-        randomized: the methods on randomised networks, for those that have such.
-        size: of the micro-batches that explainers get, except those that see to theirs.
-        worked: the methods that have given a valid map before.
+        randomized: the methods on randomised networks, for methods that have them.
+        size: images per micro-batch, except for explainers that set their own.
+        worked: the methods that have returned a valid map before.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MapMaker:
         self._failures: dict[str, int] = {}
 
     def passes(self, name: str, items: list[T]) -> list[list[T]]:
-        """What one method explains at a time."""
+        """Split items into the batches that one method explains at a time."""
         if self.facts[name].one_by_one:
             return [[item] for item in items]
         return [items] if items else []
@@ -48,17 +48,16 @@ class MapMaker:
     def maps(
         self, name: str, images: Tensor, targets: Tensor
     ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """Raw maps (1, h, w), and for each image the reason why it has none.
+        """Raw maps (1, h, w), and for each image the reason if it has none.
 
-        An explainer that never worked and fails on its first three images does not work at all:
-        its error is raised.
+        If an explainer that has not worked before fails on its first three images, its error is raised.
         """
         return self.maps_of(name, self.explainers[name].attribute, images, targets)
 
     def maps_of(
         self, name: str, attribute: Attribute, images: Tensor, targets: Tensor
     ) -> tuple[Sequence[Tensor], list[str | None]]:
-        """:meth:`maps` by ``attribute`` in place of the method's own, in passes of the same shape."""
+        """Like :meth:`maps`, but with ``attribute`` in place of the method's own; same batch shapes."""
         try:
             maps = self._attribute(name, attribute, images, targets)
             self._worked.add(name)
@@ -79,11 +78,11 @@ class MapMaker:
         return [images[0, :1]], [reason(failure)]
 
     def tries_out(self, name: str) -> bool:
-        """Whether a method is of another make and has not worked yet."""
+        """Whether a method comes from outside the package and has not worked yet."""
         return name not in self._worked and is_own(self.explainers[name])
 
     def check_first(self, name: str, maps: Sequence[Tensor], reasons: Sequence[str | None]) -> None:
-        """Raise a ``ValueError`` if none of the first maps, as :meth:`maps` gives them, is of use."""
+        """Raise a ``ValueError`` if none of the first results of :meth:`maps` is usable."""
         made = [values for values, why in zip(maps, reasons, strict=True) if why is None]
         if not made:
             problem = f"it raised {reasons[0]}"
@@ -114,7 +113,7 @@ class MapMaker:
         return maps[:count]
 
     def again(self, name: str, target: int) -> Callable[[Tensor], Tensor]:
-        """The method as a function of images alone, for metrics that explain again."""
+        """The method as a function of images only, for metrics that explain again."""
 
         def explain(images: Tensor) -> Tensor:
             targets = torch.full((len(images),), target, device=images.device)
@@ -123,7 +122,7 @@ class MapMaker:
         return explain
 
     def at_stage(self, name: str, target: int) -> Callable[[int | str, Tensor], Tensor] | None:
-        """The method on randomised networks as a function of stage and images, where it has such."""
+        """The method on randomised networks as a function of stage and images; None if it has none."""
         function = self.randomized.get(name)
         if function is None:
             return None
@@ -133,5 +132,5 @@ class MapMaker:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """An error as one line of text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

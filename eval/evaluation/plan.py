@@ -1,9 +1,9 @@
-"""What an evaluation will cost, before it starts: forward passes by method, and the time they take.
+"""Estimates before an evaluation starts what it will cost: forward passes by method, and their time.
 
-Perturbed images that equal an earlier one are scored once, so the passes are an upper bound; those of the
-table of outcomes are counted once, for all methods. The
-time is that of one timed micro-batch of the backbone times the passes, plus what the metrics take to
-make their images, timed on the first image; a gradient costs two passes more.
+Equal perturbed images are scored only once, so the number of passes is an upper bound. The passes of the
+table of outcomes are counted once, for all methods. The time is that of one timed micro-batch times the
+number of passes, plus the time that the metrics take to make their images, measured on the first image.
+A gradient counts as two more passes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from xattn.eval.metrics.scorer import micro_batch
 
 @dataclass(frozen=True)
 class Plan:
-    """Forward passes and seconds.
+    """Estimated forward passes and seconds of an evaluation.
 
     Attributes:
-        images: how many.
+        images: number of images.
         explaining: passes of the explanations, by method.
         scoring: passes of the metrics, by method.
         outcomes: passes of the tables of outcomes, which all methods share.
-        seconds_a_pass: of one image in a full micro-batch.
-        seconds: expected in all.
+        seconds_a_pass: time per image in a full micro-batch.
+        seconds: expected total time.
     """
 
     images: int
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """All passes, the clean one of every image included."""
+        """The total number of passes, including a clean pass for every image."""
         explained, scored = sum(self.explaining.values()), sum(self.scoring.values())
         return self.images + explained + scored + self.outcomes
 
@@ -75,10 +75,10 @@ def plan(
     """Count the passes on one ``image`` (3, H, W) and time a micro-batch.
 
     Args:
-        count: how many images there will be.
+        count: number of images.
         again_limit: see :func:`xattn.eval.evaluate`.
-        processes: how many share the work.
-        tabled: the tables of outcomes are there.
+        processes: number of processes that share the work.
+        tabled: whether the tables of outcomes exist already.
     """
     size = micro_batch(max_forward_batch, count)
     batch = image.to(backbone.device).expand(size, -1, -1, -1).contiguous()
@@ -105,7 +105,7 @@ def plan(
 
 
 class _Company(Company):
-    """One photo, which has what any contrast needs."""
+    """A single photo that stands in for all others that a contrast needs."""
 
     def next_photo(self, i: int) -> int | None:
         return i
@@ -115,7 +115,7 @@ class _Company(Company):
 
 
 class _Counter:
-    """A scorer that counts what it is asked."""
+    """A scorer that only counts the passes it is asked for."""
 
     max_forward_batch, score = 1000, "probability"
 
@@ -128,7 +128,7 @@ class _Counter:
 
 
 def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
-    """The second of two passes: the first one warms up."""
+    """Time per image of the second of two passes; the first one is a warm-up."""
     for _ in range(2):
         started = time.perf_counter()
         with torch.no_grad():
@@ -138,7 +138,7 @@ def _seconds_a_pass(backbone: ScoredModel, batch: Tensor) -> float:
 
 
 def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]:
-    """How many images a metric wants scored, and how many explained again."""
+    """The number of images that a metric wants scored, and the number it wants explained again."""
     image = table.image
     if metric.needs_annotation:
         return 0, 0
@@ -174,7 +174,7 @@ def _dry_run(metric: PerturbationMetric, table: OutcomeTable) -> tuple[int, int]
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: s, min or h."""
+    """Seconds as text in s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
-"""The outcome of an evaluation: per-image numbers, means with intervals, comparisons, warnings.
+"""The results of an evaluation: per-image values, means with intervals, comparisons and warnings.
 
-:class:`Results` also gives pandas, CSV, LaTeX and HTML for papers, notebooks and other programs. The best
-method of a column is bold where there are images enough for a verdict.
+:class:`Results` can be exported to pandas, CSV, LaTeX and HTML. The best method of a column is bold if
+there are enough images for a verdict.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _SHOWN = 5  # warnings in a notebook
 _CELL = "padding:2px 10px;text-align:right;white-space:nowrap"
 
 
-# Rows that a method has to beat; a name may continue, as in "randomized_gradcam".
+# Rows that a method has to beat; these are prefixes, as in "randomized_gradcam".
 BASELINES = ("random", "centre", "ones", "randomized")
-# Those of networks whose attention carries no content.
+# Rows of networks whose attention carries no content.
 WITHOUT_CONTENT = ("qk_randomized_", "static_")
-# Kinds of metrics in which a method has to be better than every sanity row, or a warning says so.
+# Kinds of metrics in which a method has to beat every sanity row; otherwise there is a warning.
 JUDGED = ("faithfulness", "localisation")
-# With fewer images there is no verdict: at 2, half of all "95 %" intervals of equal methods exclude zero.
+# With fewer images there is no verdict: with 2, half of the "95 %" intervals of equal methods exclude zero.
 MIN_IMAGES = 8
 TOO_FEW = "too few images for a verdict"
-# Mean rank correlation with the maps of a randomised network above which a method ignores weights.
+# A method ignores weights if the mean rank correlation with maps of a randomised network is higher.
 SURVIVES = 0.5
 RANDOMIZED = Column("randomization-Spearman")
 
 
 class ImageRecord(NamedTuple):
-    """One scored image: the class that is explained and its probability p without a mask."""
+    """One scored image: the explained class and its probability p without a mask."""
 
     id: str
     target: int
@@ -62,9 +62,9 @@ class ImageRecord(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One number of the table: mean over ``n`` images with its 95 % bootstrap interval.
+    """One cell of the table: the mean over ``n`` images with its 95 % bootstrap interval.
 
-    ``trained_on``: the metric is close to the training of the row's head.
+    ``trained_on``: whether the metric is close to the training objective of the row's head.
     """
 
     method: str
@@ -81,10 +81,10 @@ class Row(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """``diff`` = mean(method - reference) over images valid in both, with its paired interval.
+    """``diff`` = mean(method - reference) over images valid for both, with its paired interval.
 
     ``better`` / ``worse``: the whole interval lies on the better / worse side of zero, and there
-    are at least ``MIN_IMAGES``.
+    are at least ``MIN_IMAGES`` images.
     """
 
     metric: str
@@ -103,7 +103,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Which of the two is better, in words, or why that is not said."""
+        """Whether the method is better, in words, or why there is no verdict."""
         if not self.judged:
             return TOO_FEW
         return "better" if self.better else "worse" if self.worse else "no difference shown"
@@ -111,22 +111,23 @@ class Difference(NamedTuple):
 
 @dataclass(eq=False)
 class MethodResult:
-    """One method on n images.
+    """The results of one method on n images.
 
     Attributes:
-        forwards: what one explanation costs in forward passes.
+        forwards: forward passes per explanation.
         valid: (n,) whether there is a map that is neither constant nor non-finite.
         scores: (n,) scores of perturbed images by key, or curves (n, T); NaN where invalid.
         values: (n,) by column; NaN where undefined or not measured.
-        measured: (n,) by column: whether it was to be measured on this image; on all, where missing.
+        measured: (n,) by column, whether it was to be measured on this image; a missing column was to be
+            measured on all images.
         reasons: why a map is invalid, by image.
-        failed: which metrics that explain again raised, and why, by image.
-        tied: how many maps keep more pixels than a level says, because values at the threshold are
-            equal, as in saturated maps.
-        requests: perturbed images that all metrics asked for.
-        seconds: of explaining, all images together; of the run that measured.
+        failed: by image, which metrics failed because explaining again raised an error, and why.
+        tied: number of maps that keep more pixels than the level says, because values at the threshold
+            are equal, as in saturated maps.
+        requests: number of perturbed images that all metrics asked for.
+        seconds: time spent explaining all images, in the run that measured them.
         objective: what the method's head was trained on, see :mod:`xattn.eval.metrics.objectives`;
-            None for other methods.
+            None for methods without a trained head.
     """
 
     forwards: int | None
@@ -143,7 +144,7 @@ class MethodResult:
     objective: str | None = None
 
     def attempts(self, column: Column) -> int:
-        """On how many images a column was to be measured."""
+        """The number of images on which a column was to be measured."""
         measured = self.measured.get(column)
         return len(self.valid) if measured is None else int(measured.sum())
 
@@ -152,11 +153,11 @@ class MethodResult:
 class Results:
     """What :func:`xattn.eval.evaluate` returns. All rows share images, order and protocol.
 
-    ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods;
-    ``skipped`` lists unreadable images; ``cost`` counts forward passes of the run that measured;
-    ``options`` are the metrics' own, by column key; ``infos`` are those of metrics from outside the
-    package, by name; ``notes`` say why the annotation of an image cannot be used, by image id; ``admitted``
-    are the keys of the columns that may rank, by the run's report card if it has one.
+    ``protocol.n`` counts images and ``protocol.n_invalid`` the invalid maps of all methods. ``skipped``
+    lists unreadable images. ``cost`` counts the forward passes of the run that measured. ``options`` are
+    the options of the metrics by column key. ``infos`` describe the metrics from outside the package by
+    name. ``notes`` say, by image id, why an image's annotation cannot be used. ``admitted`` are the keys of
+    the columns that may count for ranks according to the run's report card, if it has one.
     """
 
     protocol: Protocol
@@ -182,11 +183,11 @@ class Results:
 
     @property
     def ranked(self) -> list[Column]:
-        """Those of :attr:`judged` that may rank."""
+        """The columns of :attr:`judged` that may count for ranks."""
         return [c for c in self.judged if self.admitted is None or c.key in self.admitted]
 
     def info(self, metric: str) -> MetricInfo:
-        """Formula, direction and range of a metric; a ``KeyError`` if nothing is known of it."""
+        """Formula, direction and range of a metric; a ``KeyError`` if the metric is unknown."""
         return self.infos[metric] if metric in self.infos else METRICS[metric]
 
     def rows(self) -> list[Row]:
@@ -217,7 +218,7 @@ class Results:
         return rows
 
     def trained_on(self, method: str, column: Column) -> bool:
-        """Whether a column is close to what the method's head was trained on.
+        """Whether a column is close to the training objective of the method's head.
 
         See :mod:`xattn.eval.metrics.objectives`.
         """
@@ -227,8 +228,8 @@ class Results:
     def first(self, column: Column) -> str | None:
         """The method with the best mean.
 
-        Not a sanity row or a mask, nor a method that was measured on less than half of the images that
-        another was measured on.
+        Sanity rows and masks do not count, nor does a method that was measured on less than half as many
+        images as another.
         """
         sign = 1 if self.info(column.metric).higher_is_better else -1
         values = {
@@ -241,13 +242,13 @@ class Results:
         return max(rivals, key=lambda n: sign * bootstrap.mean(values[n]), default=None)
 
     def best(self, column: Column) -> str | None:
-        """:meth:`first`, or None if it was measured on too few images for a verdict."""
+        """Like :meth:`first`, but None if that method was measured on too few images for a verdict."""
         name = self.first(column)
         return name if name and self.images_of_both(name, name, column) >= MIN_IMAGES else None
 
     def to_pandas(self, per_image: bool = False) -> Any:
-        """A ``DataFrame`` of one row a method: its name, each column's mean, interval and number of images,
-        and its passes; with ``per_image`` one row an image, method and metric.
+        """A ``DataFrame`` with one row per method: its name, its passes, and the mean, interval and number
+        of images of each column. With ``per_image``, one row per image, method and metric.
 
         Raises:
             ValueError: pandas is not installed.
@@ -270,11 +271,12 @@ class Results:
         return pd.DataFrame(rows, columns=names)
 
     def to_csv(self, path: str | Path | None = None, per_image: bool = False) -> str | None:
-        """The table as CSV, written to ``path``, or returned; NaN is an empty cell. With ``per_image`` one
-        row an image and method, with the value of each column to six digits.
+        """The table as CSV, written to ``path`` or returned; NaN is an empty cell.
+
+        With ``per_image``, one row per image and method, with the value of each column to six digits.
 
         Raises:
-            OSError: the file cannot be written; an earlier file is intact.
+            OSError: the file cannot be written; an existing file is left intact.
         """
         rows = self._table()
         if per_image:
@@ -308,18 +310,19 @@ class Results:
         caption: str | None = None,
         label: str | None = None,
     ) -> str:
-        """A ``tabular`` for the package booktabs; with ``caption`` or ``label`` a ``table`` around it.
+        """A LaTeX ``tabular`` for booktabs, in a ``table`` if ``caption`` or ``label`` is given.
 
-        Arrows say whether higher or lower is better, a dagger what is close to a head's training. The best
-        method of a column is bold; of fewer than eight images none is, and a comment says why.
+        Arrows show whether higher or lower is better; a dagger marks values close to a head's training
+        objective. The best method of a column is bold. With fewer than eight images none is bold, and a
+        comment says why.
 
         Args:
             columns: keys such as ``"AD@50"``; all by default.
-            methods: rows, in this order; all by default. They do not change which one is bold.
-            intervals: with the 95 % bootstrap interval of each mean.
+            methods: rows, in this order; all by default. They do not change which method is bold.
+            intervals: whether to add the 95 % bootstrap interval of each mean.
 
         Raises:
-            ValueError: a column or method that the results do not have.
+            ValueError: the results do not have such a column or method.
         """
         keys = {column.key: column for column in self.columns}
         chosen = [keys[key] for key in _known("columns", columns, keys)]
@@ -347,7 +350,7 @@ class Results:
         return "\n".join([r"\begin{table}", r"\centering", *about, text + r"\end{table}"]) + "\n"
 
     def _repr_html_(self) -> str:
-        """The table for a notebook: means with intervals, the best bold, and the first warnings."""
+        """The table for a notebook: means with intervals, the best in bold, and the first warnings."""
         cells = {(r.method, Column(r.metric, r.level)): r for r in self.rows()}
         heads = "".join(
             f'<th style="{_CELL}">{html.escape(c.key)} '
@@ -392,7 +395,7 @@ class Results:
     def compare(
         self, method: str, reference: str, columns: Sequence[Column] | None = None
     ) -> list[Difference]:
-        """Paired differences ``method - reference``, one a column, with 95 % intervals."""
+        """Paired differences ``method - reference`` with 95 % intervals, one per column."""
         a, b = self._method(method).values, self._method(reference).values
         columns = list(a) if columns is None else columns
         if not columns:
@@ -410,7 +413,7 @@ class Results:
         return differences
 
     def warnings(self) -> list[str]:
-        """One line for each method and sanity row that it does not beat, and for what failed."""
+        """One line for each sanity row that a method does not beat, and for everything that failed."""
         lines = self._too_few()
         for name, failures in self.sanity_failures().items():
             lost: dict[str, list[str]] = {}
@@ -452,9 +455,9 @@ class Results:
         return [n for n, m in self.methods.items() if not is_baseline(n) and not m.is_mask]
 
     def sanity_failures(self) -> dict[str, dict[Column, list[str] | None]]:
-        """By method and judged column: the sanity rows that it does not beat.
+        """For each method and judged column, the sanity rows that the method does not beat.
 
-        None: no verdict, too few images have a value of the method and of a sanity row.
+        None means no verdict: too few images have a value for both the method and a sanity row.
         """
         columns, rivals = self.judged, self._sanity_rows
         found: dict[str, dict[Column, list[str] | None]] = {}
@@ -473,12 +476,12 @@ class Results:
         return [n for n, m in self.methods.items() if is_baseline(n) and not m.is_mask]
 
     def images_of_both(self, method: str, reference: str, column: Column) -> int:
-        """On how many images both have a value."""
+        """The number of images on which both rows have a value."""
         a, b = self._method(method).values[column], self._method(reference).values[column]
         return int((~np.isnan(a - b)).sum())
 
     def _too_few(self) -> list[str]:
-        """A line for the methods and columns that lack images for a verdict."""
+        """A line for the methods and columns with too few images for a verdict."""
         lacking: dict[tuple[str, ...], list[str]] = {}
         for name in self.judged_methods:
             keys = []
@@ -499,9 +502,9 @@ class Results:
         ]
 
     def survives(self, name: str) -> bool | None:
-        """Whether a method's maps stay alike when the network's weights are randomised.
+        """Whether a method's maps stay similar when the network's weights are randomised.
 
-        None: no verdict, it was measured on too few images.
+        None means no verdict: the method was measured on too few images.
         """
         values = self._method(name).values.get(RANDOMIZED)
         if values is None or int((~np.isnan(values)).sum()) < MIN_IMAGES:
@@ -509,7 +512,7 @@ class Results:
         return bootstrap.mean(values) > SURVIVES
 
     def _survives(self, name: str) -> list[str]:
-        """A line if :meth:`survives`."""
+        """A warning line if the method :meth:`survives`, else no line."""
         if not self.survives(name):
             return []
         mean = bootstrap.mean(self.methods[name].values[RANDOMIZED])
@@ -532,7 +535,7 @@ def is_baseline(name: str) -> bool:
 def collect(
     store: Store, evaluation: Evaluation, cost: dict[str, int], count: int | None = None
 ) -> Results:
-    """The results of a finished evaluation, of the first ``count`` images in their order."""
+    """The results of a finished evaluation on its first ``count`` images, in their order."""
     backbone, metrics = evaluation.backbone, evaluation.metrics
     rows = [row for row in store.images() if count is None or row.position < count]
     skipped = [Skipped(row.id, row.skipped) for row in rows if row.skipped is not None]
@@ -610,7 +613,7 @@ def _record(row: ImageRow) -> ImageRecord:
 
 
 def csv_text(lines: Iterable[Iterable[Any]]) -> str:
-    """Lines of cells as CSV; None and NaN are empty."""
+    """Lines of cells as CSV; None and NaN become empty cells."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(
         ["" if cell is None or cell != cell else cell for cell in line] for line in lines
@@ -643,5 +646,5 @@ def _latex_cell(results: Results, row: Row, interval: bool) -> str:
 
 
 def _latex(text: str) -> str:
-    """Text for LaTeX; what it takes for commands is escaped."""
+    """Text for LaTeX, with special characters escaped."""
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))

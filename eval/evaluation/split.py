@@ -1,11 +1,11 @@
-"""What a network was fitted on, chosen by and scored on: no score is taken on an item that it knows.
+"""Records what a network was fitted on, chosen by and scored on, and refuses to score an item it has seen.
 
     split = Split("positions")
     train(student, split.fit(photos[::2]))
     accuracy(student, split.score(photos[1::2]))  # raises if one of them was fitted on
 
-Items are told apart by content: a photo by the bytes of its file, a tensor by its values; seeds and numbers
-stand for what is drawn from them.
+Items are compared by content: photos by the bytes of their files, tensors by their values. Seeds and
+numbers stand for the data drawn from them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Role = Literal["fitted", "chosen", "scored"]
 
 
 class LeakError(ValueError):
-    """An item is scored by a network that was fitted or chosen on it."""
+    """An item is to be scored by a network that was fitted or chosen on it."""
 
 
 class Split:
     """The items of one network, or of several that share them, by what they were used for.
 
-    Each method takes a part of the items and gives it back as it is, so that it stands where the part is
-    used. A part is a sequence of items; of a named tuple of columns the first column holds them. With
-    ``items`` a part may also be numbers of these, or a slice.
+    Each method takes a part of the items and returns it unchanged, so that the call can wrap the part where
+    it is used. A part is a sequence of items, or a named tuple of columns, the first of which holds the
+    items. With ``items``, a part may also be a slice or a sequence of indices into them.
 
     Args:
-        study: named in errors.
-        items: what numbers stand for; without it a number is an item itself, such as a seed.
+        study: the name that errors mention.
+        items: what indices refer to; without it, a number is itself an item, such as a seed.
 
     >>> split = Split("demo", items=["a.jpg", "b.jpg", "c.jpg"])
     >>> split.fit([0, 1])
@@ -56,29 +56,30 @@ class Split:
         self._names: dict[Role, dict[str, str]] = {"fitted": {}, "chosen": {}, "scored": {}}
 
     def fit(self, part: Part) -> Part:
-        """Items that weights or statistics are made from."""
+        """Record items that weights or statistics are computed from."""
         return self._take("fitted", part)
 
     def choose(self, part: Part) -> Part:
-        """Items that a setting, a threshold or an epoch is chosen by."""
+        """Record items that a setting, a threshold or an epoch is chosen by."""
         return self._take("chosen", part)
 
     def score(self, part: Part) -> Part:
-        """Items that are reported on."""
+        """Record items that results are reported on."""
         return self._take("scored", part)
 
     def fold(self, items: Sequence[Any] | Tensor | None = None) -> Split:
-        """The split of another network of the study, which may score what this one fits; in one record."""
+        """The split of another network of the study, which may score what this one fits; they share a
+        record."""
         self.folds.append(Split(self.study, items))
         return self.folds[-1]
 
     @property
     def has_scored(self) -> bool:
-        """Whether anything was scored, in a fold or without."""
+        """Whether anything was scored, here or in a fold."""
         return bool(self._names["scored"]) or any(fold.has_scored for fold in self.folds)
 
     def record(self) -> dict[str, Any]:
-        """How many items had each use, and a hash of them, as JSON holds it."""
+        """The number of items for each use and a hash of them, as plain values for JSON."""
         found: dict[str, Any] = {
             role: {
                 "count": len(keys),
@@ -119,7 +120,7 @@ class Split:
 
 
 def key_of(item: Any) -> str:
-    """What tells an item from all others, whatever it is called."""
+    """A key that identifies an item by its content, not by its name."""
     if isinstance(item, Tensor):
         values = item.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         kind = f"{item.dtype} {tuple(item.shape)} ".encode()
@@ -129,7 +130,7 @@ def key_of(item: Any) -> str:
     if isinstance(item, Path):
         try:
             found = item.stat()
-        except OSError:  # in a store, or unreadable: skipped when its turn comes
+        except OSError:  # in a store, or unreadable: skipped later
             return str(item)
         return _content(item.resolve(), found.st_size, found.st_mtime_ns)
     if isinstance(item, Integral):
@@ -138,7 +139,7 @@ def key_of(item: Any) -> str:
 
 
 def name_of(item: Any) -> str:
-    """What an error calls it."""
+    """An item's name in error messages."""
     if isinstance(item, Tensor):
         return f"a tensor of shape {tuple(item.shape)}"
     return item.name if isinstance(item, StoredPhoto) else str(getattr(item, "path", item))

@@ -1,4 +1,4 @@
-"""The state of an evaluation: an SQLite file from which a killed run resumes, and which a user can open.
+"""The state of an evaluation: an SQLite file from which a killed run resumes and which users can open.
 
     meta(key, value)                              what the run is: protocol, backbone, metrics, methods
     images(position, id, target, target_name, score, skipped, note, digest)
@@ -6,15 +6,15 @@
             failed)
     maps(position, method, height, width, data)
     tops(position, top)
-    outcomes(position, key, data)                 drops of the table, of a board
+    outcomes(position, key, data)                 drops of a board's table
     others(position, method, kind, count, height, width, data)
 
-``measured`` is JSON {column: value or null}: null is an undefined value, and a column that
-is missing was not measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map;
-``failed`` says which metrics raised an error, and which. A row is committed once a method is finished
-with its image. ``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name,
-probability], ...]; both are kept for packs, for as many of the first images as the run was asked for.
-Several processes of one run, on one machine, write into the one file. Its contents are trusted.
+``measured`` is JSON {column: value or null}: null is an undefined value, and a missing column was not
+measured. ``scores`` is JSON {key: [scores]}; ``map`` is a small grey PNG of the map; ``failed`` lists the
+metrics that raised an error, with the error. A row is committed once a method is finished with its image.
+``data`` is the raw map, float32, little endian; ``top`` is JSON [[class, name, probability], ...]. Both are
+kept for packs, for as many of the first images as the run was asked to keep.
+Several processes of one run on one machine write to the same file. Its contents are trusted.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ CREATE TABLE IF NOT EXISTS others(
     PRIMARY KEY(position, method, kind));
 """
 _TABLES = {"meta", "images", "results", "maps", "tops", "outcomes", "others"}
-_PATIENCE = 60  # seconds to wait for another process that writes
+_PATIENCE = 60  # seconds to wait while another process writes
 
 
 class ImageRow(NamedTuple):
-    """``skipped`` says why it could not be read, ``note`` why its annotation cannot be used.
+    """One image: ``skipped`` says why it could not be read, ``note`` why its annotation cannot be used.
 
     ``digest`` is a hash of the pixels.
     """
@@ -73,7 +73,7 @@ class ImageRow(NamedTuple):
 
 
 class ResultRow(NamedTuple):
-    """``reason`` says why a map is invalid, or None; ``seconds`` is what explaining took."""
+    """One method on one image: ``reason`` says why the map is invalid; explaining took ``seconds``."""
 
     position: int
     method: str
@@ -88,8 +88,8 @@ class ResultRow(NamedTuple):
 
 
 class KeptImage(NamedTuple):
-    """An image of a finished state: ``number`` counts the scored images, ``top`` are the first classes,
-    ``maps`` (h, w) float32 by method."""
+    """An image of a finished state: ``number`` counts the scored images, ``top`` lists the top classes,
+    and ``maps`` holds (h, w) float32 maps by method."""
 
     number: int
     position: int
@@ -103,11 +103,11 @@ class KeptImage(NamedTuple):
 
 @contextmanager
 def naming(path: Path | None) -> Iterator[None]:
-    """Turn an error of SQLite into one line that names the file and the remedy.
+    """Turn an SQLite error into one line that names the file and the remedy.
 
     Raises:
         ValueError: the file is damaged, or not an SQLite file.
-        OSError: it cannot be read or written.
+        OSError: the file cannot be read or written.
     """
     try:
         yield
@@ -124,7 +124,7 @@ def naming(path: Path | None) -> Iterator[None]:
 
 
 class KeptDrops(UserDict[str, Tensor]):
-    """Drops (count,) float32 by key; what is set is given to ``keep`` as bytes."""
+    """Drops (count,) float32 by key; a value that is set is also passed to ``keep`` as bytes."""
 
     def __init__(self, known: Mapping[str, Tensor], keep: Callable[[str, bytes], object]) -> None:
         super().__init__()
@@ -141,12 +141,12 @@ def _drops(data: bytes) -> Tensor:
 
 
 class Store:
-    """Reads and writes one state; ``path`` None keeps it in memory.
+    """Reads and writes one state; with ``path`` None it is kept in memory.
 
     Raises:
-        ValueError: the file belongs to another run or program; and, from every method, as
-            :func:`naming` says.
-        OSError: likewise.
+        ValueError: the file belongs to another run or program; every method may also raise the errors
+            of :func:`naming`.
+        OSError: as in :func:`naming`.
     """
 
     def __init__(self, path: Path | None, facts: Mapping[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Store:
         try:
             self._check_tables()
         except BaseException:
-            self._file.close()  # as it is: it may be another program's
+            self._file.close()  # left unchanged, since it may belong to another program
             raise
         try:
             with naming(path):
@@ -202,22 +202,22 @@ class Store:
             yield from self._file.execute(query, values)
 
     def _write(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """One transaction; if the disk is full, what was committed before stays."""
+        """Write rows in one transaction; if the disk is full, earlier commits stay."""
         if rows:
             places = ", ".join("?" * len(rows[0]))
             with naming(self.path), self._file:
                 self._file.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
 
-    # ------------------------------------------------------------------ what is there
+    # ------------------------------------------------------------------ reading
 
     def finished(self, first: int, last: int) -> dict[int, set[str]]:
-        """The finished methods by position, for the positions from ``first`` to ``last``."""
+        """The finished methods at each position from ``first`` to ``last``."""
         return self._methods(
             "SELECT position, method FROM results WHERE position BETWEEN ? AND ?", first, last
         )
 
     def without_map(self, first: int, last: int) -> dict[int, set[str]]:
-        """Methods by position whose valid map was not kept."""
+        """The methods at each position whose valid map was not kept."""
         query = (
             "SELECT position, method FROM results WHERE position BETWEEN ? AND ? AND reason IS NULL "
             "EXCEPT SELECT position, method FROM maps"
@@ -225,7 +225,7 @@ class Store:
         return self._methods(query, first, last)
 
     def without_top(self, first: int, last: int) -> set[int]:
-        """Positions of scored images whose first classes were not kept."""
+        """The positions of scored images whose top classes were not kept."""
         query = (
             "SELECT position FROM images WHERE position BETWEEN ? AND ? AND skipped IS NULL "
             "EXCEPT SELECT position FROM tops"
@@ -239,7 +239,7 @@ class Store:
         return None if row is None else ImageRow(*row)
 
     def worked(self, method: str) -> bool:
-        """Whether a method has given a valid map of some image."""
+        """Whether a method has a valid map of any image."""
         query = "SELECT 1 FROM results WHERE method = ? AND reason IS NULL LIMIT 1"
         return next(self._rows(query, (method,)), None) is not None
 
@@ -248,7 +248,7 @@ class Store:
         return [ImageRow(*row) for row in self._rows("SELECT * FROM images ORDER BY position")]
 
     def results(self, method: str) -> Iterator[ResultRow]:
-        """What a method measured, by position."""
+        """The results of a method, by position."""
         query = "SELECT * FROM results WHERE method = ? ORDER BY position"
         for row in self._rows(query, (method,)):
             measured = {key: _number(value) for key, value in json.loads(row[6]).items()}
@@ -261,7 +261,7 @@ class Store:
             found.setdefault(position, set()).add(method)
         return found
 
-    # ------------------------------------------------------------------ what is added
+    # ------------------------------------------------------------------ writing
 
     def add_map(self, position: int, method: str, values: NDArray[np.float32]) -> None:
         """Keep a raw map (h, w)."""
@@ -269,36 +269,36 @@ class Store:
         self._write("maps", [(position, method, *data.shape, data.tobytes())])
 
     def add_other(self, position: int, method: str, kind: str, values: NDArray[np.float32]) -> None:
-        """Keep raw maps (n, h, w) of another class, network or of a mosaic."""
+        """Keep raw maps (n, h, w) of another class, of another network or of a mosaic."""
         data = np.ascontiguousarray(values, dtype="<f4")
         self._write("others", [(position, method, kind, *data.shape, data.tobytes())])
 
     def outcomes(self, position: int) -> KeptDrops:
-        """The drops of an image's table, of which new ones are kept."""
+        """The drops of an image's table; new ones are stored when they are set."""
         query = "SELECT key, data FROM outcomes WHERE position = ?"
         rows = {key: _drops(data) for key, data in self._rows(query, (position,))}
         return KeptDrops(rows, lambda key, data: self._write("outcomes", [(position, key, data)]))
 
     def add_tops(self, rows: Sequence[tuple[int, Sequence[Any]]]) -> None:
-        """Keep the first classes of images by position."""
+        """Keep the top classes of images by position."""
         self._write("tops", [(position, json.dumps(top)) for position, top in rows])
 
     def add_images(self, rows: Sequence[ImageRow]) -> None:
         self._write("images", rows)
 
     def add(self, row: ResultRow) -> None:
-        """Commit what one method measured on one image."""
+        """Commit the result of one method on one image."""
         measured = {key: _null(value) for key, value in row.measured.items()}
         scores = {key: [*map(_null, curve)] for key, curve in row.scores.items()}
         packed = (*row[:6], json.dumps(measured), json.dumps(scores), *row[8:])
         self._write("results", [packed])
 
     def tables(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Images and results, for another process to take in."""
+        """All images and results, to be added by another process."""
         return {name: [*self._rows(f"SELECT * FROM {name}")] for name in ("images", "results")}
 
     def take_in(self, tables: Mapping[str, list[tuple[Any, ...]]]) -> None:
-        """Add what another process holds in memory."""
+        """Add the images and results that another process holds in memory."""
         for name, rows in tables.items():
             self._write(name, rows)
 
@@ -314,7 +314,7 @@ class Store:
 
 
 def kept_images(path: Path, count: int | None, limit: int) -> Iterator[KeptImage]:
-    """Yield the images of a state with their kept maps, up to image ``limit`` of the run's ``count``.
+    """Yield the first ``limit`` of a run's ``count`` images with their stored maps.
 
     Raises:
         ValueError, OSError: see :func:`naming`.
@@ -340,7 +340,7 @@ def grey_maps(
 ) -> Iterator[tuple[str, int, bytes]]:
     """Yield (method, i, small grey PNG) for each ``wanted`` (method, i) that a state has.
 
-    i counts ``identities``, the ids of a run's images in their order.
+    i indexes ``identities``, the ids of a run's images in their order.
 
     Raises:
         ValueError, OSError: see :func:`naming`.
@@ -350,7 +350,7 @@ def grey_maps(
         query = "SELECT id, position FROM images WHERE skipped IS NULL ORDER BY position DESC"
         for identity, position in file.execute(query):
             positions.setdefault(identity, []).append(position)
-        # One photo can be listed twice: its first record has the first of its positions.
+        # A photo can be listed twice; its first record has the first of its positions.
         ordered = [positions[i].pop() if positions.get(i) else None for i in identities]
         query = "SELECT map FROM results WHERE position = ? AND method = ? AND map IS NOT NULL"
         for method, i in wanted:
@@ -374,7 +374,7 @@ def _null(value: float) -> float | None:
 
 
 def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
-    """Put drops (position, key, (count,)) into a state, which need not be there yet."""
+    """Write drops (position, key, (count,)) to a state, which need not exist yet."""
     with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         packed = [(p, key, values.numpy().astype("<f4").tobytes()) for p, key, values in rows]
@@ -382,14 +382,14 @@ def seed_outcomes(path: Path, rows: Iterable[tuple[int, str, Tensor]]) -> None:
 
 
 def kept_outcomes(path: Path) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield the drops that a state keeps: position, key, (count,) float32."""
+    """Yield the drops stored in a state: position, key, (count,) float32."""
     with naming(path), closing(_reading(path)) as file:
         for position, key, data in file.execute("SELECT * FROM outcomes ORDER BY position, key"):
             yield position, key, _drops(data)
 
 
 def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.float32]]]:
-    """Yield what a board's state keeps of a method: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
+    """Yield a method's maps in a board's state: position, kind ("own" is (1, h, w)), maps (n, h, w)."""
     with naming(path), closing(_reading(path)) as file:
         query = (
             "SELECT position, 'own', 1, height, width, data FROM maps WHERE method = :m UNION ALL "
@@ -401,7 +401,7 @@ def every_map(path: Path, method: str) -> Iterator[tuple[int, str, NDArray[np.fl
 
 
 def forget_changed(path: Path, codes: Mapping[str, Any]) -> None:
-    """Forget what a state keeps of methods whose code, any JSON, is not what it was begun with."""
+    """Delete a state's results of methods whose code, any JSON value, has changed since it was started."""
     with naming(path), closing(sqlite3.connect(path, timeout=_PATIENCE)) as file, file:
         file.executescript(_SCHEMA)
         known = dict(file.execute("SELECT key, value FROM meta"))

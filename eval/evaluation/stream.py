@@ -1,4 +1,4 @@
-"""Images of any kind as one stream of tensors; unreadable ones are skipped and listed."""
+"""Reads images of any kind as one stream of tensors; unreadable images are skipped and listed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from xattn.runtime.stores import StoreError
 
 
 class Item(NamedTuple):
-    """``position`` counts what was given, unreadable images included; ``image`` is (3, H, W).
+    """One readable image, (3, H, W); ``position`` counts all images, unreadable ones included.
 
-    ``source`` and ``view`` are the photo's path and what the model sees of it, None for tensors.
+    ``source`` is the photo's path and ``view`` the part that the model sees; both are None for tensors.
     """
 
     id: str
@@ -37,18 +37,18 @@ class Skipped(NamedTuple):
 
 
 class ImageStream:
-    """The images of a file, a folder, a list file, a dataset (:mod:`xattn.photos.sources`), a list of
-    paths or PIL images, tensors or arrays, or a loader of them; with a ``limit`` those that
-    :func:`~xattn.photos.sources.some_of` takes of files and datasets, and the first of others.
+    """The images of a file, folder, list file or dataset (:mod:`xattn.photos.sources`), a list of paths,
+    PIL images, tensors or arrays, or a loader.
 
-    Tensors are float (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size and are used as
-    they are, clips (3, T, H, W) or (B, 3, T, H, W), too; photos, and arrays (H, W, 3) or (B, H, W, 3), are
-    prepared as the backbone wants them.
+    With a ``limit``, :func:`~xattn.photos.sources.some_of` chooses among files and the items of a dataset;
+    of anything else the first ``limit`` images are taken. Tensors are float (3, H, W) or (B, 3, H, W), or
+    clips (3, T, H, W) or (B, 3, T, H, W), in [0, 1] at the model's input size, and are used as they are.
+    Photos, and arrays (H, W, 3) or (B, H, W, 3), are preprocessed for the backbone.
 
     Attributes:
         tensors: whether the images were given as tensors.
-        length: how many were given, or None when that is not known in advance.
-        skipped: photos that could not be read, by position, filled while iterating.
+        length: how many were given, or None if that is not known in advance.
+        skipped: the photos that could not be read, by position; filled during iteration.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ImageStream:
         self._items: Iterator[tuple[str, Any]] = chain([first], items)
 
     def _flattened(self, images: Any, limit: int | None) -> Any:
-        """Single tensors and photos, at most ``limit``: a tensor, a list, or an iterator of a loader's."""
+        """At most ``limit`` single images: a tensor, a list, or an iterator over a loader."""
         if isinstance(images, Tensor):
             return input_batch(images, self._channels, "images", self._axes)[:limit]
         if is_stream(images):
@@ -89,9 +89,9 @@ class ImageStream:
         return list(islice(single_images(given, self._channels), limit))
 
     def blocks(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[list[Item]]:
-        """Readable images of every ``ranks``-th block of ``size`` positions, from the ``rank``-th on.
+        """The readable images of every ``ranks``-th block of ``size`` positions, from block ``rank`` on.
 
-        Which images share a block depends neither on ``ranks`` nor on unreadable images.
+        Which images share a block depends neither on ``ranks`` nor on which images are unreadable.
         """
         owned = (
             (position, *item)
@@ -101,7 +101,7 @@ class ImageStream:
         read: Iterator[tuple[int, Item | None]]
         if self.tensors:
             read = ((photo[0], self._read(*photo)) for photo in owned)
-        else:  # photos are decoded while the caller computes
+        else:  # decode photos while the caller computes
             ahead = read_ahead(lambda photo: self._read(*photo), owned, size)
             read = ((photo[0], future.result()) for photo, future in ahead)
         for _, block in groupby(read, lambda pair: pair[0] // size):

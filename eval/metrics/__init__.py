@@ -1,4 +1,4 @@
-"""The metrics: one file a family, with pure functions, torchmetrics classes and what the engine runs.
+"""The metrics: each family is one file with pure functions, torchmetrics classes and the engine's metric.
 
 The torchmetrics classes, such as ``AverageDrop`` or ``Deletion``, are attributes of this package.
 """

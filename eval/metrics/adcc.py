@@ -1,16 +1,17 @@
-"""ADCC: one number of how coherent, how small and how sufficient a map is.
+"""ADCC: one number for how coherent, how small and how sufficient a map is.
 
     Coh = (Pearson(m(x), m(x o m)) + 1) / 2
     Com = mean_u |m(u)|
     AD = max(0, p - q) / p
     ADCC = 3 / (1 / Coh + 1 / (1 - Com) + 1 / (1 - AD))
 
-Poppi et al. 2021 (arXiv 2104.10252). m is the grey map of image x, m(x o m) the map of the same
-method and class on the image under it, p and q are the class's scores on both; all are fractions.
+Poppi et al. 2021 (arXiv 2104.10252). m is the grey map of image x, and m(x o m) is the map of the same
+method and class for the image masked with m; p and q are the scores of the class on these two images. All
+values are fractions.
 
-The paper's equation and its published code (github.com/aimagelab/ADCC) are for one image, without a
-loop over a data set. Here the value of a data set is the mean of per-image values; the harmonic mean
-is concave, so that this is at most the harmonic mean of the three means.
+The paper's equation and its published code (github.com/aimagelab/ADCC) cover a single image, not a data
+set. Here the value of a data set is the mean of the per-image values. Since the harmonic mean is concave,
+this is at most the harmonic mean of the three means.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def coherency_values(maps: Tensor, others: Tensor) -> Tensor:
-    """(Pearson correlation + 1) / 2 of two (B, 1, H, W) -> (B,) float64 in [0, 1]; higher is better.
+    """(Pearson correlation + 1) / 2 of two maps (B, 1, H, W) -> (B,) float64 in [0, 1]; higher is better.
 
-    0 where either is constant or not finite, as in the paper's code.
+    0 if either map is constant or not finite, as in the paper's code.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: the shapes do not match.
     """
     functional.check_maps(maps)
     if others.shape != maps.shape:
@@ -63,19 +64,19 @@ def complexity_values(maps: Tensor) -> Tensor:
 
 
 def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
-    """Harmonic mean of Coh, 1 - Com and 1 - AD, all (B,) fractions -> (B,) float64 in [0, 1].
+    """Harmonic mean of Coh, 1 - Com and 1 - AD, all fractions (B,) -> (B,) float64 in [0, 1].
 
-    0, the limit, where one of the three is 0; NaN where one is NaN.
+    If one of the three is 0 the result is 0, the limit; if one is NaN it is NaN.
 
     >>> adcc_values(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.0]))
     tensor([0.7500], dtype=torch.float64)
 
     Raises:
-        ValueError: values outside [0, 1], such as percentages, or shapes that differ.
+        ValueError: values lie outside [0, 1], such as percentages, or the shapes differ.
     """
     parts = {"coherency": coherency, "complexity": complexity, "drop": drop}
     for name, value in parts.items():
-        # Means of float32 may end a little above 1.
+        # Means of float32 can come out slightly above 1.
         if bool(((value < 0) | (value > 1 + 1e-6)).any()):
             raise ValueError(
                 f"{name}: values from {float(value.min()):g} to {float(value.max()):g}; give "
@@ -89,12 +90,12 @@ def adcc_values(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdccMetric(PerturbationMetric):
-    """Coherency, complexity and ADCC: one more explanation and one forward pass an image.
+    """Coherency, complexity and ADCC, with one more explanation and one more forward pass per image.
 
-    The pass is on image * grey, the very image of AD at level 1 with black behind it. Pearson's
-    correlation does not change with min-max, so that the map is compared as it was resized. A
-    method that fails to give a finite, varying map of the masked image has coherency 0. ADCC of
-    logits is NaN unless 0 <= p - q <= p or q >= p >= 0: otherwise AD is not a fraction.
+    The pass is on image * grey, which is also the image of AD at level 1 on black. Min-max scaling does
+    not change Pearson's correlation, so maps are compared as resized, without scaling. If a method does
+    not return a finite, varying map of the masked image, its coherency is 0. ADCC of logits is NaN unless
+    0 <= p - q <= p or q >= p >= 0, because otherwise AD is not a fraction.
     """
 
     explains_again: ClassVar[bool] = True

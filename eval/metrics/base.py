@@ -1,9 +1,9 @@
-"""A metric of explanations: which perturbed images to score, and what their scores say.
+"""A metric of explanations: which perturbed images to score, and how to turn their scores into values.
 
 A :class:`PerturbationMetric` is one group of metrics that share perturbed images (insertion with deletion,
-AD with IC). For one explanation of one image it yields the images it wants scored and returns a function
-that turns the scores into values; the engine schedules the requests of all metrics and methods together and
-knows nothing else about them.
+AD with IC). For one explanation of one image it yields the images that it wants scored, and returns a
+function that turns the scores into values. The engine schedules the requests of all metrics and methods
+together and needs to know nothing else about them.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 
 
 class Column(NamedTuple):
-    """One column of a results table: a metric, at one retained fraction where it has several."""
+    """One column of a results table: a metric, with its retained fraction if it has several."""
 
     metric: str
     level: float | None = None
 
     @property
     def key(self) -> str:
-        """Such as ``"AD@15"`` or ``"deletion"``."""
+        """The column's name, such as ``"AD@15"`` or ``"deletion"``."""
         return self.metric if self.level is None else f"{self.metric}@{100 * self.level:g}"
 
 
 class Reads(NamedTuple):
-    """What a metric reads of a map or a photo, to compare with what a head's training read.
+    """What a metric computes its value from, to compare with what a head was trained on.
 
-    ``score`` is ``"class"``, the class's score of a photo of which parts are hidden, or ``"area"``, how
-    much the map covers. ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the map"``,
-    ``"squares"`` or ``"superpixels"``. ``fill`` is what stands there, unless an option of the metric says
-    it.
+    ``score`` is ``"class"`` (the score of the class on a photo with parts hidden) or ``"area"`` (how much
+    of the photo the map covers). ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the
+    map"``, ``"squares"`` or ``"superpixels"``. ``fill`` is what replaces them, unless an option of the
+    metric sets it.
     """
 
     score: str
@@ -54,9 +54,9 @@ class Reads(NamedTuple):
 class MetricInfo(NamedTuple):
     """A metric's formula in words, which direction is better, and the range of its values.
 
-    ``reads``: see :mod:`xattn.eval.metrics.objectives`; None for a metric that no training is close to.
-    ``chance``: the mean of maps that know nothing, which an invalid map scores where the protocol says so
-    (``Protocol.invalid``); None where it is not known.
+    ``reads``: see :mod:`xattn.eval.metrics.objectives`; None if no training objective is close to it.
+    ``chance``: the mean value of uninformative maps, None if unknown. With the protocol's
+    ``invalid="chance"`` an invalid map gets this value.
     """
 
     formula: str
@@ -69,17 +69,17 @@ class MetricInfo(NamedTuple):
 
     @property
     def digits(self) -> int:
-        """Decimals to show: percentages have two, the others four."""
+        """Decimals to show: two for percentages, four for other values."""
         return 2 if self.high == 100 else 4
 
 
 class Request(NamedTuple):
-    """One perturbed image to score; scores of one ``key`` come back together, in order.
+    """One perturbed image to score; the scores of one ``key`` come back together, in order.
 
-    ``image`` is (3, H, W) float32 of raw pixels. It is copied at once: the metric may change it in
-    place afterwards. ``shared`` says whether some other request may want the very same image; the
-    engine then looks for it by a hash of the pixels, which costs about a quarter of a millisecond. With
-    ``hit`` the score is 1 where the explained class has the highest one of all, else 0.
+    ``image`` is (3, H, W) float32, raw pixels. It is copied at once, so the metric may change it in
+    place afterwards. ``shared`` says whether another request may want the very same image; the
+    engine then looks it up by a hash of the pixels, which costs about a quarter of a millisecond. With
+    ``hit`` the score is 1 if the explained class has the highest score of all classes, else 0.
     """
 
     key: str
@@ -93,23 +93,23 @@ class Sample:
     """One explanation of one image, as a metric sees it.
 
     Attributes:
-        image: (3, H, W) float32 in [0, 1], raw pixels; the backbone normalises.
+        image: (3, H, W) float32 in [0, 1], raw pixels; the backbone normalises them.
         grey: (1, H, W) float32 in [0, 1], the map min-maxed and resized as the protocol says.
-        raw: (1, H, W) float32, the explainer's own map, resized only; it may be signed.
+        raw: (1, H, W) float32, the explainer's map, only resized; it may be signed.
         target: the explained class.
-        score: of the clean image, probability or logit as the protocol says.
-        seed: a pure function of (seed of the run, position of the image), the same for all methods:
-            random perturbations drawn from it are shared between methods.
-        is_mask: the map is a mask as it is (the all-ones row).
+        score: the score of the clean image, a probability or logit as the protocol says.
+        seed: depends only on the run's seed and the image's position, so that all methods share the
+            random perturbations drawn from it.
+        is_mask: the map is used as a mask unchanged (the all-ones row).
         resize, normalization: how ``grey`` was made, see :class:`~xattn.eval.Protocol`.
-        explain: (b, 3, H, W) -> raw maps (b, 1, h, w) by the same method for the same class.
-        explain_randomized: (stage, (b, 3, H, W)) -> raw maps by the method on the network of which
-            stage + 1 parts are randomised (-1: all), see :mod:`xattn.eval.metrics.randomization`; or, by
-            one of :data:`xattn.backbone.halves.HALVES`, on the network that sees that half alone.
-        annotation: what the image shows where.
-        table: what the network answers to masks of the photo that no map has a part in.
-        beside: the method's maps of other classes, photos and networks, for metrics that compare, and which
-            of its photos this one is.
+        explain: (b, 3, H, W) -> raw maps (b, 1, h, w) of the same method for the same class.
+        explain_randomized: (stage, (b, 3, H, W)) -> the method's raw maps on a network with stage + 1
+            randomised parts (-1: all), see :mod:`xattn.eval.metrics.randomization`. A stage that is one
+            of :data:`xattn.backbone.halves.HALVES` means the network that sees only that half.
+        annotation: where objects are in the image.
+        table: the network's answers to the photo under masks that do not depend on any map.
+        beside: for metrics that compare maps, the method's maps of other classes, photos and networks, and
+            the index of this photo among them.
     """
 
     image: Tensor
@@ -137,26 +137,26 @@ class Sample:
 
     @property
     def outcomes(self) -> OutcomeTable:
-        """``table``; an error if there is none."""
+        """``table``; raises a ValueError if there is none."""
         if self.table is None:
             raise ValueError("table: None; this metric reads outcomes, give Sample an OutcomeTable")
         return self.table
 
     @property
     def cohort(self) -> Cohort:
-        """That of ``beside``; an error if there is none."""
+        """The cohort in ``beside``; raises a ValueError if there is none."""
         if self.beside is None:
             raise ValueError("beside: None; this metric compares maps, give Sample a Cohort")
         return self.beside[0]
 
     @property
     def place(self) -> int:
-        """Of this photo in :attr:`cohort`."""
+        """The index of this photo in :attr:`cohort`."""
         return 0 if self.beside is None else self.beside[1]
 
 
 class MaskingChoices(Protocol):
-    """The choices of a protocol that a metric may take over."""
+    """The choices of a protocol that a metric may adopt."""
 
     @property
     def levels(self) -> tuple[float, ...]: ...
@@ -171,17 +171,17 @@ class MaskingChoices(Protocol):
 class PerturbationMetric(ABC):
     """A group of metrics that share perturbed images: a frozen dataclass whose fields are options.
 
-    Class attributes tell the engine what ``measure`` needs beside the image and its map:
+    Class attributes tell the engine what ``measure`` needs besides the image and its map:
 
     * ``explains_again``: calls ``sample.explain`` or ``sample.explain_randomized``;
     * ``explains_randomized``: calls ``sample.explain_randomized``;
     * ``needs_annotation``: reads ``sample.annotation``;
-    * ``clips``: also measures clips (3, T, H, W) and their maps (1, T, H, W);
-    * ``compares``: reads ``sample.cohort``: the map of another ``"class"``, ``"photo"`` or ``"network"``,
-      or maps of a ``"mosaic"``.
+    * ``clips``: also measures clips (3, T, H, W) with maps (1, T, H, W);
+    * ``compares``: reads ``sample.cohort``, that is, the map of another ``"class"``, ``"photo"`` or
+      ``"network"``, or maps of a ``"mosaic"``.
 
-    ``info`` says of each metric what it is. A metric of your own that is not registered needs it; those
-    that are have it from their group.
+    ``info`` describes each metric. A registered metric takes it from its group; your own metric has to set
+    it if it is not registered.
     """
 
     info: ClassVar[Mapping[str, MetricInfo]] = {}
@@ -193,22 +193,22 @@ class PerturbationMetric(ABC):
 
     @classmethod
     def protocol_options(cls, protocol: MaskingChoices) -> dict[str, Any]:
-        """The options that this metric takes from a protocol."""
+        """The options that this metric adopts from a protocol."""
         return {}
 
     def score_problem(self, score: str) -> str | None:
-        """Why the metrics are not defined for this kind of score, with the remedy; None if they are."""
+        """Why the metrics are undefined for this kind of score, with a remedy; None if defined."""
         return None
 
     def for_network(self, network: Any) -> PerturbationMetric:
-        """The metric with the options that it takes from the network that is scored; by default itself."""
+        """The metric with options set by the network that is scored; by default the metric unchanged."""
         return self
 
     def for_axes(self, axes: int) -> PerturbationMetric:
-        """Itself, if it measures inputs of so many ``axes``, 2 of photos, 3 of clips.
+        """This metric, if it can measure inputs with so many ``axes`` (2 for photos, 3 for clips).
 
         Raises:
-            ValueError: of clips, which it does not measure.
+            ValueError: the inputs are clips and this metric measures only photos.
         """
         if axes > 2 and not self.clips:
             are = "is" if len(self.columns) == 1 else "are"
@@ -219,34 +219,34 @@ class PerturbationMetric(ABC):
         return self
 
     def can_compare(self, company: Company, place: int) -> bool:
-        """Whether a photo of a chunk has what the metric compares its map with."""
+        """Whether a chunk has what the metric needs to compare a photo's map with."""
         return self.compares != "photo" or company.next_photo(place) is not None
 
     @property
     def company_needed(self) -> str:
-        """What a chunk of photos must have for :meth:`can_compare`, in words; empty if nothing."""
+        """What :meth:`can_compare` needs in a chunk of photos, in words; empty if it needs nothing."""
         return "2 photos of different predicted classes" if self.compares == "photo" else ""
 
     def chance(self, column: Column) -> float | None:
-        """The mean of maps that know nothing, or None."""
+        """The mean value of uninformative maps, or None if unknown."""
         info = self.info.get(column.metric)
         return None if info is None else info.chance
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns that ``measure`` has values for; by default one for each metric in ``info``."""
+        """The columns that ``measure`` returns values for; by default one for each metric in ``info``."""
         return tuple(Column(metric) for metric in self.info)
 
     @abstractmethod
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
-        """Yield the images to score one by one; return what turns their scores into values.
+        """Yield the images to score one by one; return a function that turns their scores into values.
 
-        The returned function gets float64 scores (T,) by key and gives a value a column, NaN where
-        the metric is undefined for this image.
+        The returned function gets float64 scores (T,) by key and returns a value for each column, NaN
+        where the metric is undefined for this image.
         """
 
     def options(self) -> dict[str, Any]:
-        """What a value's meaning depends on beside the protocol: JSON-plain fields."""
+        """What a value depends on besides the protocol, as plain JSON values."""
         if not is_dataclass(self):
             return {name: _plain(value) for name, value in vars(self).items()}
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
@@ -258,17 +258,17 @@ class PerturbationMetric(ABC):
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """What a metric's file declares; :mod:`xattn.eval.metrics.registry` makes all tables of it.
+    """What a metric's file declares; :mod:`xattn.eval.metrics.registry` builds all tables from it.
 
     Attributes:
-        name: what ``--metrics`` calls the group.
-        metric: what measures it.
-        metrics: its metrics by name; the columns are of these.
-        words: a title and one sentence for each of ``metrics``, without a full stop; the sentence may have
-            ``{kept}`` or ``{removed}``, which part of the photo that is at the metric's level.
+        name: the group's name in ``--metrics``.
+        metric: the class that measures the group.
+        metrics: its metrics by name; each column belongs to one of them.
+        words: a title and one sentence without a full stop for each of ``metrics``. In the sentence,
+            ``{kept}`` and ``{removed}`` stand for the part of the photo kept or removed at the level.
         classes: its torchmetrics classes, :class:`~xattn.eval.metrics.MeanMetric`.
-        cases: options that the tests of every group try; the first are cheap.
-        by_name: measured only where it is named, not in ``direct`` and ``all``.
+        cases: options that the tests of every group try; the first ones are fast.
+        by_name: measured only if it is named, so not part of ``direct`` and ``all``.
     """
 
     name: str
@@ -280,7 +280,7 @@ class MetricGroup:
     by_name: bool = False
 
     def __post_init__(self) -> None:
-        if "info" not in vars(self.metric):  # a base's are its own
+        if "info" not in vars(self.metric):  # an inherited info describes the base class
             self.metric.info = self.metrics
         for cls in self.classes:
             cls.group = self
@@ -296,13 +296,13 @@ class MetricGroup:
         column: str = "",
         **more: Any,
     ) -> MetricGroup:
-        """A group of one metric, whose column has the group's name unless it has one of its own."""
+        """A group of one metric; its column is named ``column``, or like the group by default."""
         column = column or name
         return cls(name, metric, {column: info}, words={column: (title, sentence)}, **more)
 
     @property
     def direct(self) -> bool:
-        """Whether it needs no annotation, explains nothing again and need not be named."""
+        """Whether the group needs no annotations, does not explain again and need not be named."""
         return not (self.by_name or self.metric.explains_again or self.metric.needs_annotation)
 
 

@@ -1,4 +1,4 @@
-"""Pixel flipping: how far the score falls while regions vanish, the most relevant first.
+"""Pixel flipping: how much the score falls as regions are removed, the most relevant first.
 
     AOPC = 1 / (T + 1) sum_{t=0..T} f(x) - f(x_t)
 
@@ -53,14 +53,14 @@ def aopc(scores: Tensor) -> Tensor:
 
 
 def pixel_flipping_auc(scores: Tensor) -> Tensor:
-    """Trapezoids of unit width under s_1..s_T of scores (..., T + 1) -> (...) float64, 0 to T - 1.
+    """Area under s_1..s_T by trapezoids of unit width, scores (..., T + 1) -> (...) float64, 0 to T - 1.
 
-    This is the number of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``): without the
-    clean score and not divided by the number of steps. Lower is better. Quantus counts values of
-    channels, not pixels: its ``features_in_step=3 * k`` is ``patch=1, per_step=k, steps=None``
-    where the map has no ties, and it refuses steps that do not divide HW, which 3 k never does at
-    224 pixels. Its "black" is the least value of the image that the network is given;
-    ``perturb_baseline=0.0`` is ``fill="black"`` for a network that normalises by itself.
+    This is the value of Quantus 0.6 (``PixelFlipping(return_auc_per_sample=True)``): it leaves out the
+    clean score and does not divide by the number of steps. Lower is better. Quantus counts channel
+    values, not pixels: its ``features_in_step=3 * k`` is ``patch=1, per_step=k, steps=None`` for maps
+    without ties. It rejects steps that do not divide HW, which 3 k never does at 224 pixels. Its "black"
+    is the smallest value of the network's input; ``perturb_baseline=0.0`` is ``fill="black"`` for a network
+    that normalises its input itself.
     """
     s = checked_curve(scores)[..., 1:]
     return s.sum(-1) - (s[..., 0] + s[..., -1]) / 2
@@ -71,17 +71,17 @@ class PixelFlippingMetric(PerturbationMetric):
     """AOPC, higher is better, with ``steps`` forward passes.
 
     The defaults remove 15 % of an image of 224 pixels, as the paper does (100 squares of 9 pixels).
-    Equally relevant regions go in row-major order; a constant map ranks nothing: NaN.
+    Equally relevant regions are removed in row-major order. A constant map has no order, so it gets NaN.
 
     Args:
         patch: side of a region in pixels; 1 for single pixels. Regions at the right and lower
-            border are smaller where it does not divide the image's size.
+            border are smaller if it does not divide the image's size.
         per_step: regions removed in one step.
-        steps: T, or fewer where nothing is left before; None: until nothing is left.
+        steps: T, the largest number of steps; None: until nothing is left.
         fill: what replaces a region, as in
-            :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`. The paper draws noise; one
-            draw an image is made here, the same for all methods.
-        mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
+            :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`. The paper uses noise; here the
+            noise is drawn once per image and is the same for all methods.
+        mean: (3,) the colour for ``fill="mean"``, raw pixels in [0, 1].
     """
 
     patch: int = 16
@@ -138,16 +138,16 @@ def grid(height: int, width: int, patch: int) -> Tensor:
 
 
 def region_sums(labels: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels 0..R-1 (H, W) and values (1, H, W) -> sums (R,) float64, pixels (R,), both on CPU.
+    """Labels 0..R-1 (H, W) and values (1, H, W) -> sums (R,) float64 and pixel counts (R,), both on CPU.
 
-    Sums on a GPU may differ from run to run.
+    It runs on the CPU because sums on a GPU can differ from run to run.
     """
     flat = labels.flatten().cpu()
     return torch.bincount(flat, values.flatten().cpu().double()), torch.bincount(flat)
 
 
 def rank_regions(labels: Tensor, values: Tensor) -> list[Tensor]:
-    """Flat pixel indices of each region, that of the highest mean of ``values`` (1, H, W) first.
+    """Flat pixel indices of each region, sorted by the mean of ``values`` (1, H, W), highest first.
 
     Labels (H, W) are 0..R-1, each in use; equal means keep their order.
     """

@@ -1,10 +1,10 @@
-"""Infidelity: does the map foretell how the score changes when the image is perturbed?
+"""Infidelity: does the map predict how the score changes when the image is perturbed?
 
     INFD = E_I (beta I . phi - (f(x) - f(x - I)))^2
     beta = 1, or E[(I . phi) df] / E[(I . phi)^2] with df = f(x) - f(x - I)
 
-Yeh et al. 2019, arXiv 1901.09392. phi is the raw, signed map. The optimal beta, which the authors'
-code uses and their definition does not, makes the value independent of the map's units.
+Yeh et al. 2019, arXiv 1901.09392. phi is the raw, signed map. The optimal beta makes the value independent
+of the map's units; the authors' code uses it, although their definition does not.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ PERTURBATIONS = ("square", "occlusion", "noise")
 
 
 def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> Tensor:
-    """(B,) float64, lower is better, at least 0, in squared units of the score.
+    """Infidelity (B,), float64, at least 0, in squared units of the score; lower is better.
 
     >>> infidelity_values(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 6.0]]), scale=False).item()
     5.0
 
     Args:
-        products: I . phi, (B, S), one a perturbation.
+        products: I . phi, (B, S), one per perturbation.
         changes: f(x) - f(x - I), (B, S).
-        scale: multiply the products by the optimal beta. Where all products are 0 any beta is
+        scale: multiply the products by the optimal beta. If all products are 0, any beta is
             optimal, and the value is the mean squared change.
 
     Raises:
-        ValueError: not two tensors (B, S) of one shape.
+        ValueError: the arguments are not two tensors (B, S) of one shape.
     """
     if products.ndim != 2 or products.shape != changes.shape or products.shape[1] == 0:
         raise ValueError(
@@ -64,28 +64,27 @@ def infidelity_values(products: Tensor, changes: Tensor, scale: bool = True) -> 
 
 @dataclass(frozen=True)
 class InfidelityMetric(PerturbationMetric):
-    """Infidelity on ``samples`` perturbations that depend on the image alone, not on the method.
+    """Infidelity on ``samples`` perturbations that depend only on the image, not on the method.
 
-    A map has one value a pixel, an image three. phi / 3 stands for each channel, so that I . phi is
-    the sum over the pixels of phi times the mean of I over the channels. For a linear score w . x
-    whose map is the sum of w over the channels, infidelity is then 0 wherever I is the same in all
-    channels: always for ``"noise"``, for ``"square"`` on grey images. ``captum.metrics.infidelity``
-    gives the same numbers for ``attributions=phi.expand(-1, 3, -1, -1) / 3``; its ``normalize`` is
-    ``scale``.
+    A map has one value per pixel, but an image has three. Each channel is assigned phi / 3, so that I . phi
+    is the sum over the pixels of phi times the mean of I over the channels. For a linear score w . x whose
+    map is the sum of w over the channels, infidelity is then 0 if I is the same in all channels: always for
+    ``"noise"``, and for ``"square"`` on grey images. ``captum.metrics.infidelity`` returns the same numbers
+    for ``attributions=phi.expand(-1, 3, -1, -1) / 3``; its ``normalize`` is ``scale`` here.
 
-    x - I is not clipped: under noise it may leave [0, 1], as the definition wants.
+    x - I is not clipped: as in the definition, it may leave [0, 1] under noise.
 
     Args:
-        samples: perturbations an image, each one forward pass for all methods together.
+        samples: perturbations per image, each of which costs one forward pass for all methods together.
         perturbation: ``"square"``: I = x on a random square inside the image, 0 elsewhere, which
-            makes the square black; right for maps in units of the score a pixel value, such as
-            gradients. ``"occlusion"``: the same images, but I . phi is the sum of phi over the
-            square (I is binary, as in the authors' code for squares); right for maps of
-            contributions, such as input x gradient. ``"noise"``: I ~ N(0, sigma^2), one draw a
-            pixel; asks for a map that is right pixel by pixel, which a coarse map is not.
-        sigma: of the noise, in pixel values of [0, 1].
-        side: of the square, as a part of the shorter side of the image.
-        scale: with the optimal beta; without it a map must be in units of the score.
+            makes the square black. It suits maps in units of score per pixel value, such as gradients.
+            ``"occlusion"``: the same images, but I . phi is the sum of phi over the square (I is binary,
+            as in the authors' code for squares). It suits maps of contributions, such as
+            input x gradient. ``"noise"``: I ~ N(0, sigma^2), one draw per pixel. It requires a map that
+            is correct pixel by pixel, which a coarse map is not.
+        sigma: standard deviation of the noise, in pixel values of [0, 1].
+        side: side of the square, as a fraction of the image's shorter side.
+        scale: whether to use the optimal beta; without it, maps must be in units of the score.
     """
 
     samples: int = 50

@@ -2,7 +2,7 @@
 
     q on x o m + b o (1 - m),    d on x o (1 - m) + b o m
 
-m is the grey map, thresholded at each level; b is what stands behind the mask. The formulas are in
+m is the grey map, thresholded at each level; b replaces masked pixels. The formulas are in
 :mod:`xattn.eval.functional`.
 """
 
@@ -39,13 +39,13 @@ _READS = Reads("class", "the map", "black")
 class MaskingMetric(PerturbationMetric):
     """AD, IC, ADD and AG at every level.
 
-    At level 1 m is the grey map itself (LIFT-CAM's ADD), below it the thresholded one.
+    At level 1, m is the grey map itself (as in LIFT-CAM's ADD); at lower levels it is thresholded.
 
     Args:
         levels, threshold, masked_value, ic_margin: as in :class:`~xattn.eval.Protocol`.
-        mean: (3,) the colour of ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
-        metrics: of AD, IC, ADD, AG and drop.
-        bounded: scores are probabilities; for logits only AD, IC and drop are defined.
+        mean: (3,) the colour for ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
+        metrics: some of AD, IC, ADD, AG and drop.
+        bounded: whether scores are probabilities; for logits only AD, IC and drop are defined.
     """
 
     clips = True
@@ -139,7 +139,7 @@ class _MaskingMetric(MeanMetric):
     :class:`~xattn.eval.metrics.MeanMetric`; ``compute()`` in percent.
 
     Args:
-        level: with a backbone, the share of the pixels that is kept; 1 multiplies by the grey map itself.
+        level: with a backbone, the fraction of pixels to keep; 1 multiplies by the grey map itself.
     """
 
     def __init__(self, backbone: Any = None, level: float = 1.0, **kwargs: Any) -> None:

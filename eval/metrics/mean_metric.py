@@ -1,9 +1,9 @@
-"""Metrics as torchmetrics classes: of scores, or of images and maps with the network that scores them.
+"""Metrics as torchmetrics classes, updated with scores, or with images and maps if they get the network.
 
     metric = AverageDrop()                    metric = AverageDrop(backbone)
     metric.update(p, q)                       metric.update(images, maps, target)
 
-Both add up the same per-image values. With a backbone they are those of :func:`xattn.eval.evaluate`.
+Both average the same per-image values. With a backbone these are the values of :func:`xattn.eval.evaluate`.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from xattn.photos.arrays import input_batch
 class MeanMetric(Metric):
     """A mean of per-image values.
 
-    The states are sums (float64 total, n, n_invalid): memory is flat and processes add up. A backbone is
-    no part of the state: it is neither moved nor saved with the metric, but goes along in a pickle.
+    The states are sums (float64 total, n, n_invalid), so memory use is constant and processes can be added
+    up. The backbone is not part of the state: it is neither moved nor saved with the metric, but it is
+    pickled with it.
 
     Args:
-        backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it ``update`` takes
-            images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w) and the class, one for all or
-            a LongTensor (B,). Without it ``update`` takes the scores that the class names.
-        measured_by: how it is measured; by default by the default options of its group.
+        backbone: a :class:`~xattn.Backbone`, or a function (b, 3, H, W) -> logits. With it, ``update``
+            takes images (B, 3, H, W) in [0, 1], raw maps (B, 1, h, w) or (B, h, w) and the class: one for
+            all, or a LongTensor (B,). Without it, ``update`` takes scores, as the docstring of each class
+            says.
+        measured_by: the metric that measures; by default its group's metric with default options.
         explainer: an explainer, or a function (images, target) -> maps, for metrics that explain again.
-        randomized: (stage, images, target) -> maps on randomised networks, for those that need it, see
+        randomized: (stage, images, target) -> maps on randomised networks, for metrics that need them, see
             :class:`xattn.eval.sanity.Cascade`.
-        is_mask: maps are masks in [0, 1], not to be min-maxed.
-        kwargs: torchmetrics' own.
+        is_mask: whether maps are masks in [0, 1], which are not min-maxed.
+        kwargs: arguments of torchmetrics.
 
-    Class attributes: ``metric``, which column of its group it is; ``values``, the function that ``update``
-    hands scores or maps to; ``group`` is set by :class:`~xattn.eval.metrics.MetricGroup`.
+    Class attributes: ``metric`` is the column of its group, and ``values`` the function that ``update``
+    passes scores or maps to; :class:`~xattn.eval.metrics.MetricGroup` sets ``group``.
 
     Raises:
-        ValueError: a metric that needs annotations, an explainer or randomised networks without them.
+        ValueError: the metric needs annotations, an explainer or randomised networks and does not get them.
     """
 
     is_differentiable = False
@@ -74,14 +76,14 @@ class MeanMetric(Metric):
         self.add_state(
             "n_invalid", torch.zeros((), dtype=torch.int64, device="cpu"), dist_reduce_fx="sum"
         )
-        self._network = (backbone,)  # in a tuple it is no submodule, which would be moved and saved
+        self._network = (backbone,)  # a tuple, because a submodule would be moved and saved
         self._explain = (getattr(explainer, "attribute", explainer),)
         self._randomized, self._is_mask = randomized, is_mask
         if backbone is not None:
             self._check_backbone(backbone)
             self._measured_by = measured_by or self._default_metric()
             self._check_needs()
-        # What a MetricCollection gives to each of its metrics.
+        # What a MetricCollection passes to each of its metrics.
         self._update_signature = self._of_scores() if backbone is None else signature(self._measure)
 
     def _of_scores(self) -> Signature:
@@ -110,7 +112,7 @@ class MeanMetric(Metric):
         return self.group.metric(**self._colour(self.group.metric))
 
     def _colour(self, metric: type[PerturbationMetric]) -> dict[str, Any]:
-        """The data set's mean colour, for a metric that has an option for it."""
+        """The data set's mean colour as an option, if the metric has such an option."""
         preprocessing = getattr(self._network[0], "preprocessing", None)
         taken = is_dataclass(metric) and any(f.name == "mean" for f in fields(metric))
         return {"mean": tuple(preprocessing.mean)} if preprocessing and taken else {}
@@ -145,8 +147,8 @@ class MeanMetric(Metric):
         return columns[0]
 
     def update(self, *given: Any, **named: Any) -> None:
-        """Scores or maps as the class says, then ``valid`` (B,) bool or None; with a backbone images, maps
-        and class."""
+        """Add images, maps and the class; without a backbone, scores or maps as the class says, and
+        ``valid`` (B,) bool or None."""
         if self._network[0] is None:
             bound = self._update_signature.bind(*given, **named)
             valid = bound.arguments.pop("valid", None)
@@ -194,5 +196,5 @@ class MeanMetric(Metric):
         self.n_invalid += n_invalid
 
     def compute(self) -> Tensor:
-        """The mean over valid images, float64; NaN if there was none."""
+        """The mean over valid images, float64; NaN if there are none."""
         return functional.mean_compute(self.total, self.n)

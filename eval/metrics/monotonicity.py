@@ -1,9 +1,9 @@
-"""Monotonicity correlation: do features of larger attribution change the score more under noise?
+"""Monotonicity correlation: does the score change more under noise on features with larger attributions?
 
     rho = Spearman_i(sum_{u in i} |phi(u)|, e_i),    e_i = mean_k (f(x) - f(x_i^k))^2
 
-x_i^k is x with the k-th draw of uniform noise in place of patch i, all other pixels kept: e_i
-estimates E[(f(x) - f(X_i))^2 | x_{-i}] (Nguyen and Martinez 2020, arXiv 2007.07584).
+x_i^k is x with patch i replaced by the k-th draw of uniform noise, so e_i estimates
+E[(f(x) - f(X_i))^2 | x_{-i}] (Nguyen and Martinez 2020, arXiv 2007.07584).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
     """Spearman correlation of attributions and effects, both (B, R) -> (B,) float64 in [-1, 1].
 
-    Higher is better. Ties share their mean rank; NaN where either side is constant or not finite.
+    Higher is better. Ties share their mean rank; NaN if either side is constant or not finite.
 
     Raises:
-        ValueError: not two tensors (B, R) of one shape.
+        ValueError: the arguments are not two tensors (B, R) of one shape.
     """
     if attributions.ndim != 2 or attributions.shape != effects.shape:
         raise ValueError(
@@ -49,17 +49,17 @@ def monotonicity_values(attributions: Tensor, effects: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MonotonicityMetric(PerturbationMetric):
-    """Monotonicity correlation on the squares of a grid, ``samples`` forward passes a square.
+    """Monotonicity correlation on the squares of a grid, with ``samples`` forward passes per square.
 
-    The noise depends on the image alone, so all methods score the same perturbed images. NaN for
-    maps and scores that are the same everywhere. Quantus 0.6 divides e_i by f(x)^2, which moves no
-    rank, but groups values by rank instead of by place and gives a group a single level of noise:
-    other features, other numbers.
+    The noise depends only on the image, so all methods score the same perturbed images. Constant maps or
+    scores give NaN. Quantus 0.6 divides e_i by f(x)^2, which does not change the ranks. But it groups
+    pixels by rank instead of position and replaces each group by a single noise value, so its features and
+    its numbers differ.
 
     Args:
-        patch: side of a square in pixels (32: 49 squares at 224), smaller at the right and lower
-            border where it does not divide the size.
-        samples: draws of noise a square.
+        patch: side of a square in pixels (32: 49 squares at 224). Squares at the right and lower border
+            are smaller if it does not divide the size.
+        samples: draws of noise per square.
     """
 
     patch: int = 32

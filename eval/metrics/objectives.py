@@ -1,24 +1,25 @@
-"""Which metrics are close to a head's training, by what both of them read.
+"""Which metrics are close to a head's training objective, judged by what both are computed from.
 
-A metric declares what it reads (:class:`~xattn.eval.metrics.base.Reads`), :data:`OBJECTIVES` what training
-did. Tables mark a metric as close to a head's training if both read the same score of photos whose parts
-are hidden by the same masks or show the same fill.
+A metric declares what it reads (:class:`~xattn.eval.metrics.base.Reads`), and :data:`OBJECTIVES` lists what
+each kind of training reads. Tables mark a metric as close to a head's training if both use the same score,
+on photos with parts hidden by the same masks or replaced by the same fill.
 
 ``mask`` (:mod:`xattn.training.objectives.mask`)
-    The class stays under the map as a mask with black behind it, and the mask is small. In
-    "mask-mean" the data set's mean colour is behind it, in "mask-features" it multiplies features.
-``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
-    Sums of the map over what masks keep go with the class's scores there. The masks of outcomes are
-    squares, smooth blobs, and thresholds of the head's starting map under noise, which are no
-    thresholds of the head's own map, as deletion, insertion and ROAD take them, but similar; those of
-    the others are cells. What is hidden is black, blurred or mean in turn, or as in "shapley-black".
+    Trains the class's score to stay high with the map as a mask on black, and the mask to be small. In
+    "mask-mean" masked pixels get the data set's mean colour; in "mask-features" the mask multiplies
+features. ``outcomes``, ``shapley``, ``labels``, ``greedy`` (a table, :mod:`xattn.training.outcome_rows`)
+    Trains sums of the map over what masks keep to follow the class's scores under these masks. The masks
+    of outcomes are squares, smooth blobs, and thresholds of the head's initial map with noise. The latter
+    are not thresholds of the head's own map, which deletion, insertion and ROAD use, but similar. The
+    others use masks of cells. Hidden parts are black, blurred or mean in turn, or fixed, as in
+    "shapley-black".
 ``rank`` (:mod:`xattn.training.objectives.rank`)
-    Deletion and insertion themselves, of a soft order of the map's cells.
+    Trains deletion and insertion directly, with a soft order of the map's cells.
 ``select`` (:mod:`xattn.training.objectives.select`)
-    The class stays under masks of cells that are drawn by the map, with black in place of the others.
+    Trains the class's score to stay high under masks of cells drawn from the map, with other cells black.
 
-A head that is best in such a metric shows that training worked, not that its maps are more faithful
-than those of a method that was not trained.
+If a head wins in such a metric, this shows that its training worked, not that its maps are more faithful
+than those of a method without training.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ OBJECTIVES: Mapping[str, Objective] = {
         for fill in (*FILLS, DROP)
     },
 }
-"""By the name that results keep of a head, see :func:`objective_of`."""
+"""Objectives by the name that results store for a head, see :func:`objective_of`."""
 MARK = "†"
-"""What tables put beside a value in such a metric."""
+"""The mark that tables put beside a value in such a metric."""
 LEGEND = "close to this head's training: the same score, and the same fill or masks"
 
 _POLICIES = {"normalized": "mask-mean", "feature": "mask-features"}
@@ -78,7 +79,7 @@ class Shared(NamedTuple):
 
     @property
     def close(self) -> bool:
-        """The score, and the masks or the fill."""
+        """Whether they share the score, and the masks or the fill."""
         return self.score and (self.masks or self.fill)
 
 
@@ -88,8 +89,8 @@ def shared(
     """What a metric shares with the training of a head.
 
     Args:
-        reads: what the metric declares; None shares nothing, nor does an objective that is not known.
-        options: those of the metric's column, of which ``fill`` or ``masked_value`` is the fill.
+        reads: what the metric declares. None shares nothing, and an unknown objective shares nothing.
+        options: the options of the metric's column; ``fill`` or ``masked_value`` sets the fill.
 
     >>> black = Reads("class", "squares", "black")
     >>> shared("mask", black)
@@ -110,9 +111,9 @@ def shared(
 
 
 def objective_of(explainer: Any) -> str | None:
-    """The objective that an explainer's head was trained with, by its own record of training.
+    """The objective that an explainer's head was trained with, as the head records it.
 
-    None for what is no head, was not trained, or was trained as a classifier, which no metric resembles.
+    None if it is not a head, was not trained, or was trained as a classifier, which no metric resembles.
     """
     if not getattr(explainer, "needs_head", False):
         return None

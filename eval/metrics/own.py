@@ -1,4 +1,4 @@
-"""Metrics of your own: a metric, or a plain function of an image and its map, registered by a decorator.
+"""A decorator that registers your own metric: a class, or a plain function of an image and its map.
 
 @register_metric("in_middle", MetricInfo("share of the map in the middle", higher_is_better=True))
 def in_middle(image, map):
@@ -34,7 +34,7 @@ GIVEN: dict[str, Callable[[Sample], Any]] = {
     "score": lambda sample: sample.score,
     "seed": lambda sample: sample.seed,
 }
-"""What a function may ask for by the name of a parameter, see :func:`register_metric`."""
+"""What each parameter name of a function gives it, see :func:`register_metric`."""
 
 
 def register_metric(
@@ -45,22 +45,22 @@ def register_metric(
     cases: Sequence[Mapping[str, Any]] = ({},),
     words: Mapping[str, tuple[str, str]] | None = None,
 ) -> Callable[[Metric], Metric]:
-    """Decorator: make a :class:`~xattn.eval.metrics.PerturbationMetric`, or a function, the group
-    ``name`` of metrics.
+    """Decorator that registers a :class:`~xattn.eval.metrics.PerturbationMetric` or a function as the
+    metric group ``name``.
 
-    A function returns a number and asks by the names of its parameters for any of ``image`` (3, H, W) in
-    [0, 1], ``map`` (H, W) in [0, 1], min-maxed, ``raw`` (H, W), the explainer's own values, ``target``, the
-    explained class, ``score``, that of the clean image, and ``seed``.
+    A function returns a number. The names of its parameters say what it gets: ``image`` (3, H, W) in
+    [0, 1], ``map`` (H, W) min-maxed to [0, 1], ``raw`` (H, W) with the explainer's own values, ``target``
+    (the explained class), ``score`` (the clean image's) and ``seed``.
 
     Args:
-        name: what ``--metrics`` calls it; for a single metric also the name of its column.
-        info: of that metric, or of each by name; by default the metric's own ``info``.
-        classes: torchmetrics classes that come with it.
-        cases: options that the tests of every group try; the first are cheap.
-        words: a title and a sentence for each metric by name, as the viewer shows them.
+        name: the group's name in ``--metrics``; for a single metric also the name of its column.
+        info: the info of a single metric, or infos by metric name; by default the metric's own ``info``.
+        classes: torchmetrics classes that belong to the group.
+        cases: options that the tests of every group try; the first ones are fast.
+        words: for each metric by name, a title and a sentence that the viewer shows.
 
     Raises:
-        ValueError: the name is taken, or a function asks for something else.
+        ValueError: the name is taken, or a function has a parameter of another name.
     """
 
     def add(metric: Metric) -> Metric:
@@ -87,7 +87,7 @@ def register_metric(
 
 @dataclass(frozen=True)
 class FunctionMetric(PerturbationMetric):
-    """Base of the metrics that :func:`register_metric` makes of functions."""
+    """Base class of the metrics that :func:`register_metric` makes from functions."""
 
     function: ClassVar[Callable[..., Any]]
 

@@ -4,8 +4,8 @@
 
 Adebayo et al. 2018 (arXiv 1810.03292): cascading, from the classifier down to the first layer
 (:func:`xattn.eval.sanity.cascade`). A map that stays the same does not depend on what the network has
-learned. Low is good, and no proof: noise is dissimilar too. A map that never reads the classifier
-(a trained head, Eigen-CAM) rightly stays the same at the first stage.
+learned. A low value is good but proves nothing, since noise is dissimilar too. A map that does not use the
+classifier (a trained head, Eigen-CAM) correctly stays the same at the first stage.
 
 Similarity is Spearman's rank correlation, or structural similarity (Wang et al. 2004, doi
 10.1109/TIP.2003.819861), where m, s^2 and s_ab are means, variances and covariance in a window around u:
@@ -47,12 +47,11 @@ K1, K2 = 0.01, 0.03
 def randomization_curves(
     maps: Tensor, randomized: Tensor, *, absolute: bool = True
 ) -> dict[Column, Tensor]:
-    """Similarity at each stage, (B, S) float64 in [-1, 1] by column.
+    """Similarity at each stage, (B, S) float64 in [-1, 1] for each column.
 
-    Maps are min-maxed, their absolute values by default, and compared by
-    :func:`xattn.correlation.spearman` and :func:`ssim`. A constant map of
-    a randomised network shares nothing with a map that varies: 0. NaN where the map itself is
-    constant, or either is not finite.
+    Maps (by default their absolute values) are min-maxed and compared by
+    :func:`xattn.correlation.spearman` and :func:`ssim`. If the map of a randomised network is constant,
+    the similarity is 0. It is NaN if the map itself is constant, or either is not finite.
 
     Args:
         maps: (B, 1, H, W), raw.
@@ -83,9 +82,9 @@ def randomization_curves(
 def randomization_values(
     maps: Tensor, randomized: Tensor, *, absolute: bool = True
 ) -> dict[Column, Tensor]:
-    """The mean of :func:`randomization_curves` over the stages, (B,) float64 by column.
+    """The mean of :func:`randomization_curves` over the stages, (B,) float64 for each column.
 
-    Lower is better; NaN where a stage is.
+    Lower is better; NaN if a stage is NaN.
     """
     curves = randomization_curves(maps, randomized, absolute=absolute)
     return {column: values.mean(1) for column, values in curves.items()}
@@ -96,20 +95,20 @@ def _prepared(maps: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity of two (B, 1, H, W) -> (B,) float64 in [-1, 1]; NaN where one is constant or
+    """Structural similarity of two maps (B, 1, H, W) -> (B,) float64 in [-1, 1]; NaN if one is constant or
     not finite.
 
     The settings are Wang's: a Gaussian window of 11 x 11 pixels with sigma 1.5, variances divided
     by the window's weight (not by n - 1), C1 = (0.01 L)^2 and C2 = (0.03 L)^2, and the mean over
-    the pixels whose window lies inside the map. With scikit-image these are
+    the pixels whose window lies inside the map. In scikit-image this is
     ``structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     data_range=L)``; its own default is a uniform 7 x 7 window.
 
     Args:
-        data_range: L, the largest value minus the smallest possible one; 1 for min-maxed maps.
+        data_range: L, the largest possible value minus the smallest possible one; 1 for min-maxed maps.
 
     Raises:
-        ValueError: other shapes, or sides below 11 pixels.
+        ValueError: the shapes do not match, or a side is below 11 pixels.
     """
     check_same(a, b)
     if a.ndim != 4 or a.shape[1] != 1 or min(a.shape[2:]) < WINDOW:
@@ -137,17 +136,17 @@ def _windowed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomizationMetric(PerturbationMetric):
-    """Similarity of a map to those of the method on randomised networks, mean over ``stages``.
+    """Similarity of a map to the method's maps on randomised networks, averaged over ``stages``.
 
-    Needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` gives; a method without
-    it has NaN. Maps are compared at the image's resolution.
+    Needs ``sample.explain_randomized``, which :class:`xattn.eval.sanity.Cascade` provides; a method without
+    it gets NaN. Maps are compared at the image's resolution.
 
     Args:
-        stages: how many stages the cascade behind ``explain_randomized`` has.
+        stages: number of stages of the cascade behind ``explain_randomized``.
         absolute: compare absolute values, as most of the paper does; False for signed maps.
-        smooth: compare means of the maps of so many noisy copies of the photo, as sMPRT does with 50
-            (Hedstroem et al. 2024, arXiv 2401.06465); 0 for the maps of the photo itself.
-        noise: their standard deviation, as a part of the photo's range.
+        smooth: average the maps of this many noisy copies of the photo before comparing, as sMPRT does
+            with 50 (Hedstroem et al. 2024, arXiv 2401.06465); 0 uses the map of the photo itself.
+        noise: standard deviation of the noise, as a fraction of the photo's range.
     """
 
     stages: int = 5

@@ -1,9 +1,9 @@
-"""Every group of metrics, and the tables by name that are made of what their files declare.
+"""The registry of metric groups, with tables by name that are built from what the metrics' files declare.
 
-A new metric is a file that ends with its :class:`~xattn.eval.metrics.base.MetricGroup`, and a line in
-:data:`FILES`. A group of your own is added by :func:`register`, or by an entry point of the group
-``xattn.metrics`` that names a module which registers it, or the :class:`MetricGroup` itself. The tables
-grow with every group.
+To add a metric, write a file that ends with its :class:`~xattn.eval.metrics.base.MetricGroup` and add a
+line to :data:`FILES`. To add a group from your own package, call :func:`register`, or declare an entry
+point in the group ``xattn.metrics`` that names the :class:`MetricGroup` or a module that registers it.
+Every registered group appears in all tables.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ FILES = (
     "board.sensitivity_n",
     "board.mufidelity",
 )
-"""The files of metrics, in the order of the tables."""
+"""The metrics' files, in the order in which tables show them."""
 BOARD = (
     *("squares", "subsets", "monotonicity", "single-deletion", "photo-gain"),
     *("class-contrast", "network-contrast", "gridpg", "road", "thinned", "blind"),
 )
-"""The groups of a board: ``--metrics board``."""
+"""The groups that a board measures (``--metrics board``)."""
 
 
 def register(group: MetricGroup) -> None:
     """Add a group to all tables.
 
     Raises:
-        ValueError: the group, or one of its metrics or classes, has the name of another.
+        ValueError: the name of the group, or of one of its metrics or classes, is already taken.
     """
     taken: set[str] = set()
     for _, other in REGISTRY.registered().values():
@@ -83,7 +83,7 @@ def _adopt(name: str, value: Any) -> None:
 
 
 def _hint(name: str) -> str:
-    """Of a metric's name, the group that measures it."""
+    """If ``name`` is a metric, a hint which group measures it; else ""."""
     column = same_name(name, METRICS)
     groups = [group.name for group in GROUPS.values() if column in group.metrics]
     return f"{column} is a column of the group {groups[0]}: give {groups[0]}" if groups else ""
@@ -98,25 +98,26 @@ REGISTRY: Registry[PerturbationMetric, MetricGroup] = Registry(
     hint=_hint,
 )
 GROUPS: Table[MetricGroup] = REGISTRY.table(lambda group: {group.name: group})
-"""What each file declares."""
+"""Every group by name."""
 METRICS: Table[MetricInfo] = REGISTRY.table(lambda group: group.metrics)
-"""Every metric by its name in a table."""
+"""Every metric by its name in tables."""
 WORDS: Table[tuple[str, str]] = REGISTRY.table(lambda group: group.words)
-"""Title and sentence of metrics."""
+"""The title and description of each metric."""
 CLASSES: Table[type[MeanMetric]] = REGISTRY.table(_classes)
-"""torchmetrics classes."""
+"""The torchmetrics classes by name."""
 
 for _file in FILES:
     register(importlib.import_module(f"xattn.eval.metrics.{_file}").GROUP)
 
 
 def direct_groups() -> list[str]:
-    """The groups that neither explain again nor need annotations or their name: ``--metrics direct``."""
+    """The groups of ``--metrics direct``: those that do not explain again, need no annotations and need
+    not be named."""
     return [name for name, group in GROUPS.items() if group.direct]
 
 
 def groups_without_annotations() -> list[str]:
-    """The groups that need neither annotations nor their name: ``--metrics all``."""
+    """The groups of ``--metrics all``: those that need no annotations and need not be named."""
     return [
         name
         for name, group in GROUPS.items()
@@ -125,21 +126,22 @@ def groups_without_annotations() -> list[str]:
 
 
 def groups_with_annotations() -> list[str]:
-    """The groups that come with ``--annotations``."""
+    """The groups that ``--annotations`` adds."""
     return [name for name, group in GROUPS.items() if group.metric.needs_annotation]
 
 
 def group_name(metric: PerturbationMetric) -> str:
-    """The name of a metric's group, or of its class where it has none."""
+    """The name of a metric's group, or of its class if it has no group."""
     groups = (name for name, group in GROUPS.items() if group.metric is type(metric))
     return next(groups, type(metric).__name__)
 
 
 def own_infos(metric: PerturbationMetric) -> dict[str, MetricInfo]:
-    """What the columns of a metric from outside the package are, registered or not; none of xattn's own.
+    """The infos of the columns of a metric from outside the package; empty for xattn's own metrics.
 
     Raises:
-        ValueError: it has no columns, says nothing of one, or something else of a registered one.
+        ValueError: the metric has no columns, a column lacks an info, or its info differs from the one
+            registered under that name.
     """
     if not metric.columns:
         raise ValueError(
@@ -166,15 +168,15 @@ def create_metric(
     mean: tuple[float, ...] | None = None,
     **options: Any,
 ) -> PerturbationMetric:
-    """A group of metrics by name.
+    """Make a group of metrics by name.
 
     Args:
-        protocol: where ``masking`` takes its levels, threshold and masked value from.
+        protocol: sets the levels, threshold and masked value of ``masking``.
         mean: (3,) the data set's mean colour in [0, 1], for masked values and fills that use it.
         options: fields of the metric.
 
     Raises:
-        ValueError: an unknown name (with near matches) or option.
+        ValueError: the name (the message lists near matches) or an option is unknown.
     """
     cls = REGISTRY.get(name)
     if "mean" in (REGISTRY.options(name) or ()):

@@ -3,15 +3,15 @@
     MoRF = mean_l s(x without the l most relevant),    LeRF likewise with 1 - map,
     ROAD = mean_l (s_LeRF(l) - s_MoRF(l)) / 2
 
-At level l the pixels with a value >= the linearly interpolated (1 - l) quantile of the map go, ties
-included, and :func:`xattn.eval.fills.impute` fills the hole, so that its shape says nothing about the
+At level l all pixels with a value >= the linearly interpolated (1 - l) quantile of the map are removed,
+ties included, and :func:`xattn.eval.fills.impute` fills the hole, so that its shape says nothing about the
 class. Rong et al. 2022 (arXiv 2202.00449).
 
 s is the protocol's score of the imputed image. pytorch-grad-cam's ROADMostRelevantFirstAverage and
-ROADLeastRelevantFirstAverage give the mean change s(imputed) - s(clean) instead: its values are
-these minus the score of the clean image. That cancels in its ROADCombined, which is ROAD here for
-equal levels (its percentile p removes the level 1 - p / 100; its default is nine levels from 0.1 to
-0.9, the paper's is seven). The paper itself reports how often the prediction survives.
+ROADLeastRelevantFirstAverage return the mean change s(imputed) - s(clean) instead, which is the value here
+minus the score of the clean image. This difference cancels in its ROADCombined, which equals ROAD here at
+equal levels (its percentile p removes the level 1 - p / 100; its default is nine levels from 0.1 to 0.9,
+the paper's is seven). The paper itself reports how often the prediction survives.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def road_combined_values(lerf: Tensor, morf: Tensor) -> Tensor:
 
 
 class _RoadMetric(MeanMetric):
-    """``update(scores, valid=None)`` with (B, L) scores, one a level."""
+    """``update(scores, valid=None)`` with scores (B, L), one per level."""
 
     values = road_values
 
@@ -90,7 +90,7 @@ class RoadLeRF(_RoadMetric):
 
 
 class RoadCombined(MeanMetric):
-    """ROAD: ``update(lerf, morf, valid=None)`` with (B, L) scores; higher is better."""
+    """ROAD: ``update(lerf, morf, valid=None)`` with scores (B, L); higher is better."""
 
     metric = "ROAD"
     higher_is_better = True
@@ -103,11 +103,11 @@ class RoadMetric(PerturbationMetric):
 
     Args:
         levels: removed fractions, in (0, 1).
-        noise: standard deviation of the noise on imputed pixels, the same field at all levels and
-            for all methods.
-        tolerance: of the imputation, see :func:`xattn.eval.fills.imputation.impute`.
+        noise: standard deviation of the noise on imputed pixels; the same noise is used at all levels
+            and for all methods.
+        tolerance: tolerance of the imputation, see :func:`xattn.eval.fills.imputation.impute`.
 
-    A constant map has no order: NaN.
+    A constant map has no order, so its value is NaN.
     """
 
     levels: tuple[float, ...] = LEVELS

@@ -1,10 +1,10 @@
 """One scheduler for all perturbed images: fixed micro-batches, bounded memory, no image scored twice.
 
-Every forward pass has exactly ``max_forward_batch`` images. A network may give other bits at
-another batch size, and "q > p" would then hold for identical images; with one shape it cannot.
-The place of an image in the micro-batch does not matter where the size is a multiple of 4 (matrix
-products treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6). Where
-memory runs out, the passes go on at half the size (:mod:`xattn.runtime.memory`).
+Every forward pass has exactly ``max_forward_batch`` images. At another batch size a network may return
+slightly different bits, and then "q > p" could hold for identical images; with a single shape it cannot.
+If the size is a multiple of 4, the position of an image in the micro-batch does not matter (matrix products
+treat the last rows of other sizes differently: lite0's logits move by 1e-7 at 6). If memory runs out, the
+passes continue at half the size (:mod:`xattn.runtime.memory`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from xattn.eval.interfaces import ScoredModel
 from xattn.runtime.memory import ForwardBatches
 
-LEAST = 8  # images a pass; masked copies of one photo fill it, and larger passes gain little
+LEAST = 8  # images per pass; masked copies of one photo fill it, and larger passes gain little
 
 
 def micro_batch(max_forward_batch: int, images: int | None) -> int:
-    """The shape of a run's passes: ``max_forward_batch``, or less if there are fewer images.
+    """The batch size of a run's passes: ``max_forward_batch``, or less if there are fewer images.
 
-    A multiple of 4, at least ``LEAST``; a pure function of what the run was given, so that resumed runs
-    and all processes of a run have the same. ``images`` None: their number is not known.
+    It is a multiple of 4 and at least ``LEAST``, and depends only on the run's arguments, so that resumed
+    runs and all processes of a run use the same size. ``images`` is None if their number is unknown.
 
     >>> [micro_batch(32, n) for n in (1, 8, 9, 30, 31, 1000, None)]
     [8, 8, 12, 32, 32, 32, 32]
@@ -39,7 +39,7 @@ def micro_batch(max_forward_batch: int, images: int | None) -> int:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A promised score; ``done`` once its micro-batch has run."""
+    """A score to come; ``done`` is True once its micro-batch has run."""
 
     target: int
     score: float = float("nan")
@@ -48,7 +48,7 @@ class Ticket:
 
 
 class Clean(NamedTuple):
-    """Of b unmasked images: scores (b,) of the ``classes`` (b,), all ``scores`` and ``logits`` (b, K)."""
+    """The ``classes`` (b,) of b clean images, their scores p (b,), and all scores and logits (b, K)."""
 
     p: Tensor
     classes: Tensor
@@ -57,19 +57,20 @@ class Clean(NamedTuple):
 
 
 class MaskedScorer:
-    """Score of a fixed class on many perturbed images, through one micro-batch shape.
+    """Scores a fixed class on many perturbed images, with micro-batches of a single shape.
 
-    ``submit`` returns a :class:`Ticket` at once; it is resolved when the micro-batch is full or on
-    ``flush``, which pads the last one. At most ``max_forward_batch`` perturbed images are alive.
+    ``submit`` returns a :class:`Ticket` at once. It is resolved when the micro-batch is full, or by
+    ``flush``, which pads the last micro-batch. At most ``max_forward_batch`` perturbed images are in
+    memory.
 
     Args:
-        score: ``"logit"``, or any other name for what ``backbone.probabilities`` gives.
+        score: ``"logit"``, or any other name for what ``backbone.probabilities`` returns.
         precision: ``"float32"``, or ``"bfloat16"`` for passes under autocast.
 
     Attributes:
-        requested: scores asked for.
-        scored: images that went through the backbone, clean ones included, padding not.
-        batches: forward passes of ``max_forward_batch`` images.
+        requested: number of scores requested.
+        scored: number of images that went through the backbone, including clean images but not padding.
+        batches: number of forward passes of ``max_forward_batch`` images.
     """
 
     def __init__(
@@ -93,14 +94,14 @@ class MaskedScorer:
     def clean(self, images: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(b, 3, H, W) unmasked images, b <= max_forward_batch -> scores (b,) float64, classes (b,).
 
-        Without ``targets`` the class is the prediction. Later requests that equal a clean image
-        get the same score.
+        Without ``targets`` the class is the predicted one. Later requests for an image that equals a clean
+        image get the same score.
         """
         return self.clean_classes(images, targets)[:2]
 
     @torch.no_grad()
     def clean_classes(self, images: Tensor, targets: Tensor | None = None) -> Clean:
-        """:meth:`clean`, and scores and logits (b, K) of all classes."""
+        """Like :meth:`clean`, with the scores and logits (b, K) of all classes."""
         every = self._logits(pad_batch(images, self.max_forward_batch))[: len(images)]
         scores = self._scores(every)
         self.scored += len(images)
@@ -117,10 +118,10 @@ class MaskedScorer:
 
     @torch.no_grad()
     def answers(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(n, ...) inputs, n <= max_forward_batch -> logits (n, K) float64, of images or of what
-        ``function`` takes in their place.
+        """Inputs (n, ...), n <= max_forward_batch -> logits (n, K) float64.
 
-        In a pass of the next multiple of 4, so that equal inputs have equal logits.
+        The inputs are images, or whatever ``function`` takes instead. The pass is padded to the next
+        multiple of 4, so that equal inputs have equal logits.
         """
         self.scored += len(inputs)
         return self._logits(pad_batch(inputs, -(-len(inputs) // 4) * 4), function)[
@@ -130,15 +131,15 @@ class MaskedScorer:
     def submit(
         self, perturbed: Tensor, target: int, shared: bool = True, hit: bool = False
     ) -> Ticket:
-        """Ask for the score of ``target`` on one perturbed image (3, H, W), which is copied.
+        """Request the score of ``target`` on one perturbed image (3, H, W), which is copied.
 
-        ``shared``: look for an equal image among the earlier ones, by a hash of its pixels. ``hit``: ask
-        whether the class has the highest score.
+        ``shared``: look for an equal earlier image by a hash of its pixels. ``hit``: request whether the
+        class has the highest score.
         """
         self.requested += 1
         if not shared:
             ticket = Ticket(target, hit=hit)
-            place = self._place(perturbed)  # may run what waits, and start a new list
+            place = self._place(perturbed)  # may run pending images and start a new list
             self._waiting[place].append(ticket)
             return ticket
         digest = self._digest(perturbed)
@@ -154,12 +155,12 @@ class MaskedScorer:
         return ticket
 
     def flush(self) -> None:
-        """Run what waits, padded to the one shape."""
+        """Run all pending images, padded to the fixed shape."""
         if self._waiting:
             self._run()
 
     def forget(self) -> None:
-        """Forget earlier images, so that memory stays flat. Tickets stay valid."""
+        """Forget earlier images, so that memory use stays constant. Tickets stay valid."""
         self._known.clear()
 
     # ------------------------------------------------------------------ micro-batches
@@ -203,7 +204,7 @@ class MaskedScorer:
         return torch.cat([part.float().cpu() for part in parts])
 
     def _digest(self, image: Tensor) -> bytes:
-        """128 bits of the pixels: two multilinear hashes mod 2^64, on whatever device."""
+        """A hash of the pixels in 128 bits: two multilinear hashes mod 2^64, on the image's device."""
         pixels = image.detach().float().contiguous().view(-1)
         words = (pixels if len(pixels) % 2 == 0 else F.pad(pixels, (0, 1))).view(torch.int64)
         words = words ^ (words >> 32)  # a change of the highest bit alone must reach lower ones

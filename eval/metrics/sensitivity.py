@@ -1,9 +1,9 @@
-"""Max-sensitivity: how far a map moves when the image hardly does.
+"""Max-sensitivity: how much a map changes when the image hardly changes.
 
     SENS = max_d ||phi(x + d) - phi(x)|| / ||phi(x)||,    |d_i| <= r
 
-The norm is Euclidean, phi the raw map at the explainer's own resolution; the maximum is over random
-d, uniform in the ball, and so a lower bound of the true one. Yeh et al. 2019, arXiv 1901.09392.
+The norm is Euclidean, and phi is the raw map at the explainer's own resolution. The maximum is taken over
+random d, uniform in the ball, so it is a lower bound of the true one. Yeh et al. 2019, arXiv 1901.09392.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from xattn.eval.metrics.base import (
 from xattn.eval.metrics.curves import check_count
 from xattn.eval.metrics.mean_metric import MeanMetric
 
-BATCH = 16  # images alive at a time
+BATCH = 16  # images in memory at a time
 
 
 def max_sensitivity_values(maps: Tensor, perturbed: Tensor) -> Tensor:
-    """(B,) float64, lower is better, at least 0; NaN for a map of zeros or non-finite maps.
+    """Max-sensitivity (B,), float64, at least 0; lower is better. NaN for all-zero or non-finite maps.
 
-    ``captum.metrics.sensitivity_max`` divides by 1 where the map is zero.
+    ``captum.metrics.sensitivity_max`` divides by 1 if the map is zero.
 
     Args:
         maps: phi(x), (B, 1, h, w).
@@ -66,15 +66,15 @@ def _ratio(moves: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MaxSensitivityMetric(PerturbationMetric):
-    """Max-sensitivity: explains ``samples`` perturbed images and once more the image itself.
+    """Max-sensitivity, which explains ``samples`` perturbed images and the image itself once more.
 
-    x + d is clamped to [0, 1], which explainers ask for; ``captum.metrics.sensitivity_max`` does not
-    clamp. The two agree where every pixel is at least ``radius`` away from 0 and 1; elsewhere the
-    clamped perturbation is smaller. d depends on the image alone, not on the method.
+    x + d is clamped to [0, 1], since explainers require it; ``captum.metrics.sensitivity_max`` does not
+    clamp. The two agree if every pixel is at least ``radius`` away from 0 and 1; otherwise the clamped
+    perturbation is smaller. d depends only on the image, not on the method.
 
     Args:
         radius: r, in pixel values of [0, 1].
-        samples: how many d.
+        samples: number of perturbations d.
     """
 
     radius: float = 0.02

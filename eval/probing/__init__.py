@@ -1,10 +1,10 @@
-"""Attentive heads trained as classifiers on a frozen backbone, side by side in one table.
+"""Trains attentive heads as classifiers on a frozen backbone and compares them in one table.
 
     xattn probe PHOTOS --heads gap efficient_probe abmilp
 
-Features are cached once for each set of taps that the heads ask for. Every head is trained on the same
-photos, stopped early by the same validation photos, and reported on the test photos, which nothing
-else looks at. The test answers of several folds or seeds are put together.
+Features are computed once for each set of taps that the heads ask for. Every head is trained on the same
+photos, stopped early by the same validation photos, and scored on the test photos, which are used for
+nothing else. The test answers of several folds or seeds are pooled.
 """
 
 from xattn.eval.probing.probe_job import ProbeJob

@@ -1,4 +1,4 @@
-"""What ``xattn probe`` is asked to do."""
+"""The settings of ``xattn probe``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from xattn.training.run_folder import RUN_FILE
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeJob:
-    """What ``xattn probe`` does.
+    """The settings of one ``xattn probe`` run.
 
-    ``heads`` are names; ``options`` are theirs, as ``head.name=value``. ``folds`` are the numbers of the
-    fifths to report on; ``seeds`` set the heads' weights and the order of the photos. The split depends
-    on ``split_seed`` alone. ``taps`` replace those that each head asks for. ``sample`` is how many
-    photos are explained at each checkpoint of each head; the pack ``sample`` lies beside the head.
+    ``heads`` are names and ``options`` their options, as ``head.name=value``. ``folds`` are the numbers of
+    the fifths to test on; ``seeds`` set the heads' weights and the order of the photos. The split depends
+    only on ``split_seed``. ``taps`` replace those that each head asks for. ``sample`` is the number of
+    photos explained at each checkpoint of each head; their maps form the pack ``sample`` beside the head.
     """
 
     backbone: Backbone
@@ -73,12 +73,12 @@ class ProbeJob:
         return options
 
     def folder(self, output: Path, head: str, fold: int, seed: int) -> Path:
-        """Where the run of one head, fold and seed lies below ``output``."""
+        """The folder below ``output`` for the run of one head, fold and seed."""
         several = len(self.folds) * len(self.seeds) > 1
         return output / head / f"fold-{fold}-seed-{seed}" if several else output / head
 
     def check_output(self, output: Path, resume: bool) -> None:
-        """Raise a ValueError if ``output`` holds a run, unless it is to be resumed."""
+        """Raise a ValueError if ``output`` already holds a run, unless it is to be resumed."""
         runs = itertools.product(self.heads, self.folds, self.seeds)
         begun = [f for run in runs if ((f := self.folder(output, *run)) / RUN_FILE).is_file()]
         if begun and not resume:

@@ -1,4 +1,4 @@
-"""The table of probed heads: accuracy, calibration, parameters, operations; as Markdown, JSON and CSV."""
+"""The table of probed heads as Markdown, JSON and CSV: accuracy, calibration, parameters and operations."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from xattn.training.probe import ProbeScores
 
 @dataclass
 class ProbeRow:
-    """One head of the table: ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece`` is
-    that of all answers together, ``macs`` are one photo's multiply-adds from tokens to logits;
-    ``answers`` has a line for each photo and seed."""
+    """One head of the table.
+
+    ``correct`` (photos, seeds) holds 1 where the answer was right, ``ece`` is the calibration error of all
+    answers together, ``macs`` are the multiply-adds for one photo from tokens to logits, and ``answers``
+    has a line for each photo and seed."""
 
     head: str
     accuracy: Interval
@@ -44,7 +46,7 @@ class ProbeRow:
 
 @dataclass
 class HeadScores:
-    """What the runs of one head gave, fold by fold, of each fold ``seeds`` runs."""
+    """The answers of all runs of one head, fold by fold, with ``seeds`` runs in each fold."""
 
     seeds: int
     tests: list[ProbeScores] = field(default_factory=list)
@@ -54,8 +56,8 @@ class HeadScores:
 
 
 def table_row(name: str, head: AttentiveHead, features: Features, scores: HeadScores) -> ProbeRow:
-    """The row of a head, of which ``head`` is any of the trained ones."""
-    # Photos are resampled, not answers: seeds answer the same photos.
+    """The row of a head; ``head`` may come from any of its runs."""
+    # Photos are resampled, not answers, because all seeds answer the same photos.
     tests = scores.tests
     folds = [tests[i : i + scores.seeds] for i in range(0, len(tests), scores.seeds)]
     correct = np.concatenate(
@@ -111,8 +113,9 @@ def format_rows(rows: Sequence[ProbeRow]) -> str:
 
 
 def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool = False) -> None:
-    """Refuse a ``folder`` whose ``results.json`` or ``results.csv`` another job has written; given the
-    ``heads`` of this one, also results that it would replace."""
+    """Raise a ValueError if another job has written ``results.json`` or ``results.csv`` in ``folder``.
+
+    With the ``heads`` of this job, also raise if the job would replace results that are there."""
     found: Any = None
     try:
         found = strict_json.parse((folder / RESULTS).read_bytes(), nan=True)
@@ -123,7 +126,7 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
         own = False
     if not own:
         raise ValueError(
-            f"output: {folder} holds results that are not of xattn probe; give another --output"
+            f"output: {folder} holds results that are not from xattn probe; give another --output"
         )
     if heads is None or found is None:
         return
@@ -143,10 +146,10 @@ def check_results(folder: Path, heads: Sequence[str] | None = None, resume: bool
 def write_results(
     rows: Sequence[ProbeRow], labels: Labels, job: ProbeJob, folder: Path
 ) -> list[Path]:
-    """``results.json``, ``results.csv`` and, with a line a photo and seed, ``answers.csv`` in ``folder``.
+    """Write ``results.json``, ``results.csv`` and ``answers.csv`` (a line per photo and seed).
 
     Raises:
-        ValueError: they are there and of another job, see :func:`check_results`.
+        ValueError: these files already exist and are from another job, see :func:`check_results`.
     """
     check_results(folder)
     records = [

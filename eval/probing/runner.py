@@ -30,11 +30,11 @@ def run_probes(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> tuple[list[ProbeRow], Labels, list[tuple[str, str]]]:
-    """Cache, split, train and report; returns the rows, the labels, and the photos that could not be read.
+    """Cache features, split, train and score; returns the rows, the labels and the unreadable photos.
 
-    The heads lie in ``output/<head>/head``, with several folds or seeds in
-    ``output/<head>/fold-<k>-seed-<s>/head``. With ``resume`` finished heads are not trained again;
-    without it an ``output`` that holds one of them is refused.
+    Each head is written to ``output/<head>/head``, or to ``output/<head>/fold-<k>-seed-<s>/head`` if there
+    are several folds or seeds. With ``resume``, finished heads are not trained again; without it, an
+    ``output`` that already holds one of them is an error.
     """
     job.check()
     options = job.head_options()
@@ -69,9 +69,9 @@ def run_probes(
 
 
 def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
-    """The photos, the labels of all that were given, and the class of each photo that is a file.
+    """The photos, the labels of all photos given, and the class of each photo that is a file.
 
-    Of photos in files, those without a label are left out: they need no features.
+    Photo files without a label are left out, since they need no features.
     """
     photos = open_photos(job.data)
     labels = read_labels([photos.name(i) for i in range(len(photos))], job.labels)
@@ -86,7 +86,9 @@ def _labelled_photos(job: ProbeJob) -> tuple[Photos, Labels, dict[Any, str]]:
 def _cache_taps(
     job: ProbeJob, photos: Photos, progress: bool
 ) -> tuple[dict[str, Backbone], dict[tuple[str, ...], Features]]:
-    """The backbone of every head, one for each set of taps over the same weights; a cache for each set."""
+    """The backbone of every head and a feature cache for each set of taps.
+
+    Heads with the same taps share a backbone, and all backbones share the same weights."""
     backbones: dict[str, Backbone] = {}
     by_taps: dict[tuple[str, ...], Backbone] = {}
     for name in job.heads:
@@ -126,7 +128,7 @@ def new_head(
 
 @dataclass(frozen=True)
 class _Training:
-    """What the training of all heads shares; ``sampled`` are the photos to explain."""
+    """What all heads share in training; ``sampled`` are the photos to explain."""
 
     job: ProbeJob
     output: Path
@@ -147,7 +149,7 @@ class _Training:
         seed: int,
         scores: HeadScores,
     ) -> None:
-        """Train ``head`` on one part of the photos, and add what it answers on the test photos."""
+        """Train ``head`` on one split of the photos, and add its answers on the test photos."""
         folder = self.job.folder(self.output, name, fold, seed)
         sample = None
         if self.sampled:

@@ -507,11 +507,11 @@ def test_the_maps_of_a_sample_are_those_of_the_head_at_that_step(backbone, tmp_p
 def test_results_of_another_job_are_not_overwritten(backbone, tmp_path, file, text, capsys):
     (tmp_path / file).write_text(text)
     job = ProbeJob(backbone=backbone, data=[], labels=None, heads=())
-    with pytest.raises(ValueError, match=r"output: .* not of xattn probe; give another --output"):
+    with pytest.raises(ValueError, match=r"output: .* not from xattn probe; give another --output"):
         write_results([], read_labels(NAMES), job, tmp_path)
     before = ["probe", "hfds/nowhere", "-b", "no_such_model", "--output", str(tmp_path)]
     assert main(before) == 2
-    assert "not of xattn probe" in capsys.readouterr().err  # before the backbone is asked for
+    assert "not from xattn probe" in capsys.readouterr().err  # before the backbone is asked for
     assert (tmp_path / file).read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 

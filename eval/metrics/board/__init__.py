@@ -1,1 +1,1 @@
-"""Metrics of tables of outcomes and contrasts, which no shape of a map can win, and what stands beside."""
+"""Metrics of a board: tables of outcomes and contrasts, in which a map's shape alone earns nothing."""

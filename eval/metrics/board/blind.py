@@ -2,9 +2,9 @@
 
     mean over halves of sum_{u hidden} |phi(u)| / sum_u |phi(u)|,    phi of f'(x) = f(x o M + b o (1 - M))
 
-M keeps the top, left, bottom or right half, b is the mean colour. Gradients of f' by its input have 0.
-CAMs of the last layer reach across the border by its receptive field and give what is behind it the
-value of no evidence (arXiv 2404.01964).
+M keeps the top, left, bottom or right half; b is the mean colour. Gradients of f' with respect to its input
+score 0. CAMs of the last layer do not: their receptive field crosses the border, and the hidden half gets
+the value of no evidence (arXiv 2404.01964).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def leak_values(maps: Tensor, hidden: Tensor) -> Tensor:
-    """Share of |phi| of maps (B, 1, H, W) in what is ``hidden`` (H, W) bool, (B,) float64 in [0, 1].
+    """The share of |phi| of maps (B, 1, H, W) where ``hidden`` (H, W) is True, (B,) float64 in [0, 1].
 
-    NaN where a map is 0 or not finite.
+    NaN if a map is all zero or not finite.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: the shapes do not match.
     """
     functional.check_maps(maps)
     if hidden.shape != maps.shape[2:]:
@@ -46,7 +46,7 @@ def leak_values(maps: Tensor, hidden: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlindMetric(PerturbationMetric):
-    """The mean over four halves; the method explains the same class on a network that sees one of them."""
+    """The mean over four halves; each time the method explains a network that sees only one half."""
 
     explains_again: ClassVar[bool] = True
     explains_randomized: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class BlindMetric(PerturbationMetric):
 
 
 class BlindLeak(MeanMetric):
-    """Mean share of maps that is hidden; ``update(maps, hidden, valid=None)``."""
+    """Mean share of maps in the hidden half; ``update(maps, hidden, valid=None)``."""
 
     metric = "blind"
     higher_is_better = False

@@ -1,9 +1,10 @@
-"""Class contrast: does the map of each of two classes fit the outcomes of its own class better?
+"""Class contrast: does the map of each of two classes fit the outcomes of its own class better than the
+other map does?
 
     [S(phi_a, T_a) - S(phi_b, T_a) + S(phi_b, T_b) - S(phi_a, T_b)] / 2
 
 S is ``squares`` (or ``single-deletion``), T_k the outcomes of class k, a the explained class, b the
-likeliest other one. A map that ignores the class has exactly 0; perfect and opposite maps have 2.
+most probable other class. A map that ignores the class scores exactly 0; perfect, opposite maps score 2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BASES: Mapping[str, type[CorrelationMetric]] = {
 
 @dataclass(frozen=True)
 class ContrastMetric(TableMetric):
-    """What contrasts of ``base``, ``"squares"`` or ``"single-deletion"``, share."""
+    """Base of contrasts of a metric ``base``, which is ``"squares"`` or ``"single-deletion"``."""
 
     base: str = "squares"
     explains_again: ClassVar[bool] = True
@@ -40,7 +41,7 @@ class ContrastMetric(TableMetric):
             raise ValueError(f"base: got {self.base!r}; choose one of {', '.join(BASES)}")
 
     def agreement(self, table: OutcomeTable, raw: Tensor | None, target: int) -> float:
-        """S; 0 where there is no map, or where it is not defined."""
+        """S; 0 if there is no map or S is undefined."""
         if raw is None:
             return 0.0
         base = BASES[self.base](fill=self.fill, score=self.score, mean=self.mean)
@@ -60,7 +61,7 @@ class ContrastMetric(TableMetric):
         return (for_a + for_b) / 2
 
     def value(self, sample: Sample) -> float:
-        """Of one photo."""
+        """The contrast of one photo."""
         raise NotImplementedError
 
     def measure(self, sample: Sample) -> Generator[Request, None, Finish]:
@@ -71,7 +72,7 @@ class ContrastMetric(TableMetric):
 
 @dataclass(frozen=True)
 class ClassContrastMetric(ContrastMetric):
-    """Of the explained class and the likeliest other one, whose map is made as well."""
+    """Contrast of the explained class and the most probable other class, for which a map is also made."""
 
     compares: ClassVar[str] = "class"
 

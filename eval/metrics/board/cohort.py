@@ -1,8 +1,8 @@
-"""What contrasts compare a map with: the method's maps of another class, photo or network, and of mosaics.
+"""The maps that contrasts compare with: those of another class, photo or network, and of mosaics.
 
-Contrasts are 0 by algebra for a map that ignores the photo, the class or the network. That holds to the
-last bit only where both maps come from passes of one shape, so maps are made a chunk of photos at a
-time, as the method's own are, each once and only where one is asked for.
+By construction, a contrast is 0 for a map that ignores the photo, the class or the network. This holds to
+the last bit only if both maps come from passes of the same shape. Maps are therefore made for a chunk of
+photos at a time, like the method's own maps, each once and only if it is needed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from xattn.eval import functional
 from xattn.eval.metrics.board.table import OutcomeTable
 
 Maps = list[Tensor | None]
-"""Raw maps (1, h, w) of some photos, None where there is none."""
+"""Raw maps (1, h, w) of some photos; None for a photo without a map."""
 
 
 class Mosaic(NamedTuple):
-    """n x n photos side by side, row by row, their ``classes``, the ``table`` of the whole, and the place
-    of the first photo in its chunk."""
+    """n x n photos side by side, row by row, with their ``classes``, the ``table`` of the whole mosaic and
+    the index of the first photo in its chunk."""
 
     n: int
     classes: tuple[int, ...]
@@ -33,11 +33,11 @@ class Mosaic(NamedTuple):
 
 
 class Company:
-    """The photos of a chunk beside each other.
+    """The photos of a chunk, for metrics that compare them.
 
     Args:
-        tables: of each photo.
-        targets: the explained classes.
+        tables: the table of outcomes of each photo.
+        targets: the explained class of each photo.
     """
 
     def __init__(self, tables: Sequence[OutcomeTable], targets: Sequence[int]) -> None:
@@ -45,17 +45,17 @@ class Company:
         self._mosaics: dict[tuple[int, float, bool], dict[int, Mosaic]] = {}
 
     def next_photo(self, i: int) -> int | None:
-        """The next photo, after the last the first, of another predicted class."""
+        """The next photo with another predicted class, starting over at the first after the last."""
         predicted = [int(table.clean.argmax()) for table in self.tables]
         order = [*range(i + 1, len(predicted)), *range(i)]
         return next((j for j in order if predicted[j] != predicted[i]), None)
 
     def mosaic(self, i: int, n: int, confidence: float, halved: bool) -> Mosaic | None:
-        """The mosaic whose first photo is ``i``; each photo is in one at most.
+        """The mosaic whose first photo is ``i``; each photo is in at most one mosaic.
 
         Args:
-            confidence: photos whose explained class is less probable are in none.
-            halved: cells are smaller by n, so that the mosaic has the size of a photo.
+            confidence: photos whose explained class is less probable are left out.
+            halved: cells are shrunk by n, so that the mosaic has the size of a photo.
         """
         key = n, confidence, halved
         if key not in self._mosaics:
@@ -86,7 +86,7 @@ class Company:
 
 
 def mosaic_of(images: Tensor, n: int, halved: bool) -> Tensor:
-    """n^2 photos (n^2, 3, H, W), row by row -> (3, n H, n W), or (3, H, W) of smaller ones."""
+    """n^2 photos (n^2, 3, H, W), row by row -> (3, n H, n W), or (3, H, W) of shrunk photos."""
     height, width = images.shape[-2:]
     if halved:
         size = (height // n, width // n)
@@ -102,15 +102,15 @@ class Cohort:
     """One method on the photos of a chunk.
 
     Args:
-        own: the raw maps of each photo's own class.
-        parts: which photos are explained at a time.
-        explain: (places, targets (b,)) -> maps of these photos as ``own`` was made.
-        randomized: (places) -> maps of their own classes on a network of random weights; None where the
-            method has none.
+        own: the raw maps of each photo's explained class.
+        parts: which photos are explained together in one batch.
+        explain: (places, targets (b,)) -> maps of these photos, made like ``own``.
+        randomized: (places) -> maps of the photos' explained classes on a network with random weights;
+            None if the method has none.
         alone: (images (b, 3, H, W), targets (b,)) -> raw maps (b, 1, h, w).
-        resize: how maps reach a photo's size.
-        keep: is given the raw maps that are made, (1, h, w) of the kinds "class" and "network" and
-            (n^2, h, w) of a "mosaic", with the place of their photo.
+        resize: how maps are resized to the photo.
+        keep: called with each raw map that is made, and the place of its photo: (1, h, w) for the kinds
+            "class" and "network", (n^2, h, w) for a "mosaic".
     """
 
     company: Company
@@ -127,20 +127,20 @@ class Cohort:
         self._of_mosaics: dict[int, Tensor] = {}
 
     def of_next_photo(self, i: int) -> Tensor | None:
-        """The map of the next photo, at this one's size; None where it has none."""
+        """The map of the next photo, resized to this one; None if it has no map."""
         j = self.company.next_photo(i)
         return None if j is None else self._sized(self.own[j], i)
 
     def of_second_class(self, i: int) -> Tensor | None:
-        """The map of the likeliest class but the explained one."""
+        """The map of the most probable class other than the explained one."""
         return self._of("class", i)
 
     def on_random_weights(self, i: int) -> Tensor | None:
-        """The map of the explained class on random weights; an error if the method has none there."""
+        """The map of the explained class on random weights; raises a ValueError if the method has none."""
         return self._of("network", i)
 
     def of_mosaic(self, mosaic: Mosaic) -> Tensor:
-        """(n^2, 1, h, w) raw maps of each of its classes."""
+        """Raw maps (n^2, 1, h, w) of the mosaic, one for each of its classes."""
         if id(mosaic) not in self._of_mosaics:
             targets = torch.tensor(mosaic.classes, device=mosaic.table.image.device)
             images = mosaic.table.image.expand(len(targets), -1, -1, -1).contiguous()

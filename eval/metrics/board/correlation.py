@@ -1,10 +1,10 @@
-"""What metrics of a table of outcomes share: the correlation of a map's sums with what the network answers.
+"""Base of metrics on a table of outcomes: the correlation of a map's sums with the drops of the score.
 
     mean over lists of r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-r is Pearson's or Spearman's correlation over the masks I of a list. Where masks of a list differ in area,
-as cells that do not divide the photo do, both sides are divided by it, so that neither a constant nor the
-area of a map earns anything.
+r is Pearson's or Spearman's correlation over the masks I of a list. If the masks of a list differ in area,
+as when cells do not divide the photo evenly, both sides are divided by the area. A constant map therefore
+earns nothing, and the area of a map does not matter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ AUTO = "auto"
 
 
 def can_drop(network: Any) -> bool:
-    """Whether patches can be left out of the sequence of ``network``."""
+    """Whether patches can be left out of the input sequence of ``network``."""
     if not isinstance(network, Backbone):
         return False
     try:
@@ -42,24 +42,24 @@ def can_drop(network: Any) -> bool:
 
 
 def cells_for(network: Any, fill: str, most: int = 14) -> int:
-    """A side of the grid of cells where none is given: ``most``, or the patches of a side where ``network``
+    """The default number of cells per side: ``most``, or the number of patches per side if ``network``
     drops patches and has fewer."""
     return min(most, *check_drops(network)) if fill == DROP else most
 
 
 def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tensor:
-    """r of a map's sums and of what the network's answer loses, both (B, I) -> (B,) float64 in [-1, 1].
+    """The correlation r of a map's sums and the drops of the score, both (B, I) -> (B,) in [-1, 1].
 
-    NaN where either is the same for all masks, or not finite.
+    The result is float64; NaN if either is the same for all masks, or not finite.
 
     >>> correlation_values(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]]))
     tensor([1.], dtype=torch.float64)
 
     Args:
-        ranks: Spearman's correlation in place of Pearson's.
+        ranks: use Spearman's correlation instead of Pearson's.
 
     Raises:
-        ValueError: not two tensors (B, I) of one shape.
+        ValueError: the arguments are not two tensors (B, I) of one shape.
     """
     if sums.ndim != 2 or sums.shape != drops.shape:
         raise ValueError(
@@ -70,7 +70,7 @@ def correlation_values(sums: Tensor, drops: Tensor, ranks: bool = False) -> Tens
 
 
 def _centred(values: Tensor) -> Tensor:
-    """(B, I) float64 less its mean; 0 where only rounding is left."""
+    """(B, I) float64 minus its mean; 0 where only rounding errors remain."""
     values = values.double()
     centred = values - values.mean(1, keepdim=True)
     largest = values.abs().amax(1, keepdim=True)
@@ -82,9 +82,9 @@ class TableMetric(PerturbationMetric):
     """A metric that reads a table of outcomes.
 
     Args:
-        fill: what stands for a part that goes: ``"mean"``, ``"black"`` or ``"blur"``, or ``"drop"``, which
-            leaves patches out of a ViT's sequence; ``"auto"`` is drop where that can be done, else mean.
-        score: ``"log-odds"`` of the class, or ``"logit"``.
+        fill: what replaces a removed part: ``"mean"``, ``"black"`` or ``"blur"``; or ``"drop"``, which
+            leaves patches out of a ViT's sequence. ``"auto"`` is ``"drop"`` if possible, else ``"mean"``.
+        score: the ``"log-odds"`` of the class, or its ``"logit"``.
         mean: (3,) the data set's mean colour in [0, 1].
     """
 
@@ -100,10 +100,10 @@ class TableMetric(PerturbationMetric):
             check_fill("fill", self.fill, self.mean)
 
     def for_network(self, network: Any) -> Self:
-        """The same with the fill that ``network`` allows.
+        """The same metric with a fill that ``network`` allows.
 
         Raises:
-            ValueError: it cannot drop patches, or no mean colour is known.
+            ValueError: the network cannot drop patches, or the mean colour is unknown.
         """
         if self.fill == DROP and not (self.drops and can_drop(network)):
             raise ValueError(
@@ -118,7 +118,7 @@ class TableMetric(PerturbationMetric):
 
     @property
     def behind(self) -> Behind:
-        """What stands for a part that goes."""
+        """What replaces a removed part."""
         return Behind(self.fill, self.mean if self.fill == "mean" else None)
 
     def options(self) -> dict[str, Any]:
@@ -130,12 +130,12 @@ class TableMetric(PerturbationMetric):
 
 @dataclass(frozen=True)
 class CorrelationMetric(TableMetric):
-    """The mean correlation over the lists of masks that a subclass gives."""
+    """The mean correlation over the lists of masks that a subclass defines."""
 
     ranks: ClassVar[bool] = False
 
     def lists(self) -> tuple[MaskList, ...]:
-        """The masks."""
+        """The lists of masks."""
         raise NotImplementedError
 
     def agreement(self, table: OutcomeTable, raw: Tensor, target: int) -> float:

@@ -1,10 +1,11 @@
-"""Efficient randomisation test: how much richer is the map of a network of random weights?
+"""Efficient randomisation test: how much more complex is the map of a network with random weights?
 
     eMPRT = (H(phi_random) - H(phi)) / H(phi)
 
-H is the entropy of a histogram of the map's values. Hedstroem et al. 2024, arXiv 2401.06465: a faithful
-method's map is rougher where there is nothing to explain. Noise has a large H, too, so a noisy method is
-not told from a good one. (Their smooth test is ``randomization`` with ``smooth=50``.)
+H is the entropy of a histogram of the map's values. Hedstroem et al. 2024, arXiv 2401.06465, expect the map
+of a faithful method to become more complex when there is nothing left to explain. Noise also has a large H,
+so the test cannot distinguish a noisy method from a good one. (Their smooth test is ``randomization`` with
+``smooth=50``.)
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from xattn.eval.metrics.curves import check_count
 
 
 def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
-    """Entropy in nats of the histogram of the values of maps (B, 1, H, W), (B,) float64.
+    """Entropy in nats of the histogram of each map's values, (B, 1, H, W) -> (B,) float64.
 
-    Bins of equal width span each map's values; a constant map has 0, one that is not finite NaN.
+    Bins of equal width span the values of each map. A constant map has entropy 0, a non-finite map NaN.
 
     >>> histogram_entropy(torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 2, 2))
     tensor([0.6931], dtype=torch.float64)
@@ -49,10 +50,10 @@ def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
 
 @dataclass(frozen=True)
 class EMPRTMetric(PerturbationMetric):
-    """The method explains the same class on the network whose weights are all random.
+    """Compares the map with the method's map of the same class on the network with all weights random.
 
     Args:
-        bins: of the histogram.
+        bins: number of bins of the histogram.
     """
 
     bins: int = 100

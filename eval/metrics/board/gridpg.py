@@ -1,8 +1,8 @@
-"""GridPG: of a mosaic of n x n photos, how much of the positive map of a class lies in its own photo?
+"""GridPG: in a mosaic of n x n photos, how much of a class's positive map lies in its own photo?
 
     mean_i (sum_{u in cell i} phi_i(u)^+ / sum_u phi_i(u)^+),    phi_i of the class of cell i
 
-Boehle et al. 2021, arXiv 2104.00032; Rao et al. 2022, arXiv 2205.10435. A map that ignores the class has
+Boehle et al. 2021, arXiv 2104.00032; Rao et al. 2022, arXiv 2205.10435. A map that ignores the class scores
 exactly 1 / n^2, since the shares of one map add up to 1.
 """
 
@@ -31,15 +31,15 @@ from xattn.eval.metrics.board.cohort import Company, Mosaic
 from xattn.eval.metrics.board.masks import cell_sums
 from xattn.eval.metrics.curves import check_count
 
-NOTHING = 1e-7  # a positive part below this is none, as in the authors' program
+NOTHING = 1e-7  # a smaller positive part counts as 0, as in the authors' program
 
 
 def positive_shares(maps: Tensor, n: int) -> Tensor:
-    """Of maps (B, 1, H, W) the share of the positive part in each cell, (B, n^2) float64; 0 where there is
-    none.
+    """The share of the positive part of maps (B, 1, H, W) in each cell, (B, n^2) float64; 0 if a map has no
+    positive part.
 
-    Of a mosaic with two photos of the class the sum over both cells is the Focus of Arias-Duart et al. 2022
-    (arXiv 2109.15035).
+    If two photos of a mosaic show the class, the sum over both cells is the Focus of Arias-Duart et al.
+    2022 (arXiv 2109.15035).
     """
     functional.check_maps(maps)
     parts = torch.stack([cell_sums(m[0].clamp_min(0).cpu(), (n, n)).flatten() for m in maps])
@@ -48,13 +48,13 @@ def positive_shares(maps: Tensor, n: int) -> Tensor:
 
 
 def gridpg_values(maps: Tensor) -> Tensor:
-    """(B, n^2, 1, H, W) maps of the class of each cell, row by row -> (B,) float64 in [0, 1].
+    """Maps (B, n^2, 1, H, W), one for the class of each cell, row by row -> (B,) float64 in [0, 1].
 
     >>> gridpg_values(torch.ones(1, 4, 1, 6, 6))
     tensor([0.2500], dtype=torch.float64)
 
     Raises:
-        ValueError: another shape, or a number of classes that is no square.
+        ValueError: the shape is another, or the number of classes is not a square number.
     """
     n = round(maps.shape[1] ** 0.5) if maps.ndim == 5 else 0
     if n < 1 or n * n != maps.shape[1]:
@@ -66,14 +66,16 @@ def gridpg_values(maps: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MosaicOptions(PerturbationMetric):
-    """Mosaics are made of the photos of a chunk, each of which is in one at most; the value stands with the
-    first photo of each, and other photos have none.
+    """Options of metrics on mosaics.
+
+    Mosaics are made of the photos of a chunk; each photo is in at most one. The value belongs to the first
+    photo of each mosaic; the other photos have none.
 
     Args:
-        n: photos a side.
-        confidence: only of photos whose class has this probability at least.
-        halved: photos are smaller by n, so that a mosaic has the size of a photo; None for networks that
-            take one size alone, which are those whose grid of patches is fixed.
+        n: photos per side.
+        confidence: only photos whose class has at least this probability are used.
+        halved: whether photos are shrunk by n, so that a mosaic has the size of a photo. None: only for
+            networks with a fixed grid of patches, which take inputs of one size only.
     """
 
     n: int = 2
@@ -98,7 +100,7 @@ class MosaicOptions(PerturbationMetric):
         return made  # type: ignore[return-value]
 
     def mosaic(self, company: Company, place: int) -> Mosaic | None:
-        """The mosaic that the photo at ``place`` leads."""
+        """The mosaic whose first photo is the one at ``place``, or None."""
         return company.mosaic(place, self.n, self.confidence, bool(self.halved))
 
     def can_compare(self, company: Company, place: int) -> bool:
@@ -112,7 +114,7 @@ class MosaicOptions(PerturbationMetric):
         )
 
     def mosaic_of(self, sample: Sample) -> Mosaic:
-        """The mosaic that the photo leads; an error if there is none."""
+        """The mosaic whose first photo is this one; raises a ValueError if there is none."""
         found = self.mosaic(sample.cohort.company, sample.place)
         if found is None:
             raise ValueError("mosaic: this photo leads none")
@@ -121,7 +123,7 @@ class MosaicOptions(PerturbationMetric):
 
 @dataclass(frozen=True)
 class GridPGMetric(MosaicOptions):
-    """The mean over the classes of a mosaic, each of which is explained; n = 3 in the papers."""
+    """The mean over all classes of a mosaic, each of which is explained; the papers use n = 3."""
 
     compares: ClassVar[str] = "mosaic"
     explains_again: ClassVar[bool] = True

@@ -1,11 +1,11 @@
-"""Information curves: how few bytes of a photo bring back the score of its class (SIC), or a hit (AIC)?
+"""Information curves: how few bytes of a photo restore its class's score (SIC) or the prediction (AIC)?
 
     area under max_{s <= t} y_s over x_t,    x_t = (b_t - b_0) / (b - b_0),    y_t = (p_t - p_0) / (p - p_0)
 
-Image t shows the photo where the map is highest, and elsewhere what 1 % of its pixels, drawn at random,
-say of it by linear interpolation; b is the size of an image as lossless WebP, p the score of the class,
-or whether it is first. Kapishnikov et al. 2019, arXiv 1906.02825; their program interpolates anew at
-every step.
+Image t shows the photo where the map is highest. Elsewhere it is interpolated linearly from a random 1 % of
+the pixels. b is the size of an image as lossless WebP; p is the score of the class, or 1 if the class is
+predicted and else 0. Kapishnikov et al. 2019, arXiv 1906.02825; their program interpolates again at every
+step.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LEVELS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.13, 0.21, 0.34, 0.5,
 
 
 def information_area(sizes: Tensor, scores: Tensor) -> float:
-    """The area, of T ``sizes`` in bytes and ``scores``, of the blurred photo first and of the photo last.
+    """The area under T ``scores`` over ``sizes`` in bytes, from the blurred photo first to the photo last.
 
-    NaN where the photo scores or weighs no more than the blurred one.
+    NaN if the photo does not score more, or is not larger, than the blurred one.
 
     >>> information_area(torch.tensor([10.0, 20.0, 30.0]), torch.tensor([0.0, 1.0, 1.0]))
     0.75
@@ -54,9 +54,10 @@ def information_area(sizes: Tensor, scores: Tensor) -> float:
     return float(torch.trapezoid(parts[1][order].cummax(0).values, x))
 
 
-@lru_cache(maxsize=64)  # every method asks for it; a tensor is known by its identity
+@lru_cache(maxsize=64)  # shared by all methods; a tensor is hashed by identity
 def interpolated(image: Tensor, share: float, seed: int) -> Tensor:
-    """A photo (3, H, W) from a random ``share`` of its pixels; outside of them the nearest one."""
+    """A photo (3, H, W) interpolated from a random ``share`` of its pixels; outside their hull, from the
+    nearest one."""
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 
     height, width = image.shape[-2:]
@@ -82,12 +83,12 @@ def webp_bytes(image: Tensor) -> int:
 
 @dataclass(frozen=True)
 class InformationCurvesMetric(PerturbationMetric):
-    """SIC and AIC, one pass a level and one for the blurred photo.
+    """SIC and AIC, with one pass per level and one for the blurred photo.
 
     Args:
         levels: shares of the pixels that are shown.
-        known: the share that the blurred photo is made of.
-        least: photos whose class scores less have no value.
+        known: the share of the pixels that the blurred photo is interpolated from.
+        least: photos with a lower score of the class have no value.
     """
 
     levels: tuple[float, ...] = LEVELS

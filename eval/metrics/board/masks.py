@@ -1,6 +1,6 @@
-"""Lists of masks that do not depend on any map: which part of a photo goes, by the photo's size and a seed.
+"""Lists of masks that depend only on the photo's size and a seed, not on any map.
 
-A part is a square, or a set of cells of a c x c grid whose borders lie at floor(i H / c).
+A mask removes a square, or a set of cells of a c x c grid whose borders lie at floor(i H / c).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MaskList(ABC):
-    """Masks of one kind; equal lists of a photo have equal masks, which all maps and metrics share.
+    """Masks of one kind. Equal lists have equal masks of a photo, which all maps and metrics share.
 
-    ``size`` is (h, w) in pixels, or in patches where patches are dropped. ``by_area``: whether sums
-    and drops are divided by the area of masks, where it is not the same for all of a list.
+    ``size`` is (h, w) in pixels, or in patches if patches are dropped. ``by_area`` says whether sums and
+    drops are divided by the area of each mask, if the areas in the list differ.
     """
 
     by_area: ClassVar[bool] = True
@@ -28,7 +28,7 @@ class MaskList(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many masks there are."""
+        """The number of masks."""
 
     @abstractmethod
     def removed(self, size: tuple[int, int], seed: int) -> Tensor:
@@ -39,7 +39,7 @@ class MaskList(ABC):
         """The sum of ``values`` (h, w) over what each mask removes, (count,) float64."""
 
     def _generator(self, seed: int) -> torch.Generator:
-        """Draws of this list alone, whatever other lists draw."""
+        """A random generator of this list, independent of those of other lists."""
         return torch.Generator().manual_seed(random.Random(f"{self!r} {seed}").getrandbits(63))
 
 
@@ -51,7 +51,7 @@ def _check_size(cells: int, size: tuple[int, int]) -> None:
 
 
 def _cumulative(values: Tensor) -> Tensor:
-    """(h, w) -> (h + 1, w + 1) float64, sums of all above and to the left."""
+    """(h, w) -> (h + 1, w + 1) float64, sums of all values above and to the left."""
     return torch.nn.functional.pad(values.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
 
 
@@ -72,8 +72,8 @@ def cell_sums(values: Tensor, cells: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Squares(MaskList):
-    """``rows`` squares inside the photo, all of one area: ``side`` of its shorter side. In pixels they are
-    those of infidelity."""
+    """``rows`` squares inside the photo, with sides of ``side`` times its shorter side. In pixels they are
+    the squares of infidelity."""
 
     rows: int = 50
     side: float = 0.25
@@ -100,7 +100,7 @@ class Squares(MaskList):
 
 @lru_cache(maxsize=64)  # every method asks for them
 def corners_of(squares: Squares, size: tuple[int, int], seed: int) -> tuple[Tensor, int]:
-    """Top and left (rows, 2) of squares, and their side."""
+    """The top-left corners (rows, 2) of squares, and their side."""
     generator = torch.Generator().manual_seed(seed)
     side = max(1, round(squares.side * min(size)))
     drawn = [
@@ -118,7 +118,7 @@ class _OfCells(MaskList):
 
     @abstractmethod
     def chosen(self, seed: int) -> Tensor:
-        """(count, cells^2) bool: the cells that go."""
+        """(count, cells^2) bool: the cells that each mask removes."""
 
     def removed(self, size: tuple[int, int], seed: int) -> Tensor:
         _check_size(self.cells, size)
@@ -140,7 +140,8 @@ class _OfCells(MaskList):
 
 @dataclass(frozen=True)
 class EachCell(_OfCells):
-    """Every cell by itself; ``equal`` ones have floor(H / c) rows, and a rest of the photo is in none."""
+    """Each cell on its own. With ``equal``, cells have floor(H / c) rows, and what remains of the photo
+    belongs to none."""
 
     equal: bool = False
 
@@ -182,7 +183,8 @@ class Subsets(_OfCells):
 
 @dataclass(frozen=True)
 class Tossed(_OfCells):
-    """``rows`` sets of which each cell is one with probability ``share``; area counts, as published."""
+    """``rows`` sets that include each cell with probability ``share``; as published, sums are not divided
+    by area."""
 
     by_area: ClassVar[bool] = False
     share: float = 0.2

@@ -1,6 +1,6 @@
-"""Class contrast on mosaics: class contrast on 2 x 2 photos, of the classes of the first two.
+"""Class contrast on mosaics of 2 x 2 photos, for the classes of the first two photos.
 
-The classes stand side by side, so maps that tell them apart only where both are likely have no excuse.
+Both classes are visible side by side, so a faithful map should be able to tell them apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xattn.eval.metrics.board.gridpg import MosaicOptions
 
 @dataclass(frozen=True)
 class MosaicContrastMetric(MosaicOptions, ContrastMetric):
-    """Class contrast of the first photo's class and the second's, on the mosaic."""
+    """Class contrast of the classes of the first two photos, on the mosaic."""
 
     compares: ClassVar[str] = "mosaic"
 

@@ -1,9 +1,9 @@
-"""MuFidelity: does the sum of a map over a random set of cells rank as what the network loses without them?
+"""MuFidelity: do sums of a map over random sets of cells rank the sets by the score lost without them?
 
     rho_I(sum_{u in I} phi(u), z_k(x) - z_k(x without I)),    each of 9 x 9 cells in I with probability .2
 
-Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. Sets have about one size, not exactly:
-a flat map earns what their area does.
+Bhatt et al. 2020, arXiv 2005.00631, with the defaults of Xplique. The sets differ slightly in size, so a
+flat map earns as much as their area predicts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from xattn.eval.metrics.curves import check_count
 
 @dataclass(frozen=True)
 class MuFidelityMetric(CorrelationMetric):
-    """Rank correlation over sets of cells of about one size.
+    """Rank correlation over sets of cells of about equal size.
 
     Args:
-        cells: a side of the grid.
-        share: the probability that a cell goes.
-        samples: sets.
+        cells: cells per side of the grid.
+        share: the probability that a cell is removed.
+        samples: number of sets.
     """
 
     ranks = True

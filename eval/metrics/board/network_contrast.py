@@ -1,8 +1,9 @@
-"""Network contrast: does the map fit the network's outcomes better than the map of random weights does?
+"""Network contrast: does the map fit the network's outcomes better than the map on random weights does?
 
     S(phi_f, T_f) - S(phi_g, T_f)
 
-g is f with random weights, S is ``squares`` (or ``single-deletion``). A map that reads no network has 0.
+g is f with random weights; S is ``squares`` (or ``single-deletion``). A map that ignores the network
+scores 0.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xattn.eval.metrics.board.class_contrast import ContrastMetric
 
 @dataclass(frozen=True)
 class NetworkContrastMetric(ContrastMetric):
-    """The method explains the same class on the network whose weights are all random."""
+    """Compares the map with the method's map of the same class on the network with all weights random."""
 
     compares: ClassVar[str] = "network"
     explains_randomized: ClassVar[bool] = True

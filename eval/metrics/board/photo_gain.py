@@ -1,8 +1,8 @@
-"""Photo gain: how much better is a map of its own photo than the method's map of another one?
+"""Photo gain: how much better does a map suit its own photo than the method's map of another photo does?
 
     A(phi(x), x) - A(phi(x'), x),    A = mean of squares, subsets and monotonicity
 
-x' is the next photo of another predicted class. A map that ignores the photo has exactly 0.
+x' is the next photo with another predicted class. A map that ignores the photo scores exactly 0.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from xattn.eval.metrics.monotonicity import MonotonicityMetric
 
 @dataclass(frozen=True)
 class PhotoGainMetric(TableMetric):
-    """What is shared with ``squares``, ``subsets`` and ``monotonicity``, whose default options are taken; a
-    correlation that is not defined counts as 0.
+    """Photo gain, from ``squares``, ``subsets`` and ``monotonicity`` with their default options.
+
+    An undefined correlation counts as 0.
 
     Args:
-        cells: a side of the grid of ``subsets``, by default as there.
+        cells: cells per side of the grid of ``subsets``; by default as in that metric.
         patch: side of the squares of ``monotonicity`` in pixels.
     """
 
@@ -80,7 +81,7 @@ class PhotoGainMetric(TableMetric):
 def _named(
     requests: Generator[Request, None, Finish], side: str
 ) -> Generator[Request, None, Finish]:
-    """The same requests under keys of their own."""
+    """The same requests with a prefix on their keys."""
     while True:
         try:
             request = next(requests)

@@ -1,10 +1,10 @@
-"""SaCo: do differences between groups of pixels in a map agree with what the class loses without each?
+"""SaCo: do differences between groups of pixels in a map agree with the score lost without each group?
 
     F = sum_{i < j} w_ij / sum_{i < j} |w_ij|,    w_ij = s_i - s_j if d_i >= d_j, else s_j - s_i
 
-s_i is the sum of the map over group i, of K groups of equally many pixels by rank; d_i = p - p(group i
-at the photo's mean colour). Wu et al. 2024, CVPR. A network that does not react has d_i = d_j, which
-counts as agreement: 1.
+The pixels are ranked and split into K groups of equal size. s_i is the sum of the map over group i, and
+d_i = p - p(group i at the photo's mean colour). Wu et al. 2024, CVPR. If the network does not react, then
+d_i = d_j, which counts as agreement: the value is 1.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def saco_values(salience: Tensor, drops: Tensor) -> Tensor:
-    """Salience of groups in descending order and what each costs, (B, K) -> (B,) float64 in [-1, 1].
+    """Salience of groups in descending order and the score lost without each, (B, K) -> (B,) in [-1, 1].
 
-    NaN where all groups have one salience.
+    The result is float64; NaN if all groups have the same salience.
 
     >>> saco_values(torch.tensor([[5.0, 4.0, 3.0, 2.0]]), torch.tensor([[4.0, 2.0, 3.0, 1.0]]))
     tensor([0.8000], dtype=torch.float64)
 
     Raises:
-        ValueError: not two tensors (B, K) of one shape.
+        ValueError: the arguments are not two tensors (B, K) of one shape.
     """
     if salience.ndim != 2 or salience.shape != drops.shape:
         raise ValueError(
@@ -53,10 +53,10 @@ def saco_values(salience: Tensor, drops: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SaCoMetric(PerturbationMetric):
-    """``groups`` of pixels by rank, one pass each.
+    """SaCo with ``groups`` of pixels by rank and one pass per group.
 
     Args:
-        groups: K.
+        groups: K, the number of groups.
     """
 
     groups: int = 10
@@ -83,7 +83,7 @@ class SaCoMetric(PerturbationMetric):
 
 
 class SaCo(MeanMetric):
-    """Mean of SaCo; ``update(salience, drops, valid=None)`` with (B, K) each."""
+    """Mean SaCo; ``update(salience, drops, valid=None)`` with (B, K) each."""
 
     metric = "saco"
     higher_is_better = True

@@ -1,10 +1,10 @@
-"""Sensitivity-n: is the sum of a map over n cells, up to a scale, what the network loses without them?
+"""Sensitivity-n: is the sum of a map over n cells proportional to the score lost without those cells?
 
     mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-Ancona et al. 2018, arXiv 1711.06104, with black in place of what goes and logits. This is ``subsets``
-with more sizes, small ones among them. (Quantus removes cells one after the other in the map's order and
-correlates over photos: another quantity under this name.)
+Ancona et al. 2018, arXiv 1711.06104, with removed cells set to black and with logits. This is ``subsets``
+with more sizes, including small ones. (What Quantus calls by this name is another quantity: it removes
+cells one after the other in the map's order and correlates over photos.)
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from xattn.eval.metrics.board.subsets import SubsetsMetric
 
 @dataclass(frozen=True)
 class SensitivityNMetric(SubsetsMetric):
-    """Mean correlation over sets of one size, of sizes from one cell to 80 % of them.
+    """Correlation over sets of one size, averaged over sizes from one cell to 80 % of all cells.
 
     Args:
-        cells: a side of the grid, by default as in ``subsets``.
-        kept: the shares of cells that sets leave; sizes are at least one cell.
-        samples: sets of each size.
+        cells: cells per side of the grid; by default as in ``subsets``.
+        kept: the shares of cells that stay; at least one cell is removed.
+        samples: number of sets of each size.
     """
 
     fill: str = "black"

@@ -1,9 +1,9 @@
-"""Single deletion: are cells ranked by their sum as by what the network loses without each of them?
+"""Single deletion: does a map rank cells by how much the score falls when each is removed?
 
     mean_c rho_j(sum_{u in cell j} phi(u), s_k(x) - s_k(x without cell j)),    c x c cells
 
-Hesse et al. 2024, arXiv 2407.11910, with ``cells=4`` and ``score="logit"``; they fine-tune the network
-on photos of which half lack a cell, and let maps that are the same in all cells drop out of the mean.
+Hesse et al. 2024, arXiv 2407.11910, use ``cells=4`` and ``score="logit"``. They fine-tune the network on
+photos of which half lack a cell, and leave maps that are equal in all cells out of the mean.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class SingleDeletionMetric(CorrelationMetric):
     """Rank correlation over the cells of grids.
 
     Args:
-        cells: a side of the grid, or of each of several.
-        published: cells have floor(H / c) rows, as in the authors' program, where what is left of a photo
-            whose side c does not divide is never removed.
+        cells: cells per side of the grid, or of each of several grids.
+        published: cells have floor(H / c) rows, as in the authors' program. If c does not divide the side
+            of a photo, what remains is never removed.
     """
 
     ranks = True
@@ -46,7 +46,7 @@ class SingleDeletionMetric(CorrelationMetric):
 
 
 class SingleDeletion(MeanMetric):
-    """Mean of single deletion on one grid; ``update(sums, drops, valid=None)`` with (B, c^2) each."""
+    """Mean single deletion on one grid; ``update(sums, drops, valid=None)`` with (B, c^2) each."""
 
     metric = "single-deletion"
     higher_is_better = True

@@ -1,9 +1,10 @@
-"""Squares: does the sum of a map over a square foretell, with its sign, what the network loses without it?
+"""Squares: does the signed sum of a map over a square predict how the score changes without the square?
 
     r_I(sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-Infidelity after the best scale is mean(df^2) (1 - cos^2) of the same two vectors, uncentred: it cannot
-tell phi from -phi, and a flat map gains from mean(df) > 0. r does neither.
+Infidelity with the optimal scale is mean(df^2) (1 - cos^2) of the same two vectors without centring. It
+cannot distinguish phi from -phi, and a flat map profits from mean(df) > 0. The correlation r has neither
+flaw.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 @dataclass(frozen=True)
 class SquaresMetric(CorrelationMetric):
-    """Correlation over ``samples`` squares of one area, those of infidelity.
+    """Correlation over ``samples`` squares of one size, the same as those of infidelity.
 
     Args:
-        samples: squares a photo, each a pass for all methods together.
-        side: of a square, as a part of the shorter side of the photo.
+        samples: squares per photo, each of which costs one pass for all methods together.
+        side: side of a square, as a fraction of the photo's shorter side.
     """
 
     samples: int = 50
@@ -40,7 +41,7 @@ class SquaresMetric(CorrelationMetric):
 
 
 class SquaresCorrelation(MeanMetric):
-    """Mean of squares; ``update(sums, drops, valid=None)`` with (B, I) each."""
+    """Mean squares correlation; ``update(sums, drops, valid=None)`` with (B, I) each."""
 
     metric = "squares"
     higher_is_better = True

@@ -1,10 +1,10 @@
-"""Subsets: do sums of a map over sets of cells foretell what the network answers to the photo without them?
+"""Subsets: does the sum of a map over a set of cells predict how the score changes without those cells?
 
     mean_n r_{I: n cells} (sum_{u in I} phi(u), s_k(x) - s_k(x without I))
 
-All sets of one correlation have as many cells, and where those differ in area both sides are divided by
-it: over sets of any size, as in ViT-Shapley (Covert et al., arXiv 2206.05282), a flat map does well, since
-larger sets score more.
+All sets in one correlation have the same number of cells. If their areas differ, both sides are divided by
+the area. Over sets of any size, as in ViT-Shapley (Covert et al., arXiv 2206.05282), a flat map would do
+well, because removing larger sets costs more.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 @dataclass(frozen=True)
 class SubsetsMetric(CorrelationMetric):
-    """Mean correlation over sets of one size, of several sizes.
+    """Correlation over sets of one size, averaged over several sizes.
 
     Args:
-        cells: a side of the grid; 14, or of a ViT with fewer patches a side that are dropped so many.
-        kept: the shares of cells that sets leave; of 196 cells 20, 59, 98 and 137 stay.
-        samples: sets of each size.
+        cells: cells per side of the grid; 14, or the number of patches per side if patches of a ViT are
+            dropped and there are fewer.
+        kept: the shares of cells that stay; of 196 cells, 20, 59, 98 and 137 stay.
+        samples: number of sets of each size.
     """
 
     cells: int | None = None
@@ -52,7 +53,7 @@ class SubsetsMetric(CorrelationMetric):
         return replace(made, cells=made.cells or cells_for(network, made.fill))
 
     def sizes(self, count: int) -> tuple[int, ...]:
-        """How many of ``count`` cells go."""
+        """How many of ``count`` cells are removed, for each size of set."""
         return tuple(count - round(share * count) for share in self.kept)
 
     def lists(self) -> tuple[MaskList, ...]:

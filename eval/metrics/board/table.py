@@ -1,11 +1,12 @@
-"""The table of outcomes: what a network answers to masks of a photo that no map has a part in.
+"""The table of outcomes: a network's answers to a photo under masks that do not depend on any map.
 
     s_k(x) = z_k - log sum_{j != k} exp z_j        (log-odds; of a multilabel network z_k)
 
-Rows are computed where a metric first asks for them and serve all methods, metrics and classes after it.
-The table is an object of its own, beside the scorer that finds equal images by their hashes, since that
-keeps the score of one class alone, would make and hash every masked photo again for every method (212 of
-them cost more than the passes after two methods), and has no images at all where patches are dropped.
+Rows are computed when a metric first needs them and then serve all methods, metrics and classes. The
+scorer,
+which finds equal images by their hashes, cannot do this job: it keeps the score of one class only, it would
+make and hash every masked photo again for every method (for 212 masks, this costs more than the passes
+after two methods), and it needs images, of which there are none if patches are dropped.
 """
 
 from __future__ import annotations
@@ -36,37 +37,38 @@ class Answering(Protocol):
 
 
 def log_odds_of(scores: Tensor, kind: str) -> Tensor:
-    """Log-odds of a scorer's ``scores`` where they are probabilities, else as they are, float64."""
+    """The log-odds of a scorer's ``scores`` if they are probabilities, else the scores; float64."""
     if kind in ("probability", "sigmoid", "binary"):
         return scores.double().logit(eps=1e-15)
     return scores.double()
 
 
 class Behind(NamedTuple):
-    """What stands for a part that goes: a fill (:data:`xattn.eval.fills.KINDS`) with the data set's mean
-    colour where it needs one, or ``"drop"``: its patches are left out of a ViT's sequence."""
+    """What replaces a removed part: a fill (:data:`xattn.eval.fills.KINDS`), with the data set's mean
+    colour if it needs one, or ``"drop"``, which leaves patches out of a ViT's sequence."""
 
     kind: str
     mean: tuple[float, ...] | None = None
 
 
 def drops_key(masks: MaskList, behind: Behind, score: str, target: int | str) -> str:
-    """The name under which drops of one class are kept."""
+    """The key under which the drops of one class are stored."""
     return f"{masks!r} {behind.kind} {score} {target}"
 
 
 class OutcomeTable:
-    """Of one photo: logits by mask list and fill.
+    """The logits of one photo by mask list and fill.
 
-    Of more than 2,000 classes it keeps the 256 likeliest of the whole photo, and the sum of the others.
+    With more than 2,000 classes, it keeps the 256 that are most probable for the whole photo, and the sum
+    of the others.
 
     Args:
         scorer: runs the passes.
         image: (3, H, W) in [0, 1].
-        seed: of the masks.
-        clean: (K,) logits of the whole photo; asked for where they are not given.
+        seed: the seed of the masks.
+        clean: (K,) logits of the whole photo; computed if not given.
         wanted: classes to keep in any case.
-        kept: drops by :func:`drops_key`, float32, that were computed before; new ones are added.
+        kept: float32 drops by :func:`drops_key` from an earlier run; new drops are added to it.
     """
 
     def __init__(
@@ -92,15 +94,16 @@ class OutcomeTable:
         return self._clean
 
     def second(self, target: int) -> int:
-        """The likeliest class but ``target``."""
+        """The most probable class other than ``target``."""
         first, *others = self.clean.argsort(descending=True, stable=True)[:2].tolist()
         return first if first != target or not others else others[0]
 
     def compared(
         self, masks: MaskList, behind: Behind, raw: Tensor, target: int, score: str = "log-odds"
     ) -> tuple[Tensor, Tensor]:
-        """The map ``raw`` (H, W) summed over what each mask removes, and s(x) - s(x without it), both
-        (count,) float64; both a pixel that goes, where masks of one list differ in area.
+        """The sum of the map ``raw`` (H, W) over what each mask removes, and s(x) - s(x without it).
+
+        Both are (count,) float64. If the masks of a list differ in area, both are per removed pixel.
 
         Args:
             score: ``"log-odds"``, or ``"logit"`` for z_k.
@@ -135,7 +138,7 @@ class OutcomeTable:
         return self._drops[key]
 
     def _computed(self, masks: MaskList, behind: Behind, target: int, score: str) -> Tensor:
-        """:meth:`drops` by the network."""
+        """Compute :meth:`drops` with the network."""
         if (masks, behind) not in self._rows:
             self._rows[masks, behind] = self._kept(self._answers(masks, behind))
         logits = torch.cat([self._kept(self.clean[None]), self._rows[masks, behind]])
@@ -152,7 +155,7 @@ class OutcomeTable:
 
     @property
     def _classes(self) -> list[int]:
-        """The classes that are kept, all where that is []."""
+        """The classes that are kept; [] means all."""
         if len(self.clean) <= MANY:
             return []
         likeliest = self.clean.argsort(descending=True, stable=True)[:KEPT].tolist()
@@ -169,7 +172,11 @@ class OutcomeTable:
         return torch.cat([logits[:, classes], rest], 1)
 
     def _grid(self, masks: MaskList, behind: Behind) -> tuple[int, int]:
-        """What masks are made of: pixels, or patches that can be dropped; an error if cells are more."""
+        """The number of rows and columns of pixels, or of patches if patches are dropped.
+
+        Raises:
+            ValueError: there are more cells than that.
+        """
         height, width = self.image.shape[-2:]
         if behind.kind != DROP:
             return height, width
@@ -198,7 +205,7 @@ class OutcomeTable:
         )
 
     def _dropped(self, kept: Tensor) -> Tensor:
-        """As :meth:`_answers`, of the patches ``kept`` (count, N); those of a pass keep as many."""
+        """Like :meth:`_answers`, for the patches ``kept`` (count, N); rows of a pass keep equally many."""
         backbone: Any = self.scorer.backbone
 
         def answers(index: Tensor) -> Tensor:

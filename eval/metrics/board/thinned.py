@@ -1,11 +1,11 @@
-"""Thinned fidelity: what the class loses without a random part of the highest pixels, less of the lowest.
+"""Thinned fidelity: the score lost without some of the top pixels, minus that without some of the lowest.
 
     mean_{s, draws} [s_k(x without thin(lowest s)) - s_k(x without thin(highest s))]
 
-thin(A) is a random share min(alpha, beta / s) of the pixels of A, s the share of the photo that A is: so
-much goes that photos stay near those that the network knows, and holes have no shape of the map's. Zheng
-et al. 2025, arXiv 2410.02970, who fine-tune the network on photos without a random share beta; here it
-is the network as it is.
+thin(A) is a random share min(alpha, beta / s) of the pixels of A, where A covers the share s of the photo.
+So little is removed that photos stay close to those that the network knows, and the holes do not take the
+map's shape. Zheng et al. 2025, arXiv 2410.02970, fine-tune the network on photos that lack a random share
+beta; here the network is used as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def thinned_share(share: float, alpha: float = 0.5, beta: float = 0.1) -> float:
-    """Which part of the pixels of a set goes that is ``share`` of the photo.
+    """The fraction of pixels to remove from a set that covers ``share`` of the photo.
 
     >>> [round(thinned_share(s), 2) for s in (0.1, 0.2, 0.5, 1.0)]
     [0.5, 0.5, 0.2, 0.1]
@@ -36,7 +36,7 @@ def thinned_share(share: float, alpha: float = 0.5, beta: float = 0.1) -> float:
 
 
 def thinned_values(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Mean of s_k without pixels of the ``lowest`` less that of the ``highest``, both (B, T) -> (B,)."""
+    """Mean score without the ``lowest`` pixels minus that without the ``highest``, (B, T) each -> (B,)."""
     if lowest.ndim != 2 or lowest.shape != highest.shape:
         raise ValueError(
             f"lowest, highest: got {tuple(lowest.shape)} and {tuple(highest.shape)}; give two of (B, T)"
@@ -46,12 +46,12 @@ def thinned_values(lowest: Tensor, highest: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ThinnedMetric(TableMetric):
-    """Three sizes and four draws of each, 24 passes a map.
+    """Thinned fidelity with three sizes and four draws of each, which takes 24 passes per map.
 
     Args:
-        shares: s, parts of the photo.
-        draws: of each; all methods share the random numbers.
-        alpha: the largest part of a set that goes; beta: the largest part of the photo.
+        shares: s, fractions of the photo.
+        draws: draws for each size; all methods share the random numbers.
+        alpha: the largest fraction of a set to remove; beta: the largest fraction of the photo.
     """
 
     drops: ClassVar[bool] = False
@@ -96,7 +96,7 @@ class ThinnedMetric(TableMetric):
 
 
 class Thinned(MeanMetric):
-    """Mean of thinned fidelity; ``update(lowest, highest, valid=None)`` with (B, T) each."""
+    """Mean thinned fidelity; ``update(lowest, highest, valid=None)`` with (B, T) each."""
 
     metric = "thinned"
     higher_is_better = True
