@@ -69,9 +69,8 @@ def evaluate(
 
     Args:
         backbone: a :class:`xattn.Backbone`; it computes all scores, whatever an explainer looks at.
-        explainers: by the name of their row in the table: explainers, names from ``xattn list``, trained
-            heads, or anything that :mod:`xattn.explainers.own` accepts, which is tried out on the first
-            images before the others.
+        explainers: by row name: explainers, names from ``xattn list``, trained heads, or anything that
+            :mod:`xattn.explainers.own` accepts, which is tried out on the first images.
         images: a photo, folder or list file; a list of paths, PIL images or arrays (H, W, 3); or float
             tensors (3, H, W) or (B, 3, H, W) in [0, 1] at the model's input size, also from a loader.
         metrics: names of groups (:data:`xattn.eval.metrics.GROUPS`), or metrics, including your own.
@@ -86,8 +85,7 @@ def evaluate(
         target: another name for ``classes``; or a number of the network's answer, as in
             :func:`xattn.explain`, for which the explainers are made again.
         max_pixels: larger photos are skipped as decompression bombs.
-        limit: use at most this many images, chosen by ``seed``, see
-            :func:`~xattn.photos.sources.limited`.
+        limit: use at most this many images, see :func:`~xattn.photos.sources.limited`.
         annotations: where objects are, see :func:`xattn.eval.load_annotations`.
         randomized: for each method, (stage, images, targets) -> its maps on a network with randomised
             weights, see :class:`xattn.eval.sanity.Cascade`.
