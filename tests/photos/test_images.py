@@ -13,6 +13,7 @@ from xattn.backbone import Preprocessing
 from xattn.photos import images
 from xattn.photos import view as view_module
 from xattn.photos.images import list_images, load_image
+from xattn.photos.sources import open_photos
 from xattn.photos.view import View, make_view, prepare
 
 SQUARE = Preprocessing(input_size=(224, 224), crop_pct=0.875, interpolation="bicubic")
@@ -416,3 +417,11 @@ def test_a_view_that_is_too_large_for_a_pack_names_the_size_of_the_photo():
     padded = View("crop", (9, 9), (9, 9), (-2_000_000, 0, 9, 9), (9, 9))
     with pytest.raises(ValueError, match=r"over the limit of 1,000,000 per side"):
         padded.check_size()
+
+
+@pytest.mark.parametrize("data", [[torch.zeros(3, 8, 8)], torch.zeros(2, 3, 8, 8), 7, [None]])
+def test_what_is_no_file_is_refused_in_one_line(data):
+    with pytest.raises(
+        ValueError, match=r"data: got (Tensor|int|NoneType); photos are read from files"
+    ):
+        open_photos(data)

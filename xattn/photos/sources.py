@@ -84,9 +84,16 @@ def open_photos(data: Data) -> Photos:
     if isinstance(data, str | Path | StorePath):
         place, files = place_of(data, "images"), list_images(data)
         return Files(files, place if _is_folder_of(place, files) else place.parent)
-    paths = [place_of(p, "images") for p in data]  # type: ignore[arg-type]
-    if not paths:
+    listed = list(data) if isinstance(data, Sequence) else data
+    if listed == []:
         raise ValueError("data: got an empty list of images; give at least one path")
+    if not is_listed(listed):
+        kind = type(listed[0] if isinstance(listed, list) else data).__name__
+        raise ValueError(
+            f"data: got {kind}; photos are read from files here: give a folder, a list of paths, or a "
+            f"dataset such as 'hfds/NAME'"
+        )
+    paths = [place_of(p, "images") for p in listed]  # type: ignore[arg-type]
     return Files(paths)
 
 
