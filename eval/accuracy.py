@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of networks on photos with labels."""
+"""Measures the top-1 and top-5 accuracy of networks on photos with labels."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TOP = (1, 5)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What :func:`measure_accuracy` found.
+    """The result of :func:`measure_accuracy`.
 
     Attributes:
-        networks: their names.
-        ranks: (networks, photos), the place of a photo's own class in each answer, 0 for the first.
-        unlabelled: how many photos have no class of the networks; they do not count.
+        networks: the names of the networks.
+        ranks: (networks, photos), the rank of each photo's true class in each answer, 0 for the top class.
+        unlabelled: number of photos without a class of the networks, which do not count.
         skipped: photos that could not be read, with the reason.
     """
 
@@ -39,11 +39,11 @@ class Accuracy:
     skipped: tuple[Skipped, ...]
 
     def top(self, network: int, k: int = 1) -> Interval:
-        """The share of photos whose class is among the first ``k``, with Wilson's 95 % interval."""
+        """The share of photos whose class is among the top ``k``, with Wilson's 95 % interval."""
         return accuracy((self.ranks[network] < k).astype(np.float64))
 
     def lines(self) -> Iterator[str]:
-        """Markdown: a row a network, and what a second one gets wrong and right beside the first."""
+        """Markdown: one row per network, and the photos on which a second network differs."""
         rows = [
             (name, *(self.top(i, k).percent().text(1) for k in TOP))
             for i, name in enumerate(self.networks)
@@ -72,18 +72,18 @@ def measure_accuracy(
     batch_size: int = 32,
     max_pixels: int = MAX_PIXELS,
 ) -> Accuracy:
-    """The accuracy of ``networks`` with the same classes and preprocessing, on the same photos.
+    """Measure ``networks`` with the same classes and preprocessing on the same photos.
 
         found = measure_accuracy([backbone, converted(backbone, "gna")], "photos/")
         print(found.top(1), found.top(1, k=5))
 
     Args:
-        labels: ``"folders"``, whose names are those of classes, or a file, see
+        labels: ``"folders"`` if folders are named after classes, or a file, see
             :func:`xattn.photos.labels.true_classes`.
 
     Raises:
-        ValueError: a network that does not name one class a photo, no photo with a class of the networks,
-            or damaged labels. FileNotFoundError: no such file.
+        ValueError: a network does not predict one class per photo, no photo has a class of the networks,
+            or the labels are damaged. FileNotFoundError: there is no such file.
     """
     first = networks[0]
     if first.task not in ("multiclass", "binary"):

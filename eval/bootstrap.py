@@ -1,7 +1,7 @@
 """Intervals: percentile bootstrap of means and paired differences (Efron 1979), and Student's t.
 
 Images are resampled with replacement; all columns of a matrix share the resamples. NaN marks an
-invalid image: it stays in the resampling and drops out of the mean, as it does in the metric.
+invalid image, which takes part in the resampling but is left out of the mean, as in the metric.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Interval(NamedTuple):
     n: int
 
     def text(self, digits: int) -> str:
-        """Such as "0.52 [0.40, 0.63]"."""
+        """The interval as text, such as "0.52 [0.40, 0.63]"."""
         return f"{self.mean:.{digits}f} [{self.lo:.{digits}f}, {self.hi:.{digits}f}]"
 
     def percent(self) -> Interval:
-        """Of a share, the same in percent."""
+        """The interval of a share, in percent."""
         return Interval(100 * self.mean, 100 * self.lo, 100 * self.hi, self.n)
 
 
 def mean(values: ArrayLike) -> float:
-    """Exactly rounded float64 mean of the values that are not NaN: independent of their order."""
+    """The exactly rounded float64 mean of the values that are not NaN; their order does not matter."""
     array = np.asarray(values, dtype=np.float64).ravel()
     good = array[~np.isnan(array)]
     return math.fsum(good) / len(good) if len(good) else math.nan
@@ -45,7 +45,7 @@ def mean(values: ArrayLike) -> float:
 def mean_intervals(
     values: ArrayLike, *, n_resamples: int = N_RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> list[Interval]:
-    """(n, C) per-image values -> one interval a column. A pure function of values and seed."""
+    """Per-image values (n, C) -> one interval per column; it depends only on the values and the seed."""
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2:
         raise ValueError(f"values: got shape {matrix.shape}; give (images, columns)")
@@ -83,7 +83,7 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of mean(a - b) over the images, row by row the same, that are valid in both."""
+    """The interval of mean(a - b) over images valid in both; a and b list the same images in order."""
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
         raise ValueError(
@@ -109,9 +109,9 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArray[np.float64]:
-    """Means of (n, C) per-image values in ``count`` resamples, (count, C); NaN without a valid image.
+    """Means of per-image values (n, C) in ``count`` resamples, (count, C); NaN without a valid image.
 
-    How often each image is drawn, times the values: all columns share the resamples.
+    They are products of the draw counts and the values, so that all columns share the resamples.
     """
     n = len(matrix)
     valid = ~np.isnan(matrix)
@@ -122,7 +122,7 @@ def resampled_means(matrix: NDArray[np.float64], count: int, seed: int) -> NDArr
 
 
 def _draws(n: int, count: int, seed: int) -> Iterable[NDArray[np.float64]]:
-    """How often each of n images is drawn, (rows, n) a block, ``count`` rows in all."""
+    """How often each of n images is drawn: blocks (rows, n), ``count`` rows in total."""
     block = max(1, _BLOCK_ELEMENTS // n)
     # A table of many cells asks for the same draws again and again.
     return [_all_draws(n, count, seed)] if count <= block else _blocks(n, count, seed, block)

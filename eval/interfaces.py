@@ -1,4 +1,4 @@
-"""What evaluation asks of a backbone and of an explainer: typing protocols, which any object may fit."""
+"""Typing protocols for the backbones and explainers that an evaluation accepts; any object may fit them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ScoredModel(Protocol):
-    """A network whose scores a metric asks for: images (b, 3, H, W) in [0, 1] -> logits (b, K)."""
+    """A network that metrics can score images with: (b, 3, H, W) in [0, 1] -> logits (b, K)."""
 
     def logits(self, images: Tensor) -> Tensor: ...
     def probabilities(self, logits: Tensor) -> Tensor: ...
@@ -20,7 +20,7 @@ class ScoredModel(Protocol):
 class Classifier(ScoredModel, Protocol):
     """A frozen classifier, such as :class:`xattn.Backbone`.
 
-    One without classes (``has_classes`` False) says so in ``require_classes()``.
+    If it has no classes (``has_classes`` False), ``require_classes()`` raises a ValueError.
     """
 
     @property
@@ -39,20 +39,20 @@ class Classifier(ScoredModel, Protocol):
 
 
 class Explainer(Protocol):
-    """Raw maps (b, 1, h, w) of one class an image, such as :class:`xattn.explainers.base.Explainer`."""
+    """Makes raw maps (b, 1, h, w) of one class per image, like :class:`xattn.explainers.base.Explainer`."""
 
     def attribute(self, inputs: Tensor, target: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ExplainerFacts:
-    """What an explainer says of itself; an object of your own may leave out any of it.
+    """Facts that an explainer declares; your own object may leave out any of them.
 
     Attributes:
-        forwards: forward passes that one explanation costs; None where it is not known.
-        perturbs: these are many perturbed images without gradients.
-        one_by_one: each image has micro-batches of its own, so a batch needs no fixed size.
-        is_mask: the map is a mask as it is, to be used without min-max.
+        forwards: forward passes per explanation; None if unknown.
+        perturbs: whether these are many passes on perturbed images without gradients.
+        one_by_one: whether each image has its own micro-batches, so that a batch needs no fixed size.
+        is_mask: whether the map is a mask, to be used without min-max scaling.
     """
 
     forwards: int | None = None
@@ -72,6 +72,6 @@ class ExplainerFacts:
 
 
 def check_classes(backbone: Classifier) -> None:
-    """Raise the backbone's own ValueError if it has no classes."""
+    """Raise the backbone's ValueError if it has no classes."""
     if not getattr(backbone, "has_classes", True):
         backbone.require_classes()  # type: ignore[attr-defined]

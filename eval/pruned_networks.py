@@ -1,4 +1,4 @@
-"""What pruning a network costs and gains: accuracy, agreement, parameters and throughput, before and after.
+"""Measures what pruning a network costs and gains: accuracy, agreement, parameters and throughput.
 
 ``write`` saves the pruned network with these figures, see :mod:`xattn.backbone.pruning`.
 """
@@ -32,11 +32,11 @@ STAGES = {
     "cut": "pruned",
     "trained": "pruned and trained",
 }
-BATCH, ROUNDS = 16, 5  # of throughput
+BATCH, ROUNDS = 16, 5  # for measuring throughput
 
 
 def check_can_be_saved(backbone: Backbone) -> None:
-    """Raise a ``ValueError`` unless the network can be built again by its name."""
+    """Raise a ``ValueError`` unless the network can be rebuilt from its name."""
     import timm
 
     if not timm.is_model(backbone.name):
@@ -49,11 +49,12 @@ def check_can_be_saved(backbone: Backbone) -> None:
 def held_out_classes(
     whole: Backbone, data: Data, validation: Data | None, labels: str | None
 ) -> dict[str, int]:
-    """The classes of the photos to measure on, by name; none without ``labels``, see
+    """The true classes of the photos to measure on, by photo name; empty without ``labels``, see
     :func:`xattn.photos.labels.true_classes`.
 
     Raises:
-        ValueError: the labels are damaged, or none is a class of the network. FileNotFoundError: no file.
+        ValueError: the labels are damaged, or none is a class of the network.
+        FileNotFoundError: there is no such file.
     """
     if labels is None or not whole.has_classes:
         return {}
@@ -75,10 +76,10 @@ def write(
     classes: Mapping[str, int],
     config: PruneConfig,
 ) -> tuple[Path, list[str]]:
-    """Write the pruned network and its figures; the folder, and the lines of a table of the figures.
+    """Write the pruned network and its figures; returns the folder and the lines of a table of figures.
 
     Args:
-        classes: of the held-out photos, by name; others have none.
+        classes: the true classes of held-out photos by name; photos may be missing.
 
     Raises:
         ValueError: ``folder`` holds something else. OSError: it cannot be written.
@@ -109,7 +110,7 @@ def write(
 
 
 def measured(whole: Backbone, result: PruneResult, classes: Mapping[str, int]) -> dict[str, Any]:
-    """The figures of each stage, over the held-out photos, and of the networks before and after."""
+    """The figures of each stage on the held-out photos, and of the networks before and after."""
     index = [i for i, name in enumerate(result.photos) if name in classes]
     truth = np.array([classes[result.photos[i]] for i in index])
     found: dict[str, Any] = {"photos": len(result.photos), "labelled": len(index), "stages": {}}
@@ -142,7 +143,7 @@ def _interval(values: Any) -> dict[str, float]:
 def throughput(
     networks: dict[str, Backbone], batch: int = BATCH, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Images a second of each network, of the processor's time on a CPU; all are timed in turn."""
+    """Images per second of each network, in processor time on a CPU; the networks are timed in turn."""
     first = next(iter(networks.values()))
     size = (batch, first.mean.shape[1], *first.preprocessing.input_size)
     images = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -153,7 +154,7 @@ def throughput(
 
 
 def lines(result: PruneResult, figures: dict[str, Any]) -> list[str]:
-    """Markdown: a table of the stages, and what else was found."""
+    """A table of the stages in Markdown, followed by further findings."""
     found = [
         f"{result.pruning}",
         f"{result.learned} photos learned from in {result.steps} steps, {result.seconds:.0f} s of the "

@@ -1,4 +1,4 @@
-"""Where objects are in photos: masks, boxes, and COCO's names of them."""
+"""Annotations that say where objects are in photos: masks, boxes and COCO's category names."""
 
 from xattn.eval.annotations.detections import DetectedObjects
 from xattn.eval.annotations.objects import (

@@ -1,12 +1,13 @@
-"""ImageNet-1k classes as COCO categories, where the answer is clear.
+"""Maps ImageNet-1k classes to COCO categories where the match is clear.
 
-A class counts as clear if an annotator of COCO who sees a usual photo of it would mark that object, as
-a whole, as this category and as no other. Left out are parts (car wheel, space bar), toys and
+A match is clear if a COCO annotator who sees a typical photo of the class would mark that object, as a
+whole, as this category and as no other. Left out are parts (car wheel, space bar), toys and
 pictures, rooms and shops, relatives that COCO has no category for (wolf, lion, bison, tricycle), and
-whatever annotators decide differently from photo to photo (pickup, minibus, ambulance, tram, goblet,
-beer glass, bow tie, desk, bagel). Kept although the names differ: a toilet seat, whose photos show
-toilets, a monitor (COCO's "tv"), a stove ("oven"), a cheeseburger ("sandwich"), penguins ("bird"),
-ships ("boat"). The homonyms go by what they show: kite 21 is a bird, crane 134 too, crane 517 none.
+classes that annotators label differently from photo to photo (pickup, minibus, ambulance, tram, goblet,
+beer glass, bow tie, desk, bagel). Included although the names differ are a toilet seat, whose photos show
+toilets, a monitor (COCO's "tv"), a stove ("oven"), a cheeseburger ("sandwich"), penguins ("bird") and
+ships ("boat"). Homonyms are matched by what they show: kite (21) and crane (134) are birds, and the other
+crane (517) has no category.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, 
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush"""
 THINGS: tuple[str, ...] = tuple(name.strip() for name in _NAMES.split(","))
-"""The 80 thing categories in order; the place is the class number of YOLO files."""
+"""The 80 thing categories in order; the index is the class number in YOLO files."""
 
 _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 THING_IDS: dict[int, str] = dict(
     zip((i for i in range(1, 91) if i not in _UNUSED), THINGS, strict=True)
 )
-"""COCO's own category ids, which its panoptic masks have."""
+"""COCO's own category ids, as used in its panoptic masks."""
 
 _IMAGENET = {
     "person": "981-983",
@@ -111,10 +112,10 @@ IMAGENET_TO_COCO: dict[int, str] = {
 def model_classes(
     class_names: Sequence[str] | Mapping[int, str], categories: Sequence[str]
 ) -> dict[int, str]:
-    """Which of a data set's ``categories`` each class of a model is; classes without are left out.
+    """The category in ``categories`` of each class of a model; classes without a category are left out.
 
-    timm's names of ImageNet-1k go by the table above; all others are matched by name, ignoring case. A
-    mapping has some of a model's classes, by their index.
+    timm's names of ImageNet-1k are looked up in the table above; all others are matched by name, ignoring
+    case. A mapping may name only some of a model's classes, by index.
     """
     from timm.data import ImageNetInfo
 

@@ -1,4 +1,4 @@
-"""Detections as annotations: the box of each, or its mask, is where its object is."""
+"""Uses detections as annotations: the mask of a detection, or else its box, marks its object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Boxes(Annotation):
-    """Masks are made when they are asked for: of many detections few are."""
+    """Makes masks only when they are needed, since few of many detections are."""
 
     masks: Mapping[int, Tensor] = field(default_factory=dict)
     detections: Any = ()
@@ -32,18 +32,18 @@ class _Boxes(Annotation):
 
 
 class DetectedObjects(Annotations):
-    """Where the detections of a view are, for the metrics of localization.
+    """The places of a view's detections, for the localization metrics.
 
         evaluate(view, explainers, photos, classes=..., metrics="localization",
                  annotations=DetectedObjects(view))
 
     Args:
-        view: of :meth:`xattn.detection.Detector.of`; class i of it is on its own photo alone.
-        masks: by number of the detection, (H, W) bool over the input, such as those of
-            :meth:`xattn.detection.Detector.masks`; of others the box counts.
+        view: a view from :meth:`xattn.detection.Detector.of`; each of its classes is on one photo only.
+        masks: (H, W) bool over the input by number of the detection, such as those of
+            :meth:`xattn.detection.Detector.masks`; for other detections the box is used.
 
     Raises:
-        ValueError: a mask of another size.
+        ValueError: a mask has another size.
     """
 
     def __init__(self, view: Detections, masks: Mapping[int, Tensor] | None = None) -> None:

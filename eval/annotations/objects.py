@@ -1,8 +1,8 @@
-"""Where objects are: masks or boxes of photos, in the coordinates of the model's input.
+"""Reads masks or boxes of objects in photos and maps them to the model's input.
 
-A pixel of the model's input lies on an object if its centre, carried back onto the photo by the
-:class:`~xattn.photos.view.View`, lies in a pixel of the object's mask, or in its box. What the view
-cuts off is gone, and what it pads is background.
+A pixel of the model's input lies on an object if its centre, mapped back onto the photo by the
+:class:`~xattn.photos.view.View`, lies in a pixel of the object's mask, or in its box. Parts that the view
+cuts off are ignored, and padding is background.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from xattn.runtime.names import did_you_mean, why
 
 Region = tuple[str, NDArray[np.bool_]]
 Box = tuple[str, float, float, float, float]  # category, x0, y0, x1, y1 in pixels of the photo
-_MODES = ("1", "L", "P", "I", "I;16")  # one channel of whole numbers; of "P" the palette's indices
+_MODES = ("1", "L", "P", "I", "I;16")  # one channel of whole numbers; for "P", palette indices
 _NOT_A_CLASS = ("unlabeled", "unlabelled", "background", "void", "ignore")
-_BEYOND = 0.5  # pixels by which a box may leave the photo: rounding
+_BEYOND = 0.5  # pixels by which a box may leave the photo, due to rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Annotation:
     masks: Mapping[int, Tensor]
 
     def mask(self, target: int) -> Tensor | None:
-        """(1, H, W) bool, all objects of the class together; None where the view shows none."""
+        """(1, H, W) bool, all objects of the class together; None if the view shows none."""
         return self.masks.get(target)
 
 
@@ -51,9 +51,9 @@ class Annotations(ABC):
     """Annotations of photos, found by the photo's file name, which must be unique over all folders.
 
     Args:
-        path: the file or folder they are in.
-        names: category by the class number in the files.
-        classes: category by class of the model; several classes may share one.
+        path: the file or folder with the annotations.
+        names: the category of each class number in the files.
+        classes: the category of each class of the model; several classes may share one.
     """
 
     def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
@@ -70,7 +70,7 @@ class Annotations(ABC):
         """The objects of a photo, given as its path, as the model sees them.
 
         Raises:
-            ValueError: there are none for this photo, or they are damaged, or do not fit it.
+            ValueError: this photo has no annotations, or they are damaged or do not fit it.
         """
         name = photo if isinstance(photo, str | Path) else getattr(photo, "name", None)
         if not name:
@@ -84,15 +84,15 @@ class Annotations(ABC):
 
     @abstractmethod
     def has(self, photo: Path) -> bool:
-        """Whether there is anything for this photo, be it damaged."""
+        """Whether there are annotations for this photo, even damaged ones."""
 
     @abstractmethod
     def regions(self, photo: Path, view: View) -> Iterator[Region]:
-        """Yield category and pixels (H, W) bool of the model's input; a category may come several times."""
+        """Yield categories and their pixels (H, W) bool in the model's input; categories may repeat."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the files and of the classes they are read as."""
+        """The SHA-256 hash of the files and of the classes that they are read as."""
         digest = hashlib.sha256(json.dumps([self.names, self.classes]).encode())
         paths = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
         for path in paths:
@@ -104,8 +104,8 @@ class Annotations(ABC):
 class MaskFolder(Annotations):
     """A folder of PNG files of class numbers; the mask of ``some/where/7.jpg`` is ``7.png``.
 
-    A mask has one channel and the size of the photo (upright, as ``load_image`` gives it). Numbers
-    that ``names`` does not have are background.
+    A mask has one channel and the size of the photo (upright, as ``load_image`` returns it). Numbers
+    that are not in ``names`` are background.
     """
 
     def has(self, photo: Path) -> bool:
@@ -129,7 +129,7 @@ class MaskFolder(Annotations):
 
 
 class Boxes(Annotations):
-    """Boxes as a folder of YOLO files or one JSON file; an object is all of its box.
+    """Boxes from a folder of YOLO files or one JSON file; an object fills its whole box.
 
     A YOLO file ``7.txt`` for photo ``7.jpg`` has a line ``class cx cy w h`` for each object, all but
     the class as fractions of the photo's width and height. The JSON is ``{"7.jpg": [{"class": name
@@ -209,16 +209,16 @@ class Boxes(Annotations):
 
 
 def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
-    """Annotations of a folder with ``masks/`` or ``boxes/``, or of a JSON file of boxes.
+    """Load annotations from a folder with ``masks/`` or ``boxes/``, or from a JSON file of boxes.
 
-    Where both exist, masks are used. Their class numbers are those of ``classes.yaml`` beside
-    the folders (``classes: {number: name}``), or COCO's category ids; those of boxes count COCO's
-    80 thing categories from 0. The classes of an ImageNet-1k model become COCO categories by
-    :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`, those of another model are matched
-    by name.
+    If both folders exist, masks are used. Class numbers are looked up in ``classes.yaml`` beside the
+    folders (``classes: {number: name}``). Without it, numbers in masks are COCO's category ids, and
+    numbers of boxes are indices into COCO's 80 thing categories. Classes of an ImageNet-1k model become
+    COCO categories by :data:`xattn.eval.annotations.coco.IMAGENET_TO_COCO`; classes of another model are
+    matched by name.
 
     Raises:
-        ValueError: nothing of the kind is there, or the model has none of its categories.
+        ValueError: there are no such annotations, or the model has none of their categories.
     """
     return annotations_of_classes(path, backbone.class_names, backbone.name)
 
@@ -226,7 +226,7 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
 def annotations_of_classes(
     path: str | Path, class_names: Sequence[str] | Mapping[int, str], model: str
 ) -> Annotations:
-    """:func:`load_annotations` for a model of that name, by the names of its classes or of some of them.
+    """Like :func:`load_annotations`, for a model given by its name and the names of some or all classes.
 
     Raises:
         ValueError: as :func:`load_annotations`.
@@ -259,7 +259,7 @@ def annotations_of_classes(
 
 
 def _centres(view: View, axis: int) -> NDArray[np.float64]:
-    """Where the centres of the input's pixels lie on the photo, along one axis, in its pixels."""
+    """The positions of the input's pixel centres on the photo, along one axis, in pixels of the photo."""
     count, start, length = view.input_size[axis], view.box[axis], view.box[axis + 2]
     resized = start + (np.arange(count) + 0.5) * length / count
     return resized * view.photo_size[axis] / view.resized[axis]
@@ -273,14 +273,14 @@ def _between(at: NDArray[np.float64], low: float, high: float) -> NDArray[np.boo
 
 
 def _read_mask(path: Path, view: View) -> NDArray[Any]:
-    """(H, W) whole numbers of the photo's size."""
+    """The class numbers (H, W) in a mask of the photo's size."""
     _check_file(path)
     height, width = view.photo_size
     try:
-        # From memory, where a chunk that claims to be larger than the file takes no more than the file.
+        # From memory, so that a chunk that claims to be larger than the file allocates no more than that.
         with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
             mode, size = image.mode, image.size
-            if mode in _MODES and size == (width, height):  # others may be huge: not decoded
+            if mode in _MODES and size == (width, height):  # others may be huge, so not decoded
                 return np.asarray(image)
     except MemoryError:
         raise
@@ -330,7 +330,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    """The ``classes`` of a YAML file, without those that mean no class."""
+    """The ``classes`` of a YAML file, without entries that mean no class."""
     import yaml
 
     text = _text(path)

@@ -1,1 +1,1 @@
-"""Benchmarks of `xattn bench`: ratios of times measured in one run."""
+"""The benchmarks of ``xattn bench``, which report ratios of times measured in one run."""

@@ -1,12 +1,12 @@
-"""Mechanisms of attention beside ``F.scaled_dot_product_attention``: time, memory, operations.
+"""Compares attention mechanisms with ``F.scaled_dot_product_attention``: time, memory, operations.
 
     xattn bench attention --tokens 256 1024 4096 16384
     xattn bench attention --only nsa llsa --tokens 16384
 
-One layer's queries, keys and values (one image, 6 heads of 64) on a square grid; projections are left
-out, they are the same for all. In each round every job runs once, in turn; a gain is dense time over
-the job's time within a round, and its median is shown beside the gain that the operations promise and
-the share of it that is reached.
+Inputs are one layer's queries, keys and values (one image, 6 heads of width 64) on a square grid, without
+the projections, which are the same for all. In each round every job runs once, in turn. A gain is the dense
+time divided by the job's time within a round. The table shows its median, the gain that the operations
+promise, and the share of that gain that is reached.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def bench(
     rounds: int = 5,
     plot: Path | None = None,
 ) -> Iterator[str]:
-    """The lines of the table, as they are measured; a plot of times where ``plot`` names a file.
+    """Yield the lines of the table as they are measured; ``plot`` names a file for a plot of the times.
 
-    With ``names``, those mechanisms alone, beside dense attention and lists of blocks; otherwise all but
-    controls, and products of low rank. ``tokens`` go to 16,384 on a CPU and to 65,536 and beyond on a GPU
-    by default.
+    With ``names``, only these mechanisms run, together with dense attention and lists of blocks; otherwise
+    all except controls, and also low-rank products. By default ``tokens`` go up to 16,384 on a CPU and to
+    65,536 and beyond on a GPU.
 
     Raises:
-        ValueError: unknown names, or numbers of tokens that are not squares.
+        ValueError: a name is unknown, or a number of tokens is not a square.
     """
     chosen, names = bool(names), tuple(names) or to_use()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,12 +104,12 @@ def bench(
 
 
 def to_use() -> tuple[str, ...]:
-    """All mechanisms but controls, which nobody uses for their speed."""
+    """All mechanisms except controls, which nobody uses for their speed."""
     return tuple(name for name in list_attention() if not mechanism_class(name).entry.control)
 
 
 def checked(names: Sequence[str], tokens: Sequence[int], rounds: int) -> None:
-    """Refuse what cannot be measured: a ``ValueError`` names the argument."""
+    """Raise a ``ValueError`` that names the argument if something cannot be measured."""
     for name in names:
         mechanism_class(name)
     wrong = [n for n in tokens if n < 64 or math.isqrt(n) ** 2 != n]
@@ -129,10 +129,11 @@ def jobs(
     lists: bool = True,
     options: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, tuple[Job, Job]], dict[str, float]]:
-    """(forward, forward and backward) by row, and how many query-key pairs each reads.
+    """(forward, forward and backward) by row, and the number of query-key pairs that each reads.
 
-    ``n`` tokens are a square and the prefix tokens that are left. ``low_rank``, ``lists``: rows of products
-    of low rank and of lists of blocks, which no mechanism is. ``options``: in place of a mechanism's own.
+    ``n`` tokens are the largest square grid and prefix tokens for the rest. ``low_rank`` and ``lists`` add
+    rows for low-rank products and for lists of blocks, which are not mechanisms. ``options`` replace a
+    mechanism's own.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, 1, HEADS, n, WIDTH)
@@ -175,7 +176,7 @@ def jobs(
 
 
 def draw(times: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Forward milliseconds over tokens, both logarithmic, as PNG or SVG by the suffix of ``path``."""
+    """Plot forward milliseconds over tokens, both logarithmic, as PNG or SVG by the suffix of ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")

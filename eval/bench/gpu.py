@@ -3,8 +3,9 @@
     xattn bench gpu --out gpu/
     xattn bench gpu --out small/ --device cpu --small    (the same code with small sizes)
 
-Each row is measured by itself: where one fails, out of memory or otherwise, it says why and the next one
-follows. A run goes on from ``results.json``, also after a crash, whose row is then the one that failed.
+Each row is measured separately. If one fails, because of memory or otherwise, it says why and the next row
+follows. A run resumes from ``results.json``, even after a crash; the row that crashed then counts as
+failed.
 """
 
 from __future__ import annotations
@@ -65,14 +66,14 @@ HEADLINES = (
 )  # fmt: skip
 Cells = dict[str, Any]
 Find = Callable[[str, str], Cells]
-"""The cells of a row that was measured before, by section and row."""
+"""Looks up the cells of a row that was measured earlier, by section and row."""
 Rows = Iterator[tuple[str, Callable[[], Cells]]]
 PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is measured and how large."""
+    """The device to measure on, and the sizes."""
 
     device: torch.device
     small: bool
@@ -97,7 +98,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def ms(self, job: Job) -> float:
-        """Median of a call: by CUDA events and with a cold cache, on a CPU by the clock.
+        """Median time of a call: by CUDA events with a cold cache, or on a CPU by the clock.
 
         Raises:
             TimeoutError: the calls would take longer than the budget.
@@ -115,8 +116,8 @@ class Machine:
         return 1e3 * statistics.median(seconds_of(job) for _ in range(3))
 
     def both_ms(self, jobs: tuple[Job, Job]) -> Cells:
-        """Of a forward pass, and of one with its backward pass. Where one is beyond the budget, it and
-        what follows are left out."""
+        """The times of a forward pass, and of a forward and backward pass. If one exceeds the budget, it
+        and those after it are left out."""
         found: Cells = {}
         try:
             found["forward ms"] = forward = self.ms(jobs[0])
@@ -129,7 +130,7 @@ class Machine:
         return found
 
     def graph_ms(self, job: Job) -> float | str:
-        """Of ``job`` as a CUDA graph, which takes none of the host's time."""
+        """The time of ``job`` as a CUDA graph, which takes no time on the host."""
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -173,7 +174,7 @@ def _check(here: Machine, name: str, kind: str, sizes: Sizes) -> Cells:
     exact = run("reference", {key: x.double() for key, x in given.items()})
     near, found = run("reference", given), run(backend, given)
     errors = []
-    # A gradient that is zero but for rounding has no largest value of its own.
+    # A gradient that is zero apart from rounding has no meaningful largest value.
     least = max(1e-30, 0.1 * max(x.abs().max().item() for x in exact if x.is_floating_point()))
     for value, other, true in zip(found, near, exact, strict=True):
         if true.is_floating_point():
@@ -308,7 +309,7 @@ def _mechanism(
 
 
 def _gains(found: Cells, dense: Cells) -> Cells:
-    """How many times as fast as ``dense``, which stands in a row before."""
+    """The speed-up over ``dense``, which is an earlier row."""
     pairs = {x: (dense.get(f"{x} ms"), found.get(f"{x} ms")) for x in (*PASSES, "graph")}
     return {
         f"{x} gain": a / b
@@ -340,7 +341,7 @@ def _setting(here: Machine, find: Find, setting: published.Setting, what: str) -
 
 
 def _probe(here: Machine) -> Cells:
-    """A step of efficient probing's pooling beside one of multi-head attention of one query."""
+    """A step of efficient probing's pooling, compared with multi-head attention with one query."""
     name, batch = ("vit_tiny_patch16_224", 2) if here.small else ("vit_base_patch16_224", 64)
     backbone = load_backbone(name, weights=None, device=here.device)
     head: Any = create_head("efficient_probe", backbone, queries=32, norm=False).to(here.device)
@@ -384,7 +385,7 @@ def _ratios(here: Machine, options: Cells) -> Cells:
 
 
 class Given:
-    """Smooth maps that need no forward pass, one for every image, so that the metric alone is timed."""
+    """An explainer that returns given smooth maps without forward passes, to time only the metric."""
 
     is_mask, forwards = False, 0
 
@@ -393,7 +394,7 @@ class Given:
 
 
 def _fidelity(here: Machine, rounds: int) -> Cells:
-    """AD, IC, ADD and AG at three levels beside their 7 forward passes an image."""
+    """AD, IC, ADD and AG at three levels, compared with their 7 forward passes per image."""
     backbone = load_backbone(speed.TARGETS[0], weights=None, device=here.device)
     batch = 2 if here.small else 64
     images = torch.rand(batch, 3, *backbone.preprocessing.input_size)
@@ -425,7 +426,7 @@ SECTIONS: dict[str, Callable[[Machine, Find], Rows]] = {
 
 
 class Results:
-    """What was measured, in ``results.json``."""
+    """The measurements, stored in ``results.json``."""
 
     def __init__(self, folder: Path, about: Cells, retry: bool) -> None:
         self.path, self.about, self.commit = folder / "results.json", about, commit()
@@ -449,7 +450,8 @@ class Results:
             path.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def measure(self, section: str, row: str, job: Callable[[], Cells], here: Machine) -> Cells:
-        """The row, or why it failed; the run goes on in a new process where CUDA no longer answers."""
+        """Measure a row, or record why it failed; if CUDA stops answering, a new process continues the
+        run."""
         found: Cells = {"section": section, "row": row, **self.commit}
         self.save(found)
         try:
@@ -457,7 +459,7 @@ class Results:
             here.synchronize()
         except Exception as error:
             found["failed"] = _why(error)
-        except BaseException:  # stopped by hand: the row is measured when the run goes on
+        except BaseException:  # stopped by hand; the row is measured when the run resumes
             self.save()
             raise
         self.rows.append(found)
@@ -476,10 +478,10 @@ class Results:
 def bench(
     out: Path, device: str = "cuda", small: bool = False, retry: bool = False, budget: float = 60.0
 ) -> Iterator[str]:
-    """The rows as they are measured; for the arguments see ``xattn bench --help``.
+    """Yield the rows as they are measured; for the arguments see ``xattn bench --help``.
 
     Raises:
-        ValueError: there is no such device, or ``out`` holds a run of another machine.
+        ValueError: there is no such device, or ``out`` holds a run from another machine.
     """
     check_available(device)
     here = Machine(torch.device(device), small, budget)
@@ -502,7 +504,7 @@ def bench(
 
 
 def about(here: Machine) -> Cells:
-    """What figures depend on."""
+    """The facts that the figures depend on."""
     found: Cells = {"card": "a CPU", "device": str(here.device), "small sizes": here.small}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -519,7 +521,7 @@ def about(here: Machine) -> Cells:
 
 
 def commit() -> Cells:
-    """Of the checkout that this is, if it is one. Rows have one each: a run goes on after a repair."""
+    """The commit of this checkout, if it is one; stored per row, since a run may resume after a repair."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
@@ -528,7 +530,7 @@ def commit() -> Cells:
 
 
 def _said(*command: str) -> str:
-    """The first line that a program prints; nothing where there is no such program."""
+    """The first line that a program prints; "" if there is no such program."""
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
     return ""
@@ -560,7 +562,7 @@ def report(about: Cells, rows: list[Cells]) -> Iterator[str]:
 
 
 def headlines(rows: list[Cells]) -> Iterator[str]:
-    """A table of what the run answers; of no rows, of what is not measured yet."""
+    """A table of the run's main results; without rows, a table of what is not measured yet."""
     yield "| of | rows | failed | median | range |\n| :-- | --: | --: | --: | :-- |"
     for section, key, what in HEADLINES:
         own = [row for row in rows if row["section"] == section]
@@ -581,7 +583,7 @@ def headlines(rows: list[Cells]) -> Iterator[str]:
 
 
 def draw(rows: list[Cells], path: Path) -> None:
-    """Forward times of mechanisms over tokens."""
+    """Plot the forward times of mechanisms over the number of tokens."""
     times: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["section"] == "mechanisms" and "forward ms" in row:

@@ -1,7 +1,8 @@
-"""Every op of ``xattn.kernels`` with inputs of any size: what its checks and its times are made with.
+"""Every op of ``xattn.kernels`` with inputs of any size, for checking and timing it.
 
-A case is the op's tensors and a call of it by a backend. ``op_cases(normal, sizes)`` gives functions that
-make them, by name; ``normal(*shape)`` makes the numbers, on the device and in the precision wanted.
+A case is the op's tensors and a function that calls the op with a backend. ``op_cases(normal, sizes)``
+returns functions that make the cases, by name; ``normal(*shape)`` makes the numbers on the wanted device
+and in the wanted precision.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from xattn.kernels.vecmat import gradient_vecmat, vecmat
 Case = tuple[dict[str, Tensor], Callable[..., Any]]
 WITHOUT_TRITON = {"flows", "flows, causal"}
 WIDE = {"lse", "features", "mean", "slope", "right", "ridge"}
-"""In float32 where the rest is in half precision."""
+"""Tensors that stay in float32 if the others are in half precision."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the tensors; queries have ``heads`` heads, twice as many where heads share keys."""
+    """The sizes of the tensors; queries have ``heads`` heads, or twice as many if heads share keys."""
 
     batch: int = 1
     heads: int = 2
@@ -63,7 +64,7 @@ class Sizes:
         return self.n * (self.listed - 0.5) * self.k_block
 
     def lists(self, device: torch.device) -> dict[str, Any]:
-        """Blocks near the query block, in every second list one less."""
+        """Lists of blocks near each query block; every second list has one block fewer."""
         rows = -(-self.n // self.q_block)
         at = torch.arange(rows, device=device)[:, None] * self.blocks // rows
         index = (at + torch.arange(min(self.listed, self.blocks), device=device)) % self.blocks
@@ -72,7 +73,7 @@ class Sizes:
         return {"index": index, "q_block": self.q_block, "k_block": self.k_block}
 
     def keep(self, device: torch.device) -> Tensor:
-        """Two queries of five, (B, H, N), other ones in every head."""
+        """Two of every five queries, (B, H, N), different ones in each head."""
         at = torch.arange(self.batch * self.heads * self.n, device=device)
         keep = at.reshape(self.batch, self.heads, self.n) % 5 < 2
         return keep & ((torch.arange(self.n, device=device) > 4) | (self.n < 6))
@@ -82,7 +83,7 @@ ODD = Sizes()
 
 
 def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callable[[], Case]]:
-    """By name, what makes the case; a name up to its comma is the op's."""
+    """A function that makes each case, by name; the part of the name before a comma is the op's name."""
     b, h, n, d, device = z.batch, z.heads, z.n, z.width, normal(1).device
     lists, ragged = z.lists(device), partial(ragged_attention, keep=z.keep(device))
 
@@ -93,7 +94,7 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
         return made(q=(b, h * group, n, d), k=(b, h, s, d), v=(b, h, s, z.values), **more)
 
     def linear(names: str, **more: tuple[int, ...]) -> dict[str, Tensor]:
-        """Queries and keys, their log-sum-exp, and what the linear ops read beside them."""
+        """Queries and keys, their log-sum-exp, and the other inputs of the linear ops."""
         given = attention(features=(b, h, n, d + 1))
         q, k, features = given["q"], given["k"], given["features"][..., :d]
         mean, lse = softmax_attention(q, k, features, causal=True, backend="cpu")
@@ -158,12 +159,12 @@ def op_cases(normal: Callable[..., Tensor], z: Sizes = ODD) -> dict[str, Callabl
 
 
 def squared(q: Tensor, k: Tensor, **options: Any) -> Any:
-    """Flows of features that are not negative."""
+    """Flows of non-negative features."""
     return flows(q.square(), k.square(), **options)
 
 
 def cast(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The case's tensors in ``dtype``, or those of ``WIDE`` in float32 at least."""
+    """The case's tensors in ``dtype``; tensors of ``WIDE`` at least in float32."""
     wide = torch.promote_types(dtype, torch.float32)
     single = {"softplus": {"q", "k"}, "causal_product": set()}.get(name, WIDE)
     return {key: x.to(wide if key in single else dtype) for key, x in given.items()}
@@ -172,7 +173,7 @@ def cast(name: str, given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, T
 def outputs_and_gradients(
     name: str, call: Callable[..., Any], backend: str, given: dict[str, Tensor]
 ) -> list[Tensor]:
-    """Outputs, rows without a key as zeros, and the gradients of a fixed sum of them."""
+    """The outputs (rows without a key are zeros) and the gradients of a fixed sum of them."""
     leaves = {key: x.detach().requires_grad_() for key, x in given.items()}
     out = call(**leaves, backend=backend)
     out = list(out) if isinstance(out, tuple) else [out]

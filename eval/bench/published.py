@@ -1,7 +1,8 @@
-"""The papers' headline settings, each beside dense attention and beside other libraries where installed.
+"""Times the main settings of papers, compared with dense attention and with other installed libraries.
 
-One layer's queries, keys and values at the number of tokens for which a paper reports its speed. Published
-figures are of other GPUs, other kernels of dense attention and layers around them, as ``against`` says.
+Each setting is one layer's queries, keys and values at the number of tokens for which the paper reports its
+speed. Published figures come from other GPUs, other kernels for dense attention and other surrounding
+layers, as ``against`` says.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ OURS = "xattn"
 
 @dataclass(frozen=True)
 class Setting:
-    """One paper's setting and its speed-ups over dense attention; None where it gives none.
+    """One paper's setting and its speed-ups over dense attention; None if it reports none.
 
-    Attributes: ``grid``, of the tokens, in a row if it has one length; ``heads`` of queries, ``kv_heads``
-    of keys and values, all ``width`` wide; ``masked``, whether dense attention is given a mask of all
-    query-key pairs, as the paper's is; ``against``, what the paper compares with; ``small``, the options
-    at 64 tokens.
+    Attributes: ``grid`` is the grid of tokens (a sequence if it has one length); ``heads`` the number of
+    query heads, ``kv_heads`` that of keys and values, all ``width`` wide; ``masked``, whether dense
+    attention gets a mask of all query-key pairs, as in the paper; ``against``, what the paper compares
+    with; ``small``, the options at 64 tokens.
     """
 
     mechanism: str
@@ -49,7 +50,7 @@ class Setting:
     both: float | None = None
 
     def shrunk(self) -> Setting:
-        """The same at 64 tokens, with 4 heads of 8."""
+        """The same setting with 64 tokens and 4 heads of width 8."""
         grid = (8, 8) if len(self.grid) == 2 else (64,)
         kv = 4 if self.kv_heads == self.heads else 2
         return replace(self, grid=grid, heads=4, kv_heads=kv, width=8, options=self.small)
@@ -136,7 +137,7 @@ def others(setting: Setting) -> list[str]:
 def _installed(name: str) -> bool:
     try:
         import_module(name)
-    except Exception:  # one built for another version may raise anything
+    except Exception:  # a library built for another version may raise anything
         return False
     return True
 
@@ -171,7 +172,7 @@ def _flash(layer: Layer) -> Run:
 
 
 def _flex(layer: Layer) -> Run:
-    """Causal attention, or windows of a grid, by a mask of blocks."""
+    """Causal attention, or windows on a grid, with a block mask."""
     flex = import_module("torch.nn.attention.flex_attention")
     s, device, n = layer.setting, layer.q.device, layer.q.shape[2]
     if s.causal:
@@ -216,7 +217,7 @@ def _heads_last(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 EVERY = tuple(setting.mechanism for setting in SETTINGS)
-# By the module: what makes a run of it, and the mechanisms that it stands beside.
+# For each module, the function that makes a run, and the mechanisms it is compared with.
 OTHERS: dict[str, tuple[Callable[[Layer], Run], tuple[str, ...]]] = {
     "flash_attn": (_flash, EVERY),
     "torch.nn.attention.flex_attention": (_flex, ("dma", "gna")),

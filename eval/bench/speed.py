@@ -1,10 +1,10 @@
-"""Speed as ratios, both sides in one run: what an explanation costs beside the classifier alone.
+"""Measures what an explanation costs compared with the classifier alone, as ratios within one run.
 
     xattn bench explain        (all jobs: make bench)
 
-Each round times every job once, in turn, so that a slow moment of the machine hits all of them; the
-ratio is taken within the round and its median over rounds is reported. Both sides run with the same
-allocator setting and thread count. Weights are random: speed does not depend on them.
+Each round times every job once, in turn, so that a slow moment of the machine affects all of them. The
+ratio is taken within each round, and its median over rounds is reported. Both sides use the same allocator
+settings and thread count. Weights are random, since speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from xattn.runtime.process import keep_memory
 from xattn.training.objectives.base import Step
 from xattn.training.objectives.mask import Mask
 
-TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # with fixed bounds, see bound()
+TARGETS = ("tf_efficientnet_lite0", "vit_base_patch16_224")  # these have fixed bounds, see bound()
 
 
 def bound(backbone: str, batch: int, job: str, operations: float) -> float:
-    """What a ratio may be at most; ``operations`` is the same ratio, counted instead of timed.
+    """The largest ratio allowed; ``operations`` is the same ratio, counted instead of timed.
 
-    Explaining: 1.10 (1.15 for single images) on lite0 and ViT-B/16, a training step 1.15 on lite0;
-    elsewhere a tenth more than the operations say.
+    For explaining, 1.10 (1.15 for single images) on lite0 and ViT-B/16; for a training step, 1.15 on lite0;
+    otherwise a tenth more than the ratio of operations.
     """
     if job == "explain" and backbone in TARGETS:
         return 1.15 if batch == 1 else 1.10
@@ -51,7 +51,7 @@ def bound(backbone: str, batch: int, job: str, operations: float) -> float:
 
 
 def heads_of(backbone: Backbone) -> dict[str, Any]:
-    """The ``ttame`` head, and one with the published branches where these differ."""
+    """The ``ttame`` head, and one with the published branches if these differ."""
     heads = {"ttame": create_head("ttame", backbone)}
     if max(backbone.channels) > 512:
         heads["ttame, exact branches"] = create_head("ttame", backbone, branch_rank=None)
@@ -59,14 +59,14 @@ def heads_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def evidence_head(backbone: Backbone) -> dict[str, Any]:
-    """The ``evidence`` head, where the backbone shows how it reads its taps."""
+    """The ``evidence`` head, if the backbone exposes how it reads its taps."""
     with contextlib.suppress(ValueError):
         return {"evidence": create_head("evidence", backbone)}
     return {}
 
 
 def explain_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """Explaining the predicted class, up-sampled to the input, beside a plain forward pass."""
+    """Jobs that explain the predicted class, up-sampled to the input, and a plain forward pass."""
     images = _images(backbone, batch)
     size = tuple(images.shape[2:])
     captum = create_explainer("gradcam", backbone)
@@ -107,7 +107,7 @@ class _Classifier(nn.Module):
 
 
 def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
-    """As that library's README uses it: with gradients of all parameters; None if it is not installed."""
+    """Grad-CAM as that library's README uses it, with gradients of all parameters, if it is installed."""
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:
@@ -124,7 +124,7 @@ def _pytorch_grad_cam(backbone: Backbone, images: Tensor) -> Job | None:
 
 
 def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str, Job]:
-    """A training step beside its floor: two passes and one backward pass to the image."""
+    """Jobs for a training step and its lower bound: two passes and one backward pass to the image."""
     images = _images(backbone, batch)
     config = TrainConfig()
 
@@ -152,7 +152,7 @@ def step_jobs(backbone: Backbone, heads: dict[str, Any], batch: int) -> dict[str
 def folder_rates(
     backbone: Backbone, head: Any, folder: Path, batch: int = 8, rounds: int = 3
 ) -> dict[str, float]:
-    """Images a second: decoding alone, the explaining passes alone, ``explain`` over the folder."""
+    """Images per second for decoding alone, for the explaining passes alone, and for ``explain``."""
     paths = list_images(folder)
     method = create_explainer("head", backbone, head, max_forward_batch=batch)
 
@@ -181,7 +181,7 @@ def bench(
     data: Path | None = None,
     device: str | None = None,
 ) -> Iterator[str]:
-    """The lines of the tables, as they are measured; for the arguments see ``xattn bench --help``."""
+    """Yield the lines of the tables as they are measured; for the arguments see ``xattn bench --help``."""
     if rounds < 1 or min(batches, default=0) < 1:
         raise ValueError(f"rounds, batches: got {rounds} and {batches}; give at least 1 of each")
     if job == "train" and max(batches) < 2:

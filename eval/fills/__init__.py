@@ -1,4 +1,4 @@
-"""What stands where pixels were removed: colours, blurs, noise, inpainting and imputation."""
+"""Fills that replace removed pixels: colours, blurs, noise, inpainting and imputation."""
 
 from xattn.eval.fills.fill import COLOURED, KINDS, blur, fill, inpaint, rise_blur
 from xattn.eval.fills.imputation import impute

@@ -1,8 +1,8 @@
-"""What stands behind a mask: the image b in x o m + b o (1 - m).
+"""Fills for masked pixels: the image b in x o m + b o (1 - m).
 
-A black or mean-coloured hole is itself visible to a network; a blurred image (RISE, arXiv
-1806.07421) leaks low frequencies; inpainting (Telea 2004) and ROAD's imputation (arXiv 2202.00449)
-continue what is around the hole and hide its shape.
+A black or mean-coloured hole is itself visible to a network. A blurred image (RISE, arXiv 1806.07421) leaks
+low frequencies. Inpainting (Telea 2004) and ROAD's imputation (arXiv 2202.00449) continue the surroundings
+of a hole and hide its shape.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def fill(
     mean: Sequence[float] | Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The image behind the mask, (C, H, W) in the dtype and on the device of ``image``.
+    """The image that replaces masked pixels, (C, H, W) in the dtype and on the device of ``image``.
 
     Args:
-        image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), each frame by itself.
-        removed: (1, H, W) bool, of a clip (1, T, H, W), the masked pixels; only inpaint and road read it,
-            and they give the image's own values at kept pixels.
-        kind: ``"black"`` 0; ``"mean"`` the colour ``mean``; ``"blur"`` see :func:`blur`;
-            ``"rise"`` see :func:`rise_blur`; ``"noise"`` uniform in [0, 1), each pixel and channel
-            for itself; ``"inpaint"`` see :func:`inpaint`; ``"road"``
-            :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, which may leave [0, 1] a little.
+        image: (C, H, W) float in [0, 1], raw pixels; or a clip (C, T, H, W), filled frame by frame.
+        removed: (1, H, W) bool, or (1, T, H, W) for a clip, the masked pixels. Only inpaint and road use
+            it; at pixels that are kept they return the image's own values.
+        kind: ``"black"``: 0; ``"mean"``: the colour ``mean``; ``"blur"``: see :func:`blur`;
+            ``"rise"``: see :func:`rise_blur`; ``"noise"``: uniform in [0, 1), drawn for each pixel and
+            channel; ``"inpaint"``: see :func:`inpaint`; ``"road"``:
+            :func:`~xattn.eval.fills.imputation.impute` with noise 0.01, which may slightly leave [0, 1].
         mean: (C,) the data set's mean colour in [0, 1], for ``"mean"`` and ``"rise"``.
-        seed: of noise and road, which are pure functions of it.
+        seed: the seed for noise and road.
 
-    Black and mean are expanded views of one colour: copy before writing into them.
+    Black and mean are expanded views of one colour, so copy them before writing into them.
     """
     clip = image.ndim == removed.ndim == 4
     if clip and kind in ("inpaint", "road"):
@@ -79,10 +79,10 @@ def fill(
 
 
 def blur(images: Tensor) -> Tensor:
-    """Gaussian blur of (..., 3, H, W): 11x11 with sigma 5 where the shorter side is 224.
+    """Gaussian blur of (..., 3, H, W): 11x11 with sigma 5 if the shorter side is 224.
 
-    The kernel is scaled with the shorter side, odd, and at least 3x3; borders are reflected. RISE's
-    own blur is :func:`rise_blur`.
+    The kernel scales with the shorter side; its size is odd and at least 3x3. Borders are reflected.
+    RISE's own blur is :func:`rise_blur`.
     """
     from torchvision.transforms.functional import gaussian_blur
 
@@ -92,14 +92,13 @@ def blur(images: Tensor) -> Tensor:
 
 
 def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
-    """RISE's starting image for insertion, (..., 3, H, W) raw pixels and the mean colour (3,).
+    """RISE's starting image for insertion, from raw pixels (..., 3, H, W) and the mean colour (3,).
 
-    Its program convolves the normalised image, padded with zeros, so that borders fade to the mean
-    colour. The kernel has 11x11 pixels at every image size and is SciPy's Gaussian filter of an 11x11
-    impulse: sigma is 5, and what lies beyond the 11 pixels is reflected into them, which leaves
-    hardly more than a box.
+    The authors' program convolves the normalised image, padded with zeros, so that borders fade to the
+    mean colour. The kernel has 11x11 pixels at every image size. It is SciPy's Gaussian filter of an 11x11
+    impulse with sigma 5; the tails beyond the 11 pixels are reflected back, so it is almost a box filter.
     """
-    # The tails that SciPy cuts at 4 sigma, at distance d from the middle: d, d +- 11.
+    # SciPy cuts tails at 4 sigma; distance d from the middle collects the weights at d and d +- 11.
     reach = int(4 * _RISE_SIGMA)
     distance = torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu")
     weight = torch.exp(-0.5 * (distance / _RISE_SIGMA) ** 2)
@@ -114,9 +113,9 @@ def rise_blur(images: Tensor, mean: Tensor) -> Tensor:
 
 
 def inpaint(image: Tensor, removed: Tensor) -> Tensor:
-    """OpenCV's Telea inpainting of the removed pixels, radius 3; it works on 8-bit pixels.
+    """OpenCV's Telea inpainting of the removed pixels with radius 3, on 8-bit pixels.
 
-    (3, H, W) in [0, 1] and (1, H, W) bool -> (3, H, W); the mean colour if everything is removed.
+    (3, H, W) in [0, 1] and (1, H, W) bool -> (3, H, W); the image's mean colour if all pixels are removed.
     """
     import cv2
 

@@ -2,9 +2,10 @@
 
     w_i x_i = sum_j k_ij x_j,   k = 2 (edge) or 1 (corner),   w_i = sum of k_ij inside the image
 
-for all removed pixels i, with the kept pixels as boundary values: the weights are 1/6 and 1/12,
-renormalised at the image's border. Then N(0, noise^2) is added. Noisy linear imputation of Rong et
-al. 2022 (arXiv 2202.00449); times w_i, as above, the system is symmetric and positive definite.
+for all removed pixels i, with the kept pixels as boundary values. The weights are 1/6 and 1/12,
+renormalised at the image's border. Then noise N(0, noise^2) is added. This is the noisy linear imputation
+of Rong et al. 2022 (arXiv 2202.00449); multiplied by w_i, as above, the system is symmetric and positive
+definite.
 
 It is solved by conjugate gradients, preconditioned by one multigrid cycle (Trottenberg et al.,
 *Multigrid*, 2001) with one damped Jacobi step before and after each coarser grid. Bilinear
@@ -34,7 +35,7 @@ _PAIRS = tuple(
     for dy, dx, _ in _LINKS
 )
 _DAMPING = 0.9
-_COARSEST = 3  # pixels a side
+_COARSEST = 3  # pixels per side
 _COARSEST_STEPS = 8
 
 
@@ -47,27 +48,26 @@ def impute(
     tolerance: float = 1e-3,
     max_iterations: int = 100,
 ) -> Tensor:
-    """Fill the removed pixels by ROAD's noisy linear imputation, a batch at once on any device.
+    """Fill the removed pixels by ROAD's noisy linear imputation, in a batch on any device.
 
-    The values of removed pixels are never read, except where everything is removed: without a
-    boundary value the result is the image's mean colour. An element of the batch does not depend
-    on the others.
+    The values of removed pixels are never read, unless all pixels are removed: without a boundary value,
+    the result is the image's mean colour. The elements of the batch do not depend on each other.
 
     Args:
         images: (B, 3, H, W), or (1, 3, H, W) for B masks; float, H and W at least 2.
         removed: (B, 1, H, W) bool, or (1, 1, H, W) for B images.
         noise: standard deviation of the noise on removed pixels. Nothing is clamped afterwards.
-        seed: of the noise, one field (3, H, W) shared by the batch.
-        tolerance: an element is done after a correction of at most this size, in the pixels' unit;
-            the error left is smaller, at most 6e-4 on photos where this is 1e-3.
-        max_iterations: a warning tells if an element is not done by then.
+        seed: the seed of the noise (3, H, W), which the whole batch shares.
+        tolerance: an element is done after a correction of at most this size, in the pixels' unit; the
+            remaining error is smaller, at most 6e-4 on photos for a tolerance of 1e-3.
+        max_iterations: if an element is not done by then, there is a warning.
 
     Returns:
         (B, 3, H, W) in the dtype of ``images`` (half precision is solved in float32), without
         gradients.
 
     Raises:
-        ValueError: images or masks of another type or size.
+        ValueError: images or masks have another type or size.
     """
     if not images.is_floating_point() or removed.dtype != torch.bool:
         raise ValueError(
@@ -126,8 +126,8 @@ def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int
         step = _ratio(rz, -torch.mul(p, q, out=scratch).sum((2, 3), keepdim=True)) * going
         x.addcmul_(p, step)
         r.addcmul_(q, step)
-        # z estimates the error before this step. Done elements stay as they are: an element's
-        # result does not depend on how long the others take.
+        # z estimates the error before this step. Elements that are done do not change, so their result
+        # does not depend on how long the others take.
         going.mul_(torch.abs(z, out=scratch).amax((1, 2, 3), keepdim=True) > tolerance)
         if not bool(going.any()):
             break
@@ -141,7 +141,7 @@ def _solve(known: Tensor, unknown: Tensor, tolerance: float, max_iterations: int
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: a constant image is solved before the first step."""
+    """a / b, or 0 where b is 0, because a constant image is solved before the first step."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 

@@ -1,12 +1,12 @@
-"""Complexity: over how many pixels a map spreads.
+"""Complexity: how many pixels a map spreads over.
 
     Gini = sum_i (2 i - n - 1) v_i / (n sum v)    v = |phi| ascending, i = 1..n
     entropy = -sum_i pi_i log pi_i                pi = |phi| / sum |phi|, in nats
 
 Gini index as in Chalasani et al. 2020 (arXiv 1810.06583), entropy as in Bhatt et al. 2020 (arXiv
-2005.00631). phi is the explainer's raw map resized to the image's n pixels: min-max would move the
-zero of a signed map. Both ignore the map's scale and the place of its pixels, and entropy grows
-with n: compare values at one image size.
+2005.00631). phi is the explainer's raw map resized to the image's n pixels, since min-max scaling would
+move the zero of a signed map. Both ignore the map's scale and the position of its pixels. Entropy grows
+with n, so compare values only at the same image size.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from xattn.eval.metrics.mean_metric import MeanMetric
 
 
 def gini_values(maps: Tensor) -> Tensor:
-    """Maps (B, 1, H, W), signed or not -> (B,) float64 in [0, 1 - 1/n], higher is sparser.
+    """Gini index of maps (B, 1, H, W), signed or not -> (B,) float64 in [0, 1 - 1/n]; higher is sparser.
 
-    0 where all magnitudes are equal, 1 - 1/n where one pixel has everything; NaN for maps that are
-    0 everywhere or not finite.
+    0 if all magnitudes are equal, 1 - 1/n if a single pixel is non-zero; NaN for maps that are zero
+    everywhere or not finite.
 
     >>> gini_values(torch.tensor([[[[0.0, 0.0], [-3.0, 0.0]]]]))
     tensor([0.7500], dtype=torch.float64)
 
     Raises:
-        ValueError: another shape.
+        ValueError: the shape is another.
     """
     v = _magnitudes(maps).sort(1).values
     n = v.shape[1]
@@ -50,16 +50,16 @@ def gini_values(maps: Tensor) -> Tensor:
 
 
 def entropy_values(maps: Tensor) -> Tensor:
-    """Maps (B, 1, H, W), signed or not -> (B,) float64 in [0, log n] nats, lower is simpler.
+    """Entropy of maps (B, 1, H, W), signed or not -> (B,) float64 in [0, log n] nats; lower is simpler.
 
-    NaN for maps that are 0 everywhere or not finite; ValueError for another shape.
+    NaN for maps that are zero everywhere or not finite; ValueError for another shape.
     """
     v = _magnitudes(maps)
     return torch.special.entr(v / v.sum(1, keepdim=True)).sum(1)
 
 
 def _magnitudes(maps: Tensor) -> Tensor:
-    """(B, 1, H, W) -> |phi| / max |phi|, (B, n) float64: sums cannot overflow; NaN where invalid."""
+    """(B, 1, H, W) -> |phi| / max |phi|, (B, n) float64, whose sums cannot overflow; NaN if invalid."""
     check_maps(maps)
     v = maps.detach().double().abs().flatten(1)
     return v / v.amax(1, keepdim=True)

@@ -1,10 +1,10 @@
-"""Insertion and deletion: area under the score while pixels appear, or vanish, by relevance.
+"""Insertion and deletion: area under the score as pixels are added or removed in order of relevance.
 
     AUC = (sum_t s_t - s_0 / 2 - s_T / 2) / T,    t = 0..T,    T = ceil(HW / step)
 
 s_t is the score after t steps of ``step`` pixels each, in the order of the grey map (RISE, arXiv
-1806.07421). Deletion replaces pixels of the image by a fill; insertion puts pixels of the image
-onto a fill. The last step may hold fewer pixels and counts as a whole one, as in RISE.
+1806.07421). Deletion replaces pixels of the image by a fill; insertion replaces pixels of a fill by the
+image. The last step may have fewer pixels but counts as a whole step, as in RISE.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def checked_curve(scores: Tensor) -> Tensor:
 def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
     """Both curves (T + 1,) float64 from the scores (T,) of the metric's requests.
 
-    The clean image is asked for by neither: deletion starts and insertion ends with its score.
+    Neither curve requests the clean image, whose score starts deletion and ends insertion.
     """
     end = scores["deletion"].new_full((1,), clean, dtype=torch.float64)
     return {
@@ -71,23 +71,22 @@ def curves(scores: Mapping[str, Tensor], clean: float) -> dict[str, Tensor]:
 class InsertionDeletionMetric(PerturbationMetric):
     """Insertion (higher is better) and deletion (lower is better), each with T forward passes.
 
-    The pixels of a clip are those of all its frames.
-
-    Pixels go in stable descending order of the grey map, ties in row-major order. A constant map
-    ranks nothing: both values are NaN. Any strictly increasing function of a map has its values.
+    For a clip, the pixels of all frames are ranked together. Pixels are taken in stable descending order of
+    the grey map, ties in row-major order. A constant map has no order, so both values are NaN. Only the
+    order of a map's values matters.
 
     Args:
-        step: pixels a step (RISE: the width of the image); None: ceil(HW / ``steps``).
-        steps: the number of steps where ``step`` is None; rounding up may need fewer.
+        step: pixels per step (RISE: the width of the image); None: ceil(HW / ``steps``).
+        steps: the number of steps if ``step`` is None; because of rounding up there may be fewer.
         deletion_fill: what replaces a pixel: ``"black"``, the data set's ``"mean"`` colour (RISE:
-            0 after normalisation), ``"blur"``, ``"rise"``, ``"noise"``, or the estimate from the
-            pixels that remain, ``"inpaint"`` or ``"road"``.
-        insertion_fill: what a pixel is put onto (RISE: its own blur, ``"rise"``); ``"inpaint"`` and
-            ``"road"`` estimate what is missing from the pixels inserted so far.
-        mean: (3,) the colour of ``"mean"`` and ``"rise"``, raw pixels in [0, 1].
+            0 after normalisation), ``"blur"``, ``"rise"``, ``"noise"``, or an estimate from the
+            remaining pixels, ``"inpaint"`` or ``"road"``.
+        insertion_fill: what pixels are inserted into (RISE: its own blur, ``"rise"``); ``"inpaint"`` and
+            ``"road"`` estimate missing pixels from those inserted so far.
+        mean: (3,) the colour for ``"mean"`` and ``"rise"``, raw pixels in [0, 1].
 
-    Where nothing remains, ``"inpaint"`` and ``"road"`` give the image's own mean colour. They solve
-    for a new image every step, which can cost more than the forward pass.
+    If no pixels remain, ``"inpaint"`` and ``"road"`` use the image's own mean colour. They solve for a new
+    image at every step, which can cost more than the forward pass.
     """
 
     clips = True
@@ -151,7 +150,7 @@ class Insertion(_Area):
     higher_is_better = True
 
 
-# ---------------------------------------------------------------- replaced step by step
+# ---------------------------------------------------------------- replacing step by step
 
 
 def removals(
@@ -164,7 +163,7 @@ def removals(
 ) -> Iterator[Tensor]:
     """``image`` (3, H, W) without parts 1..t, for t = 1, 2, ...; ``parts`` are flat pixel indices.
 
-    Each image is the one before, changed in place where the fill allows it.
+    Each image is the previous one, changed in place if the fill allows it.
     """
     removed = torch.zeros_like(image[:1], dtype=torch.bool)
     if kind in FIXED_FILLS:
@@ -184,7 +183,7 @@ def insertions(
     mean: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """The fill alone, then with parts 1..t of ``image``, as in :func:`removals`."""
+    """The fill with parts 1..t of ``image`` inserted, as in :func:`removals`; first the fill alone."""
     removed = torch.ones_like(image[:1], dtype=torch.bool)
     if kind in FIXED_FILLS:
         behind = fill(image, removed, kind, mean=mean, seed=seed)
@@ -219,13 +218,13 @@ def is_constant(values: Tensor) -> bool:
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
+    """Raise a ValueError unless ``value`` is a whole number of at least 1."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: got {value!r}; give a whole number, at least 1")
 
 
 def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
-    """Raise unless ``kind`` is a fill and the mean colour is there where it needs it."""
+    """Raise a ValueError unless ``kind`` is a fill and has the mean colour if it needs one."""
     if kind not in KINDS:
         raise ValueError(f"{name}: got {kind!r}; choose one of {', '.join(KINDS)}")
     if kind in COLOURED and mean is None:
@@ -233,7 +232,7 @@ def check_fill(name: str, kind: str, mean: Sequence[float] | None) -> None:
 
 
 def fill_options(kind: str, mean: Sequence[float] | None) -> dict[str, Any]:
-    """What a fill depends on: its kind, and the mean colour where it is used."""
+    """What a fill depends on: its kind, and the mean colour if it uses that."""
     return {"fill": kind, "mean": list(mean)} if kind in COLOURED and mean else {"fill": kind}
 
 

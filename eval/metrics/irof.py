@@ -1,4 +1,4 @@
-"""IROF: area over the relative score while superpixels vanish, the most relevant first.
+"""IROF: area over the relative score as superpixels are removed, the most relevant first.
 
     IROF = 1 - AUC(f(x_t) / f(x)),    t = 0..R
 
@@ -50,20 +50,20 @@ _segments: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
 def irof_values(scores: Tensor) -> Tensor:
     """Curves (..., R + 1) that start with the clean score -> (...) float64, at most 1.
 
-    Higher is better, 0 for a score that does not change, negative for one that rises. NaN where the
-    clean score is not positive: a ratio to it has no direction.
+    Higher is better; 0 if the score does not change, negative if it rises. NaN if the clean score is not
+    positive, because a ratio to it would be meaningless.
     """
     return 1 - auc(_relative(scores))
 
 
 def irof_area(scores: Tensor) -> Tensor:
-    """R minus trapezoids of unit width under s_1..s_R over s_0: the number of Quantus 0.6, (...).
+    """The value of Quantus 0.6, (...): R minus the area under s_1..s_R over s_0 (trapezoids of unit width).
 
-    It grows with the number of superpixels, about R times :func:`irof_values`. Quantus segments the
-    image that the network is given, with the parameters that are the defaults here. Its "mean" is
-    one grey level, that of the whole batch as perturbed so far; ``perturb_baseline=0.0`` is
-    ``fill="black"``. Its own replacement refuses colour images and has to be given one, and in a
-    batch the images with fewer superpixels than others get another value than alone.
+    It grows with the number of superpixels, to about R times :func:`irof_values`. Quantus segments the
+    network's input, with the same parameters as the defaults here. Its "mean" is one grey level, that of
+    the whole batch as perturbed so far; ``perturb_baseline=0.0`` is ``fill="black"``. Its default
+    replacement rejects colour images, so one has to be passed. In a batch, images with fewer superpixels
+    than others get a different value than alone.
     """
     relative = _relative(scores)
     return relative.shape[-1] - 1 - pixel_flipping_auc(relative)
@@ -77,16 +77,16 @@ def _relative(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class IrofMetric(PerturbationMetric):
-    """IROF, with one forward pass a superpixel, of which SLIC finds about ``n_segments``.
+    """IROF, with one forward pass per superpixel; SLIC finds about ``n_segments``.
 
-    NaN for a constant map, which ranks nothing, and for an image of a single superpixel.
+    NaN for a constant map, which has no order, and for an image with a single superpixel.
 
     Args:
         n_segments, compactness, sigma: of ``skimage.segmentation.slic``, on the RGB image in
             [0, 1], which it converts to Lab; its other parameters are scikit-image's defaults.
         fill: ``"image-mean"``, the image's own mean colour, or one of the fills of
             :class:`~xattn.eval.metrics.curves.InsertionDeletionMetric`.
-        mean: (3,) the colour of ``fill="mean"``, raw pixels in [0, 1].
+        mean: (3,) the colour for ``fill="mean"``, raw pixels in [0, 1].
     """
 
     n_segments: int = 100
@@ -133,7 +133,7 @@ class IrofMetric(PerturbationMetric):
 class IROF(MeanMetric):
     """Mean IROF; ``update(scores, valid=None)`` with curves (B, R + 1), the clean score first.
 
-    Images differ in R: pad no curve, update with one image at a time.
+    Images differ in R, so do not pad curves; update with one image at a time.
     """
 
     metric = "IROF"
@@ -146,7 +146,7 @@ def superpixels(
 ) -> Tensor:
     """SLIC labels 0..R-1 (H, W) int32 of an image (3, H, W) in [0, 1], on CPU.
 
-    The last images' labels are kept, by a hash of the pixels: one segmentation serves all methods.
+    The labels of recent images are cached by a hash of the pixels, so one segmentation serves all methods.
     """
     from skimage.segmentation import slic
 

@@ -5,13 +5,13 @@
     IoU = |S & M| / |S | M|                                      S: the map's |M| largest pixels
     VEA = mean over t of |{m > t} & M| / |{m > t} | M|           t = 0.1, 0.2, ..., 0.9
 
-m is the grey map, M the pixels of all objects of the explained class, as a mask or as boxes, both
-in the model's input. A large object is easy to hit: the centre row of a table tells how easy. What a
-network looks at need not lie on the object: these metrics do not measure faithfulness.
+m is the grey map, and M the pixels of all objects of the explained class, from a mask or boxes, both in
+the model's input. A large object is easy to hit; the centre row of a table shows how easy. What a network
+looks at need not lie on the object, so these metrics do not measure faithfulness.
 
-VEA is visual explanation accuracy, Oramas et al., arXiv 1712.06302; of detections with these thresholds
-Zhao and Chan, arXiv 2304.06354. They show the curve over t, here its mean stands. Unlike IoU it depends on
-the map's grey levels, not on their order alone.
+VEA is visual explanation accuracy, Oramas et al., arXiv 1712.06302; Zhao and Chan, arXiv 2304.06354, use it
+for detections with these thresholds. They show the curve over t; here it is averaged. Unlike IoU it depends
+on the map's grey levels, not only on their order.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ THRESHOLDS = tuple(i / 10 for i in range(1, 10))
 def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Tensor:
     """Pointing game: maps (B, 1, H, W) and bool masks (B, 1, H, W) -> (B,) float64 in percent.
 
-    100 where the map's maximum is at most ``tolerance`` pixels (Euclidean, between pixel centres)
-    from the object, else 0; of several equal maxima the share that hits, which is what a random
-    choice among them scores on average. NaN where the mask is empty or the map not finite.
+    100 if the map's maximum is at most ``tolerance`` pixels (Euclidean, between pixel centres) from the
+    object, else 0. With several equal maxima, the percentage of them that hit, which is the expected value
+    of a random choice. NaN if the mask is empty or the map not finite.
 
     Raises:
-        ValueError: other shapes, masks that are not bool, or a negative tolerance.
+        ValueError: the shapes do not match, masks are not bool, or the tolerance is negative.
     """
     v, _, valid = _checked(maps, masks)
     _check_tolerance(tolerance)
@@ -66,13 +66,13 @@ def pointing_values(maps: Tensor, masks: Tensor, tolerance: float = 15.0) -> Ten
 
 
 def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of the map that lies on the object, (B,) float64 in [0, 1]; higher is better.
+    """The share of the map that lies on the object, (B,) float64 in [0, 1]; higher is better.
 
-    For a constant map it is the object's share of the area. NaN where the mask is empty, or the map 0
+    For a constant map it is the object's share of the area. NaN if the mask is empty, or the map is zero
     everywhere or not finite.
 
     Raises:
-        ValueError: other shapes, masks that are not bool, or maps below 0.
+        ValueError: the shapes do not match, masks are not bool, or a map has negative values.
     """
     v, inside, valid = _checked(maps, masks)
     if bool((v < 0).any()):
@@ -84,14 +84,13 @@ def energy_pointing_values(maps: Tensor, masks: Tensor) -> Tensor:
 def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> Tensor:
     """Intersection over union of the thresholded map and the object, (B,) float64 in [0, 1].
 
-    ``threshold=None`` keeps the map's largest pixels, as many as the object has: any strictly
-    increasing function of a map has its value. Pixels equal to the last one kept count with the
-    fraction of them that there is room for, so that no order decides. A number keeps the pixels
-    of at least ``threshold`` times the maximum. NaN where the mask is empty or the map not finite,
-    and with a number where no pixel is above 0.
+    ``threshold=None`` keeps the map's largest pixels, as many as the object has, so that only the order of
+    the pixels matters. If there is not room for all pixels of the last value, each counts as a fraction, so
+    that ties are not decided by position. A number keeps the pixels of at least ``threshold`` times the
+    maximum. NaN if the mask is empty or the map not finite, and with a number also if no pixel is above 0.
 
     Raises:
-        ValueError: other shapes, masks that are not bool, or a threshold outside (0, 1].
+        ValueError: the shapes do not match, masks are not bool, or the threshold is outside (0, 1].
     """
     v, inside, valid = _checked(maps, masks)
     _check_threshold(threshold)
@@ -101,12 +100,12 @@ def iou_values(maps: Tensor, masks: Tensor, threshold: float | None = None) -> T
 
 
 def vea_values(maps: Tensor, masks: Tensor) -> Tensor:
-    """Mean IoU of a grey map above each of :data:`THRESHOLDS` with the object, (B,) float64 in [0, 1].
+    """Mean IoU of the object and the grey map above each of :data:`THRESHOLDS`, (B,) float64 in [0, 1].
 
-    The object itself as map has 1. NaN where the mask is empty or the map not finite.
+    A map that equals the object scores 1. NaN if the mask is empty or the map not finite.
 
     Raises:
-        ValueError: other shapes, or masks that are not bool.
+        ValueError: the shapes do not match, or masks are not bool.
 
     Example:
         >>> mask = torch.tensor([[[[True, False]]]])
@@ -135,13 +134,13 @@ def _iou(values: Tensor, inside: Tensor, threshold: float | None) -> float:
 
 
 def _within(mask: Tensor, tolerance: float) -> Tensor:
-    """(H, W) bool -> (H, W) bool: pixels at most ``tolerance`` from a pixel of the mask."""
+    """(H, W) bool -> (H, W) bool: pixels at most ``tolerance`` away from a pixel of the mask."""
     import cv2
 
-    # The distance to the nearest zero; the exact transform, as the default one is off by percents.
+    # The distance to the nearest zero, exact because the default transform is off by percents.
     away = (~mask).to(torch.uint8).cpu().numpy()
     distance = cv2.distanceTransform(away, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    exact = np.sqrt(np.rint(distance.astype(np.float64) ** 2))  # it came in float32
+    exact = np.sqrt(np.rint(distance.astype(np.float64) ** 2))  # OpenCV returns float32
     return torch.from_numpy(exact <= tolerance).to(mask.device)
 
 
@@ -174,11 +173,11 @@ def _check_threshold(threshold: float | None) -> None:
 class LocalizationMetric(PerturbationMetric):
     """Pointing game, energy-based pointing game, IoU and visual explanation accuracy; no forward passes.
 
-    NaN where the image has no annotation of the explained class.
+    NaN if the image has no annotation of the explained class.
 
     Args:
-        tolerance: pixels of the model's input by which the maximum may miss the object. The paper's
-            15 are pixels of the photo: 224 pixels a side are more lenient.
+        tolerance: how many pixels of the model's input the maximum may miss the object by. In the paper,
+            15 are pixels of the photo; at 224 pixels per side the same number is more lenient.
         iou_threshold: see :func:`iou_values`; None keeps as many pixels as the object has.
     """
 

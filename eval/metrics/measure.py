@@ -1,4 +1,4 @@
-"""One metric on a batch of maps, with any callable as the model: the functional form of a metric."""
+"""The functional form of a metric: measures a batch of maps, with any callable as the model."""
 
 from __future__ import annotations
 
@@ -37,18 +37,20 @@ def measure(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None = None,
     annotations: Sequence[Annotation | None] | None = None,
 ) -> dict[Column, Tensor]:
-    """Values (B,) float64 by column; NaN where a map is constant or not finite, or undefined.
+    """Measure one metric: values (B,) float64 by column; NaN if undefined or the map is invalid.
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
-        images, annotations: (B, 3, H, W) float in [0, 1]; of these one an image, where metrics need them.
-        maps: (B, 1, h, w), of clips (B, 1, t, h, w): raw, or masks in [0, 1] with ``is_mask``.
-        targets: the class, one for all or a LongTensor (B,).
+        images: (B, 3, H, W) float in [0, 1].
+        annotations: one per image, for metrics that need them.
+        maps: (B, 1, h, w), or (B, 1, t, h, w) for clips: raw maps, or with ``is_mask`` masks in [0, 1].
+        targets: the explained class: one for all, or a LongTensor (B,).
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
-        seed: perturbations depend on it and on an image's place, counted from ``first``.
-        explain, explain_randomized: (images, targets) or (stage, images, targets) -> raw maps
-            (b, 1, h, w) by the method, on the network or a randomised one, for metrics that explain again.
+        seed: perturbations depend on it and on the position of the image, counted from ``first``.
+        explain, explain_randomized: for metrics that explain again, (images, targets) or
+            (stage, images, targets) -> the method's raw maps (b, 1, h, w) on the network or a randomised
+            one.
     """
     batch, size, compared = len(images), images.shape[2:], False
     classes = _classes(targets, len(maps), batch)
@@ -102,7 +104,7 @@ def measure(
 
 
 def warn_alone(metric: PerturbationMetric, chunk: int) -> None:
-    """Say that no photo has what ``metric`` compares its map with, of chunks of ``chunk`` photos."""
+    """Warn that no chunk of ``chunk`` photos has what ``metric`` needs to compare maps."""
     names = ", ".join(column.key for column in metric.columns)
     warnings.warn(
         f"{names}: no photo has a value; give photos of which a chunk (max_forward_batch, here {chunk}) "
@@ -119,7 +121,7 @@ def _cohort(
     explain_randomized: Callable[[int | str, Tensor, Tensor], Tensor] | None,
     resize: str,
 ) -> Cohort:
-    """What contrasts compare maps with: one batch, explained again as a whole."""
+    """The maps that contrasts compare with: one batch, explained again as a whole."""
     images = torch.stack([table.image for table in tables])
     for table, k in zip(tables, classes.tolist(), strict=True):
         table.wanted = (k,)
@@ -147,7 +149,7 @@ def _cohort(
 def finished(
     metric: PerturbationMetric, finish: Finish, scores: Mapping[str, Tensor]
 ) -> dict[Column, float]:
-    """What ``finish`` makes of the scores; a ``ValueError`` where that is not a number a column."""
+    """The values that ``finish`` returns; raises a ValueError unless each column has a number."""
     values = finish(scores)
     if not isinstance(values, Mapping) or not set(values) <= set(metric.columns):
         keys = values if isinstance(values, Mapping) else [values]
@@ -161,7 +163,7 @@ def finished(
 
 
 def _classes(targets: Tensor | int, maps: int, images: int) -> Tensor:
-    """(B,) on the CPU; an error where maps or classes are not one an image."""
+    """Classes (B,) on the CPU; raises a ValueError unless there is one map and one class per image."""
     if isinstance(targets, int):
         targets = torch.full((images,), targets, device="cpu")
     if maps != images or len(targets) != images:
@@ -184,7 +186,7 @@ def submit_all(
     target: int,
     tickets: dict[str, list[Ticket]],
 ) -> Finish:
-    """Hand a metric's requests to ``scorer``; their tickets go into ``tickets`` by key."""
+    """Submit a metric's requests to ``scorer`` and collect their tickets in ``tickets`` by key."""
     while True:
         try:
             request = next(requests)
@@ -203,12 +205,12 @@ def scores_of(tickets: dict[str, list[Ticket]]) -> dict[str, Tensor]:
 
 
 def sample_seed(seed: int, position: int) -> int:
-    """The seed of an image's random perturbations, for all methods the same."""
+    """The seed of an image's random perturbations; it is the same for all methods."""
     return (seed * 1_000_003 + position) % 2**63
 
 
 class _Callable:
-    """The part of a backbone that the scorer needs, around a function."""
+    """Wraps a function in the part of a backbone's interface that the scorer needs."""
 
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         self.logits = f

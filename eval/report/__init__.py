@@ -1,1 +1,1 @@
-"""Reports of results: tables, JSON and CSV files, the leaderboard with its page and pack."""
+"""Reports of results: tables, JSON and CSV files, and the leaderboard with its page and pack."""

@@ -6,10 +6,10 @@ For method m, image i and column c, with s_c = 1 where higher is better and -1 w
     z_m  = median over metrics of the mean of z_mc over the metric's levels
     rank = 1 + number of methods with a larger z_m
 
-Images are resampled with replacement, with median_c and IQR_c as they are: the rank sets
-(:mod:`xattn.eval.report.rank_sets`), and the share of resamples in which a method is first.
-LATEC (Klein et al., NeurIPS 2024, arXiv 2409.16756)
-averages ranks within a criterion; here the criterion is faithfulness and localisation.
+Images are resampled with replacement, with median_c and IQR_c held fixed. This gives the rank sets
+(:mod:`xattn.eval.report.rank_sets`) and the share of resamples in which a method is first. LATEC (Klein et
+al., NeurIPS 2024, arXiv 2409.16756) averages ranks within a criterion; here faithfulness and localisation
+are one criterion.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from xattn.eval.metrics.base import Column
 from xattn.eval.report.rank_sets import MIN_RANKED, rank_sets_of_draws
 
 MIN_METRICS = 3
-_SAME = 1e-9  # of z: what rounding may change
+_SAME = 1e-9  # differences of z up to this may be rounding
 
 
 class AggregateRank(NamedTuple):
-    """A method's rank from 1, the ends of its rank set (95 % for all methods together; with fewer than 40
-    photos all places), the share of resamples in which it is first, and z."""
+    """A method's rank from 1, the ends of its rank set (at 95 % for all methods together; with fewer than
+    40 photos, all places), the share of resamples in which it is first, and z."""
 
     method: str
     rank: int
@@ -43,8 +43,8 @@ class AggregateRank(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The ranks in the order of the methods; ``metrics`` that count, and ``trained_on``, which were left
-    out because they are close to a head's training. ``reason``: why there are no ranks, else empty."""
+    """The ranks in the order of the methods, the ``metrics`` that count, and ``trained_on``, the metrics
+    left out because they are close to a head's training. ``reason``: why there are no ranks, else ""."""
 
     ranks: tuple[AggregateRank, ...]
     metrics: tuple[str, ...]
@@ -53,7 +53,7 @@ class Ranking(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the ranks has to know, a sentence each."""
+        """Notes that a reader of the ranks needs, one sentence each."""
         if self.reason:
             return [f"aggregate rank: {self.reason}"]
         notes = [
@@ -68,12 +68,12 @@ class Ranking(NamedTuple):
 
 
 def aggregate_ranks(results: Results) -> Ranking | None:
-    """Ranks of the methods under test that have values; sanity rows and masks take none.
+    """The ranks of the methods under test that have values; sanity rows and masks are not ranked.
 
-    A metric counts if each of them has values on at least half of the images that any has.
+    A metric counts if every method has values on at least half of the images on which any method has.
 
     Returns:
-        None where there is nothing to rank: one method, or fewer than three judged metrics.
+        The ranking, or None if there is nothing to rank: one method, or fewer than three judged metrics.
     """
     names = [
         name
@@ -101,7 +101,7 @@ def aggregate_ranks(results: Results) -> Ranking | None:
     if fewest < MIN_IMAGES:
         return Ranking((), metrics, trained, f"{TOO_FEW}: {fewest}; it takes at least {MIN_IMAGES}")
     ranks = _ranks(names, columns, values[:, fits], results)
-    if fewest < MIN_RANKED:  # too few to tell methods apart for all together
+    if fewest < MIN_RANKED:  # too few for joint confidence over all methods
         ranks = tuple(rank._replace(lo=1, hi=len(ranks)) for rank in ranks)
     return Ranking(ranks, metrics, trained)
 
@@ -128,10 +128,10 @@ def _ranks(
 
 
 def standardised(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(methods, columns, images) with median 0 and interquartile range 1 in each column, larger is better.
+    """(methods, columns, images) with median 0 and interquartile range 1 in each column; larger is better.
 
-    Where at least half of the values are equal, as in IC, the standard deviation takes the range's
-    place; where all are, there is nothing to tell apart.
+    If at least half of the values are equal, as in IC, the standard deviation replaces the interquartile
+    range; if all are equal, all results are 0.
     """
     low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=(0, 2), keepdims=True)
     spread = np.where(high > low, high - low, np.nanstd(values, axis=(0, 2), keepdims=True))
@@ -140,7 +140,7 @@ def standardised(signs: Sequence[float], values: NDArray[np.float64]) -> NDArray
 
 
 def _scores(columns: Sequence[Column], means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(R, methods, columns) -> (R, methods): the median over metrics, each the mean of its levels."""
+    """(R, methods, columns) -> (R, methods): the median over metrics, each averaged over its levels."""
     metrics = list(dict.fromkeys(c.metric for c in columns))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a resample without a valid image is NaN

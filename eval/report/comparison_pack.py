@@ -31,11 +31,11 @@ from xattn.photos.view import View, make_view
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StoreError, StorePath
 
-DIGITS = 6  # of a curve's values
+DIGITS = 6  # significant digits of a curve's values
 
 
 def can_pack(images: Any) -> bool:
-    """Whether photos can be read a second time, for thumbnails: not those of a loader."""
+    """Whether photos can be read a second time, for thumbnails; this is not possible with a loader."""
     if isinstance(images, list | tuple):
         return bool(images) and all(
             isinstance(i, str | Path | StorePath | Image.Image) for i in images
@@ -55,17 +55,17 @@ def write_pack(
     truth: Mapping[str, TrueClass] | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> Path:
-    """Write the maps that ``state`` keeps as a pack.
+    """Write the maps stored in ``state`` as a pack.
 
     Args:
-        images: those that were evaluated, see :func:`can_pack`.
-        methods: the explainers by row.
-        limit: how many of the first images to pack.
+        images: the images that were evaluated, see :func:`can_pack`.
+        methods: the explainers by row name.
+        limit: the number of first images to pack.
         truth: true classes by image_id, see :func:`xattn.explaining.passes.true_classes_of`.
 
     Raises:
-        ValueError: no map was kept.
-        OSError: it cannot be written; an earlier pack is intact.
+        ValueError: the state has no maps.
+        OSError: the pack cannot be written; an existing pack is left intact.
     """
     maker = _ExplanationMaker(results, backbone, methods)
     sources = dict(named_photos(images))
@@ -95,7 +95,7 @@ def write_pack(
 
 
 class _ExplanationMaker:
-    """Makes the explanations of one image after the other; ``missing`` counts maps that were not kept."""
+    """Makes the explanations image by image; ``missing`` counts maps that are not in the state."""
 
     def __init__(self, results: Results, backbone: Backbone, methods: Mapping[str, Any]) -> None:
         self.results = results
@@ -106,7 +106,7 @@ class _ExplanationMaker:
     def explanations(
         self, kept: KeptImage, file_name: str, photo: Image.Image, view: View, label: TrueClass
     ) -> list[Explanation]:
-        """One explanation a method that has a valid map of the image, and whose map was kept."""
+        """One explanation for each method that has a valid, stored map of the image."""
         top = tuple((int(i), str(name), float(p)) for i, name, p in kept.top)
         facts = ImageFacts(top, *label)
         group = []
@@ -149,7 +149,7 @@ class _ExplanationMaker:
 
 
 def _columns(results: Results) -> dict[str, dict[str, Any]]:
-    """What each metric of the pack is, by the key of its column."""
+    """A description of each metric of the pack, by the key of its column."""
     return {
         column.key: {
             "higher_is_better": results.info(column.metric).higher_is_better,
@@ -163,26 +163,26 @@ def _columns(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _record(results: Results, backbone: Backbone, method: Any) -> dict[str, Any]:
-    """The protocol of a row: how its maps came about, and what its metrics mean. Options that
-    are not finite become text, as JSON has no such numbers."""
+    """The protocol of a row: how its maps were made and what its metrics mean. Options that are not
+    finite become text, because JSON has no such numbers."""
     record = provenance_of(backbone, method, results.protocol.view)
     fidelity = {k: v for k, v in results.protocol.to_dict().items() if k not in ("n", "n_invalid")}
     what = describe(method)
     record["options"] = what["options"]
-    if what.get("backbone") not in (None, backbone.fingerprint):  # a row of randomised weights
+    if what.get("backbone") not in (None, backbone.fingerprint):  # a row with randomised weights
         record["explained_weights"] = what["backbone"]
     record["fidelity"] = {**fidelity, "id": results.protocol.id}
     return json.loads(json.dumps(record), parse_constant=str)  # type: ignore[no-any-return]
 
 
 def _skipped(skipped: Skipped, source: Any) -> tuple[str, str]:
-    """File name and reason, without the folders above the photo."""
+    """The file name, without folders, and the reason."""
     name = file_name_of(source) or skipped.id
     return name, skipped.reason.replace(printable(str(source)), name)
 
 
 def _probability(results: Results, kept: KeptImage) -> float:
-    """The probability of the explained class, also where logits were scored; a target's own number."""
+    """The probability of the explained class, even if logits were scored; for a target, its number."""
     if results.protocol.score == "value":
         return kept.score
     if results.protocol.score != "logit":
@@ -197,8 +197,8 @@ def _values(results: Results, name: str, number: int) -> Iterator[tuple[str, flo
 
 
 def _curves(results: Results) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """Curves (n, T) by method and name, with the clean scores; and the shares of pixels of those whose
-    steps are not equal."""
+    """Curves (n, T) by method and name, with the clean scores; and, for curves with unequal steps, the
+    shares of pixels."""
     curves: dict[str, dict[str, Any]] = {name: {} for name in results.methods}
     shares: dict[str, list[float]] = {}
     for key in CURVES:

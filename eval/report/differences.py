@@ -1,4 +1,4 @@
-"""On which images two methods differ most: by a metric, or by the order of their maps.
+"""Finds the images on which two methods differ most, by a metric or by the rank order of their maps.
 
 by a metric: |a_i - b_i|,    by their maps: 1 - rho_i, Spearman's rank correlation on 28 x 28 cells
 """
@@ -15,7 +15,7 @@ from xattn.correlation import disagreement
 
 
 class Apart(NamedTuple):
-    """One image, by its place: the two values, NaN where maps are compared, and how far apart."""
+    """One image by its position: the two values (NaN if maps are compared) and the difference."""
 
     position: int
     a: float
@@ -24,13 +24,13 @@ class Apart(NamedTuple):
 
 
 def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
-    """Images by falling |a - b|; those without a value of both are left out, ties keep their order.
+    """Images in descending order of |a - b|, without those that lack a value; ties keep their order.
 
     >>> [image.position for image in by_metric([1.0, 2.0, np.nan], [1.5, 0.0, 3.0])]
     [1, 0]
 
     Raises:
-        ValueError: not one value of each an image.
+        ValueError: there is not one value of each method per image.
     """
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
@@ -44,8 +44,8 @@ def by_metric(a: ArrayLike, b: ArrayLike) -> list[Apart]:
 
 
 def by_maps(pairs: Iterable[Sequence[NDArray[np.float32]]]) -> list[Apart]:
-    """Images by falling 1 - rho of their two maps (h, w), which may have other sizes; those where one
-    map is constant are left out."""
+    """Images in descending order of 1 - rho of their two maps (h, w), which may differ in size; images
+    with a constant map are left out."""
     distances = [disagreement(pair) for pair in pairs]
     found = [Apart(i, np.nan, np.nan, d) for i, d in enumerate(distances) if np.isfinite(d)]
     return sorted(found, key=lambda image: -image.distance)

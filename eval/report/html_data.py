@@ -1,8 +1,8 @@
 """The numbers and pictures behind the report page, as plain values for JSON; NaN becomes None.
 
 Everything follows the order of methods, columns and images in the results, so that equal results
-give an equal page. Sizes are bounded: few methods have pictures, and of many images only some are
-in the scatter plot.
+give an equal page. Sizes are bounded: only a few methods have pictures, and the scatter plot shows only
+some of many images.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from xattn.runtime.stores import StoreError, StorePath
 
 CASE_METHODS = 8
 CASES = 2  # images at each end
-THUMBNAIL = 128  # pixels a side
-MAX_VALUES = 200_000  # of the scatter plot, all methods and columns together
+THUMBNAIL = 128  # pixels per side
+MAX_VALUES = 200_000  # values in the scatter plot, over all methods and columns
 
 
 def page_data(
@@ -38,9 +38,9 @@ def page_data(
     photos: Mapping[str, Path | StorePath],
     preprocessing: Preprocessing | None,
 ) -> dict[str, Any]:
-    """What the page's script draws from; arguments as in :func:`xattn.eval.report.html_page.html_page`.
+    """The data that the page's script draws; arguments as in :func:`xattn.eval.report.html_page.html_page`.
 
-    Methods, columns and images go by their index in the results. Pictures are ``data:`` addresses:
+    Methods, columns and images are given by their index in the results. Pictures are ``data:`` URLs:
     ``photos`` by image, ``maps`` by "method:image".
     """
     names, columns = list(results.methods), results.columns
@@ -83,7 +83,7 @@ def page_data(
 
 
 def spread(n: int, values_an_image: int) -> list[int]:
-    """Evenly spaced images, as many as the page has room for."""
+    """The indices of evenly spaced images, as many as the page has room for."""
     count = min(n, max(1, MAX_VALUES // max(1, values_an_image)))
     return sorted({round(i) for i in np.linspace(0, n - 1, count).tolist()})
 
@@ -92,7 +92,7 @@ def spread(n: int, values_an_image: int) -> list[int]:
 
 
 def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
-    """By column: each method's best images and its worst, worst first, as (image, value)."""
+    """For each column, each method's best images and its worst ones, worst first, as (image, value)."""
     positions = {name: m for m, name in enumerate(results.methods)}
     names = list(names)
     cases = []
@@ -115,7 +115,7 @@ def _cases(results: Results, names: Iterable[str]) -> list[dict[str, Any]]:
 def map_images(
     results: Results, state: Path | None, wanted: Iterable[tuple[int, int]]
 ) -> dict[str, str]:
-    """Coloured maps by "method:image", of those (method, image) that the state has."""
+    """Coloured maps by "method:image", for each pair (method, image) that is in the state."""
     if state is None:
         return {}
     number = {name: m for m, name in enumerate(results.methods)}
@@ -131,7 +131,7 @@ def map_images(
 
 @cache
 def _palette() -> bytes:
-    """Matplotlib's inferno, which is perceptually uniform: 256 colours of three bytes."""
+    """Matplotlib's inferno colour map, which is perceptually uniform: 256 colours of three bytes."""
     from matplotlib import colormaps
 
     return bytes((colormaps["inferno"](np.arange(256), bytes=True)[:, :3]).tobytes())
@@ -143,7 +143,7 @@ def _photos(
     preprocessing: Preprocessing | None,
     wanted: Iterable[int],
 ) -> dict[str, str]:
-    """Thumbnails by image of what the model saw; none for tensors, or a photo that is gone."""
+    """Thumbnails, by image, of what the model saw; none for tensors and missing photos."""
     found: dict[str, str] = {}
     if preprocessing is None or results.protocol.view == "tensor":
         return found

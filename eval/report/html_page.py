@@ -1,7 +1,7 @@
-"""A leaderboard as one HTML page: table, curves, scatter of images, best and worst cases, cost.
+"""Writes a leaderboard as one HTML page: table, curves, scatter plot of images, best and worst cases, cost.
 
-The page fetches nothing but ``seconds.js`` beside it, which may be missing. It is a pure function
-of its arguments: what differs from run to run (time) stands in that script alone.
+The page loads only ``seconds.js`` beside it, which may be missing. It depends only on its arguments: what
+differs from run to run (time) is kept in that script.
 
 The tables of the report page as HTML: leaderboard, who is best, formulas, who beats which sanity row.
 
@@ -35,12 +35,12 @@ Failures = Mapping[str, Mapping[Column, "list[str] | None"]]
 
 
 def text(value: object) -> str:
-    """Any string as HTML text; bytes of a file name that are not UTF-8 show as ``\\udc80``."""
+    """Any string as HTML text; bytes of a file name that are not UTF-8 appear as ``\\udc80``."""
     return html.escape(printable(str(value)))
 
 
 def label(name: str) -> str:
-    """A method's name, which may break after an underscore."""
+    """A method's name as HTML that may break after an underscore."""
     return text(name).replace("_", "_<wbr>")
 
 
@@ -110,7 +110,7 @@ def leaderboard(board: Board) -> str:
 
 
 def _cell(board: Board, name: str, key: str, kind: int) -> str:
-    """One mean; where the column has a dagger somewhere, all its cells leave it room."""
+    """One mean; if any cell of the column has a dagger, all its cells leave room for it."""
     s, mean, (lo, hi), minus, sign = board.shown(name, key)
     if not s.n:
         return f"<td data-kind={kind} data-v=->-</td>"
@@ -151,7 +151,7 @@ def _sortable(key: str, up: bool, kind: int, formula: str) -> str:
 
 
 def verdicts(board: Board) -> str:
-    """Who is best where, a line a method, how much of that is close to its training; what ranks mean."""
+    """One line per method: where it is best and whether that is close to its training; what ranks mean."""
     said = "".join(
         f"<li><b class=name>{label(found.method)}</b>: {text(found.verdict)}</li>"
         for found in board.wins
@@ -162,7 +162,7 @@ def verdicts(board: Board) -> str:
 
 
 def legend(board: Board) -> tuple[str, str]:
-    """What a dagger means, in few words and as a point of how to read the page; empty without daggers."""
+    """The meaning of the dagger, as a short text and as a list item; both "" if there are no daggers."""
     if not board.trained:
         return "", ""
     return f" <span><b>{MARK}</b> {LEGEND}</span>", (
@@ -173,7 +173,7 @@ def legend(board: Board) -> tuple[str, str]:
 
 
 def formulas(results: Results) -> str:
-    """What each column is: plain words, formula, range, direction, id."""
+    """The table of columns: description, formula, range, direction and id."""
     rows = []
     for column in results.columns:
         info = results.info(column.metric)
@@ -201,14 +201,14 @@ def formulas(results: Results) -> str:
 
 
 def similarity(results: Results) -> dict[str, float]:
-    """Mean rank correlation with the maps of a randomised network, where it was measured."""
+    """Each method's mean rank correlation with the maps of a randomised network, if it was measured."""
     column = Column("randomization-Spearman")
     names = results.judged_methods if column in results.columns else []
     return {name: results.mean(name, *column) for name in names}
 
 
 def sanity_table(results: Results, failures: Failures) -> str:
-    """The table of who beats which sanity row."""
+    """The table that shows which method beats which sanity row."""
     columns = results.judged if failures else []
     metrics, means = list(dict.fromkeys(c.metric for c in columns)), similarity(results)
     heads = ["method", *metrics, *(["rank correlation after randomising weights"] if means else [])]
@@ -246,7 +246,7 @@ def _verdict(row: Mapping[Column, list[str] | None], metric: str, trained_on: bo
 
 
 def section(given: Section) -> str:
-    """A table with its notes."""
+    """A section as HTML: a table with its notes."""
     notes = "".join(f"<p class=note>{text(note)}</p>" for note in given.notes)
     titles, *rows = given.lines or [[]]
     head = "".join(f"<th scope=col>{text(title)}</th>" for title in titles)
@@ -275,17 +275,17 @@ def html_page(
     """The page as text; equal arguments give equal bytes.
 
     Args:
-        table: what :func:`xattn.eval.report.standings.standings` makes of ``results``.
+        table: :func:`xattn.eval.report.standings.standings` of ``results``.
         state: the evaluation's SQLite file, whose maps are shown; None: no maps.
-        photos: by image id; shown as the model saw them, which needs ``preprocessing``. A photo that
-            is missing or cannot be read leaves its map alone.
+        photos: photos by image id, shown as the model saw them, which needs ``preprocessing``. If a photo
+            is missing or unreadable, only its map is shown.
         more: tables below the sanity rows.
 
     Raises:
         ValueError: ``state`` is damaged, or not the file of an evaluation.
     """
     page = resources.files("xattn.eval.report") / "page"
-    # ensure_ascii and the escapes below: no name can close the script element.
+    # ensure_ascii and the escapes below prevent a name from closing the script element.
     data = json.dumps(
         page_data(results, state, photos, preprocessing), allow_nan=False, separators=(",", ":")
     )
@@ -336,7 +336,7 @@ def _facts(results: Results) -> str:
 
 
 def _warnings(results: Results, failures: Failures) -> str:
-    """What fails, in few words; every warning behind a click."""
+    """A summary of what fails; all warnings are in a block that opens with a click."""
     lines = results.warnings()
     if not lines:
         return "<p>No warnings.</p>"
@@ -370,11 +370,11 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(f"<span class=name>{label(name)}</span>" for name in names)
 
 
-# ---------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------- missing values
 
 
 def _invalid(results: Results) -> str:
-    """Invalid maps and failed metrics by method, skipped photos, annotations; with reasons."""
+    """Invalid maps and failed metrics by method, skipped photos and unusable annotations, with reasons."""
     items = []
     for name, method in results.methods.items():
         bad = [

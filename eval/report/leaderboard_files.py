@@ -38,13 +38,13 @@ def write_report(
     """Write the leaderboard as Markdown, CSV, JSON and HTML; returns the files.
 
     Args:
-        photos: by image id, for the page's pictures of best and worst cases; their maps come from
+        photos: photos by image id, for the page's best and worst cases; their maps come from
             ``state.sqlite`` in ``folder``.
-        preprocessing: the backbone's, to show the photos as it sees them.
+        preprocessing: that of the backbone, to show the photos as it sees them.
         card: the report card of the run.
 
     Raises:
-        OSError: a file cannot be written; earlier files are intact.
+        OSError: a file cannot be written; existing files are left intact.
     """
     table = standings(results)
     ranks = ranked_columns(results, results.ranked, results.judged_methods)
@@ -84,7 +84,7 @@ def write_report(
 
 
 def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section] = ()) -> str:
-    """The tables with protocol and warnings; who is best and who is level with it, in words; ``more``."""
+    """The tables with protocol, warnings and verdicts in words, then the sections in ``more``."""
     verdicts = [f"- {found.method}: {found.verdict}" for found in wins(results, table)]
     verdicts += [f"- {few}"] if (few := too_few(table)) else []
     rows = []
@@ -103,7 +103,7 @@ def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section
 
 
 def _level_with(cells: Sequence[Standing]) -> str:
-    """The methods of a column that are not told apart from the best, or that too few images compare."""
+    """The methods of a column that are level with the best, and those with too few images to compare."""
     few, level = [], []
     for s in cells:
         if s.best or is_baseline(s.method):
@@ -124,7 +124,7 @@ def _marked(s: Standing) -> str:
 
 
 def seconds_script(results: Results) -> str:
-    """What varies from run to run, as a script that the page loads if it is there."""
+    """Values that differ from run to run, as a script that the page loads if it exists."""
     seconds = {
         name: method.seconds / max(1, len(results.images))
         for name, method in results.methods.items()

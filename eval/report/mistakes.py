@@ -1,9 +1,9 @@
-"""What a classifier gets wrong in a pack: the confusion of its classes, a row a class, slices, mean maps.
+"""A classifier's mistakes in a pack: confusion matrix, one row per class, slices and mean maps.
 
-A photo counts where its true class and its prediction are known. Accuracy has Wilson's 95 % interval, which
-also holds for few photos, all else a bootstrap interval over photos. The calibration of few photos says
-little, so a class shows how much its mean confidence exceeds its accuracy, and only slices have an expected
-calibration error (arXiv 1706.04599).
+A photo counts if its true class and its prediction are known. Accuracy has Wilson's 95 % interval, which
+also holds for few photos; everything else has a bootstrap interval over photos. With few photos a
+calibration error says little. Classes therefore show how much their mean confidence exceeds their accuracy,
+and only slices have an expected calibration error (arXiv 1706.04599).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MOST_CLASSES, MOST_MAPS, BINS = 10, 200, 15
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often photos of a class (row) are predicted as a class (column).
+    """How often photos of one class (row) are predicted as another class (column).
 
     Attributes:
-        classes: those with most photos, by number and name; what is left is folded into (None,
-            ``OTHERS``), the last.
-        counts: (C, C) photos. Within "other classes", right and wrong predictions share a cell.
-        photos: the ids of each cell's photos.
-        unknown: photos whose true class or prediction is not known.
+        classes: the classes with the most photos, by number and name; all others are merged into the last
+            entry, (None, ``OTHERS``).
+        counts: (C, C) numbers of photos. Within "other classes", right and wrong predictions share a cell.
+        photos: the ids of the photos in each cell.
+        unknown: number of photos whose true class or prediction is unknown.
     """
 
     classes: tuple[tuple[int | None, str], ...]
@@ -49,10 +49,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The photos of a true class: how many, how well they are told, and how well they are explained.
+    """The photos of one true class: their number, and how well they are classified and explained.
 
-    ``overconfidence`` is the mean of confidence less rightness, above 0 where the network is surer than it
-    is right. ``metrics`` are of a method's maps of these photos, by name.
+    ``overconfidence`` is the mean confidence minus the accuracy: above 0, the network is more confident
+    than it is accurate. ``metrics`` are those of a method's maps of these photos, by name.
     """
 
     number: int
@@ -66,7 +66,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class SliceRow:
-    """A named set of photos; ``accuracy`` and ``ece`` are of those whose true class is known."""
+    """A named set of photos; ``accuracy`` and ``ece`` cover the photos whose true class is known."""
 
     name: str
     photos: int
@@ -80,8 +80,8 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
     """The confusion matrix of a pack.
 
     Args:
-        most: classes that are shown by name: those with most photos, counted as true or predicted, and
-            among equals those with most mistakes.
+        most: number of classes shown by name: those with the most photos, counted as true or predicted,
+            with ties broken by the number of mistakes.
 
     Raises:
         ValueError: ``most`` below 1.
@@ -112,10 +112,10 @@ def confusion(pack: Pack, most: int = MOST_CLASSES) -> Confusion:
 
 
 def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
-    """A row for each true class, those with most photos first, among equals the worst.
+    """One row per true class, those with the most photos first, and among equals the worst first.
 
     Args:
-        method: whose metrics are told; by default of each photo's most probable map.
+        method: the method whose metrics are used; by default those of the map of the most probable class.
     """
     known = _known(pack.images)
     measured = _metrics(pack, method)
@@ -140,10 +140,10 @@ def class_rows(pack: Pack, method: str | None = None) -> list[ClassRow]:
 def slice_row(
     pack: Pack, name: str, photos: Collection[str], method: str | None = None
 ) -> SliceRow:
-    """What is known of a set of photos.
+    """The row of a set of photos.
 
     Raises:
-        ValueError: no photo, or one that is not in the pack.
+        ValueError: the set is empty, or a photo is not in the pack.
     """
     images = pack.images
     if not photos:
@@ -187,15 +187,15 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.float64
 
     if not len(right):
         return math.nan
-    given = torch.tensor(confidence), torch.tensor(right)  # copies: pandas owns these arrays
+    given = torch.tensor(confidence), torch.tensor(right)  # copies: pandas owns the arrays
     return float(binary_calibration_error(*given, n_bins=BINS, norm="l1"))
 
 
 def mean_map(pack: Pack, entry_ids: Iterable[str], most: int = MOST_MAPS) -> NDArray[np.float64]:
-    """(28, 28): the mean of maps, each min-maxed to [0, 1]; of the first ``most`` of them.
+    """The mean (28, 28) of the first ``most`` maps, each min-maxed to [0, 1].
 
     Raises:
-        ValueError: no map.
+        ValueError: there is no map.
     """
     grids = []
     for entry_id in list(entry_ids)[:most]:
@@ -206,7 +206,7 @@ def mean_map(pack: Pack, entry_ids: Iterable[str], most: int = MOST_MAPS) -> NDA
 
 
 def _known(images: pd.DataFrame) -> pd.DataFrame:
-    """The photos of which it is known whether the prediction is right, with names for both classes."""
+    """The photos whose true class and prediction are known, with the names of both classes."""
     known = images[images["right"].notna()].copy()
     for key in ("label", "predicted"):
         names = known[f"{key}_name"]
@@ -215,7 +215,7 @@ def _known(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _metrics(pack: Pack, method: str | None) -> pd.DataFrame:
-    """The metrics of one map a photo: the method's, of the class that is most probable."""
+    """The metrics of one map per photo: the method's map of the most probable class."""
     entries = pack.entries
     own = entries if method is None else entries[entries["method"] == method]
     first = own.sort_values("probability", ascending=False, kind="stable")
@@ -224,7 +224,7 @@ def _metrics(pack: Pack, method: str | None) -> pd.DataFrame:
 
 
 def _intervals(measured: pd.DataFrame, photos: Sequence[str] | pd.Index) -> dict[str, Interval]:
-    """The mean of each metric over ``photos``, of those that have a value."""
+    """The mean of each metric over the ``photos`` that have a value."""
     own = measured.reindex(photos)
     found = zip(own, mean_intervals(own.to_numpy(float)), strict=True)
     return {key: interval for key, interval in found if interval.n}

@@ -1,10 +1,11 @@
-"""Two packs of the same photos, photo by photo: two networks, two heads, or two states of one.
+"""Compares two packs of the same photos, from two networks, two heads, or two states of one.
 
     compare_packs(before, after) -> PackDifference
 
-Told are which predictions became right or wrong, which maps moved most, and how accuracy and each metric
-changed, with paired 95 % intervals. A map's move is its disagreement with the other pack's map of the same
-photo, class and method: 1 - Spearman's rank correlation on 28 x 28 cells, in [0, 2].
+The comparison lists the predictions that became right or wrong and the maps that changed most, and shows
+how accuracy and each metric changed, with paired 95 % intervals. The change of a map is its disagreement
+with the other pack's map of the same photo, class and method: 1 - Spearman's rank correlation on 28 x 28
+cells, in [0, 2].
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from xattn.packs.explanation import Explanation
 from xattn.packs.reader import Pack
 from xattn.runtime.tables import markdown
 
-SHOWN = 10  # photos of each list in the text
+SHOWN = 10  # photos in each list of the text
 
 
 class Change(NamedTuple):
-    """A mean before and after, and the mean of the differences, over the photos that have both."""
+    """A mean before and after, and the mean of the differences, over the photos with both values."""
 
     before: Interval
     after: Interval
@@ -35,8 +36,8 @@ class Change(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """A photo of both packs: its id in the first, and ``other_id`` in the second. ``right`` is None where
-    the true class is not known."""
+    """A photo in both packs: its id in the first, and ``other_id`` in the second. ``right`` is None if
+    the true class is unknown."""
 
     image_id: str
     other_id: str
@@ -48,7 +49,7 @@ class Photo(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A map of both packs: by ``methods``, of one class, and by how much it ``moved``, in [0, 2]."""
+    """A pair of maps of one photo and class, by ``methods``, and how far it ``moved``, in [0, 2]."""
 
     image_id: str
     title: str
@@ -63,14 +64,14 @@ class PackDifference:
     """What differs between two packs.
 
     Attributes:
-        names: of the packs, as they are called.
-        common: the photos of both that were compared; ``shared``: how many both have; ``alone``: how
-            many are in one of them only; ``renamed``: how many have two ids, and are the same by their
-            stored pictures.
+        names: the names of the packs.
+        common: the photos in both packs that were compared.
+        shared: number of photos in both packs; ``alone``: number in only one of them.
+        renamed: number of photos that have different ids but the same stored picture.
         accuracy: None unless some common photos have a true class and a prediction in both packs.
-        metrics: by method and metric, over the common maps that have both values.
-        moved: the common maps, those that moved most first; constant maps are left out.
-        left_out: metrics that differ in their protocol and are not compared.
+        metrics: the change by method and metric, over common maps with both values.
+        moved: the common maps, most changed first; constant maps are left out.
+        left_out: metrics whose protocols differ, which are not compared.
     """
 
     names: tuple[str, str]
@@ -85,17 +86,17 @@ class PackDifference:
 
     @property
     def now_right(self) -> list[Photo]:
-        """Photos whose prediction became right, the surest first."""
+        """Photos whose prediction became right, most confident first."""
         return self._turned(True)
 
     @property
     def now_wrong(self) -> list[Photo]:
-        """Photos whose prediction became wrong, the surest first."""
+        """Photos whose prediction became wrong, most confident first."""
         return self._turned(False)
 
     @property
     def changed(self) -> list[Photo]:
-        """Photos with another prediction than before, right or wrong."""
+        """Photos whose prediction changed, whether right or wrong."""
         return [p for p in self.common if p.predicted[0] != p.predicted[1]]
 
     def _turned(self, right: bool) -> list[Photo]:
@@ -129,18 +130,18 @@ def compare_packs(
     methods: tuple[str, str] | None = None,
     most: int | None = None,
 ) -> PackDifference:
-    """Compare what two packs say of the photos that both have.
+    """Compare two packs on the photos that both contain.
 
-    Which photos are the same is said by :meth:`~xattn.packs.reader.Pack.same_photos`. Maps are compared by
-    photo, class and method; if the packs share no method and have one each, these two are compared.
+    :meth:`~xattn.packs.reader.Pack.same_photos` decides which photos are the same. Maps are compared by
+    photo, class and method. If the packs have one method each and these differ, the two are compared.
 
     Args:
-        methods: compare the maps by the first of them in ``before`` with those by the second in ``after``,
+        methods: compare the maps of the first method in ``before`` with those of the second in ``after``,
             which may be the same pack.
-        most: of more common photos than this, compare so many, evenly spread over ``before``.
+        most: if there are more common photos, compare only this many, evenly spread over ``before``.
 
     Raises:
-        ValueError: the packs share no photo, or there is no map by one of the methods.
+        ValueError: the packs share no photo, or one of the methods has no map.
     """
     maps = [_maps_by_photo(pack) for pack in (before, after)]
     same = before.same_photos(after)
@@ -179,7 +180,7 @@ def compare_packs(
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` of the items, evenly spread."""
+    """``count`` items, evenly spread over all."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -191,7 +192,7 @@ def _pairs(
     renamed: Mapping[str, str],
     methods: tuple[str, str] | None,
 ) -> Iterator[tuple[Explanation, Explanation]]:
-    """The maps of one photo that are compared, from their ids in both packs."""
+    """The pairs of maps to compare for one photo, by their ids in both packs."""
     theirs = {after.key(entry_id)[1:]: entry_id for entry_id in others}
     for entry_id in ones:
         _, target, method = before.key(entry_id)
@@ -203,7 +204,7 @@ def _pairs(
 
 
 def _chosen(before: Pack, after: Pack, methods: tuple[str, str]) -> dict[str, str]:
-    """The first of the methods with the second, each of which its pack has."""
+    """The chosen pair of methods; raises a ValueError if a pack lacks its method."""
     for pack, method in zip((before, after), methods, strict=True):
         known = dict.fromkeys(pack.key(entry_id)[2] for entry_id in pack.entry_ids)
         if method not in known:
@@ -223,7 +224,7 @@ def _maps_by_photo(pack: Pack) -> dict[str, list[str]]:
 
 
 def _renamed(before: Pack, after: Pack) -> dict[str, str]:
-    """The method of ``after`` that a method of ``before`` is compared with, if it has another name."""
+    """Which method of ``after`` each method of ``before`` is compared with, if the names differ."""
     ones, others = ({pack.key(i)[2] for i in pack.entry_ids} for pack in (before, after))
     if len(ones) == len(others) == 1:
         return dict(zip(ones, others, strict=True))
@@ -249,7 +250,7 @@ def _photo(one: Explanation, other: Explanation) -> Photo:
 
 
 def _metric_keys(before: Pack, after: Pack) -> tuple[list[str], list[str]]:
-    """Metrics that both packs measured by one protocol, and those with two protocols."""
+    """The metrics that both packs measured with the same protocol, and those with different protocols."""
     ids = [{m.key: m.protocol_id for m in pack.metrics} for pack in (before, after)]
     both = [key for key in ids[0] if key in ids[1]]
     same = [key for key in both if ids[0][key] == ids[1][key]]
@@ -264,7 +265,7 @@ def _accuracy(photos: Sequence[Photo]) -> Change | None:
 def _metrics(
     measured: Mapping[str, Sequence[Any]], keys: Sequence[str]
 ) -> dict[tuple[str, str], Change]:
-    """By method and metric, from the values of all metrics before and after, map by map."""
+    """The change by method and metric, from the values of all metrics before and after, map by map."""
     found = {}
     for method, rows in measured.items():
         for key, change in zip(keys, _changes(rows), strict=True):
@@ -274,7 +275,7 @@ def _metrics(
 
 
 def _changes(rows: Sequence[Any]) -> list[Change]:
-    """(n, K, 2) values before and after -> a change for each of the K; a pair with NaN is left out."""
+    """Values before and after (n, K, 2) -> a change for each of the K; pairs with NaN are left out."""
     values = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1, 2)
     values = np.where(np.isfinite(values).all(2, keepdims=True), values, np.nan)
     three = np.stack([values[..., 0], values[..., 1], values[..., 1] - values[..., 0]], 2)
@@ -283,7 +284,7 @@ def _changes(rows: Sequence[Any]) -> list[Change]:
 
 
 def _plain(value: Any) -> Any:
-    """Named tuples as tables, NaN as None."""
+    """Plain values for JSON: named tuples become tables, NaN becomes None."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -338,7 +339,7 @@ def difference_lines(found: PackDifference) -> Iterator[str]:
 
 
 def renamed_note(count: int) -> str:
-    """What to say of photos that were joined by their pictures."""
+    """A note on photos that were matched by their pictures."""
     photos = "1 photo has" if count == 1 else f"{count:,} photos have"
     return (
         f"{photos} another id in the second pack; the stored pictures say that they are the same."

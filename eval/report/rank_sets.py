@@ -1,12 +1,13 @@
-"""Rank sets: all places that a method may have in a column, for all methods together.
+"""Rank sets: the places that a method may have in a column, with joint confidence for all methods.
 
     m is better than n  if  d_mn > c se_mn,    d_mn = mean over photos of v_m - v_n
     c = quantile over resamples of  max_{m != n} |d*_mn - d_mn| / se_mn
     rank set of m = [1 + #{n better than m}, M - #{n worse than m}]
 
-Photos are resampled; se_mn is the standard deviation of the paired differences by the square root of the
-photos. At level .95 all true ranks lie in their sets together in 95 % of repetitions, in the manner of
-Mogstad et al. 2024, Review of Economic Studies. Several columns are each judged at 1 - .05 / columns.
+Photos are resampled; se_mn is the standard deviation of the paired differences divided by the square root
+of the number of photos. At level .95, all true ranks together lie in their sets in 95 % of repetitions, as
+in Mogstad et al. 2024, Review of Economic Studies. With several columns, each is judged at 1 - .05 /
+columns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from xattn.eval.metrics.base import Column
 MIN_RANKED = 40
 """With fewer photos there are no ranks."""
 ALPHA = 0.05
-_PAIRS = 500  # at a time
+_PAIRS = 500  # pairs at a time
 
 Ranks = list[tuple[int, int]]
 
@@ -44,13 +45,14 @@ def rank_sets(
     [(3, 3), (1, 2), (1, 2)]
 
     Args:
-        values: (M, photos), or (M, networks, photos), of which a photo counts as a whole; NaN where a
+        values: (M, photos), or (M, networks, photos), where a photo is resampled as a whole; NaN if a
             method has no value. Two methods are compared on the photos and networks that both have.
-        higher: larger values are better.
-        level: of all sets together. It holds from about 40 photos on; with fewer the sets are too narrow.
+        higher: whether larger values are better.
+        level: joint confidence of all sets. It holds for at least about 40 photos; with fewer, the sets
+            are too narrow.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the shape is another.
     """
     units = np.asarray(values, dtype=np.float64)
     if units.ndim not in (2, 3) or not units.size:
@@ -81,8 +83,8 @@ def rank_sets(
 def rank_sets_of_draws(
     values: NDArray[np.float64], drawn: NDArray[np.float64], level: float = 1 - ALPHA
 ) -> Ranks:
-    """The same of any numbers (M,), larger is better, and what they are in resamples (R, M); se is the
-    standard deviation over these."""
+    """Rank sets of any numbers (M,), larger is better, given their values in resamples (R, M); se is the
+    standard deviation over the resamples."""
     first, second = np.triu_indices(len(values), 1)
     if not len(first):
         return [(1, 1)] * len(values)
@@ -95,10 +97,10 @@ def rank_sets_of_draws(
 def ranked_columns(
     results: Results, columns: Sequence[Column], methods: Sequence[str]
 ) -> Mapping[Column, Mapping[str, tuple[int, int]]]:
-    """Rank sets of ``methods`` in each column, all columns together at 95 %.
+    """Rank sets of ``methods`` in each column, at 95 % for all columns together.
 
-    A method has a place where it has values on at least half of the photos that any has; a column where
-    they are 40 at least, and two methods have a place.
+    A method has a place if it has values on at least half of the photos on which any method has. A column
+    has places if there are at least 40 such photos and at least two methods.
     """
     found: dict[Column, Mapping[str, tuple[int, int]]] = {}
     chosen = {}
@@ -121,7 +123,7 @@ def ranked_columns(
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(pairs, networks, photos) -> (photos, pairs): mean over the networks that have a value."""
+    """(pairs, networks, photos) -> (photos, pairs): the mean over the networks with a value."""
     valid = ~np.isnan(values)
     count = valid.sum(1)
     total = np.where(valid, values, 0.0).sum(1)
@@ -131,7 +133,7 @@ def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _largest(
     drawn: NDArray[np.float64], diffs: NDArray[np.float64], errors: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(R, pairs) -> (R,) of |d* - d| / se; pairs without spread do not count."""
+    """(R, pairs) -> (R,): the largest |d* - d| / se; pairs without spread do not count."""
     usable = (errors > 0) & np.isfinite(errors)
     far = np.abs(drawn[:, usable] - diffs[usable]) / errors[usable]
     return np.nan_to_num(far).max(1, initial=0.0)

@@ -1,13 +1,13 @@
-"""The report card of a run: which columns order maps that are worse by construction, and so may rank.
+"""The report card of a run: which columns rank maps degraded on purpose correctly, and so count for ranks.
 
     ladder cells, photo   Spearman(-t, mean of rung t) >= .9 and the lower end of the photos' own mean > 0,
                           for 2 of 3 methods whose maps are degraded (:mod:`xattn.eval.sanity.ladders`)
     null                  rows that explain nothing are not above chance, and below the first method
-    invariance            a changed scale, zero or growth of a map changes nothing where the column says so
-    halves                methods have one order in two random halves of the photos: mean Spearman >= .8
-    agreement             Kendall's W of the columns that rank
+    invariance            a change of scale, zero or growth of a map changes nothing if the column claims so
+    halves                two random halves of the photos order the methods alike: mean Spearman >= .8
+    agreement             Kendall's W of the columns that count for ranks
 
-A column ranks if it orders both ladders. The other tests are shown.
+A column counts for ranks if it orders both ladders. The other tests are only shown.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ INVARIANCE: Mapping[str, tuple[str, ...]] = {
     "AOPC": ("scale", "shift"),
     "IROF": ("scale", "shift"),
 }
-"""By metric, which changes of a map leave its value as it is."""
+"""For each metric, the changes of a map that leave its value unchanged."""
 
 
 class CardTest(NamedTuple):
-    """One line: ``value`` with its interval, NaN where there is none; ``passed`` None: not judged."""
+    """One test: ``value`` with its interval, NaN if there is none; ``passed`` is None if not judged."""
 
     metric: str
     test: str
@@ -57,7 +57,7 @@ class CardTest(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportCard:
-    """All tests of a run on ``photos`` photos; ``admitted``: the keys of the columns that rank."""
+    """All tests of a run on ``photos`` photos; ``admitted``: the columns that count for ranks, by key."""
 
     tests: tuple[CardTest, ...]
     photos: int
@@ -71,7 +71,7 @@ class ReportCard:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know, a sentence each."""
+        """Notes for the reader, one sentence each."""
         shown = ", ".join(self.admitted) or "none"
         notes = [
             f"report card: on {self.photos} photos the ladders of {', '.join(self.anchors)} are ordered "
@@ -82,7 +82,8 @@ class ReportCard:
         return notes
 
     def lines(self) -> list[list[str]]:
-        """A row a column: what the two ladders say, which nulls are caught, and whether it ranks."""
+        """One row per column: the results on both ladders, the nulls caught, and whether it counts for
+        ranks."""
         titles = ["column", *(f"ladder {x}" for x in LADDERS), "nulls", "invariance", "halves"]
         found: dict[str, dict[str, CardTest]] = {}
         for test in self.tests:
@@ -109,7 +110,7 @@ class ReportCard:
         return " ".join("-" if t is None or math.isnan(t.value) else f"{t.value:.2f}" for t in of)
 
     def csv_lines(self) -> list[list[object]]:
-        """All tests, with titles."""
+        """All tests as CSV lines, with titles."""
         lines: list[list[object]] = [list(CardTest._fields)]
         for test in self.tests:
             lines.append([*test[:5], "" if test.passed is None else int(test.passed)])
@@ -120,12 +121,12 @@ _LADDER_TESTS = tuple(f"ladder {ladder}" for ladder in LADDERS)
 
 
 def report_card(found: Results, anchors: Sequence[str], run: Results | None = None) -> ReportCard:
-    """The card of the rows of :func:`xattn.eval.sanity.ladders.card_rows`.
+    """Make the card from the results of the rows of :func:`xattn.eval.sanity.ladders.card_rows`.
 
     Args:
-        found: of these rows.
-        anchors: the methods whose maps were degraded, the first of them also copied.
-        run: the results that the columns are to rank, for halves and agreement.
+        found: the results of these rows.
+        anchors: the methods whose maps were degraded; the maps of the first were also copied.
+        run: the results to be ranked by the columns, for halves and agreement.
     """
     tests: list[CardTest] = []
     for column in found.columns:
@@ -141,7 +142,7 @@ def report_card(found: Results, anchors: Sequence[str], run: Results | None = No
 
 
 class _Signed:
-    """Values (n,) of the rows in one column; larger is better."""
+    """The values (n,) of the rows in one column, signed so that larger is better."""
 
     def __init__(self, results: Results, column: Column) -> None:
         self.results, self.column, self.key = results, column, column.key
@@ -181,14 +182,14 @@ def _ladder_tests(table: _Signed, anchors: Sequence[str]) -> list[CardTest]:
 
 
 def _orders(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(rungs, n) -> Spearman's correlation with -t of each, (n,); 0 where nothing changes."""
+    """(rungs, n) -> Spearman's correlation of each column with -t, (n,); 0 if nothing changes."""
     values = torch.from_numpy(np.ascontiguousarray(curves.T))
     falling = torch.linspace(0, -1, curves.shape[0], dtype=torch.float64, device="cpu")
     return spearman(falling.expand_as(values), values).nan_to_num(0.0).numpy()
 
 
 def _null_test(table: _Signed, anchor: str, null: str) -> list[CardTest]:
-    """Whether a row that explains nothing is not above chance, and below the first method."""
+    """Test that a row that explains nothing is not above chance and is below the first method."""
     values, own = table.of(null), table.of(anchor)
     paired = table.interval(own - values)
     if paired.n < MIN_IMAGES:
@@ -201,14 +202,14 @@ def _null_test(table: _Signed, anchor: str, null: str) -> list[CardTest]:
 
 
 def _same_test(table: _Signed, anchor: str, kind: str) -> list[CardTest]:
-    """The largest difference that a change of the maps makes; judged where the column declares it."""
+    """The largest difference that a change of the maps makes; judged if the column claims invariance."""
     own, other = table.of(anchor), table.of(f"{anchor} {kind}")
     apart = np.abs(own - other)
     if not np.isfinite(apart).any():
         return []
     most = float(np.nanmax(apart))
     declared = kind in INVARIANCE.get(table.column.metric, ())
-    same = bool((np.isnan(own) == np.isnan(other)).all())  # a value that is lost is a change, too
+    same = bool((np.isnan(own) == np.isnan(other)).all())  # a lost value is also a change
     limit = TOLERANCE * max(1.0, float(np.nanmax(np.abs(own))))
     passed = same and most <= limit if declared else None
     return [CardTest(table.key, f"invariance {kind}", most, passed=passed)]
@@ -232,7 +233,7 @@ def _halves(run: Results, column: Column) -> list[CardTest]:
 
 
 def _agreement(run: Results, admitted: Sequence[str]) -> list[CardTest]:
-    """Kendall's W of the orders that the columns give the methods, ties counted: 1 if all are the same.
+    """Kendall's W of the columns' orders of the methods, corrected for ties: 1 if all orders are the same.
     Columns in which all methods are equal give no order."""
     names, orders = run.judged_methods, []
     for column in run.columns:

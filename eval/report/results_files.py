@@ -1,7 +1,7 @@
-"""Results as JSON that reads back, and as CSV.
+"""Writes results as CSV, and as JSON that can be read back.
 
-The JSON keeps p, q and d of every image, so that a reader can recompute each number. Files are
-written under a temporary name and renamed: a failed write leaves the earlier file as it was.
+The JSON keeps p, q and d of every image, so that every value can be recomputed. Files are written under a
+temporary name and then renamed, so a failed write leaves an existing file unchanged.
 """
 
 from __future__ import annotations
@@ -107,17 +107,17 @@ def write_json(results: Results, path: str | Path) -> None:
     """Write everything, per-image numbers included.
 
     Raises:
-        OSError: the file cannot be written; an earlier file of that name is intact.
+        OSError: the file cannot be written; an existing file is left intact.
     """
     text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
     write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Results:
-    """Read what :func:`write_json` wrote.
+    """Read results written by :func:`write_json`.
 
     Raises:
-        OSError: no such file. ValueError: it is not a results file.
+        OSError: there is no such file. ValueError: it is not a results file.
     """
     try:
         return from_dict(strict_json.parse(Path(path).read_bytes()))
@@ -154,7 +154,7 @@ def _method_dict(method: MethodResult) -> dict[str, Any]:
 
 
 def _info(metric: str, record: dict[str, Any]) -> MetricInfo:
-    """What a metric from outside the package is; infinite ends of its range are null in the file."""
+    """The info of a metric from outside the package; the file stores infinite ends of its range as null."""
     low, high, reads = (record[key] for key in ("low", "high", "reads"))
     ends = {"low": -math.inf if low is None else low, "high": math.inf if high is None else high}
     info = MetricInfo(**{**record, **ends, "reads": None if reads is None else Reads(*reads)})
@@ -182,13 +182,13 @@ def _array(values: list[Any]) -> NDArray[np.float64]:
 
 
 def write_csv(results: Results, path: str | Path) -> Path:
-    """Write the table to ``path`` and the per-image numbers to its sibling ``*.images.csv``.
+    """Write the table to ``path`` and the per-image numbers to ``*.images.csv`` beside it.
 
     Returns:
-        The path of the sibling: one line an image and method, with p, q, d and all values.
+        The path of the second file, which has one line per image and method with p, q, d and all values.
 
     Raises:
-        OSError: a file cannot be written; earlier files are intact.
+        OSError: a file cannot be written; existing files are left intact.
     """
     path = Path(path)
     sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")
@@ -198,8 +198,8 @@ def write_csv(results: Results, path: str | Path) -> Path:
 
 
 def image_lines(results: Results) -> list[list[Any]]:
-    """One line an image and method: class, validity, clean score, scores and values."""
-    # Curves stay in the JSON file.
+    """One line per image and method: class, validity, clean score, scores and values."""
+    # Curves are only in the JSON file.
     methods = results.methods.values()
     keys = list(dict.fromkeys(k for m in methods for k, v in m.scores.items() if v.ndim == 1))
     missing = np.full(len(results.images), np.nan)

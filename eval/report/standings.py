@@ -1,6 +1,6 @@
-"""The leaderboard: every mean beside the best of its column, who is best in words, ranks and curves.
+"""The leaderboard: every mean compared with the best of its column, verdicts in words, ranks and curves.
 
-:class:`Board` is what the report page and the viewer's page Compare draw.
+:class:`Board` is what the report page and the viewer's Compare page show.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CASE_METRICS = ("AD", "deletion", "insertion", "ROAD")
 
 
 class Standing(NamedTuple):
-    """One cell of the leaderboard beside the best method of its column.
+    """One cell of the leaderboard, compared with the best method of its column.
 
-    ``diff`` = mean(method - first) over images valid in both, with its paired 95 % interval, NaN for
-    the first itself, the method with the best mean. ``judged``: these images are enough for a verdict; if
-    not, nobody is ``best`` or level with the best. ``level_with_best``: the interval holds zero.
-    ``trained_on``: the metric is close to the training of the method's head; nobody is left out of the
-    comparison for that.
+    ``diff`` = mean(method - first) over images valid in both, with its paired 95 % interval, where first
+    is the method with the best mean; NaN for that method itself. ``judged``: there are enough images for a
+    verdict; otherwise no method is ``best`` or level with the best. ``level_with_best``: the interval
+    contains zero. ``trained_on``: the metric is close to the training objective of the method's head; the
+    method is still compared.
     """
 
     method: str
@@ -55,7 +55,7 @@ class Standing(NamedTuple):
     trained_on: bool = False
 
     def sign(self, results: Results) -> str:
-        """What is marked beside the mean: "best", "level with best", "better than the best method", ""."""
+        """The mark beside the mean: "best", "level with best", "better than the best method" or ""."""
         up = results.info(self.column.metric).higher_is_better
         if not self.n or not self.judged:
             return ""
@@ -68,7 +68,7 @@ class Standing(NamedTuple):
         return "better than the best method" if better and not ranked else ""
 
     def verdict(self, results: Results) -> str:
-        """Where the method stands in the column, in words."""
+        """How the method compares in the column, in words."""
         trained = ", close to its training" if self.trained_on else ""
         if not self.n:
             return "not measured"
@@ -85,10 +85,10 @@ class Standing(NamedTuple):
 
 
 def standings(results: Results) -> list[Standing]:
-    """Every method against the best of its column.
+    """Compare every method with the best of its column.
 
-    Sanity rows and masks cannot be best, nor can a method that was measured on less than half of
-    the images that another was measured on, or on fewer than ``MIN_IMAGES``.
+    Sanity rows and masks cannot be best, nor can a method that was measured on less than half as many
+    images as another, or on fewer than ``MIN_IMAGES``.
     """
     rows = {(r.method, Column(r.metric, r.level)): r for r in results.rows()}
     first = {column: results.first(column) for column in results.columns}
@@ -129,9 +129,9 @@ def standings(results: Results) -> list[Standing]:
 
 
 class Wins(NamedTuple):
-    """The columns in which a method is best: those close to what it was ``trained_on``, and others.
+    """The columns in which a method is best: those close to its training, ``trained_on``, and ``others``.
 
-    ``is_trained``: the method is a head whose objective is known.
+    ``is_trained``: the method is a head whose training objective is known.
     """
 
     method: str
@@ -141,7 +141,7 @@ class Wins(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What follows the method's name.
+        """The verdict that follows the method's name.
 
         >>> own = Column("AD", 0.5), Column("IC", 0.5), Column("AD", 0.15)
         >>> Wins("mine", own, (Column("ROAD"),), True).verdict
@@ -156,7 +156,7 @@ class Wins(NamedTuple):
 
 
 def _named(columns: Sequence[Column]) -> str:
-    """Keys of columns, each metric once with all its levels."""
+    """The keys of columns as text, each metric once with all its levels."""
     levels: dict[str, list[str]] = {}
     for metric, level in columns:
         levels.setdefault(metric, []).extend([] if level is None else [f"{100 * level:g}"])
@@ -164,7 +164,7 @@ def _named(columns: Sequence[Column]) -> str:
 
 
 def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
-    """Who is best where, in the order of the methods; columns of too few images are left out."""
+    """The columns in which each method is best; columns with too few images are left out."""
     found = []
     for name, method in results.methods.items():
         best = [s for s in table if s.method == name and s.best]
@@ -176,7 +176,7 @@ def wins(results: Results, table: Sequence[Standing]) -> list[Wins]:
 
 
 def too_few(table: Sequence[Standing]) -> str:
-    """In which columns no method has images enough for a verdict, in words; empty if there is none."""
+    """The columns in which no method has enough images for a verdict, in words; "" if there are none."""
     judged = {s.column for s in table if s.judged}
     lacking = list(dict.fromkeys(s.column for s in table if s.n and s.column not in judged))
     if not lacking:
@@ -185,7 +185,7 @@ def too_few(table: Sequence[Standing]) -> str:
 
 
 class Shown(NamedTuple):
-    """A :class:`Standing` as it is written: "-" where nothing was measured."""
+    """A :class:`Standing` as text; "-" if nothing was measured."""
 
     standing: Standing
     mean: str
@@ -204,7 +204,7 @@ class Board:
 
     @classmethod
     def of(cls, results: Results, table: Sequence[Standing]) -> Board:
-        """From what :func:`standings` makes of ``results``."""
+        """Make a board from ``results`` and their :func:`standings`."""
         return cls(results, {(s.method, s.column.key): s for s in table})
 
     @cached_property
@@ -214,7 +214,7 @@ class Board:
 
     @cached_property
     def ranked(self) -> list[str]:
-        """Methods under test, the best first, then masks and sanity rows."""
+        """The methods under test, best first, then masks and sanity rows."""
         best = ranking(self.results)
         return best + [name for name in self.results.methods if name not in best]
 
@@ -225,22 +225,22 @@ class Board:
 
     @cached_property
     def wins(self) -> list[Wins]:
-        """Who is best where."""
+        """The columns in which each method is best."""
         return wins(self.results, list(self.standings.values()))
 
     @cached_property
     def ranks(self) -> Ranking | None:
-        """One place for each method over all metrics; None where there is nothing to rank."""
+        """One place for each method over all metrics; None if there is nothing to rank."""
         return aggregate_ranks(self.results)
 
     @property
     def too_few(self) -> str:
-        """In which columns there is no verdict, in words; "" if in none."""
+        """The columns without a verdict, in words; "" if there are none."""
         return too_few(list(self.standings.values()))
 
     @cached_property
     def trained(self) -> set[str]:
-        """Keys of the columns that are close to the training of a method that was measured in them."""
+        """The keys of columns that are close to the training of any method measured in them."""
         return {key for (_, key), s in self.standings.items() if s.trained_on and s.n}
 
     @cached_property
@@ -253,7 +253,7 @@ class Board:
         }
 
     def shown(self, method: str, key: str) -> Shown:
-        """A cell as it is written."""
+        """A cell as text."""
         s, form = self.standings[method, key], self.forms[key]
         mean, lo, hi = (format_number(v, form) if s.n else "-" for v in (s.mean, s.lo, s.hi))
         diff = (s.diff, s.diff_lo, s.diff_hi)
@@ -274,26 +274,26 @@ class Board:
         return " ".join(said)
 
     def info(self, key: str) -> MetricInfo:
-        """What the metric of a column is."""
+        """The info of a column's metric."""
         return self.results.info(self.columns[key].metric)
 
     def titled(self, key: str) -> str:
-        """A column's key with the direction that is better, ↑ or ↓."""
+        """A column's key with an arrow for the better direction, ↑ or ↓."""
         return f"{key} {'↑' if self.info(key).higher_is_better else '↓'}"
 
     def kind(self, method: str) -> str:
-        """What a row is: "sanity row", "mask" or "method"."""
+        """The kind of a row: "sanity row", "mask" or "method"."""
         if is_baseline(method):
             return "sanity row"
         return "mask" if self.results.methods[method].is_mask else "method"
 
     def verdict(self, method: str, key: str) -> str:
-        """Where a method stands in a column, in words."""
+        """How a method compares in a column, in words."""
         return self.standings[method, key].verdict(self.results)
 
 
 def number_form(info: MetricInfo, means: Iterable[float]) -> str:
-    """A column's number format: the decimals of its metric, unless they would show zeros or a tail."""
+    """A column's number format: its metric's decimals, unless they show only zeros or too many digits."""
     digits = info.digits
     largest = max((abs(mean) for mean in means if math.isfinite(mean)), default=0.0)
     return ".2e" if 0 < largest < 10 ** (1 - digits) or largest >= 1e4 else f".{digits}f"
@@ -305,12 +305,13 @@ def format_number(value: float, form: str) -> str:
 
 
 def number(value: float) -> float | None:
-    """Five significant digits, as a page needs no more."""
+    """A number rounded to five significant digits, since a page needs no more; None if not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def case_columns(results: Results) -> list[Column]:
-    """The columns that cases are chosen by: AD at the level nearest 50 %, deletion, ...; or any."""
+    """The columns by which example cases are chosen: AD at the level nearest to 50 %, deletion and so on;
+    if there are none of these, any."""
     found = []
     for metric in CASE_METRICS:
         columns = [c for c in results.columns if c.metric == metric]
@@ -344,7 +345,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
     for key, (title, axis) in CURVES.items():
         chart: dict[str, Any] = {"key": key, "title": title, "axis": axis, "x": [], "lines": {}}
         for name, curve, x in each_curve(results, key):
-            chart["x"] = x  # that of all methods
+            chart["x"] = x  # the same for all methods
             intervals = bootstrap.mean_intervals(
                 curve, n_resamples=results.n_resamples, seed=results.protocol.seed
             )
@@ -359,7 +360,7 @@ def curves(results: Results) -> list[dict[str, Any]]:
 def each_curve(
     results: Results, key: str
 ) -> Iterator[tuple[str, NDArray[np.float64], list[float]]]:
-    """Yield, for each method with such a curve, its name, scores (n, T) with the clean ones, and x."""
+    """For each method with such a curve, yield its name, its scores (n, T) with the clean ones, and x."""
     clean = np.array([image.p for image in results.images], dtype=np.float64)
     for name, method in results.methods.items():
         scores = method.scores.get(key)
@@ -381,7 +382,7 @@ def _with_clean(
 
 
 def _shares(results: Results, key: str, count: int) -> list[float]:
-    """The x of a curve's values; for ROAD its levels, without which there is no chart."""
+    """The x values of a curve; for ROAD its levels, without which there is no chart."""
     if key in ("deletion", "insertion"):
         return [float(f"{t / (count - 1):.5g}") for t in range(count)]
     column = "ROAD-MoRF" if key == "morf" else "ROAD-LeRF"

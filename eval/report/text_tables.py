@@ -17,7 +17,7 @@ RankTable = Mapping[Column, Mapping[str, tuple[int, int]]]
 
 
 class Section(NamedTuple):
-    """A table with titles in its first line, and notes."""
+    """A table, whose first line holds the column titles, and its notes."""
 
     title: str
     lines: list[list[str]]
@@ -25,7 +25,7 @@ class Section(NamedTuple):
 
 
 def sections(results: Results, ranks: RankTable, card: ReportCard | None) -> list[Section]:
-    """The rank sets of columns and the report card, where there are such."""
+    """Sections for the rank sets of columns and the report card, if there are any."""
     found = []
     if ranks:
         methods = list(dict.fromkeys(name for of in ranks.values() for name in of))
@@ -57,9 +57,9 @@ def format_section(section: Section, style: str = "text") -> str:
 
 
 def format_table(results: Results, style: str = "text") -> str:
-    """One table a level and kind of metric, with 95 % intervals; aggregate ranks; protocol and warnings.
+    """Tables with 95 % intervals, one per level and kind of metric; aggregate ranks, protocol and warnings.
 
-    A dagger stands beside a value in a metric that is close to the training of the row's head.
+    A dagger marks a value if the metric is close to the training objective of the row's head.
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.
@@ -119,14 +119,14 @@ def _rank_lines(ranking: Ranking) -> list[list[str]]:
 
 
 def _cell(row: Row, digits: int, marked: bool) -> str:
-    """A mean with its interval; ``marked``: the column has a dagger somewhere, so all leave it room."""
+    """A mean with its interval; ``marked``: a cell of the column has a dagger, so all leave room for it."""
     dagger = f" {MARK}" if row.trained_on and row.n else "  " * marked
     shown = f"{row.mean:.{digits}f} [{row.lo:.{digits}f}, {row.hi:.{digits}f}]" if row.n else "-"
     return shown + dagger
 
 
 def _span(counts: Iterable[int]) -> str:
-    """Equal counts as one number, others as a range."""
+    """Counts as text: one number if all are equal, else a range."""
     numbers = sorted(set(counts))
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
@@ -145,7 +145,7 @@ def _table(title: str, lines: list[list[str]], style: str) -> str:
 
 
 def protocol_notes(results: Results) -> list[str]:
-    """What was measured and how, in three lines."""
+    """Three lines that say what was measured and how."""
     p = results.protocol
     name = results.backbone.get("name", "?")
     return [

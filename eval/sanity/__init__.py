@@ -1,13 +1,13 @@
-"""Sanity rows: what a table has to show beside a method before its numbers mean anything.
+"""Sanity rows: baselines that a table needs beside a method before its numbers mean anything.
 
-Random, centre-Gaussian and all-ones maps look at no network; the randomised-weights row is the
-method itself on a copy of the network with random weights (Adebayo et al., arXiv 1810.03292),
-scored by the real network. A method that does not beat them explains the metric, not the model.
+Random, centre-Gaussian and all-ones maps use no network. The randomised-weights row is the method itself on
+a copy of the network with random weights (Adebayo et al., arXiv 1810.03292), scored by the real network. A
+method that does not beat these rows explains the metric, not the model.
 
-A ViT has two more, which take content out of its attention alone: queries and keys of permuted weights
-(qk_randomized_<method>), and mean maps of photos in the last third of the blocks (static_<method>). A
-method whose maps stay like those of either does not read what attention reads; how like is by chance, the
-correlation with another photo's map says.
+A ViT has two more rows, which remove the content only from its attention: queries and keys with permuted
+weights (qk_randomized_<method>), and mean attention maps of photos in the last third of the blocks
+(static_<method>). If a method's maps stay similar to those of either row, the method does not depend on
+what attention reads. The correlation with another photo's map shows how similar maps are by chance.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from xattn.explainers.base import probe_of
 from xattn.heads import AttentiveHead, create_head
 from xattn.heads.base import tapped
 
-PHOTOS = 24  # of which mean maps are made, and on which maps are compared
-AT_ONCE = 8  # photos of a pass
+PHOTOS = 24  # photos for mean maps, and photos on which maps are compared
+AT_ONCE = 8  # photos per pass
 
 
 def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
-    """A deep copy of a frozen backbone with random weights; a pure function of ``seed``.
+    """A deep copy of a frozen backbone with random weights, which depend only on ``seed``.
 
-    Matrices and kernels are drawn from He's normal distribution, whose ReLU networks keep the size
-    of their activations: with PyTorch's default bounds the maps of a 50-layer CNN underflow to a
+    Matrices and kernels are drawn from He's normal distribution, with which activations of ReLU networks
+    keep their scale; with PyTorch's default bounds the maps of a 50-layer CNN would underflow to a
     constant. Norms become the identity (statistics 0 and 1), biases 0, tokens and position
-    embeddings N(0, 0.02^2). The global RNG is left as it was.
+    embeddings N(0, 0.02^2). The global random generator is not touched.
     """
     twin = copy.deepcopy(backbone)
     generator = torch.Generator().manual_seed(seed)
@@ -81,13 +81,13 @@ def randomized_explainer(
 ) -> Any:
     """The explainer ``name`` (see ``xattn.list_explainers``) on :func:`randomized_backbone`.
 
-    A trained ``head`` keeps its weights and reads the random network's maps and classifier.
+    A trained ``head`` keeps its weights and uses the random network's features and classifier.
     """
     return _explainer_on(randomized_backbone(backbone, seed), name, head, seed, options)
 
 
 def _explainer_on(twin: Backbone, name: str, head: Any, seed: int, options: dict[str, Any]) -> Any:
-    """The explainer on another network than the one that ``head`` was trained on."""
+    """The explainer on a network other than the one that ``head`` was trained on."""
     if isinstance(head, AttentiveHead):
         head = copy.deepcopy(head)
         head.backbone_fingerprint = twin.fingerprint  # the mismatch is what this row is about
@@ -108,14 +108,14 @@ def sanity_rows(
     photos: Tensor | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``; without
-    a method, which some cannot be made again on another network, the first three.
+    """Explainers by row name: random, centre, ones and randomized_<method> with its ``options``.
 
-    Of a ViT also qk_randomized_<method>, and static_<method> where there are photos and its attention can
-    be converted.
+    Without a method there are only the first three; some methods cannot be made on another network. A ViT
+    also has qk_randomized_<method>, and static_<method> if there are photos and its attention can be
+    converted.
 
     Args:
-        photos: (B, 3, H, W) in [0, 1], of which mean maps are made.
+        photos: (B, 3, H, W) in [0, 1], from which mean attention maps are made.
     """
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")
@@ -131,7 +131,7 @@ def sanity_rows(
         if photos is not None:
             twins["static"] = lambda: static_backbone(backbone, photos)
     for name, twin in twins.items():
-        with suppress(ValueError):  # attention that no mechanism can stand in for
+        with suppress(ValueError):  # no mechanism can replace this attention
             rows[f"{name}_{method}"] = _explainer_on(twin(), method, head, seed, options)
     return rows
 
@@ -155,10 +155,10 @@ def _projections(backbone: Backbone) -> list[tuple[Tensor, Tensor]]:
 
 
 def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
-    """A deep copy in whose blocks the entries of W_q are permuted, and those of W_k; biases stay.
+    """A deep copy with the entries of W_q and W_k permuted in every block; biases are unchanged.
 
     Raises:
-        ValueError: a network without blocks that have a ``qkv`` layer.
+        ValueError: the network has no blocks with a ``qkv`` layer.
     """
     twin = copy.deepcopy(backbone)
     generator = torch.Generator().manual_seed(seed)
@@ -178,13 +178,13 @@ def qk_randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
 
 
 def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) -> Backbone:
-    """A copy whose last blocks attend by the mean of their maps over ``photos`` (B, 3, H, W) in [0, 1].
+    """A copy whose last blocks use their mean attention maps over ``photos`` (B, 3, H, W) in [0, 1].
 
     Args:
-        share: of the blocks.
+        share: the share of blocks that are changed.
 
     Raises:
-        ValueError: attention that no mechanism can stand in for.
+        ValueError: no mechanism can replace the network's attention.
     """
     blocks: Any = getattr(backbone.model, "blocks", ())
     last = max(1, round(share * len(blocks)))
@@ -197,14 +197,14 @@ def static_backbone(backbone: Backbone, photos: Tensor, share: float = 1 / 3) ->
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like a method's maps are to those of a row, mean of |rank correlation| over photos."""
+    """How similar a method's maps are to those of a row: the mean |rank correlation| over photos."""
 
     row: str
     correlation: float
     chance: float
-    """The same with the method's own map of another photo."""
+    """The same correlation with the method's map of another photo."""
     photos: int
-    """How many photos had maps that vary."""
+    """The number of photos whose maps are not constant."""
 
     def __str__(self) -> str:
         return (
@@ -214,7 +214,7 @@ class Likeness:
 
 
 def without_content(rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of :func:`sanity_rows` that take content out of attention."""
+    """The rows of :func:`sanity_rows` that remove the content from attention."""
     return {name: row for name, row in rows.items() if name.startswith(WITHOUT_CONTENT)}
 
 
@@ -228,7 +228,7 @@ def likeness(
         photos: (B, 3, H, W) in [0, 1], at least 2.
 
     Raises:
-        ValueError: fewer photos.
+        ValueError: there are fewer than 2 photos.
     """
     if len(photos) < 2:
         raise ValueError(f"photos: got {len(photos)}; give at least 2, to compare them")
@@ -252,8 +252,9 @@ def likeness(
 
 
 def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor | None:
-    """Of at most 24 of the images those that can be read, (B, 3, H, W) in [0, 1]; None of a network without
-    rows that need them, and where images can be read only once."""
+    """The readable ones of at most 24 images, (B, 3, H, W) in [0, 1].
+
+    None if no row of the network needs them, or if the images can be read only once."""
     if not _projections(backbone):
         return None
     stream = ImageStream(images, backbone.preprocessing, view, limit=PHOTOS)
@@ -267,7 +268,7 @@ def first_photos(images: Any, backbone: Backbone, view: str = "crop") -> Tensor 
 
 
 class _Block(NamedTuple):
-    """A part of the network that is randomised as a whole; ``layers`` modules with parameters."""
+    """A part of the network that is randomised as a whole; it has ``layers`` modules with parameters."""
 
     name: str
     layers: int
@@ -275,20 +276,19 @@ class _Block(NamedTuple):
 
 
 def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[str, Backbone]]:
-    """Twins of a backbone, randomised from the top: (lowest random block, twin), one a stage.
+    """Copies of a backbone randomised from the top down: (lowest random block, copy), one per stage.
 
-    The first twin has a random classifier, of a probed backbone also a random head; each further
-    one takes in the blocks below, down to the stem, in groups of about equally many layers; the
-    last is :func:`randomized_backbone`, weight for weight. Blocks are the modules of
-    ``backbone.model`` in the order of their registration, which is that of the pass in timm's
-    networks: the elements of its sequences, or what these consist of where one holds more than its
-    share.
+    The first copy has a random classifier, and for a probed backbone also a random head. Each further copy
+    adds a group of blocks below, with about equally many layers per group, down to the stem. The last is
+    :func:`randomized_backbone`, weight for weight. Blocks are the modules of ``backbone.model`` in order of
+    registration, which in timm's networks is the order of the forward pass: the elements of its sequences,
+    or their parts if an element is larger than its share.
 
-    All tensors are shared, with ``backbone`` or among the twins: whatever the number of stages, the
-    cascade holds one further set of weights.
+    All tensors are shared, with ``backbone`` or among the copies, so the cascade holds only one further set
+    of weights, whatever the number of stages.
 
     Raises:
-        ValueError: fewer than 2 stages, or more than the network has layers.
+        ValueError: there are fewer than 2 stages, or more than the network has layers.
     """
     if not isinstance(stages, int) or stages < 2:
         raise ValueError(
@@ -301,7 +301,7 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
     twins = []
     for blocks in groups:
         memo.update({id(t): swap[id(t)] for block in blocks for t in block.tensors})
-        # Each twin is a copy of its own: its modules differ from those of the next.
+        # Each twin is a separate copy, whose modules differ from those of the next.
         twin = copy.deepcopy(backbone, dict(memo))
         if hasattr(twin, "_fingerprint"):
             twin._fingerprint = None
@@ -310,17 +310,17 @@ def cascade(backbone: Backbone, stages: int = 5, seed: int = 0) -> list[tuple[st
 
 
 class Cascade:
-    """Methods on the twins of one backbone, for :func:`xattn.eval.evaluate`'s ``randomized``.
+    """Methods on randomised copies of one backbone, for the ``randomized`` of :func:`xattn.eval.evaluate`.
 
         cascade = Cascade(backbone)
         randomized = {"gradcam": cascade.method("gradcam"), "mine": cascade.method("head", head)}
 
-    Twins are made at the first use and serve all methods. Explainers of the latest ``stages`` uses
-    are kept, so that the images of one method find theirs.
+    The copies are made at first use and serve all methods. The explainers of the latest ``stages`` uses are
+    cached, so that they are reused for all images of a method.
 
     Args:
         stages, seed: see :func:`cascade`.
-        max_forward_batch: of the explainers.
+        max_forward_batch: images per forward pass of the explainers.
     """
 
     def __init__(
@@ -343,14 +343,15 @@ class Cascade:
     def method(
         self, name: str, head: Any = None, **options: Any
     ) -> Callable[[int | str, Tensor, Tensor | int], Tensor]:
-        """(stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w) on the twin of that stage, -1 for
-        the last, or on the network that sees one half alone, see :func:`xattn.backbone.halves.half_blind`.
+        """A function (stage, images (b, 3, H, W), targets) -> raw maps (b, 1, h, w).
 
-        A trained ``head`` is kept as it is and reads the random network's maps. An option that is a
-        module of the backbone (Grad-CAM's ``layer``) stands for the twin's module.
+        The maps are those on the copy of that stage (-1: the last), or on the network that sees only one
+        half, see :func:`xattn.backbone.halves.half_blind`. A trained ``head`` keeps its weights and uses
+        the random network's features. An option that is a module of the backbone (Grad-CAM's ``layer``)
+        is replaced by the same module of the copy.
 
         Raises:
-            ValueError: where called, as by :func:`xattn.explainers.create_explainer`.
+            ValueError: when called, as for :func:`xattn.explainers.create_explainer`.
         """
         self._methods += 1
         number = self._methods
@@ -387,7 +388,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _groups(backbone: Backbone, stages: int) -> list[list[_Block]]:
-    """The classifier, then ``stages - 1`` groups of blocks, each from the top down."""
+    """The classifier, followed by ``stages - 1`` groups of blocks, from the top down."""
     model = backbone.model
     tops = _classifiers(model)
     inside = {module for top in tops for module in top.modules()}
@@ -403,7 +404,7 @@ def _groups(backbone: Backbone, stages: int) -> list[list[_Block]]:
     done = 0
     for block in below:
         middle = (2 * done + block.layers) * (stages - 1) // (2 * layers)
-        groups[min(middle, stages - 2)].append(block)  # buffers alone have no layer
+        groups[min(middle, stages - 2)].append(block)  # a block with only buffers has no layer
         done += block.layers
     names = {module: name for name, module in model.named_modules()}
     first = [_Block(names[top], 1, _tensors(top)) for top in tops]

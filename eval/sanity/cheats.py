@@ -1,4 +1,4 @@
-"""Maps that explain nothing and yet win columns, as methods f(images, target), to try metrics on."""
+"""Maps that explain nothing but win some columns, as methods f(images, target), for testing metrics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def centre(images: Tensor, target: Tensor) -> Tensor:
-    """A Gaussian in the middle."""
+    """A Gaussian at the centre of the photo."""
     y, x = (torch.linspace(-2, 2, n, device=images.device) for n in images.shape[-2:])
     return torch.exp(-(y[:, None] ** 2 + x**2) / 2).expand(len(images), 1, -1, -1)
 
 
 def edges(images: Tensor, target: Tensor) -> Tensor:
-    """The length of the grey photo's gradient."""
+    """The magnitude of the gradient of the grey photo."""
     grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
@@ -24,12 +24,12 @@ def edges(images: Tensor, target: Tensor) -> Tensor:
 
 
 def colour(images: Tensor, target: Tensor) -> Tensor:
-    """How far each pixel is from the photo's mean colour."""
+    """The distance of each pixel from the photo's mean colour."""
     return (images - images.mean((2, 3), keepdim=True)).norm(dim=1, keepdim=True)
 
 
 def all_but_one(images: Tensor, target: Tensor) -> Tensor:
-    """One everywhere but in the first of 7 x 7 cells (Fake-CAM, arXiv 2104.10252)."""
+    """One everywhere except in the first of 7 x 7 cells (Fake-CAM, arXiv 2104.10252)."""
     maps = images.new_ones(len(images), 1, 7, 7)
     maps[..., 0, 0] = 0
     return maps
@@ -38,7 +38,7 @@ def all_but_one(images: Tensor, target: Tensor) -> Tensor:
 def of_second_class(
     explain: Callable[[Tensor, Tensor], Tensor], logits: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """``explain`` with the first two classes exchanged."""
+    """``explain`` with the two most probable classes exchanged."""
 
     def exchanged(images: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -50,4 +50,4 @@ def of_second_class(
 
 
 CHEATS = {"centre": centre, "edges": edges, "colour": colour, "all_but_one": all_but_one}
-"""Those that read neither class nor network."""
+"""The maps that depend on neither the class nor the network."""

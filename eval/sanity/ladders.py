@@ -1,11 +1,11 @@
-"""Degradation ladders: rows whose maps get worse from rung to rung, which a metric has to order.
+"""Degradation ladders: rows whose maps get worse from rung to rung, which a good metric ranks correctly.
 
-    cells: a share t of the map's own cells exchange values, the same and further ones on each rung
-    photo: cells in the order of (1 - t) rank + t rank of another photo's map, with the map's own values
+    cells: a share t of the map's cells exchange values; each rung adds further cells
+    photo: cells ordered by (1 - t) rank + t rank of another photo's map, with the map's own values
 
-t = 0, .2, .. 1. All rungs have the map's own histogram and resolution; those of ``cells`` are rougher once
-resized, so that a metric of roughness orders them, too, and ``photo`` is the test that counts. Beside
-them stand rows that explain nothing, and copies of the map that say the same.
+t = 0, .2, .. 1. All rungs have the histogram and resolution of the map. Rungs of ``cells`` become rougher
+when resized, so a metric of roughness also ranks them correctly; ``photo`` is therefore the decisive test.
+Further rows explain nothing, or are copies of the map with the same content.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from xattn.eval.sanity.cheats import CHEATS, of_second_class
 LADDERS = ("cells", "photo")
 RUNGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANCHORS = ("gradcam", "integrated_gradients", "occlusion")
-"""The methods whose maps are degraded, of three kinds."""
-DONORS = 16  # photos that other photos' maps are taken from
-KEPT = 32 << 20  # cells of a method's maps, those of a chunk of photos for all rungs
+"""The methods whose maps are degraded; they are of three kinds."""
+DONORS = 16  # photos whose maps serve as maps of other photos
+KEPT = 32 << 20  # cells of cached maps per method, enough for a chunk of photos and all rungs
 
 Randomized = Callable[[int | str, Tensor, Tensor], Tensor]
 
 
 def shuffled(values: Tensor, t: float, seed: int) -> Tensor:
-    """(h, w) with a share ``t`` of its cells exchanged; those of a smaller share are among them.
+    """(h, w) with a share ``t`` of its cells exchanged, which include those of any smaller share.
 
     >>> shuffled(torch.arange(4.0).view(2, 2), 0.0, seed=1)
     tensor([[0., 1.],
@@ -51,7 +51,7 @@ def shuffled(values: Tensor, t: float, seed: int) -> Tensor:
 
 
 def blended(values: Tensor, other: Tensor, t: float) -> Tensor:
-    """The values of a map (h, w) in the order of (1 - ``t``) times their own ranks and ``t`` times those
+    """The values of a map (h, w), reordered by (1 - ``t``) times their own ranks plus ``t`` times the ranks
     of ``other``, which is resized.
 
     >>> blended(torch.tensor([[1.0, 5.0]]), torch.tensor([[9.0, 2.0]]), 1.0)
@@ -73,16 +73,17 @@ def _ranks(flat: Tensor) -> Tensor:
 
 
 def photo_seed(image: Tensor) -> int:
-    """A number of a photo's pixels (3, H, W)."""
+    """A seed computed from a photo's pixels (3, H, W)."""
     return zlib.crc32(image.detach().float().cpu().contiguous().numpy().data)
 
 
 class Anchor:
-    """A method whose maps are degraded, each made once for all rungs.
+    """A method whose maps are degraded; each map is made once for all rungs.
 
     Args:
-        method: the explainer; ``randomized``: the method on random weights, if it has any.
-        photos: (D, 3, H, W) whose maps stand for those of other photos, and their ``classes``.
+        method: the explainer.
+        randomized: the method on random weights, if available.
+        photos: (D, 3, H, W), whose maps serve as maps of other photos, with their ``classes``.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Anchor:
         self._cells = 0
 
     def maps(self, images: Tensor, targets: Tensor, stage: int | str | None = None) -> Tensor:
-        """Raw maps (b, 1, h, w), of random weights with a ``stage``."""
+        """Raw maps (b, 1, h, w); with a ``stage``, on random weights."""
         key = stage, tuple(map(photo_seed, images)), tuple(targets.tolist())
         if key not in self._made:
             if stage is None:
@@ -117,7 +118,7 @@ class Anchor:
         return self._made[key]
 
     def of_another(self, seed: int, target: int) -> Tensor:
-        """The map (h, w) of a photo of another class, chosen by the ``seed`` of this one."""
+        """The map (h, w) of a photo of another class, chosen by this photo's ``seed``."""
         if self._donors is None:
             targets = torch.tensor(self._classes, device=self._photos.device)
             parts = [
@@ -133,20 +134,20 @@ class Anchor:
 
 
 class Changed:
-    """A row whose maps are those of an anchor, changed; what :func:`xattn.eval.evaluate` takes."""
+    """A row with changed maps of an anchor, as an explainer for :func:`xattn.eval.evaluate`."""
 
     def __init__(
         self, anchor: Anchor, recipe: str, change: Callable[[Tensor, Tensor, int], Tensor]
     ) -> None:
         self._anchor, self.recipe, self._change = anchor, recipe, change
         self.perturbs, self.one_by_one = anchor.facts.perturbs, anchor.facts.one_by_one
-        self.forwards = 0  # the anchor's passes serve all rungs
+        self.forwards = 0  # all rungs share the anchor's passes
 
     def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
         return self._changed(self._anchor.maps(inputs, target), inputs, target)
 
     def randomized(self, stage: int | str, images: Tensor, targets: Tensor) -> Tensor:
-        """The same of the anchor on random weights."""
+        """The changed maps of the anchor on random weights."""
         return self._changed(self._anchor.maps(images, targets, stage), images, targets)
 
     def _changed(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class Changed:
 
 
 def rungs(anchor: Anchor) -> dict[str, Changed]:
-    """The rows of both ladders of one method by :func:`rung_name`, without the maps as they are."""
+    """The rows of both ladders of one method by :func:`rung_name`, without the unchanged maps."""
 
     def cells(t: float) -> Callable[[Tensor, Tensor, int], Tensor]:
         return lambda values, image, target: shuffled(values, t, photo_seed(image))
@@ -177,7 +178,7 @@ def rungs(anchor: Anchor) -> dict[str, Changed]:
 
 
 def rung_name(anchor: str, ladder: str, t: float) -> str:
-    """The row of one rung; the lowest is the anchor's own."""
+    """The row name of one rung; the lowest rung is the anchor itself."""
     return anchor if t == 0 else f"{anchor} {ladder} {t:g}"
 
 
@@ -186,24 +187,24 @@ SAME: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "shift": lambda values, image, target: values + values.std(),
     "order": lambda values, image, target: (values / values.abs().max().clamp_min(1e-12)).exp(),
 }
-"""Copies of a map that say the same: a larger scale, another zero, and the same order."""
+"""Changes that keep a map's content: another scale, another zero, another growth in the same order."""
 NULLS = (*CHEATS, "random", "second class")
-"""Rows that explain nothing, or another class."""
+"""Rows that explain nothing, or explain another class."""
 
 
 class CardRows(NamedTuple):
-    """The rows of a report card, and those of them that there are on random weights."""
+    """The rows of a report card, and the ones that are also available on random weights."""
 
     methods: dict[str, Any]
     randomized: dict[str, Randomized]
 
 
 def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> CardRows:
-    """The ladders of all ``anchors``; cheats, and copies of the first anchor's maps.
+    """The ladders of all ``anchors``, cheats, and copies of the first anchor's maps.
 
     Args:
-        network: what maps the second class is asked of.
-        random: an explainer of random maps.
+        network: the network that determines the second class.
+        random: an explainer that returns random maps.
     """
     methods: dict[str, Any] = {}
     randomized: dict[str, Randomized] = {}
@@ -231,7 +232,7 @@ def card_rows(anchors: Sequence[Anchor], network: Any, random: Explainer) -> Car
 
 
 def at_no_stage(explain: Callable[[Tensor, Tensor], Tensor]) -> Randomized:
-    """What reads no network explains as it does on any."""
+    """An explainer that reads no network, in the form used for randomised networks."""
     return lambda stage, images, targets: explain(images, targets)
 
 

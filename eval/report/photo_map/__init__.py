@@ -1,1 +1,1 @@
-"""The photos of a pack as points: by what the classifier reads of them, or by where it looks."""
+"""Shows the photos of a pack as points, placed by the classifier's features or by where it looks."""

@@ -1,16 +1,17 @@
-"""Photos on which a network looks at the same place, the most suspicious first.
+"""Groups photos on which a network looks at the same place, and sorts the groups by suspicion.
 
 The directions of the pooled maps (:mod:`~xattn.eval.report.photo_map.pooled_maps`) are grouped by spherical
-k-means. A shortcut, such as a mark in a corner, makes a group that is tight, that is of one class, and that
+k-means. A shortcut, such as a mark in a corner, produces a group that is tight, belongs to one class, and
 looks where the other photos of that class do not:
 
     suspicion = tightness * apart * share,    apart = max over cells c of mean_c * passed_c
 
-tightness is the length of the mean direction, share the commonest class's part of the group, mean_c the
-mean of its maps. passed_c is the share of the other photos of that class that look past the cell: whose map
-stays below half of mean_c there and on the eight cells around, so that an object a cell further is no
-surprise. Half of the same share of the photos of other classes counts where that is more, as a whole class
-may look at its mark. Groups of one class that are apart at the same cell are one.
+tightness is the length of the mean direction, share the most common class's share of the group, and mean_c
+the mean of its maps. passed_c is the share of the other photos of that class that do not look at cell c:
+their map stays below half of mean_c there and on the eight neighbouring cells, so that an object one cell
+further does not count as different. Half of the same share among photos of other classes is used if that is
+larger, since a whole class may look at its mark. Groups of one class that differ at the same cell are
+merged.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from xattn.eval.bootstrap import Interval
 from xattn.eval.report.mistakes import accuracy
 from xattn.eval.report.photo_map.pooled_maps import SIDE, Values, directions, place
 
-FEWEST = 3  # photos that make a group, or that a class is compared by
-STEPS = 50  # of k-means, at most
-PHOTOS, MOST = 10, 40  # photos of a group by which their number is chosen, and groups at most
-JOINED, NAMED = 0.1, 0.2  # from which apart on groups are joined, or named by where they are apart
+FEWEST = 3  # fewest photos that form a group, or that a class can be compared by
+STEPS = 50  # most steps of k-means
+PHOTOS, MOST = 10, 40  # photos per group, which sets the number of groups, and most groups
+JOINED, NAMED = 0.1, 0.2  # smallest "apart" for which groups are merged, or named by their place
 
 Rows = NDArray[np.int64]
 
@@ -42,11 +43,11 @@ class Cluster:
     """A group of photos.
 
     Attributes:
-        rows: which of the maps belong to it, the most typical first.
-        mean: (64,) the mean of their maps.
-        place: where it looks, in words: of a group that is clearly apart, where it is so.
-        class_name: the commonest predicted class, "" where none is known; ``share`` of the group in (0, 1].
-        accuracy: of those whose true class is known.
+        rows: the indices of its maps, the most typical first.
+        mean: (64,) the mean of its maps.
+        place: where the network looks, in words; for a group that clearly stands apart, where it does so.
+        class_name: the most common predicted class, "" if unknown; ``share``: its share in (0, 1].
+        accuracy: the accuracy on photos whose true class is known.
         tightness, apart, suspicion: in [0, 1], see the module.
     """
 
@@ -75,15 +76,16 @@ def clusters(
     count: int | None = None,
     seed: int = 0,
 ) -> list[Cluster]:
-    """Groups of photos by their pooled maps, by falling suspicion; constant maps belong to none.
+    """Group photos by their pooled maps, most suspicious group first; constant maps belong to no group.
 
     Args:
         values: (n, 64) pooled maps.
-        classes: the predicted class of each photo; ``right``: whether that is the true one.
-        count: groups to start from; by default one for ten photos, 2 to 40.
+        classes: the predicted class of each photo.
+        right: whether each prediction is right.
+        count: number of groups to start from; by default one per ten photos, 2 to 40.
 
     Raises:
-        ValueError: ``count`` below 1.
+        ValueError: ``count`` is below 1.
     """
     if count is not None and count < 1:
         raise ValueError(f"count: got {count}; give 1 or more groups")
@@ -100,7 +102,7 @@ def clusters(
 
 
 class _Photos:
-    """All photos, and what a group of them is like beside the others."""
+    """All photos, with methods that compare a group of them with the others."""
 
     def __init__(
         self, values: Values, toward: Values, usable: Rows, names: NDArray[np.object_]
@@ -110,7 +112,7 @@ class _Photos:
         self.around = F.max_pool2d(grid, 3, 1, 1).reshape(len(values), -1).numpy()
 
     def group(self, rows: Rows) -> _Group:
-        """A group, and where it is apart."""
+        """A group of photos, with how far it stands apart at each cell."""
         name, most = Counter(sorted(self.names[rows])).most_common(1)[0]
         mean = self.values[rows].mean(0)
         others = np.setdiff1d(self.usable, rows)
@@ -121,13 +123,13 @@ class _Photos:
         return _Group(rows, name, most / len(rows), mean * passed)
 
     def _passed(self, others: Rows, mean: Values) -> Values:
-        """The share of ``others`` that look past each cell, (64,)."""
+        """The share of ``others`` that do not look at each cell, (64,)."""
         if not len(others):
             return np.zeros_like(mean)
         return np.asarray((self.around[others] < mean / 2).mean(0), np.float32)
 
     def cluster(self, group: _Group, right: Sequence[bool | None]) -> Cluster:
-        """What is told of a group."""
+        """The description of a group."""
         rows, apart = group.rows, float(group.apart.max())
         mean, middle = self.values[rows].mean(0), self.toward[rows].mean(0)
         tightness = float(np.linalg.norm(middle))
@@ -147,7 +149,7 @@ class _Photos:
 
 
 def _joined(groups: list[_Group], photos: _Photos) -> list[_Group]:
-    """The groups; those of one class that are apart at the same cell, or the next one, are one."""
+    """The groups, after merging groups of one class that stand apart at the same or a neighbouring cell."""
     done: list[_Group] = []
     for group in sorted(groups, key=lambda one: -float(one.apart.max())):
         partner = next((i for i, one in enumerate(done) if _same_place(one, group)), None)
@@ -170,7 +172,8 @@ def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArra
 
     Args:
         toward: (n, d), rows of length 1.
-        count: groups, at most; ``tries``: starts, of which the best counts.
+        count: largest number of groups.
+        tries: number of starts, of which the best is used.
     """
     best, found = -np.inf, np.zeros(len(toward), np.int64)
     for start in range(tries):
@@ -190,7 +193,7 @@ def k_means(toward: Values, count: int, seed: int = 0, tries: int = 4) -> NDArra
 
 
 def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
-    """Rows to start from: each drawn by its distance to those before (k-means++)."""
+    """The rows to start from, each drawn by its distance to the earlier ones (k-means++)."""
     chosen = [int(rng.integers(len(toward)))]
     away = np.clip(1 - toward @ toward[chosen[0]], 0, None)
     while len(chosen) < count and away.sum() > 1e-6:
@@ -200,7 +203,7 @@ def _spread(toward: Values, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def _centroids(toward: Values, group: Rows, count: int, before: Values) -> Values:
-    """(count, d): the mean direction of each group, of length 1; an empty one keeps that ``before``."""
+    """(count, d): each group's mean direction, of length 1; an empty group keeps that in ``before``."""
     sums = (np.arange(count)[:, None] == group).astype(np.float32) @ toward
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     return np.divide(sums, length, out=before.copy(), where=length > 1e-6)

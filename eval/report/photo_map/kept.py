@@ -1,6 +1,6 @@
-"""What takes long is computed once for a pack and kept as a file of the user's cache, never in the pack.
+"""Caches slow computations for a pack in the user's cache folder, never in the pack.
 
-The file is named by the pack's version, a hash of its manifest, so that another pack is never taken for it.
+Files are named by the pack's version, a hash of its manifest, so that packs cannot be confused.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from numpy.typing import NDArray
 
 from xattn.runtime.files import atomic_file
 
-MOST_FILES = 100  # the oldest go first
+MOST_FILES = 100  # beyond this, the oldest are deleted
 Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def cache_folder() -> Path:
-    """``xattn/photo-map`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
+    """The folder ``xattn/photo-map`` in ``$XDG_CACHE_HOME``, by default in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "xattn" / "photo-map"
 
 
 def kept(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays that ``make`` gives, read from the cache if they are there.
+    """The arrays that ``make`` returns, read from the cache if they are there.
 
     Args:
-        version: of the pack; ``what``: everything else that the arrays depend on.
+        version: the pack's version.
+        what: everything else that the arrays depend on.
     """
     digest = hashlib.sha256(f"{version} {what}".encode()).hexdigest()[:32]
     path = cache_folder() / f"{digest}.npz"
@@ -40,7 +41,7 @@ def kept(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
         os.utime(path)
         return found
     made = make()
-    with suppress(OSError):  # a cache that cannot be written only costs time
+    with suppress(OSError):  # without a writable cache, only time is lost
         with atomic_file(path) as new, new.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **made)  # type: ignore[arg-type]
         for old in sorted(path.parent.glob("*.npz"), key=_age)[MOST_FILES:]:
@@ -49,7 +50,7 @@ def kept(version: str, what: str, make: Callable[[], Arrays]) -> Arrays:
 
 
 def _age(path: Path) -> float:
-    """Less for a file that was used later."""
+    """The sort key of a file: smaller if it was used more recently."""
     with suppress(OSError):
         return -path.stat().st_mtime
     return 0.0

@@ -1,9 +1,9 @@
-"""Where a network looks on each photo of a pack, as 64 numbers: the min-maxed map's means on 8 x 8 cells.
+"""Describes where a network looks on each photo of a pack by 64 numbers, the map's means on 8 x 8 cells.
 
     u_i = (m_i - mean(m_i)) / |m_i - mean(m_i)|,    distance(i, j) = 1 - u_i . u_j  in [0, 2]
 
-m_i are the 64 means. Maps of all sizes come onto one grid, that of the network's input, so that equal
-places mean equal places of what the network saw. A constant map has no direction: u_i = 0.
+m_i are the 64 means of the min-maxed map. Maps of all sizes are put on one grid over the network's input,
+so that equal cells mean equal places in what the network saw. A constant map has no direction: u_i = 0.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from xattn.packs.reader import Pack
 
-SIDE = 8  # cells a side
-MOST_PHOTOS = 20_000  # that are read; of more a random sample
+SIDE = 8  # cells per side
+MOST_PHOTOS = 20_000  # most photos read; of more, a random sample
 
 Values = NDArray[np.float32]
 
 
 def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.int64]:
-    """Which of so many ``photos`` are read, rising: all, or ``most`` of them, drawn at random.
+    """The sorted indices of the ``photos`` to read: all of them, or ``most`` drawn at random.
 
     >>> sample(3).tolist(), len(sample(30, most=5))
     ([0, 1, 2], 5)
@@ -35,7 +35,7 @@ def sample(photos: int, most: int = MOST_PHOTOS, seed: int = 0) -> NDArray[np.in
 
 
 def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
-    """(n, 64): these maps, see :func:`pooled`.
+    """Read maps as (n, 64), see :func:`pooled`.
 
     Raises:
         PackError: a map is damaged.
@@ -47,19 +47,19 @@ def read(pack: Pack, entry_ids: Sequence[str]) -> Values:
 
 
 def pooled(values: NDArray[np.float32]) -> Values:
-    """A map (h, w) -> (64,): means over 8 x 8 cells; cells of a coarser map share its values."""
+    """A map (h, w) -> (64,): means over 8 x 8 cells; if the map is coarser, cells share its values."""
     found = F.adaptive_avg_pool2d(torch.from_numpy(np.array(values, np.float32))[None], SIDE)
     return found.flatten().numpy()
 
 
 def directions(values: NDArray[np.floating]) -> Values:
-    """(n, d) -> (n, d) float32: rows less their mean, of length 1; 0 for a constant row."""
+    """(n, d) -> (n, d) float32: rows minus their mean, scaled to length 1; 0 for a constant row."""
     values = np.asarray(values, np.float32)
     return unit(values - values.mean(1, keepdims=True), least=1e-4)
 
 
 def unit(values: NDArray[np.floating], least: float = 0.0) -> Values:
-    """(n, d) -> (n, d) float32: rows of length 1; 0 for one that is no longer than ``least``."""
+    """(n, d) -> (n, d) float32: rows scaled to length 1; 0 for a row no longer than ``least``."""
     values = np.asarray(values, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.divide(values, length, out=np.zeros_like(values), where=length > least)
@@ -68,10 +68,10 @@ def unit(values: NDArray[np.floating], least: float = 0.0) -> Values:
 def nearest(
     toward: Values, one: Values, count: int = 24
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The rows that are nearest to ``one``, the nearest first.
+    """The rows nearest to ``one``, the nearest first.
 
     Args:
-        toward: (n, d), each of length 1 or 0, as is ``one`` (d,); a row of length 0 is near to nothing.
+        toward: (n, d), rows of length 1 or 0, like ``one`` (d,); a row of length 0 is near to nothing.
 
     Returns:
         Up to ``count`` rows and their distance, 1 - cosine, in [0, 2].
@@ -85,8 +85,8 @@ def nearest(
 def place(cells: Sequence[float] | NDArray[np.floating]) -> str:
     """Where a map (64,) is strongest, in words.
 
-    The middle of the cells above half of the range counts; where these are more than two fifths of all
-    cells there is no one place.
+    This is the centre of the cells above half of the range. If these are more than two fifths of all
+    cells, there is no single place.
 
     >>> corner = np.zeros((8, 8)); corner[6:, 6:] = 1
     >>> place(corner.ravel()), place(corner[:, ::-1].T.ravel()), place(np.ones(64))

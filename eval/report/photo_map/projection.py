@@ -1,7 +1,7 @@
-"""Points in a plane for rows of numbers: principal components, or UMAP (arXiv 1802.03426).
+"""Projects rows of numbers to points in a plane, by principal components or UMAP (arXiv 1802.03426).
 
-Both are functions of the rows and a seed alone. UMAP needs ``umap-learn`` and takes longer; it starts from
-the first 50 principal components.
+Both depend only on the rows and a seed. UMAP needs ``umap-learn`` and takes longer; it starts from the
+first 50 principal components.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 METHODS = {"umap": "UMAP", "pca": "PCA"}
-FEWEST, PREFERRED = 16, 100  # rows from which on UMAP can be used, and says more than components
-COMPONENTS, EPOCHS = 50, 200  # that UMAP starts from, and its passes over the photos
+FEWEST, PREFERRED = 16, 100  # fewest rows for which UMAP works, and for which it is the default
+COMPONENTS, EPOCHS = 50, 200  # components that UMAP starts from, and its passes over the photos
 
 
 def offered(rows: int) -> list[str]:
-    """The methods that can be used for so many rows, the one to prefer first."""
+    """The methods that can be used for this many rows, the preferred one first."""
     if rows < FEWEST or importlib.util.find_spec("umap") is None:
         return ["pca"]
     return ["umap", "pca"] if rows >= PREFERRED else ["pca", "umap"]
@@ -32,7 +32,7 @@ def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray
         method: one of ``METHODS``.
 
     Raises:
-        ValueError: another method, too few rows for it, or ``umap-learn`` is missing.
+        ValueError: the method is unknown, there are too few rows for it, or ``umap-learn`` is missing.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; give one of {', '.join(METHODS)}")
@@ -50,16 +50,16 @@ def project(values: NDArray[np.floating], method: str, seed: int = 0) -> NDArray
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
-        )  # of photos that are far from all others, and of its threads
+        )  # warnings about photos far from all others, and about threads
         made = umap.UMAP(n_epochs=EPOCHS, random_state=seed, n_jobs=1, init="pca")
         return np.asarray(made.fit_transform(start), np.float32)
 
 
 def principal(values: NDArray[np.floating], count: int) -> NDArray[np.float32]:
-    """(n, d) -> (n, count) float32: the first principal components, by falling variance.
+    """(n, d) -> (n, count) float32: the first principal components, in descending order of variance.
 
-    The sign of each is such that its entry of largest size in the direction is positive. Components that
-    the rows do not have are 0.
+    The sign of each is chosen so that the entry of its direction with the largest magnitude is positive.
+    Components beyond the rank of the rows are 0.
     """
     from scipy.linalg import eigh
 
