@@ -41,16 +41,14 @@ def measure(
 
     Args:
         f: a backbone, or a function (b, 3, H, W) -> logits (b, K), whose softmax is scored.
-        images: (B, 3, H, W) float in [0, 1].
-        annotations: one per image, for metrics that need them.
+        images: (B, 3, H, W) float in [0, 1]; ``annotations``: one per image, for metrics that need them.
         maps: (B, 1, h, w), or (B, 1, t, h, w) for clips: raw maps, or with ``is_mask`` masks in [0, 1].
         targets: the explained class: one for all, or a LongTensor (B,).
         score: ``"probability"`` or ``"logit"``.
         normalization, resize: see :class:`~xattn.eval.Protocol`.
         seed: perturbations depend on it and on the position of the image, counted from ``first``.
-        explain, explain_randomized: for metrics that explain again, (images, targets) or
-            (stage, images, targets) -> the method's raw maps (b, 1, h, w) on the network or a randomised
-            one.
+        explain, explain_randomized: for metrics that explain again, (images, targets) or (stage, images,
+            targets) -> raw maps (b, 1, h, w) of the method, on the network or a randomised one.
     """
     batch, size, compared = len(images), images.shape[2:], False
     classes = _classes(targets, len(maps), batch)
