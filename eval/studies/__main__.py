@@ -22,9 +22,9 @@ from xattn.runtime.names import did_you_mean
 from xattn.runtime.process import sleep_while_waiting
 
 STUDIES = {
-    "actions": (
-        "action_detection",
-        "Class-semantic attention over time: detectors of actions in generated sequences.",
+    "action-proposals": (
+        "action_proposals",
+        "Class-semantic attention in a boundary-matching network: proposals of actions in drawn sequences.",
     ),
     "at": (
         "attention_text_report",

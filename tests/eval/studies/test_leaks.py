@@ -19,7 +19,7 @@ from xattn.eval.evaluation.split import LeakError, Split
 from xattn.eval.probing import runner
 from xattn.eval.studies import kept, swapped_attention
 from xattn.eval.studies.__main__ import STUDIES
-from xattn.eval.studies.action_detection import ActionStudyConfig
+from xattn.eval.studies.action_proposals import ProposalStudyConfig
 from xattn.eval.studies.attention_image import ImageStudyConfig
 from xattn.eval.studies.attention_text import TextStudyConfig
 from xattn.eval.studies.content_controls import network
@@ -166,7 +166,7 @@ def faces(m, given):
 
 def actions(m, given):
     m.train = lambda *_: (None, 0.0)
-    list(m.study(given.output, ActionStudyConfig().quick()))
+    list(m.study(given.output, ProposalStudyConfig().quick()))
 
 
 def digits(m, given):
@@ -293,7 +293,7 @@ LEAKS = [
     Leak("lesions", "split.fit(seen)", "split.fit(tests)", lesions),
     Leak("lesions", "samples(which, count, kind)", "samples(0, count, kind)", lesions),
     Leak("faces", "config.tests, seed + 1,", "config.tests, seed,", faces),
-    Leak("action_detection", "2 * config.data_seed + part", "config.data_seed", actions),
+    Leak("action_proposals", "+ seed) + part", "+ seed)", actions),
     Leak("digits", "split.score(load_digits()[1])", "split.score(load_digits()[0])", digits),
     Leak("content_controls", "seed + 1000", "seed", recall),
     Leak("pointers", "(TEST_SEED, points)", "(0, 1)", pointers),
