@@ -191,6 +191,10 @@ STUDIES = {
         "attention_sinks",
         "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",
     ),
+    "single-heads": (
+        "single_heads",
+        "SHRP on sentences (SST): routed heads pruned to one a layer, beside pruning by magnitude.",
+    ),
     "swap": (
         "swapped_attention",
         "What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row.",

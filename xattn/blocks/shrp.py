@@ -148,7 +148,7 @@ class ShrpBlock(Block):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, M, N, d)
         shares = self.route(x)
         gates = shares
-        if self.routing == "top1":
+        if self.routing == "top1" and self.heads > 1:
             chosen = shares.argmax(-1)
             qkv = qkv.take_along_dim(chosen[None, :, None, None, None], 2)
             gates = straight_through(shares, chosen)[:, None]
