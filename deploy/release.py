@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSET = "github.com/OWNER/"  # until `owner` was run
+ADDRESSES = ("github.com/OWNER/", "research.google.com/github/OWNER/", "//OWNER.github.io/")
 VERSION = r"\d+\.\d+\.\d+(?:rc\d+)?"
 # The files that name the version, each once: what stands there, and what takes its place.
 PLACES = {
@@ -129,12 +130,13 @@ def set_owner(root: Path, name: str) -> list[str]:
     if not re.fullmatch(r"[A-Za-z0-9](?:-?[A-Za-z0-9])*", name):
         raise ValueError(f"owner: got {name!r}; give the name of an account on GitHub")
     changed = []
-    for file in git(root, "grep", "-lI", UNSET).splitlines():
+    found = git(root, "grep", "-lIF", *(f"-e{address}" for address in ADDRESSES))
+    for file in found.splitlines():
         if file.startswith(("deploy/release.py", "tests/")):
             continue
-        text = (
-            read(root, file).replace(UNSET, f"github.com/{name}/").replace("- OWNER", f"- {name}")
-        )
+        text = read(root, file).replace("- OWNER", f"- {name}")
+        for address in ADDRESSES:
+            text = text.replace(address, address.replace("OWNER", name))
         (root / file).write_text(text, encoding="utf-8", newline="\n")
         changed.append(file)
     return changed

@@ -55,6 +55,14 @@ def test_the_owner_is_put_into_every_address(clone):
         release.set_owner(clone, "a/b")
 
 
+def test_addresses_of_notebooks_and_pages_get_the_owner_too(clone):
+    links = "https://colab.research.google.com/github/OWNER/xattn https://OWNER.github.io/xattn"
+    (clone / "page.md").write_text(links)
+    git(clone, "add", ".")
+    assert "page.md" in release.set_owner(clone, "some-body")
+    assert (clone / "page.md").read_text() == links.replace("OWNER", "some-body")
+
+
 @pytest.mark.parametrize("candidate", [False, True])
 def test_a_release_writes_the_version_everywhere_and_tags_one_commit(owned, candidate):
     old = release.current(owned)
