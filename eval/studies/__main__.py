@@ -187,13 +187,13 @@ STUDIES = {
         "segmenter_families",
         "Which explainers run on which family of segmentation networks, tried on a class at a point.",
     ),
-    "sinks": (
-        "attention_sinks",
-        "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",
-    ),
     "single-heads": (
         "single_heads",
         "SHRP on sentences (SST): routed heads pruned to one a layer, beside pruning by magnitude.",
+    ),
+    "sinks": (
+        "attention_sinks",
+        "Attention sinks of a trained ViT, which heads to calibrate (act), and the maps before and after.",
     ),
     "swap": (
         "swapped_attention",
