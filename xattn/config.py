@@ -1,4 +1,4 @@
-"""Settings of training: plain dataclasses without torch; the CLI takes its options and help from them."""
+"""Training settings: plain dataclasses that do not import torch; the CLI builds its options from them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-# "published" is efficient probing's (arXiv 2506.10178), which has 4,096 photos a step; "small" is for a few
-# hundred photos. LARS, whose steps are small relative to the weights, would need far more epochs there.
+# "published" is efficient probing's (arXiv 2506.10178), which uses batches of 4,096 photos; "small" is for
+# a few hundred photos. LARS takes small steps relative to the weights and would need far more epochs there.
 PROBE_RECIPES: dict[str, dict[str, Any]] = {
     "published": {
         "epochs": 90,
@@ -71,7 +71,7 @@ PROBE_RECIPES: dict[str, dict[str, Any]] = {
 Precision = Literal["no", "fp16", "bf16"]
 Fill = Literal["black", "blur", "mean", "drop"]
 ON_PHOTOS, GAMES = ["mask", "rank", "select"], ["shapley", "labels", "greedy"]
-# The package's own methods of xattn.training.attention_training.
+# The methods of xattn.training.attention_training that ship with the package.
 AttentionTraining = Literal["none", "random", "at", "iat", "iat_released", "vat", "ivat"]
 Rate = Annotated[float, Where(lambda x: x > 0, "a positive learning rate")]
 Seed = Annotated[int, Where(lambda n: -(1 << 63) <= n < 1 << 63, "a signed 64-bit integer")]

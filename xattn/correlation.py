@@ -1,8 +1,8 @@
-"""How alike two maps rank their cells: Spearman's rank correlation, in float64.
+"""How similarly two maps rank their cells: Spearman's rank correlation, in float64.
 
     rho = Pearson(rank(a), rank(b)),    disagreement = 1 - mean rho over all pairs of maps
 
-Constant or non-finite inputs have no order to compare: NaN.
+Constant or non-finite inputs have no ranking, so the result is NaN.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-GRID = 28  # cells per side, on which maps of different sizes are compared
+GRID = 28  # cells per side to which maps of different sizes are resampled
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Rank correlation of two (B, ...) -> (B,) float64 in [-1, 1]; ties share their mean rank.
+    """Rank correlation of two (B, ...) tensors -> (B,) float64 in [-1, 1]; ties share their mean rank.
 
     >>> spearman(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 8.0, 9.0]])).item()
     1.0
 
     Raises:
-        ValueError: different shapes.
+        ValueError: the shapes differ.
     """
     return pearson(ranks(a), ranks(b))
 
@@ -54,10 +54,10 @@ def pearson(a: Tensor, b: Tensor) -> Tensor:
 
 
 def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
-    """1 - the mean rank correlation of all pairs of maps (h, w) of one class over one view, in [0, 2].
+    """1 - the mean rank correlation over all pairs of maps (h, w) for one class and one view, in [0, 2].
 
-    Maps are first resampled to 28 x 28 cells: finer maps by means, coarser ones bilinearly. NaN if
-    fewer than two maps vary.
+    Maps are first resampled to 28 x 28 cells: finer maps by averaging, coarser ones bilinearly. The result
+    is NaN if fewer than two maps vary.
     """
     cells = (
         torch.stack([to_grid(m) for m in maps])
@@ -76,7 +76,7 @@ def disagreement(maps: Sequence[NDArray[np.float32]]) -> float:
 
 
 def to_grid(values: NDArray[np.float32]) -> Tensor:
-    """A map (h, w) on 28 x 28 cells, (784,) float64: finer maps by means, coarser ones bilinearly."""
+    """A map (h, w) resampled to 28 x 28 cells, (784,) float64: by averaging if finer, else bilinearly."""
     x = torch.from_numpy(np.array(values, dtype=np.float64))[None]
     for _ in range(2):  # the rows, then the columns
         x = x.transpose(1, 2)

@@ -57,14 +57,14 @@ class ExplainedClassifier(nn.Module):
     """A backbone and its head as one module: ``model(images, class_index) -> (logits, map)``.
 
     Args:
-        head: one that is a classifier itself, as those of ``xattn probe``, has to be the classifier
+        head: a head that is itself a classifier, such as those of ``xattn probe``, must be the classifier
             of ``backbone``: :func:`xattn.heads.probed.probed`.
         normalize: min-max each map, as ``xattn explain`` shows it; a constant map becomes 0. If False,
             the map is what the head gives: scores, or the mask with ``explain_with="mask"``.
 
     ``images`` (B, 3, H, W) are pixels in [0, 1], float32, of the backbone's input size;
-    ``class_index`` (B,), int64, names one class per image, -1 the predicted one. ``logits`` are (B, K),
-    ``map`` is (B, 1, H, W), up-sampled bilinearly after min-max.
+    ``class_index`` (B,), int64, names one class per image; -1 means the predicted class. ``logits`` are
+    (B, K). ``map`` is (B, 1, H, W), up-sampled bilinearly after min-max.
     """
 
     def __init__(self, backbone: Backbone, head: Head, normalize: bool = True) -> None:
@@ -105,23 +105,24 @@ class ExplainedClassifier(nn.Module):
 def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = True) -> Path:
     """Write ``backbone`` and ``head`` as one graph; the suffix of ``path`` decides the format.
 
-    The graph is float32, takes any batch size, and holds the normalisation of the pixels. Beside it
-    lies a JSON text (``xattn.json`` in ONNX's ``metadata_props`` or in the archive's extra files):
-    the head's ``config.json`` with the SHA-256 of backbone and head, ``preprocessing``,
-    ``class_names``, ``task``, and ``map``, what its values are.
+    The graph is float32, accepts any batch size, and includes the normalisation of the pixels. A JSON text
+    is stored with it (``xattn.json`` in ONNX's ``metadata_props`` or in the archive's extra files): the
+    head's ``config.json`` with the SHA-256 of backbone and head, ``preprocessing``, ``class_names``,
+    ``task``, and ``map``, which says what the map's values mean.
 
-    The file gets its name only after it was read back and agreed with PyTorch to 1e-4: relative to the
-    largest logit, and on maps in [0, 1], or less strictly where a map is so flat that min-max
-    magnifies rounding. Without onnxruntime an ``.onnx`` file is not compared, and a warning says so.
+    The file appears under its name only after it has been read back and agrees with PyTorch to 1e-4:
+    relative to the largest logit, and for maps in [0, 1]. The tolerance is wider for maps so flat that
+    min-max magnifies rounding. Without onnxruntime an ``.onnx`` file is not compared, and a warning says
+    so.
 
     Args:
         path: the file, ``.onnx`` (opset 18) or ``.pt2``.
         normalize: see :class:`ExplainedClassifier`.
 
     Raises:
-        ValueError: another suffix, a head of another backbone or other logits, a missing extra, or a
-            model that cannot be traced, is too large for ONNX, or whose graph gives other values.
-        OSError: ``path`` cannot be written. An earlier file always stays as it was.
+        ValueError: another suffix; a head of another backbone or with other logits; a missing extra; or a
+            model that cannot be traced, is too large for ONNX, or whose graph computes other values.
+        OSError: ``path`` cannot be written. An existing file is left as it was.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES or path.is_dir():
@@ -197,7 +198,7 @@ def _shapes() -> tuple[dict[int, Any], ...]:
 
 
 def _example(model: ExplainedClassifier, count: int) -> tuple[Tensor, Tensor]:
-    """Images, half noise and half smooth, and classes: the predicted, the first, ..., the last."""
+    """Images, half noise and half smooth, and one class per image: predicted, first, ..., last."""
     height, width = model.backbone.preprocessing.input_size
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(
@@ -212,14 +213,14 @@ def _trace(model: ExplainedClassifier) -> torch.export.ExportedProgram:
     program = torch.export.export(model, _example(model, 2), dynamic_shapes=_shapes(), strict=False)
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:  # file names of this machine
+            for node in module.graph.nodes:  # they hold file names of this machine
                 node.meta.pop("stack_trace", None)
     return program
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own deprecations
+        warnings.simplefilter("ignore")  # torch warns about its own deprecations
         proto = torch.onnx.export(
             program,
             (),
@@ -232,7 +233,7 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
             verbose=False,
         ).model_proto  # type: ignore[union-attr]
     for item in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        item.ClearField("metadata_props")  # notes of the tracer, as large as the graph
+        item.ClearField("metadata_props")  # the tracer's notes, as large as the graph itself
     return proto
 
 

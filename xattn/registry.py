@@ -1,4 +1,4 @@
-"""Names of things that are created by name, for every kind alike: mechanisms, heads, explainers, metrics.
+"""Registries: classes that are created by name, such as mechanisms, heads, explainers and metrics.
 
     HEADS: Registry[Head, HeadEntry] = Registry("xattn.heads", argument="head", noun="head")
 
@@ -7,11 +7,11 @@
 
     HEADS.create("mine", backbone, width=3)
 
-Names are found without regard to case, hyphens and underscores, see :mod:`xattn.runtime.names`;
-:meth:`Registry.name` gives the registered form. A kind's entry is a frozen dataclass with a ``name`` and
-whatever else is to be known of a thing: its paper, test cases, sizes. Installed packages add things
-through entry points of the registry's group, which are read when a name that is not there yet, or the
-list of names, is asked for.
+Lookups ignore case, hyphens and underscores, see :mod:`xattn.runtime.names`; :meth:`Registry.name` gives
+the registered form. Each registry has its own entry type, a frozen dataclass with a ``name`` and whatever
+else is worth knowing about a class, such as its paper, test cases or sizes. Installed packages add classes
+through entry points of the registry's group. These are read when someone asks for the list of names, or
+for a name that is not registered yet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.runtime.option_checks import checked
 
 
 class Named(Protocol):
-    """What every entry has."""
+    """What every entry has in common."""
 
     @property
     def name(self) -> str: ...
@@ -41,27 +41,29 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Named)
 V = TypeVar("V")
 Class = TypeVar("Class", bound=type)
-_added: list[str] = []  # the modules of classes from outside the package, once for each time
+_added: list[str] = []  # modules of classes from outside the package, one item per registration
 
 
 class Registry(Generic[T, E]):
-    """Classes of T by name, each with its entry of type E. Any thread may read and add.
+    """Classes derived from T, by name, each with an entry of type E. Thread-safe.
 
     Args:
-        group: of the entry points, such as ``"xattn.heads"``. An entry point names a module that
-            registers things when it is imported, or a registered class.
-        base: what all classes derive from, if that is checked.
-        argument: the name that errors begin with; ``noun``: what they call a thing.
-        options_argument: as ``argument``, for errors about options.
-        homes: packages whose modules register the project's own classes. A name first asks for the module
-            that is called like it; all are imported where the list of names is asked for, or a name that
-            no module is called like.
-        given: parameters of the constructors that :meth:`create` is given by position, or that are not
-            for users; they are no options.
-        adopt: ``adopt(name, value)`` registers what an entry point names if it is not registered yet.
-        mark: ``mark(cls, entry)`` changes what :meth:`register` has added, for example gives it its name.
-        ordered: whether names keep the order of registration; else they are sorted.
-        hint: ``hint(name)`` says more of an unknown name that it knows, else "".
+        group: the entry point group, such as ``"xattn.heads"``. An entry point names either a module that
+            registers classes when it is imported, or a registered class.
+        base: the class that all others must derive from; None skips the check.
+        argument: the argument name that starts every error message; ``noun`` is the word that messages use
+            for one of the classes.
+        options_argument: the same as ``argument``, for errors about options.
+        homes: packages whose modules register the project's own classes. For a name, the module of the same
+            name is imported first. All modules are imported when the list of names is needed, or when no
+            module has that name.
+        given: constructor parameters that :meth:`create` passes by position, or that are not meant for
+            users; they do not count as options.
+        adopt: ``adopt(name, value)`` registers the object that an entry point names, if needed.
+        mark: ``mark(cls, entry)`` changes a class that :meth:`register` has added, for example to set
+            its name.
+        ordered: keep names in order of registration; otherwise they are sorted.
+        hint: ``hint(name)`` returns an explanation of an unknown name, or "".
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Registry(Generic[T, E]):
     # ------------------------------------------------------------------ adding
 
     def register(self, entry: E) -> Callable[[Class], Class]:
-        """Class decorator: :meth:`add` the class with ``entry``, then ``mark`` it."""
+        """Class decorator: :meth:`add` the class with ``entry``, then call ``mark`` on it."""
 
         def add(cls: Class) -> Class:
             self.add(cls, entry)
@@ -107,18 +109,18 @@ class Registry(Generic[T, E]):
         return add
 
     def add(self, cls: type[T], entry: E) -> None:
-        """Make ``cls`` known under ``entry.name``; a class that was reloaded replaces itself.
+        """Register ``cls`` under ``entry.name``; a reloaded class replaces its earlier version.
 
         Raises:
-            ValueError: the name is none, or belongs to another class; ``cls`` does not derive from the
-                kind's base.
+            ValueError: the name is invalid or belongs to another class, or ``cls`` does not derive from the
+                base class.
         """
         name = entry.name
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: got {name!r}; give a name such as 'mine'")
         own = cls.__module__.startswith("xattn.")
         if not own and not self._loaded:
-            self._import_own()  # whose names are taken
+            self._import_own()  # so that names of the project's classes count as taken
         if self.base is not None and not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(
                 f"{self.noun or self.argument}: got {cls!r} for {name!r}; decorate a subclass of "
@@ -136,18 +138,18 @@ class Registry(Generic[T, E]):
             _added.append(cls.__module__)
 
     def remove(self, name: str) -> None:
-        """Forget ``name`` if it is there, for example at the end of a test."""
+        """Remove ``name`` if it is registered, for example at the end of a test."""
         with self._lock:
             self._found = {key: value for key, value in self._found.items() if key != name}
 
     def registered(self) -> Mapping[str, tuple[type[T], E]]:
-        """Class and entry by name of what is there now; nothing is imported."""
+        """Classes and entries registered so far, by name; imports nothing."""
         return self._found
 
     # ------------------------------------------------------------------ asking
 
     def names(self) -> list[str]:
-        """All names, sorted unless their order counts, with those of installed packages."""
+        """All names, including those of installed packages; sorted unless ``ordered``."""
         self.load()
         return list(self._found) if self.ordered else sorted(self._found)
 
@@ -164,7 +166,7 @@ class Registry(Generic[T, E]):
         """The registered form of ``name``.
 
         Raises:
-            ValueError: no such name (with near matches), or its package could not be imported.
+            ValueError: unknown name (with near matches), or its package could not be imported.
         """
         found = self._find(name)
         if found is not None:
@@ -181,12 +183,12 @@ class Registry(Generic[T, E]):
         raise ValueError(f"{self.argument}: {unknown} {name!r}; {hint}")
 
     def get(self, name: str) -> type[T]:
-        """The class of that name; a ``ValueError`` with near matches for an unknown one."""
+        """The class registered as ``name``; ``ValueError`` with near matches if it is unknown."""
         known = self.name(name)  # which may load more
         return self._found[known][0]
 
     def entry(self, name: str) -> E:
-        """The entry of that name; a ``ValueError`` with near matches for an unknown one."""
+        """The entry registered as ``name``; ``ValueError`` with near matches if it is unknown."""
         known = self.name(name)
         return self._found[known][1]
 
@@ -200,11 +202,11 @@ class Registry(Generic[T, E]):
         return dict(self._failures)
 
     def classes(self) -> Table[type[T]]:
-        """The classes by name, as a mapping that grows with the registry."""
+        """The classes by name, as a mapping that stays up to date with the registry."""
         return Table(self, lambda cls, entry: {entry.name: cls})
 
     def table(self, rows: Callable[[E], Mapping[str, V]]) -> Table[V]:
-        """What ``rows`` reads from each entry, all in one mapping that grows with the registry."""
+        """The values that ``rows`` reads from every entry, in one mapping that stays up to date."""
         return Table(self, lambda cls, entry: rows(entry))
 
     def _find(self, name: object) -> str | None:
@@ -220,11 +222,11 @@ class Registry(Generic[T, E]):
     # ------------------------------------------------------------------ creating
 
     def options(self, name: str) -> tuple[str, ...] | None:
-        """The options that the constructor takes; None if it takes any."""
+        """The constructor's options; None if it accepts any keyword."""
         return options_of(self.get(name), self.given)
 
     def check_options(self, name: str, options: Collection[str]) -> None:
-        """Raise a ``ValueError`` that names the first option that the constructor lacks."""
+        """Raise a ``ValueError`` that names the first option that the constructor does not accept."""
         own = self.options(name)
         unknown = [] if own is None else [option for option in options if option not in own]
         if own is None or not unknown:
@@ -236,19 +238,19 @@ class Registry(Generic[T, E]):
         )
 
     def create(self, name: str, /, *given: Any, **options: Any) -> T:
-        """``cls(*given, **options)`` of that name.
+        """Create an instance: ``cls(*given, **options)`` of the class registered as ``name``.
 
         Raises:
-            ValueError: as :meth:`get` and :meth:`check_options`, and what the constructor raises.
+            ValueError: as in :meth:`get` and :meth:`check_options`, or raised by the constructor.
         """
         cls = self.get(name)
         self.check_options(name, options)
         return cls(*given, **options)
 
-    # ------------------------------------------------------------------ what registers itself
+    # ------------------------------------------------------------------ loading
 
     def _import_own(self, called: str | None = None) -> None:
-        """Import the modules of ``homes``, or the one ``called`` so."""
+        """Import all modules of ``homes``, or only the one named ``called``."""
         for home in self.homes:
             package = import_module(home)
             for module in iter_modules(package.__path__, f"{home}."):
@@ -256,11 +258,11 @@ class Registry(Generic[T, E]):
                     import_module(module.name)
 
     def load(self) -> None:
-        """Import the project's own modules and what installed packages offer, once. A package that fails is
-        named in a warning.
+        """Import the project's own modules and those of installed packages, once. A package that fails to
+        import is named in a warning.
 
-        Nothing waits for a lock here: a module that is being imported may ask the registry, and two
-        threads that load at once only import the same modules.
+        No lock is held here: a module that is being imported may use the registry, and two threads that
+        load at once simply import the same modules.
         """
         if self._loaded or getattr(self._here, "loading", False):
             return
@@ -280,7 +282,7 @@ class Registry(Generic[T, E]):
     def _points(self) -> list[EntryPoint]:
         try:
             return list(entry_points(group=self.group))
-        except Exception as error:  # some distribution's file of entry points is damaged
+        except Exception as error:  # an installed distribution has a damaged entry points file
             self._fail(("", ""), "entry points cannot be read", error)
             return []
 
@@ -303,13 +305,13 @@ class Registry(Generic[T, E]):
 
 
 class Table(Mapping[str, V]):
-    """Values by name that are made of the entries of a registry, always up to date."""
+    """Values by name, computed from the entries of a registry, always up to date."""
 
     def __init__(
         self, registry: Registry[Any, Any], rows: Callable[[Any, Any], Mapping[str, V]]
     ) -> None:
         self._registry, self._rows = registry, rows
-        self._made: tuple[object, dict[str, V]] = (None, {})  # of which state, the values
+        self._made: tuple[object, dict[str, V]] = (None, {})  # (state, values computed from it)
 
     def __getitem__(self, name: str) -> V:
         if name not in self._current():
@@ -339,15 +341,16 @@ class Table(Mapping[str, V]):
 
 
 def additions(module: str = "") -> int:
-    """How many classes from outside the package, or of one module and those below it, have been registered,
-    of any kind; reloaded ones count again."""
+    """How many classes from outside the package have been registered, of any kind, reloads included; with
+    ``module``, only those from that module and its submodules."""
     return sum(f"{name}.".startswith(f"{module}." if module else "") for name in _added)
 
 
 def adopting(
     base: type, register: Callable[[str], Callable[[Any], object]]
 ) -> Callable[[str, Any], None]:
-    """For :class:`Registry`: registers a class that an entry point names, if it is one of ``base``."""
+    """``adopt`` for :class:`Registry`: registers a class that an entry point names, if it derives from
+    ``base``."""
 
     def adopt(name: str, value: Any) -> None:
         if not (isinstance(value, type) and issubclass(value, base)):
@@ -358,29 +361,29 @@ def adopting(
 
 
 def with_name(cls: Any, entry: Named) -> None:
-    """``mark`` of :class:`Registry`: the class knows its name."""
+    """``mark`` for :class:`Registry`: set the class's name."""
     cls.name = entry.name
 
 
 def with_checked_name(cls: Any, entry: Named) -> None:
-    """``mark`` of :class:`Registry`: the class knows its name, and its constructor checks what it gets, see
-    :mod:`xattn.runtime.option_checks`."""
+    """``mark`` for :class:`Registry`: set the class's name and make its constructor check its arguments,
+    see :mod:`xattn.runtime.option_checks`."""
     cls.name = entry.name
     cls.__init__ = checked(cls.__init__)
 
 
 def with_entry(cls: Any, entry: Named) -> None:
-    """``mark`` of :class:`Registry`: the class knows its entry, and its constructor checks what it gets,
+    """``mark`` for :class:`Registry`: set the class's entry and make its constructor check its arguments,
     see :mod:`xattn.runtime.option_checks`."""
     cls.entry = entry
     cls.__init__ = checked(cls.__init__)
 
 
 def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None:
-    """The keyword arguments of a constructor without those ``given``; None if it takes any.
+    """The keyword arguments of a constructor, except those in ``given``; None if it accepts any.
 
-    Where it passes ``**options`` on, those of the next class count: its keyword-only parameters and
-    those with a default.
+    If the constructor passes ``**options`` on, the next class in the hierarchy contributes its keyword-only
+    parameters and those with a default.
     """
     names: dict[str, None] = {}
     inherited = False
@@ -400,7 +403,7 @@ def options_of(cls: type, given: Collection[str] = ()) -> tuple[str, ...] | None
 
 
 def same_class(one: type, other: type) -> bool:
-    """Whether both are one class, perhaps imported twice."""
+    """Whether both are the same class, which may have been imported twice."""
     return one is other or _path(one) == _path(other)
 
 
@@ -409,7 +412,7 @@ def _path(cls: type) -> str:
 
 
 def _origin(point: EntryPoint) -> str:
-    """Such as ``entry point 'mine' (mine.heads) of mine-package``."""
+    """A description such as ``entry point 'mine' (mine.heads) of mine-package``."""
     return f"entry point {point.name!r} ({point.value}) of {_distribution(point)}"
 
 

@@ -1,6 +1,6 @@
-"""Base of all mechanisms, queries, keys and values in, an operator out, and their registry.
+"""Base and registry of all mechanisms: queries, keys and values in, an operator out.
 
-A mechanism decides which A stands in Y = A V; checks, prefix tokens and recording are the same for all.
+A mechanism defines the A of Y = A V; checks, prefix tokens and recording are the same for all.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ class Entry:
     name: str
     paper: str
     complexity: str
-    """Time for N tokens of width D."""
+    """Time complexity for N tokens of width D."""
     grid: tuple[int, ...] = (0,)
-    """Numbers of grid dimensions that it works on; 0 stands for any tokens, without a grid."""
+    """Numbers of grid dimensions that it supports; 0 means any tokens, without a grid."""
     causal: bool = False
     """Whether it has a causal form."""
     cross: bool = False
-    """Whether keys may be others than the queries' own tokens, of any number."""
+    """Whether keys may come from other tokens than the queries', in any number."""
     grouped: bool = False
-    """Whether it handles fewer key heads itself; the others get one for each query head."""
+    """Whether it supports fewer key heads itself; for others, key heads are repeated per query head."""
     control: bool = False
-    """Whether it is there for others to be compared with, not to be used."""
+    """Whether it exists only as a baseline for comparisons."""
     training_free: bool = False
-    """Whether it can replace the softmax layers of a trained classifier, those of
-    :meth:`Mechanism.default_blocks`, without training and keep most of the accuracy, as
-    :mod:`xattn.eval.studies.swapped_attention` measures."""
+    """Whether it can replace the softmax layers of a trained classifier, in the blocks given by
+    :meth:`Mechanism.default_blocks`, without training and keep most of the accuracy, as measured by
+    :mod:`xattn.eval.studies.swapped_attention`."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide, with 2 heads."""
+    """Options used in tests, on a grid of 5 x 6 tokens of width 32, with 2 heads."""
     bench: tuple[Mapping[str, Any], ...] = ({},)
-    """Options with which ``xattn bench attention`` times it."""
+    """Options used for timing in ``xattn bench attention``."""
     size: Size | None = None
-    """The option that the viewer's attention page offers, where it converts a model."""
+    """The option that the viewer's attention page offers when it converts a model."""
     studies: Mapping[str, Any] = field(default_factory=dict)
-    """What studies of ``xattn.eval.studies`` are to show, by their names, if not the defaults; each says
-    which form that has."""
+    """Maps that studies of ``xattn.eval.studies`` show, by name, if not the defaults; each study documents
+    the form."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A whole-number option that sets how much a mechanism reads.
+    """A whole-number option that controls how much a mechanism reads.
 
     Attributes: ``option``, its name; ``what``, the mechanism in a word; ``title``, of the control in
-    the viewer; ``values``, offered if they fit the grid; ``usual``, the one chosen first; ``unit``, what
-    it counts: "patches", "patches a side", or "steps" of a strength, which fit every grid and get a
-    slider; ``options``, the others that the viewer sets; ``regions``, names of the regions 0, 1, ... of
-    the photo that an option ``target`` chooses from, if the mechanism has one.
+    the viewer; ``values``, offered if they fit the grid; ``usual``, the initial choice; ``unit``, what
+    it counts: "patches", "patches a side", or "steps" of a strength, which fit every grid and are set by a
+    slider; ``options``, others that the viewer sets; ``regions``, names of the regions 0, 1, ... of
+    the photo from which an option ``target`` chooses, if the mechanism has one.
     """
 
     option: str
@@ -88,17 +88,17 @@ class Mechanism(nn.Module, ABC):
     """A(q, k, v) of Y = A V + (optionally) a local term.
 
     Args:
-        dim: C, width of the tokens; ``num_heads``: H, which divides it.
-        layer: a mechanism with this option is given the number of its layer in the network, from 0 on, by
+        dim: C, width of the tokens; ``num_heads``: H, which must divide it.
+        layer: a mechanism with this option receives the number of its layer in the network, from 0, from
             :func:`~xattn.attention.convert` and the mixers of heads.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
     """
 
     entry: ClassVar[Entry]
     reads: tuple[str, ...] = ()
-    """What it reads beside queries and keys: "values", which then have to be as wide as the keys; "tokens",
-    the layer's x, for gates or routers; and what a pass of a converted model keeps for it in
-    ``inputs.carried``: "photo", the model's input, or "embedding", tokens that enter the first block."""
+    """Inputs besides queries and keys: "values", which must then be as wide as the keys; "tokens", the
+    layer's x, for gates or routers; and what a pass of a converted model stores for it in
+    ``inputs.carried``: "photo", the model's input, or "embedding", the tokens entering the first block."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__()
@@ -115,22 +115,22 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def operator(self, inputs: Inputs) -> Operator:
-        """A for one call, whose queries and keys are rotated first if the mechanism does that. Losses for
-        training go into its ``aux``, and whatever :meth:`maps` needs beside it into its ``context``."""
+        """A for one call, whose queries and keys are already rotated if the mechanism does that. Training
+        losses go into its ``aux``, and whatever else :meth:`maps` needs into its ``context``."""
 
     def local(self, inputs: Inputs) -> Tensor | None:
-        """What is added to A V, (B, H, N, Dv); None adds nothing."""
+        """A term added to A V, (B, H, N, Dv); None adds nothing."""
         return None
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """The mechanism's own maps for an operator that it made: (B, K, h, w) by name."""
+        """The mechanism's own maps for an operator that it built: (B, K, h, w) by name."""
         return {}
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """Which blocks each block of queries would read, chosen anew; None where the layer is dense.
+        """Which blocks each block of queries would read, newly chosen; None if the layer is dense.
 
         Raises:
-            ValueError: a mechanism that does not tell.
+            ValueError: the mechanism does not choose blocks.
         """
         raise ValueError(
             f"mechanism: {self.entry.name} tells no choice of blocks; give one that does, such as hip"
@@ -149,12 +149,12 @@ class Mechanism(nn.Module, ABC):
         causal: bool = False,
         forced: bool = True,
     ) -> Recall:
-        """How near :meth:`choice` comes to the blocks that get most of dense attention; all 1 where the
-        layer is dense. Arguments as in :class:`~xattn.attention.inputs.Inputs`; ``forced`` and what it
-        gives, see :func:`xattn.attention.recall.recall`.
+        """How close :meth:`choice` comes to the blocks that get most of dense attention; all 1 if the
+        layer is dense. Arguments as in :class:`~xattn.attention.inputs.Inputs`; for ``forced`` and the
+        result, see :func:`xattn.attention.recall.recall`.
 
         Raises:
-            ValueError: no ``v`` for a mechanism that chooses by values.
+            ValueError: ``v`` is missing for a mechanism that chooses by values.
         """
         if v is None and "values" in self.reads:
             raise ValueError(f"v: {self.entry.name} chooses keys by their values; give them")
@@ -166,40 +166,40 @@ class Mechanism(nn.Module, ABC):
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
-        """Take from a model what is kept for later calls; :func:`~xattn.attention.convert` calls it once.
+        """Read from a model what later calls need; :func:`~xattn.attention.convert` calls this once.
 
         Args:
-            model: with the mechanisms in place.
-            made: the mechanisms, by the number of the block.
+            model: the model with the mechanisms in place.
+            made: the mechanisms, by block number.
 
         Raises:
-            ValueError: a model that does not give it; it is left unconverted.
+            ValueError: the model does not provide it; it is left unconverted.
         """
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
-        """The blocks, of ``count``, that :func:`~xattn.attention.convert` takes where none are named."""
+        """The blocks, of ``count``, that :func:`~xattn.attention.convert` converts by default."""
         return range(count)
 
     def enter(self, x: Tensor, prefix: int, carried: dict[Any, Any], whole: bool) -> Tensor:
-        """The tokens that the block of a converted model computes on.
+        """The tokens on which the block of a converted model computes.
 
-        A mechanism that has this method, and :meth:`leave`, of its own stands around the whole block.
+        A mechanism that overrides this method and :meth:`leave` wraps the whole block.
 
         Args:
-            x: (B, N, C), those that it gets; ``prefix`` of them are no patches.
-            carried: what the layers of this pass leave for later ones.
-            whole: whether somebody looks into the block, so that all tokens have to stay in it; the
+            x: (B, N, C), the block's input; the first ``prefix`` tokens are not patches.
+            carried: what the layers of this pass store for later ones.
+            whole: whether something reads inside the block, so that all tokens must stay in it; the
                 output of :meth:`leave` must be the same.
         """
         return x
 
     def leave(self, x: Tensor, carried: dict[Any, Any]) -> Tensor:
-        """The tokens (B, N, C) that the block gives on, for its output ``x``."""
+        """The output tokens (B, N, C) of the block, from ``x``, what it computed."""
         return x
 
     def forget(self) -> None:
-        """Drop what was kept from the inputs of earlier calls; most mechanisms keep nothing."""
+        """Drop what was cached from the inputs of earlier calls; most mechanisms cache nothing."""
 
     def forward(
         self,
@@ -225,7 +225,7 @@ class Mechanism(nn.Module, ABC):
         return self.attend(Inputs(q, k, v, x, sides, prefix, scale, causal, carried))
 
     def attend(self, inputs: Inputs) -> Tensor:
-        """:meth:`forward` of a record."""
+        """:meth:`forward` for an :class:`~xattn.attention.inputs.Inputs` record."""
         given, inputs = inputs, self.accepted(inputs)
         answer = answered_by()
         with own_layer():
@@ -241,20 +241,20 @@ class Mechanism(nn.Module, ABC):
         return output if local is None else output + local
 
     def _call(self, operator: Operator, given: Inputs, inputs: Inputs, output: Tensor) -> Call:
-        # What is recorded is not part of the graph.
+        # The record is detached from the graph.
         seen, inputs = operator.detach(), inputs.detach()
         means = None if self.rotate is None else mean_tokens(given)
         maps = partial(_maps, self, seen, inputs, means)
         return Call(seen, inputs.v, output, dict(operator.aux), maps)
 
     def accepted(self, inputs: Inputs) -> Inputs:
-        """``inputs``, checked and rotated, as :meth:`operator` takes them."""
+        """``inputs``, checked and rotated, as :meth:`operator` expects them."""
         self.check(inputs)
         return self.ready(inputs)
 
     def ready(self, inputs: Inputs) -> Inputs:
-        """``inputs``, rotated if they are not yet, and with a key head for each query head if it takes no
-        fewer."""
+        """``inputs``, rotated if necessary, with a key head for each query head if the mechanism does not
+        support fewer."""
         if self.rotate is not None:
             inputs = rotated(self.rotate, inputs)
         inputs = inputs.autocast()
@@ -312,7 +312,7 @@ class Mechanism(nn.Module, ABC):
 
 
 def _ready(method: Callable[[Any, Inputs], Any]) -> Callable[[Any, Inputs], Any]:
-    """The method, given inputs that are ready."""
+    """The method, called with inputs that are ready."""
 
     @wraps(method)
     def call(self: Any, inputs: Inputs) -> Any:
@@ -328,7 +328,7 @@ def _maps(
     inputs: Inputs,
     means: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor]:
-    """The mechanism's own, and its rotation's, see :func:`~xattn.attention.positions.prior_map`."""
+    """The mechanism's own maps and its rotation's, see :func:`~xattn.attention.positions.prior_map`."""
     with own_layer():
         found = mechanism.maps(operator, inputs)
         if means is None or inputs.grid is None or len(inputs.grid) != 2 or inputs.causal:
@@ -351,7 +351,7 @@ Made = TypeVar("Made", bound=Mechanism)
 
 
 def whole(name: str, value: Any) -> int:
-    """``value`` if it is a whole number of at least 1; else a ``ValueError`` that names it."""
+    """``value`` if it is a whole number of at least 1; otherwise a ``ValueError`` that names ``name``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}; give a whole number of at least 1")
     return value
@@ -370,13 +370,13 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def register_attention(
     name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: make a mechanism known under ``name``; ``properties`` as in :class:`Entry`.
+    """Class decorator: register a mechanism under ``name``; ``properties`` as in :class:`Entry`.
 
     Options are checked against the annotations of its constructor, see
     :mod:`xattn.runtime.option_checks`.
 
     Raises:
-        ValueError: another mechanism has that name.
+        ValueError: another mechanism has this name.
     """
     return MECHANISMS.register(Entry(name, paper, complexity, **properties))
 
@@ -385,15 +385,15 @@ list_attention = MECHANISMS.names
 
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
-    """The registered class, or the class that is given; a ``ValueError`` with near matches for an unknown
-    name."""
+    """The class registered under a name, or the given class; a ``ValueError`` with near matches if the name
+    is unknown."""
     return MECHANISMS.get(name) if isinstance(name, str) else name
 
 
 def with_layer(
     name: str | type[Mechanism], options: Mapping[str, Any], layer: int
 ) -> dict[str, Any]:
-    """``options``, with the number of the layer if the mechanism takes it and they do not name it."""
+    """``options``, plus the layer number if the mechanism takes it and they do not set it."""
     takes_layer = "layer" in (options_of(mechanism_class(name)) or ())
     return {"layer": layer, **options} if takes_layer else dict(options)
 
@@ -406,13 +406,13 @@ def create_mechanism(
     rotate: str | Rotation | None = None,
     **options: Any,
 ) -> Mechanism:
-    """A mechanism alone, for q, k, v of ``num_heads`` heads; ``options`` are its own. A class need not be
-    registered.
+    """A mechanism without projections, for q, k, v of ``num_heads`` heads, with its own ``options``. A
+    class need not be registered.
 
     Args:
-        rotate: rotates queries and keys by their places before the mechanism gets them; a name with
+        rotate: rotates queries and keys by their positions before the mechanism receives them; a name with
             options such as ``"comrope:form=ap"``, see :func:`~xattn.attention.create_rotation`. Every
-            mechanism takes it; its parameters lie under ``rotate``.
+            mechanism supports it; its parameters are stored under ``rotate``.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.

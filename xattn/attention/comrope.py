@@ -1,16 +1,17 @@
-"""ComRoPE: rotations of queries and keys by learned matrices that commute; and LieRE, whose do not.
+"""ComRoPE: rotations of queries and keys by learned matrices that commute; and LieRE, without commuting.
 
-    R(p) = exp(sum_a p_a A_a),   A_a skew-symmetric, one block of b channels after the other
+    R(p) = exp(sum_a p_a A_a),   A_a skew-symmetric, made of blocks of b channels
 
     comrope, form "ap":  A_a = S_j in every n-th block j = a, a + n, ..., else 0     (axis partition)
     comrope, form "ld":  A_a = w_aj S_j in all blocks j                              (linear dependence)
-    liere:               A_a = S_aj, of its own for each axis
+    liere:             A_a = S_aj, separate for each axis
 
 with S = P - P^T and P learned for each head, w shared by the heads. R(p)^T R(p') = R(p' - p) for all p and
-p' if and only if the A_a commute, so for ComRoPE, not for LieRE. Blocks that commute have one basis in
-which all of them turn pairs of channels, S = Q L Q^T. So after training Q goes into the projections, see
-:func:`~xattn.attention.folded`, and what is left costs what rotary embedding costs. In training the
-exponential is computed as such: the basis has no stable gradient where turns are nearly equal.
+p' if and only if the A_a commute: this holds for ComRoPE but not for LieRE. Blocks that commute share a
+basis in which all of them rotate pairs of channels, S = Q L Q^T. After training, Q can therefore be folded
+into the projections, see :func:`~xattn.attention.folded`; the rest costs as much as rotary embedding.
+Training computes the exponential directly: the basis has no stable gradient where rotation rates are nearly
+equal.
 
 Yu et al. 2025, arXiv 2506.03737; LieRE: Ostmeier et al. 2024, arXiv 2406.10322.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from xattn.attention.positions import GridRotation, register_rotation, turn_pairs
 
-EQUAL = 1e-9  # turns below so much of the largest count as none
+EQUAL = 1e-9  # rotation rates below this share of the largest count as 0
 
 
 class BlockRotation(GridRotation):
@@ -60,8 +61,8 @@ class BlockRotation(GridRotation):
         return torch.einsum("gmtij,bgrtmj->bgrtmi", turns, blocks).flatten(-2)
 
     def prior(self, positions: Tensor) -> Tensor:
-        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well a query and a key
-        that are alike still match when they lie p apart; 1 at p = 0."""
+        """trace R(p) / D (G, N), the mean of x . R(p) x over unit vectors x: how well an identical query
+        and key still match at a displacement p; 1 at p = 0."""
         return self.matrices(positions).diagonal(0, -2, -1).sum((1, -1)) / self.width
 
     def extra_repr(self) -> str:
@@ -87,12 +88,12 @@ class ComRope(BlockRotation):
 
     Args:
         width, axes, num_heads, jitter: see :class:`~xattn.attention.positions.GridRotation`.
-        form: "ap", each block turns along one axis, so that the number of axes divides that of blocks;
-            "ld", each along a learned direction.
-        block: b, even; it divides the width of a head.
-        init_std: standard deviation of P at first. 0 rotates nothing at first, as for a trained network
-            that has learned without; P learns from there.
-        span: as in ``GridRotation``. The paper's positions are shares of the image, 1.
+        form: "ap": each block rotates along one axis, so the number of axes must divide the number of
+            blocks; "ld": each block rotates along a learned direction.
+        block: b, even; must divide the width of a head.
+        init_std: initial standard deviation of P. With 0 nothing is rotated at first, which suits a trained
+            network that has learned without rotations; P learns from there.
+        span: as in ``GridRotation``. The paper's positions are fractions of the image, so 1.
     """
 
     direction: Tensor
@@ -127,7 +128,7 @@ class ComRope(BlockRotation):
         return self.direction[:, None, :, None, None] * skew(self.raw)
 
     def turns(self, positions: Tensor) -> Tensor:
-        """R (G, m, N, b, b). Since the A_a commute, it is the product of exp(p_a A_a), and a grid has
+        """R (G, m, N, b, b). Because the A_a commute, it is the product of exp(p_a A_a), and a grid has
         few values of p_a."""
         few = positions.device.type == "cpu" and not torch.compiler.is_compiling()
         if not few or positions.requires_grad:
@@ -148,7 +149,7 @@ class ComRope(BlockRotation):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, FoldedRotation]:
-        """Q (G, D, D), and the rotation that does the same to Q^T q and Q^T k."""
+        """Q (G, D, D), and the rotation that is equivalent on Q^T q and Q^T k."""
         basis, rates = _pairs_of(skew(self.raw.detach().double().cpu()))
         rates = rates[..., None] * self.direction.double().cpu().T[:, None]  # (G, m, b / 2, n)
         rotation = FoldedRotation(
@@ -168,8 +169,8 @@ class ComRope(BlockRotation):
     cases=({"block": 4}, {"block": 8, "span": None, "init_std": 0.1}),
 )
 class LieRe(BlockRotation):
-    """LieRE: skew-symmetric matrices learned for each axis. They do not commute, so scores depend on the
-    places themselves, and nothing can be folded.
+    """LieRE: skew-symmetric matrices learned for each axis. They do not commute, so scores depend on
+    absolute positions, and nothing can be folded.
 
     Args: as in :class:`ComRope`.
     """
@@ -194,8 +195,8 @@ class LieRe(BlockRotation):
 
 
 class FoldedRotation(GridRotation):
-    """What is left of a :class:`ComRope` once its basis is part of the projections: pair m of channels
-    turns by the angle f_m . p. For inference; nothing of it is trained.
+    """The rest of a :class:`ComRope` once its basis is folded into the projections: channel pair m
+    rotates by the angle f_m . p. For inference only; it has no trainable parameters.
 
     Args:
         rates: f (G, D / 2, n).
@@ -223,8 +224,8 @@ def _checked_std(value: float) -> float:
 
 
 def _pairs_of(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthogonal Q and rates l >= 0 with S = Q L Q^T, L turning channels 2 m and 2 m + 1 at l_m, for skew
-    matrices S (G, m, b, b): Q in their shape, l (G, m, b / 2)."""
+    """Orthogonal Q and rates l >= 0 with S = Q L Q^T, where L rotates channels 2 m and 2 m + 1 at l_m, for
+    skew-symmetric S (G, m, b, b): Q in the same shape, l (G, m, b / 2)."""
     basis, rates = torch.empty_like(s), s.new_zeros(*s.shape[:-2], s.shape[-1] // 2)
     for head, block in product(range(s.shape[0]), range(s.shape[1])):
         basis[head, block], rates[head, block] = _pairs_of_one(s[head, block])
@@ -238,7 +239,7 @@ def _pairs_of_one(s: Tensor) -> tuple[Tensor, Tensor]:
     turning = values > EQUAL * values.abs().max().clamp_min(torch.finfo(s.dtype).tiny)
     u = vectors[:, turning] * 2**0.5
     found = torch.stack([u.imag, u.real], -1).flatten(-2)
-    # Channels that do not turn: whatever is orthogonal to the others.
+    # Channels that do not rotate: any basis orthogonal to the others.
     rest = torch.linalg.svd(found, full_matrices=True)[0][:, found.shape[1] :]
     rates = torch.cat([values[turning], s.new_zeros((size - found.shape[1]) // 2)])
     return torch.cat([found, rest], -1), rates

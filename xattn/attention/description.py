@@ -1,4 +1,5 @@
-"""What a mechanism calls and shows, found out by running it on a few tokens."""
+"""The kernels that a mechanism calls and the maps that it shows, determined by running it on a few
+tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +15,20 @@ from xattn.attention.base import MECHANISMS, Entry
 from xattn.attention.record import record
 
 DIM, HEADS = 32, 2
-GRIDS = {2: (5, 6), 1: (30,), 3: (2, 3, 5)}  # by dimensions, the usual first
+GRIDS = {2: (5, 6), 1: (30,), 3: (2, 3, 5)}  # by number of dimensions, the most common first
 
 
 @dataclass(frozen=True)
 class Description:
-    """Names of the ops of :mod:`xattn.kernels` that it calls, those without a Triton kernel marked so, and
-    of its maps."""
+    """Names of the :mod:`xattn.kernels` ops that it calls, with a mark if there is no Triton kernel, and of
+    its maps."""
 
     kernels: tuple[str, ...]
     maps: tuple[str, ...]
 
 
 def described(name: str) -> Description:
-    """Of all the test cases of a mechanism, bidirectional and, if it has that form, causal.
+    """Description from all test cases of a mechanism, bidirectional and, if supported, causal.
 
     Raises:
         ValueError: unknown name.
@@ -37,11 +38,11 @@ def described(name: str) -> Description:
     kernels: dict[str, None] = {}
     maps: dict[str, None] = {}
     for case in entry.cases:
-        # The path of every device but a GPU's calls the same ops, where "auto" often calls PyTorch's own.
+        # All devices except GPUs call the same ops here; "auto" would often call PyTorch's own.
         options = {**case, "backend": "cpu"} if own is None or "backend" in own else dict(case)
         _run(entry, options, False, kernels, maps)
         if entry.causal:
-            with suppress(ValueError):  # options that have one number for each side of a grid
+            with suppress(ValueError):  # options with one number per side of a grid
                 _run(entry, options, True, kernels, maps)
     return Description(tuple(sorted(kernels)), tuple(maps))
 
@@ -67,7 +68,7 @@ def _run(
 
 
 class _Ops(TorchDispatchMode):
-    """Collects the names of our ops that run inside."""
+    """Collects the names of our ops that run in this context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a mechanism of attention gets: queries, keys and values, the layer's tokens, and their layout."""
+"""The input of an attention mechanism: queries, keys and values, the layer's tokens, and their layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One call of a mechanism.
+    """The arguments of one call of a mechanism.
 
-    N queries attend to S keys; S = N in self-attention. Where fewer heads serve keys (Hk divides H),
-    query head h reads key head h // (H // Hk). Tokens are ``prefix`` class or register tokens, then
+    N queries attend to S keys; S = N in self-attention. With fewer key heads than query heads (Hk divides
+    H), query head h reads key head h // (H // Hk). Tokens are ``prefix`` class or register tokens, then
     the ``grid`` in raster order.
     """
 
@@ -25,19 +25,19 @@ class Inputs:
     v: Tensor
     """(B, Hk, S, Dv)"""
     x: Tensor | None = None
-    """(B, N, C), the tokens that the layer read, for gates and routers."""
+    """(B, N, C), the input tokens of the layer, for gates and routers."""
     grid: tuple[int, ...] | None = None
-    """Lengths of the token grid behind the prefix."""
+    """Side lengths of the token grid after the prefix."""
     prefix: int = 0
     scale: float | None = None
-    """Of the scores, 1 / sqrt(D) by default; never None once the record is made."""
+    """Scale of the scores, by default 1 / sqrt(D); never None once the record is created."""
     causal: bool = False
-    """Whether token i, a prefix token too, sees only tokens 0 to i."""
+    """Whether token i sees only tokens 0 to i; this includes prefix tokens."""
     carried: dict[Any, Any] | None = None
-    """In a converted model, what the layers of this pass leave for later ones, and its ``"photo"`` for
-    mechanisms that read it; None elsewhere."""
+    """In a converted model, what the layers of this pass store for later ones, and its ``"photo"`` for
+    mechanisms that read it; otherwise None."""
     rotated: bool = False
-    """Whether queries and keys went through the mechanism's own rotation."""
+    """Whether queries and keys have passed through the mechanism's own rotation."""
 
     def __post_init__(self) -> None:
         if self.scale is None:
@@ -47,13 +47,13 @@ class Inputs:
         return replace(self, **changes)
 
     def detach(self) -> Inputs:
-        """The same, outside of the graph."""
+        """A copy detached from the graph."""
         x = None if self.x is None else self.x.detach()
         q, k, v = self.q.detach(), self.k.detach(), self.v.detach()
         return replace(self, q=q, k=k, v=v, x=x, carried=None)
 
     def autocast(self) -> Inputs:
-        """The same in the dtype of autocast where that is on: a GPU's leaves what norms give in float32."""
+        """A copy in the autocast dtype if autocast is on: on a GPU, norms return float32."""
         kind = self.q.device.type
         if self.q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
             return self
@@ -61,7 +61,7 @@ class Inputs:
         return replace(self, q=self.q.to(half), k=self.k.to(half), v=self.v.to(half))
 
     def ungrouped(self) -> Inputs:
-        """The same with one key head for every query head."""
+        """A copy with one key head for every query head."""
         heads = self.q.shape[1]
         if self.k.shape[1] == heads:
             return self
@@ -74,7 +74,7 @@ def spread_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, 1 or Hk or H, ...) -> (B, 1 or H, ...), where one head stands for all."""
+    """(B, 1 or Hk or H, ...) -> (B, 1 or H, ...); a single head is shared by all."""
     return x if x.shape[1] == 1 else spread_heads(x, heads)
 
 
@@ -84,6 +84,6 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether code may read the values of ``x`` to do less: a GPU would have to be waited for, and
-    compiled code has none."""
+    """Whether code may read the values of ``x`` to save work: on a GPU this would mean waiting, and
+    compiled code has no values."""
     return on_cpu(x) and not torch.compiler.is_compiling()

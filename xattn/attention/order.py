@@ -1,8 +1,8 @@
 """Orders of grid tokens in which neighbours in the sequence are neighbours on the grid.
 
-Block-sparse attention reads runs of tokens; an image's runs should be squares. ``tile_order`` visits
-a grid tile by tile, ``z_order`` interleaves the bits of the coordinates (Morton 1966), so that runs of
-4, 16, 64, ... are squares, each made of the four squares before it.
+Block-sparse attention reads runs of tokens; in an image, runs should be squares. ``tile_order`` visits
+a grid tile by tile; ``z_order`` interleaves the bits of the coordinates (Morton 1966), so that runs of
+4, 16, 64, ... tokens are squares, each made of four squares of the size before.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from xattn.attention.inputs import on_cpu
 
 
 class Rows(NamedTuple):
-    """K rows that are taken from a tensor, some of which may be zeros instead."""
+    """K rows to take from a tensor; some of them may be zeros instead."""
 
     at: Tensor
-    """LongTensor (K,), the number of each row; of those that are zeros, any number that exists."""
+    """LongTensor (K,), row numbers; for rows of zeros, any number that exists."""
     none: Tensor | None
-    """bool (K,), which rows are zeros; None if no row is."""
+    """bool (K,): which rows are zeros; None if none are."""
 
     @classmethod
     def of(cls, index: Tensor) -> Rows:
@@ -55,7 +55,7 @@ class Order:
 
     @property
     def padding(self) -> Tensor:
-        """(M,) bool: which places hold no token."""
+        """(M,) bool: the places without a token."""
         return self.index < 0
 
     @property
@@ -67,12 +67,12 @@ class Order:
         return _Moved.apply(x, dim, *self.forth, *self.back)  # type: ignore[no-any-return]
 
     def undo(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Back from the new order, without the padding."""
+        """Tokens back in the original order, without the padding."""
         return _Moved.apply(x, dim, *self.back, *self.forth)  # type: ignore[no-any-return]
 
 
 class _Moved(torch.autograd.Function):
-    """Rows along a dimension, each at most once, so that the gradient takes rows, too, and adds nothing."""
+    """Rows along a dimension, each at most once, so that the gradient also selects rows and never adds."""
 
     generate_vmap_rule = True
 
@@ -93,7 +93,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
-    """Rows ``at`` of ``x``, zeros where there is ``none``."""
+    """Rows ``at`` of ``x``, zeros where ``none`` is true."""
     rows = dim in (-2, x.ndim - 2) and x.ndim > 2
     out = take_rows(x, at) if rows else x.index_select(dim, at)
     if none is None:
@@ -104,11 +104,11 @@ def _taken(x: Tensor, dim: int, at: Tensor, none: Tensor | None) -> Tensor:
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (..., S, m) by their numbers, a LongTensor (..., K), or (K,) for all: (..., K, m).
+    """Rows of ``x`` (..., S, m) by number: a LongTensor (..., K), or (K,) for all: (..., K, m).
 
-    The dimensions before these are broadcast.
+    Leading dimensions are broadcast.
     """
-    if not on_cpu(x):  # where calls cost more than numbers that are copied one by one
+    if not on_cpu(x):  # there, calls cost more than copying numbers one by one
         if index.ndim == 1:
             return x.index_select(-2, index)
         tables = torch.broadcast_shapes(x.shape[:-2], index.shape[:-1])
@@ -122,8 +122,8 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def blocks_to_tokens(x: Tensor, block: int, order: Order | None, tokens: int) -> Tensor:
-    """Values of blocks of ``block`` places, (..., M), for each of ``tokens`` tokens in the ``order`` of the
-    places, or as they are."""
+    """Values of blocks of ``block`` places, (..., M), for each of ``tokens`` tokens, undoing the ``order``
+    of the places if there is one."""
     x = x.repeat_interleave(block, -1)
     return x[..., :tokens] if order is None else order.undo(x, -1)
 
@@ -131,16 +131,16 @@ def blocks_to_tokens(x: Tensor, block: int, order: Order | None, tokens: int) ->
 def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) -> Order:
     """Tile by tile in raster order, and inside a tile in raster order.
 
-    With several ``levels`` tiles are nested: ``tile`` of them make up the next larger one, and so on.
-    For a ``tile`` of 2 that is Z-order, for any power of two its runs are those of Z-order.
+    With several ``levels``, tiles are nested: ``tile`` of them make up the next larger one, and so on.
+    A ``tile`` of 2 gives Z-order; for any power of two, runs are those of Z-order.
 
     Args:
-        grid: lengths of the grid in 1 to 3 dimensions, tokens in raster order; filled up with
-            padding to multiples of the largest tile.
+        grid: side lengths in 1 to 3 dimensions, tokens in raster order; padded to multiples of the
+            largest tile.
         tile: sides of the smallest tile, one for all dimensions or one for each.
 
     Raises:
-        ValueError: lengths that are not positive, or a ``tile`` of other dimensions.
+        ValueError: lengths that are not positive, or a ``tile`` with a wrong number of dimensions.
     """
     grid = _lengths("grid", grid)
     tile = _lengths("tile", (tile,) * len(grid) if isinstance(tile, int) else tile, len(grid))
@@ -154,9 +154,9 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) 
 
 
 def z_order(grid: Sequence[int]) -> Order:
-    """Z-order (Morton order) of a grid, each side filled up with padding to the next power of two.
+    """Z-order (Morton order) of a grid, with each side padded to the next power of two.
 
-    Where sides differ, squares of the shortest stand side by side along the others.
+    If sides differ, squares of the shortest side are placed side by side along the others.
 
     Raises:
         ValueError: lengths that are not positive.
@@ -164,7 +164,7 @@ def z_order(grid: Sequence[int]) -> Order:
     grid = _lengths("grid", grid)
     bits = [(n - 1).bit_length() for n in grid]
     places = _padded(grid, [2**b for b in bits])
-    # (2, ..., 2) for each dimension; then the largest bits of all dimensions, the next, ...
+    # (2, ..., 2) for each dimension; then the highest bits of all dimensions, the next bits, ...
     split = places.view([2] * sum(bits))
     first = [sum(bits[:d]) for d in range(len(grid))]
     axes = [
@@ -192,7 +192,7 @@ def residue_order(grid: Sequence[int], dilation: Sequence[int], tile: Sequence[i
 
 
 def _padded(grid: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Token numbers on a grid of ``shape``, -1 outside of ``grid``."""
+    """Token numbers on a grid of ``shape``, -1 outside ``grid``."""
     places = torch.full(tuple(shape), -1, device="cpu")
     inside = tuple(slice(0, n) for n in grid)
     places[inside] = torch.arange(places[inside].numel(), device="cpu").view(*grid)

@@ -1,8 +1,8 @@
-"""Plans: what depends on the layout of tokens alone, made once and kept for all calls.
+"""Plans: data that depend only on the layout of tokens, built once and cached for all calls.
 
-Orders, lists of blocks and rules are made of numbers, on a CPU, and moved to the device of the call. To
-``torch.compile`` and ``torch.export`` a plan is a constant: making one reads values, which would break the
-graph.
+Orders, block lists and rules are computed from numbers, on a CPU, and moved to the device of the call. For
+``torch.compile`` and ``torch.export`` a plan is a constant: building one reads values, which would break
+the graph.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from xattn.attention.operators.base import changed
 from xattn.runtime.lru_cache import LRUCache
 
-KEPT = LRUCache(2**30)  # bytes of plans; those that were not asked for the longest go first
+KEPT = LRUCache(2**30)  # bytes of plans; the least recently used are dropped first
 MOST = 256  # plans that compiled code refers to
 Made = TypeVar("Made")
 
 
 def planned(make: Callable[..., Made]) -> Callable[..., Made]:
-    """Decorator of a function that makes a plan of numbers, which have to be hashable.
+    """Decorator for a function that builds a plan from numbers, which must be hashable.
 
-    Callers name the ``device`` of its tensors beside the function's own arguments; a CPU by default.
+    Callers give the ``device`` of its tensors before the function's own arguments.
     """
 
     def found(device: torch.device | str, *args: Any, **options: Any) -> Made:
@@ -53,20 +53,20 @@ def planned(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def kept(key: Any, make: Callable[[], Made]) -> Made:
-    """What ``make`` returned for ``key``, or returns now."""
+    """The cached result of ``make`` for ``key``, computed if necessary."""
     return KEPT.kept(key, make, _bytes)
 
 
 class Constants:
-    """What compiled code refers to, by names that its compiler finds when it is told them: the last
-    ``MOST`` plans. Code that was compiled for an earlier one is compiled anew where it runs again."""
+    """Plans that compiled code refers to by name; the compiler looks the names up. It holds the last
+    ``MOST`` plans; code compiled for an earlier one is compiled again when it runs."""
 
 
 _NUMBERS = count()
 
 
 def refer_to(made: Any) -> str:
-    """The name of ``made`` among the :class:`Constants`, which no other plan ever has."""
+    """The name of ``made`` among the :class:`Constants`, which is never used for another plan."""
     names = [name for name in vars(Constants) if name.startswith("plan_")]
     for name in names:
         if getattr(Constants, name) is made:
@@ -80,19 +80,19 @@ def refer_to(made: Any) -> str:
 
 @contextmanager
 def real_tensors() -> Iterator[None]:
-    """Context in which tensors are real, also while a graph is exported, and may serve training later."""
+    """Context in which tensors are real, even during graph export, and may be used in training later."""
     with _disable_current_modes(), torch.inference_mode(False):
         yield
 
 
 def build(make: Callable[..., Made], *args: Any, **options: Any) -> Made:
-    """What ``make`` returns, with tensors on a CPU."""
+    """The result of ``make``, with tensors on a CPU."""
     with real_tensors(), torch.device("cpu"):
         return make(*args, **options)
 
 
 def moved(made: Made, device: torch.device | str) -> Made:
-    """A plan with all of its tensors on the ``device``."""
+    """A plan with all of its tensors on ``device``."""
     with real_tensors():
         found: Made = changed(made, lambda x: x.to(device))
     return found
@@ -111,7 +111,7 @@ def _bytes(made: Any) -> int:
 
 
 def _numbers(values: Any) -> Any:
-    """``values`` with plain numbers for those that traced code would leave open."""
+    """``values`` with symbolic numbers of traced code replaced by plain numbers."""
     if isinstance(values, tuple):
         return tuple(_numbers(x) for x in values)
     if isinstance(values, dict):

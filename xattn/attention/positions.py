@@ -1,12 +1,12 @@
-"""Places of tokens on their grid, and rotations of queries and keys by them, which have names.
+"""Positions of tokens on their grid, and named rotations of queries and keys by these positions.
 
     layer = create_attention("softmax", dim=384, num_heads=6, rotate="axial")
     convert(model, "gna", options={"kernel": 7, "rotate": "comrope:form=ap"})
 
-A rotation multiplies q_i by R(p_i) and k_j by R(p_j), with R(0) = 1; where R(p)^T R(p') = R(p' - p),
-scores depend on differences of positions alone.
+A rotation multiplies q_i by R(p_i) and k_j by R(p_j), with R(0) = 1. If R(p)^T R(p') = R(p' - p),
+scores depend only on differences of positions.
 
-    axial:  pair m of axis a turns by the angle p_a base^(-m / M), m = 0 .. M - 1, M = D / (2 n)
+    axial:  pair m of axis a rotates by the angle p_a base^(-m / M), m = 0 .. M - 1, M = D / (2 n)
 
 arXiv 2104.09864 (one axis, base 10000), arXiv 2403.13298 (axes of images, base 100).
 """
@@ -41,8 +41,8 @@ def positions(grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
 def check_grid(
     name: str, fitting: Sequence[int], grid: tuple[int, ...] | None, prefix: int, tokens: int
 ) -> None:
-    """Raise a ``ValueError`` unless ``prefix`` and ``grid`` lay out so many tokens for ``name``, which
-    works on grids of the numbers of dimensions ``fitting``; 0 among them stands for no grid."""
+    """Raise a ``ValueError`` unless ``prefix`` and ``grid`` match the number of tokens. ``name`` supports
+    grids with the numbers of dimensions in ``fitting``; 0 means no grid."""
     if isinstance(prefix, float) or not 0 <= prefix < tokens:
         raise ValueError(f"prefix: got {prefix} of {tokens} tokens; give 0 to {tokens - 1}")
     if grid is None:
@@ -62,16 +62,16 @@ def check_grid(
 
 
 class Rotation(nn.Module, ABC):
-    """What :class:`~xattn.attention.Attention` takes as ``rotate``; its parameters are trained with
-    the layer. A token at position 0, such as a prefix token, is left as it is."""
+    """The type of ``rotate`` in :class:`~xattn.attention.Attention`; its parameters are trained with
+    the layer. A token at position 0, such as a prefix token, is left unchanged."""
 
     def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
-        """The positions (N, n) that :meth:`forward` is to get for the tokens of a grid."""
+        """The positions (N, n) to pass to :meth:`forward` for the tokens of a grid."""
         return positions(grid, prefix, like)
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys, in their own shapes and dtypes.
+        """Rotated queries and keys, with unchanged shapes and dtypes.
 
         Args:
             q: (B, H, N, D); ``k``: (B, Hk, N, D).
@@ -80,16 +80,16 @@ class Rotation(nn.Module, ABC):
 
 
 class GridRotation(Rotation):
-    """Base of the rotations that have names: the layout of tokens, and checks.
+    """Base of the named rotations: token layout and checks.
 
     Args:
         width: D of a head.
         axes: n, dimensions of the grid.
-        num_heads: G, rotations of their own; G divides the heads of queries and of keys, and one
-            rotation serves heads that lie side by side.
-        span: every grid is so long along each axis, whatever its number of tokens, with the prefix
-            tokens at 0 in its middle; None counts tokens from 0, where the prefix tokens are, too.
-        jitter: in training, tokens move by a normal distribution with this standard deviation in half
+        num_heads: G, the number of separate rotations; must divide the heads of queries and of keys, and
+            one rotation serves consecutive heads.
+        span: every grid has this length along each axis, whatever its number of tokens, with the prefix
+            tokens at 0 in its middle; None counts tokens from 0, where the prefix tokens are as well.
+        jitter: in training, tokens are moved by a normal distribution with this standard deviation in half
             tokens, at most by half a token; the same for all images of a call.
     """
 
@@ -130,7 +130,7 @@ class GridRotation(Rotation):
         """As in :class:`Rotation`; computed in float32 at least.
 
         Raises:
-            ValueError: shapes that do not fit, or positions outside of the grid, where it has a ``span``.
+            ValueError: shapes that do not fit, or positions outside the grid if there is a ``span``.
         """
         self._check(q, k, positions)
         with own_precision(q):
@@ -139,11 +139,11 @@ class GridRotation(Rotation):
 
     @abstractmethod
     def turns(self, positions: Tensor) -> Tensor:
-        """What :meth:`turn` reads of the positions (N, n), (1 or G, ...)."""
+        """The input of :meth:`turn` for the positions (N, n), (1 or G, ...)."""
 
     @abstractmethod
     def turn(self, x: Tensor, turns: Tensor) -> Tensor:
-        """Rotate x (B, G, r, N, D), r heads for each rotation."""
+        """Rotate x (B, G, r, N, D), with r heads for each rotation."""
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         heads = x.to(torch.promote_types(x.dtype, turns.dtype)).unflatten(1, (self.num_heads, -1))
@@ -186,9 +186,9 @@ class RotationEntry:
     name: str
     paper: str
     relative: bool = True
-    """Whether R(p)^T R(p') = R(p' - p), so that scores depend on differences of positions alone."""
+    """Whether R(p)^T R(p') = R(p' - p), so that scores depend only on differences of positions."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options with which the tests run it, for heads of 16 channels on a grid of 2 dimensions."""
+    """Options used in tests, for heads of 16 channels on a two-dimensional grid."""
 
 
 ROTATIONS: Registry[GridRotation, RotationEntry] = Registry(
@@ -206,13 +206,13 @@ Made = TypeVar("Made", bound=GridRotation)
 def register_rotation(
     name: str, *, paper: str, **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: make a rotation known under ``name``; ``properties`` as in :class:`RotationEntry`.
+    """Class decorator: register a rotation under ``name``; ``properties`` as in :class:`RotationEntry`.
 
-    Its constructor takes ``width``, the number of axes as ``axes``, and ``num_heads``, as
-    :class:`GridRotation` does.
+    Its constructor takes ``width``, the number of axes as ``axes``, and ``num_heads``, like
+    :class:`GridRotation`.
 
     Raises:
-        ValueError: another rotation has that name.
+        ValueError: another rotation has this name.
     """
     return ROTATIONS.register(RotationEntry(name, paper, **properties))
 
@@ -222,7 +222,7 @@ list_rotations = ROTATIONS.names
 
 def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -> GridRotation:
     """The rotation ``NAME[:option=value,...]``, such as ``"comrope:form=ap,block=4"``, for ``num_heads``
-    heads of ``width`` channels; ``options`` are further ones.
+    heads of ``width`` channels; ``options`` are added to those in the text.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
@@ -234,11 +234,11 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
 
 
 def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
-    """``inputs`` with rotated queries and keys, the tokens in a row where they have no grid; those that
-    are rotated already stay as they are.
+    """``inputs`` with rotated queries and keys, with the tokens in a row if there is no grid; inputs that
+    are already rotated are unchanged.
 
     Raises:
-        ValueError: keys of other tokens, no grid, or one of another number of dimensions.
+        ValueError: keys of other tokens, no grid, or a grid with a wrong number of dimensions.
     """
     if inputs.rotated:
         return inputs
@@ -260,14 +260,14 @@ def rotated(rotate: Rotation, inputs: Inputs) -> Inputs:
 
 
 def mean_tokens(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The mean query and key of the patches, (B, H, 1, D) and (B, Hk, 1, D), outside of the graph."""
+    """The mean query and key of the patches, (B, H, 1, D) and (B, Hk, 1, D), detached from the graph."""
     q, k = (x.detach()[:, :, inputs.prefix :].mean(2, keepdim=True) for x in (inputs.q, inputs.k))
     return q, k
 
 
 def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) -> Tensor:
-    """What the patch in the middle attends to by positions alone, (B, H, h, w): all patches have the mean
-    query and key, not yet rotated, of :func:`mean_tokens`."""
+    """What the middle patch attends to by position alone, (B, H, h, w): all patches get the mean query and
+    key of :func:`mean_tokens`, before rotation."""
     grid = inputs.grid
     assert grid is not None
     count = math.prod(grid)
@@ -280,7 +280,7 @@ def prior_map(rotate: Rotation, means: tuple[Tensor, Tensor], inputs: Inputs) ->
 
 
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Channels 2 m and 2 m + 1 of x (..., N, D) turned in their plane by angles (..., N, D / 2)."""
+    """Channels 2 m and 2 m + 1 of x (..., N, D) rotated in their plane by angles (..., N, D / 2)."""
     cos, sin = angles.cos(), angles.sin()
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
@@ -292,15 +292,15 @@ def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
     cases=({}, {"base": 10.0, "span": 7.0}),
 )
 class AxialRotation(GridRotation):
-    """Rotary embedding with a share of the channels for each axis of the grid.
+    """Rotary embedding with an equal share of the channels for each axis of the grid.
 
     Args:
-        width: D of a head; 2 n divides it.
+        width: D of a head; a multiple of 2 n.
         axes: n, dimensions of the grid.
-        base: the slowest pair of channels turns by about 1 / base a token.
-        span, jitter: see :class:`GridRotation`; with ``span`` 14 a grid of any size turns as one of 14
-            tokens a side.
-        num_heads: as in :class:`GridRotation`; all heads turn alike.
+        base: the slowest pair of channels rotates by about 1 / base per token.
+        span, jitter: see :class:`GridRotation`; with ``span`` 14 a grid of any size rotates like one with
+            14 tokens per side.
+        num_heads: as in :class:`GridRotation`; all heads rotate alike.
     """
 
     def __init__(
@@ -324,7 +324,7 @@ class AxialRotation(GridRotation):
         self.base = base
 
     def angles(self, positions: Tensor) -> Tensor:
-        """(N, D / 2) for positions (N, n): by which each pair of channels turns."""
+        """(N, D / 2) for positions (N, n): the angle of each pair of channels."""
         pairs = self.width // (2 * self.axes)
         exponent = torch.arange(pairs, device=positions.device, dtype=positions.dtype) / pairs
         return (positions[..., None] * self.base**-exponent).flatten(1)

@@ -1,9 +1,10 @@
-"""How near a choice of key blocks comes to the exact choice: those that get most of dense attention.
+"""How close a choice of key blocks comes to the exact choice: the blocks that get most of dense attention.
 
     m_ab = sum over the queries i of block a and the keys j of block b of softmax_j(scale q_i . k_j)
-    exact choice of a: as many blocks b as its list has room for, those with the largest m_ab
+    exact choice of a: the blocks b with the largest m_ab, as many as its list can hold
 
-The softmax is over all keys, prefix tokens too, in float32 at least. It is computed some rows at a time.
+The softmax is over all keys, including prefix tokens, in float32 at least. It is computed in chunks of
+rows.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Which of the M blocks of tokens behind the prefix each block of queries reads."""
+    """Which of the M blocks of tokens after the prefix each block of queries reads."""
 
     blocks: Blocks
-    """Lists (B, Hk, query blocks, s), those that are always read among them."""
+    """Lists (B, Hk, query blocks, s), including the blocks that are always read."""
     order: Order | None = None
-    """Of these tokens, in which blocks are runs; the given one by default."""
+    """Order of these tokens, in which blocks are consecutive; None keeps the given order."""
     forced: Tensor | None = None
     """int32 (1, 1, query blocks, f), blocks that are always read; -1 = none."""
 
@@ -40,12 +41,12 @@ class Choice:
         return listed_blocks(self.blocks.index, count)
 
     def always(self, count: int) -> Tensor:
-        """The same of the blocks that are always read, (1, 1, query blocks, count)."""
+        """The same for the blocks that are always read, (1, 1, query blocks, count)."""
         forced = self.forced
         return listed_blocks(self.blocks.index[:1, :1, :, :0] if forced is None else forced, count)
 
     def tokens(self, inputs: Inputs) -> Tensor:
-        """LongTensor (M k_block,): the token behind the prefix at each place, -1 for padding."""
+        """LongTensor (M k_block,): the token after the prefix at each place, -1 for padding."""
         n = inputs.q.shape[2] - inputs.prefix
         every = torch.arange(n, device=inputs.q.device)
         every = every if self.order is None else self.order.index.to(every.device)
@@ -53,22 +54,22 @@ class Choice:
 
 
 class Recall(NamedTuple):
-    """How near a choice comes to the exact one, (B, H) each; (B, Hk) where the heads of a key head choose
-    together, whose attention is summed then."""
+    """How close a choice comes to the exact one, (B, H) each; (B, Hk) if the heads that share a key head
+    choose together, in which case their attention is summed."""
 
     blocks: Tensor
     """Share of the exact choice that was chosen. Blocks without any attention do not count."""
     mass: Tensor
-    """Attention to the blocks that were chosen, as a share of that to the exact choice."""
+    """Attention to the chosen blocks, as a share of that to the exact choice."""
 
 
 @torch.no_grad()
 def recall(inputs: Inputs, choice: Choice, *, forced: bool = True) -> Recall:
-    """``choice`` against the exact choice; it costs as much as dense attention.
+    """Compare ``choice`` with the exact choice; this costs as much as dense attention.
 
     Args:
         forced: whether blocks that are always read count as chosen, so that the exact choice may have
-            others in their place. False compares what is read beside them; all 1 if nothing is.
+            others in their place. False compares only the other blocks; all 1 if there are none.
     """
     lists = choice.blocks.index
     shape = 4, len(inputs.q), lists.shape[1]

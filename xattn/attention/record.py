@@ -1,4 +1,4 @@
-"""Read the attention of a running model: one operator per call of attention, with fused kernels on.
+"""Read the attention of a running model: one operator per attention call, with fused kernels on.
 
     with record(model) as calls:
         logits = model(x)
@@ -6,7 +6,7 @@
 
 Layers of :mod:`xattn.attention` pass on their operator themselves. Every other layer is intercepted at
 ``F.scaled_dot_product_attention``, whatever comes before it (rotary embeddings, normalised queries,
-gates), so stock timm and torchvision models, and your own, need no wrapper and no change.
+gates), so timm and torchvision models, and your own, need no wrapper and no change.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class Call:
     """One call of attention: ``output = operator.matvec(value)``."""
 
     operator: Operator
-    """A, outside of the model's graph."""
+    """A, detached from the model's graph."""
     value: Tensor
     """V, (B, H or Hk, S, Dv)."""
     output: Tensor
-    """A V, (B, H, N, Dv), part of the model's graph: gradients may be taken with respect to it."""
+    """A V, (B, H, N, Dv), part of the model's graph: gradients with respect to it can be computed."""
     aux: dict[str, Tensor] = field(default_factory=dict)
     """Scalar losses that the mechanism asks training to add, by name, part of the model's graph."""
     make_maps: Callable[[], dict[str, Tensor]] = dict
 
     @cached_property
     def maps(self) -> dict[str, Tensor]:
-        """A mechanism's own maps, (B, K, h, w) by name; computed when first asked for."""
+        """The mechanism's own maps, (B, K, h, w) by name; computed on first access."""
         return self.make_maps()
 
 
 class Answers(Protocol):
-    """What :func:`answering_by` puts in the place of the products of layers and blocks."""
+    """Replaces the products of layers and blocks inside :func:`answering_by`."""
 
     def attend(self, mechanism: Any, inputs: Any) -> Tensor:
         """The output of a mechanism for its :class:`~xattn.attention.inputs.Inputs`."""
@@ -60,40 +60,40 @@ class Answers(Protocol):
 
 
 class _State(threading.local):
-    """Per thread: the lists that record calls, how many xattn layers it is inside of, what answers for
-    them, what attends in the place of PyTorch's function, and what boolean masks add to scores."""
+    """Per thread: the lists that record calls, the number of xattn layers it is inside of, what replaces
+    their answers and PyTorch's attention function, and the score terms of boolean masks."""
 
     def __init__(self) -> None:
         self.open: list[list[Call]] = []
         self.inside = 0
         self.answer: Answers | None = None
         self.attend: Callable[..., Tensor] | None = None
-        self.added = WeakIdKeyDictionary()  # mask -> its version, what it adds
+        self.added = WeakIdKeyDictionary()  # mask -> its version, the term for the scores
 
 
 _STATE = _State()
 
 
 def recording() -> bool:
-    """Whether some :func:`record` of this thread is open."""
+    """Whether a :func:`record` of this thread is open."""
     return bool(_STATE.open)
 
 
 def keep(call: Call) -> None:
-    """Add ``call`` to every open :func:`record`; layers do this when :func:`recording`."""
+    """Add ``call`` to every open :func:`record`; layers do this if :func:`recording`."""
     for calls in _STATE.open:
         calls.append(call)
 
 
 @contextmanager
 def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list[Call]]:
-    """Inside the block, the calls of attention that this thread makes, in order.
+    """Context that lists the attention calls of this thread, in order.
 
     Args:
-        model: its timm layers are switched to fused attention without gradient checkpointing, those of
-            transformers to ``attn_implementation="sdpa"``, and back afterwards; layers that write out
-            their softmax cannot be recorded otherwise.
-        alone: whether to hide these calls from a :func:`record` around this one.
+        model: its timm layers are switched to fused attention without gradient checkpointing, transformers
+            layers to ``attn_implementation="sdpa"``, and back afterwards; otherwise layers that compute
+            their softmax explicitly could not be recorded.
+        alone: whether to hide these calls from an enclosing :func:`record`.
     """
     calls: list[Call] = []
     before = _STATE.open
@@ -113,8 +113,8 @@ Key = TypeVar("Key")
 def record_layers(
     model: nn.Module, layers: Mapping[Key, nn.Module], after: Callable[..., object]
 ) -> Iterator[None]:
-    """Inside, ``after(key, args, kwargs, calls, result)`` runs when one of ``layers`` has run: what it
-    was called with, the calls of attention that it made, and what it returned."""
+    """Context in which ``after(key, args, kwargs, calls, result)`` runs after each of ``layers``, with its
+    arguments, the attention calls that it made, and its result."""
     handles = []
     with record(model, alone=True) as calls:
         for key, layer in layers.items():
@@ -142,17 +142,15 @@ def record_layers(
                 handle.remove()
 
 
-# Of timm's layers, and of the configs that layers of transformers read at each call.
+# Attributes of timm's layers, and of the configs that transformers layers read at each call.
 _SETTINGS = {"fused_attn": True, "grad_checkpointing": False, "_attn_implementation": "sdpa"}
-_USERS = (
-    WeakIdKeyDictionary()
-)  # layer or config -> how many threads are inside, its settings before
+_USERS = WeakIdKeyDictionary()  # layer or config -> number of threads inside, its earlier settings
 _COUNTING = threading.RLock()
 
 
 def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
-    """Inside, every layer of ``model``, of timm or transformers, calls ``F.scaled_dot_product_attention``
-    exactly once."""
+    """Context in which every layer of ``model``, from timm or transformers, calls
+    ``F.scaled_dot_product_attention`` exactly once."""
     modules = [] if model is None else list(model.modules())
     configs = {
         id(c): c for m in modules if getattr(m, "_supports_sdpa", False) for c in _configs(m)
@@ -162,7 +160,7 @@ def fused_layers(model: nn.Module | None) -> AbstractContextManager[None]:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """What the layers of a model of transformers ask how to attend."""
+    """The configs from which the layers of a transformers model read how to attend."""
     for layer in model.modules():
         config = getattr(layer, "config", None)
         if hasattr(config, "_attn_implementation"):
@@ -173,7 +171,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 def fused(*layers: Any) -> Iterator[None]:
     """:func:`fused_layers` for single layers.
 
-    If several threads are inside, the first to enter sets it and the last to leave restores it.
+    If several threads are inside, the first to enter sets the flags and the last to leave restores them.
     """
     with _COUNTING:
         found = []
@@ -182,7 +180,11 @@ def fused(*layers: Any) -> Iterator[None]:
             if not users:
                 before = {name: getattr(m, name) for name in _SETTINGS if hasattr(m, name)}
             found.append((m, users + 1, before))
-        for m, users, before in found:  # a config sets its parts, too, so all are read first
+        for (
+            m,
+            users,
+            before,
+        ) in found:  # setting a config also sets its parts, so all are read first
             if users == 1:
                 for name in before:
                     setattr(m, name, _SETTINGS[name])
@@ -202,7 +204,7 @@ def fused(*layers: Any) -> Iterator[None]:
 
 @contextmanager
 def own_layer() -> Iterator[None]:
-    """Inside, attention belongs to a layer that records its operator itself."""
+    """Context in which attention belongs to a layer that records its operator itself."""
     _STATE.inside += 1
     try:
         yield
@@ -212,8 +214,8 @@ def own_layer() -> Iterator[None]:
 
 @contextmanager
 def answering_by(answer: Answers) -> Iterator[None]:
-    """Inside, ``answer`` gives the outputs of the mechanisms that this thread calls, and what its blocks
-    mix; these record nothing."""
+    """Context in which ``answer`` computes the outputs of the mechanisms that this thread calls, and what
+    its blocks mix; these record nothing."""
     before = _STATE.answer
     _STATE.answer = answer
     try:
@@ -223,7 +225,7 @@ def answering_by(answer: Answers) -> Iterator[None]:
 
 
 def answered_by() -> Answers | None:
-    """What :func:`answering_by` set, or None."""
+    """The value set by :func:`answering_by`, or None."""
     return _STATE.answer
 
 
@@ -233,9 +235,9 @@ def mix(
     value: Tensor,
     maps: Callable[[], dict[str, Tensor]] = dict,
 ) -> Tensor:
-    """A V (B, H, N, Dv) for value (B, H, S, Dv), by a layer or block ``name`` that makes its operator
-    itself; kept as a call where attention is recorded, with what ``maps()`` gives when it is first asked
-    for."""
+    """A V (B, H, N, Dv) for value (B, H, S, Dv), for a layer or block ``name`` that builds its operator
+    itself. If attention is recorded, this is stored as a call, with the result of ``maps()``, which runs on
+    first access."""
     answer = answered_by()
     with own_layer():
         if answer is not None:
@@ -248,14 +250,14 @@ def mix(
 
 
 FUSED = F.scaled_dot_product_attention
-_PATCHED: list[Callable[..., Tensor]] = []  # what was in its place, once for each `attending_by`
+_PATCHED: list[Callable[..., Tensor]] = []  # the replaced functions, one per `attending_by`
 
 
 @contextmanager
 def attending_by(attend: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
-    """Inside, ``attend`` answers this thread's calls of ``F.scaled_dot_product_attention`` by that name,
-    those from within PyTorch's own Python functions too, which do not reach a ``TorchFunctionMode``; yields
-    what answered before."""
+    """Context in which ``attend`` replaces ``F.scaled_dot_product_attention`` by that name in this thread,
+    including calls inside PyTorch's own Python functions, which do not reach a ``TorchFunctionMode``;
+    yields the function that was replaced."""
     with _COUNTING:
         _PATCHED.append(_PATCHED[0] if _PATCHED else F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = _attend
@@ -285,10 +287,10 @@ class _Interceptor(TorchFunctionMode):
 
 
 def _module_attended(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What ``F.multi_head_attention_forward`` returns, as ``nn.MultiheadAttention`` calls it.
+    """The result of ``F.multi_head_attention_forward``, as ``nn.MultiheadAttention`` calls it.
 
-    Where its weights are asked for, as by default, it writes out their softmax: then they come from a call
-    of their own, and the output from one that can be recorded.
+    If its weights are requested, as they are by default, it computes their softmax explicitly: then the
+    weights come from a separate call, and the output from one that can be recorded.
     """
     given = inspect.signature(function).bind(*args, **kwargs)
     weights = None
@@ -330,7 +332,7 @@ def attend_and_keep(
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where ``mask`` is True, else -inf: one table for all layers that are given the same mask."""
+    """0 where ``mask`` is True, else -inf: one table for all layers that use the same mask."""
     version = None if mask.is_inference() else (mask._version, dtype)
     known = _STATE.added.get(mask, (None, mask))
     if version is None or known[0] != version:
@@ -340,7 +342,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def refuse_dropout(share: float) -> None:
-    """``ValueError`` where a model drops a share of its attention."""
+    """Raise a ``ValueError`` if a model drops a share of its attention."""
     if share > 0:
         raise ValueError("model: drops attention weights at random; call model.eval() first")
 

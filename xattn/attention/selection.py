@@ -27,7 +27,7 @@ class Blocks:
     """Which key blocks each query block reads.
 
     Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates,
-    -1 = nothing; ``q_block``, ``k_block``, tokens in a block.
+    -1 = nothing; ``q_block`` and ``k_block``, tokens per block.
     """
 
     index: Tensor
@@ -39,14 +39,14 @@ class Blocks:
         return replace(self, index=self.index.to(device))
 
     def holds_all(self, count: int) -> bool:
-        """Whether every list holds all ``count`` blocks; looked up once, until ``index`` changes.
+        """Whether every list contains all ``count`` blocks; cached until ``index`` changes.
 
         Raises:
-            ValueError: a number that is out of range or twice in a list.
+            ValueError: a number that is out of range or occurs twice in a list.
         """
         if self.index.shape[-1] != count:
             return False
-        counted = not self.index.is_inference()  # such tensors count no changes
+        counted = not self.index.is_inference()  # inference tensors have no version counter
         key = (count, self.index._version) if counted else None
         if key is None or self.known.get("key") != key:
             check_index(self.index, count)
@@ -54,7 +54,8 @@ class Blocks:
         return bool(self.known["all"])
 
     def shares(self, count: int) -> Tensor:
-        """The share of the lists that hold each of ``count`` blocks, (B or 1, H or 1, count) in [0, 1]."""
+        """The share of the lists that contain each of ``count`` blocks, (B or 1, H or 1, count) in [0,
+        1]."""
         return listed_blocks(self.index, count).float().mean(2)
 
 
@@ -65,9 +66,9 @@ class Segment:
     Attributes: ``blocks``, the key blocks that each query block reads (all if None); ``rule``, which
     keys of these blocks a query sees; ``bias``, (B or 1, H or 1, S), added to a key's scores;
     ``offset``, (B or 1, H or 1, N), added to all scores of a query; ``shift``, a number added to all;
-    ``marks``, (B, H or Hk, blocks, D), landmarks that stand for whole key blocks, within which keys
-    have a softmax of their own (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), how much
-    each of these counts, see :mod:`xattn.kernels.grouped`.
+    ``marks``, (B, H or Hk, blocks, D), landmarks that represent whole key blocks, within which keys
+    have their own softmax (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), the weight of
+    each of these, see :mod:`xattn.kernels.grouped`.
     """
 
     k: Tensor
@@ -82,7 +83,7 @@ class Segment:
 
 
 def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
-    """The key blocks with a key that some query of a query block may see, by bounding boxes.
+    """The key blocks with a key that some query of a query block may see, from bounding boxes.
 
     With a dilation, single keys (``k_block=1``) are also left out if all queries of the block have one
     residue and the key has another.
@@ -97,7 +98,7 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
     if k_block > 1:
         padded = -(-len(position) // k_block) * k_block - len(position)
         groups = F.pad(position, (0, 0, 0, padded), value=-1).unflatten(0, (-1, k_block))
-        key = (groups >= 0) & (groups < 2**30)  # neither added here nor padding before
+        key = (groups >= 0) & (groups < 2**30)  # neither padding added here nor earlier
         start = groups.masked_fill(~key, far).amin(1)
         end = groups.masked_fill(~key, -far).amax(1)
     seen = torch.ones(len(first), len(start), dtype=torch.bool, device=position.device)
@@ -117,13 +118,13 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
 
 @planned
 def causal_blocks(n: int) -> tuple[Blocks, Rule]:
-    """Token i of ``n`` sees tokens 0 to i."""
+    """Blocks and rule in which token i of ``n`` sees tokens 0 to i."""
     rule = causal(n)
     return visible_blocks(rule, 64, 64), rule
 
 
 def _per_block(x: Tensor, block: int, fill: int) -> Tensor:
-    """(N, n) -> (ceil(N / block), block, n); rows that are added are empty boxes (1 > 0)."""
+    """(N, n) -> (ceil(N / block), block, n); added rows are empty boxes (1 > 0)."""
     missing = -(-len(x) // block) * block - len(x)
     return F.pad(x, (0, 0, 0, missing), value=1 - fill).unflatten(0, (-1, block))
 
@@ -137,11 +138,11 @@ def select(
     k_block: int,
     **options: Any,
 ) -> tuple[Blocks, Tensor]:
-    """The ``s`` best key blocks of every query block by their pooled keys, without gradient.
+    """The ``s`` best key blocks of every query block according to pooled keys, without gradient.
 
     Args:
         q: (B, H, N, D); ``k_pooled``: (B, Hk, C, D), one key per block of ``k_block``.
-        options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the others of
+        options: ``reduce``, ``softmax``, ``spread``, ``forced``, ``within`` and the other options of
             :func:`xattn.kernels.block_topk.block_topk`.
 
     Returns:
@@ -152,7 +153,7 @@ def select(
 
 
 def visible(segment: Segment, queries: Tensor) -> Tensor:
-    """Which keys of a segment some queries (R,) see: bool, broadcastable to (B, H, R, S)."""
+    """Which keys of a segment the queries (R,) see: bool, broadcastable to (B, H, R, S)."""
     keys = segment.k.shape[2]
     seen = torch.ones(1, 1, len(queries), keys, dtype=torch.bool, device=queries.device)
     if segment.blocks is not None:

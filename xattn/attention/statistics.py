@@ -1,32 +1,33 @@
 """How a layer's heads attend: entropy of rows, distance on the grid, mass on prefix tokens and sinks,
-and how far its rows are from another layer's.
+and how far its rows are from those of another layer.
 
     H_i = - sum_j p_ij ln p_ij                      p_ij = A_ij / sum_k A_ik, over all keys
     d_i = sum_j A_ij |x_i - x_j| / sum_j A_ij       j over patches only, x in patches
-    m_j = mean_i p_ij                               what key j receives
+    m_j = mean_i p_ij                               the attention that key j receives
     KL_i = sum_j p_ij ln(p_ij / p'_ij)              from rows p to rows p' of another A
 
 i runs over the patches as queries, all of them or a sample; prefix tokens (class token, registers) are
 always keys but have no position, so they count in H and m and are left out of d. Distance as in
 Dosovitskiy et al. 2021, arXiv 2010.11929, section 4.5 and appendix D.7, which does not say how the
-class token counts: dividing by the patches' own mass keeps a head that attends to the class token from
-looking local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
+class token counts. Dividing by the patches' own mass avoids that a head that attends to the class token
+looks local. Sinks as in Xiao et al. 2023, arXiv 2309.17453, and Darcet et al. 2023, arXiv 2309.16588.
 
-The statistics are of weights: where rows of A do not sum to 1, m_j counts each query once, and of an
-operator with negative entries they are those of |A|, if the caller asks for that.
+The statistics are those of weights: if rows of A do not sum to 1, m_j counts each query once; if an
+operator has negative entries, they are statistics of |A|, provided the caller asks for that.
 
-Eight indicators of a layer (:func:`indicators`) are those of "Deconstructing Attention", arXiv 2510.11602,
-with neighbours on the grid in place of earlier tokens, and prefix tokens in place of the first.
+The eight indicators of a layer (:func:`indicators`) are those of "Deconstructing Attention",
+arXiv 2510.11602, with neighbours on the grid instead of earlier tokens, and prefix tokens instead of the
+first.
 
 Rows of A are computed block by block, so memory is O(block x N); sums are in float64.
 
-How rows of a mechanism differ from those of the softmax that it stands for, head by head.
+The module also compares rows of a mechanism with those of the softmax that it replaces, head by head.
 
     KL   mean_i sum_j P_ij ln(P_ij / A_ij)          H   mean_i - sum_j A_ij ln A_ij, beside that of P
     rho  mean_i Spearman(A_i, P_i)
 
-P_ij rises with the score q_i . k_j, so rho says how nearly A does, too: 1 if its weights are monotone in
-the scores, as those of an exponential are and those of elu + 1 or a Taylor series need not be (Zhang et
+P_ij rises with the score q_i . k_j, so rho also measures this for A: it is 1 if its weights are monotone in
+the scores, as with an exponential; with elu + 1 or a Taylor series they need not be (Zhang et
 al. 2024, arXiv 2402.04347, section 3). Rows that do not sum to 1 are divided by their sums.
 """
 
@@ -44,16 +45,16 @@ from xattn.correlation import spearman
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """One layer's statistics in float64, for B images, H heads and N tokens, ``prefix`` ones first."""
+    """One layer's statistics in float64, for B images, H heads and N tokens, ``prefix`` tokens first."""
 
     entropy: Tensor
     """Mean of H_i in nats, (B, H), in [0, ln N]; see :func:`bits`."""
     distance: Tensor
-    """Mean of d_i in patches, (B, H); NaN where no query attends to any patch."""
+    """Mean of d_i in patches, (B, H); NaN if no query attends to any patch."""
     received: Tensor
-    """m_j, (B, H, N); sums to 1, or to less where some query sees no key."""
+    """m_j, (B, H, N); sums to 1, or to less if some query sees no key."""
     queries: int
-    """How many patches served as queries."""
+    """The number of patches used as queries."""
     prefix: int
 
     @property
@@ -62,7 +63,7 @@ class Statistics:
         return self.received[..., : self.prefix].sum(-1)
 
     def sinks(self, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` patches that receive most, as a mean over heads.
+        """The ``count`` patches that receive the most attention, as a mean over heads.
 
         Returns:
             their token numbers, LongTensor (B, count), the largest share first, and their shares of
@@ -87,13 +88,13 @@ def statistics(
 
     Args:
         operator: of shape (B, H, N, N).
-        grid: (h, w) of the patches behind the ``prefix`` tokens, h w = N - prefix.
-        queries: LongTensor (R,) of patches' tokens, in prefix..N - 1; all patches by default, and
+        grid: (h, w) of the patches after the ``prefix`` tokens, h w = N - prefix.
+        queries: LongTensor (R,) of the patches' token numbers, in prefix..N - 1; all patches by default;
             see :func:`sample_queries`.
-        absolute: whether to take |A| in place of A; signed operators need it.
+        absolute: whether to use |A| instead of A; signed operators need it.
 
     Raises:
-        ValueError: a grid that does not fit, queries that are no patches, or an operator with
+        ValueError: a grid that does not fit, queries that are not patches, or an operator with
             negative entries without ``absolute``.
     """
     _check_weights(operator, absolute)
@@ -123,7 +124,7 @@ def statistics(
     return Statistics(entropy / n, distance / count, received / n, n, prefix)
 
 
-APART = 4  # distances 0 to 3 of local focus
+APART = 4  # local focus is computed for distances 0 to 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +134,14 @@ class Indicators:
     entropy: Tensor
     """Mean entropy of the rows in nats, (B, H)."""
     concentration: Tensor
-    """Frobenius norm of A, (B, H): from 1 for uniform rows to sqrt(N) where each has one key."""
+    """Frobenius norm of A, (B, H): from 1 for uniform rows to sqrt(N) if each row has one key."""
     diversity: Tensor
-    """Standard deviation of A_ij over the heads, mean over all i and j (causal: j <= i), (B,)."""
+    """Standard deviation of A_ij over the heads, mean over all i and j (if causal, j <= i), (B,)."""
     sink: Tensor
-    """Mean over queries of what goes to the prefix tokens, or without any to the first token, (B, H)."""
+    """Mean over queries of the mass on the prefix tokens or, without any, on the first token, (B, H)."""
     focus: Tensor
-    """Mean of A_ij over the patches j that lie n = 0 to 3 apart from i, the larger of rows and columns,
-    (B, H, 4); NaN where no pair does."""
+    """Mean of A_ij over the patches j at distance n = 0 to 3 from i, the larger of rows and columns,
+    (B, H, 4); NaN if there is no such pair."""
 
 
 @torch.no_grad()
@@ -151,8 +152,8 @@ def indicators(
 
     Args:
         operator: of shape (B, H, N, N).
-        grid: lengths of the grid of the patches behind the ``prefix`` tokens; (n,) for tokens in a row.
-        absolute: whether to take |A| in place of A; signed operators need it.
+        grid: side lengths of the patch grid after the ``prefix`` tokens; (n,) for tokens in a row.
+        absolute: whether to use |A| instead of A; signed operators need it.
 
     Raises:
         ValueError: as in :func:`statistics`.
@@ -229,7 +230,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def compared_rows(queries: Tensor | None, **operators: Operator) -> Tensor:
-    """``queries``, or all rows, of two operators whose rows are compared; errors name them as given.
+    """``queries``, or all rows, of two operators to compare; errors use the names of ``operators``.
 
     Raises:
         ValueError: operators of different shapes, or rows out of range.
@@ -252,8 +253,8 @@ def mean_row_divergence(
     """Mean of KL(teacher's row || student's row) in nats, (B, H) in float64, in blocks of rows.
 
     Args:
-        teacher, student: of one shape (B, H, N, S).
-        queries: LongTensor (R,) of rows in 0..N - 1; all by default, and see :func:`sample_queries`.
+        teacher, student: both of shape (B, H, N, S).
+        queries: LongTensor (R,) of rows in 0..N - 1; all by default; see :func:`sample_queries`.
 
     Raises:
         ValueError: different shapes, rows out of range, or negative entries.
@@ -272,8 +273,8 @@ def mean_row_divergence(
 def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
     """KL(rows || others) of rows (..., S) in nats, (...); differentiable in both.
 
-    Both are scaled to sum 1. Weights of ``others`` below the smallest normal number of its dtype count
-    as that number, so a key that it does not read gives a large divergence, not an infinite one.
+    Both are scaled to sum 1. Weights of ``others`` below the smallest normal number of their dtype count
+    as that number, so a key that they do not read gives a large but finite divergence.
 
     Raises:
         ValueError: negative entries.
@@ -284,7 +285,7 @@ def row_divergence(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def bits(nats: float) -> float:
-    """The same entropy in bits."""
+    """The entropy converted to bits."""
     return nats / math.log(2)
 
 
@@ -294,7 +295,8 @@ def breadth(nats: float) -> float:
 
 
 def row_distance(rows: Tensor, index: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Mean distance in patches to what rows (..., R, N) of the patches ``index`` (R,) attend to.
+    """Mean distance in patches between the patches ``index`` (R,) and what their rows (..., R, N) attend
+    to.
 
     Weighted by the rows over patches only, (..., R); NaN for a row without weight on patches.
     """
@@ -316,7 +318,7 @@ def uniform_distance(grid: tuple[int, int]) -> float:
     """The mean of :func:`row_distance` for uniform attention, in patches."""
     (height, width), total = grid, 0.0
     for dy in range(height):
-        for dx in range(width):  # pairs of patches that lie (dy, dx) apart
+        for dx in range(width):  # pairs of patches at distance (dy, dx)
             pairs = (height - dy) * (width - dx) * (1 + (dy > 0)) * (1 + (dx > 0))
             total += pairs * math.hypot(dy, dx)
     return total / (height * width) ** 2

@@ -1,24 +1,24 @@
-"""Base of all explainers: Captum's call, its checks, micro-batches, and an untouched model.
+"""Base of all explainers: Captum's signature, input checks, micro-batches, and an unchanged model.
 
 ``explainer.attribute(inputs, target) -> (B, 1, h, w)``: a raw map of one class per image, at the
-explainer's own resolution and without min-max. Whatever happens inside, the models come out as they
-went in (:func:`preserve_state`). Any number of threads may explain one backbone: they take turns.
+explainer's own resolution and without min-max. Whatever happens inside, the models are left as they
+were (:func:`preserve_state`). Several threads may explain one backbone: they take turns.
 
-Test-time augmentation: the mean over the maps of six copies of a photo, each mapped back.
+Test-time augmentation (``aug_smooth``): the mean over the maps of six copies of a photo, each mapped back.
 
     S(x) = 1/6 sum over k in (1, .9, 1.1) of  s(x_k) + mirror(s(mirror(x_k))),    x_k = m + k (x - m)
 
-m is the network's mean colour, so that k scales the normalised photo. pytorch-grad-cam has the same copies
-under this name, and scales each map to [0, 1] before the mean. Every explainer takes it as an option.
+m is the network's mean colour, so that k scales the normalised photo. pytorch-grad-cam uses the same copies
+under this name, but scales each map to [0, 1] before the mean. Every explainer accepts this option.
 
-Captum takes an explainer of xattn as it is (:class:`CaptumMethod`).
+Captum accepts xattn's explainers unchanged (:class:`CaptumMethod`).
 
     NoiseTunnel(explainer).attribute(images, nt_samples=8, stdevs=0.1, target=281)
     sensitivity_max(explainer.attribute, images, target=281)
     infidelity(backbone.logits, noise, images, explainer.attribute_inputs(images, 281), target=281)
 
-``NoiseTunnel`` calls ``attribute.__wrapped__``, and its metrics give a tuple and expect one. Both add noise
-to images, so there alone pixels may leave [0, 1].
+``NoiseTunnel`` calls ``attribute.__wrapped__``, and Captum's metrics pass a tuple and expect one. Both add
+noise to images, so for them alone pixels may leave [0, 1].
 """
 
 from __future__ import annotations
@@ -54,32 +54,32 @@ from xattn.runtime.option_checks import check, check_fields
 
 
 def options_by_name(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Options of each of ``names``, with values as in :func:`xattn.heads.parse_options`.
+    """Options for each of ``names``, with values as in :func:`xattn.heads.parse_options`.
 
     >>> options_by_name(["rise.masks=1000", "head.passes=4"], ["rise", "head"])
     {'rise': {'masks': 1000}, 'head': {'passes': 4}}
 
     Raises:
-        ValueError: no ``name.option=value`` of one of the names.
+        ValueError: a text that is not ``name.option=value`` with one of the names.
     """
-    found: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
     for text in given:
         key, equals, value = text.partition("=")
-        name, dot, option = key.rpartition(".")  # a head's row may have dots in its name
+        name, dot, option = key.rpartition(".")  # a head's row name may contain dots
         row = same_name(name, names)
         if not dot or row is None:
             raise ValueError(
                 f"options: got {text!r}; write name.option=value with a name of {', '.join(names)}"
             )
-        found.setdefault(row, {}).update(parse_options([option + equals + value]))
-    return found
+        options.setdefault(row, {}).update(parse_options([option + equals + value]))
+    return options
 
 
 Attribute = Callable[..., Tensor]
 
 
 class CaptumMethod:
-    """Mixin of explainers: the attributes of ``captum.attr.Attribution``."""
+    """Mixin for explainers: the attributes of ``captum.attr.Attribution``."""
 
     backbone: Any
     multiplies_by_inputs = False
@@ -91,20 +91,20 @@ class CaptumMethod:
         return self.backbone.logits  # type: ignore[no-any-return]
 
     def has_convergence_delta(self) -> bool:
-        """False: no explainer says how far its sum is from the score."""
+        """False: no explainer reports how far the sum of its map is from the score."""
         return False
 
     def attribute_inputs(self, inputs: Tensor, target: Tensor | int) -> Tensor:
-        """Maps in the shape of the inputs (B, C, H, W), as ``captum.metrics.infidelity`` wants them:
-        resized bilinearly, a C-th for each channel."""
+        """Maps in the shape of the inputs (B, C, H, W), as ``captum.metrics.infidelity`` expects them:
+        resized bilinearly, with 1/C of the value in each channel."""
         maps = self.attribute(inputs, target)  # type: ignore[attr-defined]
         maps = resized(maps, inputs.shape[2:])
         return (maps / inputs.shape[1]).expand(inputs.shape)
 
 
 def captum_call(noisy: Attribute) -> Callable[[Attribute], Attribute]:
-    """Decorator of ``attribute(self, inputs, target)``, which Captum may then call, too; ``noisy`` is the
-    same method for pixels that may leave [0, 1]."""
+    """Decorator that lets Captum call ``attribute(self, inputs, target)``, too; ``noisy`` is the same
+    method for pixels that may leave [0, 1]."""
 
     def decorated(attribute: Attribute) -> Attribute:
         @functools.wraps(attribute)
@@ -120,7 +120,7 @@ def captum_call(noisy: Attribute) -> Callable[[Attribute], Attribute]:
 
 
 class Copy(NamedTuple):
-    """A photo with ``contrast`` k, then mirrored."""
+    """A photo with its contrast scaled by ``contrast`` k, then mirrored if ``mirrored``."""
 
     mirrored: bool
     contrast: float
@@ -131,11 +131,11 @@ class Copy(NamedTuple):
         return images.flip(-1) if self.mirrored else images
 
     def back(self, maps: Tensor) -> Tensor:
-        """Maps (B, M, h, w) of copies as maps of the photos."""
+        """Maps (B, M, h, w) of the copies, mapped back onto the photos."""
         return maps.flip(-1) if self.mirrored else maps
 
 
-# Those beside the photo itself.
+# The copies other than the photo itself.
 OTHERS = (
     Copy(True, 1.0),
     *(Copy(mirrored, contrast) for contrast in (0.9, 1.1) for mirrored in (False, True)),
@@ -146,7 +146,7 @@ Choose = Callable[[Tensor], Tensor]  # logits (B, K) -> classes to explain, Long
 
 
 class _MicroBatchSize:
-    """Descriptor of the field ``max_forward_batch``, which lives in the explainer's ``_batches``."""
+    """Descriptor for the field ``max_forward_batch``, whose value is stored in ``_batches``."""
 
     def __get__(self, explainer: Explainer | None, cls: type[Explainer]) -> int:
         return 32 if explainer is None else explainer._batches.size
@@ -157,26 +157,26 @@ class _MicroBatchSize:
 
 @dataclass(eq=False, repr=False)
 class Explainer(CaptumMethod, ABC):
-    """One way to explain a classifier's decision for a class.
+    """A method that explains why a classifier decides for a class.
 
-    A subclass with options of its own is a dataclass, too: it declares each as a field
-    (``@dataclass(kw_only=True, eq=False, repr=False)``), whose annotation says what it may be, see
+    A subclass with its own options is also a dataclass: it declares each option as a field
+    (``@dataclass(kw_only=True, eq=False, repr=False)``) whose annotation says which values are allowed, see
     :mod:`xattn.runtime.option_checks`, and checks the rest in ``__post_init__``.
 
     Args:
         backbone: the classifier.
-        head: a trained head of that backbone, where the explainer reads one.
-        seed: for explainers that draw random numbers; results depend on (seed, image) alone.
-        max_forward_batch: how many images are alive in a pass; halved for good where memory ran out.
-        aug_smooth: give the mean over the maps of six copies, mirrored and of other contrast, see
-            :mod:`xattn.explainers.base`; six times the passes.
+        head: a trained head of that backbone, for explainers that read one.
+        seed: for explainers that draw random numbers; results depend only on (seed, image).
+        max_forward_batch: largest number of images in one pass; halved permanently when memory runs out.
+        aug_smooth: average the maps of six copies, mirrored and with changed contrast, see
+            :mod:`xattn.explainers.base`; takes six times as many passes.
 
     Class attributes: ``name``; ``forwards``, the largest number of forward passes per image and copy;
     ``perturbs``, whether these are many perturbed images without gradients; ``one_by_one``, whether
-    each image has micro-batches of its own, so that a batch of images needs no fixed size;
-    ``needs_head``; ``per_class``, whether it has maps of classes alone, and none of other targets;
-    ``is_mask``, whether the map is already a mask, to be shown without min-max; ``clips``, whether it
-    explains clips and volumes (B, C, T, H, W), too, by maps (B, 1, t, h, w).
+    each image has its own micro-batches, so that a batch of images needs no fixed size;
+    ``needs_head``; ``per_class``, whether it explains only classes and no other targets; ``is_mask``,
+    whether the map is already a mask, to be shown without min-max; ``clips``, whether it also explains
+    clips and volumes (B, C, T, H, W), with maps (B, 1, t, h, w).
     """
 
     name: ClassVar[str]
@@ -200,7 +200,7 @@ class Explainer(CaptumMethod, ABC):
     def __post_init__(self) -> None:
         check(
             "aug_smooth", self.aug_smooth, bool
-        )  # also where a subclass has unreadable annotations
+        )  # also where a subclass's annotations cannot be read
         check_fields(self, but=EXPLAINERS.given)
         if self.aug_smooth:
             self._note(f"mean over {1 + len(OTHERS)} copies of the photo (aug_smooth)")
@@ -224,17 +224,17 @@ class Explainer(CaptumMethod, ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Where its maps of this backbone depart from the method's definition; part of provenance."""
+        """How its maps of this backbone deviate from the method's definition; part of provenance."""
         return self._notes
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What else provenance keeps of it."""
+        """Other facts about it that provenance records."""
         return {}
 
     @property
     def total_forwards(self) -> int | None:
-        """Forward passes per image, all copies together; None where ``forwards`` is not known."""
+        """Forward passes per image, over all copies; None if ``forwards`` is unknown."""
         copies = 1 + len(OTHERS) if self.aug_smooth else 1
         return None if self.forwards is None else copies * self.forwards
 
@@ -261,26 +261,26 @@ class Explainer(CaptumMethod, ABC):
 
     @captum_call(_attribute_noisy)
     def attribute(self, inputs: Tensor | NDArray[Any], target: Any) -> Tensor:
-        """Raw maps of one class, or another number, per image.
+        """Raw maps of one class, or of another target, per image.
 
         Args:
-            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises. One image and
-                arrays are taken as well, see :mod:`xattn.photos.arrays`.
-            target: one class for all images, by number or name; a LongTensor (B,) with one per image; or
-                any number of the network's answer, see :mod:`xattn.backbone.targets`: a function
-                ``logits (B, K) -> (B,)``, and of an image-text model a text.
+            inputs: float (B, 3, H, W), raw pixels in [0, 1]; the backbone normalises them. A single image
+                and arrays are accepted as well, see :mod:`xattn.photos.arrays`.
+            target: one class for all images, by number or name; a LongTensor (B,) with one class per image;
+                or any other number in the network's answer, see :mod:`xattn.backbone.targets`: a function
+                ``logits (B, K) -> (B,)`` or, for an image-text model, a text.
 
         Returns:
             (B, 1, h, w), detached, on the device of ``inputs``.
 
         Raises:
-            ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is not
-                one class or one per image, or is out of range.
+            ValueError: inputs of another shape, non-finite or outside [0, 1]; a target that is neither
+                one class nor one per image, or is out of range.
         """
         return self._attribute_noisy(check_inputs(inputs, self.backbone), target)
 
     def with_target(self, target: Any) -> Explainer:
-        """The same method with the same options, of ``target`` in the place of classes; its class is 0.
+        """The same method with the same options for ``target`` instead of the classes; its class is 0.
 
         Args:
             target: as in :func:`xattn.backbone.scored.scored`.
@@ -289,7 +289,7 @@ class Explainer(CaptumMethod, ABC):
             options = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
             options["backbone"] = scored(self.backbone, target)
             made = type(self)(**options)
-            vars(made).update({k: v for k, v in vars(self).items() if k == "name"})  # of a row
+            vars(made).update({k: v for k, v in vars(self).items() if k == "name"})  # set per row
             self._aimed = target, made
         return self._aimed[1]
 
@@ -300,11 +300,11 @@ class Explainer(CaptumMethod, ABC):
 
         Args:
             inputs: as in :meth:`attribute`.
-            choose: gets logits (B, K), returns the classes to explain as a LongTensor (B, M).
+            choose: receives logits (B, K) and returns the classes to explain as a LongTensor (B, M).
 
         Returns:
             logits (B, K), the chosen classes (B, M), and raw maps (B, M, h, w). Explainers that
-            read class maps from features (``head``, ``cam``) need one backbone pass in all.
+            read class maps from features (``head``, ``cam``) need only one backbone pass.
         """
         inputs = check_inputs(inputs, self.backbone)
 
@@ -325,7 +325,7 @@ class Explainer(CaptumMethod, ABC):
     def _smoothed(
         self, maps: Tensor, images: Tensor, explain: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """``maps`` of ``images``, or with ``aug_smooth`` the mean of theirs and their copies'."""
+        """``maps`` of ``images``; with ``aug_smooth`` averaged with the maps of the copies."""
         if not self.aug_smooth:
             return maps
         mean = self.backbone.mean.to(images)
@@ -359,7 +359,7 @@ class Explainer(CaptumMethod, ABC):
         return classes.to(logits.device)
 
     def _move(self, images: Tensor) -> Tensor:
-        """Onto the backbone's device and dtype, cut off from the caller's graph."""
+        """Moved to the backbone's device and dtype, detached from the caller's graph."""
         dtype = next((p.dtype for p in self.backbone.parameters()), images.dtype)
         images = images.detach()
         if images.is_inference():  # such tensors cannot be saved for a backward pass
@@ -367,7 +367,7 @@ class Explainer(CaptumMethod, ABC):
         return images.to(self.backbone.device, dtype)
 
     def _others(self) -> list[nn.Module]:
-        """Networks beside backbone and head that it runs."""
+        """Networks other than backbone and head that it runs."""
         return []
 
     @contextmanager
@@ -376,10 +376,10 @@ class Explainer(CaptumMethod, ABC):
         modules = [m for m in (self.backbone, self.head, *others) if m is not None]
         own = [self.backbone.model, probe_of(self.backbone), self.head, *others]
         held = alone(*(m for m in own if m is not None))
-        # Here and not only in passes: rules of relevance are to see a norm before it is rewritten.
+        # Here and not only in passes: relevance rules must see a norm before it is rewritten.
         state = preserve_state(*modules)
         with held, state, torch.inference_mode(False), correct_norm_gradients():
-            # Backbone.eval leaves a model alone that a user has set to train.
+            # Backbone.eval does not touch a model that a user has set to train mode.
             for part in {part for module in modules for part in module.modules()}:
                 if part.training:
                     part.training = False
@@ -387,7 +387,7 @@ class Explainer(CaptumMethod, ABC):
 
 
 class ImageByImage(Explainer):
-    """Base of explainers of one image at a time, all its classes from the same passes."""
+    """Base of explainers that process one image at a time, with the same passes for all its classes."""
 
     one_by_one = True
 
@@ -407,7 +407,7 @@ class ImageByImage(Explainer):
 
 
 def check_inputs(inputs: Tensor | NDArray[Any], backbone: Backbone) -> Tensor:
-    """``inputs`` as a finite float (B >= 1, 3, H, W) in [0, 1]; a ``ValueError`` says what is wrong."""
+    """``inputs`` as a finite float tensor (B >= 1, 3, H, W) in [0, 1]; otherwise a ``ValueError``."""
     return input_batch(inputs, backbone.mean.shape[1], axes=backbone.mean.ndim - 2)
 
 
@@ -431,15 +431,16 @@ def check_target(target: Tensor | int, batch: int, num_classes: int) -> Tensor:
 
 
 def probe_of(backbone: Backbone) -> AttentiveHead | None:
-    """The head that gives the logits of a probed backbone; None for a network's own classifier."""
+    """The head that computes the logits of a probed backbone; None for a network's own classifier."""
     while isinstance(backbone, BackboneView):
         backbone = backbone.base
     return backbone.probe if isinstance(backbone, Probed) else None
 
 
 def check_head(head: Head, backbone: Backbone) -> None:
-    """Raise a ``ValueError`` unless ``head`` explains the classes and reads the maps of ``backbone``."""
-    own_probe = probe_of(backbone)  # reads the maps of the same pass
+    """Raise a ``ValueError`` unless ``head`` was trained for the classes and feature maps of
+    ``backbone``."""
+    own_probe = probe_of(backbone)  # it reads the maps of the same pass
     if own_probe is not None and sha256(head) == sha256(own_probe):
         return
     if own_probe is None and isinstance(head, AttentiveHead):
@@ -471,16 +472,16 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_HOOKED = "_output_capturing_hooks_installed"  # what transformers sets where it has added hooks
+_HOOKED = "_output_capturing_hooks_installed"  # set by transformers on modules where it adds hooks
 
 
 @contextmanager
 def preserve_state(*modules: nn.Module) -> Iterator[None]:
-    """Leave modules and random number generators as they were, also after an exception.
+    """Leave modules and random number generators as they were, even after an exception.
 
-    Restored are training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
+    It restores training modes, ``requires_grad``, ``.grad``, buffers, hooks, and the generators of
     Python, NumPy and torch (CPU, and CUDA once it is in use). No other thread may change the modules
-    inside, see :meth:`xattn.Backbone.alone`. The generators belong to the process: numbers that
+    meanwhile, see :meth:`xattn.Backbone.alone`. The generators belong to the process: numbers that
     another thread draws from them meanwhile will be drawn again.
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
@@ -543,15 +544,15 @@ class ExplainerEntry:
 
     name: str
     title: str = ""
-    """What it is called in running text, such as "Grad-CAM++"; the name by default."""
+    """Its name in running text, such as "Grad-CAM++"; by default the registered name."""
     networks: tuple[str, ...] = ("cnn", "vit")
     """The kinds of network that it explains."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options that the tests of every explainer try; the first are cheap."""
+    """Options that are tested for every explainer; the first are cheap."""
 
 
 def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], type[Explainer]]:
-    """Class decorator: make an explainer known to :func:`create_explainer` under ``name``.
+    """Class decorator: register an explainer for :func:`create_explainer` under ``name``.
 
     Args:
         about: further fields of :class:`ExplainerEntry`.
@@ -560,7 +561,7 @@ def register_explainer(name: str, **about: Any) -> Callable[[type[Explainer]], t
 
 
 def _hint(name: str) -> str:
-    """Of the row ``randomized_head`` and its like, how it comes about."""
+    """For ``randomized_head`` and similar rows, how they are made."""
     method = name.partition("randomized_")[2]
     if not method:
         return ""
@@ -588,7 +589,7 @@ EXPLAINERS: Registry[Explainer, ExplainerEntry] = Registry(
 
 list_explainers = EXPLAINERS.names
 explainer_class = EXPLAINERS.get
-# Rows of tables that a method has to beat, by the prefix of their names.
+# Rows of tables that a method has to beat, by name prefix.
 CONTROLS = {
     "qk_randomized_": "random attention",
     "randomized_": "random weights",
@@ -597,7 +598,7 @@ CONTROLS = {
 
 
 def method_title(name: str) -> str:
-    """What a method is called in running text; a name that is not registered, such as a head's, as it is.
+    """A method's name in running text; a name that is not registered, such as a head's, is unchanged.
 
     >>> method_title("gradcam_plusplus"), method_title("randomized_gradcam"), method_title("my-head")
     ('Grad-CAM++', 'Grad-CAM, random weights', 'my-head')

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the model; every results table shows them, and a method must beat them.
+"""Maps that ignore the model; every results table shows them, and a method must beat them.
 
 ``random``: independent uniform values, a pure function of (seed, image); ``centre``: a Gaussian in
 the middle of the image, the photographer's prior; ``ones``: the mask that keeps every pixel.
@@ -20,7 +20,7 @@ from xattn.runtime.option_checks import Positive
 
 @register_explainer("random", title="Random")
 class Random(Explainer):
-    """Baseline: uniform noise on the grid of the last tap, fixed by the seed and the pixels."""
+    """Baseline: uniform noise on the grid of the last tap, determined by the seed and the pixels."""
 
     clips = True
     forwards = 0
@@ -43,7 +43,7 @@ class Centre(Explainer):
     """Baseline: a Gaussian around the image's centre.
 
     Args:
-        sigma: standard deviation, as a fraction of the height and of the width, and of a clip's length.
+        sigma: standard deviation, as a fraction of the image's height and width and of a clip's length.
     """
 
     sigma: Positive = 0.25
@@ -62,7 +62,7 @@ class Centre(Explainer):
 
 @register_explainer("ones", title="All ones")
 class Ones(Explainer):
-    """Baseline: the mask of ones, which keeps the image as it is."""
+    """Baseline: a mask of ones, which keeps the whole image."""
 
     forwards = 0
     is_mask = True
@@ -73,7 +73,7 @@ class Ones(Explainer):
 
 
 def _grid(backbone: Backbone, images: Tensor) -> list[int]:
-    """The last tap's (h, w), scaled with the images where they are not of the default size."""
+    """The last tap's (h, w), scaled for images that are not of the default size."""
     sides = zip(
         images.shape[2:], backbone.preprocessing.places, backbone.tap_sizes[-1], strict=True
     )

@@ -1,4 +1,4 @@
-"""Maps that know the box of a detection and nothing of the detector; a method must beat them."""
+"""Maps that use only the box of a detection and ignore the detector; a method must beat them."""
 
 from __future__ import annotations
 

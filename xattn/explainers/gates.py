@@ -1,13 +1,13 @@
-"""Gates of an attention-gated network whose answer is a mask: psi of its levels.
+"""Gates psi_l of an attention-gated network that predicts a mask, one psi per level l.
 
     gradient    sum over levels of up(psi_l dz / dpsi_l), z the score of the class's mask
     plus        up(psi_l)
     minus       up(1 - psi_l)
 
-psi alone has a free sign: where psi is small the next convolution may add what psi takes away. So a level
-and a sign for ``plus`` or ``minus`` have to be chosen on other images; the study of lesions
-(docs/results/lesions.md) does and keeps them with the network. ``gradient``
-needs no choice, and it alone depends on the class.
+psi has no fixed sign: where psi is small, the next convolution may add what psi removes. So ``plus`` and
+``minus`` need a level and a sign chosen on other images; the study of lesions (docs/results/lesions.md)
+makes this choice and saves it with the network. ``gradient`` needs no choice, and only it depends on the
+class.
 Gates: Oktay et al., arXiv 1804.03999; Bouget et al., arXiv 2101.07715.
 """
 
@@ -32,12 +32,12 @@ class Gates(Explainer):
     """psi times the gradient of the mask's score, or psi itself; for :mod:`xattn.models.masks`.
 
     Args:
-        form: "gradient", "plus" or "minus", see the module; None takes form and level that are kept with
-            the network, "gradient" if there are none.
-        level: 0 is the finest; None takes all levels, for "plus" and "minus" their mean.
+        form: "gradient", "plus" or "minus", see the module; None takes the form and level saved with the
+            network, or "gradient" if there are none.
+        level: 0 is the finest; None takes all levels; "plus" and "minus" then average them.
 
     Raises:
-        ValueError: a network without gates, an unknown form or level.
+        ValueError: a network without gates, or an unknown form or level.
     """
 
     per_class = True

@@ -1,9 +1,9 @@
 """Maps of one backward pass: the gradient g = d logit_c / d x, and x * g.
 
 Saliency: Simonyan et al., arXiv 1312.6034; input x gradient: Shrikumar et al., arXiv 1605.01713. x are the
-raw pixels in [0, 1]; the backbone normalises them inside. Both are Captum's. A sensitivity becomes a map by
-the largest absolute value over the channels, as in Simonyan et al.; x * g, an attribution with a sign, by
-the sum over the channels.
+raw pixels in [0, 1]; the backbone normalises them inside. Both use Captum. Saliency takes the largest
+absolute value over the channels, as in Simonyan et al.; x * g is a signed attribution and is summed over
+the channels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
     """d logit / d pixel, (B, 3, H, W), by Captum."""
     from captum.attr import Saliency as Captum
 
-    # A leaf of its own: Captum warns about inputs that do not require a gradient.
+    # A separate leaf, because Captum warns about inputs that do not require a gradient.
     leaf = images.detach().requires_grad_()
     return Captum(backbone.logits).attribute(leaf, target, abs=False).detach()
 
@@ -53,9 +53,9 @@ def pixel_gradient(backbone: Backbone, images: Tensor, target: Tensor) -> Tensor
 def class_gradients(
     logits: Tensor, x: Tensor | Sequence[Tensor], classes: Tensor
 ) -> Iterator[tuple[Tensor, ...]]:
-    """d logit / d x of each column of ``classes`` (B, M), one for each ``x``.
+    """d logit / d x for each column of ``classes`` (B, M), one for each ``x``.
 
-    All come from one graph, which the last column frees.
+    All use one graph, which is freed with the last column.
     """
     columns = classes.unbind(1)
     for number, column in enumerate(columns, 1):
@@ -64,6 +64,6 @@ def class_gradients(
 
 
 def probe_image(backbone: Backbone) -> Tensor:
-    """(1, 3, H, W) of noise at the backbone's default size, or (1, 3, T, H, W), to try rules on."""
+    """Noise of the backbone's default size to try rules on, (1, 3, H, W) or (1, 3, T, H, W)."""
     size = (1, backbone.mean.shape[1], *backbone.preprocessing.places)
     return torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")

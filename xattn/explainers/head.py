@@ -1,14 +1,14 @@
 """A trained head as an explainer: any number of classes from one backbone pass, or the mean of several.
 
-    S(x) = mean_i T_i^-1 S_1(T_i x),    T_i: identity, mirror, shift by half a cell, both the other way
+    S(x) = mean_i T_i^-1 S_1(T_i x),    T_i: identity, mirror, shift by half a cell, both (other way)
 
-S_1 are the head's scores of one pass. Shifts fill in what a coarse grid of cells leaves open: they read
-the network between its cells:
+S_1 are the head's scores from one pass. A shifted image is read between the cells of the coarse grid, so
+shifts fill the gaps:
 
     x' [i] = x[i - p],    p = round(H / 2 h) pixels of H,  h cells of the coarsest tap
     S  [j] = S'[j + d],   d = p n / H cells of a map of n;  unknown where j + d lies outside of S'
 
-Both axes are moved alike; what comes in from beyond the edge repeats it.
+Both axes are shifted alike; beyond the edge, the edge pixels are repeated.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from xattn.heads.mixer import SHARES
 
 
 class Pose(NamedTuple):
-    """How an image is shown: moved by ``shift`` half cells down and to the right, then mirrored."""
+    """How an image is presented: shifted by ``shift`` half cells down and to the right, then mirrored."""
 
     mirrored: bool = False
     shift: int = 0
 
 
-# The two shifts go opposite ways, so that no border of the image is lost in more than one pass of four.
+# The two shifts go opposite ways, so that each border of the image is lost in at most one of four passes.
 POSES = (Pose(), Pose(mirrored=True), Pose(shift=1), Pose(mirrored=True, shift=-1))
 
 
 @dataclass(frozen=True)
 class Poser:
-    """Puts images of ``size`` (H, W) into poses, and maps back.
+    """Transforms images of ``size`` (H, W) into poses, and maps back.
 
     Args:
         cells: (h, w) of the coarsest tap.
-        moves: whether any pose has a shift; else maps keep their size.
+        moves: whether any pose has a shift; otherwise maps keep their size.
     """
 
     size: tuple[int, int]
@@ -53,16 +53,16 @@ class Poser:
     moves: bool
 
     def posed(self, images: Tensor, pose: Pose) -> Tensor:
-        """``images`` (B, 3, H, W) in a pose, of the same size."""
+        """``images`` (B, 3, H, W) in a pose, at the same size."""
         for axis, pixels in zip((2, 3), self._pixels, strict=True):
             images = _moved(images, pose.shift * pixels, axis)
         return images.flip(3) if pose.mirrored else images
 
     def aligned(self, maps: Tensor, pose: Pose) -> tuple[Tensor, Tensor]:
-        """Maps (B, M, n, m) of images in a pose, as maps (B, M, n', m') of the images as they were, and
-        (n', m') where they are known, 1 or 0.
+        """Maps (B, M, n, m) of images in a pose, mapped back to (B, M, n', m') on the original images, and
+        an (n', m') mask, 1 where they are known and 0 elsewhere.
 
-        n' is n if the image was moved by whole cells of the map, or else the next multiple of 2 h.
+        n' is n if the shift is a whole number of the map's cells, otherwise the next multiple of 2 h.
         """
         if pose.mirrored:
             maps = maps.flip(3)
@@ -82,7 +82,7 @@ class Poser:
 
     @property
     def _pixels(self) -> tuple[int, int]:
-        """Half a cell, by axis."""
+        """Half a cell in pixels, for each axis."""
         height, width = (
             max(1, round(side / (2 * count)))
             for side, count in zip(self.size, self.cells, strict=True)
@@ -91,14 +91,14 @@ class Poser:
 
 
 def _fine(count: int, cells: int, pixels: int, side: int) -> int:
-    """The smallest size from ``count`` on in which ``pixels`` of ``side`` are usually whole cells."""
+    """The smallest size of at least ``count`` in which ``pixels`` of ``side`` are usually whole cells."""
     if pixels * count % side == 0:
         return count
     return math.ceil(count / (2 * cells)) * 2 * cells
 
 
 def _moved(x: Tensor, by: float, axis: int) -> Tensor:
-    """``x`` moved by so many places towards larger indices, linear between places, its edge repeated."""
+    """``x`` shifted ``by`` positions towards larger indices, interpolated linearly, its edge repeated."""
     whole = math.ceil(by)
     count = x.shape[axis]
     places = torch.arange(count, device=x.device) - whole
@@ -114,19 +114,18 @@ def _moved(x: Tensor, by: float, axis: int) -> Tensor:
 class HeadExplainer(Explainer):
     """A trained explanation head: any classes from one forward pass.
 
-    With several passes the *scores* of each class are averaged, and a head that shows its mask makes it
-    of the mean: mask(mean of scores) is still a mask as the head was trained to give it, 1/2 where the
-    mean score is 0, which a mean of masks is not. Attention is averaged as it is.
+    With several passes the *scores* of each class are averaged, and a head that shows its mask computes it
+    from the mean: mask(mean of scores) is still a mask as the head was trained to give it, 1/2 where the
+    mean score is 0; a mean of masks is not. Attention is averaged directly.
 
     Args:
         maps: what to show instead of the head's own ``explain_with``: ``"scores"``, ``"mask"`` or,
             for a head that pools by attention, ``"attention"``.
-        passes: 1; 2 averages the maps of the image and of its mirror image; 4 also those of both moved
-            by half a cell of the coarsest tap, with the image's edge repeated. Each costs a forward
-            pass. Where half a cell is no whole number of the map's cells, the map is up-sampled until
-            it is.
-        caption: for the head ``words``: its words alone are asked, and the maps of all others are 0;
-            None asks all.
+        passes: 1; 2 averages the maps of the image and its mirror image; 4 adds both shifted by half a
+            cell of the coarsest tap, with the image's edge repeated. Each pass is one forward pass. If half
+            a cell is not a whole number of the map's cells, the map is up-sampled until it is.
+        caption: for the head ``words``: use only the words of this text; the maps of all others are 0.
+            None uses all words.
     """
 
     maps: str | None = None
@@ -156,7 +155,7 @@ class HeadExplainer(Explainer):
         if self.maps not in (None, *choices):
             raise ValueError(f"maps: got {self.maps!r}; this head shows {', '.join(choices)}")
         each = 1 if self.head is None else 1 + self.head.own_passes
-        if self.passes * each > 1:  # else nothing is set, as records of results list what is set
+        if self.passes * each > 1:  # else set nothing, because result records list what is set
             self.forwards = self.passes * each
         if self.maps is not None:
             self.head = copy.copy(self.head)
@@ -175,7 +174,7 @@ class HeadExplainer(Explainer):
         return taps.logits, classes, self._explanation(images, taps, classes)
 
     def _explanation(self, images: Tensor, taps: Taps, classes: Tensor) -> Tensor:
-        """Maps (b, M, h, w) of classes (b,) or (b, M); ``taps`` are those of the image as it is."""
+        """Maps (b, M, h, w) of classes (b,) or (b, M); ``taps`` belong to the unchanged image."""
         assert self.head is not None
         if self.passes == 1:
             return self.head.explanation(taps, classes)
@@ -197,5 +196,5 @@ def _sides(images: Tensor) -> tuple[int, int]:
 
 
 def _coarsest(taps: Taps) -> tuple[int, int]:
-    """The cells (h, w) of the tap that has the fewest."""
+    """The cells (h, w) of the tap with the fewest cells."""
     return min((_sides(maps) for maps in taps.maps), key=lambda sides: sides[0] * sides[1])

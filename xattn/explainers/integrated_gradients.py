@@ -4,8 +4,8 @@ Integrated gradients: x_k on the line from a baseline b to x (Sundararajan et al
 GradientSHAP: random points of lines from random baselines (Lundberg and Lee, arXiv 1705.07874; Erion
 et al., arXiv 1906.10670); SmoothGrad: x plus Gaussian noise (Smilkov et al., arXiv 1706.03825).
 
-The gradients are Captum's, the sums are not. Captum draws noise for the whole batch from the global
-generators, so that a map depends on its neighbours and on the micro-batch; and its loops cannot
+The gradients come from Captum, the sums do not. Captum draws noise for the whole batch from the global
+generators, so that a map depends on the other images and on the micro-batch, and its loops cannot
 continue with smaller micro-batches when memory runs out. Here each image is summed alone, in float64.
 """
 
@@ -64,14 +64,13 @@ class _GradientSum(Explainer):
 class IntegratedGradients(_GradientSum):
     """(x - b) * integral_0^1 df(b + a (x - b))/dx da, summed over the channels, (B, 1, H, W), signed.
 
-    Completeness: the map sums to f(x) - f(b), up to the error of the quadrature. Networks of ReLUs are
-    not smooth on the line: on two photos, EfficientNet-Lite0 missed the sum by 26 % with 32 steps, by 2 %
-    with 128.
+    Completeness: the map sums to f(x) - f(b), up to quadrature error. ReLU networks are not smooth along
+    the line: on two photos, EfficientNet-Lite0 missed the sum by 26 % with 32 steps and by 2 % with 128.
 
     Args:
         steps: nodes a_k of the Gauss-Legendre rule; each takes a forward and a backward pass.
-        baseline: "black", pixels of 0 as in the paper, which then get no relevance; or "mean", the mean
-            colour by which the backbone normalises (zeros for its first layer).
+        baseline: "black", pixels of 0 as in the paper, so that black pixels get no relevance; or "mean",
+            the mean colour in the backbone's normalisation (zeros for its first layer).
     """
 
     steps: Count = 32
@@ -99,14 +98,13 @@ class IntegratedGradients(_GradientSum):
 class GradientShap(_GradientSum):
     """mean_k (x_k - b_k) * df(b_k + a_k (x_k - b_k))/dx, summed over the channels, (B, 1, H, W), signed.
 
-    a_k is uniform in [0, 1), b_k one of the baselines, x_k the image plus noise. In expectation the
-    map sums to f(x) minus the mean of f over the baselines, where there is no noise.
+    a_k is uniform in [0, 1), b_k is one of the baselines, x_k the image plus noise. Without noise, the
+    expected sum of the map is f(x) minus the mean of f over the baselines.
 
     Args:
         samples: random draws per image; each takes a forward and a backward pass.
-        baselines: images (n, 3, H, W), or colours (n, 3, 1, 1), in [0, 1], drawn uniformly: photos
-            of the data set give expected gradients. By default black, white and the mean
-            colour of the backbone.
+        baselines: images (n, 3, H, W) or colours (n, 3, 1, 1) in [0, 1], drawn uniformly; photos of the
+            data set give expected gradients. By default black, white and the backbone's mean colour.
         noise: standard deviation of the Gaussian noise, as a fraction of the image's range of values.
     """
 

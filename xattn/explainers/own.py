@@ -1,14 +1,14 @@
-"""Methods of other makes as explainers: trained heads, Captum's objects, any object with
+"""Explainers from outside xattn: trained heads, Captum's objects, any object with
 ``attribute(inputs, target)``, and plain functions ``f(images, target) -> maps``.
 
     captum = IntegratedGradients(backbone.logits)
     evaluate(backbone, {"head": head, "captum": captum, "mine": lambda x, target: x.mean(1)}, photos)
 
-A method gets images (B, 3, H, W) of **raw pixels in [0, 1]**, as every explainer does, and classes (B,);
-``backbone.logits`` normalises them itself. A Captum object that was made of the network itself (the module
-that ``load_backbone`` got, or ``backbone.model``), which wants normalised images, gets those. It returns
-(B, 1, h, w) or (B, h, w), as a tensor or an array; attributions of the three colours are summed, with
-their signs or without.
+A method receives images (B, 3, H, W) of **raw pixels in [0, 1]**, like every explainer, and classes (B,);
+``backbone.logits`` normalises the images itself. A Captum object built on the network itself (the module
+passed to ``load_backbone``, or ``backbone.model``) receives normalised images, because the network expects
+them. A method returns (B, 1, h, w) or (B, h, w), as a tensor or an array; attributions of the three colour
+channels are summed, signed or absolute.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from xattn.runtime.copies import copies_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_OFFERED = ("backbone", "head", "seed")  # what a function may ask for beside images and target
+_OFFERED = ("backbone", "head", "seed")  # further arguments that a function may take
 
 
 class WrongShapeError(ValueError):
-    """What a method returns is not a map: a mistake of the program, not of one image."""
+    """A method's return value is not a map: an error in the program, not in one image."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AdaptedExplainer(Explainer):
-    """Base of explainers whose maps come from elsewhere: they are checked and brought to (b, 1, h, w), of
-    clips to (b, 1, t, h, w).
+    """Base of explainers whose maps come from elsewhere: checks them and reshapes them to (b, 1, h, w), for
+    clips (b, 1, t, h, w).
 
     Args:
-        channels: how attributions of several channels become one map: ``"signed"``, their sum, or
-            ``"absolute"``, the sum of their sizes.
+        channels: how attributions of several channels become one map: ``"signed"`` adds them,
+            ``"absolute"`` adds their absolute values.
     """
 
     clips = True
@@ -58,10 +58,11 @@ class AdaptedExplainer(Explainer):
         self._note(f"attributions of several channels: {self.channels} sum")
 
     def with_target(self, target: Any) -> Explainer:
-        """For a function that asks for the backbone, which is then that of the target.
+        """The explainer for another target; only for a function that takes the backbone, which then
+        belongs to that target.
 
         Raises:
-            ValueError: another method; what it explains is its own choice.
+            ValueError: any other method, because it decides itself what it explains.
         """
         if "backbone" in self._asked(self._call):
             return super().with_target(target)
@@ -72,16 +73,16 @@ class AdaptedExplainer(Explainer):
 
     @property
     def _call(self) -> Any:
-        """The function or object that makes the maps."""
+        """The function or object that computes the maps."""
         raise NotImplementedError
 
     @property
     def any_channels(self) -> bool:
-        """Whether maps of other than the image's channels are summed, too."""
+        """Whether to sum channels even if their number differs from the image's."""
         return False
 
     def attribute_classes(self, inputs: Any, choose: Choose) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`Explainer.attribute_classes`; an error of the method is one line that names it."""
+        """As :meth:`Explainer.attribute_classes`; an error in the method becomes one line that names it."""
         try:
             return super().attribute_classes(inputs, choose)
         except (ValueError, MemoryError):
@@ -103,7 +104,7 @@ class AdaptedExplainer(Explainer):
         """Those of backbone, head and seed that a function has parameters for."""
         try:
             parameters = inspect.signature(function).parameters
-        except (TypeError, ValueError):  # some that are written in C
+        except (TypeError, ValueError):  # some functions written in C have no signature
             return {}
         return {name: getattr(self, name) for name in _OFFERED if name in parameters}
 
@@ -112,12 +113,12 @@ class AdaptedExplainer(Explainer):
 class OwnExplainer(AdaptedExplainer):
     """A function or an object with ``attribute(inputs, target)`` as an explainer; see the module.
 
-    ``forwards``, ``perturbs``, ``one_by_one`` and ``is_mask`` are those of the object, where it has them.
+    ``forwards``, ``perturbs``, ``one_by_one`` and ``is_mask`` are taken from the object if it has them.
 
     Args:
         method: the function or object.
-        pixels: what it gets: ``"raw"`` pixels in [0, 1], or ``"normalised"`` as ``backbone.model`` wants
-            them.
+        pixels: what it receives: ``"raw"`` pixels in [0, 1], or ``"normalised"`` pixels as
+            ``backbone.model`` expects them.
     """
 
     method: Any
@@ -141,7 +142,8 @@ class OwnExplainer(AdaptedExplainer):
         return _is_captum(self.method)
 
     def attribute(self, inputs: Any, target: Any = None) -> Any:
-        """As :meth:`Explainer.attribute`; a classifier that is no :class:`xattn.Backbone` will do, too."""
+        """As :meth:`Explainer.attribute`; also accepts a classifier that is not a
+        :class:`xattn.Backbone`."""
         if isinstance(self.backbone, Backbone):
             return super().attribute(inputs, target)
         return self._attribute(inputs, target)
@@ -154,7 +156,7 @@ class OwnExplainer(AdaptedExplainer):
     def _found(self, images: Tensor, target: Tensor) -> Any:
         if self.pixels == "normalised":
             images = self.backbone.normalize(images)
-        if _is_captum(self.method):  # or Captum warns that it sets it
+        if _is_captum(self.method):  # otherwise Captum warns that it sets requires_grad
             images = images.clone().requires_grad_()
         if hasattr(self._callable, "attribute"):
             return self._callable.attribute(images, target=target)
@@ -163,7 +165,7 @@ class OwnExplainer(AdaptedExplainer):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FunctionExplainer(AdaptedExplainer):
-    """Base of the classes that :func:`register_explainer` makes of functions."""
+    """Base of the classes that :func:`register_explainer` creates from functions."""
 
     function: ClassVar[Callable[..., Any]]
     forwards = None  # type: ignore[assignment]
@@ -182,16 +184,16 @@ class FunctionExplainer(AdaptedExplainer):
 
 
 def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
-    """Decorator: make an :class:`Explainer`, or a function, known to ``create_explainer`` under ``name``.
+    """Decorator: register an :class:`Explainer` or a function for ``create_explainer`` under ``name``.
 
-    A function ``f(images, target) -> maps`` gets and returns what the module says; it may have further
-    parameters ``backbone``, ``head`` and ``seed``, which it then gets by name.
+    A function ``f(images, target) -> maps`` follows the module's description; it may have further
+    parameters ``backbone``, ``head`` and ``seed``, which are passed by name.
 
     Args:
         about: further fields of :class:`~xattn.explainers.ExplainerEntry`.
 
     Raises:
-        ValueError: the name is taken, or what is decorated is neither.
+        ValueError: the name is taken, or the decorated object is neither.
     """
 
     def add(method: Method) -> Method:
@@ -225,27 +227,27 @@ def as_explainer(
     seed: int = 0,
     max_forward_batch: int = 32,
 ) -> Explainer:
-    """An explainer of ``backbone`` from whatever explains it: see the module.
+    """Turn anything that explains ``backbone`` into an explainer: see the module.
 
     Args:
-        method: an explainer, which is returned as it is; a name; a trained head; or a function or an
-            object of another make.
-        name: what tables and packs call it; by default its own.
-        channels: of a method of another make: how attributions of several channels become one map.
-        pixels: what such a method gets; by default raw pixels in [0, 1], and normalised ones for a Captum
-            object of the network itself.
+        method: an explainer, which is returned unchanged; a name; a trained head; or a function or object
+            from outside xattn.
+        name: the name in tables and packs; by default the method's own.
+        channels: for a method from outside xattn: how attributions of several channels become one map.
+        pixels: what such a method receives; by default raw pixels in [0, 1], but normalised pixels for a
+            Captum object built on the network itself.
 
     Raises:
-        ValueError: it is none of these, or the head is another backbone's.
+        ValueError: it is none of these, or the head belongs to another backbone.
     """
-    found: Explainer
+    explainer: Explainer
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}
     if isinstance(method, Explainer):
-        found = method
+        explainer = method
     elif isinstance(method, str):
-        found = create_explainer(method, backbone, **shared)
+        explainer = create_explainer(method, backbone, **shared)
     elif isinstance(method, Head):
-        found = create_explainer("head", backbone, method, **shared)
+        explainer = create_explainer("head", backbone, method, **shared)
     elif isinstance(method, type) or not (callable(method) or _has_attribute(method)):
         hint = "create an object of it first" if isinstance(method, type) else "give an explainer"
         raise ValueError(
@@ -254,26 +256,26 @@ def as_explainer(
         )
     else:
         normalised = _is_captum(method) and _reads_model(method, backbone)
-        found = OwnExplainer(
+        explainer = OwnExplainer(
             backbone,
             method=method,
             channels=channels,
             pixels=pixels or ("normalised" if normalised else "raw"),
             **shared,
         )
-    if name is not None and name != found.name:
-        found = copy.copy(found)
-        found.name = name  # type: ignore[misc]
-    return found
+    if name is not None and name != explainer.name:
+        explainer = copy.copy(explainer)
+        explainer.name = name  # type: ignore[misc]
+    return explainer
 
 
 def unwrapped(explainer: Any) -> Any:
-    """The object or function that an explainer was made of; any other explainer itself."""
+    """The object or function that an explainer was made from; any other explainer itself."""
     return explainer.method if isinstance(explainer, OwnExplainer) else explainer
 
 
 def is_own(explainer: Any) -> bool:
-    """Whether an explainer is of another make than xattn's, so that it has to be tried out."""
+    """Whether an explainer comes from outside xattn, so that it has to be tried out."""
     made = explainer.method if isinstance(explainer, OwnExplainer) else explainer
     outside = not type(made).__module__.startswith("xattn.")
     return isinstance(made, AdaptedExplainer) or outside
@@ -282,14 +284,14 @@ def is_own(explainer: Any) -> bool:
 def one_map_each(
     found: Any, images: Tensor, name: str, channels: str = "signed", any_channels: bool = False
 ) -> Tensor:
-    """What a method returned for images (B, C, H, W) as maps (B, 1, h, w), float, on their device.
+    """A method's return value for images (B, C, H, W) as float maps (B, 1, h, w) on the images' device.
 
     Args:
         found: (B, h, w), (B, 1, h, w) or (B, C, h, w), a tensor, an array or a tuple of one tensor.
-        name: of the method, for errors.
+        name: the method's name, for errors.
 
     Raises:
-        WrongShapeError: anything else.
+        WrongShapeError: ``found`` is anything else.
     """
     if isinstance(found, tuple) and len(found) == 1:
         found = found[0]
@@ -339,8 +341,8 @@ def _path_of(method: Any) -> str:
 
 
 def _reads_model(method: Any, backbone: Any) -> bool:
-    """Whether a Captum object was made of the network inside a backbone, which does not normalise, or of
-    the one that it was loaded from."""
+    """Whether a Captum object was built on the network inside a backbone, which does not normalise, or on
+    the network that the backbone was loaded from."""
     if not isinstance(backbone, Backbone):
         return False
     owner = _network(method.forward_func)
@@ -351,13 +353,13 @@ def _reads_model(method: Any, backbone: Any) -> bool:
 
 
 def _network(value: Any) -> nn.Module | None:
-    """A module, or that of a bound method."""
+    """A module, or the module of a bound method."""
     owner = value if isinstance(value, nn.Module) else getattr(value, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 class _Logits(nn.Module):
-    """A backbone as a module whose answer is its logits."""
+    """A backbone as a module that returns its logits."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -368,28 +370,28 @@ class _Logits(nn.Module):
 
 
 def _on_logits(method: Any) -> Any:
-    """A Captum object in which a backbone, which answers with taps, is replaced by its logits."""
+    """A copy of a Captum object in which a backbone, which returns taps, is replaced by its logits."""
     if not _is_captum(method):
         return method
-    found = copy.copy(method)
+    copied = copy.copy(method)
     for key, value in vars(method).items():
         if isinstance(value, Backbone):
-            setattr(found, key, _Logits(value))
+            setattr(copied, key, _Logits(value))
         elif _is_captum(value):
-            setattr(found, key, _on_logits(value))
-    return found
+            setattr(copied, key, _on_logits(value))
+    return copied
 
 
 def as_explainers(
     methods: Mapping[str, Any], backbone: Any, max_forward_batch: int = 32
 ) -> dict[str, Explainer]:
-    """:func:`as_explainer` of each."""
+    """:func:`as_explainer` for each."""
     if not isinstance(methods, Mapping):
         raise ValueError(f"explainers: got a {type(methods).__name__}; give {{name: explainer}}")
-    found = {}
+    explainers = {}
     for name, method in methods.items():
         explainer = as_explainer(method, backbone, max_forward_batch=max_forward_batch)
         if isinstance(explainer, OwnExplainer):
             explainer.name = name  # type: ignore[misc]
-        found[name] = explainer
-    return found
+        explainers[name] = explainer
+    return explainers

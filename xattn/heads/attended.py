@@ -1,9 +1,9 @@
-"""What a head attends with, and softmax pooling by it in the attention core.
+"""Scores and values of an attentive head, and softmax pooling with them in the attention core.
 
-    s_qt = scale q_q . k_t  (or s as the head gives it),   o_q = sum_t softmax_t(s)_qt v_qt
+    s_qt = scale q_q . k_t  (or s given by the head),   o_q = sum_t softmax_t(s)_qt v_qt
 
-Scores that are products of queries and keys are formed inside the op, beside the weights, unless
-something else asks for them: class maps, or attention training, which adds its perturbation to them.
+If scores are products of queries and keys, the op computes them together with the weights, unless
+something else needs them: class maps, or attention training, which adds its perturbation to them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from xattn.kernels.pooling import softmax_pooling
 from xattn.kernels.softmax.reference import widen
 
-FEW = 2**22  # entries of values below which calling the op costs a CPU more than it saves
+FEW = 2**22  # with fewer value entries, calling the op costs more on a CPU than it saves
 
 
 class Tokens(NamedTuple):
-    """What an attentive head reads: a (B, N, C_i) of every used tap, in row-major order of ``grid``
-    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens, P may be 0."""
+    """What an attentive head reads: for every tap in use a (B, N, C_i), in row-major order of ``grid``
+    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens; P may be 0."""
 
     patches: tuple[Tensor, ...]
     prefix: Tensor
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
 class Queries(NamedTuple):
     """Scores as products: ``q`` (B or 1, Q, D) and ``k`` (B, T, D) for few queries, or both
-    (B, H, N, D) where every token asks in each of H heads, which makes Q = H N."""
+    (B, H, N, D) if every token is a query in each of H heads, so that Q = H N."""
 
     q: Tensor
     k: Tensor
@@ -41,8 +41,8 @@ class Queries(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """``source``: the scores (B, Q, T) before the softmax, or the :class:`Queries` that make them;
-    ``values`` (B, G, T, V), each for Q / G queries in a row; and whatever else the head's
+    """``source``: the scores (B, Q, T) before the softmax, or the :class:`Queries` that they are computed
+    from; ``values`` (B, G, T, V), each for Q / G consecutive queries; and whatever else the head's
     :meth:`~xattn.heads.attentive.AttentiveHead.finish` reads."""
 
     source: Tensor | Queries
@@ -51,7 +51,7 @@ class Attended:
 
     @cached_property
     def scores(self) -> Tensor:
-        """(B, Q, T), formed when they are first asked for."""
+        """(B, Q, T), computed on first access."""
         if isinstance(self.source, Tensor):
             return self.source
         q, k, scale = self.source
@@ -59,12 +59,12 @@ class Attended:
         return scores.flatten(1, 2) if scores.ndim == 4 else scores
 
     def with_scores(self, scores: Tensor) -> Attended:
-        """The same with other ``scores`` (B, Q, T), such as perturbed ones."""
+        """A copy with other ``scores`` (B, Q, T), such as perturbed ones."""
         return replace(self, source=scores)
 
     def pool(self) -> Tensor:
-        """softmax(s) v, (B, Q, V), by the op. Written out in exported graphs, which have no custom
-        operators, and for few tokens on a CPU, unless every image has queries of its own."""
+        """softmax(s) v, (B, Q, V), by the op. It is written out in exported graphs, which have no custom
+        operators, and for few tokens on a CPU, unless every image has its own queries."""
         v = self.values
         keyed = isinstance(self.source, Queries) and self.source.q.ndim == 3
         if torch.compiler.is_compiling() or self._few(keyed):
@@ -78,15 +78,15 @@ class Attended:
         return softmax_pooling(None, None, v.to(kind), self.scores)[0]
 
     def _few(self, keyed: bool) -> bool:
-        """Whether pooling written out is faster: a graph that is traced must not ask for sizes."""
+        """Whether written-out pooling is faster; a traced graph must not ask for sizes."""
         if self.values.device.type != "cpu" or self.values.numel() > FEW:
             return False
         return not (keyed and self.source[0].shape[0] > 1)
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """A (B, Q, T) of ``scores``, computed in float32 at least. A row of -inf alone is 0, and so is its
-    gradient."""
+    """Attention weights A (B, Q, T) of ``scores``, computed in float32 at least. A row that is all -inf
+    gives zeros, with zero gradient."""
     wide = widen(scores)
     empty = wide.detach().amax(-1, keepdim=True) == -torch.inf
     weights = wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -5,11 +5,11 @@
 
 with scores s (B, Q, T) of Q queries and values v (B, Q or 1, T, V). g_k is row k of W pulled back
 through ``norm`` and ``finish``, whose data-dependent gains (activations, deviations of norms) are held
-constant; where ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same for
-every image. T = P + N: a head that attends to prefix tokens has them in front, and their shares
-belong to rest; maps show the N patches. With a ``mixer``, tokens are those that it mixed. A head gives
+constant. If ``finish`` is linear, rest_k is the classifier's bias (and the norm's), the same for every
+image. T = P + N: a head that attends to prefix tokens puts them first, and their shares belong to rest;
+maps show the N patches. With a ``mixer``, the tokens are its outputs. A head defines
 :meth:`AttentiveHead.scores_and_values` and, unless it concatenates its queries,
-:meth:`AttentiveHead.finish`. A head that is :class:`Solvable` finds its weights in closed form.
+:meth:`AttentiveHead.finish`. A :class:`Solvable` head computes its weights in closed form.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from xattn.runtime.option_checks import Count, Names, checked
 
 
 class LabelledTokens(NamedTuple):
-    """Photos to solve for, or to measure on: every call of ``batches`` goes through their tokens once, in
-    the order of ``labels`` (n,)."""
+    """Photos to solve for, or to measure on: each call of ``batches`` yields their tokens once, in the
+    order of ``labels`` (n,)."""
 
     batches: Callable[[], Iterable[Tokens]]
     labels: Tensor
@@ -42,18 +42,18 @@ class LabelledTokens(NamedTuple):
 
 @runtime_checkable
 class Solvable(Protocol):
-    """A classifier with a solve of its own, which ``xattn probe`` calls."""
+    """A classifier with its own closed-form solver, which ``xattn probe`` calls."""
 
     def solve(self, train: LabelledTokens, validation: LabelledTokens) -> dict[str, Any]:
-        """Set the weights from ``train``, and return what the head's config is to say about it, some of it
-        measured on ``validation``."""
+        """Set the weights from ``train``, and return facts for the head's config, some of them measured on
+        ``validation``."""
 
 
-CHUNK = 2**24  # entries alive at once of a tensor (B, classes, Q, tokens or channels)
+CHUNK = 2**24  # largest number of entries of a tensor (B, classes, Q, tokens or channels) in memory
 
 
 class Shared(TypedDict, total=False):
-    """Options that all attentive heads have, see :class:`AttentiveHead`."""
+    """Options of all attentive heads, see :class:`AttentiveHead`."""
 
     classes: int | None
     class_names: Sequence[str] | None
@@ -66,7 +66,7 @@ class Shared(TypedDict, total=False):
 
 
 class ClassMaps(NamedTuple):
-    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): what no patch contributed."""
+    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part from no patch."""
 
     maps: Tensor
     rest: Tensor
@@ -79,7 +79,7 @@ class FeatureNorm(nn.BatchNorm1d):
         super().__init__(width, affine=False, eps=1e-6)
 
     def gain(self, z: Tensor) -> Tensor:
-        """(Z,): the factor by which :meth:`forward` multiplies z (B, Z) once the mean is subtracted."""
+        """(Z,): the factor by which :meth:`forward` multiplies z (B, Z) after subtracting the mean."""
         variance = self.moments(z)[1] if self.training else self.running_var
         assert variance is not None
         return (variance + self.eps).rsqrt()
@@ -92,32 +92,32 @@ class FeatureNorm(nn.BatchNorm1d):
 class AttentiveHead(Head):
     """Base of the heads that pool by attention: a classifier that explains itself.
 
-    ``head(taps, class_index)`` gives the shares C as maps (B, M, h, w); :meth:`logits` classifies.
+    ``head(taps, class_index)`` returns the shares C as maps (B, M, h, w); :meth:`logits` classifies.
 
     Args:
-        options: the head's own options, as its constructor got them.
+        options: the head's own options, as passed to its constructor.
         pooled: width Z of the pooled vector.
         num_taps: how many of the backbone's last taps are read; ``reads_prefix``: whether the last
-            layer's prefix tokens are, too.
-        classes: how many; by default as many as ``class_names`` has, or the backbone.
-        class_names: one name per class, no two alike unless these are the backbone's own names.
-        norm: a :class:`FeatureNorm` before the classifier.
+            layer's prefix tokens are read as well.
+        classes: number of classes; by default the number of ``class_names``, or the backbone's.
+        class_names: one unique name per class; only the backbone's own names may repeat.
+        norm: whether to put a :class:`FeatureNorm` before the classifier.
         explain_with: what the head shows: ``"scores"``, the shares; ``"mask"``, their sigmoid; or
             ``"attention"``, the mean of the query maps, the same for every class.
         reliability: options of :class:`~xattn.heads.reliability.ReliabilityBalancing`, such as
-            ``{"anchors": 8}``, to correct the predictions; None leaves them alone.
+            ``{"anchors": 8}``, to correct the predictions; None makes no correction.
         mixer: a mechanism of :func:`~xattn.attention.list_attention`, such as ``"gna"``, whose layers
             mix the last tap's tokens before the head reads them, see :mod:`xattn.heads.mixer`; None
-            leaves them as they are. Maps then hold the shares of the mixed tokens, exactly.
-        mixer_depth: how many layers.
-        mixer_options: of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``.
+            does not mix them. Maps then hold the exact shares of the mixed tokens.
+        mixer_depth: number of mixer layers.
+        mixer_options: options of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``.
 
     Raises:
-        ValueError: the last tap is a single token, or an option or a mixer that does not fit.
+        ValueError: the last tap is a single token, or an option or the mixer does not fit.
     """
 
     is_classifier: ClassVar[bool] = True
-    learns_scores: ClassVar[bool] = True  # False: weights of a mean, or random ones
+    learns_scores: ClassVar[bool] = True  # False if weights are uniform or random
     gated: bool = False  # whether ``finish`` has gains that depend on the image
     permutes: ClassVar[bool] = (
         True  # whether permuted patches give permuted maps and the same logits
@@ -180,17 +180,17 @@ class AttentiveHead(Head):
         self.balancing: ReliabilityBalancing | None = None
         if reliability is not None:
             self.balancing = create_balancing(self.num_classes, pooled, reliability)
-        self.trust = 1.0  # in the correction; training raises it from 0
+        self.trust = 1.0  # in the correction; training raises it from 0 to 1
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """Taps to load a backbone of ``depth`` blocks or stages with; by default the final tokens."""
+        """Default taps for a backbone of ``depth`` blocks or stages: the final tokens."""
         return ("head",)
 
-    # ------------------------------------------------------------------ what a head defines
+    # ------------------------------------------------------------------ defined by each head
 
     def scores_and_values(self, tokens: Tokens) -> Attended:
-        """Scores and values of ``tokens``, which the head's mixer has mixed."""
+        """Scores and values of ``tokens``, which the head's mixer has already mixed."""
         raise NotImplementedError
 
     def weights(self, scores: Tensor) -> Tensor:
@@ -199,36 +199,36 @@ class AttentiveHead(Head):
         return softmax(scores)
 
     def pool(self, attended: Attended) -> Tensor:
-        """sum_t A_qt v_qt, (B, Q, V): by the core's op, or by the head's own :meth:`weights`."""
+        """sum_t A_qt v_qt, (B, Q, V): by the core's op, or with the head's own :meth:`weights`."""
         if type(self).weights is AttentiveHead.weights:
             return attended.pool()
         return pool_by(self.weights(attended.scores), attended.values)
 
     def sources(self, weights: Tensor, attended: Attended) -> tuple[Tensor, Tensor]:
-        """The weights (B, Q, T) and values (B, G, T, V) that maps show. They differ from the attended
-        ones, with the same sum, where the head mixes the patches before it pools them."""
+        """The weights (B, Q, T) and values (B, G, T, V) that maps show. If the head mixes the patches
+        before pooling, they differ from those that are attended, with the same sum."""
         return weights, attended.values
 
     def finish(self, pooled: Tensor, attended: Attended) -> Step:
-        """The vector (B, Z) made of ``pooled`` (B, Q, V), and a function that pulls rows
-        (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); here the queries are concatenated."""
+        """The vector (B, Z) computed from ``pooled`` (B, Q, V), and a function that pulls rows
+        (B or 1, M, Z) over it back to rows (B or 1, M, Q, V); by default the queries are concatenated."""
         shape = pooled.shape[1:]
         return pooled.flatten(1), lambda rows: rows.unflatten(-1, shape)
 
     def reference_shares(self, rows: Tensor, attended: Attended) -> Tensor:
-        """What every patch's share is compared with, (B or 1, M): the share of a patch that says nothing,
-        for ``rows`` (B or 1, M, Q, V) pulled back. Maps show the difference; 0 by default."""
+        """The reference for every patch's share, (B or 1, M): the share of an uninformative patch, for
+        ``rows`` (B or 1, M, Q, V) pulled back. Maps show the difference; 0 by default."""
         return rows.new_zeros(1, rows.shape[1])
 
-    # ------------------------------------------------------------------ what all heads share
+    # ------------------------------------------------------------------ shared by all heads
 
     def attend(self, tokens: Tokens) -> Attended:
         """Scores and values of ``tokens``."""
         return self.scores_and_values(self.mixed_tokens(tokens))
 
     def mixed_tokens(self, tokens: Tokens) -> Tokens:
-        """``tokens`` with the last tap as the head's mixer leaves it; prefix tokens are mixed with the
-        patches where the head reads them."""
+        """``tokens`` after the head's mixer has processed the last tap; prefix tokens are mixed with the
+        patches if the head reads them."""
         if self.mixer is None:
             return tokens
         patches = tokens.patches[-1]
@@ -239,18 +239,19 @@ class AttentiveHead(Head):
         return Tokens((*tokens.patches[:-1], x[:, count:]), kept, tokens.grid)
 
     def class_token(self, tokens: Tokens) -> Tensor | None:
-        """(B, C) of the last layer; None where the backbone has none."""
+        """The class token (B, C) of the last layer; None if the backbone has none."""
         return tokens.prefix[:, 0] if self.has_class_token else None
 
     def tokens(self, taps: Taps) -> Tokens:
-        """The tokens of the last ``num_taps`` taps, other grids averaged to the last one's."""
+        """The tokens of the last ``num_taps`` taps, other grids resampled to the last one's by
+        averaging."""
         maps = taps.maps[-self.num_taps :]
         patches = patches_of(maps)
         prefix = patches[-1][:, :0] if taps.prefix is None else taps.prefix
         return Tokens(patches, prefix, (int(maps[-1].shape[2]), int(maps[-1].shape[3])))
 
     def logits(self, tokens: Tokens, scores: Tensor | None = None) -> Tensor:
-        """(B, K) logits; ``scores`` (B, Q, T) take the place of the head's own."""
+        """(B, K) logits; ``scores`` (B, Q, T) replace the head's own."""
         attended = self.attend(tokens)
         return self.classify(attended if scores is None else attended.with_scores(scores))
 
@@ -259,23 +260,23 @@ class AttentiveHead(Head):
         return self.finish(self.pool(attended), attended)[0]
 
     def embed(self, attended: Attended) -> Tensor:
-        """What the classifier reads (B, Z): the pooled vector, normalised."""
+        """The input of the classifier (B, Z): the pooled vector, normalised."""
         z = self.pooled(attended)
         return z if self.norm is None else self.norm(z)
 
     def classify(self, attended: Attended) -> Tensor:
-        """(B, K) logits of what :meth:`attend` gave, possibly with perturbed scores."""
+        """(B, K) logits from the result of :meth:`attend`, possibly with perturbed scores."""
         return self.classifier(self.embed(attended))
 
     def predict(self, attended: Attended) -> Tensor:
-        """(B, K), whose softmax is the head's prediction: the logits or, with ``reliability``, log p
-        of the balanced p. Class maps always distribute the logits."""
+        """(B, K) whose softmax is the head's prediction: the logits or, with ``reliability``, the logarithm
+        of the balanced probabilities. Class maps always distribute the logits."""
         if self.balancing is None:
             return self.classify(attended)
         return self.balance(attended).probabilities.clamp_min(TINY).log()
 
     def balance(self, attended: Attended) -> Balanced:
-        """The balanced probabilities, how reliable they are, and what corrected them.
+        """The balanced probabilities, their reliability, and the distributions that corrected them.
 
         Raises:
             ValueError: the head has no anchors.
@@ -297,8 +298,8 @@ class AttentiveHead(Head):
         return self.balancing
 
     def class_maps(self, tokens: Tokens, class_index: Tensor | int | None = None) -> ClassMaps:
-        """Each patch's share of the logits of some classes, see :class:`ClassMaps`. Even in training
-        mode this leaves running statistics as they are; only a call of the head updates them.
+        """Each patch's share of the logits of some classes, see :class:`ClassMaps`. This never updates
+        running statistics, even in training mode; only a call of the head does.
 
         Args:
             class_index: as for :class:`~xattn.heads.Head`.
@@ -323,7 +324,7 @@ class AttentiveHead(Head):
         weights, values = self.sources(weights, attended)
         batch, queries, count = weights.shape
         size = rows.shape[1]
-        if not torch.compiler.is_compiling():  # a graph has no fixed batch and takes all at once
+        if not torch.compiler.is_compiling():  # a graph has no fixed batch size and needs no chunks
             size = max(1, CHUNK // (batch * queries * max(count, values.shape[-1])))
         parts = [rows] if rows.shape[1] <= size else rows.split(size, 1)
         shares = torch.cat(
@@ -340,7 +341,8 @@ class AttentiveHead(Head):
         return self._share_out(self.tokens(taps), class_index).maps
 
     def query_maps(self, tokens: Tokens) -> Tensor:
-        """The patches' weights as maps (B, Q, h, w); with prefix tokens a map sums to less than 1."""
+        """The patches' weights as maps (B, Q, h, w); if there are prefix tokens, a map sums to less than
+        1."""
         with keeping_statistics(self):
             attended = self.attend(tokens)
         weights, _ = self.sources(self.weights(attended.scores), attended)
@@ -359,7 +361,8 @@ class AttentiveHead(Head):
 
 
 def patches_of(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Maps (B, C_i, h_i, w_i) as tokens (B, N, C_i), other grids averaged to the last one's."""
+    """Maps (B, C_i, h_i, w_i) as tokens (B, N, C_i), other grids resampled to the last one's by
+    averaging."""
     grid = (int(maps[-1].shape[2]), int(maps[-1].shape[3]))
     return tuple(
         (m if m.shape[2:] == maps[-1].shape[2:] else F.adaptive_avg_pool2d(m, grid))
@@ -375,7 +378,7 @@ def prefixed(tokens: Tokens) -> Tensor:
 
 
 def overlap(query_maps: Tensor) -> Tensor:
-    """(B,): mean cosine similarity over pairs of maps (B, Q, h, w): 1 if all are alike, low if the
+    """(B,): mean cosine similarity over pairs of maps (B, Q, h, w): 1 if all are the same, low if the
     queries look at different places. NaN for a single query."""
     unit = F.normalize(query_maps.flatten(2), dim=-1)
     count = unit.shape[1]

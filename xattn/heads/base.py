@@ -1,9 +1,9 @@
-"""Base of all explanation heads: the call, the registry, and the files on disk.
+"""Base of all explanation heads: how they are called, the registry, and the files on disk.
 
 A head reads the taps of a frozen backbone and returns raw class scores; it never changes the
 backbone. On disk it is a folder (or hub repository) with ``model.safetensors``, the head's own
 tensors, and ``config.json``: head, options, backbone name and the SHA-256 of the backbone's weights,
-by which a saved head is known to belong to a backbone.
+which ties a saved head to its backbone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRAINED = "--mechanism FOLDER (what xattn distill wrote)"
 
 
 def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
-    """Raise a ``ValueError`` with the remedy unless ``backbone`` is what the head ``name`` was trained on.
+    """Raise a ``ValueError`` with advice unless ``backbone`` is what the head ``name`` was trained on.
 
     Args:
         wanted: ``"backbone"`` of the head's config.
@@ -56,10 +56,10 @@ def check_backbone(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> 
 
 
 def tapped(name: str, backbone: Backbone, taps: Sequence[str]) -> Backbone:
-    """``backbone`` with the ``taps`` that the head ``name`` reads, over the same model.
+    """``backbone`` with the ``taps`` that the head ``name`` reads, sharing the same model.
 
     Raises:
-        ValueError: it does not have them.
+        ValueError: the backbone does not have these taps.
     """
     if tuple(taps) == backbone.taps:
         return backbone
@@ -72,7 +72,7 @@ def tapped(name: str, backbone: Backbone, taps: Sequence[str]) -> Backbone:
 
 
 def _check_conversion(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
-    """Raise unless the backbone is converted as the head's was."""
+    """Raise unless the backbone is converted in the same way as the head's backbone was."""
     theirs, own = wanted.get("conversion"), backbone.conversion_record().get("conversion")
     if theirs == own:
         return
@@ -89,7 +89,7 @@ def _check_conversion(name: str, wanted: Mapping[str, Any], backbone: Backbone) 
 
 
 def _check_normalization(name: str, wanted: Mapping[str, Any], backbone: Backbone) -> None:
-    """Raise unless the backbone's mean and std are its own, or others, as those of the head's were."""
+    """Raise unless the backbone's mean and std match those that the head was trained with."""
     theirs = wanted.get("preprocessing") or {}
     own = backbone.preprocessing_record().get("preprocessing", {})
     if not isinstance(theirs, dict):
@@ -109,7 +109,7 @@ def _check_normalization(name: str, wanted: Mapping[str, Any], backbone: Backbon
 
 
 def _how_to_get_weights(wanted: Mapping[str, Any], backbone: Backbone) -> str:
-    """The rest of a remedy: whether the head's mechanism was trained, if it has one."""
+    """The rest of the advice: whether the head's mechanism, if any, was trained."""
     if backbone.conversion is None:
         return ""
     if "conversion_sha256" in wanted:
@@ -125,7 +125,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Frozen(nn.Module):
-    """A module whose buffers are weights that nothing changes, so no state needs to be kept of it."""
+    """A module whose buffers are constant weights, so that its state need not be saved and restored."""
 
 
 class Head(
@@ -147,10 +147,10 @@ class Head(
     """
 
     name: ClassVar[str]
-    is_classifier: ClassVar[bool] = False  # True: the head has logits of its own
+    is_classifier: ClassVar[bool] = False  # True: the head computes its own logits
     reads_statistics: ClassVar[bool] = False  # True: training begins with calibrate
-    own_passes: ClassVar[int] = 0  # that a map costs beside the backbone's, as of a second network
-    learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> times the usual rate
+    own_passes: ClassVar[int] = 0  # passes per map beside the backbone's, as of a second network
+    learning_rates: ClassVar[Mapping[str, float]] = {}  # parameter -> factor of the usual rate
     options: dict[str, Any]
     mask_policy: MaskPolicy
     backbone_name: str
@@ -193,8 +193,8 @@ class Head(
         options: Mapping[str, Any] | None,
         prefix: int = 0,
     ) -> None:
-        """Put a :class:`~xattn.heads.mixer.Mixer` before the head, unless ``name`` is None; config.json
-        holds it only then.
+        """Put a :class:`~xattn.heads.mixer.Mixer` before the head, unless ``name`` is None; only then does
+        config.json mention it.
 
         Raises:
             ValueError: it does not fit the last tap with ``prefix`` tokens before its patches, or there
@@ -218,7 +218,7 @@ class Head(
         return tapped(self.name, backbone, self.backbone_taps)
 
     def check_taps(self, taps: Taps) -> None:
-        """Raise a ``ValueError`` unless there are as many ``taps`` as the head reads."""
+        """Raise a ``ValueError`` unless the number of ``taps`` is what the head reads."""
         if len(taps.maps) != len(self.backbone_taps):
             raise ValueError(
                 f"taps: got {len(taps.maps)}, head {self.name!r} reads {self.backbone_taps}; give those of "
@@ -226,7 +226,7 @@ class Head(
             )
 
     def mixed(self, taps: Taps) -> Taps:
-        """``taps`` with the last map as the head's mixer leaves it."""
+        """``taps`` with the last map replaced by the output of the head's mixer."""
         if self.mixer is None:
             return taps
         last = taps.maps[-1]
@@ -235,24 +235,24 @@ class Head(
         return taps._replace(maps=(*taps.maps[:-1], x.transpose(1, 2).unflatten(2, grid)))
 
     def calibrate(self, batches: Iterable[Taps]) -> None:
-        """Take statistics of the taps of photos, before training; most heads need none."""
+        """Compute statistics of the taps of photos before training; most heads need none."""
 
     def auxiliary_loss(self) -> Tensor | float:
-        """What the mixer's mechanisms asked training to add in the last call, once; 0 without any."""
+        """The losses that the mixer's mechanisms requested in the last call, returned once; 0 if none."""
         return 0.0 if self.mixer is None else self.mixer.take_losses()
 
     def mask(self, scores: Tensor) -> Tensor:
-        """The mask in (0, 1) that training multiplies images with: sigmoid(scores)."""
+        """The mask in (0, 1) by which training multiplies images: sigmoid(scores)."""
         return scores.sigmoid()
 
     def explanation(self, taps: Taps, class_index: Tensor | int | None = None) -> Tensor:
-        """The maps that the head shows: its scores, or with ``explain_with="mask"`` the mask."""
+        """The maps that the head shows: its scores or, with ``explain_with="mask"``, the mask."""
         with keeping_statistics(self):
             scores = self(taps, class_index)
         return self.mask(scores) if self.explain_with == "mask" else scores
 
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
+        """The content of ``config.json``."""
         return {
             "format": 1,
             "xattn": __version__,
@@ -297,8 +297,8 @@ def _download(repository: str, options: dict[str, Any]) -> Path:
 
 @contextmanager
 def keeping_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm layers of ``module`` do not update their running statistics; in training mode
-    they still use the batch's. Also works as a decorator."""
+    """Context in which BatchNorm layers of ``module`` do not update their running statistics; in training
+    mode they still use the batch's. Also works as a decorator."""
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     layers = [layer for layer in layers if layer.training]
     try:
@@ -316,16 +316,16 @@ class HeadEntry:
 
     name: str
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options that the tests of every head try; the first are small."""
+    """Options that are tested for every head; the first are small."""
     recipe: str = "small"
-    """The recipe of training for a few hundred photos."""
+    """The training recipe for a few hundred photos."""
     taps: Callable[[int], list[str]] | None = None
-    """``taps(depth)`` are those of a ViT that the head reads, whatever the backbone's are; None reads the
-    backbone's."""
+    """``taps(depth)`` returns the taps of a ViT that the head reads, whatever the backbone's are; None
+    reads the backbone's."""
 
 
 def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]:
-    """Class decorator: make a head known to :func:`create_head` under ``name``, and check its options
+    """Class decorator: register a head for :func:`create_head` under ``name``, and check its options
     against the annotations of its constructor, see :mod:`xattn.runtime.option_checks`.
 
     Args:
@@ -352,7 +352,7 @@ head_entry = HEADS.entry
 
 
 def head_options(name: str) -> tuple[str, ...]:
-    """The options that a head has; raises as :func:`head_class` does."""
+    """The options of a head; raises as :func:`head_class` does."""
     return HEADS.options(name) or ()
 
 
@@ -360,8 +360,8 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     """Create an untrained head for ``backbone``.
 
     Raises:
-        ValueError: unknown name (with near matches), an option that the head does not take, or a network
-            of clips.
+        ValueError: unknown name (with near matches), an option that the head does not have, or a network
+            for clips.
     """
     own = HEADS.entry(name).taps
     if getattr(backbone, "reads_clips", False):
@@ -371,7 +371,7 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
         )
     if own is not None and backbone.is_vit:
         backbone = tapped(name, backbone, own(backbone.depth))
-    with torch.device("cpu"):  # whatever torch's default device is
+    with torch.device("cpu"):  # ignores torch's default device
         head = _construct(name, backbone, options)
     return head.to(backbone.device)
 
@@ -385,13 +385,13 @@ def _construct(name: str, backbone: Backbone, options: Mapping[str, Any]) -> Hea
         raise ValueError(f"head: {name} refuses {dict(options)} ({error})") from error
 
 
-# Arguments of create_head and create_explainer themselves.
+# The arguments of create_head and create_explainer themselves.
 _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options written as ``name=value`` with JSON values. Values that are not JSON are strings, so
-    ``read=mean`` needs no quotes (and ``norm=no`` is refused by the head)."""
+    """Parse options written as ``name=value`` with JSON values. Values that are not JSON become strings, so
+    ``read=mean`` needs no quotes (and the head refuses ``norm=no``)."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, found, value = pair.partition("=")
@@ -414,11 +414,11 @@ def save_head(
     """Write ``head`` to ``folder`` (``model.safetensors`` + ``config.json``), all or nothing.
 
     Args:
-        summary: what the config should record of its training.
+        summary: facts about its training to record in the config.
         dtype: ``"float16"`` or ``"bfloat16"`` stores the weights in half precision.
 
     Raises:
-        ValueError: ``folder`` exists and is not a head's. OSError: it cannot be written.
+        ValueError: ``folder`` exists and does not hold a head. OSError: it cannot be written.
     """
     if summary is not None:
         head.summary = summary
@@ -433,15 +433,16 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
     """Load a head from a folder, a shipped head's name (``xattn list``) or a hub repository.
 
     Raises:
-        ValueError: the head belongs to another backbone (both hashes are named), or its files are
-            damaged. FileNotFoundError: nothing is there.
+        ValueError: the head belongs to another backbone (the message gives both hashes), or its files are
+            damaged. FileNotFoundError: there is no head.
     """
     return _read_head(head_folder(source, **hub_options), backbone)
 
 
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
-    """The folder with the head's files: ``source`` itself or a head in it, a shipped head's, or that of
-    a hub repository in the cache, downloaded if need be. Arguments and errors as in :func:`load_head`."""
+    """The folder with the head's files: ``source`` itself or a head inside it, that of a shipped head, or
+    of a hub repository in the cache, downloaded if necessary. Arguments and errors as in
+    :func:`load_head`."""
     folder = local_head(source)
     if folder is not None:
         return folder
@@ -502,13 +503,13 @@ def _read_head(folder: Path, backbone: Backbone) -> Head:
 def _check_shapes(
     config: Mapping[str, Any], backbone: Backbone, state: Mapping[str, Tensor], weights: Path
 ) -> None:
-    """Raise unless ``state`` has the tensors of the head in ``config``. That head is made without
-    memory for its tensors: a config may ask for far more than its file holds."""
+    """Raise unless ``state`` has the tensors of the head in ``config``. This builds the head without
+    allocating its tensors: a config may ask for far more memory than its file holds."""
     try:
         with torch.device("meta"):
             empty = _construct(config["head"], backbone, config["options"])
         empty.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:  # of other names, of other shapes, of sizes that overflow
+    except RuntimeError as error:  # other names or shapes, or sizes that overflow
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"head: {weights} does not fit its config ({reason}); save the head again"
@@ -516,8 +517,8 @@ def _check_shapes(
 
 
 def seeded_head(name: str, backbone: Backbone, seed: int, /, **options: Any) -> Head:
-    """As :func:`~xattn.heads.base.create_head`, drawn from ``seed``; the caller's generator is left as it
-    was."""
+    """As :func:`~xattn.heads.base.create_head`, initialised from ``seed``; the caller's random generator is
+    not affected."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create_head(name, backbone, **options)

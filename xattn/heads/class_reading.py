@@ -1,14 +1,14 @@
-"""How a classifier reads the places of a feature map: one map per class, linear in the classifier's rows.
+"""Class maps of a classifier's feature map: one map per class, linear in the classifier's rows.
 
-    pooled maps        map_k = w_k . f,   or (w_k o gamma) . f where a norm follows the mean
+    pooled maps        map_k = w_k . f,   or (w_k o gamma) . f if a norm follows the mean
     a class token      map_k = sum_i sum_h A_ih o (w_k o gamma) O_ih V_ih x_i
     a probed network   the exact class maps of the trained head
 
 f (B, C, h, w) is averaged and then classified, gamma is the gain of the last norm; x_i (B, C, N) are the
 patches that block i reads. A class token sees the patches through attention: A_ih (N) are its weights in
 head h of block i, V and O the block's projections of values and outputs. The map is what the blocks add to
-the class token's part of logit k, patch by patch. What the norm divides by is left out: it is the same at
-all places.
+the class token's part of logit k, patch by patch. The norm's divisor is omitted: it is the same at all
+positions.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from xattn.kernels.softmax.reference import widen
 
 
 class ReadMaps(NamedTuple):
-    """``own`` (B, M, h, w) of the classes asked for; ``others`` (B, M, h, w), for each of them the mean of
-    all other classes, weighted by their probabilities; ``extra`` (B, E, h, w), maps that belong to no
+    """``own`` (B, M, h, w) of the requested classes; ``others`` (B, M, h, w), for each of them the mean
+    over all other classes, weighted by their probabilities; ``extra`` (B, E, h, w), maps that belong to no
     class."""
 
     own: Tensor
@@ -43,7 +43,7 @@ class ReadMaps(NamedTuple):
 class ClassReading(nn.Module):
     """``reading(taps, index, task) -> ReadMaps``, index (B, M) or None for all classes.
 
-    It holds weights of the backbone, which are looked up there and never saved with a head.
+    It uses weights of the backbone, which are never saved with a head.
     """
 
     extras = 0
@@ -52,13 +52,13 @@ class ClassReading(nn.Module):
         raise NotImplementedError
 
     def own(self, taps: Taps, index: Tensor) -> Tensor:
-        """The maps (B, M, h, w) of the classes ``index`` (B, M) alone."""
+        """Only the maps (B, M, h, w) of the classes ``index`` (B, M)."""
         raise NotImplementedError
 
 
 class ClassWeights(NamedTuple):
-    """Probabilities ``p`` (B, K), the likeliest classes ``top`` (B, 1), and ``rest`` (B, K), the weights of
-    all others once these are left out."""
+    """Probabilities ``p`` (B, K), the most probable classes ``top`` (B, 1), and ``rest`` (B, K), the
+    weights of all other classes once the top class is left out."""
 
     p: Tensor
     top: Tensor
@@ -73,11 +73,12 @@ class ClassWeights(NamedTuple):
         return cls(log_p.exp(), top, rest)
 
     def others(self, own: Tensor, mean: Tensor, rest: Tensor, index: Tensor | None) -> Tensor:
-        """The mean of all classes but each of ``index`` (B, M), from its ``own`` map (B, M, h, w), the sum
-        of all maps by ``p`` and by ``rest``, both (B, 1, h, w).
+        """For each class of ``index`` (B, M), the mean map over all other classes, computed from its
+        ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both (B, 1, h,
+        w).
 
-        One class may hold nearly all of p. What is left without it is not a difference but ``rest``, so
-        nothing is lost in rounding.
+        One class may hold nearly all of p. The remainder without it is taken from ``rest`` and not as a
+        difference, so that rounding loses nothing.
         """
         if index is None:
             index = torch.arange(self.p.shape[1], device=self.p.device).expand_as(self.p)
@@ -88,7 +89,7 @@ class ClassWeights(NamedTuple):
 
 
 class RowReading(ClassReading):
-    """Base of readings by the rows (K, C) of one linear classifier."""
+    """Base of class maps from the rows (K, C) of one linear classifier."""
 
     weight: Tensor
 
@@ -114,7 +115,7 @@ class RowReading(ClassReading):
 
 
 class PooledReading(RowReading):
-    """Rows of the classifier on the last map, which is averaged before it."""
+    """The classifier's rows applied to the last map, which the network averages before the classifier."""
 
     def read(self, taps: Taps, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         last = taps.maps[-1]
@@ -122,7 +123,7 @@ class PooledReading(RowReading):
 
 
 class TokenReading(RowReading):
-    """What the class token read from each patch in ``blocks``, by the place of the tap before each."""
+    """What the class token reads from each patch in ``blocks``, which are keyed by the tap before each."""
 
     def __init__(self, weight: Tensor, blocks: dict[int, Projections]) -> None:
         super().__init__(weight)
@@ -146,12 +147,12 @@ class TokenReading(RowReading):
 
 
 class TokenAttention(nn.Module):
-    """The class token's row of softmax attention in one block: ``layer(patches, prefix, rows)`` of
-    (B, C, h, w), (B, P, C) and (B, R, C) -> what each patch adds to the products of the class token with
-    the rows (B, R, h, w), biases left out, and the mean of the heads' weights (B, 1, h, w)."""
+    """The class token's row of softmax attention in one block: ``layer(patches, prefix, rows)`` takes
+    (B, C, h, w), (B, P, C) and (B, R, C). It returns what each patch adds to the products of the class
+    token with the rows (B, R, h, w), without biases, and the mean of the heads' weights (B, 1, h, w)."""
 
-    q_weight: Tensor  # (H, D, C), as k_weight and v_weight
-    q_bias: Tensor  # (H, D); the keys' adds the same to all scores, the values' to all patches
+    q_weight: Tensor  # (H, D, C), like k_weight and v_weight
+    q_bias: Tensor  # (H, D); the bias of keys shifts all scores alike, that of values all patches
     k_weight: Tensor
     v_weight: Tensor
     out: Tensor  # (C, H, D)
@@ -183,11 +184,11 @@ class TokenAttention(nn.Module):
 
 
 class ProbeReading(ClassReading):
-    """The exact class maps of the head that stands in a probed network's classifier."""
+    """The exact class maps of the head that is the classifier of a probed network."""
 
     def __init__(self, probe: AttentiveHead) -> None:
         super().__init__()
-        self._probe = [probe]  # in a list, so that its weights are not this module's
+        self._probe = [probe]  # in a list, so that this module does not own its weights
 
     def forward(self, taps: Taps, index: Tensor | None, task: str) -> ReadMaps:
         weights, maps = ClassWeights.of(taps.logits, task), self._maps(taps)
@@ -202,25 +203,25 @@ class ProbeReading(ClassReading):
 
     @torch.no_grad()
     def _maps(self, taps: Taps) -> Tensor:
-        """Of all classes, (B, K, h, w)."""
+        """Maps of all classes, (B, K, h, w)."""
         maps: Tensor = self._probe[0](taps)
         return maps
 
 
 def _of_classes(maps: Tensor, index: Tensor) -> Tensor:
-    """Those of the classes ``index`` (B, M) among maps (B, K, h, w) of all."""
+    """The maps of the classes ``index`` (B, M), selected from maps (B, K, h, w) of all."""
     return maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
 
 
-# ---------------------------------------------------------------------- which reading fits a network
+# ---------------------------------------------------------------------- choosing the reading for a network
 
 
 def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassReading:
-    """How ``backbone`` reads its last taps, by class; ``asked`` says in errors what needs it.
+    """The class reading of the last taps of ``backbone``; ``asked`` names, in errors, what needs it.
 
     Raises:
-        ValueError: it has no classes, or does not end in one linear classifier of pooled maps or of a
-            class token.
+        ValueError: the network has no classes, or does not end in one linear classifier of pooled maps or
+            of a class token.
     """
     backbone.require_classes()
     try:
@@ -234,7 +235,7 @@ def class_reading(backbone: Backbone, asked: str = "head: evidence") -> ClassRea
 
 
 class UnknownReading(Exception):
-    """Why a network does not show how it reads its taps."""
+    """Why the reading of a network is unknown."""
 
 
 def _fitting_reading(backbone: Backbone) -> ClassReading:
@@ -251,12 +252,12 @@ def _fitting_reading(backbone: Backbone) -> ClassReading:
         raise UnknownReading("its last map is not averaged and classified by one linear layer")
     if backbone.taps[-1] != "head":
         raise UnknownReading(f"its last tap, {backbone.taps[-1]}, is not the map that it pools")
-    norm = getattr(getattr(backbone.model, "head", None), "norm", None)  # as ConvNeXt's
+    norm = getattr(getattr(backbone.model, "head", None), "norm", None)  # as in ConvNeXt
     return _pooled_reading(backbone, weight, norm)
 
 
 def _pooled_reading(backbone: Backbone, weight: Tensor, norm: nn.Module | None) -> PooledReading:
-    """Of a network that averages the tap ``"head"``, then normalises and classifies."""
+    """For a network that averages the tap ``"head"``, then normalises and classifies it."""
     if weight.shape[1] != backbone.channels[-1] or not _averages(backbone, norm):
         raise UnknownReading("it does more than average its last map and classify it linearly")
     return PooledReading(before_norms(weight, norm))
@@ -281,7 +282,7 @@ def _vit_reading(backbone: Backbone, weight: Tensor) -> RowReading:
 
 
 def _read_blocks(backbone: Backbone) -> dict[int, Projections]:
-    """The attention of the blocks behind the ``norm1`` taps, by the place of the tap."""
+    """The attention of the blocks after the ``norm1`` taps, by position of the tap."""
     if backbone.conversion:
         raise UnknownReading("its attention is not the softmax that it was built with")
     blocks: dict[int, Projections] = {}
@@ -303,7 +304,7 @@ def _read_blocks(backbone: Backbone) -> dict[int, Projections]:
 
 
 def _projections(block: Any) -> Projections | None:
-    """What a block's attention projects with; None unless it is plain softmax attention."""
+    """The projections of a block's attention; None unless it is plain softmax attention."""
     if isinstance(block, TransformersBlock):
         return block.projections()
     if not isinstance(block, Block) or not is_plain(block.attn):
@@ -312,13 +313,13 @@ def _projections(block: Any) -> Projections | None:
     q, k, v = attention.qkv.weight.chunk(3)
     bias = attention.qkv.bias
     bias = None if bias is None else bias[: len(q)]
-    gain = getattr(block.ls1, "gamma", None)  # of a layer scale
+    gain = getattr(block.ls1, "gamma", None)  # if there is a layer scale
     heads, scale = int(attention.num_heads), float(attention.scale)
     return Projections(q, k, v, bias, attention.proj.weight, gain, heads, scale)
 
 
 def is_plain(attention: Any) -> bool:
-    """Whether an attention module is softmax(q k) v and a projection, with nothing normalised or gated."""
+    """Whether an attention module is softmax(q k) v and a projection, without norms or gates."""
     if (
         type(attention) is not Attention
         or attention.qkv.out_features != 3 * attention.proj.in_features
@@ -331,7 +332,7 @@ def is_plain(attention: Any) -> bool:
 
 
 def before_norms(rows: Tensor, *norms: nn.Module | None) -> Tensor:
-    """Rows (K, C) for what goes into ``norms``, the last one first, up to the scale by which they divide.
+    """Rows (K, C) over the input of ``norms``, last norm first, up to the scale by which they divide.
 
     w . LayerNorm(x) = (w gamma - mean(w gamma)) . x / deviation(x) + constant
     """
@@ -345,7 +346,7 @@ def before_norms(rows: Tensor, *norms: nn.Module | None) -> Tensor:
 
 @torch.no_grad()
 def _averages(backbone: Backbone, norm: nn.Module | None) -> bool:
-    """Whether the logits of final features are W norm(their mean over patches) + b."""
+    """Whether the logits of the final features are W norm(mean over patches) + b."""
     model: Any = backbone.model
     weight, bias = linear_classifier(model)
     assert weight is not None
@@ -354,7 +355,7 @@ def _averages(backbone: Backbone, norm: nn.Module | None) -> bool:
     size = (2, backbone.prefix_tokens + count, weight.shape[1])
     tokens = torch.rand(size, generator=draw, device="cpu").to(weight) - 0.3
     mean = tokens[:, backbone.prefix_tokens :].mean(1)
-    if isinstance(norm, nn.LayerNorm):  # of maps, too
+    if isinstance(norm, nn.LayerNorm):  # also one for maps
         mean = F.layer_norm(mean, mean.shape[1:], norm.weight, norm.bias, norm.eps)
     elif norm is not None:
         mean = norm(mean)

@@ -1,11 +1,11 @@
-"""Attention of a few queries to many tokens, projected after pooling, and self-attention of all tokens.
+"""Cross-attention of a few queries to many tokens, projected after pooling, and self-attention.
 
     s_qht = (W_q,h q) . (W_k,h x_t) / sqrt(d) = (W_k,h^T W_q,h q / sqrt(d)) . x_t
     o_q = W_o concat_h W_v,h (A_qh X)
 
-Keys and values are never formed: for Q queries and H heads that is 2 N Q H D instead of 2 N D^2
-multiplications, with the numbers of the usual order (Vaswani et al., arXiv 1706.03762). A bias of the
-keys adds the same number to all scores of a query, so there is none.
+Keys and values are never formed: for Q queries and H heads that takes 2 N Q H D instead of 2 N D^2
+multiplications, and gives the same result as the usual order (Vaswani et al., arXiv 1706.03762). A bias of
+the keys would add the same number to all scores of a query, so there is none.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class CrossAttention(nn.Module):
 
     Args:
         width: D of queries and tokens.
-        heads: H; None takes :func:`head_count`'s choice.
+        heads: H; None uses :func:`head_count`.
         bias: biases of queries, values and output.
-        query, output: False leaves W_q or W_o out.
+        query, output: False omits W_q or W_o.
 
     Raises:
         ValueError: ``heads`` does not divide ``width``.
@@ -71,13 +71,13 @@ class CrossAttention(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def queries(self, queries: Tensor, tokens: Tensor) -> Queries:
-        """(B or 1, Q, D) queries, (B, T, D) tokens -> Q H queries that ask the tokens themselves."""
+        """(B or 1, Q, D) queries, (B, T, D) tokens -> Q H queries whose keys are the tokens themselves."""
         q = self.q(queries).unflatten(-1, (self.heads, -1))
         rows = torch.einsum("bqhd,hdc->bqhc", q * q.shape[-1] ** -0.5, self._split(self.k.weight))
         return Queries(rows.flatten(1, 2), tokens)
 
     def project(self, pooled: Tensor) -> Step:
-        """(B, Q H, D) pooled tokens -> (B, Q, D), and the pull."""
+        """(B, Q H, D) pooled tokens -> (B, Q, D), and the pullback."""
         heads, weight = self.heads, self._split(self.v.weight)
         parts = pooled.unflatten(1, (-1, heads))
         o = torch.einsum("bqhc,hdc->bqhd", parts, weight).flatten(2)
@@ -96,7 +96,8 @@ class CrossAttention(nn.Module):
 
 
 def head_count(width: int, heads: int | None) -> int:
-    """``heads``, checked; for None the largest divisor of ``width`` with at least 64 channels per head.
+    """``heads`` after a check; for None the largest divisor of ``width`` with at least 64 channels per
+    head.
 
     >>> head_count(768, None), head_count(1280, None), head_count(40, None)
     (12, 20, 1)

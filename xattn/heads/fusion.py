@@ -1,10 +1,10 @@
-"""From feature maps to class maps: the 1x1 convolution that ends a head, and where its rows come from.
+"""From feature maps to class maps: the final 1x1 convolution of a head, and the source of its rows.
 
     c_k = sum_i up( row_i(k) . u_i ) + bias(k),     u_i (B, C_i, h_i, w_i),  up = bilinear to (r, r)
 
 A 1x1 convolution and bilinear up-sampling commute, so each tap is scored at its own resolution and
-only the asked-for class maps are up-sampled. :class:`PerClassFusion` holds one free row per class,
-as in T-TAME (arXiv 2403.04523); :class:`ClassifierFusion` makes the rows from the frozen classifier.
+only the requested class maps are up-sampled. :class:`PerClassFusion` has one free row per class,
+as in T-TAME (arXiv 2403.04523); :class:`ClassifierFusion` computes the rows from the frozen classifier.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Fusion(nn.Module):
 
 
 class PerClassFusion(Fusion):
-    """T-TAME's fusion: ``Conv2d(sum C_i, K, 1)``; at inference only the rows asked for are computed."""
+    """T-TAME's fusion: ``Conv2d(sum C_i, K, 1)``; at inference only the requested rows are computed."""
 
     def __init__(self, channels: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -113,11 +113,11 @@ class ClassifierFusion(Fusion):
 
         row_i(k) = P_i w~_k + q_i,      row_last(k) = s w_k + P w~_k + q,     bias(k) = b + p . w~_k
 
-    with w~ = w scaled to unit root mean square, P_i and q_i starting at 0. Where the last of ``maps``
-    is the pooled tap and the classifier pools linearly (``direct=True``), its row starts at w_k itself:
-    an untrained head then ranks pixels exactly as unrectified CAM does. Elsewhere it starts at a
-    random projection of w_k. No parameter belongs to a class, so a few hundred photos
-    suffice and classes that were never seen are explained too.
+    with w~ = w scaled to unit root mean square, and P_i and q_i starting at 0. If the last of ``maps``
+    is the pooled tap and the classifier pools linearly (``direct=True``), its row starts at w_k itself, so
+    that an untrained head ranks pixels exactly as unrectified CAM does. Otherwise it starts at a
+    random projection of w_k. No parameter belongs to a single class, so a few hundred photos suffice, and
+    classes that were never seen are explained too.
     """
 
     weight: Tensor
@@ -128,7 +128,7 @@ class ClassifierFusion(Fusion):
         super().__init__()
         self.num_classes, width = weight.shape
         weight = weight.detach().float()
-        # The classifier belongs to the backbone: it is looked up there, never saved with the head.
+        # The classifier belongs to the backbone: it is used from there and never saved with the head.
         self.register_buffer("weight", weight.clone(), persistent=False)
         self.direct = direct
         self.projections = nn.ModuleList(_projection(width, c, rank) for c in channels)
@@ -158,8 +158,8 @@ class ClassifierFusion(Fusion):
 def create_fusion(
     kind: str, backbone: Backbone, channels: Sequence[int], rank: int | None, raw_last: bool = True
 ) -> Fusion:
-    """The fusion of maps of so many ``channels``; with ``raw_last`` the rows of ``"classifier"`` read the
-    backbone's last tap, too.
+    """The fusion for maps with these ``channels``; with ``raw_last``, the rows of ``"classifier"`` also
+    read the backbone's last tap.
 
     Raises:
         ValueError: ``"classifier"`` for a backbone without a single linear classifier.
@@ -179,7 +179,7 @@ def create_fusion(
 
 
 def _projection(width: int, channels: int, rank: int | None) -> nn.Module:
-    """An affine map R^width -> R^channels that starts at zero; low-rank where both sides are wide."""
+    """An affine map R^width -> R^channels that starts at zero; low-rank if both sides are wide."""
     if rank is None or min(width, channels) <= rank:
         layer = nn.Linear(width, channels)
         nn.init.zeros_(layer.weight)

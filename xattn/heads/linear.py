@@ -18,14 +18,14 @@ from xattn.heads.base import register_head
 
 @register_head("linear", cases=({}, {"read": "mean"}, {"read": "both"}))
 class Linear(AttentiveHead):
-    """The linear probe. Weights are fixed: one token's, or every patch's alike.
+    """The linear probe. The weights are fixed: 1 for one token, or the same for every patch.
 
-    A probe that reads only the class token has no patch shares: all of a logit is in ``rest``, and its
-    maps are zero. What patches contributed to the class token happened inside the backbone; an
-    attention explainer shows it.
+    A probe that reads only the class token has no patch shares: the whole logit is in ``rest``, and its
+    maps are zero. Patches contribute to the class token inside the backbone; an attention explainer
+    shows how.
 
     Args:
-        read: ``"class"``, ``"mean"`` or ``"both"``; None takes the class token where the backbone has
+        read: ``"class"``, ``"mean"`` or ``"both"``; None reads the class token if the backbone has
             one, else the mean.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """

@@ -1,8 +1,8 @@
 """Attention layers between a tap and a head: x <- x + Attention(LN(x)), trained with the head.
 
-Any mechanism of :func:`~xattn.attention.create_attention` will do. There is no MLP: the layers only mix
-tokens, so that a head which reads each token by itself may read their surroundings. The last projection
-starts at zero, and the untrained layers are the identity.
+It works with any mechanism of :func:`~xattn.attention.create_attention`. There is no MLP: the layers only
+mix tokens, so that a head that reads tokens one by one also sees their surroundings. The last projection
+starts at zero, so the untrained layers are the identity.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SHARES = (
 )
 
 
-UNTAKEN = 64  # passes whose losses are kept; each keeps its graph alive
+UNTAKEN = 64  # largest number of passes whose losses, and graphs, are kept
 
 
 class Losses(threading.local):
-    """What the passes of this thread asked training to add; no part of copies and pickles."""
+    """Losses requested by passes of this thread; not copied or pickled."""
 
     def __init__(self) -> None:
         self.passes: list[list[Tensor]] = []
@@ -47,13 +47,13 @@ class Mixer(nn.Module):
     """``depth`` pre-norm residual attention layers on the tokens of a tap.
 
     Args:
-        name: of a mechanism, see :func:`~xattn.attention.list_attention`.
+        name: a mechanism, see :func:`~xattn.attention.list_attention`.
         width: C of the tokens.
-        options: of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``;
-            ``num_heads`` by default as :func:`~xattn.heads.cross_attention.head_count` says.
+        options: options of :func:`~xattn.attention.create_attention`, for example ``{"kernel": 7}``;
+            the default of ``num_heads`` is that of :func:`~xattn.heads.cross_attention.head_count`.
 
     Raises:
-        ValueError: as :func:`~xattn.attention.create_attention`.
+        ValueError: as in :func:`~xattn.attention.create_attention`.
     """
 
     def __init__(self, name: str, width: int, depth: int, options: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Mixer(nn.Module):
             nn.init.zeros_(layer.proj.weight)
             if layer.proj.bias is not None:
                 nn.init.zeros_(layer.proj.bias)
-        self.asks = False  # whether its mechanisms ask training to add losses
+        self.asks = False  # whether its mechanisms request additional losses in training
         self._losses = Losses()
 
     def forward(self, x: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
@@ -97,7 +97,7 @@ class Mixer(nn.Module):
         return x
 
     def mix(self, x: Tensor, grid: Sequence[int], prefix: int) -> Tensor:
-        """:meth:`forward` without losses, with the mechanism's own errors."""
+        """:meth:`forward` without losses; errors of the mechanism are not reworded."""
         for norm, layer in zip(self.norms, self.layers, strict=True):
             x = x + layer(norm(x), tuple(grid), prefix)
         return x
@@ -114,8 +114,8 @@ class Mixer(nn.Module):
             )
 
     def take_losses(self) -> Tensor | float:
-        """The sum of what the mechanisms asked training to add in this thread's calls since it was last
-        taken; 0 without any, and in compiled code."""
+        """The sum of the losses that the mechanisms requested in this thread since the last call; 0 if
+        there are none, and in compiled code."""
         passes, self._losses.passes = self._losses.passes, []
         found = [loss for losses in passes for loss in losses]
         return torch.stack(found).sum() if found else 0.0
@@ -123,7 +123,7 @@ class Mixer(nn.Module):
 
 @torch.compiler.assume_constant_result
 def _warn_of_compiling() -> None:
-    """Warn while the code is compiled, not whenever it runs."""
+    """Warn when the code is compiled, not each time it runs."""
     warnings.warn(
         "mixer: compiled training leaves out the losses that the mixer asks it to add, such as the "
         "balance of a router; train without torch.compile to add them",
@@ -137,7 +137,7 @@ def create_mixer(
     """A mixer for the last tap of ``backbone``, tried on its grid.
 
     Args:
-        prefix: how many prefix tokens stand before the patches.
+        prefix: number of prefix tokens before the patches.
 
     Raises:
         ValueError: the mechanism is unknown, refuses its options, or does not fit the tap.
@@ -170,7 +170,7 @@ def create_mixer(
 
 
 def _check_saved(options: Mapping[str, Any]) -> None:
-    """Raise unless config.json can hold the options."""
+    """Raise unless config.json can store the options."""
     for name, value in options.items():
         if name == "rotate" and not isinstance(value, str | None):
             raise ValueError(

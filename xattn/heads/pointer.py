@@ -1,12 +1,12 @@
-"""Pointer head: a photo's cells in the order they matter, ended where they suffice (arXiv 1506.03134).
+"""Pointer head: orders a photo's cells by importance and ends where they suffice (arXiv 1506.03134).
 
-    p_t = softmax over the cells that are left and the end symbol of v . tanh(W_1 e_j + W_2 d_t) + s_j
+    p_t = softmax over the remaining cells and the end symbol of v . tanh(W_1 e_j + W_2 d_t) + s_j
 
-Elements e are cells of a coarse grid: the ranks of cheap maps of the class, which the taps hold, the tokens
-of the first tap, and the place; s is linear in the ranks, plus a number for each place. Without memory d is
-the same at every step, and the order is a draw of Plackett and Luce, whose scores are a map: the first
-place is drawn by softmax, the next by softmax over what is left, and so on. With memory d
-is an LSTM over the cells that were pointed to.
+Elements e are cells of a coarse grid. Each has the ranks of cheap maps of the class, which are computed
+from the taps, the tokens of the first tap, and its position. s is linear in the ranks, plus a number for
+each position. Without memory d is the same at every step, and the order is a Plackett-Luce draw whose
+scores are a map: softmax draws the first place, then the next among the remaining cells, and so on. With
+memory d is the state of an LSTM over the cells pointed to so far.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from xattn.heads.class_reading import class_reading
 from xattn.heads.fusion import row_index
 from xattn.runtime.option_checks import Count, Where
 
-LARGEST = 2**24  # entries of the tanh at once
+LARGEST = 2**24  # entries of the tanh computed at once
 
 
 class Pointing(nn.Module):
-    """Scores v . tanh(W_1 e_j + W_2 d_t) (B, T, n) of elements e (B, n, C) by queries d (B, T, C)."""
+    """Scores v . tanh(W_1 e_j + W_2 d_t) (B, T, n) of elements e (B, n, C) for queries d (B, T, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class Pointing(nn.Module):
 
 
 def left_over(orders: Tensor, count: int) -> Tensor:
-    """Which of ``count`` elements the steps of ``orders`` (B, T) may still take, bool (B, T, count): those
-    of no step before. Entries beyond them, such as -1, take none."""
+    """Which of ``count`` elements each step of ``orders`` (B, T) may still take, bool (B, T, count): those
+    not taken by an earlier step. Entries out of range, such as -1, take none."""
     taken = orders[..., None] == torch.arange(count, device=orders.device)
     return taken.cumsum(1) - taken.long() == 0
 
 
 Layers = Annotated[int, Where(lambda n: 0 <= n <= 8, "an int from 0 to 8")]
-START = 2.0  # of the contrast's rank in the scores, before training
+START = 2.0  # coefficient of the contrast's rank in the scores, before training
 
 
 class Cells(NamedTuple):
-    """What a head reads of B photos and M classes each: ``ranks`` (B, M, N, R) of maps over the N cells, in
+    """A head's input for B photos and M classes each: ``ranks`` (B, M, N, R) of maps over the N cells, in
     [-1, 1]; ``tokens`` (B, N, C), normalised; ``grid`` (h, w) of the cells."""
 
     ranks: Tensor
@@ -62,28 +62,29 @@ class Cells(NamedTuple):
     grid: tuple[int, int]
 
     def of(self, photos: Tensor | slice) -> Cells:
-        """Some of the photos."""
+        """The cells of some of the photos."""
         return Cells(self.ranks[photos], self.tokens[photos], self.grid)
 
 
 @register_head("pointer", cases=({"width": 8}, {"width": 6, "layers": 0, "explain_with": "mask"}))
 class Pointer(Head):
-    """Points to cells of the taps of ``backbone``, the inner ones first.
+    """Points to cells of the taps of ``backbone``, most important first.
 
-    ``head(taps, index)`` gives scores (B, M, h, w): without memory those of Plackett and Luce, with memory
-    how many places before the end symbol. :meth:`orders` gives the sequence itself. Untrained, it is the
-    order of w_k . f less the mean of the other classes, see :mod:`~xattn.heads.class_reading`.
+    ``head(taps, index)`` returns scores (B, M, h, w): without memory those of the Plackett-Luce model, with
+    memory the number of places before the end symbol. :meth:`orders` returns the sequence itself.
+    Untrained, its order is that of w_k . f minus the mean of the other classes, see
+    :mod:`~xattn.heads.class_reading`.
 
     Args:
-        cells: of a side, at most; maps and tokens are averaged over each.
-        width, layers: of the transformer that the cells exchange information in; 0 layers for none, and 8
-            at most.
+        cells: largest number of cells per side; maps and tokens are averaged over each cell.
+        width, layers: size of the transformer in which the cells exchange information; at most 8 layers,
+            0 for none.
         memory: whether a step knows which cells were pointed to before.
-        explain_with: show ``"scores"``, or the ``"mask"`` sigmoid(scores - score of the end symbol): above
-            1/2 are the cells that are likelier next than the end.
+        explain_with: show ``"scores"``, or the ``"mask"`` sigmoid(scores - score of the end symbol): cells
+            above 1/2 are more likely to come next than the end.
 
     Raises:
-        ValueError: a backbone whose classifier does not show how it reads its taps.
+        ValueError: the backbone's classifier has no class reading of its taps.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Pointer(Head):
             self.direct[1] = START
 
     def read(self, taps: Taps, class_index: Tensor | int | None = None) -> Cells:
-        """What depends on the backbone alone, and can be kept while the head is trained."""
+        """The inputs that depend only on the backbone and can be cached while the head is trained."""
         index = row_index(class_index, self.num_classes, taps.logits)
         found = self.reading(taps, index, self.backbone_task)
         first = taps.maps[0]
@@ -145,7 +146,7 @@ class Pointer(Head):
         return Cells(ranks, F.layer_norm(tokens, tokens.shape[-1:]), grid)
 
     def encoded(self, cells: Cells) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Elements (B M, N + 1, width), the end symbol last; s (B M, N + 1); the decoder's first state."""
+        """Elements (B M, N + 1, width), end symbol last; s (B M, N + 1); the decoder's initial state."""
         ranks = cells.ranks.flatten(0, 1)
         tokens = self.of_tokens(cells.tokens).repeat_interleave(cells.ranks.shape[1], 0)
         places, prior = (
@@ -160,12 +161,12 @@ class Pointer(Head):
         return e, added, (h.tanh()[None], c[None])
 
     def scores(self, cells: Cells) -> Tensor:
-        """(B, M, N + 1) of the first step, the end symbol's last; without memory those of every step."""
+        """(B, M, N + 1) for the first step, end symbol last; without memory the same for every step."""
         e, added, (h, _) = self.encoded(cells)
         return (self.pointing(e, h[0][:, None])[:, 0] + added).unflatten(0, cells.ranks.shape[:2])
 
     def log_likelihood(self, cells: Cells, orders: Tensor) -> Tensor:
-        """Of every step of ``orders`` (B M, T) of the cells with the end symbol N among them, (B M, T)."""
+        """Log-likelihood (B M, T) of each step of ``orders`` (B M, T) of cells, with end symbol N."""
         e, added, state = self.encoded(cells)
         queries = state[0][0][:, None].expand(-1, orders.shape[1], -1)
         if self.decoder is not None:
@@ -177,7 +178,7 @@ class Pointer(Head):
 
     @torch.no_grad()
     def orders(self, cells: Cells) -> Tensor:
-        """(B, M, N + 1): the likeliest of every step, the end symbol N where the cells before suffice."""
+        """(B, M, N + 1): the most likely choice at every step; cells before the end symbol N suffice."""
         shape = cells.ranks.shape[:2]
         if self.decoder is None:
             return self.scores(cells).argsort(dim=-1, descending=True, stable=True)
@@ -208,7 +209,7 @@ class Pointer(Head):
 
 
 def ranked(values: Tensor) -> Tensor:
-    """Ranks of (..., N) from -1 to 1, equal values share theirs.
+    """Ranks of (..., N) from -1 to 1; equal values share their rank.
 
     >>> ranked(torch.tensor([5.0, 7.0, 7.0])).tolist()
     [-1.0, 0.5, 0.5]

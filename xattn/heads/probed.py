@@ -22,7 +22,7 @@ class Probed(Backbone):
     """``probed(images) -> Taps`` whose logits are those of ``probe``, the trained head.
 
     ``encoder_fingerprint`` is the hash of the weights that the head was trained on; ``tap_point`` is
-    an identity through which the last map goes to the head.
+    an identity through which the last map passes to the head.
     """
 
     probe: AttentiveHead
@@ -78,7 +78,7 @@ class Probed(Backbone):
 
     @property
     def cam_layer(self) -> nn.Module | None:
-        """``tap_point`` where the network's own layer for CAM methods does not lead to the head."""
+        """``tap_point`` if the network's own layer for CAM methods does not lead to the head."""
         kind, _, index = self.taps[-1].partition(".")
         last_block = self.is_vit and kind == "block" and int(index) == self.depth - 1
         return None if kind == "head" or last_block else self.tap_point

@@ -3,7 +3,7 @@
     y = W x + b:   g = a W           y = gelu(x) = Phi(x) x:   g = a Phi(x)
     y = LN(x):     g = c - mean(c),  c = a gamma / sigma(x)          y = x^(1/p):   g = a y / x
 
-so that a . y = g . x + what does not depend on x. Phi(x), sigma(x) and y / x do depend on it and are
+so that a . y = g . x + a part that does not depend on x. Phi(x), sigma(x) and y / x do depend on it but are
 held constant, as in LRP's rules for gates and norms (AttnLRP, arXiv 2402.05602).
 """
 
@@ -22,7 +22,7 @@ Step: TypeAlias = tuple[Tensor, Pull]
 
 
 def step(layer: nn.Module, x: Tensor) -> Step:
-    """``layer(x)`` and its pull; x (B, ..., D).
+    """``layer(x)`` and its pullback; x (B, ..., D).
 
     Raises:
         TypeError: not a Linear, LayerNorm, GELU, Dropout, Identity, or a Sequential of these.
@@ -53,7 +53,7 @@ def step(layer: nn.Module, x: Tensor) -> Step:
 
 
 def chain(x: Tensor, *layers: nn.Module) -> Step:
-    """One layer after the other."""
+    """The layers applied in sequence."""
     pulls = []
     for layer in layers:
         x, pull = step(layer, x)
@@ -68,7 +68,7 @@ def chain(x: Tensor, *layers: nn.Module) -> Step:
 
 
 def residual(x: Tensor, *layers: nn.Module, scale: Tensor | float = 1.0) -> Step:
-    """x + scale * layers(x), ``scale`` one number or one per channel."""
+    """x + scale * layers(x); ``scale`` is one number or one per channel."""
     y, pull = chain(x, *layers)
     return x + scale * y, lambda rows: rows + pull(rows * scale)
 
@@ -87,13 +87,13 @@ def root(x: Tensor, power: Tensor | float) -> Step:
 
 
 def mlp(width: int, ratio: float = 4.0, eps: float | None = 1e-5) -> nn.Sequential:
-    """LayerNorm, Linear to ``ratio`` times the width, GELU, Linear: a pre-norm transformer's MLP.
+    """A pre-norm transformer's MLP: LayerNorm, Linear to ``ratio`` times the width, GELU, Linear.
 
     Args:
-        eps: of the norm; None leaves it out.
+        eps: epsilon of the norm; None omits the norm.
 
     Raises:
-        ValueError: the ratio leaves no channel.
+        ValueError: the ratio leaves no channels.
     """
     hidden = int(width * ratio)
     if hidden < 1:

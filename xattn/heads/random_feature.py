@@ -1,13 +1,13 @@
-"""Random-feature attention as a probe (NeurIPS 2023, arXiv 2307.11353): frozen heads, one ridge solve.
+"""Random-feature attention as a probe (NeurIPS 2023, arXiv 2307.11353): random frozen heads, ridge solve.
 
     logit_k = b_k + sum_m 1/N sum_i relu(x~_0^T W_m x~_i) <v_km, x~_i>,    x~ = [x; 1]
 
-Of M heads, W_m is random and stays as it is; the v_km solve a ridge regression in closed form, see
-:meth:`RandomFeature.solve`. So a logit is a sum over patches, of which each map shows what a patch adds
-to that of the mean patch: logit_k = f_k(query, mean patch) + sum_i C_ki.
+W_m of each of M heads is random and stays fixed; the v_km solve a ridge regression in closed form, see
+:meth:`RandomFeature.solve`. A logit is therefore a sum over patches. Maps show how much more a patch adds
+than the mean patch does: logit_k = f_k(query, mean patch) + sum_i C_ki.
 
-W_m has independent entries of variance 1/4 (RFA), or is that plus W_0 = [I 0; 0 0], so that a head begins
-with the product <x_0, x_i> (BRFA). As M grows, the kernel of RFA becomes that of arc cosines (Cho and Saul
+W_m has independent entries of variance 1/4 (RFA); in BRFA W_0 = [I 0; 0 0] is added, so that a head starts
+from the product <x_0, x_i>. As M grows, the kernel of RFA becomes the arc-cosine kernel (Cho and Saul
 2009). Patches x and queries x_0 are centred, reduced and scaled by :class:`TokenScale`.
 """
 
@@ -28,20 +28,21 @@ from xattn.heads.attentive import AttentiveHead, LabelledTokens, Shared
 from xattn.heads.base import register_head
 from xattn.runtime.option_checks import Count, NotNegative
 
-ALIKE = 1e-10  # share of the mean square below which a variance is rounding
+ALIKE = 1e-10  # a variance below this share of the mean square is rounding
 
 
 class TokenScale(nn.Module):
-    """Patches and queries (..., C), centred, in D dimensions, and scaled.
+    """Patches and queries (..., C), centred, reduced to D dimensions, and scaled.
 
         x = V^T (u - mean u) / s,   x_0 = V^T (u_0 - mean u_0) / s_0,   with mean |x|^2 = mean |x_0|^2 = 1
 
-    The statistics are those of photos, from :meth:`fit`; until then x = V^T u, V the first channels.
+    :meth:`fit` computes the statistics from photos; until then x = V^T u, with V selecting the first
+    channels.
 
     Args:
         channels: C.
-        components: D, of the principal components; None keeps the channels.
-        queries: whether there are queries, which have a mean and a scale of their own.
+        components: D, the number of principal components; None keeps the channels.
+        queries: whether there are queries, which have their own mean and scale.
     """
 
     mean: Tensor
@@ -63,11 +64,11 @@ class TokenScale(nn.Module):
             self.register_buffer("query_factor", torch.ones(()))
 
     def patches(self, u: Tensor) -> Tensor:
-        """x of ``u`` (..., C)."""
+        """x for ``u`` (..., C)."""
         return self._projected(u - self.mean) * self.factor
 
     def query(self, u: Tensor) -> Tensor:
-        """x_0 of ``u`` (..., C)."""
+        """x_0 for ``u`` (..., C)."""
         return self._projected(u - self.query_mean) * self.query_factor
 
     def _projected(self, u: Tensor) -> Tensor:
@@ -75,10 +76,10 @@ class TokenScale(nn.Module):
 
     @torch.no_grad()
     def fit(self, photos: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Take the statistics of ``photos``, batches of patches (B, N, C) and queries (B, C), in float64.
+        """Compute statistics of ``photos``, batches of patches (B, N, C) and queries (B, C), in float64.
 
         Raises:
-            ValueError: all patches are alike, or all queries.
+            ValueError: all patches are the same, or all queries are.
         """
         channels = len(self.mean)
         shape = (channels,) if self.basis is None else (channels, channels)
@@ -122,7 +123,7 @@ def _factor(spread: float, whole: float, what: str) -> float:
     return spread**-0.5
 
 
-DEVIATION = 0.5  # of the entries of W
+DEVIATION = 0.5  # standard deviation of the entries of W
 
 
 def random_weights(
@@ -132,7 +133,7 @@ def random_weights(
     biased: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """W as (P, M, D + 1): query, head, key, for ``width`` D + 1; P is D + 1, or 1 for the last row."""
+    """W as (P, M, D + 1): query, head, key, for ``width`` D + 1; P is D + 1, or 1 for only the last row."""
     w = DEVIATION * torch.randn(rows, heads, width, generator=generator)
     if biased:
         channels = torch.arange(width - 1)
@@ -141,17 +142,17 @@ def random_weights(
 
 
 def with_one(x: Tensor) -> Tensor:
-    """x~ = [x; 1] of (..., D)."""
+    """x~ = [x; 1] for x (..., D)."""
     return F.pad(x, (0, 1), value=1.0)
 
 
 def queries_of(x_0: Tensor, weights: Tensor) -> Tensor:
-    """x~_0^T W_m for each head, (B, M, D + 1), of x~_0 (B, P)."""
+    """x~_0^T W_m for each head, (B, M, D + 1), from x~_0 (B, P)."""
     return (x_0 @ weights.flatten(1)).unflatten(1, weights.shape[1:])
 
 
 def attention(scores: Tensor) -> Tensor:
-    """relu(scores) / N of (B, M, N): the weights, which do not sum to 1."""
+    """The weights relu(scores) / N of scores (B, M, N), which do not sum to 1."""
     return scores.relu() / scores.shape[-1]
 
 
@@ -162,14 +163,14 @@ def features(queries: Tensor, keys: Tensor) -> Tensor:
 
 # Half decades of lambda, relative to the mean eigenvalue.
 RIDGES = tuple(10 ** (k / 2) for k in range(-12, 7))
-SINGULAR = 1e-12  # eigenvalues below this share of the largest are 0
+SINGULAR = 1e-12  # eigenvalues below this share of the largest count as 0
 TEMPERATURES = tuple(2 ** (k / 4) for k in range(0, 41))
 
 
 class RidgeFit(NamedTuple):
-    """``alpha`` (n, K), which sums to 0 over the examples where ``ridge`` > 0; ``intercept`` (K,);
-    ``left_out`` (n, K): the prediction for each example by the fit to all others; ``ridge``: lambda over
-    the mean eigenvalue."""
+    """``alpha`` (n, K), which sums to 0 over the examples if ``ridge`` > 0; ``intercept`` (K,);
+    ``left_out`` (n, K): the prediction for each example from the fit to all others; ``ridge``: lambda
+    divided by the mean eigenvalue."""
 
     alpha: Tensor
     intercept: Tensor
@@ -182,12 +183,12 @@ class DualRidge:
 
         alpha = (H K H + lambda I)^-1 H Y,    f(x) = b + sum_i alpha_i k(x_i, x),    H = I - 1 1^T / n
 
-    The intercept b is not shrunk. lambda is given relative to the mean of the eigenvalues of H K H, so it
-    does not depend on the scale of the features. All leave-one-out residuals follow from one
-    decomposition, alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and choose lambda.
+    The intercept b is not shrunk. lambda is given relative to the mean eigenvalue of H K H, so it
+    does not depend on the scale of the features. All leave-one-out residuals follow from a single
+    decomposition, alpha_i / (H C H)_ii with C = (H K H + lambda I)^-1 (Allen 1974), and determine lambda.
 
     Raises:
-        ValueError: a kernel that is not finite, or the same for all examples.
+        ValueError: a kernel that is not finite, or is the same for all examples.
     """
 
     def __init__(self, kernel: Tensor) -> None:
@@ -198,7 +199,7 @@ class DualRidge:
         self.means = kernel.mean(0)
         rows = kernel - self.means
         centred = rows - rows.mean(1, keepdim=True)
-        # The constant direction, made the largest, so that it can be told from the others and left out.
+        # The constant direction is made the largest, so that it can be identified and left out.
         apart = float(centred.diagonal().abs().sum()) or 1.0
         values, vectors = torch.linalg.eigh(centred + 2 * apart / n)
         self.values, self.vectors = values[:-1].clamp_min(0), vectors[:, :-1]
@@ -210,15 +211,15 @@ class DualRidge:
 
     @property
     def rank(self) -> int:
-        """Of the centred kernel, which is singular where this is less than n - 1."""
+        """Rank of the centred kernel, which is singular if this is less than n - 1."""
         return int((self.values > SINGULAR * self.values[-1]).sum())
 
     def fit(self, targets: Tensor, ridge: float | None = None) -> RidgeFit:
         """Fit ``targets`` (n, K).
 
         Args:
-            ridge: lambda over the mean eigenvalue of the centred kernel; None takes the one of
-                :data:`RIDGES` with the least squared leave-one-out error.
+            ridge: lambda divided by the mean eigenvalue of the centred kernel; None chooses the value of
+                :data:`RIDGES` with the smallest squared leave-one-out error.
 
         Raises:
             ValueError: a ridge of 0 with a singular kernel.
@@ -243,8 +244,8 @@ class DualRidge:
 
 
 def best_temperature(predictions: Tensor, labels: Tensor) -> float:
-    """The factor of :data:`TEMPERATURES` by which ``predictions`` (n, K) have the least cross-entropy with
-    ``labels`` (n,): of what was left out, it makes logits of a regression on class indicators."""
+    """The factor of :data:`TEMPERATURES` that minimises the cross-entropy of ``predictions`` (n, K) with
+    ``labels`` (n,). Applied to left-out predictions of class indicators, it turns them into logits."""
     losses = [F.cross_entropy(t * predictions.double(), labels) for t in TEMPERATURES]
     return TEMPERATURES[int(torch.stack(losses).argmin())]
 
@@ -253,9 +254,9 @@ Query = Literal["constant", "gap", "cls"]
 BLOCK, KEPT = (
     2**23,
     2**27,
-)  # entries of features at once, and those kept from the kernel to the values
+)  # entries of features computed at once, and kept between the kernel and the values
 LARGEST = 2**28  # entries of W, 1 GB in float32
-MOST = 20_000  # photos, whose kernel has 3 GB
+MOST = 20_000  # photos; their kernel takes 3 GB
 
 
 @register_head(
@@ -267,28 +268,28 @@ MOST = 20_000  # photos, whose kernel has 3 GB
     ),
 )
 class RandomFeature(AttentiveHead):
-    """M heads of random scores on the tokens of the last tap, and one on the query that all share.
+    """M heads of random scores on the tokens of the last tap, with one query shared by all heads.
 
-    Patches are centred by the mean patch of the training photos and scaled to a mean square norm of 1, and
-    so is the query by its own mean. ``train`` by steps works, too, but ``xattn probe`` calls
-    :meth:`solve`. What is random is saved with the head.
+    Patches are centred by the mean patch of the training photos and scaled to a mean square norm of 1; the
+    query is centred and scaled likewise by its own statistics. Iterative training works, too, but
+    ``xattn probe`` calls :meth:`solve`. The random weights are saved with the head.
 
     Args:
-        heads: M; the classifier has M (D + 1) weights a class.
+        heads: M; the classifier has M (D + 1) weights per class.
         query: x_0 is ``"constant"``, 0; ``"gap"``, the mean of the image's patches; or ``"cls"``, its class
             token, which then does most of the classifying: :meth:`solve` measures how much, and warns.
-        biased: BRFA: W_m is drawn around the identity; not for a constant query, which it leaves at 0.
-        components: principal components of the patches to keep, D; None keeps all channels.
+        biased: BRFA: draw W_m around the identity; not for a constant query, which stays at 0.
+        components: number D of principal components of the patches; None keeps all channels.
         ridge: of the regression, see :class:`~xattn.heads.random_feature.DualRidge`; None chooses it.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
-        ValueError: more components than channels, a class token that the backbone has not, or ``biased``
-            with a constant query.
+        ValueError: more components than channels, a class token that the backbone does not have, or
+            ``biased`` with a constant query.
     """
 
     learns_scores: ClassVar[bool] = False
-    gated = True  # the rest depends on the query, and so on the image
+    gated = True  # the rest depends on the query, and therefore on the image
 
     def __init__(
         self,
@@ -318,7 +319,7 @@ class RandomFeature(AttentiveHead):
             "ridge": ridge,
         }
         width = components or channels
-        rows = 1 if query == "constant" else width + 1  # [0; 1] meets the last row alone
+        rows = 1 if query == "constant" else width + 1  # [0; 1] multiplies only the last row
         if rows * heads * (width + 1) > LARGEST:
             raise ValueError(
                 f"heads={heads}: their matrices have {rows * heads * (width + 1):,} entries for tokens of "
@@ -346,14 +347,14 @@ class RandomFeature(AttentiveHead):
         return Attended(Queries(queries, keys), keys[:, None], queries[..., -1].relu())
 
     def _raw_query(self, tokens: Tokens) -> Tensor | None:
-        """(B, C), before it is scaled; None for the constant one."""
+        """(B, C) before scaling; None for a constant query."""
         patches = tokens.patches[-1]
         if self.query == "gap":
             return patches.mean(1)
         return tokens.prefix[:, 0].to(patches.dtype) if self.query == "cls" else None
 
     def _query(self, tokens: Tokens) -> Tensor:
-        """x~_0, of which a constant query has the 1 alone."""
+        """x~_0; for a constant query only the 1."""
         raw = self._raw_query(tokens)
         return self.random.new_ones(1, 1) if raw is None else with_one(self.scale.query(raw))
 
@@ -361,33 +362,34 @@ class RandomFeature(AttentiveHead):
         return attention(scores)
 
     def reference_shares(self, rows: Tensor, attended: Attended) -> Tensor:
-        """The mean patch's share of each class, as one patch of the image: (B or 1, M)."""
+        """The mean patch's share for each class, as one patch of the image: (B or 1, M)."""
         shares = (rows[..., -1] * attended.context[:, None]).sum(-1)
         return shares / attended.values.shape[2]
 
     def mean_patch_logits(self, tokens: Tokens) -> Tensor:
-        """(B, K): the logits of images whose every patch is the mean patch, each with its own query."""
+        """(B, K): the logits of images if every patch is replaced by the mean patch, with their own
+        query."""
         attended = self.attend(tokens)
         weights = attended.context.expand(len(attended.values), -1)[..., None]
         patch = with_one(weights.new_zeros(len(weights), 1, self.random.shape[-1] - 1))
         z = pool_by(weights, patch[:, None]).flatten(1)
         return self.classifier(z if self.norm is None else self.norm(z))
 
-    # ------------------------------------------------------------------ the solve
+    # ------------------------------------------------------------------ the solver
 
     @torch.no_grad()
     def solve(self, train: LabelledTokens, validation: LabelledTokens) -> dict[str, Any]:
-        """Solve for v and b: the indicators of the classes by a ridge regression on the features of
-        ``train``, in the dual and in float64, times the factor that makes logits of them.
+        """Solve for v and b: ridge regression of class indicators on the features of ``train``, in the dual
+        and in float64, multiplied by the factor that turns them into logits.
 
         Returns:
-            ``ridge``, ``temperature`` (the factor) and the share ``left_out`` of training photos that the
-            fits to all others classify right. Unless the query is constant also the accuracy on
-            ``validation``, ``with_patches``, and ``without_patches``: once every patch is the mean patch.
+            ``ridge``, ``temperature`` (the factor) and ``left_out``, the share of training photos that are
+            classified correctly by fits to all other photos. Unless the query is constant also the accuracy
+            on ``validation``: ``with_patches``, and ``without_patches``, with every patch the mean patch.
 
         Raises:
-            ValueError: fewer photos than classes, or more than :data:`MOST`; photos that are all alike;
-                ``ridge=0`` with a singular kernel; a mixer or anchors, which no solve trains.
+            ValueError: fewer photos than classes, or more than :data:`MOST`; photos that are all the same;
+                ``ridge=0`` with a singular kernel; a mixer or anchors, which the solver does not train.
         """
         self._check(len(train.labels))
         self.scale.fit((t.patches[-1], self._raw_query(t)) for t in train.batches())
@@ -432,7 +434,7 @@ class RandomFeature(AttentiveHead):
                 )
 
     def _features(self, photos: LabelledTokens) -> Iterator[Tensor]:
-        """Phi of all ``photos``, (n, m (D + 1)) for m heads after the others."""
+        """Phi of all ``photos``, (n, m (D + 1)), for successive groups of m heads."""
         heads, width = self.random.shape[1:]
         size = max(1, BLOCK // (len(photos.labels) * width))
         for first in range(0, heads, size):
@@ -443,7 +445,7 @@ class RandomFeature(AttentiveHead):
             yield torch.cat(parts)
 
     def _without_patches(self, photos: LabelledTokens) -> dict[str, float]:
-        """The accuracy on ``photos``, and that with the mean patch alone; a warning for a class token."""
+        """The accuracy on ``photos``, and with only the mean patch; a warning for a class token."""
         full, alone = [], []
         for tokens in photos.batches():
             full.append(self.logits(tokens).argmax(1).cpu())

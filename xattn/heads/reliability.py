@@ -8,8 +8,8 @@
 
 This differs from the released code: anchors start apart (N(0, 1/D)), not at zero; attention is within
 a sample, so that no prediction depends on the batch; anchors of different classes repel with a hinge
-instead of without bound; entropies are finite at p = 0. conf(p0) weights the pull to the anchors but
-gets no gradient from it, or being unsure would lower the loss.
+instead of without bound; entropies are finite at p = 0. conf(p0) weights the pull towards the anchors but
+gets no gradient from it; otherwise uncertainty would lower the loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def confidence(p: Tensor) -> Tensor:
 
 
 class ReliabilityBalancing(nn.Module):
-    """Anchors and the correction they give, for any classifier of embeddings e (B, D).
+    """Anchors, and the correction computed from them, for any classifier of embeddings e (B, D).
 
     Args:
         classes: K, at least 2.
@@ -98,7 +98,7 @@ class ReliabilityBalancing(nn.Module):
         g, t = self.geometric(e), self.attention(e)
         weights = torch.stack([confidence(g), confidence(t)])
         total = weights.sum(0)
-        # Where both are uniform, their mean is the correction.
+        # If both are uniform, their mean is the correction.
         shares = torch.where(total > TINY, weights / total.clamp_min(TINY), 0.5)
         correction = shares[0, :, None] * g + shares[1, :, None] * t
         sure = confidence(p0)[:, None]
@@ -122,10 +122,10 @@ class ReliabilityBalancing(nn.Module):
 
 
 def create_balancing(classes: int, width: int, options: dict[str, Any]) -> ReliabilityBalancing:
-    """A :class:`ReliabilityBalancing` with the ``reliability`` of a head.
+    """A :class:`ReliabilityBalancing` with a head's ``reliability`` options.
 
     Raises:
-        ValueError: an unknown option, or a value that does not fit.
+        ValueError: an unknown option, or an invalid value.
     """
     unknown = [key for key in options if key not in OPTIONS]
     if unknown:
@@ -137,7 +137,7 @@ def create_balancing(classes: int, width: int, options: dict[str, Any]) -> Relia
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y| of (..., D) and (n, D): (..., n), in float32 at least, without the differences."""
+    """|x - y| for (..., D) and (n, D): (..., n), in float32 at least, without forming the differences."""
     x, y = widen(x), widen(y)
     squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.t()
     return squares.clamp_min(TINY).sqrt()

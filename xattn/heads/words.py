@@ -1,13 +1,13 @@
-"""Words read by the patches: parallel cross-attention to a learned table of words, and one map a word.
+"""Words read by the patches: parallel cross-attention to a learned table of words, and one map per word.
 
     A_h = softmax_w((x W_q,h) (e W_k,h)^T / sqrt(d)),   y_t = sum_h W_o,h sum_w A_htw (W_v,h e_w)
     logit_w = b_w + 1/N sum_t sum_h A_htw <x_t, W_o,h W_v,h e_w>
 
-Patches x_t, scaled by a layer norm without weights, ask the words e_w, of which one more means nothing: the
-patches that no word has to do with read it. A logit is how far the patches agree with what a word told
-them, so all words together have 1/N sum_t <x_t, y_t>. The words are a table, no text encoder. With a
-caption, its words alone are asked. The layer is :class:`~xattn.attention.ParallelCrossAttention` of one
-stream, arXiv 2409.13346; the head is ours.
+Patches x_t, normalised by a layer norm without weights, attend to the words e_w. One additional word means
+nothing: patches unrelated to any word read it. A logit measures how far the patches agree with what they
+read from a word, so that over all words the sum is 1/N sum_t <x_t, y_t>. The words are a table; there is no
+text encoder. With a caption, only its words are used. The layer is a
+:class:`~xattn.attention.ParallelCrossAttention` with one stream, arXiv 2409.13346; the head is ours.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from xattn.heads.pullback import Step
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
 
-SHOWN = 12  # words in an error
+SHOWN = 12  # largest number of words in an error message
 
 
 class OwnScores(nn.Module):
-    """z + b: the classifier of a head whose vector has a number for each class already."""
+    """z + b: the classifier of a head whose vector already has one number per class."""
 
     weight: Tensor
 
@@ -50,20 +50,21 @@ class OwnScores(nn.Module):
 
 @register_head("words", cases=({"width": 6, "heads": 2}, {"width": 6}))
 class WordHead(AttentiveHead):
-    """A classifier whose classes are words: maps are exact shares of a word's logit, signed. With
-    ``explain_with="attention"`` a map is instead where the word is read, mean over heads of A.
+    """A classifier whose classes are words: maps are exact, signed shares of a word's logit. With
+    ``explain_with="attention"`` a map shows where the word is read, the mean of A over heads.
 
-    Inner tokens are the default, those that enter the last third of the blocks: final ones know the word
-    better, but less where it is (docs/heads/words.md).
+    By default it reads inner tokens, at the start of the last third of the blocks: final tokens recognise
+    words better but locate them worse (docs/heads/words.md).
 
     Args:
-        width: of the table of words.
-        heads: H; None takes :func:`~xattn.heads.cross_attention.head_count`'s choice.
-        shared: see :class:`~xattn.heads.attentive.AttentiveHead`; ``class_names`` are the words. Train by
-            captions without ``norm``: a word that is not asked has the number 0, which is no statistic.
+        width: width of the table of words.
+        heads: H; None uses :func:`~xattn.heads.cross_attention.head_count`.
+        shared: see :class:`~xattn.heads.attentive.AttentiveHead`; ``class_names`` are the words. To train
+            on captions, leave ``norm`` off: words outside the caption have the value 0, which is no
+            statistic.
     """
 
-    asked: Tensor | None = None  # (K,) bool: the words of the caption, see of_caption
+    asked: Tensor | None = None  # (K,) bool: words of the caption, see of_caption
 
     def __init__(
         self,
@@ -79,22 +80,22 @@ class WordHead(AttentiveHead):
         self.attention = ParallelCrossAttention(
             channels, head_count(channels, heads), (width,), bias=False
         )
-        self.table = nn.Parameter(torch.randn(count + 1, width))  # the last means nothing
+        self.table = nn.Parameter(torch.randn(count + 1, width))  # the last word means nothing
         self.classifier = OwnScores(count)  # type: ignore[assignment]
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """What enters the last third of the blocks: the output of block 7 of 12, counted from 0."""
+        """The input of the last third of the blocks: the output of block 7 of 12, counted from 0."""
         return (f"block.{depth - 1 - depth // 3}",)
 
     # ------------------------------------------------------------------ captions
 
     def words_of(self, caption: str) -> list[int]:
-        """The numbers of the words that ``caption`` has, each once, in the order of the table; other words
-        are passed over.
+        """The numbers of the words in ``caption``, each once, in the order of the table; unknown words are
+        ignored.
 
         Raises:
-            ValueError: it has none of them, or the head was trained without names.
+            ValueError: it contains no known word, or the head was trained without names.
         """
         if self.class_names is None:
             raise ValueError(
@@ -113,10 +114,10 @@ class WordHead(AttentiveHead):
         return sorted(found)
 
     def of_caption(self, caption: str) -> Self:
-        """This head, with its weights, asking the words of ``caption`` alone; the maps of all others are 0.
+        """This head, with the same weights, using only the words of ``caption``; all other maps are 0.
 
         Raises:
-            ValueError: as :meth:`words_of`.
+            ValueError: as in :meth:`words_of`.
         """
         made = copy.copy(self)
         made.asked = torch.zeros(self.num_classes, dtype=torch.bool, device=self.table.device)
@@ -127,7 +128,7 @@ class WordHead(AttentiveHead):
         """Logits (B, K) of the words of each photo's caption, -inf for all others; captions (B, K) bool.
 
         Raises:
-            ValueError: captions of another shape, or one without a word.
+            ValueError: ``captions`` have another shape, or one has no words.
         """
         shape = (tokens.patches[-1].shape[0], self.num_classes)
         if captions.shape != shape or captions.dtype != torch.bool:
@@ -141,20 +142,20 @@ class WordHead(AttentiveHead):
         return self.classify(attended.with_scores(scores)).masked_fill(~captions, -torch.inf)
 
     def _hidden(self, scores: Tensor, captions: Tensor) -> Tensor:
-        """``scores`` with -inf for the words that captions (B or 1, K) lack; never for the one that means
+        """``scores`` with -inf for words that are not in captions (B or 1, K), except the word that means
         nothing."""
         asked = F.pad(captions, (0, 1), value=True)[:, None]
         split = scores.unflatten(1, (self.attention.num_heads, -1))
         return split.masked_fill(~asked[..., None], -torch.inf).flatten(1, 2)
 
-    # ------------------------------------------------------------------ what a head defines
+    # ------------------------------------------------------------------ defined by this head
 
     def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1]
         x = F.layer_norm(x, x.shape[-1:])
         layer = self.attention
         keys = self._split(layer.k[0](self.table))
-        # <x W_q, k> = <x, W_q^T k>: few words, so their rows are cheaper than a query for each patch.
+        # <x W_q, k> = <x, W_q^T k>: with few words, transforming them costs less than a query per patch.
         wq: Tensor = layer.q[0].weight  # type: ignore[assignment]
         rows = keys @ wq.unflatten(0, (layer.num_heads, -1))
         attended = Attended(
@@ -189,8 +190,8 @@ class WordHead(AttentiveHead):
     # ------------------------------------------------------------------ maps
 
     def reading_maps(self, tokens: Tokens) -> Tensor:
-        """(B, K, h, w): where each word is read, mean over heads of A; with what reads nothing, the words
-        sum to 1 at every place."""
+        """(B, K, h, w): where each word is read, the mean of A over heads; together with the word that
+        means nothing, they sum to 1 at every position."""
         maps = self.query_maps(tokens).unflatten(1, (self.attention.num_heads, -1)).mean(1)
         return maps[:, : self.num_classes] * (tokens.grid[0] * tokens.grid[1])
 

@@ -1,1 +1,1 @@
-"""Attention mechanisms, one file each, which registers itself."""
+"""Attention mechanisms, one per file; each registers itself."""

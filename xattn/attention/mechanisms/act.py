@@ -1,16 +1,16 @@
-"""Calibrated attention (ACT): keys that draw attention without need, the sinks, are damped.
+"""Calibrated attention (ACT): damps attention sinks, keys that draw attention without need.
 
-    a_j = mean_i P_ij,   S = {j : a_j > alpha / N} without the protected ones,   m_i = sum_{j in S} P_ij
+    a_j = mean_i P_ij,   S = {j : a_j > alpha / N} without protected tokens,   m_i = sum_{j in S} P_ij
     P'_ij = beta P_ij  for j in S,    P'_ij = P_ij (1 - beta m_i) / (1 - m_i)  for the other keys
 
-P is softmax attention. What is taken from the sinks goes to the other keys in proportion to P, so rows
-still sum to 1. With A_S, the softmax over the sinks alone, and A_rest, over all others,
+P is softmax attention. What the sinks lose goes to the other keys in proportion to P, so rows still sum to
+1. With A_S, the softmax over only the sinks, and A_rest, over all other keys,
 
     A = diag(g) P + diag((beta - g) m) A_S,   g = (1 - beta m) / (1 - m)         where m <= 0.9
-    A = diag(beta m) A_S + diag(1 - beta m) A_rest                  elsewhere, and on a GPU everywhere
+    A = diag(beta m) A_S + diag(1 - beta m) A_rest                elsewhere, and on a GPU for all rows
 
-Prefix tokens are protected; without any, the first sink is, which the paper finds useful. Which keys are
-sinks has no gradient, and depends in a causal call on later queries, too. Yu et al., arXiv 2406.15765.
+Prefix tokens are protected. Without any, the first sink is protected, which the paper finds useful. The
+choice of sinks has no gradient, and in a causal call depends on later queries. Yu et al., arXiv 2406.15765.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xattn.attention.plans import planned
 from xattn.attention.selection import Segment
 from xattn.kernels.softmax.reference import widen
 
-HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits
+HEAVY = 0.9  # above this share of a row's attention on sinks, 1 - m loses precision
 
 
 @register_attention(
@@ -44,14 +44,14 @@ HEAVY = 0.9  # of a row's attention on sinks, from where 1 - m loses digits
     studies={"attention-maps": {"depth": 1.0}},
 )
 class ACT(Mechanism):
-    """Softmax attention whose sinks are damped, in all heads or in those that a search found.
+    """Softmax attention with damped sinks, in all heads or in those selected by a search.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        alpha: a sink receives more than ``alpha`` times the mean; causal, the mean over the queries that
-            see it counts.
-        beta: what is left of a sink's attention, 0 to 1.
-        stride: reads every ``stride``-th patch, and the prefix, to find the sinks; 1 reads all.
+        alpha: a sink receives more than ``alpha`` times the mean; in a causal call, the mean over the
+            queries that see it.
+        beta: the remaining share of a sink's attention, 0 to 1.
+        stride: use every ``stride``-th patch as a query, and the prefix, to find sinks; 1 uses all.
         heads: the heads to calibrate; all by default. See :mod:`xattn.eval.studies.attention_sinks`.
     """
 
@@ -95,7 +95,7 @@ class ACT(Mechanism):
     def received(
         self, softmax: SoftmaxOperator, inputs: Inputs, stride: int | None = None
     ) -> Tensor:
-        """a of all keys, (B, H, S): the mean of what the queries that see a key give to it."""
+        """a of all keys, (B, H, S): the mean attention to a key from the queries that see it."""
         q, n, lse = softmax.q, softmax.shape[2], softmax.lse
         stride = self.stride if stride is None else stride
         if stride == 1:
@@ -109,7 +109,7 @@ class ACT(Mechanism):
             )  # fmt: skip
             ones = lse.new_ones(1, 1, len(index)).expand(len(q), -1, -1)
             return some.vecmat(ones)[:, :, 0] / len(index)
-        if not on_cpu(q):  # all rows in one launch take less time than launches for some
+        if not on_cpu(q):  # one launch for all rows takes less time than separate ones for some
             return softmax.vecmat(asked.expand(len(q), -1, -1))[:, :, 0] / seen
         total = widen(q.new_zeros(*q.shape[:3]))
         for part in index.split(softmax.row_chunks()[0].stop):
@@ -121,15 +121,15 @@ class ACT(Mechanism):
         found = received > self.alpha / received.shape[2]
         if prefix:
             found[..., :prefix] = False
-        else:  # the first stays as it is
+        else:  # the first sink stays as it is
             found &= found.cumsum(-1) > 1
         if self.heads is not None:
             found &= among(self.heads, self.num_heads, device=received.device)
         return found
 
     def sink_recall(self, inputs: Inputs) -> tuple[int, int]:
-        """How many of the sinks that all queries find the queries of ``stride`` find, and how many
-        there are; the protected first sink counts as one."""
+        """How many of the sinks found with all queries are also found with every ``stride``-th, and how
+        many there are; the protected first sink is included."""
         inputs = self.accepted(inputs)
         with torch.no_grad():
             softmax = SoftmaxOperator(inputs.q, inputs.k, inputs.scale, causal=inputs.causal)
@@ -181,7 +181,7 @@ class ACT(Mechanism):
     def _on_sinks(
         self, softmax: SoftmaxOperator, sinks: Tensor, inputs: Inputs
     ) -> tuple[Operator, Tensor]:
-        """A_S and the log-sum-exp of its scores, -inf where a row sees no sink."""
+        """A_S and the log-sum-exp of its scores, which is -inf if a row sees no sink."""
         hidden = torch.zeros_like(sinks, dtype=inputs.q.dtype).masked_fill(~sinks, -torch.inf)
         if inputs.causal:
             masked = SoftmaxOperator(
@@ -201,7 +201,7 @@ class ACT(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: a N, so that 1 is the mean, before calibration; ``sinks``: 1 where a patch is
-        damped; both for each head. ``calibrated``: what patches receive then, mean over heads."""
+        damped; both per head. ``calibrated``: what patches receive afterwards, mean over heads."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         received, sinks = operator.context
@@ -219,8 +219,8 @@ class ACT(Mechanism):
 
 @planned
 def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The prefix tokens and every ``stride``-th of the others: their numbers; 1 for each of them among the
-    ``n``, (1, 1, n); and how many of them see each token in a causal call, at least 1."""
+    """The prefix tokens and every ``stride``-th other token: their numbers; a mask of them among the ``n``
+    tokens, (1, 1, n); and how many of them see each token in a causal call, at least 1."""
     index = torch.cat([torch.arange(prefix), torch.arange(prefix, n, stride)])
     asked = torch.zeros(n).index_fill(0, index, 1.0)
     return index, asked[None, None], asked.flip(0).cumsum(0).flip(0).clamp_min(1)
@@ -228,7 +228,7 @@ def sampled(n: int, prefix: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @planned
 def among(heads: tuple[int, ...], count: int) -> Tensor:
-    """Which of ``count`` heads are among ``heads``, bool (count, 1)."""
+    """Which of ``count`` heads are in ``heads``, bool (count, 1)."""
     return (torch.arange(count)[:, None] == torch.tensor(heads, dtype=torch.long)).any(
         1, keepdim=True
     )

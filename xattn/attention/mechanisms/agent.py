@@ -1,12 +1,13 @@
-"""Agent attention: a few pooled queries read all keys, and all queries read these agents.
+"""Agent attention: a few pooled queries, the agents, read all keys, and all queries read the agents.
 
     A = softmax(q a^T / sqrt(D) + B2) softmax(a k^T / sqrt(D) + B1),   a = pooled grid of queries
 
-n agents give rank n at most and 4 N n D operations. Beside A V, a depthwise 3x3 convolution of the
-values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and keys, but
-are not pooled. ``training_free`` is the form that the authors put into trained diffusion models: no
-biases, no convolution, a sharper second stage and a share of the values added. In a trained classifier
-it costs most of the accuracy (``python -m xattn.eval.studies swap``), so agents must be trained there.
+n agents give a rank of at most n and take 4 N n D operations. In addition to A V, a depthwise 3x3
+convolution of the values restores local detail. Han et al., arXiv 2312.08874. Prefix tokens are queries and
+keys, but are not pooled. ``training_free`` is the form that the authors insert into trained diffusion
+models: no biases, no convolution, a sharper second stage and a share of the values added. In a trained
+classifier it loses most of the accuracy (``python -m xattn.eval.studies swap``), so agents must be trained
+there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from xattn.attention.inputs import Inputs
 from xattn.attention.operators.algebra import ProductOperator
 from xattn.attention.operators.base import Operator, SoftmaxOperator
 
-SIDE = 7  # of the coarse part of the biases
+SIDE = 7  # side of the coarse part of the biases
 
 
 @register_attention(
@@ -59,8 +60,8 @@ class Agent(Mechanism):
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
         agents: n, a square number.
-        window: (height, width) of the grid for which the row and column biases are learned; they
-            are interpolated for other grids.
+        window: (height, width) of the grid for which row and column biases are learned; for other
+            grids they are interpolated.
         training_free: see the module.
     """
 
@@ -120,7 +121,7 @@ class Agent(Mechanism):
         )
 
     def _bias(self, side: str, grid: tuple[int, ...], prefix: int) -> Tensor:
-        """B1 (side "a": agents read) or B2 transposed: (H, n, N)."""
+        """B1 (side "a": agents as readers) or B2 transposed: (H, n, N)."""
         names = ("an", "ah", "aw", "ac") if side else ("na", "ha", "wa", "ca")
         coarse, rows, columns, class_token = (self.bias[name] for name in names)
         size = (grid[0], grid[1])
@@ -145,7 +146,7 @@ class Agent(Mechanism):
 
 
 def _resize(table: Tensor, length: int) -> Tensor:
-    """(H, n, L) -> (H, n, length), linearly."""
+    """(H, n, L) -> (H, n, length), by linear interpolation."""
     if table.shape[-1] == length:
         return table
     return F.interpolate(table, length, mode="linear")

@@ -1,15 +1,15 @@
-"""Based: linear attention by a Taylor series of the exponential, alternating with small windows.
+"""Based: linear attention from a Taylor series of the exponential, alternating with small windows.
 
     A_ij = phi(q'_i) . phi(k'_j) / sum_m phi(q'_i) . phi(k'_m)        in layers 0, 2, 4, ...
     phi(x) . phi(y) = 1 + z + z^2 / 2,   z = x . y / sqrt(f)
     A_i = softmax over a window of i                                  in layers 1, 3, 5, ...
 
-q' = q W_q and k' = k W_k have f = ``width`` channels. phi holds 1, x / f^(1/4), and the products x_a x_b,
-each pair once: a = b with the factor 1 / sqrt(2 f), a < b with 1 / sqrt(f). These are 1 + f + f (f + 1) / 2
-features in place of 1 + f + f^2, with the same products. A is never negative, since 1 + z + z^2 / 2 is at
-least 1/2. Causal, sums run over earlier tokens, in chunks. For no more keys than features the weights are
-computed as they stand. In Taylor layers prefix tokens are tokens like
-others; in windows they see all and are seen by all. Arora et al. 2024, arXiv 2402.18668.
+q' = q W_q and k' = k W_k have f = ``width`` channels. phi consists of 1, x / f^(1/4), and the products
+x_a x_b, each pair once: a = b with the factor 1 / sqrt(2 f), a < b with 1 / sqrt(f). These are
+1 + f + f (f + 1) / 2 features instead of 1 + f + f^2, with the same dot products. A is never negative,
+because 1 + z + z^2 / 2 is at least 1/2. In causal calls, sums run over earlier tokens, in chunks. If there
+are no more keys than features, the weights are computed directly. Taylor layers treat prefix tokens like
+other tokens; in windows they see all and are seen by all. Arora et al. 2024, arXiv 2402.18668.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Based(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        width: f, channels of q' and k'; W_q and W_k, of each head, start as the first f columns of the
-            identity. None leaves q and k as they are.
-        window: tokens that a window holds: in a row, or in a square of the grid, whose side is rounded
-            down. Longer than the grid, it holds all.
-        form: "taylor" or "window" for all layers, or "alternate" by their number.
-        layer: the number of the layer, from 0 on; ``convert`` and mixers give it.
+        width: f, channels of q' and k'; W_q and W_k of each head start as the first f columns of the
+            identity. None uses q and k unchanged.
+        window: number of tokens in a window, in a row or in a square of the grid, whose side is rounded
+            down. A window longer than the grid covers all of it.
+        form: "taylor" or "window" for all layers, or "alternate" by layer number.
+        layer: the layer number, from 0; ``convert`` and mixers set it.
 
     Features are computed in float32 at least.
     """
@@ -118,14 +118,14 @@ class Based(Mechanism):
         return q, k
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: the attention that each patch gets from all tokens, mean over heads; in layers
+        """``received``: the attention that each patch gets from all tokens, mean over heads, for layers
         of either form."""
         return received_map(operator, inputs)
 
 
 def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-    """``received`` alone, the attention that each patch gets from all tokens, mean over heads (B, 1, h, w);
-    nothing without a grid of two dimensions."""
+    """Only ``received``, the attention that each patch gets from all tokens, mean over heads (B, 1, h, w);
+    empty without a two-dimensional grid."""
     if inputs.grid is None or len(inputs.grid) != 2:
         return {}
     ones = inputs.q.new_ones(operator.shape[0], 1, operator.shape[2])
@@ -134,7 +134,7 @@ def received_map(operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def features(width: int) -> int:
-    """How many features phi has."""
+    """The number of features in phi."""
     return 1 + width + width * (width + 1) // 2
 
 

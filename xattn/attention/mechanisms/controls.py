@@ -1,17 +1,17 @@
-"""Attention that others are compared with: what is left without content, without queries, without mixing.
+"""Baseline attention without content, without queries, or without mixing.
 
     uniform           A_ij = 1 / S
     static            A_ij = M_ij, the same for all images
-    static_embedding  A = softmax of queries and keys of the tokens that enter the first block
+    static_embedding  A = softmax of queries and keys computed from the input of the first block
     non_approximate   A_ij = softmax_j(g_j),  g_j = silu(q_j) . k_j / sqrt(D), the same for all queries
     taylor            A_ij proportional to 1 + z + z^2 / 2,  z = q_i . k_j / sqrt(D)
     none              A = I
 
-After "Deconstructing Attention" (arXiv 2510.11602), whose variants they are in the form for images, without
-a causal mask. ``uniform`` is ``non_approximate`` with g = 0. An explanation that stays the same when
-``static`` maps stand in the network explains places, not content.
+After "Deconstructing Attention" (arXiv 2510.11602), adapted to images, without a causal mask. ``uniform``
+is ``non_approximate`` with g = 0. If an explanation does not change when ``static`` maps replace the
+network's attention, it explains positions, not content.
 
-The attention that layers of a network give to photos or to noise, mean over the images.
+The module also computes the mean attention of a network's layers over photos or noise:
 
 M = mean over images of softmax(q k^T / sqrt(D)),   (H, N, N) for each layer
 """
@@ -36,8 +36,8 @@ from xattn.attention.operators.fixed import IdentityOperator, SharedRowOperator,
 from xattn.attention.record import answering_by
 from xattn.kernels.softmax.reference import widen
 
-MOST = 4096  # tokens for which a matrix of all pairs is stored
-AT_ONCE = 16  # photos of a pass
+MOST = 4096  # largest number of tokens for which a matrix of all pairs is stored
+AT_ONCE = 16  # photos per pass
 
 
 class Map(NamedTuple):
@@ -46,11 +46,11 @@ class Map(NamedTuple):
     matrix: Tensor
     """(H, N, N), float32 or float64."""
     grid: tuple[int, ...] | None
-    """Of the tokens behind the prefix."""
+    """Grid of the tokens after the prefix."""
 
 
 def check_tokens(count: int) -> None:
-    """Raise a ``ValueError`` where a matrix of all pairs of ``count`` tokens would be too large."""
+    """Raise a ``ValueError`` if a matrix of all pairs of ``count`` tokens would be too large."""
     if count > MOST:
         raise ValueError(
             f"tokens: got {count}; static stores a matrix for each head, give at most {MOST}"
@@ -58,7 +58,7 @@ def check_tokens(count: int) -> None:
 
 
 class _Averages:
-    """Answers by softmax attention for some mechanisms, and adds up its matrices."""
+    """Runs softmax attention for some mechanisms and adds up its matrices."""
 
     def __init__(self, mechanisms: Collection[nn.Module]) -> None:
         self.mechanisms = set(mechanisms)
@@ -90,18 +90,18 @@ class _Averages:
         return operator.matvec(value)
 
     def maps(self) -> dict[nn.Module, Map]:
-        """By mechanism, of those that were reached."""
+        """Maps by mechanism, for those that were reached."""
         return {m: Map(total / self.images[m], self.grids[m]) for m, total in self.totals.items()}
 
 
 def mean_maps(
     model: nn.Module, mechanisms: Collection[nn.Module], batches: Iterable[Tensor]
 ) -> dict[nn.Module, Map]:
-    """What the layers of ``mechanisms`` would attend to by softmax, mean over all images.
+    """The softmax attention of the layers with ``mechanisms``, mean over all images.
 
     Args:
         model: a module or a backbone, with the mechanisms in some of its layers.
-        batches: of the model's inputs, all of one size.
+        batches: inputs of the model, all of one size.
 
     Raises:
         ValueError: inputs of different sizes, or too many tokens.
@@ -116,7 +116,7 @@ def mean_maps(
 def noise_maps(
     model: nn.Module, mechanisms: Collection[nn.Module], sigma: float
 ) -> dict[nn.Module, Map]:
-    """The same of one sequence of tokens N(0, sigma^2) in place of those that enter the first block."""
+    """The same for one sequence of tokens N(0, sigma^2) that replaces the input of the first block."""
 
     def noise(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
@@ -135,14 +135,14 @@ def noise_maps(
 
 
 def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[Tensor]:
-    """Photos as inputs (b, 3, H, W) of ``model``, at most ``count``, spread evenly over the list.
+    """Photos as inputs (b, 3, H, W) of ``model``, at most ``count``, evenly spaced in the list.
 
     Args:
-        model: a timm model; its configuration says how photos are prepared.
-        photos: a photo, a folder or a .txt list of them.
+        model: a timm model; its configuration defines the preprocessing.
+        photos: a photo, a folder, or a .txt list of photos.
 
     Raises:
-        ValueError: they cannot be read.
+        ValueError: the photos cannot be read.
     """
     from xattn.photos.images import list_images, load_image
     from xattn.photos.preprocessing import preprocessing_of
@@ -171,12 +171,12 @@ def photo_batches(model: nn.Module, photos: str | Path, count: int) -> Iterator[
 
 
 PAPER = "arXiv 2510.11602"
-LONGEST = 1024  # tokens of the noise of a layer that stands alone
+LONGEST = 1024  # noise tokens for a layer outside of a model
 
 
 @register_attention("uniform", paper=PAPER, complexity="N D", control=True, cross=True)
 class Uniform(Mechanism):
-    """All keys alike, A = 1 / S: what the network makes of no attention at all."""
+    """The same weight for all keys, A = 1 / S: shows what the network does without attention."""
 
     def operator(self, inputs: Inputs) -> Operator:
         batch, heads, keys = inputs.k.shape[:3]
@@ -186,7 +186,7 @@ class Uniform(Mechanism):
 
 @register_attention("none", paper=PAPER, complexity="N D", control=True)
 class NoMixing(Mechanism):
-    """Every token reads its own value alone."""
+    """Every token reads only its own value."""
 
     def operator(self, inputs: Inputs) -> Operator:
         return IdentityOperator(inputs.q)
@@ -194,9 +194,9 @@ class NoMixing(Mechanism):
 
 @register_attention("non_approximate", paper=PAPER, complexity="N D", control=True, causal=True)
 class NonApproximate(Mechanism):
-    """Keys are weighed by their own queries, not by those of the tokens that read them.
+    """Keys are weighted by their own queries, not by those of the tokens that read them.
 
-    All queries read the same mean, so A has rank 1; in a causal call each reads that of the tokens so far.
+    All queries read the same mean, so A has rank 1; in a causal call each reads the mean so far.
     """
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -214,7 +214,7 @@ class NonApproximate(Mechanism):
         return inputs.scale * (F.silu(widen(inputs.q)) * widen(inputs.k)).sum(-1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: what each patch gets from all tokens, mean over heads."""
+        """``received``: the attention that each patch gets from all tokens, mean over heads."""
         return received_map(operator, inputs)
 
 
@@ -222,8 +222,8 @@ class NonApproximate(Mechanism):
     "taylor", paper="arXiv 2402.18668", complexity="N D^3", control=True, causal=True
 )
 class Taylor(Based):
-    """The second-order Taylor series of the exponential, as Based's linear attention has it, in all layers
-    and of queries and keys as they are."""
+    """The second-order Taylor series of the exponential, as in Based's linear attention, in all layers and
+    with unchanged queries and keys."""
 
     def __init__(self, dim: int, num_heads: int, *, backend: str = "auto") -> None:
         super().__init__(dim, num_heads, None, form="taylor", backend=backend)
@@ -231,14 +231,14 @@ class Taylor(Based):
 
 @register_attention("static_embedding", paper=PAPER, complexity="N^2 D", control=True)
 class StaticEmbedding(Mechanism):
-    """Queries and keys of the tokens that enter the first block, values of the layer's own.
+    """Queries and keys from the input tokens of the first block, values from the layer itself.
 
-    In a converted model the block's own ``qkv`` makes them. A layer that stands alone reads the embedding
-    itself: there it is softmax attention.
+    In a converted model the block's own ``qkv`` computes them. In a layer outside of a model, the embedding
+    is the layer's input, so it is softmax attention.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        norm: in a converted model, whether the block's ``norm1`` goes before; False is the paper's form.
+        norm: in a converted model, whether to apply the block's ``norm1`` first; False is the paper's form.
     """
 
     reads = ("embedding",)
@@ -248,7 +248,7 @@ class StaticEmbedding(Mechanism):
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         self.norm = norm
-        self.block: list[nn.Module] = []  # in a list, since it is no part of the mechanism
+        self.block: list[nn.Module] = []  # in a list, so that it is not a submodule
 
     @classmethod
     def prepare(cls, model: nn.Module, made: Mapping[int, Mechanism]) -> None:
@@ -295,7 +295,7 @@ class StaticEmbedding(Mechanism):
         return layer.q_norm(q), layer.k_norm(k)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: what each patch gets from all tokens, mean over heads."""
+        """``received``: the attention that each patch gets from all tokens, mean over heads."""
         return received_map(operator, inputs)
 
 
@@ -315,16 +315,16 @@ class Static(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        source: of M. "noise": a fixed sequence of Gaussian tokens, which a model that is converted reads
-            once, in place of the tokens that enter its first block. "drawn": queries and keys drawn for
-            each layer, which no model has a part in; "noise", too, in a layer that stands alone. "photo":
-            one photo; "mean": the mean over photos. "learned": the softmax of parameters, at first 0.
-        photos: a photo, a folder or a .txt list, for "photo" (its first) and "mean".
-        count: of these at most so many, spread over the list.
+        source: of M. "noise": a fixed sequence of Gaussian tokens, which a converted model processes once
+            in place of the input of its first block. "drawn": queries and keys drawn for each layer,
+            independently of the model; outside of a model, "noise" does the same. "photo": one photo;
+            "mean": the mean over photos. "learned": the softmax of parameters that start at 0.
+        photos: a photo, a folder or a .txt list, for "photo" (the first one) and "mean".
+        count: largest number of these photos, evenly spaced in the list.
         tokens: N, for "learned"; the longest sequence, for what is drawn for a layer.
-        sigma: standard deviation of the noise, or of queries and keys that are drawn.
+        sigma: standard deviation of the noise, or of the drawn queries and keys.
 
-    Maps of a network are those of one number of tokens, or one grid; others are refused.
+    The maps of a network fit one number of tokens or one grid; others are refused.
     """
 
     kept: Tensor | None
@@ -376,7 +376,7 @@ class Static(Mechanism):
             _keep(mean_maps(model, layers, photo_batches(model, first.photos, first.count)))
 
     def keep(self, found: Map) -> None:
-        """Take ``found`` as M."""
+        """Set M to ``found``."""
         self.kept, self.grid, self.noise = found.matrix, found.grid, None
 
     def operator(self, inputs: Inputs) -> Operator:
@@ -405,13 +405,14 @@ class Static(Mechanism):
         return products(q, k, q.shape[-1] ** -0.5).softmax(-1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``received``: what each patch gets from all tokens, mean over heads; the same for all images."""
+        """``received``: the attention of each patch from all tokens, mean over heads; equal for all
+        images."""
         return received_map(operator, inputs)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **named: Any
     ) -> None:
-        """Take noise or maps, whichever were saved."""
+        """Load noise or maps, whichever were saved."""
         for name in ("noise", "kept"):
             value = state_dict.get(prefix + name)
             self._buffers[name] = None if value is None else torch.empty_like(value)
@@ -427,8 +428,8 @@ def fit_static(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the maps of all static layers of ``model`` to the mean of its own softmax attention.
 
     Args:
-        model: with ``static`` in some of its layers, for example by ``convert``; a backbone too.
-        batches: of the model's inputs, all of one size.
+        model: a model or backbone with ``static`` in some of its layers, for example by ``convert``.
+        batches: inputs of the model, all of one size.
 
     Raises:
         ValueError: no such layer was reached, inputs of different sizes, or too many tokens.

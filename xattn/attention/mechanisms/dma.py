@@ -2,10 +2,10 @@
 
     b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
 
-V_j is the value of token j over all heads; a and w are learned per head through b, the choice of keys
+V_j is the value of token j over all heads; a and w are learned per head through b, and the choice of keys
 has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
-4 N w D operations, no special kernel. Causal: each query keeps the best w keys up to itself.
-Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is left out, as
+4 N w D operations, and no special kernel. In causal calls each query keeps the best w keys up to itself.
+Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; the paper's exp(.) around b is omitted, as
 in the authors' code.
 """
 
@@ -48,11 +48,11 @@ class DMA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        window: w, how many keys are kept beside the prefix tokens, whose b is 0.
-        causal: whether a token sees only earlier tokens and itself, always or where a call asks for
-            it.
+        window: w, the number of keys that are kept in addition to the prefix tokens, whose b is 0.
+        causal: whether a token always sees only itself and earlier tokens; otherwise only if a call asks
+            for it.
 
-    ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it learns.
+    ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it has learned.
     """
 
     reads = ("values",)
@@ -74,14 +74,14 @@ class DMA(Mechanism):
     def key_bias(self, v: Tensor) -> Tensor:
         """b, (B, H, N), from values (B, H, N, D)."""
         weight = self.score.weight.unflatten(1, (self.num_heads, -1))  # no copy of v by token
-        if needs_grad(v):  # whose gradient then lies as v does
+        if needs_grad(v):  # then the gradient has the memory layout of v
             z = (v @ weight.permute(1, 2, 0)).sum(1).transpose(1, 2)
         else:
             z = (weight.transpose(0, 1) @ v.transpose(2, 3)).sum(1)
         return self.a[:, None] * F.softplus(z)
 
     def kept(self, b: Tensor) -> Tensor:
-        """The patches with the largest b, LongTensor (B, H, w), rising."""
+        """The patches with the largest b, LongTensor (B, H, w), in ascending order."""
         return b.detach().topk(self.window, sorted=False).indices.sort(-1).values
 
     def choice(self, inputs: Inputs) -> Choice | None:
@@ -113,8 +113,8 @@ class DMA(Mechanism):
         return operator
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: b of each patch that is kept, one channel per head, the same for all
-        queries and classes; ``kept``: 1 where it is kept."""
+        """``importance``: b of each kept patch, one channel per head, the same for all queries and
+        classes; ``kept``: 1 where it is kept."""
         if operator.context is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}
         b, keep = operator.context
@@ -128,7 +128,8 @@ class DMA(Mechanism):
 
 
 class CausalChoice(NamedTuple):
-    """The keys that each query keeps: itself, and of earlier keys those whose rank is at most its limit.
+    """The keys that each query keeps: itself, and those earlier keys whose rank is at most the query's
+    limit.
 
     All of them are in the list of the query's block.
     """
@@ -136,9 +137,9 @@ class CausalChoice(NamedTuple):
     lists: Tensor
     """int32 (B, H, blocks, 64 + w - 1), keys, those of the block itself first; -1 = none."""
     rank: Tensor
-    """int32 (B, H, N), of the keys: 0 has the largest b."""
+    """int32 (B, H, N), ranks of the keys: 0 has the largest b."""
     limit: Tensor
-    """int32 (B, H, N)"""
+    """int32 (B, H, N), limits of the queries."""
 
     def by_query(self, window: int) -> Tensor:
         """The keys that each query keeps, int32 (B, H, N, w); -1 = none."""
@@ -152,15 +153,15 @@ class CausalChoice(NamedTuple):
 
 @torch.no_grad()
 def causal_choice(b: Tensor, window: int) -> CausalChoice:
-    """The ``window`` best keys up to each query, always with itself, for b (B, H, N).
+    """The ``window`` best keys up to each query, always including itself, for b (B, H, N).
 
-    Of the keys before a block of queries only the best w - 1 can be kept. They are found among those
-    before its run of blocks and those of this run, so that no step takes more than N^1.5 / 8, 128 N or
-    N (w + 64) / 64 numbers.
+    Of the keys before a block of queries, only the best w - 1 can be kept. They are searched for among
+    the best before its run of blocks and those in this run, so that no step needs more than N^1.5 / 8,
+    128 N or N (w + 64) / 64 numbers.
     """
     n, others = b.shape[2], min(window - 1, b.shape[2])
     count = -(-n // BLOCK)
-    run = math.isqrt(count - 1) + 1  # blocks of a run
+    run = math.isqrt(count - 1) + 1  # blocks per run
     runs = -(-count // run)
     order = b.argsort(dim=2, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -180,13 +181,13 @@ def causal_choice(b: Tensor, window: int) -> CausalChoice:
     keys = F.pad(order, (0, 1), value=-1).gather(2, before.flatten(2)).view(before.shape)
     token = places.view(-1, BLOCK)[:count]
     token = token.masked_fill(token >= n, -1).expand_as(own)
-    # The limit is the rank that as many earlier keys reach as a query keeps beside itself. At most 63 of
-    # those before the block give way, so it is that of one of the last 64 or of a key of the block.
+    # The limit is the rank at which as many earlier keys are included as a query keeps beside itself. At
+    # most 63 keys before the block drop out, so it is the rank of one of their last 64 or of a block key.
     last = before[..., max(0, others - BLOCK) :]
     ranks, at = torch.cat([last, own], 3).sort(3)
     time = (
         at - last.shape[3]
-    )  # when a key becomes an earlier one, negative for those before the block
+    )  # the query from which a key counts as earlier; negative for keys before the block
     earlier = time[:, :, :, None] < places[:BLOCK, None]
     place = (earlier.cumsum(4, dtype=torch.uint8) < last.shape[3]).sum(4)
     limit = ranks.gather(3, place).flatten(2)[:, :, :n] if others else rank.new_full(rank.shape, -1)

@@ -1,13 +1,13 @@
-"""Flow-Attention: linear attention in which keys compete for what flows to the queries.
+"""Flow-Attention: linear attention in which keys compete for the flow to the queries.
 
     A_ij = a_i / I_i  Q_i . K_j  c_j          Q = sigmoid(q), K = sigmoid(k)
-    a_i  = sigmoid(I'_i N / S)                allocation: what query i takes of the flow into it
-    c_j  = S softmax_j(clamp(O'_j))           competition: what key j wins of the values
+    a_i  = sigmoid(I'_i N / S)                allocation: the share of its incoming flow that query i takes
+    c_j  = S softmax_j(clamp(O'_j))           competition: the share of the values that key j wins
 
-I is the flow into a query, I' and O' the flows into queries and out of keys when the other side's flows
-are conserved (:mod:`xattn.kernels.flows`). Rows of A do not sum to 1. Causal, all sums run over tokens
-0 to i, and c_j = (j + 1) exp(O'_j) / sum_(m <= j) exp(O'_m), which later tokens do not change. Prefix
-tokens are tokens like others. Wu et al. 2022, arXiv 2202.06258.
+I is the flow into a query. I' and O' are the flows into queries and out of keys when the other side's flows
+are conserved (:mod:`xattn.kernels.flows`). Rows of A do not sum to 1. In causal calls, all sums run over
+tokens 0 to i, and c_j = (j + 1) exp(O'_j) / sum_(m <= j) exp(O'_m), which does not depend on later tokens.
+Prefix tokens are treated like other tokens. Wu et al. 2022, arXiv 2202.06258.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EPS = {"core": 0.0, "vision": 1e-6}  # by eps_style, added to every flow
 
 
 class Shares(NamedTuple):
-    """What the maps of a call show."""
+    """The quantities that the maps of a call show."""
 
     allocation: Tensor
     """a, (B, H, N), in (0, 1)."""
@@ -48,15 +48,15 @@ class Shares(NamedTuple):
     studies={"attention-maps": {"depth": 0.0}},
 )
 class Flow(Mechanism):
-    """Flow-Attention, which has no parameters of its own.
+    """Flow-Attention, which has no parameters.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        clamp: the least and the largest O' that competition tells apart, or None. The mean of O' is 1, so
-            the published limits clamp about half of the keys: these compete alike, and no gradient passes.
-            ``operator.logged["saturation"]`` is their share.
-        eps_style: where 1e-6 is added: "core" to both factors of every flow, "vision" to the flow itself
-            as well, as the two programs of the authors do.
+        clamp: limits (lowest, highest) between which competition distinguishes values of O', or None. The
+            mean of O' is 1, so the published limits clamp about half of the keys: clamped keys compete as
+            equals, without gradient. ``operator.logged["saturation"]`` is their share.
+        eps_style: where 1e-6 is added: "core" adds it to both factors of every flow, "vision" also to the
+            flow itself, following the two programs of the authors.
 
     Features and flows are computed in float32 at least.
     """
@@ -79,7 +79,7 @@ class Flow(Mechanism):
         assert inputs.scale is not None
         own = inputs.scale * inputs.k.shape[-1] ** 0.5  # 1 unless the model has its own scale
         with own_precision(inputs.q):
-            # expit, because attn_lrp takes sigmoid for a gate, and these are features
+            # expit, because attn_lrp treats sigmoid as a gate, and these are features
             q = torch.special.expit(widen(inputs.q) if own == 1 else widen(inputs.q) * own)
             k = torch.special.expit(widen(inputs.k))
             bare = self.backend == "triton" and not inputs.causal  # these flows have no kernel
@@ -101,7 +101,7 @@ class Flow(Mechanism):
         return operator
 
     def shares(self, refined: Tensor, conserved: Tensor, causal: bool) -> Shares:
-        """Allocation and competition of I' (B, H, N) and O' (B, H, S), clamped."""
+        """Allocation and competition from I' (B, H, N) and O' (B, H, S), clamped."""
         n, s = refined.shape[2], conserved.shape[2]
         if not causal:
             refined = refined if n == s else refined * (n / s)
@@ -111,9 +111,9 @@ class Flow(Mechanism):
         return Shares(refined.sigmoid(), competition)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``competition``: c, what patches win as keys, 1 in the mean over all keys; ``allocation``: a,
-        what they take as queries; both for each head. ``received``: the sum of A over the queries, mean
-        over heads."""
+        """``competition``: c, the share that patches win as keys, with mean 1 over all keys;
+        ``allocation``: a, the share that they take as queries; both per head. ``received``: the sum of A
+        over the queries, mean over heads."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}

@@ -1,14 +1,14 @@
-"""FreeSwim: a vision transformer at a higher resolution than it was trained at, without training.
+"""FreeSwim: runs a vision transformer at a higher resolution than in training, without training.
 
-    A_i = softmax over the window of i                      for a patch: as many patches as in training
+    A_i = softmax over the window of i                for a patch: as many patches as in training
     A_r = softmax over all N tokens, scale sqrt(ln N / ln N_0 / D)       for a prefix token, r
 
 The windows are those of neighborhood attention, shifted inwards at the border, so every patch sees the
 ``kernel`` x ``kernel`` = N_0 patches of a training image. The rows of prefix tokens (the full branch)
-override the window: the class token reads the whole image, with a scale that keeps the entropy of N_0
+override the window: the class token reads the whole image, with a scale that preserves the entropy for N_0
 patches. They are computed in every ``refresh``-th layer and copied in the layers between. On the training
-grid A is dense attention. Wu et al., arXiv 2511.14712, which has the text's cross-attention in place of
-prefix tokens, and steps of denoising in place of layers.
+grid A is dense attention. Wu et al., arXiv 2511.14712, where cross-attention to text takes the role of the
+prefix tokens, and denoising steps that of the layers.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from xattn.kernels.softmax import softmax_attention
     studies={"swap": ({"positions": "tile"},), "attention-maps": {"positions": "tile"}},
 )
 class FreeSwim(Mechanism):
-    """Windows of the training grid's size for patches, all tokens for prefix tokens.
+    """Windows of the training grid's size for patches, and all tokens for prefix tokens.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        kernel: sides of the training grid, in patches: one number, or one for each dimension. On a grid
-            of three dimensions one number stands for height and width, and time, the first, is whole.
-            In a row or a causal call it is a number of tokens; causal, the last ones. Longer than the
-            grid, it holds all.
+        kernel: sides of the training grid, in patches: one number, or one per dimension. On a
+            three-dimensional grid one number applies to height and width; time, the first dimension, is
+            not restricted. In a row or a causal call it is a number of tokens, in the latter the last
+            ones. A window longer than the grid covers all of it.
         log_scale: whether prefix tokens scale their scores by the number of patches that they see.
-        refresh: in a converted model, every how many layers the rows of the prefix tokens are computed;
-            the layers between copy them.
-        layer: the number of the layer, from 0 on; ``convert`` gives it.
+        refresh: in a converted model, the rows of the prefix tokens are computed in every ``refresh``-th
+            layer and copied in the layers between.
+        layer: the layer number, from 0; ``convert`` sets it.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FreeSwim(Mechanism):
         return SumOperator(terms, stochastic=True, hides=True)
 
     def prefix_scale(self, inputs: Inputs) -> float:
-        """What the scores of prefix tokens are multiplied by: sqrt(ln N / ln N_0), at least 1."""
+        """The factor for the scores of prefix tokens: sqrt(ln N / ln N_0), at least 1."""
         grid = inputs.grid
         assert grid is not None
         seen, trained = math.prod(grid), math.prod(self._sides(grid))
@@ -112,7 +112,7 @@ class FreeSwim(Mechanism):
         return math.sqrt(math.log(seen) / math.log(trained))
 
     def _rows(self, inputs: Inputs) -> Tensor:
-        """A of the prefix tokens, (B, H, R, N): computed here, or copied from an earlier layer."""
+        """A of the prefix tokens, (B, H, R, N), computed here or copied from an earlier layer."""
         q, prefix, carried = inputs.q, inputs.prefix, inputs.carried
         source = self.layer - self.layer % self.refresh
         key = "freeswim", source, inputs.k.shape[:3], prefix
@@ -141,8 +141,8 @@ class FreeSwim(Mechanism):
         return window_pattern(inputs, window, "kernel")
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``outside``: the share of a patch's full attention that its window does not see, for each
-        head: where the whole image matters; ``full``: what each prefix token reads, mean over heads."""
+        """``outside``: the share of a patch's full attention outside its window, per head: where the whole
+        image matters; ``full``: what each prefix token reads, mean over heads."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2 or inputs.causal:
             return {}

@@ -1,7 +1,7 @@
 """Generalized neighborhood attention: every token sees a window of its grid neighbours.
 
 In each dimension a query sees ``kernel`` keys around the leader of its stride group; with ``dilation``
-only keys of its own residue. Stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel is
+only keys with the same residue. Stride 1 is neighborhood attention (arXiv 2204.07143), stride = kernel is
 blocked (window) attention, kernel = length is dense. Prefix tokens see all and are seen by all.
 Hassani et al., arXiv 2504.16922.
 """
@@ -58,14 +58,14 @@ TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
 class GNA(Mechanism):
     """Generalized neighborhood attention on grids of 1 to 3 dimensions.
 
-    ``kernel``, ``stride``, ``dilation`` and ``causal`` take one value or one for each dimension.
+    ``kernel``, ``stride``, ``dilation`` and ``causal`` take one value, or one per dimension.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        kernel: keys seen in each dimension; at most the grid's length.
-        stride: queries that share a window, 1 to ``kernel``.
-        dilation: distance of the keys seen.
-        causal: whether later keys of a dimension are hidden, always or where a call asks for it.
+        kernel: number of keys seen in each dimension; at most the grid's length.
+        stride: number of queries that share a window, 1 to ``kernel``.
+        dilation: distance between the keys that are seen.
+        causal: whether later keys of a dimension are always hidden; otherwise only if a call asks for it.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class GNA(Mechanism):
         return {"received": received.unflatten(-1, inputs.grid)}
 
     def locality(self, q: Tensor, k: Tensor, grid: Sequence[int], prefix: int = 0) -> Tensor:
-        """Share of dense attention that falls into the window (and the prefix), (B, H, N) in [0, 1].
+        """Share of dense attention that falls inside the window (and the prefix), (B, H, N) in [0, 1].
 
         exp(lse of the window - lse of all keys) shows where a trained softmax layer is already local.
         """
@@ -123,13 +123,13 @@ def window_pattern(inputs: Inputs, window: Lengths, option: str) -> Pattern:
     """The pattern of a window around each query, for other mechanisms.
 
     Args:
-        window: tokens along each side of the grid, one number for all or one for each; of tokens in a
-            row, where there is no grid or a causal call asks for it, one. Causal, these are the last
-            ones up to the query. Longer than the grid, it holds all.
+        window: tokens along each side of the grid, one number for all or one for each. Without a grid,
+            or in a causal call, one number of tokens in a row; in the latter the last ones up to the
+            query. A window longer than the grid covers all of it.
         option: the name of ``window`` in errors.
 
     Raises:
-        ValueError: as many numbers as the grid has no dimensions.
+        ValueError: the number of sides differs from the number of dimensions.
     """
     grid = inputs.grid
     if grid is None or inputs.causal:
@@ -154,7 +154,7 @@ def plan(
     causal: bool | tuple[bool, ...] = False,
     single_keys: bool = True,
 ) -> Pattern:
-    """Order of the tokens, lists and element rule of one neighbourhood; cached.
+    """Token order, block lists and element rule of a neighbourhood; cached.
 
     Args:
         single_keys: lists of keys (less work, for gathers) instead of key tiles (for kernels).

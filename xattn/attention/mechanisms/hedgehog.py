@@ -1,17 +1,17 @@
-"""Hedgehog: attention with a learned feature map in place of the exponential, linear in the tokens.
+"""Hedgehog: attention with a learned feature map instead of the exponential, linear in the tokens.
 
     A_ij = phi_q(q_i) . phi_k(k_j) / sum_m phi_q(q_i) . phi_k(k_m)
 
     exp      phi(x) = [exp(u), exp(-u)]               u = x W + b, one W and b for each head,
     softmax  phi(x) = [softmax(u), softmax(-u)]       for queries and for keys
     joint    phi(x) = softmax([2 u, -2 u])
-    elu      phi(x) = elu(x) + 1                      nothing learned: the usual comparison
+    elu      phi(x) = elu(x) + 1                      nothing learned: the usual baseline
 
-W starts as the identity, so a converted layer has to be trained, for example to give the rows of the
-softmax layer that it replaces. Zhang et al. 2024, arXiv 2402.04347; ``softmax`` is the map of LoLCATs
-(arXiv 2410.10254), ``joint``, with biases, that of the library flash-linear-attention, ``elu`` that of
-Katharopoulos et al. 2020 (arXiv 2006.16236). Causal, sums run over earlier tokens; prefix tokens are
-tokens like others.
+W starts as the identity, so a converted layer has to be trained, for example to reproduce the rows of the
+softmax layer that it replaces. Zhang et al. 2024, arXiv 2402.04347. ``softmax`` is the map of LoLCATs
+(arXiv 2410.10254), ``joint``, with biases, that of the library flash-linear-attention, and ``elu`` that of
+Katharopoulos et al. 2020 (arXiv 2006.16236). In causal calls, sums run over earlier tokens; prefix tokens
+are treated like other tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from xattn.kernels.causal_product import causal_product
 from xattn.kernels.softmax.reference import widen
 
 FEATURES = ("exp", "softmax", "joint", "elu")
-LEAST = 1e-12  # of a feature of softmax and joint, so that no row is empty
+LEAST = 1e-12  # lower bound of the features softmax and joint, so that no row is empty
 
 
 @register_attention(
@@ -87,7 +87,7 @@ class Hedgehog(Mechanism):
         self.k_bias = nn.Parameter(zeros.clone()) if bias else None
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """phi_q (B, H, N, f) and phi_k (B, H, S, f), up to factors of queries that cancel in A."""
+        """phi_q (B, H, N, f) and phi_k (B, H, S, f), up to query factors that cancel in A."""
         with own_precision(q):
             if self.feature == "elu":
                 return _elu_plus_one(widen(q)), _elu_plus_one(widen(k))
@@ -139,18 +139,19 @@ class Hedgehog(Mechanism):
 
 
 def _exponentials(zq: Tensor, zk: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(zq) and exp(zk) without overflow, in their memory: each feature's largest key moves over to the
-    queries, and each query is scaled by its largest feature.
+    """exp(zq) and exp(zk) without overflow, computed in place. Each feature's largest key exponent is moved
+    to the queries, and each query is scaled by its largest feature.
 
-    Constants by feature, exp(zq + c) exp(zk - c), and by query cancel in A; one by key would not. Every
-    query then has a feature and a key with a product of 1, so no row of the bidirectional form is
-    empty. In the causal form a row is empty if all its keys lie below later ones by a factor of e^-87.
+    Constants per feature, exp(zq + c) exp(zk - c), and per query cancel in A; a constant per key would not.
+    Every query then has a feature and a key with a product of 1, so no row of the bidirectional form is
+    empty. In the causal form a row is empty if all its keys are smaller than later ones by a factor of
+    e^-87.
     """
     largest = zk.detach().amax(-2, keepdim=True)
-    zq = zq.add_(largest)  # in place: at many tokens the time goes into memory
+    zq = zq.add_(largest)  # in place: with many tokens, memory traffic dominates
     return zq.sub_(zq.detach().amax(-1, keepdim=True)).exp_(), zk.sub_(largest).exp_()
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, exact also where elu(x) rounds to -1."""
+    """elu(x) + 1, exact even where elu(x) rounds to -1."""
     return torch.where(x > 0, x + 1, x.clamp_max(0).exp())

@@ -1,24 +1,25 @@
-"""Hierarchically pruned attention: each block of queries reads the blocks that a search in a tree finds.
+"""Hierarchically pruned attention: each block of queries reads the key blocks selected by a tree search.
 
     A_i = softmax over the keys of the blocks in J(block of i),   |J| = keep / block
 
-A round of the search scores pooled keys, keeps the best and goes on with their parts, so that no query
-is scored with every key: N keep log(N / keep) D at most. Tokens of a grid stand in Z-order, where the
-nodes of the tree are squares. The blocks at hand and prefix tokens are always read. With as many tokens
-as a query reads it is dense attention. Lists can serve several calls. Lee et al., arXiv 2406.09827.
+Each round of the search scores pooled keys, keeps the best and continues with their parts, so that no query
+is scored against every key: at most N keep log(N / keep) D. Tokens of a grid are in Z-order, where the
+nodes of the tree are squares. The query's own blocks and prefix tokens are always read. If a query may read
+as many tokens as there are, attention is dense. Several calls can share the lists. Lee et al.,
+arXiv 2406.09827.
 
-The best key blocks of every query block by search in a tree, without scoring every block.
+The search selects the best key blocks of every query block without scoring every block.
 
-A node is a run of neighbouring key blocks. Each round scores the children of the nodes that the last
-one kept, and keeps the s best, until nodes are single blocks: log(M / s) rounds for M blocks. It rests
-on neighbours having similar scores. Two trees:
+A node is a run of neighbouring key blocks. Each round scores the children of the nodes kept by the previous
+one, and keeps the s best, until nodes are single blocks: log(M / s) rounds for M blocks. It relies on
+neighbours having similar scores. There are two trees:
 
     by quarters   runs of 4^l blocks; score = mean query of the block . mean key of the node
     by halves     s runs at first, each then split in two; score = the largest q . k of every second
                   query of the block and the keys of the node's first block
 
-The second is the search of HiP attention (Lee et al., arXiv 2406.09827). Along a Z-order the nodes of
-the first are squares. Nothing here has a gradient.
+The second is the search of HiP attention (Lee et al., arXiv 2406.09827). Along a Z-order, the nodes of
+the first are squares. None of this has a gradient.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ from xattn.kernels.block_sparse.box import causal as causal_rule
 from xattn.kernels.block_sparse.box import permuted
 from xattn.kernels.softmax.reference import widen
 
-GATHERED = 2**22  # bytes of keys that the search by halves gathers at a time
+GATHERED = 2**22  # bytes of keys that the search by halves gathers at once
 
 
 class Tokens(NamedTuple):
-    """Queries and keys (B, H, N, D) in an order in which blocks are runs, zeros in padding."""
+    """Queries and keys (B, H, N, D) in an order where blocks are consecutive; padding is zero."""
 
     q: Tensor
     k: Tensor
     real: Tensor
-    """bool (M, block), which places hold a token."""
+    """bool (M, block): the places that hold a token."""
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """(B, H, N, D) to (B, H, M, block, D), zeros in padding."""
@@ -63,7 +64,7 @@ class Tokens(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """From which to before which block a run goes, int64; an empty one holds none."""
+    """The first block of each run, and the one after its last, int64; equal numbers mean an empty run."""
 
     start: Tensor
     end: Tensor
@@ -71,33 +72,34 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """The nodes of all levels, from the coarsest on, and one more: nothing, which stands for those that do
-    not exist or hold no block."""
+    """The nodes of all levels, coarsest first, and one additional node "nothing", which represents those
+    that do not exist or hold no block."""
 
     sizes: tuple[int, ...]
-    """How many nodes each level has."""
+    """The number of nodes on each level."""
     runs: Runs
-    """The blocks of each node, nothing included; causal, then, for each level but the last, those of the M
-    runs that end before a query block and begin with the node that it lies in."""
+    """The blocks of each node, including "nothing"; in a causal tree then, for each level but the last,
+    those of M runs, which begin with the node that contains a query block and end before the query
+    block."""
     tokens: Tensor
-    """float64, of each of these, at least 1."""
+    """float64, the number of tokens in each of these, at least 1."""
     children: Tensor
     """LongTensor (nodes, 4)"""
     hidden: Tensor
-    """bool (M, nodes of the first level): not to be chosen."""
+    """bool (M, nodes of the first level): may not be chosen."""
     limit: Tensor
     """LongTensor (levels, M, 1): the first node that a query block does not see."""
     own: Tensor
-    """LongTensor (levels, M, 1): the node that a query block lies in."""
+    """LongTensor (levels, M, 1): the node that contains a query block."""
 
     @classmethod
     def of(cls, edges: Tensor, s: int, counts: Tensor, causal: bool) -> Tree:
-        """A tree over places, of which number c holds the blocks from ``edges[c]`` to before
-        ``edges[c + 1]``, one or none; from the finest level with at most 4 ``s`` nodes on.
+        """A tree over places: place c holds the blocks from ``edges[c]`` to before ``edges[c + 1]``, one or
+        none. It starts at the finest level with at most 4 ``s`` nodes.
 
         Args:
-            counts: (M,), tokens of each block.
-            causal: whether a query block sees only blocks before it.
+            counts: (M,), number of tokens in each block.
+            causal: whether a query block sees only earlier blocks.
         """
         levels = [edges]
         while len(levels[0]) - 1 > 4 * s:
@@ -134,28 +136,28 @@ class Tree:
         )  # fmt: skip
 
     def means(self, tokens: Tokens) -> Tensor:
-        """Mean keys of all runs, (B, H, runs, D); 0 for an empty one."""
+        """Mean keys of all runs, (B, H, runs, D); 0 for an empty run."""
         k = widen(tokens.k)
         sums = F.pad(tokens.in_blocks(k).sum(3).double().cumsum(2), (0, 0, 1, 0))
         total = sums.index_select(2, self.runs.end) - sums.index_select(2, self.runs.start)
         return (total / self.tokens[:, None]).to(k.dtype)
 
     def before_own(self, level: int, means: Tensor) -> Tensor:
-        """Causal: of the ``means``, those of a level's nodes up to each query block, (B, H, M, D)."""
+        """For a causal tree: the ``means`` of a level's nodes up to each query block, (B, H, M, D)."""
         count = self.own.shape[1]
         first = len(self.children) + level * count
         return means[:, :, first : first + count]
 
 
 class Found(NamedTuple):
-    """What a search returns."""
+    """The result of a search."""
 
     lists: Tensor
     """int32 (B, H, M, s), forced blocks first; -1 = nothing."""
     rounds: tuple[Runs | Tensor, ...]
-    """What each round but one that gave the lists kept, (B, H, M, s): runs, or nodes of the tree."""
+    """For each round but the last, what it kept, (B, H, M, s): runs, or nodes of the tree."""
     scores: float
-    """How many products of a query and a key it took, for an image and head."""
+    """Number of query-key products that it needed, per image and head."""
 
 
 @torch.no_grad()
@@ -164,10 +166,10 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
 
     Args:
         s: length of the lists.
-        tree: of the blocks.
-        forced: int32 (1, 1, M, f), blocks that are always taken, each once; -1 = none.
-        causal: whether a query block sees only blocks before it, beside the forced ones. It is then
-            stood for by its first query, so that no query's choice depends on later tokens.
+        tree: the tree of the blocks.
+        forced: int32 (1, 1, M, f), blocks that are always selected, each once; -1 = none.
+        causal: whether a query block sees only earlier blocks, in addition to the forced ones. It is then
+            represented by its first query, so that no query's choice depends on later tokens.
     """
     queries, means = _mean_queries(tokens, causal), tree.means(tokens)
     nodes, rounds, count = torch.arange(tree.sizes[0], device=means.device), [], 0.0
@@ -181,7 +183,7 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
             near = take_rows(means, nodes.flatten(2)).view(*nodes.shape, -1)
             scores, hidden = (near @ queries[..., None])[..., 0], nodes >= tree.limit[level]
         if causal and level < last:
-            # One node may reach beyond the blocks that a query block may see: it counts up to there.
+            # One node may extend beyond the blocks that a query block may see: it counts up to there.
             part = (queries * tree.before_own(level, means)).sum(-1, keepdim=True)
             scores = torch.where(nodes == tree.own[level], part, scores)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -198,13 +200,13 @@ def by_quarters(tokens: Tokens, s: int, tree: Tree, forced: Tensor, causal: bool
 def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> Found:
     """Search by halves, from ``s`` runs of nearly equal length; arguments as in :func:`by_quarters`.
 
-    Where it finds forced blocks itself, lists are shorter.
+    Lists are shorter if the search selects forced blocks by itself.
     """
     q = _sampled_queries(tokens, causal)
     batch, heads, m = q.shape[:3]
     device = q.device
     own = torch.arange(m, device=device)
-    limit = own if causal else torch.full_like(own, m)  # how many blocks a query block may find
+    limit = own if causal else torch.full_like(own, m)  # number of blocks that may be selected
     edges = torch.arange(s + 1, device=device) * limit[:, None] // s
     edges = edges.expand(batch, heads, -1, -1)
     runs, rounds, count = Runs(edges[..., :-1], edges[..., 1:]), [], 0.0
@@ -223,7 +225,7 @@ def by_halves(tokens: Tokens, s: int, forced: Tensor, causal: bool = False) -> F
 
 
 def _mean_queries(tokens: Tokens, causal: bool) -> Tensor:
-    """(B, H, M, D): the mean query of each block, or its first."""
+    """(B, H, M, D): the mean query of each block; if causal, its first query."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, 0]
@@ -231,7 +233,7 @@ def _mean_queries(tokens: Tokens, causal: bool) -> Tensor:
 
 
 def _sampled_queries(tokens: Tokens, causal: bool) -> Tensor:
-    """(B, H, M, rows, D): every second query of each block, or its first; the mean for padding."""
+    """(B, H, M, rows, D): every second query of each block; if causal, its first; the mean for padding."""
     q = tokens.in_blocks(widen(tokens.q))
     if causal:
         return q[:, :, :, :1]
@@ -241,7 +243,7 @@ def _sampled_queries(tokens: Tokens, causal: bool) -> Tensor:
 
 
 def _largest(q: Tensor, tokens: Tokens, blocks: Tensor) -> Tensor:
-    """The largest q . k of each query block's rows (B, H, M, rows, D) and each of the ``blocks``
+    """The largest q . k between each query block's rows (B, H, M, rows, D) and each of the ``blocks``
     (B, H, M, C), a few query blocks at a time."""
     real, flat = tokens.real, tokens.in_blocks(widen(tokens.k)).flatten(3)
     gathered = GATHERED if on_cpu(q) else 2**8 * GATHERED
@@ -256,7 +258,7 @@ def _largest(q: Tensor, tokens: Tokens, blocks: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
-    """Lists of the forced blocks and the best of the others, ``s`` in all; -1 where there are fewer."""
+    """Lists of the forced blocks and the best of the others, ``s`` in all; -1 if there are fewer."""
     again = (blocks[..., None] == forced[:, :, :, None]).any(-1)
     forced = forced.long().expand(*scores.shape[:3], -1)
     certain = torch.where(forced < 0, -torch.inf, torch.inf).to(scores.dtype)
@@ -268,7 +270,7 @@ def _best(scores: Tensor, blocks: Tensor, forced: Tensor, s: int) -> Tensor:
 
 
 class Kept(dict[Any, Any]):
-    """The newest few entries, and none in copies and pickles."""
+    """A cache of the newest few entries; copies and pickles of it are empty."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
@@ -304,20 +306,20 @@ KEPT = 8
     },
 )
 class HiP(Mechanism):
-    """Hierarchically pruned attention, on a grid or in a row of tokens; causal over tokens in a row.
+    """Hierarchically pruned attention, on a grid or in a row of tokens; causal only in a row.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: k, how many tokens a query reads behind the prefix, in whole blocks. Up to so many, the
-            layer is dense.
-        block: tokens of a block, of queries and of keys alike; on a grid a power of 2. A power of 4
+        keep: k, the number of tokens after the prefix that a query reads, in whole blocks. With no more
+            tokens than that, the layer is dense.
+        block: tokens per block, for queries and keys alike; on a grid a power of 2. A power of 4
             makes squares.
-        window: blocks with a token at most so many patches away from the block of the queries are
-            always read; 0 leaves their own. They count among the ``keep``, which grows if it has to.
-        search: "quarters", by the mean keys of squares, or "halves", the paper's, by single keys; see
+        window: blocks that have a token within this many patches of the query block are always read; 0
+            means only the query's own block. They count towards ``keep``, which grows if necessary.
+        search: "quarters" compares mean keys of squares; "halves", the paper's, compares single keys; see
             :mod:`xattn.attention.mechanisms.hip`.
-        refresh: in evaluation, how many calls with inputs of one shape share their lists, for frames of
-            a clip or steps of a sampler, until :meth:`forget`. In training mode each call searches.
+        refresh: in evaluation, the number of calls with inputs of one shape that share their lists, for
+            frames of a clip or steps of a sampler, until :meth:`forget`. In training each call searches.
     """
 
     def __init__(
@@ -387,7 +389,7 @@ class HiP(Mechanism):
             return by_quarters(tokens, layout.s, layout.tree, layout.forced, inputs.causal)
 
     def _tokens(self, inputs: Inputs, layout: Layout) -> Tokens:
-        """Queries and keys behind the prefix, in order."""
+        """Queries and keys after the prefix, in order."""
         q, k, order = inputs.q[:, :, inputs.prefix :], inputs.k[:, :, inputs.prefix :], layout.order
         if order is not None:
             q, k = order.apply(q), order.apply(k)
@@ -403,8 +405,8 @@ class HiP(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``received``: the attention that each patch gets from all tokens, mean over heads;
-        ``survived``: for each round of the search, share of the query blocks that still kept it, mean
-        over heads; ``selected``: share that read it, for each head. The last two where it searched."""
+        ``survived``: for each round of the search, the share of query blocks that still kept it, mean
+        over heads; ``selected``: the share that read it, per head. The last two only after a search."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}
@@ -424,7 +426,7 @@ class HiP(Mechanism):
 
 
 def runs_to_shares(start: Tensor, end: Tensor) -> Tensor:
-    """Share of the M lists of runs (B, H, M, s) that hold each of M blocks, (B, H, M)."""
+    """For each of M blocks, the share of the M lists of runs (B, H, M, s) that contain it, (B, H, M)."""
     steps = torch.zeros(*start.shape[:2], start.shape[2] + 1, device=start.device)
     for at, sign in ((start, 1.0), (end, -1.0)):
         at = at.flatten(2)
@@ -434,10 +436,10 @@ def runs_to_shares(start: Tensor, end: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens behind the prefix stand, in M blocks."""
+    """The positions of the tokens after the prefix, in M blocks."""
 
     s: int
-    """How many blocks are read."""
+    """The number of blocks that are read."""
     count: int
     """M"""
     tokens: int
@@ -445,13 +447,13 @@ class Layout:
     tree: Tree
     """By quarters."""
     real: Tensor
-    """bool (M, block), which places hold a token."""
+    """bool (M, block): the places that hold a token."""
     forced: Tensor
     """int32 (1, 1, M, f), blocks that are always read; -1 = none."""
     order: Order | None = None
-    """None: as they are."""
+    """None keeps the given order."""
     rule: Rule | None = None
-    """Causal: which tokens are seen."""
+    """For causal calls: which tokens are seen."""
 
     def runs(self, kept: Runs | Tensor) -> Runs:
         """The runs that a round kept."""
@@ -460,7 +462,7 @@ class Layout:
         return Runs(self.tree.runs.start[kept], self.tree.runs.end[kept])
 
     def on_tokens(self, x: Tensor, block: int) -> Tensor:
-        """Values of blocks, (..., M), for each token behind the prefix."""
+        """Values of blocks, (..., M), for each token after the prefix."""
         return blocks_to_tokens(x, block, self.order, self.tokens)
 
 
@@ -472,10 +474,10 @@ def layout(
     window: int,
     causal: bool = False,
 ) -> Layout | None:
-    """The blocks of a grid or of a row of tokens, cached; None if a query would read them all.
+    """The blocks of a grid or of a row of tokens, cached; None if a query would read all of them.
 
     Raises:
-        ValueError: on a grid, a block that is no power of 2.
+        ValueError: on a grid, a block size that is not a power of 2.
     """
     order, n = None, math.prod(grid)
     edges = torch.arange(-(-n // block) + 1)
@@ -502,7 +504,7 @@ def layout(
 
 
 def _squares(grid: tuple[int, ...], block: int) -> tuple[Order, Tensor]:
-    """Z-order without the blocks that hold padding alone, and how many others are before each place."""
+    """Z-order without blocks of only padding, and for each place the number of other blocks before it."""
     index = z_order(grid).index
     index = F.pad(index, (0, -len(index) % block), value=-1).view(-1, block)
     some = (index >= 0).any(1)

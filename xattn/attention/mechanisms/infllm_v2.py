@@ -3,13 +3,13 @@
     A = softmax over the tokens of the chosen blocks of (q k^T / sqrt(D))
     r_c = sum_i softmax_c(q_i . m_c / sqrt(D)),   score of a block = max of r_c over windows c in it
 
-m_c is the mean key of a window, ``kernel`` tokens long and one every ``stride`` tokens; the queries i
-are those of a block, or one query in a causal call, in all heads of a key head. The blocks around the
-query's own are always read. There is one softmax and nothing is learned, so short inputs can be dense:
-below ``dense_below`` patches A is softmax attention, to the bit. Prefix tokens are read by all and see
+m_c is the mean key of a window of ``kernel`` tokens; a window starts every ``stride`` tokens. The queries i
+are those of a block, or a single query in a causal call, in all heads that share a key head. The blocks
+around the query's own are always read. There is one softmax and nothing is learned, so short inputs can be
+dense: below ``dense_below`` patches A is exactly softmax attention. Prefix tokens are read by all and see
 all. The choice has no gradient. MiniCPM4, arXiv 2506.07900; InfLLM-V2, arXiv 2509.24663.
 
-Overlapping windows of keys, by whose means queries choose among blocks of tokens.
+Queries choose among blocks of tokens by the mean keys of overlapping windows.
 
 In a row or on a grid, a window is ``kernel`` tokens long and starts every ``stride`` tokens, along each
 side; a block takes the best score of the windows that overlap it (InfLLM-V2, arXiv 2509.24663). The last
@@ -42,26 +42,26 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class KeyWindows:
-    """The C windows and M blocks of the tokens behind the prefix."""
+    """The C windows and M blocks of the tokens after the prefix."""
 
     grid: tuple[int, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     order: Order | None
-    """Puts the tokens of a block side by side; None leaves them as they are."""
+    """Places the tokens of a block side by side; None keeps their order."""
     q_block: int
     k_block: int
     table: Tensor
-    """int32 (M, f), the windows that overlap each block, -1 = none."""
+    """int32 (M, f), the windows that overlap each block; -1 = none."""
     forced: Tensor
     """int32 (1, 1, query blocks, f), the blocks that are always read."""
     visible: Tensor | None = None
-    """Causal: int32 (N,), how many windows have ended."""
+    """For causal calls: int32 (N,), the number of windows that have ended."""
     rule: Rule | None = None
-    """Causal: which tokens are seen."""
+    """For causal calls: which tokens are seen."""
 
     def means(self, inputs: Inputs, factor: int = 1) -> Tensor:
-        """Mean key of each window, (B, Hk, C, D); ``factor`` times as long and far apart."""
+        """Mean key of each window, (B, Hk, C, D), with length and stride multiplied by ``factor``."""
         flat = (1,) * (2 - len(self.grid))
         longer = [min(n, factor * k) for n, k in zip(self.grid, self.kernel, strict=True)]
         kernel, stride = [*flat, *longer], [*flat, *(factor * s for s in self.stride)]
@@ -73,7 +73,7 @@ class KeyWindows:
 
     @torch.no_grad()
     def coarse_lse(self, q: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor, int]:
-        """Log-sum-exp of queries over the coarser windows (B, H, N), and their number."""
+        """Log-sum-exp of the queries over the coarser windows (B, H, N), and the number of windows."""
         factor = 4 if len(self.grid) == 1 else 2
         keys, rule = self.means(inputs, factor), None
         if self.visible is not None:
@@ -85,13 +85,13 @@ class KeyWindows:
         return attend(q, [segment], scale=inputs.scale, backend=backend)[1], keys.shape[2]
 
     def frequency(self, blocks: Blocks) -> Tensor:
-        """Share of the lists that hold the block of each token, (B, Hk, N) in [0, 1]."""
+        """Share of the lists that contain each token's block, (B, Hk, N) in [0, 1]."""
         share = blocks.shares(len(self.table))
         return blocks_to_tokens(share, self.k_block, self.order, self.grid[0])
 
     def on_tokens(self, x: Tensor) -> Tensor:
-        """Values of windows (..., C) as those of tokens (..., h, w): means over the windows that hold
-        each."""
+        """Values of windows (..., C) as values of tokens (..., h, w): means over the windows that contain
+        each token."""
         sides = []
         for length, kernel, stride in zip(self.grid, self.kernel, self.stride, strict=True):
             at = torch.arange(length, device=x.device)[:, None]
@@ -115,10 +115,10 @@ def key_windows(
     """Windows and blocks of a grid, or of a row of tokens; cached.
 
     Args:
-        grid: lengths, one or two; a causal call needs a row.
-        block, stride, kernel: in tokens, along each side; those longer than a side take all of it.
-        local: blocks on each side of a query's own that are always read; causal, before it.
-        first: causal, blocks at the start that are always read.
+        grid: one or two side lengths; a causal call needs a row.
+        block, stride, kernel: in tokens, along each side; values above a side's length cover all of it.
+        local: number of blocks on each side of a query's own that are always read; if causal, before it.
+        first: if causal, number of blocks at the start that are always read.
     """
     tile = tuple(min(block, length) for length in grid)
     kernels, strides = tuple(min(kernel, length) for length in grid), (stride,) * len(grid)
@@ -160,7 +160,7 @@ def _count(length: int, kernel: int, stride: int) -> int:
 
 
 def _numbers(sides: Sequence[Sequence[Sequence[int]]], counts: Sequence[int]) -> Tensor:
-    """For each place of the grid, the numbers of what each side lists there: int32, -1 = none."""
+    """For each place of the grid, the combinations of what each side lists there: int32, -1 = none."""
     lists = []
     for place in product(*sides):
         found = [0]
@@ -199,24 +199,24 @@ SMALL = {"block": 2, "stride": 1, "dense_below": 0}
     },
 )  # fmt: skip
 class InfLLMv2(Mechanism):
-    """Blocks chosen by overlapping windows, on a grid or in a row of tokens; causal over tokens in order.
+    """Blocks chosen by overlapping windows, on a grid or in a row of tokens; causal in token order.
 
-    Lengths are tokens in a row, or along each side of a tile of the grid; longer than the row or side,
-    they take all of it.
+    Lengths are numbers of tokens in a row, or along each side of a tile of the grid; values above the
+    length of the row or side cover all of it.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: k, how many blocks are read, those that always are among them; 8 more than these by
-            default.
-        block: of a block; 64 in a row, 8 on a grid by default.
-        stride: from one window to the next; a quarter of the block in a row, half on a grid.
-        kernel: of a window; twice the stride.
-        local: how many blocks on each side of the query's own are always read; causal, before it.
-        first: how many blocks at the start are always read in a causal call.
-        dense_below: with fewer tokens behind the prefix, attention is dense.
-        normaliser: "exact", or "coarse" for the log-sum-exp over windows four times as long and as far
-            apart (on a grid, twice along each side): scores are no probabilities then. A query before
-            the end of the first of these is not normalised.
+        selected: k, the number of blocks that are read, including those that always are; by default 8 more
+            than these.
+        block: length of a block; by default 64 in a row, 8 on a grid.
+        stride: distance between windows; by default a quarter of the block in a row, half on a grid.
+        kernel: length of a window; by default twice the stride.
+        local: number of blocks on each side of the query's own that are always read; if causal, before it.
+        first: number of blocks at the start that are always read in a causal call.
+        dense_below: with fewer tokens after the prefix, attention is dense.
+        normaliser: "exact", or "coarse" to use the log-sum-exp over windows four times as long and as far
+            apart (on a grid, twice along each side): scores are then not probabilities. Queries before
+            the end of the first coarse window are not normalised.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class InfLLMv2(Mechanism):
         return inputs.q.shape[2] - inputs.prefix < max(self.dense_below, 1)
 
     def _choose(self, inputs: Inputs, windows: KeyWindows) -> tuple[Blocks, float]:
-        """The blocks that are read, and the work of choosing them."""
+        """The blocks that are read, and the cost of choosing them."""
         patches = inputs.q[:, :, inputs.prefix :].detach()
         patches = patches if windows.order is None else windows.order.apply(patches)
         keys = windows.means(inputs)
@@ -315,9 +315,9 @@ class InfLLMv2(Mechanism):
         return key_windows(grid, *lengths, *self.always, inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: the windows' softmax, mean over heads and patches, for each patch the mean of
-        the windows that hold it; ``class_importance``, the same of the first prefix token; ``selected``:
-        share of the query blocks that read each block, for each key head."""
+        """``importance``: the windows' softmax, mean over heads and patches, as the mean over the windows
+        that contain each patch; ``class_importance``: the same for the first prefix token; ``selected``:
+        share of the query blocks that read each block, per key head."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}

@@ -1,12 +1,12 @@
-"""Landmark attention: a query weighs blocks of tokens by one landmark each, and the tokens within them.
+"""Landmark attention: a query weights blocks of tokens by one landmark each, and the tokens within them.
 
-    g_i = softmax over the tokens at hand and the landmarks of the other blocks
-    o_i = sum_{j at hand} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
+    g_i = softmax over the local tokens and the landmarks of the other blocks
+    o_i = sum_{j local} g_ij v_j + sum_c g_ic sum_{j in c} w_ij v_j,    w_i. = softmax within block c
 
-At hand are the prefix tokens and the query's own block; causal, up to the query, and the other blocks
-are those that have ended. So each row of A is a weight for every block times weights for its tokens.
-Rows can be limited to the blocks whose landmarks get most. On a grid a block is a tile. Mohtashami and
-Jaggi, arXiv 2305.16300.
+Local tokens are the prefix tokens and the query's own block; in causal calls, up to the query, and the
+other blocks are those that have ended. Each row of A is a weight for every block times weights for its
+tokens. Rows can be limited to the blocks whose landmarks get the most weight. On a grid a block is a tile.
+Mohtashami and Jaggi, arXiv 2305.16300.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ LANDMARKS = ("mean", "token", "last")
     studies={"attention-maps": {"options": {"block": 4, "selected": 9}}},
 )
 class Landmark(Mechanism):
-    """Landmark attention, on a grid or in a row of tokens; causal over tokens in a row.
+    """Landmark attention, on a grid or in a row of tokens; causal only in a row.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        block: l, tokens of a block: in a row, or along each side of a tile of the grid.
-        selected: k, how many blocks are read, a query's own among them: the queries of a block choose
-            together those whose landmarks they give most; causal, each query for itself. None reads all.
-        landmark: the key of a block's landmark. "mean" of its keys, which counts as often as the block
-            has tokens; "token", a token of each head that is learned and reads the block's keys by
-            softmax, the mean at first; "last", in a row, the paper's: each l-th token of the layer is a
+        block: l, tokens per block in a row, or along each side of a tile of the grid.
+        selected: k, the number of blocks that are read, including a query's own. The queries of a block
+            together choose those whose landmarks they weight most; in causal calls each query chooses for
+            itself. None reads all.
+        landmark: the key of a block's landmark. "mean": the mean of its keys, which counts once per token
+            in the block; "token": a token learned per head that reads the block's keys by softmax, at first
+            their mean; "last", in a row, the paper's: every l-th token of the layer is a
             landmark, whose value is not read.
     """
 
@@ -118,7 +119,7 @@ class Landmark(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice | None:
-        """By the weight of the landmarks; None where all blocks are read."""
+        """Blocks by the weight of their landmarks; None if all blocks are read."""
         if self.selected is None:
             return None
         layout = self._layout(inputs)
@@ -127,7 +128,7 @@ class Landmark(Mechanism):
         return Choice(chosen, layout.blocks.order, layout.blocks.forced[..., :1])
 
     def _tokens(self, inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys behind the prefix, in the order of the blocks, and the landmarks' keys."""
+        """Queries and keys after the prefix, in block order, and the landmarks' keys."""
         q, k, order = (
             inputs.q[:, :, inputs.prefix :],
             inputs.k[:, :, inputs.prefix :],
@@ -138,7 +139,7 @@ class Landmark(Mechanism):
         return q, k, self.marks(inputs, layout, k)
 
     def marks(self, inputs: Inputs, layout: Layout, k: Tensor) -> Tensor:
-        """The landmarks' keys, (B, H, M, D), for keys in the order of the blocks."""
+        """The landmarks' keys, (B, H, M, D), for keys in block order."""
         block, count = layout.blocks.k_block, layout.blocks.count
         if self.landmark == "mean":
             pooling = layout.blocks.pooling
@@ -161,7 +162,7 @@ class Landmark(Mechanism):
         return Blocks(chosen.index[..., 1:].contiguous(), chosen.q_block, chosen.k_block)
 
     def _choose(self, inputs: Inputs, layout: Layout, q: Tensor, marks: Tensor) -> Blocks:
-        """The blocks whose landmarks weigh most, the query's own first."""
+        """The blocks whose landmarks have the largest weights, the query's own first."""
         assert self.selected is not None
         blocks = layout.blocks
         s = min(self.selected, blocks.count)
@@ -173,7 +174,7 @@ class Landmark(Mechanism):
         return chosen
 
     def _prefix_piece(self, inputs: Inputs, layout: Layout, gated: Segment) -> Piece:
-        """Prefix tokens have one another at hand, and weigh all blocks; causal, they see no block."""
+        """Prefix tokens see one another directly, and weight all blocks; if causal, they see no block."""
         if inputs.causal:
             return prefix_piece(inputs)
         q, prefix = inputs.q[:, :, : inputs.prefix], inputs.prefix
@@ -189,9 +190,9 @@ class Landmark(Mechanism):
         return layout(grid, self.block, self.landmark == "last", inputs.causal, device=q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``tokens``: what the first prefix token, or without one the mean patch, gives to each patch;
-        ``tiles``: the same summed over tiles, the weight of their landmarks; both for each head. With
-        ``selected``, ``retrieved``: share of the query blocks that read a tile beside their own."""
+        """``tokens``: what the first prefix token, or otherwise the mean patch, gives to each patch;
+        ``tiles``: the same summed over tiles, the weight of their landmarks; both per head. With
+        ``selected``, ``retrieved``: share of the query blocks that read a tile other than their own."""
         grid, prefix = inputs.grid, inputs.prefix
         if grid is None or len(grid) != 2:
             return {}
@@ -214,23 +215,23 @@ class Landmark(Mechanism):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens behind the prefix stand, in M blocks."""
+    """The positions of the tokens after the prefix, in M blocks."""
 
     blocks: PooledBlocks
     own: Blocks
     others: Blocks | None
-    """All blocks but the own one; causal, those before it. None if there are none."""
+    """All other blocks; if causal, those before it. None if there are none."""
     counts: Tensor
-    """(M,), tokens of each block."""
+    """(M,), the number of tokens in each block."""
     real: Tensor
-    """bool (M, l), places that hold a token."""
+    """bool (M, l): the places that hold a token."""
     hidden: Tensor | None
     """float (places,), -inf where no key is read; None if all are."""
     rule: Rule | None = None
-    """Causal: which tokens are seen."""
+    """For causal calls: which tokens are seen."""
 
     def columns(self, prefix: int) -> range | Ordered:
-        """The token at each place, behind ``prefix`` others."""
+        """The token at each place, after ``prefix`` others."""
         order = self.blocks.order
         if order is not None:
             return Ordered(order, prefix)
@@ -239,11 +240,11 @@ class Layout:
 
 @planned
 def layout(grid: tuple[int, ...], block: int, last: bool, causal: bool) -> Layout:
-    """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends in a landmark.
+    """The blocks of a grid or of a row of tokens, cached; ``last`` if each ends with a landmark.
 
     Raises:
-        ValueError: ``last`` on a grid, or, bidirectional, for a number of tokens that ``block`` does
-            not divide.
+        ValueError: ``last`` on a grid or, if bidirectional, for a number of tokens that is not a multiple
+            of ``block``.
     """
     blocks = pooled_blocks(grid, block, block, block, 0, causal)
     size, count, order = blocks.k_block, blocks.count, blocks.order

@@ -1,9 +1,9 @@
-"""Local linear attention: each query fits a linear function to the values near it, and reads it there.
+"""Local linear attention: each query fits a linear function to the values near it, and evaluates it there.
 
     minimise  sum_j p_ij |v_j - b - W (k_j - q_i)|^2 + ridge_i |W|^2,   y_i = b
     A_ij = p_ij [1 + x_i . (k_j - m_i)],   (C_i + ridge_i I) x_i = q_i - m_i
 
-p is softmax attention, m_i and C_i are the mean and the covariance of the keys under p_i. Softmax
+p is softmax attention; m_i and C_i are the mean and the covariance of the keys under p_i. Softmax
 attention is the fit of a constant, the limit of an infinite ridge. Rows sum to 1, and entries may be
 negative: keys on the far side of the mean are subtracted. C_i is never formed; its systems are solved by
 conjugate gradients, 16 steps by default. Zuo et al., arXiv 2510.01450 (ICLR 2026).
@@ -28,7 +28,7 @@ from xattn.kernels.softmax import softmax_attention
 from xattn.kernels.softmax.reference import widen
 
 RIDGES = ("key_variance", "relative", "absolute")
-LEAST, MOST = 1e-6, 1e6  # of an absolute ridge
+LEAST, MOST = 1e-6, 1e6  # limits of an absolute ridge
 
 
 @register_attention(
@@ -55,16 +55,16 @@ class LLA(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        ridge: what ``ridge_lambda`` counts in. "key_variance": the variance of the head's keys, mean over
-            their dimensions (causal: of the keys that a query sees), so that the scale of the keys does
+        ridge: the unit of ``ridge_lambda``. "key_variance": the variance of the head's keys, mean over
+            their dimensions (if causal, of the keys that a query sees), so that the scale of the keys does
             not matter; "relative": weights that sum to 1; "absolute": weights exp(scale q k^T) without a
-            normaliser, as published: ridge_i is lambda exp(-lse_i), within 1e-6 to 1e6.
+            normaliser, as published: ridge_i is lambda exp(-lse_i), limited to 1e-6 to 1e6.
         ridge_lambda: the factor, positive.
-        iterations, tolerance: the most steps of conjugate gradients, and the residual as a share of
-            q_i - m_i at which a row stops; rows that stay above ten times that are warned about.
+        iterations, tolerance: largest number of conjugate gradient steps, and the residual, relative to
+            q_i - m_i, at which a row stops. A warning reports rows that stay above ten times that.
 
-    All is computed in float32 at least. That is enough where C_i + ridge_i I has a condition of at most
-    300; far above, float32 does not converge, which the warning shows.
+    Everything is computed in float32 at least. That is sufficient if the condition number of C_i + ridge_i
+    I is at most 300; far above, float32 does not converge, as the warning shows.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class LLA(Mechanism):
         if inputs.q.dtype in (torch.float16, torch.bfloat16):
             _say_promoted(inputs.q.dtype)
         q, k = widen(inputs.q), widen(inputs.k)
-        # Any constant may be subtracted from queries and keys of the fit; the mean key saves digits. It
-        # would be a look at later keys in causal attention.
+        # Any constant may be subtracted from queries and keys of the fit; the mean key improves precision.
+        # In causal attention it would leak later keys.
         centre = (
             torch.zeros_like(k[:, :, :1]) if inputs.causal else k.detach().mean(2, keepdim=True)
         )
@@ -122,8 +122,8 @@ class LLA(Mechanism):
         return (self.ridge_lambda * key_variance(k, causal)).expand_as(lse)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``row``: A of the class token, or the mean over all tokens without one, for each head, with its
-        sign; ``correction``: the part of it that softmax attention lacks; ``received``: the sum over all
+        """``row``: A of the class token, or the mean over all tokens without one, per head, with its
+        sign; ``correction``: its difference from softmax attention; ``received``: the sum over all
         queries, mean over heads."""
         assert isinstance(operator, LocalLinearOperator)
         batch, _, n, s = operator.shape
@@ -146,8 +146,8 @@ class LLA(Mechanism):
 def key_variance(k: Tensor, causal: bool = False) -> Tensor:
     """The variance of keys (B, H, S, D), mean over D: (B, H, 1), or of keys 0 to i (B, H, S).
 
-    At least a share of their mean square that rounding may hide, so that equal keys have a ridge; a
-    single key, which has no variance, has its whole square.
+    It is at least a share of their mean square that rounding may hide, so that equal keys have a ridge; for
+    a single key, which has no variance, it is the whole square.
     """
     count = torch.arange(1, k.shape[2] + 1, device=k.device, dtype=k.dtype)
     least = torch.where(count == 1, 1.0, torch.finfo(k.dtype).eps ** 0.5)
@@ -158,7 +158,7 @@ def key_variance(k: Tensor, causal: bool = False) -> Tensor:
     def running(x: Tensor) -> Tensor:
         return x.cumsum(2) / count[:, None]
 
-    away = k - k[:, :, :1]  # no large mean, whose square would be subtracted
+    away = k - k[:, :, :1]  # avoids subtracting the square of a large mean
     variance = (running(away.square()) - running(away).square()).mean(-1)
     return torch.maximum(variance, least * running(k.square()).mean(-1))
 

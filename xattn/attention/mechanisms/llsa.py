@@ -1,12 +1,12 @@
 """Log-linear sparse attention: the tokens of a few blocks, and coarser means of all the rest.
 
     A = softmax of q_i . k_c / sqrt(D) + log n_c    over tokens c and means c of B, B^2, ..., B^L tokens
-    I_l(m) = the K best of the children of I_{l+1}(m div B) by q_m^l . k_c^l,   at level L of all
+    I_l(m) = the K best by q_m^l . k_c^l among the children of I_{l+1}(m div B), at level L among all
 
-k_c and v_c are means of n_c tokens, q_m^l those of B^l queries. Query i reads the tokens of the K blocks of
+k_c and v_c are means of n_c tokens, q_m^l means of B^l queries. Query i reads the tokens of the K blocks of
 B tokens that its block chose at level 1, the means of level l < L inside the blocks chosen at level l + 1,
-and all of level L. What is read twice counts twice, as in the paper. The choice has no gradient, means of
-keys and values have theirs. Prefix tokens are read by all and see all tokens. arXiv 2512.16615.
+and all of level L. What is read twice counts twice, as in the paper. The choice has no gradient; means of
+keys and values do. Prefix tokens are read by all and see all tokens. arXiv 2512.16615.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xattn.attention.operators.segments import Piece, SegmentsOperator
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, Segment, select
 
-TOP = 64  # the most means of the top level by default
+TOP = 64  # default limit for the number of means on the top level
 
 
 @register_attention(
@@ -44,16 +44,16 @@ TOP = 64  # the most means of the top level by default
     studies={"attention-maps": {"options": {"block": 2, "levels": 2}}},
 )
 class LLSA(Mechanism):
-    """Log-linear sparse attention on a grid or in a row of tokens; causal over tokens in their order.
+    """Log-linear sparse attention on a grid or in a row of tokens; causal in token order.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        selected: K, how many blocks are chosen at each level, in a causal call the query's own among
-            them; all, where a level holds fewer.
-        block: tokens along each side of a tile of the grid, 4 by default, or of a block in a row, 16. B
+        selected: K, the number of blocks chosen at each level, in a causal call including the query's own;
+            all blocks if a level has fewer.
+        block: tokens along each side of a tile of the grid, by default 4, or per block in a row, 16. B
             is the number of tokens in it.
-        levels: L; by default the fewest with at most 64 means at the top. None is made above a level of
-            one mean.
+        levels: L; by default the fewest with at most 64 means at the top. There is no level above one
+            with a single mean.
         enrich: whether means are read at all.
     """
 
@@ -105,7 +105,7 @@ class LLSA(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice:
-        """Of level 1."""
+        """The choice at level 1."""
         made, prefix = self._pyramid(inputs), inputs.prefix
         keys, queries = made.means(inputs.k, prefix), made.order.apply(inputs.q[:, :, prefix:])
         lists = self.choose(made, inputs, queries, keys)[1]
@@ -119,7 +119,7 @@ class LLSA(Mechanism):
         self, inputs: Inputs, made: Pyramid, keys: Tensor, queries: Tensor,
         segments: list[Segment], columns: list[range],
     ) -> list[Piece]:  # fmt: skip
-        """The prefix tokens as queries, if there are any, and the others, who read them, too."""
+        """The prefix tokens as queries, if there are any, and the other tokens, which also read them."""
         prefix = inputs.prefix
         if not prefix:
             return [Piece(queries, tuple(segments), tuple(columns))]
@@ -135,8 +135,8 @@ class LLSA(Mechanism):
     def choose(
         self, made: Pyramid, inputs: Inputs, queries: Tensor, keys: list[Tensor]
     ) -> dict[int, Tensor]:
-        """I_l for each level l: int32 (B, H, M / B^l, K). Causal, the first query of a block chooses for
-        it, among itself, always taken, and earlier blocks."""
+        """I_l for each level l: int32 (B, H, M / B^l, K). If causal, the first query of a block chooses for
+        it, among itself, which is always taken, and earlier blocks."""
         means = [queries.detach()]
         if inputs.causal:
             means += [means[0][:, :, :: made.block**level] for level in range(1, made.levels + 1)]
@@ -146,7 +146,7 @@ class LLSA(Mechanism):
         lists: dict[int, Tensor] = {}
         for level in range(made.levels, 0, -1):
             q, k, count = means[level], keys[level], len(made.counts[level])
-            if made.padded:  # a mean of nothing has the lowest score, whatever the query
+            if made.padded:  # an empty mean gets the lowest score, whatever the query
                 empty = (made.counts[level] == 0).to(k.dtype) * (torch.finfo(k.dtype).min / 2)
                 k = torch.cat([k, empty[:, None].expand(*k.shape[:3], 1)], -1)
                 q = torch.cat([q, q.new_ones(*q.shape[:3], 1)], -1)
@@ -179,8 +179,8 @@ class LLSA(Mechanism):
         return pyramid(grid, block, levels, inputs.causal, device=inputs.q.device)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``level_1``, ``level_2``, ...: share of the query blocks that chose the block of each patch at
-        that level, for each head: an image pyramid of what is looked at closely."""
+        """``level_1``, ``level_2``, ...: share of the query blocks that chose each patch's block at that
+        level, per head: an image pyramid of what is read in detail."""
         grid = inputs.grid
         if grid is None or len(grid) != 2:
             return {}

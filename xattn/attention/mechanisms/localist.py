@@ -1,26 +1,26 @@
-"""The localist dial: softmax attention that draws together on one region of the photo, without training.
+"""The localist dial: softmax attention that is concentrated on regions of the photo, without training.
 
     A = softmax(q k^T / sqrt(D) + beta c)
     c_nj = cos(q_n, a_b) for a patch j of region b, 0 for a prefix token j
     a_b = mean key of region b - mean key of all patches
 
-beta 0 is the attention that was trained; the larger beta, the more of each row lies in the region whose
-anchor its query is nearest to. With a ``target``, c is 1 for the patches of that region and 0 elsewhere,
-for all queries: "what if it looked there". beta c is R more columns of q and k, so it stays one call of
-fused attention, and no N x N numbers are stored.
+beta = 0 is the attention as trained. The larger beta, the more of each row lies in the region whose anchor
+is nearest to the row's query. With a ``target``, c is 1 for the patches of that region and 0 elsewhere,
+for all queries: "what if it looked there". beta c is added as R more columns of q and k, so the layer stays
+one call of fused attention, and no N x N numbers are stored.
 
 Localist LLMs: arXiv 2510.17358, 2510.09338 (abstracts; the formulas are ours).
 
-Regions of an image's patches: boxes, superpixels, or clusters of keys that are recruited one by one.
+Regions of an image's patches are boxes, superpixels, or clusters of keys that are recruited one by one.
 
-A region is a number for each patch, 0 to R - 1, in raster order.
+The region of each patch is a number, 0 to R - 1, in raster order.
 
     recruitment:  cost = - sum_i ln sum_b w_b N(x_i; a_b, s^2 I)  +  sum over regions of their price
-    price of the region recruited beside R others = (d + 1) / 2 ln n + ln(R + 1)           in nats
+    price of a region that is added to R others = (d + 1) / 2 ln n + ln(R + 1)           in nats
 
-One region holds all n keys at first. Each step proposes one around the keys that are explained worst, lets
-all regions move (EM), and keeps it if the cost falls. So the cost falls strictly, and no more regions than
-its first value over a price are recruited. Superpixels are SLIC's, by scikit-image.
+At first one region holds all n keys. Each step proposes one around the keys that are explained worst, lets
+all regions move (EM), and keeps it if the cost falls. The cost therefore falls strictly, and the number of
+recruited regions is at most its first value divided by a price. Superpixels are SLIC's, from scikit-image.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from xattn.attention.plans import planned
 from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
 
-COMPONENTS = 16  # principal components of keys that recruitment reads
-WORST, PROPOSALS, ROUNDS = 32, 3, 8  # keys that are looked at, regions that are tried, rounds of EM
-ALIKE = 1e-6  # of the largest key: keys that differ by less are alike
+COMPONENTS = 16  # number of principal components of keys used for recruitment
+WORST, PROPOSALS, ROUNDS = 32, 3, 8  # worst keys inspected, regions tried, rounds of EM
+ALIKE = 1e-6  # keys that differ by less than this share of the largest key count as equal
 
 
 class Recruited(NamedTuple):
-    """What :func:`recruit` found: ``regions`` (n,), each key's; ``anchors`` (R, d), their means; and
-    ``costs``, in nats, with 1, 2, ... R regions."""
+    """The result of :func:`recruit`: ``regions`` (n,), the region of each key; ``anchors`` (R, d), their
+    means; and ``costs``, in nats, with 1, 2, ... R regions."""
 
     regions: Tensor
     anchors: Tensor
@@ -55,10 +55,10 @@ class Recruited(NamedTuple):
 
 
 def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
-    """``sides`` boxes along each dimension of a grid, as equal as can be: LongTensor (P,).
+    """``sides`` boxes of nearly equal size along each dimension of a grid: LongTensor (P,).
 
     Raises:
-        ValueError: no boxes, a single one, or more than patches along a dimension.
+        ValueError: fewer than two boxes, or more than patches along a dimension.
     """
     counts = (sides,) * len(grid) if isinstance(sides, int) else tuple(sides)
     if len(counts) != len(grid) or min(counts) < 1 or math.prod(counts) < 2:
@@ -80,10 +80,10 @@ def box_regions(grid: Sequence[int], sides: int | Sequence[int]) -> Tensor:
 
 
 def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """The patches' own numbers, as LongTensor (P,).
+    """Region numbers given for the patches, as LongTensor (P,).
 
     Raises:
-        ValueError: another number of patches, a single region, or a region without a patch.
+        ValueError: a wrong number of patches, a single region, or a region without a patch.
     """
     if len(numbers) != math.prod(grid):
         raise ValueError(
@@ -97,7 +97,7 @@ def given_regions(numbers: Sequence[int], grid: Sequence[int]) -> Tensor:
 
 @planned
 def members_of(grid: tuple[int, ...], regions: int | tuple[int, ...]) -> Tensor:
-    """1 where a patch is of a region, (1, P, R): of so many boxes along each side, or by number."""
+    """1 where a patch belongs to a region, (1, P, R), from boxes along each side or region numbers."""
     if isinstance(regions, int):
         found = box_regions(grid, regions)
     else:
@@ -120,7 +120,7 @@ def check_regions(regions: Tensor) -> None:
 
 
 def superpixels(photo: Tensor, grid: Sequence[int], count: int) -> Tensor:
-    """About ``count`` of SLIC's superpixels of a photo (C, H, W), made of whole patches: (P,)."""
+    """About ``count`` SLIC superpixels of a photo (C, H, W), made of whole patches: (P,)."""
     from skimage.segmentation import slic
 
     patches = F.adaptive_avg_pool2d(photo.detach().double(), (grid[0], grid[1])).permute(1, 2, 0)
@@ -135,7 +135,7 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
     """Regions of one image's keys (P, C), by :func:`recruit` on their principal components: (P,).
 
     Args:
-        variance: of a region, as a share of the keys' mean variance along these components.
+        variance: variance of a region, as a share of the keys' mean variance along these components.
     """
     x = keys.detach().double().cpu()
     x = x - x.mean(0)
@@ -151,10 +151,10 @@ def recruited_regions(keys: Tensor, variance: float) -> Tensor:
 
 @torch.no_grad()
 def recruit(points: Tensor, variance: float) -> Recruited:
-    """Regions of points (n, d), as many as the cost of the module's heading asks for.
+    """Regions of points (n, d), as many as minimise the cost in the module docstring.
 
     Args:
-        variance: s^2 of a region along each dimension. It is given, not fitted.
+        variance: s^2 of a region along each dimension. It is fixed, not fitted.
 
     Raises:
         ValueError: no points, numbers that are not finite, or a variance that is not positive.
@@ -200,7 +200,7 @@ def _log_likelihoods(x: Tensor, anchors: Tensor, weights: Tensor) -> Tensor:
 
 
 def _cost(lines: Tensor, d: int, variance: float) -> float:
-    """- the log-likelihood of all points in nats."""
+    """The negative log-likelihood of all points, in nats."""
     constant = d / 2 * math.log(2 * math.pi * variance)
     return float(len(lines) * constant - lines.logsumexp(-1).sum())
 
@@ -214,7 +214,7 @@ def _proposals(x: Tensor, explained: Tensor) -> Tensor:
 
 
 def _em(x: Tensor, anchors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``ROUNDS`` of EM from anchors (P, R, d) and ln w (P, R) on, and the points' likelihoods (P, n, R)."""
+    """``ROUNDS`` of EM starting from anchors (P, R, d) and ln w (P, R); and likelihoods (P, n, R)."""
     for _ in range(ROUNDS):
         shares = _log_likelihoods(x, anchors, weights).softmax(-1)
         mass = shares.sum(-2)
@@ -266,13 +266,13 @@ class Localist(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        beta: the dial, from 0 on.
+        beta: the dial, 0 or more.
         regions: "quadrants", halves along each dimension of the grid; "grid", ``sides`` boxes along each;
-            "slic", superpixels of the photo, which a converted model's pass has; "recruited", clusters of
-            the image's keys; or a number for each patch, row by row.
-        target: the region that all queries are steered to; by default each goes to its own.
-        sides: see ``regions``. segments: about how many superpixels there are.
-        variance: of a recruited region, as a share of the keys' own; smaller, more are recruited.
+            "slic", superpixels of the photo, which is available in a converted model; "recruited", clusters
+            of the image's keys; or a number for each patch, row by row.
+        target: the region to which all queries are steered; by default each uses its own.
+        sides: see ``regions``. segments: approximate number of superpixels.
+        variance: variance of a recruited region, as a share of the keys'; a smaller value recruits more.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class Localist(Mechanism):
 
     @classmethod
     def default_blocks(cls, count: int) -> range:
-        """The last quarter."""
+        """The last quarter of the blocks."""
         return range(count)[-max(1, round(count / 4)) :]
 
     def operator(self, inputs: Inputs) -> SoftmaxOperator:
@@ -320,10 +320,10 @@ class Localist(Mechanism):
         return operator
 
     def members(self, inputs: Inputs) -> Tensor:
-        """1 where a patch is of a region, (B or 1, P, R), in the dtype of the scores.
+        """1 where a patch belongs to a region, (B or 1, P, R), in the dtype of the scores.
 
         Raises:
-            ValueError: regions that do not fit the grid, or a target that is not among them.
+            ValueError: regions that do not fit the grid, or a target that does not exist.
         """
         found = self._members(inputs)
         if self.target is not None:
@@ -365,10 +365,10 @@ class Localist(Mechanism):
         return carried[key]  # type: ignore[no-any-return]
 
     def cosines(self, inputs: Inputs, members: Tensor) -> Tensor:
-        """c of each query and region, (B, H, N, R).
+        """c for each query and region, (B, H, N, R).
 
         Raises:
-            ValueError: all keys of the call are alike, so that no region differs from another.
+            ValueError: all keys of the call are equal, so that regions do not differ.
         """
         q, k = widen(inputs.q), widen(inputs.k)
         if self.target is not None:
@@ -387,20 +387,22 @@ class Localist(Mechanism):
         return _directions(q, 0 * least) @ _directions(anchors, least).transpose(-2, -1)
 
     def _with_columns(self, inputs: Inputs, members: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, H, N, D + R), whose products are those of A's scores over the scale."""
+        """Queries and keys (B, H, N, D + R) whose products are A's scores divided by the scale."""
         q, k, scale = inputs.q, inputs.k, inputs.scale
         if not scale:
             raise ValueError("scale: got 0; give the scale of the scores, 1 / sqrt(D) by default")
         with own_precision(q):
-            share = math.sqrt(self.beta / abs(scale))  # on both sides, for half precision
+            share = math.sqrt(
+                self.beta / abs(scale)
+            )  # split between both sides, for half precision
             left = math.copysign(share, scale) * self.cosines(inputs, members)
             right = share * _of_tokens(members, k)
             return torch.cat([q, left.to(q.dtype)], -1), torch.cat([k, right.to(k.dtype)], -1)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``region``: the number of each patch's region; ``mass``: what a patch's region gets from all
-        queries together, for each head, 1 being all; ``leading``: the share of a patch's own row that
-        lies in the region that gets most of it, for each head."""
+        """``region``: the number of each patch's region; ``mass``: the share of all queries' attention that
+        a patch's region gets, per head; ``leading``: the share of a patch's own row in the region
+        that gets most of it, per head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SoftmaxOperator)
@@ -416,21 +418,21 @@ class Localist(Mechanism):
 
 
 def region_masses(operator: SoftmaxOperator) -> Tensor:
-    """What each query of a dial's operator gives to each region, (B, H, N, R); prefix tokens get what is
-    left of 1."""
+    """Each query's attention to each region under the dial's operator, (B, H, N, R); prefix tokens get the
+    remainder to 1."""
     of_tokens = _of_tokens(operator.context, operator.k)
     return operator.matvec(of_tokens.to(operator.q.dtype).contiguous())
 
 
 def _of_tokens(members: Tensor, k: Tensor) -> Tensor:
-    """``members`` (B or 1, P, R) for all tokens of all heads of k, (B, H, N, R): prefix tokens, which are
-    first, are of no region."""
+    """``members`` (B or 1, P, R) for all tokens of all heads of k, (B, H, N, R): prefix tokens, which come
+    first, belong to no region."""
     prefix = k.shape[2] - members.shape[1]
     return F.pad(members, (0, 0, prefix, 0))[:, None].expand(*k.shape[:3], -1)
 
 
 def _directions(x: Tensor, least: Tensor) -> Tensor:
-    """x (..., D) scaled to length 1; 0, without a gradient, where it is no longer than ``least``."""
+    """x (..., D) scaled to length 1; 0, without a gradient, if it is no longer than ``least``."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     long = length > least
     return torch.where(long, x / torch.where(long, length, 1.0), 0.0)

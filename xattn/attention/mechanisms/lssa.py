@@ -1,11 +1,11 @@
-"""Length-scaled softplus attention (LSSA), and with re-weighting (LSSAR): l1 norms in place of softmax.
+"""Length-scaled softplus attention (LSSA), and with re-weighting (LSSAR): l1 norms instead of softmax.
 
     a_ij = softplus(ln D ln N_i  q_i . k_j / (|q_i| |k_j|)),   A_ij = a_ij / sum_m a_im             lssa
     b_ij = max(N_i A_ij - O_i, 0)^p,                           W_ij = b_ij / sum_m b_im             lssar
 
-N_i is the number of keys that query i sees, all of them or, causal, i of them. N_i A_ij has a mean of 1 in
-each row, so with O_i = 1 only keys above the average count, and the power sharpens what is left. The
-factor ln N_i keeps rows as sharp among many keys as among few. Gao et al., arXiv 2501.13428.
+N_i is the number of keys that query i sees: all of them or, if causal, i. N_i A_ij has a mean of 1 in
+each row, so with O_i = 1 only keys above the average count, and the power sharpens the rest. The
+factor ln N_i keeps rows equally sharp for many and for few keys. Gao et al., arXiv 2501.13428.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from xattn.kernels.backend import own_precision
 from xattn.kernels.softmax.reference import widen
 
 EPS_STYLES = ("none", "reference")
-FLOOR = 1e-8  # of both norms in the published form
+FLOOR = 1e-8  # lower bound of both norms in the published form
 
 
 class _LengthScaled(Mechanism):
-    """What both forms share: unit queries and keys, and maps."""
+    """Common to both forms: unit queries and keys, and maps."""
 
     def made(self, inputs: Inputs, power: int, offset: float, eps_style: str) -> SoftplusOperator:
-        """The operator; ``inputs.scale`` is without effect, since lengths of q and k cancel."""
+        """The operator; ``inputs.scale`` has no effect, because the lengths of q and k cancel."""
         with own_precision(inputs.q):
             q, k = _unit(inputs.q), _unit(inputs.k)
         return SoftplusOperator(
@@ -45,8 +45,8 @@ class _LengthScaled(Mechanism):
 
     def maps(self, operator: SoftplusOperator, inputs: Inputs) -> dict[str, Tensor]:  # type: ignore[override]
         """``received``: the attention that each patch gets from all tokens, in multiples of the mean,
-        mean over heads. With prefix tokens ``first``: the row of the first of them as a multiple of an
-        even row (B, H, h, w)."""
+        mean over heads. With prefix tokens also ``first``: the row of the first one, as a multiple of a
+        uniform row (B, H, h, w)."""
         own = operator.shape[2] == operator.shape[3]
         if inputs.grid is None or len(inputs.grid) != 2 or not own:
             return {}
@@ -73,10 +73,10 @@ class LSSA(_LengthScaled):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        eps_style: "none", or "reference" for the floor 1e-8 of the published form under each sum, with
-            which rows sum to a little less than 1.
+        eps_style: "none", or "reference" for the published form's floor 1e-8 under each sum, with
+            which rows sum to slightly less than 1.
 
-    Half precision is computed in float32; on GPUs products are then in TF32.
+    Half precision is computed in float32; on GPUs, products use TF32.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class LSSAR(_LengthScaled):
 
     Args:
         dim, num_heads, backend, eps_style: see :class:`LSSA`.
-        power: p, a whole number; 15 as published, where 3 was better at lengths below 1,000.
-        offset: O, from 0 to 1; 0 in the first three causal rows, and without ``eps_style="reference"``
-            in constant rows, which are even then.
+        power: p, a whole number; 15 as published, where 3 was better for lengths below 1,000.
+        offset: O, from 0 to 1; it is 0 in the first three causal rows and, without
+            ``eps_style="reference"``, in constant rows, which stay uniform.
 
-    Rows are divided by their maximum before the power, which changes nothing but keeps a power of small
-    numbers from underflowing.
+    Rows are divided by their maximum before the power. This does not change the result but prevents powers
+    of small numbers from underflowing.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Mixture-of-head attention: each token weighs its heads, and leaves out all but a few of them.
+"""Mixture-of-head attention: each token weights its heads, and omits all but a few of them.
 
     A_i = diag(g_i) softmax(q_i k_i^T / sqrt(D))        for head i
 
@@ -6,9 +6,9 @@
     routed heads   g_i = b_2 k P_i / (sum of the k largest P),  P = softmax(W_r x);  0 for the others
                    [b_1, b_2] = 2 softmax(W_0 x)
 
-Zero W give every head that is used the factor 1. The balance loss M_r sum_i mean(P_i) mean(g_i > 0),
-means over all tokens, is k where heads are used alike. Jin et al., arXiv 2410.11842, as in the authors'
-code, which multiplies by 2, M_s and k.
+With zero W, every head that is used has the factor 1. The balance loss M_r sum_i mean(P_i) mean(g_i > 0),
+means over all tokens, equals k if heads are used equally. Jin et al., arXiv 2410.11842, following the
+authors' code, which multiplies by 2, M_s and k.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from xattn.kernels.softmax.reference import widen
     studies={"attention-maps": {"channels": {"gates": ("head",)}}},
 )
 class MoH(Mechanism):
-    """Softmax attention with heads that are chosen for each token.
+    """Softmax attention with heads selected for each token.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        shared: M_s, how many heads, the first, serve all tokens. Without routed heads (``num_heads``)
-            b_1 is 1, without shared ones (0) b_2.
-        active: k, how many of the M_r other heads a token uses; half of them, rounded up, by default.
-        balance: weight of the balance loss in ``aux``. Training that adds the ``aux`` of L layers
-            divides by L to match the paper.
+        shared: M_s, the number of heads, counted from the first, that serve all tokens. Without routed
+            heads (``num_heads``) b_1 is 1; without shared ones (0) b_2 is 1.
+        active: k, how many of the M_r other heads a token uses; by default half of them, rounded up.
+        balance: weight of the balance loss in ``aux``. When training adds the ``aux`` of L layers,
+            divide by L to match the paper.
 
-    W_0 and W_1 start at zero, W_r with a deviation of 0.02. From 256 keys on, a CPU computes only the
-    heads that a token uses, except in a causal call.
+    W_0 and W_1 start at zero, W_r with a standard deviation of 0.02. With 256 keys or more, a CPU computes
+    only the heads that a token uses, except in a causal call.
     """
 
     reads = ("tokens",)
@@ -97,7 +97,7 @@ class MoH(Mechanism):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """g (B, H, N) for tokens (B, N, C), and the balance loss; None without routed heads."""
-        with torch.autocast(x.device.type, enabled=False):  # rounding would choose other heads
+        with torch.autocast(x.device.type, enabled=False):  # rounding could select other heads
             weights = {
                 name: F.linear(widen(x), widen(w)).softmax(-1) for name, w in self.router.items()
             }

@@ -1,22 +1,22 @@
-"""Native sparse attention: three branches, weighed token by token by gates that read the tokens.
+"""Native sparse attention: three branches, weighted for each token by gates that read the tokens.
 
     A = diag(g_1) softmax(q K^T / sqrt(D)) P  +  diag(g_2) A_selected  +  diag(g_3) A_near
-    g = sigmoid(W x + b),   K = P k,   P = means over blocks, learned sums, or a network's
+    g = sigmoid(W x + b),   K = P k,   P = means over blocks, learned sums, or network outputs
 
-The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to
-which the first gives most, the third those close by. On a grid a block is a tile and the queries of a
-tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads of a
-key head choose together; the choice has no gradient, or that of the importance. Prefix tokens are read
+The first branch reads every block as one pooled key, the second reads the tokens of the n blocks to which
+the first gives most, the third reads nearby tokens. On a grid a block is a tile and the queries of a
+tile choose together; in a row of tokens, bidirectional or causal, blocks may overlap. The heads that share
+a key head choose together. The choice has no gradient, or that of the importance. Prefix tokens are read
 in every branch, and see all tokens, with the gates (0, 1, 0). Yuan et al., arXiv 2502.11089. There a
-network makes a pooled value of a block's values; here one makes weights of its keys, so that A V is
-linear in V.
+network computes a pooled value from a block's values; here it computes weights from the block's keys, so
+that A V is linear in V.
 
-A small network that reads the tokens of a block and their places in it.
+A small network reads the tokens of a block and their positions in it.
 
-    net(x) = W_2 gelu(W_1 flatten(x + e) + b_1) + b_2,    x (l, D), e (l, D) the embedding of the places
+    net(x) = W_2 gelu(W_1 flatten(x + e) + b_1) + b_2,    x (l, D), e (l, D) the position embeddings
 
-W_2 and b_2 start at zero. The network is made for a square of tokens; in a row, or where a grid is
-narrower, it reads the places that there are, as if the others were zero. Heads share it.
+W_2 and b_2 start at zero. The network is built for a square of tokens; in a row, or on a narrower grid,
+it reads the existing positions, as if the others were zero. Heads share it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from xattn.attention.selection import Blocks
 
 
 class BlockNetwork(nn.Module):
-    """(..., l, D) -> (..., out); with ``out=None`` a number for each place, (..., l).
+    """(..., l, D) -> (..., out); with ``out=None`` one number per position, (..., l).
 
     Args:
-        side: of the square. ``width``: D, also of the hidden layer.
+        side: side of the square. ``width``: D, also the width of the hidden layer.
     """
 
     def __init__(self, side: int, width: int, out: int | None = None) -> None:
@@ -55,8 +55,8 @@ class BlockNetwork(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, x: Tensor, tile: tuple[int, ...], real: Tensor) -> Tensor:
-        """Args: ``x`` (..., C, l, D); ``tile``, the sides of a block, in a row one; ``real``, bool (C, l),
-        which places hold a token."""
+        """Args: ``x`` (..., C, l, D); ``tile``, the sides of a block, one in a row; ``real``, bool (C, l):
+        the places that hold a token."""
         place = self._in_tile(self.place, tile)
         hidden = self.inner.weight.shape[0]
         inner = self.inner.weight.view(hidden, self.side, self.side, -1).permute(1, 2, 0, 3)
@@ -71,15 +71,15 @@ class BlockNetwork(nn.Module):
         return F.linear(x, weight, bias)
 
     def _in_tile(self, x: Tensor, tile: tuple[int, ...]) -> Tensor:
-        """(side, side, ...) -> (l, ...): the places of a tile, or in a row those of the first row."""
+        """(side, side, ...) -> (l, ...): the positions of a tile, or in a row those of the first row."""
         return x[0, : tile[0]] if len(tile) == 1 else x[: tile[0], : tile[1]].flatten(0, 1)
 
 
 class CompressedOperator(ProductOperator):
-    """The first branch. What it gives for the layer's own values may be known before it is asked."""
+    """The first branch. Its result for the layer's own values may be known before it is requested."""
 
     known: tuple[Tensor, Tensor] | None = None
-    """X and A X, forgotten when they were asked for."""
+    """X and A X, dropped once they have been used."""
 
     def matvec(self, x: Tensor) -> Tensor:
         known, self.known = self.known, None
@@ -90,7 +90,7 @@ class CompressedOperator(ProductOperator):
 
 
 BRANCHES = ("compressed", "selected", "near")
-START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is near
+START = (-2.0, -2.0, 2.0)  # initial gate biases: training begins with nearby tokens
 
 
 @register_attention(
@@ -109,23 +109,24 @@ START = (-2.0, -2.0, 2.0)  # of the gates' biases: training begins with what is 
     studies={"attention-maps": {"options": {"block": 4}}},
 )
 class NSA(Mechanism):
-    """Native sparse attention, on a grid or in a row of tokens; causal over tokens in their order.
+    """Native sparse attention, on a grid or in a row of tokens; causal in token order.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        block: l, tokens of a pooled block: in a row, or along each side of a tile of the grid.
-        selected: n, how many blocks a query reads token by token, those that are always chosen among
-            them; at least 3 where a call is causal.
-        window: tokens of the third branch: along each side of the grid or row; causal, the last ones
-            up to the query. Longer than the grid, it holds all.
-        stride: from one pooled block to the next, in a row only; ``block`` by default.
-        select_block: l', tokens of a block that is chosen, in a row only; ``block`` by default.
-        pooling: "mean"; "conv" for the mean of tokens times a factor that is learned for each head
-            and place in a block (in a row, those of a tile's first row) and starts at 1, where places
-            of a tile beyond the grid count as zeros; or "mlp" for the mean and what networks make of
-            the block's keys and their places: added to its key, and as factors of its values.
-        forced: whether a query's own block is always chosen; causal, also the first and the one before.
-        differentiable: whether the choice has a gradient, by a factor for each chosen block that is 1
+        block: l, tokens per pooled block in a row, or along each side of a tile of the grid.
+        selected: n, the number of blocks that a query reads token by token, including those that are always
+            chosen; at least 3 in a causal call.
+        window: tokens of the third branch, along each side of the grid or row; if causal, the last ones
+            up to the query. A window longer than the grid covers all of it.
+        stride: distance between pooled blocks, only in a row; ``block`` by default.
+        select_block: l', tokens per block that can be chosen, only in a row; ``block`` by default.
+        pooling: "mean"; "conv": the mean of tokens times factors that are learned for each head
+            and position in a block (in a row, those of a tile's first row) and start at 1; positions
+            of a tile beyond the grid count as zeros; or "mlp": the mean, corrected by networks that read
+            the block's keys and their positions; they are added to its key, and scale its values.
+        forced: whether a query's own block is always chosen; if causal, also the first and the previous
+            one.
+        differentiable: whether the choice has a gradient, through a factor for each chosen block that is 1
             and has the gradient of the block's importance (straight through).
     """
 
@@ -170,7 +171,7 @@ class NSA(Mechanism):
         read = blocks.read(inputs, keys, backend=self.backend)
         compressed = CompressedOperator([read, values], causal=inputs.causal)
         pooled, lse = keys[:, :, inputs.prefix :], None
-        # With prefix tokens the choice has a softmax of its own.
+        # With prefix tokens the choice has a separate softmax.
         if inputs.causal and not inputs.prefix:
             output, lse = read.attend(values.matvec(inputs.v))  # type: ignore[attr-defined]
             compressed.known = inputs.v, output
@@ -196,7 +197,7 @@ class NSA(Mechanism):
         return operator
 
     def choice(self, inputs: Inputs) -> Choice:
-        """Of the second branch."""
+        """The choice of the second branch."""
         blocks = self._blocks(inputs)
         pooled = self._pooled(inputs, blocks)[0][:, :, inputs.prefix :]
         chosen = self._choose(inputs, blocks, pooled)
@@ -211,7 +212,7 @@ class NSA(Mechanism):
         )
 
     def gates(self, inputs: Inputs) -> Tensor:
-        """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) at prefix tokens."""
+        """g of the three branches, (3, B, H, N) in [0, 1]; (0, 1, 0) for prefix tokens."""
         assert inputs.x is not None
         g = torch.sigmoid(self.gate(inputs.x[:, inputs.prefix :]))
         g = g.unflatten(2, (3, self.num_heads)).permute(2, 0, 3, 1)
@@ -232,7 +233,7 @@ class NSA(Mechanism):
         return pooled_blocks(grid, *self.blocks, inputs.prefix, inputs.causal, device=q.device)
 
     def _pooled(self, inputs: Inputs, blocks: PooledBlocks) -> tuple[Tensor, Operator]:
-        """Pooled keys (B, Hk, R + C, D), the prefix tokens' own in front, and what pools values."""
+        """Pooled keys (B, Hk, R + C, D), prefix tokens first, and the operator that pools values."""
         prefix, k = inputs.prefix, inputs.k
         if self.pooling == "mlp":
             runs, real = blocks.runs(k[:, :, prefix:])
@@ -257,8 +258,8 @@ class NSA(Mechanism):
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
         """``importance``: what the compressed branch gives to each block, mean over heads and
-        patches; ``selected``: share of the query blocks that chose it, for each key head;
-        ``gate_compressed``, ``gate_selected``, ``gate_near``: g of the patches, for each head."""
+        patches; ``selected``: share of the query blocks that chose it, per key head;
+        ``gate_compressed``, ``gate_selected``, ``gate_near``: g of the patches, per head."""
         grid, prefix, gated = inputs.grid, inputs.prefix, operator.terms  # type: ignore[attr-defined]
         if grid is None or len(grid) != 2:
             return {}

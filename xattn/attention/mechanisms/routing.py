@@ -1,20 +1,19 @@
 """Routing attention: tokens attend within clusters of similar queries and keys.
 
-    mu_c, |mu_c| = 1                         centroids of a head, by k-means on directions
+    mu_c, |mu_c| = 1                         centroids of a head, from k-means on directions
     Q_c, K_c = the w queries and w keys with the largest q^ . mu_c and k^ . mu_c
     y_i = mean over the c with i in Q_c of softmax_{j in K_c}(q_i . k_j / sqrt(D)) v_j
 
-q^ and k^ have length 1. All clusters have w = N / C tokens; a token may be in several, or in none, and
-has the row 0 then. Prefix tokens are keys of every cluster and see all tokens. In training the backward
-pass of the commitment loss, the mean of |x^ - mu|^2 / D over tokens x and their nearest mu, also moves
+q^ and k^ have length 1. All clusters have w = N / C tokens; a token may be in several clusters, or in none;
+its row is then 0. Prefix tokens are keys of every cluster and see all tokens. In training, the backward
+pass of the commitment loss, the mean of |x^ - mu|^2 / D over tokens x and their nearest mu, also updates
 
     mu <- 0.999 mu + 0.001 (mean direction of the tokens nearest to mu), scaled to length 1
 
-A causal call makes Q_c = K_c, so that every token sees itself; which tokens a cluster holds depends on
-later ones, too.
-Roy et al., arXiv 2003.05997.
+A causal call uses Q_c = K_c, so that every token sees itself; which tokens a cluster holds depends on
+later tokens as well. Roy et al., arXiv 2003.05997.
 
-Centroids of routing attention for a trained network, without training: k-means on what it meets.
+For a trained network, centroids can be set without training, by k-means on its own queries and keys.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from xattn.attention.plans import planned
 from xattn.attention.record import answering_by
 from xattn.kernels.softmax.reference import widen
 
-SELF = -5e4  # added to a token's own score where queries are keys: only a last resort
+SELF = -5e4  # added to a token's own score if queries are keys: only a last resort
 
 
 @register_attention(
@@ -59,17 +58,16 @@ SELF = -5e4  # added to a token's own score where queries are keys: only a last 
     },
 )
 class Routing(Mechanism):
-    """Attention within clusters, which are the same for all images or those of each call.
+    """Attention within clusters, which are either the same for all images or computed in each call.
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        clusters: C, of each head.
-        window: w, tokens of a cluster; N / C rounded up by default, at most N.
-        centroids: "kept", a buffer that training moves and
-            :func:`fit_centroids` sets; or "call", by ``rounds`` rounds of k-means on each call's own
-            tokens, without training.
-        shared: whether the queries, scaled to length 1, are the keys (and the layer's keys are not read).
-        decay: of the moving mean; ``commitment``, weight of the loss in ``aux``.
+        clusters: C, the number of clusters per head.
+        window: w, tokens per cluster; by default N / C rounded up, at most N.
+        centroids: "kept", a buffer that training updates and :func:`fit_centroids` sets; or "call", from
+            ``rounds`` rounds of k-means on each call's own tokens, without training.
+        shared: whether the queries, scaled to length 1, also serve as keys (the layer's keys are not read).
+        decay: decay of the moving mean; ``commitment``: weight of the loss in ``aux``.
         rounds: see ``centroids``.
     """
 
@@ -108,8 +106,8 @@ class Routing(Mechanism):
         if self.shared:
             inputs = inputs.replace(k=F.normalize(inputs.q, dim=-1))
         q, k = inputs.q[:, :, prefix:], inputs.k[:, :, prefix:]
-        with torch.autocast(q.device.type, enabled=False):  # rounding would choose other clusters
-            # A copy, because the backward pass moves the centroids.
+        with torch.autocast(q.device.type, enabled=False):  # rounding could select other clusters
+            # A copy, because the backward pass updates the centroids.
             mu = self._call_centroids(q, k) if self.of_call else self.centroid.clone()
             mu = mu.to(widen(q[:0]).dtype).expand(len(q), -1, -1, -1)
             near_q, near_k = (_near(mu, widen(x)) for x in (q, k))
@@ -148,14 +146,14 @@ class Routing(Mechanism):
         return near_q.topk(w, sorted=False).indices, near_k.topk(w, sorted=False).indices
 
     def _hidden(self, w: int, prefix: int, inputs: Inputs) -> Tensor | None:
-        """What is added to the scores of a cluster's w queries and prefix + w keys, or None."""
+        """The term added to the scores of a cluster's w queries and prefix + w keys, or None."""
         if not self.shared and not (inputs.causal and prefix):
             return None
         q = inputs.q
         return within(w, prefix, self.shared, inputs.causal, device=q.device).to(q.dtype)
 
     def _first(self, inputs: Inputs) -> Operator | None:
-        """Rows of the prefix tokens."""
+        """The rows of the prefix tokens."""
         q, prefix, hidden = inputs.q, inputs.prefix, None
         if not prefix:
             return None
@@ -167,7 +165,7 @@ class Routing(Mechanism):
 
     @torch.no_grad()
     def _call_centroids(self, q: Tensor, k: Tensor) -> Tensor:
-        """Centroids (B, H, C, D) of each image's own tokens."""
+        """Centroids (B, H, C, D) from each image's own tokens."""
         x = F.normalize(widen(torch.cat([q, k], 2)), dim=-1)
         n = k.shape[2]
         start = torch.arange(self.clusters, device=q.device) * n // self.clusters
@@ -177,7 +175,7 @@ class Routing(Mechanism):
         return mu
 
     def _commit(self, q: Tensor, k: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
-        """The commitment loss; its gradient moves the centroids."""
+        """The commitment loss; its backward pass updates the centroids."""
         near = torch.cat([near_q] if self.shared else [near_q, near_k], 3)
         loss = self.commitment * (2 - 2 * near.amax(2)).mean() / q.shape[3]  # |x^|, |mu| = 1
         if self.of_call or torch.compiler.is_compiling() or not loss.requires_grad:
@@ -190,7 +188,7 @@ class Routing(Mechanism):
 
     @torch.no_grad()
     def fit(self, x: Tensor, rounds: int = 10, seed: int = 0) -> None:
-        """Set the centroids by k-means on tokens x (H, M, D), from random ones of them on."""
+        """Set the centroids by k-means on tokens x (H, M, D), starting from random ones."""
         generator = torch.Generator().manual_seed(seed)
         start = torch.randperm(x.shape[1], generator=generator)[: self.clusters]
         if len(start) < self.clusters:
@@ -202,9 +200,9 @@ class Routing(Mechanism):
         self.centroid.copy_(mu)
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``cluster``: the number of the centroid nearest to each patch's key; ``members``: in how
-        many clusters it is a query, 0 if it sees nothing; ``with_class``: 1 for the keys of the
-        cluster nearest to the first prefix token's query, if there is one. All for each head."""
+        """``cluster``: the number of the centroid nearest to each patch's key; ``members``: the number of
+        clusters in which it is a query, 0 if it sees nothing; ``with_class``: 1 for the keys of the
+        cluster nearest to the first prefix token's query, if there is one. All per head."""
         if inputs.grid is None or len(inputs.grid) != 2:
             return {}
         assert isinstance(operator, SubsetsOperator)
@@ -221,7 +219,7 @@ class Routing(Mechanism):
 
 
 class _Moves(torch.autograd.Function):
-    """The identity; its backward pass moves the centroids, as in the authors' training."""
+    """The identity; its backward pass updates the centroids, as in the authors' training."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, centroid: Tensor, new: Tensor, decay: float) -> Tensor:
@@ -236,8 +234,8 @@ class _Moves(torch.autograd.Function):
 
 
 def means(x: Tensor, mu: Tensor) -> Tensor:
-    """One round of k-means: directions (..., C, D) of the sums of the tokens x (..., M, D) of length 1
-    that are nearest to each of ``mu``; a centroid without tokens stays."""
+    """One round of k-means: for each of ``mu``, the direction (..., C, D) of the sum of the unit tokens x
+    (..., M, D) that are nearest to it; a centroid without tokens does not change."""
     nearest = (x @ mu.transpose(-2, -1)).argmax(-1)
     sums = F.one_hot(nearest, mu.shape[-2]).to(x.dtype).transpose(-2, -1) @ x
     return torch.where((sums != 0).any(-1, keepdim=True), F.normalize(sums, dim=-1), mu)
@@ -251,7 +249,7 @@ def _near(mu: Tensor, x: Tensor) -> Tensor:
 
 @planned
 def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
-    """What is added to the scores of a cluster's w queries and prefix + w keys, (1, 1, w, prefix + w)."""
+    """The term added to the scores of a cluster's w queries and prefix + w keys, (1, 1, w, prefix + w)."""
     own, hidden = torch.arange(w), torch.zeros(w, w)
     if shared:
         hidden = hidden.masked_fill(own == own[:, None], SELF)
@@ -262,12 +260,12 @@ def within(w: int, prefix: int, shared: bool, causal: bool) -> Tensor:
 
 @planned
 def before(prefix: int, n: int) -> Tensor:
-    """What is added to the scores of ``prefix`` tokens that see those of ``n`` up to themselves."""
+    """The term added to the scores of ``prefix`` tokens, each of which sees ``n`` tokens up to itself."""
     return torch.full((1, 1, prefix, n), -torch.inf).triu(1)
 
 
 class _Collects:
-    """Answers for mechanisms by softmax attention, and keeps the tokens that routing would cluster."""
+    """Runs softmax attention for mechanisms, and collects the tokens that routing would cluster."""
 
     def __init__(self, most: int) -> None:
         self.most, self.tokens = most, {}  # type: ignore[var-annotated]
@@ -296,15 +294,15 @@ class _Collects:
 def fit_centroids(
     model: nn.Module, batches: Iterable[Tensor], rounds: int = 10, most: int = 2048, seed: int = 0
 ) -> None:
-    """Set the centroids of all routing layers of ``model`` to what its own softmax attention meets.
+    """Set the centroids of all routing layers of ``model`` from its own softmax attention.
 
     Args:
-        model: with routing in some of its layers, for example by ``convert``; a backbone too.
-        batches: of the model's inputs.
-        rounds: of k-means; ``most``: tokens kept of a batch; ``seed``: of the first centroids.
+        model: a model or backbone with routing in some of its layers, for example by ``convert``.
+        batches: inputs of the model.
+        rounds: of k-means; ``most``: tokens used per batch; ``seed``: seed of the first centroids.
 
     Raises:
-        ValueError: no layer of routing was reached, or fewer tokens than clusters.
+        ValueError: no routing layer was reached, or there are fewer tokens than clusters.
     """
     forward = getattr(model, "logits", model)
     collects = _Collects(most)

@@ -1,16 +1,16 @@
-"""SpAtten: tokens and heads that matter little leave the network on the way, and stay away.
+"""SpAtten: unimportant tokens and heads are removed from the network block by block, for good.
 
     s_j = sum of P_ij over layers, heads and queries i       importance of token j so far
     e_h = sum of |E_h|, the output of head h, over layers    importance of head h so far
 
-Before block l only the best ceil(r_l N) patches stay, and the best ceil(rho_l H) heads. In a converted
-model tokens really leave: the block, MLP and all, computes on those that are left, and the others pass
-it by as they are, so that what comes after a block is the whole grid. Prefix tokens always stay.
-Within a layer
+Before block l only the best ceil(r_l N) patches and the best ceil(rho_l H) heads are kept. In a converted
+model, tokens are really removed: the whole block, including its MLP, computes only on the remaining ones,
+and the others bypass it unchanged, so that the output of a block is the whole grid. Prefix tokens are
+always kept. Within a layer
 
-    values    P diag(c): each head reads only the values of the keys that receive most
-    bits      P from the high bits of q and k; a row whose largest weight is below ``refetch`` is flat,
-              and is computed again with all bits (emulated: numbers are rounded, not packed)
+    values    P diag(c): each head reads only the values of the keys that receive the most attention
+    bits      P from the high bits of q and k; a row whose largest weight is below ``refetch`` is flat
+              and is recomputed with all bits (emulated: numbers are rounded, not packed)
 
 Wang, Zhang, Han, arXiv 2012.09852.
 """
@@ -33,9 +33,9 @@ from xattn.kernels.softmax.reference import widen
 
 
 def rounded(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
-    """x (B, H, N, D) in its high bits alone, and in all ``high + low`` bits.
+    """x (B, H, N, D) with only its high bits, and with all ``high + low`` bits.
 
-    One step for all numbers of a head; gradients pass as if x were not rounded.
+    The quantisation step is shared by all numbers of a head; gradients pass as if x were not rounded.
     """
     top = x.detach().abs().amax((2, 3), keepdim=True)
     step = (top / (2 ** (high + low - 1) - 1)).clamp_min(torch.finfo(x.dtype).tiny)
@@ -45,23 +45,23 @@ def rounded(x: Tensor, high: int, low: int) -> tuple[Tensor, Tensor]:
 
 
 class Alive(NamedTuple):
-    """What is left in a layer of a pass."""
+    """What remains in a layer during a pass."""
 
     layer: int
     tokens: Tensor | None
-    """LongTensor (B, n), rising; None is all."""
+    """Remaining tokens, LongTensor (B, n), ascending; None means all."""
     heads: Tensor | None
-    """Bool (B, H); None is all."""
+    """Remaining heads, bool (B, H); None means all."""
     s: Tensor
-    """(B, N), importance of the tokens before the layer, at last."""
+    """(B, N), importance of the tokens before this layer, or when they were removed."""
     e: Tensor
     """(B, H), importance of the heads."""
     last: Tensor
-    """(B, N), the last layer in which each token that is gone was there."""
+    """(B, N), for each removed token the last layer in which it was present."""
 
 
 def _rows(tokens: Tensor, x: Tensor) -> Tensor:
-    """Numbers of the rows ``tokens`` (B, n) in x (B, N, C) without its first dimension: (B n,)."""
+    """Row numbers of ``tokens`` (B, n) in x (B, N, C) with its first two dimensions flattened: (B n,)."""
     first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]
     return (first + tokens).flatten()
 
@@ -86,17 +86,17 @@ class SpAtten(Mechanism):
 
     Args:
         dim, num_heads, backend: see :class:`~xattn.attention.base.Mechanism`.
-        keep: share of the patches that are left in block ``last``.
-        first: the first block, counted from 0, that patches leave before; from there on their share falls
-            linearly until ``last``. ``first = last`` takes all at once.
-        last: the block from which on the share stays; 11 is the end of a ViT with 12 blocks.
+        keep: share of the patches that remain in block ``last``.
+        first: the first block, counted from 0, before which patches are removed; from there on their share
+            falls linearly until ``last``. ``first = last`` removes all at once.
+        last: the block from which on the share is constant; 11 is the end of a ViT with 12 blocks.
         keep_heads, first_head: the same for heads.
-        values: share of the keys whose values a head reads, those with the largest sum of P; below 1, in a
-            causal call, later queries have a say in which.
-        bits: (high, low) bits of queries and keys, for example (6, 4); None leaves numbers as they are.
+        values: share of the keys whose values a head reads, those with the largest sum of P. Below 1, the
+            selection in a causal call also depends on later queries.
+        bits: (high, low) bits of queries and keys, for example (6, 4); None does not round.
         refetch: a row is computed with all bits if its largest weight is below this.
-        rank: "all", s counts all queries; "class", only the first token.
-        layer: number of the block; :func:`~xattn.attention.convert` gives it.
+        rank: "all": s counts all queries; "class": only the first token.
+        layer: number of the block; :func:`~xattn.attention.convert` sets it.
     """
 
     def __init__(
@@ -165,12 +165,12 @@ class SpAtten(Mechanism):
         rows, y = _rows(tokens, before), x.flatten(0, 1)
         some = y.index_select(0, rows) if whole else y
         out: Tensor = before.flatten(0, 1).index_copy(0, rows, some).view_as(before)
-        if not whole and not out.requires_grad:  # a graph would be kept beyond the pass
+        if not whole and not out.requires_grad:  # otherwise a graph would be kept beyond the pass
             carried["spatten gives"] = out, x
         return out
 
     def _before(self, x: Tensor, carried: dict[Any, Any]) -> Alive:
-        """What the block before left, of those with this mechanism."""
+        """What the previous block with this mechanism left."""
         earlier = [
             key[1]
             for key in carried
@@ -201,11 +201,11 @@ class SpAtten(Mechanism):
 
     @staticmethod
     def _seen(importance: Tensor) -> bool:
-        """Whether any layer before has counted."""
+        """Whether any earlier layer has counted."""
         return not may_look(importance) or bool((importance != 0).any())
 
     def _alive(self, inputs: Inputs) -> Alive | None:
-        """What is left in this layer; None outside of a pass of a converted model."""
+        """What remains in this layer; None outside a pass of a converted model."""
         alive: Alive | None = (inputs.carried or {}).get(("spatten", self.layer))
         if alive is None or len(alive.s) != len(inputs.q):
             return None
@@ -213,13 +213,13 @@ class SpAtten(Mechanism):
         return alive if inputs.q.shape[2] in (n, alive.s.shape[1]) else None
 
     def _survival(self, alive: Alive) -> Tensor:
-        """The last layer so far in which each token was there, (B, N)."""
+        """The last layer so far in which each token was present, (B, N)."""
         if alive.tokens is None:
             return torch.full_like(alive.last, self.layer)
         return alive.last.scatter(1, alive.tokens, float(self.layer))
 
     def _prunes_later(self, alive: Alive | None) -> bool:
-        """Whether patches are still to leave."""
+        """Whether later blocks will remove patches."""
         if alive is None or self.keep == 1:
             return False
         return alive.tokens is None or self.share(self.layer) > self.keep
@@ -228,7 +228,7 @@ class SpAtten(Mechanism):
     def _count(
         self, alive: Alive | None, operator: Operator, v: Tensor, mass: Tensor | None
     ) -> Alive | None:
-        """What is left, with the importance after this layer; None if nobody has counted."""
+        """What remains, with the importance after this layer; None if nothing has been counted."""
         if alive is None:
             if mass is None:
                 return None
@@ -277,7 +277,7 @@ class SpAtten(Mechanism):
         return whole
 
     def _weights(self, q: Tensor, k: Tensor, inputs: Inputs) -> Operator:
-        """P of the tokens that are left, with rounded numbers if ``bits`` asks for them."""
+        """P of the remaining tokens, with rounded numbers if ``bits`` is set."""
 
         def softmax(q: Tensor, k: Tensor) -> SoftmaxOperator:
             return SoftmaxOperator(q, k, inputs.scale, backend=self.backend, causal=inputs.causal)
@@ -316,8 +316,8 @@ class SpAtten(Mechanism):
         return read
 
     def maps(self, operator: Operator, inputs: Inputs) -> dict[str, Tensor]:
-        """``importance``: s after this layer; of a patch that has left, what it was then.
-        ``survival``: the last layer so far in which each patch was there."""
+        """``importance``: s after this layer; for a removed patch, its value at that time.
+        ``survival``: the last layer so far in which each patch was present."""
         alive = operator.context
         if alive is None or inputs.grid is None or len(inputs.grid) != 2:
             return {}

@@ -1,1 +1,1 @@
-"""Mechanisms in a model: layers, conversion of trained models, several processes."""
+"""Mechanisms inside models: layers, conversion of trained models, parallel attention."""

@@ -2,11 +2,11 @@
 
     convert(model, "gna", layers="0-7", options={"kernel": 9})      # and revert(model) puts it back
 
-The layer's own code still makes q, k and v (norms, biases, rotary embeddings, gates) and uses the
+The layer's own code still computes q, k and v (norms, biases, rotary embeddings, gates) and uses the
 output; the mechanism only replaces its call of ``F.scaled_dot_product_attention``. Weights keep their
-names; those of the mechanism lie under ``attn.mechanism``.
+names; those of the mechanism are under ``attn.mechanism``.
 
-Which attention layers of a model another mechanism can stand in for, and why not the others.
+The module also checks which attention layers of a model can be replaced, and says why others cannot.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def chosen_layers(
     numbers: Iterable[int] | str | None,
     default: Callable[[int], Iterable[int]] = range,
 ) -> Layers:
-    """The attention layers of the blocks ``numbers``, or else of ``default(count of all)``, by path.
+    """The attention layers of the blocks ``numbers``, or of ``default(count of all)``, by path.
 
     Raises:
-        ValueError: no blocks, a number that is not there, or a block without attention.
+        ValueError: no blocks, a number that does not exist, or a block without attention.
     """
     blocks = getattr(model, "blocks", None)
     kind = type(model).__name__
@@ -67,7 +67,7 @@ def chosen_layers(
 
 
 def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
-    """Rising numbers of blocks, none negative."""
+    """Ascending block numbers, none negative."""
     numbers = parse_layers(given) if isinstance(given, str) else given
     if not isinstance(numbers, Iterable):
         raise ValueError(f"layers: got {numbers!r}; give a list of them or {LAYERS_FORM}")
@@ -82,7 +82,7 @@ def _numbers(given: Iterable[int] | str, count: int, kind: str) -> list[int]:
 
 
 class _Attended(NamedTuple):
-    """One call of fused attention: A is (B, H, N, S), values are ``width`` wide in each head."""
+    """One call of fused attention: A is (B, H, N, S), values have ``width`` channels in each head."""
 
     shape: tuple[int, int, int, int]
     width: int
@@ -103,7 +103,7 @@ def check(
 
     Args:
         causal: whether the mechanism ``name`` has a causal form.
-        known: paths of layers that were converted before, and so have passed.
+        known: paths of layers that were converted earlier and have already passed.
     """
     for path, layer in layers.items():
         if not hasattr(layer, "fused_attn"):
@@ -127,7 +127,7 @@ def check(
 
 
 def _obstacle(call: _Attended, tokens: int, width: int, causal: bool) -> str:
-    """Why no mechanism can answer ``call``; empty if one can."""
+    """Why no mechanism can replace ``call``; empty if one can."""
     batch, heads, queries, keys = call.shape
     if queries != keys or queries != tokens or batch != 1:
         return f"attends {queries} to {keys} tokens ({batch} windows), not all to all"
@@ -151,14 +151,14 @@ def _attended(model: nn.Module, layers: Layers) -> dict[str, list[_Attended]]:
 
 
 def run_one_image(model: nn.Module) -> None:
-    """One grey image through the model, in evaluation mode and without gradients."""
+    """Run one grey image through the model, in evaluation mode and without gradients."""
     with evaluating(model):
         model(_example(model))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and has no gradients."""
+    """Context in which the model is in evaluation mode and gradients are off."""
     training = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -187,7 +187,7 @@ def heads_of(path: str, layer: nn.Module) -> int:
 
 
 def width_of(path: str, layer: nn.Module) -> int:
-    """C of queries, over all heads."""
+    """C of the queries, over all heads."""
     attn_dim = getattr(layer, "attn_dim", None)
     if isinstance(attn_dim, int):
         return attn_dim
@@ -209,22 +209,22 @@ def convert(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Swap the attention of ``model.blocks`` in place; returns the model.
+    """Replace the attention of ``model.blocks`` in place; returns the model.
 
     Args:
         model: a timm ViT, or any module whose ``blocks[i].attn`` call fused attention once over all
-            tokens and whose ``patch_embed`` sees the image. A :class:`~xattn.Backbone` is converted
-            inside.
-        name: see :func:`~xattn.attention.list_attention`, or a class of mechanisms with an ``entry``,
-            which need not be registered; layers converted before are converted anew.
-        layers: numbers of the blocks, negative ones counted from the end, or a str such as "4-11" or
-            "0,3,8-11"; by default those of :meth:`Mechanism.default_blocks`, mostly all.
-        options: of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
-            takes the place of the layer's own rotary embedding; see :func:`create_mechanism`.
+            tokens and whose ``patch_embed`` receives the image. For a :class:`~xattn.Backbone`, the network
+            inside is converted.
+        name: see :func:`~xattn.attention.list_attention`, or a mechanism class with an ``entry``, which
+            need not be registered; layers converted earlier are converted again.
+        layers: block numbers, negative ones counted from the end, or a str such as "4-11" or
+            "0,3,8-11"; by default those of :meth:`Mechanism.default_blocks`, usually all.
+        options: options of the mechanism, and ``rotate``, the name of a rotation of queries and keys, which
+            replaces the layer's own rotary embedding; see :func:`create_mechanism`.
 
     Raises:
-        ValueError: unknown name or option, a missing block, or a layer that cannot be converted (it
-            is named); the model is left untouched.
+        ValueError: unknown name or option, a missing block, or a layer that cannot be converted (the
+            message names it); the model is left untouched.
     """
     _convert(model, name, layers, options)
     return model
@@ -236,7 +236,7 @@ def converted_copy(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """:func:`convert` of a copy that shares every weight and buffer; ``model`` stays as it is."""
+    """:func:`convert` on a copy that shares every weight and buffer; ``model`` is not changed."""
     copied = shared_copy(model)
     _convert(copied, name, layers, options)
     return copied
@@ -245,7 +245,7 @@ def converted_copy(
 def conversion(model: nn.Module) -> list[Conversion] | None:
     """What :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
 
-    Layers with one mechanism and equal options are one entry.
+    Layers with the same mechanism and equal options form one entry.
     """
     found: dict[str, Conversion] = {}
     blocks = getattr(_network(model), "blocks", None)
@@ -274,7 +274,7 @@ def revert(model: Model) -> Model:
 
 
 def _network(model: nn.Module) -> nn.Module:
-    """The module with the blocks: ``model`` itself, or what a backbone wraps."""
+    """The module with the blocks: ``model`` itself, or the network inside a backbone."""
     return getattr(model, "model", model) if not hasattr(model, "blocks") else model
 
 
@@ -296,7 +296,7 @@ def _convert(model: nn.Module, name: Any, numbers: Any, options: Any) -> None:
         for path, layer in layers.items():
             heads, width = heads_of(path, layer), width_of(path, layer)
             own = with_layer(name, options, int(path.split(".")[1]))
-            with torch.device("cpu"):  # whatever torch's default device is
+            with torch.device("cpu"):  # ignores torch's default device
                 made[path] = create_mechanism(name, width, heads, **own)
         layout = _layout(model)
         before = {path: _taken(layer) for path, layer in layers.items()}
@@ -348,14 +348,14 @@ def _check_unfolded(model: nn.Module) -> None:
 
 
 class _Converted:
-    """Mixed into the class of a converted layer."""
+    """Mixin for the class of a converted layer."""
 
     mechanism: Mechanism
     layout: _Layout
     fused_attn: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        tokens = args[0] if args else None  # what the layer reads
+        tokens = args[0] if args else None  # the layer's input
         if kwargs.get("rope") is not None and getattr(self.mechanism, "rotate", None) is not None:
             kwargs = {**kwargs, "rope": None}
         if not torch.compiler.is_compiling():
@@ -376,14 +376,14 @@ _CLASSES: dict[type, type] = {}
 
 
 def _converted(cls: type) -> type:
-    """The class of a converted layer; as a subclass it keeps the names of weights, also in copies."""
+    """The class of a converted layer; being a subclass, it keeps the names of weights, also in copies."""
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Converted{cls.__name__}", (_Converted, cls), {})
     return _CLASSES[cls]
 
 
 def _blank(cls: type) -> nn.Module:
-    """A converted layer while unpickling, before its attributes are restored."""
+    """A converted layer during unpickling, before its attributes are restored."""
     made: Any = _converted(cls)
     return made.__new__(made)
 
@@ -414,7 +414,7 @@ def _release(layer: nn.Module) -> None:
 
 
 class _Grid(threading.local):
-    """The grid of the pass that this thread runs, and what its layers leave for later ones."""
+    """The grid of the pass that this thread runs, and what its layers store for later ones."""
 
     def __init__(self, sides: tuple[int, ...] | None) -> None:
         self.sides = sides
@@ -427,7 +427,7 @@ class _Grid(threading.local):
 class _Layout:
     """How a model's tokens are laid out: prefix tokens, then a grid that the patch embedding reports."""
 
-    keeps_photo = False  # for mechanisms that read it
+    keeps_photo = False  # whether to store the photo, for mechanisms that read it
 
     def __init__(self, prefix: int, grid: tuple[int, ...] | None) -> None:
         self.prefix, self._own = prefix, _Grid(grid)
@@ -460,7 +460,7 @@ class _Layout:
 
 
 class _Swap(TorchFunctionMode):
-    """Answers fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
+    """Replaces fused attention by ``mechanism`` in a layer that reads ``tokens`` (B, N, C)."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout, tokens: Any) -> None:
         super().__init__()
@@ -506,9 +506,9 @@ class _Swap(TorchFunctionMode):
 
 
 class _Enter:
-    """Before a block: gives it the tokens that its mechanism lets in.
+    """Hook before a block: passes on the tokens that its mechanism lets in.
 
-    A block that also gets a tensor for all tokens, such as rotary angles, has to compute on all.
+    A block that also receives a tensor for all tokens, such as rotary angles, has to compute on all.
     """
 
     def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
@@ -527,7 +527,7 @@ class _Enter:
 
 
 class _Leave:
-    """After a block: gives on the tokens that its mechanism lets out."""
+    """Hook after a block: passes on the tokens that its mechanism lets out."""
 
     def __init__(self, mechanism: Mechanism, layout: _Layout) -> None:
         self.mechanism, self.layout = mechanism, layout
@@ -540,7 +540,7 @@ class _Leave:
 
 
 class _Embed:
-    """Before the first block: leaves its tokens for mechanisms that read them."""
+    """Hook before the first block: stores its tokens for mechanisms that read them."""
 
     def __init__(self, layout: _Layout) -> None:
         self.layout = layout
@@ -559,7 +559,7 @@ def _is_watched(block: nn.Module) -> bool:
 
 
 def _stand_around_blocks(model: nn.Module) -> None:
-    """Hook the mechanisms that ask for it to the blocks of ``model``, and no others."""
+    """Attach hooks to the blocks of ``model`` for the mechanisms that need them, and for no others."""
     blocks: Any = getattr(model, "blocks", None) or ()
     layout: _Layout | None = None
     for block in blocks:

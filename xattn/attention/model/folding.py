@@ -2,7 +2,7 @@
 
     q_i . R(p_i)^T R(p_j) k_j = (Q^T q_i) . T(p_i)^T T(p_j) (Q^T k_j),    R(p) = Q T(p) Q^T
 
-Q does not depend on places, so Q^T W takes the place of the weight W of a projection; T turns pairs of
+Q does not depend on positions, so Q^T W replaces the weight W of a projection; T rotates pairs of
 channels, at the cost of rotary embedding. See :mod:`xattn.attention.comrope`.
 """
 
@@ -21,17 +21,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def folded(model: Model) -> Model:
-    """A copy of ``model`` with every rotation ``comrope`` folded into the projections of its layer; its
-    outputs are equal up to rounding. All other weights are shared, and ``model`` stays as it is.
+    """A copy of ``model`` with every ``comrope`` rotation folded into the projections of its layer. Its
+    outputs are equal up to rounding. All other weights are shared, and ``model`` is not changed.
 
     Args:
-        model: with layers of :func:`~xattn.attention.create_attention`, or converted by
-            :func:`~xattn.attention.convert`; a :class:`~xattn.Backbone` will do. Its copy is for
-            inference: the folded rotations are not trained, and it cannot be converted or reverted.
+        model: a model or :class:`~xattn.Backbone` with layers of :func:`~xattn.attention.create_attention`,
+            or converted by :func:`~xattn.attention.convert`. The copy is for inference: the folded
+            rotations are not trained, and it cannot be converted or reverted.
 
     Raises:
-        ValueError: no rotation that can be folded, or a layer that changes queries or keys between the
-            projection and the rotation, as a norm does (it is named).
+        ValueError: there is no rotation that can be folded, or a layer changes queries or keys between the
+            projection and the rotation, as a norm does (the message names it).
     """
     copied = shared_copy(model)
     found = {path: holder for path, layer in copied.named_modules() if (holder := _holder(layer))}
@@ -49,7 +49,7 @@ def folded(model: Model) -> Model:
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether :func:`folded` made ``model``."""
+    """Whether ``model`` was created by :func:`folded`."""
     return any(isinstance(m, FoldedRotation) for m in model.modules())
 
 
@@ -83,7 +83,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fold(layer: Any, basis: Tensor) -> None:
-    """Put Q^T (of ``basis``, (G, D, D)) before the queries and keys of ``layer``."""
+    """Apply Q^T (from ``basis``, (G, D, D)) to the projections of queries and keys in ``layer``."""
     heads = layer.num_heads
     key_heads = getattr(layer, "kv_heads", None) or getattr(layer, "num_kv_heads", None) or heads
     width = basis.shape[1]
@@ -99,7 +99,7 @@ def _fold(layer: Any, basis: Tensor) -> None:
 
 
 def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
-    """``x`` with Q^T x in place of x for its first rows: those of ``counts`` heads, one after the other."""
+    """``x`` with its first rows multiplied by Q^T: those of ``counts`` heads, one group after the other."""
     groups, width, _ = basis.shape
     wide, start = x.detach().to(basis.dtype).clone(), 0
     for count in counts:
@@ -112,7 +112,7 @@ def _turned(x: Tensor, counts: tuple[int, ...], basis: Tensor) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a tensor of ``module``; one that another model shares stays as it is."""
+    """Replace a tensor of ``module``; a tensor shared with another model is not changed."""
     if name in module._parameters:
         old = module._parameters[name]
         trained = old is not None and old.requires_grad

@@ -21,11 +21,11 @@ class Attention(nn.Module):
     """Multi-head self-attention around a mechanism: projections as in a timm ViT.
 
     Args:
-        mechanism: what stands between the projections.
+        mechanism: the mechanism between the projections.
         qkv_bias, proj_bias: whether the projections have biases.
         qk_norm: layer norm of queries and keys in each head.
-        kv_heads: Hk, heads of keys and values; it divides the number of heads, which is the default.
-        rotate: rotates queries and keys by their places: a name with options such as
+        kv_heads: Hk, heads of keys and values; must divide the number of heads, which is the default.
+        rotate: rotates queries and keys by their positions: a name with options such as
             ``"comrope:form=ap"`` or a rotation, which becomes the mechanism's, see
             :func:`~xattn.attention.create_mechanism`; or a function (q, k, positions) -> (q, k) with
             positions (N, n) on the grid, 0 at prefix tokens, see :mod:`xattn.attention.positions`.
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         prefix: int = 0,
         causal: bool = False,
     ) -> Tensor:
-        """(B, N, C) -> (B, N, C); the others as in :meth:`Mechanism.forward`."""
+        """(B, N, C) -> (B, N, C); other arguments as in :meth:`Mechanism.forward`."""
         if x.ndim != 3 or x.shape[2] != self.mechanism.dim:
             raise ValueError(f"x: got {tuple(x.shape)}; give (B, N, {self.mechanism.dim})")
         qkv = self.qkv(x).unflatten(2, (self.num_heads + 2 * self.kv_heads, -1)).transpose(1, 2)

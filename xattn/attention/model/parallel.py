@@ -2,9 +2,9 @@
 
     y = b + sum_s W_O^s A_s (c_s W_v^s),     A_s = softmax((x W_q^s) (c_s W_k^s)^T / sqrt(d))
 
-Every stream c_s has a width, a length and a softmax of its own, so none takes attention from another. W_O^s
+Every stream c_s has its own width, length and softmax, so none takes attention from another. W_O^s
 of the added streams, all but the first, starts at 0: a stream can be added to a trained layer without
-changing what it computes. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
+changing its output. Imagine Yourself: arXiv 2409.13346 (abstract; the formulas are ours).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from xattn.attention.record import mix
 class ParallelCrossAttention(nn.Module):
     """Tokens (B, N, C) that read streams (B or 1, S_s, C_s): ``layer(x, streams)``.
 
-    Under :func:`xattn.attention.record` each stream that is not empty is a call, whose map ``tokens`` is
-    that of :func:`token_maps`.
+    Under :func:`xattn.attention.record` each nonempty stream is recorded as a call, with the map ``tokens``
+    of :func:`token_maps`.
 
     Args:
-        dim: C, width of the tokens and of the output; ``num_heads``: H, which divides it.
-        widths: C_s of each stream; the first is the one that is there from the start.
-        shared_query: one W_q for all streams in place of one for each.
-        bias: of queries, and b. Keys and values have none: one of the keys would cancel, and one of the
-            values would make a stream count that has nothing to say.
+        dim: C, width of the tokens and of the output; ``num_heads``: H, which must divide it.
+        widths: C_s of each stream; the first is the original one.
+        shared_query: one W_q for all streams instead of one each.
+        bias: bias of the queries, and b. Keys and values have none: a bias of the keys would cancel, and a
+            bias of the values would let a stream without content contribute.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
     """
 
@@ -74,13 +74,14 @@ class ParallelCrossAttention(nn.Module):
         """(B, N, C) -> (B, N, C).
 
         Args:
-            streams: (B or 1, S_s, C_s) each; None, or no token, adds nothing.
+            streams: (B or 1, S_s, C_s) each; None, or a stream without tokens, adds nothing.
             masks: (B or 1, S_s) bool each, True for the tokens that count, so that streams of different
                 lengths fit into a batch; None counts all.
-            grid: of the tokens x behind ``prefix`` others, for maps where attention is recorded.
+            grid: grid of the tokens x after ``prefix`` others, for maps when attention is recorded.
 
         Raises:
-            ValueError: a stream of another width or batch, a mask that does not fit it, or too few streams.
+            ValueError: a stream with a wrong width or batch, a mask that does not fit it, or too few
+                streams.
         """
         sides = None if grid is None else tuple(grid)
         operators = self.operators(x, streams, masks)
@@ -102,7 +103,7 @@ class ParallelCrossAttention(nn.Module):
         streams: Sequence[Tensor | None],
         masks: Sequence[Tensor | None] | None = None,
     ) -> list[Operator]:
-        """A_s of each stream, (B, H, N, S_s): its ``rows`` say which context a token reads, its
+        """A_s of each stream, (B, H, N, S_s): its ``rows`` show which context a token reads, its
         ``vecmat`` which context a region reads. Arguments and errors as in :meth:`forward`."""
         self._check(x, streams, masks)
         masks = [None] * len(streams) if masks is None else masks
@@ -155,17 +156,17 @@ class ParallelCrossAttention(nn.Module):
 @torch.no_grad()
 def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tensor:
     """A map for each token of a stream, (B, S, h, w): where it is read, mean over heads. The maps of all
-    tokens sum to 1 at every place."""
+    tokens sum to 1 at every position."""
     parts = [operator.tile(rows, slice(None)).mean(1) for rows in operator.row_chunks()]
     return torch.cat(parts, 1)[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))
 
 
 def stream_shares(operators: Sequence[Operator]) -> Tensor:
-    """pi (B, H, N, number of streams): what each stream would get of a softmax over all tokens together,
+    """pi (B, H, N, number of streams): each stream's share in a softmax over all tokens together,
 
         softmax over [c_1; c_2; ...] = [pi_1 A_1, pi_2 A_2, ...],    pi_s = Z_s / sum Z,   Z_s = exp lse_s
 
-    0 for an empty stream. Parallel attention leaves pi out."""
+    0 for an empty stream. Parallel attention omits pi."""
     nothing = operators[0].row_sums() - torch.inf
     lse = [a.lse if isinstance(a, SoftmaxOperator) else nothing for a in operators]
     scores = torch.stack(lse, -1)

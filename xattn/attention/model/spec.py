@@ -1,4 +1,4 @@
-"""What stands in the layers of a converted model, and how it is written: ``gna:kernel=7`` in ``0-7``."""
+"""The mechanisms in the layers of a converted model, and their notation: ``gna:kernel=7`` in ``0-7``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from xattn.runtime import strict_json
 
-_COMMA = r',(?![^\[\]]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)'  # not within brackets or quotes
+_COMMA = r',(?![^\[\]]*\])(?=(?:[^"]*"[^"]*")*[^"]*$)'  # not inside brackets or quotes
 LAYERS_FORM = 'numbers and ranges, such as "4-11" or "0,3,8-11"'
 
 
@@ -18,15 +18,15 @@ class Conversion(NamedTuple):
 
     name: str
     layers: tuple[int, ...]
-    """Numbers of the blocks, rising."""
+    """Block numbers, ascending."""
     options: dict[str, Any]
-    """Of the mechanism, as far as they were given; ``backend``, which changes no result, is left out."""
+    """Options of the mechanism that were set; ``backend``, which changes no result, is left out."""
 
     def __str__(self) -> str:
         return f"{format_mechanism(self.name, self.options)} in layers {format_layers(self.layers)}"
 
     def record(self) -> dict[str, Any]:
-        """What files hold: ``{"mechanism", "layers", "options"}`` of JSON values."""
+        """The form stored in files: ``{"mechanism", "layers", "options"}`` with JSON values."""
         return {
             "mechanism": self.name,
             "layers": format_layers(self.layers),
@@ -38,7 +38,7 @@ class Conversion(NamedTuple):
         """The inverse of :meth:`record`.
 
         Raises:
-            ValueError: no such record.
+            ValueError: not a valid record.
         """
         try:
             name, layers, options = (record[key] for key in ("mechanism", "layers", "options"))
@@ -56,12 +56,12 @@ class Conversion(NamedTuple):
 
 
 def describe(made: Iterable[Conversion]) -> str:
-    """Several conversions of one model, in words."""
+    """Several conversions of one model, as text."""
     return " and ".join(map(str, made))
 
 
 def how_to_convert(made: Sequence[Conversion]) -> str:
-    """The options of a command that convert a model so, or how it is done in Python."""
+    """The command-line options that convert a model in this way, or how to do it in Python."""
     if len(made) > 1:
         return "xattn.backbone.conversion.converted(...), once for each mechanism"
     name, layers, options = made[0]
@@ -69,13 +69,13 @@ def how_to_convert(made: Sequence[Conversion]) -> str:
 
 
 def parse_layers(text: str) -> list[int]:
-    """The numbers that ``text`` lists.
+    """The numbers listed in ``text``.
 
     >>> parse_layers("0,3,8-11")
     [0, 3, 8, 9, 10, 11]
 
     Raises:
-        ValueError: it has another form.
+        ValueError: ``text`` has another form.
     """
     numbers: set[int] = set()
     for part in text.replace(" ", "").split(","):
@@ -103,7 +103,7 @@ def format_layers(numbers: Iterable[int]) -> str:
 
 
 def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and options of ``NAME[:option=value,...]``; values are JSON, or else plain text.
+    """The name and options of ``NAME[:option=value,...]``; values are JSON or, failing that, plain text.
 
     >>> parse_mechanism("gna:kernel=7,causal=[true,false]")
     ('gna', {'kernel': 7, 'causal': [True, False]})
@@ -117,7 +117,7 @@ def parse_mechanism(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_named(text: str, argument: str) -> tuple[str, dict[str, Any]]:
-    """:func:`parse_mechanism` of what else has that form; errors begin with ``argument``."""
+    """:func:`parse_mechanism` for other texts of that form; errors begin with ``argument``."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for pair in re.split(_COMMA, rest) if rest else ():

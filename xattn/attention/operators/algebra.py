@@ -1,4 +1,4 @@
-"""Operators made of others or of small factors: products, sums, gates, pooling, low rank.
+"""Operators composed of others or of small factors: products, sums, gates, pooling, low rank.
 
 Product  A_1 A_2 ...      Sum  A_1 + A_2 + ...      Gated  diag(g) A      Columns  A diag(c)
 LowRank  L R              Pool  means or weighted sums over runs of keys
@@ -21,8 +21,8 @@ from xattn.kernels.softmax.reference import widen
 class LowRankOperator(Operator):
     """A = L R with L (B, H, N, f) and R (B, H, f, S), f much smaller than N and S.
 
-    ``stochastic`` and ``signed`` say what the caller knows of A. Products with values are computed in
-    the wider type of both.
+    ``stochastic`` and ``signed`` state known properties of A. Products with values are computed in
+    the wider dtype of the two.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LowRankOperator(Operator):
 class ProductOperator(Operator):
     """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys.
 
-    ``causal`` says what the caller knows of A.
+    ``causal`` states a known property of A.
     """
 
     def __init__(self, factors: Sequence[Operator], *, causal: bool = False) -> None:
@@ -99,7 +99,7 @@ class ProductOperator(Operator):
 class SumOperator(Operator):
     """A = A_1 + A_2 + ..., all of one shape: attention in branches.
 
-    ``stochastic``, ``signed`` and ``hides`` say what the caller knows of A beyond what its terms tell.
+    ``stochastic``, ``signed`` and ``hides`` state properties of A beyond those of its terms.
     """
 
     def __init__(
@@ -148,19 +148,19 @@ class SumOperator(Operator):
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
-    """Their sum, without a zero to begin with."""
+    """The sum of ``terms``, without starting from zero."""
     first, *rest = terms
     return sum(rest, first)
 
 
 class GatedOperator(Operator):
-    """diag(g) A: every row times a factor of its token and head.
+    """diag(g) A: every row multiplied by a factor for its token and head.
 
     Args:
         operator: A.
         factor: g, (B, H, N).
-        signed: whether g may be negative; say False of gates that cannot.
-        sparse: whether many g are 0, so that these rows need not be computed.
+        signed: whether g may be negative; set False for gates that cannot be.
+        sparse: whether many g are 0, so that their rows need not be computed.
     """
 
     def __init__(
@@ -214,11 +214,11 @@ class GatedOperator(Operator):
 
 
 class ColumnsOperator(Operator):
-    """A diag(c): every column times a factor of its token and head.
+    """A diag(c): every column multiplied by a factor for its token and head.
 
     Args:
-        operator: A, which takes values of the wider type of its own and c's.
-        factor: c, (B, H, S), not negative.
+        operator: A; it must accept values in the wider dtype of its own and c's.
+        factor: c, (B, H, S), nonnegative.
     """
 
     def __init__(self, operator: Operator, factor: Tensor) -> None:
@@ -237,7 +237,7 @@ class ColumnsOperator(Operator):
         return self.operator.matvec_and_keep(self.scaled(x)).to(x.dtype)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """diag(c) X, (B, H, S, m) for X of H or Hk heads, in the wider type of both."""
+        """diag(c) X, (B, H, S, m) for X of H or Hk heads, in the wider dtype of the two."""
         return spread_heads(x, self.shape[1]) * self.factor[..., None]
 
     def rows(self, index: Tensor) -> Tensor:
@@ -257,13 +257,13 @@ class PoolOperator(Operator):
     """Each of C pooled tokens is a mean or a weighted sum of a run of the S tokens.
 
     Args:
-        like: a tensor (B, H, S, ...) whose sizes, dtype and device it takes.
-        block: tokens in a run; ``stride``: from the start of one run to the next, ``block`` by default.
+        like: a tensor (B, H, S, ...) that defines sizes, dtype and device.
+        block: tokens in a run; ``stride``: distance between the starts of runs, ``block`` by default.
         weight: (H or Hk, block), a convolution with one kernel per head, or (B, H or Hk, C, block), one
-            for each pooled token behind the prefix; None takes the mean.
-        order: of the tokens behind the prefix, in which runs are counted; padding counts for nothing.
+            for each pooled token after the prefix; None takes the mean.
+        order: of the tokens after the prefix, in which runs are counted; padding is ignored.
         prefix: tokens in front that belong to no run.
-        keep_prefix: whether each of these stands, as it is, in front of the pooled tokens.
+        keep_prefix: whether to put these, unchanged, before the pooled tokens.
 
     Raises:
         ValueError: a block longer than the tokens, or lengths that are not positive.
@@ -300,7 +300,7 @@ class PoolOperator(Operator):
 
     @property
     def pairs(self) -> float:
-        return self.shape[2] * self.block / 4  # one addition a token and channel
+        return self.shape[2] * self.block / 4  # one addition per token and channel
 
     def matvec(self, x: Tensor) -> Tensor:
         if self.weight is not None:
@@ -311,7 +311,7 @@ class PoolOperator(Operator):
         return torch.cat([x[:, :, : self.kept], pooled], 2) if self.kept else pooled
 
     def _pool(self, x: Tensor) -> Tensor:
-        """The pooled tokens of those behind the prefix."""
+        """The pooled tokens of those after the prefix."""
         x = x if self.order is None else self.order.apply(x)
         runs = x.unfold(2, self.block, self.stride)  # (B, H, C, m, block)
         if self.weight is not None:
@@ -354,9 +354,9 @@ class PoolOperator(Operator):
 
 
 def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
-    """Mean over runs of ``block`` tokens every ``stride`` (``block`` by default) tokens.
+    """Mean over runs of ``block`` tokens, starting every ``stride`` (``block`` by default) tokens.
 
-    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; tokens left over at the end are
+    (B, H, N, D) -> (B, H, C, D), C = (N - block) // stride + 1; remaining tokens at the end are
     ignored. For a grid, put the tokens in a tile order first, or use :class:`PoolOperator`.
 
     Raises:

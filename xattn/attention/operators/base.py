@@ -28,16 +28,16 @@ from xattn.kernels.vecmat import ROWS
 from xattn.kernels.vecmat import gradient_vecmat as softmax_gradient_vecmat
 from xattn.kernels.vecmat import vecmat as softmax_vecmat
 
-TILE = 2**20  # entries of a chunk of rows, over batch and heads: 4 MB in float32
-FEW = 256  # below so many keys, leaving rows out saves no time
-LEAST = 16  # rows that are worth a thread
+TILE = 2**20  # entries in a chunk of rows, over batch and heads: 4 MB in float32
+FEW = 256  # with fewer keys, leaving rows out saves no time
+LEAST = 16  # rows that justify another thread
 
 
 class Operator(ABC):
     """A of Y = A V, for every image and head.
 
-    A subclass has to define :meth:`matvec`, linear and differentiable in its argument, and
-    :meth:`rows`; the rest follows from these.
+    A subclass must define :meth:`matvec`, linear and differentiable in its argument, and
+    :meth:`rows`; everything else follows from these.
     """
 
     shape: tuple[int, int, int, int]
@@ -49,23 +49,23 @@ class Operator(ABC):
     causal: bool = False
     """Whether entries above the diagonal are known to be 0."""
     hides: bool = False
-    """Whether a query may be kept from seeing some keys, whose entries are exactly 0, for another
-    reason than that they are later."""
+    """Whether a query may be prevented from seeing some keys, whose entries are then exactly 0, for reasons
+    other than causality."""
     factors: tuple[Operator, ...] = ()
-    """A_1, A_2, ... of A = A_1 A_2 ..., if attention goes in stages."""
+    """A_1, A_2, ... of A = A_1 A_2 ..., if attention has several stages."""
     aux: Mapping[str, Tensor] = MappingProxyType({})
     """Scalar losses that a mechanism asks training to add, by name, with their graph."""
     logged: Mapping[str, Tensor] = MappingProxyType({})
-    """Scalars that a mechanism asks training to log, by name: figures of how it works, no losses."""
+    """Scalars that a mechanism asks training to log, by name: statistics, not losses."""
     selection: float = 0.0
-    """Work of the choice of what is read, or of learned features, for an image and head, in pairs as in
-    :attr:`pairs`: a product of a query and a key is half of one."""
+    """Cost of choosing what is read, or of learned features, per image and head, in pairs as in
+    :attr:`pairs`: the product of a query and a key counts as half a pair."""
     context: Any = None
-    """Whatever else the mechanism that made it needs for its maps."""
+    """Whatever else the mechanism needs for its maps."""
 
     @property
     def pairs(self) -> float:
-        """Work of one A X for an image and head, in query-key pairs of dense attention."""
+        """Cost of one A X per image and head, in query-key pairs of dense attention."""
         return float(self.shape[2] * self.shape[3])
 
     @property
@@ -77,7 +77,7 @@ class Operator(ABC):
         """A X: (B, H, S, m) -> (B, H, N, m); operators of grouped keys also take (B, Hk, S, m)."""
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        """A X, keeping what later questions can use again, such as the log-sum-exp."""
+        """A X, keeping what later calls can reuse, such as the log-sum-exp."""
         return self.matvec(x)
 
     @abstractmethod
@@ -93,9 +93,9 @@ class Operator(ABC):
 
         Args:
             r: (B, R, N), the same for all heads, or (B, H, R, N).
-            heads: "each" gives (B, H, R, S), "mean" their mean over heads, (B, R, S).
+            heads: "each" returns (B, H, R, S), "mean" the mean over heads, (B, R, S).
 
-        The result is at least float32. Whether it has gradients depends on the kind of operator.
+        The result is at least float32. Whether it has gradients depends on the type of operator.
         """
         product = self._transposed_matvec(self._spread(r).transpose(-2, -1)).transpose(-2, -1)
         return product.mean(1) if check_heads(heads) else product
@@ -117,7 +117,7 @@ class Operator(ABC):
         return out
 
     def row_chunks(self) -> list[slice]:
-        """Slices of the rows, of at most ``TILE`` entries of A each (one row at least), more on GPUs."""
+        """Slices of rows with at most ``TILE`` entries of A each (at least one row), more on GPUs."""
         batch, heads, queries, keys = self.shape
         size = max(1, tile_entries(self.device, TILE) // max(1, batch * heads * keys))
         return [slice(start, start + size) for start in range(0, queries, size)]
@@ -132,11 +132,11 @@ class Operator(ABC):
         return self.matvec(x).masked_fill(~keep[..., None], 0.0)
 
     def detach(self) -> Self:
-        """The same operator, outside of the graph that made it."""
+        """The same operator, detached from the graph."""
         return self.apply(Tensor.detach)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same operator with ``change(x)`` in place of every tensor x."""
+        """The same operator with every tensor x replaced by ``change(x)``."""
         made = copy.copy(self)
         made.__dict__.update({key: changed(value, change) for key, value in vars(self).items()})
         return made
@@ -151,7 +151,7 @@ class Operator(ABC):
         return out
 
     def _wide(self) -> Self:
-        """The same operator in float32 at least, of tensors that autograd may save."""
+        """The same operator in float32 at least, with tensors that autograd can save."""
 
         def wide(x: Tensor) -> Tensor:
             x = widen(x) if x.is_floating_point() else x
@@ -173,7 +173,7 @@ class Operator(ABC):
 
     @abstractmethod
     def _anchor(self) -> Tensor:
-        """Any tensor of the operator's dtype and device."""
+        """A tensor with the operator's dtype and device."""
 
 
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -204,17 +204,17 @@ def check_heads(heads: str) -> bool:
 
 
 class AnsweringOperator(Operator):
-    """One that may hold the answer to the next products with one very tensor: for mechanisms that need A V
-    before they know what A becomes. Copies do not hold it."""
+    """An operator that may store the answer to later products with one particular tensor, for mechanisms
+    that need A V before A is final. Copies do not store it."""
 
     _answer: tuple[Tensor, Tensor] | None = None
 
     def hold(self, x: Tensor, y: Tensor) -> None:
-        """Answer products with ``x`` by ``y``."""
+        """Answer products with ``x`` by returning ``y``."""
         self._answer = x, y
 
     def held(self, x: Tensor) -> Tensor | None:
-        """The answer to a product with ``x``, if that is the tensor."""
+        """The stored answer if ``x`` is the tensor it belongs to."""
         return self._answer[1] if self._answer is not None and self._answer[0] is x else None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -233,7 +233,7 @@ class SoftmaxOperator(AnsweringOperator):
         lse: (B, H, N), the log-sum-exp of the scores, if it is already known.
         backend: see :func:`xattn.kernels.backend.choose`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may compute A X; without a bias that is always so.
+            attention may compute A X; without a bias this is always the case.
         causal: whether query i sees only keys 0 to i; needs N = S.
     """
 
@@ -266,7 +266,7 @@ class SoftmaxOperator(AnsweringOperator):
             return self._lse
         lse = self.attend(self.k.new_zeros(*self.k.shape[:3], self.q.shape[-1]))[1]
         live = any(x is not None and x.requires_grad for x in (self.q, self.k, self.bias))
-        if torch.is_grad_enabled() or not live:  # else a later call may want its graph
+        if torch.is_grad_enabled() or not live:  # else a later call may need its graph
             self._lse = lse
         return lse
 
@@ -279,7 +279,7 @@ class SoftmaxOperator(AnsweringOperator):
         )
 
     def answer(self, v: Tensor) -> Tensor:
-        """A V, held as an answer, and the log-sum-exp kept, with their graph."""
+        """A V, stored as an answer; also keeps the log-sum-exp. Both keep their graph."""
         y, self._lse = self.attend(v)
         self.hold(v, y)
         return y
@@ -301,17 +301,17 @@ class SoftmaxOperator(AnsweringOperator):
         return y
 
     def matvec_where(self, x: Tensor, keep: Tensor) -> Tensor:
-        """With few keys all rows are computed. From ``FEW`` on a GPU takes lists of queries, except with
-        a bias, and a CPU goes head by head, except in causal attention. A CPU leaves out heads without
-        a row to keep in any case."""
+        """With few keys all rows are computed. From ``FEW`` keys on, a GPU uses lists of queries, except
+        with a bias, and a CPU goes head by head, except in causal attention. In any case a CPU skips heads
+        that have no rows to keep."""
         enough, n = self.shape[3] >= FEW, self.shape[2]
         if enough and self._takes_lists(x):
             options = {"scale": self.scale, "causal": self._by_place, "backend": self.backend}
             return ragged_attention(self.q, self.k, x, keep, **options)[0]
-        # Elsewhere than on a CPU, reading how many rows are kept would have to wait for them.
+        # On devices other than a CPU, counting the kept rows would mean waiting for them.
         if not may_look(keep) or not self._fused:
             return super().matvec_where(x, keep)
-        at = keep.flatten().nonzero()[:, 0]  # of the rows of all heads, side by side
+        at = keep.flatten().nonzero()[:, 0]  # among the rows of all heads, side by side
         ends = torch.arange(n, keep.numel() + 1, n, device=at.device)
         counts = torch.searchsorted(at, ends).diff(prepend=at.new_zeros(1)).tolist()
         if 0 in counts and {*counts} <= {0, n}:
@@ -321,7 +321,7 @@ class SoftmaxOperator(AnsweringOperator):
         return super().matvec_where(x, keep)
 
     def _takes_lists(self, x: Tensor) -> bool:
-        """Whether the op for lists of queries answers, in place of PyTorch's own attention."""
+        """Whether the op for lists of queries is used instead of PyTorch's own attention."""
         if self.bias is not None or not self.q.dtype == self.k.dtype == x.dtype:
             return False
         if self.backend != "auto":
@@ -330,18 +330,18 @@ class SoftmaxOperator(AnsweringOperator):
         return path == "triton"
 
     def _by_heads(self, x: Tensor, at: Tensor, counts: Sequence[int]) -> Tensor:
-        """A X in the rows ``at`` of all heads' rows, ``counts`` of each, by PyTorch's own attention.
+        """A X in the rows ``at`` of all heads' rows, ``counts`` from each, by PyTorch's own attention.
 
-        A head's rows go to all threads in equal shares, as a batch that reads the same keys. PyTorch
-        would give a thread whole runs of 64 rows, so that one of two gets 320 of 520, and in the
-        backward pass whole heads.
+        A head's rows are divided equally among all threads, as a batch that reads the same keys. PyTorch
+        would give a thread whole runs of 64 rows, so that one of two threads gets 320 of 520 and, in the
+        backward pass, whole heads.
         """
         batch, heads, n, _ = self.shape
         shares = [max(1, min(torch.get_num_threads(), count // LEAST)) for count in counts]
         rests = [-count % share for count, share in zip(counts, shares, strict=True)]
         lengths = [count + rest for count, rest in zip(counts, rests, strict=True)]
         padded = at
-        if any(rests):  # with the last row of the head
+        if any(rests):  # padded with the last row of the head
             lists = zip(at.split(counts), rests, strict=True)
             padded = torch.cat([i for rows, rest in lists for i in (rows, rows[-1:].expand(rest))])
         parts = self.q.flatten(0, 2).index_select(0, padded).split(lengths)
@@ -404,7 +404,7 @@ class SoftmaxOperator(AnsweringOperator):
         every = self._spread(r)
         reduce = "mean" if check_heads(heads) else "none"
         k, lse = self.k, self.lse
-        if r.shape[-2] > ROWS and not on_cpu(r):  # the kernel takes no more of them at a time
+        if r.shape[-2] > ROWS and not on_cpu(r):  # the kernel's limit for one call
             with own_precision(self.q):
                 parts = [every[..., i] @ self.tile(i, slice(None)) for i in self.row_chunks()]
             product = functools.reduce(torch.add, parts)
@@ -444,10 +444,10 @@ def fused_attention(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's own attention, of keys and values of H or Hk heads.
+    """PyTorch's own attention, for keys and values of H or Hk heads.
 
-    Fewer key heads are repeated where it would do that itself, or store N x S numbers: on a CPU, in float32
-    and with a bias.
+    Fewer key heads are repeated where PyTorch would do that itself or store N x S numbers: on a CPU, in
+    float32 and with a bias.
     """
     heads, half = q.shape[1], q.dtype in (torch.float16, torch.bfloat16)
     grouped = not on_cpu(q) and half and bias is None and k.shape[1] == v.shape[1] < heads
@@ -463,7 +463,7 @@ def _shared(rows: Tensor, shares: int) -> Tensor:
 
 
 def _in_parts(times: Callable[[Tensor], Tensor], r: Tensor) -> Tensor:
-    """``times`` of any number of row vectors, as many at a time as a kernel takes."""
+    """``times`` for any number of row vectors, in chunks of the size that a kernel accepts."""
     parts = [times(some) for some in r.split(ROWS, -2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 

@@ -17,7 +17,7 @@ class CausalLowRankOperator(Operator):
 
     Products with A and with its transpose are scans over the tokens, forwards and backwards, in
     O(N f m) time and O(N (f + m)) memory, with sums in float32 at least. ``stochastic`` and ``signed``
-    say what the caller knows of A.
+    state known properties of A.
 
     Raises:
         ValueError: shapes that do not fit.

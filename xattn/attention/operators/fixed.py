@@ -18,7 +18,7 @@ class IdentityOperator(Operator):
     """A = I: no token reads another.
 
     Args:
-        like: a tensor (B, H, N, ...) whose sizes, dtype and device it takes.
+        like: a tensor (B, H, N, ...) that defines sizes, dtype and device.
     """
 
     stochastic, causal, hides = True, True, True
@@ -48,12 +48,12 @@ class IdentityOperator(Operator):
 
 
 class StoredOperator(Operator):
-    """One matrix for each head, the same for all images, so that the images of a batch are columns of one
-    product.
+    """One matrix for each head, the same for all images, so that the images of a batch become columns of
+    one product.
 
     Args:
         matrix: M, (H, N, S), with rows that sum to 1.
-        like: a tensor (B, ...) whose batch size and dtype it takes.
+        like: a tensor (B, ...) that defines batch size and dtype.
     """
 
     stochastic = True
@@ -90,9 +90,9 @@ class SharedRowOperator(Operator):
     """A of rank 1: every query reads the same mean of the values.
 
     Args:
-        row: r, (B, H, S), not negative, with sum 1.
+        row: r, (B, H, S), nonnegative, with sum 1.
         queries: N.
-        like: a tensor whose dtype it takes.
+        like: a tensor that defines the dtype.
     """
 
     stochastic = True

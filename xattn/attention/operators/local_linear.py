@@ -1,4 +1,4 @@
-"""Softmax attention with a linear factor of each query's own, a signed operator whose rows sum to 1."""
+"""Softmax attention with a linear factor for each query: a signed operator whose rows sum to 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LocalLinearOperator(Operator):
     """A_ij = p_ij [1 + x_i . (f_j - m_i)] with p = softmax(scale q k^T), recomputed on demand.
 
     Args:
-        q: (B, H, N, D); ``k``: (B, H, S, D), in float32 at least, as all others.
+        q: (B, H, N, D); ``k``: (B, H, S, D); all tensors in float32 at least.
         features: f, (B, H, S, F); ``slope``: x, (B, H, N, F).
         lse: (B, H, N), the log-sum-exp of the scores; ``mean``: m = p f, (B, H, N, F).
         causal: whether query i sees only keys 0 to i; needs N = S.
@@ -63,7 +63,7 @@ class LocalLinearOperator(Operator):
         return y.to(x.dtype)
 
     def with_constant_factors(self, q: Tensor, k: Tensor) -> LocalLinearOperator:
-        """The same in values, with a graph of p alone, through ``q`` and ``k``."""
+        """The same operator with gradients only through p, computed from ``q`` and ``k``."""
         lse = softmax_attention(q, k, k, scale=self.scale, causal=self.causal)[1]
         features, mean, slope = (x.detach() for x in (self.features, self.mean, self.slope))
         return LocalLinearOperator(

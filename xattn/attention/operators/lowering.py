@@ -1,17 +1,18 @@
-"""Which path attention over key segments takes: dense, with a mask, in bands, or lists of key blocks.
+"""How attention over key segments is computed: dense, with a mask, in bands, or with key block lists.
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the union of the segments' visible keys
 
-Each segment is attended alone, and log-sum-exps merge them exactly.
-Mechanisms say what is visible; only this module decides how that is computed.
+Each segment is attended separately, and log-sum-exps merge them exactly.
+Mechanisms specify what is visible; only this module decides how to compute it.
 
-Softmax attention over a union of parts, each of them a call of an op that gives its log-sum-exp.
+Softmax attention over a union of parts, each computed by an op that returns its log-sum-exp.
 
     L = log sum_s exp(L_s + c_s),   o = sum_s exp(L_s + c_s - L) o_s
 
-c_s is a constant that is added to all scores of part s. Forward, parts are merged as they come. Backward
-needs no part of its own: with the union's o and L - c_s in place of o_s and L_s, the backward of an op
-gives what the union passes on to that part, because p_ij = exp(s_ij + c_s - L) whichever part key j is in.
+c_s is a constant added to all scores of part s. The forward pass merges parts one after the other. The
+backward pass uses the ops' own: with the union's o and L - c_s in place of o_s and L_s, the backward of an
+op returns the gradient of the union for that part, because p_ij = exp(s_ij + c_s - L) for any part of key
+j.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class Part:
     name: str
     problem: Any
     shift: float = 0.0
-    """c, added to all of its scores."""
+    """c, added to all scores of the part."""
     offset: Tensor | None = None
     """(B or 1, H or 1, N), added to all scores of a query; it may have a gradient."""
 
 
 def attend_union(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """o (B, H, N, Dv) and the log-sum-exp (B, H, N); a row that sees no key has 0 and -inf."""
+    """o (B, H, N, Dv) and the log-sum-exp (B, H, N); for a row that sees no key, 0 and -inf."""
     offsets = any(part.offset is not None for part in parts)
     if len(parts) == 1 and not parts[0].shift and not offsets:
         return _alone(parts[0])
@@ -72,7 +73,7 @@ def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         outputs.append(o)
         logs.append(own if part.offset is None else own + part.offset.to(own.dtype))
     lse = torch.stack(logs)
-    # Where no part has a key, exp(-inf - -inf) would be NaN, also in the backward pass.
+    # If no part has a key, exp(-inf - -inf) would be NaN, also in the backward pass.
     empty = lse.isneginf().all(0)
     lse = lse.masked_fill(empty, 0.0)
     total = lse.logsumexp(0)
@@ -82,14 +83,14 @@ def _merged(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
 
 
 def merged(o: Tensor, lse: Tensor, own: Tensor, own_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The union of two parts by their outputs and log-sum-exps; it takes the memory of ``o``."""
+    """The union of two parts from their outputs and log-sum-exps; overwrites ``o``."""
     total = torch.logaddexp(lse, own_lse)
     share = (own_lse - total).exp().masked_fill(own_lse.isneginf(), 0.0)
     return o.lerp_(own, share[..., None].to(o.dtype)), total
 
 
 def _merge_of(parts: Sequence[Part]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What merges two of the parts: :func:`merged`, or its kernel."""
+    """The function that merges two parts: :func:`merged`, or its kernel."""
     if any(part.problem.backend != "triton" for part in parts):
         return merged
     from xattn.kernels.tiles import merge  # needs Triton
@@ -135,9 +136,9 @@ class _Union(torch.autograd.Function):
         return None, None, None, *found
 
 
-DENSE = 2048  # the most keys for which a mask is stored
-BANDED = 1280  # up to so many keys bands of a stored mask beat lists
-SMALL = 512  # below so many keys gathering never pays
+DENSE = 2048  # largest number of keys for which a mask is stored
+BANDED = 1280  # largest number of keys for which bands of a stored mask beat lists
+SMALL = 512  # with fewer keys gathering never pays
 
 
 def attend(
@@ -146,7 +147,7 @@ def attend(
     """Attention of ``q`` (B, H, N, D) over the union of the segments' keys.
 
     Returns:
-        o (B, H, N, Dv) and the log-sum-exp (B, H, N); a row that sees no key has 0 and -inf.
+        o (B, H, N, Dv) and the log-sum-exp (B, H, N); for a row that sees no key, 0 and -inf.
 
     Raises:
         ValueError: no segment, or shapes, dtypes and indices that do not match.
@@ -164,8 +165,8 @@ def attend_output(
     backend: str = "auto",
     every_row: bool = False,
 ) -> Tensor:
-    """o of :func:`attend`, by PyTorch's own attention where that can answer: for short inputs the
-    log-sum-exp costs as much as a tenth of the call.
+    """o of :func:`attend`, computed by PyTorch's own attention if possible: for short inputs the
+    log-sum-exp takes up to a tenth of the call.
 
     Args:
         every_row: whether every row is known to see a key in spite of a bias.
@@ -186,7 +187,7 @@ def attend_output(
 
 
 def needs_grad(x: Tensor) -> bool:
-    """Whether a gradient of ``x`` may be asked for, now."""
+    """Whether a gradient of ``x`` may currently be needed."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
@@ -238,9 +239,10 @@ def _grouped(q: Tensor, s: Segment, scale: float | None, backend: str) -> groupe
 def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bool) -> bool:
     """Whether dense attention with a stored mask beats gathering the listed keys.
 
-    Never on a GPU, with a backend of the caller's choice, or above 2048 keys, where the mask would
-    take too much memory. Lists of single queries share no gathered key, so they need longer inputs.
-    Of other lists a mask has to be ``fixed``, made once: to make one takes longer than to gather.
+    Never on a GPU, with a backend chosen by the caller, or above 2048 keys, where the mask would
+    take too much memory. Lists for single queries do not share gathered keys, so a mask pays for longer
+    inputs. For other lists the mask must be ``fixed``, built once: building one takes longer than
+    gathering.
     """
     if backend != "auto" or not on_cpu(q) or keys > DENSE:
         return False
@@ -250,13 +252,13 @@ def mask_is_faster(q: Tensor, keys: int, blocks: Blocks, backend: str, fixed: bo
 
 
 def bands_are_faster(q: Tensor, keys: int, backend: str) -> bool:
-    """Whether a kept mask in bands, where it falls into some, beats gathering the listed keys."""
+    """Whether a stored mask that divides into bands beats gathering the listed keys."""
     return backend == "auto" and on_cpu(q) and keys <= BANDED
 
 
 def reads_all(k: Tensor, blocks: Blocks) -> bool:
-    """Whether every list holds every block; False on a GPU, where looking would stall the stream, and
-    in compiled code, which cannot look."""
+    """Whether every list contains every block; False on a GPU, where reading would stall the stream, and
+    in compiled code, which cannot read values."""
     if not may_look(k):
         return False
     return blocks.holds_all(-(-k.shape[2] // blocks.k_block))

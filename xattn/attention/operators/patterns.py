@@ -1,13 +1,12 @@
-"""Sparse attention of grid tokens: which of them see which, beside prefix tokens.
+"""Sparse attention of grid tokens: which tokens see which, in addition to prefix tokens.
 
     operator = pattern_operator(inputs, Pattern(blocks, order, rule), backend=backend)
 
-Prefix tokens see all tokens and are seen by all; in causal attention each sees those up to itself.
+Prefix tokens see all tokens and are seen by all; in causal attention each sees tokens up to itself.
 
-Masked attention in bands of queries, each of which reads only the keys between its first and last.
-
-A neighbourhood on a grid in raster order leaves most of a stored mask hidden. A band of a few rows of
-the grid sees one run of keys, so it needs neither the rest of the mask nor a copy of its keys.
+Masked attention is computed in bands of queries, each of which reads only the keys between its first and
+last visible key. A neighbourhood on a grid in raster order hides most of a stored mask. A band of a few
+rows of the grid sees one run of keys, so it needs neither the rest of the mask nor a copy of its keys.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from xattn.attention.order import Order, take_rows
 from xattn.attention.plans import Constants, kept, real_tensors, refer_to
 from xattn.attention.selection import Blocks, Rule, Segment, causal_blocks, visible
 
-QUERIES = 64  # the fewest in a band
-COUNT = 16  # the most bands
-WORTH = 0.85  # the largest share of dense attention's work for which bands are used
+QUERIES = 64  # smallest number of queries in a band
+COUNT = 16  # largest number of bands
+WORTH = 0.85  # bands are used up to this share of dense attention's cost
 
 
 class Band(NamedTuple):
-    """Queries and keys from one token to before another, and what is added to their scores."""
+    """A range of queries, a range of keys, and the term added to their scores."""
 
     rows: tuple[int, int]
     keys: tuple[int, int]
     bias: Tensor
-    """(1, 1, rows, prefix + keys), the prefix tokens first."""
+    """(1, 1, rows, prefix + keys), prefix tokens first."""
 
 
 def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
-    """Bands of the queries behind the prefix for a mask (1, 1, N, N); none if they save too little."""
+    """Bands of the queries after the prefix for a mask (1, 1, N, N); none if they save too little."""
     n = mask.shape[3]
     count = min(COUNT, (n - prefix) // QUERIES)
     if count < 2:
@@ -65,7 +64,7 @@ def bands_of(mask: Tensor, prefix: int) -> tuple[Band, ...]:
 
 
 class BandedOperator(SoftmaxOperator):
-    """Softmax attention with a mask whose bands are known; all but A X is as without them."""
+    """Softmax attention with a mask whose bands are known; only A X is computed differently."""
 
     def __init__(
         self,
@@ -103,22 +102,22 @@ class BandedOperator(SoftmaxOperator):
         return torch.cat(parts, 2)
 
     def matvec_and_keep(self, x: Tensor) -> Tensor:
-        return self.matvec(x)  # the same numbers as without recording
+        return self.matvec(x)  # the same result as without recording
 
 
 def _near(x: Tensor, keys: tuple[int, int], prefix: int) -> Tensor:
-    """A band's keys or values, the prefix tokens first."""
+    """A band's keys or values, prefix tokens first."""
     some = x[:, :, keys[0] : keys[1]]
     return torch.cat([x[:, :, :prefix], some], 2) if prefix else some
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Block lists over the grid tokens, all tokens behind the prefix, on M places."""
+    """Block lists over the tokens after the prefix, on M places."""
 
     blocks: Blocks
     order: Order | None = None
-    """Of the grid tokens, to which all else refers; the given order by default."""
+    """Order of the grid tokens, to which everything else refers; None keeps the given order."""
     rule: Rule | None = None
     """Which keys of the listed blocks a query sees."""
     bias: Tensor | None = None
@@ -126,10 +125,10 @@ class Pattern:
     share: Tensor | None = None
     """(B, H or Hk, query blocks, s), added to the scores of each listed block."""
     fixed: bool = False
-    """Whether it is the same for all images and heads, so that its masks are worth keeping."""
+    """Whether the pattern is the same for all images and heads, so that its masks are worth storing."""
 
     def kept_mask(self, *layout: Any) -> tuple[Tensor, tuple[Band, ...]]:
-        """The mask of a fixed pattern and its bands, made once; arguments as of :func:`_mask`."""
+        """The mask of a fixed pattern and its bands, built once; arguments as for :func:`_mask`."""
         if torch.compiler.is_dynamo_compiling():
             found: tuple[Tensor, tuple[Band, ...]] = getattr(Constants, self._name_of_mask(*layout))
             return found
@@ -156,10 +155,10 @@ def pattern_operator(
     every_row: bool = True,
     ordered: tuple[Tensor, Tensor] | None = None,
 ) -> Operator:
-    """Softmax attention over what ``pattern`` lists.
+    """Softmax attention over the keys that ``pattern`` lists.
 
     Args:
-        ordered: queries and keys behind the prefix in the pattern's order, if they are at hand.
+        ordered: queries and keys after the prefix in the pattern's order, if they are available.
         every_row: whether every query is known to see a key; with a prefix each does.
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
@@ -196,7 +195,7 @@ def pattern_operator(
 
 
 def prefix_piece(inputs: Inputs) -> Piece:
-    """Prefix tokens, which see all tokens; causal, one another."""
+    """Prefix tokens, which see all tokens or, if causal, one another."""
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
     seen, columns = Segment(k), range(k.shape[2])
     if inputs.causal:
@@ -226,7 +225,7 @@ def chosen_keys_operator(
 
 
 def _listed(pattern: Pattern, every: Segment, q: Tensor) -> list[Segment]:
-    """The listed blocks as one segment; where each has a share of its own, as one for each."""
+    """The listed blocks as one segment; if each has its own share, as one segment each."""
     if pattern.share is None:
         return [every]
     blocks, found = pattern.blocks, []
@@ -243,7 +242,7 @@ def _facts(operator: Operator, inputs: Inputs) -> Operator:
 
 
 def _mask(pattern: Pattern, tokens: int, prefix: int, causal: bool, dtype: torch.dtype) -> Tensor:
-    """(B or 1, H or Hk or 1, N, N): 0 or the key's own bias, and -inf where it is hidden."""
+    """(B or 1, H or Hk or 1, N, N): 0 or the key's own bias, and -inf where a key is hidden."""
     order, lists, bias = pattern.order, pattern.blocks.index, pattern.bias
     count = tokens if order is None else len(order.index)
     segment = Segment(lists.new_empty(1, 1, count, 0), None, pattern.blocks, pattern.rule)

@@ -1,8 +1,8 @@
 """Blocks of tokens with one pooled key each: queries read the pooled keys, and choose among the blocks.
 
-On a grid a block is a tile, and the queries of a tile choose together. In a row of tokens, blocks may
-overlap and differ from those that are chosen (Native Sparse Attention, arXiv 2502.11089); causal, each
-query chooses for itself and reads only blocks that have ended. Prefix tokens belong to no block.
+On a grid a block is a tile, and the queries of a tile choose together. In a row of tokens, pooled blocks
+may overlap and differ from those that are chosen (Native Sparse Attention, arXiv 2502.11089); if causal,
+each query chooses for itself and reads only blocks that have ended. Prefix tokens belong to no block.
 """
 
 from __future__ import annotations
@@ -28,42 +28,43 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class PooledBlocks:
-    """C pooled blocks of the N tokens behind the prefix, and the M blocks that can be chosen."""
+    """C pooled blocks of the N tokens after the prefix, and the M blocks that can be chosen."""
 
     tile: tuple[int, ...]
     """Sides of a pooled block."""
     stride: int
-    """From the first token of one pooled block to the next, in the order of ``pooling``."""
+    """Distance between the first tokens of pooled blocks, in the order of ``pooling``."""
     pooling: Order
-    """Puts the tokens of a pooled block side by side; padding fills up the last ones."""
+    """Places the tokens of a pooled block side by side; padding fills up the last ones."""
     order: Order | None
-    """Puts the tokens of a block that is chosen side by side; None leaves them as they are."""
+    """Places the tokens of a block to choose side by side; None keeps their order."""
     q_block: int
-    """Queries that choose together, 1 in a causal call."""
+    """Number of queries that choose together, 1 in a causal call."""
     k_block: int
-    """Tokens of a block that is chosen."""
+    """Number of tokens in a block to choose."""
     forced: Tensor
-    """int32 (1, 1, query blocks, 1 or 3): a query's own block; causal, the one before and the first."""
+    """int32 (1, 1, query blocks, 1 or 3): a query's own block; if causal, also the previous and the
+    first."""
     overlap: Tensor | None = None
-    """(C, M), the share of each pooled block that lies in each other; None if they are the same."""
+    """(C, M), the share of each pooled block that lies in each block to choose; None if they are equal."""
     cells: Tensor | None = None
     """int32 (M, o), the pooled blocks that overlap each block, -1 = none; ``parts``, their shares in it."""
     parts: Tensor | None = None
     visible: Tensor | None = None
-    """Causal: int32 (N,), how many pooled blocks have ended."""
+    """For causal calls: int32 (N,), the number of pooled blocks that have ended."""
     rule: Rule | None = None
-    """Causal: which tokens are seen."""
+    """For causal calls: which tokens are seen."""
     ended: Segment | None = None
-    """Causal: which prefix tokens and pooled blocks are seen; its keys are put in place."""
+    """For causal calls: which prefix tokens and pooled blocks are seen; the keys are filled in later."""
 
     @property
     def count(self) -> int:
-        """M, how many blocks can be chosen."""
+        """M, the number of blocks that can be chosen."""
         places = len(self.pooling.inverse) if self.order is None else len(self.order.index)
         return -(-places // self.k_block)
 
     def pool(self, like: Tensor, prefix: int, weight: Tensor | None = None) -> PoolOperator:
-        """Tokens to the prefix tokens and C blocks; arguments as for the operator."""
+        """Tokens pooled to the prefix tokens and C blocks; arguments as for the operator."""
         length = math.prod(self.tile)
         return PoolOperator(
             like, length, self.stride, weight=weight, order=self.pooling, prefix=prefix,
@@ -71,8 +72,8 @@ class PooledBlocks:
         )  # fmt: skip
 
     def runs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of each block, (B, Hk, N, D) -> (B, Hk, C, l, D), zeros in padding; and which
-        are tokens, bool (C, l)."""
+        """The tokens of each block, (B, Hk, N, D) -> (B, Hk, C, l, D), zeros in padding; and a mask of
+        the tokens, bool (C, l)."""
         length = math.prod(self.tile)
         real = (~self.pooling.padding).unfold(0, length, self.stride)
         return self.pooling.apply(x).unfold(2, length, self.stride).transpose(-2, -1), real
@@ -80,7 +81,7 @@ class PooledBlocks:
     def read(self, inputs: Inputs, keys: Tensor, *, backend: str = "auto") -> Operator:
         """Softmax over the prefix tokens and pooled blocks, whose ``keys`` are (B, H or Hk, R + C, D).
 
-        Causal, only over blocks that have ended; a row that sees nothing is 0.
+        If causal, only over blocks that have ended; a row that sees nothing is 0.
         """
         if self.ended is None:
             return SoftmaxOperator(inputs.q, keys, inputs.scale, backend=backend)
@@ -100,9 +101,9 @@ class PooledBlocks:
     ) -> Blocks:
         """The ``s`` blocks to whose pooled ``keys`` (B, Hk, C, D) the queries give most.
 
-        A query's weights are its softmax over the C blocks alone, the queries of a block and the heads
-        of a key head are summed. ``forced`` takes the own block whatever its weight; causal, then the
-        one before and the first. ``lse`` (B, H, N): the log-sum-exp of this softmax, if it is known.
+        A query's weights are its softmax over only the C blocks; they are summed over the queries of a
+        block and the heads that share a key head. ``forced`` always takes the own block and, if causal, the
+        previous and the first. ``lse`` (B, H, N): the log-sum-exp of this softmax, if it is known.
         """
         q = inputs.q[:, :, inputs.prefix :]
         s = min(s, self.count)
@@ -122,12 +123,12 @@ class PooledBlocks:
         )[0]
 
     def importance(self, inputs: Inputs, keys: Tensor, lse: Tensor, blocks: Blocks) -> Tensor:
-        """What queries give to each of the ``blocks`` that they chose, (B, Hk, query blocks, s), with
-        gradients: the mean over the queries of a block and the heads of a key head.
+        """The weight that queries give to each of the ``blocks`` that they chose, (B, Hk, query blocks, s),
+        with gradients: the mean over the queries of a block and the heads that share a key head.
 
         Args:
             keys: pooled, (B, Hk, C, D).
-            lse: (B, H, N) of the patches' scores, as they read pooled keys.
+            lse: (B, H, N) of the patches' scores over the pooled keys.
         """
         index = blocks.index.long()
         q, groups = inputs.q[:, :, inputs.prefix :], keys.shape[1]
@@ -156,22 +157,22 @@ class PooledBlocks:
         return x.unflatten(2, (count, self.q_block)).unflatten(1, (heads, -1))
 
     def _cells(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The pooled blocks that overlap each block that can be chosen, (M, o), and their shares in it."""
+        """The pooled blocks that overlap each block to choose, (M, o), and their shares in it."""
         if self.cells is None or self.parts is None:
             every = torch.arange(self.count, device=keys.device)[:, None]
             return every, torch.ones_like(every)
         return self.cells.clamp_min(0), self.parts
 
     def pattern(self, blocks: Blocks, share: Tensor | None = None) -> Pattern:
-        """What queries see that read the tokens of the ``blocks`` they chose."""
+        """What queries see when they read the tokens of the ``blocks`` they chose."""
         return Pattern(blocks, self.order, self.rule, share=share)
 
     def frequency(self, blocks: Blocks) -> Tensor:
-        """Share of the lists that hold each block, (B, Hk, M) in [0, 1]."""
+        """Share of the lists that contain each block, (B, Hk, M) in [0, 1]."""
         return blocks.shares(self.count)
 
     def on_tokens(self, x: Tensor) -> Tensor:
-        """Values of blocks, (..., M), for each token behind the prefix, (..., N)."""
+        """Values of blocks, (..., M), for each token after the prefix, (..., N)."""
         return blocks_to_tokens(x, self.k_block, self.order, len(self.pooling.inverse))
 
 
@@ -187,10 +188,10 @@ def pooled_blocks(
     """The blocks of a grid, or of a row of tokens; cached.
 
     Args:
-        grid: lengths; one for a row.
-        block: side of a pooled block. Longer than a side of the grid, it takes all of it.
-        stride: from one pooled block to the next, at most ``block``.
-        k_block: tokens of a block that is chosen.
+        grid: side lengths; one for a row.
+        block: side of a pooled block. A side longer than the grid's covers all of it.
+        stride: distance between pooled blocks, at most ``block``.
+        k_block: tokens in a block to choose.
         causal: only for a row.
 
     Raises:
@@ -229,7 +230,7 @@ def _row(n: int, block: int, stride: int, k_block: int, prefix: int, causal: boo
         made = replace(made, overlap=overlap, cells=cells, parts=parts)
     if not causal:
         return made
-    # Pooled block c stands at the place after its last token, the prefix before all tokens.
+    # Pooled block c is placed after its last token, the prefix before all tokens.
     position = F.pad(end[:, 0].int(), (prefix, 0))[:, None]
     high = F.pad(line + 1, (prefix, 0))[:, None]
     seen = Rule(torch.zeros_like(high), high, position, (1,))

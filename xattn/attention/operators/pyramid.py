@@ -1,6 +1,6 @@
-"""Pyramids of means: the tokens in nested tiles, and the means of every tile, of tiles of tiles, ...
+"""Pyramids of means: tokens in nested tiles, and the means of every tile, of tiles of tiles, and so on.
 
-Level l has one token for each run of B^l places; a mean is over the tokens in it, not over padding.
+Level l has one place for each run of B^l tokens; a mean is over the tokens in it, without padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """Of the tokens behind the prefix, on M places, M a multiple of B^L."""
+    """A pyramid of the tokens after the prefix, on M places, M a multiple of B^L."""
 
     order: Order
     block: int
@@ -31,20 +31,20 @@ class Pyramid:
     levels: int
     """L"""
     counts: tuple[Tensor, ...]
-    """For each level from 0 on, how many tokens each of its places stands for: (M / B^l,)."""
+    """For each level from 0, the number of tokens that each of its places represents: (M / B^l,)."""
     rules: tuple[Rule, ...] = ()
-    """Causal, for each level from 0 on: tokens up to the query, means of blocks before its own."""
+    """If causal, for each level from 0: tokens up to the query, means of blocks before its own."""
     top: Blocks | None = None
-    """Causal: the blocks of means of level L that have one such."""
+    """If causal: the blocks of means on level L that contain one."""
     real: tuple[Tensor, ...] = ()
-    """For each level from 0 on, LongTensor: the places that stand for a token."""
+    """For each level from 0, LongTensor: the places that represent a token."""
 
     @property
     def padded(self) -> bool:
         return self.order.is_padded
 
     def means(self, x: Tensor, prefix: int = 0) -> list[Tensor]:
-        """(B, H, prefix + N, m) to the tokens on their places, (B, H, M, m), and each level's means."""
+        """(B, H, prefix + N, m) as tokens on their places, (B, H, M, m), and the means of each level."""
         found = [self.order.apply(x[:, :, prefix:])]
         total = found[0]
         for level in range(1, self.levels + 1):
@@ -56,7 +56,7 @@ class Pyramid:
         return found
 
     def bias(self, level: int, like: Tensor) -> Tensor | None:
-        """Log of the counts, (1, 1, M / B^l), where there is padding; -inf for what holds none."""
+        """Log of the counts, (1, 1, M / B^l), if there is padding; -inf for empty places."""
         return self.counts[level].to(like.dtype).log()[None, None] if self.padded else None
 
     def shift(self, level: int) -> float:
@@ -64,16 +64,16 @@ class Pyramid:
         return 0.0 if self.padded else level * math.log(self.block)
 
     def on_tokens(self, x: Tensor, level: int) -> Tensor:
-        """Values of places of a level, (..., M / B^l), as those of tokens, (..., N)."""
+        """Values of places of a level, (..., M / B^l), as values of tokens, (..., N)."""
         return self.order.undo(x.repeat_interleave(self.block**level, -1), -1)
 
 
 @planned
 def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False) -> Pyramid:
-    """Of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
+    """The pyramid of a grid with tiles of ``block`` tokens along each side, or of a row; cached.
 
-    Sides shorter than ``block`` have tiles that are as short. No level is made above the first that has
-    one place.
+    Sides shorter than ``block`` have tiles of that length. There is no level above the first one with a
+    single place.
     """
     tile = tuple(min(block, length) for length in grid)
     sides, useful = list(grid), 0
@@ -98,10 +98,11 @@ def pyramid(grid: tuple[int, ...], block: int, levels: int, causal: bool = False
 
 
 class PyramidOperator(Operator):
-    """Tokens to the prefix tokens, the tokens on their places, and the means of levels 1 to L.
+    """Operator from tokens to the prefix tokens, the tokens on their places, and the means of levels 1 to
+    L.
 
     Args:
-        like: a tensor (B, H, prefix + N, ...) whose sizes, dtype and device it takes.
+        like: a tensor (B, H, prefix + N, ...) that defines sizes, dtype and device.
     """
 
     def __init__(self, like: Tensor, made: Pyramid, prefix: int) -> None:
@@ -114,14 +115,14 @@ class PyramidOperator(Operator):
 
     @property
     def pairs(self) -> float:
-        return len(self.made.order.index) / 4  # one addition a token and channel
+        return len(self.made.order.index) / 4  # one addition per token and channel
 
     def columns(self, level: int) -> range:
-        """Rows that hold the places of a level; of the prefix tokens for level -1."""
+        """Rows that hold the places of a level, or the prefix tokens for level -1."""
         return range(self.starts[level] if level >= 0 else 0, self.starts[level + 1])
 
     def parts(self, x: Tensor) -> dict[range, Tensor]:
-        """The rows of A X by their :meth:`columns`."""
+        """The rows of A X, by :meth:`columns`."""
         levels = [x[:, :, : self.prefix], *self.made.means(x, self.prefix)]
         return {self.columns(i): part for i, part in enumerate(levels, -1)}
 
@@ -151,7 +152,7 @@ class PyramidOperator(Operator):
 
 
 class PyramidAttention(ProductOperator):
-    """Attention to the rows of a :class:`PyramidOperator`, which need not stand in one tensor."""
+    """Attention to the rows of a :class:`PyramidOperator`, which need not be in a single tensor."""
 
     def __init__(self, read: SegmentsOperator, pyramid: PyramidOperator, *, causal: bool) -> None:
         super().__init__([read, pyramid], causal=causal)

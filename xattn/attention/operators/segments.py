@@ -19,7 +19,7 @@ from xattn.kernels.softmax.reference import widen
 
 
 class Ordered(NamedTuple):
-    """The tokens behind a prefix in an order of their own."""
+    """The tokens after a prefix, in a different order."""
 
     order: Order
     prefix: int
@@ -29,8 +29,8 @@ class Ordered(NamedTuple):
 class Piece:
     """Queries ``q`` (B, H, M, D) and what they see.
 
-    Attributes: ``segments``, without values; ``columns``, for each segment the token that each of
-    its keys is: LongTensor (B, H or Hk, S), a range of tokens, or those behind the prefix in order.
+    Attributes: ``segments``, without values; ``columns``, for each segment the token of each of its
+    keys: LongTensor (B, H or Hk, S), a range of tokens, or those after the prefix in order.
     """
 
     q: Tensor
@@ -39,15 +39,15 @@ class Piece:
 
 
 class SegmentsOperator(AnsweringOperator):
-    """Attention whose rows come in :class:`Piece` s: prefix tokens, patches in tile order, ...
+    """Attention whose rows are divided into :class:`Piece` s: prefix tokens, patches in tile order, ...
 
     Args:
-        pieces: every token is a query of exactly one; they hold the tokens in order.
-        order: in which the last piece has its tokens, if not in the given one.
+        pieces: every token is a query of exactly one; they contain the tokens in order.
+        order: order of the tokens in the last piece, if it is not the given one.
         keys: S, the number of tokens that can be seen.
         scale, backend: as in :func:`attend`.
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
-            attention may answer for a single dense segment with a bias.
+            attention may compute a single dense segment with a bias.
         causal: whether the pieces are known to hide later keys.
     """
 
@@ -76,7 +76,7 @@ class SegmentsOperator(AnsweringOperator):
 
     @property
     def pairs(self) -> float:
-        """Those that are read, pairs hidden inside a block included."""
+        """The pairs that are read, including pairs hidden inside a block."""
         total = 0.0
         for piece in self.pieces:
             for segment in piece.segments:
@@ -91,7 +91,7 @@ class SegmentsOperator(AnsweringOperator):
         return total
 
     def answer(self, v: Tensor) -> Tensor:
-        """The log-sum-exp; A V is held as an answer."""
+        """The log-sum-exp; A V is stored as an answer."""
         y, lse = self.attend(v)
         self.hold(v, y)
         return lse
@@ -101,7 +101,7 @@ class SegmentsOperator(AnsweringOperator):
         return self._matvec(x) if known is None else known
 
     def matvec_of(self, parts: Mapping[range, Tensor]) -> Tensor:
-        """:meth:`matvec` of rows that come in parts, one for each range among the ``columns``."""
+        """:meth:`matvec` of rows that are given in parts, one for each range among the ``columns``."""
         return self._matvec(parts)
 
     def _matvec(self, x: Tensor | Mapping[range, Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class SegmentsOperator(AnsweringOperator):
         return self._in_order(parts)
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(A X, log-sum-exp) in the order of the tokens."""
+        """(A X, log-sum-exp) in token order."""
         parts = [
             attend(piece.q, self._segments(piece, x), scale=self.scale, backend=self.backend)
             for piece in self.pieces
@@ -172,7 +172,7 @@ class SegmentsOperator(AnsweringOperator):
         return torch.cat(parts, 2)[..., columns]
 
     def _tokens(self) -> Iterator[tuple[Piece, range]]:
-        """The pieces and the tokens that each holds."""
+        """The pieces, with the tokens that each contains."""
         start = 0
         for piece in self.pieces:
             end = self.shape[2] if piece is self.pieces[-1] else start + piece.q.shape[2]
@@ -180,7 +180,7 @@ class SegmentsOperator(AnsweringOperator):
             start = end
 
     def _rows(self, piece: Piece, tokens: Tensor) -> Tensor:
-        """Rows of A of one piece, (B, H, R, S), for the numbers of some of its tokens."""
+        """Rows of A for some tokens of one piece, (B, H, R, S)."""
         order = self._order if piece is self.pieces[-1] else None
         places = tokens if order is None else order.inverse[tokens]
         batch, heads, _, keys = self.shape
@@ -207,7 +207,7 @@ class SegmentsOperator(AnsweringOperator):
 
 
 def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
-    """Scores (B, H, R, S) whose softmax over all keys is that over landmarks and within blocks."""
+    """Scores (B, H, R, S) whose softmax over all keys equals that over landmarks and within blocks."""
     assert s.blocks is not None and s.marks is not None
     gates = products(q, spread_heads(s.marks, q.shape[1]), scale)
     gates = gates if s.weight is None else gates + s.weight.to(gates.dtype).log()
@@ -221,7 +221,7 @@ def _opened(scores: Tensor, s: Segment, q: Tensor, scale: float) -> Tensor:
 
 
 def _take(x: Tensor, columns: Tensor | range | Ordered) -> Tensor:
-    """Rows of ``x`` (B, H, S, m) by the columns of a piece; zeros in padding."""
+    """Rows of ``x`` (B, H, S, m) for the columns of a piece; zeros in padding."""
     if isinstance(columns, range):
         return x[:, :, columns.start : columns.stop]
     if isinstance(columns, Ordered):
@@ -230,7 +230,7 @@ def _take(x: Tensor, columns: Tensor | range | Ordered) -> Tensor:
 
 
 def _with_heads(s: Segment, heads: int) -> Segment:
-    """The segment with a key head for each of ``heads``, and lists and biases that fit them."""
+    """The segment with a key head for each of ``heads``, and matching lists and biases."""
     if s.k.shape[1] == heads:
         return s
     blocks, bias, offset = s.blocks, s.bias, s.offset

@@ -1,4 +1,4 @@
-"""Softplus attention with l1 norms as an operator; its rows are computed anew from queries and keys."""
+"""Softplus attention with l1 norms as an operator; rows are recomputed from queries and keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SoftplusOperator(Operator):
 
     Args:
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64.
-        scale: of the products, beside ln(N_i).
+        scale: scale of the products, in addition to ln(N_i).
         power, offset, eps, causal, backend: as in :func:`xattn.kernels.softplus.softplus_attention`.
     """
 
@@ -42,7 +42,7 @@ class SoftplusOperator(Operator):
     @property
     def pairs(self) -> float:
         visible = 0.5 if self.causal else 1.0
-        sweeps = 1.0 if self.power == 1 and self.offset == 0 else 1.5  # scores a second time
+        sweeps = 1.0 if self.power == 1 and self.offset == 0 else 1.5  # scores are computed twice
         return visible * sweeps * self.shape[2] * self.shape[3]
 
     def matvec(self, x: Tensor) -> Tensor:

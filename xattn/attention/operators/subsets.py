@@ -1,8 +1,9 @@
-"""Attention within subsets of the tokens, such as clusters or the tokens that are left.
+"""Attention within subsets of the tokens, such as clusters or the remaining tokens after pruning.
 
-    y_i = mean over the subsets that hold query i of  sum_j a_ij v_j,   j over the keys of the subset
+    y_i = mean over the subsets that contain query i of  sum_j a_ij v_j,   j over the keys of the subset
 
-A query of no subset has the row 0. Each head of each image has subsets of its own, all of one size.
+For a query that is in no subset, the row is 0. Each head of each image has its own subsets, all of one
+size.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ class SubsetsOperator(Operator):
 
     Args:
         inner: (B, H G, w, s), attention of each subset's queries to its keys.
-        queries: LongTensor (B, H, G, w), numbers of tokens; ``keys``: (B, H, G, s).
+        queries: LongTensor (B, H, G, w), token numbers; ``keys``: (B, H, G, s).
         tokens: N.
         first: (B, H, R, N), rows of the first R tokens, which are queries of no subset.
         once: whether a token is known to be a query of at most one subset.
-        stochastic, causal: what the caller knows of A.
+        stochastic, causal: known properties of A.
     """
 
     hides = True
@@ -47,12 +48,12 @@ class SubsetsOperator(Operator):
         self.groups = queries.shape[2]
         self.shape = (*queries.shape[:2], tokens, tokens)
         self.stochastic, self.causal, self.signed = stochastic, causal, inner.signed
-        self.share: Tensor | None = None  # (B, H, N), of a subset in a token's row
+        self.share: Tensor | None = None  # (B, H, N), the weight of one subset in a token's row
         if not once:
             self.share = 1 / self.members().clamp_min(1)
 
     def members(self) -> Tensor:
-        """In how many subsets each token is a query, (B, H, N)."""
+        """The number of subsets in which each token is a query, (B, H, N)."""
         none = widen(self._anchor().new_zeros(self.shape[:3]))
         return none.scatter_add_(2, self.queries, torch.ones_like(self.queries, dtype=none.dtype))
 
@@ -73,7 +74,7 @@ class SubsetsOperator(Operator):
         return self._by_subset(take_rows(spread_heads(x, self.shape[1]), self.keys))
 
     def scatter(self, y: Tensor) -> Tensor:
-        """Means of the queries' rows (B, H G, w, m) by token: (B, H, N, m)."""
+        """Means of the queries' rows (B, H G, w, m) for each token: (B, H, N, m)."""
         batch, heads, tokens, _ = self.shape
         y = y.unflatten(1, (heads, -1)).flatten(2, 3)
         if not on_cpu(y):

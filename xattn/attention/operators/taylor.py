@@ -1,4 +1,4 @@
-"""Attention by a Taylor series of the exponential as an operator; its rows are computed anew."""
+"""Attention from a Taylor series of the exponential as an operator; rows are recomputed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from xattn.kernels.backend import own_precision
 class TaylorOperator(Operator):
     """A_ij proportional to 1 + z + z^2 / 2, z = q_i . k_j / sqrt(f), with rows that sum to 1.
 
-    It takes O(N S f) where features of the series take O((N + S) f^2 D): less for fewer keys than features.
+    It takes O(N S f), less than the O((N + S) f^2 D) of Taylor features if there are fewer keys than
+    features.
 
     Args:
         q: (B, H, N, f); ``k``: (B, H, S, f), both float32 or float64.

@@ -1,1 +1,1 @@
-"""Class activation maps: weighted sums of feature maps, one method a file."""
+"""Class activation maps: weighted sums of feature maps, one method per file."""

@@ -1,4 +1,4 @@
-"""Ablation-CAM: a channel is worth what the class logit loses without it.
+"""Ablation-CAM: a channel's weight is how much the class logit falls without it.
 
     map = ReLU( sum_c (y - y_c) / |y| f_c ),   y_c the logit with channel c of the layer set to 0
 
@@ -24,8 +24,8 @@ from xattn.runtime.memory import ForwardBatches
 class AblationCam(LayerExplainer, ImageByImage):
     """Ablation-CAM: one pass per channel.
 
-    On the map that a CNN pools only the classifier runs again. On other layers, and in ViTs, the
-    whole network does, in micro-batches of one shape.
+    For the map that a CNN pools, only the classifier is run again. For other layers, and in ViTs, the
+    whole network is run again, in micro-batches of one shape.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
@@ -61,7 +61,7 @@ class AblationCam(LayerExplainer, ImageByImage):
         return torch.relu(torch.tensordot(weights.T, activations[0].double(), 1))
 
     def _run(self, ablated: Callable[[Tensor], Tensor], channels: int, classes: Tensor) -> Tensor:
-        """The logits (C, M) float64 without each channel, in micro-batches of one shape."""
+        """The logits (C, M) float64 with each channel removed in turn, in micro-batches of one shape."""
         steps = -(-channels // self.max_forward_batch)
         batches = ForwardBatches(-(-channels // steps))
 

@@ -1,11 +1,11 @@
-"""Class activation map: the classifier's weights of a class, applied at every position of the last map.
+"""Class activation map: the classifier's weights for a class, applied at every position of the last map.
 
     pooled maps     map_k = w_k . f
-    a class token   map_k = what attention brings to it from each patch, in the tapped blocks, along w_k
+    a class token   map_k = what attention brings to it from each patch in the tapped blocks, along w_k
 
 f (B, C, h, w) is the tensor that is average-pooled before the linear classifier: the mean of map_k over the
-positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150). How other networks read
-their maps says :mod:`~xattn.heads.class_reading`. Negative evidence stays: no ReLU.
+positions is the logit of class k without the bias (Zhou et al., arXiv 1512.04150).
+:mod:`~xattn.heads.class_reading` covers other networks. Negative evidence is kept: there is no ReLU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from xattn.heads.class_reading import class_reading
 
 
 class TapsExplainer(Explainer):
-    """Base of explainers that read the maps of any classes from the taps of one pass."""
+    """Base of explainers that compute maps of any classes from the taps of a single pass."""
 
     per_class = True
 
     @property
     def tapped(self) -> Backbone:
-        """The network, with the taps that are read."""
+        """The network, with the taps that this explainer reads."""
         return self.backbone
 
     @abstractmethod
@@ -47,7 +47,7 @@ class TapsExplainer(Explainer):
 
 @register_explainer("cam", title="CAM")
 class Cam(TapsExplainer):
-    """Unrectified CAM: for networks with one linear classifier of pooled maps or of a class token."""
+    """Unrectified CAM: for networks with one linear classifier on pooled maps or on a class token."""
 
     clips = True
 

@@ -2,10 +2,10 @@
 
     f, or f o g (hw x C) = U S V^T,   map = f v_1,  or (f o g) v_1
 
-Muhammad and Yeasin, arXiv 2008.00299; the form with the gradients g of a class's logit is known from
-pytorch-grad-cam. What is decomposed is not centred, as in the paper (pytorch-grad-cam centres it). A
-singular vector has no sign of its own: it is chosen so that Eigen-CAM's map has a positive sum, and that
-Eigen-Grad-CAM's goes along with the sum over the channels, HiResCAM.
+Muhammad and Yeasin, arXiv 2008.00299; the variant with the gradients g of a class logit comes from
+pytorch-grad-cam. As in the paper, the activations are not centred (pytorch-grad-cam centres them). The sign
+of a singular vector is arbitrary: it is chosen so that Eigen-CAM's map has a positive sum, and that
+Eigen-Grad-CAM's map agrees in sign with the sum over the channels, HiResCAM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xattn.explainers.cams.layers import LayerExplainer
 
 @register_explainer("eigencam", title="Eigen-CAM")
 class EigenCam(LayerExplainer):
-    """Eigen-CAM: what activates the network, not what supports a class; no gradient is needed.
+    """Eigen-CAM: what activates the network, whatever the class; it needs no gradient.
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
@@ -36,7 +36,7 @@ class EigenCam(LayerExplainer):
 
 @register_explainer("eigengradcam", title="Eigen-Grad-CAM")
 class EigenGradCam(GradientCam):
-    """Eigen-Grad-CAM: the strongest common pattern of the channels, each weighted by its gradient.
+    """Eigen-Grad-CAM: the strongest pattern common to the channels, each weighted by its gradient.
 
     Args:
         layer, layers, reshape, relu: see :class:`~xattn.explainers.cams.gradcam.GradientCam`.
@@ -49,12 +49,12 @@ class EigenGradCam(GradientCam):
             component = _component(weighted)
             along = (component * weighted.sum(0)).sum()
             maps.append(-component if along < 0 else component)
-        found = torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
-        return torch.relu(found) if self.relu else found
+        stacked = torch.stack(maps).to(torch.promote_types(images.dtype, torch.float32))
+        return torch.relu(stacked) if self.relu else stacked
 
 
 def _component(channels: Tensor) -> Tensor:
-    """(C, h, w) -> their first principal component (1, h, w), float64, of either sign."""
+    """The first principal component (1, h, w) of (C, h, w), float64, of either sign."""
     rows = channels.flatten(1).T.double()
     # The smaller of the two Gram matrices has the same largest singular value.
     if len(rows) <= rows.shape[1]:

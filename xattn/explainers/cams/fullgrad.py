@@ -1,11 +1,12 @@
-"""FullGrad: the gradients of all layers, since a ReLU network's logit is the sum of what they weight.
+"""FullGrad: gradients of all layers, because a ReLU network's logit is the sum of the parts they weight.
 
     f(x) = sum x . df/dx + sum_z sum b . df/dz         z: the output of a layer, b: its bias
     map  = psi(x . df/dx) + sum_z psi(b . df/dz)       psi: absolute, scaled to [0, 1], up-sampled, summed
 
-Srinivas and Fleuret, NeurIPS 2019, arXiv 1905.00780. x is the normalised image; b of BatchNorm is its shift
-beta - mean gamma / sqrt(var + eps). The channels of a layer are scaled to [0, 1] together, so that they
-keep their proportions, and summed.
+Srinivas and Fleuret, NeurIPS 2019, arXiv 1905.00780. x is the normalised image; for BatchNorm, b is its
+shift
+beta - mean gamma / sqrt(var + eps). The channels of a layer are scaled to [0, 1] together, which preserves
+their proportions, and then summed.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ LAYERS = Composite(plain=True, rules=tuple((name, own) for name in BIASED))
 class FullGrad(Explainer):
     """FullGrad, (B, 1, H, W), never negative: one forward and one backward pass.
 
-    The parts sum to the logit in networks of ReLUs, pools, and BatchNorms: see :meth:`contributions`. Other
-    networks have parts, too, but these do not sum to it. Parts without a place, such as the classifier's
-    bias or those inside windows of a Swin, are not on the map. Each layer counts alike, so the map depends
-    on how a network is cut into layers.
+    In networks of ReLUs, pools and BatchNorms the parts sum to the logit: see :meth:`contributions`. In
+    other
+    networks they do not. Parts without a position in the image, such as the classifier's bias or those
+    inside the windows of a Swin, are left out of the map. All layers count equally, so the map depends on
+    how a network is divided into layers.
     """
 
     clips = True
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """What the image and what all biases add to the class's logit, (B,) and (B,).
+        """The contributions of the image and of all biases to the class logit, (B,) and (B,).
 
         Args:
             inputs, target: as in :meth:`attribute`.
@@ -52,7 +54,7 @@ class FullGrad(Explainer):
             logits, x, engine = self._pass(images)
             image, *parts = self._parts(logits, x, engine, targets.to(logits.device))
         biases = images.new_zeros(len(images), dtype=torch.float64)
-        for part, _ in parts:  # its batch may be several windows of each image
+        for part, _ in parts:  # its batch axis may hold several windows per image
             biases += part.double().reshape(len(images), -1).sum(1)
         return image[0].double().flatten(1).sum(1), biases
 
@@ -73,7 +75,7 @@ class FullGrad(Explainer):
         return logits.detach(), classes, torch.cat(maps, 1)
 
     def _pass(self, images: Tensor) -> tuple[Tensor, Tensor, Engine]:
-        self.backbone.requires_grad_(False)  # the guard puts it back
+        self.backbone.requires_grad_(False)  # the guard restores it
         x = self.backbone.normalize(images).requires_grad_()
         with Engine(LAYERS, keep=True) as engine:
             return self.backbone.logits_normalized(x), x, engine
@@ -82,7 +84,7 @@ class FullGrad(Explainer):
     def _parts(
         logits: Tensor, x: Tensor, engine: Engine, classes: Tensor
     ) -> Iterator[tuple[Tensor, bool]]:
-        """x . df/dx, then b . df/dz (B, ...) of each layer, and whether its channels come last."""
+        """x . df/dx, then for each layer b . df/dz (B, ...) and whether its channels come last."""
         score = logits.gather(1, classes[:, None]).sum()
         edges, biases = zip(*engine.added, strict=True) if engine.added else ((), ())
         grads = torch.autograd.grad(score, [x, *edges], retain_graph=True, allow_unused=True)
@@ -91,7 +93,7 @@ class FullGrad(Explainer):
                 yield factor * grad, factor.ndim == 1
 
     def _placed(self, part: Tensor, last: bool, images: Tensor) -> Tensor | None:
-        """A layer's part as (B, C, h, w); None if it has no place in the image."""
+        """A layer's part as (B, C, h, w); None if it has no position in the image."""
         if len(part) != len(images):
             return None
         if part.ndim == 3 and last and self.backbone.is_vit and self.backbone.knows_grid:

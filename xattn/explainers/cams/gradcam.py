@@ -7,8 +7,8 @@
     HiResCAM    ReLU( sum_c g_c f_c )                              Draelos & Carin, arXiv 2011.08891
     XGrad-CAM   ReLU( sum_c (sum_uv(g_c f_c) / sum_uv(f_c)) f_c )  Fu et al., BMVC 2020, arXiv 2008.02312
 
-Grad-CAM++ takes the derivatives of exp(logit), whose common factor drops out. f (B, C, h, w) is the
-layer of :mod:`xattn.explainers.cams.layers`. The ReLU is part of the methods.
+Grad-CAM++ takes the derivatives of exp(logit), whose common factor cancels. f (B, C, h, w) is the
+layer of :mod:`xattn.explainers.cams.layers`. The ReLU is part of all these methods.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GradientCam(LayerExplainer):
         return torch.cat([self._map(images, target) for target in classes.unbind(1)], 1)
 
     def _map(self, images: Tensor, target: Tensor) -> Tensor:
-        """(b, 1, h, w) of the classes (b,)."""
+        """(b, 1, h, w) for the classes (b,)."""
         activations, gradients = self.reader.gradients(images, target)
         maps = (self._weights(activations, gradients) * activations).sum(1, keepdim=True).detach()
         return torch.relu(maps) if self.relu else maps
@@ -68,7 +68,7 @@ class GradCamPlusPlus(GradientCam):
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        # The reduced fraction: g^2 and g^3 of usual gradients underflow in float16.
+        # The reduced fraction, because g^2 and g^3 of typical gradients underflow in float16.
         denominator = 2 + activations.sum(axes_of(activations), keepdim=True) * gradients
         alpha = torch.where(denominator != 0, 1 / denominator, 0.0)
         return (alpha * torch.relu(gradients)).sum(axes_of(activations), keepdim=True)
@@ -88,10 +88,10 @@ class LayerCam(GradientCam):
 
 @register_explainer("hirescam", title="HiResCAM")
 class HiResCam(GradientCam):
-    """HiResCAM, the layer times its gradient at each place: (B, 1, h, w).
+    """HiResCAM: the layer times its gradient at each position, (B, 1, h, w).
 
-    Where only average pooling and a linear layer follow and ``relu`` is False, it sums to the logit less
-    its bias, and Grad-CAM is the same map.
+    If only average pooling and a linear layer follow and ``relu`` is False, it sums to the logit without
+    its bias and equals Grad-CAM.
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
@@ -103,11 +103,11 @@ class HiResCam(GradientCam):
 
 @register_explainer("xgradcam", title="XGrad-CAM")
 class XGradCam(GradientCam):
-    """XGrad-CAM: Grad-CAM whose gradients are averaged by where their channel is active.
+    """XGrad-CAM: Grad-CAM with gradients averaged in proportion to the channel's activation.
 
-    A channel's part of the map sums to sum(g f), as HiResCAM's does: where the rest of the network is
-    linear, to what the logit loses without the channel (sensitivity). Where gradients are the same at
-    all places, it is Grad-CAM. Activations of both signs, as in a ViT, may cancel in the denominator;
+    As in HiResCAM, a channel's part of the map sums to sum(g f). Where the rest of the network is linear,
+    that is what the logit loses without the channel (sensitivity). Where gradients are the same at all
+    positions, it equals Grad-CAM. Activations of both signs, as in a ViT, may cancel in the denominator;
     where they sum to 0, the weight is 0.
 
     Args:

@@ -1,9 +1,9 @@
-"""The layers that CAM methods read: their activations, and gradients, as maps (B, C, h, w).
+"""The layers that CAM methods read: their activations and gradients as maps (B, C, h, w).
 
-By default the map that a CNN pools; in a ViT the tokens after ``norm1`` of the last block, without
-prefix tokens, as a map. Of clips maps are (B, C, t, h, w). Maps of several layers are fused as
-pytorch-grad-cam does: each is scaled to [0, 1] by its minimum and maximum, up-sampled to the image, and the
-mean is taken.
+The default is the map that a CNN pools; in a ViT it is the tokens after ``norm1`` of the last block,
+without prefix tokens, arranged as a map. Maps of clips are (B, C, t, h, w). Maps of several layers are
+combined as in pytorch-grad-cam: each is scaled to [0, 1] by its minimum and maximum and up-sampled to the
+image, then they are averaged.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from xattn.runtime.names import near_names
 
 
 def axes_of(maps: Tensor) -> tuple[int, ...]:
-    """The axes of places of (B, C, h, w) or (B, C, t, h, w)."""
+    """The spatial axes of (B, C, h, w), or the spatial and temporal axes of (B, C, t, h, w)."""
     return tuple(range(2, maps.ndim))
 
 
 def default_layer(backbone: Backbone, method: str) -> nn.Module:
-    """The last map before the classifier; of a network that classifies a token, what the last attention
-    to it reads.
+    """The last map before the classifier; in a network that classifies a token, the input of the last
+    attention to that token.
 
     Raises:
         ValueError: an adapter that does not name its layer.
@@ -54,17 +54,17 @@ def default_layer(backbone: Backbone, method: str) -> nn.Module:
         return backbone.model.blocks[-1].norm1  # type: ignore[index,union-attr,return-value]
     model = backbone.model
     if getattr(model, "global_pool", None) == "token" and not hasattr(model, "post_network"):
-        # MViT, TNT, CoaT, PiT: nothing leads from their final patches to the logits.
+        # MViT, TNT, CoaT, PiT: there is no path from their final patches to the logits.
         norms = [m for n, m in model.named_modules() if n.endswith((".norm1", ".norm_out"))]
         return norms[-1] if norms else backbone.head_point
     return backbone.head_point
 
 
 def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
-    """The module of ``backbone`` that ``layer`` is or names.
+    """The module of ``backbone`` given by ``layer``, a module or a name.
 
     Raises:
-        ValueError: no such module, with near matches.
+        ValueError: there is no such module (with near matches).
     """
     point_of = getattr(backbone.model, "point_of", lambda layer: None)  # of a traced module
     if isinstance(layer, nn.Module):
@@ -93,7 +93,7 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
         name.removeprefix("model.").removeprefix("graph."): module
         for name, module in modules.items()
     }
-    inner = [name for name in names if name.endswith(f".{layer}")]  # within an adapter
+    inner = [name for name in names if name.endswith(f".{layer}")]  # inside an adapter
     if len(inner) == 1:
         return names[inner[0]]
     near = inner or near_names(layer, names, 4)
@@ -103,7 +103,7 @@ def find_layer(backbone: Backbone, layer: nn.Module | str) -> nn.Module:
     )
 
 
-MOST_PREFIX_TOKENS = 8  # of tokens whose model does not say how many there are
+MOST_PREFIX_TOKENS = 8  # assumed limit for models that do not report their prefix tokens
 
 
 class LayerReader:
@@ -111,10 +111,10 @@ class LayerReader:
 
     Args:
         layer: a module, its dotted name, or None for the default of ``backbone``.
-        reshape: makes (B, C, h, w) of the output where its form is another.
+        reshape: a function that turns an output of another shape into (B, C, h, w).
 
     Raises:
-        ValueError: ``layer`` is not a module of the backbone, or is needed and was not given.
+        ValueError: ``layer`` is not a module of the backbone, or it is missing and has no default.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class LayerReader:
         reshape: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.backbone, self.reshape = backbone, reshape
-        found: Any
+        module: Any
         if layer is None:
-            found = default_layer(backbone, method)
+            module = default_layer(backbone, method)
         elif hasattr(layer, "register_forward_hook") and not isinstance(layer, nn.Module):
-            found = layer  # what stands for a module of an adapter
+            module = layer  # what stands for a module of an adapter
         else:
-            found = find_layer(backbone, layer)
-        self.layer = found
-        names = (name for name, m in backbone.named_modules() if m is found)
-        self.name = next(names, type(found).__name__)
+            module = find_layer(backbone, layer)
+        self.layer = module
+        names = (name for name, m in backbone.named_modules() if m is module)
+        self.name = next(names, type(module).__name__)
         self.tokens = backbone.is_vit or bool(getattr(backbone.model, "token_taps", False))
 
     def activations(self, images: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ class LayerReader:
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Activations (B, C, h, w) and logits (B, K) of one pass."""
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(self.one_tensor(output).clone())  # what follows may work in place
+            outputs.append(self.one_tensor(output).clone())  # later layers may work in place
 
         handle = self.layer.register_forward_hook(keep)
         try:
@@ -154,12 +154,12 @@ class LayerReader:
                 logits = self.backbone.logits(images)
         finally:
             handle.remove()
-        if not found:
+        if not outputs:
             raise ValueError(
                 f"layer: {self.name} is not called in a pass of {self.backbone.name}; give a layer "
                 f"inside it"
             )
-        return self.as_map(found[-1], images), logits
+        return self.as_map(outputs[-1], images), logits
 
     def gradients(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and the gradients of the class's logit, both (B, C, h, w)."""
@@ -185,7 +185,7 @@ class LayerReader:
         return self.as_map(values[0], images), self.as_map(gradients[0], images)
 
     def one_tensor(self, output: Any) -> Tensor:
-        """What the layer gives, if that is a tensor."""
+        """The layer's output, which must be a tensor."""
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"layer: {self.name} of {self.backbone.name} gives a {type(output).__name__}, not one "
@@ -219,17 +219,17 @@ class LayerReader:
 
     def _reshaped(self, output: Tensor, images: Tensor) -> Tensor:
         assert self.reshape is not None
-        found = self.reshape(output)
-        if not isinstance(found, Tensor) or found.ndim != images.ndim or len(found) != len(images):
-            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        maps = self.reshape(output)
+        if not isinstance(maps, Tensor) or maps.ndim != images.ndim or len(maps) != len(images):
+            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ValueError(
                 f"reshape: got {got} for {self.name}, whose output is {tuple(output.shape)}; return "
                 f"{'(B, C, h, w)' if images.ndim == 4 else '(B, C, t, h, w)'}"
             )
-        return found
+        return maps
 
     def _of_clip(self, output: Tensor, images: Tensor) -> Tensor | None:
-        """(B, C, t, h, w) of maps with their channels first or last, or of tokens less their prefix."""
+        """(B, C, t, h, w) from maps with channels first or last, or from tokens without their prefix."""
         size, model = images.shape[2:], self.backbone.model
         if output.ndim == 5:
             axis = self.channel_axis(output, images)
@@ -243,20 +243,20 @@ class LayerReader:
         return None
 
     def _unrolled(self, output: Tensor) -> Tensor | None:
-        """Tokens of a Hiera block in the order of places; Hiera keeps those of a mask unit together."""
+        """Tokens of a Hiera block in spatial order; Hiera groups them by mask unit."""
         model, number = self.backbone.model, self.name.removeprefix("model.blocks.")
         if output.ndim != 3 or not number.isdecimal() or not hasattr(model, "reroll"):
             return None
         return model.reroll(output, int(number)).permute(0, 3, 1, 2)  # type: ignore[operator]
 
     def _grid(self, count: int, size: Sequence[int]) -> tuple[int, int] | None:
-        """The (h, w) of ``count`` tokens of an image of ``size`` (H, W), less their prefix tokens."""
+        """The (h, w) of ``count`` tokens of an image of ``size`` (H, W), after removing prefix tokens."""
         height, width = size
         if self.tokens and self.backbone.knows_grid:
             rows, columns = self.backbone.grid(height, width)
             return (rows, columns) if rows * columns <= count else None
-        # Others do not report their grid: it has the image's aspect ratio. The model's prefix tokens, if
-        # any, may join only after its blocks.
+        # Others do not report their grid: assume the image's aspect ratio. The model's prefix tokens, if
+        # any, may be added only after its blocks.
         for prefix in (self.backbone.prefix_tokens, *range(MOST_PREFIX_TOKENS + 1)):
             rows = max(1, round((max(count - prefix, 0) * height / width) ** 0.5))
             columns = (count - prefix) // rows
@@ -265,8 +265,9 @@ class LayerReader:
         return None
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
-        """The channel axis of (B, h, w, C) or (B, C, h, w), of clips with t before h: h and w have the
-        image's aspect ratio."""
+        """The channel axis of (B, h, w, C) or (B, C, h, w), for clips with t before h; found because h and
+        w
+        have the image's aspect ratio."""
         if self.reshape is not None:
             channels = self._reshaped(output, images).shape[1]
             return max(i for i in range(1, output.ndim) if output.shape[i] == channels)
@@ -283,7 +284,7 @@ class LayerReader:
         return 3 if first else 1
 
     def _looks_like_map(self, output: Tensor, images: Tensor) -> bool:
-        """Whether two sides of (B, ., ., .) are the image's, up to a factor of 2 in their ratio."""
+        """Whether two sides of (B, ., ., .) match the image's, up to a factor of 2 in their ratio."""
         axis = self.channel_axis(output, images)
         h, w = output.movedim(axis, 1).shape[2:]
         height, width = images.shape[-2:]
@@ -291,22 +292,22 @@ class LayerReader:
 
 
 def _fits(h: int, w: int, size: Sequence[int]) -> bool:
-    """Whether a grid h x w has the aspect ratio of an image of ``size`` (H, W), up to a cell."""
+    """Whether a grid h x w has the aspect ratio of an image of ``size`` (H, W), to within one cell."""
     height, width = size
     return abs(h * width - w * height) < max(height, width)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerExplainer(Explainer):
-    """Base of explainers that read the activations of one layer, or of several; of clips, too.
+    """Base of explainers that read the activations of one or several layers, also for clips.
 
     Args:
         layer: the module whose output is read, or its dotted name, such as ``"layer3.1"``; the output
-            is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). By default the pooled map of a CNN,
-            ``blocks[-1].norm1`` of a ViT, and of a detector all scales as ``layers``.
-        layers: several of these instead, as a sequence or with commas between them; the map is the mean
-            of theirs, each scaled to [0, 1] and up-sampled to the image.
-        reshape: a function that makes (B, C, h, w) of the layer's output where its form is another.
+            is (B, C, h, w), (B, h, w, C) or tokens (B, N, C). Defaults: the pooled map of a CNN,
+            ``blocks[-1].norm1`` of a ViT, and all scales of a detector, as ``layers``.
+        layers: several layers instead, as a sequence or a comma-separated text; their maps are each scaled
+            to [0, 1], up-sampled to the image and averaged.
+        reshape: a function that turns an output of another shape into (B, C, h, w).
     """
 
     clips = True
@@ -346,12 +347,12 @@ class LayerExplainer(Explainer):
         return fused([p._class_maps(images, classes) for p in self._parts], images.shape[2:])
 
     def _layer_maps(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Maps (b, M, h, w) of the classes (b, M) at one layer."""
+        """Maps (b, M, h, w) of the classes (b, M) from one layer."""
         return super()._class_maps(images, classes)
 
 
 def _several(layers: object) -> tuple[nn.Module | str, ...]:
-    """``layers`` as a tuple; a str may name several, with commas between them."""
+    """``layers`` as a tuple; a str may name several, separated by commas."""
     if isinstance(layers, str):
         return tuple(name.strip() for name in layers.split(",") if name.strip())
     if isinstance(layers, nn.Module) or not isinstance(layers, Sequence):
@@ -362,8 +363,8 @@ def _several(layers: object) -> tuple[nn.Module | str, ...]:
 
 
 def fused(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """The mean over maps (b, M, h_i, w_i), each scaled to [0, 1] and up-sampled to ``size``; a constant
-    one counts as 0."""
+    """The mean of maps (b, M, h_i, w_i), each scaled to [0, 1] and up-sampled to ``size``; a constant map
+    counts as 0."""
     scaled = []
     for one in maps:
         low, high = (of(one, axes_of(one), keepdim=True) for of in (torch.amin, torch.amax))

@@ -1,13 +1,13 @@
-"""ODAM: a map of one detection, of the gradient of its score at each place.
+"""ODAM: a map of one detection, from the gradient of its score at each position.
 
     S = sum over levels of up( ReLU( sum_c G(dy / df_c) f_c ) )
 
-Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the one candidate that is the detection, f
-(C, h, w) a feature map that the heads read, and G a Gaussian over places. Cells of coarser levels count by
-their area.
+Zhao and Chan, ICLR 2023, arXiv 2304.06354. y is the log-odds of the candidate that became the detection, f
+(C, h, w) a feature map that the heads read, and G a Gaussian over positions. Cells of coarser levels count
+in proportion to their area.
 
-One forward pass without a graph down to the maps; of the heads alone a graph is kept, and each detection
-costs a backward pass through the heads of its own level, of a detector with proposals through those of its
+The forward pass up to the feature maps runs once, without a graph; only the heads keep a graph. Each
+detection costs a backward pass through the heads of its level or, in a detector with proposals, of its
 own proposal.
 """
 
@@ -31,10 +31,10 @@ from xattn.runtime.option_checks import NotNegative
 @register_explainer("odam", title="ODAM", networks=("detector",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Odam(Explainer):
-    """ODAM, of a view whose classes are detections (:class:`~xattn.detection.Detections`).
+    """ODAM, for a view whose classes are detections (:class:`~xattn.detection.Detections`).
 
     Args:
-        sigma: of the Gaussian, in cells of the feature map; 0 leaves it out.
+        sigma: standard deviation of the Gaussian in cells of the feature map; 0 omits it.
 
     Raises:
         ValueError: a backbone without detections, or a detector without feature maps.
@@ -70,10 +70,10 @@ class Odam(Explainer):
         return logits, chosen[0], maps
 
     def _explained(self, images: Tensor, classes: Any) -> tuple[Tensor, Tensor]:
-        """Logits (b, K), and maps (b, M, H, W) of ``classes`` (b, M), or of those chosen by logits."""
+        """Logits (b, K) and maps (b, M, H, W) of ``classes`` (b, M), or of those chosen from the logits."""
         view = require_detections(self.backbone, self.name)
         with torch.enable_grad(), _leaves(self.network) as leaves:
-            # Of two stages the chosen candidates are computed again, from the maps.
+            # In a two-stage detector the chosen candidates are computed again, from the maps.
             with torch.set_grad_enabled(not self.network.proposes):
                 parts, _ = self.network.parts(view.base.normalize(images))
             with torch.no_grad():
@@ -86,7 +86,7 @@ class Odam(Explainer):
     def _one(
         self, parts: list[Candidates], leaves: list[Tensor], target: Tensor, images: Tensor
     ) -> Tensor:
-        """(b, H, W) of one detection an image."""
+        """(b, H, W), for one detection per image."""
         view = require_detections(self.backbone, self.name)
         total: Any = 0.0
         for i, number in enumerate(target.tolist()):
@@ -114,23 +114,23 @@ class Odam(Explainer):
 
 @contextmanager
 def _leaves(network: Any) -> Iterator[list[Tensor]]:
-    """The maps of the pass inside, from which the graph begins."""
-    found: list[Tensor] = []
+    """The feature maps of the pass run inside this context; the graph begins at them."""
+    leaves: list[Tensor] = []
 
     def begin(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        found.append(output.detach().requires_grad_(True))
-        return found[-1]
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1]
 
     handles = [point.register_forward_hook(begin) for point in network.points]
     try:
-        yield found
+        yield leaves
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _smooth(maps: Tensor, sigma: float) -> Tensor:
-    """(B, C, h, w) under a Gaussian of ``sigma`` cells; at the border the weights inside count."""
+    """(B, C, h, w) smoothed with a Gaussian of ``sigma`` cells, renormalised at the border."""
     if not sigma:
         return maps
     reach = max(1, round(3 * sigma))

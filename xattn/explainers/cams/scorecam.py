@@ -1,4 +1,4 @@
-"""Score-CAM: each channel's activation masks the image; the class logit that remains is its weight.
+"""Score-CAM: a channel's weight is the class logit of the image masked with its activation.
 
     map = ReLU( sum_c alpha_c f_c ),   alpha = softmax_c S(x o H_c),   H_c = minmax(upsample(f_c))
 

@@ -1,1 +1,1 @@
-"""Methods that pass masked images through the network, one a file."""
+"""Methods that pass masked images through the network, one per file."""

@@ -1,7 +1,7 @@
 """D-RISE: S_t(u) = sum_i w_ti m_i(u), w_ti = max_j IoU(b_t, b_j) cos(P_t, P_j) O_j on the image x o m_i.
 
-Petsiuk et al., CVPR 2021, arXiv 2006.03204. The masks are RISE's with 16 x 16 cells; all detections of a
-photo share them and the passes. Divided by N p, which changes no map's order.
+Petsiuk et al., CVPR 2021, arXiv 2006.03204. The masks are RISE's with 16 x 16 cells; all detections in a
+photo share the masks and the passes. The sum is divided by N p, which does not change a map's ranking.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from xattn.runtime.option_checks import Count
 @register_explainer("d_rise", title="D-RISE", networks=("detector",), cases=({"masks": 6},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class DRise(Rise):
-    """D-RISE, of a view whose classes are detections (:class:`~xattn.detection.Detections`).
+    """D-RISE, for a view whose classes are detections (:class:`~xattn.detection.Detections`).
 
-    The weights are p of the view, so its ``score`` chooses them. A map's standard error falls with
-    1 / sqrt(masks).
+    The weights w are the view's probabilities, so the view's ``score`` chooses them. A map's standard error
+    falls as 1 / sqrt(masks).
 
     Args:
-        masks: N, as in the paper.
-        cells: along a side, as in the paper.
-        keep, fill: see :class:`~xattn.explainers.masking.rise.Rise`; the paper hides pixels with black.
+        masks: N, the paper's by default.
+        cells: number of cells along a side, the paper's by default.
+        keep, fill: see :class:`~xattn.explainers.masking.rise.Rise`; the paper fills with black.
 
     Raises:
         ValueError: a backbone without detections.

@@ -1,12 +1,12 @@
-"""Extremal perturbations: for an area a, the mask of that area which preserves the score best.
+"""Extremal perturbations: the mask of a given area a that best preserves the score.
 
     m_a = argmax_c  f(x under m) - penalty / |Omega| * |sort(m) - r_a|^2,    m(u) = smax_v k(u - v) c(v)
     smax_v g(v) = sum_v g(v) exp(g(v) / T) / sum_v exp(g(v) / T),    k(d) = exp(-|d|^2 / (2 sigma^2))
 
-r_a is 0 in the first (1 - a) |Omega| places and 1 in the others, so that a sorted mask equals it where the
-mask is binary and has the area a; the cells c lie on a grid, and smax, a smooth maximum, makes a mask of
-them that is as smooth as k. The map is the mean of the masks of all areas. Fong, Patrick and Vedaldi, ICCV
-2019, arXiv 1910.08485. f is the logit; smax is taken at the cells and enlarged bilinearly.
+r_a is 0 in the first (1 - a) |Omega| positions and 1 in the others: a sorted mask equals it if the mask is
+binary with area a. The cells c lie on a grid, and smax, a smooth maximum, turns them into a mask as smooth
+as k. The map is the mean of the masks over all areas. Fong, Patrick and Vedaldi, ICCV 2019, arXiv
+1910.08485. f is the logit; smax is computed at the cells and enlarged bilinearly.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ Areas = Annotated[
 class ExtremalPerturbation(MaskSearch):
     """Extremal perturbation: the mean of the masks of five areas; 4,000 passes, each with its gradient.
 
-    Maps are (B, 1, H, W) in [0, 1]: 1 where the masks of all areas keep the pixel. Gradient descent with
-    a rate of 0.01 and a momentum of 0.9, from cells of 1/2, which stay in [0, 1].
+    Maps are (B, 1, H, W) in [0, 1]: 1 where the masks of all areas keep the pixel. Gradient descent has a
+    rate of 0.01 and a momentum of 0.9 and starts from cells of 1/2, which are kept in [0, 1].
 
     Args:
-        areas: shares of the image that masks keep, optimised side by side.
-        steps: of gradient descent.
+        areas: shares of the image that the masks keep, optimised side by side.
+        steps: number of gradient descent steps.
         step: pixels between the cells of a mask.
-        sigma: of k, in pixels; k is cut at three times that.
+        sigma: width of k in pixels; k is cut off at three times that.
         temperature: T of the smooth maximum; near 0 it is the maximum.
-        penalty: weight of the area, which rises to this in the first half of the steps: at the start all
-            pixels are alike, and their order is without a meaning.
+        penalty: weight of the area, reached after rising through the first half of the steps: at the start
+            all pixels are alike, and their order means nothing.
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
     """
 

@@ -1,14 +1,16 @@
-"""iGOS++: a mask whose removal lowers the probability and which alone restores it, by integrated gradients.
+"""iGOS++: a mask that lowers the probability when removed and restores it alone, by integrated gradients.
 
     min over Mx, My   f(Mx) - f(1 - My) + f(Mx My) - f(1 - Mx My) + g(Mx My)
     g(M) = l1 mean(1 - M) + tv mean_u exp(-|dI(u)|^2 / sigma^2) |dM(u)|^2
 
 f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is a product cell by cell: Mx
 deletes evidence, 1 - My inserts it alone. dM and dI are differences of neighbouring cells, I is the image's
-brightness. The direction of descent has integrated gradients in the place of those of f: the derivatives of
-1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Of shrinking steps the first
-is taken that lowers the sum enough (Armijo's rule), and where none does, as on a plateau of f, the second:
-integrated gradients see beyond the plateau. The map is 1 - Mx My.
+brightness. The descent direction uses integrated gradients instead of the gradients of f: the derivatives
+of
+1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Steps of decreasing size are
+tried, and the first that lowers the sum enough is taken (Armijo's rule). If none does, as on a plateau of
+f,
+the second is taken: integrated gradients see beyond the plateau. The map is 1 - Mx My.
 
 Khorram, Lawson and Li, CHIL 2021, arXiv 2012.15783; Qi, Khorram and Li, AAAI 2020, arXiv 1905.00954.
 """
@@ -27,25 +29,25 @@ from xattn.explainers.masking.mask_search import MaskSearch, Score, masked
 from xattn.runtime.option_checks import Count, NotNegative, Positive
 
 TRIES, SHRINK, ARMIJO = 6, 0.2, 1e-4
-SIGNS = (1.0, -1.0, 1.0, -1.0)  # of the four f
+SIGNS = (1.0, -1.0, 1.0, -1.0)  # of the four terms f
 
 
 @register_explainer("igos_pp", title="iGOS++", cases=({"steps": 2, "path": 3, "cells": 8},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class IgosPP(MaskSearch):
-    """iGOS++: what is deleted and inserted best together; 1,624 passes, 1,200 of them with gradients.
+    """iGOS++: the best evidence to delete and to insert, together; 1,624 passes, 1,200 with gradients.
 
-    Maps are (B, 1, cells, cells) in [0, 1], 0 where nothing is removed. The first step that is tried moves
-    the most important cell from one end of [0, 1] to the other.
+    Maps are (B, 1, cells, cells) in [0, 1], 0 where nothing is removed. The first step size tried moves the
+    most important cell from one end of [0, 1] to the other.
 
     Args:
-        steps: of descent.
-        path: S, points of each of the four paths.
+        steps: number of descent steps.
+        path: S, the number of points on each of the four paths.
         cells: the side of a mask, in cells.
-        l1: weight of the area that is removed.
+        l1: weight of the removed area.
         tv: weight of the total variation.
-        sigma: differences in brightness, in [0, 1], across which a mask may change for less.
-        noise: standard deviation of Gaussian noise on the images of the paths, in pixels of [0, 1].
+        sigma: brightness difference, in [0, 1], across which the mask may change at a lower price.
+        noise: standard deviation of Gaussian noise added to the images on the paths, in pixels of [0, 1].
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
     """
 
@@ -104,7 +106,7 @@ class IgosPP(MaskSearch):
         score: Score,
         draw: torch.Generator,
     ) -> Tensor:
-        """The derivative by ``masks``, with integrated gradients."""
+        """The derivative with respect to ``masks``, with integrated gradients."""
         shares = torch.arange(1, self.path + 1, device="cpu").to(masks) / self.path
         with torch.enable_grad():
             leaf = masks.detach().requires_grad_()
@@ -116,7 +118,7 @@ class IgosPP(MaskSearch):
             return torch.autograd.grad(total, leaf)[0]
 
     def _price(self, masks: Tensor, brightness: Tensor) -> Tensor:
-        """g of Mx My, for an image of ``brightness`` (1, cells, cells)."""
+        """g of Mx My, for an image with ``brightness`` (1, cells, cells)."""
         both = masks.prod(0)
         edges = both.new_zeros(())
         for axis in (1, 2):
@@ -126,7 +128,8 @@ class IgosPP(MaskSearch):
 
 
 def four(masks: Tensor, size: Sequence[int], shares: Tensor | None = None) -> Tensor:
-    """The masks of the four f for each of S ``shares``, (4 S, 1, H, W), from Mx and My (2, 1, h, w)."""
+    """The masks of the four terms f at each of S ``shares``, (4 S, 1, H, W), from Mx and My (2, 1, h,
+    w)."""
     cells = torch.cat([masks, masks.prod(0, keepdim=True)])
     pixels = F.interpolate(cells, tuple(size), mode="bilinear", align_corners=False)
     shares = masks.new_ones(1) if shares is None else shares
@@ -135,5 +138,6 @@ def four(masks: Tensor, size: Sequence[int], shares: Tensor | None = None) -> Te
 
 
 def weighed(scores: Tensor) -> Tensor:
-    """The four f with their signs, summed, the mean over S, of scores (4 S,) of what :func:`four` gives."""
+    """The signed sum of the four terms f, averaged over S, from the scores (4 S,) of the masks of
+    :func:`four`."""
     return (scores.view(-1, 4) * scores.new_tensor(SIGNS)).sum(1).mean()

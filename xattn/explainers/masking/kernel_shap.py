@@ -1,11 +1,11 @@
 """KernelSHAP: argmin_b sum_z k(z) (f_c(x_z) - f_c(x_0) - z . b)^2 with sum b = f_c(x) - f_c(x_0).
 
 Lundberg and Lee, NeurIPS 2017, arXiv 1705.07874, over superpixels z in {0, 1}^M, where x_0 has all
-of them removed and k(z) = (M - 1) / (binom(M, |z|) |z| (M - |z|)). With all 2^M coalitions b are
-the Shapley values. Otherwise coalitions are drawn from k, in pairs of a coalition and its
-complement, which lowers the variance (Covert and Lee, AISTATS 2021, arXiv 2012.01536). Captum's
-``KernelShap`` is not used: it draws from the global generator, takes the constraint as two samples
-of weight 10^6 in a float32 fit, and draws no pairs.
+of them removed and k(z) = (M - 1) / (binom(M, |z|) |z| (M - |z|)). With all 2^M coalitions, b are
+the Shapley values. Otherwise coalitions are drawn from k, each together with its complement, which
+lowers the variance (Covert and Lee, AISTATS 2021, arXiv 2012.01536). Captum's ``KernelShap`` is not
+used: it draws from the global generator, represents the constraint by two samples of weight 10^6 in a
+float32 fit, and does not pair coalitions.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from xattn.explainers.masking.masked_passes import SuperpixelExplainer
 class KernelShap(SuperpixelExplainer):
     """KernelSHAP: estimated Shapley values of the superpixels for the probability of the class.
 
-    The values of an image's superpixels add up to f(x) - f(x_0), exactly. They are exact Shapley
-    values where 2^M <= ``samples``, else estimates whose error falls with 1 / sqrt(samples).
+    The values of an image's superpixels add up to exactly f(x) - f(x_0). They are exact Shapley values if
+    2^M <= ``samples``, otherwise estimates whose error falls as 1 / sqrt(samples).
 
     Args:
-        samples: the largest number of masked copies of an image, including the clean and the empty
-            one; at least twice the number of superpixels. Lundberg's package takes 2 M + 2048.
+        samples: the largest number of masked copies of an image, including the full and the empty
+            one; at least twice the number of superpixels. Lundberg's package uses 2 M + 2048.
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masking.masked_passes.SuperpixelExplainer`.
 
     Raises:
-        ValueError: when an image has more than ``samples / 2`` superpixels.
+        ValueError: an image has more than ``samples / 2`` superpixels.
     """
 
     def _coalitions(self, segments: int) -> Tensor:
@@ -71,7 +71,7 @@ class KernelShap(SuperpixelExplainer):
         return share + basis @ (torch.linalg.pinv(rows) @ rest)
 
     def _weights(self, kept: Tensor) -> Tensor:
-        """(T,): the Shapley kernel of all coalitions, or 1 where they were drawn from it."""
+        """(T,): the Shapley kernel if all coalitions are used, or 1 if they were drawn from it."""
         segments = kept.shape[1]
         if 2**segments > self.samples:
             return torch.ones(len(kept), dtype=torch.float64, device="cpu")

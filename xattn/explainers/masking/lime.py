@@ -21,7 +21,7 @@ from xattn.runtime.option_checks import Positive
 @register_explainer("lime", title="LIME", cases=({"samples": 6},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Lime(SuperpixelExplainer):
-    """LIME: a weighted ridge regression of the probability on which superpixels are visible.
+    """LIME: a weighted ridge regression of the probability on the visibility of superpixels.
 
     The first sample is the clean image; the others keep each superpixel with probability 1/2.
 
@@ -30,7 +30,7 @@ class Lime(SuperpixelExplainer):
         n_segments, compactness, fill: see
             :class:`~xattn.explainers.masking.masked_passes.SuperpixelExplainer`.
         width: width of the weighting kernel, in units of the cosine distance.
-        ridge: penalty of the squared coefficients, above 0; the intercept has none. It shrinks the
+        ridge: penalty on the squared coefficients, above 0; the intercept is not penalised. It shrinks the
             coefficients by about ridge / (ridge + sum of weights / 4).
     """
 
@@ -44,7 +44,7 @@ class Lime(SuperpixelExplainer):
 
     def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
         z = kept.double()
-        distance = 1 - z.mean(1).sqrt()  # of the empty z it is 1, as the limit
+        distance = 1 - z.mean(1).sqrt()  # 1 for the empty z, which is the limit
         weights = torch.exp(-((distance / self.width) ** 2))[:, None]
         # A free intercept is the same as centring both sides at their weighted means.
         z, y = (v - (weights * v).sum(0) / weights.sum() for v in (z, scores))

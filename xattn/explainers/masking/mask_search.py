@@ -1,7 +1,7 @@
-"""Explainers that look for a mask of one image by gradients of the score that the masked image has.
+"""Explainers that optimise a mask of one image by gradients of the masked image's score.
 
-A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it shows a level between the image and
-what is behind it: x m + b (1 - m), or with a blur the image under a Gaussian that grows with 1 - m.
+A mask m (1, H, W) in [0, 1] keeps the image where it is 1. Below 1 it blends the image with the fill b:
+x m + b (1 - m), or with a blur shows the image under a Gaussian that widens with 1 - m.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ Score = Callable[[Tensor], Tensor]  # images (n, 3, H, W) -> scores (n,)
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MaskSearch(ImageByImage):
-    """Base of explainers that look for a mask, class by class.
+    """Base of explainers that search for a mask, class by class.
 
     Args:
         fill: what a removed pixel shows: ``"blur"``, as in the papers, the image under a Gaussian whose
-            standard deviation is 20 pixels of 224; ``"black"``, 0 in [0, 1] pixels; or ``"mean"``, the
-            mean colour of the backbone's preprocessing.
+            standard deviation is 20 pixels for a side of 224; ``"black"``, 0 in [0, 1] pixels; or
+            ``"mean"``, the mean colour of the backbone's preprocessing.
     """
 
     fill: Literal["blur", "black", "mean"] = "blur"
-    blurs: ClassVar[int] = 1  # levels of blur, the weakest of them above 0
+    blurs: ClassVar[int] = 1  # levels of blur; the weakest is above 0
 
     @abstractmethod
     def _search(self, levels: Tensor, target: Tensor) -> Tensor:
-        """The map (h, w) of one class, from what :meth:`_levels` gives."""
+        """The map (h, w) of one class, from the images of :meth:`_levels`."""
 
     def _explain(self, image: Tensor, classes: Tensor) -> Tensor:
         levels = self._levels(image.to(torch.promote_types(image.dtype, torch.float32)))
         return torch.stack([self._search(levels, target) for target in classes])
 
     def _levels(self, image: Tensor) -> Tensor:
-        """(L, 3, H, W): what an image (3, H, W) shows under a mask of 0, ..., and the image itself."""
+        """(L, 3, H, W): what an image (3, H, W) shows under a mask of 0, then ..., then the image
+        itself."""
         if self.fill == "blur":
             widths = torch.linspace(1, 0, self.blurs + 1, device="cpu")[:-1].tolist()
             behind = [blurred(image, BLUR * min(image.shape[1:]) * width) for width in widths]
@@ -55,7 +56,7 @@ class MaskSearch(ImageByImage):
     def _slopes(
         self, score: Score, levels: Tensor, masks: Tensor, *noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores (n,) of the image under ``masks`` (n, 1, H, W), and their derivatives by these.
+        """Scores (n,) of the image under ``masks`` (n, 1, H, W), and their derivatives by the masks.
 
         ``noise`` (n, 3, H, W) is added to the masked images.
         """
@@ -72,7 +73,7 @@ class MaskSearch(ImageByImage):
 
 
 def masked(levels: Tensor, masks: Tensor) -> Tensor:
-    """The image under ``masks`` (n, 1, H, W), linear between neighbours of ``levels`` (L, 3, H, W).
+    """The image under ``masks`` (n, 1, H, W), interpolated between the ``levels`` (L, 3, H, W).
 
     >>> masked(torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.full((1, 1, 1, 1), 0.25)).item()
     2.0
@@ -85,7 +86,7 @@ def masked(levels: Tensor, masks: Tensor) -> Tensor:
 
 
 def blurred(image: Tensor, width: float) -> Tensor:
-    """``image`` (3, H, W) under a Gaussian of ``width`` pixels that is cut at twice that."""
+    """``image`` (3, H, W) blurred with a Gaussian of ``width`` pixels that is cut off at twice that."""
     from torchvision.transforms.functional import gaussian_blur  # imported late: it loads slowly
 
     side = 2 * math.ceil(2 * width) + 1

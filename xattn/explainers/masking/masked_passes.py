@@ -1,7 +1,7 @@
 """Perturbation explainers: p(class | x o m + fill o (1 - m)) for many masks m of one image x.
 
-RISE, occlusion, LIME and KernelSHAP differ in their masks and in what they make of the scores. They
-share micro-batches of one fixed shape, scores in float64, fills and superpixels.
+RISE, occlusion, LIME and KernelSHAP differ in their masks and in how they use the scores. They share
+micro-batches of one fixed shape, scores in float64, fills and superpixels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PerturbationExplainer(ImageByImage):
     """Base of explainers that score many masked copies of each image.
 
     Scores are the probabilities of the explained classes, so the map of a class also depends on
-    the other classes. Several classes are explained from the same passes. ``forwards`` counts the
+    the other classes. All classes are explained from the same passes. ``forwards`` counts the
     masked copies of an image, without the repeats that fill up the last micro-batch.
 
     Args:
@@ -53,13 +53,13 @@ class PerturbationExplainer(ImageByImage):
             image: (3, H, W), or a clip (3, T, H, W) with masks (n, 1, T, H, W).
             classes: (M,).
             count: how many masks there are.
-            masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], 1 keeps the pixel; called once per
-                micro-batch, so that no more than one micro-batch of masks is alive.
-            use: gets the masks (n, 1, H, W) and scores (n, M) of each micro-batch.
-            logits: give logits instead of probabilities.
+            masks: indices (n,) -> masks (n, 1, H, W) in [0, 1], where 1 keeps the pixel; called once per
+                micro-batch, so that only one micro-batch of masks is in memory.
+            use: receives the masks (n, 1, H, W) and scores (n, M) of each micro-batch.
+            logits: return logits instead of probabilities.
         """
-        # As few micro-batches as max_forward_batch allows, of one size: float32 networks give
-        # other bits for another batch shape, and the repeats that fill up the last one cost time.
+        # As few micro-batches as max_forward_batch allows, all of one size: float32 networks give
+        # slightly different results for another batch shape, and padding the last one costs time.
         steps = -(-count // self.max_forward_batch)
         batches = ForwardBatches(-(-count // steps))
         fill = self.backbone.mean[0].to(image) if self.fill == "mean" else None
@@ -91,14 +91,14 @@ class PerturbationExplainer(ImageByImage):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SuperpixelExplainer(PerturbationExplainer):
-    """Coefficients of superpixels, from the scores of images with some superpixels removed.
+    """Coefficients of superpixels, fitted to the scores of images with some superpixels removed.
 
     Maps are (B, 1, H, W): every pixel has the coefficient of its superpixel, not divided by its
     area. An image with a single superpixel (SLIC merges pure noise into one) has a constant map.
 
     Args:
         samples: masked copies of an image, including the clean one.
-        n_segments: superpixels asked for; SLIC returns about as many.
+        n_segments: requested number of superpixels; SLIC returns about as many.
         compactness: SLIC's weight of distance against colour; higher gives squarer superpixels.
         fill: see :class:`PerturbationExplainer`.
     """
@@ -118,7 +118,7 @@ class SuperpixelExplainer(PerturbationExplainer):
 
     @abstractmethod
     def _coefficients(self, kept: Tensor, scores: Tensor) -> Tensor:
-        """One number per superpixel and class, (segments, M) float64.
+        """Coefficients per superpixel and class, (segments, M) float64.
 
         ``kept`` is (T, segments) bool, ``scores`` (T, M) float64.
         """
@@ -137,8 +137,8 @@ class SuperpixelExplainer(PerturbationExplainer):
 
 
 def superpixels(image: Tensor, n_segments: int = 50, compactness: float = 10.0) -> Tensor:
-    """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, CPU; of a clip
-    (3, T, H, W) supervoxels (T, H, W).
+    """SLIC superpixels of an image (3, H, W) in [0, 1]: labels (H, W) int64, 0 .. M - 1, on the CPU; for a
+    clip (3, T, H, W), supervoxels (T, H, W).
 
     scikit-image's SLIC (Achanta et al., TPAMI 2012) in CIELAB with connected superpixels. M is
     close to ``n_segments`` on photos and may be 1.

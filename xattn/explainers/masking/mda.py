@@ -1,14 +1,15 @@
-"""MDA: the order of patches that insertion and deletion ask for, found by a search (an upper bound).
+"""MDA: a search for the patch order that maximises insertion and minimises deletion (an upper bound).
 
-    insertion  onto a blurred photo, of the best candidates of a prior map the one that raises p most,
-               until p has come 90 % of the way to the photo's
-    deletion   of the others, onto black, of the least candidates the one that raises p least
-    a patch's value is its drop on the deletion curve, by the closest convex curve with the same ends
+    insertion  onto a blurred photo: of the best candidates of a prior map, add the one that raises p most,
+               until p has risen 90 % of the way to the photo's
+    deletion   the remaining patches onto black: of the worst candidates, the one that raises p least
+    the value of a patch is its drop on the deletion curve, after fitting a convex curve with the same ends
 
-Walker, Jha, Ewetz, "Metric-Driven Attributions for Vision Transformers", ICLR 2025. It optimises what
-metrics measure, with thousands of passes a photo: it says how far other methods are from what can be
-reached, and is no competitor. Their last step, which fits the values to the mean of both curves, and their
-dense maps are not built. A patch's place in the order breaks ties where the curve is flat.
+Walker, Jha, Ewetz, "Metric-Driven Attributions for Vision Transformers", ICLR 2025. It optimises the
+metrics themselves with thousands of passes per photo: it shows how far other methods are from the best
+possible value and does not compete with them. The paper's last step, which fits the values to the mean of
+both curves, and its dense maps are not implemented. Where the curve is flat, ties are broken by a patch's
+place in the order.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from xattn.runtime.option_checks import Count, Share
 @register_explainer("mda", title="MDA", cases=({"cells": 2, "candidates": 4},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Mda(ImageByImage):
-    """Metric-driven attribution, (cells, cells), not negative; about cells^2 x candidates passes.
+    """Metric-driven attribution, (cells, cells), nonnegative; about cells^2 x candidates passes.
 
     Args:
         cells: squares along a side.
-        candidates: how many squares are tried for each place; the paper tries 28 of 196.
-        until: share of the way from the blurred photo's probability to the photo's at which insertion ends.
-        prior: an explainer by name, which says which squares are candidates.
+        candidates: how many squares are tried at each step; the paper tries 28 of 196.
+        until: how far insertion goes, as a share of the way from the blurred photo's probability to the
+            original's.
+        prior: the name of an explainer that ranks the squares and so selects candidates.
     """
 
     perturbs = True
@@ -70,7 +72,7 @@ class Mda(ImageByImage):
             gained = score - low
             first.append(place)
             rest.remove(place)
-        last, curve = list[int](), [empty]  # what stays is put onto black, the least first
+        last, curve = list[int](), [empty]  # the rest goes onto black, worst first
         while rest:
             place, score = self._best(image, black, last, rest[-self.candidates :], target, -1)
             last.append(place)
@@ -92,14 +94,14 @@ class Mda(ImageByImage):
     def _best(
         self, image: Tensor, behind: Tensor, shown: list[int], tried: list[int], target: Tensor, sign: int
     ) -> tuple[int, float]:  # fmt: skip
-        """Of ``tried`` the square that raises the probability most, or least, beside those ``shown``."""
+        """The square in ``tried`` that, beside those ``shown``, raises the probability most, or least."""
         images = torch.stack([self._shown(image, behind, [*shown, place]) for place in tried])
         scores = self._scores(images, target)
         best = int((sign * scores).argmax())
         return tried[best], float(scores[best])
 
     def _shown(self, image: Tensor, behind: Tensor, places: list[int]) -> Tensor:
-        """``behind`` with squares of ``image``."""
+        """``behind`` with the squares at ``places`` taken from ``image``."""
         mask = torch.zeros(self.cells**2, device=image.device, dtype=image.dtype)
         mask[places] = 1
         mask = mask.view(1, 1, self.cells, self.cells)
@@ -107,7 +109,7 @@ class Mda(ImageByImage):
         return torch.where(mask > 0, image, behind)
 
     def _scores(self, images: Tensor, target: Tensor) -> Tensor:
-        """Probabilities (n,), from passes of one shape."""
+        """Probabilities (n,), from passes of a fixed shape."""
 
         def probabilities(some: Tensor) -> Tensor:
             return self.backbone.probabilities(self.backbone.logits(some))[:, target].cpu()
@@ -119,9 +121,9 @@ class Mda(ImageByImage):
 
 
 def convex_drops(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n + 1,) falling values -> the n drops of the closest convex falling curve with the same ends.
+    """Decreasing values (n + 1,) -> the n drops of the closest convex decreasing curve with the same ends.
 
-    Drops that never grow are sums of steps, whose heights no sign may change: least squares of these.
+    Nonincreasing drops are sums of nonnegative steps, so this is a nonnegative least-squares problem.
 
     >>> convex_drops(np.array([1.0, 0.5, 0.25, 0.0])).round(3).tolist()
     [0.5, 0.25, 0.25]

@@ -1,9 +1,8 @@
 """Occlusion: S_c(u) = mean over the windows w that cover u of f_c(x) - f_c(x without w).
 
-Zeiler and Fergus, arXiv 1311.2901, section 4.2, as a difference of scores. Equal to Captum's
-``Occlusion`` (tested), which is not used here: it explains one class per run, its last micro-batch
-has another shape, it keeps a (3, H, W) mask for every image of a micro-batch, and it sums in
-float32.
+Zeiler and Fergus, arXiv 1311.2901, section 4.2, as a difference of scores. It equals Captum's
+``Occlusion`` (tested), which is not used here: that explains one class per run, changes the shape of
+the last micro-batch, stores a (3, H, W) mask for every image of a micro-batch, and sums in float32.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from xattn.runtime.option_checks import Count
 class Occlusion(PerturbationExplainer):
     """Occlusion: how much the probability falls, on average, when a square window hides a pixel.
 
-    Windows start at 0, stride, 2 stride, ... until one reaches the border, which cuts it. A map is
-    (B, 1, H, W), signed, in [-1, 1]. In a clip a window hides some frames, too.
+    Windows start at 0, stride, 2 stride, ... until one reaches the border, which crops it. A map is
+    (B, 1, H, W), signed, in [-1, 1]. In a clip a window also hides only some frames.
 
     Args:
-        size: the window's side in pixels; a seventh of the image's shorter side by default.
-        stride: pixels between windows, at most ``size``; half of it by default.
-        frames: of a clip that a window hides; a quarter of them by default. Windows start every half of
-            that.
+        size: the window's side in pixels; by default a seventh of the image's shorter side.
+        stride: pixels between windows, at most ``size``; by default half of it.
+        frames: number of frames of a clip that a window hides; by default a quarter of them. Windows start
+            every half of that.
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.
     """
 
@@ -47,7 +46,7 @@ class Occlusion(PerturbationExplainer):
 
     def _windows(self, sides: Sequence[int]) -> list[Tensor]:
         """The R x C windows of images of ``sides`` (H, W): bool (R, H), the rows that each covers, and
-        (C, W), the columns; of clips of (T, H, W) those of time come first."""
+        (C, W), the columns; for clips of (T, H, W), the frames come first."""
         *length, height, width = sides
         size = self.size or max(1, round(min(height, width) / 7))
         stride = self.stride or max(1, size // 2)

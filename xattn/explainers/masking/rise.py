@@ -23,16 +23,16 @@ from xattn.runtime.option_checks import Count, Where
 @register_explainer("rise", title="RISE", cases=({"masks": 6},))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Rise(PerturbationExplainer):
-    """RISE: the mean mask, weighted by the probability that the masked image keeps.
+    """RISE: the mean mask, weighted by the class probability of the masked image.
 
     The masks depend only on the seed and the image's size, so all images share them. A map is
-    (B, 1, H, W), not negative, and noisy: its standard error falls with 1 / sqrt(masks).
+    (B, 1, H, W), nonnegative, and noisy: its standard error falls as 1 / sqrt(masks).
 
     Args:
-        masks: N; the paper takes 4000 (VGG-16) and 8000 (ResNet-50).
+        masks: N; the paper uses 4000 (VGG-16) and 8000 (ResNet-50).
         cells: s, the number of cells along a side.
         keep: p, the probability that a cell is 1.
-        fill: ``"mean"`` is the paper's, which masks normalised images with zeros.
+        fill: ``"mean"`` matches the paper, which fills normalised images with zeros.
     """
 
     masks: Count = 1000
@@ -84,12 +84,12 @@ class Rise(PerturbationExplainer):
 
 
 def _cell(side: int, cells: int) -> int:
-    """Pixels along the side of a cell."""
+    """The side of a cell in pixels."""
     return -(-side // cells)
 
 
 def _interpolation(side: int, cells: int) -> Tensor:
-    """((cells + 1) cell pixels, cells): bilinear weights of the cells at each enlarged pixel."""
+    """((cells + 1) cell pixels, cells): bilinear weights of the cells for each enlarged pixel."""
     pixels = (cells + 1) * _cell(side, cells)
     position = (
         torch.arange(pixels, dtype=torch.float64, device="cpu") + 0.5

@@ -1,1 +1,1 @@
-"""Relevance and attention through the layers of a network, one method a file."""
+"""Relevance and attention through the layers of a network, one method per file."""

@@ -1,8 +1,8 @@
 """Base of explainers that read attention: the layers' operators and the row that the classifier reads.
 
-A ViT's layers hold one A (N x N) a head; none is ever stored. The explainers start from a row vector
-over the tokens, the share of each in what the classifier reads, and multiply it by A from the last
-layer to the first: O(N) memory.
+In each layer of a ViT, every head has an attention matrix A (N x N); none is ever stored. The explainers
+start from a row vector over the tokens, the weight of each in what the classifier reads, and multiply it by
+A from the last layer to the first: O(N) memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ CLASS_AND_PATCHES = "class+patches"
 
 @dataclass(frozen=True)
 class Reading:
-    """The attention of one pass over B images of N tokens: prefix tokens, then an (h, w) grid, of clips
+    """The attention in one pass over B images of N tokens: prefix tokens, then an (h, w) grid, for clips
     (t, h, w)."""
 
     logits: Tensor
     layers: list[Call]
-    """Self-attention, first layer to last; operators of shape (B, H, N, N)."""
+    """Self-attention from the first layer to the last; operators of shape (B, H, N, N)."""
     pool: Call | None
-    """Attention pooling by one query of its own, (B, H, 1, N)."""
+    """Attention pooling by a single query that belongs to the pooling layer, (B, H, 1, N)."""
     grid: tuple[int, ...]
 
     @property
@@ -49,17 +49,17 @@ class Reading:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AttentionExplainer(Explainer):
-    """Base of explainers of ViT-like classifiers that read self-attention over all tokens.
+    """Base of explainers for ViT-like classifiers that read self-attention over all tokens.
 
     Args:
-        start: the tokens that the classifier reads: "auto" finds out (class token, class and
-            distillation token, average over patches, or attention pooling's own row), "class" is
-            the first token, "patches" the average over them, "class+patches" the mean of both, or
-            numbers of tokens, averaged.
+        start: the tokens that the classifier reads: "auto" detects them (class token, class and
+            distillation token, average over patches, or the row of attention pooling), "class" is
+            the first token, "patches" the average over the patches, "class+patches" the mean of both;
+            or token numbers, whose rows are averaged.
 
     Raises:
-        ValueError: a model without such attention (the message says what was found instead), or
-            one that does not pool its tokens by a weighted average, unless ``start`` is given.
+        ValueError: a model without such attention (the message says what it does instead), or one that
+            does not pool its tokens by a weighted average, unless ``start`` is given.
     """
 
     gradients: ClassVar[bool] = False
@@ -80,14 +80,14 @@ class AttentionExplainer(Explainer):
             self._check(reading)
 
     def _check(self, reading: Reading) -> None:
-        """Raise a ``ValueError`` for options that do not fit the model's layers."""
+        """Raise a ``ValueError`` if options do not fit the model's layers."""
 
     @abstractmethod
     def _rows(self, reading: Reading, classes: Tensor) -> Tensor:
-        """(B, M, N) over the tokens for classes (B, M); (B, 1, N) where they do not matter."""
+        """(B, M, N) over the tokens for classes (B, M); (B, 1, N) if they do not depend on the class."""
 
     def _read(self, images: Tensor) -> Reading:
-        """The pass that maps are made of."""
+        """Run the pass from which the maps are computed."""
         return read_attention(self.backbone, images)
 
     def _attribute(self, images: Tensor, target: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class AttentionExplainer(Explainer):
         return logits, classes, maps.expand(-1, classes.shape[1], *reading.grid)
 
     def _start_row(self, reading: Reading) -> Tensor | None:
-        """(B, 1, N), sums to 1; None where the row of attention pooling is used instead."""
+        """(B, 1, N), sums to 1; None if the row of attention pooling is used instead."""
         if self.start is None:
             return None
         logits = reading.logits.detach()
@@ -120,7 +120,7 @@ class AttentionExplainer(Explainer):
 
 
 def read_attention(backbone: Backbone, images: Tensor) -> Reading:
-    """One pass over images (B, 3, H, W) in [0, 1]; without gradients unless they are enabled.
+    """One pass over images (B, 3, H, W) in [0, 1], without gradients unless they are enabled.
 
     Raises:
         NoAttention: a model without self-attention over all tokens in every layer.
@@ -134,13 +134,13 @@ def read_attention(backbone: Backbone, images: Tensor) -> Reading:
 
 
 def first_row(call: Call) -> Tensor:
-    """The first query's row of A, (B, H, 1, S)."""
+    """The row of A for the first query, (B, H, 1, S)."""
     return call.operator.rows(torch.zeros(1, dtype=torch.long, device=call.value.device))
 
 
 def patch_grid(backbone: Backbone, images: Tensor, patches: int) -> tuple[int, ...]:
-    """(h, w) of the patches, of clips (t, h, w); by the image's aspect ratio where the model does not
-    report it."""
+    """(h, w) of the patches, for clips (t, h, w); inferred from the image's aspect ratio if the model does
+    not report it."""
     if images.ndim == 5:
         grid = token_grid(patches, images.shape[2:], getattr(backbone.model, "steps", 1))
         if grid is None:
@@ -168,7 +168,7 @@ def choose_layer(layer: int, count: int, argument: str = "layer") -> int:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Numbers of layers, in order, in words: "layer 3", "layers 0 to 5", "layers 1, 4"."""
+    """Layer numbers, in order, as text: "layer 3", "layers 0 to 5", "layers 1, 4"."""
     first, last = layers[0], layers[-1]
     if len(layers) == 1:
         return f"layer {first}"
@@ -177,20 +177,20 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def fuse(per_head: Tensor, fusion: str) -> Tensor:
-    """Mean, max or min over heads, (B, H, ...) -> (B, ...)."""
+    """Mean, maximum or minimum over heads, (B, H, ...) -> (B, ...)."""
     if fusion == "mean":
         return per_head.mean(1)
     return per_head.amax(1) if fusion == "max" else per_head.amin(1)
 
 
-# ---------------------------------------------------------------------- what a model's attention is
+# ---------------------------------------------------------------------- attention of a model
 
 
 class NoAttention(ValueError):
     """A model whose attention cannot be read as one (B, H, N, N) per layer.
 
-    Attributes: ``found``, what the model does instead, a predicate that follows its name; ``calls``,
-    how often it calls attention.
+    Attributes: ``found``, what the model does instead, as a predicate that follows its name; ``calls``,
+    the number of its calls of attention.
     """
 
     def __init__(self, name: str, found: str, calls: int) -> None:
@@ -235,7 +235,7 @@ def _objection(backbone: Backbone, layers: Sequence[Call], images: Tensor) -> st
 
 
 def _remedy(backbone: Backbone) -> str:
-    """How a model of transformers is to be loaded whose layers were built for another implementation."""
+    """Advice on how to load a transformers model whose layers were built for another implementation."""
     config = getattr(getattr(backbone.model, "network", None), "config", None)
     chosen = getattr(config, "_attn_implementation", "sdpa")
     if not backbone.is_vit or chosen == "sdpa":
@@ -244,7 +244,7 @@ def _remedy(backbone: Backbone) -> str:
 
 
 def _depth(backbone: Backbone) -> int | None:
-    """How many attention layers there are: not all may be recorded, and some may attend twice."""
+    """The number of attention layers: not all may be recorded, and some may attend twice."""
     blocks = getattr(backbone.model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList):
         return len(blocks)
@@ -257,7 +257,7 @@ def _depth(backbone: Backbone) -> int | None:
 def _start_tokens(
     backbone: Backbone, reading: Reading, start: Start | None
 ) -> str | tuple[int, ...] | None:
-    """Numbers of tokens, "patches", or None for attention pooling's own row, which is what "auto" found."""
+    """Token numbers, "patches", or None for the row of attention pooling, as detected by "auto"."""
     if start == "auto" or (start is None and reading.pool):
         return None if reading.pool else _tokens_read(backbone, reading)
     if start == "patches":
@@ -278,16 +278,16 @@ def _start_tokens(
 
 
 def _tokens_read(backbone: Backbone, reading: Reading) -> str | tuple[int, ...]:
-    """The tokens that the head reads: those with a nonzero gradient when it pools random tokens."""
+    """The tokens that the head reads: those with a nonzero gradient when the head pools random tokens."""
     remedy = "give start='class', 'patches' or token numbers"
-    if backbone.adapter:  # its head cannot be run alone
+    if backbone.adapter:  # its head cannot be run by itself
         if reading.prefix > 1:
             raise ValueError(
                 f"start: which of the {reading.prefix} prefix tokens of {backbone.name} its "
                 f"classifier reads is not known; {remedy}"
             )
         return (0,) if reading.prefix else "patches"
-    if getattr(backbone.model, "global_pool", "") == "token+avg":  # DINOv2's of transformers
+    if getattr(backbone.model, "global_pool", "") == "token+avg":  # DINOv2 in transformers
         return CLASS_AND_PATCHES
     if "max" in str(getattr(backbone.model, "global_pool", "")):
         raise ValueError(

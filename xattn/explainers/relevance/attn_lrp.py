@@ -1,12 +1,12 @@
 """AttnLRP: relevance R = x * grad, with gradient rules that distribute the class logit.
 
-Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient: a product of two
-activations gives half the gradient to each, so that in softmax attention dV counts 1/2 and dQ, dK 1/4;
-LayerNorm's standard deviation is a constant; GELU and SiLU pass f(x)/x on in place of f'(x). One
-forward and one backward pass with fused attention; biases and softmax absorb a part of the relevance.
+Achtibat et al., ICML 2024, arXiv 2402.05602, in the form input x gradient. A product of two activations
+gives half the gradient to each, so that in softmax attention dV counts 1/2 and dQ and dK count 1/4.
+LayerNorm's standard deviation is a constant. GELU and SiLU pass on f(x)/x instead of f'(x). It takes one
+forward and one backward pass with fused attention; biases and softmax absorb part of the relevance.
 
-A layer of :mod:`xattn.attention` is one step, Y = A V, by a rule for the kind of its operator, see
-:mod:`xattn.explainers.relevance.operators`; where there is none, A is held constant, relevance passes
+A layer of :mod:`xattn.attention` is a single step, Y = A V, with a rule for its type of operator, see
+:mod:`xattn.explainers.relevance.operators`. If there is no rule, A is held constant, relevance passes
 through the values, and the map's provenance says so.
 """
 
@@ -37,10 +37,11 @@ class AttnLrp(RelevanceExplainer):
     """AttnLRP of a model with attention: softmax or any mechanism of :mod:`xattn.attention`.
 
     Args:
-        at: as in the base, by default "tokens".
-        gamma: the gamma rule of convolutions, see :class:`~xattn.explainers.relevance.lrp.Lrp`; 0 is none.
-        linear_gamma: the same of other linear layers.
-        residual: as there.
+        at: as in the base class, by default "tokens".
+        gamma: the gamma rule for convolutions, see :class:`~xattn.explainers.relevance.lrp.Lrp`; 0 means
+            none.
+        linear_gamma: the same for other linear layers.
+        residual: as in :class:`~xattn.explainers.relevance.lrp.Lrp`.
     """
 
     at: str = TOKENS

@@ -1,10 +1,10 @@
-"""CAAP: what a class's logit is when one patch's tokens of a photo stand in a picture without content.
+"""CAAP: the class logit of a picture without content into which one patch's tokens of a photo are put.
 
-    S(p) = f_c(neutral picture, with token p behind blocks first, ..., last as it is in the photo)
+    S(p) = f_c(neutral picture, with token p after blocks first, ..., last taken from the photo)
 
-Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Of the paper its abstract is
-the source, which says "an intermediate range of layers" and "a neutral target context": which blocks and
-which picture these are is an option here, whose default is ours.
+Izadi et al., "Causal Attribution via Activation Patching", arXiv 2603.13652. Our only source is the paper's
+abstract, which says "an intermediate range of layers" and "a neutral target context". Which blocks and
+which picture these are is an option here; the defaults are our choice.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from xattn.explainers.relevance.token_blocks import block_outputs, output_change
 @register_explainer("caap", title="CAAP", networks=("vit",), cases=({}, {"first": 0, "last": 0}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class Caap(ImageByImage):
-    """Activation patching of a ViT, (h, w) of the patch grid: a pass a patch, and one of the photo.
+    """Activation patching of a ViT, (h, w) of the patch grid: one pass per patch, and one for the photo.
 
     Args:
-        first, last: the blocks behind which a token is replaced; negative numbers count from the end. By
-            default the first is at a quarter of the depth, the last at half of it.
-        neutral: the picture: the data set's "mean" colour, or "black".
+        first, last: the range of blocks after which the token is replaced; negative numbers count from the
+            end. By default it goes from a quarter to half of the depth.
+        neutral: the picture without content: the data set's "mean" colour, or "black".
 
     Raises:
-        ValueError: a network without blocks of tokens, or one whose blocks change their number.
+        ValueError: a network without blocks of tokens, or whose blocks change the number of tokens.
     """
 
     perturbs = True
@@ -66,7 +66,7 @@ class Caap(ImageByImage):
         self.forwards = 1 + patches
 
     def _source(self, image: Tensor) -> Tensor:
-        """The tokens behind the blocks of the range, (blocks, 1, N, C)."""
+        """The tokens after each block of the range, (blocks, 1, N, C)."""
         with block_outputs([self._blocks[i] for i in self._range]) as found:
             self.backbone.logits(image)
         alike = all(tokens.shape == found[0].shape for tokens in found)
@@ -80,7 +80,7 @@ class Caap(ImageByImage):
             empty = empty + self.backbone.mean.to(image)
 
         def scores(places: Tensor) -> Tensor:
-            at = torch.arange(len(places), device=image.device), places  # of each picture one token
+            at = torch.arange(len(places), device=image.device), places  # one token of each picture
             with ExitStack() as hooks:
                 for number, tokens in zip(self._range, source, strict=True):
                     change = partial(torch.index_put, indices=at, values=tokens[places])

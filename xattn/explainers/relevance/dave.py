@@ -2,13 +2,13 @@
 
     map = sum over channels of  x * 1/n sum_k T_k' c(T_k x),    c(x) = L(x)' e_class
 
-Wrobel et al., ICML 2026, arXiv 2602.06613. With attention weights, gates and deviations held constant a
-network is a linear map L(x) of its input, which takes the place of the gradient; its mean over small
-transformations T of the photo (a Reynolds operator) leaves out what moves with the patch grid. T' is the
-transpose, so that the map's sum is the mean of what the pixels of the copies add to the logit.
+Wrobel et al., ICML 2026, arXiv 2602.06613. With attention weights, gates and deviations held constant, a
+network is a linear map L(x) of its input, which replaces the gradient. Its mean over small transformations
+T of the photo (a Reynolds operator) removes what moves with the patch grid. T' is the transpose, so that
+the map's sum is the mean contribution of the copies' pixels to the logit.
 
-Of the paper its abstract is the source. How strong its noise is, and how its low-pass filter looks, stand
-in no equation that is public: noise is an option, by default none, and there is no filter.
+Our only source is the paper's abstract. No public equation gives the strength of its noise or the form of
+its low-pass filter: noise is an option, by default none, and there is no filter.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from xattn.runtime.option_checks import Count, NotNegative
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class Dave(RelevanceExplainer):
-    """DAVE without its low-pass filter, (B, 1, H, W), signed: a forward and a backward pass a copy.
+    """DAVE without its low-pass filter, (B, 1, H, W), signed: one forward and one backward pass per copy.
 
-    ``balance`` and ``relevance`` are of the photo itself.
+    ``balance`` and ``relevance`` refer to the photo itself.
 
     Args:
-        copies: n; the paper takes 50.
-        shift: copies are shifted by up to so many pixels along each axis.
-        rotation: and rotated by up to so many degrees; the paper takes 20. The mean colour fills corners.
-        noise: standard deviation of Gaussian noise that is added to the copies' pixels in [0, 1].
+        copies: n; the paper uses 50.
+        shift: largest shift of a copy along each axis, in pixels.
+        rotation: largest rotation of a copy, in degrees; the paper uses 20. Corners get the mean colour.
+        noise: standard deviation of Gaussian noise added to the copies' pixels in [0, 1].
     """
 
     at: str = field(default=PIXELS, init=False)
@@ -63,7 +63,7 @@ class Dave(RelevanceExplainer):
         classes = self._chosen(choose, logits)
         x = (images - self.backbone.mean.to(images)).requires_grad_()  # 0 is the mean colour
         total = torch.zeros(*classes.shape, *images.shape[1:], dtype=x.dtype, device=x.device)
-        generator = torch.Generator().manual_seed(self.seed)  # the same copies of every photo
+        generator = torch.Generator().manual_seed(self.seed)  # the same copies for every photo
         for _ in range(self.copies):
             drawn = 2 * torch.rand(3, generator=generator, device="cpu") - 1
             noise = torch.randn(images.shape[1:], generator=generator, device="cpu")
@@ -81,7 +81,7 @@ class Dave(RelevanceExplainer):
 
 
 def moved(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tensor:
-    """``images`` (B, C, H, W), rotated around their centre and then shifted by pixels, with 0 behind.
+    """``images`` (B, C, H, W), rotated around their centre, then shifted by pixels, filled with 0.
 
     >>> x = torch.arange(9.0).view(1, 1, 3, 3)
     >>> moved(x, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0))[0, 0].round().tolist()
@@ -90,7 +90,7 @@ def moved(images: Tensor, down: Tensor, right: Tensor, degrees: Tensor) -> Tenso
     height, width = images.shape[2:]
     angle = float(degrees) * math.pi / 180
     sin, cos = math.sin(angle), math.cos(angle)
-    # From a place of the result, in [-1, 1], to that of the image; pixels are square.
+    # Maps a position in the result, in [-1, 1], to one in the image; pixels are square.
     x, y = -2 * float(right) / width, -2 * float(down) / height
     rows = [[cos, sin * height / width], [-sin * width / height, cos]]
     theta = torch.tensor([[*row, row[0] * x + row[1] * y] for row in rows], device="cpu").to(images)

@@ -1,13 +1,13 @@
-"""The relevance engine: a network's own code, run with the gradients of a composite's rules.
+"""The relevance engine: runs a network's own code with the gradients of a composite's rules.
 
     with following(module, "cp_lrp"):
         score = module(x)[0, 281]                        # x requires a gradient
     relevance = x * torch.autograd.grad(score, x)[0]
 
-A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, also ``x * gate`` and
-``F.gelu`` in a ``forward``, whatever model makes it; :mod:`xattn.explainers.relevance.rules` says what each
-passes on. A function on activations without a rule is refused by name. Layers of :mod:`xattn.attention`
-follow the rules of their operators (:mod:`xattn.explainers.relevance.operators`).
+A :class:`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function, including ``x * gate``
+and ``F.gelu`` in a ``forward``, in any model; :mod:`xattn.explainers.relevance.rules` says what gradient
+each passes on. A function on activations without a rule is refused, and named. Layers of
+:mod:`xattn.attention` follow the rules of their operators (:mod:`xattn.explainers.relevance.operators`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from xattn.explainers.relevance.rules import (
 
 @dataclass
 class Step:
-    """A call of a function: R of what it gave, of what it got, and of the constants it added."""
+    """A function call: the relevance R of its output, of its inputs, and of the constants it added."""
 
     function: str
     module: str
@@ -69,15 +69,15 @@ class Step:
 
     @property
     def absorbed(self) -> float:
-        """What reached nothing, because the function's rule does not conserve."""
+        """Relevance that reached nothing, because the function's rule does not conserve it."""
         return self.sums["out"] - self.sums["in"] - self.sums["kept"]
 
     def weigh(self, kind: str, x: Tensor, value: Tensor | None = None) -> None:
-        """Add the relevance of ``value``, which is added to x or is x, in a backward pass."""
+        """Add, in a backward pass, the relevance of ``value``, which is x or is added to x."""
         value = x.detach().clone() if value is None else value.detach()
 
         def add(c: Tensor | None) -> None:
-            if c is None:  # nothing reaches the score
+            if c is None:  # the score does not depend on it
                 return
             # Hidden keys have a bias of -inf.
             self.sums[kind] += float(torch.where(c == 0, 0, value * c).double().sum())
@@ -86,15 +86,15 @@ class Step:
 
 
 class Balance(NamedTuple):
-    """Where the score of one image went: score = reached + constants + absorbed."""
+    """How the score of one image was distributed: score = reached + constants + absorbed."""
 
     score: float
     reached: float
-    """What the pixels, or the layer that is explained, got."""
+    """Relevance of the pixels, or of the layer that is explained."""
     constants: float
-    """What biases, position embeddings and other constants kept."""
+    """Relevance of biases, position embeddings and other constants."""
     fault: str
-    """The function that absorbed most, and its module."""
+    """The function that absorbed the most, and its module."""
 
     @property
     def absorbed(self) -> float:
@@ -102,18 +102,18 @@ class Balance(NamedTuple):
 
     @property
     def error(self) -> float:
-        """What was absorbed, as a share of the score."""
+        """The absorbed relevance, as a share of the score."""
         return abs(self.absorbed) / max(abs(self.score), 1e-30)
 
 
 FACTS = frozenset(
     "get size dim ndimension numel nelement stride len is_contiguous is_floating_point".split()
 )
-"""Asked of a tensor without reading its values."""
+"""Names of tensor attributes and methods that do not read the values."""
 
 
 class _Mark(NamedTuple):
-    """What the output of a linear layer still needs; a BatchNorm that comes next belongs to the layer."""
+    """What the output of a linear layer still needs; a BatchNorm that follows belongs to the layer."""
 
     layer: Layer
     x: Tensor
@@ -122,17 +122,17 @@ class _Mark(NamedTuple):
 
 
 class Engine(TorchFunctionMode):
-    """Replaces PyTorch's functions by those of a composite. Weights must not require a gradient.
+    """Replaces PyTorch's functions with those of a composite. Weights must not require a gradient.
 
     Args:
         composite: a :class:`~xattn.explainers.relevance.rules.Composite`, or its name in ``COMPOSITES``.
-        keep: collect ``added``, the graph's edge of each output beside the constant that was added to it;
-            the edge, as what follows may work in place.
-        weigh: collect ``steps``, for :meth:`balance`; memory for every activation twice.
+        keep: collect in ``added`` each constant that was added to an output, with the output's edge in the
+            graph; the edge, because later calls may work in place.
+        weigh: collect ``steps`` for :meth:`balance`; this stores every activation twice.
 
-    Attributes: ``refused``, functions without a rule; ``attended``, how many calls of attention there were;
-    ``taught``, whether a rule is the user's own;
-    ``notes``, where attention was held constant for lack of a rule.
+    Attributes: ``refused``, functions without a rule; ``attended``, the number of attention calls;
+    ``taught``, whether any rule comes from the user; ``notes``, where attention was held constant for lack
+    of a rule.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class Engine(TorchFunctionMode):
         self.steps: list[Step] = []
         self.refused: dict[str, None] = {}
         self.attended, self.taught = 0, bool(self.composite.rules)
-        self._constant: Tensor | None = None  # what the rule that runs adds
-        self._held: dict[str, list[int]] = {}  # what was held constant: the numbers of its calls
+        self._constant: Tensor | None = None  # added by the rule that is running
+        self._held: dict[str, list[int]] = {}  # what was held constant -> numbers of its calls
         self._of_mechanism = self._paused = False
 
     def __enter__(self) -> Engine:
@@ -191,12 +191,12 @@ class Engine(TorchFunctionMode):
         _tell_alone(result, (args, kwargs))
         if not in_place or not isinstance(result, Tensor):
             return result
-        # Whoever reads the tensor again reads the new values, with the rule's history.
+        # Later readers of this tensor get the new values, with the rule's history.
         if result is target:
             vars(given).pop("relevance_bounds", None)
         elif known or (name in WRITING and not target._is_view()):
             vars(given)["relevance_mark"] = vars(target)["relevance_mark"] = result
-        else:  # others read this memory
+        else:  # other tensors share this memory
             result = self.finished(result)
             Kept.before_writing(target)
             vars(target).clear()
@@ -209,7 +209,7 @@ class Engine(TorchFunctionMode):
         if self._of_mechanism and (
             name in FEATURES or (rule is None and name.endswith("_forward"))
         ):
-            rule = own  # functions that make features, and ops of kernels that do
+            rule = own  # for functions that create features, and for kernel ops that do
         if rule is None:
             result = function(*args, **kwargs)
             if any(map(live, tensors(result))):
@@ -239,8 +239,8 @@ class Engine(TorchFunctionMode):
         self.refused[f"{what} in {_caller()}"] = None
 
     def check(self, method: str, model: str, score: Tensor | None = None) -> None:
-        """Raise a ``ValueError`` that names functions without a rule, and parts of ``score`` that no mode
-        can see into."""
+        """Raise a ``ValueError`` that names functions without a rule, and parts of ``score`` that no
+        function mode can see into."""
         if score is not None and not live(score):
             raise ValueError(
                 f"backbone: the answer of {model} does not depend on what {method} explains"
@@ -253,7 +253,7 @@ class Engine(TorchFunctionMode):
             )
 
     def balance(self, score: float, reached: float) -> Balance:
-        """Where a score went, after its backward pass; for ``weigh``."""
+        """How a score was distributed, after its backward pass; needs ``weigh``."""
         worst: dict[str, float] = {}
         for step in self.steps:
             key = f"{step.function} in {step.module}"
@@ -267,7 +267,7 @@ class Engine(TorchFunctionMode):
     # ------------------------------------------------------------------ counting
 
     def _entering(self, step: Step, value: Any) -> Any:
-        """``value`` with aliases for its live tensors, whose relevance is what this call gave them."""
+        """``value`` with aliases for its live tensors, whose relevance is what this call passed to them."""
 
         def alias_of(x: Any) -> Any:
             if not live(x):
@@ -291,7 +291,7 @@ class Engine(TorchFunctionMode):
                 step.weigh("kept", outputs[0], constant)
 
     def adding(self, result: Tensor, constant: Tensor) -> Tensor:
-        """``result``, in which a rule says that ``constant`` was added."""
+        """``result``, to which a rule says that ``constant`` was added."""
         self._constant = constant
         return result
 
@@ -308,7 +308,8 @@ class Engine(TorchFunctionMode):
         return z
 
     def normed(self, z: Tensor, x: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
-        """z = x scale + constant of BatchNorm, by channel; one layer with the one that gave x."""
+        """z = x scale + constant of BatchNorm, per channel; forms one layer with the one that produced
+        x."""
         mark = vars(x).get("relevance_mark")
         if mark is not None:
             layer, wide = mark.layer, layer_dims(mark.layer)
@@ -364,7 +365,7 @@ class Engine(TorchFunctionMode):
         return y
 
     def whole(self, output: Tensor) -> Tensor:
-        """A module's output, with the rule applied to the layer that gave it."""
+        """A module's output, with the rule of the layer that produced it applied."""
         with self._while("_paused"):
             return self.finished(output)  # type: ignore[no-any-return]
 
@@ -375,7 +376,7 @@ class Engine(TorchFunctionMode):
         return [f"{layers_text(calls)}: {what}" for what, calls in self._held.items()]
 
     def attend(self, mechanism: Mechanism, inputs: Inputs) -> Tensor:
-        """The mechanism's output, by the rules of its operator."""
+        """The mechanism's output, by the rules for its operator."""
         constant, held = self.composite.attention == "constant", Held()
         with self._while("_of_mechanism"):
             try:
@@ -388,7 +389,7 @@ class Engine(TorchFunctionMode):
         return output if local is None else output + local
 
     def mix(self, name: str, operator: Operator, value: Tensor) -> Tensor:
-        """A V of a block, by the rules of its operator."""
+        """A V of a block, by the rules for its operator."""
         return self._times(name, operator, value, Held())
 
     def _times(self, name: str, operator: Operator, value: Tensor, held: Held) -> Tensor:
@@ -426,15 +427,15 @@ class Engine(TorchFunctionMode):
 
 @contextmanager
 def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]:
-    """Inside, ``module`` runs with the rules of a composite; its weights need no gradient meanwhile.
+    """Context in which ``module`` runs with the rules of a composite; its weights need no gradient.
 
     Args:
-        module: any, in eval mode. What is explained is any tensor that requires a gradient: what the module
-            gets, such as ``inputs_embeds`` of a language model, or what a hook puts in its way.
+        module: any module in eval mode. Any tensor that requires a gradient can be explained: an input of
+            the module, such as ``inputs_embeds`` of a language model, or a tensor that a hook inserts.
         composite: as in :class:`Engine`.
 
     Raises:
-        ValueError: at the end, for a function on activations without a rule.
+        ValueError: raised at the end if a function on activations has no rule.
 
     >>> net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.GELU(), nn.Linear(5, 2, bias=False))
     >>> x = torch.rand(1, 3, requires_grad=True)
@@ -458,7 +459,7 @@ def following(module: nn.Module, composite: Composite | str) -> Iterator[Engine]
 
 
 def refuse_scripted(module: nn.Module, method: str) -> None:
-    """Raise a ``ValueError`` for a part whose calls no mode sees, and no graph tells of."""
+    """Raise a ``ValueError`` for a part whose calls are visible neither to a mode nor in the graph."""
     for part in module.modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise ValueError(
@@ -477,9 +478,9 @@ def _constant_inputs(inputs: Inputs) -> Inputs:
 
 
 def _out_of_place(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function that gives a new tensor; itself where there is none, as for ``copy_``."""
+    """The out-of-place version of a function; the function itself if there is none, as for ``copy_``."""
     if not function.__name__.endswith("_"):
-        return function  # its inplace=True is gone
+        return function  # inplace=True has been removed
     for home in (Tensor, torch, F):
         if hasattr(home, name):
             return getattr(home, name)  # type: ignore[no-any-return]
@@ -487,7 +488,7 @@ def _out_of_place(function: Callable[..., Any], name: str) -> Callable[..., Any]
 
 
 def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """The constant that a call added: a layer's bias, or what comes of activations that are all 0."""
+    """The constant that a call added: a layer's bias, or the output for activations that are all 0."""
     bias = added_bias(function, args, kwargs)
     if bias is not None or name not in AFFINE:
         return bias
@@ -501,7 +502,7 @@ def _added(name: str, function: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _tell_alone(result: Any, given: Any) -> None:
-    """Mark what a function made; what shares memory with another is no longer alone."""
+    """Mark a function's new outputs; tensors that share memory with another are no longer alone."""
     found, before = tensors(result), [x for x in tensors(given) if live(x)]
     memory = {x.untyped_storage().data_ptr() for x in found}
     sharing = [x for x in before if x.untyped_storage().data_ptr() in memory]
@@ -515,7 +516,7 @@ def _tell_alone(result: Any, given: Any) -> None:
 
 
 def _carry_bounds(function: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Where places of an image change, so do those of its least and largest values."""
+    """If a function only moves positions of an image, move its smallest and largest values alike."""
     bounds = getattr(args[0], "relevance_bounds", None)
     if bounds is None:
         return
@@ -536,7 +537,7 @@ def _caller() -> str:
 
 
 def _unseen(score: Tensor) -> dict[str, None]:
-    """Nodes of the graph whose calls no mode sees: functions of autograd, compiled parts."""
+    """Nodes of the graph whose calls no mode sees: autograd functions and compiled parts."""
     found: dict[str, None] = {}
     seen, todo = set(), [score.grad_fn]
     while todo:

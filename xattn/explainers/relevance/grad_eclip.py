@@ -1,12 +1,12 @@
-"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by loosened attention.
+"""Grad-ECLIP: values of the last layer, weighted by the score's gradient and by a looser attention.
 
 Zhao et al., ICML 2024 and arXiv 2502.18816, for CLIP's image tower and any other ViT. With w, the gradient
 of the score by the class token's attention output, concatenated over heads, and q_cls, k_j, v_j likewise,
 
     map_j = max(lambda_j sum_c w_c v_j[c], 0),    lambda_j = minmax_j cos(q_cls, k_j)
 
-minmax scales lambda over the patches of a photo to [0, 1]. It takes the place of softmax, which is sparse
-in CLIP. The score is whatever the backbone's logits are: classes, or similarities to texts.
+minmax scales lambda over the patches of a photo to [0, 1]. It replaces softmax, which is sparse in CLIP.
+The score is any of the backbone's logits: a class, or the similarity to a text.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from xattn.kernels.softmax.reference import widen
 @register_explainer("grad_eclip", title="Grad-ECLIP", networks=("vit",), cases=({}, {"layers": 2}))
 @dataclass(kw_only=True, eq=False, repr=False)
 class GradEclip(AttentionExplainer):
-    """Grad-ECLIP of the token that the classifier reads: one forward pass, and a backward pass a class.
+    """Grad-ECLIP for the token that the classifier reads: one forward pass, one backward pass per class.
 
     Args:
-        layers: how many of the last layers are added up; the paper takes one for images.
-        start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`. Where the
-            classifier reads several tokens, their terms are added up; attention pooling's own query is a
+        layers: how many of the last layers are added up; the paper uses one for images.
+        start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`. If the classifier
+            reads several tokens, their terms are added up; the query of attention pooling acts as a
             class token.
 
-    The network keeps its heads; the authors' program runs the last layer with a single one. Layers without
-    softmax over queries and keys that all tokens may see have no cosine; there lambda is minmax of A's row,
-    and the map's provenance says so.
+    The network keeps its heads; the authors' program runs the last layer with a single head. Layers without
+    softmax over queries and keys that all tokens may see have no cosine; for them lambda is the minmax of
+    A's row, and the map's provenance says so.
 
     Raises:
-        ValueError: as in the base class; more ``layers`` than there are, or several with attention pooling.
+        ValueError: as in the base class; too many ``layers``, or several with attention pooling.
     """
 
     gradients = True
@@ -83,7 +83,7 @@ class GradEclip(AttentionExplainer):
         return reading.layers[-self.layers :]
 
     def _queries(self, reading: Reading) -> list[int]:
-        """Numbers of the queries whose output the classifier reads."""
+        """Numbers of the queries whose outputs the classifier reads."""
         if self.start is None:
             return [0]
         patches = range(reading.prefix, reading.tokens)
@@ -102,7 +102,7 @@ class GradEclip(AttentionExplainer):
 
     @torch.no_grad()
     def _terms(self, call: Call, grad: Tensor, reading: Reading) -> Tensor:
-        """sum_i lambda_ij w_i . v_j of the queries i, (B, patches j)."""
+        """sum_i lambda_ij w_i . v_j over the queries i, (B, patches j)."""
         heads, keys = call.operator.shape[1], call.operator.shape[3]
         values = _concatenated(spread_heads(call.value, heads))[:, reading.prefix :]
         queries = torch.tensor(self._queries(reading), device=grad.device)
@@ -121,7 +121,7 @@ def _has_cosines(operator: Operator) -> bool:
 
 
 def _loosened(operator: Operator, index: Tensor) -> Tensor:
-    """How near keys are to the queries ``index``, (B, R, S), before it is scaled."""
+    """Similarity of the keys to the queries ``index``, (B, R, S), before scaling."""
     if not isinstance(operator, SoftmaxOperator) or not _has_cosines(operator):
         return operator.rows(index).mean(1)
     q = normalize(_concatenated(operator.q[:, :, index]), dim=-1)

@@ -1,5 +1,5 @@
 """Guided backpropagation: Springenberg et al., arXiv 1412.6806. A ReLU passes back max(g, 0) where its own
-derivative is 1, else 0; a map is the largest absolute value over the channels, as of saliency."""
+derivative is 1, else 0; as in saliency, a map is the largest absolute value over the channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xattn.explainers.relevance.rules import Composite, Rule
 
 
 class _Guided(torch.autograd.Function):
-    """min(max(x, 0), upper), whose gradient passes where it is positive and x in (0, upper)."""
+    """min(max(x, 0), upper); its gradient passes where it is positive and x is in (0, upper)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, upper: float) -> Tensor:
@@ -29,7 +29,7 @@ class _Guided(torch.autograd.Function):
 
 
 def _other(engine: Engine, function: Rule, *args: Any, **kw: Any) -> Any:
-    engine.refuse(function.__name__.strip("_"))  # only noted
+    engine.refuse(function.__name__.strip("_"))  # only recorded
     return function(*args, **kw)
 
 
@@ -65,9 +65,9 @@ RULES = Composite(
 class GuidedBackprop(Explainer):
     """max over the three channels of the absolute guided gradient, (B, 1, H, W), never negative.
 
-    ReLU, ReLU6 and ``hardtanh(x, 0, b)`` follow the rule, called as a module or as a function, in place or
-    not. Captum's version changes only modules of type ``nn.ReLU``, through hooks on their inputs, which a
-    skip connection may share. Other activations keep their own derivative, with a warning.
+    ReLU, ReLU6 and ``hardtanh(x, 0, b)`` follow the rule, whether called as a module or a function, in
+    place or not. Captum's version changes only modules of type ``nn.ReLU``, through hooks on their inputs,
+    which a skip connection may share. Other activations keep their own derivative, with a warning.
 
     Raises:
         ValueError: a network that calls no ReLU; the message names the activations that it calls.

@@ -1,12 +1,12 @@
-"""LeGrad: how sensitive the class's score of every layer's own tokens is to that layer's attention.
+"""LeGrad: how sensitive the class score of each layer's tokens is to that layer's attention.
 
-Bousselham et al., ICCV 2025, arXiv 2404.03214. With tokens z_l that leave layer l, and the network's own
+Bousselham et al., ICCV 2025, arXiv 2404.03214. With the output tokens z_l of layer l, and the network's own
 classifier f applied to them,
 
     E_l[j] = 1/(H N) sum_h sum_i max(ds_l / dA_l[h, i, j], 0),    s_l = f(z_l)[class],    map = sum_l E_l
 
-A's gradient is dA_ij = dY_i . v_j: rows of N numbers at a time, for those tokens i that the score depends
-on. A itself is not needed, only which keys a query may see. Where a network pools its tokens by attention,
+The gradient is dA_ij = dY_i . v_j: it takes N numbers at a time, for the tokens i that the score depends
+on. A itself is not needed, only which keys a query may see. If a network pools its tokens by attention,
 A_l are the weights with which it pools z_l, as in the paper.
 """
 
@@ -29,10 +29,10 @@ from xattn.kernels.softmax.reference import widen
 
 @dataclass(frozen=True)
 class LayerReading(Reading):
-    """A :class:`~xattn.explainers.relevance.attention.Reading` with the tokens that leave each block."""
+    """A :class:`~xattn.explainers.relevance.attention.Reading` with the output tokens of each block."""
 
     block_tokens: list[Tensor]
-    """(B, N, C) a block."""
+    """(B, N, C) for each block."""
     images: Tensor
 
 
@@ -41,16 +41,16 @@ class LayerReading(Reading):
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class LeGrad(AttentionExplainer):
-    """LeGrad of all layers or the last few: one forward pass, and a short backward pass a layer and class.
+    """LeGrad of all layers or the last few: one forward pass, a short backward pass per layer and class.
 
     Args:
         pool: what the classifier reads of a layer's tokens: "average", the mean of all of them, as in
-            the paper; or "model", what it reads of the last layer's, such as the class token, for which
-            a row of dA a layer is enough. Where tokens are pooled by attention, both are that.
+            the paper; or "model", what the model reads of the last layer's tokens, such as the class token;
+            then one row of dA per layer is enough. If tokens are pooled by attention, both are the same.
         layers: how many of the last layers count; None takes all.
 
-    A classifier that cannot be applied to a layer's tokens, such as a probe's, is replaced by the score of
-    the last layer for all layers, and the map's provenance says so.
+    If the classifier cannot be applied to a layer's tokens, as with a probe's, the score of the last layer
+    is used for all layers, and the map's provenance says so.
 
     Raises:
         ValueError: a model without self-attention over all tokens in every layer; an unknown option.
@@ -76,7 +76,7 @@ class LeGrad(AttentionExplainer):
 
     @torch.no_grad()
     def _way(self) -> str:
-        """How a layer's tokens get to the classifier: "directly", by another "pass", or not ("last")."""
+        """How a layer's tokens reach the classifier: "directly", by another "pass", or not ("last")."""
         if not self._blocks or probe_of(self.backbone) is not None:
             return "last"
         images = self._move(probe_image(self.backbone))
@@ -104,7 +104,7 @@ class LeGrad(AttentionExplainer):
             return self.backbone.logits(images)
 
     def _read(self, images: Tensor) -> Reading:
-        self.backbone.requires_grad_(False)  # the guard puts it back
+        self.backbone.requires_grad_(False)  # the guard restores it
         with block_outputs(self._blocks) as tokens:
             reading = read_attention(self.backbone, images)
         return LayerReading(**vars(reading), block_tokens=tokens, images=images.detach())
@@ -123,7 +123,7 @@ class LeGrad(AttentionExplainer):
         return rows
 
     def _scored(self, reading: LayerReading, layer: int) -> tuple[Call, Tensor]:
-        """The attention that is asked about, and the logits (B, K) of a layer's tokens."""
+        """The attention that is differentiated, and the logits (B, K) of a layer's tokens."""
         if self._classified == "last":
             return reading.pool or reading.layers[layer], reading.logits
         tokens = reading.block_tokens[layer]

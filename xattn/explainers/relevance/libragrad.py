@@ -1,21 +1,21 @@
-"""LibraGrad: input x gradient through a network whose every layer is affine where it stands.
+"""LibraGrad: input x gradient through a network in which every layer is replaced by an affine map.
 
 Mehri, Baghshah and Pilehvar, CVPR 2025, arXiv 2411.16760. Attention weights, the gates of GELU and SiLU,
 and the standard deviations of norms are constants of the backward pass, and a product of two activations
-gives half the gradient to each. Then the logit is the sum of what the input and all biases b add to it
-(FullGrad-completeness):
+gives half the gradient to each. Then the logit is the sum of the contributions of the input and of all
+biases b (FullGrad-completeness):
 
     f(x) = sum x . df/dx + sum_b b . df/db
 
 The rules are those of AttnLRP with constant attention: :mod:`xattn.explainers.relevance.rules`.
-What is multiplied by these gradients is the ``base`` method. A token's share is, with tokens x_l (B, N, C)
-that enter block l, and layers' outputs y with their biases b,
+The ``base`` method determines what is multiplied by these gradients. With the tokens x_l (B, N, C) that
+enter block l, and layer outputs y with biases b, a token's share is
 
     fullgrad_plus       sum_l x_l . df/dx_l + sum_b b . df/dy_b     the paper's best on average
     fullgrad            x_0 . df/dx_0 + sum_b b . df/dy_b           complete, see ``contributions``
     input_x_gradient    x . df/dx of the patch embeddings, or of pixels
 
-x_0 are the tokens that enter the first block, positions and class token included.
+x_0 are the tokens that enter the first block, including position embeddings and class token.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from xattn.kernels.softmax.reference import widen
 )
 @dataclass(kw_only=True, eq=False, repr=False)
 class LibraGrad(RelevanceExplainer):
-    """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; with its sign.
+    """LibraGrad's gradients, by default in FullGrad+: one forward and one backward pass; signed.
 
     Args:
         base: "fullgrad_plus", "fullgrad" or "input_x_gradient", see the module.
-        at: for "input_x_gradient" also "pixels", of the normalised image, (H, W), where CNNs are
-            explained, too, or the name of a module; else "tokens", (h, w) of the patch grid.
+        at: for "input_x_gradient" also "pixels", the normalised image, (H, W), which also works for CNNs,
+            or the name of a module; otherwise "tokens", (h, w) of the patch grid.
 
     Raises:
         ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
@@ -66,7 +66,7 @@ class LibraGrad(RelevanceExplainer):
                 f"at={self.at!r}: base {self.base!r} adds up tokens; give base='input_x_gradient'"
             )
         if self.base != "input_x_gradient":
-            self._blocks()  # refused before a pass
+            self._blocks()  # fail before a pass is run
         super().__post_init__()
 
     def _blocks(self) -> list[nn.Module]:
@@ -82,15 +82,15 @@ class LibraGrad(RelevanceExplainer):
         return COMPOSITES["libragrad"]
 
     def contributions(self, inputs: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """What each token adds to the class's logit, and what no token does: (B, N) and (B,).
+        """The contribution of each token to the class logit, and of everything else: (B, N) and (B,).
 
-        The latter are biases behind the pooling, such as the classifier's, and those of layers that mix
-        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; to another
-        number of the answer only where that is linear in the logits.
+        The latter are biases after the pooling, such as the classifier's, and those of layers that mix
+        tokens, as in a Mixer. With ``base="fullgrad"`` both sum to the logit, up to rounding; for another
+        target this holds only if it is linear in the logits.
 
         Args:
             inputs: as in :meth:`attribute`.
-            target: as there. N counts prefix tokens.
+            target: as in :meth:`attribute`. N counts prefix tokens.
         """
         if self.base == "input_x_gradient":
             raise ValueError("base: 'input_x_gradient' leaves biases out; give base='fullgrad'")
@@ -129,8 +129,8 @@ class LibraGrad(RelevanceExplainer):
         return logits.detach(), classes, maps
 
     def _tokens(self, images: Tensor, engine: Engine) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the tokens that entered the blocks."""
-        self.backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
+        """Logits, and the input tokens of the blocks."""
+        self.backbone.requires_grad_(False)  # weights are not activations; the guard restores this
         blocks = self._blocks()
         with block_inputs(blocks) as tokens, self._running(engine):
             logits = self.backbone.logits_normalized(self.backbone.normalize(images))

@@ -6,7 +6,7 @@ With a = W+ x+ + W- x- + b+ and d = W- x+ + W+ x- + b-:
     alpha-beta     alpha times the rule with a, less beta times that with d; alpha - beta = 1
     flat  sum 1    wsquare  sum W^2        box    W x - W+ l - W- h, pixels from l to h
 
-Sources: those of :mod:`xattn.explainers.relevance.rules`.
+Sources: see :mod:`xattn.explainers.relevance.rules`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 
 class Kept:
-    """A tensor that a backward pass needs; whoever writes into its memory asks :meth:`before_writing`."""
+    """A tensor needed by a backward pass; code that writes into its memory calls :meth:`before_writing`."""
 
     _all: ClassVar[WeakValueDictionary[int, WeakSet[Kept]]] = WeakValueDictionary()  # by memory
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x.data  # without a version: what is written later is written elsewhere
+        self.x = x.data  # without a version counter: before_writing copies it first
         self._others = Kept._all.setdefault(x.untyped_storage().data_ptr(), WeakSet())
         self._others.add(self)
 
@@ -48,10 +48,10 @@ class Layer(NamedTuple):
     linear: Callable[[Tensor, Tensor], Tensor]
     weight: Tensor
     bias: Tensor | None
-    """As it broadcasts over z."""
+    """In a shape that broadcasts over z."""
 
     def signed(self, x: Tensor, up: bool) -> Tensor:
-        """The sum of the contributions above 0, or of those below."""
+        """The sum of the positive contributions, or of the negative ones."""
         high, low = self.weight.clamp(min=0), self.weight.clamp(max=0)
         high, low = (high, low) if up else (low, high)
         if float(x.detach().amin()) >= 0:
@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
 
 class _Halves(torch.autograd.Function):
-    """x where it is above 0, else 0, and the rest."""
+    """The positive part of x, and the rest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,12 +83,12 @@ Terms = Callable[[Layer, Tensor, Tensor, Tensor], Iterable[tuple[float, Tensor]]
 
 @dataclass(frozen=True)
 class LinearRule:
-    """How a linear layer shares out its relevance.
+    """How a linear layer distributes its relevance.
 
     Args:
-        terms: gets a layer, x, z, and z to go by its signs; gives denominators p of x, with a factor each;
-            None is z.
-        epsilon: added to p, away from 0; None is a millionth of z's root mean square on each image.
+        terms: receives a layer, x, z, and a z whose signs count; returns denominators p of x, each with a
+            factor; None means z.
+        epsilon: added to p, away from 0; None means a millionth of z's root mean square on each image.
         conserves: whether the factors add up to 1 wherever z is not 0.
     """
 
@@ -134,7 +134,7 @@ def alpha_beta_rule(alpha: float = 2.0, epsilon: float | None = None) -> LinearR
 
 
 def _ones(x: Tensor) -> Tensor:
-    """1, whose relevance is that of x."""
+    """1, with the relevance of x."""
     return x * torch.where(x == 0, 0, 1 / x.detach())
 
 
@@ -166,7 +166,7 @@ class Shared(torch.autograd.Function):
     def forward(ctx: Any, p: Tensor, z: Tensor | None, epsilon: float | None) -> Tensor:
         ctx.z, ctx.epsilon = Kept(p if z is None else z), epsilon
         ctx.save_for_backward(*(() if z is None else (p,)))
-        return ctx.z.x.data  # the same memory; it is no view, which nothing may write into
+        return ctx.z.x.data  # the same memory but not a view, because views forbid writing in place
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -175,7 +175,7 @@ class Shared(torch.autograd.Function):
 
 
 def in_cache(x: Tensor) -> Iterator[Any]:
-    """Images of x that are computed together, so that what is between two steps stays in a CPU's cache."""
+    """Parts of x that are computed together, so that intermediate results stay in a CPU's cache."""
     if not x.ndim or x.device.type != "cpu":
         return iter((...,))
     step = max(1, len(x) * (1 << 17) // max(1, x.numel()))
@@ -183,7 +183,7 @@ def in_cache(x: Tensor) -> Iterator[Any]:
 
 
 def quotient_of(z: Tensor, p: Tensor | None, epsilon: float | None, c: Tensor) -> Tensor:
-    """c z / p, stabilised, see :class:`LinearRule`; ``p`` is None where it is z."""
+    """c z / p, stabilised, see :class:`LinearRule`; ``p`` is None if it equals z."""
     if epsilon is None:
         wide = torch.promote_types(z.dtype, torch.float32)
         rms = torch.linalg.vector_norm(z, dim=tuple(range(1, z.ndim)), keepdim=True, dtype=wide)

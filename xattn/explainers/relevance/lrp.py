@@ -1,4 +1,4 @@
-"""LRP, and the base of explainers that run a network by the rules of a composite.
+"""LRP, and the base of explainers that run a network with the rules of a composite.
 
 R = x c, with c = df/dx as the rules of :mod:`xattn.explainers.relevance.rules` pass it on: one forward and
 one backward pass for any network, to the pixels or to the output of any layer.
@@ -28,7 +28,7 @@ from xattn.runtime.option_checks import NotNegative
 
 PIXELS, TOKENS = "pixels", "tokens"
 LOST = 0.05
-"""A warning tells of a larger share of the score that reaches nothing, where the composite conserves."""
+"""If a conserving composite loses a larger share of the score than this, a warning says so."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -36,9 +36,9 @@ class RelevanceExplainer(Explainer):
     """Base of explainers that follow a composite.
 
     Args:
-        at: where relevance is read: "pixels", of the normalised image, (H, W); "tokens", of the patch
-            embedding's output; or the dotted name of a module, of its output, at its own resolution.
-            Summed over channels, with its sign.
+        at: where relevance is read: "pixels", at the normalised image, (H, W); "tokens", at the output of
+            the patch embedding; or the dotted name of a module, at its output and own resolution.
+            Relevance is summed over channels, with its sign.
 
     Raises:
         ValueError: a network that calls a function without a rule; the message names it and its module.
@@ -65,13 +65,13 @@ class RelevanceExplainer(Explainer):
             self._check(engine)
         for note in engine.notes:
             self._note(note)
-        if engine.taught:  # rules of a user's own may be wrong
+        if engine.taught:  # a user's rules may be wrong
             _ = self.measured
 
     @cached_property
     def measured(self) -> Balance:
-        """Where the largest logit of a picture of noise went: one more pass, when it is first asked for.
-        Warns of a loss."""
+        """How the largest logit of a picture of noise is distributed: one more pass, on first use.
+        Warns about lost relevance."""
         backbone = self.backbone
         with self._guard(), torch.enable_grad():
             engine = self._engine(weigh=True)
@@ -94,11 +94,11 @@ class RelevanceExplainer(Explainer):
         return Engine(self._composite, **options)
 
     def _check(self, engine: Engine) -> None:
-        """Raise a ``ValueError``, or note it, if the rules met nothing of what the method explains."""
+        """Raise a ``ValueError``, or note it, if the rules did not apply to anything in the network."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was measured on a picture of noise, for provenance: relevance in and out."""
+        """Relevance in and out, measured on a picture of noise, for provenance."""
         found = self.measured
         return {
             "relevance": {
@@ -110,24 +110,24 @@ class RelevanceExplainer(Explainer):
         }
 
     def balance(self, inputs: Tensor, target: Any) -> list[Balance]:
-        """Where the score of each image went: what it reached, what constants kept, what was lost.
+        """How the score of each image is distributed: over the input, over constants, and lost.
 
         Args:
             inputs: as in :meth:`attribute`.
-            target: as there.
+            target: as in :meth:`attribute`.
         """
         return [balance for _, balance in self._each(inputs, target, [self.at], weigh=True)]
 
     def relevance(self, inputs: Tensor, target: Any, at: Sequence[str]) -> dict[str, Tensor]:
-        """Relevance at several places of one pass, not summed over channels.
+        """Relevance at several places from one pass, not summed over channels.
 
         Args:
             inputs: as in :meth:`attribute`.
-            target: as there.
-            at: places as in the option of that name.
+            target: as in :meth:`attribute`.
+            at: places, as in the option ``at``.
 
         Returns:
-            By place, x c in the shape of the pixels (B, C, H, W) or of the module's output.
+            x c by place, in the shape of the pixels (B, C, H, W) or of the module's output.
 
         >>> import xattn
         >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=32)
@@ -188,9 +188,9 @@ class RelevanceExplainer(Explainer):
     def _pass(
         self, images: Tensor, engine: Engine, at: list[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and by place the tensor whose gradient is c. What leads to one place has no rules."""
+        """Logits, and by place the tensor whose gradient is c. Up to a single place, no rules apply."""
         backbone, ends = self.backbone, dict[str, Tensor]()
-        backbone.requires_grad_(False)  # weights are no activations; the guard puts it back
+        backbone.requires_grad_(False)  # weights are not activations; the guard restores this
         alone = len(at) == 1 and PIXELS not in at
         x = backbone.normalize(images).detach()
         if not alone:
@@ -216,7 +216,7 @@ class RelevanceExplainer(Explainer):
     def _kept(
         self, place: str, ends: dict[str, Tensor], engine: Engine, alone: bool
     ) -> Iterator[None]:
-        """Inside, a module's output is put in ``ends``; ``alone`` cuts it off from what leads to it."""
+        """Context that stores a module's output in ``ends``; ``alone`` detaches it from its history."""
         reader = self._reader(place)
 
         def keep(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -260,22 +260,22 @@ class RelevanceExplainer(Explainer):
 class Lrp(RelevanceExplainer):
     """LRP of any network: relevance of the normalised image, summed over channels, (B, 1, H, W), signed.
 
-    Relevance is conserved: the map, what the biases keep (a neuron of activation 1 each) and what eps
-    absorbs sum to the logit, see :meth:`balance`. Biases can keep nearly all of it: on EfficientNet-Lite0
-    the map of the gamma rule sums to about 1 % of the logit. A BatchNorm that follows a convolution is one
-    layer with it.
+    Relevance is conserved: the map, the relevance of the biases (each a neuron with activation 1) and what
+    eps absorbs sum to the logit, see :meth:`balance`. Biases can absorb nearly all of it: on
+    EfficientNet-Lite0 the map of the gamma rule sums to about 1 % of the logit. A convolution and the
+    BatchNorm that follows it count as one layer.
 
     Args:
-        gamma: how strongly convolutions prefer contributions of their output's sign; 0 is the epsilon rule,
-            which on a ReLU network is close to input x gradient and as noisy.
-        linear_gamma: the same of other linear layers.
-        epsilon: added to the denominators, away from 0. By default a millionth of the layer's output, its
-            root mean square on the image; a fixed number absorbs nearly all relevance of a network whose
+        gamma: how strongly convolutions prefer contributions with the sign of their output; 0 is the
+            epsilon rule, which on a ReLU network is close to input x gradient and as noisy.
+        linear_gamma: the same for other linear layers.
+        epsilon: added to the denominators, away from 0. By default a millionth of the root mean square of
+            the layer's output on the image; a fixed number absorbs nearly all relevance if a network's
             activations are small.
-        input_rule: of the layers that read the image: "flat", "wsquare" or "box"; None is that of others.
-        attention: whether attention weights are "constant", or share relevance with the values, "shared".
-        residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); 0 is the
-            sum's own gradient.
+        input_rule: for layers that read the image: "flat", "wsquare" or "box"; None treats them as others.
+        attention: "constant" attention weights, or "shared" if they share relevance with the values.
+        residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); 0 uses
+            the sum's own gradient.
         composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
     """
 

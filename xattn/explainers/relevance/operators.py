@@ -1,7 +1,7 @@
-"""Rules for attention Y = A V of :mod:`xattn.attention`, by the kind of operator that A is.
+"""Rules for attention Y = A V of :mod:`xattn.attention`, by the type of operator A.
 
-A and V share the relevance of Y as the factors of a product do (the uniform rule of Achtibat et al.,
-arXiv 2402.05602): half goes to V, and A's half to what A is made of:
+A and V share the relevance of Y like the factors of a product (the uniform rule of Achtibat et al.,
+arXiv 2402.05602): half goes to V, and A's half goes to what A is computed from:
 
     softmax, also of segments   to q and k in equal parts, whole to a bias, by softmax's own gradient;
                                 landmarks of key blocks count as keys
@@ -12,15 +12,15 @@ arXiv 2402.05602): half goes to V, and A's half to what A is made of:
     A_1 A_2 ...                 to the factors in equal parts
     A_1 + A_2 + ...             each term and V share A_t V
     diag(g) A, A diag(c)        to A; g and c are gates, held constant
-    pooling, stored A, A = I    none: their weights are no activations, so V gets all
+    pooling, stored A, A = I    none: their weights are not activations, so V gets everything
     one row for all queries     to the row
-    attention within subsets    as the attention within them; which tokens they hold is constant
-    any other                   none: A is held constant, so V gets all, and that is reported
+    attention within subsets    as the attention within them; membership of tokens is constant
+    any other                   none: A is held constant, V gets everything, and this is reported
 
-What depends on no activation gets nothing, and the other factor has its part. The sum of relevance is
-conserved, but for what softmax and the features that make L and R absorb. For three factors the uniform
-rule depends on the order of the products (You et al. 2025, arXiv 2510.18810); here A is always one of
-two, so that V has its half whatever A is.
+Whatever depends on no activation gets nothing, and the other factor gets its part. The sum of relevance is
+conserved, apart from what softmax and the features in L and R absorb. For three factors the uniform rule
+depends on the order of the products (You et al. 2025, arXiv 2510.18810); here A always counts as one of two
+factors, so that V gets half whatever A is.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from xattn.attention.operators.subsets import SubsetsOperator
 from xattn.attention.operators.taylor import TaylorOperator
 from xattn.explainers.relevance.rules import live, share
 
-Held = dict[str, None]  # kinds of operators that were held constant, in order
+Held = dict[str, None]  # types of operator that were held constant, in order
 
 
 class NoRule(ValueError):
-    """A mechanism makes its operator by ``what``, for which there is no rule."""
+    """A mechanism's operator is computed by ``what``, for which there is no rule."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"there is no rule for {what}")
@@ -70,10 +70,10 @@ def times(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tenso
     """A X, whose gradient gives ``part`` of its relevance to A and the rest to X.
 
     Args:
-        operator: A, of tensors with their graph. Register a rule for another kind of operator here,
+        operator: A, made of tensors with their graph. Register a rule for another type of operator here
             and in :func:`depends`.
         x: (B, H or Hk, S, m).
-        held: gets the kinds of operator without a rule, whose A was held constant.
+        held: collects the types of operator without a rule, whose A was held constant.
     """
     held[type(operator).__name__] = None
     return operator.detach().matvec(x)
@@ -81,7 +81,7 @@ def times(operator: Operator, x: Tensor, held: Held, part: float = 0.5) -> Tenso
 
 @singledispatch
 def depends(operator: Operator) -> bool:
-    """Whether A gets a part: there is a rule for it, and it depends on activations."""
+    """Whether A receives relevance: there is a rule for it, and it depends on activations."""
     return False
 
 
@@ -89,7 +89,7 @@ def depends(operator: Operator) -> bool:
 
 
 class _Parts(NamedTuple):
-    """A is a function of products of ``first`` with ``second``, to which ``added`` is added."""
+    """A as a function of products of ``first`` and ``second``, plus ``added``."""
 
     first: list[Tensor]
     second: list[Tensor]
@@ -161,13 +161,13 @@ def _(operator: LocalLinearOperator, x: Tensor, held: Held, part: float = 0.5) -
 depends.register(LocalLinearOperator, lambda a: live(a.q) or live(a.k))
 
 
-# ---------------------------------------------------------------------- operators made of others
+# ---------------------------------------------------------------------- compound operators
 
 
 @times.register
 def _(operator: ProductOperator, x: Tensor, held: Held, part: float = 0.5) -> Tensor:
-    # Each of the m factors gets own = part / m of the whole; what comes to factor i has passed those
-    # before it, which left 1 - i own.
+    # Each of the m factors gets own = part / m of the whole; relevance for factor i has passed the
+    # factors before it, which left 1 - i own.
     live = [depends(factor) for factor in operator.factors]
     own = part / max(1, sum(live))
     before = [sum(live[:i]) for i in range(len(live))]

@@ -1,12 +1,12 @@
 """Attention of a single layer: the row that the classifier reads, or what each token receives.
 
-``raw_attention``: s A, s the classifier's starting row (e_cls where it reads the class token).
-``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The same map for every
+``raw_attention``: s A, with s the classifier's starting row (e_cls if it reads the class token).
+``column_mass``: (1/N) sum_i A_ij, the mean attention that token j receives. The map is the same for every
 class.
 
-Both show A as it is: an entry is the weight of a token's value in the layer's output, whether rows sum
-to 1 or not. The weights of a row may be negative; a mean over queries in which they cancel is no mass
-that a token receives, so ``column_mass`` refuses them.
+Both show A as it is: an entry is the weight of a token's value in the layer's output, whether or not rows
+sum to 1. The weights of a row may be negative. A mean over queries in which they cancel is not an amount of
+attention received, so ``column_mass`` refuses them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from xattn.explainers.relevance.attention import (
 @register_explainer("raw_attention", title="Raw attention", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class RawAttention(AttentionExplainer):
-    """The starting row's attention in one layer, O(N d) where it reads a few tokens; with its sign.
+    """The starting row's attention in one layer, O(N d) if it reads a few tokens; signed.
 
     Args:
-        layer: negative numbers count from the end. Attention pooling, where a model has it, is the
+        layer: negative numbers count from the end. Attention pooling, if a model has it, is the
             last layer; earlier layers then start from its row.
-        fusion: of the heads, once rows are averaged: "mean", "max", "min", or the number of a head.
+        fusion: how heads are combined, after rows are averaged: "mean", "max", "min", or a head's number.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
@@ -80,7 +80,7 @@ class RawAttention(AttentionExplainer):
 @register_explainer("column_mass", title="Attention received", networks=("vit",))
 @dataclass(kw_only=True, eq=False, repr=False)
 class ColumnMass(AttentionExplainer):
-    """Attention that each patch receives: mean over queries and heads; queries whose rows sum to more
+    """Attention that each patch receives: mean over queries and heads; queries whose rows have larger sums
     count for more.
 
     Args:

@@ -1,13 +1,13 @@
 """Attention rollout: r <- r M_l from the last layer to the first, M = residual I + (1 - residual) A.
 
-Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its heads fused, rows of M are
-normalised, r starts as the row that the classifier reads: the product of all M is never formed. The
-same map for every class.
+Abnar & Zuidema 2020, arXiv 2005.00928. A is the layer's attention with its heads fused, the rows of M are
+normalised, and r starts as the row that the classifier reads: the product of all M is never formed. The map
+is the same for every class.
 
-Rollout follows shares. Where rows of A do not sum to 1, the fused rows are divided by their sums before
-the residual is added; where entries may be negative, |A| stands for A, before heads are fused, and its
-rows are divided likewise. With a residual, a row of zeros leaves a token as it is. The operator itself
-says which holds (``stochastic``, ``signed``), and the map's provenance which layers were changed so.
+Rollout needs rows that are shares. If rows of A do not sum to 1, the fused rows are divided by their sums
+before the residual is added. If entries may be negative, |A| replaces A before heads are fused, and its
+rows are divided likewise. With a residual, a row of zeros leaves a token unchanged. The operator itself
+says which case holds (``stochastic``, ``signed``), and the map's provenance names the layers so changed.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from xattn.runtime.option_checks import Share, Where
 class Rollout(AttentionExplainer):
     """Attention rollout.
 
-    Fusion by mean without ``discard`` takes O(N) memory; otherwise, and of a signed A, A is computed in
-    chunks of rows, once, or three times with ``discard``, whose threshold takes two passes.
+    Fusion by mean without ``discard`` takes O(N) memory. Otherwise, and for a signed A, A is computed in
+    chunks of rows: once, or three times with ``discard``, whose threshold takes two passes.
 
     Args:
-        fusion: of the heads: "mean", "max" or "min".
+        fusion: how heads are combined: "mean", "max" or "min".
         residual: weight of the skip connection, in [0, 1].
-        discard: share in [0, 1) of the N^2 fused entries of a layer, the smallest ones, that are
-            set to 0 before the residual is added; ties with the smallest kept entry are kept.
+        discard: share in [0, 1) of the N^2 fused entries of a layer that are set to 0 before the residual
+            is added, smallest first; entries equal to the smallest kept entry are kept.
         keep_class: never discard attention to the class token, column 0, in models that have one.
-        start_layer: layers before it are left out.
+        start_layer: earlier layers are ignored.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
     """
 
@@ -96,9 +96,9 @@ class Rollout(AttentionExplainer):
 def through(operator: Operator, r: Tensor, residual: float = 0.5) -> Tensor:
     """r M, M = residual I + (1 - residual) A with normalised rows: (B, R, N) -> (B, R, N).
 
-    A is the mean over heads of a stochastic operator; of another one that mean with each row divided
-    by its sum, both in O(N) memory; of a signed one the mean of |A|, divided likewise, computed in
-    chunks of rows, since |A| has no product with a vector that avoids its entries. Rows of zeros stay.
+    For a stochastic operator A is the mean over heads; for others, that mean with each row divided by its
+    sum; both take O(N) memory. For a signed operator A is the mean of |A|, divided likewise and computed in
+    chunks of rows, because a product of |A| with a vector needs its entries. Rows of zeros stay.
     """
     if operator.signed:
         return _through_rows(_fused_rows(operator, "mean"), r, residual)
@@ -122,13 +122,13 @@ def _through_rows(chunks: Iterable[tuple[slice, Tensor]], r: Tensor, residual: f
 
 
 def _over(r: Tensor, sums: Tensor) -> Tensor:
-    """r / sums; 0 where a row has nothing to share out."""
+    """r / sums; 0 where a row is all zero."""
     return torch.where(sums > 0, r / sums, 0.0)
 
 
 @torch.no_grad()
 def rollout_row(operators: Sequence[Operator], token: int, residual: float = 0.5) -> Tensor:
-    """What ``token`` of the last operator's output is made of: its row of M_l ... M_0, (B, N).
+    """What ``token`` of the last operator's output is composed of: its row of M_l ... M_0, (B, N).
 
     Args:
         operators: of shape (B, H, N, N), first layer to layer l; each as in :func:`through`.
@@ -147,8 +147,8 @@ def _fused_rows(operator: Operator, fusion: str) -> Iterator[tuple[slice, Tensor
 
 
 def _fused(operator: Operator, rows: Tensor, fusion: str) -> Tensor:
-    """Rows (B, H, R, S) of A, or of |A| if it is signed, fused to (B, R, S); shares of 1 unless rows
-    of A are."""
+    """Rows (B, H, R, S) of A, or of |A| if it is signed, fused to (B, R, S) and normalised unless rows of A
+    already sum to 1."""
     if operator.signed:
         return row_shares(fuse(rows.abs(), fusion))
     fused = fuse(rows, fusion)
@@ -156,7 +156,7 @@ def _fused(operator: Operator, rows: Tensor, fusion: str) -> Tensor:
 
 
 def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
-    """``a`` (B, R, S) without entries below ``lowest`` (B,), but for those of the first ``columns``."""
+    """``a`` (B, R, S) with entries below ``lowest`` (B,) set to 0, except in the first ``columns``."""
     kept = _sort_keys(a) >= lowest[:, None, None]
     kept[..., :columns] = True
     return a * kept
@@ -164,12 +164,12 @@ def _keep(a: Tensor, lowest: Tensor, columns: int) -> Tensor:
 
 # ---------------------------------------------------------------------- the exact discard threshold
 #
-# Radix selection over the 32 bits of the entries: one pass counts the upper 16, a second the lower 16
-# of the entries whose upper 16 are those of the sought one. Counts take 512 KB an image, whatever N.
+# Radix selection over the 32 bits of the entries: one pass counts the upper 16 bits, a second the lower 16
+# bits of entries whose upper 16 match. Counts take 512 KB per image, for any N.
 
 
 def _smallest_kept(operator: Operator, fusion: str, discard: float) -> Tensor:
-    """The entry of ascending rank floor(discard N S), from 0, as ``_sort_keys`` gives it: (B,)."""
+    """The entry of ascending rank floor(discard N S), from 0, as a key of ``_sort_keys``: (B,)."""
     batch, _, queries, keys = operator.shape
     entries = queries * keys
     first = min(int(discard * entries), entries - 1)
@@ -203,6 +203,6 @@ def _bin(chunks: Iterable[Tensor], rank: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sort_keys(a: Tensor) -> Tensor:
-    """Float32 bits as integers (int64) that order as the numbers do: keys for the radix selection."""
+    """Float32 bits as integers (int64) in the same order as the numbers: keys for the radix selection."""
     bits = (a.float() + 0.0).view(torch.int32)  # -0 becomes 0
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()

@@ -1,13 +1,13 @@
-"""Which gradient each of PyTorch's functions passes on, so that input x gradient is relevance.
+"""Which gradient each PyTorch function passes on, so that input x gradient is relevance.
 
-Every function of a network is made affine where it stands. If y = F(a_1, ..., a_n, constants) passes on
-coefficients with
+Every function of a network is replaced by an affine map at its input. If y = F(a_1, ..., a_n, constants)
+passes on coefficients with
 
     sum_i a_i c_i + (what constants keep) = y c_y
 
 then by the chain rule, whatever the graph, sum_pixels x c_x + (what constants keep) = f, the score.
 
-    sums, layouts, pools, choices of values    their own gradient
+    sums, layouts, pools, selections           their own gradient
     activations, powers, L2 and RMS norms      c f(a)/a; at a = 0 the left derivative
     sigmoid, exp, deviations, denominators     constants, as they only scale what they multiply
     LayerNorm, GroupNorm                       (a - mean) / constant
@@ -20,7 +20,7 @@ then by the chain rule, whatever the graph, sum_pixels x c_x + (what constants k
 Sources: Bach et al., PLOS ONE 2015 (epsilon, alpha-beta); Montavon et al. 2017 and 2019 (box, wsquare,
 gamma); Lapuschkin et al. 2019 (flat); Arras et al. 2019 (gates); Ali et al. 2022 (constant attention and
 norms); Achtibat et al., ICML 2024 (shared products); Mehri et al., CVPR 2025 (LibraGrad); Berend et al.
-2026 (residual). The code is of these equations.
+2026 (residual). The code was written from these equations.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from xattn.explainers.relevance.linear import (
 )
 
 Rule = Callable[..., Any]
-"""``rule(engine, function, *args, **kwargs)`` gives what ``function(*args, **kwargs)`` gives, with the
+"""``rule(engine, function, *args, **kwargs)`` returns the value of ``function(*args, **kwargs)`` with the
 gradient of the rule; ``engine`` is the :class:`~xattn.explainers.relevance.engine.Engine`."""
 
 
@@ -62,7 +62,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested lists, tuples and dicts with what ``change`` makes of everything in them."""
+    """Nested lists, tuples and dicts with ``change`` applied to everything in them."""
     if isinstance(value, list | tuple):
         found = [mapped(x, change) for x in value]
         return found if isinstance(value, list) else tuple(found)
@@ -72,12 +72,12 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def live(value: Any) -> bool:
-    """Whether a tensor depends on what is explained; a network's weights never do."""
+    """Whether a tensor depends on the explained input; a network's weights never do."""
     return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
 
 
 class _Share(torch.autograd.Function):
-    """The identity; its gradient is multiplied by ``part``."""
+    """The identity, with its gradient multiplied by ``part``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: float) -> Tensor:
@@ -90,7 +90,7 @@ class _Share(torch.autograd.Function):
 
 
 def share(x: Any, part: float) -> Any:
-    """``x``, which gets ``part`` of the relevance that its own gradient would give it."""
+    """``x``, which receives ``part`` of the relevance that its own gradient would give it."""
     return _Share.apply(x, part) if live(x) and part != 1 else x
 
 
@@ -99,16 +99,16 @@ def share(x: Any, part: float) -> Any:
 
 @dataclass(frozen=True)
 class Composite:
-    """Which rule each kind of function follows. A method is a composite: see :data:`COMPOSITES`.
+    """Which rule each type of function follows. A method is a composite: see :data:`COMPOSITES`.
 
     Args:
-        convolution: of convolutions, with the BatchNorm that follows; None is the rule zero.
-        dense: of other linear layers; a BatchNorm that stands alone has epsilon where this is not None.
-        first: of layers that read the image; None is that of their kind.
+        convolution: rule for convolutions, including a BatchNorm that follows; None is the rule zero.
+        dense: rule for other linear layers; a separate BatchNorm uses epsilon unless this is None.
+        first: rule for layers that read the image; None means the rule for their type.
         attention: "constant" or "shared", see the module.
         residual: how strongly sums of two activations prefer the one with the sum's sign; 0 to 1.
-        plain: functions without a rule among ``rules`` keep their own gradient.
-        rules: a rule by the name of a function, in the place of that in :data:`RULES`.
+        plain: functions without a rule in ``rules`` keep their own gradient.
+        rules: rules by function name, which replace those in :data:`RULES`.
     """
 
     convolution: LinearRule | None = None
@@ -121,7 +121,7 @@ class Composite:
 
     @property
     def conserves(self) -> bool:
-        """Whether nothing but constants keeps relevance."""
+        """Whether all relevance reaches the input, except what constants receive."""
         linear = (self.convolution, self.dense, self.first)
         exact = all(rule is None or rule.conserves for rule in linear)
         return exact and self.attention == "constant" and not self.plain
@@ -143,14 +143,14 @@ COMPOSITES: dict[str, Composite] = {
     "alpha_beta_flat": Composite(alpha_beta_rule(), _EPSILON, INPUT_RULES["flat"]),
     "gamma_box": Composite(_GAMMA, _EPSILON, INPUT_RULES["box"]),
 }
-"""Composites by name; a new one is ``COMPOSITES["mine"] = Composite(...)``."""
+"""Composites by name; add one with ``COMPOSITES["mine"] = Composite(...)``."""
 
 
 # ---------------------------------------------------------------------- functions
 
 
 def own(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
-    """Linear, or a choice of values: the function's own gradient passes relevance on."""
+    """Linear, or a selection of values: the function's own gradient passes relevance on."""
     return function(*args, **kw)
 
 
@@ -163,7 +163,7 @@ def constant(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
 
 
 class _Gated(torch.autograd.Function):
-    """y = f(x), whose gradient is y / x; at 0 its limit from the left, as autograd has it."""
+    """y = f(x) with gradient y / x; at 0 its limit from the left, as in autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Rule, again: bool) -> Tensor:
@@ -219,7 +219,7 @@ class _Rectified(torch.autograd.Function):
 
 
 def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """x times what other elements say; as :func:`activation`."""
+    """x times a factor from other elements; as :func:`activation`."""
     with torch.no_grad():
         safe = torch.where(x == 0, -4 * torch.finfo(x.dtype).tiny, x)
         gate = function(safe, *args, **kw) / safe
@@ -227,7 +227,7 @@ def _scaling(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> T
 
 
 def shifted(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Tensor:
-    """An activation whose value at 0 is a constant that is added."""
+    """An activation whose value at 0 counts as an added constant."""
     with torch.no_grad():
         y, start = function(x, *args, **kw), function(torch.zeros_like(x), *args, **kw)
         gate = torch.where(x == 0, 0, (y - start) / x)
@@ -235,7 +235,7 @@ def shifted(engine: Any, function: Rule, x: Tensor, *args: Any, **kw: Any) -> Te
 
 
 def _larger(engine: Any, function: Rule, x: Any, *args: Any, **kw: Any) -> Any:
-    """max and min: of one tensor, or of two; a constant beside one is the bound of an activation."""
+    """max and min of one tensor or of two; a constant operand is the bound of an activation."""
     if not args or not isinstance(args[0], Tensor) or (live(x) and live(args[0])):
         return function(x, *args, **kw)
     moving, fixed = (x, args[0]) if live(x) else (args[0], x)
@@ -261,8 +261,8 @@ def _power(engine: Any, function: Rule, x: Any, exponent: Any = 2, **kw: Any) ->
 
 
 def product(engine: Any, function: Rule, *args: Any, **kw: Any) -> Any:
-    """A product of activations gives each an equal share; with one, it is a linear layer if the other
-    factor is a weight."""
+    """A product of activations gives each an equal share; with one activation, it is a linear layer if the
+    other factor is a weight."""
     if len(args) == 2 and isinstance(args[1], list | tuple):  # einsum(equation, [a, b])
         args = (args[0], *args[1])
     moving = [i for i, x in enumerate(args) if live(x)]
@@ -292,7 +292,7 @@ def _is_weight(x: Any) -> bool:
 
 
 def _added_product(engine: Any, function: Rule, c: Any, x: Any, y: Any, **kw: Any) -> Any:
-    """addmm and its like: c + x y."""
+    """addmm and similar functions: c + x y."""
     if function.__name__ == "addmm" and live(x) and not live(y) and not kw:
         z = function(c, x, y)
         bias = None if live(c) else c
@@ -341,7 +341,7 @@ def _linear(
     engine: Any, function: Rule, input: Tensor, weight: Tensor, bias: Any = None, *options: Any,
     **kw: Any,
 ) -> Any:  # fmt: skip
-    if live(weight):  # made of activations
+    if live(weight):  # computed from activations
         part = 0.5 if live(input) else 1.0
         return function(share(input, part), share(weight, part), bias, *options, **kw)
     z = function(input, weight, bias, *options, **kw)
@@ -357,7 +357,7 @@ def over_places(bias: Tensor | None, dims: int) -> Tensor | None:
 
 
 class _Scaled(torch.autograd.Function):
-    """BatchNorm; on a CPU, PyTorch's gradient is wrong for one image if what comes in is channels-last."""
+    """BatchNorm; on a CPU, PyTorch's gradient is wrong for one image if the input is channels-last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, given: Any) -> Tensor:
@@ -378,9 +378,7 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         engine.refuse("batch_norm with statistics of the batch")
         return function(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if (
-        input.is_contiguous() and input.device.type == "cpu"
-    ):  # else the fused function is the slower
+    if input.is_contiguous() and input.device.type == "cpu":  # else the fused function is slower
         scale, shift = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
         given = (running_mean, running_var, weight, bias, False, momentum, eps)
         z = _Scaled.apply(input, over_places(scale, input.ndim - 2), given)
@@ -392,7 +390,7 @@ def batch_norm(
 class _Normed(torch.autograd.Function):
     """(x - mean) s weight + bias with a constant s; without the mean where ``centre`` is False.
 
-    ``normed(x)`` gives that, and s of the rows (..., 1) in which ``rows`` lays x out.
+    ``normed(x)`` returns it, and s for the rows (..., 1) into which ``rows`` reshapes x.
     """
 
     @staticmethod
@@ -481,7 +479,7 @@ def _sampled(engine: Any, function: Rule, x: Tensor, grid: Tensor, *args: Any, *
 
 
 def attended(query: Any, key: Any, value: Tensor, bias: Any = None) -> list[Any]:
-    """Factors of A V as the products written out would share them: what is learned gets nothing."""
+    """Factors of A V as the written-out products would share relevance: learned tensors get nothing."""
     scored = any(map(live, (query, key, bias)))
     part = 0.5 if scored and live(value) else 1.0
     half = part / max(1, live(query) + live(key))
@@ -504,7 +502,7 @@ def _causal_product(engine: Any, function: Rule, q: Any, k: Any, v: Any, *given:
 def _by_values(
     engine: Any, function: Rule, query: Any, key: Any, value: Tensor, *args: Any, **kw: Any
 ) -> Any:
-    """Attention or pooling whose weights are constants."""
+    """Attention or pooling with constant weights."""
     query, key, *other = (x.detach() if isinstance(x, Tensor) else x for x in (query, key, *args))
     kw = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kw.items()}
     return function(query, key, value, *other, **kw)
@@ -549,7 +547,7 @@ def _lstm(
     engine: Any, function: Rule, x: Tensor, hx: Any, weights: Any, has_bias: bool, layers: int,
     dropout: float, training: bool, bidirectional: bool, batch_first: bool,
 ) -> Any:  # fmt: skip
-    """Gates are constants; each step's products, sums and tanh have their rules."""
+    """Gates are constants; the products, sums and tanh of each step have their own rules."""
     ways = 2 if bidirectional else 1
     size = len(weights) // (layers * ways)
     ends: list[tuple[Tensor, Tensor]] = []
@@ -583,7 +581,7 @@ LAYOUT = frozenset(
     "unsqueeze unfold im2col pixel_unshuffle pad to float double half bfloat16 type type_as getitem chunk "
     "split unbind".split()
 )
-"""Where only places change; an image stays an image."""
+"""Functions that only move positions; an image remains an image."""
 AFFINE = frozenset(
     "add radd sub rsub cat concat concatenate hstack vstack stack where masked_fill addcmul addcdiv addmm "
     "baddbmm addbmm lerp pad setitem copy scatter index_put index_add index_copy masked_scatter".split()
@@ -608,12 +606,12 @@ _ATTENTION = (
 )  # of kernels
 _POOLS = ("pooling_forward", "causal_product_forward")
 WRITING = frozenset("setitem copy index_put fill zero".split())
-"""Names of functions that change their first argument, underscores or not."""
+"""Names of functions that change their first argument, with or without underscores."""
 FEATURES = frozenset(
     "exp exp2 expm1 log softplus mish elu selu celu erf sin cos rpow relu6 logsigmoid hardtanh "
     "special_expit".split()
 )
-"""Of one activation: where a mechanism makes its operator of them, they keep their own gradient."""
+"""Functions of one activation that keep their own gradient when a mechanism builds its operator."""
 WRITTEN_OUT = frozenset(("multi_head_attention_forward", "lstm"))
 
 
@@ -665,14 +663,14 @@ RULES: dict[str, Rule] = {
     "causal_product_forward": _causal_product,
     **_of("softmax log_softmax", own),
 }
-"""A rule by the name of a function, without underscores at its ends; "shared" attention."""
+"""Rules by function name, without leading and trailing underscores; with "shared" attention."""
 _CONSTANT_ATTENTION: dict[str, Rule] = {
     **dict.fromkeys((*_ATTENTION, *_POOLS), _by_values),
     **_of("softmax log_softmax", constant),
 }
 ATTENTION = frozenset((*_ATTENTION, "softmax"))
 TAUGHT: set[str] = set()
-"""Names of functions whose rule is a user's."""
+"""Names of functions whose rule comes from a user."""
 _KINDS = {"linear": own, "activation": activation, "constant": constant, "product": product}
 
 
@@ -685,14 +683,14 @@ def rules_of(composite: Composite) -> dict[str, Rule]:
 
 
 def register_rule(name: str, rule: Rule | str) -> None:
-    """Make ``rule`` that of all functions called ``name``.
+    """Make ``rule`` the rule for all functions called ``name``.
 
     Args:
-        name: of the function, such as "gelu", or of your ``torch.library`` op.
+        name: function name, such as "gelu", or the name of your ``torch.library`` op.
         rule: a :data:`Rule`, or "linear", "activation", "constant" or "product".
 
     Raises:
-        ValueError: another word.
+        ValueError: an unknown rule name.
 
     >>> register_rule("my_swish", "activation")
     """
@@ -704,20 +702,20 @@ def register_rule(name: str, rule: Rule | str) -> None:
     TAUGHT.add(name)
 
 
-# ---------------------------------------------------------------------- what layers add
+# ---------------------------------------------------------------------- constants added by layers
 
 
 def _shift(
     input: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
-    """What BatchNorm in eval mode adds to its scaled input."""
+    """The constant that BatchNorm in eval mode adds to its scaled input."""
     if not (training or mean is None or var is None):
         bias = batch_norm_scale_and_shift(mean, var, weight, bias, eps)[1]
     return over_places(bias, input.ndim - 2)
 
 
-# Where the bias of a layer stands among the arguments.
+# Position of a layer's bias among the arguments.
 BIASED: dict[str, Callable[..., Tensor | None]] = {
     "layer_norm": lambda input, shape, weight=None, bias=None, *a, **kw: bias,
     **dict.fromkeys(
@@ -733,6 +731,6 @@ BIASED: dict[str, Callable[..., Tensor | None]] = {
 
 
 def added_bias(function: Rule, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The constant that a call of a layer's function adds to its output, as it broadcasts there."""
+    """The constant that a layer function adds to its output, in a shape that broadcasts there."""
     found = BIASED.get(getattr(function, "__name__", ""))
     return None if found is None else found(*args, **kwargs)

@@ -12,7 +12,7 @@ from xattn.backbone import Backbone
 
 
 def token_blocks(backbone: Backbone, count: int | None = None) -> list[nn.Module]:
-    """The network's blocks, first to last: its ``blocks``, else its outermost list of ``count`` modules.
+    """The network's blocks, first to last: its ``blocks``, or its outermost list of ``count`` modules.
 
     Raises:
         ValueError: there is no such list.
@@ -28,7 +28,7 @@ def token_blocks(backbone: Backbone, count: int | None = None) -> list[nn.Module
 
 @contextmanager
 def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the tokens (B, N, C) that the blocks put out, in the order of their calls."""
+    """Context that collects the output tokens (B, N, C) of the blocks, in the order of their calls."""
     found: list[Tensor] = []
     with ExitStack() as hooks:
         for block in blocks:
@@ -40,8 +40,8 @@ def block_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the tokens (B, N, C) that the blocks take in; what comes before the first is cut off from
-    the graph, and these tokens require a gradient."""
+    """Context that collects the input tokens (B, N, C) of the blocks. The first block's input is detached
+    from the graph, and the tokens require a gradient."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -57,7 +57,7 @@ def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def output_changed(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, ``block`` puts out what ``change`` makes of its tokens."""
+    """Context in which ``block`` outputs its tokens changed by ``change``."""
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         tokens = change(_tokens(output))

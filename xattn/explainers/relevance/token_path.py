@@ -1,10 +1,10 @@
-"""Token path: what the class token took from each patch on its own way to the class's log-odds.
+"""Token path: what the class token took from each patch on its own path to the class's log-odds.
 
     map_k = sum_lh path_lh / sd(sum_lh path_lh) + CAM_k / sd(CAM_k)
 
-path_lh is the derivative of the log-odds by the class token's attention in head h of block l, times the
-attention, along the token's own way through the blocks (:mod:`xattn.heads.maps.tokens`): one pass, and no
-pass back through patches. It is the untrained head ``tokens``.
+path_lh is the derivative of the log-odds by the class token's attention in head h of block l, times that
+attention, along the token's own path through the blocks (:mod:`xattn.heads.maps.tokens`). It takes one
+pass, with no backward pass through patches. It is the head ``tokens`` without training.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class TokenPathExplainer(TapsExplainer):
     """The class token's path, for timm's ViTs that classify a class token.
 
     Args:
-        cam: add the class's CAM of the last three blocks, each of the two with a deviation of 1.
+        cam: add the class's CAM of the last three blocks; both maps are scaled to unit standard deviation.
 
     Raises:
-        ValueError: another network.
+        ValueError: any other network.
     """
 
     cam: bool = True
@@ -48,7 +48,7 @@ class TokenPathExplainer(TapsExplainer):
 
     @cached_property
     def tapped(self) -> Backbone:
-        """The network, tapped at all blocks; made while no other thread runs it, as that sets modes."""
+        """The network with taps at all blocks; made while no other thread runs it, as this sets modes."""
         return self.backbone.with_taps(block_taps(self.backbone.depth))
 
     def _maps(self, taps: Taps, classes: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Heads that show where the evidence for a class is; the network's own classifier stays."""
+"""Heads that show where the evidence for a class is and keep the network's own classifier."""

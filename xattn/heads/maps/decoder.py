@@ -2,9 +2,9 @@
 
     d_i = up(d_{i+1}) + W_i f_i,    d_i <- d_i + conv3x3(GELU(norm(d_i))),    S_k = row(k) . d_1
 
-The half of a U-Net that trained explainers of CNNs have (FastSHAP, ICLR 2022; "Learn to Rank", ECCV 2026),
-on the frozen network's own features in the place of an encoder of its own. Published ones have an output
-or an embedding for each class; here the last layer reads the classifier's rows
+Trained explainers of CNNs use this half of a U-Net (FastSHAP, ICLR 2022; "Learn to Rank", ECCV 2026); here
+the frozen network's features replace a separate encoder. Published versions have an output or an embedding
+for each class; here the last layer uses the classifier's rows
 (:class:`~xattn.heads.fusion.ClassifierFusion`), unless ``fusion="per_class"``.
 """
 
@@ -23,10 +23,10 @@ from xattn.runtime.option_checks import Count
 
 @register_head("decoder", cases=({"width": 4}, {"fusion": "per_class"}), recipe="outcomes")
 class Decoder(Head):
-    """The decoder head on the taps of ``backbone``; maps have at most 28 cells a side.
+    """The decoder head on the taps of ``backbone``; maps have at most 28 cells per side.
 
     Args:
-        width: channels.
+        width: number of channels.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
     """

@@ -1,13 +1,13 @@
-"""Evidence: class activation maps, corrected by a small network that reads what the taps show.
+"""Evidence: class activation maps, corrected by a small network that reads the taps.
 
     S_k = a CAM_k + b contrast_k + theta . features + u(x) + g(x) CAM_k + h(x) contrast_k
 
-CAM_k = w_k . f is the classifier's row of class k on the last map f, contrast_k the row w_k minus the mean
-of the other classes' rows, weighted by their probabilities, on the same map. Features are the norms of all
-taps and the texture of the first. All of these are standardised over each photo. u, g and h (B, 1, r, r)
-come from a convolutional network on the principal components of the taps; they start at zero, so the
-untrained head is CAM. Nothing in it belongs to a class or knows a place: classes that were never seen are
-explained too, and maps do not lean towards the centre.
+CAM_k = w_k . f applies the classifier's row of class k to the last map f. contrast_k applies w_k minus the
+mean of the other classes' rows, weighted by their probabilities, to the same map. Features are the norms of
+all taps and the texture of the first. All of these are standardised within each photo. u, g and h
+(B, 1, r, r) come from a convolutional network on the principal components of the taps; they start at zero,
+so the untrained head is CAM. No part of it depends on a class or a position: classes that were never seen
+are explained too, and maps have no bias towards the centre.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xattn.heads.fusion import resize, row_index
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import Count
 
-SIZE = 28  # cells of a side of the maps, at most
+SIZE = 28  # largest number of cells per side of the maps
 TINY = 1e-6
 SMALLEST = 1e-30
 PARTS = ("contrast", "features", "u", "g", "h")
@@ -50,14 +50,14 @@ def standardised_mask(scores: Tensor) -> Tensor:
 
 
 def size_of(taps: Taps) -> tuple[int, int]:
-    """Cells (r, r') of the maps: those of the finest tap, at most 28 a side."""
+    """Cells (r, r') of the maps: those of the finest tap, at most 28 per side."""
     height, width = (max(sides) for sides in zip(*(f.shape[2:] for f in taps.maps), strict=True))
     return min(SIZE, height), min(SIZE, width)
 
 
 class Components(nn.Module):
     """Principal components of a tap: (B, C, h, w) -> (B, c, h, w), each of unit variance over the photos
-    that :meth:`fit` saw. Before that, the first c channels as they are."""
+    given to :meth:`fit`. Before that, the first c channels unchanged."""
 
     mean: Tensor
     basis: Tensor
@@ -74,7 +74,8 @@ class Components(nn.Module):
 
     def fit(self, count: int, total: Tensor, square: Tensor) -> None:
         """Set mean and basis from ``count`` vectors with the sum ``total`` (C,) and the sum of outer
-        products ``square`` (C, C). Channels of any size count alike, those that never change not at all."""
+        products ``square`` (C, C). Channels count equally, whatever their scale; constant ones are
+        ignored."""
         mean = total / count
         covariance = square / count - torch.outer(mean, mean)
         scale = covariance.diagonal().clamp_min(0).sqrt()
@@ -83,7 +84,7 @@ class Components(nn.Module):
         values, vectors = torch.linalg.eigh(covariance * torch.outer(inverse, inverse))
         best = values.argsort(descending=True)[: len(self.basis)]
         basis = vectors[:, best] / values[best].clamp_min(1e-4).sqrt()
-        largest = basis.abs().argmax(0)  # the sign of an eigenvector is arbitrary
+        largest = basis.abs().argmax(0)  # fixes the arbitrary sign of an eigenvector
         basis = basis * basis.gather(0, largest[None]).sign()
         self.mean.copy_(mean)
         self.basis.copy_((basis * inverse[:, None]).t())
@@ -99,16 +100,16 @@ class Evidence(Head):
 
     Args:
         parts: which terms are added to a CAM_k: ``"contrast"``, ``"features"``, ``"u"``, ``"g"``, ``"h"``.
-            By default all; where a class token is read, contrast and features alone: there the network
-            learns the training photos, not what holds for others (docs/results/evidence.md).
-        components: principal components of each tap that the network reads, at most.
+            By default all. If a class token is read, only contrast and features: there the network
+            overfits the training photos (docs/results/evidence.md).
+        components: largest number of principal components of each tap that the network reads.
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
             standardised over the photo. Both rank pixels alike.
     """
 
     reads_statistics = True
-    # Few numbers that all photos share: they can go faster than the network's weights, and must.
+    # These few numbers are shared by all photos: they can and must learn faster than the network.
     learning_rates: ClassVar = {"cam": 3.0, "contrast": 3.0, "features": 3.0}
 
     def __init__(
@@ -147,7 +148,7 @@ class Evidence(Head):
             [
                 nn.Conv2d(width, hidden, 1),
                 nn.GELU(),
-                # Zeros around a map would tell the network where the border is.
+                # Zero padding would tell the network where the border is.
                 nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode="replicate"),
                 nn.GELU(),
                 nn.Conv2d(hidden, 3, 1),
@@ -192,13 +193,13 @@ class Evidence(Head):
 
     def class_maps(self, taps: Taps, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """CAM and contrast (B, M, r, r) of the classes ``index`` (B, M), or of all, standardised; and the
-        reading's other maps."""
+        other maps of the class reading."""
         found, size = self.reading(taps, index, self.backbone_task), size_of(taps)
         own, contrast = (resize(m, size) for m in (found.own, found.own - found.others))
         return standardised(own), standardised(contrast), found.extra
 
     def plain_features(self, taps: Taps, extra: Tensor | None) -> Tensor:
-        """Norms of all taps, texture of the first, the reading's ``extra``: (B, F, r, r), standardised."""
+        """Norms of all taps, texture of the first, and ``extra`` maps: (B, F, r, r), standardised."""
         first = taps.maps[0]
         smooth = F.avg_pool2d(F.pad(first, (1, 1, 1, 1), mode="replicate"), 3, 1)
         norms = [

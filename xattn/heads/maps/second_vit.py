@@ -1,12 +1,13 @@
-"""Copy: a second ViT, begun as the frozen one, that is trained to explain it (ViT-Shapley).
+"""Copy: a second ViT, initialised from the frozen one, that is trained to explain it (ViT-Shapley).
 
     S_k(n) = row(k) . MLP(LayerNorm(Block(norm(copy(x)))))_n
 
-The copy has the weights of the network's blocks and of its last norm, all of which are trained, one
-attention block more, which has no first norm, and an MLP for each token (Covert et al., ViT-Shapley, ICLR
-2023). Two things differ here: it begins after the first block, which both networks share with the patch
-embedding, and its last layer reads the classifier's rows (:class:`~xattn.heads.fusion.ClassifierFusion`),
-so that classes without photos have maps too, unless ``fusion="per_class"``. A map costs nearly two passes.
+The copy starts with the weights of the network's blocks and of its last norm, all of which are trained. It
+adds an attention block without a first norm, and an MLP for each token (Covert et al., ViT-Shapley, ICLR
+2023). Two things differ from the paper: the copy begins after the first block, which both networks share
+with the patch embedding, and its last layer uses the classifier's rows
+(:class:`~xattn.heads.fusion.ClassifierFusion`), so that classes without photos have maps too, unless
+``fusion="per_class"``. A map costs nearly two passes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from xattn.heads.maps.side import token_mlp, tokens_of
 
 @register_head("copy", recipe="outcomes", taps=lambda depth: ["block.0"])
 class CopyHead(Head):
-    """The copy head of a timm ``VisionTransformer``; it reads the output of the first block. It is as large
+    """The copy head of a timm ``VisionTransformer``; it reads the output of the first block and is as large
     as the network.
 
     Args:
@@ -34,7 +35,7 @@ class CopyHead(Head):
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
 
     Raises:
-        ValueError: another network, or ``"classifier"`` for one without a single linear classifier.
+        ValueError: any other network, or ``"classifier"`` without a single linear classifier.
     """
 
     own_passes = 1
@@ -52,7 +53,7 @@ class CopyHead(Head):
                 f"head: 'copy' copies the blocks of timm's VisionTransformer, and {backbone.name} is "
                 f"none; train 'side', 'evidence' or 'ttame'"
             )
-        with backbone.alone():  # else a copy has the hooks of another thread
+        with backbone.alone():  # otherwise a copy could contain the hooks of another thread
             begun = copy.deepcopy([*list(model.blocks)[1:], model.norm])
         last = Block(width, head_count(width, None), qkv_bias=True)
         last.norm1 = nn.Identity()

@@ -1,12 +1,12 @@
-"""Side: a narrow network beside the frozen one, which reads the output of each of its blocks (AutoGnothi).
+"""Side: a narrow network beside the frozen one that reads the output of each of its blocks (AutoGnothi).
 
     t_l = Block_l(t_{l-1} + GELU(W_l h_l)),    t_0 = 0
     S_k(n) = row(k) . MLP(LayerNorm(Block(LayerNorm(t_L))))_n
 
-h_l (C) are the tokens after block l of a ViT; all blocks of the side are C / 8 wide, and the last one has
-no first norm (Wang et al., AutoGnothi, ICLR 2025). Its last layer has an output for each class; here it
-reads them by the classifier's rows (:class:`~xattn.heads.fusion.ClassifierFusion`), so that classes without
-photos have maps too, unless ``fusion="per_class"``.
+h_l (C) are the tokens after block l of a ViT. All blocks of the side network are C / 8 wide, and the last
+one has no first norm (Wang et al., AutoGnothi, ICLR 2025). The paper's last layer has an output for each
+class. Here it uses the classifier's rows (:class:`~xattn.heads.fusion.ClassifierFusion`), so that classes
+without photos have maps too, unless ``fusion="per_class"``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from xattn.heads.cross_attention import head_count
 from xattn.heads.fusion import create_fusion
 from xattn.runtime.option_checks import Count
 
-NARROWER = 8  # times than the network
+NARROWER = 8  # the network's width over the side network's
 
 
 def token_mlp(width: int) -> nn.Sequential:
-    """What follows the last block, token by token: (B, N, C) -> 4C -> 4C -> (B, N, C)."""
+    """The MLP after the last block, applied to each token: (B, N, C) -> 4C -> 4C -> (B, N, C)."""
     layers = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU()]
     return nn.Sequential(
         *layers, nn.Linear(4 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
@@ -37,7 +37,7 @@ def token_mlp(width: int) -> nn.Sequential:
 
 
 def tokens_of(taps: Taps) -> list[Tensor]:
-    """The tokens (B, P + N, C) of each tap, prefix tokens first where the taps hold them."""
+    """The tokens (B, P + N, C) of each tap, prefix tokens first if the taps contain them."""
     prefixes = taps.prefixes or (None,) * len(taps.maps)
     rows = [m.flatten(2).transpose(1, 2) for m in taps.maps]
     return [r if p is None else torch.cat([p, r], 1) for p, r in zip(prefixes, rows, strict=True)]
@@ -48,13 +48,13 @@ class Side(Head):
     """The side head of a ViT; it reads the outputs of all blocks.
 
     Args:
-        width: channels, a multiple of the attention heads, of which there is one for 64 channels of the
-            network; by default about an eighth of the network's.
+        width: number of channels, a multiple of the number of attention heads, which is one per 64 channels
+            of the network; by default about an eighth of the network's width.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
 
     Raises:
-        ValueError: no ViT, or ``"classifier"`` for a network without a single linear classifier.
+        ValueError: not a ViT, or ``"classifier"`` without a single linear classifier.
     """
 
     def __init__(

@@ -2,24 +2,24 @@
 
     path_lhn = a_lhn  g_l . O_h V_h x_ln        row_lhn = a_lhn  (w_k o gamma) . O_h V_h x_ln
 
-x_ln (C) is patch n as block l reads it, a_lhn the attention of the class token in head h, V and O project
-values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after the
-attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key and
-value; what patches read of it on the way is left out. So ``path`` is the derivative by the attention a_lhn,
-times a_lhn, but for the values' biases, which are no patch's: exact in the last two blocks, where no patch
-that reads the class token is read again. ``row`` has the classifier's row in the place of g_l, as the class
-maps of :mod:`~xattn.heads.class_reading` have. The first block is left out.
+x_ln (C) is patch n at the input of block l, a_lhn the attention of the class token in head h; V and O
+project values and outputs. g_l (C) is the derivative of the log-odds of class k by the class token after
+the attention of block l, along the token's own path only: final norm, MLPs, norms, and its own query, key
+and value. Paths through patches that read the class token are left out. So ``path`` is the derivative by
+the attention a_lhn, times a_lhn, without the values' biases, which belong to no patch. It is exact in the
+last two blocks, where no patch that reads the class token is read again. ``row`` uses the classifier's row
+instead of g_l, like the class maps of :mod:`~xattn.heads.class_reading`. The first block is left out.
 
-No key or value of all patches is projected again: products with patches are taken once for each head.
+Keys and values of the patches are not projected: products with patches are computed once for each head.
 
 The head ``tokens`` weighs every head of every block but the first,
 
     S_k = sum_lh path_lh / sd(sum_lh path_lh) + sum_lh rho_lh row_lh / sd(sum of the last 3 blocks)
           + sum_lh beta_lh standardised(a_lh)
 
-where rho begins as 1 in the last three blocks, else 0, and beta as 0. Untrained, it is the explainer
-``token_path``, the path plus CAM. Training moves 2 (L - 1) H numbers of L blocks, which are pulled to their
-start, and needs no pass back through patches.
+where rho starts at 1 in the last three blocks and at 0 elsewhere, and beta at 0. Untrained, it is the
+explainer ``token_path``, the path plus CAM. Training fits 2 (L - 1) H numbers for L blocks, which are
+pulled towards their start, and needs no backward pass through patches.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from xattn.heads.maps.evidence import SMALLEST, standardised, standardised_mask
 from xattn.kernels.softmax.reference import widen
 from xattn.runtime.option_checks import NotNegative
 
-LAST = 3  # blocks whose rows CAM reads
+LAST = 3  # number of blocks whose rows CAM reads
 
 
 class TokenMaps(NamedTuple):
@@ -58,13 +58,13 @@ class TokenModule(Frozen):
     """A module with copies of the backbone's weights."""
 
     def keep(self, name: str, value: Tensor | None, like: Tensor | None = None) -> None:
-        """``value``, or zeros as ``like`` where a layer has none."""
+        """Store ``value``, or zeros shaped like ``like`` if a layer has none."""
         value = torch.zeros_like(like) if value is None else value  # type: ignore[arg-type]
         self.register_buffer(name, widen(value.detach()).clone(), persistent=False)
 
 
 class Norm(TokenModule):
-    """A LayerNorm, and the derivative of a product with its output."""
+    """A LayerNorm, and the derivative of products with its output."""
 
     weight: Tensor
     bias: Tensor
@@ -79,7 +79,7 @@ class Norm(TokenModule):
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x), self.bias.to(x), self.eps)
 
     def back(self, g: Tensor, x: Tensor) -> Tensor:
-        """Derivatives (B, M, C) by the input x (B, C) of those ``g`` (B, M, C) by the output."""
+        """Derivatives (B, M, C) by the input x (B, C), from those ``g`` (B, M, C) by the output."""
         wide = widen(x)  # squares of half precision overflow
         centred = wide - wide.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
@@ -89,13 +89,13 @@ class Norm(TokenModule):
 
 
 class TokenBlock(TokenModule):
-    """The class token's way through one block, whose inputs are the patches (B, C, N) and the prefix tokens
-    (B, P, C), the class token first."""
+    """The class token's path through one block, whose inputs are the patches (B, C, N) and the prefix
+    tokens (B, P, C), class token first."""
 
-    q: Tensor  # (H, D, C), as k and v
+    q: Tensor  # (H, D, C), like k and v
     k: Tensor
     v: Tensor
-    q_bias: Tensor  # (H, D), as v_bias; the keys' adds the same to all scores
+    q_bias: Tensor  # (H, D), like v_bias; the bias of keys adds the same to all scores
     v_bias: Tensor
     out: Tensor  # (C, H, D)
     out_bias: Tensor
@@ -126,7 +126,7 @@ class TokenBlock(TokenModule):
         self.keep("down", block.mlp.fc2.weight * gain2[:, None])
 
     def read(self, patches: Tensor, prefix: Tensor) -> _Read:
-        """The class token's attention, and the token after it."""
+        """The class token's attention, and the token after the block."""
         token = prefix[:, 0]
         x = self.norm1(torch.cat([prefix, patches.transpose(1, 2)], 1))  # (B, P + N, C)
         own = x[:, 0]
@@ -138,8 +138,8 @@ class TokenBlock(TokenModule):
         return _Read(x, q, weights, token)
 
     def back(self, g: Tensor, read: _Read, token: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``g`` (B, M, C), the derivative by the block's output: what each token adds (B, M, H, P + N)
-        and the derivative by the class token before the block (``token``)."""
+        """From ``g`` (B, M, C), the derivative by the block's output: what each token adds (B, M, H, P +
+        N), and the derivative by ``token``, the class token before the block."""
         x, q, weights = read.x, read.q, read.weights
         inner = F.linear(self.norm2(read.token), self.up.to(x), self.up_bias.to(x))
         slope = 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
@@ -156,8 +156,8 @@ class TokenBlock(TokenModule):
         return added, after + self.norm1.back(by_own, token)
 
     def added(self, g: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
-        """``g`` (B, M, C) by each head's projection (B, M, H, D), and what each token adds to the product
-        of g with the class token after the attention, biases left out: (B, M, H, P + N)."""
+        """``g`` (B, M, C) through each head's projection (B, M, H, D), and what each token adds to the
+        product of g with the class token after the attention, without biases: (B, M, H, P + N)."""
         along = torch.einsum("bmc,chd->bmhd", g, self.out.to(g))
         rows = torch.einsum("bmhd,hdc->bmhc", along, self.v.to(g))
         return along, torch.einsum("bmhc,bnc->bmhn", rows, read.x) * read.weights[:, None]
@@ -171,7 +171,7 @@ class _Read(NamedTuple):
 
 
 class TokenPath(TokenModule):
-    """``paths(taps, index, task) -> TokenMaps`` of all blocks but the first; ``taps`` are those of
+    """``paths(taps, index, task) -> TokenMaps`` of all blocks but the first; ``taps`` come from
     :func:`block_taps`.
 
     Raises:
@@ -195,7 +195,7 @@ class TokenPath(TokenModule):
 
     @staticmethod
     def _model(backbone: Backbone) -> Any:
-        """The ViT, if its class token can be followed."""
+        """The ViT, if its class token can be traced."""
         model: Any = backbone.model
         if not backbone.is_vit or not backbone.prefix_tokens:
             raise UnknownReading("it has no class token")
@@ -220,7 +220,7 @@ class TokenPath(TokenModule):
         return model
 
     def forward(self, taps: Taps, index: Tensor | None, task: str, rows: int = 0) -> TokenMaps:
-        """Of the classes ``index`` (B, M), or of all; with the rows of the last ``rows`` blocks."""
+        """For the classes ``index`` (B, M), or all; with the rows of the last ``rows`` blocks."""
         grid = taps.maps[0].shape[2:]
         prefixes = [p for p in taps.prefixes if p is not None]
         if len(prefixes) != len(taps.maps):
@@ -245,8 +245,8 @@ class TokenPath(TokenModule):
         return TokenMaps(*(part[..., self.prefix :].unflatten(-1, grid) for part in parts))
 
     def _start(self, weight: Tensor, taps: Taps, index: Tensor | None, task: str) -> Tensor:
-        """The derivative (B, M, C) of the log-odds by the final class token: w_k less the mean of the other
-        rows, weighted by their probabilities; w_k of a multi-label network."""
+        """The derivative (B, M, C) of the log-odds by the final class token: w_k minus the mean of the
+        other rows, weighted by their probabilities; for a multi-label network w_k."""
         own = of_classes(weight, index, taps.logits.shape[0])
         if task == "multilabel":
             return own
@@ -261,7 +261,7 @@ def of_classes(weight: Tensor, index: Tensor | None, batch: int) -> Tensor:
 
 
 def by_deviation(maps: Tensor, of: Tensor | None = None) -> Tensor:
-    """Maps (B, M, h, w) over the standard deviation of ``of``, by default their own, over space."""
+    """Maps (B, M, h, w) divided by the spatial standard deviation of ``of``, by default their own."""
     of = maps if of is None else of
     return maps / of.std((2, 3), correction=0, keepdim=True).clamp_min(SMALLEST)
 
@@ -271,12 +271,12 @@ class TokenHead(Head):
     """The tokens head of a timm ViT that classifies its class token; it reads the outputs of all blocks.
 
     Args:
-        pull: weight of the squared distance of the numbers from their start.
+        pull: weight of the squared distance between the numbers and their starting values.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
             standardised over the photo. Both rank cells alike; pixels between them differ.
 
     Raises:
-        ValueError: another network.
+        ValueError: any other network.
     """
 
     start: Tensor

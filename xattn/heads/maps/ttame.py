@@ -4,7 +4,7 @@
     c_k = sum_i up( row_i(k) . u_i ) + bias(k)       (B, K, r, r),  r = min(side of the first tap, 56)
 
 and the mask of class k is sigmoid(c_k). L-CAM (arXiv 2209.11189) is the case of one tap and no
-branch. Two departures, both options: a branch on a tap wider than 512 channels is low-rank
+branch. There are two departures, both options: a branch on a tap wider than 512 channels is low-rank
 (``branch_rank``), and rows may come from the classifier (``fusion="classifier"``, see
 :mod:`xattn.heads.fusion`).
 """
@@ -59,7 +59,7 @@ class Branch(nn.Module):
 
 
 def _shown(explain_with: str | None, fusion: str) -> str:
-    """The published head shows its scores; with classifier fusion it shows the mask that is trained."""
+    """Scores for the published head; with classifier fusion, the mask that is trained."""
     return explain_with or ("scores" if fusion == "per_class" else "mask")
 
 
@@ -69,14 +69,14 @@ class TTame(Head):
 
     Args:
         fusion: ``"classifier"`` (ours) or ``"per_class"`` (the paper's K-row convolution).
-        num_taps: use the last ``num_taps`` taps of the backbone (default all).
+        num_taps: read the last ``num_taps`` taps of the backbone (default all).
         branch_rank: ``"auto"`` (64 on taps wider than 512 channels), None (always the exact C x C
             form) or a rank for all branches.
         skip, norm, activation: the paper's ablations of the branch.
-        mask_policy: how the mask meets the image in training, see :mod:`xattn.training.objectives.mask`.
+        mask_policy: how training applies the mask to the image, see :mod:`xattn.training.objectives.mask`.
         fusion_rank: inner width of the classifier fusion's projections.
-        explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores), which ranks
-            pixels alike; by default as published (scores) with ``fusion="per_class"``, else the mask.
+        explain_with: show raw ``"scores"`` or the trained ``"mask"``, sigmoid(scores); both rank pixels
+            alike. The default is scores, as published, with ``fusion="per_class"``, otherwise the mask.
         mixer, mixer_depth, mixer_options: attention layers that mix the tokens of the last tap before
             the head reads it, see :mod:`xattn.heads.mixer`; by default none.
     """

@@ -1,1 +1,1 @@
-"""Probing heads: pooled attention that a linear classifier reads, one file each."""
+"""Probing heads: attention pooling followed by a linear classifier, one per file."""

@@ -28,13 +28,13 @@ from xattn.heads.pullback import Step
 class AbMilp(AttentiveHead):
     """A two-layer scorer of tokens.
 
-    Maps show the patches themselves, before self-attention: with ``"both"`` the weights are a S and
+    Maps refer to the patches themselves, before self-attention: with ``"both"`` the weights are a S and
     the values x_n W_v W_o, because a (S x W_v W_o) = (a S) (x W_v W_o); the share of b_o belongs to
     ``rest``.
 
     Args:
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
-        projection_bias: b_o, which the "abmilp" of the probing benchmark (arXiv 2506.10178) has.
+        projection_bias: add b_o, as in "abmilp" of the probing benchmark (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -20,10 +20,10 @@ from xattn.runtime.option_checks import Count
 
 @register_head("aim")
 class Aim(AttentiveHead):
-    """2 D^2 + Q D parameters. In training the tokens' statistics are the batch's.
+    """2 D^2 + Q D parameters. In training, tokens are normalised with the statistics of the batch.
 
     Args:
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
         queries: Q, whose outputs are averaged.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """

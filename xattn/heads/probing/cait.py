@@ -7,8 +7,8 @@ One transformer block, computed for the class token alone.
     u = LN(S),  y = c + g_1 W_o concat_h W_v,h (A_h u),  z = y + g_2 MLP(LN(y)),
     A_h = softmax(W_q,h u_c (W_k,h u)^T / sqrt(d)),       S = [c; (registers;) X]
 
-What other tokens would become never reaches the class token in a single block, so class attention
-(CaiT) and a whole encoder block followed by taking the class token differ only in norms and scales.
+In a single block the outputs of other tokens never reach the class token, so class attention (CaiT) and a
+whole encoder block from which only the class token is taken differ only in norms and scales.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from xattn.runtime.option_checks import Count, Positive
 
 
 class ClassAttention(AttentiveHead):
-    """Base of heads that end in a class token, a learned one where the backbone has none.
+    """Base of heads that end in a class token, a learned one if the backbone has none.
 
-    What reaches a logit from the class token itself and from prefix tokens belongs to ``rest``.
+    Contributions of the class token itself and of prefix tokens to a logit belong to ``rest``.
     """
 
     gated = True
@@ -84,14 +84,14 @@ class ClassAttention(AttentiveHead):
 
 @register_head("cait")
 class Cait(ClassAttention):
-    """One class-attention layer on the backbone's class token, or a learned one where there is none.
+    """One class-attention layer on the backbone's class token, or on a learned one if there is none.
 
     Registers are not read.
 
     Args:
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width over D.
-        layer_scale: where both gains g start.
+        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: hidden width divided by D.
+        layer_scale: initial value of both gains g.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -1,4 +1,4 @@
-"""Convolutional block attention, CBAM (arXiv 1807.06521): gate channels, gate positions, then average.
+"""Convolutional block attention, CBAM (arXiv 1807.06521): gate channels, then positions, then average.
 
 c = sigmoid(MLP(mean_n x_n) + MLP(max_n x_n)),                      x' = c o x
 m = sigmoid(BN(conv_7x7([mean_channel x'; max_channel x']))),       z = 1/N sum_n relu(m_n x'_n + x_n)
@@ -24,15 +24,15 @@ from xattn.runtime.option_checks import Count
 
 @register_head("cbam", cases=({}, {"form": "gates"}))
 class Cbam(AttentiveHead):
-    """Weights are gates m_n / N, no softmax: they do not sum to 1.
+    """Weights are gates m_n / N without a softmax: they do not sum to 1.
 
-    The channel gate is held in the shares. The 7 x 7 convolution reads neighbours, so the order of
-    the patches counts. 2 D^2 / reduction + 98 parameters, and 2 of the norm.
+    In the shares the channel gate is held constant. The 7 x 7 convolution reads neighbours, so the order
+    of the patches matters. 2 D^2 / reduction + 98 parameters, and 2 of the norm.
 
     Args:
-        reduction: D over the hidden width of the channel gate's MLP; 16 in the paper.
+        reduction: D divided by the hidden width of the channel gate's MLP; 16 in the paper.
         form: ``"benchmark"`` is the "cbam" of the probing benchmark (arXiv 2506.10178), with BatchNorm
-            before the gate of positions, the residual and relu; ``"gates"`` has the two gates alone.
+            before the position gate, the residual and relu; ``"gates"`` has only the two gates.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -73,7 +73,7 @@ class Cbam(AttentiveHead):
         return Attended(scores, torch.stack([channels * x.relu(), x.relu()], 1))
 
     def weights(self, scores: Tensor) -> Tensor:
-        """(B, 1, N) scores -> the gates; in the benchmark's form also a row of 1 / N for the residual."""
+        """Gates from the scores (B, 1, N); the benchmark's form adds a row of 1 / N for the residual."""
         gates = scores.sigmoid() / scores.shape[-1]
         if self.gate_norm is None:
             return gates

@@ -20,11 +20,11 @@ from xattn.runtime.option_checks import Count
 
 @register_head("coca")
 class Coca(AttentiveHead):
-    """CoCa pools one query for contrast and 256 for captions; here the queries' outputs are averaged.
+    """CoCa pools 1 query for contrast and 256 for captions; here the outputs of the queries are averaged.
 
     Args:
-        queries: Q; every query has all heads, which makes Q x heads maps.
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        queries: Q; every query uses all heads, which makes Q x heads maps.
+        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -1,12 +1,12 @@
 """Class-semantics-based attention (CSA, arXiv 2109.02613): features weighted by where class evidence lies.
 
     s_c = sigmoid(W_2 relu(W_1 vec(pool(R))))      a weight for every channel, from R in a few bins
-    s_t = sigmoid(conv(relu(conv(R))))             a weight for every place
-    out = F o s_c + F o s_t                        channel, place or both
+    s_t = sigmoid(conv(relu(conv(R))))             a weight for every position
+    out = F o s_c + F o s_t                        channel, position or both
 
 with class evidence R (B, C_r, ...) and features F (B, C_f, ...) over time or over patches. The weights
-depend on R alone, never on F. The paper has no public code: layers and sizes inside are ours. With R = F,
-one bin and the channel branch alone this is squeeze-and-excitation (arXiv 1709.01507).
+depend only on R, never on F. The paper has no public code: internal layers and sizes are ours. With R = F,
+one bin and only the channel branch, this is squeeze-and-excitation (arXiv 1709.01507).
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ Branches = Literal["both", "channel", "place"]
 
 
 class ClassSemanticAttention(nn.Module):
-    """``attention(evidence, features)`` of (B, C_r, T) and (B, C_f, T) -> (B, C_f, T), or with
-    ``axes=2`` of (B, C_r, h, w) and (B, C_f, h, w).
+    """``attention(evidence, features)`` maps (B, C_r, T) and (B, C_f, T) to (B, C_f, T); with ``axes=2``
+    the inputs are (B, C_r, h, w) and (B, C_f, h, w).
 
     Args:
         evidence, features: C_r and C_f.
         hidden: width of the layer inside each branch.
-        bins: of the channel branch along each axis; ``kernel``: size of the convolutions, odd.
+        bins: number of bins of the channel branch along each axis; ``kernel``: odd size of the
+            convolutions.
         axes: 1 for time, 2 for patches.
         branches: "both", "channel" or "place".
-        padding: of the convolutions; "circular" makes the place branch equivariant to circular shifts.
+        padding: of the convolutions; "circular" makes the position branch equivariant to circular shifts.
 
     Raises:
         ValueError: an option that does not fit.
@@ -80,7 +81,7 @@ class ClassSemanticAttention(nn.Module):
             )
 
     def scores(self, evidence: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What goes into the sigmoids: (B, C_f) of the channels and (B, 1, ...) of the places; None for a
+        """The inputs of the sigmoids: (B, C_f) for channels and (B, 1, ...) for positions; None for a
         branch that is left out."""
         return (
             None if self.channels is None else self.channels(evidence),
@@ -97,16 +98,16 @@ class ClassSemanticAttention(nn.Module):
 
 @register_head("csa", cases=({"hidden": 4}, {"hidden": 4, "bins": 1, "kernel": 1}))
 class Csa(AttentiveHead):
-    """CSA over patches: R are the backbone's classifier rows applied to each patch.
+    """CSA over patches: R is the backbone's classifier rows applied to each patch.
 
-    z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n, class maps are CAM over the weighted
-    features, exact with both weights held constant. With last layers of zero the head is ``gap``. The
-    convolutions read neighbours, so the order of the patches counts.
+    z = 1/N sum_n (s_c + s_n) o x_n. The attention map is s_n. Class maps are CAM over weighted features,
+    exact if both weights are held constant. If the last layers are zero, the head equals ``gap``. The
+    convolutions read neighbours, so the order of the patches matters.
 
     Args:
         hidden: width inside each branch.
-        bins: a side, of the patches averaged for the channel branch.
-        kernel: a side, of the convolutions; odd.
+        bins: bins per side over which patches are averaged for the channel branch.
+        kernel: side of the convolutions; odd.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
 
     Raises:
@@ -114,7 +115,7 @@ class Csa(AttentiveHead):
     """
 
     permutes = False
-    rows: Tensor  # (K, C), looked up in the backbone and never saved with the head
+    rows: Tensor  # (K, C), taken from the backbone and never saved with the head
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class Csa(AttentiveHead):
 
 def evidence_rows(backbone: Backbone) -> Tensor:
     """Classifier rows (K, C) over the last tap's channels, scaled to unit root mean square so that
-    evidence has the size of the features; a norm before the classifier counts by its gain.
+    evidence and features have a similar scale; the gain of a norm before the classifier is included.
 
     Raises:
         ValueError: there is no single linear classifier, or it reads other channels.

@@ -1,4 +1,4 @@
-"""DELF's attention as DOLG has it (arXiv 1612.06321, 2108.02927): weights by softplus, unit features.
+"""DELF's attention as used in DOLG (arXiv 1612.06321, 2108.02927): softplus weights, unit features.
 
 f_n = BN(W x_n),   a_n = softplus(w . relu(f_n) + b),   z = 1/N sum_n a_n f_n / |f_n|
 """
@@ -21,7 +21,7 @@ class Delf(AttentiveHead):
     """Local features of one width, weighted by a positive score that does not sum to 1.
 
     Args:
-        features: their width; 1024 in the paper.
+        features: width of the features; 1024 in the paper.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -1,4 +1,4 @@
-"""One more encoder block on frozen tokens, as DINO's ViTs are built (arXiv 2104.14294), then one vector.
+"""One more encoder block on frozen tokens, like those of DINO's ViTs (arXiv 2104.14294), then pooling.
 
 Y = X + MHSA(LN(X)),   z = mean_t (y_t + MLP(LN(y_t)))                              "benchmark"
 y = c + MHSA(LN([c; registers; X]))_c,   z = y + MLP(LN(y))                         "class_token"
@@ -25,20 +25,20 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("dino_block", cases=({}, {"form": "class_token"}))
 class DinoBlock(ClassAttention):
-    """A pre-norm ViT block and the mean of its tokens, or its class token.
+    """A pre-norm ViT block, followed by the mean of its tokens, or by its class token.
 
-    For the mean, every token is a query, and the residual keeps each patch's own part: a patch's
-    share is what all tokens take from it plus what it keeps. There is one query map per head, the
-    mean over the tokens.
+    With the mean, every token is a query, and the residual keeps each patch's own part: a patch's share
+    is what all tokens take from it plus what it keeps. There is one query map per head, averaged over the
+    tokens.
 
     Args:
-        heads: of the attention, 8 in the benchmark; None: see
+        heads: number of attention heads, 8 in the benchmark; None: see
             :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width over D.
-        form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178): patches
-            alone, averaged, no biases of queries, keys and values, norms of eps 1e-5;
-            ``"class_token"`` reads prefix tokens, too, and ends in the class token (a learned one
-            where the backbone has none), with those biases and an eps of 1e-6.
+        mlp_ratio: hidden width divided by D.
+        form: ``"benchmark"`` is the "dinovit" of the probing benchmark (arXiv 2506.10178): only
+            patches, averaged, no biases of queries, keys and values, norms with eps 1e-5;
+            ``"class_token"`` also reads prefix tokens and ends in the class token (a learned one if
+            the backbone has none), with those biases and an eps of 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -2,7 +2,7 @@
 
     A_q = softmax_n(U_q . X_n / sqrt(D)),   z_q = (A_q X) W_q,   z = concat_q z_q   (B, D / reduction)
 
-The published order is A_q (X W_q); pooling first gives the same numbers without the N D^2 projection.
+The published order is A_q (X W_q); pooling first gives the same result without the N D^2 projection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class EfficientProbe(AttentiveHead):
     """Multi-query attention whose keys are the tokens themselves.
 
     Args:
-        queries: Q; it has to divide D / reduction.
+        queries: Q; must divide D / reduction.
         reduction: the pooled vector is D / reduction wide.
         prefix: attend to class and register tokens, too.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.

@@ -1,4 +1,4 @@
-"""Global average pooling: z = 1/N sum_n x_n, as most CNNs and many ViTs classify."""
+"""Global average pooling: z = 1/N sum_n x_n, the pooling of most CNNs and many ViTs."""
 
 from __future__ import annotations
 

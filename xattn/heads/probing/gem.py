@@ -1,4 +1,4 @@
-"""Generalised mean pooling (GeM): z = (1/N sum_n max(x_n, eps)^p)^(1/p) a channel (arXiv 1711.02512)."""
+"""Generalised mean pooling (GeM), per channel z = (1/N sum_n max(x_n, eps)^p)^(1/p) (arXiv 1711.02512)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from xattn.runtime.option_checks import Positive
 class Gem(AttentiveHead):
     """From the mean (p = 1) to the maximum (p large); p is learned.
 
-    As published, values below ``eps`` count as ``eps``: GeM was made for features behind a ReLU, so of
-    a ViT's tokens it sees only the positive half. Shares are those of x^p, with the gain of the outer
+    As published, values below ``eps`` count as ``eps``: GeM was made for features after a ReLU, so it sees
+    only the positive half of a ViT's tokens. Shares are those of x^p, with the gain of the outer
     root held constant.
 
     Args:
-        p: where the exponent starts.
-        eps: the smallest value; all below count as this.
+        p: initial value of the exponent.
+        eps: lower bound of the values.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 
@@ -40,7 +40,7 @@ class Gem(AttentiveHead):
 
     def scores_and_values(self, tokens: Tokens) -> Attended:
         x = tokens.patches[-1].clamp_min(self.eps)
-        # Dividing each channel by its maximum changes no mean and keeps powers within the dtype's range.
+        # Dividing each channel by its maximum leaves the result unchanged and avoids overflow of powers.
         most = x.amax(1).detach()
         return Attended(
             x.new_zeros(x.shape[0], 1, x.shape[1]), ((x / most[:, None]) ** self.p)[:, None], most

@@ -1,11 +1,11 @@
-"""Hyper-kernels instead of attention: a kernel that is a function of places, and products of maps.
+"""Hyper-kernels instead of attention: a kernel that is a function of position, and products of maps.
 
     p = W x,   c = p o K,   u = std(c std(p)) + std(c o p),   s = 2 sigmoid(mean_channels(u) (y o k) o y)
     z = 1/N sum_n s_n o x_n
 
-with the map x (C, h, w), its mean y over places, planes p (m, h, w), hyper-kernels K (m, h, w) and k (C,)
-of :mod:`xattn.blocks.hyper_kernel`, and std as there; c std(p) multiplies planes as matrices. From
-github.com/hyperevolnet/Terminator; this sequence of its parts is ours. With k = 0 it is ``gap``.
+with the map x (C, h, w), its mean y over positions, planes p (m, h, w), hyper-kernels K (m, h, w) and k
+(C,) of :mod:`xattn.blocks.hyper_kernel`, and std as there; c std(p) multiplies planes as matrices. The
+parts come from github.com/hyperevolnet/Terminator; their combination is ours. With k = 0 it is ``gap``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from xattn.runtime.option_checks import Count
     "hyperzzw", cases=({"planes": 4, "hidden": 8}, {"planes": 4, "hidden": 8, "layers": 1})
 )
 class HyperZZW(AttentiveHead):
-    """A score in (0, 2) for every place and channel, then the mean. Class maps are CAM over the scored
-    features, exact with the scores held constant. Kernels are functions of places, so a head takes
-    grids of any size; the order of the patches counts. About m (C + hidden) + 3 hidden^2 parameters.
+    """A score in (0, 2) for every position and channel, then the mean. Class maps are CAM over the scored
+    features, exact if the scores are held constant. Kernels are functions of position, so a head accepts
+    grids of any size; the order of the patches matters. About m (C + hidden) + 3 hidden^2 parameters.
 
     Args:
         planes: m.
-        hidden, layers: of the kernel over places; that over channels is half as wide.
+        hidden, layers: size of the kernel over positions; the kernel over channels is half as wide.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

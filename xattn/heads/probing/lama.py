@@ -1,4 +1,4 @@
-"""LAMA: low-rank multi-head attention, one bilinear form per head in two thin matrices (1912.00835).
+"""LAMA: low-rank multi-head attention, one bilinear form per head from two thin matrices (1912.00835).
 
 E_j(t) = c^T W_j h_t,   W_j = sum_r p_jr q_jr^T,   A = softmax_t(act(E)),   S_j = sum_t A_jt h_t
 """
@@ -26,7 +26,7 @@ class Lama(AttentiveHead):
         heads: m.
         rank: r.
         act: ``"tanh"`` bounds the scores to (-1, 1) before the softmax, ``"none"`` does not.
-        context: c, the ``"mean"`` token or a ``"learned"`` vector (D parameters more).
+        context: c, the ``"mean"`` token or a ``"learned"`` vector (D more parameters).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

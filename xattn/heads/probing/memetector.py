@@ -4,7 +4,7 @@
     g_l = sum_j softmax_j(s_l)_j Z_lj,           z = MLP([g_1; ...; g_L])
 
 with the class token y of the last layer and the patches Z_l of tap l. In the published, linear form
-w_y . y + b is the same for every patch and the softmax cancels it: the attention does not depend on y,
+w_y . y + b is the same for every patch, so the softmax cancels it: the attention does not depend on y,
 and w_y and b get no gradient. In the additive form it does depend on y.
 """
 
@@ -29,15 +29,16 @@ TAPS = 4
 
 @register_head("memetector", cases=({"hidden": (24, 12)},))
 class MemeTector(AttentiveHead):
-    """One map per tap; y is only the query and does not enter z. Shares hold the MLP's gates constant.
+    """One map per tap; y is only the query and does not enter z. In the shares, the MLP's gates are
+    constant.
 
-    Where the backbone has no class token, y is the mean token of the last tap. Taps of another width
-    than the last one's are projected to that width.
+    If the backbone has no class token, y is the mean token of the last tap. Taps whose width differs from
+    the last one's are projected to its width.
 
     Args:
         form: ``"linear"`` (as published) or ``"additive"``.
         hidden: widths of the MLP's layers.
-        dropout: after each of them.
+        dropout: dropout probability after each of them.
         num_taps: how many of the backbone's last taps are read; None takes all, at most four.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
@@ -80,7 +81,7 @@ class MemeTector(AttentiveHead):
 
     @staticmethod
     def default_taps(depth: int) -> tuple[str, ...]:
-        """Four evenly spaced blocks, without the last: the 1st, 3rd, 5th and 7th of 8."""
+        """Four evenly spaced blocks, without the last: of 8 blocks, the 1st, 3rd, 5th and 7th."""
         return tuple(f"block.{i}" for i in sorted({depth * i // TAPS for i in range(TAPS)}))
 
     def scores_and_values(self, tokens: Tokens) -> Attended:

@@ -1,6 +1,6 @@
 """SigLIP's multi-head attention pooling, MAP (arXiv 2303.15343; Set Transformer, 1810.00825).
 
-y = W_o concat_h W_v,h (A_h X) of one learned query,   z = y + MLP(y)   or   z = y + MLP(LN(y))
+y = W_o concat_h W_v,h (A_h X) with one learned query,   z = y + MLP(y)   or   z = y + MLP(LN(y))
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("siglip_map")
 class SiglipMap(AttentiveHead):
-    """Attention pooling with a residual MLP; shares hold its gates and norm constant.
+    """Attention pooling with a residual MLP; shares hold the MLP's gates and norm constant.
 
     Args:
-        heads: of the attention, 8 in the probing benchmark; None: see
+        heads: number of attention heads, 8 in the probing benchmark; None: see
             :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width over D.
+        mlp_ratio: hidden width divided by D.
         form: ``"benchmark"`` is the "siglip" of the probing benchmark (arXiv 2506.10178), without a
-            norm before the MLP; ``"siglip"`` has SigLIP's own, of eps 1e-6.
+            norm before the MLP; ``"siglip"`` has SigLIP's own norm, with eps 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
 

@@ -1,9 +1,9 @@
-"""SimPool: one attention whose query is the mean token (arXiv 2309.06891).
+"""SimPool: single-query attention pooling with the mean token as the query (arXiv 2309.06891).
 
 q = W_q mean(X),  K = W_k LN(X),  V = LN(X),  a = softmax(q K^T / sqrt(D)),
 z = sum_n a_n V_n   or, with gamma,   (sum_n a_n (V_n - min V + eps)^gamma)^(1/gamma)
 
-and without projections, "esimpool":  q = LN(mean(X)),  K = LN(X),  V = X, in 12 heads.
+and without projections, "esimpool":  q = LN(mean(X)),  K = LN(X),  V = X, with 12 heads.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ HEADS = 12
 
 @register_head("simpool", cases=({}, {"gamma": 1.5}, {"project": False, "heads": 4}))
 class SimPool(AttentiveHead):
-    """Values are not projected; each head takes its own D / H channels.
+    """Values are not projected; each head reads its own D / H channels.
 
     min V is taken over tokens and channels of each image. With ``gamma``, shares are those of
     (V - min V + eps)^gamma, with the gain of the outer root held constant.
 
     Args:
         gamma: the power mean's exponent, published as 1.25 for transformers and 2 for CNNs; None
-            leaves the weighted mean.
-        project: False leaves out W_q and W_k.
-        heads: H; None is 1, or 12 for the form "esimpool" (where 12 does not divide D, see
+            uses the weighted mean.
+        project: False omits W_q and W_k.
+        heads: H; None means 1, or 12 for the form "esimpool" (if 12 does not divide D, see
             :func:`~xattn.heads.cross_attention.head_count`).
         form: without projections, ``"esimpool"`` is that of the probing benchmark (arXiv 2506.10178),
             as above; ``"layer_norm"`` is SimPool with W_q = W_k = I, whose query is mean(X) and whose

@@ -1,4 +1,4 @@
-"""V-JEPA's attentive probe (arXiv 2404.08471): a cross-attention block of one learned query.
+"""V-JEPA's attentive probe (arXiv 2404.08471): a cross-attention block with one learned query.
 
 y = q + W_o concat_h W_v,h (A_h LN(X)),   z = y + MLP(LN(y))
 """
@@ -20,12 +20,12 @@ from xattn.runtime.option_checks import Count, Positive
 
 @register_head("v_jepa")
 class VJepa(AttentiveHead):
-    """Residuals around attention and MLP; what the query itself adds to a logit belongs to ``rest``.
+    """Residuals around attention and MLP; the query's own contribution to a logit belongs to ``rest``.
 
     Args:
-        heads: of the attention; None: see :func:`~xattn.heads.cross_attention.head_count`.
-        mlp_ratio: hidden width over D.
-        eps: of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
+        heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
+        mlp_ratio: hidden width divided by D.
+        eps: epsilon of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
             (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
     """
