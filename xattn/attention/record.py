@@ -180,11 +180,7 @@ def fused(*layers: Any) -> Iterator[None]:
             if not users:
                 before = {name: getattr(m, name) for name in _SETTINGS if hasattr(m, name)}
             found.append((m, users + 1, before))
-        for (
-            m,
-            users,
-            before,
-        ) in found:  # setting a config also sets its parts, so all are read first
+        for m, users, before in found:  # a config also sets its parts, so all are read first
             if users == 1:
                 for name in before:
                     setattr(m, name, _SETTINGS[name])

@@ -392,9 +392,7 @@ class Localist(Mechanism):
         if not scale:
             raise ValueError("scale: got 0; give the scale of the scores, 1 / sqrt(D) by default")
         with own_precision(q):
-            share = math.sqrt(
-                self.beta / abs(scale)
-            )  # split between both sides, for half precision
+            share = math.sqrt(self.beta / abs(scale))  # split over both, for half precision
             left = math.copysign(share, scale) * self.cosines(inputs, members)
             right = share * _of_tokens(members, k)
             return torch.cat([q, left.to(q.dtype)], -1), torch.cat([k, right.to(k.dtype)], -1)

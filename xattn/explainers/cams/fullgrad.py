@@ -4,9 +4,8 @@
     map  = psi(x . df/dx) + sum_z psi(b . df/dz)       psi: absolute, scaled to [0, 1], up-sampled, summed
 
 Srinivas and Fleuret, NeurIPS 2019, arXiv 1905.00780. x is the normalised image; for BatchNorm, b is its
-shift
-beta - mean gamma / sqrt(var + eps). The channels of a layer are scaled to [0, 1] together, which preserves
-their proportions, and then summed.
+shift beta - mean gamma / sqrt(var + eps). The channels of a layer are scaled to [0, 1] together, which
+preserves their proportions, and then summed.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ class FullGrad(Explainer):
     """FullGrad, (B, 1, H, W), never negative: one forward and one backward pass.
 
     In networks of ReLUs, pools and BatchNorms the parts sum to the logit: see :meth:`contributions`. In
-    other
-    networks they do not. Parts without a position in the image, such as the classifier's bias or those
-    inside the windows of a Swin, are left out of the map. All layers count equally, so the map depends on
-    how a network is divided into layers.
+    other networks they do not. Parts without a position in the image, such as the classifier's bias or
+    those inside the windows of a Swin, are left out of the map. All layers count equally, so the map
+    depends on how a network is divided into layers.
     """
 
     clips = True

@@ -266,8 +266,7 @@ class LayerReader:
 
     def channel_axis(self, output: Tensor, images: Tensor) -> int:
         """The channel axis of (B, h, w, C) or (B, C, h, w), for clips with t before h; found because h and
-        w
-        have the image's aspect ratio."""
+        w have the image's aspect ratio."""
         if self.reshape is not None:
             channels = self._reshaped(output, images).shape[1]
             return max(i for i in range(1, output.ndim) if output.shape[i] == channels)

@@ -6,11 +6,9 @@
 f(M) is the probability of the class for the image x M + b (1 - M), and Mx My is a product cell by cell: Mx
 deletes evidence, 1 - My inserts it alone. dM and dI are differences of neighbouring cells, I is the image's
 brightness. The descent direction uses integrated gradients instead of the gradients of f: the derivatives
-of
-1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Steps of decreasing size are
-tried, and the first that lowers the sum enough is taken (Armijo's rule). If none does, as on a plateau of
-f,
-the second is taken: integrated gradients see beyond the plateau. The map is 1 - Mx My.
+of 1/S sum_s f(s/S M), and of 1/S sum_s f(1 - s/S M) where evidence is inserted. Steps of decreasing size
+are tried, and the first that lowers the sum enough is taken (Armijo's rule). If none does, as on a plateau
+of f, the second is taken: integrated gradients see beyond the plateau. The map is 1 - Mx My.
 
 Khorram, Lawson and Li, CHIL 2021, arXiv 2012.15783; Qi, Khorram and Li, AAAI 2020, arXiv 1905.00954.
 """
