@@ -80,10 +80,10 @@ Part = Annotated[float, Where(lambda x: 0 < x < 1, "a share of the steps between
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained on photos; settings that are left out come from the recipe.
+    """How a head is trained on photos; settings that are not given come from the recipe.
 
-    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos; "outcomes" trains on what
-    the network answers for masked photos.
+    "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos; "outcomes" trains on the
+    network's answers for masked photos.
     """
 
     belongs: ClassVar = (
@@ -95,14 +95,14 @@ class TrainConfig:
     )
 
     recipe: Literal["published", "small", "outcomes"] = "published"
-    """Source of all settings that are not given."""
+    """Recipe for all settings that are not given."""
     objective: str = None  # type: ignore[assignment]
-    """What is learned, a name of xattn list objectives, with options as in shapley:link=log_odds: mask
+    """What is learned: a name in xattn list objectives, with options as in shapley:link=log_odds: mask
     (published, small), outcomes, shapley, labels, select, rank or greedy."""
     epochs: Count = None  # type: ignore[assignment]
     """Passes over the data (published 8, small 14, outcomes 30)."""
     batch_size: Count = None  # type: ignore[assignment]
-    """Images a step, per process (published 32, small 16, outcomes 32)."""
+    """Images per step and process (published 32, small 16, outcomes 32)."""
     optimizer: Literal["sgd", "adamw"] = None  # type: ignore[assignment]
     """SGD with Nesterov momentum, cycled by OneCycle between .95 and .85 (published), or AdamW (small,
     outcomes)."""
@@ -120,20 +120,19 @@ class TrainConfig:
     variation: float = 0.01
     """Weight of the variation term, a sum over space."""
     crops: Count = 1
-    """Crops of each photo in the table of outcomes: the model's own, then random ones."""
+    """Crops of each photo in the table of outcomes: the evaluation crop, then random ones."""
     masks: Count = 16
     """Masks of each crop in the table, half of them the complements of the others."""
     others: Whole = 2
-    """Further classes of each photo whose outcomes are learned, drawn from its twelve most probable."""
+    """Additional classes per photo whose outcomes are learned, drawn from its twelve most probable."""
     fill: Fill | None = None
-    """What removed parts of a photo show in the table: by default black, a blurred photo and its mean in
-    turn, black for games; drop leaves patches out of a class-token ViT's sequence."""
+    """What removed parts of a photo show in the table: by default black, the blurred photo and its mean
+    colour in turn, for games black; drop removes patches from the sequence of a class-token ViT."""
     sizes: Literal["even", "shapley", "curve", "half"] | None = None
-    """How much masks keep: .2 to .8 (even), as Shapley values count them (shapley), .02 to .15 and all but
-    that (curve), or each cell by the toss of a coin (half)."""
+    """How much masks keep: .2 to .8 (even), sizes weighted as in Shapley values (shapley), .02 to .15 and
+    the rest (curve), or each cell with probability 1/2 (half)."""
     cells: Count | None = None
-    """Cells of a side that a game is played with; by default 7, or the network's patches where these are
-    dropped."""
+    """Cells per side in a game; by default 7, or the network's patches if patches are dropped."""
     augment: bool = True
     """Random crop and flip; without it, the centre crop."""
     workers: Whole = 2
@@ -159,32 +158,32 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How a head is trained as a classifier on cached features; settings left out come from the recipe."""
+    """How a head is trained as a classifier on cached features; settings not given come from the recipe."""
 
     belongs: ClassVar = (Belongs("epsilon", "attention_weight", attention=Not("none")),)
 
     recipe: Literal["published", "small"] = "published"
-    """Source of all settings that are not given."""
+    """Recipe for all settings that are not given."""
     epochs: Count = None  # type: ignore[assignment]
-    """Largest number of passes over the photos (published 90, small 60)."""
+    """Maximum number of passes over the photos (published 90, small 60)."""
     warmup: Whole = None  # type: ignore[assignment]
-    """Epochs in which the learning rate rises before it falls as a cosine (published 10, small 5; not more
-    than half of the epochs unless given)."""
+    """Epochs in which the learning rate rises before its cosine decay (published 10, small 5; by default at
+    most half of the epochs)."""
     batch_size: Count = None  # type: ignore[assignment]
-    """Photos a step, per process (published 256, small 32)."""
+    """Photos per step and process (published 256, small 32)."""
     optimizer: Literal["lars", "adamw"] = None  # type: ignore[assignment]
     """LARS with momentum .9 (published), or AdamW (small)."""
     lr: Rate = None  # type: ignore[assignment]
-    """Peak learning rate (published 0.1, small 1e-3); LARS scales it by photos a step / 256."""
+    """Peak learning rate (published 0.1, small 1e-3); LARS scales it by photos per step / 256."""
     weight_decay: NotNegative = None  # type: ignore[assignment]
     """Weight decay of tensors with two axes or more (published 0, small 0.01)."""
     patience: Whole = 20
-    """Training stops after this many epochs without a better validation; 0 trains all epochs."""
+    """Training stops after this many epochs without a better validation result; 0 trains all epochs."""
     monitor: Literal["loss", "accuracy"] = "loss"
-    """Validation figure by which the best epoch is chosen, whose weights are kept."""
+    """Validation metric that selects the best epoch, whose weights are kept."""
     attention: str = "none"
     """Adversarial training on attention scores, a method of xattn list: random, at, iat, vat, ivat, ...;
-    iat_released is what the authors' program computes as iat."""
+    iat_released is iat as computed by the authors' program."""
     epsilon: float = 1.0
     """Norm of the change of the scores, for each query."""
     attention_weight: NotNegative = 1.0
@@ -210,7 +209,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a mechanism is trained to attend as the softmax that it replaces; no labels are read."""
+    """How a mechanism is trained to attend like the softmax that it replaces; no labels are read."""
 
     belongs: ClassVar = (
         Belongs("finetune_epochs", "finetune_lr", finetune=Not("none")),
@@ -220,35 +219,35 @@ class DistillConfig:
     )
 
     epochs: Whole = 4
-    """Passes over the photos in which each layer learns for itself, all of them side by side; 0, as for
-    a mechanism without parameters, leaves this part out."""
+    """Passes over the photos in which all layers learn side by side, each by itself; 0, as for a mechanism
+    without parameters, skips this part."""
     student_epochs: Whole = 0
     """Passes afterwards in which each layer learns on the tokens that reach it in the converted network,
-    with the errors of the layers before it."""
+    including the errors of earlier layers."""
     batch_size: Count = 8
-    """Photos a step, per process."""
+    """Photos per step and process."""
     lr: Rate = 1e-2
     """Peak learning rate of the mechanism's parameters (AdamW, half a cosine after a short rise)."""
     student_lr: Rate = 1e-3
-    """The same for the tokens of the converted network."""
+    """Peak learning rate for the tokens of the converted network."""
     weight_decay: NotNegative = 0.0
     """Weight decay of tensors with two axes or more."""
     rows: Whole = 64
-    """Rows of attention in each head that are compared with the softmax's by their KL divergence; 0
-    leaves them out."""
+    """Rows of attention per head that are compared with the softmax's by their KL divergence; 0 skips
+    this comparison."""
     outputs: NotNegative = 1.0
     """Weight of the squared error of a layer's attention output, relative to the output."""
     finetune: Literal["none", "lora", "all"] = "none"
-    """What is trained afterwards against the network's own logits: nothing, low-rank updates of qkv and
-    proj in the converted layers, or the whole network; the mechanism's parameters are, too."""
+    """What is trained afterwards against the network's own logits, in addition to the mechanism: nothing,
+    low-rank updates of qkv and proj in the converted layers, or the whole network."""
     finetune_epochs: Count = 2
-    """Passes over the photos of that training."""
+    """Passes over the photos in that training."""
     finetune_lr: Rate = 1e-4
-    """Its peak learning rate."""
+    """Peak learning rate of that training."""
     rank: Count = 8
     """Rank of the low-rank updates."""
     measured: Count = 256
-    """At most so many photos show how close the network is, before and after."""
+    """Maximum number of photos used to measure how close the network is, before and after."""
     augment: bool = True
     """Random crop and flip; without it, the centre crop."""
     workers: Whole = 2
@@ -271,8 +270,8 @@ class DistillConfig:
 
     @property
     def parts(self) -> tuple[tuple[int, float], ...]:
-        """Epochs and peak learning rate of each part: on the trained network's tokens, on the converted
-        one's, and on logits."""
+        """Epochs and peak learning rate of each part: on the original network's tokens, on the converted
+        network's, and on logits."""
         tuned = 0 if self.finetune == "none" else self.finetune_epochs
         return (
             (self.epochs, self.lr),
@@ -282,13 +281,13 @@ class DistillConfig:
 
     @property
     def all_epochs(self) -> int:
-        """Passes over the photos in all."""
+        """Total number of passes over the photos."""
         return sum(epochs for epochs, _ in self.parts)
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How heads of a ViT are pruned, and what is left is trained; no labels are read."""
+    """How heads of a ViT are pruned and the rest is trained; no labels are read."""
 
     belongs: ClassVar = (
         Belongs("scored", method="heads"),
@@ -300,15 +299,15 @@ class PruneConfig:
     """Keep the best heads of each block (heads); or one head and a small MLP in place of the rest of the
     block, chosen by a router that is trained first (shrp)."""
     keep: Count = 1
-    """Heads that stay in each block; shrp keeps one."""
+    """Heads to keep in each block; shrp keeps one."""
     hidden: Whole = 0
-    """Width of the MLP behind the head of shrp; 0 stands for twice the model's width."""
+    """Width of the MLP after the head of shrp; 0 means twice the model's width."""
     scored: Count = 64
     """Photos on which heads are compared (heads)."""
     epochs: Whole = None  # type: ignore[assignment]
-    """Passes over the photos (heads 2, shrp 5); 0 leaves the heads that stay as they are (heads)."""
+    """Passes over the photos (heads 2, shrp 5); 0 does not train the remaining heads (heads)."""
     batch_size: Count = 32
-    """Photos a step."""
+    """Photos per step."""
     lr: Rate = None  # type: ignore[assignment]
     """Peak learning rate of the pruned blocks (AdamW, half a cosine after a short rise; heads 1e-4, shrp
     1e-3); routers learn ten times as fast."""
@@ -319,10 +318,10 @@ class PruneConfig:
     entropy: NotNegative = 0.3
     """Weight of the entropy of a router's usage (shrp)."""
     routed: Part = 0.3
-    """Share of the steps in which a router chooses the head of each photo (shrp); afterwards it is the head
-    that was used most."""
+    """Share of the steps in which a router chooses the head for each photo (shrp); afterwards the most used
+    head is fixed."""
     mirrored: bool = False
-    """Learn from mirrored photos, too, which are kept in memory beside the others."""
+    """Also learn from mirrored photos, which are kept in memory beside the others."""
     workers: Whole = 0
     """Number of data loader processes."""
     seed: Seed = 0
@@ -349,7 +348,7 @@ class PruneConfig:
 
 
 def _fill_in(config: Any, recipes: dict[str, dict[str, Any]]) -> None:
-    """Fill in the settings that were left out, from the recipe."""
+    """Fill in settings that were not given from the recipe."""
     if config.recipe not in recipes:
         raise ValueError(f"recipe: got {config.recipe!r}; choose one of {', '.join(recipes)}")
     for name, value in recipes[config.recipe].items():
@@ -366,7 +365,7 @@ class Preset:
 
         xattn train IMAGENET/train --preset ttame-resnet50 --output runs/resnet50
 
-    trains eight epochs over ImageNet, batches of 32, SGD with OneCycle, the exact C x C branches and one
+    trains eight epochs on ImageNet with batches of 32, SGD with OneCycle, the exact C x C branches and one
     free row for each class.
     """
 
@@ -382,7 +381,7 @@ class Preset:
 
 
 PRESETS = {
-    # VGG: the outputs of the last three max-pools; timm's intermediates lie before them.
+    # VGG: the outputs of the last three max-pools; timm's intermediates are before them.
     "ttame-vgg16": Preset(
         "vgg16", ("stage.2.pool", "stage.3.pool", "stage.4.pool"), "raw_normalize"
     ),

@@ -1,4 +1,4 @@
-"""A frozen classifier whose logits and feature maps come out of one hook-free pass."""
+"""Frozen classifiers whose logits and feature maps come out of one hook-free pass."""
 
 from xattn.backbone.backbone import Backbone
 from xattn.backbone.conversion import converted, load_conversion

@@ -1,9 +1,9 @@
 """A frozen image classifier whose logits and feature maps come out of one hook-free pass.
 
-``Backbone(images) -> Taps(logits, maps)`` wraps any timm model: ``forward_intermediates`` gives the
-inner maps, ``forward_head`` the logits, so nothing is hooked, reshaped by hand or run twice.
-Images go in raw, in [0, 1]; the normalisation of the model's own config happens inside, so that a
-mask multiplies pixels where it should.
+``Backbone(images) -> Taps(logits, maps)`` wraps any timm model: ``forward_intermediates`` returns the
+inner maps and ``forward_head`` the logits, so nothing is hooked, reshaped by hand or run twice.
+Images are raw, in [0, 1]; they are normalised inside, according to the model's own config, so that a
+mask multiplies raw pixels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from xattn.runtime.devices import Movable
 from xattn.runtime.locking import alone, lock_of
 from xattn.runtime.memory import is_out_of_memory
 
-# What is fixed at construction, and how to get a backbone that differs in it.
+# Attributes fixed at construction, and how to get a backbone that differs in them.
 _SETTLED = {
     "preprocessing": "mean=, std=, crop=, interpolation= or input_size= of load_backbone, or "
     "backbone.with_preprocessing(...)",
@@ -58,15 +58,15 @@ class Backbone(Movable):
     ``taps`` names the maps: ``"stage.i"`` (i-th output of timm's ``forward_intermediates``; for a
     ViT ``"block.i"``, the output of block i), ``"norm1.i"`` (normalised input of ViT block i, the
     T-TAME tap), ``"stage.i.pool"`` (max-pooled by 2, VGG's tensors after its pools) and ``"head"`` (the
-    tensor that the classifier pools). ``"norm1"`` and ``"block"`` mean the last three blocks; None takes
-    the default of the architecture.
+    tensor that the classifier pools). ``"norm1"`` and ``"block"`` mean the last three blocks; None uses
+    the default for the architecture.
 
     ``task`` says what a logit means: ``"multiclass"`` (softmax over the classes), ``"multilabel"``
-    (one sigmoid per class), ``"regression"`` (a number as it is) or ``"binary"``: a single logit z (B, 1),
+    (one sigmoid per class), ``"regression"`` (the number itself) or ``"binary"``: a single logit z (B, 1),
     returned as the logits -z/2 and z/2 of the classes "negative" and "positive", whose softmax is
-    sigmoid(z). By default a model with one output is binary, every other multiclass.
+    sigmoid(z). By default a model with one output is binary, and every other one multiclass.
 
-    Threads may share a backbone: passes run side by side, and an explanation runs alone. Code that
+    Threads may share a backbone: passes run side by side, and an explanation runs exclusively. Code that
     calls the model directly is not synchronised: see :meth:`alone`.
     """
 
@@ -99,7 +99,7 @@ class Backbone(Movable):
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._reads_prefix = False
         self._fingerprint: str | None = None
-        self._hashed: Hashed | None = None  # what it was made of
+        self._hashed: Hashed | None = None  # state of the model when the fingerprint was computed
         super().train(False)
         self.task: Task = task or "multiclass"
         with self._passing():
@@ -123,13 +123,13 @@ class Backbone(Movable):
     def alone(self) -> AbstractContextManager[None]:
         """Inside ``with backbone.alone():`` no other thread explains or runs this network.
 
-        Needed to run or change ``backbone.model`` itself, hooks included, while other threads explain.
+        Use it to run or change ``backbone.model`` itself, hooks included, while other threads explain.
         The same thread may explain inside.
         """
         return alone(self.model)
 
     def _passing(self, x: Tensor | None = None) -> AbstractContextManager[None]:
-        """Wraps every pass, of images ``x``; compilers cannot trace locks and exceptions."""
+        """Wraps every pass, for images ``x``; compilers cannot trace locks and exceptions."""
         return nullcontext() if torch.compiler.is_compiling() else self._pass_of(x)
 
     @contextmanager
@@ -152,8 +152,8 @@ class Backbone(Movable):
             ) from error
 
     def _takes_own_size(self, x: Tensor) -> bool:
-        """Whether a black image of the backbone's own size passes, with the device and type of ``x``.
-        If not, the size of ``x`` was not the cause of its failure."""
+        """Whether a black image of the backbone's own size passes, with the device and dtype of ``x``.
+        If not, the size of ``x`` was not the reason for its failure."""
         image = x.new_zeros(1, x.shape[1], *self.preprocessing.places)
         image.requires_grad_(x.requires_grad)  # hooks may ask for gradients
         try:
@@ -229,7 +229,7 @@ class Backbone(Movable):
     def _features(
         self, x: Tensor, indices: list[int] | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """The final features, and the intermediates as maps and, of a ViT's taps, as prefix tokens."""
+        """The final features, and the intermediates as maps and, for a ViT's taps, as prefix tokens."""
         prefix = {"return_prefix_tokens": True} if indices and self._reads_prefix else {}
         final, inner = self.model.forward_intermediates(  # type: ignore[operator]
             x, indices=indices, output_fmt="NCHW", **prefix
@@ -254,7 +254,7 @@ class Backbone(Movable):
         return tuple(maps)
 
     def _as_map(self, final: Tensor, inner: Sequence[Tensor] | dict[int, Tensor]) -> Tensor:
-        """The final features as (B, C, h, w): NHWC is permuted, tokens lose their prefix."""
+        """The final features as (B, C, h, w): NHWC is permuted, prefix tokens are removed."""
         if final.ndim == 4:
             return final.permute(0, 3, 1, 2) if self.channels_last else final
         if final.ndim == 3:
@@ -270,18 +270,18 @@ class Backbone(Movable):
 
     @staticmethod
     def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, prefix + h*w, C) tokens, prefix dropped, as a (B, C, h, w) map."""
+        """(B, prefix + h*w, C) tokens as a (B, C, h, w) map, without prefix tokens."""
         tokens = tokens[:, tokens.shape[1] - grid[0] * grid[1] :]
         return tokens.transpose(1, 2).unflatten(2, grid)
 
     @property
     def knows_grid(self) -> bool:
-        """Whether the model tells its patch grid for any size of image, see :meth:`grid`."""
+        """Whether the model reports its patch grid for any image size, see :meth:`grid`."""
         return hasattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size")
 
     @property
     def cam_layer(self) -> nn.Module | None:
-        """The layer for CAM methods to read; None leaves the choice to them."""
+        """The layer that CAM methods should read; None leaves the choice to them."""
         return None
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -294,7 +294,7 @@ class Backbone(Movable):
         return self.forward_normalized(self.normalize(images))
 
     def forward_normalized(self, x: Tensor) -> Taps:
-        """One pass on images that are already normalised, (B, 3, H, W)."""
+        """One pass on normalised images, (B, 3, H, W)."""
         with self._passing(x):
             if self.adapter:
                 logits, maps = self.model.forward_taps(x)  # type: ignore[operator]
@@ -311,7 +311,7 @@ class Backbone(Movable):
         return Taps(logits, maps, prefix, read)
 
     def _classify(self, final: Tensor) -> Tensor:
-        """The final features -> logits (B, K)."""
+        """Logits (B, K) from the final features."""
         classified(self.model, final)
         return self._as_classes(self.model.forward_head(final))  # type: ignore[operator]
 
@@ -319,7 +319,7 @@ class Backbone(Movable):
         return as_classes(logits, self.task)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) probabilities in float64, what p is for the task: see docs/design.md."""
+        """(B, K) logits -> (B, K) float64, the p of the task: see docs/design.md."""
         return p_of(logits.double(), self.task)
 
     def _through_head_point(self, final: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ class Backbone(Movable):
         """[0, 1] images -> the model's input range, (B, 3, H, W).
 
         Raises:
-            ValueError: images of another number of channels.
+            ValueError: images with another number of channels.
         """
         self.check_channels(images)
         return (images - self.mean.to(images)) / self.std.to(images)
@@ -392,7 +392,7 @@ class Backbone(Movable):
 
     @property
     def classifier_weight(self) -> Tensor | None:
-        """(K, C): one row per class; None if the model has no single linear classifier."""
+        """(K, C), one row per class; None if the model has no single linear classifier."""
         return self._classifier()[0]
 
     @property
@@ -430,16 +430,18 @@ class Backbone(Movable):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights before any cast, anew where training has changed them; see :func:`sha256`.
+        """SHA-256 of the weights before any cast, recomputed if training has changed them; see
+        :func:`sha256`.
 
-        Of a converted model, of its conversion, too; and of a mean and std that are not its own."""
+        For a converted model it includes the conversion, and likewise a mean and std that differ from the
+        model's own."""
         if self._fingerprint is None or not is_still(self.model, self._hashed):
             self._fingerprint = network_sha256(self.model, self.preprocessing)
             self._hashed = hashed_of(self.model)
         return self._fingerprint
 
     def _share_fingerprint(self, other: Backbone) -> Backbone:
-        """``other``, a backbone over the same model, with the hash of this one if it normalises alike."""
+        """``other``, a backbone over the same model, with this hash if it normalises in the same way."""
         one, two = self.preprocessing, other.preprocessing
         if (one.mean, one.std) == (two.mean, two.std):
             other._fingerprint, other._hashed = self._fingerprint, self._hashed
@@ -447,11 +449,11 @@ class Backbone(Movable):
 
     @property
     def depth(self) -> int:
-        """How many intermediates can be tapped: blocks of a ViT, stages of a CNN."""
+        """Number of intermediates that can be tapped: blocks of a ViT, stages of a CNN."""
         return self._depth
 
     def with_taps(self, taps: str | Sequence[str]) -> Backbone:
-        """A backbone with other taps over the same model."""
+        """A backbone over the same model with other taps."""
         return self._share_fingerprint(
             Backbone(self.model, self.name, self.preprocessing, taps, self.class_names, self.task)
         )
@@ -471,8 +473,8 @@ class Backbone(Movable):
         return conversion(self.model)
 
     def conversion_record(self) -> dict[str, Any]:
-        """``{"conversion": [...]}`` for files, or nothing where nothing was converted; of a trained
-        conversion ``"conversion_sha256"``, too, as in its config."""
+        """``{"conversion": [...]}`` for files, or an empty dict if nothing was converted; for a trained
+        conversion also ``"conversion_sha256"``, as in its config."""
         made = self.conversion
         if made is None:
             return {}
@@ -481,8 +483,8 @@ class Backbone(Movable):
         return {"conversion": [one.record() for one in made], **trained}
 
     def preprocessing_record(self) -> dict[str, Any]:
-        """``{"preprocessing": {...}}`` for files, with the mean, std, crop and interpolation that are not
-        the model's own; nothing where all are."""
+        """``{"preprocessing": {...}}`` for files, with the mean, std, crop and interpolation that differ
+        from the model's own; empty if none do."""
         return preprocessing_record(self.model, self.preprocessing)
 
     def with_converted(self, model: nn.Module) -> Backbone:
@@ -509,9 +511,9 @@ class Backbone(Movable):
             )
 
     def about(self, target: int) -> dict[str, Any]:
-        """What provenance keeps of a class beside its name: nothing, but of views such as detections."""
+        """What provenance stores about a class besides its name: nothing, except for some views."""
         return {}
 
     def class_index(self, name: str | int) -> int:
-        """The index of a class given by index, name or unique part of a name."""
+        """The index of a class given by index, name or a unique part of its name."""
         return find_class(name, self.class_names, self.name)

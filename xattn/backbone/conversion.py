@@ -1,11 +1,11 @@
-"""Backbones with another attention: converted copies of a backbone, and those that were trained, on disk.
+"""Backbones with another attention: converted copies of a backbone, and trained conversions on disk.
 
     backbone = converted(backbone, "gna", layers="0-7", options={"kernel": 7})
     backbone = load_conversion("runs/distilled/conversion", backbone)
 
 A trained conversion is a folder with ``model.safetensors``, the tensors that the mechanism adds (and
 those of the network that were trained with it), and ``config.json``: what was converted, the SHA-256
-of that and the tensors, and the name and SHA-256 of the backbone that it belongs to.
+of that and of the tensors, and the name and SHA-256 of the backbone that it belongs to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xattn.runtime.version import __version__
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 UPDATES = (".lora_a", ".lora_b")
-UPDATE_SCALE = 2.0  # of low-rank updates, as alpha / r = 16 / 8
+UPDATE_SCALE = 2.0  # scale of low-rank updates, alpha / r = 16 / 8
 
 
 def converted(
@@ -41,8 +41,8 @@ def converted(
 ) -> Backbone:
     """A backbone over a copy of the model, converted as by :func:`~xattn.attention.convert`.
 
-    The copy shares all weights, and those that the mechanism adds are the same each time. Name and
-    fingerprint, and so caches, heads and runs, are those of the converted network.
+    The copy shares all weights, and the weights that the mechanism adds are the same each time. Name and
+    fingerprint, and therefore caches, heads and runs, are those of the converted network.
 
     Raises:
         ValueError: as in ``convert``, or a backbone whose classifier is a head of ``xattn probe``.
@@ -65,7 +65,7 @@ def save_conversion(
     Args:
         trained: tensors by their names in the converted model; a low-rank update of a weight W as
             ``NAME.lora_a`` (r, in) and ``NAME.lora_b`` (out, r).
-        summary: of the training, for the config.
+        summary: facts about the training, for the config.
 
     Raises:
         ValueError: ``folder`` exists and holds something else. OSError: it cannot be written.
@@ -91,7 +91,7 @@ def trained_sha256(made: Conversion, state: Mapping[str, Tensor]) -> str:
 
 
 def read_conversion(folder: str | Path) -> tuple[Conversion, dict[str, Any]]:
-    """The conversion in ``folder``, and the config that holds it.
+    """The conversion in ``folder``, and the config that contains it.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: its config is damaged.
@@ -123,11 +123,11 @@ def load_conversion(
     """``backbone`` with the conversion in ``folder``; it shares all weights that were not trained.
 
     Args:
-        onto: the network to convert, if it is not ``backbone`` but the same at another size.
+        onto: the network to convert, if it is not ``backbone`` but the same network at another size.
 
     Raises:
-        ValueError: the conversion belongs to another backbone (both hashes are named), or its files
-            are damaged or changed. FileNotFoundError: nothing is there.
+        ValueError: the conversion belongs to another backbone (the message gives both hashes), or its files
+            are damaged or were changed. FileNotFoundError: there is no conversion.
     """
     from xattn.backbone.weights import load_weight_file
 
@@ -158,7 +158,8 @@ def load_conversion(
 def with_trained(
     backbone: Backbone, made: Conversion, state: Mapping[str, Tensor], source: str = "the state"
 ) -> Backbone:
-    """``backbone`` converted as ``made`` says, with the tensors of ``state``, see :func:`save_conversion`.
+    """``backbone`` converted according to ``made``, with the tensors of ``state``; see
+    :func:`save_conversion`.
 
     Raises:
         ValueError: the tensors do not fit the converted model.
@@ -190,7 +191,7 @@ def with_trained(
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a tensor of ``model``; one that another model shares stays as it is."""
+    """Replace a tensor of ``model``; a tensor shared with another model is not changed."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     value = value.clone()

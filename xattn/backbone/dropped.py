@@ -1,8 +1,8 @@
-"""Passes of a ViT from whose sequence patches are left out, with nothing filled in for them.
+"""Passes of a ViT without some of its patches, with nothing filled in for them.
 
 A dropped patch has no token in any block, as if the attention to it were masked everywhere, so a pass with
 n of N patches costs about (1 + n) / (1 + N) of a whole one. The class token, other prefix tokens and
-positions stay.
+positions are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_drops(backbone: Backbone) -> tuple[int, int]:
     """The grid (h, w) of patches of ``backbone``, any of which :func:`logits_of_patches` can leave out.
 
     Raises:
-        ValueError: it is no ViT that reads a class token, or its attention is not its own.
+        ValueError: it is not a ViT that reads a class token, or its attention was replaced.
     """
     model: Any = backbone.model
     reason = ""
@@ -49,10 +49,10 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
 
     Args:
         image: (1, 3, H, W) in [0, 1].
-        kept: (N, n) numbers of patches, row by row from the top left; n may be 0.
+        kept: (N, n) patch numbers, row by row from the top left; n may be 0.
 
     Raises:
-        ValueError: as :func:`check_drops`.
+        ValueError: as in :func:`check_drops`.
     """
     check_drops(backbone)
     model: Any = backbone.model
@@ -66,7 +66,7 @@ def logits_of_patches(backbone: Backbone, image: Tensor, kept: Tensor) -> Tensor
 
 
 def by_count(kept: Sequence[Tensor], answers: Callable[[Tensor], Tensor]) -> Tensor:
-    """(N, ...) of ``answers`` (m, n) -> (m, ...) to N sets of patch numbers, those of one size at once."""
+    """(N, ...): ``answers`` (m, n) -> (m, ...) for N sets of patch numbers, sets of equal size together."""
     found: dict[int, Tensor] = {}
     for count in sorted({len(numbers) for numbers in kept}):
         places = [i for i, numbers in enumerate(kept) if len(numbers) == count]

@@ -33,10 +33,10 @@ _PLAIN_BLOCK = {
 
 
 def to_timm(source: dict[str, Tensor], model_name: str) -> dict[str, Tensor]:
-    """Rename a wheel's state dict for the timm model `model_name` (the same tensors, not copied).
+    """Rename a wheel's state dict for the timm model `model_name` (the same tensors, not copies).
 
     Raises:
-        ValueError: the names or shapes of `source` are not those of `model_name`.
+        ValueError: the names or shapes of `source` do not match `model_name`.
     """
     with torch.device("meta"):
         model = timm.create_model(model_name)

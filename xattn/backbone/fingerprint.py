@@ -1,4 +1,4 @@
-"""SHA-256 of weights, and of what else a network computes with."""
+"""SHA-256 of weights, and of everything else a network computes with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sha256(module: nn.Module) -> str:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, types, shapes and values of a state dict."""
+    """SHA-256 (hex) of names, dtypes, shapes and values of a state dict."""
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
@@ -32,8 +32,8 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def network_sha256(model: nn.Module, used: Preprocessing | None = None) -> str:
-    """:func:`sha256`; of a converted model together with its conversion, and of one that ``used``
-    normalises otherwise than it says itself together with that mean and std."""
+    """:func:`sha256`, for a converted model together with its conversion and, if ``used`` normalises
+    differently from the model itself, together with that mean and std."""
     found, made = sha256(model), conversion(model)
     if made is not None:
         found = _with(found, [one.record() for one in made])
@@ -46,13 +46,13 @@ Hashed = tuple[list[Conversion] | None, list[int]]
 
 
 def hashed_of(model: nn.Module) -> Hashed:
-    """What a hash belongs to: the conversion, and how often each tensor has been written to in place."""
+    """The state that a hash belongs to: the conversion, and the version counter of each tensor."""
     tensors = (*model.parameters(), *model.buffers())
     return conversion(model), [0 if t.is_inference() else t._version for t in tensors]
 
 
 def is_still(model: nn.Module, before: Hashed | None) -> bool:
-    """Whether ``model`` is what it was, by :func:`hashed_of`; tensors of a copy or cast count from 0."""
+    """Whether ``model`` is unchanged since :func:`hashed_of`; tensors of a copy or cast count from 0."""
     made, counts = hashed_of(model)
     earlier, lowest = before or (None, [])
     return made == earlier and all(map(operator.le, counts, lowest))

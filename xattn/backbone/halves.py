@@ -1,4 +1,4 @@
-"""A network that sees one half of its input: f'(x) = f(x o M + b o (1 - M)), b the mean colour."""
+"""A network that sees only half of its input: f'(x) = f(x o M + b o (1 - M)), b the mean colour."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HALVES = ("top", "left", "bottom", "right")
 
 
 def seen(half: str, size: tuple[int, int]) -> Tensor:
-    """(H, W) bool: what a network sees of which only ``half`` is there.
+    """(H, W) bool: what a network sees if only ``half`` of the input is shown.
 
     >>> seen("left", (1, 5))
     tensor([[ True,  True, False, False, False]])
@@ -29,7 +29,7 @@ def half_blind(backbone: Backbone, half: str) -> Backbone:
     own = type(backbone)
 
     class HalfBlind(own):  # type: ignore[valid-type,misc]
-        """The part of the normalised input that is hidden is 0, the mean colour."""
+        """The hidden part of the normalised input is 0, the mean colour."""
 
         def forward_normalized(self, x: Tensor) -> Taps:
             return super().forward_normalized(_hidden(x, half))  # type: ignore[no-any-return]

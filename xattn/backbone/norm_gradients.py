@@ -1,11 +1,11 @@
-"""Input gradients of BatchNorm and InstanceNorm that are right on a CPU, too.
+"""Correct input gradients of BatchNorm and InstanceNorm, including on a CPU.
 
-PyTorch 2.13 returns a wrong one on a CPU, without a warning, for a batch of one whose incoming gradient
-lies channels-last, as after ``flatten(2).transpose(1, 2)``: XCiT, LeViT and others do that. Where a
-gradient is wanted, the same values are computed otherwise:
+On a CPU, PyTorch 2.13 silently returns a wrong gradient for a batch of one whose incoming gradient is
+channels-last, as after ``flatten(2).transpose(1, 2)``; this affects XCiT, LeViT and others. If a
+gradient is needed, the same values are computed differently:
 
     BatchNorm in eval mode    y = x s + t,    s = weight / sqrt(var + eps),    t = bias - mean s
-    InstanceNorm              GroupNorm of one channel a group
+    InstanceNorm              GroupNorm with one channel per group
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_HERE = threading.local()  # as the stack of function modes is
+_HERE = threading.local()  # like the stack of function modes
 
 
 @contextmanager
 def correct_norm_gradients(wanted: bool = True) -> Iterator[None]:
-    """Inside, in this thread, both norms have right gradients, if ``wanted``.
+    """Context in which both norms have correct gradients in this thread, if ``wanted``.
 
-    Function modes that are entered inside see a norm's call before it is rewritten.
+    Function modes entered inside see the call of a norm before it is rewritten.
     """
     if not wanted or getattr(_HERE, "inside", False):
         yield
@@ -71,7 +71,7 @@ def affine_batch_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x s + t, with s and t (C,); computed in float32 at least, as the fused function does."""
+    """y = x s + t, with s and t (C,), computed in float32 at least, like the fused function."""
     made = batch_norm_scale_and_shift(running_mean, running_var, weight, bias, eps)
     wide = torch.promote_types(input.dtype, torch.float32)
     scale, shift = (x.to(wide).view(-1, *[1] * (input.ndim - 2)) for x in made)
@@ -105,7 +105,7 @@ def _instance_norm(
 ) -> Tensor:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
-    if running_mean is not None:  # which the call updates
+    if running_mean is not None:  # the call updates it
         return F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )

@@ -1,10 +1,10 @@
-"""The features that a network classifies, (B, d), kept from the passes that give its logits.
+"""The features that a network classifies, (B, d), kept from the passes that compute its logits.
 
     with recording() as record:
         logits, classes, maps = explainer.attribute_classes(images, choose)
     features = record.rows(logits)
 
-No pass is run for them: the tensor before the classifier is pooled once more, as the network pools it.
+This needs no extra pass: the input of the classifier is pooled once more, in the network's own way.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 
 class FeatureRecord:
-    """What was classified in a ``with recording()`` block.
+    """What was classified inside a ``with recording()`` block.
 
     Attributes:
-        note: "", or how the features were made of a network that does not tell what it classifies.
+        note: "", or how the features were computed if a network does not reveal what it classifies.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class FeatureRecord:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def classified(self, model: nn.Module, final: Tensor) -> None:
-        """A pass of ``model`` that classifies ``final``; only the last one is held."""
+        """Called for a pass of ``model`` that classifies ``final``; only the last pass is stored."""
         self._last = model, final
 
     def keep(self, logits: Tensor) -> None:
-        """Keep the features of the last pass, which gave ``logits`` (B, K)."""
+        """Keep the features of the last pass, which computed ``logits`` (B, K)."""
         if self._last is None:
             return
         (model, final), self._last = self._last, None
@@ -44,9 +44,9 @@ class FeatureRecord:
             self._parts.append((logits.detach(), features))
 
     def rows(self, logits: Tensor) -> Tensor | None:
-        """(B, K) logits of the whole batch -> (B, d) features, on the CPU; None where none were kept.
+        """(B, K) logits of the whole batch -> (B, d) features, on the CPU; None if none were kept.
 
-        A slice that was classified again, because memory ran out, counts once: as it was the last time.
+        A slice that was classified again because memory ran out counts once, with its last result.
         """
         found: list[Tensor] = []
         end = len(logits)
@@ -63,7 +63,7 @@ _RECORD: ContextVar[FeatureRecord | None] = ContextVar("record", default=None)
 
 @contextmanager
 def recording() -> Iterator[FeatureRecord]:
-    """A record of what this thread classifies in the block."""
+    """Records what this thread classifies inside the block."""
     token = _RECORD.set(FeatureRecord())
     try:
         record = _RECORD.get()
@@ -74,7 +74,7 @@ def recording() -> Iterator[FeatureRecord]:
 
 
 def classified(model: nn.Module, final: Tensor) -> None:
-    """Called in every pass, with the tensor that the classifier gets."""
+    """Called in every pass with the input of the classifier."""
     if torch.compiler.is_compiling():
         return
     record = _RECORD.get()
@@ -83,7 +83,7 @@ def classified(model: nn.Module, final: Tensor) -> None:
 
 
 def answered(logits: Tensor) -> None:
-    """Called once the ``logits`` (B, K) of photos are there, before any other pass."""
+    """Called once the ``logits`` (B, K) of photos are known, before any other pass."""
     record = _RECORD.get()
     if record is not None:
         record.keep(logits)
@@ -91,11 +91,11 @@ def answered(logits: Tensor) -> None:
 
 @torch.no_grad()
 def pooled(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
-    """What ``model`` classifies, (B, d), of its last features: (B, C, h, w), (B, h, w, C) or (B, N, C).
+    """What ``model`` classifies, (B, d), from its last features: (B, C, h, w), (B, h, w, C) or (B, N, C).
 
     Returns:
-        The features, and "" or a note: where the network does not tell them, they are the mean over the
-        places of its last map.
+        The features, and "" or a note: if the network does not reveal them, they are the spatial mean of
+        its last map.
     """
     head = getattr(model, "forward_head", None)
     if head is not None and "pre_logits" in inspect.signature(head).parameters:
@@ -109,7 +109,7 @@ def pooled(model: nn.Module, final: Tensor) -> tuple[Tensor, str]:
 
 
 def linear_classifier(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight (K, C) and bias (K,) of the layer that gives the logits; None if there is no single one.
+    """Weight (K, C) and bias (K,) of the layer that computes the logits; None if there is no single one.
 
     A module that is not timm's provides them itself, see :class:`~xattn.backbone.taps.TapModule`.
     """

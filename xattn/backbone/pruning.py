@@ -1,17 +1,17 @@
-"""ViTs with fewer heads: some heads of a layer ("heads"), or one head with an MLP behind it ("shrp").
+"""ViTs with fewer heads: some heads of a layer ("heads"), or one head followed by an MLP ("shrp").
 
-    heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block as before
-    shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    in place of W_O and the MLP
+    heads    x <- x + b + sum_{h kept} W_O^h o_h(LN x),    and the MLP of the block is unchanged
+    shrp     x <- x + E(o_j(LN x)),    E(o) = W_2 GELU(W_1 LN(o)),    instead of W_O and the MLP
 
 o_h is the output of head h, softmax(q_h k_h^T / sqrt(d)) v_h. Rows of ``qkv`` and columns of W_O are
-sliced, so a layer becomes smaller and faster and stays timm's own: its attention is recorded, converted
-and explained as before. That many heads can go was shown by Michel et al. (arXiv 1905.10650); "shrp" is
-SHRP (arXiv 2512.20635), its equations after the abstract. :func:`xattn.training.pruning_run.prune`
-chooses the heads and trains what is left.
+sliced, so a layer becomes smaller and faster and remains timm's own: its attention is recorded, converted
+and explained as before. Michel et al. (arXiv 1905.10650) showed that many heads can be removed; "shrp" is
+SHRP (arXiv 2512.20635), with equations from the abstract. :func:`xattn.training.pruning_run.prune`
+chooses the heads and trains the rest.
 
-A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the network that
-it was cut from, the SHA-256 of the tensors, and what was measured. ``load_backbone(name,
-weights=folder)`` builds the stock model, slices it as recorded, and loads the tensors.
+A pruned network is a folder with ``model.safetensors`` and ``prune.json``: what was cut, the original
+network, the SHA-256 of the tensors, and what was measured. ``load_backbone(name, weights=folder)`` builds
+the stock model, slices it as recorded, and loads the tensors.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ from xattn.runtime.version import __version__
 WEIGHTS_FILE, PRUNED_FILE = "model.safetensors", "prune.json"
 METHODS = ("heads", "shrp")
 FORMAT = 1
-WIDEST = 65_536  # of E
+WIDEST = 65_536  # largest hidden width of E
 _AGAIN = "run xattn prune again"
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Pruning(NamedTuple):
-    """What is cut: the heads ``kept`` by number of the block, and the width ``hidden`` of E (shrp)."""
+    """What is cut: ``kept`` lists the remaining heads by block number; ``hidden`` is the width of E
+    (shrp)."""
 
     method: str
     kept: Mapping[int, tuple[int, ...]]
@@ -71,7 +72,7 @@ class Pruning(NamedTuple):
 
     @classmethod
     def of_record(cls, record: Any) -> Pruning:
-        """The inverse of :meth:`record`; a ``ValueError`` for what is none."""
+        """The inverse of :meth:`record`; a ``ValueError`` if ``record`` is invalid."""
         try:
             method, kept, hidden = record["method"], record["kept"], record["hidden"]
             layers = parse_layers(record["layers"])
@@ -89,10 +90,10 @@ class Pruning(NamedTuple):
 
 
 def pruned(model: Model, pruning: Pruning) -> Model:
-    """A pruned copy of a timm ViT, which shares every tensor that is not cut; ``model`` stays as it is.
+    """A pruned copy of a timm ViT, which shares every tensor that is not cut; ``model`` is not changed.
 
     Raises:
-        ValueError: heads or blocks that are not there, or a model that cannot be pruned, see
+        ValueError: heads or blocks that do not exist, or a model that cannot be pruned, see
             :func:`check_prunable`.
     """
     copied = shared_copy(model)
@@ -126,7 +127,7 @@ def prune_in_place(model: nn.Module, pruning: Pruning) -> None:
 
 
 def mark_pruned(model: nn.Module, pruning: Pruning) -> None:
-    """Let ``model`` know what was cut from it, see :func:`pruning_of`."""
+    """Record in ``model`` what was cut from it, see :func:`pruning_of`."""
     vars(model)["pruning"] = pruning
 
 
@@ -143,7 +144,7 @@ def heads_of(model: nn.Module, layer: int) -> int:
 
 
 def keep_heads(attention: Any, kept: Sequence[int]) -> None:
-    """Slice an attention layer of timm to the heads ``kept``, in this order."""
+    """Slice a timm attention layer to the heads ``kept``, in this order."""
     heads, width = int(attention.num_heads), int(attention.head_dim)
     columns = torch.cat([torch.arange(h * width, (h + 1) * width, device="cpu") for h in kept])
     rows = torch.cat([columns + part * heads * width for part in range(3)])
@@ -165,11 +166,11 @@ def _sliced(linear: nn.Linear, index: Tensor, axis: int) -> nn.Linear:
     return made.train(linear.training)
 
 
-# ---------------------------------------------------------------------- blocks of one head
+# ---------------------------------------------------------------------- single-head blocks
 
 
 class Expander(nn.Module):
-    """E(o) = W_2 GELU(W_1 LN(o)): (..., d) -> (..., C); W_2 and its bias are zero at first."""
+    """E(o) = W_2 GELU(W_1 LN(o)): (..., d) -> (..., C); W_2 and its bias start at zero."""
 
     def __init__(self, head_dim: int, hidden: int, dim: int) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Expander(nn.Module):
 
 
 class SingleHeadBlock(nn.Module):
-    """x -> x + E(o(LN x)): ``norm1``, and ``attn`` of one head whose ``proj`` is E."""
+    """x -> x + E(o(LN x)): ``norm1``, and ``attn`` with one head whose ``proj`` is E."""
 
     def __init__(self, norm1: nn.Module, attn: nn.Module) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class SingleHeadBlock(nn.Module):
 
     @classmethod
     def of(cls, block: Any, head: int, hidden: int) -> SingleHeadBlock:
-        """With the norm and one head of a transformer block, and a new E."""
+        """From the norm and one head of a transformer block, with a new E."""
         weight = block.attn.qkv.weight
         attn = copy.deepcopy(block.attn)
         attn.proj = Expander(int(attn.head_dim), hidden, weight.shape[1]).to(weight)
@@ -204,7 +205,7 @@ class SingleHeadBlock(nn.Module):
 
 
 class _ChosenHead(nn.Module):
-    """E of one head's output for each image, times its gate; in the place of W_O."""
+    """Replaces W_O: E of the output of one head chosen per image, times its gate."""
 
     def __init__(self, heads: int, expander: Expander) -> None:
         super().__init__()
@@ -219,10 +220,10 @@ class _ChosenHead(nn.Module):
 
 
 class RoutedBlock(nn.Module):
-    """x -> x + g E(o_j*(LN x)), j* chosen by a router for each image: what SHRP trains before it prunes.
+    """x -> x + g E(o_j*(LN x)), with j* chosen by a router for each image: SHRP trains this before pruning.
 
     ``choice`` is that of the last pass. With one head, or once the router has settled, the block computes
-    what :meth:`pruned` does.
+    the same as :meth:`pruned`.
     """
 
     def __init__(self, block: Any, hidden: int) -> None:
@@ -246,7 +247,7 @@ class RoutedBlock(nn.Module):
         return x + self.attn(tokens, *args, **kwargs)
 
     def pruned(self, head: int) -> SingleHeadBlock:
-        """The block of ``head`` alone, with tensors of its own."""
+        """The block with only ``head``, with separate tensors."""
         proj = self.attn.proj
         proj.choice = None
         attn = copy.deepcopy(self.attn)
@@ -259,11 +260,11 @@ class RoutedBlock(nn.Module):
 
 
 def check_prunable(model: nn.Module, layers: Iterable[int] | str | None) -> list[int]:
-    """Numbers of the blocks ``layers`` (the last one by default), rising.
+    """Numbers of the blocks ``layers`` (the last one by default), ascending.
 
     Raises:
-        ValueError: no ViT of timm with pre-norm blocks and a ``qkv`` layer (the layer is named), numbers
-            that are not there, or a model that is converted or pruned already.
+        ValueError: not a timm ViT with pre-norm blocks and a ``qkv`` layer (the message names the layer),
+            numbers that do not exist, or a model that is already converted or pruned.
     """
     blocks = getattr(model, "blocks", None)
     kind = type(model).__name__
@@ -316,7 +317,7 @@ def _check_block(block: Any, i: int) -> None:
 
 
 def check_kept(pruning: Pruning, layer: int, heads: int) -> None:
-    """Raise a ``ValueError`` unless different heads of the ``heads`` of a block stay, of shrp one."""
+    """Raise a ``ValueError`` unless the heads to keep exist in the block and differ; shrp keeps one."""
     kept = pruning.kept[layer]
     if not kept or len(set(kept)) != len(kept) or not all(0 <= h < heads for h in kept):
         raise ValueError(
@@ -337,7 +338,7 @@ def check_keep(keep: int, heads: int, where: str) -> None:
 
 @dataclass(frozen=True)
 class PrunedFolder:
-    """What ``prune.json`` says; ``preprocessing`` as in a timm ``pretrained_cfg``."""
+    """The content of ``prune.json``; ``preprocessing`` as in a timm ``pretrained_cfg``."""
 
     folder: Path
     pruning: Pruning
@@ -353,7 +354,7 @@ class PrunedFolder:
         return self.folder / WEIGHTS_FILE
 
     def check_backbone(self, name: str, num_classes: int | None) -> None:
-        """Raise a ``ValueError`` for a network of another name or another number of classes."""
+        """Raise a ``ValueError`` if the network has another name or another number of classes."""
         if name.partition(".")[0] != self.name.partition(".")[0]:
             raise ValueError(
                 f"weights: {self.folder} was pruned from {self.name}, not {name}; give -b {self.name}"
@@ -366,7 +367,8 @@ class PrunedFolder:
 
 
 def pruned_folder(weights: Any) -> Path | None:
-    """The folder of a pruned network that ``weights`` names, itself or by its weight file; else None."""
+    """The folder of a pruned network given by ``weights``, the folder or its weight file; otherwise
+    None."""
     if not isinstance(weights, str | Path):
         return None
     path = Path(weights).expanduser()
@@ -378,7 +380,7 @@ def read_pruned(folder: str | Path) -> PrunedFolder:
     """Read ``prune.json``.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged.
+        FileNotFoundError: there is no such file. ValueError: it is damaged.
     """
     file = Path(folder) / PRUNED_FILE
     if not file.is_file():
@@ -410,7 +412,7 @@ def read_pruned(folder: str | Path) -> PrunedFolder:
 
 
 def _check_form(found: PrunedFolder) -> None:
-    """Raise a ``ValueError`` unless all values are of the kind that they should be."""
+    """Raise a ``ValueError`` unless all values have the right type."""
     texts, count = (found.name, found.source_sha256, found.sha256), found.num_classes
     if not all(isinstance(t, str) for t in texts) or type(count) is not int or count < 0:
         raise ValueError("its names, hashes or classes have another form")

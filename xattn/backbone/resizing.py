@@ -1,4 +1,4 @@
-"""A ViT at another resolution: the same weights, and positions that are resized, or repeated over the grid.
+"""A ViT at another resolution: the same weights, and positions that are resized or repeated over the grid.
 
 backbone = resized(backbone, 448)                    # 28 x 28 patches of 16 pixels
 backbone = resized(backbone, 448, positions="tile")  # each window of 14 x 14 has the trained positions
@@ -19,10 +19,10 @@ from xattn.runtime.copies import shared_copy
 
 
 def tile_positions(model: nn.Module, size: tuple[int, int]) -> nn.Module:
-    """Give a timm ViT another input size in place, its position embeddings repeated over the new grid.
+    """Set another input size for a timm ViT in place, repeating its position embeddings over the new grid.
 
     Raises:
-        ValueError: the model has no learned position embedding on a grid of its own.
+        ValueError: the model has no learned position embedding on a grid.
     """
     embedding = getattr(model, "pos_embed", None)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -47,17 +47,17 @@ POSITIONS = ("resize", "tile")
 
 
 def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "resize") -> Backbone:
-    """A backbone for images of ``size`` that shares all other weights; ``backbone`` stays as it is.
+    """A backbone for images of ``size`` that shares all other weights; ``backbone`` is not changed.
 
     Args:
         backbone: a timm ViT.
         size: (H, W) in pixels, or one side.
         positions: "resize" interpolates the positions as ``load_backbone(input_size=...)`` does; "tile"
             repeats the trained grid, so that a window of its size sees each trained position once,
-            wherever it lies.
+            wherever the window is.
 
     Raises:
-        ValueError: a size that the patches do not fit, no ViT of timm, or no positions to tile.
+        ValueError: a size that is not a multiple of the patches, not a timm ViT, or no positions to tile.
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}; choose 'resize' or 'tile'")

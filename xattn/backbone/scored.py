@@ -1,10 +1,10 @@
-"""A network seen through another answer: what is explained is a number of its outputs, not a class.
+"""A network viewed through another answer: a number computed from its outputs is explained, not a class.
 
     backbone = scored(backbone, lambda logits: logits[:, 281] - logits[:, 282])
 
 A :class:`BackboneView` is a :class:`~xattn.backbone.Backbone` over the same modules, so explainers,
-metrics and commands need no special case. Its logits are (B, 1), the target's number, and the classes
-have its name.
+metrics and commands need no special case. Its logits are (B, 1), the value of the target, and its single
+class has the target's name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from xattn.photos.preprocessing import Preprocessing
 class BackboneView(Backbone):
     """``base`` with other logits: modules, buffers and facts are shared, nothing is copied.
 
-    A subclass says what the logits are (:meth:`answer`) and gives the facts that differ.
+    A subclass defines the logits (:meth:`answer`) and the facts that differ.
     """
 
     base: Backbone
@@ -40,7 +40,7 @@ class BackboneView(Backbone):
         vars(self).update(base=base, pools_linearly=False, **own)
 
     def answer(self, outputs: Tensor) -> Tensor:
-        """What the base answers, (B, ...) -> logits (B, K) of the view."""
+        """From the base's answer, (B, ...), to the logits (B, K) of the view."""
         raise NotImplementedError
 
     def again(self, base: Backbone) -> BackboneView:
@@ -48,7 +48,7 @@ class BackboneView(Backbone):
         raise NotImplementedError
 
     def _answered(self, outputs: Tensor) -> Tensor:
-        # The rules of lrp and attn_lrp are for the network: the answer has its own derivative.
+        # The rules of lrp and attn_lrp are for the network: the answer keeps its own derivative.
         with torch._C.DisableTorchFunction():
             return self.answer(outputs)
 
@@ -68,7 +68,7 @@ class BackboneView(Backbone):
 
     @property
     def fingerprint(self) -> str:
-        """That of the base: the weights are its own."""
+        """The base's fingerprint, because the weights are the same."""
         return self.base.fingerprint
 
     @property
@@ -105,11 +105,12 @@ class BackboneView(Backbone):
 
 
 class Scored(BackboneView):
-    """``scored(images) -> Taps`` whose logits (B, M) are the numbers of M targets; made by :func:`scored`.
+    """``scored(images) -> Taps`` whose logits (B, M) are the values of M targets; created by
+    :func:`scored`.
 
-    ``score`` is what p is, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
-    with a hash of what it gives for fixed random outputs. Several targets share each pass, so they read the
-    same answer and have the same p.
+    ``score`` defines p, see :class:`~xattn.backbone.targets.Target`; ``target_id`` is the target's name
+    with a hash of its values for fixed random outputs. Several targets share each pass, so they read the
+    same answer and have the same definition of p.
     """
 
     targets: tuple[Target, ...]
@@ -151,7 +152,7 @@ class Scored(BackboneView):
         """(B, ...) -> (B, M).
 
         Raises:
-            ValueError: a function returns anything but B finite numbers, or loses the gradient.
+            ValueError: a function does not return B finite numbers, or loses the gradient.
         """
         found = [target.scores(outputs) for target in self.targets]
         for name, score in zip(self.class_names, found, strict=False):
@@ -203,7 +204,8 @@ class Scored(BackboneView):
         return taps._replace(logits=taps.maps[-1].flatten(2).mean(2) if embed is None else embed(x))
 
     def _classify(self, final: Tensor) -> Tensor:
-        """What the classifier reads, (B, C): the passes of :class:`Backbone` serve targets of features."""
+        """The classifier's input, (B, C): the passes of :class:`Backbone` also serve targets of
+        features."""
         classified(self.model, final)
         return self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
 
@@ -219,7 +221,7 @@ class Scored(BackboneView):
 
     @torch.no_grad()
     def _shape_of_outputs(self) -> tuple[int, ...]:
-        """The shape of what the target reads of one image."""
+        """The shape of what the target reads for one image."""
         if self.target.reads == "logits":
             return (self.base.num_classes,)
         size = self.preprocessing.places
@@ -229,13 +231,13 @@ class Scored(BackboneView):
 
 
 def is_score(backbone: Backbone, target: Any) -> bool:
-    """Whether a target is a number of the backbone's answer, and not a class or one class an image."""
+    """Whether a target is a number in the backbone's answer, rather than a class or one class per image."""
     text = isinstance(target, str) and hasattr(backbone, "text_target")
     return text or isinstance(target, Target | BackboneView) or callable(target)
 
 
 def class_of(backbone: Backbone, target: Any) -> Any:
-    """A class given by name as its index; any other target as it is."""
+    """The index of a class given by name; any other target unchanged."""
     if not isinstance(target, str):
         return target
     try:
@@ -247,12 +249,12 @@ def class_of(backbone: Backbone, target: Any) -> Any:
 
 
 def scored(backbone: Backbone, target: Any) -> BackboneView:
-    """``backbone`` with ``target`` in the place of its classes.
+    """``backbone`` with ``target`` instead of its classes.
 
     Args:
         target: a function of the logits (B, K) that returns (B,), a :class:`Target`, a text for an
             image-text model (:mod:`xattn.backbone.families.clip`), or a list of functions and targets,
-            whose numbers are classes 0, 1, ... of the view.
+            whose values are classes 0, 1, ... of the view.
 
     Raises:
         ValueError: a function that fails on the backbone's outputs, a text without an image-text model, or

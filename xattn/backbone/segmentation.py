@@ -1,19 +1,19 @@
-"""Segmentation networks as backbones: whatever gives logits (B, K, h, w), run as it is.
+"""Segmentation networks as backbones: anything that returns logits (B, K, h, w), run unchanged.
 
     backbone = load_backbone(fcn_resnet50(weights="DEFAULT"))
     explain("photo.jpg", backbone, explainer="gradcam", target=at_mask("dog", mask))
 
 Grad-CAM of such a target is Seg-Grad-CAM (Vinogradova et al., arXiv 2002.11434): the mean over the pixels
-of a mask in the place of the logit of a class, read at the bottleneck. That layer is found here, see
-:func:`bottleneck`.
+of a mask replaces the logit of a class, and the map is read at the bottleneck. See :func:`bottleneck` for
+how that layer is found.
 
-As a classifier, a network answers for class k the mean log-odds of the pixels where it is the likeliest
-answer above one half, or the largest log-odds where there is no such pixel: above 0 exactly where there is
-such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid is p.
+As a classifier, the network returns for class k the mean log-odds of the pixels where the class's
+probability is above one half, or the largest log-odds if there is no such pixel. This is above 0 exactly if
+there is such a pixel, as for masks of :class:`~xattn.models.masks.MaskClassifier`. Its sigmoid is p.
 
-Of a network that answers masks and their classes (MaskFormer, Mask2Former, EoMT, DETR), p_q(c) of mask q
-and mask logits m_q, the logit of class c at a pixel is log sum_q p_q(c) sigmoid(m_q): the class where it is
-largest is that of the model's own post-processing.
+For a network that predicts masks and their classes (MaskFormer, Mask2Former, EoMT, DETR), with p_q(c) of
+mask q and mask logits m_q, the logit of class c at a pixel is log sum_q p_q(c) sigmoid(m_q): the class with
+the largest logit is that of the model's own post-processing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,14 @@ from torch import Tensor, nn
 
 from xattn.photos.preprocessing import Preprocessing, channels_of
 
-own_derivative = (
-    torch._C.DisableTorchFunction
-)  # what lrp and attn_lrp have rules for is the network
+own_derivative = torch._C.DisableTorchFunction  # lrp and attn_lrp have rules for the network only
 _FOUND: ContextVar[list[Tensor] | None] = ContextVar("found", default=None)
-_Key = tuple[Any, ...]  # of a tensor in a nested answer
-GRID = 14  # side of the pixels' map of a network that hands out none
+_Key = tuple[Any, ...]  # position of a tensor in a nested answer
+GRID = 14  # side of the pixel grid that replaces missing feature maps
 
 
 class Masks(NamedTuple):
-    """Of Q masks: class logits (B, Q, K + 1), the last of no class, and mask logits (B, Q, h, w)."""
+    """Q masks: class logits (B, Q, K + 1), the last for "no class", and mask logits (B, Q, h, w)."""
 
     classes: Tensor
     masks: Tensor
@@ -55,26 +53,26 @@ class Masks(NamedTuple):
         return total.clamp_min(least).log() + most_p.mT[..., None] + most_m
 
     def packed(self) -> Tensor:
-        """As one tensor, (B, Q, K + 1 + h w)."""
+        """All in one tensor, (B, Q, K + 1 + h w)."""
         return torch.cat([self.classes, self.masks.flatten(2)], 2)
 
 
 class Segmenter(nn.Module):
-    """A :class:`~xattn.backbone.TapModule` of a network whose answer has logits (B, K, h, w), or masks.
+    """A :class:`~xattn.backbone.TapModule` for a network that returns logits (B, K, h, w), or masks.
 
-    Its tap is the map that :func:`bottleneck` finds; where there is none, as of a function, the pixels.
+    Its tap is the map that :func:`bottleneck` finds or, if there is none, as for a function, the pixels.
 
     Args:
-        net: gets normalised images (B, 3, H, W). It answers the logits, a dict with ``out``, ``logits`` or
-            ``pred_masks``, or ``class_queries_logits`` and ``masks_queries_logits``. It gets a hook that
-            stays, so give a copy.
-        preprocessing: by default 224 x 224 pixels, into which the whole photo is fitted with borders,
+        net: receives normalised images (B, 3, H, W). It returns the logits, a dict with ``out``, ``logits``
+            or ``pred_masks``, or one with ``class_queries_logits`` and ``masks_queries_logits``. A hook is
+            added permanently, so pass a copy.
+        preprocessing: by default 224 x 224 pixels, into which the whole photo is fitted with borders, and
             ImageNet's mean and std. size: (H, W) instead of its own.
         sigmoids: whether each channel is a sigmoid; by default a single one is, and several are a softmax.
-        class_names: what is known of them.
+        class_names: the class names, if known.
 
     Raises:
-        ValueError: the network fails, or its answer is not understood.
+        ValueError: the network fails, or its output is not understood.
     """
 
     default_task = "multilabel"
@@ -89,7 +87,7 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.class_names = net, class_names
-        # torchvision's weights were trained with ImageNet's mean and std; else that is a guess.
+        # torchvision's weights were trained with ImageNet's mean and std; for others it is a guess.
         self.assumes_preprocessing = preprocessing is None and not _of_torchvision(net)
         own = preprocessing or Preprocessing(
             interpolation="bilinear", crop_pct=1.0, crop_mode="border"
@@ -119,7 +117,7 @@ class Segmenter(nn.Module):
             return class_scores(logits, self.sigmoids), maps
 
     def forward_pixels(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Logits (B, K, h, w) of the pixels, and the map."""
+        """Pixel logits (B, K, h, w), and the map."""
         answer, maps = self._run(x)
         with own_derivative():
             logits = answer.by_class() if isinstance(answer, Masks) else answer
@@ -139,7 +137,7 @@ class Segmenter(nn.Module):
         """Masks and their classes, and the map.
 
         Raises:
-            ValueError: a network that answers logits alone.
+            ValueError: the network returns only logits.
         """
         answer, maps = self._run(x)
         if not isinstance(answer, Masks):
@@ -163,18 +161,18 @@ class Segmenter(nn.Module):
         return _understood(answer, self.net, len(x)), maps
 
     def _lead(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        """Leads the bottleneck through ``gradcam_layer``, and keeps it for this thread's pass."""
+        """Pass the bottleneck through ``gradcam_layer``, and keep it for this thread's pass."""
         assert self.gradcam_layer is not None
         led = self.gradcam_layer(_at(output, self.key))
         kept = _FOUND.get()
         if kept is not None:
-            kept.append(led.clone())  # what follows may work in place
+            kept.append(led.clone())  # later layers may work in place
         return _with(output, self.key, led)
 
 
 def is_segmentation(net: nn.Module) -> bool:
-    """Whether a network is known as one of segmentation: torchvision's, those of transformers that are made
-    for it, and those with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
+    """Whether a network is a known segmentation network: torchvision's, those of transformers for this
+    task, and those with ``encoder``, ``decoder`` and ``segmentation_head`` (segmentation_models_pytorch).
     """
     smp = all(hasattr(net, part) for part in ("encoder", "decoder", "segmentation_head"))
     named = re.search(r"For\w*Segmentation$", type(net).__name__) and hasattr(net, "config")
@@ -190,7 +188,7 @@ def _of_torchvision(net: nn.Module) -> bool:
 
 def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
     """(B, K, h, w) -> (B, K): mean log-odds of the pixels where class k has more than one half, or the
-    largest where there is none."""
+    largest if there are none."""
     odds = (_at_least_float(logits) if sigmoids else log_odds(logits)).flatten(2)
     inside = odds > 0
     mean = (odds * inside).sum(2) / inside.sum(2).clamp(min=1)
@@ -198,10 +196,10 @@ def class_scores(logits: Tensor, sigmoids: bool = False) -> Tensor:
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); of a single mask the logit itself.
+    """log(p / (1 - p)) of the softmax over K classes, (B, K, ...); for a single mask the logit itself.
 
-    In float32 or better: the likeliest class as its logit less the logsumexp of the others', which stays
-    exact near p = 1.
+    Computed in float32 or better: for the most probable class, as its logit minus the logsumexp of the
+    others', which stays exact near p = 1.
     """
     logits = _at_least_float(logits)
     if logits.shape[1] == 1:
@@ -218,15 +216,15 @@ def _at_least_float(values: Tensor) -> Tensor:
 
 
 def _read(answer: Any) -> Tensor | Masks | None:
-    """The logits, or the masks, of what a network answers; None where there are none."""
+    """The logits or masks in a network's output; None if there are none."""
     found = answer
     if isinstance(answer, Mapping):
         classes = answer.get("class_queries_logits", answer.get("logits"))
         masks = answer.get("masks_queries_logits", answer.get("pred_masks"))
-        if masks is not None and getattr(classes, "ndim", 0) == 3:  # queries, of DETR, too
+        if masks is not None and getattr(classes, "ndim", 0) == 3:  # queries, also of DETR
             return Masks(classes, masks)
         found = next((answer[key] for key in ("out", "logits") if key in answer), masks)
-        if found is masks and getattr(masks, "ndim", 0) == 5:  # SAM, of one prompt
+        if found is masks and getattr(masks, "ndim", 0) == 5:  # SAM, with one prompt
             found = masks[:, 0]
     elif isinstance(answer, tuple | list) and answer:
         found = answer[0]
@@ -258,7 +256,7 @@ def _check_channels_first(net: nn.Module, shape: tuple[int, ...], size: tuple[in
 
 
 def _has_aspect(sides: Sequence[int], size: tuple[int, int]) -> bool:
-    """Whether a map of ``sides`` has the aspect ratio of an image, up to a cell."""
+    """Whether a map with ``sides`` has the aspect ratio of an image, to within one cell."""
     return abs(sides[0] / size[0] * size[1] - sides[1]) < 1
 
 
@@ -267,7 +265,7 @@ def _kind(net: nn.Module) -> str:
 
 
 def _answer(net: nn.Module, own: Preprocessing) -> Any:
-    """To one random image that asks for a gradient."""
+    """The output for one random image that requires a gradient."""
     weight = next(net.parameters(), torch.zeros((), device="cpu"))
     draw = torch.Generator().manual_seed(0)
     shape = (1, channels_of(net, own), *own.input_size)
@@ -283,8 +281,8 @@ class _Run:
     """One pass of a random image.
 
     Attributes:
-        logits: (1, K, h, w). masked: whether these are made of masks.
-        outputs: what each module returned last, by its path, in the order of their returns.
+        logits: (1, K, h, w). masked: whether they are computed from masks.
+        outputs: the last output of each module, by path, in the order of their returns.
     """
 
     def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
@@ -316,8 +314,8 @@ class _Run:
         return hook
 
     def maps(self, path: str) -> dict[_Key, Tensor]:
-        """The maps that a module returned: (1, C, h, w), of more than one cell and with the image's aspect
-        ratio, of which the logits are made."""
+        """The maps that a module returned and that the logits depend on: (1, C, h, w), of more than one
+        cell and with the image's aspect ratio."""
         return {
             key: one
             for key, one in _tensors(self.outputs[path])
@@ -337,12 +335,12 @@ class _Run:
 
 
 def bottleneck(run: _Run) -> tuple[str, _Key] | None:
-    """The path of a module, and the key of the map in its output, that Seg-Grad-CAM reads: the coarsest map
-    that the encoder hands on.
+    """The path of a module, and the key in its output, of the map that Seg-Grad-CAM reads: the coarsest map
+    that the encoder passes on.
 
     The encoder is the outermost module that returns maps and is called ``...encoder`` or ``...backbone``.
-    Where there is none, the map is the last one with most channels on the coarsest grid, of a module with
-    parts if there is one. None where no module returns a map.
+    Without one, it is the last map with the most channels on the coarsest grid, from a module with
+    parts if possible. None if no module returns a map.
     """
     named = [p for p in run.outputs if p.endswith(("encoder", "backbone"))]
     for path in sorted(named, key=lambda p: p.count(".")):
@@ -384,7 +382,7 @@ def _with(output: Any, key: _Key, value: Tensor) -> Any:
     name, rest = key[0], key[1:]
     one = _with(output[name], rest, value)
     if isinstance(output, tuple):
-        make = getattr(output, "_make", type(output))  # of a named tuple
+        make = getattr(output, "_make", type(output))  # for a named tuple
         return make([*output[:name], one, *output[name + 1 :]])
     output[name] = one
     return output

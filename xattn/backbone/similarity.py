@@ -2,7 +2,7 @@
 
     explain("photo.jpg", backbone, explainer="gradcam", target=similarity_to("other.jpg"))
 
-f(x) (C,) is what the classifier reads of a photo; of an encoder and of an image-text model its own output.
+f(x) (C,) is the classifier's input for a photo; for an encoder and an image-text model, their output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Cosine:
 
 @dataclass(frozen=True, eq=False)
 class Similarity(Target):
-    """A target that is made for a backbone when it is asked of one; see :func:`similarity_to`."""
+    """A target that is bound to a backbone when it is used; see :func:`similarity_to`."""
 
     reference: Any = None  # a photo, or an embedding (C,)
 
@@ -55,7 +55,7 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
 
     Args:
         photo_or_embedding: a path, a PIL image or a tensor (3, H, W) in [0, 1]; or an embedding (C,).
-        name: for tables; by default such as ``"similarity to other.jpg"``.
+        name: name for tables; by default a text such as ``"similarity to other.jpg"``.
 
     Raises:
         ValueError: a tensor of another shape, or an embedding that is zero or not finite.
@@ -81,8 +81,8 @@ def _not_bound(outputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed(backbone: Backbone, photo: Any) -> Tensor:
-    """The pooled features (C,) of one photo: a path, a PIL image, or a tensor (3, H, W) in [0, 1]; of a
-    backbone without classes its own output."""
+    """The pooled features (C,) of one photo: a path, a PIL image, or a tensor (3, H, W) in [0, 1]; for a
+    backbone without classes, its output."""
     if isinstance(photo, Tensor):
         pixels = photo
     else:

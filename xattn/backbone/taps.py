@@ -1,4 +1,4 @@
-"""The feature maps that a pass yields, and their names."""
+"""The feature maps that a pass returns, and their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Blocks that apply ``norm1`` to their input before attention (timm class names). A block that is
-# not listed may normalise after attention, where ``norm1`` of the block's input means nothing.
+# not listed may normalise after attention, where ``norm1`` of the block's input has no meaning.
 PRE_NORM_BLOCKS = frozenset(
     {
         "Block",
@@ -24,17 +24,17 @@ PRE_NORM_BLOCKS = frozenset(
         "DiffBlock",
         "RelPosBlock",
         "DiffParallelScalingBlock",
-        "SingleHeadBlock",  # of xattn.backbone.pruning, as RoutedBlock
+        "SingleHeadBlock",  # from xattn.backbone.pruning, like RoutedBlock
         "RoutedBlock",
-        "TransformersBlock",  # of Hugging Face transformers
+        "TransformersBlock",  # from Hugging Face transformers
     }
 )
 
 
 class Taps(NamedTuple):
-    """What one pass yields: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); of a ViT
+    """The result of one pass: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); for a ViT
     also ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and ``prefixes``,
-    those tokens (B, P, C) beside each ``norm1`` tap, as that block's attention reads them, and beside each
+    these tokens (B, P, C) for each ``norm1`` tap, as the block's attention reads them, and for each
     ``block`` tap."""
 
     logits: Tensor
@@ -43,13 +43,13 @@ class Taps(NamedTuple):
     prefixes: tuple[Tensor | None, ...] = ()
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Taps:
-        """The taps with ``function`` of every tensor."""
+        """The taps with ``function`` applied to every tensor."""
         prefix = None if self.prefix is None else function(self.prefix)
         prefixes = tuple(None if p is None else function(p) for p in self.prefixes)
         return Taps(function(self.logits), tuple(map(function, self.maps)), prefix, prefixes)
 
     def to(self, target: torch.dtype | torch.device | str) -> Taps:
-        """The taps with all tensors of another type, or on another device."""
+        """The taps with all tensors converted to another dtype, or moved to another device."""
         return self.each(lambda tensor: tensor.to(target))
 
 
@@ -61,15 +61,16 @@ class TapModule(Protocol):
     4-D NCHW maps, or clips (B, 3, T, H, W) and maps (B, C, t, h, w); optional attributes
     ``preprocessing`` (a :class:`~xattn.photos.preprocessing.Preprocessing`), ``tap_names`` (one per map),
     ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
-    output Grad-CAM reads) are used where present.
-    :func:`xattn.backbone.families.traced.from_torchvision` makes one.
+    output Grad-CAM reads) are used if present.
+    :func:`xattn.backbone.families.traced.from_torchvision` creates one.
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, M, h, w) at ``size`` (H, W), bilinear; (B, M, t, h, w) at (T, H, W), trilinear."""
+    """Maps (B, M, h, w) resized to ``size`` (H, W), bilinearly; (B, M, t, h, w) to (T, H, W),
+    trilinearly."""
     mode = "bilinear" if maps.ndim == 4 else "trilinear"
     return F.interpolate(maps, tuple(size), mode=mode, align_corners=False)
 
@@ -85,7 +86,7 @@ def parse_tap(tap: str) -> tuple[str, int, bool]:
 
 
 def wanted_intermediates(taps: Sequence[str], depth: int) -> list[int]:
-    """The intermediates that ``taps`` need of a network that has ``depth`` of them, in rising order."""
+    """The intermediates that ``taps`` need from a network that has ``depth`` of them, ascending."""
     named = [parse_tap(tap) for tap in taps]
     wanted = {index - (kind == "norm1") for kind, index, _ in named if kind != "head"}
     return sorted(wanted) or [depth - 1]  # "head" alone still needs a map to know its grid
@@ -97,7 +98,7 @@ def block_taps(depth: int) -> list[str]:
 
 
 def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> bool:
-    """Whether ``taps`` read blocks that see prefix tokens, and the model hands these out."""
+    """Whether ``taps`` read blocks that see prefix tokens, and the model returns these."""
     if not prefix_tokens or not any(parse_tap(tap)[0] in ("norm1", "block") for tap in taps):
         return False
     forward = model.forward_intermediates
@@ -107,8 +108,8 @@ def reads_prefix(model: nn.Module, taps: Sequence[str], prefix_tokens: int) -> b
 def read_prefixes(
     model: nn.Module, taps: Sequence[str], tokens: dict[int, Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The prefix tokens (B, P, C) beside each ``norm1`` tap, as attention reads them, and beside each
-    ``block`` tap; None beside others, empty if there are none. ``tokens`` are the blocks' outputs."""
+    """The prefix tokens (B, P, C) for each ``norm1`` tap, as attention reads them, and for each
+    ``block`` tap; None for others, empty if there are none. ``tokens`` are the blocks' outputs."""
     found: list[Tensor | None] = []
     for tap in taps:
         kind, index, _ = parse_tap(tap)
@@ -137,8 +138,8 @@ def default_vit_taps(blocks: Sequence[nn.Module], depth: int) -> tuple[str, ...]
 def default_map_taps(final: Tensor | None, inner: Sequence[Tensor]) -> tuple[str, ...]:
     """Two inner resolutions, then the map ``final`` (B, C, h, w) that the classifier pools.
 
-    ``final`` is None if the classifier reads tokens (MViT, TNT, ...), whose intermediates are maps
-    already.
+    ``final`` is None if the classifier reads tokens (MViT, TNT, ...), whose intermediates are already
+    maps.
     """
     depth = len(inner)
     if final is None:

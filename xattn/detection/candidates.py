@@ -1,4 +1,4 @@
-"""Candidates of a detector: the boxes that it has before suppression, their objectness and classes.
+"""Candidates of a detector: its boxes before suppression, with objectness and class scores.
 
     similarity(t, j) = IoU(b_t, b_j) cos(P_t, P_j) O_j        D-RISE, Petsiuk et al., arXiv 2006.03204
 
@@ -14,33 +14,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEAST, MOST = 1e-12, 1 - 1e-7  # of a score whose log-odds are taken
+LEAST, MOST = 1e-12, 1 - 1e-7  # limits of scores before taking log-odds
 
 
 class Candidates(NamedTuple):
-    """Of B images, N candidates each: ``boxes`` (B, N, K or 1, 4), x0 y0 x1 y1 in pixels of the input, one
-    for each class or one for all; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0, 1]. Places that
-    are not filled have scores of 0."""
+    """N candidates for each of B images: ``boxes`` (B, N, K or 1, 4), x0 y0 x1 y1 in pixels of the input,
+    one per class or one for all; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0, 1]. Unused entries
+    have scores of 0."""
 
     boxes: Tensor
     objectness: Tensor
     classes: Tensor
 
     def packed(self) -> Tensor:
-        """As one tensor, (B, N, 4 (K or 1) + 1 + K)."""
+        """All in one tensor, (B, N, 4 (K or 1) + 1 + K)."""
         parts = (self.boxes.flatten(2), self.objectness[..., None], self.classes)
         return torch.cat(parts, 2)
 
     @classmethod
     def of(cls, packed: Tensor, classes: int) -> Candidates:
-        """The inverse of :meth:`packed`, of K ``classes``."""
+        """The inverse of :meth:`packed`, for K ``classes``."""
         boxes, objectness, scores = full(packed).split(
             [packed.shape[2] - 1 - classes, 1, classes], 2
         )
         return cls(boxes.unflatten(2, (-1, 4)), objectness[..., 0], scores)
 
     def boxes_of(self, labels: Tensor) -> Tensor:
-        """(B, N, m, 4) of the classes (m,), or (B, N, 1, 4) where all share one."""
+        """Boxes (B, N, m, 4) for the classes (m,), or (B, N, 1, 4) if all classes share one."""
         return self.boxes[:, :, labels] if self.boxes.shape[2] > 1 else self.boxes
 
 
@@ -54,7 +54,7 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def full(values: Tensor) -> Tensor:
-    """At least of single precision: areas and log-odds are beyond half precision."""
+    """``values`` in single precision at least: areas and log-odds exceed half precision."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -66,15 +66,15 @@ def log_odds(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Suppression:
-    """How a detector makes detections of its candidates.
+    """How a detector turns candidates into detections.
 
     Args:
-        threshold: the score that a detection exceeds.
-        overlap: the IoU from which the weaker of two of one class goes; None keeps both.
-        most: how many detections there may be.
-        one_class: each candidate has its likeliest class alone, as DETR's; else one of each.
-        smallest: the side in pixels that a box needs.
-        strongest: how many candidates of a class go into the comparison of boxes; None takes all.
+        threshold: a detection needs a score above this.
+        overlap: IoU above which the weaker of two boxes of one class is removed; None keeps both.
+        most: largest number of detections.
+        one_class: each candidate counts only for its most probable class, as in DETR; else for each class.
+        smallest: smallest side of a box in pixels.
+        strongest: how many candidates per class enter the comparison of boxes; None means all.
     """
 
     threshold: float = 0.05
@@ -85,7 +85,7 @@ class Suppression:
     strongest: int | None = None
 
     def kept(self, found: Candidates, threshold: float | None = None) -> list[Found]:
-        """The detections of the first image by falling score, which is above ``threshold``."""
+        """The detections in the first image with scores above ``threshold``, best first."""
         scores = found.classes[0]  # (N, K)
         if self.one_class:
             top = scores.max(1, keepdim=True)
@@ -121,13 +121,13 @@ class Found(NamedTuple):
 
 
 def _boxes(found: Candidates, index: Tensor, label: Tensor) -> Tensor:
-    """(n, 4) of the first image."""
+    """(n, 4) for the first image."""
     own = label if found.boxes.shape[2] > 1 else torch.zeros_like(label)
     return found.boxes[0, index, own]
 
 
 def best(found: Candidates, most: int = 1) -> list[Found]:
-    """The candidates of the first image with the highest scores of any class, above 0, and boxes with an
+    """The candidates in the first image with the highest scores for any class, above 0, whose boxes have an
     area."""
     sides = found.boxes[0, ..., 2:] - found.boxes[0, ..., :2]  # (N, K or 1, 2)
     scores = found.classes[0] * (sides.amin(2) > 0)

@@ -1,12 +1,12 @@
-"""Detectors: their detections of a photo, and the views whose classes are detections.
+"""Detectors: their detections in a photo, and the views whose classes are detections.
 
     detector = load_detector("torchvision/retinanet_resnet50_fpn_v2", weights="DEFAULT")
     found = detector.detect("photo.jpg")                 after suppression
     missed = detector.missed("photo.jpg", "dog", (40, 60, 220, 300))
     view = detector.of([*found, missed])                 a backbone whose classes are these
 
-Boxes are x0 y0 x1 y1 in pixels of the photo. The whole photo is the input, with borders where its aspect
-ratio is another one.
+Boxes are x0 y0 x1 y1 in pixels of the photo. The input shows the whole photo, with borders if its aspect
+ratio differs.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from xattn.photos.view import View, prepare
 Box = tuple[float, float, float, float]
 Score = Literal["similarity", "class"]
 Kind = Literal["found", "candidate", "missed", "false"]
-OVERLAP = 0.5  # IoU from which boxes show one object
-AT_ONCE = 1 << 24  # pairs of a candidate and a detection
-# The detections of a view that are asked for, where not all are; the others have the logit of p = 0.
+OVERLAP = 0.5  # boxes with at least this IoU show the same object
+AT_ONCE = 1 << 24  # number of candidate-detection pairs compared at once
+# The requested detections of a view, if not all are; the others get the logit of p = 0.
 WANTED: ContextVar[range | None] = ContextVar("wanted", default=None)
 
 
@@ -46,13 +46,13 @@ class Detection:
     """One box of one photo.
 
     Attributes:
-        place: x0, y0, x1, y1 in pixels of the detector's input, where borders may lie around the photo.
+        place: x0, y0, x1, y1 in pixels of the detector's input, where the photo may have borders.
         label: the class as the detector numbers it, and its ``name``.
-        score: of that class, in [0, 1].
-        kind: ``"found"`` after suppression, ``"false"`` where no true object is there, ``"missed"`` of an
+        score: score of that class, in [0, 1].
+        kind: ``"found"`` after suppression, ``"false"`` if there is no true object, ``"missed"`` for an
             object that was asked for, or ``"candidate"`` before suppression.
         view: how the photo became the detector's input.
-        classes: (K,) scores of all classes, what D-RISE compares with.
+        classes: (K,) scores of all classes, which D-RISE compares.
     """
 
     place: Box
@@ -65,32 +65,32 @@ class Detection:
 
     @property
     def box(self) -> Box:
-        """x0, y0, x1, y1 in pixels of the photo, and within it."""
+        """x0, y0, x1, y1 in pixels of the photo, clipped to it."""
         return _to_photo(self.place, self.view)
 
     @property
     def title(self) -> str:
-        """Such as ``"dog 0.93"`` or ``"missed dog 0.08"``."""
+        """A title such as ``"dog 0.93"`` or ``"missed dog 0.08"``."""
         before = "" if self.kind == "found" else f"{self.kind} "
         return f"{before}{self.name} {self.score:.2f}"
 
     def inside(self, size: tuple[int, int]) -> Tensor:
-        """(H, W) bool: the pixels of the input whose centres lie in the box."""
+        """(H, W) bool: the pixels of the input whose centres are inside the box."""
         x0, y0, x1, y1 = self.place
         y, x = (torch.arange(n, device="cpu") + 0.5 for n in size)
         return ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
 
     def record(self) -> dict[str, Any]:
-        """For packs: box, class, score and kind."""
+        """Box, class, score and kind, for packs."""
         box = [round(v, 2) for v in self.box]
         about = {"label": self.label, "name": self.name, "kind": self.kind}
         return {"box": box, "score": float(f"{self.score:.6g}"), **about}
 
 
 class Detector(Backbone):
-    """A frozen detector; made by :func:`~xattn.detection.loading.load_detector`.
+    """A frozen detector; created by :func:`~xattn.detection.loading.load_detector`.
 
-    By itself it is a multilabel classifier: its logits (B, K) are the log-odds of the best candidate of
+    By itself it is a multilabel classifier: its logits (B, K) are the log-odds of the best candidate for
     each class.
     """
 
@@ -114,7 +114,7 @@ class Detector(Backbone):
 
     @torch.no_grad()
     def candidates(self, photo: Any) -> tuple[Candidates, View]:
-        """All candidates before suppression, in pixels of the input, and how the photo became it.
+        """All candidates before suppression, in pixels of the input, and the photo's view.
 
         Args:
             photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1].
@@ -127,11 +127,11 @@ class Detector(Backbone):
     def detect(
         self, photo: Any, threshold: float | None = 0.5, most: int | None = None
     ) -> list[Detection]:
-        """The detections after the detector's own suppression, by falling score.
+        """The detections after the detector's own suppression, best first.
 
         Args:
-            threshold: the score that they exceed; None takes the detector's own.
-            most: at most so many.
+            threshold: detections need a score above this; None uses the detector's own.
+            most: largest number of detections.
 
         Raises:
             ValueError: a threshold outside [0, 1], or a photo that cannot be read.
@@ -147,11 +147,11 @@ class Detector(Backbone):
         return [self._detection(one, found, view, "candidate") for one in best(found, most)]
 
     def missed(self, photo: Any, label: int | str, box: Sequence[float]) -> Detection:
-        """The best candidate for an object that the detector does not show: of the candidates with an IoU
-        of 0.5 or more with ``box``, the one with the highest score of the class. If there is none, the
-        highest IoU x score.
+        """The best candidate for an object that the detector does not find: among candidates with an IoU
+        of at least 0.5 with ``box``, the one with the highest score for the class; if there is none, the
+        one with the highest IoU x score.
 
-        Its ``classes`` are one for the asked class and zero for others.
+        Its ``classes`` are one for the requested class and zero for others.
 
         Raises:
             ValueError: an unknown class, a box outside the photo, or one that no candidate overlaps.
@@ -180,12 +180,12 @@ class Detector(Backbone):
     def judged(
         self, photo: Any, truth: Sequence[tuple[int | str, Sequence[float]]], threshold: float = 0.5
     ) -> list[Detection]:
-        """The detections of a photo whose objects are known: those that fit none are ``"false"``, and the
-        best candidates of objects that none fits follow as ``"missed"``.
+        """The detections in a photo whose objects are known: those that match no object are ``"false"``,
+        and the best candidates for objects without a match follow as ``"missed"``.
 
         Args:
-            truth: (class, box) of each object. A detection fits the one of its class with the largest
-                IoU, if that is 0.5 or more; those with the highest scores choose first.
+            truth: (class, box) of each object. A detection matches the object of its class with the largest
+                IoU, if that is at least 0.5; detections with the highest scores choose first.
         """
         objects = [(self.class_index(label), tuple(box)) for label, box in truth]
         judged, left = [], list(objects)
@@ -199,10 +199,10 @@ class Detector(Backbone):
         return judged + [self.missed(photo, label, box) for label, box in left]
 
     def masks(self, photo: Any, detections: Sequence[Detection]) -> Tensor:
-        """(n, H, W) bool over the input: where the objects of a photo's detections are, of Mask R-CNN.
+        """(n, H, W) bool over the input: where the objects of a photo's detections are, from Mask R-CNN.
 
         Raises:
-            ValueError: a detector that gives no masks.
+            ValueError: the detector does not predict masks.
         """
         if not hasattr(self.model, "masks"):
             raise ValueError(f"model: {self.name} gives no masks; use a Mask R-CNN, or boxes")
@@ -217,7 +217,7 @@ class Detector(Backbone):
         return Detections(self, detections, score)
 
     def _input(self, photo: Any) -> tuple[Tensor, View]:
-        """Normalised, (1, 3, H, W)."""
+        """The photo normalised, (1, 3, H, W), and its view."""
         pixels, view = _read(photo, self.preprocessing)
         dtype = next((p.dtype for p in self.parameters()), pixels.dtype)
         return self.normalize(pixels[None].to(self.device, dtype)), view
@@ -230,21 +230,21 @@ class Detector(Backbone):
 
 
 class Detections(BackboneView):
-    """A detector whose classes are detections of one photo, or of several.
+    """A detector whose classes are detections in one or several photos.
 
-    The logit of detection t on an image is the log-odds of the candidate j that is most like it:
+    The logit of detection t on an image is the log-odds of the candidate j that is most similar to it:
 
         "similarity"   max_j IoU(b_t, b_j) cos(P_t, P_j) O_j       D-RISE
         "class"        max_j IoU(b_t, b_j) p_j(class of t)
 
-    so that p, the sigmoid, is that number. No gradient goes through b_j: the IoU has a corner at b_j = b_t,
-    where rounding would decide its slope. Gradients are those of the scores; on the detection's own photo
-    the cosine is at its largest, and they are those of the objectness, or of the class's score.
+    so that p, the sigmoid, is that number. No gradient passes through b_j: the IoU has a corner at b_j =
+    b_t, where rounding would decide its slope. Gradients are those of the scores; on the detection's own
+    photo the cosine is at its maximum, so they are those of the objectness, or of the class's score.
 
     Args:
         base: the detector.
-        detections: also of several photos; methods explain on each photo the classes that are asked for.
-        score: which number.
+        detections: may come from several photos; methods explain the requested classes on each photo.
+        score: ``"similarity"`` or ``"class"``.
     """
 
     base: Detector
@@ -278,7 +278,7 @@ class Detections(BackboneView):
         return F.pad(values, (own.start, count - own.stop), value=math.log(LEAST))
 
     def scores(self, found: Candidates, numbers: Sequence[int]) -> Tensor:
-        """(B, N, m) in [0, 1]: how much each candidate is each of m detections."""
+        """(B, N, m) in [0, 1]: how well each candidate matches each of m detections."""
         own = [self.detections[number] for number in numbers]
         labels = torch.tensor([one.label for one in own], device=found.boxes.device)
         boxes = found.boxes_of(labels)
@@ -311,14 +311,14 @@ class Detections(BackboneView):
 
     @property
     def target_id(self) -> str:
-        """What tells these detections from others, for protocols: a number and a hash."""
+        """Identifies these detections in protocols: a number and a hash."""
         text = repr([(one.record(), one.view) for one in self.detections])
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{len(self.detections)} detections by {self.score} {digest}"
 
 
 def require_detections(backbone: Backbone, explainer: str) -> Detections:
-    """The view itself; a ValueError where the classes of a backbone are no detections."""
+    """The view itself; a ``ValueError`` if the backbone's classes are not detections."""
     if not isinstance(backbone, Detections):
         raise ValueError(
             f"explainer: {explainer!r} explains detections, {backbone.name} has classes; give "
@@ -331,7 +331,7 @@ def require_detections(backbone: Backbone, explainer: str) -> Detections:
 
 
 def _read(photo: Any, preprocessing: Preprocessing) -> tuple[Tensor, View]:
-    """The input (3, H, W) in [0, 1]; a tensor of the input's size is the input."""
+    """The input (3, H, W) in [0, 1]; a tensor of the input's size is used unchanged."""
     if is_array(photo):
         image = array_images(photo, len(preprocessing.mean))[0]
         size = image.size
@@ -342,7 +342,7 @@ def _read(photo: Any, preprocessing: Preprocessing) -> tuple[Tensor, View]:
 
 
 def _scale(view: View) -> tuple[tuple[float, float], ...]:
-    """For x and y: pixels of the photo in one of the input, and where the input begins on the photo."""
+    """For x and y: photo pixels per input pixel, and the position of the input's origin on the photo."""
     found = []
     for axis in (1, 0):
         resized = view.photo_size[axis] / view.resized[axis]
@@ -367,7 +367,7 @@ def _to_input(box: Sequence[float], view: View) -> Box:
 
 
 def check_box(box: Sequence[float], view: View) -> Box:
-    """Four finite numbers of a box on the photo; a ValueError otherwise."""
+    """Four finite numbers of a box on the photo; otherwise a ``ValueError``."""
     height, width = view.photo_size
     try:
         x0, y0, x1, y1 = (float(v) for v in box)

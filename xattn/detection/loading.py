@@ -1,4 +1,4 @@
-"""Load a detector: torchvision's and transformers' by name, any of them as a module, or any function."""
+"""Load a detector: torchvision's and transformers' by name, any of them as a module, or a function."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def load_detector(
     """Load a frozen detector.
 
     Args:
-        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (of the hub or of a folder); a detector of
+        model: ``"torchvision/NAME"`` or ``"transformers:NAME"`` (from the hub or a folder); a detector of
             torchvision or transformers as a module, or a ``YOLO`` of ultralytics; or any function that
             returns boxes, labels and scores, see
-            :class:`~xattn.detection.networks.CallableDetector`, which methods without gradients explain.
-        weights: of a name: ``"DEFAULT"``, or None for random ones; of torchvision also another name of
+            :class:`~xattn.detection.networks.CallableDetector`, for methods that need no gradients.
+        weights: for a name: ``"DEFAULT"``, or None for random weights; for torchvision also another name of
             its weights, or a local file.
         input_size: (H, W) in pixels, or one side; by default a square with the detector's shorter side.
             The whole photo is fitted in.
-        class_names: of all classes in the detector's order, or the path of a text file with one a line; a
-            function needs them, and of Grounding DINO they are the texts that it looks for.
-        processor: the image processor of a detector of transformers, of Grounding DINO its processor or
-            tokenizer; by name the one that lies beside the model.
+        class_names: names of all classes in the detector's order, or the path of a text file with one per
+            line. A function needs them; for Grounding DINO they are the texts that it looks for.
+        processor: the image processor of a transformers detector or, for Grounding DINO, its processor or
+            tokenizer; for a name it is loaded along with the model.
 
     Raises:
-        ValueError: an unknown name, a module that is no detector, or a list of names of another length.
+        ValueError: an unknown name, a module that is not a detector, or a wrong number of class names.
         OSError: a folder or a name that cannot be read.
 
     Example:
@@ -118,7 +118,7 @@ def _network(
 def _by_name(
     name: str, weights: str | Path | None, processor: Any
 ) -> tuple[Any, list[str] | None, Any]:
-    """The detector of that name, the names of its classes where its weights say them, and its processor."""
+    """The detector of that name, its class names if the weights provide them, and its processor."""
     if name.startswith(PREFIX):
         return _of_transformers(name.removeprefix(PREFIX), weights, processor)
     home, _, kind = name.partition("/")

@@ -1,9 +1,9 @@
-"""What a detector is to the rest: a module that gives candidates and the feature maps they come from.
+"""The common interface of detectors: a module that returns candidates and the feature maps behind them.
 
     forward_candidates(x) -> (candidates, maps)     x (B, 3, H, W) normalised, maps (B, C_i, h_i, w_i)
 
-As a classifier it answers for each class the log-odds of its best candidate, so that a detector alone is a
-multilabel backbone. Families are in the modules beside this one.
+As a classifier it returns for each class the log-odds of its best candidate, so that a detector alone is a
+multilabel backbone. The detector families are in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class DetectionNetwork(nn.Module):
-    """A :class:`~xattn.backbone.TapModule`; a family gives :meth:`parts`.
+    """A :class:`~xattn.backbone.TapModule`; each family defines :meth:`parts`.
 
     Args:
         net: the detector.
         num_classes: K, the classes as the detector numbers them.
-        preprocessing: of photos.
+        preprocessing: preprocessing of photos.
         suppression: how candidates become detections.
-        levels: how many feature maps there are.
+        levels: number of feature maps.
 
     Attributes:
-        points: an identity for each feature map, through which it goes: what CAM methods read.
+        points: an identity for each feature map, which it passes through: CAM methods read them.
     """
 
     default_task = "multilabel"
-    proposes = False  # whether :meth:`again` gives candidates
+    proposes = False  # whether :meth:`again` returns candidates
 
     def __init__(
         self,
@@ -54,22 +54,22 @@ class DetectionNetwork(nn.Module):
 
     @property
     def gradcam_layer(self) -> nn.Module | None:
-        """The coarsest map; None where the detector hands out none."""
+        """The coarsest map; None if the detector returns no maps."""
         return self.points[-1] if len(self.points) else None
 
     @property
     def gradcam_layers(self) -> tuple[nn.Module, ...]:
-        """All maps, which methods of a layer read together by default."""
+        """All maps, which methods that read a layer combine by default."""
         return tuple(self.points)
 
     def parts(self, x: Tensor) -> tuple[list[Candidates], tuple[Tensor, ...]]:
-        """Candidates in parts, and the maps. If there are as many parts as maps, part i comes from map i
-        alone; else each may come from all of them."""
+        """Candidates in parts, and the maps. If there are as many parts as maps, part i comes only from map
+        i; otherwise each part may come from all maps."""
         raise NotImplementedError
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
-        """Candidate ``number`` of an image of the last :meth:`parts`, from ``maps`` by itself, (1, 1); None
-        where its own graph costs no more."""
+        """Candidate ``number`` of an image in the last :meth:`parts`, computed alone from ``maps``, (1, 1);
+        None if this would save nothing."""
         return None
 
     def forward_candidates(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -78,7 +78,7 @@ class DetectionNetwork(nn.Module):
         return torch.cat([part.packed() for part in parts], 1), maps
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The log-odds (B, K) of the best candidate of each class, and the maps."""
+        """The log-odds (B, K) of the best candidate for each class, and the maps."""
         packed, maps = self.forward_candidates(x)
         return log_odds(Candidates.of(packed, self.num_classes).classes.amax(1)), maps
 
@@ -86,17 +86,17 @@ class DetectionNetwork(nn.Module):
         return self.forward_taps(x)[0]
 
     def through(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The maps behind their points."""
+        """The maps after passing through their points."""
         return tuple(point(one) for point, one in zip(self.points, maps, strict=True))
 
 
 class CallableDetector(DetectionNetwork):
-    """Any function that gives boxes, labels and scores: black-box methods and metrics alone.
+    """Any function that returns boxes, labels and scores; only for black-box methods and metrics.
 
     Args:
-        function: gets images (B, 3, H, W) in [0, 1]; returns for each of them a dict with ``boxes`` (n, 4),
-            x0 y0 x1 y1 in pixels of the input, ``labels`` (n,) and ``scores`` (n,) in [0, 1], or these
-            three in a tuple. ``probabilities`` (n, K) may stand in the dict, too.
+        function: receives images (B, 3, H, W) in [0, 1] and returns for each of them a dict with ``boxes``
+            (n, 4), x0 y0 x1 y1 in pixels of the input, ``labels`` (n,) and ``scores`` (n,) in [0, 1], or a
+            tuple of these three. The dict may also contain ``probabilities`` (n, K).
     """
 
     def __init__(

@@ -1,14 +1,14 @@
 """torchvision's detectors: Faster R-CNN, Mask R-CNN, RetinaNet, FCOS and SSD.
 
-Candidates are what their heads give before suppression, by the detector's own modules:
+Candidates are the outputs of their heads before suppression, computed by the detector's own modules:
 
-    two stages      each proposal, with a box a class; P is the softmax, O = 1 - P(background)
+    two stages      each proposal, with a box per class; P is the softmax, O = 1 - P(background)
     RetinaNet       each anchor; P the sigmoids, O = max P
     FCOS            each place; P = sqrt(sigmoid(class) sigmoid(centre)), O = max P
     SSD             each default box; P the softmax, O = 1 - P(background)
 
-Labels are the detector's own, so of most 0 is the background. Its resizing is left out: the input has its
-size already.
+Labels are the detector's own, so for most detectors 0 is the background. Its resizing is skipped, because
+the input already has its size.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class TorchvisionDetector(DetectionNetwork):
 
     Args:
         net: one of :data:`FAMILIES`.
-        size: (H, W) of its input; by default a square with its shorter side.
+        size: (H, W) of its input; by default a square with the detector's shorter side.
 
     Raises:
-        ValueError: a detector with another head.
+        ValueError: the detector has an unsupported head.
     """
 
     def __init__(self, net: nn.Module, size: tuple[int, int] | None = None) -> None:
@@ -66,8 +66,8 @@ class TorchvisionDetector(DetectionNetwork):
             names = list(_as_dict(own.backbone(image)))
         super().__init__(net, _class_count(own), photos, suppression, len(names))
         self.names, self.proposes = names, isinstance(net, FasterRCNN)
-        self.proposals: list[Tensor] = []  # of the last pass
-        self.size = size  # of its images
+        self.proposals: list[Tensor] = []  # from the last pass
+        self.size = size  # of the last pass's images
 
     def parts(self, x: Tensor) -> tuple[list[Candidates], tuple[Tensor, ...]]:
         net: Any = self.net
@@ -77,7 +77,7 @@ class TorchvisionDetector(DetectionNetwork):
         if isinstance(net, FasterRCNN):
             features = dict(zip(found, maps, strict=True))
             return [self._two_stages(features, images)], maps
-        # The head of a level by itself, so that gradients of a candidate cost that level alone.
+        # The head of each level runs by itself, so that gradients of a candidate cost only that level.
         anchors = net.anchor_generator(images, list(maps))[0]
         if isinstance(net, SSD):
             return self._ssd(maps, anchors), maps
@@ -91,10 +91,10 @@ class TorchvisionDetector(DetectionNetwork):
 
     @torch.no_grad()
     def masks(self, x: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-        """Masks (n, H, W) of boxes (n, 4) on one image (1, 3, H, W), by the head of Mask R-CNN.
+        """Masks (n, H, W) for boxes (n, 4) on one image (1, 3, H, W), from the head of Mask R-CNN.
 
         Raises:
-            ValueError: a detector without one.
+            ValueError: the detector has no such head.
         """
         heads: Any = getattr(self.net, "roi_heads", None)
         if heads is None or not heads.has_mask():
@@ -110,7 +110,7 @@ class TorchvisionDetector(DetectionNetwork):
     def _dense(
         self, answer: dict[str, Tensor], anchors: Tensor, size: tuple[int, int]
     ) -> Candidates:
-        """Of RetinaNet and FCOS at one level."""
+        """Candidates of RetinaNet and FCOS at one level."""
         net: Any = self.net
         answer = {key: full(value) for key, value in answer.items()}
         scores = answer["cls_logits"].sigmoid()
@@ -137,7 +137,7 @@ class TorchvisionDetector(DetectionNetwork):
 
     def _two_stages(self, features: dict[str, Tensor], images: ImageList) -> Candidates:
         net: Any = self.net
-        with torch.no_grad():  # as they are trained: no gradient goes through the proposals
+        with torch.no_grad():  # as in training: no gradient passes through the proposals
             proposals, _ = net.rpn(images, features)
         self.proposals, self.size = proposals, images.image_sizes[0]
         boxes, logits = self._refined(features, proposals, images.image_sizes)
@@ -156,13 +156,13 @@ class TorchvisionDetector(DetectionNetwork):
         net: Any = self.net
         heads = net.roi_heads
         pooled = heads.box_roi_pool(features, proposals, sizes)
-        # A level without a proposal leads to the answer as well, with a gradient of 0.
+        # A level without a proposal also takes part in the answer, with a gradient of 0.
         pooled = pooled + 0 * torch.stack([one.mean() for one in features.values()]).sum()
         logits, shifts = (full(t) for t in heads.box_predictor(heads.box_head(pooled)))
         return clip_boxes_to_image(heads.box_coder.decode(shifts, proposals), sizes[0]), logits
 
     def again(self, maps: Sequence[Tensor], image: int, number: int) -> Candidates | None:
-        """Of two stages: a backward pass through the heads would be one of all proposals."""
+        """For two stages, where a backward pass through the heads would include all proposals."""
         if not self.proposes:
             return None
         features = {
@@ -178,7 +178,7 @@ def _as_dict(features: Any) -> dict[str, Tensor]:
 
 
 def _class_count(net: Any) -> int:
-    """K of the head's outputs, with the background's where there is one."""
+    """K of the head's outputs, including the background if there is one."""
     if isinstance(net, FasterRCNN):
         return int(net.roi_heads.box_predictor.cls_score.out_features)
     head = net.head.classification_head
@@ -199,7 +199,7 @@ def _ssd_level(head: Any, i: int, features: Tensor) -> Tensor:
 
 
 def _softmax(boxes: Tensor, logits: Tensor) -> Candidates:
-    """Of logits (B, N, K) whose first class is the background."""
+    """Candidates from logits (B, N, K) whose first class is the background."""
     p = logits.softmax(-1)
     classes = torch.cat([torch.zeros_like(p[..., :1]), p[..., 1:]], -1)
     return Candidates(boxes, 1 - p[..., 0], classes)

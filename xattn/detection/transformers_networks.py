@@ -1,13 +1,13 @@
-"""Detectors of Hugging Face ``transformers``: DETR and its kin, YOLOS, Grounding DINO.
+"""Detectors of Hugging Face ``transformers``: DETR and its variants, YOLOS, Grounding DINO.
 
-Candidates are the queries' answers, by the model's own ``forward``:
+Candidates are the answers of the queries, from the model's own ``forward``:
 
-    DETR, Table Transformer, YOLOS      P the softmax without its last class, "no object", O = 1 - p of that
+    DETR, Table Transformer, YOLOS      P the softmax without its last class, "no object", O = 1 - p of it
     Conditional and Deformable DETR, RT-DETR (v2), D-FINE    P the sigmoids, O = max P
     Grounding DINO                      P of a phrase the largest sigmoid of its tokens, O = max P
 
-The feature maps are what the decoder reads, the encoder's output; in YOLOS the patches that enter the last
-layer. A forward hook on the frozen copy leads them through the network's points.
+The feature maps are the decoder's input, which is the encoder's output; in YOLOS, they are the patches at
+the input of the last layer. A forward hook on the frozen copy passes them through the network's points.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class TransformersDetector(DetectionNetwork):
     """A detector of transformers.
 
     Args:
-        net: one of :data:`KINDS`, by its config.
-        size: (H, W) of its input; by default the processor's, or else 640 pixels a side.
-        processor: its image processor; of Grounding DINO its processor or tokenizer.
-        phrases: of Grounding DINO, the classes.
+        net: one of :data:`KINDS`, according to its config.
+        size: (H, W) of its input; by default the processor's, otherwise 640 pixels per side.
+        processor: its image processor; for Grounding DINO its processor or tokenizer.
+        phrases: for Grounding DINO, the classes.
 
     Raises:
-        ValueError: another model, or Grounding DINO without phrases or tokenizer.
+        ValueError: an unsupported model, or Grounding DINO without phrases or tokenizer.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TransformersDetector(DetectionNetwork):
             names = list(phrases or ())
         else:
             names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        # One query is one object, but for those that take the best pairs of query and class.
+        # One query is one object, except in models that take the best pairs of query and class.
         pairs = kind in SIGMOID
         kept = Suppression(0.05, None, 300 if kind in SQUASHED else 100, not pairs)
         photos = _photos(kind, size, getattr(processor, "image_processor", processor))
@@ -136,7 +136,7 @@ class TransformersDetector(DetectionNetwork):
             self.grid = [(output.shape[2], output.shape[3])]
 
     def _lead(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The encoder's output with its maps led through the points."""
+        """The encoder's output, with its maps passed through the points."""
         kept = _MAPS.get()
         if kept is None:
             return output
@@ -159,7 +159,7 @@ class TransformersDetector(DetectionNetwork):
         return output
 
     def _tokens(self, tokens: Tensor, shapes: Shapes, kept: list[Any]) -> Tensor:
-        """(B, N, C) through the points as maps of ``shapes``."""
+        """(B, N, C) passed through the points as maps of ``shapes``."""
         parts = tokens.split([h * w for h, w in shapes], 1)
         maps = [
             p.transpose(1, 2).unflatten(2, tuple(s)) for p, s in zip(parts, shapes, strict=True)
@@ -172,7 +172,7 @@ class TransformersDetector(DetectionNetwork):
 
 
 def _photos(kind: str, size: tuple[int, int] | None, processor: Any) -> Preprocessing:
-    """Of the image processor; without one, ImageNet's mean and std, or none where the family has none."""
+    """From the image processor; without one, ImageNet's mean and std, or none if the family uses none."""
     squash = kind in SQUASHED
     mode = "squash" if squash else "border"
     usual = Preprocessing()
@@ -189,7 +189,7 @@ def _photos(kind: str, size: tuple[int, int] | None, processor: Any) -> Preproce
 def _text(
     phrases: Sequence[str] | None, tokenizer: Any
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """The inputs for "phrase. phrase." and the places of each phrase's tokens."""
+    """The inputs for "phrase. phrase." and the positions of each phrase's tokens."""
     if not phrases or not callable(tokenizer):
         raise ValueError(
             "class_names: Grounding DINO finds what texts say; give class_names=['a cat', ...] and "

@@ -1,9 +1,9 @@
-"""Detectors of ultralytics (YOLO), by what they look like: the package, which is AGPL, is never imported.
+"""Detectors of ultralytics (YOLO), used by duck typing: the package, which is AGPL, is never imported.
 
     load_detector(YOLO("yolo11n.pt"))
 
-Candidates are what the head gives before suppression: P the sigmoids of the classes, O = max P. Of a model
-that ends without suppression (``end2end``) they are its 300 answers, with the score of one class each. The
+Candidates are the head's outputs before suppression: P the sigmoids of the classes, O = max P. For a model
+that needs no suppression (``end2end``) they are its 300 answers, with the score of one class each. The
 feature maps are those that the head reads.
 """
 
@@ -21,24 +21,24 @@ from xattn.runtime.copies import frozen_copy
 
 
 def is_ultralytics(model: Any) -> bool:
-    """Whether it is a ``YOLO(...)`` with a network of torch."""
+    """Whether it is a ``YOLO(...)`` with a torch network."""
     own = all(hasattr(model, name) for name in ("predict", "names"))
     return own and isinstance(getattr(model, "model", None), nn.Module)
 
 
 class UltralyticsDetector(DetectionNetwork):
-    """The network of a ``YOLO``; of one that also gives masks or points the boxes are read.
+    """The network of a ``YOLO``; if it also predicts masks or keypoints, only the boxes are used.
 
     Args:
         yolo: see :func:`is_ultralytics`.
-        size: (H, W) of its input, by default 640 pixels a side.
+        size: (H, W) of its input, by default 640 pixels per side.
 
     Raises:
-        ValueError: a model without a detection head, or sides that its strides do not divide.
+        ValueError: a model without a detection head, or sides that are not multiples of its strides.
     """
 
     def __init__(self, yolo: Any, size: tuple[int, int] | None = None) -> None:
-        # The network alone: of a YOLO, train(False) begins a training.
+        # Only the network, because train(False) of a YOLO starts a training run.
         net: Any = frozen_copy(yolo.model)
         layers = getattr(net, "model", None)
         head: Any = layers[-1] if isinstance(layers, nn.Sequential) else None
@@ -56,11 +56,11 @@ class UltralyticsDetector(DetectionNetwork):
         super().__init__(net, int(head.nc), photos, kept, int(head.nl))
         names = yolo.names
         self.class_names = [str(n) for n in (names.values() if isinstance(names, dict) else names)]
-        self.maps: tuple[Tensor, ...] = ()  # of the last pass
+        self.maps: tuple[Tensor, ...] = ()  # from the last pass
         head.register_forward_pre_hook(self._lead)
 
     def _lead(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The head's inputs, led through the points."""
+        """The head's inputs, passed through the points."""
         self.maps = self.through(inputs[0])
         return (list(self.maps), *inputs[1:])
 

@@ -1,9 +1,9 @@
-"""Explain a clip or a volume whole, by a network that reads (B, C, T, H, W): maps (t, h, w).
+"""Explain a clip or a volume as a whole, with a network that reads (B, C, T, H, W): maps (t, h, w).
 
     found = explain_clip("clip.mp4", load_backbone("torchvision/r3d_18"), "gradcam")
     found[0].map, found[0].by_frame, found[0].strip()
 
-A network of photos explains a clip frame by frame instead: :func:`xattn.explain_video`.
+A network for photos explains a clip frame by frame instead: :func:`xattn.explain_video`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from xattn.pictures.strip import strip, write_gif
 from xattn.runtime.files import check_output
 from xattn.runtime.stores import is_remote
 
-STRIP = 8  # frames of a strip
+STRIP = 8  # number of frames in a strip
 
 
 @dataclass(frozen=True, eq=False)
 class ClipExplanation:
-    """One class of one clip, explained.
+    """The explanation of one class of one clip.
 
-    ``map`` holds raw scores (t, h, w), float32; ``photos`` are the T frames that the network read, the
-    frames ``numbers`` of the clip or, of a volume, its slices, with ``fps`` of the clip's frames a second.
-    The other fields are those of :class:`xattn.Explanation`.
+    ``map`` holds raw scores (t, h, w), float32; ``photos`` are the T frames that the network read,
+    ``numbers`` are their frame numbers in the clip or slice numbers in the volume, and ``fps`` is the
+    clip's frame rate. The other fields are those of :class:`xattn.Explanation`.
     """
 
     map: NDArray[np.float32]
@@ -66,11 +66,11 @@ class ClipExplanation:
 
     @property
     def is_blank(self) -> bool:
-        """Whether the map is constant, so that it says nothing."""
+        """Whether the map is constant, and so says nothing."""
         return bool(self.map.min() == self.map.max())
 
     def normalized(self) -> NDArray[np.float32]:
-        """(T, h, w): the map min-maxed over the whole clip to [0, 1], then linear in time at each frame."""
+        """(T, h, w): the map min-maxed over the whole clip to [0, 1], interpolated linearly in time."""
         values = self.map.astype(np.float64)
         if not self.is_mask:
             low, span = values.min(), np.ptp(values)
@@ -78,7 +78,7 @@ class ClipExplanation:
         return self._at_frames(values).astype(np.float32)
 
     def _at_frames(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(t, h, w), linear between its steps, at each of the T frames."""
+        """(t, h, w), interpolated linearly in time at each of the T frames."""
         steps, count = len(values), len(self.photos)
         at = np.clip((np.arange(count) + 0.5) * steps / count - 0.5, 0, steps - 1)
         before = np.floor(at).astype(int)
@@ -87,8 +87,8 @@ class ClipExplanation:
 
     @property
     def by_frame(self) -> NDArray[np.float32]:
-        """(T,): which share of the map's positive values lies in each frame, less the least value of a map
-        without negative ones; zeros where there are none."""
+        """(T,): the share of the map's positive values in each frame; from a map without negative values,
+        its minimum is subtracted first; zeros if there are no positive values."""
         values = self.map.astype(np.float64)
         total = self._at_frames(np.maximum(values - max(values.min(), 0), 0)).sum((1, 2))
         return (total / (total.sum() or 1)).astype(np.float32)
@@ -98,8 +98,8 @@ class ClipExplanation:
         return self.view.to_photo(self.normalized())
 
     def strip(self, count: int = STRIP, side: int = 144) -> Image.Image:
-        """``count`` frames at even steps above their overlays, ``side`` pixels high, with when they are and
-        a bar of the map's share in them; the longest bar is full."""
+        """``count`` evenly spaced frames above their overlays, ``side`` pixels high, with their times and
+        a bar showing the map's share in each; the longest bar is full."""
         at, shares = even_steps(len(self.photos), count), self.by_frame
         photos, maps = self._shown(at, side)
         value = self.protocol.get("probability") == "value"
@@ -114,8 +114,8 @@ class ClipExplanation:
         )
 
     def film(self, path: str | Path, side: int = 240) -> Path:
-        """Write the overlays of all T frames as a GIF, ``side`` pixels high: as long as the clip, but of
-        0.04 to 1 s a frame."""
+        """Write the overlays of all T frames as a GIF, ``side`` pixels high. It lasts as long as the clip,
+        with 0.04 to 1 s per frame."""
         span = self.numbers[-1] - self.numbers[0] + 1
         seconds = span / self.fps if self.unit == "frame" else len(self.photos) / 4
         return write_gif(path, *self._shown(np.arange(len(self.photos)), side), seconds)
@@ -133,7 +133,7 @@ class ClipExplanation:
         return f"slice {number}" if self.unit != "frame" else f"{number / self.fps:.2f} s"
 
     def explanations(self) -> list[Explanation]:
-        """One explanation a frame, on the clip's scale, for packs and the viewer."""
+        """One explanation per frame, on the clip's scale, for packs and the viewer."""
         protocol = self.protocol
         if not self.is_mask:
             how = "as explained; min-max over the clip, linear between its steps"
@@ -176,26 +176,27 @@ def explain_clip(
     fps: float = FALLBACK_FPS,
     overlays: bool = True,
 ) -> list[ClipExplanation]:
-    """Explain a clip or a volume by a network that reads it whole; arguments not named here are those of
-    ``explain``.
+    """Explain a clip or a volume with a network that reads it as a whole; arguments not listed here are
+    those of ``explain``.
 
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,
-            of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3), of a network of one
-            channel also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in [0, 1],
-            which goes in as it is where it has the network's size. Of more frames than the network reads,
-            those at even steps are taken; fewer are repeated, with a warning.
-        batch_size: clips a pass, of methods that run many.
-        output: folder for a pack: a map a frame, ``overlay.mp4``, and a strip for each class in
+            of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3) or, for a network with
+            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in [0,
+            1], which is used unchanged if it has the network's size. If there are more frames than the
+            network reads, evenly spaced ones are used; if there are fewer, they are repeated, with a
+            warning.
+        batch_size: clips per pass, for methods that run many passes.
+        output: folder for a pack: one map per frame, ``overlay.mp4``, and a strip for each class in
             ``overlays/``.
-        fps: frames a second of an array, a tensor or a list.
-        overlays: whether the pack gets the film and pictures.
+        fps: frame rate of an array, a tensor or a list.
+        overlays: whether to write the film and the pictures to the pack.
 
     Returns:
-        One explanation a class, the most probable first.
+        One explanation per class, the most probable first.
 
     Raises:
-        ValueError: a network of photos, a clip that cannot be read, or a bad argument.
+        ValueError: a network for photos, a clip that cannot be read, or an invalid argument.
         OSError: a missing file, or an ``output`` that cannot be written.
     """
     if not 0 < fps < np.inf:
@@ -245,7 +246,7 @@ def explain_clip(
 def _frames(
     clip: Any, backbone: Backbone, max_pixels: int | None, fps: float
 ) -> tuple[Frames, str]:
-    """T frames, and whether they are a "frame" of a clip or a "slice" of a volume."""
+    """T frames, and whether each is a "frame" of a clip or a "slice" of a volume."""
     count, unit = backbone.preprocessing.places[0], "frame"
     channels = backbone.mean.shape[1]
     if isinstance(clip, Tensor):
@@ -294,7 +295,7 @@ def _frames(
 
 
 def _photo(frame: Any, channels: int, max_pixels: int | None) -> Image.Image:
-    """A frame of a list; as many channels as the network's, or three."""
+    """A frame from a list, with the network's number of channels, or three."""
     if is_array(frame):
         rgb = frame.ndim == 3 and frame.shape[0 if isinstance(frame, Tensor) else -1] == 3
         (frame,) = array_images(frame, 3 if rgb else channels, "clip")
@@ -328,7 +329,7 @@ def _pixels(clip: Any, frames: Frames, backbone: Backbone, view: str) -> tuple[T
 
 
 def _save(output: Path, found: Sequence[ClipExplanation], overlays: bool) -> None:
-    """The pack of all classes, frame by frame, and their strips."""
+    """Write the pack of all classes, frame by frame, and their strips."""
     first = found[0]
     span = max(1, first.numbers[-1] - first.numbers[0] + 1)
     speed = len(first.photos) * first.fps / span if first.unit == "frame" else 4.0

@@ -1,6 +1,6 @@
 """Explain a clip: a heat map for every frame, as a pack and as a film of overlays.
 
-Frames are decoded, explained and drawn batch by batch with OpenCV, so no more than ``batch_size``
+Frames are decoded, explained and drawn batch by batch with OpenCV, so at most ``batch_size``
 frames are ever in memory; only maps and their records grow with the clip, by 2 to 5 kB per frame.
 """
 
@@ -42,7 +42,7 @@ from xattn.runtime.process import deferred_interrupt
 class VideoExplanations(Explanations):
     """The explanations of a clip's frames.
 
-    ``frames`` is the number of decoded frames, ``announced`` the number in the header (0 if it has
+    ``frames`` is the number of decoded frames, ``announced`` the number in the header (0 if the header has
     none), ``fps`` their rate; ``skipped`` lists what is missing.
     """
 
@@ -69,35 +69,35 @@ def explain_video(
     every: int = 1,
     smoothing: float = 0.0,
 ) -> VideoExplanations:
-    """Explain the frames of a clip; arguments not named here are those of ``explain``.
+    """Explain the frames of a clip; arguments not listed here are those of ``explain``.
 
     Args:
         video: a file that OpenCV reads.
-        classes: follow these in every frame; by default each frame's own ``top`` most probable.
+        classes: follow these classes in every frame; by default each frame's own ``top`` most probable.
         output: folder for a pack: the maps of all frames, ``overlay.mp4``, and pictures of 17 to 32
             frames spread evenly over the clip.
         max_pixels: refuse clips with larger frames.
         overlays: whether the pack gets ``overlay.mp4`` and overlay pictures.
-        every: explain every n-th frame only.
+        every: explain only every n-th frame.
         smoothing: weight in [0, 1) of the past in an exponential moving average of the raw maps,
-            ``m_t = smoothing m_{t-1} + (1 - smoothing) map_t``; it starts anew for a class that was
+            ``m_t = smoothing m_{t-1} + (1 - smoothing) map_t``; it starts again for a class that was
             not explained in the previous frame.
 
     ``overlay.mp4`` (MPEG-4 Part 2, no sound) shows each explained frame with its most probable
-    explained class, at ``fps / every``, so it lasts as long as the clip. Colours are those of photos.
-    Frames of odd size repeat their last row or column, because the codec needs even sides; frames of
-    at least 96 x 48 pixels carry the class's name and probability.
+    explained class, at ``fps / every``, so it lasts as long as the clip. Colours are the same as for
+    photos. Frames with an odd side repeat their last row or column, because the codec needs even sides;
+    frames of at least 96 x 48 pixels show the name and probability of the class.
 
     After an error or Ctrl-C the frames explained so far are saved as a complete pack, in ``output`` or,
     if that already holds a pack, in ``<output>-interrupted``.
 
     Returns:
-        Explanations in the order of the frames, named ``frame-000123`` (decoded frames count from 0);
-        with ``output`` as :func:`~xattn.packs.reader.load_pack` returns them. Announced frames that
-        cannot be decoded cause a warning and are noted in ``.skipped``.
+        Explanations in frame order, named ``frame-000123`` (decoded frames count from 0); with ``output``
+        as returned by :func:`~xattn.packs.reader.load_pack`. Announced frames that cannot be decoded cause
+        a warning and are listed in ``.skipped``.
 
     Raises:
-        ValueError: not a video, no decodable frame, frames over ``max_pixels``, or a bad argument.
+        ValueError: not a video, no decodable frame, frames over ``max_pixels``, or an invalid argument.
         OSError: a missing file, or an ``output`` that cannot be written.
     """
     path = Path(video)
@@ -168,7 +168,7 @@ def _explained(
     explain: Callable[[list[Prepared]], Iterator[Explanation]],
     smoothing: float,
 ) -> Iterator[tuple[Image.Image, list[Explanation]]]:
-    """Each frame's picture, and its explanations with averaged maps (without the picture)."""
+    """The picture of each frame, and its explanations with averaged maps (without the picture)."""
     past: dict[int, NDArray[np.float64]] = {}
     for batch in batches:
         found = list(explain(batch))
@@ -180,7 +180,7 @@ def _explained(
             maps = {k: m.astype(np.float32) for k, m in past.items()}
             assert isinstance(item.source, Image.Image)
             yield item.source, [replace(e, map=maps[e.target], source=None) for e in group]
-        del batch, found, item, group  # otherwise two batches of frames would be alive
+        del batch, found, item, group  # otherwise two batches of frames would be in memory
 
 
 def _batches(
@@ -226,7 +226,7 @@ STILLS = 16  # a pack shows more than this many frames of a long clip, up to twi
 
 
 class Film:
-    """The film and some stills for a pack, kept in a folder beside it while they grow."""
+    """The film and some stills for a pack, stored in a folder beside it while they grow."""
 
     def __init__(self, output: str | Path, fps: float, overlays: bool) -> None:
         self.output = Path(output)
@@ -240,7 +240,7 @@ class Film:
         self.folder = self._stack.enter_context(temporary_folder(follow_link(self.output)))
         self.film = self.folder / VIDEO
         self.writer: Any = None
-        self.stills: dict[int, tuple[str, Path]] = {}  # explained frame -> its id and picture
+        self.stills: dict[int, tuple[str, Path]] = {}  # number of an explained frame -> id, picture
         self.count, self.step = 0, 1
 
     def __enter__(self) -> Film:
@@ -252,7 +252,7 @@ class Film:
         self._stack.close()
 
     def add(self, photo: Image.Image, group: Sequence[Explanation]) -> None:
-        """One frame and its explanations."""
+        """Add one frame and its explanations."""
         if self.count % self.step == 0:
             self._keep(photo, group[0].image_id)
         if self.overlays:
@@ -324,7 +324,7 @@ class Film:
 
 
 def _caption(image: Image.Image, explanation: Explanation) -> Image.Image:
-    """``image`` with class and probability in the lower left corner, if there is room for them."""
+    """``image`` with class and probability in the lower left corner, if there is room for the text."""
     size = max(12, round(min(image.size) / 22))
     if image.width < 8 * size or image.height < 4 * size:
         return image

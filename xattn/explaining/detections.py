@@ -1,10 +1,10 @@
-"""Explain the detections of photos: a map for each box.
+"""Explain the detections in photos: one map per box.
 
     for one in explain_detections("photo.jpg", load_detector("torchvision/fcos_resnet50_fpn"), "odam"):
         one.overlay().save(f"{one.target_name}.png")
 
-All detections, of all photos, are the classes of one view (:class:`~xattn.detection.Detections`), and each
-photo is explained for its own.
+All detections, from all photos, are the classes of one view (:class:`~xattn.detection.Detections`); for
+each photo, its own detections are explained.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ def explain_detections(
     progress: bool = False,
     keep: int | None = None,
 ) -> Explanations:
-    """Explain the detections of one photo, of a folder, of a list file, or of given images.
+    """Explain the detections in one photo, in a folder, in a list file, or in given images.
 
     Args:
         images: as in :func:`xattn.explain`.
-        detector: of :func:`~xattn.detection.load_detector`.
-        explainer: a name, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
-            ``"occlusion"``, or several.
-        threshold: the score that a detection needs; at most the ``most`` best of a photo are explained.
-        detections: explain these, of one photo, and look for none.
+        detector: from :func:`~xattn.detection.load_detector`.
+        explainer: one or several names, such as ``"d_rise"``, ``"odam"``, ``"gradcam"``, ``"layercam"`` or
+            ``"occlusion"``.
+        threshold: lowest score of a detection; at most the ``most`` best in a photo are explained.
+        detections: explain these detections, of one photo, and do not run the detector.
         missed: objects, (class, box in pixels of the photo), that a single photo shows and the detector
-            does not: the best candidate for each is explained, too.
-        candidates: of a photo without a detection explain so many of the best candidates.
-        score: what a detection's p and logit are, see :class:`~xattn.detection.Detections`.
+            does not find: the best candidate for each is explained as well.
+        candidates: in a photo without a detection, explain this many of the best candidates.
+        score: how p and logit of a detection are defined, see :class:`~xattn.detection.Detections`.
         output, batch_size, seed, max_pixels, overlays, progress, keep: as in :func:`xattn.explain`.
-        options: of explainers, by name, such as ``{"d_rise": {"masks": 1000}}``.
+        options: options of explainers, by name, such as ``{"d_rise": {"masks": 1000}}``.
 
     Returns:
-        As :func:`xattn.explain`, one explanation a detection and method; ``protocol["detection"]`` has the
-        box in pixels of the photo, the class and the score. Photos without a detection are left out with a
-        warning; a single one raises.
+        As in :func:`xattn.explain`, with one explanation per detection and method;
+        ``protocol["detection"]`` holds the box in pixels of the photo, the class and the score. Photos
+        without a detection are left out with a warning; if it is the only photo, an error is raised.
 
     Raises:
-        ValueError: as :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
+        ValueError: as in :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
             the photo, or a single photo without a detection.
     """
     if not isinstance(detector, Detector):
@@ -117,7 +117,7 @@ def _explainer(
 
 
 class _Asked(NamedTuple):
-    """Which detections of photos are explained, see :func:`explain_detections`."""
+    """Which detections to explain, see :func:`explain_detections`."""
 
     threshold: float
     most: int
@@ -127,7 +127,7 @@ class _Asked(NamedTuple):
     max_pixels: int | None
 
     def of(self, images: Any, detector: Detector) -> tuple[list[Source], list[list[Detection]]]:
-        """The photos with detections, and those of each."""
+        """The photos that have detections, and the detections of each."""
         channels = len(detector.preprocessing.mean)
         sources = [source for _, source in named_photos(images, channels)]
         if (self.given is not None or self.missed) and len(sources) != 1:
@@ -160,7 +160,7 @@ class _Asked(NamedTuple):
         return [source for source, _ in kept], [own for _, own in kept]
 
     def _of_photo(self, photo: Any, detector: Detector) -> list[Detection]:
-        """What is explained of a photo."""
+        """The detections to explain in one photo."""
         own = self.given
         if own is None:
             own = detector.detect(photo, self.threshold, self.most)
@@ -196,7 +196,7 @@ def _always(classes: Tensor) -> Choose:
 
 
 class _OwnEach(OneEach):
-    """The detections of each photo, as classes of a view that has those of all photos in order."""
+    """The detections of each photo, as classes of a view that holds those of all photos in order."""
 
     def __init__(self, found: Sequence[Sequence[Detection]], names: Sequence[str]) -> None:
         self.of_photo: dict[str, range] = {}
@@ -208,8 +208,8 @@ class _OwnEach(OneEach):
     def maps(
         self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, K), classes (B, M) and maps (B, M, h, w); the first stands again where a photo has
-        fewer detections than another."""
+        """Logits (B, K), classes (B, M) and maps (B, M, h, w); if a photo has fewer detections than
+        another, its first one is repeated."""
         most = max(len(self.of_photo[name]) for name in names)
         parts = []
         for name, image in zip(names, pixels, strict=True):

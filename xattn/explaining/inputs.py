@@ -1,13 +1,13 @@
-"""Networks with several inputs: a map for each image, numbers for every other input.
+"""Networks with several inputs: a map for each image input, numbers for every other input.
 
     found = explain_inputs(net, {"rgb": rgb, "depth": depth, "table": table}, "occlusion")
     found["depth"].maps["occlusion"].overlay()
     found["table"].numbers["feature_ablation"], found["depth"].drop
 
-One input is explained at a time, and the others are held fixed: what is explained of input k is the
-function x -> f(a_1, ..., x, ..., a_n). As a view of the network (:func:`input_view`) it is a backbone like
-any other, so explainers and metrics need no special case. The channels of one image are inputs in the same
-sense (:func:`band_maps`).
+One input is explained at a time while the others are held fixed: for input k, the explained function is
+x -> f(a_1, ..., x, ..., a_n). As a view of the network (:func:`input_view`) it is a backbone like
+any other, so explainers and metrics need no special case. The channels of an image can be treated as inputs
+in the same way (:func:`band_maps`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PerInput = float | Sequence[float] | Mapping[str, Any] | None
 
 @dataclass(frozen=True, eq=False)
 class InputExplanation:
-    """What one input does.
+    """What one input contributes.
 
     Attributes:
-        name: of the input.
-        drop: by how much p falls when the whole input is its baseline.
-        maps: of an image, an explanation a method.
-        numbers: of another input, by method one number an element, of the logit, in the input's shape
-            without its batch.
+        name: name of the input.
+        drop: by how much p falls when the whole input is replaced by its baseline.
+        maps: for an image, one explanation per method.
+        numbers: for another input, for each method one number per element, for the logit, in the shape of
+            the input without its batch axis.
     """
 
     name: str
@@ -62,9 +62,9 @@ class InputExplanation:
 
 
 class OneInput(nn.Module):
-    """(B, ...) of one input -> what the network answers, (B, K), the other inputs being those ``given``."""
+    """From (B, ...) for one input to the network's answer, (B, K), with ``given`` for the other inputs."""
 
-    gradcam_layers = ()  # where no map is found
+    gradcam_layers = ()  # if there is no feature map
 
     def __init__(self, net: nn.Module, given: Mapping[str, Tensor], name: str, call: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class OneInput(nn.Module):
         for i, value in enumerate(given.values()):
             self.register_buffer(
                 f"input_{i}", value
-            )  # a part of the function, and of its fingerprint
+            )  # they are part of the function, and of its fingerprint
 
     def forward(self, x: Tensor) -> Tensor:
         values = {}
@@ -86,7 +86,7 @@ class OneInput(nn.Module):
 
 
 class _WithoutMaps(OneInput):
-    """One whose network hands out no feature maps; its tap are the pixels, on a small grid."""
+    """The same for a network that returns no feature maps; its tap is the pixels, on a small grid."""
 
     preprocessing: Preprocessing
     tap_names = ("pixels",)
@@ -96,7 +96,7 @@ class _WithoutMaps(OneInput):
 
 
 class InputView(Backbone):
-    """A backbone of one image input; made by :func:`input_view`."""
+    """A backbone for one image input; created by :func:`input_view`."""
 
     def __init__(self, *args: Any, about: Mapping[str, Any]) -> None:
         super().__init__(*args)
@@ -107,7 +107,7 @@ class InputView(Backbone):
 
 
 class _Sample:
-    """One sample of a network's inputs, checked; the network gets images normalised."""
+    """The inputs of one sample, checked; images are normalised for the network."""
 
     def __init__(self, net: nn.Module, inputs: Inputs, mean: PerInput, std: PerInput) -> None:
         if not isinstance(inputs, Mapping | tuple | list):
@@ -131,7 +131,7 @@ class _Sample:
         self.given = {name: self.normalised(name, value) for name, value in self.raw.items()}
 
     def taken(self, name: str, value: Tensor) -> Tensor:
-        """A copy, of an image in [0, 1] as ``explain`` takes it; floats are of the network's own type."""
+        """A copy: images in [0, 1] as ``explain`` takes them; floats in the network's own dtype."""
         if name in self.images:
             at = name.removeprefix("input ") if self.call == "tuple" else repr(name)
             image = array_images(value, value.shape[1], f"inputs[{at}]")[0]
@@ -182,7 +182,7 @@ def _numbered(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _call_of(net: nn.Module, inputs: Mapping[str, Tensor]) -> str:
-    """Whether ``forward`` takes inputs by their names, or one dictionary."""
+    """Whether ``forward`` takes inputs by name, or a single dictionary."""
     signature = inspect.signature(net.forward)
     with suppress(TypeError):
         signature.bind(**inputs)
@@ -201,19 +201,20 @@ def input_view(
     task: Task | None = None,
     taps: Sequence[str] | None = None,
 ) -> Backbone:
-    """A backbone for one image input of ``net``, the other inputs held at those of one sample.
+    """A backbone for one image input of ``net``, with the other inputs fixed at those of one sample.
 
     Args:
-        net: gives logits (1, K): ``net(**inputs)``, ``net(inputs)`` of a dict, ``net(*inputs)`` of a tuple.
+        net: returns logits (1, K) from ``net(**inputs)``, from ``net(inputs)`` for a dict, or from
+            ``net(*inputs)`` for a tuple.
         inputs: a dict of tensors by name, or a tuple, whose names are ``"input 0"``, ``"input 1"``, ...
             Each has a batch of one; images are (1, C, H, W), floats in [0, 1] or uint8.
-        name: of the image that the backbone takes.
-        mean, std: of images, as in :func:`~xattn.load_backbone`; a dict gives each input its own. By
-            default the network gets images as they are.
+        name: the image input that the backbone takes.
+        mean, std: normalisation of images, as in :func:`~xattn.load_backbone`; a dict sets them per
+            input. By default images are not normalised.
         class_names, task, taps: as in :func:`~xattn.load_backbone`.
 
     Raises:
-        ValueError: inputs of another form, no such image, or a network that fails on them.
+        ValueError: inputs of another form, no image of that name, or a network that fails on them.
 
     Example:
         >>> net = torch.nn.Bilinear(4, 2, 3)
@@ -244,24 +245,24 @@ def explain_inputs(
     seed: int = 0,
     batch_size: int = 8,
 ) -> dict[str, InputExplanation]:
-    """Explain every input of one sample, the others held fixed: images by maps, others by numbers.
+    """Explain every input of one sample with the others held fixed: images by maps, others by numbers.
 
     Args:
         net, inputs, mean, std, class_names, task: as in :func:`input_view`; at least one input is an image.
-        explainer: one or more names of :func:`~xattn.list_explainers`, for the images.
-        target: a class by number or name; by default the predicted one.
-        numbers: for other inputs, ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
-            ``"feature_ablation"`` of Captum; inputs that are no floats get the latter alone.
-        baselines: by name, what stands for an absent input, in its shape; zeros by default.
-        options: of explainers by name, such as ``{"occlusion": {"size": 8}}``.
+        explainer: one or more names from :func:`~xattn.list_explainers`, for the images.
+        target: a class by number or name; by default the predicted class.
+        numbers: methods for other inputs: ``"integrated_gradients"`` (arXiv 1703.01365, 50 steps) and
+            ``"feature_ablation"``, by Captum; inputs that are not floats get only the latter.
+        baselines: by input name, the value that represents an absent input, in its shape; zeros by default.
+        options: options of explainers by name, such as ``{"occlusion": {"size": 8}}``.
         output: the folder of a pack, in which each image input is a photo of that name, with the numbers of
             the others in its provenance.
 
     Returns:
-        By the inputs' names.
+        Explanations by input name.
 
     Raises:
-        ValueError: as :func:`input_view`; an unknown class or method, or a baseline of another shape.
+        ValueError: as in :func:`input_view`; an unknown class or method, or a baseline of another shape.
     """
     sample = _Sample(net, inputs, mean, std)
     if not sample.images:
@@ -311,17 +312,17 @@ def explain_inputs(
 def band_maps(
     backbone: Backbone, image: Tensor, explainer: str = "occlusion", target: int = 0, **options: Any
 ) -> Tensor:
-    """A map for each channel of an image, the other channels held fixed: (C, h, w).
+    """A map for each channel of an image, with the other channels held fixed: (C, h, w).
 
     Args:
         image: (C, H, W) or (1, C, H, W) in [0, 1].
         explainer: a method that reads pixels, by gradients or by hiding them; methods that read a layer
-            have one map for all channels. For ``"input_x_gradient"`` the maps sum to that of the image.
+            have a single map for all channels. For ``"input_x_gradient"`` the maps sum to the image's map.
         target: a class.
-        options: of the explainer.
+        options: options of the explainer.
 
     Raises:
-        ValueError: a method that reads a layer, or an image of another number of channels.
+        ValueError: a method that reads a layer, or an image with another number of channels.
     """
     image = image if image.ndim == 4 else image[None]
     backbone.check_channels(image, "image")
@@ -329,7 +330,7 @@ def band_maps(
     names, photos = _numbered(bands), backbone.preprocessing
     mean, std = (dict(zip(names, v, strict=True)) for v in (photos.mean, photos.std))
     sample = _Sample(_Bands(backbone), bands, mean, std)
-    task = None if backbone.task == "binary" else backbone.task  # two logits stand for one
+    task = None if backbone.task == "binary" else backbone.task  # two logits represent one
     maps = []
     for name in sample.images:
         view = sample.view(name, backbone.class_names, task)
@@ -344,7 +345,7 @@ def band_maps(
 
 
 class _Bands(nn.Module):
-    """A backbone whose channels are inputs, each normalised, (B, 1, H, W)."""
+    """A backbone whose channels are separate inputs, each normalised, (B, 1, H, W)."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -355,7 +356,7 @@ class _Bands(nn.Module):
 
 
 def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What stands for each input where it is absent, as the network gets it."""
+    """The value of each input when it is absent, as the network receives it."""
     unknown = next((name for name in given if name not in sample.raw), None)
     if unknown is not None:
         raise ValueError(f"baselines: {unknown!r} is no input; {did_you_mean(unknown, sample.raw)}")
@@ -373,7 +374,7 @@ def _baselines(sample: _Sample, given: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _function(sample: _Sample, name: str, task: Task) -> Callable[[Tensor], Tensor]:
-    """Logits (B, K) of one input, as the network gets it."""
+    """Logits (B, K) as a function of one input, as the network receives it."""
     bound = OneInput(sample.net, sample.given, name, sample.call).eval().requires_grad_(False)
 
     def function(x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ Source = Picture | ArrayImage
 
 
 def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
-    """(image_id, photo) pairs of what is at hand; see :func:`each_photo`.
+    """(image_id, photo) pairs of images in memory or on disk; see :func:`each_photo`.
 
     Raises:
-        ValueError: no image, or something that is none. FileNotFoundError: a missing path.
+        ValueError: no image, or something that is not an image. FileNotFoundError: a missing path.
     """
     pairs = list(each_photo(images, channels))
     if not pairs:
@@ -32,11 +32,11 @@ def named_photos(images: Any, channels: int = 3) -> list[tuple[str, Source]]:
 
 
 def each_photo(images: Any, channels: int = 3) -> Iterator[tuple[str, Source]]:
-    """(image_id, photo) pairs, one by one, of all that :mod:`xattn.photos.arrays` lists.
+    """(image_id, photo) pairs, one by one, of everything that :mod:`xattn.photos.arrays` lists.
 
-    Ids of files: :func:`~xattn.photos.image_names.photo_ids`; in a list of other things too, a file's id is
-    its name. "image 0" stands for the first image if it is a tensor, an array, or a PIL image without a
-    name.
+    For ids of files, see :func:`~xattn.photos.image_names.photo_ids`; in a list that also holds other
+    things, a file's id is its name. "image 0" is the id of the first image if it is a tensor, an array, or
+    a PIL image without a name.
     """
     if is_listed(images):
         photos = open_photos(images)
@@ -67,13 +67,13 @@ def named(sources: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_kind(image: Any) -> None:
-    """Raise a ``ValueError`` unless ``image`` is a photo in one of the forms that are taken."""
+    """Raise a ``ValueError`` unless ``image`` is a photo in one of the accepted forms."""
     if not isinstance(image, str | Source):
         raise ValueError(f"images: got a {type(image).__name__}; give {KINDS}")
 
 
 def file_name_of(source: Any) -> str:
-    """The name of a photo's file; empty if it has none."""
+    """The file name of a photo; empty if it has none."""
     if isinstance(source, StoredPhoto | Path | StorePath):
         return source.name
     path = getattr(source, "filename", "")

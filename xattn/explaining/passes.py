@@ -37,11 +37,11 @@ Classes = int | str | Sequence[int | str] | None
 def aimed(
     backbone: Backbone, explainers: Sequence[Any], classes: Classes, target: Any
 ) -> tuple[Backbone, Sequence[Any], Any]:
-    """Backbone, explainers and classes for ``target``: a class, by number or name, or a number of the
-    network's answer, for which the explainers are made again.
+    """Backbone, explainers and classes for ``target``: a class, by number or name, or another number in the
+    network's answer, for which the explainers are created again.
 
     Raises:
-        ValueError: ``classes`` and ``target`` together, or a target that does not fit.
+        ValueError: both ``classes`` and ``target`` are given, or the target does not fit.
     """
     if target is None:
         return backbone, explainers, classes
@@ -63,10 +63,10 @@ def aimed(
 
 
 class OneEach:
-    """One class a photo, LongTensor (N,) for N photos, which are known by their names.
+    """One class per photo, LongTensor (N,) for N photos, which are identified by name.
 
     Raises:
-        ValueError: another number of classes than photos, or one out of range.
+        ValueError: the number of classes is not the number of photos, or a class is out of range.
     """
 
     def __init__(self, backbone: Backbone, classes: Tensor, names: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class OneEach:
     def maps(
         self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, K), classes (B, 1) and maps (B, 1, h, w) of the photos of a batch."""
+        """Logits (B, K), classes (B, 1) and maps (B, 1, h, w) of the photos in a batch."""
         classes = torch.tensor([self.by_name[name] for name in names], device=pixels.device)
         with torch.no_grad():
             logits = explainer.backbone.logits(pixels)
@@ -85,10 +85,10 @@ class OneEach:
 
 
 class PredictedAndTrue:
-    """The predicted class of each photo, and where it is another one the true class.
+    """The predicted class of each photo and, if it differs, the true class.
 
     Args:
-        truth: the true class of each photo by its name, None where it is not known.
+        truth: the true class of each photo by name, None if it is unknown.
     """
 
     def __init__(self, truth: Mapping[str, int | None]) -> None:
@@ -96,7 +96,7 @@ class PredictedAndTrue:
 
     @staticmethod
     def asked(classes: object) -> bool:
-        """Whether these ``classes`` ask for it: ("predicted", "label"), or "predicted,label"."""
+        """Whether ``classes`` requests this: ("predicted", "label"), or "predicted,label"."""
         words = classes if isinstance(classes, list | tuple) else [classes]
         parts = [part.strip() for word in words for part in str(word).split(",")]
         return parts == ["predicted", "label"]
@@ -104,8 +104,8 @@ class PredictedAndTrue:
     def maps(
         self, explainer: Explainer, pixels: Tensor, names: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, K), classes (B, 2) and maps (B, 2, h, w) of the photos of a batch; where there is
-        one class alone, it stands twice."""
+        """Logits (B, K), classes (B, 2) and maps (B, 2, h, w) of the photos in a batch; if both classes are
+        the same, it is repeated."""
         logits, classes, maps = explainer.attribute_classes(
             pixels, lambda z: z.argmax(1, keepdim=True)
         )
@@ -125,11 +125,11 @@ class PredictedAndTrue:
 
 
 TrueClass = tuple[int | None, str | None]
-TOP = 5  # how many classes of every photo a pack names
+TOP = 5  # number of classes that a pack names for every photo
 
 
 class Prepared(NamedTuple):
-    """A photo that was read: the model's input (3, H, W), what it shows, and where the pixels are.
+    """A decoded photo: the model's input (3, H, W), what it shows, and the source of the pixels.
 
     ``thumbnail`` is the JPEG file for a pack, and ``picture`` its pixels for overlay pictures.
     """
@@ -153,9 +153,9 @@ def set_up(
     seed: int,
     clips: bool = False,
 ) -> tuple[Explainer, Choose | OneEach | PredictedAndTrue, dict[str, Any]]:
-    """Check the arguments of :func:`explain`: the explainer, its choice of classes, the protocol.
+    """Check the arguments of :func:`explain`; returns the explainer, its choice of classes, the protocol.
 
-    ``clips``: whether clips are explained whole.
+    ``clips``: whether clips are explained as a whole.
     """
     check("batch_size", batch_size, Count)
     if backbone.reads_clips and not clips:
@@ -193,7 +193,7 @@ def explain_batch(
 ) -> Iterator[Explanation]:
     """The explanations of prepared photos, photo by photo, in the order chosen for each.
 
-    ``truth`` has the true class by image_id; with ``features`` the facts of each photo hold what the
+    ``truth`` maps image_id to the true class; with ``features`` the facts of each photo include what the
     classifier reads of it.
     """
     pixels = torch.stack([item.pixels for item in batch]).to(backbone.device)
@@ -232,7 +232,7 @@ def explain_batch(
 def _features(
     record: FeatureRecord, logits: Tensor, backbone: Backbone
 ) -> Sequence[NDArray[np.float16] | None]:
-    """What the classifier read of each photo of a batch, (d,); None where that is not known."""
+    """What the classifier read of each photo in a batch, (d,); None if unknown."""
     rows = record.rows(logits)
     note = record.note or ("gives none, and the pack has none" if rows is None else "")
     if note:
@@ -244,10 +244,10 @@ def _features(
 
 
 def top_classes(probabilities: Tensor, backbone: Any) -> tuple[tuple[int, str, float], ...]:
-    """(K,) probabilities -> (class, its name, probability) of the five most probable; none of numbers that
-    are no probabilities.
+    """(K,) probabilities -> (class, its name, probability) of the five most probable; empty for numbers
+    that are not probabilities.
 
-    ``backbone``: what has the names of the classes and the task.
+    ``backbone``: provides class names and task.
     """
     if backbone.task == "regression":
         return ()
@@ -324,7 +324,7 @@ def warn_of_blank(named: Iterable[tuple[Explanation, str]]) -> None:
 
 
 def map_of(explanation: Explanation, photo: str) -> str:
-    """A map in words."""
+    """A map described in words."""
     return map_name(explanation.method, explanation.target_name, photo)
 
 

@@ -44,8 +44,8 @@ from xattn.photos.view import prepare_source
 from xattn.runtime.distributed import gather, processes, together
 from xattn.runtime.stores import StoreError
 
-FIRST = 20  # explanations that several processes return
-WAITING = 4  # photos that wait to be written while others are explained
+FIRST = 20  # number of explanations that several processes return
+WAITING = 4  # photos that may wait to be written while others are explained
 
 
 class Explanations(list[Explanation]):
@@ -53,8 +53,8 @@ class Explanations(list[Explanation]):
 
     Attributes:
         skipped: (file name, reason) of images that were left out.
-        photos, maps: how many were explained, also where not all of them are in the list.
-        blank: the maps that are constant, in words.
+        photos, maps: how many were explained, even if not all of them are in the list.
+        blank: descriptions of the maps that are constant.
     """
 
     skipped: list[tuple[str, str]]
@@ -65,7 +65,7 @@ class Explanations(list[Explanation]):
         self.skipped, self.blank = [], list[str]()
 
     def add(self, photo: Sequence[Explanation], keep: int | None = None) -> None:
-        """The explanations of a photo, in the list up to ``keep`` of all; constant maps are noted."""
+        """Add the explanations of a photo, up to ``keep`` in all; constant maps are recorded."""
         self.photos, self.maps = self.photos + 1, self.maps + len(photo)
         self.extend(photo if keep is None else photo[: max(0, keep - len(self))])
         self.blank += [map_of(e, e.file_name or e.image_id) for e in photo if e.is_blank]
@@ -110,39 +110,39 @@ def explain(
             :mod:`xattn.photos.sources`; or a PIL image, a tensor, a NumPy array, a list of any of these,
             or a loader of batches, see :mod:`xattn.photos.arrays`.
         backbone: the classifier; ``head``: a trained head of it.
-        explainer: a name of :func:`~xattn.explainers.list_explainers` or an explainer, also a trained
-            head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these, in a
-            list or by name, each with a pass of its own; by default the head.
-        classes: explain these (names or indices) in every photo, or with ``"predicted,label"`` the
-            predicted class and, of a mistake, the true one; by default the ``top`` most probable.
+        explainer: a name from :func:`~xattn.explainers.list_explainers` or an explainer, including a
+            trained head, a Captum object or a function (:mod:`xattn.explainers.own`); or several of these,
+            in a list or by name, each with its own pass; by default the head.
+        classes: explain these (names or indices) in every photo or, with ``"predicted,label"``, the
+            predicted class and, if it is wrong, the true one; by default the ``top`` most probable.
         view: ``"crop"``, as models are evaluated, or ``"whole"``, the entire photo, squeezed.
-        output: folder to write a pack to, photo by photo, see :func:`~xattn.packs.writer.pack_writer`. Of
-            several processes (:func:`~xattn.runtime.distributed.processes`) number r of n explains the
-            blocks r, r + n, ... of ``shard_photos`` photos, and the pack is the one that a single process
-            writes, byte by byte.
+        output: folder to write a pack to, photo by photo, see :func:`~xattn.packs.writer.pack_writer`. With
+            several processes (:func:`~xattn.runtime.distributed.processes`), process r of n explains the
+            blocks r, r + n, ... of ``shard_photos`` photos, and the pack is identical, byte by byte, to
+            that of a single process.
         batch_size: images per pass; max_pixels: larger photos are refused before they are decoded.
-        overlays: draw pictures for the pack, but not by several processes; progress: show a bar.
+        overlays: draw pictures for the pack (only with a single process); progress: show a bar.
         labels: the true classes of photos on disk, for the pack: ``"folders"`` or a file, see
             :func:`xattn.photos.labels.true_classes`.
-        target: instead of ``classes`` one class, or a LongTensor (N,) with one a photo; or a number of
-            the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a text; or a
-            list of functions and targets, which share each pass.
-        features: also keep what the classifier reads of each photo, of the first explainer's passes, in
+        target: instead of ``classes``, one class, or a LongTensor (N,) with one per photo; or another
+            number in the answer: a function of the logits, a :class:`~xattn.backbone.targets.Target`, or a
+            text; or a list of functions and targets, which share each pass.
+        features: also store what the classifier reads of each photo, from the first explainer's passes, in
             its ``facts`` and in the pack, for the viewer's map of the photos.
         bands: the three channels that pictures of tensors and arrays show as red, green and blue.
-        keep: how many explanations to return, the first ones, so that memory does not grow with the
-            maps; by default all, or 20 of several processes.
+        keep: how many explanations to return, counted from the first, so that memory does not grow with the
+            number of maps; by default all, or 20 with several processes.
 
     Returns:
         For each photo, method by method, its explanations by descending probability, or in the order of
         ``classes``. Photos that cannot be read, or are too long and narrow for a pack, are skipped with a
-        warning and listed in ``.skipped``; a single such photo raises. After Ctrl-C or an error what was
-        explained until then is a pack in ``output``, or in ``<output>-interrupted`` beside an earlier one;
-        several processes keep nothing.
+        warning and listed in ``.skipped``; if it is the only photo, an error is raised. After Ctrl-C or an
+        error, the explanations made so far are a pack in ``output``, or in ``<output>-interrupted`` beside
+        an earlier one; with several processes nothing is kept.
 
     Raises:
         ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
-            layout or range; a bad ``output``.
+            layout or range; an invalid ``output``.
         OSError: a missing path, or an ``output`` that cannot be written.
     """
     count, rank = (1, 0) if output is None else processes(backbone.device)
@@ -169,7 +169,7 @@ def _run(
     writer: PackWriter | None,
     keep: int | None,
 ) -> Explanations:
-    """Explain the blocks of this process; what is returned is of all processes that write a pack."""
+    """Explain the blocks of this process; the result is that of all processes if they write a pack."""
     result = Explanations()
     if writer is not None:
         result.skipped = writer.skipped
@@ -191,7 +191,7 @@ def _written(
     writer: PackWriter | None,
     skipped: list[tuple[str, str]],
 ) -> Iterator[list[Explanation]]:
-    """The explanations of each photo, which a thread writes while the next ones are explained."""
+    """The explanations of each photo; a thread writes them while the next photos are explained."""
     waiting: deque[Future[None]] = deque()
     total = len(work.sources) if isinstance(work.sources, list) else None
     bar = tqdm(
@@ -246,14 +246,14 @@ class Reading(NamedTuple):
     features: bool
     progress: bool
     stored: bool | None
-    """Whether pictures are kept for overlays; None where not even thumbnails are stored."""
+    """Whether to keep pictures for overlays; None if not even thumbnails are stored."""
     bands: Sequence[int] | None = None
     """The channels that pictures of arrays show as red, green and blue."""
 
 
 class Work(NamedTuple):
-    """What :func:`explain` has to do once its arguments were checked: ``jobs`` are those of
-    :func:`set_up`, and ``truth`` has the true classes by image_id."""
+    """What :func:`explain` has to do after its arguments were checked: ``jobs`` are those of
+    :func:`set_up`, and ``truth`` maps image_id to the true class."""
 
     sources: Iterable[tuple[str, Source]]
     backbone: Backbone
@@ -267,8 +267,8 @@ class Work(NamedTuple):
         skipped: list[tuple[str, str]],
         tell: Callable[[], object],
     ) -> Iterator[tuple[Prepared, list[Explanation]]]:
-        """Photos with their explanations; (file name, reason) of those that cannot be read go to
-        ``skipped``, and each that was read or skipped is told of."""
+        """Photos with their explanations. Photos that cannot be read are added to ``skipped`` as (file
+        name, reason); every photo, read or skipped, is reported."""
         alone = isinstance(self.sources, list) and len(self.sources) == 1
         for batch in _batches(sources, self.backbone, self.reading, skipped, alone, tell):
             by_photo: dict[str, list[Explanation]] = {item.image_id: [] for item in batch}
@@ -312,7 +312,7 @@ def _by_photo(
     sources: Iterable[tuple[str, Source]],
     truth: Mapping[str, TrueClass] | None,
 ) -> OneEach | PredictedAndTrue:
-    """Classes that are others for each photo: given one by one, or those that are true."""
+    """Classes that differ from photo to photo: given one by one, or true classes."""
     if isinstance(chosen, Tensor):
         return OneEach(backbone, chosen, [image_id for image_id, _ in sources])
     if truth is None:
@@ -323,7 +323,7 @@ def _by_photo(
 
 
 def _listed(explainer: Any, backbone: Backbone, seed: int, batch_size: int) -> Sequence[Any]:
-    """What ``explainer`` of :func:`explain` asks for, one by one; rows of a table have their names."""
+    """The explainers given to :func:`explain`, one by one; rows of a table keep their names."""
     if not isinstance(explainer, Mapping):
         return explainer if isinstance(explainer, list | tuple) else [explainer]
     about: dict[str, Any] = {"seed": seed, "max_forward_batch": batch_size}
@@ -390,10 +390,10 @@ def _prepared(
 
 
 def report(skipped: Sequence[tuple[str, str]], explained: int, warn: bool = True) -> None:
-    """Warn of the photos that were skipped beside so many that were explained.
+    """Warn about skipped photos, given the number of those that were explained.
 
     Raises:
-        ValueError: none was explained.
+        ValueError: no photo was explained.
     """
     count = explained + len(skipped)
     reasons = "; ".join(why if name in why else f"{name}: {why}" for name, why in skipped[:3])

@@ -1,4 +1,4 @@
-"""How a map was made: the record that goes into packs and results."""
+"""How a map was made: the record that packs and results store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xattn.backbone.scored import Scored
 from xattn.explainers import Explainer
 from xattn.runtime.version import __version__
 
-# What p is, by the task.
+# The definition of p for each task.
 P = {
     "multiclass": "softmax",
     "binary": "softmax",
@@ -19,7 +19,7 @@ P = {
 
 
 def provenance_of(backbone: Backbone, method: Explainer, view: str) -> dict[str, Any]:
-    """The record of how maps of ``method`` are made; ``target`` and ``notes`` only where there are any."""
+    """The record of how maps of ``method`` are made; ``target`` and ``notes`` only if there are any."""
     head = method.head if method.needs_head else None
     record = None
     if head is not None:

@@ -38,23 +38,24 @@ def segment_targets(
     """Targets for one photo: a class at a point or in a mask, or the network's own mask there.
 
     Args:
-        photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1], of the network's
-            channels; prepared as by :func:`xattn.explain`.
-        segmenter: of :func:`xattn.load_segmenter`.
-        at: (class, place) of each question. The class is a name, a number, or None for the likeliest one
-            there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array (H, W),
-            or the path of a picture that is not black there.
-        by: ``"class"``; or ``"mask"`` for the one mask, of a network that answers masks, whose probability
-            of the class times its own there is largest, :func:`~xattn.backbone.targets.at_query`.
+        photo: a path, a PIL image, or a tensor (3, H, W) or an array (H, W, 3) in [0, 1], with the
+            network's number of channels; prepared as in :func:`xattn.explain`.
+        segmenter: from :func:`xattn.load_segmenter`.
+        at: (class, place) for each question. The class is a name, a number, or None for the most probable
+            one there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array (H,
+            W), or the path of a picture that is not black there.
+        by: ``"class"``; or ``"mask"``, for a network that predicts masks, to explain the mask for which the
+            product of the class's probability and its own probability there is largest,
+            :func:`~xattn.backbone.targets.at_query`.
         view: as in :func:`xattn.explain`.
 
     Returns:
-        Targets for ``explain(photo, segmenter, target=...)``; p is the class's probability there, of a mask
-        its score.
+        Targets for ``explain(photo, segmenter, target=...)``; p is the probability of the class there, or
+        the score of a mask.
 
     Raises:
         ValueError: a place outside the photo or outside what the network sees, an unknown class, or a
-            network without the logits of pixels, or without masks.
+            network without pixel logits or without masks.
     """
     if by not in get_args(By):
         raise ValueError(f"by: got {by!r}; choose one of {', '.join(get_args(By))}")
@@ -85,8 +86,8 @@ def segment_targets(
 
 
 class _Asked(NamedTuple):
-    """A class, if one is asked for, and its place on the input; ``text`` and ``record`` say where that is
-    on the photo."""
+    """A class, if one was given, and its place on the input; ``text`` and ``record`` describe the place on
+    the photo."""
 
     label: int | None
     make: Callable[..., Place]
@@ -156,7 +157,7 @@ def _point(place: Any, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def _on_input(x: float, y: float, seen: View) -> tuple[float, float]:
-    """(row, column) of the middle of a pixel of the photo, as shares of the input."""
+    """(row, column) of the centre of a pixel of the photo, as fractions of the input."""
     shares = [
         ((value + 0.5) * resized / whole - start) / length
         for value, resized, whole, start, length in zip(
@@ -172,7 +173,7 @@ def _on_input(x: float, y: float, seen: View) -> tuple[float, float]:
 
 
 def _mask(place: Any, seen: View, segmenter: Backbone) -> tuple[Tensor, str]:
-    """(h, w) over the input, and the name of the file."""
+    """A mask (h, w) over the input, and the name of its file."""
     name = ""
     if isinstance(place, str | Path):
         name = Path(place).name
@@ -189,7 +190,7 @@ def _mask(place: Any, seen: View, segmenter: Backbone) -> tuple[Tensor, str]:
         )
     if not mask.any():
         raise ValueError("at: got a mask without a pixel; give one that marks a pixel or more")
-    if seen.mode == "tensor":  # which goes in as it is
+    if seen.mode == "tensor":  # used unchanged
         return torch.from_numpy(mask != 0).float(), name
     picture = Image.fromarray(np.where(mask != 0, 255, 0).astype(np.uint8)).convert("RGB")
     photos = replace(segmenter.preprocessing, mean=(0.0,) * 3, interpolation="box")

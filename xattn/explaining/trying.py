@@ -16,9 +16,9 @@ class Tried(NamedTuple):
     runs: bool
     options: dict[str, Any]
     absorbed: float | None
-    """Of relevance methods, the share of a logit that reaches nothing."""
+    """For relevance methods, the share of a logit that reaches nothing."""
     reason: str
-    """Why the defaults do not run."""
+    """Why the default options do not run."""
 
     def __str__(self) -> str:
         if not self.runs:
@@ -29,7 +29,7 @@ class Tried(NamedTuple):
 
 
 def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
-    """How an explainer does on a picture of noise, by its defaults, else by options of its cases.
+    """Try an explainer on a picture of noise with its defaults, or else with options from its cases.
 
     >>> import xattn
     >>> from xattn.explainers.base import EXPLAINERS
@@ -43,9 +43,9 @@ def tried(entry: ExplainerEntry, backbone: Backbone) -> Tried:
     for options in entry.cases if {} in entry.cases else ({}, *entry.cases):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is lost is in the answer
+                warnings.simplefilter("ignore")  # losses are part of the result
                 explainer = create_explainer(entry.name, backbone, **options)
-                if explainer.forwards == 1:  # others make the same passes of many pictures
+                if explainer.forwards == 1:  # others run the same passes on many pictures
                     explainer.attribute(probe_image(backbone), 0)
                 measured = getattr(explainer, "measured", None)
         except (ValueError, RuntimeError) as error:

@@ -4,11 +4,11 @@
     iAT   r_t = alpha_t . D_t, D_t = (s_t - s_k)_k / norm: the same in alpha         arXiv 2009.12064
     VAT   d <- dKL(p(s) | p(s + r))/dr at r = xi d / |d|, repeated,  r = eps d / |d| arXiv 2104.08763
     iVAT  the same in alpha
-    released iAT   -1 times the r of AT, which is what the authors' program computes
+    released iAT   -1 times the r of AT, as computed by the authors' program
     loss  L(s) + weight L(s + r)   (AT, both iAT, random),   L(s) + weight KL(p(s) | p(s + r))   (VAT, iVAT)
 
 s (B, Q, T) are scores before the softmax. |.| runs over the tokens, so each query of each example has its
-own change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along D_t moves r, so iAT
+own change r of norm eps; r is held fixed in the loss. Only the part of alpha_t along D_t changes r, so iAT
 never needs the T x T differences: with m_t = |D_t|, alpha_t = a_t D_t / m_t gives r = m a, dL/da = m g.
 """
 
@@ -61,9 +61,9 @@ class Perturbation:
 
     Args:
         epsilon: norm of r over the tokens, for each example and query.
-        weight: of the loss at s + r, added to the clean loss.
+        weight: weight of the loss at s + r, which is added to the clean loss.
         seed: random numbers are a function of it and of ``step``, which each call of :meth:`loss`
-            raises by 1. A resumed run sets ``step``. Where several processes share a batch, each sets
+            increments. A resumed run sets ``step``. If several processes share a batch, each sets
             ``examples`` to its rows and the size of the batch: numbers are drawn for the whole batch.
     """
 
@@ -78,7 +78,7 @@ class Perturbation:
 
         Args:
             scores: (B, Q, T) or (B, T), before the softmax; -inf masks a position.
-            loss_fn: scores -> losses (B,), or their sum. AT and iAT raise it; for VAT and iVAT it is the
+            loss_fn: scores -> losses (B,), or their sum. AT and iAT increase it; for VAT and iVAT it is the
                 divergence from the prediction at ``scores``, see :func:`divergence`.
             mask: (B, T), true at real tokens. At masked tokens r is exactly 0.
         """
@@ -98,9 +98,9 @@ class Perturbation:
             scores: as for :meth:`perturbation`, with the graph that computed them.
             predict: scores -> logits (B, K). It runs on s and on s + r, for VAT also in each iteration,
                 with the same dropout each time; the scores themselves are computed once.
-            target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also take None.
-            module: the module whose BatchNorm layers ``predict`` runs; their running statistics are then
-                updated by the clean pass only.
+            target: class indices (B,), -100 for an unlabelled example. VAT and iVAT also accept None.
+            module: the module whose BatchNorm layers ``predict`` runs; then only the clean pass updates
+                their running statistics.
         """
         valid = _valid(scores, mask)
         wide = widen(scores)
@@ -130,7 +130,7 @@ class Perturbation:
         return _unit(noise.to(scores.device).masked_fill(~valid, 0.0))
 
     def _stretch(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """m in r = m a, where a is the variable of the gradient."""
+        """m in r = m a, where the gradient is taken with respect to a."""
         return scores.new_ones(())
 
     def _sized(self, r: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class PerturbationEntry:
 
 
 def register_perturbation(name: str) -> Callable[[type[Perturbation]], type[Perturbation]]:
-    """Class decorator: make a method known to :func:`create_perturbation` under ``name``."""
+    """Class decorator: register a method for :func:`create_perturbation` under ``name``."""
     return METHODS.register(PerturbationEntry(name))
 
 
@@ -162,7 +162,7 @@ PERTURBATIONS: Table[type[Perturbation]] = METHODS.classes()
 
 @register_perturbation("none")
 class NoPerturbation(Perturbation):
-    """The clean loss alone."""
+    """Only the clean loss."""
 
     def __init__(self, epsilon: float = 0.0, weight: float = 0.0, seed: int = 0) -> None:
         self.epsilon, self.weight, self.seed, self.step = epsilon, weight, seed, 0
@@ -176,7 +176,7 @@ class NoPerturbation(Perturbation):
 
 @register_perturbation("at")
 class AttentionAT(Perturbation):
-    """The change that raises the loss most, to first order."""
+    """The change that increases the loss most, to first order."""
 
     def perturbation(self, scores: Tensor, loss_fn: LossFn, mask: Tensor | None = None) -> Tensor:
         leaf = widen(scores).detach().requires_grad_()
@@ -211,11 +211,11 @@ class RandomPerturbation(Perturbation):
 
 @register_perturbation("vat")
 class AttentionVAT(Perturbation):
-    """The change that moves the prediction most; no labels are read.
+    """The change that affects the prediction most; no labels are read.
 
     Args:
         xi: length of the step at which the divergence is differentiated (its gradient at 0 is 0).
-        iterations: of the power method.
+        iterations: iterations of the power method.
     """
 
     def __init__(
@@ -274,14 +274,14 @@ class _Differences(Perturbation):
 
 @register_perturbation("iat")
 class AttentionIAT(_Differences, AttentionAT):
-    """AT w.r.t. the weights alpha of the differences between the scores of an example.
+    """AT with respect to the weights alpha of the differences between the scores of an example.
 
     Args:
         norm: ``"matrix"`` divides all differences by |D|, so that r is larger where a score stands out.
             ``"row"`` divides each D_t by its own norm, which gives AT's r wherever scores differ.
             ``"released"`` is what the authors' program computes, -1 times AT's r: it takes differences
-            between sentences, which cancel in the gradient w.r.t. r, and flips the sign.
-        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha has, as in the paper.
+            between sentences, which cancel in the gradient with respect to r, and flips the sign.
+        rescale: whether r has norm epsilon, for comparison with AT; otherwise alpha does, as in the paper.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class AttentionIATReleased(AttentionIAT):
 
 @register_perturbation("ivat")
 class AttentionIVAT(_Differences, AttentionVAT):
-    """VAT w.r.t. the weights alpha of :class:`AttentionIAT`, with its ``rescale`` and its ``norm``
+    """VAT with respect to the weights alpha of :class:`AttentionIAT`, with its ``rescale`` and ``norm``
     (``"matrix"`` or ``"row"``)."""
 
     def __init__(
@@ -349,8 +349,8 @@ def head_loss(
 ) -> Tensor:
     """:meth:`Perturbation.loss` of a head's predictions for labels (B,).
 
-    s + r takes the place of the head's scores, which are formed once for all passes; without a
-    perturbation they stay inside the pooling op.
+    s + r replaces the head's scores, which are computed once for all passes; without a perturbation they
+    stay inside the pooling op.
     """
     if isinstance(perturbation, NoPerturbation):
         perturbation.step += 1
@@ -364,7 +364,7 @@ def head_loss(
 
 
 def divergence(clean: Tensor, changed: Tensor) -> Tensor:
-    """KL(p | q) (B,) of softmax p of logits ``clean``, held fixed, and q of ``changed`` (B, K)."""
+    """KL(p | q) (B,) of the softmax p of logits ``clean``, held fixed, and q of ``changed`` (B, K)."""
     p, q = (F.log_softmax(widen(logits), -1) for logits in (clean.detach(), changed))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
@@ -374,15 +374,15 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _mean(losses: Tensor, target: Tensor) -> Tensor:
-    """Over the labelled examples; the losses of the others are 0."""
+    """Mean over the labelled examples; the losses of the others are 0."""
     return losses.sum() / (target != UNLABELLED).sum().clamp_min(1)
 
 
 def _gradient(loss: Tensor, at: Tensor, retain_graph: bool = False) -> Tensor:
-    """dL/d(at) up to a positive factor, since only directions count.
+    """dL/d(at) up to a positive factor, because only directions count.
 
-    The factor keeps small gradients in the range of half precision. All examples of all processes have the
-    same one: BatchNorm may couple them, and different factors would then change the directions.
+    The factor keeps small gradients in the range of half precision. It is the same for all examples in all
+    processes: BatchNorm may couple them, and different factors would then change the directions.
     """
     loss = SCALE * loss.sum()
     return torch.autograd.grad(loss, at, retain_graph=retain_graph)[0]
@@ -396,7 +396,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Where the scores (B, Q, T) or (B, T) are real; ``mask`` is (B, T), or of their shape."""
+    """Where the scores (B, Q, T) or (B, T) are real; ``mask`` is (B, T), or has their shape."""
     valid = scores.detach() > -torch.inf
     if mask is None:
         return valid
@@ -406,7 +406,7 @@ def _valid(scores: Tensor, mask: Tensor | None) -> Tensor:
 def _replaying(predict: LossFn, device: torch.device) -> LossFn:
     """``predict`` with the random numbers, such as dropout's, that it would draw now.
 
-    Two passes then differ by their scores only; with different dropout KL(p(s) | p(s)) would not be 0.
+    Two passes then differ only in their scores; with different dropout KL(p(s) | p(s)) would not be 0.
     """
     state = torch.get_rng_state()
     cuda = [device] if device.type == "cuda" else []

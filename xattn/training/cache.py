@@ -1,11 +1,11 @@
-"""A cache of rows, one a photo and crop, in a folder of safetensors shards that are bound to a key.
+"""A cache of rows, one per photo and crop, in a folder of safetensors shards that are bound to a key.
 
     key.json                             what the numbers depend on
     rows-00000016-00000032.safetensors   rows 16 to 31: the tensors of a row by name, each (16, ...)
 
 Row c n + i is crop c of photo i of n. The metadata of a shard name its photos, say why some could not be
-read, and hold one SHA-256 of all that and of its tensors. A shard gets its name once it is whole, so a
-killed run leaves whole shards, and the next one computes the others: also those that are damaged.
+read, and contain one SHA-256 of all this and of its tensors. A shard gets its name only when it is
+complete, so a killed run leaves complete shards, and the next run computes the missing and damaged ones.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from xattn.runtime.files import atomic_file, open_tensors, write_json
 from xattn.training.data import TrainImages, load_batches
 from xattn.training.run_folder import LOCK_FILE, locked
 
-KEY, RECORD = "key.json", "xattn"  # the file of the key; the metadata of a shard
+KEY, RECORD = "key.json", "xattn"  # the file with the key; the metadata entry of a shard
 SHARD = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
-OPEN = 4096  # shards that a reader keeps mapped
+OPEN = 4096  # largest number of shards that a reader keeps mapped
 
 
 @dataclass(frozen=True)
 class CacheKind:
-    """One use of a cache, in words for its messages."""
+    """One use of a cache, with the words for its messages."""
 
     argument: str
-    """What messages begin with: the argument that names the folder."""
+    """The start of messages: the argument that names the folder."""
     holds: str
-    """What such a folder holds."""
+    """What such a folder contains."""
     version: int
-    """Of the format of the rows."""
+    """Version of the row format."""
     verb: str
-    """What its function does, for "delete it and VERB again"."""
+    """The action that fills it, for "delete it and VERB again"."""
     thorough: bool
-    """Whether every shard is compared with its checksum when the folder is opened. Else each is when it is
-    read for the first time."""
+    """Whether every shard is compared with its checksum when the folder is opened. Otherwise each is
+    checked when it is read for the first time."""
     smaller: str = ""
-    """An option that takes less space, as a part of a sentence."""
+    """An option that needs less space, as part of a sentence."""
 
 
 FEATURES = CacheKind("features", "features", 3, "cache", False, "use dtype='float16', ")
@@ -66,8 +66,8 @@ OUTCOMES = CacheKind("table", "table of outcomes", 2, "compute", True)
 
 
 class Shard(NamedTuple):
-    """The rows ``start`` to ``stop`` - 1, the names of their photos, and why each could not be read, ""
-    where it could be."""
+    """The rows ``start`` to ``stop`` - 1, the names of their photos, and why each could not be read, or
+    ""."""
 
     path: Path
     start: int
@@ -78,12 +78,13 @@ class Shard(NamedTuple):
 
 
 class Cache:
-    """The shards in ``folder`` that belong to ``key``, which has the count of ``photos`` and of ``crops``.
+    """The shards in ``folder`` that belong to ``key``, which includes the numbers of ``photos`` and
+    ``crops``.
 
     Args:
-        names: of the photos; by default those of the time of writing.
+        names: names of the photos; by default those at the time of writing.
 
-    Attributes: ``shards``, in the order of their rows; ``damaged``, files that are not as they were
+    Attributes: ``shards``, in the order of their rows; ``damaged``, files that differ from what was
     written.
 
     """
@@ -118,13 +119,13 @@ class Cache:
 
     @property
     def whole(self) -> bool:
-        """Whether all rows are there."""
+        """Whether all rows exist."""
         return bool((self._shard_of >= 0).all())
 
     @functools.cached_property
     def photos(self) -> tuple[list[int], list[str], list[tuple[str, str]]]:
-        """Of a whole cache: the numbers and names of the photos that could be read in all crops, and (name,
-        reason) of the others."""
+        """For a complete cache: the numbers and names of the photos that could be read in all crops, and
+        (name, reason) of the others."""
         names, reasons = [""] * self.count, [""] * self.count
         for shard in self.shards:
             for row, name, reason in zip(
@@ -138,17 +139,17 @@ class Cache:
         return kept, [names[i] for i in kept], skipped
 
     def rows(self, numbers: Tensor) -> dict[str, Tensor]:
-        """The rows of a LongTensor (B,), by name of the tensor, each (B, ...).
+        """The rows with the numbers (B,), a LongTensor, by tensor name, each (B, ...).
 
         Raises:
-            ValueError: a shard is not as it was written.
+            ValueError: a shard differs from what was written.
         """
         places = zip(numbers.tolist(), self._shard_of[numbers].tolist(), strict=True)
         found = [(self._checked(n), row - self.shards[n].start) for row, n in places]
         return {name: torch.stack([t[name][i] for t, i in found]) for name in found[0][0]}
 
     def first_row(self) -> dict[str, Tensor]:
-        """A row, for its shapes."""
+        """One row, for its shapes."""
         return self.rows(torch.tensor([self.shards[0].start]))
 
     def _checked(self, number: int) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ class Cache:
     # ------------------------------------------------------------------ writing
 
     def missing(self, crop: int, size: int) -> list[range]:
-        """Numbers of the photos without a row of ``crop``, in blocks of at most ``size`` neighbours."""
+        """Numbers of the photos without a row for ``crop``, in blocks of at most ``size`` neighbours."""
         lacks = (self._shard_of.view(self.crops, self.count)[crop] < 0).nonzero()[:, 0].tolist()
         blocks: list[range] = []
         for photo in lacks:
@@ -185,7 +186,7 @@ class Cache:
 
     @property
     def missing_rows(self) -> int:
-        """How many rows are missing."""
+        """The number of missing rows."""
         return int((self._shard_of < 0).sum())
 
     def require_room(self, row_bytes: int) -> None:
@@ -209,11 +210,11 @@ class Cache:
         progress: bool,
         desc: str,
     ) -> None:
-        """Compute the missing rows that fall to ``process``, (rank, ranks), in blocks of ``size`` photos.
+        """Compute the missing rows of ``process``, (rank, ranks), in blocks of ``size`` photos.
 
         Args:
-            compute: ``compute(crop, photos, images, readable)`` -> the rows of a block, each (n, ...), of
-                the images (B, 3, H, W) of those that could be read, at the places ``readable``.
+            compute: ``compute(crop, photos, images, readable)`` -> the rows of a block, each (n, ...), from
+                the images (B, 3, H, W) of the readable photos, whose positions are ``readable``.
         """
         rank, ranks = process
         photos.open_shards = max(photos.open_shards, 2)
@@ -226,7 +227,7 @@ class Cache:
                     photos, preprocessing, self.key["seed"] or 0, crop > 0, self.key["max_pixels"]
                 )
                 blocks = self.missing(crop, size)
-                share = -(-len(blocks) // ranks)  # neighbours, as shards of photos are read
+                share = -(-len(blocks) // ranks)  # neighbours, because shards are read in order
                 mine = blocks[rank * share : (rank + 1) * share]
                 keys = [[(crop, i) for i in block] for block in mine]
                 with contextlib.closing(load_batches(images, keys, workers)) as batches:
@@ -244,7 +245,7 @@ class Cache:
     def _write(
         self, start: int, names: list[str], reasons: list[str], tensors: Mapping[str, Tensor]
     ) -> None:
-        """Write the rows from ``start`` on as one shard."""
+        """Write the rows starting at ``start`` as one shard."""
         tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         record = {"key": self.digest, "start": start, "names": names, "reasons": reasons}
         record["sha256"] = _sha256(record, tensors)
@@ -259,7 +260,7 @@ def _store(path: Path, data: bytes) -> None:
 
 
 def _shard(path: Path, digest: str) -> Shard:
-    """What the name and the metadata of a file say; an error if they are not of a shard under that key."""
+    """The shard described by a file's name and metadata; an error if it does not belong to that key."""
     match = SHARD.fullmatch(path.name)
     if match is None:
         raise ValueError("its name is none")
@@ -275,7 +276,7 @@ def _shard(path: Path, digest: str) -> Shard:
 
 
 def _sha256(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Of a shard's record, its own entry aside, and of its tensors."""
+    """SHA-256 of a shard's record, without the hash itself, and of its tensors."""
     digest = hashlib.sha256()
     for part in (
         {name: value for name, value in record.items() if name != "sha256"},
@@ -289,7 +290,7 @@ def _sha256(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def key_digest(key: dict[str, Any]) -> str:
-    """SHA-256 of a key, whatever the order of its entries."""
+    """SHA-256 of a key, independent of the order of its entries."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
@@ -306,10 +307,10 @@ def filled_cache(
 ) -> Cache:
     """The cache of ``photos`` in ``folder``; ``fill`` computes what is missing, in all processes.
 
-    A cache that is whole is read without a lock, so many runs may read it.
+    A complete cache is read without a lock, so many runs can read it.
 
     Raises:
-        ValueError: ``folder`` holds anything else or is in use, or no photo could be read. OSError: it
+        ValueError: ``folder`` contains anything else or is in use, or no photo could be read. OSError: it
             cannot be written.
     """
     names = [photos.name(i) for i in range(len(photos))]
@@ -332,7 +333,7 @@ def filled_cache(
 
 
 def _as_it_is(folder: Path, key: dict[str, Any], kind: CacheKind, names: list[str]) -> Cache | None:
-    """The cache, if it is whole and has this key."""
+    """The cache, if it is complete and has this key."""
     try:
         if _key(folder) != key:
             return None
@@ -344,7 +345,7 @@ def _as_it_is(folder: Path, key: dict[str, Any], kind: CacheKind, names: list[st
 
 @contextlib.contextmanager
 def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[None]:
-    """Own ``folder``, which is new or holds rows with this ``key``."""
+    """Lock ``folder``, which is new or contains rows with this ``key``."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{kind.argument}: {folder} is a file; name a folder")
     held = folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK_FILE}
@@ -353,10 +354,10 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
             raise ValueError(
                 f"{kind.argument}: {folder} is not empty and holds no {kind.holds}; choose a new one"
             )
-        if any(folder.glob("rows-*")):  # otherwise nothing is worth keeping
+        if any(folder.glob("rows-*")):  # otherwise there is nothing to keep
             _refuse(folder, key, kind)
     with locked(folder, kind.argument):
-        for leftover in folder.glob(".rows-*"):  # of a run that was killed while writing
+        for leftover in folder.glob(".rows-*"):  # from a run that was killed while writing
             leftover.unlink()
         try:
             same = _key(folder) == key
@@ -374,7 +375,7 @@ def _claimed(folder: Path, key: dict[str, Any], kind: CacheKind) -> Iterator[Non
 
 
 def _is_ours(folder: Path, key: dict[str, Any]) -> bool:
-    """Whether a shard belongs to ``key``, whatever became of the file with the key."""
+    """Whether a shard belongs to ``key``, whatever happened to the key file."""
     digest = key_digest(key)
     for path in folder.glob("rows-*"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):

@@ -1,7 +1,7 @@
 """Training images whose augmentation is a pure function of (seed, epoch, index).
 
-Nothing here reads global random state, so a resumed run sees the same pixels as an uninterrupted one, with
-or without loader workers.
+Nothing here uses the global random state, so a resumed run sees the same pixels as an uninterrupted one,
+with or without loader workers.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ RESTARTS = 3
 class TrainImages(Dataset[Sample]):
     """Photos as (3, H, W) tensors in [0, 1]; item ``(epoch, index)`` is (index, image or None, error).
 
-    With ``augment`` the shorter side is resized to input / crop_pct, then follow a random crop and a
+    With ``augment``, the shorter side is resized to input / crop_pct, followed by a random crop and a
     flip (T-TAME's recipe); without it, photos get the model's own evaluation transform. For a photo that
-    cannot be read the image is None, and the error is the reason.
+    cannot be read, the image is None and the error is the reason.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ def epoch_batches(
     ranks: int = 1,
     streams: int = 1,
 ) -> list[list[Key]]:
-    """Keys of the batches of ``epoch`` from step ``first`` on, for process ``rank`` of ``ranks``.
+    """Keys of the batches of ``epoch``, starting at step ``first``, for process ``rank`` of ``ranks``.
 
     All processes take the same number of steps; the last batch of some may be empty. Streamed photos are
-    dealt out in ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that each of
-    as many loader workers reads its own shards front to back. Pieces are equally long, so two of them
-    may share a shard.
+    divided into ``streams`` pieces: batch i of a process continues piece i % ``streams``, so that, with as
+    many loader workers, each reads its own shards from start to end. Pieces are equally long, so two of
+    them may share a shard.
     """
     order = photos.order(seed, epoch)
     steps = steps_per_epoch(len(order), batch_size, ranks)
@@ -178,12 +178,12 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """The batches of ``keys``, even if loader processes die.
 
-    Batches are a function of their keys, so new processes go on from the batch that is due, with the
-    same pixels.
+    Batches are a function of their keys, so new processes continue from the next batch, with the same
+    pixels.
 
     Raises:
         ChildProcessError: the loader processes died more than :data:`RESTARTS` times at one batch, or once
-            when the run was being ``stopped()``.
+            while the run was being ``stopped()``.
     """
     done = failures = 0
     with _QuietSigchld() as quiet:
@@ -203,7 +203,7 @@ def load_batches(
                     raise StoreError(_last_line(error).partition("StoreError: ")[2]) from None
                 if not workers:
                     raise
-                traceback.clear_frames(error.__traceback__)  # or the old loader would live on
+                traceback.clear_frames(error.__traceback__)  # else the old loader would survive
                 reason = _last_line(error) or type(error).__name__
                 if failures >= RESTARTS or stopped():
                     raise ChildProcessError(
@@ -223,7 +223,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _batches(loader: DataLoader[Batch], quiet: _QuietSigchld) -> Generator[Batch, None, None]:
-    """The batches of one loader; a worker's death is an error of the batch that waits for it."""
+    """The batches of one loader; a worker's death becomes an error of the batch that waits for it."""
     batches = iter(loader)
     if loader.num_workers:
         quiet.install()
@@ -236,9 +236,9 @@ def _batches(loader: DataLoader[Batch], quiet: _QuietSigchld) -> Generator[Batch
 class _QuietSigchld:
     """Suppresses the errors of torch's SIGCHLD handler, from ``install`` to the end of the block.
 
-    torch also raises a worker's death from that handler, that is, in the middle of any statement of the
-    main thread: an optimizer step could be left half done. Old workers may end late, so the block spans
-    all loaders, one after the other.
+    torch also reports a worker's death from that handler, which can interrupt any statement of the main
+    thread: an optimizer step could be left half done. Old workers may end late, so the block spans
+    all loaders in sequence.
     """
 
     def __enter__(self) -> _QuietSigchld:
@@ -269,7 +269,7 @@ class _QuietSigchld:
 class PhotoBatch:
     """One process's share of a batch of ``epoch``.
 
-    ``images`` (B, 3, H, W) are those that could be read, or None; ``unreadable`` holds (index, reason) of
+    ``images`` (B, 3, H, W) are those that could be read, or None; ``unreadable`` lists (index, reason) of
     the others; ``failure`` is an error that ends the run.
     """
 
@@ -284,12 +284,12 @@ class PhotoBatch:
 
 
 class PhotoBatches:
-    """All batches of a run: ``per_epoch`` in an epoch, ``total`` of them.
+    """All batches of a run: ``per_epoch`` in each epoch, ``total`` in all.
 
     Args:
-        rank, ranks: which of how many processes this is.
-        resumed: the folder of a run that is resumed, or None. Shards are dealt out among as many loader
-            workers as it was started with, or the order would change.
+        rank, ranks: number of this process, and number of processes.
+        resumed: the folder of a run that is resumed, or None. Shards are divided among as many loader
+            workers as the run was started with, to preserve the order.
 
     Raises:
         ValueError: fewer photos than processes.
@@ -318,18 +318,18 @@ class PhotoBatches:
         self.streams = 1
         if photos.streamed:
             self.streams = max(first_workers(resumed, config.workers), 1)
-            # With other workers than at the start a worker follows several streams, each of which may
-            # be between two shards.
+            # With another number of workers than at the start, a worker follows several streams, each
+            # of which may be between two shards.
             followed = self.streams // math.gcd(self.streams, max(config.workers, 1))
             photos.open_shards = 1 if followed == 1 else 2 * followed
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run it resumes."""
+        """What a resumed run must have in common with the original run."""
         streams = {"streams": self.streams} if self.photos.streamed else {}
         return {**self.photos.describe(), **streams}
 
     def from_step(self, step: int, stopped: Callable[[], int]) -> Generator[PhotoBatch, None, None]:
-        """The batches from ``step`` on, to the end of the last epoch.
+        """The batches from ``step`` to the end of the last epoch.
 
         Loader processes that die are not replaced once ``stopped()`` is true.
         """

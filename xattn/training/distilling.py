@@ -1,13 +1,13 @@
-"""``distill``: train the mechanism of a converted network to attend as the softmax that it replaces.
+"""``distill``: train the mechanism of a converted network to attend like the softmax that it replaces.
 
     L = mean over layers and photos of   w |y' - y|^2 / |y|^2 + mean_i KL(P_i || A_i) + own losses
 
 y and P are outputs and sampled rows of the trained softmax, y' and A those of the mechanism, for the
-tokens that reach the layer in the network as it was trained, so all layers learn in one pass. Rows are
-left out where they are no shares of attention. Then the same may be learned for the tokens that reach the
-layer in the converted network, with the errors of the layers before. Afterwards the mechanism and low-rank
-updates of the projections, or the whole network, may be trained on KL(softmax z || softmax z'), z being the
-network's own logits. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
+tokens that reach the layer in the original network, so all layers learn in one pass. Rows are left out if
+they are not shares of attention. Then the same can be learned for the tokens that reach the layer in the
+converted network, including the errors of earlier layers. Afterwards the mechanism and low-rank updates of
+the projections, or the whole network, can be trained on KL(softmax z || softmax z'), with the network's own
+logits z. No labels are read. The procedure is that of Hedgehog (arXiv 2402.04347) and LoLCATs
 (arXiv 2410.10254).
 """
 
@@ -46,16 +46,16 @@ from xattn.training.students.distilled import (
 )
 
 CONVERSION_FOLDER, REPORT = "conversion", "report.json"
-HELD_OUT = 10  # one of so many photos is measured on, not trained on
+HELD_OUT = 10  # one in this many photos is used for measuring and not for training
 TEACHER, STUDENT, FINETUNE = range(3)  # the parts of training
 
 
 @dataclass
 class DistillResult:
-    """What :func:`distill` returns.
+    """The result of :func:`distill`.
 
-    ``backbone`` is the converted one with what was trained, ``before`` and ``after`` say how close it is
-    to the one it was made from. ``main`` is False in the other processes of a distributed run.
+    ``backbone`` is the converted one with its trained parameters; ``before`` and ``after`` say how close it
+    is to the original. ``main`` is False in the other processes of a distributed run.
     """
 
     backbone: Backbone
@@ -83,24 +83,24 @@ def distill(
     resume: bool = False,
     progress: bool = True,
 ) -> DistillResult:
-    """Convert a copy of ``model`` and train what the mechanism adds; ``model`` stays as it is, bit for bit.
+    """Convert a copy of ``model`` and train what the mechanism adds; ``model`` itself is not changed.
 
     Args:
         model: a backbone, or a timm ViT.
-        name, layers, options: of the mechanism, as in :func:`~xattn.attention.convert`.
+        name, layers, options: mechanism, layers and options, as in :func:`~xattn.attention.convert`.
         data: photos, see :mod:`xattn.photos.sources`. No labels are read.
-        validation: photos to measure on; by default one of ten of ``data``, which is not trained on.
+        validation: photos for measuring; by default one in ten of ``data``, which is then not trained on.
         config: see :class:`~xattn.config.DistillConfig`.
-        start: the folder of a trained conversion of the same mechanism and layers, from whose mechanisms
-            training goes on. It must hold nothing of the network itself.
+        start: the folder of a trained conversion with the same mechanism and layers, from which training
+            continues. It must contain no weights of the network itself.
         output: folder for log, checkpoints, ``report.json`` and the folder ``conversion``, see
             :func:`~xattn.backbone.load_conversion`; None keeps everything in memory.
-        resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
+        resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads).
 
     Raises:
-        ValueError: a model that is converted already or cannot be, nothing to train, no photos, a loss that
-            is not finite, or ``output`` holds another run.
+        ValueError: a model that is already converted or cannot be, nothing to train, no photos, a loss that
+            is not finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
     """
     config = config or DistillConfig()
@@ -125,13 +125,13 @@ def distill(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos to train on, and those to measure on: one of ten unless they are given."""
+    """The photos for training and for measuring: one in ten, unless the latter are given."""
     photos = open_photos(data)
     return every_nth(photos, HELD_OUT) if validation is None else (photos, open_photos(validation))
 
 
 class _State(PhotoLoopState):
-    """How close the network was before, the seconds of training, and the unreadable photos."""
+    """Closeness of the network before training, training time in seconds, and unreadable photos."""
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
@@ -140,7 +140,7 @@ class _State(PhotoLoopState):
 
     @property
     def seconds(self) -> float:
-        """Of training, with the runs that this one resumes."""
+        """Training time, including the runs that this one resumes."""
         return self._earlier + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,9 +243,9 @@ def _write(
 def _step(
     run: Run[Student], batch: PhotoBatch, counts: list[int], per_epoch: int
 ) -> dict[str, float]:
-    """Take one step; the losses, averaged over all images of all processes.
+    """Take one step; returns the losses, averaged over all images of all processes.
 
-    A process without a readable image takes part with a grey one, of weight 0.
+    A process without a readable image takes part with a grey image of weight 0.
     """
     student, config = run.head.train(), run.config
     assert isinstance(config, DistillConfig)
@@ -270,9 +270,9 @@ def _step(
 def layer_losses(
     student: Student, images: Tensor, config: DistillConfig, step: int, own_tokens: bool = False
 ) -> dict[str, Tensor]:
-    """``loss`` and its terms, means over the layers; gradients reach the mechanisms alone.
+    """``loss`` and its terms, means over the layers; gradients reach only the mechanisms.
 
-    The tokens are those of the network as it was trained, or with ``own_tokens`` the converted one's.
+    The tokens are those of the original network or, with ``own_tokens``, those of the converted one.
     """
     teacher, numbers = student.teacher, student.conversion.layers
     passes = softmax_passes(student, images, own_tokens)
@@ -304,8 +304,8 @@ def layer_losses(
 
 @torch.no_grad()
 def softmax_passes(student: Student, images: Tensor, own_tokens: bool) -> dict[int, LayerPass]:
-    """The trained softmax layers on the tokens that reach them in their network, or with ``own_tokens``
-    on those that reach the converted layers in theirs."""
+    """The trained softmax layers on the tokens that reach them in their own network or, with
+    ``own_tokens``, on those that reach the converted layers in theirs."""
     teacher, numbers = student.teacher, student.conversion.layers
     if not own_tokens:
         with layer_passes(teacher, numbers) as passes:
@@ -344,8 +344,8 @@ def logged(operators: Iterable[Operator]) -> dict[str, Tensor]:
 
 
 def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int, int]:
-    """The number of the part of ``DistillConfig.parts`` that has step 0, 1, ..., the steps before it in
-    that part, and how many the part has. Behind the last step it is the last part."""
+    """The number of the part of ``DistillConfig.parts`` that contains step 0, 1, ..., the number of earlier
+    steps in that part, and its total number of steps. After the last step it is the last part."""
     lengths = [epochs * per_epoch for epochs, _ in config.parts]
     last = max(i for i, length in enumerate(lengths) if length)
     for part, length in enumerate(lengths):
@@ -356,7 +356,7 @@ def part_of(step: int, per_epoch: int, config: DistillConfig) -> tuple[int, int,
 
 
 def learning_rate(step: int, per_epoch: int, config: DistillConfig) -> float:
-    """The rate of step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
+    """The rate at step 0, 1, ...: in each part a short linear rise, then half a cosine to 0."""
     part, step, total = part_of(step, per_epoch, config)
     peak = config.parts[part][1]
     return peak * share_of_peak(step, total)

@@ -1,9 +1,9 @@
 """``cache_features``: features of a frozen backbone, computed once and read from disk.
 
-They lie in a :mod:`~xattn.training.cache`, whose key holds what they depend on: the backbone's weights,
-taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``, ... (N, C_i) on the grid
-of the last tap, and ``prefix`` (P, C). A run that was killed goes on with the missing blocks, and gives the
-numbers that an uninterrupted run gives.
+They are stored in a :mod:`~xattn.training.cache`, whose key holds what they depend on: the backbone's
+weights, taps and preprocessing, and the photos. A row has the tokens ``tap-0``, ``tap-1``, ... (N, C_i) on
+the grid of the last tap, and ``prefix`` (P, C). A run that was killed continues with the missing blocks,
+and gives the same numbers as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Kind = Literal["float32", "float16"]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Cached features; photo i is the i-th that could be read.
+    """Cached features; photo i is the i-th photo that could be read.
 
-    ``names`` are those of the photos, ``skipped`` holds (name, reason) of the photos that could not be
+    ``names`` are the names of the photos, ``skipped`` lists (name, reason) of the photos that could not be
     read, ``channels`` the width of every tap, ``grid`` their common (h, w), and ``key`` what the numbers
     depend on.
     """
@@ -54,7 +54,7 @@ class Features:
 
     @property
     def folder(self) -> Path:
-        """Where they are."""
+        """The folder where they are stored."""
         return self._cache.folder
 
     @property
@@ -80,7 +80,7 @@ class Features:
             view: the crop, 0 .. views - 1: one for all photos, or one for each.
 
         Raises:
-            ValueError: the numbers are not those that were written.
+            ValueError: the numbers differ from those that were written.
         """
         photos = self._photos[torch.as_tensor(index, dtype=torch.long, device="cpu")]
         crops = torch.as_tensor(view, dtype=torch.long, device="cpu")
@@ -89,7 +89,7 @@ class Features:
         return Tokens(patches, rows[PREFIX].float(), self.grid)
 
     def taps(self, index: Sequence[int] | Tensor, view: int | Tensor = 0) -> Taps:
-        """The same as :class:`~xattn.backbone.Taps` with empty logits (B, 0), for a head to read."""
+        """The same as :class:`~xattn.backbone.Taps` with empty logits (B, 0), as input for a head."""
         tokens = self.batch(index, view)
         maps = tuple(p.transpose(1, 2).unflatten(2, self.grid) for p in tokens.patches)
         return Taps(tokens.prefix.new_empty(len(tokens.prefix), 0), maps, tokens.prefix)
@@ -117,7 +117,7 @@ def feature_key(
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
-    """Everything that the numbers of a cache depend on."""
+    """Everything that the numbers in a cache depend on."""
     return {
         "format": FEATURES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
@@ -145,21 +145,21 @@ def cache_features(
     max_pixels: int = MAX_PIXELS,
     progress: bool = True,
 ) -> Features:
-    """The features of ``data``; those that are not in ``folder`` yet are computed into it.
+    """The features of ``data``; those that are not in ``folder`` yet are computed and stored there.
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        batch_size: photos a pass; every pass has this shape.
-        dtype: of the numbers on disk; ``"float16"`` halves the space.
-        views: crops of every photo. The first is the evaluation crop, further ones are random crops and
+        batch_size: photos per pass; every pass has this shape.
+        dtype: dtype of the numbers on disk; ``"float16"`` halves the space.
+        views: crops of every photo. The first is the evaluation crop, others are random crops and
             flips, pure functions of (seed, view, index).
 
     Finer maps are averaged to the grid of the last tap. Photos that cannot be read are left out and
-    listed. Of several processes each computes its share.
+    listed. Several processes compute a share each.
 
     Raises:
-        ValueError: ``folder`` holds features with another key (both are named), or is in use; no photo can
-            be read; ``dtype`` cannot hold the features.
+        ValueError: ``folder`` contains features with another key (the message gives both), or is in use; no
+            photo can be read; ``dtype`` cannot represent the features.
         OSError: ``folder`` cannot be written, or the disk has no room.
     """
     check("batch_size", batch_size, Count)
@@ -200,9 +200,9 @@ def cache_features(
 def _block_tokens(
     backbone: Backbone, batch: Tensor | None, readable: list[int], batch_size: int
 ) -> list[Tensor]:
-    """Tokens of every tap and the prefix tokens of a block, with grey in place of unreadable photos.
+    """Tokens of every tap and the prefix tokens of a block, with grey instead of unreadable photos.
 
-    The pass always has ``batch_size`` photos, since the last bits may depend on its shape.
+    The pass always has ``batch_size`` photos, because the last bits may depend on its shape.
     """
     size = backbone.preprocessing.input_size
     images = torch.full((batch_size, len(backbone.preprocessing.mean), *size), 0.5, device="cpu")
@@ -220,7 +220,7 @@ def _block_tokens(
 def _check_numbers(
     tokens: Sequence[Tensor], readable: list[int], dtype: torch.dtype, names: list[str]
 ) -> None:
-    """Raise a ValueError that names the photo whose numbers the file cannot hold."""
+    """Raise a ``ValueError`` that names the photo whose numbers the file cannot represent."""
     limit = torch.finfo(dtype).max
     for values in tokens:
         if not values.numel():

@@ -26,14 +26,14 @@ from xattn.training.outcomes import Outcomes
 from xattn.training.run import Batches, PhotoLoopState, Run, RunOptions, train_on_photos
 from xattn.training.run_folder import CHECKPOINTS, has_checkpoint
 
-CALIBRATED = 256  # photos whose taps a head takes statistics of
+CALIBRATED = 256  # number of photos from which a head computes statistics of taps
 
 
 @dataclass
 class FitResult:
-    """What :func:`fit` returns: the trained head (in eval mode), the steps taken and the last losses.
+    """The result of :func:`fit`: the trained head (in eval mode), the steps taken and the last losses.
 
-    ``skipped`` holds (name, reason) of every image that could not be read. ``main`` is False in the
+    ``skipped`` lists (name, reason) of every image that could not be read. ``main`` is False in the
     other processes of a distributed run, which write nothing.
     """
 
@@ -58,34 +58,34 @@ def fit(
     table: str | Path | Outcomes | None = None,
     say: Callable[[str], object] | None = None,
 ) -> FitResult:
-    """Train ``head`` in place; the backbone stays as it is, bit for bit.
+    """Train ``head`` in place; the backbone is not changed.
 
     Args:
         data: a folder, a list file, paths of images, ``"hfds/NAME_OR_PATH:SPLIT"`` or
             ``"wds/PATH:SPLIT"``, see :mod:`xattn.photos.sources`. No labels are read.
         config: see :class:`~xattn.config.TrainConfig`.
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
-        resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
+        resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads). With shards (``wds/``) each
             worker rereads its current shard from the start, and decodes only what is still to be
             trained on.
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
             checkpoint. It must leave the head and the random number generators as they were.
-        table: of outcomes, for that objective: a folder, filled now as far as it is not
-            (:func:`~xattn.training.outcomes.cache_outcomes`), or a finished table that has the photos of
-            ``data``. By default a folder beside ``output``, named like it with ``-outcomes``.
-        say: is handed one line on what a table will cost, before it is computed.
+        table: table of outcomes, for the objective of that name: a folder, whose missing rows are computed
+            now (:func:`~xattn.training.outcomes.cache_outcomes`), or a finished table that has the photos
+            of ``data``. By default a folder beside ``output``, with the suffix ``-outcomes``.
+        say: called with one line on what a table will cost, before it is computed.
 
     Ctrl-C and SIGTERM end the run after the current step, the same one in all processes, with a
     checkpoint. Loader processes that die are replaced, with a warning.
 
     Raises:
-        ValueError: no images, or ``output`` holds another run (or any run, without ``resume``). Of
+        ValueError: no images, or ``output`` contains another run (or any run, without ``resume``). For
             outcomes: ``head`` is a classifier, ``table`` belongs to other weights, photos or masks, or no
             photo's class reacts to masks.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing. After a checkpoint:
             loader processes die repeatedly (``ChildProcessError``), or a batch has no readable image
-            although its images could be read before, as if a disk or server were gone.
+            although its images could be read before, for example because a disk or server has gone.
     """
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:
@@ -132,13 +132,13 @@ def fit_job(
     accelerator: Any,
     options: RunOptions,
 ) -> FitResult:
-    """Train ``head`` in place on a ``job``; :func:`fit` makes those of objectives."""
+    """Train ``head`` in place on a ``job``; :func:`fit` creates the jobs of objectives."""
     device = backbone.device if accelerator.num_processes == 1 else accelerator.device
     backbone.to(device)
     head.to(device)
     folder = options.folder
     resumes = options.resume and folder is not None and has_checkpoint(folder / CHECKPOINTS)
-    if head.reads_statistics and not resumes:  # a checkpoint holds the head's statistics, too
+    if head.reads_statistics and not resumes:  # a checkpoint contains the head's statistics, too
         head.calibrate(job.calibration(backbone))
     optimizer = head_optimizer(head, config)
     scheduler = one_cycle(optimizer, job.batches.total)
@@ -177,14 +177,14 @@ class FitState(PhotoLoopState):
         super().load_state_dict(state)
 
     def next_lr(self) -> float:
-        """Go on to the next step's learning rate."""
+        """Advance to the next step's learning rate."""
         if self.scheduler.last_epoch + 1 < self.scheduler.total_steps:  # type: ignore[attr-defined]
             self.scheduler.step()
         return float(self.scheduler.get_last_lr()[0])
 
 
 class Job(Protocol):
-    """What one objective adds to a run: its batches, what it has left out of the photos, and its step."""
+    """What one objective adds to a run: its batches, the photos it has left out, and its step."""
 
     left_out: list[tuple[str, str]]
     about: dict[str, Any]  # for the head's record of its training
@@ -193,13 +193,13 @@ class Job(Protocol):
     def batches(self) -> Batches: ...
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Taps of photos, for a head that takes statistics before it is trained."""
+        """Taps of photos, for a head that computes statistics before it is trained."""
 
     def step(
         self, run: Run[Head], backbone: Backbone, batch: Any, counts: list[int]
     ) -> dict[str, float]:
-        """Take a step on a batch, of which each process has so many images; the losses, averaged over all
-        images of all processes."""
+        """Take a step on a batch, given the number of its images in each process; returns the losses,
+        averaged over all images of all processes."""
 
 
 class PhotosJob:
@@ -221,13 +221,13 @@ class PhotosJob:
         self.config, self.objective = config, objective
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Of the first photos."""
+        """Taps of the first photos."""
         return first_taps(backbone, self.batches.photos, self.config, CALIBRATED)
 
     def step(
         self, run: Run[Head], backbone: Backbone, batch: PhotoBatch, counts: list[int]
     ) -> dict[str, float]:
-        """A process without a readable image takes part with a grey one, of weight 0."""
+        """A process without a readable image takes part with a grey image of weight 0."""
         weight = counts[run.rank] * run.ranks / sum(counts)
         images = batch.images
         if images is None:

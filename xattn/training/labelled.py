@@ -29,7 +29,7 @@ FOLDS = 5
 
 
 class Split(NamedTuple):
-    """Numbers of the photos to train on, to stop early by, and to report on."""
+    """Numbers of the photos for training, for early stopping, and for reporting."""
 
     train: list[int]
     validation: list[int]
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
 
 def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[list[int]]:
-    """The numbers of the photos in ``folds`` parts, each group spread evenly over all of them."""
+    """Photo numbers in ``folds`` parts, with each group spread evenly over all of them."""
     rng = random.Random(seed)
     parts: list[list[int]] = [[] for _ in range(folds)]
     dealt = 0
@@ -51,7 +51,7 @@ def stratified_folds(groups: Sequence[str], folds: int = FOLDS, seed: int = 0) -
 
 
 def split(labels: Labels, seed: int = 0, fold: int = 0, folds: int = FOLDS) -> Split:
-    """Report on fold ``fold`` of the labelled photos, stop early by the next, train on the others.
+    """Report on fold ``fold`` of the labelled photos, use the next for early stopping, train on the others.
 
     Raises:
         ValueError: a class is too small to be in all three parts.
@@ -75,8 +75,8 @@ def check_labels(labels: Tensor, index: Sequence[int], classes: int, part: str) 
     """``labels[index]``, checked; errors name the ``part`` of the photos.
 
     Raises:
-        ValueError: a label is missing or not in 0..classes - 1, there is no photo, or the photos to train
-            on all have one class.
+        ValueError: a label is missing or not in 0..classes - 1, there is no photo, or all training photos
+            have one class.
     """
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
@@ -132,7 +132,7 @@ class FeatureBatch(NamedTuple):
 
 
 class FeatureBatches:
-    """All batches of a run, ``per_epoch`` in an epoch, as ``head`` reads them.
+    """All batches of a run, ``per_epoch`` in each epoch, in the form that ``head`` reads.
 
     Raises:
         ValueError: too few photos, see :func:`chunks`.
@@ -153,7 +153,7 @@ class FeatureBatches:
         self.per_epoch = len(chunks(*self.plan, 0))
 
     def of_epoch(self, epoch: int, first: int = 0) -> Generator[Future[FeatureBatch], None, None]:
-        """The batches of ``epoch`` from the one numbered ``first`` on; a thread reads ahead."""
+        """The batches of ``epoch``, starting with number ``first``; a thread reads ahead."""
         ahead = read_ahead(self._read, chunks(*self.plan, epoch)[first:], READ_AHEAD, threads=1)
         with closing(ahead) as batches:  # type: ignore[type-var]
             for _, batch in batches:
@@ -170,8 +170,8 @@ class FeatureBatches:
 def chunks(count: int, views: int, size: int, ranks: int, seed: int, epoch: int) -> list[Chunk]:
     """Positions and views of the batches of an epoch, a function of ``seed`` and ``epoch``.
 
-    Batches differ by at most one photo. They hold at most ``size`` x ``ranks``, unless that is fewer than
-    the 2 photos that BatchNorm needs, or than one for each process.
+    Batch sizes differ by at most one photo. They are at most ``size`` x ``ranks``, unless that is less than
+    the 2 photos that BatchNorm needs, or than one per process.
 
     Raises:
         ValueError: there are not that many photos.
@@ -235,7 +235,7 @@ def answers(
 ) -> Tensor:
     """Logits (n, K) of the photos ``index``, float32 on the CPU, in eval mode.
 
-    In a group of processes each computes its share of them, and all get the whole.
+    In a group of processes each computes its share, and all get the whole result.
     """
     check_features(head, features)
     ranks = len(shares := gather(None))
@@ -258,7 +258,7 @@ def answers(
 
 
 def check_features(head: AttentiveHead, features: Features) -> None:
-    """Raise a ValueError unless ``features`` come from the backbone and the taps that ``head`` reads."""
+    """Raise a ``ValueError`` unless ``features`` come from the backbone and taps that ``head`` reads."""
     theirs = features.key["backbone"]["sha256"], features.key["taps"]
     own = head.backbone_fingerprint, head.backbone_taps
     if theirs != own:

@@ -2,7 +2,7 @@
 
     trust = eta |w| / (|g| + decay |w|),   v <- momentum v + lr trust (g + decay w),   w <- w - v
 
-is LARS (arXiv 1708.03888), whose step in each layer is in proportion to the layer's weights. Vectors and
+is LARS (arXiv 1708.03888), whose step in each layer is proportional to the layer's weights. Vectors and
 scalars (biases, gains) get neither trust ratio nor decay: their step is plain SGD.
 """
 
@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import OneCycleLR
 from xattn.config import TrainConfig
 from xattn.heads import Head
 
-RISE = 0.05  # of the steps, in which a learning rate rises
+RISE = 0.05  # share of the steps in which a learning rate rises
 
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling.
 
     Args:
-        lr: global learning rate, > 0; typically large, since ``trust`` multiplies it.
+        lr: global learning rate, > 0; typically large, because ``trust`` multiplies it.
         momentum: in [0, 1).
         weight_decay: for tensors with two axes or more.
         trust: eta, the size of a step relative to the weights.
@@ -62,7 +62,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
-    """trust (g + decay w); the ratio is 1 where weights or gradient are 0."""
+    """trust (g + decay w); the ratio is 1 if weights or gradient are 0."""
     assert w.grad is not None
     if w.ndim < 2:
         return w.grad
@@ -72,7 +72,7 @@ def _direction(w: Tensor, decay: float, trust: float) -> Tensor:
 
 
 def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Those that are trained, as groups of an optimizer: those of two axes or more decay."""
+    """The trainable parameters as optimizer groups: those with two axes or more decay."""
     trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -81,7 +81,7 @@ def decayed(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
 
 
 def share_of_peak(step: int, total: int) -> float:
-    """Of the learning rate at step 0, 1, ... of ``total``: a short linear rise, then half a cosine."""
+    """Share of the peak learning rate at step 0, 1, ... of ``total``: short linear rise, half a cosine."""
     rise = max(1, round(RISE * total))
     if step < rise:
         return (step + 1) / rise
@@ -95,13 +95,13 @@ def one_cycle(optimizer: torch.optim.Optimizer, total: int) -> OneCycleLR:
         optimizer, max_lr=peaks, total_steps=max(total, 2), pct_start=0.3, final_div_factor=1e4
     )
     optimizer.zero_grad(set_to_none=True)
-    optimizer.step()  # moves nothing; else the scheduler warns where the first batch is unreadable
+    optimizer.step()  # no change; else the scheduler warns if the first batch is unreadable
     return scheduler
 
 
 def head_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on everything but biases, BatchNorm gains included, as in T-TAME's code; the learning
-    rate is that of ``config``, times what the head asks for."""
+    """Weight decay on everything but biases, including BatchNorm gains, as in T-TAME's code; the learning
+    rate is that of ``config``, multiplied by the head's own factors."""
     members: dict[tuple[float, bool], list[Tensor]] = {(1.0, False): [], (1.0, True): []}
     for name, parameter in head.named_parameters():
         if parameter.requires_grad:

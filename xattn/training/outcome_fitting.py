@@ -1,7 +1,7 @@
 """Training heads on a table of outcomes: the classes and batches of its photos, and a step on them.
 
-A photo's own class and others, drawn from its most probable ones, have maps, whose loss an objective
-computes (:mod:`xattn.training.objectives`).
+Maps are computed for a photo's own class and for others drawn from its most probable ones; an objective
+computes their loss (:mod:`xattn.training.objectives`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.training.outcomes import FEW, OutcomeBatch, Outcomes, cache_outcomes
 from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
 
-BLOCK = 16  # photos a pass
+BLOCK = 16  # photos per pass
 KEPT_BYTES = 2 << 30
 
 Place = tuple[int, int]  # (crop, number of the photo)
@@ -40,12 +40,12 @@ Place = tuple[int, int]  # (crop, number of the photo)
 class TapStore:
     """``store.taps(places)`` for places (crop, photo); crop 0 is the model's own, others are random.
 
-    The crops are those of :class:`~xattn.training.data.TrainImages` with the crop for the epoch. Blocks of
-    16 photos go through the network together, so kept taps do not depend on what was asked before; those
+    The crops are those of :class:`~xattn.training.data.TrainImages` with the crop as the epoch. Blocks of
+    16 photos pass through the network together, so stored taps do not depend on earlier requests; taps
     beyond ``limit`` bytes are computed each time.
 
     Args:
-        numbers: the photos that may be asked for, in the order in which they are read.
+        numbers: the photos that may be requested, in the order in which they are read.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TapStore:
         self._filled = False
 
     def _fill(self) -> None:
-        """Compute the taps that are kept, in blocks, from the first place on."""
+        """Compute the taps that are stored, in blocks, starting from the first place."""
         self._filled = True
         size = 0
         blocks = [self.places[i : i + BLOCK] for i in range(0, len(self.places), BLOCK)]
@@ -80,7 +80,7 @@ class TapStore:
             yield self.taps(self.places[i : i + BLOCK])
 
     def taps(self, places: Sequence[Place]) -> Taps:
-        """Of ``places``, as one batch."""
+        """Taps of ``places``, as one batch."""
         if not self._filled:
             self._fill()
         lost = [place for place in places if place not in self._kept]
@@ -106,7 +106,7 @@ class TapStore:
 def passes(
     backbone: Backbone, photos: Photos, config: TrainConfig, blocks: Sequence[Sequence[Place]]
 ) -> Generator[tuple[Taps | None, list[str]], None, None]:
-    """Of each block the taps of the photos that can be read, None without any, and why others cannot."""
+    """For each block the taps of its readable photos (None if there are none), and why others failed."""
     reference = next(backbone.parameters(), torch.zeros((), device="cpu"))
     dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
     images = _Crops(photos, backbone.preprocessing, config.seed, max_pixels=config.max_pixels)
@@ -128,7 +128,7 @@ def first_taps(
 
 
 class _Crops(TrainImages):
-    """The evaluation crop of each photo for "epoch" 0, and augmented ones for others."""
+    """The evaluation crop of each photo for "epoch" 0, and augmented crops for others."""
 
     def __getitem__(self, key: Place) -> Any:  # type: ignore[override]
         self.augment = key[0] > 0
@@ -142,12 +142,12 @@ def tensors(taps: Taps) -> list[Tensor]:
 
 
 def row(taps: Taps, index: int) -> Taps:
-    """One image's taps, without the axis of the batch."""
+    """One image's taps, without the batch axis."""
     return taps.each(lambda tensor: tensor[index].clone())
 
 
 def stack(rows: Sequence[Taps]) -> Taps:
-    """Taps of one image each -> those of the batch."""
+    """Combine taps of single images into those of a batch."""
     first = rows[0]
     return Taps(
         torch.stack([r.logits for r in rows]),
@@ -163,7 +163,7 @@ def stack(rows: Sequence[Taps]) -> Taps:
 # ---------------------------------------------------------------------- training
 
 
-TOP = 12  # a photo's most probable classes, whose outcomes are learned
+TOP = 12  # number of a photo's most probable classes whose outcomes are learned
 ABOUT = (
     "crops",
     "masks",
@@ -177,7 +177,7 @@ ABOUT = (
 )  # in the head's record
 NO_REACTION = "its class does not react to masks"
 Terms = Callable[[Tensor, OutcomeBatch, Tensor], dict[str, Tensor]]
-"""The ``"loss"`` of scores and what else is logged, as :meth:`Objective.on_table`."""
+"""The ``"loss"`` of scores and other values to log, as in :meth:`Objective.on_table`."""
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def table_for(
     ranks: int,
     say: Callable[[str], object] | None,
 ) -> Iterator[tuple[Outcomes, list[int]]]:
-    """The table of ``photos`` for ``objective`` in the block, computed as far as it is not there yet, see
-    :func:`~xattn.training.fitting.fit`; and which of ``photos`` each of its photos is.
+    """Context with the table of ``photos`` for ``objective``, whose missing rows are computed, see
+    :func:`~xattn.training.fitting.fit`; and, for each photo of the table, its number in ``photos``.
 
     Raises:
         ValueError: ``table`` belongs to another network, or lacks photos.
@@ -218,7 +218,7 @@ def table_for(
 
 
 def _table_folder(table: str | Path | None, output: Path | None, ranks: int) -> Path | None:
-    """Where the table is kept; None keeps it no longer than the run."""
+    """Where the table is stored; None stores it only for the duration of the run."""
     if table is None and output is None:
         if ranks > 1:
             raise ValueError("table: several processes need one folder; give table or output")
@@ -252,7 +252,7 @@ def _check_network(table: Outcomes, backbone: Backbone) -> None:
 
 
 def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> None:
-    """Raise a ``ValueError`` unless ``table`` has the fill, sizes and cells of ``config``, where they are
+    """Raise a ``ValueError`` unless ``table`` has the fill, sizes and cells of ``config``, if they are
     set, and masks that ``objective`` can read."""
     fill = None if config.fill is None else [config.fill]
     asked = (
@@ -276,7 +276,7 @@ def _check_masks(table: Outcomes, objective: Objective, config: TrainConfig) -> 
 
 
 def _part(table: Outcomes, photos: Photos) -> tuple[Outcomes, list[int]]:
-    """The rows of ``photos`` in a finished table, and which of them each row is."""
+    """The rows of ``photos`` in a finished table, and the photo number of each row."""
     if table.crops > 1:
         raise ValueError(
             f"table: it has {table.crops} crops, which are known by the photos' places in its own data; "
@@ -323,13 +323,13 @@ class OutcomeBatches:
         self.total = self.per_epoch * config.epochs
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run it resumes."""
+        """What a resumed run must have in common with the original run."""
         return {"count": len(self.photos), "table": self.table.digest}
 
     def from_step(
         self, step: int, stopped: Callable[[], int]
     ) -> Generator[OutcomePlaces, None, None]:
-        """The batches from ``step`` on, to the end of the last epoch."""
+        """The batches from ``step`` to the end of the last epoch."""
         size = self.config.batch_size * self.ranks
         for number in range(step, self.total):
             epoch, place = divmod(number, self.per_epoch)
@@ -343,7 +343,7 @@ class OutcomeBatches:
 
 class OutcomesJob:
     """An objective that reads a ``table``, whose row i is number ``numbers[i]`` of ``photos``; ``terms``
-    make the loss of a batch (:meth:`Objective.on_table`)."""
+    computes the loss of a batch (:meth:`Objective.on_table`)."""
 
     def __init__(
         self,
@@ -379,7 +379,7 @@ class OutcomesJob:
         self.store = TapStore(backbone, photos, config, [numbers[i] for i in kept], table.crops)
 
     def calibration(self, backbone: Backbone) -> Iterable[Taps]:
-        """Of all photos, in all crops."""
+        """Taps of all photos, in all crops."""
         return self.store.all()
 
     def step(
@@ -398,7 +398,7 @@ class OutcomesJob:
         with run.forward(batch.share):
             scores = run.head(taps, index)
             auxiliary = run.head.auxiliary_loss()
-        # Outside mixed precision: sums over cells and masks need float32.
+        # Outside mixed precision, because sums over cells and masks need float32.
         terms = self.terms(scores, outcomes, index)
         terms["loss"] = terms["loss"] + auxiliary
         return terms
@@ -413,7 +413,7 @@ class OutcomesJob:
 
 
 def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
-    """Of each photo, whether its most probable class reacts to the masks of every crop."""
+    """For each photo, whether its most probable class reacts to the masks of every crop."""
     found: list[bool] = []
     for first in range(0, len(table), batch_size):
         photos = range(first, min(first + batch_size, len(table)))
@@ -426,7 +426,7 @@ def _reacting(table: Outcomes, batch_size: int) -> list[bool]:
 def drawn_classes(outcomes: OutcomeBatch, seeds: Iterable[str], others: int) -> Tensor:
     """The own class of each photo and ``others`` of its most probable ones, (B, 1 + others).
 
-    Of a multi-label network the own class is one of the labels with p > 0.5, if there are any.
+    For a multi-label network the own class is one of the labels with p > 0.5, if there are any.
     """
     count = min(TOP, outcomes.logits.shape[2])
     top = outcomes.top(count)

@@ -1,8 +1,8 @@
 """One row of a table of outcomes: a network's logits for a photo and for the photo under masks.
 
-A row takes two passes, of the photo alone and of all masked images together, always of the same shapes, so
-no row depends on another. Where a network has more than 2,000 classes, the logits z of 256 are kept, the
-highest ones on the photo, and the log-sum-exp r_j of all others, so that
+A row takes two passes, one of the photo and one of all masked images together, always of the same shapes,
+so no row depends on another. If a network has more than 2,000 classes, only the logits z of 256 are stored,
+the highest ones on the photo, and the log-sum-exp r_j of all others, so that
 
     p_jk = exp z_jk / (sum_{i kept} exp z_ji + exp r_j),    r_j = log sum_{i not kept} exp z_ji
 
@@ -10,12 +10,12 @@ is the softmax over all classes k under mask j.
 
 Masks come in complementary pairs on a grid of cells. A mask (H, W) keeps the pixels where it is 1; its
 complement keeps the others. Training sees the share that it keeps of each of 28 x 28 cells (``cells``), or
-of the players of a game, the cells of a coarser grid that masks keep as a whole. All draws are a pure
+of the players of a game, which are cells of a coarser grid that masks keep as a whole. All draws are a pure
 function of the seed.
 
-Where a class token is read, patches can be dropped in place of being filled (``fills=["drop"]``): what is
-left of the sequence of tokens goes through the network, which costs less the fewer there are. Masks are
-then made of patches, four pairs keep as many of them, and every mask keeps at least one.
+For a network that reads a class token, patches can be dropped instead of filled (``fills=["drop"]``): only
+the remaining tokens go through the network, which costs less the fewer there are. Masks are then made of
+patches, groups of four pairs keep equally many of them, and every mask keeps at least one.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ Sizes = Literal["even", "shapley", "curve", "half", "walk", "greedy"]
 KINDS: tuple[Kind, ...] = ("squares32", "squares16", "blobs", "evidence")
 FILLS: tuple[Fill, ...] = ("black", "blur", "mean")
 DROP: Fill = "drop"
-LEVELS = (0.2, 0.8)  # the share that a mask keeps is drawn from here
-EDGES = (0.02, 0.15)  # of "curve": the first of a pair keeps so much, the second all but that
-ALIKE = 4  # pairs of dropped patches that keep as many
+LEVELS = (0.2, 0.8)  # range of the share that a mask keeps
+EDGES = (0.02, 0.15)  # range for "curve": the first of a pair keeps this share, the second the rest
+ALIKE = 4  # number of successive pairs of dropped patches that keep equally many
 NESTED: tuple[Sizes, ...] = ("walk", "greedy")
 
 
 def size_weights(sizes: str, players: int) -> Tensor:
-    """How often a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with the sum 1.
+    """How often a mask keeps m = 1 .. d - 1 of d ``players``, (d - 1,) float64, with sum 1.
 
     >>> size_weights("shapley", 4)  # as 1 / (m (d - m))
     tensor([0.3636, 0.2727, 0.3636], dtype=torch.float64)
 
-    ``"half"``: each player by the toss of a coin, but never none or all.
+    ``"half"``: each player with probability 1/2, but never none or all.
     """
     kept = torch.arange(1, players, dtype=torch.float64, device="cpu")
     if sizes == "shapley":
@@ -68,8 +68,8 @@ def size_weights(sizes: str, players: int) -> Tensor:
 
 
 class MaskPairs(NamedTuple):
-    """``cells`` (P, g, g) uint8, the kept share of each cell in 255ths, and ``images`` (2 P, 3, H, W):
-    the photo under each mask, then under each complement."""
+    """``cells`` (P, g, g) uint8, the kept share of each cell in units of 1/255, and ``images`` (2 P, 3, H,
+    W): the photo under each mask, then under each complement."""
 
     cells: Tensor
     images: Tensor
@@ -88,18 +88,18 @@ def mask_pairs(
     """``pairs`` masks of an ``image`` (3, H, W) in [0, 1], their complements, and the masked images.
 
     Args:
-        evidence: (h, w) a first guess of what the network sees; ``"evidence"`` masks are its thresholds
-            under noise.
-        seed: names the draws: other masks for each photo and crop.
+        evidence: (h, w), a first guess of what the network sees; ``"evidence"`` masks are its thresholds
+            after adding noise.
+        seed: identifies the draws: masks differ for each photo and crop.
         kinds: ``"squares32"`` and ``"squares16"`` keep squares of a 7 x 7 and a 14 x 14 grid (32 and 16 of
             224 pixels), ``"blobs"`` what is above a threshold of smooth noise, ``"superpixels"`` SLIC's,
             ``"cells"`` any cells of ``grid``; pair i is of kind i modulo their number.
-        fills: what is seen where nothing is kept, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
+        fills: what shows where nothing is kept, drawn for each pair: ``"black"``, ``"blur"`` (a 14 x 14
             picture of the image) or ``"mean"`` (its mean colour).
-        sizes: how much masks keep: ``"even"`` a share of .2 to .8, ``"curve"`` of .02 to .15, and the
-            complement all but that; ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"`` the
-            beginnings of one order of all cells.
-        grid: the cells of masks but those of squares and superpixels, which have 28 x 28.
+        sizes: how much masks keep: ``"even"`` a share of .2 to .8; ``"curve"`` .02 to .15, and the
+            complement the rest; ``"shapley"`` and ``"half"``, see :func:`size_weights`; ``"walk"`` the
+            first cells of a single order of all cells.
+        grid: the cells of masks other than squares and superpixels, which have 28 x 28.
     """
     rng = random.Random(seed)
     draw = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -130,8 +130,8 @@ def patch_masks(
     sizes: str,
     grid: tuple[int, int],
 ) -> Tensor:
-    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; four in a row keep as many, unless
-    they are the beginnings of an order."""
+    """``pairs`` masks of the patches of ``grid``, (P, h, w) of 0 and 1; groups of four keep equally many,
+    unless they are the beginnings of an order."""
     rng = random.Random(seed)
     sampler = _Masks(evidence, rng, torch.Generator().manual_seed(rng.getrandbits(63)), sizes, grid)
     alike = 1 if sizes in NESTED else ALIKE
@@ -142,7 +142,7 @@ def patch_masks(
 
 
 def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
-    """log p / (1 - p) of classes ``index`` (..., M) by ``logits`` (..., K), (..., M): z_k less the
+    """log p / (1 - p) of classes ``index`` (..., M) from ``logits`` (..., K), (..., M): z_k minus the
     log-sum-exp of all other logits, or z_k (multilabel)."""
     chosen = logits.gather(-1, index)
     if task == "multilabel":
@@ -153,7 +153,7 @@ def log_odds(logits: Tensor, index: Tensor, task: str) -> Tensor:
 
 
 def masks_of(cells: Tensor) -> Tensor:
-    """(..., P, h, w) uint8 -> all masks (..., 2 P, h, w) float32 in [0, 1], the complements last."""
+    """(..., P, h, w) uint8 -> all masks (..., 2 P, h, w) float32 in [0, 1], complements last."""
     kept = cells.float() / 255
     return torch.cat([kept, 1 - kept], dim=-3)
 
@@ -186,7 +186,7 @@ class _Masks:
         self.order: Tensor | None = None
 
     def level(self) -> float:
-        """The share that a mask keeps."""
+        """Draw the share that a mask keeps."""
         if self.sizes == "even":
             return self.rng.uniform(*LEVELS)
         if self.sizes == "curve":
@@ -211,18 +211,18 @@ class _Masks:
         return _above(_standardised(guess) + noise, level)
 
     def _squares(self, side: int, level: float) -> Tensor:
-        count = CELLS // side + 1  # the grid starts anywhere
+        count = CELLS // side + 1  # the grid may start anywhere
         field = torch.rand(count, count, generator=self.draw)
         field = field.repeat_interleave(side, 0).repeat_interleave(side, 1)
         top, left = self.rng.randrange(side), self.rng.randrange(side)
         field = field[top : top + CELLS, left : left + CELLS]
         kept = (field < level).float()
         mixed = 0 < kept.sum() < kept.numel()
-        # Of other sizes an empty or full mask is common, so it keeps the share to the nearest cell.
+        # For other sizes an empty or full mask is common, so keep the share to the nearest cell.
         return kept if mixed or self.sizes == "even" else _above(-field, level)
 
     def _any_cells(self, level: float) -> Tensor:
-        """Any cells, each set of that size equally likely; of "walk" the first ones of one order."""
+        """Any cells, each set of that size equally likely; for "walk" the first cells of one order."""
         if self.order is None or self.sizes != "walk":
             self.order = torch.randperm(self.players, generator=self.draw, device="cpu")
         mask = torch.zeros(self.players, device="cpu")
@@ -230,7 +230,7 @@ class _Masks:
         return mask.view(self.grid)
 
     def _smooth_noise(self) -> Tensor:
-        """Gaussian noise of the grid's cells, smoothed over 2 to 5 of 28, of unit variance."""
+        """Gaussian noise on the grid's cells, smoothed over 2 to 5 of 28, with unit variance."""
         size = self.rng.choice((6, 8, 10, 14))
         coarse = torch.randn(1, 1, size, size, generator=self.draw)
         field = F.interpolate(coarse, self.grid, mode="bicubic", align_corners=False)[0, 0]
@@ -242,7 +242,7 @@ def _standardised(field: Tensor) -> Tensor:
 
 
 def _above(field: Tensor, level: float) -> Tensor:
-    """1 in the ``level`` of the cells where ``field`` is highest."""
+    """1 in the share ``level`` of the cells where ``field`` is highest."""
     count = max(1, min(field.numel() - 1, round(level * field.numel())))
     chosen = torch.zeros(field.numel(), device="cpu")
     chosen[field.flatten().argsort(descending=True, stable=True)[:count]] = 1
@@ -263,15 +263,15 @@ def _superpixels(image: Tensor, rng: random.Random, draw: torch.Generator) -> Te
 # ---------------------------------------------------------------------- a row
 
 
-SEARCHED = 64  # images a pass of a search
-MANY, KEPT = 2_000, 256  # of networks with more classes than that, so many are kept
-EVIDENCE: Kind = "evidence"  # the kind of masks that read a first guess
+SEARCHED = 64  # images per pass of a search
+MANY, KEPT = 2_000, 256  # networks with more than MANY classes store KEPT logits
+EVIDENCE: Kind = "evidence"  # the kind of masks that use a first guess
 Precision = Literal["no", "bf16"]
 
 
 class Guide(Protocol):
     """A first guess of the evidence for a class, ``guide(taps, class_index (1, 1)) -> (1, 1, h, w)``;
-    ``id`` names it in the key of a table."""
+    ``id`` identifies it in the key of a table."""
 
     @property
     def id(self) -> str: ...
@@ -302,20 +302,20 @@ _EVEN = "an even number of at least 2, masks come in pairs"
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """What is asked of each photo.
+    """The masks of each photo.
 
     Args:
-        crops: of every photo. The first is the evaluation crop, further ones are random crops and flips,
+        crops: crops of every photo. The first is the evaluation crop, others are random crops and flips,
             pure functions of (seed, crop, index).
-        masks: of every crop, half of them the complements of the others.
-        kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` leaves patches of a ViT out of its
-            sequence, with kinds of its own.
+        masks: masks of every crop, half of them the complements of the others.
+        kinds, fills: see :func:`mask_pairs`; ``fills=["drop"]`` drops patches of a ViT from its
+            sequence, with separate kinds.
         seed: masks are a pure function of (seed, crop, index).
         precision: ``"bf16"`` computes the passes in mixed precision.
-        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` has the beginnings of a random
+        sizes: how much masks keep, see :func:`size_weights`; ``"walk"`` uses the beginnings of a random
             order of the players, ``"greedy"`` those of the order that a search finds.
-        players: cells of a side that masks keep as a whole; 0 for masks of many kinds.
-        empty: also ask for the photo with nothing kept.
+        players: cells per side that masks keep as a whole; 0 for masks of many kinds.
+        empty: also include the photo with nothing kept.
     """
 
     crops: Count = 1
@@ -350,7 +350,7 @@ class MaskSettings:
 
     @property
     def kinds_of_masks(self) -> Sequence[Kind]:
-        """The ``kinds``, or of players and dropped patches those that fit their cells."""
+        """The ``kinds`` or, for players and dropped patches, those that fit their cells."""
         if self.players:
             return ("cells",)
         if DROP in self.fills:
@@ -361,8 +361,8 @@ class MaskSettings:
 def row_layout(
     settings: MaskSettings, grid: tuple[int, int], classes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of the tensors of a row: ``cells``; ``logits``, those of the clean image first and of
-    the empty one last, if that is asked for; of a network with more than :data:`MANY` classes ``classes``
+    """Shape and dtype of the tensors of a row: ``cells``; ``logits``, of the clean image first and of the
+    empty one last, if that is included; for a network with more than :data:`MANY` classes ``classes``
     and ``rest``."""
     many, images = classes > MANY, 1 + settings.masks + settings.empty
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -379,8 +379,8 @@ def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
     """The cells of a table's masks.
 
     Raises:
-        ValueError: patches are to be dropped from a network that cannot do without them, or in groups that
-            do not fit its grid.
+        ValueError: the network does not support dropping patches, or the cells do not fit its patch
+            grid.
     """
     players = (settings.players, settings.players)
     if DROP not in settings.fills:
@@ -396,10 +396,10 @@ def grid_of(backbone: Backbone, settings: MaskSettings) -> tuple[int, int]:
 
 
 def guess_name(backbone: Backbone, guide: Guide | None, kinds: Sequence[str]) -> str | None:
-    """What the ``"evidence"`` masks come from, for the key; None if there are no such masks.
+    """The source of ``"evidence"`` masks, for the key; None if there are no such masks.
 
     Raises:
-        ValueError: there are none, but a ``guide``.
+        ValueError: there is a ``guide`` but no such masks.
     """
     if EVIDENCE not in kinds:
         if guide is not None:
@@ -423,8 +423,8 @@ class RowMaker:
 
     Args:
         image: (3, H, W) in [0, 1].
-        seed: names the draws of the masks.
-        name: of the photo, for messages.
+        seed: identifies the draws of the masks.
+        name: name of the photo, for messages.
     """
 
     def __init__(
@@ -447,7 +447,7 @@ class RowMaker:
         """The row of one photo.
 
         Raises:
-            ValueError: logits that float16 cannot hold. MemoryError: the masked images do not fit.
+            ValueError: logits that float16 cannot represent. MemoryError: the masked images do not fit.
         """
         taps: Taps = self._pass(image[None], self.backbone)
         clean = _representable(taps.logits, name)
@@ -460,7 +460,7 @@ class RowMaker:
 
     def _answers(self, image: Tensor, taps: Taps, seed: str) -> tuple[Tensor, Tensor]:
         """Cells (P, g, g) uint8 of the masks, and logits (2 P, K) of the photo under them, then of the
-        empty photo if that is asked for."""
+        empty photo if that is included."""
         asked, kinds = self.settings, self.settings.kinds_of_masks
         pairs, guess = asked.masks // 2, self._guess(taps)
         if asked.sizes == "greedy":
@@ -478,8 +478,8 @@ class RowMaker:
         return (masks * 255).to(torch.uint8), self._dropped(image, [*masks, *(1 - masks), *nothing])
 
     def _dropped(self, image: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Logits of the photo with the patches that each of ``masks`` keeps, those that keep as many in one
-        pass."""
+        """Logits of the photo with the patches that each of ``masks`` keeps; masks that keep equally many
+        share a pass."""
 
         def answers(index: Tensor) -> Tensor:
             index = index.to(self.backbone.device)
@@ -523,21 +523,21 @@ class RowMaker:
         )
 
     def empty(self) -> dict[str, Tensor]:
-        """Zeros in place of a photo that cannot be read."""
+        """Zeros that replace a photo that cannot be read."""
         return {
             name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in self.layout.items()
         }
 
     @property
     def passes(self) -> int:
-        """Of one row, dropped patches counted as if they were there."""
+        """Passes for one row, with dropped patches counted as if they were present."""
         players = self.grid[0] * self.grid[1]
         searched = players * (players + 1) // 2 - 1 if self.settings.sizes == "greedy" else 0
         return 1 + self.settings.masks + self.settings.empty + searched
 
     @property
     def row_bytes(self) -> int:
-        """Of one row on disk."""
+        """Size of one row on disk."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values())
 
     def _pass(self, images: Tensor, function: Any) -> Any:
@@ -565,7 +565,8 @@ class RowMaker:
 
 
 def _representable(logits: Tensor, name: str) -> Tensor:
-    """Logits in float32 on the CPU; a ``ValueError`` that names the photo if float16 cannot hold them."""
+    """Logits in float32 on the CPU; a ``ValueError`` that names the photo if float16 cannot represent
+    them."""
     wide = logits.float().cpu()
     if not bool((wide.abs() <= torch.finfo(torch.float16).max).all()):  # NaN is not, either
         raise ValueError(
@@ -575,10 +576,10 @@ def _representable(logits: Tensor, name: str) -> Tensor:
 
 
 def kept_logits(logits: Tensor) -> list[Tensor]:
-    """Logits (1 + N, K), those of the clean image first, as they are stored.
+    """Logits (1 + N, K), clean image first, as they are stored.
 
-    Those of few classes are stored as they are; of many, the logits (1 + N, T) of the classes that are
-    kept, from the most probable one on, these classes (T,), and the rest (1 + N,).
+    If there are few classes, all logits are stored; otherwise the logits (1 + N, T) of selected classes,
+    most probable first, these classes (T,), and the rest (1 + N,).
     """
     if logits.shape[1] <= MANY:
         return [logits]
@@ -588,11 +589,11 @@ def kept_logits(logits: Tensor) -> list[Tensor]:
     return [logits[:, kept], kept, rest]
 
 
-# ---------------------------------------------------------------------- the price
+# ---------------------------------------------------------------------- cost
 
 
 def cost_line(maker: RowMaker, photos: int, rows: int, ranks: int) -> str:
-    """What ``rows`` missing rows of a table of ``photos`` cost ``ranks`` processes, in words; the time of
+    """A text on what ``rows`` missing rows of a table of ``photos`` cost ``ranks`` processes; the time for
     one row is measured."""
     crops, masks = maker.settings.crops, maker.settings.masks
     whole = photos * crops
@@ -611,7 +612,7 @@ def _duration(seconds: float) -> str:
 
 
 def time_row(maker: RowMaker) -> float:
-    """Seconds of one row, measured on noise after one row to warm up."""
+    """Seconds per row, measured on noise after one row to warm up."""
     size = (len(maker.backbone.preprocessing.mean), *maker.backbone.preprocessing.input_size)
     image = torch.rand(size, generator=torch.Generator().manual_seed(0), device="cpu")
     maker(image, "warm-up", "noise")

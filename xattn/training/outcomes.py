@@ -1,10 +1,10 @@
-"""A table of outcomes: what a network answers for masked photos, computed once and read from disk.
+"""A table of outcomes: a network's answers for masked photos, computed once and read from disk.
 
-It is kept in a :mod:`~xattn.training.cache`, whose key holds what the numbers depend on: the network, the
-photos and the masks. So heads and runs share a table. A row has ``cells`` (P, 28, 28) uint8 and ``logits``
-(1 + 2 P, K) float16, the clean photo first; of networks with more than 2,000 classes the logits of some,
-``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. A table of
-a game has coarser cells, its players, and the logits of the empty photo last.
+It is stored in a :mod:`~xattn.training.cache`, whose key holds what the numbers depend on: the network, the
+photos and the masks. So heads and runs can share a table. A row has ``cells`` (P, 28, 28) uint8 and
+``logits`` (1 + 2 P, K) float16, clean photo first; for networks with more than 2,000 classes only some
+logits, ``classes`` (T,) int32, and ``rest`` (1 + 2 P,) float32, see :mod:`~xattn.training.outcome_rows`. A
+table of a game has coarser cells, its players, and the logits of the empty photo last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
     "outcome_key",
 ]
 
-FEW = 20  # photos; with fewer a head learns little
+FEW = 20  # with fewer photos a head learns little
 BLOCK = 16  # rows that are written at once
 
 
@@ -54,9 +54,9 @@ BLOCK = 16  # rows that are written at once
 class OutcomeBatch:
     """Outcomes of B photos under N = 2 P masks each: the masks, then their complements.
 
-    ``masks`` (B, N, g, g), the share kept of each cell; ``logits`` (B, 1 + N, T), those of the clean
-    image first; ``classes`` (B, T) says whose they are, from the most probable on, and ``rest`` (B, 1 + N)
-    is the log-sum-exp of all others, both None where all ``num_classes`` have logits. Where the empty photo
+    ``masks`` (B, N, g, g) is the kept share of each cell; ``logits`` (B, 1 + N, T) start with the clean
+    image; ``classes`` (B, T) says which classes these are, most probable first, and ``rest`` (B, 1 + N)
+    is the log-sum-exp of all others; both are None if all ``num_classes`` have logits. If the empty photo
     is ``known``, its logits (and rest) come last, (B, 2 + N).
     """
 
@@ -80,7 +80,7 @@ class OutcomeBatch:
         return replace(self, masks=masks, logits=logits, classes=classes, rest=rest)
 
     def top(self, count: int) -> Tensor:
-        """The ``count`` most probable classes of each clean image, the first one first, (B, count)."""
+        """The ``count`` most probable classes of each clean image, in order, (B, count)."""
         places = self.logits[:, 0].argsort(dim=1, descending=True, stable=True)[:, :count]
         return places if self.classes is None else self.classes.gather(1, places)
 
@@ -124,7 +124,7 @@ class OutcomeBatch:
                 "the objective"
             )
         nothing = torch.zeros_like(self.masks[:, :1])
-        order = [0, -1, 0]  # of the clean image, then of the two
+        order = [0, -1, 0]  # the clean image, then the two masks
         return replace(
             self,
             masks=torch.cat([nothing, nothing + 1], 1),
@@ -135,7 +135,7 @@ class OutcomeBatch:
 
     @property
     def _masked(self) -> slice:
-        """Where the masked images are among all."""
+        """The positions of the masked images among all."""
         return slice(1, 1 + self.masks.shape[1])
 
     def _all(self) -> Tensor:
@@ -149,7 +149,7 @@ class OutcomeBatch:
         return logits.gather(1, self._places(classes)[..., None].expand(-1, -1, logits.shape[2]))
 
     def _places(self, classes: Tensor) -> Tensor:
-        """Where the logits of ``classes`` (B, M) are, (B, M)."""
+        """The positions of the logits of ``classes`` (B, M), (B, M)."""
         classes = classes.to(self.logits.device, torch.long)
         if self.classes is None:
             return classes
@@ -166,9 +166,9 @@ class OutcomeBatch:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """A table of outcomes; photo i is the i-th that could be read.
+    """A table of outcomes; photo i is the i-th photo that could be read.
 
-    ``names`` are those of the photos, ``skipped`` holds (name, reason) of the photos that could not be
+    ``names`` are the names of the photos, ``skipped`` lists (name, reason) of the photos that could not be
     read, and ``key`` is what the numbers depend on.
     """
 
@@ -183,7 +183,7 @@ class Outcomes:
 
     @property
     def folder(self) -> Path:
-        """Where the table is."""
+        """The folder where the table is stored."""
         return self._cache.folder
 
     @property
@@ -198,12 +198,12 @@ class Outcomes:
 
     @property
     def numbers(self) -> list[int]:
-        """The place of each photo in the data that the table was made of."""
+        """The position of each photo in the data that the table was computed from."""
         return self._photos.tolist()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the key; a subset has one of its own."""
+        """SHA-256 of the key; a subset has its own."""
         return key_digest(self.key)
 
     @property
@@ -245,11 +245,11 @@ class Outcomes:
         )
 
     def subset(self, photos: Sequence[int] | Sequence[str | Path] | Tensor) -> Outcomes:
-        """The table of some of its photos, by their numbers or by the paths or names that it was made of.
+        """The table of some of its photos, given by number, or by the path or name used when it was made.
 
         Raises:
-            ValueError: no photo, or one that the table does not have. Photos that were skipped when the
-                table was made are skipped.
+            ValueError: no photo, or one that is not in the table. Photos that were skipped when the
+                table was made are skipped here, too.
         """
         given: list[Any] = photos.tolist() if isinstance(photos, Tensor) else list(photos)
         skipped: list[tuple[str, str]] = []
@@ -274,11 +274,11 @@ class Outcomes:
         )
 
     def find(self, photos: Sequence[str | Path]) -> list[int | None]:
-        """The number of each photo, by the paths or names that the table was made of; None for those that
-        were skipped.
+        """The number of each photo, given by the path or name used when the table was made; None for those
+        that were skipped.
 
         Raises:
-            ValueError: a photo that the table was not made of.
+            ValueError: a photo that is not in the table.
         """
         numbers = {name: i for i, name in enumerate(self.names)}
         return [numbers.get(name) for name in self._named(photos)]
@@ -308,7 +308,7 @@ def outcome_key(
     max_pixels: int = MAX_PIXELS,
     guide: Guide | None = None,
 ) -> dict[str, Any]:
-    """Everything that the numbers of a table depend on."""
+    """Everything that the numbers in a table depend on."""
     return {
         "format": OUTCOMES.version,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint},
@@ -342,23 +342,23 @@ def cache_outcomes(
     guide: Guide | None = None,
     **settings: Any,
 ) -> Outcomes:
-    """The outcomes of masks on ``data``; rows that are not in ``folder`` yet are computed into it.
+    """The outcomes of masks on ``data``; rows that are not in ``folder`` yet are computed and stored there.
 
     Args:
         data: see :func:`xattn.photos.sources.open_photos`.
-        say: is handed one line on what the missing rows cost, before they are computed.
-        guide: the first guess that ``"evidence"`` masks come from, see
-            :class:`~xattn.training.outcome_rows.Guide`. By default it is the row of the most probable class
-            in the classifier, applied to the last tap, or the norm of the last tap where they do not fit.
-        settings: of the masks, see :class:`~xattn.training.outcome_rows.MaskSettings`.
+        say: called with one line on what the missing rows cost, before they are computed.
+        guide: the first guess for ``"evidence"`` masks, see
+            :class:`~xattn.training.outcome_rows.Guide`. By default it is the classifier's row of the most
+            probable class applied to the last tap, or the norm of the last tap if they do not fit.
+        settings: mask settings, see :class:`~xattn.training.outcome_rows.MaskSettings`.
 
-    Photos that cannot be read are left out and listed. Of several processes each computes its share. All
-    rows are compared with their checksums; those that are not as they were written are named in a warning
+    Photos that cannot be read are left out and listed. Several processes compute a share each. All
+    rows are compared with their checksums; those that differ from what was written are named in a warning
     and computed again.
 
     Raises:
-        ValueError: ``folder`` holds a table with another key (both are named) or is in use; no photo can
-            be read; logits that float16 cannot hold; patches that the network cannot do without.
+        ValueError: ``folder`` contains a table with another key (the message gives both) or is in use; no
+            photo can be read; logits that float16 cannot represent; patches that cannot be dropped.
         OSError: ``folder`` cannot be written, or the disk has no room.
         MemoryError: the masked images of one photo do not fit.
     """

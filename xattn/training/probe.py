@@ -1,9 +1,9 @@
 """``probe``: train an attentive head as a classifier on cached features of a frozen backbone.
 
 The published recipe is that of efficient probing (arXiv 2506.10178): LARS, a linear warm-up followed by a
-cosine, no weight decay. Held-out photos stop the training early, and the weights of the best epoch are
-kept. A step can also train against changes of the attention scores
-(:mod:`xattn.training.attention_training`). A head with a ``solve`` of its own is solved for instead.
+cosine, no weight decay. Held-out photos determine early stopping, and the weights of the best epoch are
+used. A step can also train against changes of the attention scores
+(:mod:`xattn.training.attention_training`). A head with its own ``solve`` is solved for instead.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from xattn.training.optimizers import LARS, decayed
 from xattn.training.processes import own_accelerator
 from xattn.training.run import Run, RunOptions
 
-AT_ONCE = 64  # photos whose tokens a solve reads at once
+AT_ONCE = 64  # photos whose tokens a solver reads at once
 
 __all__ = ["ProbeResult", "ProbeScores", "answers", "create_optimizer", "learning_rate", "probe"]
 
 
 @dataclass
 class ProbeResult:
-    """What :func:`probe` returns: the head with the weights of its best epoch, in eval mode.
+    """The result of :func:`probe`: the head with the weights of its best epoch, in eval mode.
 
-    ``validation`` holds its answers for the validation photos, ``history`` one record an epoch, and
-    ``seconds`` the training time of each whole epoch. ``main`` is False in the other processes of a
+    ``validation`` holds its answers for the validation photos, ``history`` one record per epoch, and
+    ``seconds`` the training time of each complete epoch. ``main`` is False in the other processes of a
     distributed run, which write nothing.
     """
 
@@ -70,12 +70,12 @@ class ProbeResult:
 
     @property
     def accuracy(self) -> float:
-        """On the validation photos."""
+        """Accuracy on the validation photos."""
         return self.validation.accuracy
 
     @property
     def ece(self) -> float:
-        """On the validation photos."""
+        """Expected calibration error on the validation photos."""
         return self.validation.ece
 
 
@@ -92,26 +92,26 @@ def probe(
     progress: bool = True,
     on_checkpoint: Callable[[int, AttentiveHead], None] | None = None,
 ) -> ProbeResult:
-    """Train ``head`` in place, or let it solve for its weights, which is one step of one epoch.
+    """Train ``head`` in place, or let it solve for its weights, which counts as one step of one epoch.
 
     Args:
-        features: of the head's backbone, see :func:`~xattn.training.features.cache_features`.
+        features: features of the head's backbone, see :func:`~xattn.training.features.cache_features`.
         labels: LongTensor (n,), the class of every photo of ``features``; only those of ``train`` and
             ``validation`` are read.
-        train, validation: numbers of photos, none of them in both.
+        train, validation: numbers of photos, without overlap.
         output: folder for log, checkpoints and the trained head; None keeps everything in memory.
-        resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
+        resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads).
         on_checkpoint: called in the first process with the step and the head, at step 0 and after each
             checkpoint.
 
-    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. In several processes each
+    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. With several processes each
     takes its share of a batch, and BatchNorm sees the whole batch.
 
     Raises:
-        ValueError: features of another backbone, labels out of range or all alike, no photo to train on
-            or to validate by, attention training of a head whose scores are fixed, a loss that is not
-            finite, or ``output`` holds another run.
+        ValueError: features of another backbone, labels that are out of range or all the same, no photo for
+            training or validation, attention training of a head whose scores are fixed, a loss that is not
+            finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written.
     """
     config = config or ProbeConfig()
@@ -159,7 +159,7 @@ class _EpochHistory:
         self.records, self.best = list(state["history"]), state["best"]
         if (
             self.best["epoch"] >= 0
-        ):  # they must fit: the run ends with them if no later epoch is better
+        ):  # they must fit, because the run ends with them if no later epoch is better
             self.head.load_state_dict(self.best["head"])
 
     def add(self, epoch: int, train_loss: float, scores: ProbeScores, **more: float) -> None:
@@ -174,7 +174,7 @@ class _EpochHistory:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether so many epochs have passed since the best one that training ends."""
+        """Whether training should end because too many epochs have passed since the best one."""
         passed = len(self.records) - 1 - self.best["epoch"]
         return bool(self.config.patience and self.records) and passed >= self.config.patience
 
@@ -235,7 +235,7 @@ def _solve(
     accelerator: Any,
     options: RunOptions,
 ) -> ProbeResult:
-    """As :func:`_train`, for a head with a solve; each of several processes solves for itself."""
+    """As :func:`_train`, for a head with a solver; with several processes, each solves for itself."""
     assert isinstance(head, Solvable)
     history, seconds = _EpochHistory(head, config), []
     optimizer = create_optimizer(head, config)
@@ -276,7 +276,7 @@ def _finish(
     parts: dict[str, LabelledPhotos],
     seconds: list[float],
 ) -> ProbeResult:
-    """Validate and save the head as it is."""
+    """Validate and save the head in its current state."""
     head = run.head.eval()
     scores = _validate(head, features, parts["validation"])
     head.summary = {
@@ -309,9 +309,9 @@ def _perturbation(config: ProbeConfig) -> Perturbation:
 def _step(
     run: Run[AttentiveHead], perturbation: Perturbation, batch: FeatureBatch, lr: float
 ) -> float:
-    """Take one step; the loss, averaged over the photos of all processes.
+    """Take one step; returns the loss, averaged over the photos of all processes.
 
-    The anchors of a head with ``reliability`` count in proportion to the steps that are done.
+    The anchors of a head with ``reliability`` gain weight in proportion to the completed steps.
     """
     head = run.head.train()
     head.trust = run.step / run.total
@@ -329,7 +329,7 @@ def _step(
                 with keeping_statistics(head):
                     anchored = head.anchor_loss(attended, target)
                 loss = loss + head.trust * anchored
-        run.backward(weight * loss, without=head.inert)  # rounding alone, which LARS would scale up
+        run.backward(weight * loss, without=head.inert)  # only rounding, which LARS would scale up
     finally:
         head.trust = 1.0
     mean = float(run.mean(weight * loss.detach().float()))
@@ -339,9 +339,9 @@ def _step(
 
 
 def learning_rate(step: int, per_epoch: int, config: ProbeConfig, photos: int) -> float:
-    """The rate of step 0, 1, ...: a linear rise over the warm-up, then half a cosine to 0.
+    """The rate at step 0, 1, ...: a linear rise over the warm-up, then half a cosine to 0.
 
-    ``photos`` is the number of photos a step; the rate of LARS is proportional to it.
+    ``photos`` is the number of photos per step; the rate of LARS is proportional to it.
     """
     peak = config.lr * (photos / 256 if config.optimizer == "lars" else 1.0)
     rise, total = config.warmup * per_epoch, config.epochs * per_epoch
@@ -354,7 +354,7 @@ def create_optimizer(head: AttentiveHead, config: ProbeConfig) -> torch.optim.Op
     """LARS or AdamW; weight decay only on tensors with two axes or more."""
     groups = decayed(head.parameters(), config.weight_decay)
     if config.optimizer == "adamw":
-        # One pass over the weights: a step of efficient probing takes a quarter less on a CPU.
+        # One pass over the weights: this saves a quarter of a step of efficient probing on a CPU.
         fused = next(head.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
     return LARS(groups, lr=config.lr)

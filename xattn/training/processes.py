@@ -1,8 +1,8 @@
 """What the processes of a training run do together: launch, share weights, stop, average gradients.
 
-Each process holds a share of a training batch. BatchNorm takes its statistics from the whole batch, and
-dropout is drawn for it (:func:`whole_batch`), so several processes train the head that one process would.
-``accelerate`` is imported where it is used: commands that do not train should not pay for it.
+Each process has a share of a training batch. BatchNorm takes its statistics from the whole batch, and
+dropout is drawn for it (:func:`whole_batch`), so several processes train the same head as a single one.
+``accelerate`` is imported only where it is used, so that other commands start without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 def own_accelerator(device: torch.device, precision: str) -> Iterator[Any]:
     """An Accelerator for this run only.
 
-    The next run may ask for another precision, and an accelerator of the caller stays as it was.
+    The next run may ask for another precision, and the caller's own accelerator is not changed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -79,7 +79,7 @@ def merge(accelerator: Any, own: dict[Any, T]) -> dict[Any, T]:
 
 
 def agree(accelerator: Any, stop: int, count: int) -> tuple[int, list[int]]:
-    """The gravest reason of any process to stop (0: none), and the number of images of each process."""
+    """The most severe reason to stop in any process (0: none), and the number of images of each process."""
     if accelerator.num_processes == 1:
         return stop, [count]
     told = accelerator.gather(torch.tensor([[stop, count]], device=accelerator.device))
@@ -94,7 +94,7 @@ def average(accelerator: Any, values: Tensor) -> Tensor:
 def average_gradients(accelerator: Any, module: nn.Module) -> None:
     """Replace gradients by their means over all processes, in one message.
 
-    A parameter without a gradient in any process keeps None, so that the optimizer leaves it alone as it
+    A parameter without a gradient in any process keeps None, so that the optimizer ignores it as it
     does in a single process.
     """
     if accelerator.num_processes == 1:
@@ -110,7 +110,7 @@ def average_gradients(accelerator: Any, module: nn.Module) -> None:
 
 @contextmanager
 def seeded(seed: int, step: int) -> Iterator[None]:
-    """Draw random numbers, such as dropout's, as a function of the step, alike in all processes.
+    """Draw random numbers, such as dropout's, as a function of the step, the same in all processes.
 
     Afterwards the caller's generators are where they were before.
     """
@@ -128,9 +128,9 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 @dataclass
 class Share:
-    """What one process has of the batch that a step trains on: ``rows`` of its ``count`` images.
+    """One process's share of the batch of a step: ``rows`` of its ``count`` images.
 
-    A process without a row takes part with a stand-in of weight 0.
+    A process without a row takes part with a placeholder of weight 0.
     """
 
     rows: Sequence[int] = ()
@@ -139,12 +139,12 @@ class Share:
 
 @contextmanager
 def whole_batch(module: nn.Module) -> Iterator[Share]:
-    """In the block, the layers of ``module`` train on the batch of all processes.
+    """Context in which the layers of ``module`` train on the batch of all processes.
 
-    Before each step the caller writes into the yielded :class:`Share` what this process has of the batch.
+    Before each step the caller writes this process's share of the batch into the yielded :class:`Share`.
 
     BatchNorm normalises by the statistics of all images, on any device; otherwise each process would
-    normalise its own part by itself. The features of its input lie on axis 1, or the input is (n, C).
+    normalise its own part separately. The features of its input are on axis 1, or the input is (n, C).
     Dropout of inputs (B, ...) is drawn for the whole batch: it depends neither on which process has an
     image, nor on whether another image could be read.
     """
@@ -168,7 +168,7 @@ def whole_batch(module: nn.Module) -> Iterator[Share]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. The losses of all of them depend on it, so its gradient is a sum, too."""
+    """The sum over all processes. All their losses depend on it, so its gradient is a sum, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _moments(share: Share, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each feature of ``x`` (B, C, ...): the number of values in all processes, their mean (C,) and
+    """For each feature of ``x`` (B, C, ...): the number of values in all processes, their mean (C,) and
     their biased variance (C,)."""
     axes = [axis for axis in range(x.ndim) if axis != 1]
     weight = 1.0 if share.rows else 0.0

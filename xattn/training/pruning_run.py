@@ -1,11 +1,11 @@
-"""``prune``: cut heads of a ViT, and train the blocks that were cut to answer as the whole network.
+"""``prune``: remove heads of a ViT, and train the pruned blocks to answer like the whole network.
 
     L = w_tokens |t' - t|^2 / |t|^2 + w_logits KL(softmax z || softmax z') + w_entropy H(mean_b r_b)
 
-t and z are the last tokens and the logits of the network as it was, t' and z' those of the pruned one; no
-labels are read. "heads" compares the heads first (:func:`choose_heads`)
-and trains what is left. "shrp" first trains a router r and one E for all heads; the entropy H of the
-router's usage concentrates it on one head. Then it trains that head and E alone.
+t and z are the last tokens and the logits of the original network, t' and z' those of the pruned one; no
+labels are read. "heads" first compares the heads (:func:`choose_heads`) and trains what is left. "shrp"
+first trains a router r and one E for all heads; the entropy H of the router's usage concentrates it on one
+head. Then it trains only that head and E.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from xattn.training.processes import Share
 from xattn.training.run import Run, RunOptions
 from xattn.training.students.closeness import divergence, last_tokens
 
-AT_ONCE = 32  # photos a pass that trains nothing
+AT_ONCE = 32  # photos per pass without training
 
 
 class Answer(NamedTuple):
@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """Photos as the first pruned block sees them, tokens (n, N, C), and what the network answers."""
+    """Photos at the input of the first pruned block, tokens (n, N, C), and the network's answers."""
 
     entering: Tensor
     answer: Answer
@@ -68,21 +68,21 @@ class Seen:
         return len(self.entering)
 
     def part(self, index: Any, device: torch.device) -> Seen:
-        """Some of them, on ``device``."""
+        """Some of the photos, on ``device``."""
         answer = Answer(*(x[index].to(device) for x in self.answer))
         return Seen(self.entering[index].to(device), answer)
 
     def parts(self, device: torch.device, most: int | None = None) -> Iterator[Seen]:
-        """All of them, or the first ``most``, a few at once."""
+        """All photos, or the first ``most``, a few at a time."""
         count = len(self) if most is None else min(most, len(self))
         for start in range(0, count, AT_ONCE):
             yield self.part(slice(start, min(start + AT_ONCE, count)), device)
 
 
 class Tail:
-    """``tail(tokens, model) -> Answer``: blocks of ``model`` from ``first`` on, its norm and classifier.
+    """``tail(tokens, model) -> Answer``: the blocks of ``model`` from ``first``, its norm and classifier.
 
-    ``arguments`` is what blocks get beside their tokens, such as a rotary embedding.
+    ``arguments`` are the blocks' inputs besides their tokens, such as a rotary embedding.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Tail:
 
 @torch.no_grad()
 def seen_by(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, Tail]:
-    """``images`` (B, 3, H, W) as block ``first`` sees them, and the tail from there."""
+    """``images`` (B, 3, H, W) at the input of block ``first``, and the tail from there."""
     calls: list[Any] = []
     block: Any = backbone.model.blocks[first]  # type: ignore[index,union-attr]
     with backbone.alone():
@@ -121,7 +121,7 @@ def seen_by(backbone: Backbone, first: int, images: Tensor) -> tuple[Seen, Tail]
 
 
 def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
-    """Raise a ``ValueError`` unless the tail gives the network's own answer."""
+    """Raise a ``ValueError`` unless the tail reproduces the network's own answer."""
     with torch.no_grad(), backbone.alone():
         try:
             own = tail(seen.entering, backbone.model)
@@ -136,8 +136,8 @@ def check_tail(backbone: Backbone, tail: Tail, seen: Seen) -> None:
 
 
 def difference(wanted: Answer, found: Answer, task: Task, classes: bool) -> Tensor:
-    """How far an answer is from that of the network: KL of its logits, or without ``classes`` the relative
-    error of its last tokens."""
+    """The difference between an answer and the network's: KL of its logits or, without ``classes``, the
+    relative error of its last tokens."""
     if classes:
         return divergence(wanted.logits.float(), found.logits.float(), task)
     return token_error(wanted, found)
@@ -149,11 +149,11 @@ def token_error(wanted: Answer, found: Answer) -> Tensor:
     return (error / wanted.tokens.float().square().flatten(1).mean(1).clamp_min(1e-12)).mean()
 
 
-# ---------------------------------------------------------------------- which heads stay
+# ---------------------------------------------------------------------- choosing the heads
 
 
 class HeadChoice(NamedTuple):
-    """``kept`` heads of a block, and for each head how much the answer changes if it alone is left out."""
+    """``kept`` heads of a block, and for each head how much the answer changes without it alone."""
 
     kept: tuple[int, ...]
     changes: tuple[float, ...]
@@ -163,7 +163,7 @@ class HeadChoice(NamedTuple):
 def choose_heads(
     backbone: Backbone, tail: Tail, seen: Seen, layer: int, keep: int, photos: int
 ) -> HeadChoice:
-    """Heads of block ``layer`` leave one by one, each time the one whose loss changes the network's answer
+    """Remove heads of block ``layer`` one by one, each time the one whose loss changes the network's answer
     least, until ``keep`` are left; the other blocks stay whole."""
     model: Any = backbone.model
     heads = heads_of(model, layer)
@@ -194,7 +194,7 @@ def choose_heads(
 
 @contextmanager
 def heads_only(attention: Any, kept: Sequence[int]) -> Iterator[None]:
-    """In the block, an attention layer of timm adds nothing from its other heads."""
+    """Context in which only the heads ``kept`` contribute to a timm attention layer."""
     heads = int(attention.num_heads)
     mask = torch.zeros(heads, 1, device="cpu")
     mask[list(kept)] = 1
@@ -214,7 +214,7 @@ def heads_only(attention: Any, kept: Sequence[int]) -> Iterator[None]:
 
 
 class PrunedStudent(nn.Module):
-    """The pruned blocks of a copy of ``teacher``; the rest of the copy is frozen and no submodule.
+    """The pruned blocks of a copy of ``teacher``; the rest of the copy is frozen and not a submodule.
 
     Args:
         kept: the heads of each block for "heads"; None for "shrp", whose routers choose.
@@ -262,14 +262,14 @@ class PrunedStudent(nn.Module):
         return {int(i): b for i, b in self.blocks.items() if isinstance(b, RoutedBlock)}
 
     def train(self, mode: bool = True) -> PrunedStudent:
-        """Only routers count; the network drops nothing."""
+        """Only routers are affected; the network drops nothing."""
         self.training = mode
         for block in self.routed().values():
             block.router.train(mode)
         return self
 
     def config(self) -> dict[str, Any]:
-        """What a resumed run must agree with."""
+        """Settings that a resumed run must share."""
         kept = None if self._kept is None else {str(i): list(h) for i, h in self._kept.items()}
         return {
             "pruning": {"layers": self.layers, "kept": kept, "hidden": self.hidden},
@@ -277,16 +277,16 @@ class PrunedStudent(nn.Module):
         }
 
     def usage(self) -> dict[int, list[float]]:
-        """How often each head was chosen lately, by block."""
+        """How often each head was chosen recently, by block."""
         return {i: block.router.usage.tolist() for i, block in self.routed().items()}
 
     @property
     def settled(self) -> bool:
-        """Whether no router chooses any more."""
+        """Whether all routers have stopped choosing."""
         return all(int(block.router.kept) >= 0 for block in self.routed().values())
 
     def settle(self) -> None:
-        """Keep the most used head of each router from now on."""
+        """From now on, use the most used head of each router."""
         for block in self.routed().values():
             block.router.settle()
 
@@ -326,8 +326,8 @@ class PrunedStudent(nn.Module):
 def answers(
     tail: Tail, model: Any, seen: Seen, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of n photos: the most probable class, whether it is that of the whole network, and the mean cosine of
-    the last tokens with those of the whole network."""
+    """For n photos: the most probable class, whether it is the same as for the whole network, and the mean
+    cosine of the last tokens with those of the whole network."""
     classes, same, cosines = [], [], []
     for part in seen.parts(device):
         found = tail(part.entering, model)
@@ -341,16 +341,14 @@ def answers(
 # ---------------------------------------------------------------------- the run
 
 
-HELD_OUT = 5  # one of so many photos is measured on, not trained on
-KEPT_BYTES = 8 << 30  # of tokens in memory
-ROUTER_RATE = (
-    10.0  # times the learning rate of the blocks: few steps have to settle which head stays
-)
+HELD_OUT = 5  # one in this many photos is used for measuring and not for training
+KEPT_BYTES = 8 << 30  # limit for tokens in memory
+ROUTER_RATE = 10.0  # multiple of the blocks' learning rate: few steps must settle which head stays
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a network says of the held-out photos: their classes, for how many it is the class of the whole
+    """A network's answers for the held-out photos: their classes, whether each is the class of the whole
     network, and the cosine of their last tokens with those of the whole network, each (n,)."""
 
     classes: Tensor
@@ -360,9 +358,9 @@ class Answers:
 
 @dataclass
 class PruneResult:
-    """What :func:`prune` returns.
+    """The result of :func:`prune`.
 
-    ``answers`` of the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of the
+    ``answers`` for the held-out ``photos`` by stage: "whole", "routed" (shrp), "cut" before the rest of the
     training, and "trained". ``changes`` says for each block how much each head matters ("heads"), ``usage``
     how often routers chose it ("shrp").
     """
@@ -391,21 +389,21 @@ def prune(
     resume: bool = False,
     progress: bool = True,
 ) -> PruneResult:
-    """Prune a copy of ``model``, which stays as it is, bit for bit.
+    """Prune a copy of ``model``; ``model`` itself is not changed.
 
     Args:
         model: a backbone, or a timm ViT with pre-norm blocks.
-        layers: numbers of the blocks, or a str such as "8-11"; the last one by default.
+        layers: block numbers, or a str such as "8-11"; the last block by default.
         data: photos, see :mod:`xattn.photos.sources`.
-        validation: photos to measure on; by default one of five of ``data``, which is not trained on.
+        validation: photos for measuring; by default one in five of ``data``, which is then not trained on.
         config: see :class:`~xattn.config.PruneConfig`.
         output: folder for log and checkpoints; None keeps everything in memory.
-        resume: go on from the last checkpoint in ``output``. The result is bit-identical to that of an
+        resume: continue from the last checkpoint in ``output``. The result is bit-identical to that of an
             uninterrupted run (on a CPU, with the same number of threads).
 
     Raises:
-        ValueError: a model that cannot be pruned, heads or blocks that are not there, too few photos, or
-            ``output`` holds another run.
+        ValueError: a model that cannot be pruned, heads or blocks that do not exist, too few photos, or
+            ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
     """
     config = config or PruneConfig()
@@ -426,7 +424,7 @@ def prune(
 
 
 def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
-    """The photos to train on, and those to measure on: every fifth from the first on unless given.
+    """The photos for training and for measuring: every fifth, from the first, unless the latter are given.
 
     Raises:
         ValueError: too few photos, or streamed ones.
@@ -448,7 +446,7 @@ def split(data: Data, validation: Data | None = None) -> tuple[Photos, Photos]:
 
 
 class _State:
-    """Answers of stages that are over, and the seconds of training."""
+    """Answers of completed stages, and the training time in seconds."""
 
     def __init__(self, started: float) -> None:
         self.answers: dict[str, Answers] = {}
@@ -457,7 +455,7 @@ class _State:
 
     @property
     def seconds(self) -> float:
-        """Of all threads of the process, with the runs that this one resumes."""
+        """Time of all threads of the process, including the runs that this one resumes."""
         return self._earlier + time.process_time() - self._started
 
     def state_dict(self) -> dict[str, Any]:
@@ -532,7 +530,7 @@ def _prune(
 def read_photos(
     backbone: Backbone, first: int, photos: Photos, config: PruneConfig, mirrored: bool
 ) -> tuple[list[Seen], Tail, list[tuple[str, str]], list[str]]:
-    """Photos as block ``first`` sees them, as they are and ``mirrored``; the tail; names and reasons of
+    """Photos at the input of block ``first``, unchanged and ``mirrored``; the tail; names and reasons of
     those that cannot be read, and names of the others.
 
     Raises:
@@ -589,7 +587,7 @@ def _joined(parts: Sequence[Seen]) -> Seen:
 def _learn(
     run: Run[PrunedStudent], views: Sequence[Seen], tail: Tail, state: _State, measure: Any
 ) -> None:
-    """Take the steps that are left; a router settles after its share of them."""
+    """Take the remaining steps; a router settles after its share of them."""
     student, config = run.head, run.config
     assert isinstance(config, PruneConfig)
     count = len(views[0])
@@ -628,7 +626,7 @@ def _optimizer(student: PrunedStudent, config: PruneConfig) -> torch.optim.Optim
 def _step(
     run: Run[PrunedStudent], batch: Seen, tail: Tail, config: PruneConfig
 ) -> dict[str, float]:
-    """Take one step; the losses."""
+    """Take one step; returns the losses."""
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * share_of_peak(run.step, run.total)
     with run.forward(Share(range(len(batch)), len(batch))):

@@ -1,15 +1,15 @@
-"""A training run: its output folder, resumable state, log and signals, alike in all of its processes.
+"""A training run: its output folder, resumable state, log and signals, the same in all of its processes.
 
     run = Run(head, optimizer, accelerator, config, loop_state, total, options)
     with run.open(record):               # claims the folder and restores the last checkpoint
         with run.steps():                # Ctrl-C and SIGTERM wait for the end of a step
             for batch in batches:
-                run.agree()              # where one process has to stop, all do, with a checkpoint
+                run.agree()              # if one process must stop, all do, with a checkpoint
                 run.losses = step(run, batch)
                 run.advance(epoch, lr)
         run.save_head()
 
-:func:`train_on_photos` is the loop of all training on photos; probing and pruning have loops of their own.
+:func:`train_on_photos` is the loop for all training on photos; probing and pruning have their own loops.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from xattn.training.data import PhotoBatch
 from xattn.training.processes import Share, whole_batch
 from xattn.training.run_folder import CHECKPOINTS, HEAD_FOLDER, claim, save_checkpoint
 
-FAILED = 1000  # a reason to stop, graver than the numbers of signals
+FAILED = 1000  # a reason to stop, more severe than any signal number
 
 HeadT = TypeVar("HeadT", bound=nn.Module)
 
@@ -52,12 +52,12 @@ class LoopState(Protocol):
         """Values by name; called in all processes."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them from the ``state`` of a whole checkpoint."""
+        """Restore them from the ``state`` of a complete checkpoint."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is kept and shown, see :func:`~xattn.training.fitting.fit`."""
+    """How a run is stored and displayed, see :func:`~xattn.training.fitting.fit`."""
 
     output: str | Path | None = None
     resume: bool = False
@@ -74,7 +74,7 @@ class Run(Generic[HeadT]):
     """One training run of ``head`` (or the student of a distillation or pruning) over ``total`` steps.
 
     ``step`` counts the steps taken, ``losses`` are the last ones, ``main`` is False in the processes that
-    write nothing, and ``interrupted()`` is the number of the signal that came, or 0.
+    write nothing, and ``interrupted()`` is the number of the received signal, or 0.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def open(self, record: dict[str, Any]) -> Iterator[None]:
-        """Own the output folder in the block, restore its last checkpoint, and put the head in train mode.
+        """Lock the output folder in the block, restore its last checkpoint, and put the head in train mode.
 
-        ``record`` is what a resumed run must agree with, beside the config and the head.
+        ``record`` is what a resumed run must agree with, in addition to the config and the head.
         """
         record = {
             "train": asdict(self.config),
@@ -127,9 +127,9 @@ class Run(Generic[HeadT]):
             self.accelerator.wait_for_everyone()
 
     def _claim(self, stack: ExitStack, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Claim the folder and open its log; the state to resume from, in all processes.
+        """Claim the folder and open its log; returns the state to resume from, in all processes.
 
-        An error of the main process is raised in all of them.
+        An error in the main process is raised in all of them.
         """
         state, refusal = None, None
         try:
@@ -149,14 +149,14 @@ class Run(Generic[HeadT]):
         self.head.load_state_dict(state["head"])
         saved = state["optimizer"]["param_groups"]
         for group, own in zip(saved, self.optimizer.param_groups, strict=True):
-            if "fused" in own:  # how a step is computed is decided anew by each run
+            if "fused" in own:  # each run decides anew how a step is computed
                 group["fused"] = own["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def checkpoint(self) -> None:
-        """Write a checkpoint and call ``on_checkpoint``; every process has to call this."""
+        """Write a checkpoint and call ``on_checkpoint``; every process must call this."""
         own = self.loop_state.state_dict()
         if not self.main:
             return
@@ -176,7 +176,7 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Take steps in the block, with a progress bar; a first signal waits for :meth:`agree`."""
+        """Context for steps, with a progress bar; a first signal waits for :meth:`agree`."""
         self._writer = _tensorboard(self.folder, self.step) if self.main else None
         self._bar = tqdm(
             total=self.total,
@@ -196,7 +196,7 @@ class Run(Generic[HeadT]):
                 self._writer.close()
 
     def agree(self, count: int = 0, failure: OSError | None = None) -> list[int]:
-        """The ``count`` of images of every process.
+        """The number of images, ``count``, of every process.
 
         If a process was interrupted or has a ``failure``, all write a checkpoint and stop.
         """
@@ -209,9 +209,9 @@ class Run(Generic[HeadT]):
 
     @contextmanager
     def forward(self, share: Share) -> Iterator[None]:
-        """Mixed precision, and random numbers that depend on nothing but the step.
+        """Context with mixed precision, and random numbers that depend only on the step.
 
-        ``share`` is what this process has of the batch.
+        ``share`` is this process's share of the batch.
         """
         self._share.rows, self._share.count = share.rows, share.count
         with processes.seeded(self.config.seed, self.step), self.accelerator.autocast():
@@ -226,9 +226,10 @@ class Run(Generic[HeadT]):
         processes.average_gradients(self.accelerator, self.head)
 
     def take_step(self, losses: dict[str, Tensor], weight: float) -> dict[str, float]:
-        """A step down the gradient of ``losses["loss"]``; all ``losses``, averaged over the processes.
+        """Take a step down the gradient of ``losses["loss"]``; returns all ``losses``, averaged over the
+        processes.
 
-        ``weight`` is this process's share of the batch, times the number of processes.
+        ``weight`` is this process's share of the batch, multiplied by the number of processes.
         """
         self.backward(weight * losses["loss"])
         self.optimizer.step()
@@ -236,11 +237,11 @@ class Run(Generic[HeadT]):
         return dict(zip(losses, mean.tolist(), strict=True))
 
     def mean(self, losses: Tensor) -> Tensor:
-        """The mean of the processes' ``losses``, each of which they have weighted by their share."""
+        """The mean of the processes' ``losses``, each already weighted by the process's share."""
         return processes.average(self.accelerator, losses)
 
     def naming_batch_size(self, items: str) -> AbstractContextManager[None]:
-        """Report exhausted memory as an error of ``batch_size``, which counts ``items``."""
+        """Report exhausted memory as an error in ``batch_size``, which counts ``items``."""
         return out_of_memory_is(
             MemoryError(
                 f"batch_size: out of memory with {self.config.batch_size} {items} a step; train with "
@@ -249,7 +250,7 @@ class Run(Generic[HeadT]):
         )
 
     def check_finite(self, step: int, *losses: float) -> None:
-        """Raise a ValueError that names ``step`` and the learning rate unless ``losses`` are finite."""
+        """Raise a ``ValueError`` that names ``step`` and the learning rate unless ``losses`` are finite."""
         if not all(map(math.isfinite, losses)):
             raise ValueError(
                 f"lr: the loss is not finite at step {step}; train with a lower lr than "
@@ -280,7 +281,7 @@ class Run(Generic[HeadT]):
 
 
 def _stopped(stop: int, failure: OSError | None) -> BaseException:
-    """The exception that ends all processes for the reason they agreed on."""
+    """The exception that ends all processes for the reason that they agreed on."""
     if stop == FAILED:
         return failure or ChildProcessError("data: another process cannot read on; see its error")
     return KeyboardInterrupt() if stop == signal.SIGINT else SystemExit(128 + stop)
@@ -320,11 +321,11 @@ class Batches(Protocol):
 
 
 Step = Callable[[Any, list[int]], dict[str, float]]
-"""Takes a step on a batch, of which each process has so many readable images; returns the losses."""
+"""Takes a step on a batch, given its number of readable images in each process; returns the losses."""
 
 
 class PhotoLoopState:
-    """(index, reason) of the images that could not be read; restored with a run."""
+    """(index, reason) of the images that could not be read; restored when a run is resumed."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
@@ -338,11 +339,11 @@ class PhotoLoopState:
         self.skipped = dict(state["skipped"])
 
     def merge_skipped(self) -> None:
-        """Let every process know what any of them could not read."""
+        """Tell every process which images any of them could not read."""
         self.skipped = processes.merge(self.accelerator, self.skipped)
 
     def failure(self, batch: PhotoBatch) -> OSError | None:
-        """The error that ends the run at ``batch``: its own, or images that are gone since."""
+        """The error that ends the run at ``batch``: its own, or images that have since disappeared."""
         gone = [reason for index, reason in batch.unreadable if index not in self.skipped]
         if batch.epoch and not len(batch) and len(gone) > 1:  # a single one may have been deleted
             return OSError(
@@ -355,7 +356,7 @@ class PhotoLoopState:
         """Name and reason of every image that could not be read.
 
         Raises:
-            ValueError: none could be.
+            ValueError: no image could be read.
         """
         self.merge_skipped()
         photos = batches.photos
@@ -376,8 +377,8 @@ def train_on_photos(
 ) -> None:
     """Train from ``run.step`` to the last batch.
 
-    ``step`` is called where some process has a readable image; ``next_lr`` after every step, and gives the
-    rate for the log.
+    ``step`` is called if any process has a readable image; ``next_lr`` is called after every step and
+    returns the rate for the log.
     """
     every = run.config.checkpoint_every
     with run.steps(), closing(batches.from_step(run.step, run.interrupted)) as delivered:

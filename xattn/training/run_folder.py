@@ -1,8 +1,8 @@
-"""The output folder of a training run: who owns it, its settings, its log, and its checkpoints.
+"""The output folder of a training run: its owner, settings, log and checkpoints.
 
 A checkpoint survives a kill and a bad disk: each is a new folder with a checksum beside its state. The
-newest two are kept, and the newest intact one is read. The file ``latest`` names the newest one, for people
-who look into the folder.
+newest two are kept, and the newest intact one is read. For people who look into the folder, the file
+``latest`` names the newest one.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     for found, path in _steps(folder).items():
         if found != step and found not in earlier[:1]:
             shutil.rmtree(path, ignore_errors=True)
-    for leftover in folder.glob(".*"):  # of a run that was killed while writing
+    for leftover in folder.glob(".*"):  # from a run that was killed while writing
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest intact checkpoint, or None if none was ever finished.
+    """The state of the newest intact checkpoint, or None if none was ever completed.
 
-    A damaged checkpoint is passed over for the one before it, with a warning.
+    If a checkpoint is damaged, the previous one is used, with a warning.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: there are checkpoints, but all are damaged.
     """
     damages = []
     for path in _steps(folder).values():
@@ -87,7 +87,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint was ever finished in ``folder``, intact or not."""
+    """Whether a checkpoint was ever completed in ``folder``, intact or not."""
     return bool(_steps(folder))
 
 
@@ -115,7 +115,7 @@ HEAD_FOLDER, CHECKPOINTS = "head", "checkpoints"
 
 
 def first_workers(folder: Path | None, workers: int) -> int:
-    """The number of workers that the run in ``folder`` was started with; ``workers`` if there is none."""
+    """The number of workers with which the run in ``folder`` was started; ``workers`` if there is none."""
     try:
         old = strict_json.parse((folder / RUN_FILE).read_bytes()) if folder else {}
         return int(old["train"]["workers"])
@@ -127,9 +127,9 @@ def first_workers(folder: Path | None, workers: int) -> int:
 def claim(
     folder: Path | None, run: dict[str, Any], resume: bool, main: bool
 ) -> Iterator[tuple[TextIO | None, dict[str, Any] | None]]:
-    """Own ``folder`` for this run; refuse a second run, or resuming with other settings.
+    """Lock ``folder`` for this run; refuse a second run, or resuming with other settings.
 
-    Yields the log, and for a resumed run the state of its last checkpoint. Both are None without a folder,
+    Yields the log and, for a resumed run, the state of its last checkpoint. Both are None without a folder,
     and in all processes but the ``main`` one.
     """
     if folder is None and resume:
@@ -165,7 +165,7 @@ def claim(
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to be resumed: everything but settings that do not change the result."""
+    """What must match for a run to be resumed: everything but settings that do not affect the result."""
     train = {k: v for k, v in run["train"].items() if k not in ("workers", "checkpoint_every")}
     head = {k: v for k, v in run["head"].items() if k not in ("training", "xattn")}
     return {**run, "train": train, "head": head}
@@ -188,7 +188,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def locked(folder: Path, argument: str = "output") -> Iterator[None]:
-    """Own ``folder``, which is created if it is missing; a ValueError if another process owns it."""
+    """Lock ``folder``, creating it if it is missing; a ``ValueError`` if another process owns it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
@@ -215,7 +215,7 @@ def _lock(lock: TextIO, folder: Path, argument: str) -> None:
 def cut_log(folder: Path, step: int) -> None:
     """Drop the log lines after ``step``, that of the checkpoint: the resumed run writes them again.
 
-    What is no record, such as half a line of a killed process, goes, too.
+    Incomplete records, such as half a line of a killed process, are dropped, too.
     """
     path = folder / LOG_FILE
     if not path.is_file():

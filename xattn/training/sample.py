@@ -1,4 +1,5 @@
-"""Maps of a few fixed photos while a head trains: a pack of those of step 0 and of the last checkpoint."""
+"""Maps of a few fixed photos while a head trains: a pack with those of step 0 and of the last
+checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SAMPLE_FOLDER = "sample"
 
 
 def step_method(step: int) -> str:
-    """The method's name in the pack for the maps of ``step``."""
+    """The name in the pack for the maps of ``step``."""
     return f"step {step}"
 
 
@@ -36,13 +37,13 @@ class Sample:
     """An ``on_checkpoint`` that explains one class of each of ``count`` photos, the same ones each time.
 
     ``folder`` becomes a pack with the maps of step 0 and of the checkpoint; the method's name and
-    ``protocol["step"]`` have the step. The head's mode and the random number generators are left as they
+    ``protocol["step"]`` give the step. The head's mode and the random number generators are left as they
     were.
 
     Args:
-        data: photos in files, of which ``count``, evenly spread, are shown.
+        data: photos in files, of which ``count``, evenly spaced, are shown.
         classes: for a head that replaces the classifier (an attentive one): the class to explain for each
-            photo, by path, an index into the head's classes. Without it, the most probable class of the
+            photo, by path, as an index into the head's classes. Without it, the most probable class of the
             frozen network is explained, which training does not change.
 
     Raises:
@@ -76,7 +77,7 @@ class Sample:
         head.eval()
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # A photo may be gone by now, and a map may have a single value before training.
+                # A photo may have been deleted, and a map may be constant before training.
                 warnings.filterwarnings("ignore", "explain: skipped ")
                 warnings.filterwarnings("ignore", "(?s)explain: .* one value everywhere")
                 found = self._explained(backbone, head)
@@ -106,7 +107,7 @@ class Sample:
         return found
 
     def _saved(self) -> list[Explanation]:
-        """The maps of step 0 that an interrupted run left."""
+        """The maps of step 0 left by an interrupted run."""
         try:
             self._first = [e for e in load_pack(self.folder) if e.method == step_method(0)]
         except (OSError, ValueError):
@@ -120,7 +121,7 @@ def _at(explanation: Explanation, step: int) -> Explanation:
 
 
 def _readable(paths: list[Path], count: int, max_pixels: int | None) -> list[int]:
-    """The numbers of ``count`` evenly spread photos; the next one replaces one that cannot be read."""
+    """The numbers of ``count`` evenly spaced photos; if one cannot be read, the next one replaces it."""
     chosen: list[int] = []
     reason: Exception | None = None
     for place in range(min(count, len(paths))):

@@ -1,1 +1,1 @@
-"""Explain the words of vision-language models: which part of the image, and which words, made each."""
+"""Explain the words of vision-language models: which part of the image, and which words, led to each."""

@@ -1,4 +1,4 @@
-"""What a vision-language model answered, with a map for every word that was explained."""
+"""The answer of a vision-language model, with a map for every explained word."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """What one method says of a word: ``explanations``, one a photo, and ``text`` (M,), the scores of the
-    text tokens (None of methods that have none); ``shares`` of image, prompt and answer, of sum 1."""
+    """One method's result for a word: ``explanations``, one per photo, and ``text`` (M,), the scores of the
+    text tokens (None if the method has none); ``shares`` of image, prompt and answer, which sum to 1."""
 
     explanations: tuple[Explanation, ...]
     text: Array | None = None
@@ -32,18 +32,19 @@ class Answer:
 
         print(answer.text, answer.table())
         answer["fork"].overlay().save("fork.png")    # the first "fork"; ["fork", 2] the second, [3] word 3
-        answer.sources("fork")                       # which words of prompt and answer it came from
+        answer.sources("fork")                       # the words of prompt and answer it came from
 
     Args:
-        image_id: of the photo. ``prompt`` is what was asked, ``text`` the answer, ``token_ids`` its tokens.
-        words: all words, also those that were not explained.
-        log_probs: (W,) the sum over each word's tokens of log p; ``lost``: (W,) how much of it is lost
-            where every image token is the mean one, in nats. Near 0: the word does not need the image,
-            whatever its map shows.
-        tokens: (text of the token with the white space before it, whether it is of the prompt), M of them,
-            those of images left out.
-        maps: by number of the word, by method; the first method is the one that ``answer[word]`` shows.
-        notes: what should be said of the maps, by method.
+        image_id: id of the photo. ``prompt`` is the question, ``text`` the answer, ``token_ids`` its
+            tokens.
+        words: all words, including those that were not explained.
+        log_probs: (W,) the sum of log p over each word's tokens; ``lost``: (W,) how much of it is lost
+            when every image token is replaced by the mean token, in nats. Near 0, the word does not need
+            the image, whatever its map shows.
+        tokens: (text of the token with preceding white space, whether it belongs to the prompt), M of them,
+            without image tokens.
+        maps: by word number, then by method; ``answer[word]`` shows the first method.
+        notes: remarks on the maps, by method.
     """
 
     image_id: str
@@ -59,18 +60,18 @@ class Answer:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that explained it, in the order that was asked for."""
+        """The methods that explained it, in the order in which they were requested."""
         return tuple(next(iter(self.maps.values()), {}))
 
     @cached_property
     def probabilities(self) -> Array:
-        """(W,): exp of the mean log p of each word's tokens."""
+        """(W,): exp of the mean log p over each word's tokens."""
         counts = np.array([len(word.tokens) for word in self.words], np.float32)
         return np.exp(self.log_probs / np.maximum(counts, 1)).astype(np.float32)  # type: ignore[no-any-return]
 
     @property
     def asked(self) -> int:
-        """How many of the tokens are of the prompt."""
+        """The number of tokens that belong to the prompt."""
         return sum(of_prompt for _, of_prompt in self.tokens)
 
     @property
@@ -80,17 +81,17 @@ class Answer:
 
     @property
     def by_photo(self) -> dict[str, list[Explanation]]:
-        """The same by the id of the photo, or of the frame."""
+        """The same, by the id of the photo or of the frame."""
         found: dict[str, list[Explanation]] = {}
         for one in self.explanations:
             found.setdefault(one.image_id, []).append(one)
         return found
 
     def of(self, word: Any, method: str | None = None) -> Maps:
-        """What a method, by default the first, says of a word.
+        """The result of a method, by default the first, for a word.
 
         Args:
-            word: its number, its text, or (text, 2) for the second of that text.
+            word: its number, its text, or (text, 2) for the second word with that text.
 
         Raises:
             ValueError: no such word or method, or a word that was not explained.
@@ -107,14 +108,14 @@ class Answer:
         return self.maps[number][name]
 
     def __getitem__(self, word: Any) -> Explanation:
-        """The map of a word, by the first method and on the first photo; see :meth:`of`."""
+        """The map of a word, from the first method and on the first photo; see :meth:`of`."""
         return self.of(word).explanations[0]
 
     def sources(self, word: Any, method: str | None = None) -> list[tuple[str, float]]:
-        """(token, score) of the prompt and of the answer before the word, in their order.
+        """(token, score) for the prompt and for the answer before the word, in order.
 
         Raises:
-            ValueError: as :meth:`of`, and of a method that scores image tokens alone.
+            ValueError: as in :meth:`of`, and if the method scores only image tokens.
         """
         maps = self.of(word, method)
         if maps.text is None:
@@ -127,8 +128,8 @@ class Answer:
         return [(self.tokens[i][0], float(maps.text[i])) for i in range(count)]
 
     def table(self) -> str:
-        """A line a word: its probability, nats lost without the image, and how the first method's scores
-        are shared between image, prompt and answer."""
+        """One line per word: its probability, nats lost without the image, and how the first method's
+        scores are divided between image, prompt and answer."""
         lines = [f"{'word':16} {'p':>6} {'lost':>7}  {'image':>6} {'prompt':>6} {'answer':>6}"]
         for i, word in enumerate(self.words):
             maps = next(iter(self.maps.get(i, {}).values()), None)
@@ -149,8 +150,8 @@ class Answer:
 
 
 class Answers(list[Answer]):
-    """Answers, one a photo; ``skipped`` has (file name, reason) of those that were left out, and ``total``
-    is how many there were, also where not all are kept."""
+    """Answers, one per photo; ``skipped`` lists (file name, reason) of photos that were left out, and
+    ``total`` is the number of answers, even if not all are kept."""
 
     def __init__(self, items: Iterable[Answer] = ()) -> None:
         super().__init__(items)
@@ -158,7 +159,7 @@ class Answers(list[Answer]):
         self.skipped: list[tuple[str, str]] = []
 
     def add(self, answer: Answer, keep: int | None = None) -> None:
-        """Count an answer, and keep it unless there are ``keep`` already."""
+        """Count an answer, and keep it unless ``keep`` answers are already stored."""
         self.total += 1
         if keep is None or len(self) < keep:
             self.append(answer)

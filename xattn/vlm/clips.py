@@ -1,4 +1,4 @@
-"""Clips for vision-language models: which are taken, and frames at even steps over one."""
+"""Clips for vision-language models: which sources are clips, and evenly spaced frames of a clip."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from xattn.vlm.model import OF_CLIPS, VLM, Timing
 
 
 def is_clip(source: Any, vlm: VLM) -> bool:
-    """Whether ``source`` is a clip: a file that is named like one, or, for a model that takes clips, an
+    """Whether ``source`` is a clip: a file with a clip's suffix or, for a model that takes clips, an
     array (frames, H, W, 3).
 
     Raises:
-        ValueError: a clip of a store.
+        ValueError: a clip in a store.
     """
     if isinstance(source, str | Path | StorePath):
         if (video := is_video(str(source))) and is_remote(source, "images"):
@@ -31,11 +31,11 @@ def is_clip(source: Any, vlm: VLM) -> bool:
 def frames_of(
     source: Any, count: int, max_pixels: int | None, fps: float
 ) -> tuple[list[Image.Image], Timing]:
-    """At most ``count`` frames of a clip, at even steps from the first to the last, and when they are; of a
-    damaged one the next. An array is of ``fps`` frames a second.
+    """At most ``count`` evenly spaced frames of a clip, from the first to the last, and their times; a
+    damaged frame is replaced by the next. An array has ``fps`` frames per second.
 
     Raises:
-        ValueError: no clip that can be read. FileNotFoundError: it is not there.
+        ValueError: the clip cannot be read. FileNotFoundError: it does not exist.
     """
     found = evenly(source, count, max_pixels, fps, "images")
     return found.photos, Timing(found.numbers, found.total, found.fps)

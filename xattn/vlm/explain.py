@@ -1,7 +1,7 @@
-"""``explain_tokens``: what a vision-language model says of photos, with a map a word.
+"""``explain_tokens``: what a vision-language model says about photos, with a map for each word.
 
-generation (attention is read meanwhile), words, log p with and without the image, each method's scores of
-image tokens (W, n), maps (h, w) on the photo.
+The steps: generation (attention is read meanwhile), words, log p with and without the image, each method's
+scores of image tokens (W, n), maps (h, w) on the photo.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from xattn.vlm.layout import Views, locate
 from xattn.vlm.model import PLACE, VLM, Timing, parts_of
 from xattn.vlm.words import PhotoError, Word, token_texts, word_number, words_of
 
-LEAST = -1e4  # log p
-NEEDED = 0.1  # nats that a word loses without the image, from which on it is "visual"
+LEAST = -1e4  # smallest log p
+NEEDED = 0.1  # a word that loses at least this many nats without the image is "visual"
 
 
 def explain_tokens(
@@ -77,31 +77,33 @@ def explain_tokens(
     """Explain the words of a vision-language model's answers about photos.
 
     Args:
-        images: as in :func:`xattn.explain`, each photo a conversation of its own. Photos in a tuple are
-            shown together, in its order; a list may hold such tuples. A video file is a clip, with a map a
-            frame, or two; so is an array (frames, H, W, 3) where ``vlm`` takes clips, else it is a batch.
-        vlm: of :func:`~xattn.vlm.loading.load_vlm`.
-        prompt: text, with ``<image>`` where the images stand, else before the text; or chat messages.
-        answer: a text to explain instead of a generated one, or one for each photo.
-        explainer: a name of ``xattn list token-explainers``, a token explainer, or several in a list.
-        words: words, numbers of words, or ("fork", 2) for the second; by default all; ``"visual"``: those
-            that lose at least 0.1 nats without the image.
-        instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), of the first token of each.
-        score: what perturbation and gradients are of, the sum over a word's tokens.
+        images: as in :func:`xattn.explain`; each photo is a separate conversation. Photos in a tuple are
+            shown together, in its order; a list may hold such tuples. A video file is a clip, with one map
+            per frame or per two frames; so is an array (frames, H, W, 3) if ``vlm`` takes clips, otherwise
+            it is a batch.
+        vlm: from :func:`~xattn.vlm.loading.load_vlm`.
+        prompt: text, with ``<image>`` at the position of the images, which otherwise come before the text;
+            or chat messages.
+        answer: a text to explain instead of a generated one, or one per photo.
+        explainer: a name from ``xattn list token-explainers``, a token explainer, or a list of several.
+        words: words, word numbers, or ("fork", 2) for the second "fork"; by default all; ``"visual"``:
+            those that lose at least 0.1 nats without the image.
+        instead: ``{"cat": "dog"}``: the score is log p(cat) - log p(dog), for the first token of each.
+        score: the quantity for perturbation and gradients, summed over a word's tokens.
         generate: options of the model's ``generate``; greedy by default, and sampled with ``seed``.
-        output: folder of a pack to write, photo by photo; none is written where no word was explained.
-        batch_size: sequences in a pass, halved where memory runs out.
+        output: folder of a pack to write, photo by photo; nothing is written if no word was explained.
+        batch_size: sequences per pass, halved when memory runs out.
         overlays: also write pictures of the maps into the pack, which may take longer than the answer.
-        keep: return at most so many answers, of ``.total``; ``output`` has all.
-        views: of models that see a photo whole and in tiles: maps of all tokens, or of one kind.
-        frames, fps: how many of a clip are shown, at even steps; frames a second of an array.
+        keep: return at most this many of the ``.total`` answers; ``output`` has all.
+        views: for models that see a photo both whole and in tiles: maps of all tokens, or of one kind.
+        frames, fps: number of evenly spaced frames of a clip to show; frame rate of an array.
 
     Returns:
-        An answer a photo. Photos that cannot be read, or whose answer lacks a word that was asked for, are
-        skipped with a warning and listed in ``.skipped``; a single one raises.
+        One answer per photo. Photos that cannot be read, or whose answer lacks a requested word, are
+        skipped with a warning and listed in ``.skipped``; if it is the only photo, an error is raised.
 
     Raises:
-        ValueError: an argument that does not fit, which is named first.
+        ValueError: an argument that does not fit; the message begins with its name.
         OSError: a missing path.
     """
     if vlm.model.training:
@@ -136,7 +138,7 @@ def explain_tokens(
 def _each(
     task: _Task, vlm: VLM, asked: Iterable[Any], skipped: list[tuple[str, str]], skip: bool
 ) -> Iterator[Answer]:
-    """Each answer; where it is allowed to ``skip``, errors of one photo are kept in ``skipped``."""
+    """Each answer; if ``skip`` is true, errors in a single photo are collected in ``skipped``."""
     for (name, sources), text in asked:
         try:
             loaded = _loaded(task, vlm, sources)
@@ -152,7 +154,7 @@ def _each(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is asked of each conversation, see :func:`explain_tokens`."""
+    """The settings for each conversation, see :func:`explain_tokens`."""
 
     methods: Any
     prompt: Any
@@ -175,7 +177,7 @@ class _Task:
 def _loaded(
     task: _Task, vlm: VLM, sources: Sequence[Any]
 ) -> tuple[VLM, list[Image.Image], Sequence[Any]]:
-    """The model as it takes these, the photos or frames, and where they are read from.
+    """The model prepared for this input, the photos or frames, and where they were read from.
 
     Raises:
         PhotoError: they cannot be read.
@@ -203,7 +205,7 @@ def _methods(explainer: Any, seed: int) -> list[TokenExplainer]:
 
 
 def _conversations(images: Any, task: _Task, vlm: VLM) -> list[tuple[str, list[Any]]]:
-    """The id of each conversation, and its photos, or its clip; clips are refused where none is taken."""
+    """The id of each conversation, and its photos or its clip; unsupported clips are refused."""
     if isinstance(images, tuple) or is_clip(images, vlm):
         images = [images]
     apart = isinstance(images, list) and any(
@@ -245,7 +247,7 @@ def _explained(
     photos: Sequence[Image.Image],
     sources: Sequence[Any],
 ) -> Answer:
-    """One conversation, see :func:`explain_tokens`."""
+    """Explain one conversation, see :func:`explain_tokens`."""
     prompt, methods = task.prompt, task.methods
     inputs = vlm.inputs(photos, prompt)
     prompt_ids, seen, logits, entered = inputs["input_ids"][0].cpu(), {}, None, None
@@ -283,7 +285,7 @@ def _explained(
         instead=_instead(vlm.tokenizer, said, ids, found, task.instead),
         batches=ForwardBatches(task.batch_size),
     )
-    if logits is None:  # one pass, in which all methods read
+    if logits is None:  # one pass, during which all methods read
         with watching(methods, vlm, prompt_ids, context.rows.tolist()) as seen, torch.no_grad():
             logits = context.logits()[0]
     log_probs, lost = _need(context, logits)
@@ -305,18 +307,18 @@ def _explained(
 
 
 def _tokens(context: Context) -> tuple[tuple[str, bool], ...]:
-    """The text of each text token, with the white space before it, and whether it is of the prompt."""
+    """The text of each text token, with preceding white space, and whether it belongs to the prompt."""
     shown = token_texts(context.vlm.tokenizer, context.sequence[context.text].tolist())
     return tuple(zip(shown, (context.text < len(context.prompt_ids)).tolist(), strict=True))
 
 
 def _need(context: Context, logits: Tensor) -> tuple[Any, Any]:
-    """(W,) log p of each word by ``logits`` (T, V), and what it loses where every image token is the mean
-    one."""
+    """(W,) log p of each word from ``logits`` (T, V), and what it loses when every image token is replaced
+    by the mean token."""
     with torch.no_grad():
         own = logits.log_softmax(1).gather(1, context.ids.to(logits.device)[:, None])[:, 0]
         other = context.log_probs(context.fill.expand_as(context.features)[None])[0]
-    # A probability of 0 has a number, too.
+    # A probability of 0 also needs a finite number.
     whole, without = (
         torch.stack([x[list(word.tokens)].sum() for word in context.words])
         .float()
@@ -342,7 +344,7 @@ def _asked(words: Any, found: Sequence[Word], lost: Any) -> list[int]:
 def _instead(
     tokenizer: Any, said: str, ids: Tensor, words: Sequence[Word], instead: Mapping[Any, str]
 ) -> dict[int, int]:
-    """By number of a word the first token of the other one."""
+    """By word number, the first token of the replacement word."""
     made = {}
     for key, other in instead.items():
         i = word_number(words, key, "instead")
@@ -377,7 +379,7 @@ def _maps(
     sources: Sequence[Any],
     views: Views,
 ) -> dict[int, dict[str, Maps]]:
-    """By number of the word and by method what it says; each map knows the answer, as packs keep it."""
+    """The results by word number and method; each map knows the answer, as packs store it."""
     image = {name: _array(of.image) for name, of in scores.items()}
     text = {name: _array(of.text) for name, of in scores.items() if of.text is not None}
     of_prompt, shares = np.array([of_prompt for _, of_prompt in answer.tokens], bool), {}
@@ -442,7 +444,7 @@ def _array(scores: Tensor) -> NDArray[np.float32]:
 
 
 def _ids(context: Context, image_id: str) -> list[str]:
-    """Of each photo, or frame, that has maps; see :mod:`xattn.packs.answers`."""
+    """Ids of the photos or frames that have maps; see :mod:`xattn.packs.answers`."""
     numbers, clip = [layout.number for layout in context.layouts], context.vlm.clip
     if clip:
         return [frame_id(image_id, clip.numbers[i]) for i in numbers]
@@ -475,7 +477,7 @@ def _protocol(
 
 
 def _text_of(messages: Any) -> str:
-    """The text of chat messages, with ``<image>`` where images stand."""
+    """The text of chat messages, with ``<image>`` at the positions of images."""
     parts = [part for message in messages for part in parts_of(message)]
     text = "\n".join(p["text"] if p.get("type") == "text" else PLACE for p in parts)
     return text.replace(f"\n{PLACE}", PLACE).replace(f"{PLACE}\n", PLACE)

@@ -1,14 +1,14 @@
-"""Where image tokens lie on a photo, by a table of families, or measured for any other.
+"""Positions of image tokens on a photo, from a table of model families, or measured for any other.
 
-Measured: with every attention inside the image tower answered by zeros, a token depends on its own patch
-alone. The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of
-rows and of columns is where it lies. Tokens that never change have no place (line breaks, queries of a
-resampler), nor have those that change everywhere alike.
+Measuring: if every attention inside the image tower returns zeros, a token depends only on its own patch.
+The photo is inverted in bands, one at a time; the change |f_i - f_i'| of a token over the bands of rows and
+of columns shows its position. Tokens that never change have no position (line breaks, queries of a
+resampler), nor have those that change equally everywhere.
 
 A map (h, w) of token scores s (n,) is  sum_i s_i r_i c_i^T  with r_i (h,), c_i (w,) the shares of token i
-in rows and columns, each of sum 1: it keeps the sum of the scores, and views of one place (tiles, and the
-whole photo below them) add up on the finest grid. The table does not know of a strip of less than a patch
-at an edge that some towers do not see.
+in rows and columns, each of sum 1. This preserves the sum of the scores, and views of the same place
+(tiles, and the whole photo) add up on the finest grid. The table ignores that some towers do not see a
+strip of less than a patch at an edge.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from xattn.vlm.model import VLM
 from xattn.vlm.reading import Rows, read_rows
 from xattn.vlm.words import PhotoError
 
-# Standard deviation, of the photo's side, of a token without a place; uniform: 0.29
+# Standard deviation, relative to the photo's side, of a token without a position; uniform: 0.29
 EVERYWHERE = 0.25
-CHECKED = 4  # bands of the check of the table when a model is loaded
+CHECKED = 4  # number of bands used to check the table when a model is loaded
 
 Array = NDArray[np.float64]
 Views = Literal["all", "base", "tiles"]
@@ -50,14 +50,14 @@ class Layout:
     """The image tokens of one photo, or of a frame of a clip.
 
     Args:
-        number: of the photo or frame that they lie on, among those that are shown.
+        number: number of their photo or frame, among those that are shown.
         first: the number of its first token among those of all photos.
-        rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a place, 0.
+        rows, columns: (k, h) and (k, w) shares of each token, of sum 1 or, without a position, 0.
         view: from the grid back to the photo.
         source: "table", "measured" or "resampler".
-        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, of queries of a
+        spread: (k, h, w) shares of each token in all cells, instead of rows and columns, for queries of a
             resampler: what each of them looks at.
-        base: (k,), of a photo that is shown as a whole and in tiles, the tokens of the whole.
+        base: (k,), for a photo that is shown both whole and in tiles: the tokens of the whole.
     """
 
     number: int
@@ -79,18 +79,18 @@ class Layout:
 
     @cached_property
     def placed(self) -> NDArray[np.bool_]:
-        """(k,): the tokens that have a place."""
+        """(k,): the tokens that have a position."""
         if self.spread is not None:
             return np.ones(len(self), bool)
         return (self.rows.sum(1) > 0) & (self.columns.sum(1) > 0)
 
     @property
     def tokens(self) -> slice:
-        """Of the n tokens of all photos."""
+        """The slice of its tokens among the n tokens of all photos."""
         return slice(self.first, self.first + len(self))
 
     def shown(self, views: Views = "all") -> NDArray[np.bool_]:
-        """(k,): the tokens that a map of these views is of.
+        """(k,): the tokens that a map of these views includes.
 
         Raises:
             ValueError: there are no tiles.
@@ -115,9 +115,9 @@ class Layout:
 
     @cached_property
     def grids(self) -> list[NDArray[np.int64]]:
-        """Numbers (h', w') of this photo's tokens that lie side by side, row by row: the whole photo's, or
-        those of each view; none where tokens have no places. Measured centres of a row may differ by
-        3/4 of a band, as bands need not meet patches."""
+        """Numbers (h', w') of this photo's tokens that lie side by side, row by row, for the whole photo or
+        for each view; empty if tokens have no positions. Measured centres in a row may differ by 3/4 of a
+        band, because bands need not align with patches."""
         if self.spread is not None:
             return []
         near = 0.75 if self.source == "measured" else 1e-6
@@ -140,9 +140,9 @@ class Layout:
         return [np.array(grid) for grid in found]
 
     def covered(self, box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
-        """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose common area
-        with it is at least half of the smaller of both."""
-        if self.spread is not None:  # queries of a resampler have no places of their own
+        """(k,): the tokens that a box (top, left, bottom, right) of cells hides: those whose overlap
+        with it is at least half the area of the smaller of the two."""
+        if self.spread is not None:  # queries of a resampler have no single position
             return np.zeros(len(self), bool)
         top, left, bottom, right = box
         height, width = self.rows.shape[1], self.columns.shape[1]
@@ -158,16 +158,16 @@ class Layout:
 
 
 def _overlap(start: Any, end: Any, cells: int) -> Array:
-    """(cells,), or (k, cells) of (k, 1): how much of each cell lies from ``start`` to ``end``."""
+    """(cells,), or (k, cells) for (k, 1): how much of each cell lies between ``start`` and ``end``."""
     edges = np.arange(cells + 1)
     return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, 1)  # type: ignore[no-any-return]
 
 
 class Places(NamedTuple):
-    """What the table says of a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as shares of
-    what the model saw, NaN without a place; the finest grid; the view, by default of the whole photo; how
-    many cells a token may read beside its own, as of convolutions that step over the photo; which tokens
-    are of the whole photo, where others are of its tiles."""
+    """The table's entry for a photo: ``boxes`` (k, 4), top, left, bottom, right of each token as fractions
+    of what the model saw, NaN without a position; the finest grid; the view, by default of the whole photo;
+    how many cells beside its own a token may read, for example because of strided convolutions; which
+    tokens belong to the whole photo, if others belong to tiles."""
 
     boxes: Array
     shape: tuple[int, int]
@@ -176,7 +176,7 @@ class Places(NamedTuple):
     base: slice | None = None
 
     def layout(self, number: int, first: int, size: tuple[int, int]) -> Layout:
-        """Of a photo of ``size`` (height, width)."""
+        """The layout of a photo of ``size`` (height, width)."""
         shares = []
         for axis, cells in enumerate(self.shape):
             start, end = self.boxes[:, axis, None] * cells, self.boxes[:, axis + 2, None] * cells
@@ -197,7 +197,7 @@ def grid(
     box: tuple[float, float, float, float] = (0, 0, 1, 1),
     newline: bool = False,
 ) -> Array:
-    """Boxes of a grid of tokens, row by row, with a token without a place after each row or not."""
+    """Boxes of a grid of tokens, row by row, optionally with an unplaced token after each row."""
     top, left, bottom, right = box
     y = top + (bottom - top) * np.arange(height + 1) / height
     x = left + (right - left) * np.arange(width + 1) / width
@@ -246,7 +246,7 @@ class _Photo(NamedTuple):
         return height, width
 
     def square(self, side: int, *before: Array) -> Places:
-        """The whole photo as side x side tokens, after some without a place."""
+        """The whole photo as side x side tokens, after some without a position."""
         return Places(np.concatenate([*before, grid(side, side)]), (side, side))
 
 
@@ -262,7 +262,7 @@ def _llava(photo: _Photo) -> Places | None:
 
 
 def _cropped(processor: Any, size: tuple[int, int]) -> View | None:
-    """The view of an image processor that resizes, and crops the middle; None if it does more."""
+    """The view of an image processor that resizes and crops the centre; None if it does more."""
     if getattr(processor, "do_pad", False) or not getattr(processor, "do_resize", True):
         return None
     asked = dict(processor.size)
@@ -284,7 +284,7 @@ def _cropped(processor: Any, size: tuple[int, int]) -> View | None:
 
 
 def _llava_next(photo: _Photo) -> Places:
-    """The whole photo, then tiles as one grid without its padding, a line break after each row."""
+    """The whole photo, then tiles as one grid without padding, with a line break after each row."""
     side, (height, width) = photo.side, photo.size
     base = grid(side, side)
     onevision = photo.vlm.family == "llava_onevision"
@@ -301,7 +301,7 @@ def _llava_next(photo: _Photo) -> Places:
         (tall, height, tall / height > scale),
         (wide, width, wide / width > scale),
     ):
-        seen = length * scale  # of the photo, in tokens, in the middle of the grid
+        seen = length * scale  # extent of the photo, in tokens, in the middle of the grid
         padding = (cells - int(round(seen, 7))) // 2 if along else 0
         cut.append(cells - 2 * padding)
         start = (padding - (cells - seen) / 2) / seen
@@ -329,14 +329,14 @@ def _qwen_clip(clip: _Photo) -> list[Places]:
 
 
 def _onevision_clip(clip: _Photo) -> list[Places]:
-    """Means of 2 x 2 tokens of each frame, and a line break behind the last."""
+    """Means of 2 x 2 tokens of each frame, and a line break after the last."""
     one = clip.square(math.ceil(clip.side / 2))
     last = one._replace(boxes=np.concatenate([one.boxes, _NOWHERE]))
     return [one] * (clip.photos - 1) + [last]
 
 
 def _tiles(rows: int, columns: int, side: int, overview: bool) -> Places:
-    """rows x columns tiles of side x side tokens, tile after tile, and the whole photo last."""
+    """rows x columns tiles of side x side tokens, tile after tile, with the whole photo last."""
     parts = [
         grid(side, side, (r / rows, c / columns, (r + 1) / rows, (c + 1) / columns))
         for r in range(rows)
@@ -374,7 +374,7 @@ def _mistral3(photo: _Photo) -> Places:
 
 
 def _mllama(photo: _Photo) -> Places:
-    """Tiles, each with a class token first, of a canvas whose right and lower edges are padded."""
+    """Tiles, each starting with a class token, of a canvas padded at the right and lower edges."""
     vision, side, own = photo.config.vision_config, photo.side, photo.processor
     module = import_module("transformers.models.mllama.image_processing_mllama")
     pixels = vision.image_size
@@ -418,13 +418,13 @@ CLIPS: dict[str, Callable[[_Photo], list[Places]]] = {
     "qwen3_vl": _qwen_clip,
     "llava_onevision": _onevision_clip,
 }
-"""By `model_type`: the places of each map of a clip, which may be of two frames."""
+"""By `model_type`: the token positions for each map of a clip, which may cover two frames."""
 
 
 def places(
     vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], n: int
 ) -> list[Places] | None:
-    """What the table says of each photo, or of frames; None where it does not know, or counts other
+    """The table's entry for each photo or frame; None if it has none, or expects another number of
     tokens."""
     sizes = [(p.height, p.width) for p in photos]
     if vlm.clip:
@@ -442,7 +442,7 @@ def places(
 
 
 class _Zeros(TorchFunctionMode):
-    """Answers every attention by zeros."""
+    """Makes every attention return zeros."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -456,8 +456,8 @@ class _Zeros(TorchFunctionMode):
 
 @contextmanager
 def _local(vlm: VLM) -> Iterator[None]:
-    """Inside, nothing before the language model mixes tokens: attention, also where a layer writes it out,
-    and the residual convolutions of DaViT."""
+    """Context in which nothing before the language model mixes tokens: neither attention, even if a layer
+    computes it explicitly, nor the residual convolutions of DaViT."""
     handles = []
     for name, module in vlm.model.named_modules():
         *parents, own = name.split(".")
@@ -482,7 +482,7 @@ def measured(
     """How much each token changes when bands of a photo are inverted.
 
     Args:
-        bands: for each photo its numbers of bands of rows and of columns.
+        bands: for each photo the numbers of row bands and of column bands.
 
     Returns:
         for each photo changes (n, rows) and (n, columns), and (photos, n) their sums.
@@ -511,8 +511,8 @@ def measured(
 
 
 def _normal(changes: Array) -> Array:
-    """Changes (n, bands) as shares of sum 1; 0 for tokens that never change, or everywhere alike. Squared,
-    so that what convolutions carry over from neighbours counts less."""
+    """Changes (n, bands) as shares of sum 1; 0 for tokens that never change, or change equally everywhere.
+    They are squared, so that what convolutions carry over from neighbours counts less."""
     changes = changes**2
     total = changes.sum(1, keepdims=True)
     shares = changes / np.maximum(total, 1e-30)
@@ -523,7 +523,8 @@ def _normal(changes: Array) -> Array:
 
 
 def _centres(shares: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation (n,) of where shares (n, bands) lie, in shares of the photo's side."""
+    """Mean and standard deviation (n,) of the positions of shares (n, bands), relative to the photo's
+    side."""
     places = (np.arange(shares.shape[1]) + 0.5) / shares.shape[1]
     mean = shares @ places
     return mean, np.sqrt(np.maximum(shares @ places**2 - mean**2, 0))
@@ -532,9 +533,9 @@ def _centres(shares: Array) -> tuple[Array, Array]:
 def locate(
     vlm: VLM, photos: Sequence[Image.Image], prompt: Any, inputs: Mapping[str, Any], n: int
 ) -> list[Layout]:
-    """Where the n image tokens of a conversation lie, photo by photo.
+    """The positions of the n image tokens of a conversation, photo by photo.
 
-    A family that the table does not have is measured, with a warning, once for photos of these sizes: as
+    A family that is not in the table is measured, with a warning, once for photos of these sizes, with as
     many passes of the tower as the grid has rows and columns.
     """
     told = places(vlm, photos, inputs, n)
@@ -562,7 +563,7 @@ def locate(
 
 
 def _with_numbers(photos: Sequence[Any], told: Sequence[Places]) -> Iterator[tuple[int, Places]]:
-    """With the number of the photo, or of the first of the frames, that each is of."""
+    """Each entry with the number of its photo, or of the first of its frames."""
     step = math.ceil(len(photos) / len(told))
     return zip(range(0, len(photos), step), told, strict=True)
 
@@ -584,7 +585,7 @@ def _measured_layouts(vlm: VLM, photos: Sequence[Image.Image], prompt: Any, n: i
         bands.append((height, min(p.width, max(2, round(share / height)))))
     sums, changes = measured(vlm, photos, prompt, bands)
     owner = sums.argmax(0)
-    for t in range(n):  # tokens without a place belong to the photo of the token before
+    for t in range(n):  # tokens without a position belong to the photo of the previous token
         owner[t] = owner[t] if sums[:, t].any() else owner[max(t - 1, 0)]
     found = []
     for i, photo in enumerate(photos):
@@ -600,7 +601,7 @@ def _looked_at(
     vlm: VLM, photos: Sequence[Image.Image], inputs: Mapping[str, Any], queries: int
 ) -> list[Layout]:
     """What each query of a Q-Former looks at, the mean over layers and heads of its cross-attention, on the
-    grid of the tower, whose class token comes first."""
+    grid of the tower, whose first token is the class token."""
     read: list[Array] = []
 
     def keep(rows: Rows) -> None:
@@ -627,14 +628,14 @@ def check_table(
     n: int,
     most: int = CHECKED,
 ) -> float | None:
-    """Compare the table with a measurement in at most ``most`` bands each way.
+    """Compare the table with a measurement in at most ``most`` bands in each direction.
 
     Returns:
-        how far, at most, a token's measured centre is from the bands of its cell, in cells of its size and
-        beyond the spread of the measured one; None where the table has no entry.
+        the largest distance of a token's measured centre from the bands of its cell, in cells of its size
+        and beyond the spread of the measurement; None if the table has no entry.
 
     Raises:
-        ValueError: that is more than half a cell.
+        ValueError: the distance is more than half a cell.
     """
     told = places(vlm, photos, inputs, n)
     if told is None:
@@ -651,7 +652,7 @@ def check_table(
             at, spread = _centres(seen)
             start, end = boxes[:, axis], boxes[:, axis + 2]
             size = np.maximum(end - start, 1 / cells)
-            more = size * (own.slack + 0.5 * (count < cells))  # where bands are wider than cells
+            more = size * (own.slack + 0.5 * (count < cells))  # if bands are wider than cells
             low = np.floor(np.clip(start - more, 0, 1) * count + 1e-6).clip(0, count - 1) + 0.5
             high = np.ceil(np.clip(end + more, 0, 1) * count - 1e-6).clip(1, count) - 0.5
             off = np.maximum(low / count - at, at - high / count) - spread
@@ -669,7 +670,7 @@ def check_table(
 
 
 def _on_photo(own: Places) -> Array:
-    """Boxes as shares of the whole photo."""
+    """Boxes as fractions of the whole photo."""
     if own.view is None:
         return own.boxes
     top, left, height, width = own.view.box

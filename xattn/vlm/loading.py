@@ -15,7 +15,7 @@ from xattn.vlm.layout import check_table
 from xattn.vlm.model import VLM, entrance_of
 
 PROMPT = "Describe the image."
-TOLERANCE = 1e-3  # of the range of the logits, between generation and the teacher-forced pass
+TOLERANCE = 1e-3  # for logits of generation and teacher-forced pass, relative to their range
 
 
 def load_vlm(
@@ -25,23 +25,23 @@ def load_vlm(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> VLM:
-    """A vision-language model of transformers, ready to be explained::
+    """Load a transformers vision-language model, ready to be explained::
 
         model = LlavaForConditionalGeneration.from_pretrained(NAME)
         vlm = load_vlm(model, AutoProcessor.from_pretrained(NAME))
         vlm = load_vlm("transformers:llava-hf/llava-1.5-7b-hf")  # the same, from the hub
-        vlm = load_vlm("my-folder")  # what save_pretrained wrote
+        vlm = load_vlm("my-folder")  # written by save_pretrained
 
-    The model is used as it is, in its own attention, and its weights are not changed. Three tokens are
-    generated from a small picture, and compared with the pass that explains.
+    The model is used unchanged, with its own attention and weights. On loading, three tokens are generated
+    from a small picture and compared with the pass used for explanations.
 
     Args:
-        model: a module in evaluation mode, ``"transformers:NAME"`` of the hub or of a folder, or a folder.
-        processor: needed beside a module; by name the one that lies beside the model.
+        model: a module in evaluation mode, ``"transformers:NAME"`` from the hub or a folder, or a folder.
+        processor: required with a module; for a name it is loaded along with the model.
         device, dtype: where it runs, and in which precision; by default as it is, or was saved.
 
     Raises:
-        ValueError: no vision-language model; no processor; a module in training mode; a model whose
+        ValueError: not a vision-language model; no processor; a module in training mode; a model whose
             passes over prompt and answer differ from its generation.
         OSError: a folder or a name that cannot be read.
     """
@@ -92,8 +92,8 @@ def _read(name: str, processor: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def _check(vlm: VLM) -> None:
-    """Raise a ``ValueError`` where the teacher-forced pass is not what generation computes, or image
-    tokens lie elsewhere than the table of layouts says."""
+    """Raise a ``ValueError`` if the teacher-forced pass differs from generation, or image tokens are not
+    where the table of layouts expects them."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (96, 144, 3), generator=generator, dtype=torch.uint8)
     photos = [Image.fromarray(pixels.numpy())]

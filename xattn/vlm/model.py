@@ -1,13 +1,13 @@
-"""A vision-language model of transformers: what enters of an image, what it says, one teacher-forced pass.
+"""A transformers vision-language model: its image features, its answers, one teacher-forced pass.
 
-    f (n, D)          image features after the projector: row i is all that enters of image token i
-    q_t = P + t - 1   the row of logits that produced token y_t of the answer; P tokens of prompt
+    f (n, D)          image features after the projector: row i is all that enters for image token i
+    q_t = P + t - 1   the row of logits that produced token y_t of the answer; P prompt tokens
 
-    decoder           image tokens stand in the prompt, f replaces their embeddings   LLaVA, Qwen-VL, ...
-    encoder           likewise, in an encoder's prompt; the answer is the decoder's   Florence-2
-    cross             f is read by cross-attention and stands in no sequence          BLIP, Mllama
+    decoder           image tokens are in the prompt, f replaces their embeddings     LLaVA, Qwen-VL, ...
+    encoder           likewise, in an encoder's prompt; the decoder gives the answer  Florence-2
+    cross             f is read by cross-attention and is not in any sequence         BLIP, Mllama
 
-Features are taken, and replaced, where the model itself computes them, so every other part runs as it is.
+Features are read, and replaced, where the model itself computes them, so every other part runs unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xattn.runtime.locking import alone
 from xattn.runtime.option_checks import Count, check
 from xattn.vlm.words import PhotoError
 
-PLACE = "<image>"  # where an image stands in a prompt
+PLACE = "<image>"  # position of an image in a prompt
 FAMILIES = (
     "LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3, SmolVLM, "
     "PaliGemma, Gemma 3, Mistral 3, Florence-2, BLIP, BLIP-2, Mllama"
@@ -41,7 +41,7 @@ OF_CLIPS = {
 
 
 class Timing(NamedTuple):
-    """Frames of a clip: their ``numbers`` in it, from 0; how many it has in all; its frames a second."""
+    """Frames of a clip: their ``numbers``, from 0; the total number of frames; the frame rate."""
 
     numbers: tuple[int, ...]
     total: int
@@ -49,14 +49,14 @@ class Timing(NamedTuple):
 
 
 class _EnoughError(Exception):
-    """Ends a pass of which no more is needed."""
+    """Ends a pass early."""
 
 
 class Entrance(NamedTuple):
-    """Where image features enter: the call of a module that computes them.
+    """Where image features enter: the call of the module that computes them.
 
-    ``field`` of what ``module.method`` returns holds them, "" if that is the features themselves;
-    ``before`` is a network that need not run where they are replaced.
+    ``field`` is the field of the result of ``module.method`` that holds them, "" if the result is the
+    features themselves; ``before`` is a network that need not run if they are replaced.
     """
 
     module: nn.Module
@@ -66,8 +66,8 @@ class Entrance(NamedTuple):
 
     @contextmanager
     def recorded(self, places: int | None = None, stop: bool = False) -> Iterator[list[Entered]]:
-        """Inside, what enters is kept; a ``ValueError`` unless it fills so many ``places``. With ``stop``
-        the pass ends there."""
+        """Context that keeps the entering features; a ``ValueError`` unless they fill ``places`` tokens.
+        With ``stop`` the pass ends there."""
         kept: list[Entered] = []
         before: list[Any] = [None]
         with ExitStack() as stack:
@@ -92,7 +92,7 @@ class Entrance(NamedTuple):
 
     @contextmanager
     def filled(self, entered: Entered, features: Tensor) -> Iterator[None]:
-        """Inside, ``features`` (B, n, D) enter, whatever the pixels are."""
+        """Context in which ``features`` (B, n, D) enter, whatever the pixels are."""
         with ExitStack() as stack:
             output = entered.filled(features)
             stack.enter_context(_replaced(self.module, self.method, lambda *a, **k: output))
@@ -127,9 +127,9 @@ def entrance_of(model: nn.Module) -> Entrance:
 
 
 class Entered:
-    """What entered of the images: ``features`` (n, D), detached.
+    """The features that entered from the images: ``features`` (n, D), detached.
 
-    Qwen3-VL adds features in its first layers, too: these stand behind those of the input in each row.
+    Qwen3-VL also adds features in its first layers: in each row these follow those of the input.
     """
 
     def __init__(self, output: Any, field: str, before: Any = None) -> None:
@@ -166,7 +166,7 @@ def _like(part: Any, features: Tensor) -> Any:
 
 @contextmanager
 def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``module.name`` is ``call``."""
+    """Context in which ``module.name`` is replaced by ``call``."""
     own = vars(module)
     before = own.get(name)
     own[name] = call
@@ -179,7 +179,7 @@ def _replaced(module: nn.Module, name: str, call: Callable[..., Any]) -> Iterato
 
 
 def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any:
-    """Inside, ``keep`` gets what ``module.name`` returns."""
+    """Context in which ``keep`` receives what ``module.name`` returns."""
     original = getattr(module, name)
 
     @functools.wraps(original)
@@ -192,8 +192,8 @@ def _watched(module: nn.Module, name: str, keep: Callable[[Any], object]) -> Any
 
 
 class Generated(NamedTuple):
-    """An answer: ids (T,) on the CPU, logits (T, V) if they were asked for, and what entered of the images
-    (None where the model generates without the call that is recorded)."""
+    """An answer: ids (T,) on the CPU, logits (T, V) if requested, and the image features that entered
+    (None if the model generates without the recorded call)."""
 
     ids: Tensor
     logits: Tensor | None
@@ -211,7 +211,7 @@ class Forced(NamedTuple):
 class VLM:
     """A vision-language model with its processor, see :func:`load_vlm`.
 
-    ``kind``: how the image enters, "decoder", "encoder" or "cross". Where there is a ``clip``, photos are
+    ``kind``: how the image enters, "decoder", "encoder" or "cross". With a ``clip``, photos are
     its frames, and image tokens those of the clip.
     """
 
@@ -222,10 +222,10 @@ class VLM:
     clip: Timing | None = None
 
     def of_clip(self, clip: Timing) -> VLM:
-        """The same model, to which frames of a clip are shown.
+        """The same model, set up to be shown frames of a clip.
 
         Raises:
-            ValueError: it takes none, or none so short.
+            ValueError: it does not take clips, or not such short ones.
         """
         if self.family not in OF_CLIPS or not hasattr(self.processor, "video_processor"):
             raise ValueError(
@@ -239,7 +239,7 @@ class VLM:
 
     @property
     def name(self) -> str:
-        """The name that loads it again, else its class."""
+        """The name that loads it again, or its class."""
         return name_of(self.model)
 
     @property
@@ -253,7 +253,7 @@ class VLM:
 
     @property
     def decoder(self) -> Any:
-        """The part that says the answer, whose attention :func:`~xattn.vlm.reading.read_rows` reads."""
+        """The part that produces the answer, whose attention :func:`~xattn.vlm.reading.read_rows` reads."""
         found = self.model.get_decoder()
         return getattr(found, "decoder", found) if self.kind == "encoder" else found
 
@@ -262,7 +262,7 @@ class VLM:
         return next(self.model.parameters()).device
 
     def image_places(self, ids: Tensor) -> Tensor:
-        """Where images enter a prompt (P,): (n,) places in order, none of a cross-attending model."""
+        """Where images enter a prompt (P,): (n,) positions in order, empty for a cross-attending model."""
         if self.kind == "cross":
             return torch.zeros(0, dtype=torch.long)
         return torch.eq(ids.cpu(), _image_token(self.model, self._medium) or 0).nonzero()[:, 0]
@@ -274,15 +274,15 @@ class VLM:
     # ------------------------------------------------------------------ prompts
 
     def inputs(self, photos: Sequence[Image.Image], prompt: Any) -> dict[str, Any]:
-        """What the processor makes of photos, or of a clip's frames, and a prompt: tensors of one
+        """The processor's result for photos, or for frames of a clip, and a prompt: tensors of one
         conversation.
 
         Args:
-            prompt: text, with ``<image>`` where the images or the clip stand, else before the text; or
-                messages as chat templates take them.
+            prompt: text, with ``<image>`` at the position of the images or the clip, which otherwise come
+                before the text; or messages as chat templates take them.
 
         Raises:
-            ValueError: another number of places than of images.
+            ValueError: the number of positions is not the number of images.
         """
         shown: list[Any] = [np.stack([*map(np.asarray, photos)])] if self.clip else list(photos)
         of_text, medium = isinstance(prompt, str), self._medium
@@ -309,7 +309,7 @@ class VLM:
                 made = self.processor(images=shown, text=text, return_tensors="pt")
         except ValueError as error:
             raise PhotoError(f"image, prompt: the processor of {self.name}: {error}") from error
-        if self.family in ("idefics3", "smolvlm"):  # they take tiles of zeros for padding
+        if self.family in ("idefics3", "smolvlm"):  # they treat all-zero tiles as padding
             tiles = made["pixel_values"]
             tiles[(tiles == 0).flatten(2).all(2)] = 1e-6
         return {k: self._moved(v) for k, v in made.items() if k not in ("labels", "video_metadata")}
@@ -361,10 +361,10 @@ class VLM:
         seed: int = 0,
         logits: bool = False,
     ) -> Generated:
-        """What the model answers: greedily, unless ``options`` of its ``generate`` say otherwise.
+        """The model's answer: greedy, unless ``options`` of its ``generate`` say otherwise.
 
         Raises:
-            ValueError: the prompt leaves no room.
+            ValueError: the prompt leaves no room for an answer.
         """
         check("max_new_tokens", max_new_tokens, Count)
         if reserved := {"output_logits", "return_dict_in_generate"} & set(options or {}):
@@ -400,7 +400,7 @@ class VLM:
         )
 
     def _answer(self, prompt: Tensor, sequence: Tensor) -> Tensor:
-        """The new tokens of what ``generate`` returned."""
+        """The new tokens in the result of ``generate``."""
         if self.kind == "encoder":
             return sequence[1:].clone()
         if self.family == "blip":  # drops the last token of the prompt and changes the first
@@ -409,7 +409,7 @@ class VLM:
         return sequence[len(prompt) if whole else 0 :].clone()
 
     def forced(self, inputs: Mapping[str, Any], ids: Tensor) -> Forced:
-        """One pass over prompt and answer ``ids`` (T,), which gives the logits that generation had."""
+        """One pass over prompt and answer ``ids`` (T,), with the same logits as generation."""
         own, count = dict(inputs), len(ids)
         prompt, answer = own["input_ids"], ids.to(self.device)[None]
         if self.kind == "encoder":
@@ -431,18 +431,18 @@ class VLM:
         return Forced(own, rows)
 
     def _extended(self, name: str, value: Tensor, count: int) -> Tensor:
-        """An input with a value a token of the prompt, for ``count`` more."""
+        """An input with one value per prompt token, extended for ``count`` more tokens."""
         if name == "cross_attention_mask":
             more = value[:, -1:].expand(-1, count, *value.shape[2:])
         else:
             of_text = name == "attention_mask"
-            # PaliGemma's prefix sees itself both ways, the answer (1) does not.
+            # PaliGemma's prefix attends in both directions, the answer (1) does not.
             of_text |= name == "token_type_ids" and self.family.startswith("paligemma")
             more = torch.full((1, count), int(of_text), dtype=value.dtype, device=value.device)
         return torch.cat([value, more], 1)
 
     def entered(self, inputs: Mapping[str, Any]) -> Entered:
-        """What enters of the images of a prompt; the language model does not run."""
+        """The image features that enter for a prompt; the language model does not run."""
         places = len(self.image_places(inputs["input_ids"][0]))
         recorded = self.entrance.recorded(None if self.kind == "cross" else places, stop=True)
         with alone(self.model), self._same(), torch.no_grad(), recorded as kept:
@@ -452,12 +452,12 @@ class VLM:
     def output(
         self, forced: Forced, entered: Entered, features: Tensor | None = None, **asked: Any
     ) -> Any:
-        """The model's own output for B images in the place of its own: ``features`` (B, n, D).
+        """The model's output with its image features replaced by those of B images, ``features`` (B, n, D).
 
         Args:
-            asked: further arguments of its forward, such as ``output_hidden_states=True``.
+            asked: additional arguments of its forward, such as ``output_hidden_states=True``.
 
-        Gradients flow to ``features`` where these ask for them.
+        Gradients flow to ``features`` if they require them.
         """
         if features is None:
             features = entered.features[None]
@@ -477,7 +477,7 @@ class VLM:
         return (found if few else found[:, forced.rows]).float()
 
     def few_logits(self, forced: Forced) -> dict[str, Any]:
-        """What asks the model's forward for the logits of the answer alone, where it can be asked."""
+        """Arguments that limit the forward's logits to the answer, if the model supports it."""
         return {"logits_to_keep": forced.rows} if self._keeps else {}
 
     @functools.cached_property
@@ -486,7 +486,7 @@ class VLM:
 
     @contextmanager
     def _same(self) -> Iterator[None]:
-        """Afterwards the places that Qwen-VL's generation remembers are those of before."""
+        """Context that restores the positions that Qwen-VL's generation stores."""
         kept = [(m, m.rope_deltas) for m in self.model.modules() if hasattr(m, "rope_deltas")]
         try:
             yield
@@ -496,7 +496,7 @@ class VLM:
 
 
 def _repeated(value: Any, count: int) -> Any:
-    """An input of one conversation for ``count``."""
+    """An input of one conversation, repeated for ``count``."""
     if isinstance(value, list):
         return value * count
     if count == 1 or not isinstance(value, Tensor):
@@ -512,13 +512,13 @@ def _image_token(model: Any, medium: str = "image") -> int | None:
 
 
 def parts_of(message: Any) -> list[Any]:
-    """What a chat message holds."""
+    """The parts of a chat message."""
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 def _messages(prompt: str, count: int, medium: str) -> list[dict[str, Any]]:
-    """A user's message with images where ``<image>`` stands, else before the text."""
+    """A user's message with images at each ``<image>``, or otherwise before the text."""
     if PLACE not in prompt:
         prompt = PLACE * count + prompt
     content: list[dict[str, Any]] = []

@@ -1,16 +1,16 @@
-"""Rows of attention of a model of transformers, while its own kernels run as they are.
+"""Rows of attention of a transformers model, read while its own kernels run unchanged.
 
     with read_rows(model.get_decoder(), lambda r: print(r.name, r.weights.shape)):
-        model.generate(**inputs)                    # the same tokens as without
+        model.generate(**inputs)                    # the same tokens as without reading
 
-Each call of ``F.scaled_dot_product_attention`` gets the arguments that it would have got, so the model
-computes the same bits. Beside it, for the asked queries i alone and without a graph,
+Each call of ``F.scaled_dot_product_attention`` gets its original arguments, so the model computes exactly
+the same result. In addition, only for the requested queries i and without a graph,
 
     A_i = softmax(scale q_i K^T + b_i)
 
-is handed to a function and then forgotten: a row costs a product with the keys, nothing of a step is
-kept, and no table of all queries and keys is made. Layers that write out their softmax (BLIP, soft caps)
-return it as their second output, from which the same rows are taken.
+is passed to a function and then dropped: a row costs a product with the keys, nothing of a step is
+stored, and no table of all queries and keys is built. Layers that compute their softmax explicitly (BLIP,
+soft caps) return it as their second output, from which the same rows are taken.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)  # names of mod
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What some queries of one call of attention look at."""
+    """What some queries of one attention call look at."""
 
     name: str
-    """The attention module's, inside of the model that is read; ``""`` if the call is in none."""
+    """Name of the attention module inside the model that is read; ``""`` if the call is in none."""
     layer: int | None
     """The last number in that name, from 0."""
     cross: bool
-    """Whether the keys are those of another sequence: of an encoder, or of the image."""
+    """Whether the keys belong to another sequence: that of an encoder, or of the image."""
     queries: tuple[int, ...]
-    """Places of the queries in their sequence, (R,). With a cache, tokens of earlier steps count."""
+    """Positions of the queries in their sequence, (R,). With a cache, tokens of earlier steps count."""
     weights: Tensor
-    """(B, H, R, S) in float32, without a graph. A row sums to 1, to 0 where the query sees nothing."""
+    """(B, H, R, S) in float32, without a graph. A row sums to 1, or to 0 if the query sees nothing."""
     offset: int
-    """Place of the first key: the cache of a layer with a window holds the last keys only."""
+    """Position of the first key: the cache of a layer with a window holds only the last keys."""
 
     def over(self, length: int) -> Tensor:
-        """The weights by place in the sequence, (B, H, R, length), 0 outside of the keys that were there.
+        """The weights by position in the sequence, (B, H, R, length), 0 outside the keys that exist.
 
         >>> rows = Rows("layers.0.self_attn", 0, False, (4,), torch.full((1, 1, 1, 2), 0.5), offset=3)
         >>> rows.over(6)[0, 0, 0].tolist()
@@ -66,20 +66,20 @@ class Rows:
 def read_rows(
     model: nn.Module, read: Callable[[Rows], object], rows: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Inside the block, ``read`` gets rows of every call of attention that ``model`` makes in this thread.
+    """Context in which ``read`` gets rows of every attention call that ``model`` makes in this thread.
 
     Args:
-        model: a model of transformers or a part of one, e.g. ``model.get_decoder()``: calls of other parts
-            are not read. It runs as it is set to; ``attn_implementation`` may be ``"sdpa"`` or ``"eager"``.
-        read: called with :class:`Rows` when a call has been made. Whoever needs them later copies what they
-            need: keeping all of them is what this function avoids.
-        rows: places of the queries in their sequence, padding included; a call without any of them is not
-            read. By default the last query of each call, which in generation is the one that makes the next
+        model: a transformers model or a part of one, such as ``model.get_decoder()``: calls of other parts
+            are not read. It runs as configured; ``attn_implementation`` may be ``"sdpa"`` or ``"eager"``.
+        read: called with :class:`Rows` after each call. To use them later, copy only what you need: keeping
+            all of them is what this function avoids.
+        rows: positions of the queries in their sequence, padding included; a call without any of them is
+            not read. By default the last query of each call, which in generation produces the next
             token.
 
     Raises:
-        ValueError: in a pass, if the model drops attention at random, or a module of attention neither
-            calls ``F.scaled_dot_product_attention`` nor returns its weights.
+        ValueError: raised in a pass if the model drops attention at random, or if an attention module
+            neither calls ``F.scaled_dot_product_attention`` nor returns its weights.
 
     >>> from transformers import LlamaConfig, LlamaModel
     >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -104,18 +104,18 @@ def read_rows(
 
 @dataclass
 class _Running:
-    """A module of attention that runs."""
+    """An attention module that is running."""
 
     name: str
     layer: int | None
     cross: bool
-    length: int | None  # queries that it was given
-    start: int | None  # place of its next query; None: known from the keys
-    attended: bool = False  # whether it, or a module inside of it, did
+    length: int | None  # number of queries that it received
+    start: int | None  # position of its next query; None: derived from the keys
+    attended: bool = False  # whether it, or a module inside it, has attended
 
 
 class _Reader:
-    """What the hooks, and the function in the place of ``F.scaled_dot_product_attention``, do."""
+    """The hooks, and the function that replaces ``F.scaled_dot_product_attention``."""
 
     original: Callable[..., Tensor] = FUSED
 
@@ -123,10 +123,10 @@ class _Reader:
         self._read, self._rows = read, None if rows is None else sorted({int(i) for i in rows})
         self._thread = threading.get_ident()
         self._running: list[_Running] = []
-        self._start = 0  # of the last self-attention: its queries are those of cross-attention, too
+        self._start = 0  # of the last self-attention, whose queries cross-attention shares
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Hooks that keep account of what runs."""
+        """Hooks that track which modules are running."""
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         layer = numbers[-1] if numbers else None
         cross = bool(_CROSS.search(f"{name} {type(module).__name__}"))
@@ -149,7 +149,7 @@ class _Reader:
         ]
 
     def _leave(self, running: _Running, kind: str, result: Any) -> None:
-        if result is None:  # it raised
+        if result is None:  # it raised an error
             return
         weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
         if not running.attended and isinstance(weights, Tensor) and weights.ndim == 4:
@@ -165,7 +165,7 @@ class _Reader:
             self._running[-1].attended = True
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the original gives; its rows are read first."""
+        """The original function's result; its rows are read first."""
         if self._running:
             self._attend(self._running[-1], *args, **kwargs)
         return self.original(*args, **kwargs)
@@ -184,7 +184,7 @@ class _Reader:
     ) -> None:
         refuse_dropout(dropout_p)
         count, keys = query.shape[-2], key.shape[-2]
-        # Heads that share a key may stand in the place of queries.
+        # Heads that share a key may be stored on the query axis.
         if running.length == 1 and count > 1:
 
             def read(index: list[int]) -> Tensor:
@@ -200,7 +200,7 @@ class _Reader:
     def _give(
         self, running: _Running, count: int, keys: int, read: Callable[[list[int]], Tensor]
     ) -> None:
-        """Hand on the rows that are asked for of the next ``count`` queries of a module."""
+        """Pass on the requested rows among the next ``count`` queries of a module."""
         start = max(keys - count, 0) if running.start is None else running.start
         running.start, running.attended = start + count, True
         if not running.cross:
@@ -218,7 +218,7 @@ class _Reader:
 
 
 def _seen(values: Sequence[Any], layer: int | None) -> int | None:
-    """How many tokens a layer saw in earlier steps, by the cache among what it is called with."""
+    """The number of tokens that a layer saw in earlier steps, from the cache among its arguments."""
     cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
     if cache is None or layer is None:
         return None
@@ -237,7 +237,7 @@ def _rows(
     """Rows ``index`` of softmax(scale q k^T + b), (B, H, R, S); q (B, H, N, D), k (B, H or Hk, S, D)."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     heads, groups, (keys, width) = query.shape[1], key.shape[1], key.shape[2:]
-    # Slices, and no mask that hides nothing: a step of generation asks for its one query.
+    # Slices, and no mask if nothing is hidden: a generation step needs a single query.
     asked = query[:, :, index] if len(index) > 1 else query[:, :, index[0] : index[0] + 1]
     q = asked.to(dtype) * (width**-0.5 if scale is None else scale)
     q = q.reshape(len(q), groups, -1, width)

@@ -1,7 +1,8 @@
-"""The words of an answer: runs of tokens, by what the tokenizer makes of them.
+"""The words of an answer: groups of tokens, based on the tokenizer's output.
 
-A word is a maximal run of tokens without white space at a start inside. Punctuation stands alone, but for
-what joins letters or digits, as in "don't" and "3.5"; so does each CJK token. Special tokens are no words.
+A word is a maximal run of tokens in which only the first may start with white space. Punctuation is
+separate, unless it joins letters or digits, as in "don't" and "3.5"; so is each CJK token. Special tokens
+are not words.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from xattn.runtime.names import did_you_mean
 
 
 class PhotoError(ValueError):
-    """What is wrong with one photo, or with its answer, and not with all of them."""
+    """An error in one photo, or in its answer, but not in all of them."""
 
 
 class Word(NamedTuple):
-    """A word: its ``text``, its characters ``span`` (start, end) of the answer, and its ``tokens``, numbers
-    from 0 of the answer's."""
+    """A word: its ``text``, its character ``span`` (start, end) in the answer, and its ``tokens``, numbered
+    from 0 in the answer."""
 
     text: str
     span: tuple[int, int]
@@ -27,10 +28,10 @@ class Word(NamedTuple):
 
 
 def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of token ids, and the characters of each token, white space before it included; those of
+    """The text of token ids, and the character span of each token, with preceding white space; the spans of
     special tokens are empty.
 
-    Found from what a token adds to the text of those before it, so that it holds for any tokenizer. Tokens
+    A span is what a token adds to the text of the tokens before it, so this works for any tokenizer. Tokens
     that are parts of one character all get that character.
     """
 
@@ -40,7 +41,7 @@ def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
 
     special = set(tokenizer.all_special_ids)
     text, spans, waiting, start = decode(0, len(ids)), list[tuple[int, int]](), 0, 0
-    context = settled = 0  # tokens from the one on, before the other, made the last whole character
+    context = settled = 0  # the tokens between them formed the last complete character
     for i, token in enumerate(ids):
         if token in special:
             spans.append((start, start))
@@ -61,7 +62,7 @@ def spans_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, i
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, with the white space before it; special ones as they are written."""
+    """The text of each token, with preceding white space; special tokens as they are written."""
     text, spans = spans_of(tokenizer, ids)
     return [text[a:b] or tokenizer.decode([i]) for i, (a, b) in zip(ids, spans, strict=True)]
 
@@ -85,7 +86,7 @@ def words_of(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Word]]:
         if not own.strip():
             alone |= bool(own)
             continue
-        if groups and spans[groups[-1][-1]] == (start, end):  # of one character
+        if groups and spans[groups[-1][-1]] == (start, end):  # part of the same character
             groups[-1].append(i)
             continue
         apart = _stands_alone(text, start + len(own) - len(own.lstrip()), end)
@@ -114,16 +115,16 @@ def _stands_alone(text: str, start: int, end: int) -> bool:
 
 
 def _in_word(character: str) -> bool:
-    """Whether it is a letter, a mark over or beside one, or a digit."""
+    """Whether it is a letter, a combining mark, or a digit."""
     return unicodedata.category(character)[0] in "LMN"
 
 
 def word_number(words: Sequence[Word], key: Any, argument: str = "words") -> int:
-    """The number of a word: of ``key`` itself (negative from the end), of the first that is spelled like
-    it, or with a pair ("fork", 2) of the second.
+    """The number of a word: ``key`` itself (negative from the end), the first word with that spelling or,
+    for a pair ("fork", 2), the second.
 
     Raises:
-        ValueError: no such word.
+        ValueError: there is no such word.
     """
     if isinstance(key, int) and not isinstance(key, bool):
         if -len(words) <= key < len(words):

@@ -1,1 +1,1 @@
-"""Where networks come from: timm, ``transformers``, traced modules, modules with hooks, CLIP."""
+"""Network families: timm, ``transformers``, traced modules, modules with hooks, CLIP."""

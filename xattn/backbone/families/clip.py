@@ -1,17 +1,17 @@
-"""Image-text models: an image tower as a backbone, whose classes are prompts or whose target is a text.
+"""Image-text models: an image tower as a backbone, with prompts as classes or a text as target.
 
 clip = load_clip(CLIPModel.from_pretrained(...), AutoTokenizer.from_pretrained(...))
 explain("photo.jpg", clip, explainer="gradcam", target="a photo of a cat")
 explain("photo.jpg", clip.with_prompts(["a photo of a cat", "a photo of a dog"]), explainer="gradcam")
 
-text target    cos(e(x), t)                           e(x) and t (D,) of length 1
+text target    cos(e(x), t)                           e(x) and t (D,) of unit length
 CLIP           softmax over prompts of s cos + b      Radford et al., arXiv 2103.00020
 SigLIP         sigmoid(s cos + b) of each prompt      Zhai et al., arXiv 2303.15343
 
-Image towers of ``transformers``' CLIP and SigLIP as timm's ViT: the same weights under timm's names.
+Image towers of ``transformers``' CLIP and SigLIP are rebuilt as timm's ViT: the same weights, timm's names.
 
 CLIP     class token, a norm before the blocks, post_layernorm, visual_projection -> head
-SigLIP   no class token, post_layernorm, attention pooling by one query of its own -> attn_pool
+SigLIP   no class token, post_layernorm, attention pooling by a learned query -> attn_pool
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from xattn.photos.classes import Task
 from xattn.photos.preprocessing import Preprocessing
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-_NAMES = (  # of transformers, then of timm
+_NAMES = (  # in transformers, then in timm
     ("embeddings.patch_embedding", "patch_embed.proj"),
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding.weight", "pos_embed"),
@@ -50,11 +50,11 @@ _NAMES = (  # of transformers, then of timm
 
 
 def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
-    """timm's VisionTransformer that computes what ``vision`` does, and then ``projection``.
+    """timm's VisionTransformer that computes the same as ``vision`` followed by ``projection``.
 
     Args:
         vision: a ``CLIPVisionModel`` or ``SiglipVisionModel``.
-        projection: a linear layer of its pooled output; None if the embedding is that output.
+        projection: a linear layer on its pooled output; None if the embedding is that output.
 
     Raises:
         ValueError: an activation that timm does not have, or weights that do not fit.
@@ -63,7 +63,7 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     config: Any = vision.config
-    vision = getattr(vision, "vision_model", vision)  # of transformers 4
+    vision = getattr(vision, "vision_model", vision)  # in transformers 4
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(
             f"model: its activation {config.hidden_act!r} is not one of {', '.join(_ACTIVATIONS)}; put the "
@@ -99,8 +99,8 @@ def image_tower(vision: nn.Module, projection: nn.Linear | None) -> Any:
 
 
 def _under_timms_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An image tower's weights as timm has them: queries, keys and values of a block in one matrix, and of
-    SigLIP's head in two."""
+    """An image tower's weights in timm's layout: queries, keys and values of a block in one matrix, and
+    those of SigLIP's head in two."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         for theirs, own in _NAMES:
@@ -123,10 +123,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Clip(BackboneView):
-    """An image tower with its text tower: the logits (B, D) are image embeddings of length 1.
+    """An image tower with its text tower: the logits (B, D) are image embeddings of unit length.
 
-    Explain it with a text as target, or its :meth:`with_prompts`. Other towers than those of
-    :func:`load_clip` come in here, such as timm's image tower with the text tower of open_clip:
+    Explain it with a text as target, or through :meth:`with_prompts`. Use this class for other towers than
+    those of :func:`load_clip`, such as timm's image tower with the text tower of open_clip:
 
         Clip(load_backbone("vit_base_patch16_clip_224.openai", num_classes=512),
              lambda texts: model.encode_text(tokenizer(texts)), scale=100.0)
@@ -134,8 +134,9 @@ class Clip(BackboneView):
     Args:
         base: a backbone whose outputs (B, D) are image embeddings, of any length.
         encode_text: texts -> embeddings (T, D), of any length.
-        scale, bias: s and b of the logits of prompts.
-        task: ``"multiclass"``, a softmax over prompts (CLIP), or ``"multilabel"``, a sigmoid each (SigLIP).
+        scale, bias: s and b in the logits of prompts.
+        task: ``"multiclass"``, a softmax over prompts (CLIP), or ``"multilabel"``, a sigmoid for each
+            (SigLIP).
     """
 
     encode_text: Callable[[list[str]], Tensor]
@@ -172,7 +173,7 @@ class Clip(BackboneView):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings (T, D) of length 1, on the backbone's device.
+        """Text embeddings (T, D) of unit length, on the backbone's device.
 
         Raises:
             ValueError: no text, an empty one, one that is too long, or embeddings of another width.
@@ -200,13 +201,13 @@ class Clip(BackboneView):
         """A classifier whose classes are ``prompts``, at least two for a softmax.
 
         Raises:
-            ValueError: too few prompts, one twice, or one that cannot be read.
+            ValueError: too few prompts, a repeated one, or one that cannot be read.
         """
         return Prompted(self, [prompts] if isinstance(prompts, str) else list(prompts))
 
 
 class Prompted(BackboneView):
-    """A zero-shot classifier; made by :meth:`Clip.with_prompts`."""
+    """A zero-shot classifier; created by :meth:`Clip.with_prompts`."""
 
     base: Clip
     embeddings: Tensor  # (T, D)
@@ -238,12 +239,12 @@ def load_clip(
     preprocessing: Preprocessing | None = None,
     device: str | torch.device | None = None,
 ) -> Clip:
-    """An image-text model of ``transformers`` for explanation.
+    """Load an image-text model of ``transformers`` for explanation.
 
-    The image tower is rebuilt as timm's ViT with the same weights, so that every explainer of ViTs works.
+    The image tower is rebuilt as timm's ViT with the same weights, so that every explainer for ViTs works.
 
     Args:
-        model: a ``CLIPModel`` or ``SiglipModel``; it keeps its own weights, and its text tower is used.
+        model: a ``CLIPModel`` or ``SiglipModel``; it is not changed, and its text tower is used.
         tokenizer: its tokenizer.
         preprocessing: by default the model's input size, bicubic, with the mean and standard deviation of
             its family.

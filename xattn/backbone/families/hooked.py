@@ -1,9 +1,9 @@
-"""Backbones of modules that ``torch.fx`` cannot trace: run as they are, with hooks on some modules.
+"""Backbones for modules that ``torch.fx`` cannot trace: run unchanged, with hooks on some modules.
 
-    backbone = load_backbone(net)                     # whose forward branches on values
+    backbone = load_backbone(net)                     # whose forward depends on values
     backbone = load_backbone(net, taps=["stage4"])
 
-A tap is what its module returned in its last call of the pass. The hooks lie on the frozen copy that
+A tap is the output of its module's last call in the pass. The hooks are on the frozen copy that
 ``load_backbone`` makes, never on the caller's module.
 """
 
@@ -36,11 +36,11 @@ _FOUND: ContextVar[dict[_Keep, Tensor | None] | None] = ContextVar("found", defa
 
 
 class _Keep:
-    """A forward hook that keeps a module's output, of a tuple its first tensor, in passes of its own
+    """A forward hook that keeps a module's output, or the first tensor of a tuple, during passes of its own
     classifier; others may share the network."""
 
     def __init__(self) -> None:
-        self.point = nn.Identity()  # through which what CAMs read of a tuple is led
+        self.point = nn.Identity()  # the tensor of a tuple passes through it, for CAMs
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         tensor = _tensor_of(output)
@@ -50,23 +50,23 @@ class _Keep:
             tensor = led
         found = _FOUND.get()
         if found is not None and self in found:
-            # A copy: what follows may work in place.
+            # A copy, because later layers may work in place.
             found[self] = None if tensor is None else tensor.clone()
         return output
 
 
 def _tensor_of(output: Any) -> Tensor | None:
-    """What a module returned, of a tuple the first tensor, as blocks of `transformers` return it."""
+    """A module's output, or the first tensor of a tuple, as blocks of `transformers` return it."""
     if type(output) is tuple:
         return next((one for one in output if isinstance(one, Tensor)), None)
     return output if isinstance(output, Tensor) else None
 
 
 class HookedClassifier(AdaptedClassifier):
-    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_hooks`.
+    """A :class:`~xattn.backbone.TapModule`; created by :func:`from_hooks`.
 
     Attributes:
-        task: what is known of its outputs, or None.
+        task: the task if it is known, or None.
     """
 
     task: Task | None = None
@@ -83,7 +83,7 @@ class HookedClassifier(AdaptedClassifier):
 
     @property
     def gradcam_layer(self) -> nn.Module:
-        """The module of the last tap; of one that returns a tuple an identity behind it."""
+        """The module of the last tap; if it returns a tuple, an identity after it."""
         return self.point if self.in_tuple else self.net.get_submodule(self.tap_names[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,22 +116,22 @@ def from_hooks(
     kind: str = "",
     time_last: bool = False,
 ) -> HookedClassifier:
-    """``model`` for ``load_backbone``; it gets hooks that stay, so give a copy.
+    """Prepare ``model`` for ``load_backbone``; hooks are added permanently, so pass a copy.
 
     Args:
         model: in eval mode; maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
-        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default those of the
-            last maps on each of the three coarsest grids that lead to the logits, in one pass of random
-            images; where there are tokens, of the last ones that the logits need patch by patch, which
-            in a ViT are the norm before attention in the last three blocks.
+        taps: paths of modules that return maps (B, C, h, w) or tokens (B, N, C). By default the last maps
+            on each of the three coarsest grids that lead to the logits, found in one pass of random
+            images; for tokens, the last ones of which the logits need every patch, which in a ViT are
+            the outputs of the norm before attention in the last three blocks.
         input_size: (H, W) in pixels; by default that of ``model.preprocessing``.
-        frames: T of a clip; by default that of ``model.preprocessing``, or 16 of a network of 3-D
+        frames: T of a clip; by default that of ``model.preprocessing``, or 16 for a network of 3-D
             convolutions.
-        kind: what errors call the module, by default its class.
-        time_last: whether the tokens of a clip go through time before places.
+        kind: the name of the module in errors, by default its class.
+        time_last: whether time varies fastest in the token order of a clip.
 
     Raises:
-        ValueError: the module does not take images or give logits, or a tap is unknown or no map.
+        ValueError: the module does not take images or return logits, or a tap is unknown or not a map.
     """
     preprocessing, assumed = prepared_by(model, None, input_size, frames)
     size, kind = preprocessing.places, kind or type(model).__name__
@@ -142,7 +142,7 @@ def from_hooks(
         leading = {
             path: gradient
             for path, gradient in _leading(logits, outputs).items()
-            if getattr(model.get_submodule(path), "is_layer", True)  # not of an operator of ONNX
+            if getattr(model.get_submodule(path), "is_layer", True)  # False for some ONNX operators
         }
         taps = coarsest({path: shape for path, shape in shapes.items() if path in leading}, size)
         layers = dict(model.named_modules())
@@ -184,8 +184,8 @@ def from_hooks(
 def _run(
     model: nn.Module, size: tuple[int, ...], channels: int, kind: str
 ) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-    """Logits (2, K) of random images, the last tensor that each module returned, by its path in the order
-    of their returns, and the paths of those that return tuples."""
+    """Logits (2, K) of random images, the last tensor that each module returned, by path in the order
+    of their returns, and the paths of modules that return tuples."""
     outputs: dict[str, Tensor] = {}
     tuples: set[str] = set()
 
@@ -228,7 +228,7 @@ def _run(
 
 
 def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of the logits by the output of each path that has one; the outputs where none has."""
+    """The gradients of the logits by the outputs, by path; the outputs themselves if there are none."""
     followed = {path: output for path, output in outputs.items() if output.requires_grad}
     with suppress(RuntimeError):
         ones, tensors = torch.ones_like(logits), list(followed.values())
@@ -238,11 +238,12 @@ def _leading(logits: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _token_taps(gradients: Mapping[str, Tensor], size: tuple[int, ...], steps: int) -> list[str]:
-    """The paths of the last tokens on each of the three coarsest grids that the logits need, or on a single
-    grid the last three of the same name. Behind the last attention, a class token may be all they need.
+    """The paths of the last tokens on each of the three coarsest grids that the logits need or, on a single
+    grid, the last three of the same name. After the last attention, the logits may need only a class token.
 
     Args:
-        gradients: of tokens (2, N, C) by their paths, in the order of the pass. size, steps: as in
+        gradients: gradients of tokens (2, N, C) by path, in the order of the pass. size, steps: as in
+            :func:`~xattn.backbone.families.traced.grid_of`.
             :func:`~xattn.backbone.families.traced.grid_of`.
     """
     grids: dict[str, tuple[int, ...]] = {}

@@ -1,11 +1,12 @@
-"""Classifiers in ONNX files: run by onnxruntime, and as a PyTorch network where the graph converts.
+"""Classifiers in ONNX files: run by onnxruntime, and as a PyTorch network if the graph can be converted.
 
     backbone = load_backbone("model.onnx", mean=0.5, std=0.5)
 
-A graph with one image input and one output of logits is a black box: methods and metrics that hide parts
-of the image need no more. Where all operators convert (:mod:`xattn.backbone.families.onnx_networks`) and
-the logits of two random images equal those of onnxruntime to 1e-4, the PyTorch network stands for it, so
-that gradients and CAMs work, too. A softmax or sigmoid at the end is taken off, since p is made of logits.
+A graph with one image input and one output of logits is a black box; methods and metrics that hide parts
+of the image need no more. If all operators can be converted (:mod:`xattn.backbone.families.onnx_networks`)
+and the logits of two random images equal those of onnxruntime to 1e-4, the PyTorch network replaces it, so
+that gradients and CAMs work, too. A softmax or sigmoid at the end is removed, because p is computed from
+logits.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from xattn.photos.preprocessing import Preprocessing
 
 SUFFIX = ".onnx"
 TOLERANCE = 1e-4
-CHANNELS = (1, 3, 4)  # by which a layout is told
-GRID = 14  # of what a black box hands out as its map
+CHANNELS = (1, 3, 4)  # channel counts that identify a layout
+GRID = 14  # side of the pixel grid that a black box returns as its map
 _ENDS = ("Softmax", "Sigmoid")
 _MOVES = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")  # may follow these
 _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
@@ -38,8 +39,8 @@ _TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 
 @dataclass(frozen=True)
 class Form:
-    """The input of a file: its ``name``, ``dtype``, the ``batch`` and ``size`` (H, W) that it is fixed to,
-    or None, ``channels``, and whether these come ``last``."""
+    """The input of a file: its ``name``, ``dtype``, the ``batch`` and ``size`` (H, W) if they are fixed,
+    otherwise None, ``channels``, and whether these come ``last``."""
 
     name: str
     dtype: torch.dtype
@@ -50,7 +51,7 @@ class Form:
 
 
 class _NoLogits(ValueError):
-    """Answers of another shape than (B, K)."""
+    """The output has another shape than (B, K)."""
 
 
 class OnnxSession:
@@ -64,7 +65,7 @@ class OnnxSession:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised
+        options.log_severity_level = 4  # errors are raised anyway
         options.intra_op_num_threads = torch.get_num_threads()
         self._run = onnxruntime.InferenceSession(
             self.content, options, providers=["CPUExecutionProvider"]
@@ -78,7 +79,7 @@ class OnnxSession:
         self._open()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, K), of x's type and on its device, in batches of the file's own size."""
+        """(B, C, H, W) -> (B, K), in x's dtype and on its device, in batches of the file's own size."""
         given = x.detach().to("cpu", self.form.dtype)
         given = given.movedim(1, 3) if self.form.last else given
         found = []
@@ -94,7 +95,7 @@ class OnnxSession:
 
 
 class _WithoutGradients(torch.autograd.Function):
-    """A session's answer, whose backward pass says why there is none."""
+    """A session's answer, whose backward pass raises an error that says why there is no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, session: OnnxSession, reason: str) -> Tensor:
@@ -107,10 +108,10 @@ class _WithoutGradients(torch.autograd.Function):
 
 
 class OnnxClassifier(nn.Module):
-    """A :class:`~xattn.backbone.TapModule` without feature maps; its tap are the pixels, on a small grid.
+    """A :class:`~xattn.backbone.TapModule` without feature maps; its tap is the pixels, on a small grid.
 
     Args:
-        net: the converted network, or None, where ``reason`` says why there are no gradients.
+        net: the converted network, or None; then ``reason`` says why there are no gradients.
     """
 
     gradcam_layers = ()  # CAM methods have nothing to read
@@ -124,7 +125,7 @@ class OnnxClassifier(nn.Module):
         self.preprocessing = preprocessing
         self.input_channels = session.form.channels
         digest = hashlib.sha256(session.content).digest()
-        # Tensors are what a backbone is told by.
+        # A backbone reads device and dtype from tensors.
         self.register_buffer("sha256", torch.tensor(list(digest), dtype=torch.uint8, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,12 +144,12 @@ def load_onnx(
     taps: tuple[str, ...] | None = None,
     input_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """The classifier in a file, for ``load_backbone``.
+    """Load the classifier in a file, for ``load_backbone``.
 
     Args:
-        path: of a graph with one image input (N, C, H, W) or (N, H, W, C) and one output (N, K).
-        taps: of a converted graph, names of its nodes that give maps.
-        input_size: (H, W) in pixels; by default what the file is fixed to.
+        path: a graph with one image input (N, C, H, W) or (N, H, W, C) and one output (N, K).
+        taps: for a converted graph, names of nodes that return maps.
+        input_size: (H, W) in pixels; by default the size fixed in the file.
 
     Raises:
         ValueError: onnx or onnxruntime is missing, or the file is damaged or holds something else.
@@ -209,14 +210,14 @@ def load_onnx(
 
 
 def _read(name: str) -> Any:
-    """The ``ModelProto`` of a file that onnx finds right."""
+    """The ``ModelProto`` of a file, checked by onnx."""
     import onnx
 
     try:
         model = onnx.load(name)
         onnx.checker.check_model(model)
         return model
-    except Exception as error:  # of protobuf, of onnx, of files beside it
+    except Exception as error:  # from protobuf, from onnx, or about external files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"backbone: {name} is not a whole ONNX file ({reason}); export it again, with the files of "
@@ -270,8 +271,8 @@ def _size_of(form: Form, asked: tuple[int, int] | None, name: str) -> tuple[int,
 
 
 def _end_of(graph: Any, name: str) -> str:
-    """Take a softmax or sigmoid off the end of the graph, and what does not lead there, in place; the name
-    of the operator."""
+    """Remove a final softmax or sigmoid, and everything that does not lead to it, in place; returns the
+    operator's name."""
     found = [o for o in graph.output if o.type.tensor_type.elem_type in _TYPES]
     found = [o for o in found if len(o.type.tensor_type.shape.dim) in (0, 2, 4)]
     if len(found) != 1:
@@ -300,7 +301,7 @@ def _end_of(graph: Any, name: str) -> str:
 
 
 def _names(node: Any) -> Iterator[str]:
-    """What a node reads, also in graphs of its own."""
+    """The names that a node reads, including those read by its subgraphs."""
     yield from node.input
     for graph in (graph for one in node.attribute for graph in (one.g, *one.graphs)):
         yield from (one.name for one in graph.output)
@@ -317,7 +318,7 @@ def _converted(model: Any, form: Form, name: str) -> tuple[nn.Module | None, str
         raise ValueError(f"backbone: {name} is refused, {error}; export it again") from None
     except UnknownOperator as error:
         return None, f"not converted to PyTorch are its operators {error}"
-    except Exception as error:  # a graph that is right may still be none of ours
+    except Exception as error:  # a valid graph may still be unsupported here
         return None, _failed(error)
 
 
@@ -327,7 +328,7 @@ def _failed(error: Exception) -> str:
 
 @torch.no_grad()
 def _difference(net: nn.Module, images: Tensor, expected: Tensor) -> str:
-    """Why the logits (2, K) are not the ``expected`` ones; empty if they are."""
+    """Why the logits (2, K) differ from the ``expected`` ones; empty if they do not."""
     try:
         off = float((net(images) - expected).abs().max() / expected.abs().max().clamp_min(1.0))
     except UnknownOperator as error:
@@ -340,7 +341,7 @@ def _difference(net: nn.Module, images: Tensor, expected: Tensor) -> str:
 def _with_maps(
     net: nn.Module, taps: tuple[str, ...] | None, preprocessing: Preprocessing, name: str
 ) -> nn.Module | None:
-    """The network with its maps as taps; None if it has none."""
+    """The network with its maps as taps; None if it has no maps."""
     net.preprocessing = preprocessing  # type: ignore[assignment]
     taps = taps and tuple(f"layers.{one.removeprefix('layers.')}" for one in taps)
     try:

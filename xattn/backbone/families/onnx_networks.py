@@ -1,11 +1,11 @@
-"""A network of an ONNX graph: its nodes as PyTorch modules, called in the graph's order.
+"""A network from an ONNX graph: its nodes as PyTorch modules, called in the graph's order.
 
     network = OnnxNetwork(onnx.load("model.onnx"))
     logits = network(x)
 
-Linear layers and activations are those of ``torch.nn``, others an :class:`Operator`. What follows from
-constants alone is computed once. A graph that was exported for one image takes several: where it reshapes,
-the first axis grows, and what it joins to an image is repeated. Operators: https://onnx.ai/onnx/operators/.
+Linear layers and activations use ``torch.nn``, other nodes an :class:`Operator`. Values that depend only on
+constants are computed once. A graph exported for one image accepts several: reshapes enlarge the first
+axis, and constants joined to an image are repeated. Operators: https://onnx.ai/onnx/operators/.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 Attributes = dict[str, Any]
 MOST = (
     2**27
-)  # numbers of an image's batch, and of what constants give beyond eight times the weights
-_MOST_SIDES = 2**16  # numbers that say a shape or axes
+)  # limits for the numbers in a batch, and in results of constants beyond eight times the weights
+_MOST_SIDES = 2**16  # limit for the numbers in a shape or in axes
 
 
 class UnknownOperator(ValueError):
-    """An operator, or a form of one, that has no counterpart here."""
+    """An operator, or a form of one, that is not supported here."""
 
 
 class TooLarge(ValueError):
-    """Constants that give more numbers than :data:`MOST` allows."""
+    """Constants whose results have more numbers than :data:`MOST`."""
 
 
 class _Counted(TorchDispatchMode):
-    """Counts the numbers of all answers, each before it is computed, and stops at ``most``."""
+    """Counts the numbers in all results, each before it is computed, and stops at ``most``."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found, kwargs = None, kwargs or {}
-        with suppress(RuntimeError, NotImplementedError):  # of those that read a number
+        with suppress(RuntimeError, NotImplementedError):  # raised by functions that read a number
             given, named = tree_map_only(Tensor, lambda one: one.to("meta"), (args, kwargs))
             if any(one.name == "device" for one in func._schema.arguments):
                 named["device"] = torch.device("meta")
@@ -62,8 +62,8 @@ class Operator(nn.Module):
 
     Args:
         kind: its name, such as ``"Concat"``.
-        attributes: of the node, with ``opset``, and in ``single`` the shape of its answer for one image
-            where the graph takes no more.
+        attributes: attributes of the node, with ``opset`` and, in ``single``, the shape of its result for
+            one image if the graph accepts only one.
     """
 
     def __init__(self, kind: str, attributes: Attributes) -> None:
@@ -92,8 +92,8 @@ class OnnxNetwork(nn.Module):
         last: whether its images are (B, H, W, C).
 
     Raises:
-        UnknownOperator: the graph has operators that are not converted; their names are the message.
-        TooLarge: what follows from constants would fill the memory.
+        UnknownOperator: the graph has unsupported operators; the message is their names.
+        TooLarge: the results of constants would fill the memory.
     """
 
     def __init__(self, model: Any, single: bool = False, last: bool = False) -> None:
@@ -108,11 +108,11 @@ class OnnxNetwork(nn.Module):
         inferred = shape_inference.infer_shapes(model).graph if single else None
         every = [] if inferred is None else [*inferred.value_info, *inferred.output]
         shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in every}
-        self.whole: dict[str, Tensor] = {}  # constants that are no floats, on the CPU
+        self.whole: dict[str, Tensor] = {}  # constants that are not floats, on the CPU
         self.steps: list[tuple[str, list[str], list[str]]] = []
         constants = {one.name: tensor(one) for one in graph.initializer}
         counted = _Counted(MOST + 8 * sum(one.numel() for one in constants.values()))
-        self.layers = nn.ModuleDict()  # whose names cannot be those of attributes of the network
+        self.layers = nn.ModuleDict()  # whose names cannot clash with attributes of the network
         unknown = set()
         for number, node in enumerate(graph.node):
             attributes = {one.name: _value(one, tensor) for one in node.attribute}
@@ -153,7 +153,8 @@ class OnnxNetwork(nn.Module):
         self.done = [[n for n, at in ends.items() if at == i] for i in range(len(self.steps))]
 
     def _adds_bias(self, node: Any, constants: dict[str, Tensor]) -> bool:
-        """Whether ``node`` adds a bias to the linear layer before it, which has it then."""
+        """Whether ``node`` adds a bias to the linear layer before it; if so, it is merged into the
+        layer."""
         name, _, outputs = self.steps[-1] if self.steps else ("", [], [""])
         layer = self.layers[name] if name else None
         others = [constants.get(one) for one in node.input if one != outputs[0]]
@@ -205,7 +206,7 @@ def _constant(attributes: Attributes) -> Tensor:
 def _layer(
     node: Any, attributes: Attributes, constants: dict[str, Tensor]
 ) -> tuple[nn.Module, list[str]]:
-    """The module of a node, and which inputs it is called with: all but its weights."""
+    """The module of a node, and the inputs it is called with: all but its weights."""
     inputs = list(node.input)
     kind = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     rest = [constants.get(name) for name in inputs[1:]]
@@ -218,7 +219,7 @@ def _layer(
 
 
 def _linear(a: Attributes, weight: Tensor, bias: Tensor | None = None) -> nn.Module | None:
-    """Of Gemm and MatMul."""
+    """The linear layer of Gemm and MatMul."""
     if a.get("transA") or weight.ndim != 2 or a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
         return None
     weight = weight if a.get("transB") else weight.T.contiguous()
@@ -230,8 +231,8 @@ def _linear(a: Attributes, weight: Tensor, bias: Tensor | None = None) -> nn.Mod
     return layer
 
 
-# Each makes a module of a node's attributes and of its inputs but the first, which are constants; None
-# where it cannot.
+# Each builds a module from a node's attributes and its constant inputs (all but the first); None
+# if it cannot.
 LAYERS: dict[str, Callable[..., nn.Module | None]] = {
     "Gemm": _linear,
     "MatMul": _linear,
@@ -247,14 +248,14 @@ LAYERS: dict[str, Callable[..., nn.Module | None]] = {
     "GlobalMaxPool": lambda a: nn.AdaptiveMaxPool2d(1),
     "Dropout": lambda a, *rest: nn.Identity(),
 }
-# Operators whose answers are no feature maps: they move numbers, or hold attention.
+# Operators whose results are not feature maps: they move numbers, or belong to attention.
 _NO_LAYERS = set(
     "MatMul Einsum Softmax Reshape Transpose Flatten Squeeze Unsqueeze Expand Tile Gather Slice Split Pad "
     "Cast Identity Shape".split()
 )
 
 
-# Operators whose inputs but the first are read on the CPU.
+# Operators whose inputs, except the first, are read on the CPU.
 _READS_SHAPES = set(
     "Reshape Expand Tile Slice Split Squeeze Unsqueeze Pad Resize ReduceMean ReduceSum ReduceMax ReduceMin "
     "ReduceL2".split()
@@ -267,11 +268,11 @@ _READS_SHAPES = set(
 def _padded(
     a: Attributes, x: Tensor, kernel: Sequence[int], fill: float = 0.0
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``x``, padded where the two ends of an axis differ, and stride and padding of the function."""
+    """``x``, padded if the two ends of an axis differ, and stride and padding for the function."""
     rank, auto = len(kernel), a.get("auto_pad", "NOTSET")
     stride = a.get("strides") or [1] * rank
     pads = list(a.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
-    if auto.startswith("SAME"):  # as many cells as ceil(side / stride)
+    if auto.startswith("SAME"):  # the number of cells is ceil(side / stride)
         dilation = a.get("dilations") or [1] * rank
         for i, side in enumerate(x.shape[2:]):
             wide = (kernel[i] - 1) * dilation[i] + 1
@@ -353,7 +354,7 @@ def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 
 
 def _concat(a: Attributes, *parts: Tensor) -> Tensor:
-    if a["single"] and a["axis"] != 0:  # a constant may be that of one image
+    if a["single"] and a["axis"] != 0:  # a constant may belong to one image
         most = max(len(part) for part in parts)
         parts = tuple(p.expand(most, *p.shape[1:]) if len(p) == 1 else p for p in parts)
     return torch.cat(parts, a["axis"])
@@ -470,7 +471,7 @@ def _divide(a: Attributes, x: Tensor, y: Tensor) -> Tensor:
 def _old_softmax(a: Attributes, x: Tensor) -> Tensor:
     if a["opset"] >= 13:
         return x.softmax(a.get("axis", -1))
-    axis = a.get("axis", 1) % x.ndim  # before opset 13 over all axes from here
+    axis = a.get("axis", 1) % x.ndim  # before opset 13: over all axes from this one on
     return x.flatten(axis).softmax(-1).reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""Where segmentation networks come from: names, modules, functions, and models that take prompts."""
+"""Sources of segmentation networks: names, modules, functions, and models that take prompts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BORDER = Preprocessing(interpolation="bilinear", crop_pct=1.0, crop_mode="border
 
 
 class Answering(nn.Module):
-    """A function of images (B, 3, H, W) in [0, 1] as a module."""
+    """A function of images (B, 3, H, W) in [0, 1], as a module."""
 
     preprocessing = replace(BORDER, mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -49,7 +49,7 @@ class Answering(nn.Module):
         except RuntimeError as error:
             if "requires grad" not in str(error):
                 raise
-            return self.shared.function(x.detach())  # of NumPy
+            return self.shared.function(x.detach())  # a NumPy function
 
 
 class _Shared:
@@ -63,14 +63,14 @@ class _Shared:
 
 
 class Prompted(nn.Module):
-    """A network that cuts out what points show, as SAM, with these points.
+    """A network that segments the object at given points, such as SAM, with these points.
 
     Args:
         net: takes ``pixel_values`` and ``input_points`` (B, 1, P, 2), x and y in pixels of the input.
-        points: (row, column) of one object, as shares of the input.
+        points: (row, column) on one object, as fractions of the input.
 
     Raises:
-        ValueError: no points, or some outside; a network that takes none.
+        ValueError: no points, or points outside the input; a network that takes no points.
     """
 
     def __init__(self, net: nn.Module, points: Sequence[tuple[float, float]]) -> None:
@@ -93,7 +93,7 @@ class Prompted(nn.Module):
 
     @staticmethod
     def needed(net: nn.Module) -> bool:
-        """Whether a network takes points beside its images."""
+        """Whether a network takes points in addition to images."""
         return is_transformers(net) and takes(net, "input_points")
 
     def forward(self, x: Tensor) -> Any:
@@ -108,10 +108,10 @@ class Prompted(nn.Module):
 def segmenter_of(
     net: nn.Module, task: str | None, size: tuple[int, int] | None, processor: Any
 ) -> Segmenter:
-    """A network with what is asked of it, see :func:`~xattn.backbone.loading.load_segmenter`.
+    """Wrap a network with the requested options, see :func:`~xattn.backbone.loading.load_segmenter`.
 
     Raises:
-        ValueError: a task that a pixel has not, or as :class:`Segmenter`.
+        ValueError: a task that pixels do not have, or as in :class:`Segmenter`.
     """
     if task not in (None, "multiclass", "multilabel"):
         raise ValueError(
@@ -132,7 +132,7 @@ def segmenter_of(
 
 
 def _photos_of(processor: Any) -> Preprocessing:
-    """As the image processor prepares photos; those of no fixed size are fitted into a square."""
+    """Preprocessing of the image processor; photos without a fixed size are fitted into a square."""
     processor = getattr(processor, "image_processor", processor)
     size = getattr(processor, "size", None)
     sides = {} if size is None else sides_of(size)
@@ -146,7 +146,7 @@ def _photos_of(processor: Any) -> Preprocessing:
 def segmenter_by_name(
     name: str, weights: str | Path | None, processor: Any
 ) -> tuple[nn.Module, list[str] | None, Any]:
-    """The network, the names of its classes where its weights say them, and its image processor.
+    """The network, its class names if the weights provide them, and its image processor.
 
     Raises:
         ValueError: an unknown name, or weights that do not fit.

@@ -11,7 +11,7 @@ from torch import nn
 
 from xattn.runtime.names import did_you_mean
 
-SOURCES = ("hf-hub:", "local-dir:")  # of models that timm has saved with their config
+SOURCES = ("hf-hub:", "local-dir:")  # prefixes of models that timm has saved with their config
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
@@ -42,7 +42,7 @@ def create_timm_model(
 
 
 def _check_name(name: str) -> None:
-    """Raise a ``ValueError`` unless timm has the model ``name``; of a saved one, unless it has the form."""
+    """Raise a ``ValueError`` unless timm has the model ``name`` or, for a saved one, the form is right."""
     import timm
 
     source = next((s for s in SOURCES if name.startswith(s)), None)
@@ -68,7 +68,7 @@ def _check_name(name: str) -> None:
 
 
 def _config(name: str) -> Mapping[str, Any]:
-    """timm's configuration of the weights ``name``, of a saved model from its ``config.json``."""
+    """timm's configuration for the weights ``name``; for a saved model, from its ``config.json``."""
     import timm
     from timm.models import load_model_config_from_hf
     from timm.models._hub import load_model_config_from_path
@@ -84,7 +84,7 @@ def _config(name: str) -> Mapping[str, Any]:
 
 @contextmanager
 def _explaining(name: str) -> Iterator[None]:
-    """Turn what timm raises when it reads weights or a config into an ``OSError`` with a remedy."""
+    """Turn timm's errors in reading weights or a config into an ``OSError`` with advice."""
     try:
         yield
     except Exception as error:
@@ -130,7 +130,7 @@ def _from_package(name: str, size: tuple[int, int] | None, options: dict[str, An
 
 
 def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
-    """With as many classes as the file has, unless ``options`` say otherwise."""
+    """With as many classes as the file has, unless ``options`` set another number."""
     import timm
 
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
@@ -148,7 +148,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
     try:
         load_into(model, state, refusal)
     except ValueError:
-        # A ViT's file may hold the positions of its own size, to be resized afterwards.
+        # A ViT's file may hold the positions for its own size, which are resized afterwards.
         own = options.pop("img_size", None)
         if own is None or not hasattr(model, "set_input_size"):
             raise
@@ -159,7 +159,7 @@ def _from_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Mo
 
 
 def _from_pruned(name: str, folder: Path, options: dict[str, Any]) -> nn.Module:
-    """The stock model, sliced as the folder of ``xattn prune`` records, with its weights."""
+    """The stock model, sliced as recorded in the folder of ``xattn prune``, with its weights."""
     import timm
 
     from xattn.backbone.fingerprint import state_sha256

@@ -1,8 +1,8 @@
-"""Backbones of modules that are not timm's: torchvision's classifiers through their traced graph.
+"""Backbones for modules that are not timm's: torchvision's classifiers through their traced graph.
 
     backbone = load_backbone(torchvision.models.resnet18(weights="DEFAULT"))
 
-The graph that ``torch.fx`` records gets further outputs, so that one pass yields logits and inner
+The graph recorded by ``torch.fx`` gets additional outputs, so that one pass returns logits and inner
 maps; nothing is hooked.
 """
 
@@ -28,25 +28,25 @@ from xattn.runtime.copies import frozen_copy
 from xattn.runtime.names import did_you_mean
 
 HEAD_POINT = "head_point"
-CLIP_SIDE = 112  # pixels of the frames of a network that does not say
+CLIP_SIDE = 112  # side of the frames in pixels if a network does not report it
 Key = TypeVar("Key")
 
 
 class AdaptedClassifier(nn.Module):
-    """Base of the modules that stand for a classifier that is not timm's.
+    """Base of the modules that wrap a classifier that is not timm's.
 
     Args:
-        tap_names: of the taps.
-        classifier: the module that gives the logits, of which a linear layer is read.
-        grids: None of a tap that is a map (B, C, h, w), the (h, w) of one of tokens (B, N, C); of clips
-            (B, C, t, h, w) and (t, h, w).
-        prefix: how many tokens of the last tap are none of its grid.
-        steps: t of the tokens of a clip. time_last: whether these go through time before places.
+        tap_names: names of the taps.
+        classifier: the module that returns the logits; if it is linear, its weights are read.
+        grids: for each tap, None if it is a map (B, C, h, w), or the (h, w) of its tokens (B, N, C); for
+            clips (B, C, t, h, w) and (t, h, w).
+        prefix: number of tokens of the last tap that are not on its grid.
+        steps: t of the tokens of a clip. time_last: whether time varies fastest in their order.
 
     Attributes:
-        num_prefix_tokens, token_taps: of a ViT, whose taps are tokens (B, N, C).
-        assumes_preprocessing: whether ``preprocessing`` was not given, but assumed.
-        class_names: what is known of its classes, or None.
+        num_prefix_tokens, token_taps: for a ViT, whose taps are tokens (B, N, C).
+        assumes_preprocessing: whether ``preprocessing`` was assumed rather than given.
+        class_names: the class names if they are known, or None.
     """
 
     assumes_preprocessing = False
@@ -90,9 +90,9 @@ class AdaptedClassifier(nn.Module):
 
 
 class TracedClassifier(AdaptedClassifier):
-    """A :class:`~xattn.backbone.TapModule`; made by :func:`from_torchvision`.
+    """A :class:`~xattn.backbone.TapModule`; created by :func:`from_torchvision`.
 
-    Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last.
+    Its taps are module paths or graph nodes, and ``gradcam_layer`` is an identity after the last one.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TracedClassifier(AdaptedClassifier):
     ) -> None:
         super().__init__(tap_names, **facts)
         self.graph = graph
-        self._points = list(points)  # a path, the module there, and the identity of its output
+        self._points = list(points)  # path, module there, and the identity after its output
         self.gradcam_layer = getattr(graph, HEAD_POINT)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class TracedClassifier(AdaptedClassifier):
         return logits, self.as_maps(values)
 
     def point_of(self, layer: str | nn.Module) -> nn.Module | None:
-        """The identity through which the output of ``layer`` goes, a module of the network that was
-        traced or its path; None for modules without parts, which the graph calls themselves."""
+        """The identity that the output of ``layer`` passes through; ``layer`` is a module of the traced
+        network or its path. None for modules without parts, which the graph itself calls."""
         for path, module, point in self._points:
             if layer == path if isinstance(layer, str) else layer is module:
                 return point
@@ -124,7 +124,7 @@ class TracedClassifier(AdaptedClassifier):
 
 
 class UntraceableError(ValueError):
-    """A module that ``torch.fx`` cannot trace, or that does not run on images."""
+    """The module cannot be traced by ``torch.fx``, or does not run on images."""
 
 
 def from_torchvision(
@@ -137,18 +137,18 @@ def from_torchvision(
 ) -> TracedClassifier:
     """A torchvision classifier (or any module that ``torch.fx`` can trace) for ``load_backbone``.
 
-    ``load_backbone`` calls it for a module that has no ``forward_taps``. ``model`` stays as it is: what is
-    made holds a frozen copy over the same weights.
+    ``load_backbone`` calls this for a module that has no ``forward_taps``. ``model`` is not changed: the
+    result holds a frozen copy over the same weights.
 
     Args:
         model: maps normalised images (B, 3, H, W) or clips (B, 3, T, H, W) to logits (B, K).
-        taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, of a ViT,
+        taps: module paths or graph nodes, such as ``["layer2", "layer3", "layer4"]`` or, for a ViT,
             ``["encoder.layers.encoder_layer_11.ln_1"]``, without its class token. By default the
             last map on each of the three coarsest grids of a CNN, and ``ln_1`` of the last three blocks
             of torchvision's ViT; other ViTs have no default.
         preprocessing: by default the module's own attribute of that name, or 224 pixels and ImageNet's
             mean and std.
-        input_size: (H, W) in pixels; by default that of ``preprocessing``, of a ViT its own.
+        input_size: (H, W) in pixels; by default that of ``preprocessing``, or a ViT's own.
         frames: T of a clip; by default that of ``preprocessing``, or 16.
 
     Raises:
@@ -164,7 +164,7 @@ def traced_classifier(
     input_size: tuple[int, int] | None,
     frames: int | None = None,
 ) -> TracedClassifier:
-    """:func:`from_torchvision` of a module in eval mode, without another copy."""
+    """:func:`from_torchvision` for a module in eval mode, without another copy."""
     preprocessing, assumed = prepared_by(model, preprocessing, input_size, frames)
     size = preprocessing.places
     traced, shapes, names = _trace(model, size, channels_of(model, preprocessing))
@@ -207,8 +207,9 @@ def traced_classifier(
 
 
 def own_names(model: nn.Module) -> list[str] | None:
-    """ImageNet's names, of networks of clips those of Kinetics-400, as torchvision's weights have them, of
-    a module of torchvision whose last layer has as many outputs; None of any other."""
+    """Class names of a torchvision module whose last layer has a matching number of outputs: ImageNet's or,
+    for networks for clips, those of Kinetics-400, as in torchvision's weights; None for any other
+    module."""
     import torchvision.models as zoo
 
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
@@ -227,13 +228,13 @@ def prepared_by(
     input_size: tuple[int, int] | None,
     frames: int | None = None,
 ) -> tuple[Preprocessing, bool]:
-    """How photos, or the clips of a network of 3-D convolutions, are prepared for ``model``, and whether
-    that had to be assumed."""
+    """The preprocessing of photos, or of clips for a network of 3-D convolutions, for ``model``, and
+    whether it had to be assumed."""
     preprocessing = preprocessing or getattr(model, "preprocessing", None)
     assumed = not isinstance(preprocessing, Preprocessing)
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = Preprocessing(interpolation="bilinear")
-        side = getattr(model, "image_size", None)  # of torchvision's ViT
+        side = getattr(model, "image_size", None)  # torchvision's ViT has this
         input_size = (side, side) if input_size is None and isinstance(side, int) else input_size
         if frames or isinstance(first_convolution(model), nn.Conv3d):
             side = (CLIP_SIDE, CLIP_SIDE)
@@ -261,7 +262,7 @@ def load_torchvision(
     frames: int | None = None,
 ) -> TracedClassifier:
     """torchvision's classifier ``name`` with its own weights (``"timm"``, the default source of
-    ``load_backbone``, stands for them), those of a file or of a package, or random ones (None).
+    ``load_backbone``, means these), with weights from a file or a package, or random ones (None).
 
     Raises:
         ValueError: unknown name or unusable weights.
@@ -304,7 +305,7 @@ def load_torchvision(
 
 
 def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Preprocessing:
-    """How torchvision prepares photos for its default weights; at ``size`` if given."""
+    """torchvision's preprocessing for its default weights; at ``size`` if given."""
     import torchvision.models as zoo
 
     transforms = zoo.get_model_weights(name).DEFAULT.transforms()
@@ -320,13 +321,13 @@ def _evaluation_preprocessing(name: str, size: tuple[int, int] | None) -> Prepro
 
 
 def network_with_file(name: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
-    """torchvision's ``name`` with the weights of a file, and its number of classes by default."""
+    """torchvision's ``name`` with weights from a file, by default with the file's number of classes."""
     import torchvision.models as zoo
 
     from xattn.backbone.weights import class_count, load_into, load_weight_file, part_of
 
     whole = load_weight_file(weights)
-    if any("aux_classifier." in key for key in whole):  # for training, of a segmentation network
+    if any("aux_classifier." in key for key in whole):  # a segmentation network's training head
         options = {**options, "aux_loss": True}
     if "num_classes" not in options:  # the last linear or 1x1 layer is the classifier
         layers = dict(zoo.get_model(name, weights=None, **options).named_modules())
@@ -350,7 +351,7 @@ class _Shapes(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)  # whose lists cannot be changed
+        args, kwargs = super().fetch_args_kwargs_from_env(n)  # these lists cannot be changed
         return tuple(list(a) if isinstance(a, list) else a for a in args), kwargs
 
     def run_node(self, n: fx.Node) -> object:
@@ -371,7 +372,7 @@ def _trace(
     from torchvision.models.feature_extraction import NodePathTracer
 
     kind = type(model).__name__
-    if "forward" in vars(model):  # which tracing would pass over
+    if "forward" in vars(model):  # tracing would ignore it
         raise UntraceableError(f"model: the forward of {kind} is not that of its class")
     try:
         tracer = NodePathTracer()
@@ -399,8 +400,8 @@ def _trace(
 
 
 def _vit_taps(model: nn.Module) -> list[str] | None:
-    """``ln_1`` of the last three blocks of torchvision's ViT, ``norm1`` of MViT: what their attention
-    reads."""
+    """``ln_1`` of the last three blocks of torchvision's ViT, ``norm1`` for MViT: the input of their
+    attention."""
     from torchvision.models import VisionTransformer
     from torchvision.models.video.mvit import MViT
 
@@ -425,10 +426,10 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
     """The last map on each of the three coarsest grids of more than one cell, fine to coarse.
 
     Args:
-        shapes: of tensors in their order; the batch is 2. size: (H, W) of the images, (T, H, W) of clips.
+        shapes: tensor shapes in order; the batch is 2. size: (H, W) of the images, (T, H, W) of clips.
 
-    Grids have the aspect ratio of the input, which tells maps from (B, h, w, C) and position tables.
-    Empty if tokens (B, N, C) follow the maps: these are just a ViT's patches then.
+    Grids have the aspect ratio of the input, which distinguishes maps from (B, h, w, C) and position
+    tables. Empty if tokens (B, N, C) follow the maps: the maps are then only a ViT's patches.
     """
     last: dict[tuple[int, ...], Key] = {}
     tokens = False
@@ -443,14 +444,14 @@ def coarsest(shapes: Mapping[Key, tuple[int, ...]], size: tuple[int, ...]) -> li
 
 
 def fits(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a grid has the aspect ratio of an input of ``size``, up to a cell, and no more steps than it
-    has frames."""
+    """Whether a grid has the aspect ratio of an input of ``size``, to within one cell, and no more steps
+    than frames."""
     return grid[0] <= size[0] and abs(grid[-2] / size[-2] * size[-1] - grid[-1]) < 1
 
 
 def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
-    """t of the first coarser map (2, C, t, h, w) of clips of ``size`` (T, H, W), or T where each frame has
-    a map of its own; 1 of photos."""
+    """t of the first coarser map (2, C, t, h, w) of clips of ``size`` (T, H, W), or T if each frame has
+    a separate map; 1 for photos."""
     if len(size) == 2:
         return 1
     maps = (s[2:] for s in shapes if len(s) == 5 and s[0] == 2)
@@ -459,7 +460,7 @@ def steps_of(shapes: Iterable[tuple[int, ...]], size: Sequence[int]) -> int:
 
 
 def _kept(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """``node``, or its copy where a later in-place operation would change it."""
+    """``node``, or a copy of it if a later in-place operation would change it."""
 
     def in_place(user: fx.Node) -> bool:
         layer = traced.get_submodule(str(user.target)) if user.op == "call_module" else None
@@ -477,7 +478,7 @@ def _add_points(
     names: dict[fx.Node, str],
     points: dict[fx.Node, nn.Module],
 ) -> list[tuple[str, nn.Module, nn.Module]]:
-    """Give the output of every module with parts, which the graph itself does not call, an identity.
+    """Add an identity after the output of every module with parts that the graph does not call itself.
 
     ``points`` are identities that nodes already have.
     """
@@ -505,7 +506,7 @@ def _add_points(
 def grid_of(
     name: str, shape: tuple[int, ...], size: tuple[int, ...], steps: int = 1
 ) -> tuple[int, ...] | None:
-    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token, of clips
+    """None for a map (B, C, h, w); the (h, w) of tokens (B, N, C), without a class token, or for clips
     (t, h, w) with t = ``steps``."""
     if len(shape) == 2 + len(size) and shape[0] == 2:
         return None
@@ -521,8 +522,8 @@ def grid_of(
 
 
 def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ...] | None:
-    """(h, w) of ``count`` tokens with the aspect ratio of images of ``size`` (H, W), or (t, h, w) of clips
-    of ``size`` (T, H, W); None where there is no such grid."""
+    """(h, w) of ``count`` tokens with the aspect ratio of images of ``size`` (H, W), or (t, h, w) for clips
+    of ``size`` (T, H, W); None if there is no such grid."""
     area, left = divmod(count, steps)
     rows = round((area * size[-2] / size[-1]) ** 0.5)
     if left or not rows or area % rows or rows * size[-1] != (area // rows) * size[-2]:
@@ -531,9 +532,10 @@ def token_grid(count: int, size: Sequence[int], steps: int = 1) -> tuple[int, ..
 
 
 def as_map(value: Tensor, grid: tuple[int, ...] | None, time_last: bool = False) -> Tensor:
-    """A tap as (B, C, h, w) or (B, C, t, h, w); of tokens (B, N, C) those of the ``grid``, the last ones.
+    """A tap as (B, C, h, w) or (B, C, t, h, w); tokens (B, N, C) are arranged on the ``grid``, which takes
+    the last of them.
 
-    ``time_last``: the tokens of a clip go through time before places.
+    ``time_last``: time varies fastest in the token order of a clip.
     """
     if grid is None:
         return value

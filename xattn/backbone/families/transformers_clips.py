@@ -1,9 +1,9 @@
-"""Classifiers of clips of Hugging Face ``transformers``: VideoMAE, TimeSformer, ViViT, V-JEPA 2.
+"""Clip classifiers of Hugging Face ``transformers``: VideoMAE, TimeSformer, ViViT, V-JEPA 2.
 
     model = AutoModelForVideoClassification.from_pretrained(NAME)
     backbone = load_backbone(model, processor=AutoImageProcessor.from_pretrained(NAME))
 
-They are run as they are, with hooks. They take frames before channels, (B, T, C, H, W); here clips are
+They are run unchanged, with hooks. They take frames before channels, (B, T, C, H, W); here clips are
 (B, C, T, H, W) for every network.
 """
 
@@ -20,7 +20,7 @@ from xattn.backbone.families.transformers_networks import TransformersLogits, pa
 from xattn.photos.preprocessing import ClipPreprocessing, Preprocessing
 
 KIND = "ForVideoClassification"
-TIME_LAST = ("timesformer",)  # whose tokens go through time before places
+TIME_LAST = ("timesformer",)  # time varies fastest in their token order
 
 
 class TransformersClips(TransformersLogits):
@@ -38,10 +38,10 @@ def clip_classifier(
     input_size: tuple[int, int] | None,
     frames: int | None,
 ) -> HookedClassifier:
-    """A classifier of clips for ``load_backbone``.
+    """A clip classifier for ``load_backbone``.
 
     Args:
-        preprocessing: what its processor says; None of ImageNet's, which then counts as assumed.
+        preprocessing: that of its processor; None uses ImageNet's, which then counts as assumed.
         taps: see :func:`~xattn.backbone.families.hooked.from_hooks`.
         input_size, frames: by default those of ``preprocessing`` and of the network's config.
     """
@@ -65,6 +65,6 @@ def clip_classifier(
         time_last=network.config.model_type in TIME_LAST,
     )
     layers = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
-    if layers:  # not a module's attribute: they are registered in the network
+    if layers:  # not an attribute of a module: they are registered in the network
         vars(made)["blocks"] = layers[0]
     return made

@@ -5,7 +5,7 @@
     backbone = load_backbone(f"transformers:{NAME}")  # the same
 
 Normalisation, crop and interpolation come from the processor, labels and task from the model's config.
-The package itself is imported only for such a name.
+The package itself is imported only to load a model by name.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ GIVE = (
 
 
 def is_transformers(module: nn.Module) -> bool:
-    """Whether ``module`` is a model of transformers; that is not imported to find out."""
+    """Whether ``module`` is a transformers model; this does not import the package."""
     found = sys.modules.get("transformers.modeling_utils")
     return found is not None and isinstance(module, found.PreTrainedModel)
 
 
 def name_of(network: Any) -> str:
-    """The name that loads it again, where it was loaded by one; else its class."""
+    """The name that loads it again, if it was loaded by name; otherwise its class."""
     path = str(network.config._name_or_path or "")
     return f"{PREFIX}{path}" if path else type(network).__name__
 
@@ -73,17 +73,18 @@ def from_transformers(
     input_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
-    """A classifier of transformers for ``load_backbone``, with what its image processor and its config say.
+    """A transformers classifier for ``load_backbone``, with the settings of its image processor and config.
 
-    The families of ``FAMILIES`` have the parts of timm's networks. Others are run as they are, with hooks.
+    The families of ``FAMILIES`` have parts like timm's networks. Others are run unchanged, with hooks.
 
     Args:
-        task: instead of the config's.
-        taps, input_size, frames: of the others, as in :func:`~xattn.backbone.families.hooked.from_hooks`.
+        task: overrides the config's.
+        taps, input_size, frames: for the others, as in
+            :func:`~xattn.backbone.families.hooked.from_hooks`.
 
     Raises:
-        ValueError: no image classifier, one that does not read pixels alone, or a processor that prepares
-            photos in a way that has no :class:`Preprocessing`.
+        ValueError: not an image classifier, one with other inputs than pixels, or a processor that prepares
+            photos in a way that :class:`Preprocessing` cannot express.
     """
     kind = type(network).__name__
     if kind == "TimmWrapperForImageClassification":
@@ -118,13 +119,13 @@ def from_transformers(
 
 
 def own_size(config: Any) -> tuple[int, int] | None:
-    """(H, W) of the images that a network was made for, by its config; None where that says nothing."""
+    """(H, W) of the images that a network was made for, from its config; None if it does not say."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     return None if size is None else pair_of(size)
 
 
 def network_of(model: nn.Module) -> Any:
-    """The network of transformers that ``model`` explains, or None."""
+    """The transformers network that ``model`` explains, or None."""
     if isinstance(model, HookedClassifier) and isinstance(model.net, TransformersLogits):
         return model.net.network
     if isinstance(model, Segmenter):
@@ -134,7 +135,7 @@ def network_of(model: nn.Module) -> Any:
 
 
 def check_processor(model: nn.Module, processor: Any, normalised: bool) -> None:
-    """Raise a ``ValueError`` unless ``model`` is told how to prepare photos, and by what can tell it.
+    """Raise a ``ValueError`` unless the preprocessing for ``model`` is given, from a suitable source.
 
     Args:
         normalised: whether mean and std are given.
@@ -163,12 +164,12 @@ def load_transformers(
     input_size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> TransformersNetwork | HookedClassifier:
-    """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` of the hub, for ``load_backbone``.
+    """The classifier ``transformers:FOLDER`` or ``transformers:NAME`` from the hub, for ``load_backbone``.
 
     Args:
-        weights: None for random ones; else its own.
-        processor: used instead of the one that lies beside the model.
-        num_classes: refused, as the classifier has them. task: instead of the config's.
+        weights: None for random weights; otherwise the model's own.
+        processor: used instead of the one saved with the model.
+        num_classes: refused, because the classifier defines it. task: overrides the config's.
         taps, input_size, frames: as in :func:`from_transformers`.
 
     Raises:
@@ -207,7 +208,7 @@ def load_transformers(
 
 
 def saved_source(name: str, argument: str = "backbone") -> str:
-    """A folder that is there, or else a name of the hub, OWNER/NAME; errors begin with ``argument``."""
+    """A folder that exists, or a name on the hub, OWNER/NAME; errors begin with ``argument``."""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -244,14 +245,14 @@ def _check_config(config: Any, name: str, transformers: Any) -> None:
 
 
 def _known(transformers: Any, clips: bool = False) -> Any:
-    """The kinds of config that have a classifier of photos, or of clips."""
+    """The types of config that have a classifier for photos, or for clips."""
     names = transformers.models.auto.modeling_auto
     kind = "VIDEO" if clips else "IMAGE"
     return getattr(names, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES")
 
 
 def _what(kind: str, network: Any = None) -> str:
-    """What a class of transformers is that is no image classifier, by its name and input."""
+    """What a transformers class that is not an image classifier is, from its name and input."""
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
         return "no image classifier but a model of text or sound"
     if kind.endswith("Model"):
@@ -262,7 +263,7 @@ def _what(kind: str, network: Any = None) -> str:
 
 
 def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
-    """The network's parts, once they have given its own logits for a random image."""
+    """The parts of the network, after checking that they reproduce its own logits for a random image."""
     kind = type(network).__name__
     weight = next(network.parameters())
     try:
@@ -289,7 +290,7 @@ def _checked(family: Any, network: Any, size: tuple[int, int]) -> Any:
 
 
 def _task(config: Any) -> Task | None:
-    """By ``config.problem_type``; None leaves it to the number of outputs."""
+    """From ``config.problem_type``; None leaves it to the number of outputs."""
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return "multilabel"
@@ -302,8 +303,8 @@ def _task(config: Any) -> Task | None:
 
 
 def labels_of(config: Any, task: Task | None) -> list[str] | None:
-    """Names of the classes by ``config.id2label``, of one output those of both its classes; None where
-    that has only a number."""
+    """Class names from ``config.id2label``; for a single output the names of both its classes; None if
+    the config has only numbers."""
     labels = {int(i): str(label) for i, label in (config.id2label or {}).items()}
     names = [labels.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     if len(names) != 1 or task == "multilabel":
@@ -315,10 +316,10 @@ def labels_of(config: Any, task: Task | None) -> list[str] | None:
 
 
 def preprocessing_of_processor(processor: Any) -> Preprocessing:
-    """How an image processor of transformers prepares a photo.
+    """How a transformers image processor prepares a photo.
 
     Raises:
-        ValueError: no image processor, or one whose result has no fixed size.
+        ValueError: not an image processor, or its result has no fixed size.
     """
     processor = getattr(processor, "image_processor", processor)
     if not hasattr(processor, "image_mean") or not hasattr(processor, "size"):
@@ -342,7 +343,7 @@ def preprocessing_of_processor(processor: Any) -> Preprocessing:
 
 
 def _geometry(processor: Any) -> tuple[tuple[int, int], tuple[int, int], bool]:
-    """The size (or the short side, twice) that a photo is resized to, the crop of that, and whether its
+    """The size (or the short side, twice) to which a photo is resized, the crop of that, and whether its
     aspect ratio is lost."""
     size = sides_of(processor.size)
     short, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
@@ -374,7 +375,7 @@ def sides_of(size: Any) -> dict[str, int]:
 
 
 def normalisation_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation for pixels in [0, 1], by an image processor of transformers."""
+    """Mean and standard deviation for pixels in [0, 1], from a transformers image processor."""
     mean, std = processor.image_mean, processor.image_std
     if not getattr(processor, "do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
@@ -400,11 +401,11 @@ def interpolation_of(processor: Any) -> str:
     return Image.Resampling(2 if value is None else int(value)).name.lower()
 
 
-# ---------------------------------------------------------------------- reading what from_pretrained reads
+# ---------------------------------------------------------------------- reading saved models
 
 
 def read_saved(name: str, what: str, load: Any, source: str, argument: str = "backbone") -> Any:
-    """What ``load(source)`` reads; its errors, which take several lines, become one."""
+    """The result of ``load(source)``; its errors, which span several lines, become one line."""
     try:
         return load(source)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -417,7 +418,7 @@ def read_saved(name: str, what: str, load: Any, source: str, argument: str = "ba
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Inside, transformers reports no loading: what matters becomes an error here."""
+    """Context in which transformers does not report on loading: what matters becomes an error here."""
     logs = transformers.utils.logging, importlib.import_module("huggingface_hub.utils.logging")
     levels, bar = [log.get_verbosity() for log in logs], logs[0].is_progress_bar_enabled()
     for log in logs:

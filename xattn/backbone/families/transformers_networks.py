@@ -1,9 +1,8 @@
-"""Classifiers of Hugging Face ``transformers`` with the parts that xattn reads of timm's networks.
+"""Classifiers of Hugging Face ``transformers`` with the parts that xattn reads from timm's networks.
 
-``network`` stays the module that is explained: its own layers are called in the order of its own
+``network`` remains the module that is explained: its own layers are called in the order of its own
 ``forward``, and nothing is hooked or copied. The other attributes are views of it that are not registered a
-second time. Whether the layers in that order still give the network's own logits is checked when it is
-loaded.
+second time. On loading, it is checked that the layers in this order still give the network's own logits.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from xattn.photos.preprocessing import Preprocessing
 
 
 class Projections(NamedTuple):
-    """The linear layers of softmax attention: weights of queries, keys and values (H D, C), the bias of the
-    queries (H D) or None, the output's weight (C, H D), the gain (C) of a layer scale or None."""
+    """The linear layers of softmax attention: weights of queries, keys and values (H D, C), bias of the
+    queries (H D) or None, weight of the output (C, H D), gain (C) of a layer scale or None."""
 
     q: Tensor
     k: Tensor
@@ -51,9 +50,9 @@ class TransformersBlock(nn.Module):
         return out if isinstance(out, Tensor) else out[0]
 
     def projections(self) -> Projections | None:
-        """What its attention projects with; None if that is not plain softmax attention."""
+        """The projections of its attention; None if that is not plain softmax attention."""
         outer = _first(self.layer, "attention", "self_attn")
-        inner = getattr(outer, "attention", outer)  # a layer of its own before version 5
+        inner = getattr(outer, "attention", outer)  # a separate layer before version 5
         own = hasattr(inner, "q_proj")
         if self.biased or not (own or hasattr(inner, "query")):
             return None
@@ -68,7 +67,7 @@ class TransformersBlock(nn.Module):
 
 
 class PatchEmbedding:
-    """The patch embedding ``layer``, which gives tokens (B, N, C) or, as ``output_fmt`` says, a map."""
+    """The patch embedding ``layer``, which returns tokens (B, N, C) or a map, see ``output_fmt``."""
 
     def __init__(self, layer: nn.Module, patch: tuple[int, int], size: tuple[int, int]) -> None:
         self.layer, self.patch_size, self.img_size = layer, patch, size
@@ -83,11 +82,11 @@ class PatchEmbedding:
 
 
 class TransformersNetwork(nn.Module):
-    """Base: ``forward_intermediates``, ``forward_features`` and ``forward_head`` as timm's networks have
-    them, over ``network``, the classifier of transformers.
+    """Base: ``forward_intermediates``, ``forward_features`` and ``forward_head`` as in timm's networks,
+    over ``network``, the transformers classifier.
 
     Attributes:
-        preprocessing, class_names, task: what its image processor and its config say of them, or None.
+        preprocessing, class_names, task: from its image processor and its config, or None.
     """
 
     def __init__(self, network: Any) -> None:
@@ -99,7 +98,7 @@ class TransformersNetwork(nn.Module):
         self.task: Task | None = None
 
     def _view(self, **parts: Any) -> None:
-        """Attributes for layers of ``network``, which has registered them."""
+        """Set attributes for layers of ``network``, which has already registered them."""
         vars(self).update(parts)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class TransformersViT(TransformersNetwork):
     """ViT, DeiT, BEiT, DINOv2 and SigLIP: prefix tokens, then the patches, through equal layers.
 
     Attributes:
-        global_pool: "token", "avg", or "token+avg" (DINOv2: the class token beside the patches' mean).
+        global_pool: "token", "avg", or "token+avg" (DINOv2: the class token and the patches' mean).
         num_prefix_tokens: class, distillation and register tokens.
     """
 
@@ -147,7 +146,7 @@ class TransformersViT(TransformersNetwork):
         patches = _first(embeddings, "patch_embeddings", "patch_embedding")
         layers = _first(base, "layers", "encoder")
         layers = layers if isinstance(layers, nn.ModuleList) else _first(layers, "layers", "layer")
-        pooler = getattr(getattr(base, "pooler", None), "layernorm", None)  # BEiT's, as the biases
+        pooler = getattr(getattr(base, "pooler", None), "layernorm", None)  # BEiT, like the biases
         shared = getattr(base, "shared_position_bias", None)
         biases = [shared or getattr(layer, "relative_position_bias", None) for layer in layers]
         self._view(
@@ -188,7 +187,7 @@ class TransformersViT(TransformersNetwork):
         return self.norm(tokens), found
 
     def _options(self, x: Tensor, tokens: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-        """What BEiT's layers are called with: a bias that all of them share, and the image's size."""
+        """Arguments for BEiT's layers: a bias that all of them share, and the image's size."""
         if not takes(self.blocks[0].layer, "resolution"):
             return None, {}
         size = tuple(x.shape[-2:])
@@ -205,7 +204,7 @@ class TransformersViT(TransformersNetwork):
         output_fmt: str = "NCHW",
     ) -> tuple[Tensor, list[Any]]:
         """The final tokens, normalised, and the blocks' outputs as maps (B, C, h, w), each with its prefix
-        tokens (B, P, C) if these are asked for."""
+        tokens (B, P, C) if these are requested."""
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         wanted = range(len(self.blocks)) if indices is None else indices
         final, found = self._run(x, wanted)
@@ -217,7 +216,7 @@ class TransformersViT(TransformersNetwork):
         return final, inner
 
     def forward_head(self, final: Tensor, pre_logits: bool = False) -> Tensor:
-        """Final tokens (B, N, C) -> logits (B, K), or what the classifier reads of them."""
+        """Final tokens (B, N, C) -> logits (B, K), or the classifier's input."""
         first, patches = final[:, 0], final[:, self.num_prefix_tokens :]
         if self.head_dist is not None:
             if pre_logits:
@@ -239,7 +238,7 @@ class TransformersViT(TransformersNetwork):
 
 
 class TransformersMaps(TransformersNetwork):
-    """ResNet, ConvNeXt and Swin: stages of falling resolution, whose last map is averaged."""
+    """ResNet, ConvNeXt and Swin: stages of decreasing resolution; the last map is averaged."""
 
     base: Any
     stages: Any
@@ -255,7 +254,7 @@ class TransformersMaps(TransformersNetwork):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, output_fmt: str = "NCHW"
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last map (B, C, h, w) and the stages' outputs, before they are downsampled."""
+        """The last map (B, C, h, w), and the stages' outputs before downsampling."""
         return self._run(x, range(len(self.stages)) if indices is None else indices)
 
     def _run(self, x: Tensor, wanted: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -287,14 +286,14 @@ class TransformersMaps(TransformersNetwork):
         return self.base.layernorm(tokens).transpose(1, 2).unflatten(2, grid), found
 
     def forward_head(self, final: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map (B, C, h, w) -> logits (B, K), or what the classifier reads of it."""
+        """The last map (B, C, h, w) -> logits (B, K), or the classifier's input."""
         read = final.mean((2, 3))
         read = read if self.head.norm is None else self.head.norm(read)
         return read if pre_logits else self.network.classifier(read)
 
 
 class TransformersLogits(nn.Module):
-    """The logits of ``network``, a classifier of any other family, which is run as it is."""
+    """The logits of ``network``, a classifier of any other family, which is run unchanged."""
 
     def __init__(self, network: Any, preprocessing: Preprocessing | None) -> None:
         super().__init__()
@@ -310,7 +309,7 @@ def _base(network: Any) -> Any:
 
 
 def _first(module: Any, *names: str) -> Any:
-    """The first of the attributes ``names`` that is there; versions name them differently."""
+    """The first existing attribute among ``names``; versions name them differently."""
     for name in names:
         if hasattr(module, name):
             return getattr(module, name)
@@ -323,5 +322,5 @@ def takes(module: Any, argument: str) -> bool:
 
 
 def pair_of(size: int | Sequence[int]) -> tuple[int, int]:
-    """(H, W) of what may be one side."""
+    """(H, W) of a size that may be given as one side."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

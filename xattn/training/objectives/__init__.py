@@ -1,1 +1,1 @@
-"""What heads are trained for, by name: one file an objective, see :mod:`xattn.training.objectives.base`."""
+"""Training objectives of heads, by name, one per file: see :mod:`xattn.training.objectives.base`."""

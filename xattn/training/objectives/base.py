@@ -2,9 +2,9 @@
 
     xattn train PHOTOS --objective shapley:link=log_odds
 
-An objective reads one of two things. A *table* of outcomes has what the network answers for masked photos
-(:mod:`xattn.training.outcomes`), so a step costs no pass; *photos* go through the frozen network in each
-step. Any explanation head can be trained by any objective.
+An objective reads one of two things. A *table* of outcomes holds the network's answers for masked photos
+(:mod:`xattn.training.outcomes`), so a step needs no pass. *Photos* go through the frozen network in each
+step. Any explanation head can be trained with any objective.
 
     @register_objective("mine")
     class Mine(Objective):
@@ -34,14 +34,14 @@ from xattn.training.outcome_rows import DROP, NESTED
 from xattn.training.outcomes import OutcomeBatch
 
 Terms = dict[str, Tensor]
-"""``"loss"``, and what else is logged; scalars."""
-CELLS = 7  # of a side of a game
+"""``"loss"``, and other values to log; scalars."""
+CELLS = 7  # cells per side in a game
 Link = Literal["probability", "log_odds", "logit"]
 
 
 @dataclass(frozen=True)
 class ObjectiveEntry:
-    """What is known of an objective: its name, one line on it, and where it comes from."""
+    """What is known about an objective: its name, a one-line description, and its source."""
 
     name: str
     title: str = ""
@@ -50,10 +50,10 @@ class ObjectiveEntry:
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a batch that one of several processes holds.
+    """The part of a batch in one of several processes.
 
     ``places`` (B,) are the positions of its images in the whole batch, ``counts`` the numbers of images of
-    all processes, of which this is number ``rank``. A process without an image trains on a stand-in.
+    all processes; this process has the number ``rank``. Without an image, it trains on a placeholder.
     """
 
     places: Tensor
@@ -61,7 +61,7 @@ class Part:
     rank: int = 0
 
     def together(self, target: Tensor) -> tuple[Tensor, int]:
-        """The targets of all images, process by process, and the place of this process's first one."""
+        """The targets of all images, process by process, and the position of this process's first one."""
         if len(self.counts) == 1:
             return target, 0
         own = target[: self.counts[self.rank]]
@@ -71,9 +71,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """A step on photos: ``images`` (B, 3, H, W) in [0, 1]; ``part`` places them in a batch that several
-    processes share, by default the whole one; ``progress`` is the share of the steps that are done;
-    ``seed`` names the draws."""
+    """A step on photos: ``images`` (B, 3, H, W) in [0, 1]; ``part`` is their place in a batch that several
+    processes share, by default the whole batch; ``progress`` is the share of completed steps; ``seed``
+    identifies the random draws."""
 
     head: Any
     backbone: Backbone
@@ -90,7 +90,7 @@ class Step:
             object.__setattr__(self, "part", part)
 
     def draws(self) -> list[torch.Generator]:
-        """A generator for each image, by its place in the whole batch, whichever process holds it."""
+        """A generator for each image, by its position in the whole batch, whichever process has it."""
         seeds = [random.Random(f"{self.seed}/{place}") for place in self.part.places.tolist()]
         return [torch.Generator().manual_seed(seed.getrandbits(63)) for seed in seeds]
 
@@ -99,8 +99,8 @@ class Objective:
     """Base of all objectives. A subclass defines :meth:`on_table` or :meth:`on_photos`, and says which in
     ``reads``.
 
-    ``players`` says that it needs masks of the cells of a fixed grid, the players of a game, under one
-    fill, and what the network answers for the empty photo; ``sizes`` are those of such masks by default.
+    ``players`` says that it needs masks of the cells of a fixed grid, the players of a game, with a single
+    fill, and the network's answer for the empty photo; ``sizes`` is the default distribution of mask sizes.
     """
 
     name: ClassVar[str]
@@ -113,17 +113,17 @@ class Objective:
 
         Args:
             scores: (B, M, h, w) of the classes ``index`` (B, M), each photo's own class first.
-            outcomes: what the network answers for B photos under N masks each.
+            outcomes: the network's answers for B photos under N masks each.
         """
         raise NotImplementedError
 
     def on_photos(self, step: Step) -> Terms:
-        """The loss of a batch of photos; gradients reach the head alone."""
+        """The loss of a batch of photos; gradients reach only the head."""
         raise NotImplementedError
 
 
 def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], type[Objective]]:
-    """Class decorator: make an objective known to :func:`create_objective` under ``name``, and check its
+    """Class decorator: register an objective for :func:`create_objective` under ``name``, and check its
     options against the annotations of its constructor.
 
     Args:
@@ -133,12 +133,13 @@ def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], t
 
 
 def table_settings(objective: Objective, config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    """The masks (:class:`~xattn.training.outcome_rows.MaskSettings`) of the table that ``objective`` reads.
+    """The mask settings (:class:`~xattn.training.outcome_rows.MaskSettings`) of the table for
+    ``objective``.
 
-    Players are the cells of a 7 x 7 grid, or the patches where these are dropped.
+    Players are the cells of a 7 x 7 grid, or the patches if patches are dropped.
 
     Raises:
-        ValueError: a fill that the network cannot have.
+        ValueError: the network does not support the fill.
     """
     sizes = objective.sizes if objective.players else config.sizes or objective.sizes
     fill = config.fill
@@ -184,7 +185,7 @@ def objective_for(config: TrainConfig) -> Objective:
 
 
 def on_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps (B, M, h, w) on ``size`` cells: means of finer ones, bilinear between coarser ones."""
+    """Maps (B, M, h, w) resampled to ``size`` cells: by averaging if finer, bilinearly if coarser."""
     if maps.shape[2] > size[0] or maps.shape[3] > size[1]:
         return F.adaptive_avg_pool2d(maps, (size[0], size[1]))
     return resize(maps, size)
@@ -192,7 +193,7 @@ def on_cells(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def game(scores: Tensor, outcomes: OutcomeBatch, index: Tensor, link: Link) -> tuple[Tensor, ...]:
     """A photo's masks as a game of d players: phi (B, M, d), masks s (B, N, d), values v(s) (B, M, N), and
-    the values (B, M) of nobody, v(0), and of all, v(1).
+    the values (B, M) of the empty set, v(0), and of the full set, v(1).
 
     phi = S / d for scores S, so that maps of unit scale have values of the order of v.
     """

@@ -1,10 +1,11 @@
-"""``greedy``: maps that order cells as a greedy search does.
+"""``greedy``: maps that order cells like a greedy search.
 
     L = sum over cells i before j of softplus(S_j - S_i) / rank i,   divided by sum 1 / rank i
 
-The search begins with the empty photo and each time adds the cell that gives the highest log-odds of the
-photo's class; its d - 1 beginnings are the masks of the table (``sizes="greedy"``), which costs about d^2 /
-2 passes a photo. Other classes have no order, so only the own class's map is trained.
+The search starts with the empty photo and adds, each time, the cell that gives the highest log-odds for the
+photo's class. The first 1 to d - 1 cells of this order are the masks of the table (``sizes="greedy"``),
+which costs about d^2 / 2 passes per photo. Other classes have no order, so only the own class's map is
+trained.
 """
 
 from __future__ import annotations

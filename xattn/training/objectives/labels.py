@@ -1,12 +1,12 @@
-"""``labels``: maps near a noisy estimate of each photo's own values (Stochastic Amortization).
+"""``labels``: maps close to a noisy estimate of each photo's own values (Stochastic Amortization).
 
-    L = d mean ( phi_nk - a_nk )^2,    a_nk from the photo's own masks alone
+    L = d mean ( phi_nk - a_nk )^2,    a_nk from only the photo's own masks
 
-Noise of mean 0 in a does not move the phi of least loss, a bias does. Estimates: ``regression``,
-constrained least squares with the expectation of s s^T in place of its mean over the masks, so that a is
-unbiased; ``permutation``, what a cell adds where it comes in an order of all cells and in the opposite one;
-``banzhaf``, the mean of v with the cell minus that without; ``ridge``, as LIME, which is biased. Sources:
-arXiv 2401.15866 and 1705.07874.
+Noise of mean 0 in a does not change the phi of least loss, but a bias does. Estimates: ``regression``,
+constrained least squares with the expectation of s s^T instead of its mean over the masks, so that a is
+unbiased; ``permutation``, what a cell adds in an order of all cells and in the reverse order;
+``banzhaf``, the mean of v with the cell minus that without; ``ridge``, as in LIME, which is biased.
+Sources: arXiv 2401.15866 and 1705.07874.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Estimate = Literal["regression", "permutation", "banzhaf", "ridge"]
 
 
 def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
-    """Unbiased Shapley values (B, M, d) of ``gains`` v(s) - v(0) (B, M, N) under ``masks`` (B, N, d) that
-    were drawn with Shapley's sizes; ``total`` (B, M) is v(1) - v(0), which they sum to.
+    """Unbiased Shapley values (B, M, d) from ``gains`` v(s) - v(0) (B, M, N) for ``masks`` (B, N, d) drawn
+    with Shapley's sizes; ``total`` (B, M) is v(1) - v(0), which they sum to.
 
         phi = A^-1 (b - 1 (1^T A^-1 b - total) / (1^T A^-1 1)),   A = E s s^T,   b = mean s (v(s) - v(0))
     """
@@ -44,9 +44,9 @@ def regression_labels(masks: Tensor, gains: Tensor, total: Tensor) -> Tensor:
 
 
 def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-    """What each cell adds (B, M, d) along an order of all d cells and along the opposite one; the mean of
-    both. The first half of ``masks`` (B, 2 (d - 1), d) are the order's beginnings of 1 to d - 1 cells, the
-    second half their complements."""
+    """What each cell adds (B, M, d) in an order of all d cells and in the reverse order; the mean of both.
+    The first half of ``masks`` (B, 2 (d - 1), d) are the first 1 to d - 1 cells of the order, the second
+    half their complements."""
     half = masks.shape[1] // 2
     there = torch.cat([nobody[..., None], values[..., :half], everyone[..., None]], -1)
     back = torch.cat([everyone[..., None], values[..., half:], nobody[..., None]], -1)
@@ -55,7 +55,7 @@ def permutation_labels(masks: Tensor, values: Tensor, nobody: Tensor, everyone: 
 
 
 def place_in_order(masks: Tensor) -> Tensor:
-    """The place 0 .. d - 1 of each cell (B, d) in the order whose beginnings are the first half of nested
+    """The place 0 .. d - 1 of each cell (B, d) in the order whose prefixes are the first half of nested
     ``masks`` (B, 2 (d - 1), d)."""
     return (1 - masks[:, : masks.shape[1] // 2]).sum(1).round().long()
 
@@ -78,15 +78,15 @@ def ridge_labels(masks: Tensor, gains: Tensor, penalty: float) -> Tensor:
     "labels", title="A noisy estimate of each photo's values", paper="arXiv 2401.15866"
 )
 class Labels(Objective):
-    """The squared distance of a map's values from labels that its photo's own masks give.
+    """The squared distance between a map's values and labels computed from its photo's own masks.
 
     Args:
-        estimate: how labels are made; ``"permutation"`` needs 2 (d - 1) masks of d cells, ``"ridge"`` is
-            biased and there for comparison.
-        link: what a value is: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
-        normalization: how a map is made efficient before the loss, as for ``shapley``; Banzhaf values
-            are not efficient and take ``"none"``.
-        penalty: of ``"ridge"``.
+        estimate: how labels are estimated; ``"permutation"`` needs 2 (d - 1) masks of d cells, ``"ridge"``
+            is biased and only for comparison.
+        link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
+        normalization: how a map is made efficient before the loss, as in ``shapley``; Banzhaf values
+            are not efficient and need ``"none"``.
+        penalty: ridge penalty for ``"ridge"``.
     """
 
     players = True
@@ -113,7 +113,7 @@ class Labels(Objective):
         return {"loss": phi.shape[-1] * (phi - labels).square().mean()}
 
     def labels(self, masks: Tensor, values: Tensor, nobody: Tensor, everyone: Tensor) -> Tensor:
-        """a (B, M, d) of ``masks`` (B, N, d), their ``values`` (B, M, N), and v(0) and v(1), (B, M)."""
+        """a (B, M, d) from ``masks`` (B, N, d), their ``values`` (B, M, N), and v(0) and v(1), (B, M)."""
         gains = values - nobody[..., None]
         if self.estimate == "regression":
             return regression_labels(masks, gains, everyone - nobody)

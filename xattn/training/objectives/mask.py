@@ -1,4 +1,4 @@
-"""``mask``: masks that keep the prediction, for any head with class maps (T-TAME, arXiv 2403.04523).
+"""``mask``: masks that preserve the prediction, for any head with class maps (T-TAME, arXiv 2403.04523).
 
     A = sigmoid(head(taps)),   m = bilinear(A[own class], input size),   y = argmax f(x)
     L = 1.5 CE(f(mask(x, m)), y) + 2 mean((A + 0.0005)^0.3) + 0.01 V(A)
@@ -8,8 +8,8 @@ The target is the model's own prediction, so no labels are needed. For a multi-l
 its positive labels, and -log sigmoid of that label's logit replaces the cross-entropy. V is a sum over
 space and over the class axis of A, divided by the batch size only.
 
-LTX (ICDM 2023) weighs the mean of A instead, :class:`Mask` with ``area_term="mean"``. Its program
-takes a sigmoid twice, so that its area term is mean log(1 + exp A), between .69 and 1.31: ``"ltx"``.
+LTX (ICDM 2023) uses the mean of A as area term, :class:`Mask` with ``area_term="mean"``. Its program
+applies a sigmoid twice, so that the area term becomes mean log(1 + exp A), between .69 and 1.31: ``"ltx"``.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def masked_logits(
 def targets(logits: Tensor, task: str, places: Tensor | None = None) -> Tensor:
     """The class (B,) that each image is trained on: the prediction.
 
-    For a multi-label model the place of the image in the batch (``places`` (B,), by default the row) picks
-    one of its labels with p > 0.5, so that over the epochs the B most probable ones take turns. An image
-    without such a label gets its most probable one.
+    For a multi-label model the position of the image in the batch (``places`` (B,), by default the row)
+    selects one of its labels with p > 0.5, so that over the epochs the B most probable ones take turns. An
+    image without such a label uses its most probable one.
     """
     if task != "multilabel":
         return logits.argmax(1)
@@ -95,11 +95,11 @@ def classification_loss(logits: Tensor, target: Tensor, task: str) -> Tensor:
 
 @register_objective("mask", title="Masks that keep the prediction", paper="arXiv 2403.04523")
 class Mask(Objective):
-    """The objective of T-TAME; the weights of its terms are those of the configuration.
+    """The objective of T-TAME; the weights of its terms come from the configuration.
 
     Args:
-        area_term: what of the mask A is small: ``"power"`` mean((A + 0.0005)^0.3), ``"mean"`` its mean
-            (LTX), or ``"ltx"`` mean log(1 + exp A), as LTX's program has it.
+        area_term: the area term of the mask A: ``"power"`` mean((A + 0.0005)^0.3), ``"mean"`` its mean
+            (LTX), or ``"ltx"`` mean log(1 + exp A), as in LTX's program.
     """
 
     reads = "photos"
@@ -132,7 +132,7 @@ class Mask(Objective):
         return {"loss": loss, **terms}
 
     def _classes(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, int]:
-        """The classes whose maps are made, and the place of the first image's own among them."""
+        """The classes whose maps are computed, and the position of the first image's own among them."""
         mode, part = step.config.class_mode, step.part
         if mode == "own":
             return target[:, None], 0

@@ -1,11 +1,11 @@
-"""``outcomes``: maps whose sums over what masks keep go with what the network answers.
+"""``outcomes``: maps whose sums over the kept parts of masks correlate with the network's answers.
 
     L = 1 - corr( P <m_j, S_k>, P y_jk ),    j = 1..N masks m_j of a photo,  y_jk the outcome of class k
 
 S_k (h, w) is the map, <m, S> the sum of S over what mask m keeps, and P removes the mean over the masks
-and what is linear in the area they keep. So neither a constant added to a map nor the network's liking for
-much or little picture counts, only which parts matter. The maps of a photo's own class are compared with
-its probability and its log-odds, those of others with their log-odds.
+and the part that is linear in the kept area. So neither a constant added to a map nor the effect of area
+alone counts, only which parts matter. The maps of a photo's own class are compared with its probability and
+its log-odds, those of other classes with their log-odds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xattn.training.objectives.base import Objective, Terms, on_cells, register_
 from xattn.training.outcomes import OutcomeBatch
 
 TINY = 1e-12
-ROUNDING = 100  # sums over cells and masks are off by less than so many times the precision
+ROUNDING = 100  # bound on the rounding error of sums over cells and masks, in units of eps
 REACTS = 1e-6
-"""Outcomes whose variance, relative to their mean square, is less than this do not react to masks."""
+"""Outcomes whose variance, relative to their mean square, is below this do not react to masks."""
 
 
 def area_adjusted(values: Tensor, area: Tensor) -> Tensor:
-    """``values`` (..., N) without their mean and without what is linear in ``area`` (..., N)."""
+    """``values`` (..., N) without their mean and the part that is linear in ``area`` (..., N)."""
     centred = values - values.mean(-1, keepdim=True)
     slope = area - area.mean(-1, keepdim=True)
     square = slope.square().sum(-1, keepdim=True).clamp_min(TINY)
@@ -41,7 +41,7 @@ def mask_effects(maps: Tensor, masks: Tensor) -> Tensor:
 def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     """Area-adjusted correlation (B, M) of maps (B, M, h, w) with outcomes (B, M, N) of masks (B, N, h, w).
 
-    It is 0 where an outcome does not vary over the masks, and near 0, with a bounded gradient, where a map
+    It is 0 if an outcome does not vary over the masks, and near 0, with a bounded gradient, if a map
     does not.
     """
     maps, masks, outcomes = widen(maps), widen(masks), widen(outcomes)
@@ -49,7 +49,7 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
     area = masks.mean((2, 3))[:, None]
     x, y = area_adjusted(effects, area), area_adjusted(outcomes, area)
     size_x, size_y = x.norm(dim=-1), y.norm(dim=-1)
-    # Of what rounding leaves of a constant the direction is noise.
+    # What rounding leaves of a constant has a random direction.
     rounding = ROUNDING * torch.finfo(effects.dtype).eps
     least = rounding * (effects.detach().norm(dim=-1) + 1)
     varies = size_y > rounding * outcomes.norm(dim=-1)
@@ -58,16 +58,16 @@ def correlation(maps: Tensor, masks: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def reacts(masks: Tensor, outcomes: Tensor) -> Tensor:
-    """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond what their area explains, (B, M)."""
+    """Whether outcomes (B, M, N) vary over masks (B, N, h, w) beyond the effect of area, (B, M)."""
     outcomes = widen(outcomes)
     left = area_adjusted(outcomes, widen(masks).mean((2, 3))[:, None]).square().mean(-1)
     return left > REACTS * outcomes.square().mean(-1).clamp_min(TINY)
 
 
 class Compared(NamedTuple):
-    """What a loss compares: ``maps`` (B, 1 + M, h, w) with ``answers`` (B, 1 + M, N) under ``masks``
-    (B, N, h, w), those of the own class first and twice, for its probability and for its log-odds;
-    ``counted`` (B, 1 + M) is 1 where an answer reacts to masks, else 0."""
+    """The inputs of a loss: ``maps`` (B, 1 + M, h, w) are compared with ``answers`` (B, 1 + M, N) under
+    ``masks`` (B, N, h, w); the own class comes first and twice, for its probability and for its log-odds;
+    ``counted`` (B, 1 + M) is 1 if an answer reacts to masks, else 0."""
 
     maps: Tensor
     masks: Tensor
@@ -86,8 +86,8 @@ def compared(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> Compared:
 
 
 def mean_terms(found: Tensor, counted: Tensor) -> dict[str, Tensor]:
-    """The loss of correlations ``found`` (B, 1 + M), and their means; of each photo those that are
-    ``counted`` (B, 1 + M) count alike."""
+    """The loss of correlations ``found`` (B, 1 + M), and their means; for each photo, those that are
+    ``counted`` (B, 1 + M) have equal weights."""
     share = counted / counted.sum(1, keepdim=True).clamp_min(1)
     others = found[:, 2:].mean() if found.shape[1] > 2 else found.new_zeros(())
     return {
@@ -102,7 +102,7 @@ def outcome_terms(scores: Tensor, outcomes: OutcomeBatch, index: Tensor) -> dict
     """The loss of ``scores`` (B, M, r, r') of the classes ``index`` (B, M), the own one first, and the mean
     correlations of its parts.
 
-    Of each photo the outcomes that react to masks count alike.
+    For each photo, the outcomes that react to masks have equal weights.
     """
     maps, masks, answers, counted = compared(scores, outcomes, index)
     return mean_terms(correlation(maps, masks, answers), counted)

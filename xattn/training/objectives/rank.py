@@ -4,9 +4,10 @@
     D(r) = sum_{i <= r} R_i;   x(q) = (1 - w) x + w reference,   w = blur(upsample D(q g^2))
     L = AUC_q( p_k of x(q); c ) + 1 - AUC_q( p_k of x(q); -c ) + .0025 mean relu(S - avgpool15 S)^2
 
-c are the map's cells, standardised over the photo and through a sigmoid, as the anchors t lie in [0, 1]. g
-is drawn from 7 to 28 in each step, tau falls from 1 to .3 over the run. A pass with gradients for each of
-the shares q, so the objective is dear; it trains the metrics insertion and deletion.
+c are the map's cells, standardised over the photo and passed through a sigmoid, because the anchors t are
+in [0, 1]. g is drawn from 7 to 28 in each step, tau falls from 1 to .3 over the run. Each share q costs a
+pass with gradients, so the objective is expensive; it trains directly on the metrics insertion and
+deletion.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from xattn.training.objectives.mask import targets
 from xattn.training.outcome_rows import background
 
 ROUNDS = 30
-OFF = 0.1  # how far from 1 a column may sum without a warning
+OFF = 0.1  # how far from 1 the sum of a column may be without a warning
 WINDOW = 15
 
 
 def soft_order(
     cells: Tensor, tau: float, rounds: int = ROUNDS, noise: Tensor | None = None
 ) -> Tensor:
-    """Doubly stochastic R (B, n, n) of cells (B, n) in [0, 1]: R_ij is how much cell j has place i, the
-    highest cell first. ``noise`` (B, n, n) is added to the logits before the temperature."""
+    """Doubly stochastic R (B, n, n) of cells (B, n) in [0, 1]: R_ij is the degree to which cell j has place
+    i, highest cell first. ``noise`` (B, n, n) is added to the logits before the temperature."""
     count = cells.shape[1]
     places = 1 - torch.arange(count, dtype=cells.dtype, device=cells.device) / max(count - 1, 1)
     logits = -(cells[:, None, :] - places[None, :, None]).square()
@@ -46,8 +47,8 @@ def soft_order(
 
 
 def removed(order: Tensor, shares: Tensor) -> Tensor:
-    """How much of each cell is removed (B, Q, n) once the ``shares`` (Q,) of the places, in order, are;
-    linear between places."""
+    """How much of each cell is removed (B, Q, n) once the ``shares`` (Q,) of the places, in order, are
+    removed; linear between places."""
     count = order.shape[1]
     summed = F.pad(order.cumsum(1), (0, 0, 1, 0))  # after 0 .. n places
     at = shares * count
@@ -57,7 +58,7 @@ def removed(order: Tensor, shares: Tensor) -> Tensor:
 
 
 def sharp_spots(scores: Tensor) -> Tensor:
-    """mean relu(S - avgpool15 S)^2: what stands out of its surroundings."""
+    """mean relu(S - avgpool15 S)^2: penalises what stands out from its surroundings."""
     smooth = F.avg_pool2d(scores, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return (scores - smooth).clamp_min(0).square().mean()
 
@@ -69,12 +70,12 @@ class Rank(Objective):
     """The areas under the deletion and the insertion curve of a soft order of cells.
 
     Args:
-        steps: shares q of the cells that are removed, evenly from 0 to 1.
-        smallest, largest: sides g of the grid, drawn in each step.
-        tau: the temperature at the end; it begins at 1.
+        steps: number of shares q of removed cells, evenly spaced from 0 to 1.
+        smallest, largest: limits of the side g of the grid, which is drawn in each step.
+        tau: the final temperature; it starts at 1.
         spots: weight of :func:`sharp_spots`.
         noise: add Gumbel noise to the logits of the order.
-        reference: what a removed pixel shows: ``"black"``, ``"blur"``, ``"mean"``, or ``"drawn"`` from
+        reference: what a removed pixel shows: ``"black"``, ``"blur"``, ``"mean"``, or ``"drawn"``, one of
             these in each step.
     """
 
@@ -133,7 +134,7 @@ class Rank(Objective):
         return -(-even.log()).log().to(cells)
 
     def _check(self, order: Tensor) -> None:
-        """Warn, once, where Sinkhorn's rounds were too few."""
+        """Warn once if Sinkhorn's rounds were too few."""
         off = float((order.detach().sum(1) - 1).abs().max())
         if off > OFF and not self._warned:
             self._warned = True
@@ -144,7 +145,7 @@ class Rank(Objective):
             )
 
     def _area(self, step: Step, gone: Tensor, behind: Tensor, target: Tensor) -> Tensor:
-        """The mean over the shares of the probability of ``target`` (B,) for photos of which ``gone``
+        """The mean over the shares of the probability of ``target`` (B,) for photos in which ``gone``
         (B, Q, g, g) is replaced by ``behind`` (B, 3, H, W), by the trapezoidal rule."""
         size = tuple(step.images.shape[2:])
         weights = blurred(F.interpolate(gone, size, mode="bilinear", align_corners=False))
@@ -159,7 +160,7 @@ class Rank(Objective):
 
 
 def blurred(weights: Tensor) -> Tensor:
-    """Weights (B, Q, H, W) under a Gaussian of 1 pixel."""
+    """Weights (B, Q, H, W) smoothed with a Gaussian of 1 pixel."""
     kernel = torch.exp(
         -torch.arange(-3, 4, dtype=weights.dtype, device=weights.device).square() / 2
     )

@@ -1,11 +1,12 @@
-"""``select``: cells that are worth their price, by the policy gradient (L2X, INVASE, REAL-X, FEX).
+"""``select``: cells that are worth their price, by policy gradient (L2X, INVASE, REAL-X, FEX).
 
     pi = sigmoid(S),   s ~ Bernoulli(pi),   L = - r(s) log pi(s) + price mean pi
 
-r(s) is log p_k(s) minus its mean over the photo's other draws; what is not kept is black. Each step draws
-masks of the policy as it is, a pass without gradients each: a table's masks would have to count pi(s) /
-mu(s) times, which is near 0 for nearly all of them. Here p is the network's own answer, where INVASE and
-REAL-X train a second network. Sources: arXiv 1802.07814, openreview BJg_roAcK7 and arXiv 2103.01890.
+r(s) is log p_k(s) minus its mean over the photo's other draws; cells that are not kept are black. Each step
+draws masks from the current policy, at one pass without gradients each: masks of a table would need the
+importance weights pi(s) / mu(s), which are near 0 for nearly all of them. Here p is the network's own
+answer, while INVASE and REAL-X train a second network. Sources: arXiv 1802.07814, openreview BJg_roAcK7 and
+arXiv 2103.01890.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def log_policy(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def policy_loss(log_pi: Tensor, rewards: Tensor) -> Tensor:
-    """- mean (r - mean of the others' r) log pi over draws (B, N); gradients reach ``log_pi`` alone."""
+    """- mean (r - mean of the others' r) log pi over draws (B, N); gradients reach only ``log_pi``."""
     count = rewards.shape[1]
     others = (rewards.sum(1, keepdim=True) - rewards) / max(count - 1, 1)
     return -((rewards - others).detach() * log_pi).mean()
@@ -39,9 +40,9 @@ class Select(Objective):
     """The policy gradient of a mask of cells.
 
     Args:
-        price: of keeping a cell, times the mean of pi.
-        draws: masks a photo and step, two or more, each a pass.
-        side: cells of a side of the grid.
+        price: price of keeping a cell, multiplied by the mean of pi.
+        draws: masks per photo and step, at least two, each costing a pass.
+        side: cells per side of the grid.
     """
 
     reads = "photos"
@@ -71,7 +72,7 @@ class Select(Objective):
         """log p (B, N) of the classes ``target`` (B, 1) for photos under ``masks`` (B, N, d)."""
         shape, size = (-1, 1, self.side, self.side), step.images.shape[2:]
         repeated = step.images.repeat_interleave(self.draws, 0)
-        # Cells with sharp edges, as those of a table.
+        # Cells with sharp edges, like those of a table.
         sharp = F.interpolate(masks.reshape(shape).to(repeated.dtype), size, mode="nearest-exact")
         logits = masked_logits(step.backbone, repeated, sharp, "raw_normalize")
         index = target.repeat_interleave(self.draws, 0)

@@ -1,11 +1,11 @@
-"""``shapley``: maps whose cells are Shapley values of what the network answers (FastSHAP, ViT-Shapley).
+"""``shapley``: maps whose cells are Shapley values of the network's answers (FastSHAP, ViT-Shapley).
 
     L = d mean ( v_k(0) + <s, phi_k> - v_k(s) )^2 + gamma d mean ( sum_n phi_nk - (v_k(1) - v_k(0)) )^2
 
 over photos, classes and masks s of d cells, whose sizes m are drawn as q(m) ~ 1 / (m (d - m)), in pairs s
-and 1 - s. The phi of least loss, without the limits of a head, are the Shapley values of v_k. A constant
-that is added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), and does not
-change the order of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
+and 1 - s. For an unrestricted head, the phi of least loss are the Shapley values of v_k. A constant
+added to all cells of a map makes them efficient, sum_n phi_nk = v_k(1) - v_k(0), without changing the order
+of the cells, so maps are shown without it. Sources: arXiv 2107.07436 and 2206.05282.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from xattn.runtime.option_checks import NotNegative
 from xattn.training.objectives.base import Link, Objective, Terms, game, register_objective
 from xattn.training.outcomes import OutcomeBatch
 
-SMALLEST = 1e-3  # of the sum of a map's values, relative to that of their sizes
+SMALLEST = 1e-3  # smallest sum of a map's values, relative to the sum of their sizes
 
 Normalization = Literal["additive", "multiplicative", "none"]
 
 
 def efficient(phi: Tensor, total: Tensor, how: Normalization) -> Tensor:
-    """Values phi (B, M, d) whose sum is ``total`` (B, M), v(1) - v(0).
+    """Values phi (B, M, d) adjusted to the sum ``total`` (B, M), v(1) - v(0).
 
     Raises:
-        ValueError: multiplicative, and a sum that is near 0.
+        ValueError: a multiplicative normalization of values whose sum is near 0.
     """
     left = phi.sum(-1)
     if how == "additive":
@@ -47,9 +47,9 @@ class Shapley(Objective):
     """FastSHAP's loss, on a table of masks with Shapley's sizes.
 
     Args:
-        link: what a value is: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
-        normalization: how a map is made efficient before the loss: a constant added to its cells, a factor,
-            which maps of mean 0 cannot have, or not at all.
+        link: the type of value: ``"probability"``, ``"log_odds"`` or ``"logit"`` of the class.
+        normalization: how a map is made efficient before the loss: by a constant added to its cells, by a
+            factor, which is impossible for maps with mean 0, or not at all.
         gamma: weight of the efficiency gap, which is 0 after a normalization.
     """
 

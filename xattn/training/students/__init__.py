@@ -1,1 +1,1 @@
-"""What distillation and pruning train of a network, and how close that is to the network."""
+"""The trainable parts of distillation and pruning, and their closeness to the original network."""

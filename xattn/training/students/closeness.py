@@ -5,7 +5,7 @@ KL_l    = mean_i sum_j P_ij ln(P_ij / A_ij)     rows of the softmax and of the m
 agreement, the share of photos with the same most probable class;  cosine of the last patch tokens
 
 Head by head: divergence, entropy and order of rows (:mod:`xattn.attention.statistics`) of the
-mechanism, and of elu + 1 and a Taylor series on the queries and keys of the network as it was trained.
+mechanism, and of elu + 1 and a Taylor series on the queries and keys of the original network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.training.students.distilled import LayerPass, grid_of, layer_passes, 
 
 @dataclass(frozen=True)
 class LayerCloseness:
-    """One converted layer; ``row_kl`` is None where the mechanism's rows are no shares of attention."""
+    """One converted layer; ``row_kl`` is None if the mechanism's rows are not shares of attention."""
 
     layer: int
     error: float
@@ -103,7 +103,7 @@ def closeness(
     batch_size: int = 8,
     max_pixels: int = 40_000_000,
 ) -> Closeness:
-    """Measure ``student``, a converted copy of ``teacher``, on the first ``most`` photos that can be read.
+    """Measure ``student``, a converted copy of ``teacher``, on the first ``most`` readable photos.
 
     Raises:
         ValueError: no photo can be read.
@@ -191,8 +191,8 @@ def last_tokens(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(wanted: Tensor, logits: Tensor, task: str) -> Tensor:
-    """KL of ``logits`` (B, K) from those ``wanted``: of softmaxes, or the mean of each label's sigmoid; of
-    numbers (regression) the mean squared error."""
+    """KL of ``logits`` (B, K) from the ``wanted`` ones: of softmaxes, or the mean over labels of that of
+    sigmoids; for regression the mean squared error."""
     if task == "regression":
         return F.mse_loss(logits, wanted)
     if task == "multilabel":
@@ -236,7 +236,7 @@ def head_closeness(
 ) -> list[HeadCloseness]:
     """Compare ``rows`` rows of every head of the converted layers on the first ``most`` photos.
 
-    The layers of ``student`` get the tokens that reach them in ``teacher``.
+    The layers of ``student`` receive the tokens that reach them in ``teacher``.
 
     Raises:
         ValueError: a mechanism whose rows may be negative.

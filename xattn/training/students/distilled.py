@@ -1,10 +1,10 @@
-"""What a distillation trains of a converted network, and how that becomes part of the network.
+"""The trainable part of a converted network in distillation, and how it becomes part of the network.
 
 mechanism's parameters,   and with ``finetune``:   W' = W + 2 b a  for qkv and proj ("lora", Hu et al.
                                                    2021, arXiv 2106.09685), or all weights ("all")
 
-A layer that is distilled gets what the trained network itself gives it, so all layers learn side by side,
-in one pass and without the errors of those before them.
+A layer that is distilled receives the same input as in the original network, so all layers learn side by
+side, in one pass and without the errors of earlier layers.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ class LayerPass(NamedTuple):
     """One attention layer in one pass."""
 
     args: tuple[Any, ...]
-    """What the layer was called with: its tokens (B, N, C), and whatever else the model gives it."""
+    """The layer's arguments: its tokens (B, N, C), and whatever else the model passes to it."""
     kwargs: dict[str, Any]
     call: Call
     result: Tensor
-    """What the layer returned, (B, N, C)."""
+    """The layer's result, (B, N, C)."""
 
     def inputs(self, grid: tuple[int, ...] | None, prefix: int) -> Inputs:
-        """What a mechanism gets in this layer, for queries, keys and values of a softmax layer."""
+        """The input of a mechanism in this layer, with the queries, keys and values of the softmax
+        layer."""
         operator = self.call.operator
         assert isinstance(operator, SoftmaxOperator)
         tokens = operator.shape[2]
@@ -62,7 +63,7 @@ class Attended(NamedTuple):
 
     operator: Operator
     output: Tensor
-    """A V and what the mechanism adds to it, (B, H, N, Dv)."""
+    """A V plus the mechanism's local term, (B, H, N, Dv)."""
 
 
 def attended(mechanism: Mechanism, inputs: Inputs) -> Attended:
@@ -75,7 +76,7 @@ def attended(mechanism: Mechanism, inputs: Inputs) -> Attended:
 
 
 def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
-    """The patches' grid of ``images`` (B, 3, H, W), where the model tells it."""
+    """The patch grid of ``images`` (B, 3, H, W), if the model reports it."""
     if not backbone.knows_grid:
         return None
     height, width = images.shape[-2:]
@@ -85,9 +86,9 @@ def grid_of(backbone: Backbone, images: Tensor) -> tuple[int, ...] | None:
 
 @contextmanager
 def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int, LayerPass]]:
-    """Inside, a pass of ``backbone`` fills the yielded dict, by number of the layer.
+    """Context in which a pass of ``backbone`` fills the yielded dict, by layer number.
 
-    The thread has the network to itself in the block. Each layer must attend once a pass.
+    The thread has exclusive use of the network in the block. Each layer must attend once per pass.
     """
     found: dict[int, LayerPass] = {}
     blocks: Any = backbone.model.blocks
@@ -101,7 +102,7 @@ def layer_passes(backbone: Backbone, layers: Iterable[int]) -> Iterator[dict[int
 
 
 def sampled_rows(tokens: int, most: int, seed: int, step: int) -> Tensor:
-    """At most ``most`` of the tokens 0..tokens - 1 in rising order, a pure function of (seed, step)."""
+    """At most ``most`` of the tokens 0..tokens - 1 in ascending order, a pure function of (seed, step)."""
     if tokens <= most:
         return torch.arange(tokens, device="cpu")
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
@@ -115,7 +116,7 @@ PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
 
 
 class LowRankUpdate(nn.Module):
-    """W -> W + 2 b a for W (out, in), with a (r, in) random and b (out, r) zero at first."""
+    """W -> W + 2 b a for W (out, in), with a (r, in) random and b (out, r) initially zero."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -128,10 +129,10 @@ class LowRankUpdate(nn.Module):
 
 
 class Student(nn.Module):
-    """The trainable part of a converted copy of ``teacher``; the frozen rest of it is no submodule.
+    """The trainable part of a converted copy of ``teacher``; the frozen rest of it is not a submodule.
 
-    Attributes: ``mechanisms`` by number of their layer; ``network``, the converted backbone; ``started``,
-    SHA-256 of the conversion that training goes on from, or None.
+    Attributes: ``mechanisms`` by layer number; ``network``, the converted backbone; ``started``, the
+    SHA-256 of the conversion from which training continues, or None.
 
     Raises:
         ValueError: as in :func:`~xattn.attention.convert`, or nothing to train.
@@ -183,11 +184,11 @@ class Student(nn.Module):
                     parametrize.register_parametrization(linear, "weight", update)
 
     def start_from(self, folder: str | Path) -> None:
-        """Take the mechanisms' tensors from the trained conversion in ``folder``.
+        """Load the mechanisms' tensors from the trained conversion in ``folder``.
 
         Raises:
-            ValueError: it is of another network, mechanism or layers, is damaged, or trained more than
-                mechanisms. FileNotFoundError: nothing is there.
+            ValueError: it belongs to another network, mechanism or layers, is damaged, or trained more than
+                mechanisms. FileNotFoundError: there is no conversion.
         """
         made, config = read_conversion(folder)
         if made.record() != self.conversion.record():
@@ -212,7 +213,7 @@ class Student(nn.Module):
 
     @property
     def teacher(self) -> Backbone:
-        """The backbone as it was."""
+        """The original backbone."""
         return self._unregistered[1]
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
@@ -222,7 +223,7 @@ class Student(nn.Module):
             yield i, blocks[i].attn
 
     def mechanism(self, layer: int) -> Mechanism:
-        """That of a converted layer, by its number."""
+        """The mechanism of a converted layer, by number."""
         found = self.mechanisms[str(layer)]
         assert isinstance(found, Mechanism)
         return found
@@ -235,7 +236,7 @@ class Student(nn.Module):
         return self
 
     def config(self) -> dict[str, Any]:
-        """What a resumed run must agree with."""
+        """Settings that a resumed run must share."""
         teacher = self.teacher
         found = {
             "conversion": self.conversion.record(),

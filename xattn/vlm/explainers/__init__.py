@@ -1,1 +1,1 @@
-"""Token explainers, a file each: scores of image and text tokens for every word of an answer."""
+"""Token explainers, one per file: scores of image and text tokens for every word of an answer."""

@@ -1,8 +1,8 @@
-"""Attention of the row that produced a token: a_i(t) = sum_lh w_lh A^lh[q_t, i], w equal for all.
+"""Attention of the row that produced a token: a_i(t) = sum_lh w_lh A^lh[q_t, i], with equal weights w.
 
-Rows are read while the answer is generated, so maps cost no further pass. The default is the mean over all
-layers and heads: on models whose evidence is known the last layer alone, which tools often show, missed it.
-What a row looks at is not what it needs: the nats that a word loses without the image stand beside it.
+Rows are read while the answer is generated, so maps need no additional pass. The default is the mean over
+all layers and heads: on models with known evidence, the last layer alone, which tools often show, missed
+it. What a row looks at is not what it needs: compare the nats that a word loses without the image.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from xattn.vlm.reading import Rows, read_rows
 
 @dataclass
 class Means:
-    """Sums over layers of rows, the mean of heads, by the place of the query: of keys in its own sequence,
-    and of those of cross-attention; how many layers are in both."""
+    """Sums of rows over layers, averaged over heads, by position of the query, for keys in its own sequence
+    and for keys of cross-attention; and the number of layers in each."""
 
     sums: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
     counts: dict[int, Tensor | int] = field(default_factory=dict)
 
     def add(self, place: int, row: Tensor, cross: bool, counted: Tensor | None) -> None:
-        """A row (S,), unless ``counted`` is 0, which stays on its device."""
+        """Add a row (S,), unless ``counted`` is 0; ``counted`` stays on its device."""
         row = row if counted is None else counted * row
         self.sums[place, cross] = self.sums.get((place, cross), 0) + row
         self.counts[place] = self.counts.get(place, 0) + (1 if counted is None else counted)
@@ -54,19 +54,19 @@ class Means:
 )
 @dataclass(kw_only=True, eq=False)
 class Attention(SinkExplainer):
-    """What the row that produced each token of a word looks at, the mean over the word's tokens.
+    """What the row that produced each token of a word looks at, averaged over the word's tokens.
 
-    Rows of all layers and heads count alike, also those of cross-attention; but layers with a window that
-    sees no image token are left out.
+    Rows of all layers and heads count equally, including those of cross-attention; layers with a window
+    that sees no image token are left out.
 
     Args:
-        layers: numbers of the layers that count, from the end where negative; by default all.
+        layers: numbers of the layers that count, negative ones from the end; by default all.
         heads: numbers of the heads that count, likewise.
-        first: "zero": the first token of the sequence, which many heads rest on, counts 0, and the mean row
-            of each layer is scaled to the sum 1 without it.
-        sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), for two passes and
-            a run of the image tower more.
-        sink_ratio: how far a dimension of a sink is above the root mean square.
+        first: "zero": the first token of the sequence, which many heads attend to by default, counts 0, and
+            the mean row of each layer is rescaled to sum 1 without it.
+        sinks: "drop" leaves out attention sinks (:mod:`xattn.vlm.explainers.sinks`), at the cost of two
+            more passes and a run of the image tower.
+        sink_ratio: how far a dimension of a sink must exceed the root mean square.
     """
 
     watches = True
@@ -79,7 +79,7 @@ class Attention(SinkExplainer):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> Iterator[Means | None]:
-        """Reads the last row of each step, or ``rows``, unless sinks have to be found first."""
+        """Reads the last row of each step, or ``rows``, unless sinks must be found first."""
         if self.sinks == "drop":
             yield None
             return
@@ -93,7 +93,7 @@ class Attention(SinkExplainer):
         count = getattr(text, "decoder_layers", text.num_hidden_layers)
         if self.layers is not None and rows.layer not in numbered("layers", self.layers, count):
             return
-        if len(rows.weights) > 1:  # beams, of which nobody knows yet which will be the answer
+        if len(rows.weights) > 1:  # beams: it is not yet known which becomes the answer
             return
         weights = rows.over(rows.offset + rows.weights.shape[-1])[0]  # (H, R, S)
         if self.heads is not None:

@@ -3,14 +3,14 @@
     generic relevance    r = one-hot(q_t); for l = L..1: r <- r + r E^l    Chefer et al., arXiv 2103.15679
     gradient attention   sum_l of row q_t of E^l                           Zhang et al., arXiv 2502.17422
 
-Of an encoder-decoder, over its places q and the encoder's (or the image's) i, with all products of
-matrices in the order of the pass, as published for DETR:
+In an encoder-decoder, for its positions q and the encoder's (or the image's) i, with all matrix products
+in the order of the pass, as published for DETR:
 
     encoder        R_ii <- R_ii + E R_ii                     R_ii, R_qq: 1 at first, R_qi: 0
     decoder        R_qq <- R_qq + E R_qq,  R_qi <- R_qi + E R_qi
     cross          R_qi <- R_qi + bar(R_qq)^T E bar(R_ii),  bar(R) = (R - 1) / row sums + 1
 
-dA = dY V^T, so a backward pass to the outputs Y = A V of fused attention is enough.
+dA = dY V^T, so a backward pass to the outputs Y = A V of fused attention is sufficient.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from xattn.vlm.explainers.layers import Attended, attend, numbered, starts, toke
 class GenericRelevance(TokenExplainer):
     """Gradient-weighted attention, multiplied through the layers; image and text come from one vector.
 
-    The start, 1 at the row that produced the word, counts for the text token there.
+    The starting 1 at the row that produced the word counts for the text token at that position.
 
     Args:
-        normalise: whether cross-attention is multiplied by bar(R), as published, or by R.
+        normalise: whether to multiply cross-attention by bar(R), as published, or by R.
     """
 
     normalise: bool = True
@@ -65,7 +65,7 @@ class GenericRelevance(TokenExplainer):
     def _matrices(
         self, attended: Attended, grads: Sequence[Tensor], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """R_qq (N, N) and R_qi (N, S), of the dtype of ``like``."""
+        """R_qq (N, N) and R_qi (N, S), in the dtype of ``like``."""
         sizes = {layer.kind: layer.call.operator.shape for layer in attended.layers}
         queries, keys = sizes["cross"][2:]
         one = {n: torch.eye(n, dtype=like.dtype, device=like.device) for n in (queries, keys)}
@@ -102,9 +102,9 @@ def _bar(r: Tensor) -> Tensor:
 )
 @dataclass(kw_only=True, eq=False)
 class GradientAttention(TokenExplainer):
-    """Rows of gradient-weighted attention of the asked layers, added.
+    """Rows of gradient-weighted attention, added over the selected layers.
 
-    As A is not negative, max(A dA, 0) = A max(dA, 0), the form of the published program, which takes one
+    Because A is nonnegative, max(A dA, 0) = A max(dA, 0), the form in the published program, which uses one
     layer and the gradient of log p of the most probable token.
 
     Args:

@@ -1,48 +1,48 @@
-"""Base of token explainers: for every asked word of an answer, a score of each image and text token.
+"""Base of token explainers: for every requested word of an answer, a score for each image and text token.
 
-A token explainer is one file here, or in any other package, with a class that
-:func:`register_token_explainer` names. This is a whole one, gradient x input at the image features:
+A token explainer is one file here, or in any other package, with a class registered by
+:func:`register_token_explainer`. Here is a complete one, gradient x input at the image features:
 
     @register_token_explainer("mine", title="My gradient x input")
     @dataclass(kw_only=True, eq=False)
     class Mine(TokenExplainer):
-        \"""Gradient times the image features, less the mean image token.\"""
+        \"""Gradient times the image features, minus the mean image token.\"""
 
         def explain(self, context, seen=None):
             f = context.features                                        # (n, D)
             gradients = context.gradients()                             # (W, n, D)
             return TokenScores((gradients * (f - context.fill)).sum(2))
 
-Its fields are its options, checked by their annotations (:mod:`xattn.runtime.option_checks`). It gets a
-:class:`Context`: one conversation, prompt and answer in one teacher-forced pass through the frozen model.
+Its fields are its options, checked by their annotations (:mod:`xattn.runtime.option_checks`). It receives a
+:class:`Context`: one conversation, with prompt and answer in one teacher-forced pass of the frozen model.
 
     n   image tokens of all photos together, in order       M   text tokens: prompt without images, answer
-    T   tokens of the answer, y_0 .. y_{T-1}                W   asked words
-    q_t row of the logits (and of attention) that produced y_t: ``context.rows[t]``, of the decoder
+    T   tokens of the answer, y_0 .. y_{T-1}                W   requested words
+    q_t row of the decoder's logits (and attention) that produced y_t: ``context.rows[t]``
 
-Image features f (n, D) are all that enters of the image, also where a model adds some in deeper layers
-(Qwen3-VL: they are further columns of the row). What hides token i puts ``context.fill``, the mean image
-token, in the place of f_i; never zeros in an attention mask.
+Image features f (n, D) are everything that enters from the image, even if a model adds some in deeper
+layers (Qwen3-VL: they are additional columns of the row). To hide token i, f_i is replaced by
+``context.fill``, the mean image token; zeros in an attention mask are never used.
 
-What it may ask, cheapest first:
+It may use, cheapest first:
 
-    context.words, .asked             words (text, span, tokens), and the numbers of those asked for
-    context.image, .text              places of image and text tokens in ``context.sequence``
-    context.layouts                   where image tokens lie on each photo
-    context.scores(f)     (B, W)      score of every asked word for B other f; one pass each
-    context.hidden(masks) (M', W)     the same where masks (M', n) hide tokens, or pixels, in batches
-    context.gradients(f)  (W, n, D)   gradients of each word's score: a pass, a backward a word
+    context.words, .asked             words (text, span, tokens), and the numbers of the requested ones
+    context.image, .text              positions of image and text tokens in ``context.sequence``
+    context.layouts                   positions of the image tokens on each photo
+    context.scores(f)     (B, W)      score of every requested word for B other f; one pass each
+    context.hidden(masks) (M', W)     the same for masks (M', n) that hide tokens, or pixels, in batches
+    context.gradients(f)  (W, n, D)   gradients of each word's score: one pass, one backward pass per word
     context.logits(f)     (B, T, V)   of all tokens of the answer
-    context.hidden_states (P + T, w)  what each layer is given, and the LM head
+    context.hidden_states (P + T, w)  the input of each layer, and of the LM head
     context.output(f, output_attentions=True)       what the model itself returns
-    context.features_of(photos) (n, D)              of changed photos: processor and image tower again
+    context.features_of(photos) (n, D)              for changed photos: runs processor and image tower again
     context.word_mean(x)  (T, ...) -> (W, ...)      the mean over each word's tokens
 
-Scores are of ``score=`` and ``instead=`` as the user asked, so an explainer need not know them. Methods
-that read attention take ``read_rows(context.vlm.decoder, ...)`` around ``context.output()``; one that can
-do so while the answer is generated says ``watches = True`` and has :meth:`TokenExplainer.watch`.
+Scores follow ``score=`` and ``instead=`` as set by the user, so an explainer need not know them. Methods
+that read attention wrap ``context.output()`` in ``read_rows(context.vlm.decoder, ...)``; a method that can
+do so while the answer is generated sets ``watches = True`` and defines :meth:`TokenExplainer.watch`.
 
-Whatever runs inside, the model comes out as it went in; random numbers come from ``self.seed``.
+Whatever runs inside, the model is left as it was; random numbers come from ``self.seed``.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ Where = Literal["token", "pixel"]  # what masks hide
 
 
 class TokenScores(NamedTuple):
-    """Scores of image tokens (W, n), and of text tokens (W, M) where the method has them from the same
-    quantity, so that they can be compared; those of tokens that come after the word are 0."""
+    """Scores of image tokens (W, n), and of text tokens (W, M) if the method computes both from the same
+    quantity, so that they are comparable; tokens after the word have 0."""
 
     image: Tensor
     text: Tensor | None = None
@@ -86,12 +86,12 @@ class Context:
 
     Args:
         prompt_ids: (P,) of the prompt, on the CPU. ``ids``: (T,) of the answer, on the CPU.
-        photos: the photos of the conversation, RGB, and ``prompt`` what was asked, for :meth:`features_of`.
+        photos: the photos of the conversation, RGB, and ``prompt`` the question, for :meth:`features_of`.
         asked: numbers of the words to explain.
-        score: "log_prob", the sum over the word's tokens of log p, or "logit".
-        instead: by number of a word the token id of another one: the score is then log p(first token of
+        score: "log_prob", the sum of log p over the word's tokens, or "logit".
+        instead: by word number, the token id of another word: the score is then log p(first token of
             the word) - log p(that token), or the difference of logits.
-        batches: how many sequences are in a pass, halved where memory runs out.
+        batches: manages the number of sequences per pass, halved when memory runs out.
     """
 
     vlm: VLM
@@ -108,11 +108,11 @@ class Context:
     instead: Mapping[int, int] = field(default_factory=dict)
     batches: ForwardBatches = field(default_factory=lambda: ForwardBatches(8))
 
-    # ------------------------------------------------------------------ where things are
+    # ------------------------------------------------------------------ positions
 
     @property
     def features(self) -> Tensor:
-        """f (n, D), detached."""
+        """f (n, D), detached from the graph."""
         return self.entered.features
 
     @property
@@ -127,36 +127,36 @@ class Context:
 
     @property
     def sequence(self) -> Tensor:
-        """(P + T,): ids of prompt and answer. The prompt of an encoder-decoder is the encoder's."""
+        """(P + T,): ids of prompt and answer. In an encoder-decoder the prompt is the encoder's."""
         return torch.cat([self.prompt_ids, self.ids])
 
     @cached_property
     def image(self) -> Tensor:
-        """(n,): places of the image tokens in :attr:`sequence`; (0,) of a model that cross-attends to them:
-        there the keys of cross-attention are the n tokens themselves."""
+        """(n,): positions of the image tokens in :attr:`sequence`; (0,) for a model that cross-attends to
+        them: there the keys of cross-attention are the n tokens themselves."""
         return self.vlm.image_places(self.prompt_ids)
 
     @cached_property
     def text(self) -> Tensor:
-        """(M,): places of all other tokens in :attr:`sequence`."""
+        """(M,): positions of all other tokens in :attr:`sequence`."""
         other = torch.ones(len(self.sequence), dtype=torch.bool)
         other[self.image] = False
         return other.nonzero()[:, 0]
 
     def word_mean(self, of_tokens: Tensor) -> Tensor:
-        """The mean over each asked word's tokens: (T, ...) -> (W, ...)."""
+        """The mean over each requested word's tokens: (T, ...) -> (W, ...)."""
         return torch.stack([of_tokens[list(self.words[i].tokens)].mean(0) for i in self.asked])
 
     # ------------------------------------------------------------------ passes
 
     def output(self, features: Tensor | None = None, **asked: Any) -> Any:
-        """What the model returns for B others in the place of its image features, (B, n, D), by default
-        its own; ``asked`` are further arguments of its forward. ``logits`` are of the whole sequence."""
+        """The model's output for B replacements of its image features, (B, n, D), by default for its own;
+        ``asked`` are additional arguments of its forward. ``logits`` cover the whole sequence."""
         return self.vlm.output(self.forced, self.entered, features, **asked)
 
     @cached_property
     def hidden_states(self) -> tuple[Tensor, ...]:
-        """(P + T, width) of each of L + 1: what a layer is given, and what the LM head is."""
+        """(P + T, width) for each of L + 1: the input of each layer, and of the LM head."""
         with torch.no_grad():
             out = self.output(output_hidden_states=True, **self.vlm.few_logits(self.forced))
         states = getattr(out, "hidden_states", None) or out.language_model_outputs.hidden_states
@@ -164,7 +164,7 @@ class Context:
 
     @cached_property
     def before_projector(self) -> Tensor | None:
-        """The length of each vector of the image tower that a projector is given, where there is one."""
+        """The length of each image tower vector at the projector's input, if there is a projector."""
         named = self.vlm.model.named_modules()
         found = [m for name, m in named if name.endswith("multi_modal_projector")]
         if not found:
@@ -187,11 +187,11 @@ class Context:
         return self._of_answer(logits) - logits.logsumexp(2)
 
     def scores(self, features: Tensor | None = None) -> Tensor:
-        """The score (B, W) of every asked word; gradients flow to ``features`` (B, n, D)."""
+        """The score (B, W) of every requested word; gradients flow to ``features`` (B, n, D)."""
         return self.scores_of(self.logits(features))
 
     def scores_of(self, logits: Tensor) -> Tensor:
-        """The score (B, W) of every asked word from logits (B, T, V)."""
+        """The score (B, W) of every requested word from logits (B, T, V)."""
         own, found = self._of_answer(logits), []
         values = own if self.score == "logit" else own - logits.logsumexp(2)
         for i in self.asked:
@@ -209,12 +209,12 @@ class Context:
         return values.gather(2, ids)[:, :, 0]
 
     def hidden(self, masks: Tensor, where: Where = "token") -> Tensor:
-        """Scores (M', W) where masks (M', n) hide the tokens that are True in them: they are the mean image
-        token, or ("pixel") what they cover has the mean colour of its photo, and the image tower runs
-        again.
+        """Scores (M', W) when masks (M', n) hide the tokens that are True: these are replaced by the mean
+        image token or, for "pixel", the pixels they cover by the mean colour of their photo, and the image
+        tower runs again.
 
         Raises:
-            ValueError: pixels, and no token has a place.
+            ValueError: ``where`` is "pixel" and no token has a position.
         """
         f, fill = self.features, self.fill
         if where == "pixel" and not self.grids:
@@ -233,16 +233,16 @@ class Context:
 
     @cached_property
     def grids(self) -> list[Tensor]:
-        """Numbers (h', w') of the image tokens that lie side by side, of each view of each photo."""
+        """Numbers (h', w') of the image tokens that lie side by side, for each view of each photo."""
         return [x.first + torch.from_numpy(grid) for x in self.layouts for grid in x.grids]
 
     @property
     def frames_a_map(self) -> int:
-        """How many of the photos, which are frames of a clip, a layout is of; of photos 1."""
+        """The number of photos, which are frames of a clip, that share a layout; 1 for photos."""
         return -(-len(self.photos) // len(self.layouts))
 
     def _covered(self, mask: Tensor) -> list[Image.Image]:
-        """The photos, in their mean colour where most tokens of a cell are True in ``mask`` (n,)."""
+        """The photos, with their mean colour where most tokens of a cell are True in ``mask`` (n,)."""
         both = torch.stack([mask, torch.ones_like(mask)]).float()
         found = [np.array(photo) for photo in self.photos]
         for layout in self.layouts:
@@ -261,9 +261,9 @@ class Context:
     def gradients(
         self, features: Tensor | None = None, of: Callable[[Tensor], Tensor] = lambda g: g
     ) -> Tensor:
-        """Gradients (W, n, D) of each asked word's score with respect to the image features, at those of
-        the photo or at ``features`` (n, D): one pass, and a backward a word; or what ``of`` makes of each
-        (n, D), the only thing kept."""
+        """Gradients (W, n, D) of each requested word's score with respect to the image features, at those
+        of the photo or at ``features`` (n, D): one pass, and one backward pass per word. With ``of``, only
+        its result for each gradient (n, D) is kept."""
         at = (self.features if features is None else features).detach().clone().requires_grad_()
         with torch.enable_grad():
             scores = self.scores(at[None])[0]
@@ -275,7 +275,7 @@ class Context:
         return torch.stack(found)
 
     def features_of(self, photos: Sequence[Image.Image]) -> Tensor:
-        """f (n, D) of other photos of the same sizes, such as with hidden parts.
+        """f (n, D) of other photos of the same sizes, such as photos with hidden parts.
 
         Raises:
             ValueError: they have another number of image tokens.
@@ -291,10 +291,10 @@ class Context:
 
 @dataclass(eq=False)
 class TokenExplainer(ABC):
-    """One way to explain the words of an answer; see :mod:`xattn.vlm.explainers.base`.
+    """A method that explains the words of an answer; see :mod:`xattn.vlm.explainers.base`.
 
     Args:
-        seed: for those that draw random numbers; results depend on (seed, photo, words) alone.
+        seed: for methods that draw random numbers; results depend only on (seed, photo, words).
 
     Class attributes: ``name``; ``watches``, whether it can read what it needs while the answer is
     generated.
@@ -311,17 +311,17 @@ class TokenExplainer(ABC):
     def watch(
         self, vlm: VLM, prompt_ids: Tensor, rows: Sequence[int] | None = None
     ) -> AbstractContextManager[Any]:
-        """Around the generation of an answer to (P,) ids, or, where ``rows`` of the decoder are named, the
-        one pass over prompt and answer: what it yields is given to :meth:`explain` as ``seen``; None: the
-        explainer needs a pass of its own."""
+        """Context around the generation of an answer to (P,) ids or, if ``rows`` of the decoder are given,
+        around the single pass over prompt and answer. What it yields is passed to :meth:`explain` as
+        ``seen``; None means that the explainer needs its own pass."""
         return nullcontext()
 
     @abstractmethod
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
-        """The scores of every asked word."""
+        """The scores of every requested word."""
 
     def notes(self, context: Context) -> list[str]:
-        """What should be said of these maps beside them, such as how many tokens were sinks."""
+        """Remarks to show with these maps, such as the number of sink tokens."""
         return []
 
 
@@ -332,7 +332,7 @@ def watching(
     prompt_ids: Tensor,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """What each of ``methods`` that watches sees inside, by its name; see :meth:`TokenExplainer.watch`."""
+    """What each watching method in ``methods`` collects, by name; see :meth:`TokenExplainer.watch`."""
     with ExitStack() as stack:
         yield {
             m.name: stack.enter_context(m.watch(vlm, prompt_ids, rows))
@@ -343,7 +343,8 @@ def watching(
 
 @contextmanager
 def guarded(vlm: VLM) -> Iterator[None]:
-    """Inside, this thread has the model alone; afterwards it is as it was, without gradients."""
+    """Context in which this thread has exclusive use of the model, without gradients; restores its
+    state."""
     with alone(vlm.model), preserve_state(vlm.model):
         for parameter in vlm.model.parameters():
             parameter.requires_grad_(False)
@@ -359,15 +360,15 @@ class TokenExplainerEntry:
 
     name: str
     title: str = ""
-    """What it is called in running text; the name by default."""
+    """Its name in running text; by default the registered name."""
     passes: str = ""
-    """What it costs beyond generation, such as "1 + 1 backward a word"."""
+    """Its cost beyond generation, such as "1 + 1 backward a word"."""
     source: str = ""
     """The paper."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options that the tests of every explainer try."""
+    """Options that are tested for every explainer."""
     kinds: tuple[str, ...] = ("decoder", "encoder", "cross")
-    """The kinds of models that it explains, see :mod:`xattn.vlm.model`."""
+    """The kinds of models that it supports, see :mod:`xattn.vlm.model`."""
     needs: str = ""
     """What some models of these kinds lack: "calls" of attention that can be recorded, or "places"."""
 
@@ -375,7 +376,7 @@ class TokenExplainerEntry:
 def register_token_explainer(
     name: str, **about: Any
 ) -> Callable[[type[TokenExplainer]], type[TokenExplainer]]:
-    """Class decorator: make a token explainer known under ``name``.
+    """Class decorator: register a token explainer under ``name``.
 
     Args:
         about: further fields of :class:`TokenExplainerEntry`.
@@ -396,7 +397,7 @@ list_token_explainers = TOKEN_EXPLAINERS.names
 
 
 def create_token_explainer(name: str, seed: int = 0, **options: Any) -> TokenExplainer:
-    """A token explainer by name, with options of its class.
+    """Create a token explainer by name, with options of its class.
 
     Raises:
         ValueError: an unknown name (with near matches) or option.

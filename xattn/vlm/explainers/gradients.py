@@ -1,12 +1,12 @@
-"""Gradients at the image features: maps of G = dz/df, one backward pass a word.
+"""Gradients at the image features: maps of G = dz/df, one backward pass per word.
 
     gradient x input      s_i = G_i . (f_i - f0_i)                Shrikumar et al., arXiv 1605.01713
     integrated gradients  the same, G the mean from f0 to f       Sundararajan et al., arXiv 1703.01365
     Grad-CAM              s_i = max(f_i . mean_j G_j, 0)          Selvaraju et al., arXiv 1610.02391
     HiResCAM              s_i = G_i . f_i                         Draelos and Carin, arXiv 2011.08891
 
-z is a word's score, f (n, D) what enters the language model of the image, f0 what stands for no image.
-Integrated gradients are complete: their sum is z(f) - z(f0), but for the error of the quadrature.
+z is a word's score, f (n, D) the image features that enter the language model, f0 the features of no image.
+Integrated gradients are complete: their sum is z(f) - z(f0), up to quadrature error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xattn.runtime.option_checks import Count
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 
 COST = "1 + 1 backward a word"
-GREY = (128, 128, 128)  # not what processors centre on: some drop pictures that are all 0
+GREY = (128, 128, 128)  # not the colour that processors centre on: some drop all-zero pictures
 
 
 @register_token_explainer(
@@ -69,7 +69,7 @@ class IntegratedGradients(GradientXInput):
 
     Args:
         steps: nodes of the Gauss-Legendre rule, a pass each.
-        baseline: as of :class:`GradientXInput`.
+        baseline: as in :class:`GradientXInput`.
     """
 
     steps: Count = 16

@@ -1,7 +1,7 @@
-"""What explainers share that read every layer's attention: its operators, in the order of the pass.
+"""Shared by explainers that read every layer's attention: its operators, in the order of the pass.
 
 decoder     self-attention over prompt, image tokens and answer
-encoder     self-attention over prompt and image tokens, which cross-attention of the decoder reads
+encoder     self-attention over prompt and image tokens, which the decoder's cross-attention reads
 cross       self-attention over text; the keys of cross-attention are the image tokens
 """
 
@@ -23,8 +23,8 @@ from xattn.vlm.reading import Rows, read_rows
 
 
 class Layer(NamedTuple):
-    """A call of attention: of an encoder, of a decoder with itself, or with other keys; ``number`` counts
-    the decoder's layers from 0, else the encoder's."""
+    """An attention call: in an encoder, or in a decoder to itself or to other keys; ``number`` counts
+    the decoder's layers from 0, or the encoder's."""
 
     kind: Literal["encoder", "self", "cross"]
     number: int
@@ -32,13 +32,13 @@ class Layer(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A pass: the asked words' scores (W,), with a graph or not, and its layers, first to last."""
+    """A pass: the scores (W,) of the requested words, with or without a graph, and its layers in order."""
 
     scores: Tensor
     layers: list[Layer]
 
     def gradients(self) -> Iterator[list[Tensor]]:
-        """For each word, gradients of its score with respect to the output of each layer's attention."""
+        """For each word, gradients of its score with respect to the output of each attention layer."""
         outputs = [layer.call.output for layer in self.layers]
         for i, score in enumerate(self.scores):
             yield list(
@@ -53,7 +53,7 @@ class Attended(NamedTuple):
 
 
 def attend(context: Context, name: str, graph: bool = False) -> Attended:
-    """One pass whose attention is recorded, for the explainer ``name``.
+    """One pass with recorded attention, for the explainer ``name``.
 
     Raises:
         ValueError: the model attends by no function that can be recorded.
@@ -79,7 +79,8 @@ def attend(context: Context, name: str, graph: bool = False) -> Attended:
 
 
 def unable(context: Context, name: str, needs: str, lacks: str) -> ValueError:
-    """The error of an explainer that ``needs`` what this model ``lacks``; it names those that do not."""
+    """The error of an explainer that ``needs`` what this model ``lacks``; it lists explainers that do
+    not."""
     every = [TOKEN_EXPLAINERS.entry(n) for n in TOKEN_EXPLAINERS.names() if n != name]
     own = TOKEN_EXPLAINERS.entry(name).needs
     able = [e.name for e in every if context.vlm.kind in e.kinds and not (own and e.needs == own)]
@@ -93,7 +94,7 @@ def numbered(argument: str, numbers: Sequence[int], count: int) -> list[int]:
     """``numbers`` of layers or heads, counted from 0.
 
     Raises:
-        ValueError: there are only ``count``.
+        ValueError: a number is out of range.
     """
     for i in numbers:
         if not -count <= i < count:
@@ -103,7 +104,8 @@ def numbered(argument: str, numbers: Sequence[int], count: int) -> list[int]:
 
 @contextmanager
 def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
-    """Inside, embeddings of text are part of the graph, so that layers which see no image are, too."""
+    """Context in which text embeddings require gradients, so that layers that see no image have them,
+    too."""
     weights = [m.weight for m in model.modules() if graph and isinstance(m, nn.Embedding)]
     frozen = [weight for weight in weights if not weight.requires_grad]
     try:
@@ -116,7 +118,7 @@ def _text_in_graph(model: nn.Module, graph: bool) -> Iterator[None]:
 
 
 def starts(context: Context, attended: Attended) -> Tensor:
-    """(W, N): for each asked word, 1 at the decoder's rows that produced its tokens, else 0."""
+    """(W, N): for each requested word, 1 at the decoder's rows that produced its tokens, else 0."""
     queries = next(x.call.operator.shape[2] for x in attended.layers if x.kind == "self")
     found = widen(context.features).new_zeros(len(context.asked), queries)
     for row, i in zip(found, context.asked, strict=True):
@@ -125,7 +127,7 @@ def starts(context: Context, attended: Attended) -> Tensor:
 
 
 def token_scores(context: Context, own: Tensor, keys: Tensor | None) -> TokenScores:
-    """Scores of tokens from those of the decoder's places, (W, N), and of the places that its
+    """Scores of tokens from those of the decoder's positions, (W, N), and of the positions that its
     cross-attention reads, (W, S)."""
     own = own.cpu()
     if keys is None:
@@ -133,15 +135,15 @@ def token_scores(context: Context, own: Tensor, keys: Tensor | None) -> TokenSco
     keys = keys.cpu()
     if context.vlm.kind == "cross":
         return TokenScores(keys, own)
-    # Answers of encoder-decoders start with a token that is in no text, and end with one that is not read.
+    # An encoder-decoder's answer starts with a token that is in no text, and its last token is not read.
     prompt = context.text[context.text < keys.shape[1]]
     text = torch.cat([keys[:, prompt], own[:, 1:], own.new_zeros(len(own), 1)], 1)
     return TokenScores(keys[:, context.image], text)
 
 
 class HeadRows:
-    """The rows of every layer and head whose keys include image tokens, by the place of the query: of the
-    decoder's self-attention, or of its cross-attention. Kept on the CPU, in float16."""
+    """The rows of every layer and head whose keys include image tokens, by query position, for the
+    decoder's self-attention or its cross-attention. Stored on the CPU, in float16."""
 
     def __init__(self, vlm: VLM) -> None:
         self._cross = vlm.kind != "decoder"
@@ -151,14 +153,14 @@ class HeadRows:
     @classmethod
     @contextmanager
     def watched(cls, vlm: VLM, rows: Sequence[int] | None = None) -> Iterator[HeadRows]:
-        """Inside, ``rows`` of each pass are kept, or the last of each step."""
+        """Context in which ``rows`` of each pass are kept, or the last row of each step."""
         kept = cls(vlm)
         with read_rows(vlm.decoder, kept.add, rows):
             yield kept
 
     def add(self, rows: Rows) -> None:
         """For :func:`~xattn.vlm.reading.read_rows`."""
-        beams = len(rows.weights) > 1  # nobody knows yet which will be the answer
+        beams = len(rows.weights) > 1  # it is not yet known which becomes the answer
         if rows.cross != self._cross or rows.layer is None or beams:
             return
         if not self._step.keys() >= set(rows.queries):
@@ -179,9 +181,9 @@ class HeadRows:
         change: Callable[[Rows], Rows] = lambda rows: rows,
         image: bool = False,
     ) -> Iterator[Tensor]:
-        """Rows (L H, S) of each asked word, the mean over its tokens, in float32; S is the sequence, an
-        encoder's part of it, or the image tokens of a model that cross-attends to them; with ``image``
-        these alone. What was not kept is read in a pass, and changed by ``change``."""
+        """Rows (L H, S) of each requested word, averaged over its tokens, in float32. S is the sequence,
+        the encoder's part of it, or the image tokens of a model that cross-attends to them; with ``image``,
+        only the image tokens. Rows that were not kept are read in a pass, and changed by ``change``."""
         words = [context.rows[list(context.words[i].tokens)].tolist() for i in context.asked]
         places = {place for word in words for place in word}
         if not places <= self._kept.keys() | self._step.keys():
@@ -203,5 +205,5 @@ class HeadRows:
 
     @staticmethod
     def of_image(context: Context, rows: Tensor) -> Tensor:
-        """The part (..., n) of rows (..., S) that is on image tokens."""
+        """The part (..., n) of rows (..., S) on image tokens."""
         return rows if context.vlm.kind == "cross" else rows[..., context.image]

@@ -1,13 +1,13 @@
-"""Localization heads: the mean row of the few heads that look at one compact place of the image.
+"""Localization heads: the mean row of the few heads that look at one compact region of the image.
 
-Kang et al., CVPR 2025, arXiv 2503.06287. Of the row m = A^lh[q_t, image] of each head
+Kang et al., CVPR 2025, arXiv 2503.06287. For the row m = A^lh[q_t, image] of each head
 
-    sum               s = sum m; kept are heads with s at or above the elbow of all, in order
+    sum               s = sum m; heads with s at or above the elbow of all sorted sums are kept
     spatial entropy   E = -sum_k p_k ln p_k, p_k the shares of the 8-connected parts of max(m - mean m, 0)
-                      where it is over 0.576 / n; infinite if there is none
+                      above 0.576 / n; infinite if there is none
 
-Heads for which that holds along a whole bottom row are dropped, and the mean of the heads with the lowest E
-is smoothed by a Gaussian.
+Heads for which this holds along a whole bottom row are dropped. The mean of the heads with the lowest E is
+smoothed by a Gaussian.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xattn.vlm.explainers.sinks import SinkExplainer
 from xattn.vlm.model import VLM
 from xattn.vlm.words import PhotoError
 
-THRESHOLD = 0.576  # divided by n; the paper's is 0.001 of 576 tokens
+THRESHOLD = 0.576  # divided by n; the paper's is 0.001 for 576 tokens
 
 
 @register_token_explainer(
@@ -44,11 +44,11 @@ class LocalizationHeads(SinkExplainer):
     """The rows of the heads that localize, chosen for each word.
 
     Args:
-        heads: how many.
-        smooth: standard deviation of the Gaussian, in tokens; 0: none.
-        released: as the authors' program, which keeps heads whose number, counted through all layers, is
-            above the elbow's place in the sorted list.
-        sinks, sink_ratio: as of :class:`~xattn.vlm.explainers.attention.Attention`.
+        heads: number of heads to use.
+        smooth: standard deviation of the Gaussian, in tokens; 0 means none.
+        released: follow the authors' program, which keeps heads whose number, counted through all layers,
+            is above the elbow's position in the sorted list.
+        sinks, sink_ratio: as in :class:`~xattn.vlm.explainers.attention.Attention`.
     """
 
     watches = True
@@ -94,7 +94,7 @@ class LocalizationHeads(SinkExplainer):
         return super().notes(context) + [told] * bool(vague and context.asked)
 
     def chosen(self, context: Context, rows: Tensor) -> Tensor:
-        """Numbers of the heads taken of rows (L H, S), fewer where too few localize."""
+        """Numbers of the selected heads among rows (L H, S), fewer if too few localize."""
         image = HeadRows.of_image(context, rows)
         sums = image.sum(1)
         ordered = sums.sort().values
@@ -109,7 +109,7 @@ class LocalizationHeads(SinkExplainer):
         return numbers[order[entropies[order].isfinite()]]
 
     def _entropy(self, context: Context, m: Tensor) -> float:
-        """E of a row (n,); infinite for heads that are dropped, too."""
+        """E of a row (n,); also infinite for heads that are dropped."""
         above = (m - m.mean()).clamp_min(0)
         limit, parts = THRESHOLD / len(m), list[Tensor]()
         for grid in context.grids:
@@ -123,7 +123,8 @@ class LocalizationHeads(SinkExplainer):
         return float(-(shares * shares.log()).sum())
 
     def _smoothed(self, context: Context, scores: Tensor) -> Tensor:
-        """(W, n); what leaves a grid comes back at its edge, so that sums are kept."""
+        """Smoothed scores (W, n); what leaves a grid is reflected at its edge, so that sums are
+        preserved."""
         from scipy.ndimage import gaussian_filter  # imported late: it loads slowly
 
         made = scores.clone()
@@ -134,7 +135,7 @@ class LocalizationHeads(SinkExplainer):
 
 
 def elbow(ordered: Tensor) -> int:
-    """The place of the value that lies farthest from the line between the first and the last.
+    """The position of the value that is farthest from the line between the first and the last.
 
     >>> elbow(torch.tensor([0.0, 0.1, 0.2, 5.0]))
     2
@@ -145,7 +146,7 @@ def elbow(ordered: Tensor) -> int:
 
 
 def connected_sums(values: Tensor, inside: Tensor) -> list[Tensor]:
-    """Sums of values (h, w) over each part of ``inside`` that sides or corners connect."""
+    """Sums of values (h, w) over each part of ``inside`` that is connected by sides or corners."""
     from scipy.ndimage import label  # imported late: it loads slowly
 
     labels, count = label(inside.numpy(), torch.ones(3, 3))

@@ -1,4 +1,4 @@
-"""Logit lens at image tokens: s_i = W_c . norm(h^l_i), what layer l's token would say as a word.
+"""Logit lens at image tokens: s_i = W_c . norm(h^l_i), the logit of a word read off layer l's token.
 
 nostalgebraist, "interpreting GPT: the logit lens", 2020. In a causal model whose prompt starts with the
 image, s does not depend on the question: it says what a token could mean, not what was used of it.
@@ -17,7 +17,7 @@ from torch import Tensor
 from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, register_token_explainer
 from xattn.vlm.explainers.layers import numbered, unable
 
-NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a decoder's last one
+NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a decoder's last norm
 
 
 @register_token_explainer(
@@ -29,12 +29,12 @@ NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")  # names of a de
 )
 @dataclass(kw_only=True, eq=False)
 class LogitLens(TokenExplainer):
-    """The logit of each token of a word at every image token, the mean over the word's tokens.
+    """The logit of each token of a word at every image token, averaged over the word's tokens.
 
-    Text tokens that come after the word count 0.
+    Text tokens after the word have 0.
 
     Args:
-        layer: number of the layer whose output is read, from the end where negative; by default the last.
+        layer: number of the layer whose output is read, negative from the end; by default the last.
     """
 
     layer: int = -1
@@ -49,10 +49,10 @@ class LogitLens(TokenExplainer):
 
 
 def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
-    """What the LM head is given of each place, (P + T, D), or would be after a ``layer``.
+    """The LM head's input at each position, (P + T, D), or what it would be after ``layer``.
 
     Raises:
-        ValueError: image tokens are in no prompt of a decoder; no such layer.
+        ValueError: the image tokens are not in a decoder's prompt, or there is no such layer.
     """
     vlm = context.vlm
     if vlm.kind != "decoder":
@@ -61,7 +61,7 @@ def hidden_states(context: Context, name: str, layer: int = -1) -> Tensor:
     states = context.hidden_states
     count = len(states) - 1  # the first are embeddings
     (number,) = numbered("layer", [layer], count)
-    if number == count - 1:  # these went through the last norm
+    if number == count - 1:  # these have already passed the last norm
         return states[-1]
     decoder = vlm.model.get_decoder()
     modules = {name.rpartition(".")[2]: module for name, module in decoder.named_modules()}

@@ -4,8 +4,8 @@
     cp_lrp    Ali et al., ICML 2022, arXiv 2202.07304: attention weights and gates are constant
 
 The model's own pass follows :mod:`xattn.explainers.relevance.rules` up to its logits z; a word's score
-hands down z_c ds/dz_c. Text tokens get the relevance of their embeddings. By cp_lrp, image and text sum
-to the logit, but for what biases hold.
+propagates z_c ds/dz_c. Text tokens get the relevance of their embeddings. With cp_lrp, image and text sum
+to the logit, except for what biases absorb.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AttnLRP(TokenExplainer):
 @register_token_explainer("cp_lrp", title="CP-LRP", passes=COST, source="arXiv 2202.07304")
 @dataclass(kw_only=True, eq=False)
 class CPLRP(AttnLRP):
-    """Gradient x input by the rules of CP-LRP: through values and the other factor of gates alone."""
+    """Gradient x input by the rules of CP-LRP: only through values and the non-gate factor of gates."""
 
     composite = "cp_lrp"
 

@@ -1,7 +1,7 @@
 """Occlusion: s_i = mean over the windows w that hide token i of score(f) - score(f without w).
 
-Zeiler and Fergus, arXiv 1311.2901, on image tokens. A window of one token misses evidence that two hold;
-2 x 2 at every place finds it.
+Zeiler and Fergus, arXiv 1311.2901, applied to image tokens. A window of one token misses evidence that two
+tokens hold; windows of 2 x 2 at every position find it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Occlusion(TokenExplainer):
     Args:
         size: the window's side, in cells of the finest grid of image tokens.
         stride: cells between windows, at most ``size``.
-        where: "token": hidden tokens are the mean image token; "pixel": the photo's mean colour lies over
-            their cells, and the image tower runs again.
+        where: "token": hidden tokens are replaced by the mean image token; "pixel": their cells are filled
+            with the photo's mean colour, and the image tower runs again.
 
-    Tokens without places, as of a resampler, are hidden one by one.
+    Tokens without positions, as from a resampler, are hidden one by one.
     """
 
     size: Count = 2

@@ -1,12 +1,12 @@
-"""Attention weighted by what masks do: s_i = sum_lh w_lh A^lh[q_t, i], w trained on outcomes.
+"""Attention weighted by the effect of masks: s_i = sum_lh w_lh A^lh[q_t, i], w trained on outcomes.
 
-arXiv 2604.16587 ("attribution streaming"). For a word, random masks m_j hide tokens of the image, and
+arXiv 2604.16587 ("attribution streaming"). For each word, random masks m_j hide image tokens, and
 
     L = 1 - corr_j( sum of s over what m_j hides,  log p(all) - log p(m_j) )
 
-is least for the w (L H numbers) that are looked for, the mean over words. So s tells which tokens matter
-more, not by how many nats, and a map shows what is above its mean over the image. No pass is needed then:
-rows are read while the answer is generated.
+is minimised over w (L H numbers), averaged over words. So s says which tokens matter more, not by how many
+nats, and a map shows what is above its mean over the image. Explaining then needs no pass: rows are read
+while the answer is generated.
 
     trainer = OutcomesTrainer(masks=32)
     xattn.explain_tokens(photos, vlm, "What is on the table?", explainer=trainer)
@@ -45,12 +45,12 @@ from xattn.vlm.model import VLM
 )
 @dataclass(kw_only=True, eq=False)
 class Outcomes(TokenExplainer):
-    """Rows of attention, weighted by a number for each layer and head.
+    """Rows of attention, weighted by one number per layer and head.
 
     Args:
-        weights: L H numbers, layer by layer, or a file that :meth:`save` wrote; by default all are equal,
-            which is no training.
-        above_mean: whether scores are max(s - mean s, 0), over image tokens alone, or s, over text too.
+        weights: L H numbers, layer by layer, or a file written by :meth:`save`; by default all are equal,
+            that is, untrained.
+        above_mean: whether scores are max(s - mean s, 0), only over image tokens, or s, including text.
     """
 
     watches = True
@@ -82,7 +82,7 @@ class Outcomes(TokenExplainer):
         return TokenScores(HeadRows.of_image(context, found), text)
 
     def _weighted(self, context: Context, rows: Tensor) -> Tensor:
-        """(S,) of the rows (L H, S) of a word."""
+        """(S,) from the rows (L H, S) of a word."""
         if self.weights is None:
             return rows.mean(0)
         if len(self.weights) != len(rows):
@@ -98,12 +98,12 @@ class Outcomes(TokenExplainer):
 
 @dataclass(kw_only=True, eq=False)
 class OutcomesTrainer(TokenExplainer):
-    """Collects rows and outcomes of the words that it is asked to explain, whose maps are those of equal
-    weights; then :meth:`fit` makes an explainer of them.
+    """Collects rows and outcomes of the words that it is asked to explain, with maps of equal weights; then
+    :meth:`fit` creates an explainer from them.
 
     Args:
-        masks: random masks a conversation, a pass each; each hides half of the image.
-        cells: None hides single tokens, else cells of a grid of this side over each photo.
+        masks: random masks per conversation, one pass each; each hides half of the image.
+        cells: None hides single tokens; otherwise cells of a grid with this many cells per side.
         needed: words that lose fewer nats (or logits) without the image are left out.
     """
 
@@ -113,7 +113,7 @@ class OutcomesTrainer(TokenExplainer):
     cells: Count | None = 4
     needed: NotNegative = 0.1
     examples: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
-    """(M, L H), of each mask the sum of a head's row over what it hides, and (M,), the nats lost."""
+    """(M, L H), for each mask the sum of a head's row over what it hides, and (M,), the nats lost."""
 
     def explain(self, context: Context, seen: Any = None) -> TokenScores:
         rows = HeadRows(context.vlm).of_words(context, image=True)
@@ -133,7 +133,7 @@ class OutcomesTrainer(TokenExplainer):
         return TokenScores(torch.stack(means))
 
     def fit(self, decay: float = 1e-3) -> Outcomes:
-        """The explainer whose sums go with the outcomes best.
+        """The explainer whose sums correlate best with the outcomes.
 
         Args:
             decay: weight of the mean square of (w - w_0) / w_0, w_0 = 1 / (L H) for all heads.
@@ -159,13 +159,13 @@ class OutcomesTrainer(TokenExplainer):
         return made
 
     def loss(self, weights: Tensor, examples: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """L of weights (L H,) in float64, the mean over words; ``examples`` as from :meth:`_stacked`."""
+        """L of weights (L H,) in float64, averaged over words; ``examples`` as from :meth:`_stacked`."""
         sums, outcomes = examples or self._stacked()
         return 1 - pearson(sums @ weights.to(sums), outcomes).mean()
 
     def correlation(self, explainer: Outcomes | None = None) -> float:
-        """Mean correlation of sums with outcomes, of an explainer or of equal weights: of one that was
-        trained on other conversations, how well it tells what masks do."""
+        """Mean correlation of sums with outcomes, for an explainer or for equal weights. For an explainer
+        trained on other conversations, it says how well it predicts the effect of masks."""
         weights = None if explainer is None else explainer.weights
         heads = self._stacked()[0].shape[2]
         return 1 - float(self.loss(torch.ones(heads) if weights is None else _tensor(weights)))

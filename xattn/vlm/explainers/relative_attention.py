@@ -1,7 +1,7 @@
-"""Relative attention: a_i(t) / a_i(reference), what a word looks at beyond what every word looks at.
+"""Relative attention: a_i(t) / a_i(reference), what a word looks at more than words do in general.
 
-Zhang et al., ICLR 2025, arXiv 2502.17422, whose reference is the last row under a general prompt. Here it
-is the mean row of the answer by default, which costs no pass.
+Zhang et al., ICLR 2025, arXiv 2502.17422, where the reference is the last row under a general prompt. Here
+it is by default the mean row of the answer, which needs no pass.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ GENERAL = "Write a general description of the image."
 )
 @dataclass(kw_only=True, eq=False)
 class RelativeAttention(Attention):
-    """Attention to image tokens divided by that of a reference; 0 where the reference looks at none.
+    """Attention to image tokens divided by that of a reference; 0 where the reference has none.
 
     Args:
-        reference: "answer", the mean row of all tokens of the answer, or a prompt, of which the row that
-            would produce the first token counts.
-        layers, heads, first, sinks, sink_ratio: as of :class:`~xattn.vlm.explainers.attention.Attention`.
+        reference: "answer", the mean row of all tokens of the answer, or a prompt, whose row for the
+            first answer token is used.
+        layers, heads, first, sinks, sink_ratio: as in :class:`~xattn.vlm.explainers.attention.Attention`.
     """
 
     reference: str = "answer"
@@ -46,7 +46,7 @@ class RelativeAttention(Attention):
         return TokenScores(context.word_mean(ratio))
 
     def _row(self, context: Context) -> Tensor:
-        """(n,) of the prompt that is the reference."""
+        """The row (n,) for the prompt that is the reference."""
         vlm = context.vlm
         inputs = vlm.inputs(context.photos, self.reference)
         first = replace(
@@ -60,6 +60,6 @@ class RelativeAttention(Attention):
 
 
 def _by_token(context: Context) -> Context:
-    """The same conversation, every token of the answer a word."""
+    """The same conversation, with every token of the answer as a word."""
     words = [Word("", (0, 0), (t,)) for t in range(len(context.ids))]
     return replace(context, words=words, asked=range(len(words)), instead={})

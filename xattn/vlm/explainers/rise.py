@@ -1,7 +1,7 @@
 """RISE on image tokens: s_i = mean score where token i is kept - mean score where it is hidden.
 
-Petsiuk et al., BMVC 2018, arXiv 1806.07421, take the mean of (score x mask) / p, in which a constant that
-is added to the score, as to a log-probability, is noise; in expectation both differ by a constant.
+Petsiuk et al., BMVC 2018, arXiv 1806.07421, use the mean of (score x mask) / p, in which a constant in the
+score, as in a log-probability, becomes noise; in expectation both differ by a constant.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from xattn.vlm.explainers.base import Context, TokenExplainer, TokenScores, regi
 class Rise(TokenExplainer):
     """How a word's score differs between random masks that keep an image token and those that hide it.
 
-    All words share the masks, which depend on the seed alone.
+    All words share the masks, which depend only on the seed.
 
     Args:
-        masks: how many, a pass each.
+        masks: number of masks, one pass each.
         keep: the probability that a token, or cell, is kept.
-        cells: None hides single tokens; else cells of a grid of this side over each photo, at a random
-            offset, and tokens go with the cell that holds their centre.
-        where: as of :class:`~xattn.vlm.explainers.occlusion.Occlusion`.
+        cells: None hides single tokens; otherwise cells of a grid with this many cells per side over each
+            photo, at a random offset; a token belongs to the cell that contains its centre.
+        where: as in :class:`~xattn.vlm.explainers.occlusion.Occlusion`.
     """
 
     masks: Count = 200
@@ -49,7 +49,7 @@ class Rise(TokenExplainer):
         scores = context.hidden(hidden, self.where).cpu().double()  # (M', W)
         kept, gone = (~hidden).double(), hidden.double()
         means = [x.T @ scores / x.sum(0).clamp_min(1)[:, None] for x in (kept, gone)]
-        both = kept.any(0) & gone.any(0)  # else nothing is known of a token
+        both = kept.any(0) & gone.any(0)  # otherwise nothing is known about a token
         return TokenScores(((means[0] - means[1]) * both[:, None]).T)
 
     def hidden(self, context: Context) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention rollout: r = one-hot(q_t); for l = L..1: r <- c r + (1 - c) mean_h(r A^l).
 
-Abnar and Zuidema, arXiv 2005.00928, one row of their product of matrices; c is the residual's share.
-Where a layer attends to other tokens, an encoder's or the image's, those get (1 - c) mean_h(r A^l), and
-an encoder's layers follow. So every row sums to 1, if all rows of A do.
+Abnar and Zuidema, arXiv 2005.00928, as one row of their matrix product; c is the residual's share.
+If a layer attends to other tokens, an encoder's or the image's, those get (1 - c) mean_h(r A^l), and
+the encoder's layers follow. So every row sums to 1 if all rows of A do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rollout(SinkExplainer):
 
     Args:
         residual: c, the share that stays at a token in each layer.
-        sinks, sink_ratio: as of :class:`~xattn.vlm.explainers.attention.Attention`.
+        sinks, sink_ratio: as in :class:`~xattn.vlm.explainers.attention.Attention`.
     """
 
     residual: Share = 0.5
@@ -44,7 +44,7 @@ class Rollout(SinkExplainer):
         attended = attend(context, "rollout")
         start = starts(context, attended)
         own = (start / start.sum(1, keepdim=True))[None]
-        keys: Tensor | None = None  # what an encoder's places, or the image tokens, get
+        keys: Tensor | None = None  # what the encoder's positions, or the image tokens, receive
         c, table = (
             self.residual,
             sink_table(context, self.sink_ratio) if self.sinks == "drop" else None,
@@ -63,11 +63,11 @@ class Rollout(SinkExplainer):
 
 
 def _times(r: Tensor, a: Operator, keep: Tensor | None) -> Tensor:
-    """mean_h(r A) for r (1, W, N), of A without the columns that are not in ``keep`` (S,)."""
+    """mean_h(r A) for r (1, W, N), with A restricted to the columns in ``keep`` (S,)."""
     if keep is None:
         return a.vecmat(r, "mean")
     columns = keep.to(r).expand(*a.shape[:2], -1)[..., None]
     left = (a.matvec(columns) / a.row_sums()[..., None]).mT.to(
         r
-    )  # (1, H, 1, N), what each row keeps
+    )  # (1, H, 1, N), the remaining weight of each row
     return a.vecmat(r[:, None] * (left > 0) / left.clamp_min(1e-12)).mean(1) * keep

@@ -1,15 +1,15 @@
-"""Attention sinks: tokens that many rows look at, whatever the word, and that carry little of the image.
+"""Attention sinks: tokens that many rows look at, whatever the word, and that say little about the image.
 
 Kang et al., ICLR 2025, "See what you are told: visual attention sink in large multimodal models":
 
     phi_j = max over d in D of |x_jd| / rms(x_j),   x (N, width) the input of a layer from the third on
 
-j is a sink of the layer if phi_j > tau. D are the dimensions where the first token of the sequence has
-|x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D by model: 1415 and 2533 of
-Llama-2-7B). Dropped sinks get 0, and each row is scaled to the sum that it had.
+j is a sink of the layer if phi_j > tau. D are the dimensions in which the first token of the sequence has
+|x_0d| / rms(x_0) > tau in at least half of these layers (the paper lists D per model: 1415 and 2533 for
+Llama-2-7B). Dropped sinks get 0, and each row is rescaled to its previous sum.
 
-Image towers have such tokens, too (Darcet et al., ICLR 2024, arXiv 2309.16588): those whose |v_i|, before
-the projector, is over 4 times the median of all. They count as sinks of every layer.
+Image towers also have such tokens (Darcet et al., ICLR 2024, arXiv 2309.16588): those whose |v_i|, before
+the projector, is over 4 times the median. They count as sinks of every layer.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from xattn.vlm.explainers.base import Context, TokenExplainer
 from xattn.vlm.reading import Rows
 
 FIRST_LAYER = 2
-OUTLIER = 4.0  # times the median length
+OUTLIER = 4.0  # multiple of the median length
 
 
 @dataclass(kw_only=True, eq=False)
 class SinkExplainer(TokenExplainer):
-    """Base of explainers of attention, which may leave out sinks.
+    """Base of attention explainers that can leave out sinks.
 
     Args:
-        sinks: "keep" them, or "drop" them, for a pass and a run of the image tower more.
-        sink_ratio: tau, how far a dimension of a sink is above the root mean square.
+        sinks: "keep" them, or "drop" them, at the cost of one more pass and a run of the image tower.
+        sink_ratio: tau, how far a dimension of a sink must exceed the root mean square.
     """
 
     sinks: Literal["keep", "drop"] = "keep"
     sink_ratio: Positive = 20.0
 
     def without_sinks(self, context: Context) -> Callable[[Rows], Rows]:
-        """What changes rows as the options say."""
+        """The function that changes rows according to the options."""
         if self.sinks == "keep":
             return lambda rows: rows
         table = sink_table(context, self.sink_ratio)
@@ -77,7 +77,7 @@ def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
     """(L, P + T), True where the input of a layer makes a token a sink; see the module.
 
     Raises:
-        ValueError: image tokens are in no prompt of a decoder.
+        ValueError: the image tokens are not in a decoder's prompt.
     """
     if context.vlm.kind != "decoder":
         raise ValueError(
@@ -96,8 +96,8 @@ def sink_table(context: Context, ratio: float = 20.0) -> Tensor:
 
 
 def tower_outliers(context: Context) -> Tensor:
-    """(n,), True of image tokens that are outliers of the tower; of towers whose tokens before the
-    projector are not those after it, or lie in another order, none is known."""
+    """(n,), True for image tokens that are outliers of the tower; all False if the tower's tokens before
+    the projector are not those after it, or are in another order."""
     lengths = context.before_projector
     if lengths is None or len(lengths) != len(context.features):
         return torch.zeros(len(context.features), dtype=torch.bool)

@@ -1,15 +1,15 @@
-"""TAM, the token activation map: a word's logits at image tokens, less what earlier words explain of them.
+"""TAM, the token activation map: a word's logits at image tokens, minus the part due to earlier words.
 
-Li et al., ICCV 2025, arXiv 2506.23270. For token c of the answer, and earlier
-tokens c_j of prompt and answer
+Li et al., ICCV 2025, arXiv 2506.23270. For token c of the answer, and earlier tokens c_j of prompt and
+answer
 
-    a = max(W_c . h_i, 0)  at image tokens i                       a_j likewise, of c_j
-    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1             h_j: the prompt's own place, else row q_j
+    a = max(W_c . h_i, 0)  at image tokens i                   a_j likewise, for c_j
+    u_j = max(W_c . h_j, 0), 0 where c_j = c, of sum 1         h_j: the prompt's own position, else row q_j
     e = max(a - s b, 0),  b = sum_j u_j a_j,  s = <a, b> / <b, b>
 
 e and the text's scores, max(W_c . h_j, 0), are scaled together to [0, 1]. Then each grid of image tokens is
-filtered: the values of a window, sorted, are weighted by exp(-r^2 / (2 v^2)), r the rank from the middle, v
-the window's standard deviation divided by its mean. The filter halves objects of few tokens.
+filtered: the sorted values of a window are weighted by exp(-r^2 / (2 v^2)), r the rank from the middle, v
+the window's standard deviation divided by its mean. The filter halves the values of objects of few tokens.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Odd = Annotated[int, Where(lambda n: n >= 1 and n % 2 == 1, "an odd int, such as
 )
 @dataclass(kw_only=True, eq=False)
 class TAM(TokenExplainer):
-    """The token activation map of each token of a word, the mean over the word's tokens.
+    """The token activation map of each token of a word, averaged over the word's tokens.
 
-    It lives from words that the model knows at image tokens, as pretrained ones do.
+    It needs a model that recognises words at image tokens, as pretrained ones do.
 
     Args:
-        kernel: the side of the filter's window, in tokens; 1: no filter.
-        released: as the authors' program, which takes the most probable token for the first of the prompt,
-            the prompt's last token for the first of the answer, and shows for that the map of the
-            prompt's first.
+        kernel: side of the filter's window, in tokens; 1 means no filter.
+        released: follow the authors' program, which takes the most probable token for the first of the
+            prompt, and the prompt's last token for the first of the answer, for which it shows the map of
+            the prompt's first.
     """
 
     kernel: Odd = 3
@@ -96,14 +96,15 @@ class TAM(TokenExplainer):
 
 
 def unexplained(a: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
-    """e (n,) = max(a - s b, 0), b the mean of ``earlier`` (k, n) by ``weights`` (k,), s the best scale."""
+    """e (n,) = max(a - s b, 0), with b the mean of ``earlier`` (k, n) by ``weights`` (k,), s the best
+    scale."""
     b = weights / (weights.sum() + 1e-8) @ earlier
     square = float(b @ b)
     return (a - (float(a @ b) / square if square else 0.0) * b).clamp_min(0)
 
 
 def rank_filter(values: NDArray[np.float32], kernel: int) -> NDArray[np.float32]:
-    """TAM's filter of a grid (h, w), its edges reflected; windows of mean 0 give 0.
+    """TAM's filter of a grid (h, w), with reflected edges; windows with mean 0 give 0.
 
     >>> grid = np.zeros((5, 5), np.float32)
     >>> grid[1:3, 1:3] = 1
@@ -115,6 +116,6 @@ def rank_filter(values: NDArray[np.float32], kernel: int) -> NDArray[np.float32]
     rank = np.arange(kernel**2) - kernel**2 // 2
     mean, spread = windows.mean(-1, keepdims=True), windows.std(-1, keepdims=True)
     v = spread / np.where(mean > 0, mean, 1)
-    weights = np.exp(-(rank**2) / (2 * np.maximum(v, 1e-3) ** 2))  # below: the middle alone
+    weights = np.exp(-(rank**2) / (2 * np.maximum(v, 1e-3) ** 2))  # below: only the middle
     found = (windows * weights).sum(-1) / weights.sum(-1)
     return np.where(mean[..., 0] > 0, found, 0).astype(np.float32)
