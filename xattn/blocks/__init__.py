@@ -1,4 +1,4 @@
-"""Blocks that mix tokens, one file each, behind one interface; see :func:`create_block`."""
+"""Blocks that mix tokens, one per file, behind one interface; see :func:`create_block`."""
 
 from xattn.blocks.base import (
     Block,

@@ -1,11 +1,11 @@
-"""Base of blocks that mix tokens, and their registry: the place for what is no mechanism A(q, k, v).
+"""Base and registry of blocks that mix tokens, for token mixing that is not of the form A(q, k, v).
 
     block = create_block("attention", 384, mechanism="gna", num_heads=6)
     y = block(x, grid=(14, 14), prefix=1)
 
-A mechanism of :mod:`xattn.attention` gets queries, keys and values from its layer. A block gets the tokens
-alone and may do anything with them: gates, token MLPs, kernels of coordinates, routed heads. It says how
-tokens were mixed by an operator where it has one, and by maps of its own.
+A mechanism of :mod:`xattn.attention` receives queries, keys and values from its layer. A block receives
+only the tokens and may do anything with them: gates, token MLPs, kernels of coordinates, routed heads. It
+reports how tokens were mixed by an operator, if it has one, and by its own maps.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class BlockEntry:
     name: str
     paper: str
     complexity: str
-    """Time for N tokens of width C."""
+    """Time complexity for N tokens of width C."""
     grid: tuple[int, ...] = (0,)
-    """Numbers of grid dimensions that it works on; 0 stands for any tokens, without a grid."""
+    """Numbers of grid dimensions that it supports; 0 means any tokens, without a grid."""
     cases: tuple[Mapping[str, Any], ...] = ({},)
-    """Options with which the tests run it, on a grid of 5 x 6 tokens, 32 wide."""
+    """Options used in tests, on a grid of 5 x 6 tokens of width 32."""
 
 
 class Block(nn.Module, ABC):
@@ -46,9 +46,10 @@ class Block(nn.Module, ABC):
     ``prefix`` class or register tokens, then the grid in raster order.
 
     Under :func:`xattn.attention.record` a block is recorded like a layer of attention. Calls that are
-    kept while it runs, by layers of attention or by :meth:`mix`, are its calls. Only if there are none
-    and it has an operator A, one call is kept for the block as a whole: its value is x and its output
-    is y, in as many heads as A has, and A V is the output only as far as A says how y depends on x.
+    recorded while it runs, by layers of attention or by :meth:`mix`, are its calls. Only if there are none
+    and it has an operator A, one call is recorded for the whole block: its value is x and its output
+    is y, in as many heads as A has; A V is the output only to the extent that A describes how y depends on
+    x.
 
     Args:
         dim: C, width of the tokens.
@@ -65,7 +66,7 @@ class Block(nn.Module, ABC):
         """The block's output (B, N, C), with its residuals."""
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
-        """How tokens x are mixed, (B, H, N, N), without the residual: the matrix that multiplies them
+        """How tokens x are mixed, (B, H, N, N), without the residual: the matrix that multiplies them,
         or the Jacobian over tokens; None if there is no such matrix. H divides C. Losses for training
         go into its ``aux``."""
         return None
@@ -94,14 +95,14 @@ class Block(nn.Module, ABC):
         value: Tensor,
         maps: Callable[[], dict[str, Tensor]] = dict,
     ) -> Tensor:
-        """A V (B, H, N, Dv) for value (B, H, N, Dv), to be called in :meth:`run` by blocks that mix
-        tokens by an operator; kept as a call where attention is recorded, with what ``maps()`` gives
-        when it is first asked for."""
+        """A V (B, H, N, Dv) for value (B, H, N, Dv). Blocks that mix tokens by an operator call this in
+        :meth:`run`; if attention is recorded, it is stored as a call, with the result of ``maps()``, which
+        runs on first access."""
         return mix(self.entry.name, operator, value, maps)
 
     def _keep(self, x: Tensor, y: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Tensor:
-        """``y``, through the output of the call that is kept, so that gradients reach it."""
-        with record(alone=True):  # what it runs is no part of the model
+        """``y``, passed through the output of the recorded call, so that gradients reach it."""
+        with record(alone=True):  # what it runs is not part of the model
             operator = self.operator(x, grid, prefix)
         if operator is None:
             return y
@@ -146,10 +147,10 @@ Made = TypeVar("Made", bound=Block)
 def register_block(
     name: str, *, paper: str = "none", complexity: str = "not stated", **properties: Any
 ) -> Callable[[type[Made]], type[Made]]:
-    """Class decorator: make a block known under ``name``; ``properties`` as in :class:`BlockEntry`.
+    """Class decorator: register a block under ``name``; ``properties`` as in :class:`BlockEntry`.
 
     Raises:
-        ValueError: another block has that name.
+        ValueError: another block has this name.
     """
     return BLOCKS.register(BlockEntry(name, paper, complexity, **properties))
 
@@ -159,7 +160,7 @@ block_class = BLOCKS.get
 
 
 def create_block(name: str, dim: int, **options: Any) -> Block:
-    """A block for tokens of width ``dim``; ``options`` are its own.
+    """Create a block for tokens of width ``dim``, with its own ``options``.
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.

@@ -1,11 +1,12 @@
-"""Hyper-kernels: the weights of a mixer as a function of places, which a small network of sines learns.
+"""Hyper-kernels: the weights of a mixer as a function of position, learned by a small network of sines.
 
     h_0 = f_0(c),   h_l = f_l(c) o (L_l h_{l-1} + b_l),   K(c) = L_out h_L,   f_l(c) = sin(W_l c + a_l)
 
-c are coordinates in [-1, 1], the ends included, so that a kernel of 2 n - 1 places holds that of n places
-at every second one. W_l begins as uniform weights times 2 pi omega g / (L + 1), with g of a Gamma
-distribution of shape 6 / (l + 1) over its mean: near what github.com/hyperevolnet/Terminator does, which
-neither divides by the mean nor by L + 1, and adds a bias for each place that would tie K to one grid.
+c are coordinates in [-1, 1], including the ends, so that a kernel of 2 n - 1 positions equals that of n
+positions at every second one. W_l is initialised with uniform weights times 2 pi omega g / (L + 1), with g
+from a Gamma distribution of shape 6 / (l + 1), divided by its mean. This is close to
+github.com/hyperevolnet/Terminator, which divides neither by the mean nor by L + 1, and adds a bias for each
+position that would tie K to one grid.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 
 from xattn.attention.base import whole
 
-MOST_LAYERS = 64  # more make no better kernel; a damaged file must not ask for thousands
+MOST_LAYERS = 64  # more do not improve kernels; a damaged file must not request thousands
 
 
 class HyperKernel(nn.Module):
-    """A kernel (channels, *grid) for grids of any size; it depends on no image.
+    """A kernel (channels, *grid) for grids of any size; it does not depend on the image.
 
     Args:
-        channels: of the kernel.
-        dims: number of coordinates of a place.
+        channels: number of channels of the kernel.
+        dims: number of coordinates of a position.
         hidden: width of h; ``layers``: L, products of sines.
-        omega: highest frequencies of the sines at the start, roughly, in periods a side.
+        omega: approximate highest initial frequency of the sines, in periods per side.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class HyperKernel(nn.Module):
         self.out = nn.Linear(hidden, channels)
         for i, layer in enumerate(filters):
             shape = torch.full((hidden, 1), 6.0 / (i + 1))
-            # The check of its arguments reads values, which tensors on "meta" have not.
+            # The argument check reads values, which tensors on "meta" do not have.
             gamma = torch.distributions.Gamma(shape, 1.0, validate_args=False)
             scale = gamma.sample() / shape  # of mean 1
             nn.init.uniform_(layer.weight, -1, 1)
@@ -71,7 +72,7 @@ class HyperKernel(nn.Module):
 
 
 def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
-    """(*grid, dims), from -1 to 1 along each side; 0 along a side of one place."""
+    """(*grid, dims), from -1 to 1 along each side; 0 along a side with one position."""
     sides = [
         torch.linspace(-1, 1, n, dtype=like.dtype, device=like.device)
         if n > 1
@@ -82,21 +83,21 @@ def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
 
 
 def standardised(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 over the places of each image and channel, (B, C, h, w)."""
+    """Mean 0 and variance 1 over the positions of each image and channel, (B, C, h, w)."""
     mean = x.mean((-2, -1), keepdim=True)
     variance = x.var((-2, -1), unbiased=False, keepdim=True)
     return (x - mean) * (variance + eps).rsqrt()
 
 
 def plane_product(context: Tensor, features: Tensor) -> Tensor:
-    """The global product: for each image and channel the matrices (h, w) ``context`` times ``features``,
-    whose h rows are interpolated to w where a grid is no square, over w. (B, C, h, w)."""
+    """The global product: for each image and channel, the matrices (h, w) ``context`` times ``features``,
+    whose h rows are interpolated to w if the grid is not square, divided by w. (B, C, h, w)."""
     h, w = features.shape[-2:]
     return context @ (resampled_rows(h, w, features) @ features) / w
 
 
 def resampled_rows(h: int, w: int, like: Tensor) -> Tensor:
-    """(w, h): linear interpolation of h rows to w, the identity if they are as many."""
+    """(w, h): linear interpolation of h rows to w; the identity if h = w."""
     eye = torch.eye(h, dtype=like.dtype, device=like.device)
     if h == w:
         return eye
@@ -109,7 +110,7 @@ def hyper_score(y: Tensor, kernel: Tensor) -> Tensor:
 
 
 def hyper_interact(planes: Tensor, channel: Tensor) -> Tensor:
-    """Hyper-interaction: a score in (0, 1) for each place and channel, (B, C, h, w).
+    """Hyper-interaction: a score in (0, 1) for each position and channel, (B, C, h, w).
 
     It is the sigmoid of the mean over channels of ``planes`` (B, C, h, w) times ``channel`` (B, C).
     """

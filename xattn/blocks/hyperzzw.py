@@ -1,12 +1,12 @@
-"""HyperZZW: planes of tokens times planes of tokens times a kernel of places (hyperevolnet/Terminator).
+"""HyperZZW: planes of tokens times planes of tokens times a kernel of positions (hyperevolnet/Terminator).
 
     c = n o K,    global  g = std(c std(W n)),    2E  e = c o n,    channel  i = n o sigmoid(y o k o y)
     u = W_u [g, e, i],    s = sigmoid(mean_channels(u) y o k o y),    x <- x + W_o (s o u)
 
-with n = LN(x), y the mean of n over places, K (C, h, w) and k (C,) hyper-kernels
+with n = LN(x), y the mean of n over positions, K (C, h, w) and k (C,) hyper-kernels
 (:mod:`xattn.blocks.hyper_kernel`) and std the standardisation of each plane. In g the plane of each
-channel, (h, w), is multiplied by another as matrices. The parts are the authors', this sequence of them is
-ours: their network has no residual, batch statistics and local branches, which are left out.
+channel, (h, w), is multiplied by another as matrices. The parts are the authors'; their combination is
+ours: the authors' network has no residual, but batch statistics and local branches, which are left out.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ PARTS = ("global", "2e", "channel")
     ),
 )
 class HyperZZWBlock(Block):
-    """Hyper-kernels in the place of attention, on grids of any two sides. Prefix tokens have no place: they
-    pass unchanged.
+    """Hyper-kernels instead of attention, on grids with two sides of any length. Prefix tokens have no
+    position and pass unchanged.
 
-    On a grid that is no square, the rows of std(W n) are interpolated from h to w before the product.
+    If the grid is not square, the rows of std(W n) are interpolated from h to w before the product.
 
     Args:
-        parts: which of "global", "2e" and "channel".
-        hidden, layers, omega: of the kernel over places, see
-            :class:`~xattn.blocks.hyper_kernel.HyperKernel`; that over channels is half as wide.
+        parts: a selection of "global", "2e" and "channel".
+        hidden, layers, omega: settings of the kernel over positions, see
+            :class:`~xattn.blocks.hyper_kernel.HyperKernel`; the kernel over channels is half as wide.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class HyperZZWBlock(Block):
         return x + F.pad(self.proj(_tokens(score * u)), (0, 0, prefix, 0))
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator | None:
-        """The mean over channels of c, as it mixes the rows of each column of the grid, in the global part:
+        """The mean over channels of c, which mixes the rows of each column of the grid in the global part:
         (B, 1, N, N), signed; None without that part."""
         if self.features is None:
             return None
@@ -93,7 +93,7 @@ class HyperZZWBlock(Block):
 
     @torch.no_grad()
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-        """``context``: the mean over channels of n o K; ``score``: that of s. (B, 1, h, w)."""
+        """``context``: the mean over channels of n o K; ``score``: the mean of s. (B, 1, h, w)."""
         n, context = self._context(x, grid, prefix)
         score = self._interaction(n, context)[0]
         return {
@@ -125,11 +125,11 @@ class HyperZZWBlock(Block):
 
 
 class PlaneOperator(Operator):
-    """A token of row i and column k reads those of its column k, weighted by P_ij: A = P (x) I.
+    """The token in row i and column k reads the tokens of column k, weighted by P_ij: A = P (x) I.
 
     Args:
-        planes: P, (B, H, h, h); ``width``: w, columns; ``prefix``: tokens before, which A neither reads
-            nor writes.
+        planes: P, (B, H, h, h); ``width``: w, number of columns; ``prefix``: number of leading tokens,
+            which A neither reads nor writes.
     """
 
     signed = True
@@ -161,10 +161,10 @@ class PlaneOperator(Operator):
 
 def slow_loss(blocks: Sequence[HyperZZWBlock], grid: Sequence[int]) -> Tensor:
     """Slow neural loss: the mean of (K_j - K_i)^2 for every pair of blocks, summed. The kernel with fewer
-    channels is repeated; 0 only if all kernels over places agree.
+    channels is repeated; the loss is 0 only if all kernels over positions agree.
 
     Raises:
-        ValueError: fewer than two blocks, or channels of which one is no multiple of the other.
+        ValueError: fewer than two blocks, or channel numbers where neither is a multiple of the other.
     """
     if len(blocks) < 2:
         raise ValueError(f"blocks: got {len(blocks)}; the slow loss compares two or more")

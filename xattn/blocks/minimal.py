@@ -1,12 +1,12 @@
-"""The transformer block with any of its parts left out (arXiv 2410.13732).
+"""The transformer block, any of whose parts can be left out (arXiv 2410.13732).
 
     s_ij = q_i . k_j / sqrt(d),   Y = softmax(s) V,   x <- x + Y or (x + Y) / 2 or Y,   x <- x + MLP(LN(x))
 
     separate    q = n W_Q, k = n W_K            collapsed   q = n W, k = n
     symmetric   q = k = n W_Q                   cholesky    q = k = n T,  T lower triangular
 
-with n = LN(x) or x. Without W_V and W_O each head mixes channels of its own as they are. If also the MLP
-is left out and no norm stands before V, a stack of blocks is linear in V given its A, and rollout is
+with n = LN(x) or x. Without W_V and W_O each head mixes its own channels unchanged. If the MLP is also left
+out and there is no norm before V, a stack of blocks is linear in V given its A, and rollout is
 exact for each head's chain (:func:`contributions`).
 """
 
@@ -40,19 +40,19 @@ RESIDUALS = {"plain": (1.0, 1.0), "average": (0.5, 0.5), "none": (0.0, 1.0)}
     ),
 )
 class MinimalBlock(Block):
-    """Attention whose parts are flags: C^2 to 12 C^2 parameters, no bias but the MLP's.
+    """Attention whose parts are optional: C^2 to 12 C^2 parameters, and no biases except the MLP's.
 
     Args:
-        mlp: whether the MLP, 4 C wide, follows, with a norm unless ``norm`` is "none", and a residual.
+        mlp: whether the MLP, 4 C wide, follows, with a residual and, unless ``norm`` is "none", a norm.
         qk: "separate", "collapsed", "symmetric" or "cholesky", see the module. One matrix W or T joins all
             channels, so "collapsed" and "cholesky" have one head.
-        vo: whether V = n W_V and Y = A V W_O; else V = n, by head the channels as they are.
-        heads: H, which divides ``dim``.
-        norm: "pre", n = LN(x); "qk", only q and k are made of LN(x), and V of x; "none".
+        vo: whether V = n W_V and Y = A V W_O; otherwise V = n, with the unchanged channels of each head.
+        heads: H, which must divide ``dim``.
+        norm: "pre": n = LN(x); "qk": only q and k are computed from LN(x), V from x; "none".
         residual: "plain", x + Y; "average", (x + Y) / 2; "none", Y.
 
     Raises:
-        ValueError: another value, or several heads with one matrix for all channels.
+        ValueError: an invalid value, or several heads with one matrix for all channels.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class MinimalBlock(Block):
         return self._operator(x if self.norm1 is None else self.norm1(x))
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
-        """``received``: the mean of A over its rows; where A is made of a kernel, q = k, also
-        ``component``: the first principal component of q over the grid. By head, (B, H, h, w)."""
+        """``received``: the mean of A over its rows; if A comes from a kernel, q = k, also
+        ``component``: the first principal component of q over the grid. Per head, (B, H, h, w)."""
         return self._maps(self.operator(x, grid, prefix), grid, prefix)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -154,20 +154,21 @@ def contributions(
     prefix: int = 0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """What every token adds to the logits of a linear readout of a stack of blocks, exactly: (B, K, N).
+    """The exact contribution of every token to the logits of a linear readout of a stack of blocks: (B, K,
+    N).
 
         c_kj = sum_h r_hj (w_kh . x_jh),    r_h = start M_1h M_2h ...,    M = a I + b A, last block first
 
-    They sum to the logits without their bias. A is held as it is: c is what flows from a token on the
-    paths that attention has chosen, not what would happen without the token.
+    They sum to the logits without their bias. A is held fixed: c is what flows from a token on the
+    paths that attention has chosen, not the effect of removing the token.
 
     Args:
-        blocks: minimal blocks that are linear given A, all with as many heads.
-        x: (B, N, C), what the first block gets; ``weight``: (K, C) of the readout.
-        start: (B or 1, N), how the readout weighs tokens; by default their mean.
+        blocks: minimal blocks that are linear given A, all with the same number of heads.
+        x: (B, N, C), the input of the first block; ``weight``: (K, C) of the readout.
+        start: (B or 1, N), how the readout weights tokens; by default their mean.
 
     Raises:
-        ValueError: other blocks, or blocks of different numbers of heads.
+        ValueError: unsuitable blocks, or blocks with different numbers of heads.
     """
     operators, steps = [], []
     tokens = x

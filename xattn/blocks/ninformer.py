@@ -1,10 +1,11 @@
-"""NiNformer's block: a token mixer whose output a linear layer gates (github.com/Abdullah-88/NiNformer).
+"""NiNformer's block: a token mixer whose output is gated by a linear layer
+(github.com/Abdullah-88/NiNformer).
 
     M(n) = m + FF(LN(m)),   m = n + W_2 GELU(W_1 LN(n)),    n = LN(x)
     x <- x + (n W + b) o M(n),                              x <- x + FF(LN(x))
 
-W_1 (t, N) and W_2 (N, t) mix the N places of one grid; o multiplies entry by entry. No attention: what
-stands in for A is the Jacobian of the token MLP, W_2 diag(GELU') W_1, and the gate is a map of its own.
+W_1 (t, N) and W_2 (N, t) mix the N positions of one grid; o multiplies elementwise. There is no attention:
+the role of A is taken by the Jacobian of the token MLP, W_2 diag(GELU') W_1; the gate has its own map.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from xattn.blocks.base import Block, register_block
     ),
 )
 class NinformerBlock(Block):
-    """Token mixing by an MLP over the places of a grid, and a gate. Prefix tokens have no place: they are
-    neither read nor written by the token MLP, and go through the other parts like any token.
+    """Token mixing by an MLP over the positions of a grid, and a gate. Prefix tokens have no position: the
+    token MLP neither reads nor writes them, and they go through the other parts like any token.
 
     ``gating`` is the module whose output is (n W + b) o M(n): ``hirescam`` of that layer is the gradient
     times the gate, which depends on the class.
 
     Args:
-        grid: the only one that the block works on; :meth:`at_grid` makes a block for another.
+        grid: the only grid that the block supports; :meth:`at_grid` creates a block for another.
         token_hidden: t, hidden width of the token MLP.
-        hidden: of both MLPs over channels; 2 C by default.
+        hidden: hidden width of both channel MLPs; 2 C by default.
         gate: whether n W + b multiplies M(n).
         shared_norm: whether both norms of the block are one, as in the authors' program.
-        dropout: in the MLPs, in training.
+        dropout: dropout probability in the MLPs, in training.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class NinformerBlock(Block):
         self.token_out = nn.Linear(token_hidden, places)
         self.channel_mlp, self.mlp = (Mlp(dim, wide, drop=dropout) for _ in range(2))
         self.gate = nn.Linear(dim, dim) if gate else None
-        # A name for what passes the gate, so that explainers can read it as a layer.
+        # A named module for the gated output, so that explainers can read it as a layer.
         self.gating = nn.Identity()
         self.drop = nn.Dropout(dropout)
 
@@ -125,17 +126,17 @@ class NinformerBlock(Block):
         return {"gate": size.unflatten(-1, self.grid)}
 
     def at_grid(self, grid: Sequence[int], mode: str = "bilinear") -> Self:
-        """A copy for another grid: the token MLP's weights are resampled over the places.
+        """A copy for another grid: the token MLP's weights are resampled over the positions.
 
-        W_1 is divided by the growth of the number of places, so that it reads as much as before. A copy
-        was never trained there, and says so once.
+        W_1 is divided by the growth in the number of positions, so that it reads as much as before. The
+        copy was not trained for this grid, and a warning says so once.
 
         Args:
-            grid: as many sides as the trained one.
+            grid: has the same number of sides as the trained grid.
             mode: "bilinear" (linear in each side), or "nearest", which repeats weights.
 
         Raises:
-            ValueError: another number of sides, or another mode.
+            ValueError: another number of sides, or an unknown mode.
         """
         sides = tuple(whole("grid", side) for side in grid)
         if len(sides) != len(self.grid):

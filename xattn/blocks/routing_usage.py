@@ -1,11 +1,11 @@
-"""A router among the heads of a layer, and how often it has chosen each: what SHRP prunes by.
+"""A router among the heads of a layer, and how often it has chosen each: SHRP prunes by this usage.
 
     r = softmax(W_r mean_n x_n + b_r),   j* = argmax r,   gate = 1, with the gradient of r_j*
     usage <- decay usage + (1 - decay) mean_b 1[j*_b = j]
 
-arXiv 2512.20635; the equations are ours, after its abstract. The gate is straight-through, and usage sums
-to 1. By itself a router need not choose one head for all images; :func:`usage_entropy` in the loss makes
-it.
+arXiv 2512.20635; the equations are ours, based on its abstract. The gate is straight-through, and usage
+sums to 1. By itself a router need not choose the same head for all images; adding :func:`usage_entropy` to
+the loss makes it do so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xattn.attention.base import whole
 
 
 class Choice(NamedTuple):
-    """Of B images: ``shares`` (B, M) of the heads, the head ``chosen`` (B,), and its ``gate`` (B,)."""
+    """For B images: ``shares`` (B, M) of the heads, the head ``chosen`` (B,), and its ``gate`` (B,)."""
 
     shares: Tensor
     chosen: Tensor
@@ -32,11 +32,11 @@ class HeadRouter(nn.Module):
 
     Args:
         dim: C; ``heads``: M.
-        decay: of the running mean of usage.
+        decay: decay of the running mean of usage.
 
     Attributes:
         usage: (M,), the running mean of how often each head was chosen.
-        kept: the head that :meth:`settle` has fixed, or -1.
+        kept: the head fixed by :meth:`settle`, or -1.
     """
 
     usage: Tensor
@@ -63,7 +63,7 @@ class HeadRouter(nn.Module):
 
     @torch.no_grad()
     def settle(self, head: int | None = None) -> int:
-        """Choose ``head`` from now on, by default the one that was used most; returns it.
+        """Choose ``head`` from now on, by default the most used one; returns it.
 
         Raises:
             ValueError: there is no such head.
@@ -74,13 +74,14 @@ class HeadRouter(nn.Module):
 
 
 def straight_through(shares: Tensor, chosen: Tensor) -> Tensor:
-    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), of ``shares`` (B, M)."""
+    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), from ``shares`` (B,
+    M)."""
     share = shares.gather(1, chosen[:, None])[:, 0]
     return 1 + (share - share.detach())
 
 
 def head_to_keep(usage: Tensor, head: int | None = None) -> int:
-    """``head``, by default the one most used, of ``usage`` (M,).
+    """``head``, by default the most used one, according to ``usage`` (M,).
 
     Raises:
         ValueError: there is no such head.
@@ -93,7 +94,7 @@ def head_to_keep(usage: Tensor, head: int | None = None) -> int:
 
 @torch.no_grad()
 def count_choices(usage: Tensor, chosen: Tensor, decay: float) -> None:
-    """Bring the running mean ``usage`` (M,) up to date with the heads ``chosen`` (B,) for a batch."""
+    """Update the running mean ``usage`` (M,) with the heads ``chosen`` (B,) for a batch."""
     now = F.one_hot(chosen, len(usage)).to(usage.dtype).mean(0)
     usage.lerp_(now, 1 - decay)
 

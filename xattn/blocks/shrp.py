@@ -1,11 +1,11 @@
-"""SHRP: one routed head of attention a layer, and one small MLP for all heads (arXiv 2512.20635).
+"""SHRP: one routed attention head per layer, and one small MLP for all heads (arXiv 2512.20635).
 
     o_j = softmax(q_j k_j^T / sqrt(d)) v_j,          E(o) = W_2 GELU(W_1 LN(o))
     r = softmax(W_r mean_n x_n),   j* = argmax r,    x <- x + E(o_j*)      or   x + sum_j r_j E(o_j)
 
-E stands for W_O and the MLP of a transformer block. The gate of j* is 1, with the gradient of r_j*
-(straight-through), so a layer whose router always chooses one head loses nothing by
-:meth:`ShrpBlock.pruned`, which keeps that head alone. Equations from the abstract; no program is public.
+E replaces W_O and the MLP of a transformer block. The gate of j* is 1, with the gradient of r_j*
+(straight-through), so a layer whose router always chooses the same head loses nothing by
+:meth:`ShrpBlock.pruned`, which keeps only that head. Equations from the abstract; no program is public.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class ShrpBlock(Block):
     """Routed heads; ``heads=1`` is the pruned block, a single head without a router.
 
     With several heads, ``aux`` of the recorded operator has ``usage_entropy``, the entropy of the batch's
-    mean of r. Added to the loss it makes a layer choose the same head for all images; without it usage
-    stays spread, and pruning costs accuracy.
+    mean of r. Adding it to the loss makes a layer choose the same head for all images; without it usage
+    stays spread out, and pruning costs accuracy.
 
     Args:
         heads: M.
         head_dim: d; by default C / M.
         hidden: m of E; by default 4 C.
         routing: "top1", or "soft", the mixture of all heads, for a warm-up.
-        reads: what the router reads, the "mean" of all tokens or the "class" token, the first one.
-        decay: of the running mean of usage.
+        reads: the router's input: the "mean" of all tokens, or the "class" token, the first one.
+        decay: decay of the running mean of usage.
 
     Attributes:
         usage: (M,), running mean of how often each head was chosen in training; it sums to 1.
@@ -104,14 +104,14 @@ class ShrpBlock(Block):
         return self.expand_out(F.gelu(self.expand_in(self.expand_norm(o))))
 
     def route(self, x: Tensor) -> Tensor:
-        """r (B, M) of tokens (B, N, C), shares of the heads."""
+        """r (B, M) from tokens (B, N, C): shares of the heads."""
         if self.router is None:
             return x.new_ones(len(x), 1)
         n = self.norm(x)
         return self.router(n.mean(1) if self.reads == "mean" else n[:, 0]).softmax(-1)
 
     def operator(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> Operator:
-        """A of the chosen head (B, 1, N, N); of all heads under "soft" routing."""
+        """A of the chosen head (B, 1, N, N), or of all heads with "soft" routing."""
         return self._attention(x, count=False)[0]
 
     def maps(self, x: Tensor, grid: tuple[int, ...] | None, prefix: int) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class ShrpBlock(Block):
         return _maps(self.operator(x, grid, prefix), grid, prefix)
 
     def pruned(self, head: int | None = None) -> ShrpBlock:
-        """A block of one head, by default the one most used in training: y = x + E(o_head).
+        """A block with one head, by default the most used in training: y = x + E(o_head).
 
         Raises:
             ValueError: there is no such head.

@@ -2,7 +2,7 @@
 
     x <- x + Attention(LN(x)),    x <- x + W_2 GELU(W_1 LN(x) + b_1) + b_2
 
-Parameters are named as in timm's ViT blocks, so weights of those fit.
+Parameters have the same names as in timm's ViT blocks, so those weights fit.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from xattn.blocks.base import Block, register_block
     ),
 )
 class TransformerBlock(Block):
-    """Attention and an MLP, each after a layer norm and beside a residual.
+    """Attention and an MLP, each after a layer norm and with a residual.
 
     Args:
         mechanism: its name, see :func:`xattn.attention.list_attention`.
-        num_heads: H, which divides ``dim``.
-        options: of the mechanism.
-        mlp_ratio: hidden width of the MLP / ``dim``; 0 leaves the MLP out.
+        num_heads: H, which must divide ``dim``.
+        options: options of the mechanism.
+        mlp_ratio: hidden width of the MLP divided by ``dim``; 0 omits the MLP.
         qkv_bias, proj_bias, qk_norm, kv_heads, rotate: as in :class:`xattn.attention.Attention`.
     """
 

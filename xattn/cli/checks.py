@@ -1,7 +1,7 @@
-"""What is refused before torch is imported: paths that are not there, and values of the wrong form.
+"""Checks before torch is imported: paths that do not exist, and values of the wrong form.
 
-What takes a registry or a network to know (names of explainers, taps, classes) is refused later, before
-the work starts.
+What needs a registry or a network to be checked (names of explainers, taps, classes) is refused later, but
+before the work starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def check_images(images: Sequence[str], argument: str = "images") -> None:
-    """Each of ``images`` is there, and folders hold a photo; datasets and what lies in them come later."""
+    """Check that ``images`` exist and that folders hold a photo; the content of datasets is read later."""
     if not images:
         raise ValueError(
             f"{argument}: got none; name photos or a folder of them, before options of several values"
@@ -47,7 +47,7 @@ def check_images(images: Sequence[str], argument: str = "images") -> None:
 
 @contextmanager
 def saying(argument: str) -> Iterator[None]:
-    """Let errors inside begin with the option that was typed, instead of the library's argument."""
+    """Context in which errors begin with the option as typed, instead of the library's argument."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -55,7 +55,7 @@ def saying(argument: str) -> Iterator[None]:
 
 
 def check_heads(heads: Sequence[str], argument: str = "head") -> None:
-    """Folders of heads are there and hold one each; a hub repository is looked up later."""
+    """Check that folders of heads exist and hold one head each; hub repositories are looked up later."""
     for source in heads:
         local_head(source, argument)
 
@@ -90,7 +90,7 @@ def check_annotations(path: Path | None) -> None:
 
 
 def check_evidence(source: str) -> None:
-    """A file of boxes, a folder of masks or a detector's file is there."""
+    """Check that a file of boxes, a folder of masks or a detector's file exists."""
     path = Path(source.removeprefix("onnx:"))
     if source != "mser" and not path.exists():
         raise FileNotFoundError(
@@ -100,7 +100,8 @@ def check_evidence(source: str) -> None:
 
 
 def check_weights(weights: str) -> None:
-    """A file of weights is there; the names "auto", "package", "timm" and "random" are no files."""
+    """Check that a file of weights exists; the names "auto", "package", "timm" and "random" are not
+    files."""
     names = ("auto", "package", "timm", "random")
     if weights in names or Path(weights).expanduser().exists():
         return

@@ -1,4 +1,4 @@
-"""``xattn explain --detector``: a map for each detection of the photos."""
+"""``xattn explain --detector``: a map for each detection in the photos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN = ".py:"  # FILE.py:NAME
 
 
 def asked_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
-    """Classes and boxes of ``--missed``.
+    """Classes and boxes given by ``--missed``.
 
     >>> asked_objects(["dog@10,20,110,220"])
     [('dog', (10.0, 20.0, 110.0, 220.0))]
@@ -34,7 +34,7 @@ def asked_objects(missed: Sequence[str]) -> list[tuple[str, tuple[float, ...]]]:
 
 
 def check_detector(name: str, kind: str = "detector") -> None:
-    """Refuse a file that is not there, before torch is imported; ``kind`` is what the option is called."""
+    """Refuse a file that does not exist, before torch is imported; ``kind`` is the name of the option."""
     path, _ = partition_own(name)
     if path is not None and not path.is_file():
         raise ValueError(f"{kind}: no file {path}; give FILE.py:NAME of one that is there")
@@ -46,13 +46,13 @@ def check_detector(name: str, kind: str = "detector") -> None:
 
 
 def partition_own(name: str) -> tuple[Path | None, str]:
-    """The file and the function of FILE.py:NAME; no file of another name."""
+    """The file and the function in FILE.py:NAME; None and the name for any other form."""
     path, own, attribute = name.partition(OWN)
     return (Path(f"{path}.py") if own else None), attribute
 
 
 def load(name: str, model: BackboneArgs) -> Any:
-    """The detector of ``--detector``, with the options of the network that are its, too."""
+    """The detector given by ``--detector``, with the network options that apply to it."""
     from xattn.detection import Detector, load_detector
 
     weights = {"auto": "DEFAULT", "timm": "DEFAULT", "random": None}.get(
@@ -69,7 +69,7 @@ def load(name: str, model: BackboneArgs) -> Any:
 
 
 def made_by(kind: str, path: Path, attribute: str) -> Any:
-    """What a function of a file returns, a detector or another ``kind`` of network."""
+    """The result of a function in a file: a detector, or another ``kind`` of network."""
     module = load_file(path, kind)
     if not callable(getattr(module, attribute, None)):
         raise ValueError(

@@ -1,7 +1,7 @@
 """All commands of ``xattn``, and its entry point.
 
-Only the module of the command that is named is imported, without torch and timm; torch and timm
-load when a job starts. Errors of the user's input are one line and exit code 2.
+Only the module of the named command is imported, without torch and timm, which are loaded when a job
+starts. Errors in the user's input are one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NAMES = (
     *("train", "probe", "distill", "prune", "explain", "caption", "evaluate", "compare"),
     *("board", "accuracy", "diff", "merge", "parts", "export", "app", "bench", "list"),
 )
-# The commands whose output may be the URL of a store.
+# The commands whose output may be a URL in a store.
 UPLOADING = ("explain", "caption", "evaluate", "merge")
 
 
 class Commands(Mapping[str, type[Any]]):
-    """The class of each command by name; its module is imported when it is asked for."""
+    """The class of each command by name; its module is imported on first access."""
 
     def __getitem__(self, name: str) -> type[Any]:
         if name not in NAMES:
@@ -56,8 +56,8 @@ DESCRIPTION = (
 
 @contextmanager
 def _group() -> Iterator[None]:
-    """Leave the process group of a launch of several processes at the end of the block; where another
-    process died, that is one line. A single process does not wait for torch to be imported."""
+    """Leave the process group of a multi-process launch at the end of the block; if another process died,
+    report it in one line. A single process does not wait for torch to be imported."""
     if launched()[0] == 1:
         yield
         return
@@ -74,14 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
-        reader_is_gone()  # rather than an error when the interpreter ends
+        reader_is_gone()  # avoids an error when the interpreter ends
 
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"xattn {__version__}")
         return 0
-    for stream in (sys.stdout, sys.stderr):  # file names that are not UTF-8 can be printed
+    for stream in (sys.stdout, sys.stderr):  # so that file names that are not UTF-8 can be printed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     command: Any = None
@@ -100,7 +100,7 @@ def _run(arguments: list[str]) -> int:
             command.run()
     except (ValueError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
-            return 141  # as a shell reports a program that SIGPIPE has ended
+            return 141  # the code with which a shell reports a program ended by SIGPIPE
         return _refused(error)
     except KeyboardInterrupt:
         print(f"xattn: interrupted{getattr(command, 'after_interrupt', '')}", file=sys.stderr)
@@ -112,7 +112,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _refused(error: BaseException) -> int:
-    """Say in one line what was wrong; the exit code."""
+    """Print in one line what was wrong; returns the exit code."""
     text: Any = error
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"files: {error.filename!r} cannot be used ({error.strerror}); check the path"

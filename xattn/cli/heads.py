@@ -1,4 +1,4 @@
-"""The heads that a command works on, from its options."""
+"""The heads that a command uses, from its options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_with_classifier(
 
 
 def probe_options(source: str) -> dict[str, Any] | None:
-    """The options of a head that is a classifier; None for another head."""
+    """The options of a head that is a classifier; None for any other head."""
     from xattn.heads import AttentiveHead, head_class, head_folder, read_config
 
     config = read_config(head_folder(source))
@@ -44,7 +44,8 @@ def probe_options(source: str) -> dict[str, Any] | None:
 
 
 def choose_head(source: str | None, backbone: Any) -> Any:
-    """The head ``source``, or else a probed backbone's own, or the shipped one that fits, on its device."""
+    """The head ``source``, or else a probed backbone's own head, or a shipped one that fits, on its
+    device."""
     from xattn.heads import load_head
 
     if source is None and hasattr(backbone, "probe"):
@@ -97,7 +98,7 @@ def explainers_of(
 
 
 def row_name(source: str, name: str, taken: set[str]) -> str:
-    """What tables call the head of ``source``: the name of its run, with a prime for each one ``taken``."""
+    """A head's name in tables: the name of its run, with a prime for each time it is ``taken``."""
     from xattn.runtime.files import printable
 
     path = Path(source)

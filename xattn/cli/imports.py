@@ -1,4 +1,4 @@
-"""``--import``: files and modules of your own, which register things before a command looks for names."""
+"""``--import``: your own files and modules, which register classes before a command looks up names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELP = (
     "--import FILE.py or --import MODULE, in every command and as often as you like, brings in metrics, "
     "explainers, heads, attention mechanisms and blocks of your own."
 )
-_imported: list[str] = []  # in order, files by their absolute paths
+_imported: list[str] = []  # in order; files by absolute path
 
 
 def imported() -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def take_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_own(source: str) -> None:
-    """Import a file (again, if it was imported before) or a module, which has to register something.
+    """Import a file (again, if it was imported before) or a module, which must register something.
 
     Raises:
         ValueError: it does not exist, raises an error, or registers nothing.
@@ -55,7 +55,7 @@ def import_own(source: str) -> None:
 
 
 def load_file(path: Path, argument: str = "import") -> ModuleType:
-    """The module that a Python file is; errors begin with ``argument``."""
+    """Load a Python file as a module; errors begin with ``argument``."""
     if not path.exists():
         raise ValueError(
             f"{argument}: {path} does not exist; give a Python file, or a module's name"
@@ -95,7 +95,8 @@ def load_file(path: Path, argument: str = "import") -> ModuleType:
 
 
 def _origin(name: str) -> str | None:
-    """Where a module of that name lies, or its name if that is nowhere; None if there is no such module."""
+    """The location of a module of that name, or its name if it has none; None if there is no such
+    module."""
     if name in sys.modules:
         return getattr(sys.modules[name], "__file__", None) or name
     found = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -114,7 +115,7 @@ def _import_module(name: str) -> None:
         return
     try:
         found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # of the package that it lies in
+    except (ImportError, ValueError):  # raised by the package that contains it
         found = None
     if found is None:
         beside = Path(f"{name}.py").is_file()
@@ -126,7 +127,7 @@ def _import_module(name: str) -> None:
 def _run(
     load: Callable[[], ModuleType | None], name: str, path: Path, argument: str = "import"
 ) -> None:
-    """Import by ``load``; errors name the line of ``path`` that led to them."""
+    """Import by calling ``load``; errors name the line of ``path`` that caused them."""
     from xattn import registry
 
     before = registry.additions()

@@ -1,4 +1,4 @@
-"""The classifier that a command works on, from its options."""
+"""The classifier that a command uses, from its options."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class BackboneArgs:
     frames: int | None = None
     """Frames of a clip, or slices of a volume, that a network of clips reads; by default its own."""
     tile_positions: bool = False
-    """Repeat a ViT's positions over the grid of --input-size, as freeswim needs them; else they are
+    """Repeat a ViT's positions over the grid of --input-size, as freeswim needs; otherwise they are
     resized."""
     mean: tuple[float, ...] = ()
-    """What the model's training subtracted from pixels in [0, 1], a number a channel or one for all; by
+    """What the model's training subtracted from pixels in [0, 1], one number per channel or one for all; by
     default what the model's config says."""
     std: tuple[float, ...] = ()
     """What it then divided by."""
@@ -54,26 +54,26 @@ class BackboneArgs:
     class_names: Path | None = None
     """A text file with one class name per line; not needed for ImageNet classes."""
     task: Literal["multiclass", "multilabel", "binary", "regression"] | None = None
-    """What the logits mean: a softmax, a sigmoid each, a single sigmoid, or numbers as they are; by default
-    binary for one output, else multiclass."""
+    """What the logits mean: a softmax, a sigmoid each, a single sigmoid, or plain numbers; by default
+    binary for one output, otherwise multiclass."""
     device: str = "auto"
     """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     probe: str | None = None
     """Folder of a head trained by xattn probe; it replaces the classifier."""
     mechanism: Annotated[str | None, Argument(metavar="NAME[:option=value,...]|FOLDER")] = None
-    """Attention mechanism of xattn list, with its options, that stands in for the model's own, for
-    example gna:kernel=7; or the folder of a conversion that xattn distill has trained."""
+    """Attention mechanism from xattn list, with its options, that replaces the model's own, for
+    example gna:kernel=7; or the folder of a conversion trained by xattn distill."""
     layers: str | None = None
-    """Layers that get the mechanism, for example 4-11 or 0,3,8-11; all by default."""
+    """Layers to convert, for example 4-11 or 0,3,8-11; all by default."""
 
     @property
     def network(self) -> str:
-        """What the backbone is: the folder of a mask network says more than a classifier's name."""
+        """The type of backbone: the folder of a mask network contains more than a classifier's name."""
         found = Path(self.backbone, "network.json").is_file()  # see xattn.models.masks
         return "a mask network" if found else "a classifier"
 
     def check(self) -> None:
-        """Refuse files that are not there and values of the wrong form, before torch is imported."""
+        """Refuse files that do not exist and values of the wrong form, before torch is imported."""
         if self.backbone.endswith(".onnx"):
             check_file("backbone", Path(self.backbone), "an .onnx file of a classifier")
         check_weights(self.weights)
@@ -143,7 +143,7 @@ class BackboneArgs:
         return load_conversion(self.mechanism, backbone)
 
     def _named_mechanism(self) -> tuple[str, dict[str, Any]] | None:
-        """Name and options of the mechanism, None of a folder's; an unknown one is refused before a network
+        """Name and options of the mechanism, None for a folder; an unknown name is refused before a network
         is loaded."""
         if self.mechanism is None:
             return None

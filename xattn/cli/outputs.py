@@ -1,7 +1,7 @@
-"""Output folders: earlier results are never replaced without being asked for.
+"""Output folders: earlier results are never replaced unless the user asks for it.
 
 Results for an object store are written to a local folder, then uploaded with the manifest last, so that
-readers never see a part of them.
+readers never see incomplete results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from xattn.runtime.files import check_output
 from xattn.runtime.process import launched
 from xattn.runtime.stores import StoreError, StorePath, place_of
 
-AT_ONCE = 8  # files that are uploaded at the same time
-_WRITING = ".xattn-writing"  # there while an upload runs, and after one that failed
+AT_ONCE = 8  # number of parallel uploads
+_WRITING = ".xattn-writing"  # exists while an upload runs, and after one that failed
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def uploaded(
 ) -> Iterator[Path]:
     """Yield a local folder whose files are uploaded to ``place`` when the block ends, see :func:`upload`.
 
-    If the block or the upload fails, what there is stays in the local folder, and a warning or the error
+    If the block or the upload fails, the files stay in the local folder, and a warning or the error
     says where.
 
     Raises:
@@ -54,14 +54,14 @@ def uploaded(
 
 
 def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], bool]) -> None:
-    """Upload the files of a folder, ``last`` after all others; first of all an earlier one is removed.
+    """Upload the files of a folder, ``last`` after all others; an earlier one is removed first.
 
     Args:
-        owned: tells by the first part of its name whether a file that is there is of earlier results:
-            those that nothing replaces are removed; others are left alone.
+        owned: tells from the first part of its name whether an existing file belongs to earlier results:
+            those that are not replaced are removed; others are left alone.
 
     Raises:
-        StoreError: the store does not answer; the line names the local folder, which stays.
+        StoreError: the store does not answer; the message names the local folder, which is kept.
     """
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     try:
@@ -82,15 +82,15 @@ def upload(folder: Path, place: StorePath, last: str, owned: Callable[[str], boo
 
 
 def check_remote_output(place: StorePath, last: str, overwrite: bool, begins: bytes = b"") -> None:
-    """Refuse an output in a store now rather than after the work.
+    """Refuse an output in a store before the work rather than after it.
 
     Args:
-        last: the file that makes results whole.
-        begins: what stands near the beginning of ``last`` if xattn wrote it.
+        last: the file that completes the results.
+        begins: text near the beginning of ``last`` if xattn wrote it.
 
     Raises:
-        ValueError: a file, a folder with results or with other things, or a store that takes whole commits
-            only. StoreError: nothing can be written.
+        ValueError: a file, a folder with results or with other content, or a store that accepts only
+            complete commits. StoreError: nothing can be written.
     """
     if place.scheme == "hf":
         raise ValueError(
@@ -133,7 +133,7 @@ def _each(work: Callable[[str], object], names: Sequence[str]) -> None:
 
 
 class Output(NamedTuple):
-    """The local ``folder`` that a command writes to, and where results are in the end."""
+    """The local ``folder`` that a command writes to, and the final place of its results."""
 
     folder: Path
     place: Path | StorePath
@@ -148,17 +148,17 @@ def output_folder(
     begins: bytes = b"",
     owned: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Output]:
-    """The folder to write to: ``given``, or ``default`` with a number if results are there already.
+    """The folder to write to: ``given``, or ``default`` with a number if it already has results.
 
-    The results of a URL are written to a local folder and uploaded when the block ends.
+    Results for a URL are written to a local folder and uploaded when the block ends.
 
     Args:
-        whole: the file that results have once they are whole.
-        begins: what stands near the beginning of that file if xattn wrote it.
+        whole: the file that complete results have.
+        begins: text near the beginning of that file if xattn wrote it.
         owned: see :func:`xattn.cli.outputs.upload`.
 
     Raises:
-        ValueError: the folder ``given`` is a file, or holds results and ``overwrite`` was not asked for.
+        ValueError: ``given`` is a file, or holds results and ``overwrite`` is not set.
     """
     place = None if given is None else place_of(given, "output")
     if not isinstance(place, StorePath):
@@ -177,7 +177,7 @@ def output_folder(
 def pack_output(
     given: Path | None, default: str, overwrite: bool
 ) -> AbstractContextManager[Output]:
-    """:func:`output_folder` of a command that writes a pack."""
+    """:func:`output_folder` for a command that writes a pack."""
     from xattn.packs.format import FORMAT, MANIFEST, is_pack_file
 
     begins = f'"{FORMAT}"'.encode()
@@ -185,7 +185,7 @@ def pack_output(
 
 
 def refuse_remote(command: str, output: Path | None) -> None:
-    """One line for a command that goes on in its output folder, and so needs one on disk."""
+    """Raise a one-line error for a command that continues in its output folder and so needs one on disk."""
     place = None if output is None else place_of(output, "output")
     if isinstance(place, StorePath):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What commands print beside their results."""
+"""What commands print in addition to their results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LONGEST_ERROR = 2000  # characters
 
 
 def note(line: str) -> None:
-    """Progress, apart from the results on stdout."""
+    """Print progress, separate from the results on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show what the library warns about as plain lines."""
+    """Context that shows the library's warnings as plain lines."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "explain: skipped")  # listed one by one at the end
         warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # max_pixels decides
@@ -28,13 +28,13 @@ def plain_warnings() -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """What an error says, without the middle where it quotes a file at length."""
+    """The text of an error on one line, shortened in the middle if it quotes a file at length."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_ERROR else f"{line[:1000]} ... {line[-500:]}"
 
 
 def reader_is_gone() -> bool:
-    """Whether nobody reads stdout any more, as after ``| head``; what is left to write is dropped then."""
+    """Whether nobody reads stdout any more, as after ``| head``; remaining output is then dropped."""
     try:
         sys.stdout.flush()
         gone = _is_hung_up(sys.stdout.fileno())
@@ -57,4 +57,4 @@ def _is_hung_up(descriptor: int) -> bool:
 
 
 def silent(line: str) -> None:
-    """Nothing: the other processes of a launch leave progress to the first."""
+    """Print nothing: the other processes of a launch leave progress reports to the first."""

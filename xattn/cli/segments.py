@@ -1,4 +1,4 @@
-"""``xattn explain --segmenter``: a map for a class of the whole photo, at a point or in a mask."""
+"""``xattn explain --segmenter``: a map for a class in the whole photo, at a point or in a mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINT = re.compile(rf"({_NUMBER}),({_NUMBER})")
 
 
 def asked_places(at: Sequence[str]) -> list[tuple[str | None, Any]]:
-    """Classes and places of ``--at``.
+    """Classes and places given by ``--at``.
 
     >>> asked_places(["dog@120,80", "@10,20"])
     [('dog', (120.0, 80.0)), (None, (10.0, 20.0))]

@@ -1,4 +1,4 @@
-"""Options that mean the same in every command that has them."""
+"""Options with the same meaning in every command that has them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Images: TypeAlias = Annotated[tuple[str, ...], Argument(positional=True, metavar
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoArgs:
-    """The photos that a command works on, which stand without an option."""
+    """The photos that a command works on, given without an option."""
 
     images: Images = ()
-    """Images, folders, .txt lists with a path a line, URLs of these (s3://, gs://, hf://), or a data set:
-    hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
+    """Images, folders, .txt lists with one path per line, URLs of these (s3://, gs://, hf://), or a data
+    set: hfds/NAME_OR_PATH:SPLIT or wds/PATH:SPLIT."""
 
     def check(self) -> None:
-        """Refuse paths and values that are wrong at first sight, before torch is imported."""
+        """Refuse paths and values that are obviously wrong, before torch is imported."""
         check_fields(self)
         check_images(self.images)
 
     @property
     def photos(self) -> str | list[Path]:
-        """What the library calls images or data: one name, or the files of several."""
+        """The library's argument for images or data: one name, or a list of files."""
         return self.images[0] if len(self.images) == 1 else files_of(self.images)
 
 
@@ -42,12 +42,12 @@ class MethodArgs(PhotoArgs):
 
     heads: tuple[str, ...] = ()
     """Trained heads: folders (of a head, or of the run that trained it), names of shipped heads, hub
-    repositories; by default a shipped one that fits."""
+    repositories; by default a shipped head that fits."""
     options: tuple[str, ...] = ()
-    """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value is for
-    all heads, and the name of a head's row for that one alone."""
+    """Options of explainers as explainer.name=value, for example rise.masks=1000; head.name=value applies
+    to all heads, and the name of a head's row to that head only."""
     limit: Count | None = None
-    """Use only so many photos, spread over their folders by --seed: the same in every command."""
+    """Use only this many photos, spread over their folders by --seed: the same in every command."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
@@ -55,7 +55,7 @@ class MethodArgs(PhotoArgs):
 
     @property
     def chosen(self) -> Any:
-        """The photos that ``limit`` leaves; none is read yet."""
+        """The photos selected by ``limit``; none is read yet."""
         from xattn.photos.sources import limited
 
         return limited(self.photos, self.limit, self.seed)[0]
@@ -66,24 +66,24 @@ class MethodArgs(PhotoArgs):
 
 
 def files_of(images: Sequence[str]) -> list[Path]:
-    """The image files of several photos, folders and lists, each file once."""
+    """The image files in several photos, folders and lists, each file once."""
     from xattn.photos.images import list_images
 
     return list(dict.fromkeys(path for name in images for path in list_images(name)))
 
 
 def known(argument: str, names: Sequence[str], registry: Any, *more: str) -> tuple[str, ...]:
-    """``names`` as a registry writes them; those that it lacks are refused before a network is loaded.
+    """``names`` in their registered form; unknown ones are refused before a network is loaded.
     ``more`` are allowed, too."""
     with saying(argument):
         return tuple(name if name in more else registry.name(name) for name in names)
 
 
 def open_packs(folders: Sequence[Path]) -> list[Pack]:
-    """The packs in folders or at URLs, also in those of ``xattn compare``.
+    """The packs in folders or at URLs, including those inside results of ``xattn compare``.
 
     Raises:
-        ValueError: one of them is no pack, or damaged.
+        ValueError: one of them is not a pack, or is damaged.
     """
     from xattn.packs.contained_files import PackError
     from xattn.packs.reader import Pack
@@ -101,7 +101,7 @@ def open_packs(folders: Sequence[Path]) -> list[Pack]:
 
 
 def _pack_of(place: Any) -> Any:
-    """The pack that a folder is, or holds as xattn compare writes it."""
+    """The pack that a folder is, or that it contains if xattn compare wrote it."""
     from xattn.packs.contained_files import folder_of
     from xattn.packs.format import MANIFEST
 

@@ -3,12 +3,12 @@
     p in linspace(.1, .9, 17),   r in linspace(sqrt(p), 1 / sqrt(p), 10)
     width = sqrt(p) r W,   height = sqrt(p) / r H
 
-at 10 x 10 positions, evenly spread so that the rectangle stays inside the image. Of the rectangles
-without evidence the one of the largest p is taken, at random among equals. Published for the text of
+at 10 x 10 positions, evenly spaced so that the rectangle stays inside the image. Among the rectangles
+without evidence, one with the largest p is taken, at random among equals. Published for the text of
 image macros; evidence may be any pixels. The crop is a hard negative: it shares everything with its
 image except the evidence.
 
-:func:`cut_parts` cuts the evidence away from a whole data set: crops, and a JSON file about them.
+:func:`cut_parts` does this for a whole data set: crops, and a JSON file about them.
 ``crops/000012-cat.png`` belongs to photo 12. Crops are stored without loss: further compression would
 distinguish them from their photos. A run with the same arguments continues where the last one stopped.
 """
@@ -41,7 +41,7 @@ from xattn.runtime.stores import StoreError
 FRACTIONS = tuple(np.linspace(0.1, 0.9, 17).tolist())
 ASPECTS = 10
 CENTRES = 10
-_ROUNDING = 1e-6  # pixels; keeps edges that lie on a pixel's border there
+_ROUNDING = 1e-6  # pixels; keeps edges on a pixel's border there
 RECORD = "parts.json"
 SAVE_EVERY = 100  # photos; a killed run loses at most this many records and repeats their crops
 OUTCOMES = {
@@ -88,14 +88,14 @@ def largest_crop(
 ) -> Crop | None:
     """The largest rectangle of the search without a pixel of ``evidence`` (H, W).
 
-    Rectangles are shrunk to whole pixels. Ties are broken at random by (seed, index) alone; ``index`` is
-    the image's number.
+    Rectangles are shrunk to whole pixels. Ties are broken at random, depending only on (seed, index);
+    ``index`` is the image's number.
 
     Args:
         search: ``fractions``, ``aspects`` and ``centres`` of :func:`rectangles`.
 
     Returns:
-        None if every rectangle holds evidence.
+        None if every rectangle contains evidence.
 
     Raises:
         ValueError: ``evidence`` is not a bool map with pixels, or ``seed`` or ``index`` is negative.
@@ -161,11 +161,11 @@ def cut_parts(
         seed: ties between crops are broken at random by (seed, number of the photo).
 
     Returns:
-        The outcome of each photo. One that is all evidence, has none, cannot be read, or has missing or
-        bad boxes is counted, and the run continues.
+        The outcome of each photo. A photo that is all evidence, has none, cannot be read, or has missing or
+        invalid boxes is counted, and the run continues.
 
     Raises:
-        ValueError: ``output`` holds crops of a run with other arguments, every photo was skipped, or
+        ValueError: ``output`` contains crops of a run with other arguments, every photo was skipped, or
             two photos have the same box entry or mask.
         OSError: a missing file of evidence, or an ``output`` that cannot be written.
     """
@@ -203,7 +203,7 @@ def cut_parts(
 
 
 def _settings(photos: Photos, source: Source, seed: int, max_pixels: int | None) -> dict[str, Any]:
-    """What has to be the same for a run to continue an earlier one."""
+    """What must be the same for a run to continue an earlier one."""
     return {
         "data": photos.describe(),
         "evidence": getattr(source, "description", getattr(source, "__name__", "a function")),
@@ -250,7 +250,7 @@ def _cut(
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Records of an earlier run with the same settings, by number of the photo."""
+    """Records of an earlier run with the same settings, by photo number."""
     path = output / RECORD
     if not path.is_file():
         return {}
@@ -262,7 +262,7 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
         raise ValueError(f"output: {path} is damaged ({error}); choose another folder") from None
     # A killed run may have cut more than its record says.
     if not same and not any((output / "crops").glob("*.png")):
-        return {}  # nothing was cut yet: after boxes are corrected the same folder can be used
+        return {}  # nothing was cut yet: once boxes are corrected, the same folder can be used
     if not same:
         raise ValueError(
             f"output: {output} holds crops of other photos, evidence or options; choose another folder"
@@ -276,7 +276,7 @@ def _finished(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any
 
 
 def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """A record that :func:`_cut` may have made."""
+    """A record, checked to be one that :func:`_cut` may have made."""
     crop = re.fullmatch(r"crops/[^/\0]{1,255}\.png", record.get("file", "crops/0.png"))
     texts = isinstance(record["photo"], str) and record["outcome"] in OUTCOMES
     if crop is None or type(record["index"]) is not int or not texts:

@@ -1,13 +1,13 @@
 """Sources of evidence in images: a file of boxes and polygons, masks, or text detectors.
 
 A source is called with the photo's name and the photo, and returns boxes [x0, y0, x1, y1] and polygons
-[[x, y], ...] in pixels of the upright photo, or a mask (H, W). :func:`open_evidence` makes one of
+[[x, y], ...] in pixels of the upright photo, or a mask (H, W). :func:`open_evidence` creates one from
 
 * a JSON file ``{"7.jpg": [box or polygon, ...]}``; an entry may also be ``{"box": ...}`` with further
   keys, as in the files of :class:`xattn.eval.annotations.Boxes`;
-* a folder of masks, ``7.png`` for ``7.jpg``, whose non-zero pixels (or given numbers) are evidence;
-* ``"mser"``, text lines by maximally stable extremal regions (Matas et al. 2002), no weights needed;
-* ``"onnx:PATH"``, a text detector of the kind of DB (arXiv 1911.08947), run by OpenCV.
+* a folder of masks, ``7.png`` for ``7.jpg``, whose nonzero pixels (or given numbers) are evidence;
+* ``"mser"``, text lines from maximally stable extremal regions (Matas et al. 2002), without weights;
+* ``"onnx:PATH"``, a text detector of the DB type (arXiv 1911.08947), run by OpenCV.
 
 Each entry of boxes and each mask belongs to one photo: these two sources have a method
 ``check(names)`` that refuses two photos with the same entry.
@@ -33,8 +33,8 @@ Region: TypeAlias = Sequence[Any]  # [x0, y0, x1, y1] or [[x, y], ...]
 Found: TypeAlias = "Sequence[Region] | NDArray[np.bool_]"
 Source: TypeAlias = Callable[[str, Image.Image], Found]
 
-MSER_SIDE = 256  # pixels of the shorter side at which MSER looks for letters
-_DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of B, G, R, as in DB's own models
+MSER_SIDE = 256  # shorter side, in pixels, at which MSER looks for letters
+_DB_MEAN = (122.67891434, 116.66876762, 104.00698793)  # for B, G, R, as in DB's own models
 
 
 def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -43,7 +43,7 @@ def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
     Regions are clipped at the image's border. A polygon includes the pixels next to it.
 
     Raises:
-        ValueError: a region lies outside the image or has no area, or a mask is of another size.
+        ValueError: a region is outside the image or has no area, or a mask has another size.
     """
     width, height = size
     if isinstance(found, np.ndarray) and found.dtype == np.bool_:
@@ -98,7 +98,7 @@ def _brief(region: Any) -> str:
 def _filled(points: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     import cv2
 
-    bits = 8  # fractions of a pixel; in OpenCV whole numbers are the centres of pixels
+    bits = 8  # fractions of a pixel; OpenCV's whole numbers are the centres of pixels
     limit = 2 ** (30 - bits)
     fixed = np.rint((np.clip(points, -limit, limit) - 0.5) * 2**bits).astype(np.int32)
     filled: Any = np.zeros(shape, np.uint8)
@@ -159,7 +159,7 @@ class BoxFile:
         return [_region(entry) for entry in self.table[key]]
 
     def _key(self, name: str) -> str | None:
-        """The longest end of ``name`` in the table: file names may repeat among folders."""
+        """The longest end of ``name`` in the table: file names may repeat across folders."""
         parts = PurePath(name).parts
         ends = (PurePath(*parts[start:]).as_posix() for start in range(len(parts)))
         return next((end for end in ends if end in self.table), None)
@@ -241,9 +241,9 @@ class Masks:
 
 
 class MserText:
-    """Lines of text by MSER: stable regions of a letter's size, three or more in a row.
+    """Lines of text by MSER: stable regions of the size of a letter, three or more in a row.
 
-    A fallback that does not recognise letters: it finds bold lettering, but also some rows of other
+    This fallback does not recognise letters: it finds bold lettering, but also some rows of other
     small objects, and misses faint, slanted or very small text.
     """
 
@@ -263,7 +263,7 @@ class MserText:
             size_of_letter = float(np.median(height[row]))
             centres = np.sort((x + width / 2)[row])
             letters = 1 + int((np.diff(centres) > 0.3 * size_of_letter).sum())
-            if letters < 3:  # regions nest: several may be one letter
+            if letters < 3:  # regions are nested: several may be one letter
                 continue
             rim = 0.15 * size_of_letter  # for an outline, and for what the blur removed
             box = (
@@ -277,11 +277,11 @@ class MserText:
 
 
 def _letters(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(4, n): left, top, width, height of stable regions of ``grey`` (H, W) of a letter's shape."""
+    """(4, n): left, top, width, height of stable regions in ``grey`` (H, W) with a letter's shape."""
     import cv2
 
     height, width = grey.shape
-    # A blur gives flat strokes a slope: OpenCV finds no stable region on a plateau.
+    # A blur gives flat strokes a slope, because OpenCV finds no stable region on a plateau.
     mser = cv2.MSER.create(
         delta=30,
         min_area=12,
@@ -311,7 +311,7 @@ def _components(linked: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 class DetectorText:
-    """Text by your own ONNX network: DB's probability map with OpenCV's post-processing.
+    """Text by your own ONNX network: a probability map as in DB, with OpenCV's post-processing.
 
     Args:
         path: the ONNX file; it maps (BGR - mean) / 255 of shape (1, 3, side, side) to probabilities
@@ -331,7 +331,7 @@ class DetectorText:
         self.path, self.side = Path(path), side
         try:
             self.model = cv2.dnn.TextDetectionModel_DB(str(path))
-        except (cv2.error, SystemError) as error:  # its constructor wraps the one in the other
+        except (cv2.error, SystemError) as error:  # its constructor wraps one in the other
             raise ValueError(
                 f"evidence: OpenCV cannot read {path} ({_reason(error)}); give an ONNX file"
             ) from None

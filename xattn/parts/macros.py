@@ -1,4 +1,4 @@
-"""Draw text on photos, with known boxes: image macros, and text that makes no macro.
+"""Draw text on photos, with known boxes: image macros, and text that does not make a macro.
 
 A macro has white capitals with a black outline at the top, the bottom or both. Other text is a
 caption bar, a watermark, a date stamp or a sign. What is drawn is a pure function of (seed, index)
@@ -22,7 +22,7 @@ from xattn.pictures.lettering import wrap
 from xattn.runtime.files import atomic_folder, write_json
 
 BOXES = "boxes.json"
-SMALLEST = 48  # pixels per side; on smaller photos no letter would be legible
+SMALLEST = 48  # pixels per side; on smaller photos letters would not be legible
 Box = tuple[int, int, int, int]
 
 _WHO = """my cat|the boss|nobody|your code|the printer|every monday|my brain|this guy|the intern|
@@ -35,7 +35,7 @@ _NAMES = "photo desk|jan novak|stock image|holiday 2019|city archive|sample|pres
 
 
 class Lettered(NamedTuple):
-    """An image, and for each line of text the tight box (x0, y0, x1, y1) of the pixels that it may
+    """An image, and for each line of text the tight box (x0, y0, x1, y1) of the pixels that may
     have changed, in whole pixels, ends excluded."""
 
     image: Image.Image
@@ -212,17 +212,18 @@ def write_lettered(
 
     Args:
         data: see :mod:`xattn.photos.sources`.
-        output: a folder that is empty, new, or an earlier one of this function.
+        output: a folder that is empty or new, or an earlier output of this function.
         draw: :func:`draw_macro` or :func:`draw_text`.
-        worn: make photos look shared many times: by (seed, number), first shrink the shorter side to
-            at most 160 to 224 pixels, and save with JPEG quality 15 to 40 instead of 95.
+        worn: make photos look as if they had been shared many times: depending on (seed, number), first
+            shrink the shorter side to at most 160 to 224 pixels, and save with JPEG quality 15 to 40
+            instead of 95.
 
     Returns:
         The files, in the order of the photos. ``boxes.json`` is read by ``xattn parts --evidence`` and
         by :class:`xattn.eval.annotations.Boxes`.
 
     Raises:
-        ValueError: a photo cannot be read or is too small, or ``output`` holds other files.
+        ValueError: a photo cannot be read or is too small, or ``output`` contains other files.
     """
     photos = open_photos(data)
     names = [f"{i:06d}-{PurePath(photos.name(i)).stem}.jpg" for i in range(len(photos))]

@@ -1,7 +1,7 @@
 """Contact sheets: each photo beside its explanations, as one HTML page, one image or one SVG.
 
 Each picture is labelled with its class and method; legends say what the colours mean, and notes where
-the maps come from. The HTML page and the SVG need no other file.
+the maps come from. The HTML page and the SVG need no other files.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def sheet_rows(
 
 
 def labelled(explanation: Explained, drawn: Image.Image, detail: str) -> Cell:
-    """A drawn map with its class and probability; a value that is no probability stands in the detail."""
+    """A drawn map with class and probability; a value that is not a probability is part of the detail."""
     e, label, name = explanation, explanation.target_name.split(",")[0], explanation.file_name
     alt = f"{e.method} map of {label} ({amount(e)}) on {name or e.image_id}"
     if e.is_value:
@@ -99,14 +99,14 @@ def contact_sheet_html(
     legends: Sequence[Legend] | None = None,
     style: str = "overlay",
 ) -> str:
-    """One HTML page with everything inside it: images, colours, light and dark.
+    """One self-contained HTML page: images, colours, light and dark theme.
 
     Args:
         rows: explanations (grouped by photo), or rows made by hand.
         table: optional figures below the pictures; the first row is the header.
         notes: paragraphs at the end.
         legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
-        style: of maps given as explanations: "overlay", "outline" or "spotlight".
+        style: style of maps given as explanations: "overlay", "outline" or "spotlight".
     """
     lines = _as_rows(rows, cmap, style)
     sections = "\n".join(_html_row(row) for row in lines)
@@ -273,7 +273,7 @@ def _lay_out(
     legends: Sequence[Legend],
     notes: Sequence[str],
 ) -> _Sheet:
-    """The positions of all items: a line per photo, every picture in a square of ``side`` pixels."""
+    """The positions of all items: one line per photo, every picture in a square of ``side`` pixels."""
     gap, text = round(side * 0.075), max(round(side * 0.07), 11)
     small = round(text * 0.9)
     caption = round(text * 3.1)
@@ -359,14 +359,14 @@ def contact_sheet_image(
     notes: Sequence[str] = (),
     style: str = "overlay",
 ) -> Image.Image:
-    """The contact sheet as one RGB image: a line per photo, every picture in a square of ``side``.
+    """The contact sheet as one RGB image: one line per photo, every picture in a square of ``side``.
 
     Args:
-        side: pixels of a picture's longer side.
-        dark: light text on a dark ground.
+        side: longer side of a picture in pixels.
+        dark: light text on a dark background.
         legends: what the colours mean, if it is not the min-maxed map in ``cmap``.
         notes: paragraphs below.
-        style: of maps given as explanations: "overlay", "outline" or "spotlight".
+        style: style of maps given as explanations: "overlay", "outline" or "spotlight".
     """
     colours = DARK if dark else PAPER
     laid = _lay_out(_as_rows(rows, cmap, style), title, side, _legends(legends, cmap, style), notes)

@@ -1,4 +1,4 @@
-"""What the viewer, reports and contact sheets look like: colours for light and dark, corners and distances.
+"""The design of the viewer, reports and contact sheets: light and dark colours, corners and distances.
 
 Pages use the CSS variables of :data:`VARIABLES`, such as ``var(--quiet)``; each colour follows the
 browser's choice of light or dark where ``color-scheme: light dark`` is set.
@@ -13,22 +13,22 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-ser
 
 @dataclass(frozen=True)
 class Colours:
-    """The colours of one theme, ``#rrggbb`` each."""
+    """The colours of one theme, each ``#rrggbb``."""
 
     ground: str
     """Behind everything."""
     panel: str
-    """Of boxes, fields and the bars above and below a page."""
+    """Background of boxes, fields and the bars above and below a page."""
     text: str
     quiet: str
-    """Of captions, units and what is said in passing."""
+    """Text of captions, units and asides."""
     accent: str
-    """What can be pressed, is chosen, or matters most."""
+    """For what can be pressed, is selected, or matters most."""
     on_accent: str
     """Text on ``accent``."""
     link: str
     line: str
-    """Of borders that only separate."""
+    """For borders that only separate."""
     good: str
     wrong: str
 
@@ -58,7 +58,7 @@ DARK = Colours(
     wrong="#ffa39b",
 )
 
-# Of lines and dots that have to be told apart, on each ground.
+# Lines and dots that must be distinguishable, for each background.
 SERIES_LIGHT = (
     *("#b4441f", "#2f6f9f", "#6a8f2f", "#8a5aa8"),
     *("#b07a10", "#2f8579", "#a0527c", "#6f6a62"),
@@ -74,7 +74,7 @@ LENGTHS = {
     "gap-small": "0.25rem",
     "gap": "0.5rem",
     "gap-large": "1rem",
-    "touch": "44px",  # the least height and width of what a thumb presses
+    "touch": "44px",  # smallest height and width of what a thumb presses
 }
 
 _colours = ";".join(

@@ -1,4 +1,4 @@
-"""What pictures read of an explanation."""
+"""What pictures need from an explanation."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Explained(Protocol):
 
 
 def amount(explanation: Explained) -> str:
-    """:func:`probability_text` of an explanation."""
+    """:func:`probability_text` for an explanation."""
     return probability_text(float(explanation.probability), explanation.is_value)
 
 
 def probability_text(probability: float, is_value: bool) -> str:
-    """A probability in percent; of a target that is a number of any size (``is_value``) that number.
+    """A probability in percent; for a target that is a number of any size (``is_value``), the number.
 
     >>> probability_text(0.312, False), probability_text(-3.125, True)
     ('31.2%', '-3.125')

@@ -28,7 +28,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines of words, at most ``width`` pixels wide; a longer word gets a line of its own."""
+    """Lines of words, at most ``width`` pixels wide; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

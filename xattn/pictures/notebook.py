@@ -1,7 +1,7 @@
-"""How explanations show in a notebook: compact grids as HTML and PNG, and one map as a matplotlib figure.
+"""Display of explanations in a notebook: compact grids as HTML and PNG, and a map as a matplotlib figure.
 
-Of several maps of a photo, each photo is a row with the photo first; of one map a photo, overlays fill
-the rows.
+With several maps per photo, each photo is a row that starts with the photo; with one map per photo,
+overlays fill the rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from xattn.pictures.scales import overlay_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE = 200  # pixels of a picture's longer side
+SIDE = 200  # longer side of a picture in pixels
 COLUMNS = 4  # overlays in a row
-SHOWN = 24  # maps
+SHOWN = 24  # largest number of maps
 
 
 def png(explanations: Sequence[Explained]) -> bytes:
@@ -51,7 +51,7 @@ def figure(
 ) -> Figure:
     """The photo, the map over it and a colour bar, under the class and its probability.
 
-    It belongs to nobody: pyplot does not know it, so that nothing has to be closed, and threads may draw
+    The figure is not registered with pyplot, so that it need not be closed, and threads may draw
     at the same time.
 
     Args:
@@ -60,7 +60,7 @@ def figure(
         style: "overlay", or "outline" or "spotlight", which have no colour bar.
 
     Raises:
-        ValueError: the photo's pixels are not at hand.
+        ValueError: the photo's pixels are not available.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -106,7 +106,7 @@ def _has_photo(explanation: Explained) -> bool:
 
 
 def _cell(explanation: Explained) -> Cell:
-    """The map over its photo, or alone where the photo is not at hand."""
+    """The map over its photo, or alone if the photo is not available."""
     name = explanation.file_name or explanation.image_id
     try:
         picture = overlay_of(explanation, explanation.photo(SIDE))

@@ -1,1 +1,1 @@
-"""One command of ``xattn`` a file: its options, what it checks without torch, and its run."""
+"""The commands of ``xattn``, one per file: options, checks without torch, and the run."""

@@ -14,17 +14,17 @@ from xattn.runtime.option_checks import Count
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(PhotoArgs):
-    """Measure top-1 and top-5 accuracy; with --mechanism, beside the network as it was trained."""
+    """Measure top-1 and top-5 accuracy; with --mechanism, also that of the original network."""
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     labels: str = "folders"
-    """"folders", whose names are those of classes, or a .json or .csv file of the photos' classes."""
+    """"folders", whose names are class names, or a .json or .csv file with the photos' classes."""
     limit: Count | None = None
-    """Use only so many photos, spread over their folders: those of other commands with --seed 0."""
+    """Use only this many photos, spread over their folders, as in other commands with --seed 0."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     batch_size: Count = 32
-    """Photos a pass."""
+    """Photos per pass."""
 
     def check(self) -> None:
         super().check()

@@ -19,36 +19,36 @@ class App:
     """Open the viewer: maps, attention, comparisons and training of a folder, in the browser."""
 
     root: Annotated[Path, Argument(positional=True)] = Path("runs")
-    """A pack, or the folder of packs, comparisons, heads and jobs; made when something is kept there. Of a
-    URL (s3://, gs://, hf://) packs and comparisons are shown, nothing is written there."""
+    """A pack, or the folder of packs, comparisons, heads and jobs; it is created when something is saved.
+    At a URL (s3://, gs://, hf://), packs and comparisons are shown and nothing is written."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     host: str = "127.0.0.1"
-    """Address to listen on; other machines need one of this machine's, or 0.0.0.0. The address that is
-    printed then has a token, without which nothing is answered; XATTN_APP_TOKEN sets it."""
+    """Address to listen on; for access from other machines, one of this machine's addresses or 0.0.0.0. The
+    printed address then contains a token that every request needs; XATTN_APP_TOKEN sets it."""
     port: int = 8501
     """Port; 0 takes any free one."""
     no_token: bool = False
-    """Let everybody who reaches --host in without a token."""
+    """Admit everybody who can reach --host without a token."""
     allow_host: tuple[str, ...] = ()
-    """Names under which browsers reach a proxy before this server, for example viewer.example.org."""
+    """Names under which browsers reach a proxy in front of this server, for example viewer.example.org."""
     allow_frame: tuple[str, ...] = ()
-    """Origins whose pages may show the viewer in a frame, for example https://wiki.example.org; without a
-    token, as browsers keep its cookie out of frames."""
+    """Origins whose pages may show the viewer in a frame, for example https://wiki.example.org; only
+    without a token, because browsers block its cookie in frames."""
     data: Path | None = None
-    """Folder whose photos and folders the train page may use; the root by default."""
+    """Folder whose photos and subfolders the train page may use; the root by default."""
     annotations: Path | None = None
-    """Masks or boxes of the photos, to be drawn over their maps; as xattn evaluate takes them."""
+    """Masks or boxes of the photos, drawn over their maps; in the formats of xattn evaluate."""
     upload_mb: int = 50
     """Largest upload in megabytes."""
     vlm: str | None = None
-    """A vision-language model, as xattn caption takes it, for the page Answer: it is asked again where a
-    part of a photo is hidden."""
+    """A vision-language model, as for xattn caption, for the page Answer: it runs again when a part of a
+    photo is hidden."""
     detector: str | None = None
-    """A detector, as xattn explain takes it, for the page What if of a pack of detections: it is asked for
-    an object that it misses. --weights, --input-size, --class-names and --device are then the
-    detector's."""
+    """A detector, as for xattn explain, for the page What if of a pack of detections: it runs again for
+    objects that it misses. --weights, --input-size, --class-names and --device then apply to the
+    detector."""
     demo: bool = False
-    """Make the demo pack in the root first, unless it is there."""
+    """First create the demo pack in the root, unless it exists."""
 
     def run(self) -> None:
         from xattn.app.serving.server import Address, check_installed, serve, token_of
@@ -77,7 +77,7 @@ class App:
         from xattn.app.state import Settings
 
         opened = self.no_token or self.allow_host or self.allow_frame
-        alone = address.loopback and not opened  # nobody but who uses this machine gets here
+        alone = address.loopback and not opened  # only users of this machine get here
         settings = Settings(
             root=root,
             model=self.model,
@@ -105,7 +105,7 @@ def _check_frames(origins: tuple[str, ...], token: str | None) -> None:
 
 
 def _check_root(root: Any, demo: bool) -> None:
-    """Refuse a folder of a store that is not there, or does not answer, before the server starts."""
+    """Refuse a store folder that does not exist or does not answer, before the server starts."""
     if demo:
         raise ValueError(f"demo: {root} is only read; give a local folder to make the demo pack in")
     if not root.is_dir():

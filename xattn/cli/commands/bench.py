@@ -1,4 +1,4 @@
-"""``xattn bench``: measure costs as ratios, each job in a module of its own."""
+"""``xattn bench``: measure costs as ratios; each job is a separate module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKBONES = ("tf_efficientnet_lite0", "vit_base_patch16_224", "resnet50")
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure what explaining and training cost compared with the backbone alone, as ratios in one run."""
+    """Measure what explaining and training cost relative to the backbone alone, as ratios in one run."""
 
     belongs: ClassVar = (
         Belongs("images", job=["folder", "all"]),
@@ -36,46 +36,46 @@ class Bench:
         Literal["explain", "train", "folder", "attention", "kernels", "gpu", "all"],
         Argument(positional=True),
     ] = "all"
-    """What to measure. explain: explaining against a forward pass; train: a training step against its
-    floor; folder: images per second; all: these three. attention: mechanisms against dense attention;
-    kernels: Triton kernels. gpu: the first hour on a GPU, with a report."""
+    """What to measure. explain: explaining relative to a forward pass; train: a training step relative to
+    its lower bound; folder: images per second; all: these three. attention: mechanisms relative to dense
+    attention; kernels: Triton kernels. gpu: the first hour on a GPU, with a report."""
     images: Images = ()
-    """A folder of photos for the job "folder"; by default JPEG photos of 500 x 375 are made."""
+    """A folder of photos for the job "folder"; by default JPEG photos of 500 x 375 are created."""
     backbones: tuple[str, ...] = ()
     """timm models, with random weights; by default tf_efficientnet_lite0, vit_base_patch16_224 and
     resnet50."""
     batches: tuple[int, ...] = (1, 8)
     """Batch sizes; training steps use those above 1."""
     rounds: int | None = None
-    """Rounds whose median counts; by default 5 to 15, by the job."""
+    """Number of rounds, whose median counts; by default 5 to 15, depending on the job."""
     aot: bool = False
-    """For the job "kernels": compile for sm_80, 86, 90 and 120 (no GPU is needed) and check register
-    spills and shared memory. It takes hours; choose some by --filter."""
+    """For the job "kernels": compile for sm_80, 86, 90 and 120 (without a GPU) and check register
+    spills and shared memory. This takes hours; select some with --filter."""
     filter: str | None = None
     """For the job "kernels": only those whose label contains each of these words, for example "softmax
     bf16 sm_90"."""
     limit: Count | None = None
-    """For the job "kernels": only so many of them, drawn at random."""
+    """For the job "kernels": only this many of them, drawn at random."""
     tokens: tuple[int, ...] = ()
     """For the job "attention": squares, by default 256 1024 4096 16384; more on a GPU."""
     only: tuple[str, ...] = ()
-    """For the job "attention": these mechanisms alone, beside dense attention and lists of blocks; by
+    """For the job "attention": only these mechanisms, besides dense attention and lists of blocks; by
     default all."""
     plot: Path | None = None
-    """For the job "attention": a .png or .svg of times over tokens."""
+    """For the job "attention": a .png or .svg of time over number of tokens."""
     out: Path | None = None
-    """For the job "gpu": a folder for report.md, results.json and times.png; a run there goes on."""
+    """For the job "gpu": a folder for report.md, results.json and times.png; a run there is continued."""
     device: str | None = None
-    """cuda, cuda:1 or cpu; by default the GPU, where there is one."""
+    """cuda, cuda:1 or cpu; by default the GPU, if there is one."""
     small: bool = False
     """For the job "gpu": small sizes, in minutes on a CPU."""
     retry: bool = False
-    """For the job "gpu": measure rows anew that failed."""
+    """For the job "gpu": measure failed rows again."""
     budget: float = 60.0
-    """For the job "gpu": seconds that the calls of one time may take; one that would take longer is left
-    out, and its row says so."""
+    """For the job "gpu": time limit in seconds for the calls of one measurement; one that would take longer
+    is skipped, and its row says so."""
     raw: Path | None = None
-    """A .csv for what every round measured; of the job "kernels" for its table."""
+    """A .csv for the measurements of every round; for the job "kernels", for its table."""
 
     @property
     def folder(self) -> Path | None:
@@ -128,7 +128,7 @@ def _attention(options: Bench) -> dict[str, Any]:
 
 
 GPU = ("out", "small", "retry", "budget")
-# A job's module, whose ``bench`` yields the lines to print, and what it is given. The module is
+# For each job a module, whose ``bench`` yields the lines to print, and its arguments. The module is
 # imported when its job runs.
 JOBS: dict[str, tuple[str, Callable[[Bench], dict[str, Any]]]] = {
     **dict.fromkeys(("explain", "train", "folder", "all"), ("xattn.eval.bench.speed", _speed)),

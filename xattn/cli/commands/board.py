@@ -1,4 +1,4 @@
-"""``xattn board``: a leaderboard as a folder that others check, audit and add a row to."""
+"""``xattn board``: a leaderboard as a folder that others can check, audit and add rows to."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MEASURES = ["make", "join"]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What is done, and where."""
+    """The action, and its folder."""
 
     action: Annotated[Literal["make", "join", "check", "audit", "show"], Argument(positional=True)]
-    """make: measure methods on photos, or another network on those of a board. join: add a row. check:
+    """make: measure methods on photos, or another network on the photos of a board. join: add a row. check:
     refuse changed maps, values and hashes. audit: score its maps on other masks. show: print it."""
     folder: Annotated[Path, Argument(positional=True)]
     """The folder of the board."""
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Board(MethodArgs, Place):
-    """A leaderboard as a folder: make it, join a row, check it, audit it, show it."""
+    """A leaderboard as a folder: make it, add a row, check it, audit it, show it."""
 
     after_interrupt: ClassVar[str] = "; the same command goes on"
     belongs: ClassVar = (
@@ -46,25 +46,25 @@ class Board(MethodArgs, Place):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ()
-    """Methods of xattn list, also those that --import brings in; for make by default gradcam, layercam and
+    """Methods from xattn list, including those added by --import; for make by default gradcam, layercam and
     integrated_gradients; "all" for every one that suits the network."""
     row: str | None = None
-    """The name of the row that joins, by default that of its method."""
+    """The name of the new row, by default that of its method."""
     maps_of: Path | None = None
-    """A .npz of maps that were made elsewhere: an array (h, w) a photo, by the photos' names; NAME@class
-    may be that of the second class."""
+    """A .npz of maps made elsewhere: one array (h, w) per photo, by photo name; NAME@class may hold the map
+    of the second class."""
     author: str = ""
-    """Who adds the rows."""
+    """Author of the new rows."""
     name: str = ""
-    """Of the board, by default that of its folder."""
+    """Title of the board, by default the name of its folder."""
     batch_size: Count = 32
     """Images per pass."""
     maps: int = 60
-    """Keep the maps of so many photos as they are, others at 56 x 56 cells at most."""
+    """Store the maps of this many photos unchanged, others at 56 x 56 cells at most."""
     card_photos: Whole = 60
-    """Photos of the report card: whether each column orders maps that are degraded on purpose."""
+    """Photos for the report card: whether each column ranks deliberately degraded maps correctly."""
     cells: Count = 20
-    """Values that are recomputed."""
+    """Number of values to recompute."""
 
     def check(self) -> None:
         check_fields(self)
@@ -162,7 +162,7 @@ class Board(MethodArgs, Place):
         return backbone
 
     def _job(self, explainers: Any) -> Any:
-        """What is measured, as ``xattn compare`` has it."""
+        """What to measure, in the form used by ``xattn compare``."""
         from xattn.eval.leaderboard import Comparison
         from xattn.explainers import list_explainers
         from xattn.explainers.base import EXPLAINERS
@@ -191,7 +191,7 @@ class Board(MethodArgs, Place):
 
 
 def _sources() -> dict[str, str]:
-    """sha256 of what ``--import`` brought in, by name."""
+    """sha256 of the sources imported by ``--import``, by name."""
     from xattn.runtime.files import file_sha256
 
     files = [Path(source) for source in imported()]
@@ -199,7 +199,7 @@ def _sources() -> dict[str, str]:
 
 
 def _print(board: Any) -> None:
-    """The board's rows, and where its page is."""
+    """Print the board's rows, and where its page is."""
     from xattn.eval.board.page import table_lines
     from xattn.eval.board.ranks import board_ranks
     from xattn.runtime.tables import markdown

@@ -1,4 +1,4 @@
-"""``xattn caption``: explain every word that a vision-language model says of photos or clips."""
+"""``xattn caption``: explain every word that a vision-language model says about photos or clips."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ from xattn.photos.image_names import is_video
 from xattn.runtime.option_checks import Count, Whole
 from xattn.runtime.stores import is_remote
 
-SHOWN = 5  # answers that are printed
+SHOWN = 5  # number of answers that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caption(PhotoArgs):
-    """Let a vision-language model describe photos, and explain each word: a map, and what it loses without
-    the image."""
+    """Let a vision-language model describe photos, and explain each word: a map, and what the word loses
+    without the image."""
 
     vlm: str
-    """A model of transformers: a folder that save_pretrained wrote, or transformers:OWNER/NAME of the
+    """A transformers model: a folder written by save_pretrained, or transformers:OWNER/NAME from the
     hub."""
     prompt: str = "Describe the image."
-    """What is asked of each photo; <image> says where it stands, else before the text."""
+    """The prompt for each photo; <image> marks the photo's position, which is otherwise before the text."""
     answer: str | None = None
-    """A text to explain instead of a generated one, or a .csv file of photo,text or .json file of {photo:
-    text}; for an empty cell or null a text is generated."""
+    """A text to explain instead of a generated one, or a .csv file with photo,text or a .json file with
+    {photo: text}; for an empty cell or null a text is generated."""
     explainers: tuple[str, ...] = ("attention",)
-    """Methods of xattn list token-explainers."""
+    """Methods from xattn list token-explainers."""
     options: tuple[str, ...] = ()
     """Options of explainers as explainer.name=value, for example rise.masks=500."""
     words: tuple[str, ...] = ()
     """Words to explain, or "visual" for those that lose at least 0.1 nats without the image; by default
     all."""
     instead: tuple[str, ...] = ()
-    """Why this word and not another, as cat=dog."""
+    """Why this word and not another, as in cat=dog."""
     score: Literal["log_prob", "logit"] = "log_prob"
-    """What gradients and perturbations are of."""
+    """The quantity for gradients and perturbations."""
     max_new_tokens: Count = 64
-    """The longest answer."""
+    """Maximum length of the answer."""
     views: Literal["all", "base", "tiles"] = "all"
-    """Of a photo that the model sees whole and in tiles: maps of all tokens, of the whole, or of tiles."""
+    """For a model that sees a photo both whole and in tiles: maps of all tokens, of the whole, or of
+    tiles."""
     frames: Count = 16
-    """How many frames of a clip are shown, at even steps."""
+    """How many evenly spaced frames of a clip are shown."""
     together: bool = False
     """Show all photos in one conversation."""
     device: str = "auto"
     """Where the model runs, such as cuda:1; by default a GPU if there is one."""
     limit: Count | None = None
-    """Use only so many photos, spread over their folders by --seed, the same in every command; of clips
-    the first."""
+    """Use only this many photos, spread over their folders by --seed, the same in every command; for clips
+    the first ones."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     seed: int = 0
@@ -63,8 +64,8 @@ class Caption(PhotoArgs):
     """Folder or URL for the pack; by default runs/answers, or runs/answers-2 and so on if there are
     results."""
     overlays: Whole = 0
-    """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
-    a picture a word may take longer than the answer."""
+    """Draw pictures of the maps over the photos, for people without the viewer, for at most this many
+    photos; one picture per word may take longer than the answer."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: Count = 8

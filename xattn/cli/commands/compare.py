@@ -24,14 +24,14 @@ class Compare(MethodArgs):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam", "layercam", "integrated_gradients", "rise")
-    """Methods of xattn list, or "all" for every one that suits this backbone and takes no more than 1,000
-    gradients a photo."""
+    """Methods from xattn list, or "all" for every one that suits this backbone and takes at most 1,000
+    gradients per photo."""
     metrics: tuple[str, ...] = ("direct",)
-    """Groups of metrics of xattn list; "direct" (all that need no second explanation), "all", or "board"
-    (those that cheats do not win, with a report card)."""
+    """Groups of metrics from xattn list; "direct" (all that need no second explanation), "all", or "board"
+    (those that cheating does not improve, with a report card)."""
     card_photos: Whole | None = None
-    """Photos on which it is tried whether each column orders maps that are degraded on purpose; by default
-    60 with --metrics board, else 0, none."""
+    """Number of photos used to test whether each column ranks deliberately degraded maps correctly; by
+    default 60 with --metrics board, otherwise 0, none."""
     annotations: Path | None = None
     """A folder with images/ and masks/ or boxes/, which adds the metric group localization."""
     again_limit: int = 2
@@ -43,7 +43,8 @@ class Compare(MethodArgs):
     batch_size: Count = 32
     """Perturbed images per pass."""
     maps: int = 1000
-    """Keep the maps of so many photos for the viewer, up to 0.2 MB per photo and method; 0 keeps none."""
+    """Store the maps of this many photos for the viewer, up to 0.2 MB per photo and method; 0 stores
+    none."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     output: Path = Path("runs/comparison")

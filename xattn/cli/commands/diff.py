@@ -1,4 +1,4 @@
-"""``xattn diff``: what differs between two packs of the same photos."""
+"""``xattn diff``: differences between two packs of the same photos."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Diff:
     """Compare two packs of the same photos: two networks, two heads, or two states of one."""
 
     packs: Annotated[tuple[Path, Path], Argument(positional=True)]
-    """Folders, or their URLs, that xattn explain or compare wrote: before and after."""
+    """Folders, or their URLs, written by xattn explain or compare: before and after."""
     methods: tuple[str, str] | None = None
-    """Compare the maps by the first method in the first pack with those by the second in the second, which
-    may be the same pack; by default each method with itself."""
+    """Compare the maps of the first method in the first pack with those of the second in the second pack,
+    which may be the same pack; by default each method with itself."""
     output: Path | None = None
     """Folder for difference.md and difference.json; by default the report is only printed."""
 

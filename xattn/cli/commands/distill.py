@@ -1,4 +1,4 @@
-"""``xattn distill``: train another attention mechanism to attend as the network's own."""
+"""``xattn distill``: train another attention mechanism to attend like the network's own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from xattn.runtime.files import check_run_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(PhotoArgs):
-    """Train an attention mechanism in a ViT's layers to attend as its softmax; no labels are read."""
+    """Train an attention mechanism in a ViT's layers to attend like its softmax; no labels are read."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: DistillConfig
     validation: str | None = None
-    """Photos to measure on; by default one of ten of the data, which is not trained on."""
+    """Photos for measuring; by default one in ten of the data, which is then not trained on."""
     output: Path = Path("runs/distilled")
     """Folder for log, checkpoints, report.json and the trained conversion."""
     start: Path | None = None
-    """A conversion of the same mechanism and layers that was trained before, to go on from."""
+    """An earlier trained conversion of the same mechanism and layers, from which to continue."""
     compare_heads: int = 0
-    """Photos on which rows are compared head by head, beside elu + 1 and a Taylor series."""
+    """Photos on which rows are compared head by head, also with elu + 1 and a Taylor series."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
 

@@ -25,16 +25,16 @@ class Evaluate(MethodArgs):
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     explainers: tuple[str, ...] = ("gradcam",)
-    """Methods of xattn list to measure as well."""
+    """Additional methods from xattn list to measure."""
     metrics: tuple[str, ...] = ("masking",)
-    """Groups of metrics of xattn list that need no annotations."""
+    """Groups of metrics from xattn list that need no annotations."""
     preset: str | None = None
     """A published metric definition, see xattn list; it replaces metrics and levels."""
     levels: tuple[float, ...] = (1.0, 0.5, 0.15)
     """Shares of the pixels that are kept."""
     sanity: bool = True
-    """Add the rows random, centre, all-ones and randomised weights; of a ViT also those of attention
-    without content, and how like its maps are to theirs."""
+    """Add the rows random, centre, all-ones and randomised weights; for a ViT also rows for attention
+    without content, and how similar its maps are to theirs."""
     view: Literal["crop", "whole"] = "crop"
     """What the model sees."""
     annotations: Path | None = None
@@ -70,7 +70,7 @@ class Evaluate(MethodArgs):
             print(f"results: {place / 'results.json'}, {place / 'results.csv'}")
 
     def _measure(self, output: Path) -> bool:
-        """Write the results to a folder; whether this is the process that does."""
+        """Write the results to a folder; returns whether this is the process that writes."""
         from xattn.eval import Protocol, evaluate, format_table, sanity_rows, write_csv, write_json
         from xattn.eval.annotations.objects import load_annotations
         from xattn.eval.metric_presets import preset

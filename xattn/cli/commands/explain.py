@@ -21,18 +21,18 @@ from xattn.runtime.option_checks import Belongs, Count, Not, Whole
 from xattn.runtime.process import launched
 from xattn.runtime.stores import is_remote
 
-# What a 3-D network, whose folder says all of it, does not read.
+# Options that a 3-D network, whose folder defines everything, does not read.
 PLANE = (
     *("heads", "classes", "top", "view", "max_pixels", "seed", "batch_size"),
     *(field.name for field in fields(BackboneArgs) if field.name != "backbone"),
 )
-# What neither a detector nor a segmentation network reads, and what a detector does not read.
+# Options that neither a detector nor a segmentation network reads, and those that a detector does not.
 CLASSIFIER = (
     *("heads", "every", "smoothing", "backbone", "taps", "frames", "tile_positions", "crop_pct"),
     *("interpolation", "probe", "mechanism", "layers"),
 )
 CLASSES = ("labels", "classes", "top", "view", "features", "mean", "std", "task")
-SHOWN = 20  # explanations that are printed
+SHOWN = 20  # number of explanations that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,54 +53,55 @@ class Explain(MethodArgs):
 
     images: Images = ()
     """Images, folders, .txt lists, URLs of these, hfds/..., wds/...; or one clip (.mp4, .mov, .avi, .mkv,
-    ...) or volume (.nii, .nii.gz), whose axial slices are explained; networks of clips read these whole."""
+    ...) or volume (.nii, .nii.gz), whose axial slices are explained; networks for clips read these
+    whole."""
     model: BackboneArgs = field(default_factory=BackboneArgs)
     detector: str | None = None
-    """Explain detections instead of classes, one map a box: torchvision/NAME, transformers:NAME, or
+    """Explain detections instead of classes, one map per box: torchvision/NAME, transformers:NAME, or
     FILE.py:NAME, a function that returns a detector. --weights, --input-size, --class-names and --device
-    are the detector's."""
+    then apply to the detector."""
     threshold: float = 0.5
-    """The score that a detection needs."""
+    """Lowest score of a detection."""
     missed: tuple[str, ...] = ()
-    """Objects that the detector does not show, as CLASS@x0,y0,x1,y1 in pixels of the photo: the best
+    """Objects that the detector does not find, as CLASS@x0,y0,x1,y1 in pixels of the photo: the best
     candidate before suppression is explained."""
     candidates: Whole = 0
-    """Of a photo without a detection, explain so many of the best candidates."""
+    """In a photo without a detection, explain this many of the best candidates."""
     segmenter: str | None = None
     """Explain the classes of a segmentation network: torchvision/NAME, transformers:NAME, or FILE.py:NAME,
     a function that returns one. --weights, --input-size, --class-names, --task, --mean, --std and --device
-    are the network's."""
+    then apply to it."""
     at: tuple[str, ...] = ()
-    """Explain these places of one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
-    there; without CLASS the likeliest one."""
+    """Explain these places in one photo: CLASS@x,y in pixels, or CLASS@FILE, a picture that is not black
+    there; without CLASS the most probable one."""
     by: Literal["class", "mask"] = "class"
     """What is explained there: the class, or the network's mask (MaskFormer, Mask2Former)."""
     explainers: tuple[str, ...] = ()
-    """Methods of xattn list that explain instead of a head ("head" is one, too); by default a trained
-    head, or Grad-CAM where none fits."""
+    """Methods from xattn list to use instead of a head ("head" is one as well); by default a trained
+    head, or Grad-CAM if none fits."""
     labels: str | None = None
     """True classes, for the viewer: a file as for xattn probe, or "folders" for the photos' folders."""
     classes: tuple[str, ...] = ()
     """Classes to explain: names, numbers (281 282 or 281,282), or ImageNet's ids (n02123045); or
-    "predicted,label", the predicted class and, of a mistake, the true one of --labels; the most probable
-    ones by default."""
+    "predicted,label", the predicted class and, if it is wrong, the true one from --labels; by default the
+    most probable classes."""
     top: Count = 1
     """How many of the most probable classes to explain."""
     view: Literal["crop", "whole"] | None = None
     """What the model sees: its own centre crop (the default for photos) or the whole picture, squeezed
     (clips)."""
     every: Count = 1
-    """Explain every n-th frame of a clip."""
+    """Explain only every n-th frame of a clip."""
     smoothing: float = 0.0
     """Weight of the past in the moving average of a clip's maps, from 0 (off) to below 1."""
     features: bool = False
-    """Also keep what the network classifies of each photo, for the viewer's map of the photos."""
+    """Also store what the network classifies in each photo, for the viewer's map of the photos."""
     output: Path | None = None
     """Folder or URL for the pack, and for a clip's overlay.mp4; by default runs/explained, or
     runs/explained-2 and so on if there are results."""
     overlays: Whole = 1000
-    """Draw pictures of the maps over the photos, for people without the viewer, of at most so many photos;
-    0 for none."""
+    """Draw pictures of the maps over the photos, for people without the viewer, for at most this many
+    photos; 0 for none."""
     overwrite: bool = False
     """Replace the results in the output folder."""
     batch_size: Count = 8
@@ -128,7 +129,7 @@ class Explain(MethodArgs):
             raise ValueError(f"images: {clips[0]} is a clip; give it alone")
 
     def _check_kinds(self) -> None:
-        """Refuse clips and volumes of a store, whose readers want files on disk."""
+        """Refuse clips and volumes in a store, because their readers need files on disk."""
         for name in self.images:
             if is_remote(name, "images") and (is_video(name) or is_volume(name)):
                 kind = "clip" if is_video(name) else "volume"
@@ -145,7 +146,7 @@ class Explain(MethodArgs):
 
     @property
     def explains(self) -> str:
-        """What is explained, on which the options depend."""
+        """What is explained, which decides the allowed options."""
         if self.segmenter is not None:
             return "segments"
         return "classes" if self.detector is None else "detections"
@@ -228,7 +229,7 @@ class Explain(MethodArgs):
     def _explain_whole(
         self, backbone: Any, methods: list[Any], options: dict[str, Any]
     ) -> list[Any]:
-        """A clip or a volume, by a network that reads it whole."""
+        """Explain a clip or a volume with a network that reads it as a whole."""
         from xattn.explaining.clip_maps import explain_clip
 
         name, reads = self.images[0], f"{backbone.name} reads clips"
@@ -243,7 +244,7 @@ class Explain(MethodArgs):
         return explain_clip(name, backbone, methods[0], **options)
 
     def _targets(self, photos: list[Any], backbone: Any) -> Any:
-        """Those of --at."""
+        """The targets of --at."""
         from xattn.explaining.segments import segment_targets
 
         if len(photos) != 1:
@@ -253,7 +254,7 @@ class Explain(MethodArgs):
 
     @property
     def input(self) -> str:
-        """What is explained, on which the options depend; slices of a volume are photos, too."""
+        """What is explained, which decides the allowed options; slices of a volume count as photos."""
         if self.model.network == "a mask network":
             from xattn.models.masks import network_record
 
@@ -282,7 +283,7 @@ class Explain(MethodArgs):
         self._tell(found, len(found), output)
 
     def _tell(self, found: Any, count: int, output: Output) -> None:
-        """The first of ``count`` explanations, and where the pack is."""
+        """Print the first of ``count`` explanations, and where the pack is."""
         for item in found[:SHOWN]:
             name = getattr(item, "image_id", Path(self.images[0]).name)
             print(f"{name}: {item.target_name} ({item.probability:.3f})")
@@ -316,5 +317,5 @@ class Explain(MethodArgs):
         shared: dict[str, Any] = {"seed": self.seed, "max_forward_batch": self.batch_size}
         methods = explainers_of(names, heads, self.options, backbone, **shared)
         for name, method in methods.items():
-            method.name = name  # of several heads, each has its own
+            method.name = name  # several heads have a name each
         return backbone, list(methods.values())

@@ -21,7 +21,7 @@ class Export:
     model: BackboneArgs = field(default_factory=BackboneArgs)
     heads: tuple[str, ...] = ()
     """The trained head: its folder or that of its run, a shipped head's name, or a hub repository; by
-    default a shipped one that fits."""
+    default a shipped head that fits."""
     normalize: bool = True
     """Scale each map to [0, 1], as explain shows it; otherwise maps are the head's own scores or mask."""
 

@@ -1,4 +1,4 @@
-"""``xattn list``: list backbones, and what is created by name: heads, explainers, attention, metrics."""
+"""``xattn list``: list backbones, and everything that is created by name, such as heads or metrics."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ HOMES = {
     "objectives": "training/objectives",
     "blocks": "blocks",
 }
-"""The folders of the files that register the classes of a kind."""
+"""The folders with the files that register the classes of each kind."""
 ADDS = {kind: f"register_{kind.removesuffix('s').replace('-', '_')}" for kind in HOMES}
-"""The decorators by which they do."""
+"""The decorators that register them."""
 MEASURED = Path(__file__).with_name("conversion_accuracy.json")
 """A copy of the accuracy.json that the study of swapped attention writes, in percent."""
 
 
 @dataclass(frozen=True)
 class List:
-    """Show what is at hand: backbones with weights, heads, explainers, metrics."""
+    """Show what is available: backbones with weights, heads, explainers, metrics."""
 
     belongs: ClassVar = (
         Belongs("filter", what=["all", "models"]),
@@ -55,21 +55,21 @@ class List:
         ],
         Argument(positional=True),
     ] = "all"
-    """"all" gives names; "models" those with weights in packages; "heads", "explainers",
-    "token-explainers" (of the words of vision-language models), "objectives", "blocks" and "metrics" a line
-    each; "attention" a table of the mechanisms: paper, complexity,
+    """"all" prints names; "models" those with weights in packages; "heads", "explainers",
+    "token-explainers" (for the words of vision-language models), "objectives", "blocks" and "metrics" one
+    line each; "attention" a table of the mechanisms: paper, complexity,
     whether it needs training, accuracy after conversion, kernels, maps."""
     filter: str | None = None
     """Also list timm backbones that match this pattern, for example "vit_*"."""
     model: Annotated[str | None, Argument(also=("--for",), metavar="MODEL")] = None
-    """Tell which explainers run on this backbone: each is tried on one picture, with random weights, but of
+    """Test which explainers run on this backbone: each is tried on one picture, with random weights, or for
     an .onnx file with its own."""
 
     def run(self) -> None:
         if self.what in ("all", "models"):
             _print_models(self.filter)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot be loaded is listed
+            warnings.simplefilter("ignore")  # what cannot be loaded is listed anyway
             if self.what == "all":
                 _print_names()
             for line in tried_lines(self.model) if self.model else DETAILS[self.what]():
@@ -140,7 +140,7 @@ def _print_names() -> None:
 
 
 def head_lines() -> Iterator[str]:
-    """Heads to train with what they are, and trained ones."""
+    """Heads to train, with a description each, and trained ones."""
     from xattn.runtime.head_files import shipped_heads
 
     yield "heads to train:"
@@ -180,18 +180,18 @@ def metric_lines() -> Iterator[str]:
 
 
 def _described(kind: str) -> Iterator[str]:
-    """What the registry of ``kind`` has, by name, with the first paragraph of each docstring."""
+    """The names in the registry of ``kind``, with the first paragraph of each docstring."""
     home = f"xattn.{HOMES[kind].replace('/', '.')}"
     more = home in sys.modules or entry_points(group=f"xattn.{kind.replace('-', '_')}")
     told = registered(kind) if more else declared(kind)
     for name in sorted(told):
         about = told[name].strip().partition("\n\n")[0]
-        about = re.sub(r":\w+:`~?([^`]*)`|``", r"\1", about)  # of reStructuredText the names alone
+        about = re.sub(r":\w+:`~?([^`]*)`|``", r"\1", about)  # reStructuredText to plain names
         yield f"  {name:24} {' '.join(about.split())}"
 
 
 def registered(kind: str) -> dict[str, str]:
-    """The docstrings of all that is registered. Imports torch, which takes seconds."""
+    """The docstrings of everything that is registered. Imports torch, which takes seconds."""
     registry = getattr(
         import_module(f"xattn.{HOMES[kind].replace('/', '.')}.base"), kind.upper().replace("-", "_")
     )
@@ -199,7 +199,7 @@ def registered(kind: str) -> dict[str, str]:
 
 
 def declared(kind: str) -> dict[str, str]:
-    """The docstrings of the classes that the package's own files register, read and not run."""
+    """The docstrings of the classes that the package's own files register, parsed without running them."""
     found: dict[str, str] = {}
     for path in sorted(Path(__file__).parents[2].joinpath(HOMES[kind]).rglob("*.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -212,7 +212,7 @@ def declared(kind: str) -> dict[str, str]:
 
 
 def attention_table() -> Iterator[str]:
-    """What is known of every mechanism, a row each, and what the columns mean."""
+    """A table of all mechanisms, one row each, and what the columns mean."""
     from xattn.attention.base import MECHANISMS
     from xattn.attention.description import described
 
@@ -260,20 +260,20 @@ def _training(entry: Any) -> str:
 
 
 def read_accuracy(file: Path = MEASURED) -> Any:
-    """What the study of swapped attention wrote: for each size of a network's input the accuracy as it was
-    trained ("dense"), and "rows" of conversions; a row is "dense" where its options leave nothing out."""
+    """The output of the study of swapped attention: for each input size, the accuracy of the original
+    network ("dense"), and "rows" of conversions; a row is "dense" if its options leave nothing out."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def measured(accuracy: Any, name: str) -> list[tuple[Any, Any]]:
-    """The (size, row) of all rows of a mechanism, in the order of the study."""
+    """The (size, row) of all rows of a mechanism, in the study's order."""
     return [(at, row) for at in accuracy["sizes"] for row in at["rows"] if row["mechanism"] == name]
 
 
 def _shown(accuracy: Any, name: str) -> Iterator[str]:
-    """The figures at the first size, and at others of rows whose positions are tiled for these.
+    """The figures at the first size, and at other sizes for rows whose positions are tiled there.
 
-    Those of settings that leave nothing out give way to the others, where there are any.
+    Settings that leave nothing out are shown only if there are no others.
     """
     first = accuracy["sizes"][0]
     shown = [
@@ -290,7 +290,7 @@ def _shown(accuracy: Any, name: str) -> Iterator[str]:
 
 
 def _figure(row: Any) -> str:
-    """Such as "31.2 % (agents=49) in 3 of 12 blocks, trained"."""
+    """A text such as "31.2 % (agents=49) in 3 of 12 blocks, trained"."""
     options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
     converted, _, depth = row["blocks"].partition(" of ")
     text = f"{row['right']:.1f} %" + (f" ({options})" if options else "")

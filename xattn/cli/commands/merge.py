@@ -1,4 +1,4 @@
-"""``xattn merge``: several packs as one."""
+"""``xattn merge``: join several packs into one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from xattn.runtime.arguments import Argument
 
 @dataclass(frozen=True)
 class Merge:
-    """Join packs, of other photos or of other methods on the same ones, into one."""
+    """Join packs, of different photos or of different methods on the same ones, into one."""
 
     packs: Annotated[tuple[Path, ...], Argument(positional=True)] = ()
-    """Folders, or their URLs, that xattn explain or compare wrote: two or more."""
+    """Folders, or their URLs, written by xattn explain or compare: two or more."""
     output: Path | None = None
     """Folder for the pack; by default runs/merged, or runs/merged-2 and so on if there are results."""
     overwrite: bool = False

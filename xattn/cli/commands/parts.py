@@ -24,9 +24,9 @@ class Parts(PhotoArgs):
     """A JSON of boxes {"7.jpg": [[x0, y0, x1, y1], ...]}, a folder of masks (7.png), "mser" (lines of
     text, no weights needed), or onnx:PATH of a DB text detector."""
     numbers: tuple[int, ...] = ()
-    """Which numbers in the masks are evidence; by default all but 0."""
+    """Which numbers in the masks count as evidence; by default all but 0."""
     seed: int = 0
-    """Seed of the choice among crops of one size."""
+    """Seed of the choice among crops of the same size."""
     max_pixels: int = 40_000_000
     """Larger photos are skipped."""
     output: Path = Path("runs/parts")
@@ -34,7 +34,7 @@ class Parts(PhotoArgs):
 
     @property
     def source(self) -> str:
-        """What the evidence is read from."""
+        """The source of the evidence."""
         plain = self.evidence == "mser" or self.evidence.startswith("onnx:")
         return self.evidence if plain or self.evidence.endswith(".json") else "a folder of masks"
 

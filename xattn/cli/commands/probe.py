@@ -52,8 +52,8 @@ class Probe(PhotoArgs):
     resume: bool = False
     """Continue with the heads that are not finished."""
     sample: int = 0
-    """Explain the true class of this many photos at each checkpoint of a head; the pack sample lies
-    beside the head."""
+    """Explain the true class of this many photos at each checkpoint of a head; the pack sample is next to
+    the head."""
 
     def check(self) -> None:
         super().check()

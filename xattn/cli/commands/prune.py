@@ -1,4 +1,4 @@
-"""``xattn prune``: cut heads of a ViT, and train what is left to answer as the whole network."""
+"""``xattn prune``: remove heads of a ViT, and train the rest to answer like the whole network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xattn.runtime.files import check_run_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(PhotoArgs):
-    """Cut heads of a ViT, and train what is left to answer as the whole network; no labels are learned."""
+    """Remove heads of a ViT, and train the rest to answer like the whole network; no labels are learned."""
 
     after_interrupt: ClassVar[str] = "; --resume goes on"
 
     model: BackboneArgs = field(default_factory=BackboneArgs)
     train: PruneConfig
     validation: str | None = None
-    """Photos to measure on; by default every fifth of the data, which is not trained on."""
+    """Photos for measuring; by default every fifth of the data, which is then not trained on."""
     labels: str | None = None
-    """"folders", or a .json or .csv file of the photos' classes; without it accuracy is not measured."""
+    """"folders", or a .json or .csv file with the photos' classes; without it accuracy is not measured."""
     output: Path = Path("runs/pruned")
     """Folder for log and checkpoints, and for network, the folder that --weights reads."""
     resume: bool = False
@@ -33,7 +33,7 @@ class Prune(PhotoArgs):
 
     def check(self) -> None:
         super().check()
-        replace(self.model, layers=None).check()  # layers are those whose heads are cut
+        replace(self.model, layers=None).check()  # here, layers are those whose heads are removed
         check_layers(self.model.layers)
         if self.model.mechanism is not None:
             raise ValueError(

@@ -20,18 +20,18 @@ ON_TABLES = ("copy", "decoder", "evidence", "side", "tokens")  # heads whose rec
 
 @dataclass(frozen=True)
 class TrainSettings(TrainConfig):
-    """Settings as they are typed; without a recipe they wait for that of the head."""
+    """Settings as they are typed; if no recipe is given, the head's recipe fills them in later."""
 
     recipe: Recipe | None = None  # type: ignore[assignment]
-    """Source of all settings that are not given; by default published with --preset, small for objective
-    mask and the heads ttame, lcam, csa, pointer and words, else outcomes."""
+    """Recipe for all settings that are not given; by default published with --preset, small for objective
+    mask and the heads ttame, lcam, csa, pointer and words, otherwise outcomes."""
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
             super().__post_init__()
 
     def filled_in(self, recipe: Recipe) -> TrainConfig:
-        """With ``recipe`` where none is given."""
+        """The settings with ``recipe``, if none is given."""
         given = {one.name: getattr(self, one.name) for one in fields(TrainConfig)}
         return TrainConfig(**{**given, "recipe": self.recipe or recipe})
 
@@ -51,24 +51,24 @@ class Train(PhotoArgs):
     """Published settings by name, see xattn list; they replace backbone, taps, head, fusion and
     options."""
     head: str | None = None
-    """Name of the head, see xattn list; by default evidence, and where masks are learned (recipes published
-    and small) ttame."""
+    """Name of the head, see xattn list; by default evidence or, if masks are learned (recipes published
+    and small), ttame."""
     fusion: Literal["classifier", "per_class"] = "classifier"
-    """Where a class's row of the fusion comes from: the classifier's weights, or a free row per class."""
+    """Source of a class's row in the fusion: the classifier's weights, or a free row per class."""
     options: tuple[str, ...] = ()
     """Further options of the head as name=value, for example branch_rank=null num_taps=2."""
     output: Path = Path("runs/head")
     """Folder for log, checkpoints and the trained head."""
     table: Path | None = None
     """Folder of the table of outcomes, which heads and runs may share; by default beside the output folder,
-    named like it with -outcomes."""
+    with the suffix -outcomes."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
     half: bool = False
     """Also save the head in half precision, in head-half."""
     sample: int = 0
-    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps of
-    before and now."""
+    """Explain this many photos of the data at each checkpoint; the pack sample holds the maps from before
+    training and from now."""
 
     def __post_init__(self) -> None:
         objective = self.train.objective_name
@@ -81,7 +81,7 @@ class Train(PhotoArgs):
 
     @property
     def after_interrupt(self) -> str:
-        """How an interrupted command goes on: a table of outcomes is computed before the run begins."""
+        """How to continue an interrupted command: a table of outcomes is computed before the run begins."""
         begun = (self.output / RUN_FILE).is_file()
         return "; --resume goes on" if begun else "; the same command goes on"
 
