@@ -54,8 +54,8 @@ class Blocks:
         return bool(self.known["all"])
 
     def shares(self, count: int) -> Tensor:
-        """The share of the lists that contain each of ``count`` blocks, (B or 1, H or 1, count) in [0,
-        1]."""
+        """The share of the lists that contain each of ``count`` blocks, (B or 1, H or 1, count) in
+        [0, 1]."""
         return listed_blocks(self.index, count).float().mean(2)
 
 

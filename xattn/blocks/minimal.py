@@ -154,8 +154,8 @@ def contributions(
     prefix: int = 0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The exact contribution of every token to the logits of a linear readout of a stack of blocks: (B, K,
-    N).
+    """The exact contribution of every token to the logits of a linear readout of a stack of blocks:
+    (B, K, N).
 
         c_kj = sum_h r_hj (w_kh . x_jh),    r_h = start M_1h M_2h ...,    M = a I + b A, last block first
 

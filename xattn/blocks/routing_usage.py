@@ -74,8 +74,8 @@ class HeadRouter(nn.Module):
 
 
 def straight_through(shares: Tensor, chosen: Tensor) -> Tensor:
-    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), from ``shares`` (B,
-    M)."""
+    """Gates (B,) of 1 with the gradient of the share of the head ``chosen`` (B,), from ``shares``
+    (B, M)."""
     share = shares.gather(1, chosen[:, None])[:, 0]
     return 1 + (share - share.detach())
 

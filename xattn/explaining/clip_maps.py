@@ -182,10 +182,9 @@ def explain_clip(
     Args:
         clip: a file that OpenCV reads; a NIfTI file, whose axial slices are the frames; a list of photos,
             of arrays (H, W, 3) or of tensors (C, H, W); an array (frames, H, W, 3) or, for a network with
-            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in [0,
-            1], which is used unchanged if it has the network's size. If there are more frames than the
-            network reads, evenly spaced ones are used; if there are fewer, they are repeated, with a
-            warning.
+            one channel, also in grey, (frames, H, W) or (frames, H, W, 1); or a tensor (C, T, H, W) in
+            [0, 1], used unchanged if it has the network's size. If there are more frames than the network
+            reads, evenly spaced ones are used; fewer are repeated, with a warning.
         batch_size: clips per pass, for methods that run many passes.
         output: folder for a pack: one map per frame, ``overlay.mp4``, and a strip for each class in
             ``overlays/``.

@@ -42,8 +42,8 @@ def segment_targets(
             network's number of channels; prepared as in :func:`xattn.explain`.
         segmenter: from :func:`xattn.load_segmenter`.
         at: (class, place) for each question. The class is a name, a number, or None for the most probable
-            one there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array (H,
-            W), or the path of a picture that is not black there.
+            one there. The place is a point (x, y) in pixels of the photo, or a mask over it: an array
+            (H, W), or the path of a picture that is not black there.
         by: ``"class"``; or ``"mask"``, for a network that predicts masks, to explain the mask for which the
             product of the class's probability and its own probability there is largest,
             :func:`~xattn.backbone.targets.at_query`.

@@ -74,8 +74,8 @@ class ClassWeights(NamedTuple):
 
     def others(self, own: Tensor, mean: Tensor, rest: Tensor, index: Tensor | None) -> Tensor:
         """For each class of ``index`` (B, M), the mean map over all other classes, computed from its
-        ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both (B, 1, h,
-        w).
+        ``own`` map (B, M, h, w) and the sums of all maps weighted by ``p`` and by ``rest``, both
+        (B, 1, h, w).
 
         One class may hold nearly all of p. The remainder without it is taken from ``rest`` and not as a
         difference, so that rounding loses nothing.

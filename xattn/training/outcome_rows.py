@@ -68,8 +68,8 @@ def size_weights(sizes: str, players: int) -> Tensor:
 
 
 class MaskPairs(NamedTuple):
-    """``cells`` (P, g, g) uint8, the kept share of each cell in units of 1/255, and ``images`` (2 P, 3, H,
-    W): the photo under each mask, then under each complement."""
+    """``cells`` (P, g, g) uint8, the kept share of each cell in units of 1/255, and ``images``
+    (2 P, 3, H, W): the photo under each mask, then under each complement."""
 
     cells: Tensor
     images: Tensor

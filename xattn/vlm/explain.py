@@ -78,12 +78,10 @@ def explain_tokens(
 
     Args:
         images: as in :func:`xattn.explain`; each photo is a separate conversation. Photos in a tuple are
-            shown together, in its order; a list may hold such tuples. A video file is a clip, with one map
-            per frame or per two frames; so is an array (frames, H, W, 3) if ``vlm`` takes clips, otherwise
-            it is a batch.
+            shown together; a list may hold such tuples. A video file is a clip, with a map per frame or
+            two; so is an array (frames, H, W, 3) if ``vlm`` takes clips, otherwise it is a batch.
         vlm: from :func:`~xattn.vlm.loading.load_vlm`.
-        prompt: text, with ``<image>`` at the position of the images, which otherwise come before the text;
-            or chat messages.
+        prompt: text, with ``<image>`` where the images are to be (by default first); or chat messages.
         answer: a text to explain instead of a generated one, or one per photo.
         explainer: a name from ``xattn list token-explainers``, a token explainer, or a list of several.
         words: words, word numbers, or ("fork", 2) for the second "fork"; by default all; ``"visual"``:

@@ -9,8 +9,8 @@ the same result. In addition, only for the requested queries i and without a gra
     A_i = softmax(scale q_i K^T + b_i)
 
 is passed to a function and then dropped: a row costs a product with the keys, nothing of a step is
-stored, and no table of all queries and keys is built. Layers that compute their softmax explicitly (BLIP,
-soft caps) return it as their second output, from which the same rows are taken.
+stored, and no table of all queries and keys is built. Layers that compute their softmax explicitly
+(BLIP, soft caps) return it as their second output, from which the same rows are taken.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ class IgosPP(MaskSearch):
 
 
 def four(masks: Tensor, size: Sequence[int], shares: Tensor | None = None) -> Tensor:
-    """The masks of the four terms f at each of S ``shares``, (4 S, 1, H, W), from Mx and My (2, 1, h,
-    w)."""
+    """The masks of the four terms f at each of S ``shares``, (4 S, 1, H, W), from Mx and My
+    (2, 1, h, w)."""
     cells = torch.cat([masks, masks.prod(0, keepdim=True)])
     pixels = F.interpolate(cells, tuple(size), mode="bilinear", align_corners=False)
     shares = masks.new_ones(1) if shares is None else shares
