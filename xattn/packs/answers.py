@@ -1,15 +1,16 @@
-"""What a pack keeps of an answer of a vision-language model beside the maps of its words.
+"""What a pack stores about a vision-language model's answer in addition to the maps of its words.
 
 A photo's row holds the question, the answer and its words. The map of word number i is the entry whose
-``target`` is i. Photos that were shown together, and frames of a clip, hold the same answer, by their ids:
+``target`` is i. Photos that were shown together, and frames of a clip, share an answer, linked by their
+ids:
 
     photo                  alone
     photo#1, photo#2       shown together, in this order
     clip#frame-000012      a frame of a clip, by its number in the clip, from 0
 
-Maps of frames have ``protocol["video"]``: ``fps``, of the clip; ``frames``, the numbers of all frames that
-have maps, in their order; and ``frames_a_map``, how many of the frames shown share one: 2 of Qwen-VL, whose
-image tokens are of two frames, the first of which gives the number and the picture.
+Maps of frames have ``protocol["video"]``: ``fps``, the frame rate of the clip; ``frames``, the numbers of
+all frames that have maps, in order; and ``frames_a_map``, how many of the shown frames share a map: 2 for
+Qwen-VL, whose image tokens cover two frames, the first of which provides the number and the picture.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 from xattn.runtime.names import encodable
 
-MOST = 1 << 18  # words, or text tokens, of an answer
-SHARES = 3  # of an image, the prompt and the answer
+MOST = 1 << 18  # limit for the words, or text tokens, of an answer
+SHARES = 3  # image, prompt and answer
 
 
 def frame_id(clip: str, number: int) -> str:
@@ -39,10 +40,10 @@ class AnswerWord:
     """A word of an answer.
 
     Args:
-        text: as it stands in the answer, at the characters ``span`` (start, end).
-        log_prob: log p of its tokens together, given all before them.
+        text: the word as in the answer, at the characters ``span`` (start, end).
+        log_prob: joint log p of its tokens, given everything before them.
         probability: exp of the mean log p of its tokens.
-        lost: how much of ``log_prob`` goes without the image.
+        lost: how much of ``log_prob`` is lost without the image.
         shares: by method, the parts of its scores on the image, the prompt and the answer so far; they
             add up to 1.
         sources: by method, its scores of the text tokens (:attr:`AnswerFacts.tokens`).
@@ -59,8 +60,9 @@ class AnswerWord:
 
 @dataclass(frozen=True)
 class AnswerFacts:
-    """An answer: the ``prompt``, the ``text`` that the model gave, its ``words``, and the text of each of
-    the ``tokens`` that are not the image's: ``asked`` of the prompt, then those of the answer."""
+    """An answer: the ``prompt``, the ``text`` of the model's answer, its ``words``, and the text of each of
+    the ``tokens`` that are not image tokens: first ``asked`` tokens of the prompt, then those of the
+    answer."""
 
     prompt: str
     text: str
@@ -70,13 +72,13 @@ class AnswerFacts:
 
     @property
     def size(self) -> int:
-        """About how many bytes it has in memory."""
+        """Its approximate size in memory, in bytes."""
         numbers = sum(len(v) for word in self.words for v in word.sources.values())
         return 2000 * (1 + len(self.words)) + 100 * len(self.tokens) + 32 * numbers
 
     def to_json(self) -> str:
-        """As :meth:`from_json` reads it; numbers have four digits, scores of tokens three, without the
-        zeros behind the last."""
+        """The form that :meth:`from_json` reads; numbers have four digits, token scores three, and trailing
+        zeros are left out."""
         words = [
             {
                 "text": word.text, "span": word.span,
@@ -95,10 +97,10 @@ class AnswerFacts:
 
     @classmethod
     def from_json(cls, record: Any, shown: Callable[[str], str] = str) -> AnswerFacts:
-        """From what :meth:`to_json` wrote, as parsed; ``shown`` makes texts fit to be seen.
+        """The inverse of :meth:`to_json`, from parsed JSON; ``shown`` makes texts safe to display.
 
         Raises:
-            ValueError: it is no answer.
+            ValueError: not an answer.
         """
         prompt, text, words, tokens, asked = _fields(
             record, "prompt", "text", "words", "tokens", "asked"
@@ -129,7 +131,7 @@ class AnswerFacts:
         return self.prompt, self.text, self.tokens, self.asked, values
 
     def joined(self, other: AnswerFacts) -> AnswerFacts:
-        """With what ``other`` says by further methods.
+        """Combined with the results of further methods in ``other``.
 
         Raises:
             ValueError: another prompt or answer.

@@ -1,15 +1,15 @@
-"""The columns of a pack's Parquet files: made from explanations, written, and checked when they are read.
+"""The columns of a pack's Parquet files: built from explanations, written, and checked on reading.
 
-Equal rows give equal bytes. A file may be hostile; it is read in memory that its size and number of rows
-bound:
+Equal rows give equal bytes. A file may be hostile; reading it needs memory that is bounded by its size and
+number of rows:
 
-* The file is whole in memory, at most ``MAX_FILE``, and its columns lie side by side in it.
-* No column is compressed, so a page is never larger than the bytes that it has in the file.
-* No column repeats or nests, so no more values are made than there are rows.
-* Every text is read as a dictionary, so that a long text with many rows stays one text; the encodings that
-  make long texts of short ones (DELTA_BYTE_ARRAY) cannot be read that way.
+* The whole file is in memory, at most ``MAX_FILE``, and its columns are side by side in it.
+* No column is compressed, so a page is never larger than its bytes in the file.
+* No column repeats or nests, so there are never more values than rows.
+* Every text is read as a dictionary, so that a long text in many rows is stored once; the encodings that
+  make long texts from short ones (DELTA_BYTE_ARRAY) cannot be read that way.
 
-Page headers that say something else end in an error of pyarrow's before anything is made of it.
+Page headers that claim anything else lead to an error in pyarrow before they have an effect.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from xattn.packs.explanation import MAX_CELLS, Explanation
 from xattn.packs.manifest import MAX_NAME, ShardFile
 from xattn.runtime.files import printable
 
-MAX_FILE = 96 << 20  # bytes of a Parquet file
-MAX_ROWS = 1 << 18  # of a file
+MAX_FILE = 96 << 20  # bytes in a Parquet file
+MAX_ROWS = 1 << 18  # rows in a file
 MAX_FOOTER = 8 << 20  # bytes
-MAX_GROUPS = 1024  # row groups of a file
+MAX_GROUPS = 1024  # row groups in a file
 _FOOTER_TEXT = _FOOTER_ITEMS = 1 << 16
-ROW_GROUP = 2048  # rows that are decoded to read one
+ROW_GROUP = 2048  # rows that are decoded together
 MAX_TEXT = 4096  # bytes of a text in UTF-8
-# Bytes of columns that hold JSON.
+# Size limits for columns that hold JSON, in bytes.
 LONG_TEXTS = {
     **dict.fromkeys(("protocol", "top"), 1 << 20),
     **{"view": MAX_TEXT, "curves": 16 << 20, "answer": 4 << 20},
@@ -69,7 +69,7 @@ _ENTRY: dict[str, pa.DataType] = {
     "curves": _TEXTS,  # {name: values}
     "height": pa.int32(),
     "width": pa.int32(),
-    "place": pa.int64(),  # of the map's first byte in its file
+    "place": pa.int64(),  # position of the map's first byte in its file
     "sha256": pa.binary(32),
 }
 _IMAGE: dict[str, pa.DataType] = {
@@ -85,7 +85,7 @@ _IMAGE: dict[str, pa.DataType] = {
     "disagreement": pa.float64(),
     "methods": pa.int32(),
     "top": _TEXTS,  # [[class, name, probability], ...]
-    "answer": _TEXTS,  # of xattn.packs.answers, as JSON
+    "answer": _TEXTS,  # from xattn.packs.answers, as JSON
     "thumbnail_place": pa.int64(),
     "thumbnail_bytes": pa.int64(),
     "thumbnail_sha256": pa.binary(32),
@@ -94,17 +94,17 @@ _IMAGE: dict[str, pa.DataType] = {
 MISSING = {
     *("label", "label_name", "predicted", "predicted_name", "right", "answer", "thumbnail_sha256")
 }
-# All other texts and whole numbers repeat, and are written by dictionary.
+# All other texts and whole numbers repeat, and are dictionary-encoded.
 _UNIQUE = {"entry_id", "curves", "top", "answer", "place", "thumbnail_place", "thumbnail_bytes"}
 IMAGES = pa.schema([pa.field(k, kind, nullable=k in MISSING) for k, kind in _IMAGE.items()])
-# Of Pack.images.
+# Columns of Pack.images.
 IMAGE_TABLE = ("file_name", "title", "label", "label_name", "predicted", "predicted_name", "confidence",
                "right", "disagreement", "methods")  # fmt: skip
 _FRAME = re.compile(r"(?:.*#)?frame-([0-9]{6,15})", re.DOTALL)
 
 
 def entry_schema(metrics: Sequence[str]) -> pa.Schema:
-    """The columns of ``entries-*.parquet`` of a pack with these metrics."""
+    """The columns of ``entries-*.parquet`` in a pack with these metrics."""
     kinds = _ENTRY | {METRIC + key: pa.float64() for key in metrics}
     return pa.schema([pa.field(k, kind, nullable=False) for k, kind in kinds.items()])
 
@@ -113,7 +113,7 @@ def entry_schema(metrics: Sequence[str]) -> pa.Schema:
 
 
 def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[str, Any]:
-    """The columns of a map, but for its place.
+    """The columns of a map, except its position in the file.
 
     Raises:
         ValueError: a text is too long, a curve is not finite, a view is too large, or a metric is not
@@ -157,7 +157,7 @@ def entry_row(e: Explanation, sha256: bytes, metrics: Collection[str]) -> dict[s
 def image_row(
     group: Sequence[Explanation], disagreement: float, jpeg: bytes | None
 ) -> dict[str, Any]:
-    """The columns of a photo with its explanations, but for the place of its thumbnail."""
+    """The columns of a photo with its explanations, except the position of its thumbnail."""
     first, facts = group[0], group[0].facts
     best = facts.top[0] if facts.top else _most_probable(group)
     predicted, predicted_name, confidence = best or (None, None, math.nan)
@@ -184,7 +184,7 @@ def image_row(
 
 
 def _answer(answer: AnswerFacts) -> str:
-    """As JSON; the scores of text tokens are left out where they are too many."""
+    """The answer as JSON; the scores of text tokens are left out if there are too many."""
     most = LONG_TEXTS["answer"]
     try:
         return text("answer", answer.to_json(), most)
@@ -199,7 +199,7 @@ def _answer(answer: AnswerFacts) -> str:
 
 
 def id_text(value: str) -> str:
-    """An id as the file has it; ValueError where it is longer than ids may be."""
+    """An id as stored in the file; ValueError if it is too long."""
     value = printable(value)
     if len(value) > MAX_NAME:
         raise ValueError(f"image_id: {value[:60]!r} has {len(value):,} characters; give {MAX_NAME}")
@@ -207,7 +207,7 @@ def id_text(value: str) -> str:
 
 
 def text(argument: str, value: str, most: int = MAX_TEXT) -> str:
-    """A text as the file has it; ValueError where it is longer than texts may be."""
+    """A text as stored in the file; ValueError if it is too long."""
     value = printable(value)
     if len(value.encode()) > most:
         raise ValueError(f"{argument}: {value[:60]!r} has over {most:,} bytes; give a shorter one")
@@ -215,7 +215,7 @@ def text(argument: str, value: str, most: int = MAX_TEXT) -> str:
 
 
 def title_of(image_id: str, file_name: str, protocol: Mapping[str, Any]) -> str:
-    """What to call an image: its file; a frame also by its number and its time, as a player shows it."""
+    """The title of an image: its file; for a frame also its number and its time, as a player shows it."""
     name = file_name or image_id
     video: Any = protocol.get("video")
     frame = _FRAME.fullmatch(image_id)
@@ -251,7 +251,7 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
         ValueError: they are too many, or too large, to be read back.
     """
     table = pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-    written = pa.BufferOutputStream()  # pyarrow takes no path that is not UTF-8
+    written = pa.BufferOutputStream()  # pyarrow accepts only UTF-8 paths
     pq.write_table(
         table,
         written,
@@ -279,18 +279,18 @@ def write_rows(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> Sha
 
 
 class BoundedParquet:
-    """One Parquet file whose schema, counts and places were checked; threads may share it.
+    """One Parquet file whose schema, counts and positions were checked; thread-safe.
 
     Args:
-        data: the file; it is at most ``MAX_FILE`` bytes.
-        schema: the columns that it must have, exactly; all of them flat.
-        rows: how many rows it must have.
+        data: the file; at most ``MAX_FILE`` bytes.
+        schema: the exact columns that it must have; all of them flat.
+        rows: the number of rows that it must have.
 
     Attributes:
         group_rows: the number of rows of each row group.
 
     Raises:
-        ValueError: it is damaged, or another file than that.
+        ValueError: it is damaged, or a different file.
     """
 
     def __init__(self, data: bytes, schema: pa.Schema, rows: int) -> None:
@@ -321,7 +321,7 @@ class BoundedParquet:
             raise ValueError("its row groups do not add up")
         end = len(data) - 8
         codecs = codecs_of(data[end - footer : end])
-        if codecs != [0] * (groups * metadata.num_columns):  # 0 is none
+        if codecs != [0] * (groups * metadata.num_columns):  # 0 means uncompressed
             raise ValueError("its columns are compressed")
         self._check_places(end - footer)
 
@@ -329,7 +329,7 @@ class BoundedParquet:
         """Columns of some row groups, by default of all; texts are dictionaries.
 
         Raises:
-            ValueError: a page is damaged, or is none that is read, or a value cannot be a pack's.
+            ValueError: a page is damaged or has an unsupported encoding, or a value is not valid in a pack.
         """
         wanted = list(range(len(self.group_rows)) if groups is None else groups)
         with self._lock:
@@ -343,7 +343,7 @@ class BoundedParquet:
         return table
 
     def _check_places(self, footer: int) -> None:
-        """Raise unless the columns lie side by side between the first bytes and the footer."""
+        """Raise unless the columns are side by side between the first bytes and the footer."""
         metadata, at = self._file.metadata, 4
         for g in range(metadata.num_row_groups):
             group = metadata.row_group(g)
@@ -361,13 +361,13 @@ class BoundedParquet:
             raise ValueError("its columns do not fill it")
 
 
-# By fields: a file's row groups, their columns, the metadata of one, its codec.
+# Thrift field numbers: a file's row groups, their columns, a column's metadata, its codec.
 _TO_CODEC = (4, 1, 3, 4)
 
 
 def codecs_of(footer: bytes) -> list[int]:
-    """The codec of each column of each row group, read from the footer itself, which is in Thrift's compact
-    protocol: pyarrow ends the whole process where it is asked for a codec that it does not know. A damaged
+    """The codec of each column of each row group, read directly from the footer, which uses Thrift's
+    compact protocol: pyarrow ends the whole process if it meets a codec that it does not know. A damaged
     footer raises a ``ValueError``."""
     codecs: list[int] = []
 
@@ -378,7 +378,7 @@ def codecs_of(footer: bytes) -> list[int]:
         return value | byte << shift, at + 1
 
     def after(at: int, kind: int, depth: int) -> int:
-        """Where a value that begins at ``at`` ends; ``depth`` fields of the way led to it, or it is -1."""
+        """Where a value that begins at ``at`` ends; ``depth`` fields of the path led to it, or it is -1."""
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
             value, at = number(at)
             if depth == len(_TO_CODEC):
@@ -397,7 +397,7 @@ def codecs_of(footer: bytes) -> list[int]:
                 if head < 16:
                     raise ValueError("its fields are out of order")
                 field, at = field + (head >> 4), at + 1
-                if head & 15 > 2:  # else it is a flag, which has no bytes of its own
+                if head & 15 > 2:  # otherwise it is a flag, which has no bytes
                     leads = 0 <= depth < len(_TO_CODEC) and field == _TO_CODEC[depth]
                     at = after(at, head & 15, depth + 1 if leads else -1)
             at += 1
@@ -415,7 +415,7 @@ def codecs_of(footer: bytes) -> list[int]:
 
 
 def _arrow(call: Callable[[], Any]) -> Any:
-    """``call()``, whose errors become a ``ValueError`` of one line."""
+    """The result of ``call()``, whose errors become a one-line ``ValueError``."""
     try:
         return call()
     except (pa.ArrowException, OSError, MemoryError, OverflowError, KeyError) as error:
@@ -427,7 +427,7 @@ _IDS = ("entry_id", "image_id", "method")
 
 
 def _check_rows(table: pa.Table) -> None:
-    """Raise a ``ValueError`` unless all values of the columns that are there can be a pack's."""
+    """Raise a ``ValueError`` unless all values in the existing columns are valid in a pack."""
     for name in table.column_names:
         column = table[name]
         if pa.types.is_dictionary(column.type):
@@ -464,7 +464,7 @@ def _check_texts(column: pa.ChunkedArray, name: str) -> None:
 
 
 def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
-    """Texts written out; a ValueError where they have more than ``most`` bytes together."""
+    """Texts without dictionaries; a ValueError if they have more than ``most`` bytes together."""
     lengths = [
         pc.sum(pc.binary_length(c.dictionary).take(c.indices)).as_py() or 0 for c in column.chunks
     ]
@@ -474,7 +474,7 @@ def dense(column: pa.ChunkedArray, most: int) -> pa.ChunkedArray:
 
 
 def join(tables: Iterable[pa.Table], name: str, most: int) -> pa.ChunkedArray:
-    """One column of text of several shards, written out; a ValueError as :func:`dense`."""
+    """One text column of several shards, without dictionaries; a ValueError as in :func:`dense`."""
     chunks: list[pa.Array] = []
     for table in tables:
         made = dense(table[name], most)

@@ -1,8 +1,8 @@
-"""Files of a folder that somebody else may have filled: read inside that folder, or not at all.
+"""Files in a folder that somebody else may have filled: they are read inside that folder, or not at all.
 
-:class:`PackFolder` is what the reader of packs sees of a folder: :class:`LocalFolder` is one on this
-machine's disk, :class:`RemoteFolder` one of an object store, whose files are read by range, so that a map
-costs its own bytes and no more.
+:class:`PackFolder` is the pack reader's view of a folder: :class:`LocalFolder` is one on this machine's
+disk, :class:`RemoteFolder` one in an object store, whose files are read by range, so that a map
+transfers only its own bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from xattn.runtime.names import why
 from xattn.runtime.stores import BLOCK, StoreError, StorePath, place_of
 
 AGAIN = "make the pack again"
-SMALL = 1 << 20  # bytes; smaller files of a store are kept
-KEPT = 32 << 20  # bytes of small files that are kept
+SMALL = 1 << 20  # bytes; smaller files in a store are cached
+KEPT = 32 << 20  # bytes of small files that are cached
 
 
 class PackError(ValueError):
@@ -31,12 +31,12 @@ class PackError(ValueError):
 
 
 class PackFolder(ABC):
-    """Read access to the files of one pack; safe to share between threads, nothing stays open.
+    """Read access to the files of one pack; thread-safe, and nothing stays open.
 
     Attributes:
         address: where the folder is: its path, or its URL.
-        name: what the folder is called, the last part of its address.
-        path: the folder on this machine's disk; None where it is elsewhere.
+        name: the folder's name, the last part of its address.
+        path: the folder on this machine's disk; None if it is elsewhere.
     """
 
     address: str
@@ -45,30 +45,31 @@ class PackFolder(ABC):
 
     @abstractmethod
     def part(self, name: str, start: int, end: int) -> bytes:
-        """Bytes ``start`` to ``end`` of a file; fewer where it ends before.
+        """Bytes ``start`` to ``end`` of a file; fewer if it ends earlier.
 
         Raises:
-            PackError: it is missing, not the folder's own, or cannot be read.
+            PackError: it is missing, outside the folder, or cannot be read.
         """
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """The bytes of a file; raises as :meth:`part`."""
+        """The size of a file in bytes; raises as :meth:`part`."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether there is a file of this name; PackError or OSError where that cannot be told."""
+        """Whether there is a file of this name; PackError or OSError if this cannot be determined."""
 
     @abstractmethod
     def on_disk(self, name: str) -> Path:
-        """A file for readers that want a path; of a folder elsewhere a copy that goes with this object."""
+        """A file for readers that need a path; for a remote folder a copy that lives as long as this
+        object."""
 
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
         """All bytes of a file, at most ``limit``.
 
         Raises:
-            PackError: as :meth:`part`, or the file is larger.
+            PackError: as in :meth:`part`, or the file is larger.
         """
 
 
@@ -78,7 +79,7 @@ def folder_of(
     """The folder of a pack, on disk or in a store.
 
     Raises:
-        ValueError: a URL of no store that can be read.
+        ValueError: the URL names no readable store.
     """
     place = place_of(given, argument)
     return RemoteFolder(place) if isinstance(place, StorePath) else LocalFolder(place, trusted)
@@ -89,7 +90,7 @@ class LocalFolder(PackFolder):
 
     Args:
         trusted: the folder is the caller's own: links that lead out of it are followed, and a file that
-            cannot be opened is the OSError that it is.
+            cannot be opened raises its OSError.
     """
 
     path: Path
@@ -125,10 +126,10 @@ class LocalFolder(PackFolder):
 
 
 class RemoteFolder(PackFolder):
-    """A folder of an object store.
+    """A folder in an object store.
 
-    Files are taken to stay as they are while this object lives, since a pack's manifest has their hashes:
-    sizes and small files are asked for once.
+    Files are assumed not to change while this object lives, because a pack's manifest has their hashes:
+    sizes and small files are requested once.
     """
 
     path: None = None
@@ -181,8 +182,8 @@ class RemoteFolder(PackFolder):
 
     @contextmanager
     def _asking(self, name: str) -> Iterator[StorePath]:
-        """A file of this folder; a name that could lead out of it, a file that is missing and a store that
-        does not answer are PackErrors."""
+        """A file in this folder; a name that could lead out of it, a missing file and a store that does
+        not answer are PackErrors."""
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0?#"):
             raise PackError(f"{name!r:.60} cannot be the name of a file of a pack; {AGAIN}")
@@ -197,7 +198,7 @@ class RemoteFolder(PackFolder):
 
 
 def open_inside(folder: Path, name: str) -> IO[bytes]:
-    """Open a regular file of ``folder`` (a resolved path) for reading; links that lead out are refused.
+    """Open a regular file in ``folder`` (a resolved path) for reading; links that lead out are refused.
 
     Raises:
         PackError: it is missing, leads out of the folder, is not a regular file, or may not be read.

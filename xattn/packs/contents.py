@@ -1,6 +1,6 @@
-"""What is stored of a pack: the manifest at once, rows, maps and pictures when they are asked for.
+"""The stored content of a pack: the manifest at once, rows, maps and pictures on demand.
 
-:class:`~xattn.packs.reader.Pack` is what everybody uses; it adds whole explanations and pictures.
+Use :class:`~xattn.packs.reader.Pack`, which adds whole explanations and pictures.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.names import encodable, visible, why
 
 MAX_THUMBNAIL = 32 << 20  # bytes
-MAX_FEATURES = 1 << 30  # bytes of a shard's features
-MAX_IDS = 128 << 20  # bytes of all ids of a kind
+MAX_FEATURES = 1 << 30  # bytes of the features in a shard
+MAX_IDS = 128 << 20  # bytes of all ids of one kind
 MAX_TOP = 1000  # classes
-RECENT_ROWS = 48 << 20  # bytes of decoded rows that are kept
-KNOWN_ROWS = 1 << 14  # ids whose rows are kept
+RECENT_ROWS = 48 << 20  # bytes of decoded rows that are cached
+KNOWN_ROWS = 1 << 14  # ids whose rows are cached
 
 
 class Entry(NamedTuple):
-    """What a pack says of one map; ``row`` is its place among all."""
+    """The data of one map in a pack; ``row`` is its position among all."""
 
     row: int
     id: str
@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
 
 class PhotoFacts(NamedTuple):
-    """What a pack says of one photo; ``row`` is its place among all."""
+    """The data of one photo in a pack; ``row`` is its position among all."""
 
     row: int
     image_id: str
@@ -73,15 +73,15 @@ class PhotoFacts(NamedTuple):
     label_name: str | None
     answer: AnswerFacts | None
     thumbnail: tuple[int, int]
-    """The place of its JPEG file, and its bytes."""
+    """The position of its JPEG file, and its size in bytes."""
     thumbnail_sha256: str | None
 
 
 class Ids(Sequence[str]):
-    """The ids of all rows; a million take as much memory as their letters.
+    """The ids of all rows; a million take only as much memory as their letters.
 
     Raises:
-        ValueError: an id comes twice.
+        ValueError: an id occurs twice.
     """
 
     def __init__(self, texts: pa.ChunkedArray) -> None:
@@ -92,7 +92,7 @@ class Ids(Sequence[str]):
             raise ValueError(f"the id {twice[0].as_py()[:60]} comes twice")
 
     def row(self, id: Any) -> int:
-        """The row of an id; KeyError where there is none. It looks through all: 6 ms for a million."""
+        """The row of an id; KeyError if there is none. It searches all: 6 ms for a million."""
         if not isinstance(id, str) or encodable(id) != id:
             raise KeyError(id)
         found = int(pc.index(self.texts, pa.scalar(id, pa.string())).as_py())
@@ -114,14 +114,14 @@ class Ids(Sequence[str]):
 
 
 class Contents:
-    """The entries and photos of a pack; safe to share between threads.
+    """The entries and photos of a pack; thread-safe.
 
     Attributes:
-        files: the folder that the pack's files are read from.
-        manifest: what the manifest says.
+        files: the folder from which the pack's files are read.
+        manifest: the content of the manifest.
 
     Raises:
-        PackError: the manifest is damaged, or a file is missing or of another size.
+        PackError: the manifest is damaged, or a file is missing or has another size.
     """
 
     def __init__(self, files: PackFolder, parsed: dict[str, Any], trusted: bool) -> None:
@@ -136,7 +136,7 @@ class Contents:
         }
         self._recent = LRUCache(RECENT_ROWS)
         self._known_rows = LRUCache(KNOWN_ROWS)
-        if files.path is not None:  # elsewhere a question a file takes too long
+        if files.path is not None:  # elsewhere, one request per file takes too long
             self._check_sizes()
 
     # ------------------------------------------------------------------ rows
@@ -159,10 +159,10 @@ class Contents:
         return found
 
     def know_rows(self, entries: Mapping[str, int], images: Mapping[str, int]) -> None:
-        """Say at which places among all some entries and photos are, by id.
+        """Store the positions of some entries and photos among all, by id.
 
-        This saves the pack from reading and searching all ids. A wrong place of an
-        entry or a photo is an error once the pack reads there.
+        This saves the pack from reading and searching all ids. A wrong position causes an error
+        once the pack reads there.
         """
         for kind, rows in (("entries", entries), ("images", images)):
             for id, row in rows.items():
@@ -179,7 +179,7 @@ class Contents:
             raise PackError(f"The pack has no such {what}; choose one of its gallery") from None
 
     def entries_of(self, image_id: str) -> list[str]:
-        """The ids of a photo's entries, in their order; PackError where there is no such photo."""
+        """The ids of a photo's entries, in order; PackError if there is no such photo."""
         shard, _ = self._place("images", self._row_of("images", image_id))
         table = self._recent.kept(
             ("ids", shard),
@@ -190,7 +190,7 @@ class Contents:
         return table["entry_id"].filter(pa.chunked_array(rows, pa.bool_())).to_pylist()  # type: ignore[no-any-return]
 
     def entry(self, entry_id: str) -> Entry:
-        """What is known of a map; PackError where there is none of this id."""
+        """The data of a map; PackError if there is none with this id."""
         i = self._row_of("entries", entry_id)
         row = self._row("entries", i)
         if row["entry_id"] != entry_id:
@@ -218,7 +218,7 @@ class Contents:
         )
 
     def facts_of(self, image_id: str) -> PhotoFacts:
-        """What is known of a photo; PackError where there is none of this id."""
+        """The data of a photo; PackError if there is none with this id."""
         return self._recent.kept(  # type: ignore[no-any-return]
             ("facts", image_id),
             lambda: self._facts_of(image_id),
@@ -260,7 +260,7 @@ class Contents:
         return number, self._shown(encodable(name)), float(p)
 
     def rows(self, kind: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Columns of all "entries" or "images" as tables of Arrow, shard by shard and checked; texts are
+        """Columns of all "entries" or "images" as Arrow tables, shard by shard and checked; texts are
         dictionaries. Columns: :mod:`xattn.packs.columns`."""
         for shard in range(len(self.manifest.shards)):
             yield self._read(kind, shard, names)
@@ -276,11 +276,11 @@ class Contents:
         return np.frombuffer(data, "<f4").reshape(entry.shape).astype(np.float32)
 
     def maps_file(self, entry: Entry) -> ShardFile:
-        """The file that has the map of an entry."""
+        """The file that contains the map of an entry."""
         return self._shards("maps")[self._place("entries", entry.row)[0]]
 
     def thumbnail(self, photo: PhotoFacts) -> bytes | None:
-        """The JPEG file of a photo, not checked by its hash; None where the pack has none."""
+        """The JPEG file of a photo, not checked by its hash; None if the pack has none."""
         if photo.thumbnail_sha256 is None:
             return None
         place, size = photo.thumbnail
@@ -291,12 +291,12 @@ class Contents:
             return self._bytes(file, place, size)
 
     def stored_photo(self, image_id: str) -> StoredPhoto | None:
-        """The thumbnail as the source of an explanation, None where the pack has none."""
+        """The thumbnail as the source of an explanation, None if the pack has none."""
         photo = self.facts_of(image_id)
         return None if photo.thumbnail_sha256 is None else StoredPhoto(_Thumbnails(self), photo.row)
 
     def _bytes(self, file: ShardFile, place: int, size: int) -> bytes:
-        """A part of a file, which is checked by its own hash."""
+        """A part of a file, which has its own hash check."""
         if place + size > file.size:
             raise ValueError("it is truncated")
         data = self.files.part(file.name, place, place + size)
@@ -305,8 +305,8 @@ class Contents:
         return data
 
     def features(self) -> NDArray[np.float16] | None:
-        """What the classifier read of each photo, (M, d) in the order of :attr:`image_ids`; None in a pack
-        without. Read now, and checked by its hash."""
+        """What the classifier read of each photo, (M, d) in the order of :attr:`image_ids`; None if the
+        pack has no features. They are read now, and checked by their hash."""
         parts = []
         for shard in self.manifest.shards:
             if (file := shard.features) is None:
@@ -337,7 +337,7 @@ class Contents:
         return shard, i - (int(ends[shard - 1]) if shard else 0)
 
     def _row(self, kind: str, i: int) -> dict[str, Any]:
-        """All columns of a row; the rows around it are decoded with it and kept."""
+        """All columns of a row; the rows around it are decoded with it and cached."""
         shard, row = self._place(kind, i)
         ends = np.cumsum(self._open(kind, shard).group_rows)
         group = int(np.searchsorted(ends, row, "right"))
@@ -382,7 +382,7 @@ class Contents:
 
 
 class _Thumbnails(Photos):
-    """The thumbnails of a pack as numbered photos, by the rows of its images."""
+    """The thumbnails of a pack as numbered photos, by image row."""
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
@@ -406,7 +406,7 @@ class _Thumbnails(Photos):
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Turn what is wrong with a file into a PackError that names it."""
+    """Turn errors in a file into a PackError that names it."""
     try:
         yield
     except PackError:
@@ -420,7 +420,7 @@ def _hex(sha256: bytes | None) -> str | None:
 
 
 def _json(text: str, kind: type) -> Any:
-    """The list or table that a column holds as JSON."""
+    """The list or table that a column stores as JSON."""
     try:
         found = strict_json.parse(text)
     except ValueError as error:
@@ -442,5 +442,5 @@ def _view(record: dict[str, Any]) -> View:
 
 
 def _equal(texts: pa.DictionaryArray, value: str) -> pa.BooleanArray:
-    """Which texts equal ``value``; they are not written out."""
+    """Which texts equal ``value``, without expanding the dictionary."""
     return pc.equal(texts.indices, pa.scalar(pc.index(texts.dictionary, value).as_py(), pa.int32()))

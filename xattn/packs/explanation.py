@@ -1,8 +1,8 @@
 """The record of one explanation.
 
-An :class:`Explanation` is a raw map (h, w) of one class of one photo, with all that is needed to
-read it later: the class and its probability, the method, the geometry back onto the photo, and the
-protocol. Many of them make a pack, see :mod:`xattn.packs.writer`.
+An :class:`Explanation` is a raw map (h, w) of one class of one photo, with everything needed to
+interpret it later: the class and its probability, the method, the geometry back onto the photo, and the
+protocol. Many of them form a pack, see :mod:`xattn.packs.writer`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from xattn.runtime.stores import StorePath
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_CELLS = 16_384  # of a side of a map, for writers and readers alike
+MAX_CELLS = 16_384  # largest side of a map, for writers and readers alike
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of a photo beside its maps.
+    """What is known about a photo besides its maps.
 
-    ``top`` are the classifier's first classes, (class, its name, probability); ``label`` is the true
-    class as an index into the classifier's classes, None where it has no such class, and
-    ``label_name`` its name; ``features`` (d,) is what the classifier reads of it, if that was asked for;
-    ``answer`` is what a vision-language model said of it.
+    ``top`` are the classifier's most probable classes, (class, its name, probability); ``label`` is the
+    true class as an index into the classifier's classes, None if it has no such class, and ``label_name``
+    its name; ``features`` (d,) is what the classifier reads of it, if requested; ``answer`` is a
+    vision-language model's answer about it.
     """
 
     top: tuple[tuple[int, str, float], ...] = ()
@@ -49,18 +49,18 @@ class ImageFacts:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """One class of one photo, explained.
+    """The explanation of one class of one photo.
 
     ``map`` holds raw scores (h, w), float32, read-only, on the grid of the model's input, at most
-    ``MAX_CELLS`` a side;
-    ``probability`` is the softmax over all classes, the class's sigmoid (multi-label), or of a target
-    that is a number of any size (``is_value``) that number;
-    ``image_id`` names the photo, see :mod:`xattn.photos.image_names`, and ``source`` is where its pixels
-    are: a file, an image, or None. ``is_mask`` marks maps that are
-    in [0, 1] by meaning and must not be stretched. ``facts`` are of the photo. ``metrics``, by column
+    ``MAX_CELLS`` per side;
+    ``probability`` is the softmax over all classes, the class's sigmoid (multi-label) or, for a target
+    that is a number of any size (``is_value``), that number;
+    ``image_id`` names the photo, see :mod:`xattn.photos.image_names`, and ``source`` is the source of its
+    pixels: a file, an image, or None. ``is_mask`` marks maps whose values are by definition in [0, 1] and
+    must not be stretched. ``facts`` belong to the photo. ``metrics``, by column
     such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
-    that every method has to beat, come with comparisons. ``method_title`` is what the method is called in
-    running text, its name by default; give another method another one.
+    that every method has to beat, come from comparisons. ``method_title`` is the method's name in
+    running text, by default its name; use different titles for different methods.
     """
 
     map: NDArray[np.float32]
@@ -112,16 +112,16 @@ class Explanation:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the map says nothing: all values equal."""
+        """Whether the map says nothing, because all values are equal."""
         return bool(self.map.min() == self.map.max())
 
     @property
     def is_blank(self) -> bool:
-        """Whether the map is constant and not the mask of ones, which keeps every pixel on purpose."""
+        """Whether the map is constant, except the mask of ones, which keeps every pixel on purpose."""
         return self.is_constant and not (self.is_mask and self.map.flat[0] == 1)
 
     def normalized(self) -> NDArray[np.float32]:
-        """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask stays as it is."""
+        """The map (h, w) min-maxed to [0, 1]; a constant map becomes 0, a mask is unchanged."""
         if self.is_mask:
             return np.clip(self.map, 0, 1)
         low, high = float(self.map.min()), float(self.map.max())
@@ -133,21 +133,21 @@ class Explanation:
     def on_photo(self, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
         """The map on the photo's pixels (H, W), in [0, 1]; NaN where the model did not look.
 
-        Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` asks for
+        Min-max comes first, on the coarse map, as in the fidelity metrics. ``size`` requests
         another raster (height, width) over the same photo.
         """
         return self.view.to_photo(self.normalized(), size)
 
     def numpy(self) -> NDArray[np.float32]:
-        """:meth:`on_photo`: (H, W) float32 of the photo's pixels, in [0, 1], NaN where the model did not
-        look. ``explanation.map`` has the raw scores (h, w)."""
+        """The same as :meth:`on_photo`: (H, W) float32 on the photo's pixels, in [0, 1], NaN where the
+        model did not look. ``explanation.map`` has the raw scores (h, w)."""
         return self.on_photo()
 
     def photo(self, max_side: int | None = None) -> Image.Image:
         """The photo, RGB, shrunk to ``max_side`` if it is larger.
 
         Raises:
-            ValueError: its pixels are not at hand, or the file is gone or damaged.
+            ValueError: its pixels are not available, or the file is missing or damaged.
         """
         if self.source is None:
             raise ValueError(f"source: the pixels of {self.image_id} are not at hand; set source")
@@ -188,7 +188,7 @@ class Explanation:
 
 
 def blank_note(names: Sequence[str]) -> str:
-    """What to say of maps that are constant (:attr:`Explanation.is_blank`), by :func:`map_name`.
+    """A text about constant maps (:attr:`Explanation.is_blank`), which are given by :func:`map_name`.
 
     >>> blank_note([map_name("cam", "hen, biddy", "a.png")])
     'The map by cam of hen on a.png has one value everywhere; its overlay points at nothing.'
@@ -203,17 +203,17 @@ def blank_note(names: Sequence[str]) -> str:
 
 
 def map_name(method: str, target_name: str, photo: str) -> str:
-    """A map in words."""
+    """A text that describes a map."""
     return f"by {method} of {target_name.split(',')[0]} on {photo}"
 
 
 def contrast(
     explanation: Explanation, other: Explanation, raw: bool = False
 ) -> NDArray[np.float32]:
-    """What speaks for one class rather than the other: the difference of two maps (h, w).
+    """The evidence for one class rather than the other: the difference of two maps (h, w).
 
-    Of the min-maxed maps, in [-1, 1] (where each map puts its weight), or, with ``raw``, of the
-    scores themselves (which also says how strong they are).
+    By default it is the difference of the min-maxed maps, in [-1, 1] (where each map puts its weight); with
+    ``raw``, of the scores themselves (which also say how strong they are).
 
     Raises:
         ValueError: maps of another photo, crop or size.

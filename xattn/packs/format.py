@@ -1,11 +1,11 @@
 """The files of a pack.
 
 manifest.json                metrics, counts, the files of each shard with their hashes
-entries-00000.parquet        a row per map, photo by photo
-images-00000.parquet         a row per photo
+entries-00000.parquet        one row per map, photo by photo
+images-00000.parquet         one row per photo
 maps-00000.safetensors       every map, float32 (h, w), by entry_id
 thumbnails-00000.safetensors JPEG files as uint8 (n,), by image_id
-features-00000.safetensors   what the classifier reads of each photo, float16 (M, d), where it was kept
+features-00000.safetensors   what the classifier reads of each photo, float16 (M, d), if requested
 overlays/, overlay.mp4       pictures of the maps over the photos, and the film of a clip
 """
 
@@ -19,16 +19,16 @@ from xattn.runtime import strict_json
 
 FORMAT, VERSION = "xattn-pack", 1
 MANIFEST, VIDEO, OVERLAYS = "manifest.json", "overlay.mp4", "overlays"
-MAPS = "maps-00000.safetensors"  # of the first shard
+MAPS = "maps-00000.safetensors"  # in the first shard
 SHARD_FILE = re.compile(
     r"(?:entries|images)-[0-9]{5,9}\.parquet|(?:maps|thumbnails|features)-[0-9]{5,9}\.safetensors"
 )
-SHARD_PHOTOS, SHARD_BYTES = 4096, 64 << 20  # after which a new shard begins
+SHARD_PHOTOS, SHARD_BYTES = 4096, 64 << 20  # limits after which a new shard begins
 THUMBNAIL_SIDE, OVERLAY_SIDE = 512, 2048  # longest side in pixels
 
 
 class LaterVersion(ValueError):
-    """A pack that this xattn cannot read, and a later one can."""
+    """A pack that this xattn cannot read, but a later one can."""
 
 
 def shard_file(kind: str, number: int) -> str:
@@ -42,13 +42,13 @@ def shard_file(kind: str, number: int) -> str:
 
 
 def is_pack_file(name: str) -> bool:
-    """Whether a pack's writer replaces what has this name in its folder; all else is the user's."""
+    """Whether a pack's writer replaces files of this name in its folder; all others are the user's."""
     return name in (MANIFEST, VIDEO, OVERLAYS) or SHARD_FILE.fullmatch(name) is not None
 
 
 def interrupted_output(folder: str | Path) -> Path:
-    """Where the pack of a run that was stopped goes: ``folder``, or a free name beside a pack that is
-    there."""
+    """Where the pack of an interrupted run goes: ``folder``, or a free name beside it if it already holds a
+    pack."""
     folder, number = Path(folder), 1
     place = folder
     while (place / MANIFEST).exists():
@@ -58,7 +58,7 @@ def interrupted_output(folder: str | Path) -> Path:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The ``manifest.json`` of a pack, known to be of a pack of this version.
+    """The ``manifest.json`` of a pack, checked to be of a supported version.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: not a pack, damaged, or of a later version.
@@ -74,7 +74,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
-    """The bytes of a ``manifest.json``, checked; ``name`` is of the pack, for errors.
+    """The content of a ``manifest.json``, checked; ``name`` is the pack's, for errors.
 
     Raises:
         ValueError: not of a pack, damaged, or of a later version.
@@ -97,7 +97,7 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
 
 
 def unreadable_manifest(name: str, error: Exception) -> ValueError:
-    """The error of a pack, called ``name``, whose manifest cannot be read or parsed."""
+    """The error for a pack, called ``name``, whose manifest cannot be read or parsed."""
     return ValueError(
         f"pack: {name} holds no readable {MANIFEST} ({type(error).__name__}); "
         f"give a folder that save_pack wrote"

@@ -1,4 +1,4 @@
-"""The manifest of a pack: what its columns mean, and which files it has; nothing is believed unchecked."""
+"""The manifest of a pack: the meaning of its columns, and its files; nothing is trusted unchecked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_NAME = 400  # characters of an id
 MAX_CURVE = 100_000  # values
 MAX_METRICS = MAX_METHODS = 1000
 MAX_SHARDS = 100_000
-# Of Pack.entries beside the metrics, which must have other names.
+# Columns of Pack.entries other than metrics, which must have different names.
 TABLE_COLUMNS = ("image_id", "method", "target", "target_name", "probability", "is_value", "is_mask",
                  "sanity", "min", "max")  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -35,7 +35,7 @@ class MetricInfo(NamedTuple):
 
 
 class DamagedFile(PackError):
-    """A file of a pack that is not what was written: the ``file``'s name and the ``reason``."""
+    """A file of a pack that differs from what was written: the ``file``'s name and the ``reason``."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(
@@ -45,12 +45,12 @@ class DamagedFile(PackError):
 
 
 def damaged(reason: str) -> DamagedFile:
-    """The error of a manifest that cannot be used."""
+    """The error for a manifest that cannot be used."""
     return DamagedFile(MANIFEST, reason)
 
 
 class ShardFile(NamedTuple):
-    """A file of a shard, its rows or tensors, its size in bytes and its hash."""
+    """A file in a shard, its rows or tensors, its size in bytes and its hash."""
 
     name: str
     rows: int
@@ -59,7 +59,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """The files of a shard; thumbnails where its photos have pictures, features in all shards or none."""
+    """The files of a shard; thumbnails if its photos have pictures, features in all shards or none."""
 
     entries: ShardFile
     images: ShardFile
@@ -70,16 +70,16 @@ class Shard(NamedTuple):
 
 @dataclass(eq=False)
 class Manifest:
-    """What a manifest says.
+    """The content of a manifest.
 
     Attributes:
         xattn: the version of xattn that wrote the pack.
-        metrics: what the metrics are.
-        shares: by name of a curve, the shares of pixels that its values stand for.
-        methods: the methods of the entries and their titles, in the order in which they come first.
+        metrics: descriptions of the metrics.
+        shares: by curve name, the shares of pixels that its values belong to.
+        methods: the methods of the entries and their titles, in order of first appearance.
         skipped: (file name, reason) of images that were left out.
         video: the hash of the film, None without one.
-        entries, images: the numbers of rows of all shards.
+        entries, images: the total numbers of rows in all shards.
     """
 
     xattn: str
@@ -97,7 +97,7 @@ def read(manifest: dict[str, Any]) -> Manifest:
     """The checked contents of a parsed manifest.
 
     Raises:
-        DamagedFile: something is missing, of another type, or out of its range.
+        DamagedFile: something is missing, has another type, or is out of range.
     """
     shards = [_shard(record) for record in _tables(manifest, "shards")]
     if not 1 <= len(shards) <= MAX_SHARDS:
@@ -130,10 +130,10 @@ def text(
     skipped: Sequence[tuple[str, str]],
     video: str | None = None,
 ) -> bytes:
-    """The file of a manifest.
+    """The text of a manifest.
 
     Args:
-        methods: those of the entries and their titles, in the order in which they come first.
+        methods: the methods of the entries and their titles, in order of first appearance.
         metrics, shares, skipped: see :class:`~xattn.packs.writer.PackWriter`.
         video: the hash of the film.
     """
@@ -167,7 +167,7 @@ def text(
         rows = key in ("shards", "skipped") and value
         shown = "[\n  " + ",\n  ".join(map(_line, value)) + "\n ]" if rows else _line(value)
         parts.append(f" {_line(key)}: {shown}")
-    # A file name that is no UTF-8 has half characters, which JSON can write as \udc80.
+    # A file name that is not UTF-8 has lone surrogates, which JSON can write as \udc80.
     return ("{\n" + ",\n".join(parts) + "\n}\n").encode("utf-8", "backslashreplace")
 
 
@@ -229,9 +229,9 @@ def _titles(given: dict[str, Any]) -> dict[str, str]:
 
 
 def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
-    """Curves, or shares of pixels, by name; DamagedFile where they are no finite numbers."""
+    """Curves, or shares of pixels, by name; DamagedFile if they are not finite numbers."""
     for values in given.values():
-        # Finite numbers that float can hold.
+        # Finite numbers that a float can represent.
         if type(values) is not list or not all(
             type(v) in (int, float) and abs(v) < 1e300 for v in values
         ):
@@ -242,7 +242,7 @@ def curves_of(given: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _skipped(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is no text is passed over."""
+    """The skipped images; entries that are not text are ignored."""
     found = manifest.get("skipped")
     records = [r for r in found if type(r) is dict] if type(found) is list else []
     pairs = [(record.get("file_name"), record.get("reason")) for record in records]

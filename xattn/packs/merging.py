@@ -17,7 +17,7 @@ from xattn.packs.writer import pack_writer
 
 
 class Merged(NamedTuple):
-    """How many photos and maps a merged pack has, and how many photos are of several packs."""
+    """The numbers of photos and maps in a merged pack, and of photos that were in several packs."""
 
     photos: int
     joined: int
@@ -29,13 +29,12 @@ def merge_packs(
 ) -> Merged:
     """Write the pack ``output`` with the photos of all ``packs``, in their order; see :func:`joined`.
 
-    Every map keeps its protocol. What is known of a photo beside its maps is that of the first pack that
-    knows it. A shard has at most ``shard_photos`` photos. Films, overlay pictures and features are left
-    out.
+    Every map keeps its protocol. Other facts about a photo come from the first pack that has them. A shard
+    has at most ``shard_photos`` photos. Films, overlay pictures and features are left out.
 
     Raises:
-        ValueError: one pack alone, or packs that contradict each other: metrics that are described in
-            different ways, another photo or another map under one id, different true classes.
+        ValueError: a single pack, or packs that contradict each other: metrics with different descriptions,
+            different photos or maps under one id, different true classes.
         PackError: a pack is damaged. OSError: it cannot be written.
     """
     if len(packs) < 2:
@@ -60,8 +59,8 @@ def merge_packs(
 
 
 def joined(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], bytes | None]:
-    """The explanations of one photo in all ``packs`` that have it, and its thumbnail; a map that several
-    packs have comes once.
+    """The explanations of one photo in all ``packs`` that contain it, and its thumbnail; a map that several
+    packs contain is included once.
 
     Raises:
         ValueError: the packs contradict each other.
@@ -92,13 +91,13 @@ def joined(image_id: str, packs: Sequence[Pack]) -> tuple[list[Explanation], byt
 
 
 def _equal(a: Explanation, b: Explanation) -> bool:
-    """Whether two explanations of one id say the same."""
+    """Whether two explanations with one id have the same content."""
     facts = ("target", "probability", "protocol", "view", "is_mask", "metrics", "curves")
     return np.array_equal(a.map, b.map) and all(getattr(a, f) == getattr(b, f) for f in facts)
 
 
 def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFacts:
-    """What the packs know of a photo; the first that knows something says it."""
+    """What the packs know about a photo; each fact comes from the first pack that has it."""
     top = next((e.facts.top for _, e in found if e.facts.top), ())
     answer = _answer(image_id, found)
     labelled = [(pack, e.facts) for pack, e in found if e.facts.label_name is not None]
@@ -115,7 +114,7 @@ def _facts(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> ImageFac
 
 
 def _answer(image_id: str, found: Sequence[tuple[Pack, Explanation]]) -> AnswerFacts | None:
-    """The answer on a photo, with what every pack says of its words."""
+    """The answer about a photo, with the words' results from every pack."""
     answered = [(pack, e.facts.answer) for pack, e in found if e.facts.answer is not None]
     if not answered:
         return None
@@ -139,7 +138,7 @@ def _described(pack: Pack) -> dict[str, dict[str, Any]]:
 
 
 def _agreed(what: str, given: Sequence[tuple[Pack, Mapping[str, Any]]]) -> dict[str, Any]:
-    """The union of what packs say by name; ValueError where two say different things."""
+    """The union of the packs' values by name; ValueError if two packs differ."""
     found: dict[str, tuple[Pack, Any]] = {}
     for pack, table in given:
         for name, value in table.items():

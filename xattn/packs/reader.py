@@ -1,8 +1,8 @@
-"""Packs read back: the manifest at once, a map or a photo only when it is asked for, checked by its hash.
+"""Reading packs: the manifest at once, a map or a photo only on demand, checked by its hash.
 
 Ids are looked up and never joined to a path, and every file is opened inside the pack's own folder or
-not at all, see :class:`~xattn.packs.contained_files.PackFolder`; only :func:`load_pack`, for packs of
-one's own, follows links. What is wrong with a pack is a :class:`PackError`, whose text is for the person
+not at all, see :class:`~xattn.packs.contained_files.PackFolder`; only :func:`load_pack`, for your own
+packs, follows links. Problems with a pack raise a :class:`PackError`, whose text is for the person
 who opens it.
 """
 
@@ -36,34 +36,34 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_MANIFEST = 64 << 20  # bytes; 100,000 shards
-MAX_PIXELS = 4_000_000  # of a thumbnail; xattn writes at most 512 x 512
-AT_ONCE = 8  # maps that are asked of a store at the same time
-RECENT_MAPS = 64 << 20  # bytes of maps that are kept
+MAX_PIXELS = 4_000_000  # in a thumbnail; xattn writes at most 512 x 512
+AT_ONCE = 8  # maps that are requested from a store in parallel
+RECENT_MAPS = 64 << 20  # bytes of maps that are cached
 
 
 class NotAPack(PackError):
-    """The manifest cannot be read at all, or is another program's."""
+    """The manifest cannot be read at all, or belongs to another program."""
 
 
 class Pack(Contents):
-    """A pack that was opened; cheap to keep, safe to share between threads.
+    """An opened pack; it takes little memory and is thread-safe.
 
     Attributes:
         files, manifest: see :class:`~xattn.packs.contents.Contents`.
-        version: the first 12 hex digits of the manifest's SHA-256, for keys of caches.
-        counts: how many entries and photos it has; nothing is read for it.
-        methods: the methods of its entries, in the order in which they come first; see :meth:`title_of`.
-        metrics: what the metrics' columns are.
-        shares: by name of a curve, the shares of pixels that its values stand for; a curve that is not
-            there has its values at equal steps over [0, 1].
+        version: the first 12 hex digits of the manifest's SHA-256, for cache keys.
+        counts: the numbers of entries and photos; available without reading.
+        methods: the methods of its entries, in order of first appearance; see :meth:`title_of`.
+        metrics: descriptions of the metrics' columns.
+        shares: by curve name, the shares of pixels that its values belong to; a missing curve has its
+            values at equal steps over [0, 1].
         skipped: (file name, reason) of images that were left out.
 
     Args:
         folder: where the pack is, a path or the URL of an object store.
-        id, name: what the viewer calls the pack.
-        cache: keeps the maps that were read last; packs may share one.
+        id, name: the pack's id and name in the viewer.
+        cache: a cache of recently read maps; packs may share one.
         trusted: the pack is the caller's own: links that lead out of the folder are followed, and names
-            stay as they were written.
+            are left as they were written.
 
     Raises:
         PackError: damaged, truncated, of a later version, or with files outside ``folder``.
@@ -102,24 +102,24 @@ class Pack(Contents):
 
     @property
     def folder(self) -> Path | None:
-        """The pack's folder on this machine's disk; None where it is elsewhere."""
+        """The pack's folder on this machine's disk; None if it is elsewhere."""
         return self.files.path
 
     @cached_property
     def entries(self) -> pd.DataFrame:
-        """One row a map, by entry_id: image_id, method, target, target_name, probability, is_value
+        """One row per map, by entry_id: image_id, method, target, target_name, probability, is_value
         (whether that is a number of any size), is_mask, sanity (a row that every method has to beat), min,
-        max, and a column a metric."""
+        max, and one column per metric."""
         return _tables().entry_table(self)  # type: ignore[no-any-return]
 
     @cached_property
     def images(self) -> pd.DataFrame:
-        """One row an image, by image_id: file_name, title (what to call it: the file name, for a clip's
-        frame with its number and time), label, label_name, predicted, predicted_name, confidence, right,
+        """One row per image, by image_id: file_name, title (the file name, for a clip's frame with its
+        number and time), label, label_name, predicted, predicted_name, confidence, right,
         disagreement, methods (how many).
 
         ``label`` and ``predicted`` are classes of the classifier, or None; ``right`` is True, False, or
-        None where one of them is not known.
+        None if one of them is unknown.
         """
         return _tables().image_table(self)  # type: ignore[no-any-return]
 
@@ -129,10 +129,10 @@ class Pack(Contents):
         return all(shard.features is not None for shard in self.manifest.shards)
 
     def same_photos(self, other: Pack) -> dict[str, str]:
-        """The photos that another pack has, too, by their id here: their id there.
+        """The photos that another pack also has: id here -> id there.
 
-        Where ids differ (one pack is of a folder, the other of files in it), two photos are the same if
-        their stored pictures are, byte for byte, and no other picture of their packs is.
+        If ids differ (one pack was made from a folder, the other from files in it), two photos are the same
+        if their stored pictures are identical, byte for byte, and no other picture in their packs is.
         """
         known = set(other.image_ids)
         found = {i: i for i in self.image_ids if i in known}
@@ -145,7 +145,7 @@ class Pack(Contents):
         return {i: found[i] for i in self.image_ids if i in found}
 
     def by_picture(self) -> dict[str, str]:
-        """The ids of photos by the SHA-256 of their stored pictures, where it is of one photo alone."""
+        """The ids of photos by the SHA-256 of their stored pictures, if it belongs to only one photo."""
         name = "thumbnail_sha256"
         hashes = [
             sha256 for table in self.rows("images", [name]) for sha256 in table[name].to_pylist()
@@ -155,7 +155,7 @@ class Pack(Contents):
         return {h.hex(): image_id for h, image_id in pairs if h is not None and counts[h] == 1}
 
     def title_of(self, method: str) -> str:
-        """What a method of the pack is called in running text."""
+        """A method's name in running text, as stored in the pack."""
         return self.manifest.methods.get(method, method)
 
     def key(self, entry_id: str) -> tuple[str, int, str]:
@@ -202,7 +202,7 @@ class Pack(Contents):
             raise DamagedFile(self.maps_file(entry).name, why(error)) from None
 
     def view(self, entry_id: str) -> View:
-        """Which part of the photo the network saw."""
+        """The part of the photo that the network saw."""
         return self.entry(entry_id).view
 
     def photo(self, image_id: str, side: int | None = None) -> Image.Image:
@@ -236,17 +236,18 @@ class Pack(Contents):
         return data
 
     def curves(self, entry_id: str) -> dict[str, list[float]]:
-        """Scores while pixels go or come, by "deletion", "insertion", ...; {} where not measured."""
+        """Scores while pixels are removed or inserted, by "deletion", "insertion", ...; {} if not
+        measured."""
         return self.entry(entry_id).curves
 
     def top(self, image_id: str) -> list[tuple[int, str, float]]:
-        """(class, its name, probability) of the classifier's first classes."""
+        """(class, its name, probability) of the classifier's most probable classes."""
         return list(self.facts_of(image_id).top)
 
     def provenance(self, entry_id: str) -> dict[str, Any]:
-        """Where a map comes from: method, head, protocol, versions and hashes.
+        """How a map was made: method, head, protocol, versions and hashes.
 
-        ``backbone`` and ``head`` are tables or None; ``protocol`` is as it was recorded.
+        ``backbone`` and ``head`` are tables or None; ``protocol`` is as recorded.
         """
         entry = self.entry(entry_id)
         return {
@@ -276,10 +277,10 @@ class Pack(Contents):
 
 
 def load_pack(folder: str | Path) -> list[Explanation]:
-    """The explanations of a pack, a folder or the URL of one, in their order; photos come as thumbnails.
+    """The explanations in a pack, a folder or its URL, in order; photos come as thumbnails.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: not a pack, or a damaged one, or a store that does
+        FileNotFoundError: no such folder. ValueError: not a pack, a damaged one, or a store that does
             not answer; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
     """
     place = place_of(folder, "pack")

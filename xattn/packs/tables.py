@@ -1,6 +1,6 @@
-"""The entries and photos of a pack as pandas tables; the only module of packs that needs pandas.
+"""The entries and photos of a pack as pandas tables; the only module in packs that needs pandas.
 
-Texts that repeat are shared objects, texts that do not lie in Arrow's memory, numbers are as narrow as in
+Repeated texts are shared objects, other texts are in Arrow's memory, and numbers are as narrow as in
 the files: a million rows take some 200 MB.
 """
 
@@ -20,8 +20,8 @@ from xattn.packs.contents import Contents, Ids
 from xattn.packs.manifest import TABLE_COLUMNS
 from xattn.runtime.names import visible
 
-MAX_ROWS = 1_500_000  # of a table
-MAX_TEXTS = 64 << 20  # bytes of texts of a table
+MAX_ROWS = 1_500_000  # rows in a table
+MAX_TEXTS = 64 << 20  # bytes of texts in a table
 _PLAIN = ("image_id", "file_name", "title")
 
 
@@ -66,13 +66,13 @@ def _table(contents: Contents, kind: str, ids: Ids, names: Sequence[str]) -> pd.
         name: _text(parts.pop(name), shown=name != "image_id") for name in _PLAIN if name in parts
     }
     made = {name: texts[name] if name in texts else np.concatenate(parts[name]) for name in names}
-    # pandas 3 would copy the texts of an array of objects.
+    # pandas 3 would copy the texts of an object array.
     series = {k: pd.Series(v, index, dtype=v.dtype, copy=False) for k, v in made.items()}
     return pd.DataFrame(series, copy=False)
 
 
 def _objects(column: pa.ChunkedArray) -> np.ndarray:
-    """Values as objects that equal rows share, None where they are missing; texts are made visible."""
+    """Values as objects that equal rows share, None if missing; texts are made safe to display."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     parts = []
@@ -85,7 +85,7 @@ def _objects(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _text(parts: Sequence[pa.ChunkedArray], shown: bool = False) -> Any:
-    """A pandas array of texts over Arrow's memory, with ``shown`` made visible."""
+    """A pandas array of texts over Arrow's memory; with ``shown``, they are made safe to display."""
     column = pa.chunked_array([c for part in parts for c in part.chunks], pa.string())
     if shown and pc.all(pc.utf8_is_printable(column)).as_py() is False:
         column = pa.chunked_array([[visible(text) for text in column.to_pylist()]], pa.string())

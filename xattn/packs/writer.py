@@ -1,8 +1,8 @@
-"""Writing a pack photo by photo, by one process or by many, so that memory does not grow with the maps.
+"""Writing a pack photo by photo, in one process or several, so that memory does not grow with the maps.
 
 The photos of a shard are held until it is full, then its files are written; the manifest comes last. A
-pack appears whole or not at all, and carries the SHA-256 of every map and thumbnail. Everything is a pure
-function of what is written: equal explanations give equal bytes, whatever process writes a block.
+pack appears as a whole or not at all, and contains the SHA-256 of every map and thumbnail. Everything is a
+pure function of what is written: equal explanations give equal bytes, whichever process writes a block.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from xattn.pictures.overlay import overlay
 from xattn.runtime.files import atomic_folder, check_output, file_sha256, follow_link, printable
 from xattn.runtime.stores import is_remote, place_of
 
-PARTS = 100  # numbers of shards that a block has
+PARTS = 100  # shard numbers reserved for a block
 Gather = Callable[[Any], list[Any]]
 
 
 def alone(value: Any) -> list[Any]:
-    """What :func:`xattn.runtime.distributed.gather` gives to a single process."""
+    """:func:`xattn.runtime.distributed.gather` for a single process."""
     return [value]
 
 
@@ -72,11 +72,11 @@ def pack_writer(
 
     Args:
         overlays: also write pictures into ``overlays/``, the map in colour over the photo.
-        photos: the most photos of a shard.
-        gather, rank: of several processes that write one pack, see
-            :func:`xattn.runtime.distributed.gather`; each writes blocks of its own
+        photos: largest number of photos in a shard.
+        gather, rank: for several processes that write one pack, see
+            :func:`xattn.runtime.distributed.gather`; each writes its own blocks
             (:meth:`PackWriter.block`), and all of them leave the ``with`` block together.
-        keep: after Ctrl-C or an error, make what was added a pack: in ``folder``, or in
+        keep: after Ctrl-C or an error, save what was added as a pack: in ``folder``, or in
             ``<folder>-interrupted`` beside an earlier one. For a single process.
 
     Raises:
@@ -103,7 +103,7 @@ def pack_writer(
 
 
 def check_local(folder: str | Path) -> None:
-    """Refuse a place that is no folder, or a store's, which a pack is not written to."""
+    """Refuse a place that is not a folder, or that is in a store, where packs cannot be written."""
     check_output(folder)
     if is_remote(folder, "output"):
         raise ValueError(
@@ -123,13 +123,13 @@ def save_pack(
     """Write a pack; an earlier pack in ``folder`` is replaced only once the new one is complete.
 
     Args:
-        explanations: those of one photo come one after the other in the pack.
+        explanations: in the pack, those of one photo are grouped together.
         overlays: also write pictures into ``overlays/``, the map in colour over the photo.
         skipped: (file name, reason) of images that could not be read, for the manifest.
         video: a film of overlays, moved into the pack.
-        metrics: what the explanations' metrics are, by column:
+        metrics: descriptions of the explanations' metrics, by column:
             ``{"higher_is_better": bool, "formula": str, "protocol_id": str}``, and ``"title"`` and
-            ``"about"``, what a person is to read.
+            ``"about"``, texts for people.
 
     Raises:
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
@@ -153,7 +153,7 @@ def save_pack(
 
 
 def _rescue(writer: PackWriter, folder: Path, error: BaseException) -> None:
-    """Make a pack of what was added before an error, and say where it is."""
+    """Save what was added before an error as a pack, and say where it is."""
     reason = f"stopped after {writer.last} by {type(error).__name__}"
     place = interrupted_output(folder)
     try:
@@ -167,7 +167,7 @@ def _rescue(writer: PackWriter, folder: Path, error: BaseException) -> None:
 
 
 class _Photo(NamedTuple):
-    """What was added of a photo; its rows lack the places that they have in the shard's files."""
+    """What was added for a photo; its rows lack their positions in the shard's files."""
 
     image: dict[str, Any]
     entries: list[dict[str, Any]]
@@ -179,7 +179,7 @@ class _Photo(NamedTuple):
 
 @dataclass
 class _Shard:
-    """A shard in the making."""
+    """A shard that is being built."""
 
     number: int
     photos: list[_Photo] = field(default_factory=list)
@@ -190,13 +190,13 @@ class PackWriter:
     """See :func:`pack_writer`.
 
     Attributes:
-        skipped: (file name, reason) of images that could not be read, of this process.
-        metrics: by column key, what :func:`save_pack` takes of each of the metrics that
-            explanations carry; to be set before the first is added.
-        shares: by name of a curve, the shares of pixels that its values stand for, where they are not
+        skipped: (file name, reason) of images that could not be read, in this process.
+        metrics: by column key, descriptions as in :func:`save_pack` for each metric that explanations
+            have; to be set before the first is added.
+        shares: by curve name, the shares of pixels that its values belong to, if they are not
             at equal steps over [0, 1].
         last: the id of the photo that was added last.
-        is_first: whether this is the first process of those that write the pack.
+        is_first: whether this is the first of the processes that write the pack.
     """
 
     last = ""
@@ -219,8 +219,8 @@ class PackWriter:
         self._written: dict[int, tuple[Shard, dict[str, str]]] = {}  # with the methods' titles
 
     def block(self, number: int) -> None:
-        """Let the photos that are added from now on be those of block ``number``, a shard or, of large
-        maps, several; without a call, all are of one block."""
+        """Assign the photos that are added from now on to block ``number``, which is one shard or, with
+        large maps, several; without a call, all belong to one block."""
         self._end_shard(number * PARTS)
 
     def add(
@@ -229,15 +229,16 @@ class PackWriter:
         thumbnail: bytes | None = None,
         picture: Image.Image | None = None,
     ) -> None:
-        """All explanations of one photo.
+        """Add all explanations of one photo.
 
         Args:
-            thumbnail: its JPEG file, where that is known already.
-            picture: its pixels, at most ``OVERLAY_SIDE`` a side; by default they are read from its source.
+            thumbnail: its JPEG file, if it is already known.
+            picture: its pixels, at most ``OVERLAY_SIDE`` per side; by default they are read from its
+                source.
 
         Raises:
             ValueError: a photo or an explanation that was added before, a view that is too large, a
-                text that is too long, or features of another length than before.
+                text that is too long, or features with a different length than before.
         """
         photo, image_id = group[0], printable(group[0].image_id)
         if image_id in self._ids:
@@ -307,8 +308,8 @@ class PackWriter:
             write_file(self.folder / MANIFEST, data)
 
     def finish_early(self, reason: str) -> bool:
-        """:meth:`close` after an error, with the ``reason`` among what was skipped; whether there was
-        anything to write."""
+        """:meth:`close` after an error, with the ``reason`` among what was skipped; returns whether there
+        was anything to write."""
         if self._closed or not (self._written or self._shard.photos):
             return False
         self.skipped.append(("", reason))
@@ -334,7 +335,7 @@ class PackWriter:
         write_file(self.folder / OVERLAYS / f"{file_stem(e.id, self._stems)}.jpg", _jpeg(drawn))
 
     def _end_shard(self, following: int) -> None:
-        """Write the files of a shard, and begin number ``following``; one without photos leaves none."""
+        """Write the files of a shard, and begin number ``following``; a shard without photos has none."""
         number, photos = self._shard.number, self._shard.photos
         self._skipped += [(number, item) for item in self.skipped[len(self._skipped) :]]
         if photos:
@@ -380,7 +381,7 @@ class PackWriter:
 
 
 def _first_titles(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Methods in the order in which they come first, each with its first title."""
+    """Methods in order of first appearance, each with its first title."""
     titles: dict[str, str] = {}
     for given in found:
         for method, title in given.items():
@@ -391,8 +392,8 @@ def _first_titles(found: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]]
 ) -> tuple[ShardFile, dict[str, int]]:
-    """Write a safetensors file; also the place of each tensor's first byte."""
-    data = save(dict(tensors), {"format": FORMAT})  # of several keys the order is not fixed
+    """Write a safetensors file; also returns the position of each tensor's first byte."""
+    data = save(dict(tensors), {"format": FORMAT})  # with several keys the order is not fixed
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:begin])
     header.pop("__metadata__")
@@ -403,13 +404,13 @@ def write_tensors(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A file, with the folder it is in."""
+    """Write a file, creating the folder it is in."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
 
 
 def thumbnail_jpeg(photo: Image.Image) -> bytes:
-    """A photo, at most ``OVERLAY_SIDE`` a side, as the JPEG file of its thumbnail."""
+    """A photo, at most ``OVERLAY_SIDE`` per side, as the JPEG file of its thumbnail."""
     small = photo.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     return _jpeg(small)
@@ -422,8 +423,8 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _disagreement(group: Sequence[Explanation]) -> float:
-    """Of the methods on one photo, sanity rows aside, on the classes that several explain; four decimals,
-    NaN without such."""
+    """Disagreement of the methods on one photo, without sanity rows, on the classes that several explain;
+    four decimals, NaN if there are none."""
     by_class: dict[Any, list[Explanation]] = {}
     for e in group:
         if not e.sanity and not e.is_mask:
@@ -434,7 +435,7 @@ def _disagreement(group: Sequence[Explanation]) -> float:
 
 
 def _features(group: Sequence[Explanation], length: int | None) -> NDArray[np.float16] | None:
-    """What the classifier read of a photo, (d,), None where that was not kept.
+    """What the classifier read of a photo, (d,), None if it was not stored.
 
     Raises:
         ValueError: they are not finite, or not ``length`` numbers.

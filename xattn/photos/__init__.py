@@ -1,1 +1,1 @@
-"""Photos in: files, data sets and clips, the model's crop, and the way back onto the photo."""
+"""Reading photos: files, data sets and clips, the model's crop, and the mapping back onto the photo."""

@@ -1,23 +1,24 @@
-"""Images given as numbers: which layouts and ranges are taken, and how each becomes the model's input.
+"""Images given as numbers: accepted layouts and ranges, and how each becomes the model's input.
 
 ``explain`` takes photos. Tensors and arrays among them are
 
     a tensor   (3, H, W) or (B, 3, H, W)    float in [0, 1], or uint8
     an array   (H, W, 3) or (B, H, W, 3)    float in [0, 1], or uint8
 
-where a clip has an axis more, (3, T, H, W) and (T, H, W, 3).
+where a clip has one more axis, (3, T, H, W) and (T, H, W, 3).
 
-A **tensor of the model's input size is the model's input** and goes in as it is. Everything else is a
-photo, which the model's own crop prepares: tensors of another size, arrays, PIL images, files. Photos
-have 8 bits, so floats are rounded to them there. A list may mix all of these; a loader, or any other
-iterable, gives images or batches of them, alone or followed by labels, which are not read.
+A **tensor of the model's input size is the model's input** and is used unchanged. Everything else is a
+photo that the model's own crop prepares: tensors of another size, arrays, PIL images, files. Photos
+have 8 bits, so floats are rounded to 8 bits there. A list may mix all of these; a loader, or any other
+iterable, yields images or batches of them, alone or followed by labels, which are ignored.
 
 ``explainer.attribute`` takes the model's input: a float tensor (B, 3, H, W) in [0, 1], one image
-(3, H, W), or arrays, which are only laid out and scaled as a tensor. Nothing is cropped there.
+(3, H, W), or arrays, which are only converted to the layout and range of a tensor. Nothing is cropped
+there.
 
-Pixels are raw: the backbone normalises them. Any float type, device, order in memory or graph will do,
-and no gradient flows back to the caller. What is none of this is refused in one line that has the call to
-make.
+Pixels are raw: the backbone normalises them. Any float type, device, memory layout or graph is accepted,
+and no gradient flows back to the caller. Anything else is refused with a one-line error that contains the
+call to make.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from torch import Tensor
 
 from xattn.photos.images import check_size
 
-ROUNDING = 1e-4  # by which resizing may leave [0, 1]
+ROUNDING = 1e-4  # tolerance for values that resizing pushes out of [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayImage:
-    """One image of a tensor or an array: ``pixels`` (C, H, W), uint8 or float in [0, 1], on the CPU."""
+    """One image from a tensor or an array: ``pixels`` (C, H, W), uint8 or float in [0, 1], on the CPU."""
 
     pixels: Tensor
     is_tensor: bool
@@ -53,7 +54,7 @@ class ArrayImage:
     def load(
         self, max_pixels: int | None = None, bands: Sequence[int] | None = None
     ) -> Image.Image:
-        """As an 8-bit RGB photo: three channels, or the three ``bands``; of others their mean, in grey.
+        """An 8-bit RGB photo: of three channels, of the three ``bands``, or else the mean in grey.
 
         Raises:
             ValueError: more than ``max_pixels``.
@@ -77,15 +78,15 @@ def is_array(value: Any) -> TypeGuard[Tensor | NDArray[Any]]:
 
 
 def is_stream(images: Any) -> bool:
-    """Whether images come from a loader or another iterable of unknown length, read once front to back."""
+    """Whether images come from a loader or another iterable of unknown length that is read only once."""
     if is_array(images) or isinstance(images, Sequence | Image.Image | dict):
         return False
     return hasattr(images, "__iter__") or hasattr(images, "__getitem__")
 
 
 def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
-    """Items of a list, a loader or a data set for a network: of tensors each (C, H, W), of arrays each an
-    :class:`ArrayImage`, and paths and PIL images as they are."""
+    """Items of a list, a loader or a data set for a network: tensors one by one (C, H, W), arrays one by
+    one as :class:`ArrayImage`, and paths and PIL images unchanged."""
     for item in flattened(images):
         if isinstance(item, Tensor) and item.ndim == 4:
             yield from item
@@ -98,21 +99,21 @@ def single_images(images: Iterable[Any], channels: int = 3) -> Iterator[Any]:
 def array_images(
     images: Tensor | NDArray[Any], channels: int = 3, argument: str = "images"
 ) -> list[ArrayImage]:
-    """The images of a tensor or an array, one or a batch; the module says which layouts it takes.
+    """The images in a tensor or an array, one or a batch; see the module for the accepted layouts.
 
     Raises:
-        ValueError: another layout, type or range, NaN, or no image.
+        ValueError: another layout, dtype or range, NaN, or no image.
     """
     pixels = _checked(images, channels, argument).cpu()
     return [ArrayImage(image, isinstance(images, Tensor)) for image in pixels.unbind()]
 
 
 def input_batch(inputs: Any, channels: int = 3, argument: str = "inputs", axes: int = 2) -> Tensor:
-    """(B, C, H, W) float in [0, 1] for the network, of a batch or one image as a tensor or an array; of
-    clips, whose ``axes`` are 3, (B, C, T, H, W).
+    """(B, C, H, W) float in [0, 1] for the network, from a batch or one image as a tensor or an array; for
+    clips, with ``axes`` = 3, (B, C, T, H, W).
 
     Raises:
-        ValueError: another layout, type or range, NaN, no image, or something else.
+        ValueError: another layout, dtype or range, NaN, no image, or another type.
     """
     if not is_array(inputs):
         sides, other = "H, W", "photos to xattn.explain(images, backbone, explainer=explainer)"
@@ -134,7 +135,7 @@ def flattened(images: Iterable[Any]) -> Iterator[Any]:
     """Items of a list, a loader or a data set, without the labels that follow an image or a batch.
 
     Raises:
-        ValueError: an item is a dictionary, which does not say where its images are.
+        ValueError: an item is a dictionary, which does not say which entries are images.
     """
     if isinstance(images, dict):
         images = [images]
@@ -154,7 +155,7 @@ def flattened(images: Iterable[Any]) -> Iterator[Any]:
 
 
 def _has_labels(item: Sequence[Any]) -> bool:
-    """Whether all that follows the first of ``item`` are classes: one, or one an image."""
+    """Whether everything after the first item is classes: one, or one per image."""
     return len(item) > 1 and all(
         isinstance(label, int) or (is_array(label) and label.ndim < 2) for label in item[1:]
     )
@@ -164,7 +165,7 @@ def _has_labels(item: Sequence[Any]) -> bool:
 
 
 def check_bands(bands: Sequence[int] | None, channels: int) -> None:
-    """Raise a ``ValueError`` unless ``bands`` are None or three numbers of channels."""
+    """Raise a ``ValueError`` unless ``bands`` are None or three channel numbers."""
     if bands is None:
         return
     if len(bands) != 3 or not all(type(n) is int and 0 <= n < channels for n in bands):
@@ -184,7 +185,7 @@ def _checked(images: Tensor | NDArray[Any], channels: int, argument: str, axes: 
         )
     if isinstance(images, Tensor):
         pixels = images.detach()
-    else:  # a copy: arrays may be read-only, or run backwards
+    else:  # a copy, because arrays may be read-only, or have negative strides
         pixels = torch.from_numpy(np.array(images, order="C"))
         pixels = pixels.movedim(-1, -1 - axes)
     pixels = pixels if pixels.ndim == 2 + axes else pixels[None]
@@ -201,7 +202,7 @@ def _kind(images: Tensor | NDArray[Any]) -> str:
 def layout_remedy(
     images: Tensor | NDArray[Any], channels: int, argument: str, axes: int = 2
 ) -> str:
-    """The call that lays the images, or clips of 3 ``axes``, out as they are taken; empty if they are."""
+    """The call that brings images, or clips of 3 ``axes``, into an accepted layout; empty if they are."""
     if axes == 3:
         return _clip_remedy(images, channels, argument)
     if isinstance(images, Tensor):
@@ -269,7 +270,7 @@ def _array_remedy(shape: tuple[int, ...], channels: int, name: str) -> str:
 
 
 def _type_remedy(images: Tensor | NDArray[Any], name: str) -> str:
-    """The call that makes floats in [0, 1] or bytes of the numbers; empty if they are."""
+    """The call that converts the numbers to floats in [0, 1] or bytes; empty if they are."""
     if isinstance(images, Tensor):
         if images.is_floating_point() or images.dtype == torch.uint8:
             return ""
@@ -306,7 +307,7 @@ def _check_range(pixels: Tensor, name: str, is_tensor: bool) -> None:
 
 
 def _unit(pixels: Tensor) -> Tensor:
-    """uint8 by 1/255, floats as float32 in [0, 1]."""
+    """uint8 divided by 255, floats as float32 in [0, 1]."""
     if pixels.dtype == torch.uint8:
         return pixels.float().div(255)
     return pixels.float().clamp(0, 1)

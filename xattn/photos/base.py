@@ -24,7 +24,7 @@ class StoredPhoto:
 
     @property
     def id(self) -> str:
-        """What names the photo in packs and tables."""
+        """The photo's name in packs and tables."""
         return self.photos.id(self.index)
 
     @property
@@ -50,18 +50,18 @@ class Photos(Sequence[StoredPhoto]):
         """The photo's name in lists, known without reading it."""
 
     def id(self, index: int) -> str:
-        """What names the photo in packs, see :mod:`~xattn.photos.image_names`; no other has it."""
+        """The photo's unique name in packs, see :mod:`~xattn.photos.image_names`."""
         return self.name(index)
 
     def source(self, index: int) -> Path | StorePath | StoredPhoto:
-        """Where the photo's pixels are: its file, if it has one."""
+        """The source of the photo's pixels: its file, if it has one."""
         return StoredPhoto(self, index)
 
     @abstractmethod
     def load(self, index: int, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
         """8-bit RGB, upright; ValueError or OSError if the photo cannot be read.
 
-        The message names the file or the shard and key. May be called from several threads.
+        The message names the file, or the shard and key. May be called from several threads.
         """
 
     @abstractmethod

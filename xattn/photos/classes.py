@@ -1,4 +1,4 @@
-"""What the outputs of a classifier mean: its task and the names of its classes."""
+"""The meaning of a classifier's outputs: its task and the names of its classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def as_classes(logits: Tensor, task: Task) -> Tensor:
 
 
 def p_of(logits: Tensor, task: Task) -> Tensor:
-    """What p is: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
+    """The definition of p: a softmax, a sigmoid each (multilabel), or the number itself (regression)."""
     if task == "regression":
         return logits
     return logits.sigmoid() if task == "multilabel" else logits.softmax(1)
@@ -66,7 +66,7 @@ def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | 
 def class_names_of(
     model: nn.Module, count: int, given: Sequence[str] | None, task: Task
 ) -> list[str]:
-    """``given``, checked against ``count``, or the names in the model's config or ImageNet's lists."""
+    """``given``, checked against ``count``, or the names in the model's config or in ImageNet's lists."""
     if given is not None:
         if len(given) != count:
             raise ValueError(
@@ -100,7 +100,7 @@ def class_names_of(
 def find_classes(
     names: Sequence[str | int], class_names: Sequence[str], model_name: str
 ) -> list[int]:
-    """The indices of classes as in :func:`find_class`, each once; "281,282" is two of them."""
+    """The indices of classes as in :func:`find_class`, without duplicates; "281,282" means two classes."""
     found: list[int] = []
     for name in names:
         parts = [name]
@@ -128,12 +128,12 @@ def wordnet_ids(class_names: Sequence[str]) -> dict[str, int]:
 
 
 def find_class(name: str | int, class_names: Sequence[str], model_name: str) -> int:
-    """The index of a class given by index, name or unique part of a name.
+    """The index of a class given by index, name or a unique part of its name.
 
-    An ImageNet-1k classifier's classes have WordNet ids, too, such as n02123045.
+    The classes of an ImageNet-1k classifier also have WordNet ids, such as n02123045.
 
     Raises:
-        ValueError: no such class, or several; the message has near matches.
+        ValueError: no such class, or several; the message lists near matches.
     """
     text = str(name).strip()
     if re.fullmatch(r"[+-]?[0-9]{1,18}", text):

@@ -70,7 +70,7 @@ class Clip:
                 yield number, photo
 
     def frames_at(self, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
-        """The same of rising ``numbers``, each or the next that is not damaged."""
+        """The same for ascending ``numbers``; a damaged frame is replaced by the next."""
         due = 0
         for number in self._grabbed():
             if due < len(numbers) and number >= numbers[due] and (photo := self._retrieved()):
@@ -90,7 +90,7 @@ class Clip:
             yield number
 
     def _retrieved(self) -> Image.Image | None:
-        """The frame that was grabbed last; None where it is damaged."""
+        """The frame that was grabbed last; None if it is damaged."""
         import cv2
 
         valid, frame = self.capture.retrieve()
@@ -102,7 +102,8 @@ class Clip:
 
 
 class Frames(NamedTuple):
-    """``photos`` of a clip, the ``numbers`` of these frames, of ``total``, ``fps`` of them a second."""
+    """``photos`` of a clip, their frame ``numbers``, the ``total`` number of frames, and the rate
+    ``fps``."""
 
     photos: list[Image.Image]
     numbers: tuple[int, ...]
@@ -113,11 +114,11 @@ class Frames(NamedTuple):
 def evenly(
     source: Any, count: int, max_pixels: int | None, fps: float, argument: str = "clip"
 ) -> Frames:
-    """At most ``count`` frames of a file or an array (frames, H, W, 3), at even steps from the first to the
-    last; of a damaged one the next. An array is of ``fps`` frames a second.
+    """At most ``count`` evenly spaced frames of a file or an array (frames, H, W, 3), from the first to the
+    last; a damaged frame is replaced by the next. An array has ``fps`` frames per second.
 
     Raises:
-        ValueError: no clip that can be read. FileNotFoundError: it is not there.
+        ValueError: the clip cannot be read. FileNotFoundError: it does not exist.
     """
     if isinstance(source, np.ndarray):
         at = even_steps(len(source), count)
@@ -126,7 +127,7 @@ def evenly(
     found, total = list[tuple[int, Image.Image]](), -1
     try:
         with quiet():
-            for _ in range(2):  # again where the header knows another number than there is, or none
+            for _ in range(2):  # again if the header reports a wrong number of frames, or none
                 with open_clip(Path(source), max_pixels) as clip:
                     known = clip.announced if total < 0 else total
                     found = list(clip.frames_at(even_steps(known, count).tolist()))
@@ -141,15 +142,15 @@ def evenly(
 
 
 def even_steps(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """At most ``count`` numbers of 0..total-1 at even steps, the ends among them."""
+    """At most ``count`` evenly spaced numbers in 0..total-1, including the ends."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def opencv_path(path: Path, argument: str) -> str:
-    """``path`` in the form that OpenCV takes.
+    """``path`` in the form that OpenCV accepts.
 
     Raises:
-        ValueError: a name that is not UTF-8, on which OpenCV would abort the process.
+        ValueError: a name that is not UTF-8, for which OpenCV would abort the process.
     """
     text = str(path.absolute())
     if printable(text) != text:
@@ -161,7 +162,7 @@ def opencv_path(path: Path, argument: str) -> str:
 
 @contextmanager
 def open_clip(path: Path, max_pixels: int | None) -> Iterator[Clip]:
-    """A clip to read frames from, released when the block ends."""
+    """Context with a clip to read frames from, which is closed when the block ends."""
     clip = Clip(path, max_pixels)
     try:
         yield clip
@@ -171,7 +172,7 @@ def open_clip(path: Path, max_pixels: int | None) -> Iterator[Clip]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what OpenCV and FFmpeg print about damaged clips off the terminal; errors are raised."""
+    """Suppress what OpenCV and FFmpeg print about damaged clips; errors are raised."""
     import cv2
 
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,9 +1,8 @@
-"""Which files are photos, clips and volumes, by their names, and the ids of photos.
+"""Which files are photos, clips and volumes, judging by their names, and the ids of photos.
 
-The id of a photo is its path below the folder that was named, with ``/`` between the parts. Every command
-and function names a photo so (``explain``, ``compare``, ``evaluate``, packs, tables), and a part of the
-photos keeps the ids of the whole, so that what was made of them apart can be joined. Neither numpy nor
-Pillow is needed.
+The id of a photo is its path below the given folder, with ``/`` between the parts. Every command and
+function uses it (``explain``, ``compare``, ``evaluate``, packs, tables), and a subset of the photos keeps
+the ids of the whole, so that results computed separately can be joined. Neither numpy nor Pillow is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ VOLUMES = (".nii", ".nii.gz")
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether ``path`` is named like a clip: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
+    """Whether ``path`` has a clip's suffix: ``.mp4``, ``.mov``, ``.avi``, ``.mkv``, ``.webm``, ..."""
     return Path(path).suffix.lower() in CLIPS
 
 
@@ -40,8 +39,8 @@ def is_volume(data: Any) -> bool:
 
 
 def check_images(path: str | Path | StorePath) -> None:
-    """Refuse a path that is not there and a folder without images, as ``list_images`` does, but at
-    the first image; of a store, that something is there."""
+    """Refuse a path that does not exist and a folder without images, like ``list_images``, but stop at
+    the first image; for a store, check that something exists."""
     path = place_of(path, "images")
     if isinstance(path, Path) and path.is_dir() and next(walk(path), None) is None:
         raise ValueError(
@@ -70,15 +69,15 @@ def walk(folder: Path) -> Iterator[Path]:
 
 # ---------------------------------------------------------------------- ids
 
-LONGEST = 240  # characters of an id
-STEM_BYTES = 180  # of a file's name, which may have 255
+LONGEST = 240  # characters in an id
+STEM_BYTES = 180  # bytes in a file's stem; names may have 255
 
 
 def photo_ids(
     files: Sequence[Path | StorePath], folder: Path | StorePath | None = None
 ) -> list[str]:
-    """The ids of files: their paths below ``folder``, or, where there is none or a file lies outside, below
-    the deepest folder that holds them all; of one file its name.
+    """The ids of files: their paths below ``folder`` or, if there is none or a file is outside it, below
+    the deepest folder that contains them all; for a single file its name.
 
     >>> photo_ids([Path("photos/fish/x.jpg"), Path("photos/dog/x.jpg")])
     ['fish/x.jpg', 'dog/x.jpg']
@@ -91,16 +90,17 @@ def photo_ids(
     above = [] if folder is None else _parts(folder)
     if not above or any(p[: len(above)] != above for p in parts):
         folders = [p[:-1] for p in parts]
-        ends = zip(min(folders), max(folders), strict=False)  # what these share, all share
+        ends = zip(min(folders), max(folders), strict=False)  # shared by these: shared by all
         above = [low for low, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]
     taken: set[str] = set()
     return [unique_id("/".join(p[len(above) :]), taken) for p in parts]
 
 
 def unique_id(name: str, taken: set[str]) -> str:
-    """``name`` as an id that differs from all in ``taken``, which it joins.
+    """``name`` as an id that differs from all in ``taken``, and is added to them.
 
-    Of a name over 240 characters the end is replaced by a hash; bytes that are no text are escaped.
+    If a name has more than 240 characters, its end is replaced by a hash; bytes that are not text are
+    escaped.
 
     >>> taken = set()
     >>> [unique_id("x.jpg", taken) for _ in range(2)]
@@ -118,8 +118,8 @@ def unique_id(name: str, taken: set[str]) -> str:
 
 
 def file_stem(id: str, taken: set[str]) -> str:
-    """An id, of a photo or a map, as the stem of a file's name on any system, which differs from all in
-    ``taken`` even if case is ignored, and joins them.
+    """An id, of a photo or a map, as a file's stem that is valid on any system. It differs from all in
+    ``taken``, even ignoring case, and is added to them.
 
     >>> taken = set()
     >>> [file_stem(id, taken) for id in ("fish/x.jpg@3.head", "my photo.jpg", "my_photo.jpg")]

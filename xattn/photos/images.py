@@ -21,10 +21,10 @@ from xattn.runtime.lru_cache import LRUCache
 from xattn.runtime.stores import StorePath, place_of
 
 MAX_PIXELS = 40_000_000
-MAX_BYTES = 1 << 30  # of a photo in a store, which is read into memory
+MAX_BYTES = 1 << 30  # size limit of a photo in a store, which is read into memory
 # Formats that run other programs or draw vectors (EPS, WMF, ...) are never opened.
 FORMATS = "JPEG MPO PNG WEBP BMP DIB GIF TIFF PPM JPEG2000 AVIF TGA".split()
-_RECENT = LRUCache(64 << 20)  # bytes of photos in stores, which packs read again for their pictures
+_RECENT = LRUCache(64 << 20)  # bytes of photos in stores, which packs read again for pictures
 _COPYING = threading.Lock()  # two threads must not decode one lazily opened image
 
 
@@ -36,16 +36,16 @@ def list_images(path: Path) -> list[Path]: ...
 @overload
 def list_images(path: str | StorePath) -> list[Any]: ...
 def list_images(path: str | Path | StorePath) -> Any:
-    """The image files that ``path`` stands for, in a fixed order: paths, or of a URL :class:`StorePath`.
+    """The image files given by ``path``, in a fixed order: paths or, for a URL, :class:`StorePath`.
 
-    ``path`` is one image, a folder (searched recursively, hidden entries left out, sorted), or a
+    ``path`` is one image, a folder (searched recursively, without hidden entries, sorted), or a
     ``.txt`` list with one ``path [label]`` per line, relative to the list's own folder, or URLs; empty
-    lines and lines that start with ``#`` are skipped. Listed files are not opened here, and those of a
-    store are not looked for.
+    lines and lines that start with ``#`` are skipped. Listed files are not opened here, and those in a
+    store are not checked.
 
     Raises:
-        FileNotFoundError: ``path``, or a file that a list names, does not exist.
-        ValueError: the folder or list holds no image, or a URL is of no store that can be read.
+        FileNotFoundError: ``path``, or a file named in a list, does not exist.
+        ValueError: the folder or list contains no image, or a URL names no readable store.
         StoreError: a store that does not answer.
     """
     place = place_of(path, "images")
@@ -127,7 +127,7 @@ class Readable(Protocol):
 def load_image(
     source: str | Path | StorePath | Image.Image | Readable, max_pixels: int | None = MAX_PIXELS
 ) -> Image.Image:
-    """One photo, a file or its URL, an image or one of :mod:`xattn.photos.sources`, as 8-bit RGB, upright.
+    """One photo as 8-bit RGB, upright: from a file, a URL, an image or :mod:`xattn.photos.sources`.
 
     EXIF rotation is applied; transparency is blended over white; 16-bit, 32-bit and float grey values
     are scaled to 8 bit and never clipped; an animation is read as its first frame. The size in the
@@ -167,7 +167,7 @@ def _stored_bytes(file: StorePath) -> bytes:
     data: bytes | None = _RECENT.get(key) if file.mark else None
     if data is None:
         data = file.read(0, size)
-        if file.mark:  # else another photo could have taken its name
+        if file.mark:  # otherwise another photo could have replaced it under the same name
             _RECENT.put(key, data, size)
     return data
 
@@ -198,9 +198,9 @@ Read = TypeVar("Read")
 def read_ahead(
     read: Callable[[Thing], Read], things: Iterable[Thing], count: int, threads: int = 2
 ) -> Iterator[tuple[Thing, Future[Read]]]:
-    """Each thing with the future of ``read(thing)``, in order, started ``count`` things ahead.
+    """Each item with the future of ``read(item)``, in order; reading starts ``count`` items ahead.
 
-    Reading runs in ``threads`` while the caller computes; no more than ``count`` results wait.
+    Reading runs in ``threads`` while the caller computes; at most ``count`` results wait.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         waiting: deque[tuple[Thing, Future[Read]]] = deque()
@@ -217,7 +217,7 @@ def read_ahead(
 
 
 def readable_formats() -> list[str]:
-    """The formats of Pillow that are opened and that this installation can read."""
+    """Pillow's formats that are opened and that this installation can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

@@ -1,4 +1,4 @@
-"""How a photo becomes the input of a model: what the model says of it, and what a user says instead."""
+"""How a photo becomes the input of a model: according to the model, and with the user's changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from xattn.runtime.names import did_you_mean
 
-LARGEST_SIDE = 8192  # pixels of an input
+LARGEST_SIDE = 8192  # largest side of an input in pixels
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's
 
 
@@ -29,13 +29,13 @@ class Preprocessing:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Sides of the model's input: (H, W), of a clip (T, H, W)."""
+        """Sides of the model's input: (H, W), or for a clip (T, H, W)."""
         return self.input_size
 
 
 @dataclass(frozen=True)
 class ClipPreprocessing(Preprocessing):
-    """How a clip or a volume becomes the input (C, T, H, W): ``frames``, T of them, each as a photo."""
+    """How a clip or a volume becomes the input (C, T, H, W): T = ``frames``, each prepared like a photo."""
 
     frames: int = 16
 
@@ -45,7 +45,7 @@ class ClipPreprocessing(Preprocessing):
 
 
 def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> Preprocessing:
-    """What the model says of its preprocessing, with ImageNet's for what it does not say; at ``size``
+    """The model's own preprocessing, with ImageNet's values for anything missing; at ``size``
     if given."""
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
@@ -66,8 +66,8 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int] | None = None) -> P
 
 
 def of_clips(own: Preprocessing, model: nn.Module, frames: int | None) -> Preprocessing:
-    """``own`` with ``frames`` of a clip, where ``model`` does not say how its inputs are prepared and
-    ``frames`` are given or its first convolution is 3-D."""
+    """``own`` with ``frames`` for a clip, if ``model`` does not define its preprocessing and either
+    ``frames`` is given or its first convolution is 3-D."""
     said = isinstance(getattr(model, "preprocessing", None), Preprocessing) or _config_of(model)
     if said or not (frames or isinstance(first_convolution(model), nn.Conv3d)):
         return own
@@ -89,10 +89,11 @@ def given_preprocessing(
     crop: float | None,
     interpolation: str | None,
 ) -> Preprocessing:
-    """``own``, changed as :func:`~xattn.backbone.load_backbone` was asked to, for ``channels`` channels.
+    """``own`` with the changes requested in :func:`~xattn.backbone.load_backbone`, for ``channels``
+    channels.
 
     Raises:
-        ValueError: numbers for pixels in 0..255, as many as no channels, or unknown names.
+        ValueError: numbers for pixels in 0..255, a wrong number of channels, or unknown names.
     """
     changes: dict[str, Any] = {}
     if mean is not None:
@@ -112,14 +113,14 @@ def given_preprocessing(
             raise ValueError(f"interpolation: got {interpolation!r}; {hint}")
         changes["interpolation"] = interpolation
     found = replace(own, **changes)
-    if len(found.mean) != len(found.std):  # one was given, of another number of channels
+    if len(found.mean) != len(found.std):  # one was given, for another number of channels
         missing = "std" if mean is not None else "mean"
         raise ValueError(f"{missing}: got none for a model of {channels} channels; give both")
     return found
 
 
 def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    """A number for each channel; one number stands for all."""
+    """A number for each channel; a single number applies to all."""
     values = list(given) if hasattr(given, "__iter__") else [given]  # type: ignore[arg-type]
     example = "(0.485, 0.456, 0.406)" if name == "mean" else "(0.229, 0.224, 0.225)"
     try:
@@ -142,8 +143,8 @@ def _per_channel(name: str, given: float | Sequence[float], channels: int) -> tu
 
 
 def channels_of(model: nn.Module, own: Preprocessing) -> int:
-    """How many channels an image has for the model: as many as it says (``input_channels``), as its first
-    convolution reads, or as ``own`` normalises where that reads something else than an image."""
+    """The number of image channels for the model: what it says (``input_channels``), what its first
+    convolution reads, or what ``own`` normalises if that reads something other than an image."""
     if isinstance(said := getattr(model, "input_channels", None), int):
         return said
     first = first_convolution(model)
@@ -156,7 +157,7 @@ def first_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
 
 
 def preprocessing_record(model: nn.Module, used: Preprocessing) -> dict[str, Any]:
-    """``{"preprocessing": {...}}`` with what ``used`` changes of the model's own preprocessing but for
+    """``{"preprocessing": {...}}`` with what ``used`` changes in the model's own preprocessing, except
     the size; empty if nothing."""
     own = asdict(preprocessing_of(model))
     changed = {key: value for key, value in asdict(used).items() if value != own.get(key, value)}

@@ -1,4 +1,4 @@
-"""Samples of webdataset shards, as numbered photos that are read from front to back."""
+"""Samples of webdataset shards, as numbered photos that are read from start to end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xattn.photos.images import MAX_PIXELS, decode_image
 from xattn.runtime.files import printable
 
 BLOCK = 256  # undecoded samples that a reader holds at a time; training shuffles within them
-MOST_SAMPLES = 1 << 40  # of a shard
+MOST_SAMPLES = 1 << 40  # limit for a shard
 MOST_SHARDS = 1_000_000
 _READING = threading.Lock()
 
@@ -33,7 +33,7 @@ class Shards(Photos):
     """Samples of webdataset shards, numbered as they are stored.
 
     A sample's image is its member with the suffix jpg, jpeg, png, webp, ... Each shard is read once
-    from front to back if samples are requested in stored order, or in that of :meth:`order`, which
+    from start to end if samples are requested in stored order, or in that of :meth:`order`, which
     permutes the shards and the samples within blocks of :data:`BLOCK`: shards should be written
     shuffled. Numbers beyond the end of a truncated shard are unreadable photos.
 
@@ -43,7 +43,7 @@ class Shards(Photos):
     order depends on the number of workers at the start of a run; a resumed run keeps it with any
     number.
 
-    timm's reader gives files and lengths. Its sample stream is not used: the state of a shuffle buffer
+    timm's reader provides files and lengths. Its sample stream is not used: the state of a shuffle buffer
     that spans shards, and repeats until a count is reached, cannot be restored.
     """
 
@@ -61,7 +61,7 @@ class Shards(Photos):
         self._open.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, so that explanations of these photos can be pickled and copied."""
+        """The state without open files, so that explanations of these photos can be pickled and copied."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def order(self, seed: int, epoch: int) -> list[int]:
@@ -236,6 +236,6 @@ def _count(path: str) -> int:
                 1 for _ in group_by_keys({"fname": n, "data": b"", "__url__": path} for n in names)
             )
     except (tarfile.TarError, ValueError, EOFError, MemoryError) as error:
-        raise ValueError(  # damaged, xz may ask for any memory
+        raise ValueError(  # if damaged, xz may request any amount of memory
             f"data: shard {path} is damaged ({error}); fetch or write it again"
         ) from error

@@ -5,15 +5,15 @@
 
 * ``SCAN.nii`` or ``SCAN.nii.gz``: the axial slices of a volume, see :mod:`xattn.photos.volumes`.
 * a URL of an object store, ``s3://BUCKET/FOLDER``, ``gs://...`` or ``hf://...``: see
-  :mod:`xattn.runtime.stores`. Photos are read when their turn comes.
+  :mod:`xattn.runtime.stores`. Photos are read when they are needed.
 * ``hfds/NAME_OR_PATH[:split]``: a map-style Hugging Face dataset, from the hub or a local folder
   (images, parquet files, or what ``save_to_disk`` wrote). Its image column is found by its type.
 * ``wds/PATH[:split]``: webdataset shards of a folder or URL whose ``_info.json`` names files and
   lengths of each split, as ``timm.data`` reads it; or local shards named in braces,
   ``wds/PATH/photos-{0000..0031}.tar``, whose samples are counted once by their tar headers.
 
-A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`some_of` and :func:`every_nth` take a
-part of the photos, under the ids of the whole.
+A local folder named ``hfds`` or ``wds`` is written ``./hfds``. :func:`some_of` and :func:`every_nth` select
+a part of the photos, under the ids of the whole.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from xattn.photos.images import MAX_PIXELS, decode_image, list_images, load_imag
 from xattn.runtime.files import printable
 from xattn.runtime.stores import StorePath, place_of
 
-TAIL = 4096  # last bytes of a photo that its description holds
+TAIL = 4096  # last bytes of a photo that its description includes
 
 
 def is_listed(images: Any) -> bool:
-    """Whether ``images`` is what :func:`open_photos` takes, rather than pixels or a loader."""
+    """Whether ``images`` is accepted by :func:`open_photos`, rather than being pixels or a loader."""
     if isinstance(images, list | tuple):
         return bool(images) and all(isinstance(i, str | Path | StorePath) for i in images)
     return isinstance(images, str | Path | StorePath | Photos)
 
 
 def _is_folder_of(place: Path | StorePath, listed: Sequence[Path | StorePath]) -> bool:
-    """Whether ``place``, which stands for the photos ``listed``, is their folder; no store is asked."""
+    """Whether ``place``, which was given for the photos ``listed``, is their folder; queries no store."""
     if isinstance(place, Path):
         return place.is_dir()
     return place.suffix.lower() != ".txt" and place not in listed
 
 
 def open_photos(data: Data) -> Photos:
-    """The photos that ``data`` stands for (see the module); none is read yet.
+    """The photos given by ``data`` (see the module); none is read yet.
 
     Raises:
         ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra
@@ -101,7 +101,7 @@ def open_photos(data: Data) -> Photos:
 
 
 class Files(Photos):
-    """Image files; ``folder`` is the one that was named, ``ids`` are those of a larger whole."""
+    """Image files; ``folder`` is the folder that was given, ``ids`` are those of a larger whole."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Files(Photos):
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in self.paths:
-            if isinstance(path, StorePath):  # what a listing told; nothing is read for it
+            if isinstance(path, StorePath):  # from a listing; nothing is read for it
                 text = f"{path.parent.name}/{path.name}:{path.size}:{path.mark};"
                 digest.update(printable(text).encode())
                 continue
@@ -153,12 +153,12 @@ class Files(Photos):
 
 
 def _end(path: Path, size: int) -> bytes:
-    """The last bytes of a file: other pixels of the same size differ there, too."""
+    """The last bytes of a file, which distinguish files of the same size with other pixels."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, size - TAIL))
             return stream.read(TAIL)
-    except OSError:  # an unreadable photo is skipped and listed when its turn comes
+    except OSError:  # an unreadable photo is skipped and listed when it is needed
         return b""
 
 
@@ -193,7 +193,7 @@ def _hf_dataset(name: str, split: str | None) -> Any:
 
     if not any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
         return create_dataset(f"hfds/{name}", split=split or "train").reader.dataset
-    saved = datasets.load_from_disk(name)  # timm's reader does not open what save_to_disk wrote
+    saved = datasets.load_from_disk(name)  # timm's reader does not open save_to_disk's output
     if not isinstance(saved, dict):
         split = split or str(saved.split)
         saved = {str(saved.split): saved}
@@ -227,7 +227,7 @@ def _open_dataset(name: str, split: str | None) -> Rows:
         column
         for column, feature in dataset.features.items()
         if isinstance(feature, datasets.Image)
-        # timm adds an empty column "image" where there is none of that name
+        # timm adds an empty column "image" if there is none of that name
         and dataset.data.column(column).null_count < len(dataset.data)
     ]
     if "image" not in columns and len(columns) != 1:
@@ -244,7 +244,7 @@ def _open_dataset(name: str, split: str | None) -> Rows:
 
 
 class PartOfPhotos(Photos):
-    """The photos ``numbers`` of ``whole``, which is read at random, not streamed."""
+    """The photos ``numbers`` of ``whole``, which is read in random order, not streamed."""
 
     def __init__(self, whole: Photos, numbers: Sequence[int]) -> None:
         self.whole, self.numbers = whole, list(numbers)
@@ -274,10 +274,11 @@ class PartOfPhotos(Photos):
 
 
 def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
-    """``limit`` of the photos, spread over their folders by ``seed``: one of each folder in turn, in an
-    order of the folders and within each that the seed draws. A smaller limit has the first of them.
+    """``limit`` of the photos, spread over their folders by ``seed``: one from each folder in turn, with
+    the order of folders and of photos within each drawn from the seed. A smaller limit takes the first of
+    them.
 
-    Of photos without folders it is a random sample, and of streamed ones the first ``limit``.
+    Without folders it is a random sample; of streamed photos it takes the first ``limit``.
     """
     numbers: Sequence[int] = range(len(photos))
     if not photos.streamed:
@@ -295,11 +296,11 @@ def some_of(photos: Photos, limit: int, seed: int = 0) -> Photos:
 
 
 def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | None]:
-    """:func:`some_of` what ``images`` names, and the limit that is left to heed: of pixels and loaders,
-    which stay as they are, the first ``limit`` are taken.
+    """:func:`some_of` the photos given by ``images``, and the remaining limit: of pixels and loaders,
+    which are returned unchanged, the caller takes the first ``limit``.
 
     Raises:
-        ValueError, OSError: as :func:`open_photos`; or a limit below 1.
+        ValueError, OSError: as in :func:`open_photos`; or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}; give at least 1")
@@ -310,7 +311,7 @@ def limited(images: Any, limit: int | None, seed: int = 0) -> tuple[Any, int | N
 
 
 def every_nth(photos: Photos, n: int) -> tuple[Photos, Photos]:
-    """All photos but every ``n``-th, and these; the same photos each time.
+    """All photos except every ``n``-th, and these; the same photos each time.
 
     Raises:
         ValueError: fewer than ``n`` photos, or streamed ones.

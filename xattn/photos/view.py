@@ -1,8 +1,8 @@
 """The model's crop of a photo, and its inverse.
 
-``prepare`` gives exactly the pixels of timm's evaluation transform (resize, then crop) and keeps the
-geometry as a :class:`View`, which brings a map (h, w) over the model's input back to the pixels of the
-original photo (H, W): bilinear, cell centres at half-integers (``align_corners=False``).
+``prepare`` gives exactly the pixels of timm's evaluation transform (resize, then crop) and stores the
+geometry as a :class:`View`, which maps (h, w) over the model's input back to the pixels of the original
+photo (H, W): bilinear, cell centres at half-integers (``align_corners=False``).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from xattn.photos.preprocessing import Preprocessing
 
-MAX_SIDE = 1_000_000  # pixels of a side of a view in a pack, for writers and readers alike
+MAX_SIDE = 1_000_000  # largest side of a view in a pack, in pixels, for writers and readers alike
 DIRECT_PIXELS = (
-    8_000_000  # of photos that would be larger when resized, only the seen part is resampled
+    8_000_000  # if the resized photo would be larger, only the visible part is resampled
 )
 
 
@@ -33,7 +33,7 @@ DIRECT_PIXELS = (
 class View:
     """The part of a photo that the model saw; sizes are (height, width) in pixels.
 
-    The photo is resized to ``resized``; ``box`` (top, left, height, width) of that is the model's
+    The photo is resized to ``resized``; its region ``box`` (top, left, height, width) is the model's
     input, of ``input_size``. A box may extend beyond the edge (timm's ``crop_mode="border"`` pads).
     """
 
@@ -60,7 +60,7 @@ class View:
         """The view itself, if it is small enough for a pack.
 
         Raises:
-            ValueError: a side over ``MAX_SIDE``, for example of a photo of 20,000 x 1 pixels whose
+            ValueError: a side over ``MAX_SIDE``, for example for a photo of 20,000 x 1 pixels whose
                 short side is resized to 256.
         """
         sides = (*self.photo_size, *self.resized, *map(abs, self.box), *self.input_size)
@@ -78,8 +78,8 @@ class View:
         """A map over the model's input, (h, w) or (M, h, w), on the photo: (..., H, W), float32.
 
         Bilinear between cell centres, constant beyond the outermost; if the photo is coarser than the
-        map the kernel widens, so that cells are averaged. NaN outside the seen region.
-        ``size`` asks for another raster over the whole photo, e.g. a thumbnail's (height, width).
+        map the kernel widens, so that cells are averaged. NaN outside the visible region.
+        ``size`` requests another raster over the whole photo, e.g. a thumbnail's (height, width).
         """
         values = np.asarray(map.detach().cpu().float() if hasattr(map, "detach") else map)
         if values.ndim not in (2, 3) or 0 in values.shape:
@@ -94,12 +94,12 @@ class View:
         return out
 
     def _weights(self, axis: int, cells: int, count: int) -> tuple[_Band, slice]:
-        """The weights of the map's cells for the pixels inside the view, and where these pixels are."""
+        """The weights of the map's cells for the pixels inside the view, and the range of these pixels."""
         start, length = self.box[axis], self.box[axis + 2]
         unit = self.resized[axis] / count  # one output pixel, in pixels of the resized photo
         centre = (np.arange(count) + 0.5) * unit - start
         inside = (centre >= 0) & (centre <= length)
-        if not inside.any():  # the whole crop lies between two pixel centres of a tiny photo
+        if not inside.any():  # the whole crop is between two pixel centres of a tiny photo
             inside = (centre + unit / 2 > 0) & (centre - unit / 2 < length)
         at = np.clip(centre[inside] * cells / length, 0, cells)
         support = max(1.0, unit * cells / length)
@@ -117,7 +117,7 @@ class View:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> View:
-        """The view that :meth:`to_json` wrote; ValueError if a field is missing or malformed."""
+        """The view written by :meth:`to_json`; ValueError if a field is missing or malformed."""
         try:
             sizes = {
                 key: tuple(int(v) for v in data[key])
@@ -134,7 +134,7 @@ class View:
 
 
 class _Band(NamedTuple):
-    """For each pixel the cells near enough to count, (pixels, band), and their weights.
+    """For each pixel the cells close enough to count, (pixels, band), and their weights.
 
     This takes about 2 (pixels + cells) numbers; a full matrix would take pixels x cells.
     """
@@ -165,8 +165,7 @@ def make_view(
 
     ``mode="crop"`` follows timm's evaluation transform for the model's ``crop_mode`` ("center",
     "squash", "border"), or that of transformers, which rounds the middle of a side down ("center_floor");
-    ``mode="whole"`` squeezes the entire photo into the input, whatever its
-    aspect ratio.
+    ``mode="whole"`` squeezes the entire photo into the input, whatever its aspect ratio.
     """
     if mode not in ("crop", "whole"):
         raise ValueError(f"view: got {mode!r}; give 'crop' (the model's own) or 'whole'")
@@ -196,7 +195,7 @@ def _keep_ratio(photo_size: tuple[int, int], ratio: float) -> tuple[int, int]:
 
 
 def _centre(size: int, crop: int, down: bool) -> int:
-    """Start of a centred crop, rounded ``down`` or to even, or minus the padding before a smaller image."""
+    """Start of a centred crop, rounded ``down`` or to even, or minus the padding for a smaller image."""
     if crop > size:
         return -((crop - size) // 2)
     return (size - crop) // 2 if down else round((size - crop) / 2.0)
@@ -207,12 +206,12 @@ def prepare(
 ) -> tuple[Tensor, View]:
     """An RGB photo as the model's input, float32 (3, H, W) in [0, 1], not normalised, and its view.
 
-    The whole photo is resized and then cropped, as timm does; where that would be large (a photo of
-    8000 x 20 becomes 102400 x 256) only the seen part is resampled, to the same pixels up to the
-    rounding of Pillow's single-precision box. A network of one channel gets the photo in grey.
+    The whole photo is resized and then cropped, as in timm; if that would be large (a photo of
+    8000 x 20 becomes 102400 x 256), only the visible part is resampled, to the same pixels up to the
+    rounding of Pillow's single-precision box. A network with one channel gets the photo in grey.
 
     Raises:
-        ValueError: a network of two channels, or of more than three.
+        ValueError: a network with two channels, or with more than three.
     """
     import torch
 
@@ -236,7 +235,8 @@ def prepare(
 def prepare_bands(
     pixels: Tensor, preprocessing: Preprocessing, mode: str = "crop"
 ) -> tuple[Tensor, View]:
-    """:func:`prepare` of an image (C, H, W) in [0, 1] of any number of channels, not rounded to 8 bits."""
+    """:func:`prepare` for an image (C, H, W) in [0, 1] with any number of channels, not rounded to 8
+    bits."""
     import torch
 
     view = make_view((pixels.shape[1], pixels.shape[2]), preprocessing, mode)
@@ -251,8 +251,8 @@ def prepare_bands(
 def prepare_source(
     source: Any, photo: Image.Image, preprocessing: Preprocessing, mode: str
 ) -> tuple[Tensor, View]:
-    """:func:`prepare` of a ``photo``, or of the array that it is a picture of, where that has other
-    channels. A tensor of the network's size goes in as it is."""
+    """:func:`prepare` for a ``photo`` or, if the network has other channels, for the array that it shows. A
+    tensor of the network's size is used unchanged."""
     bands = getattr(source, "pixels", None)
     height, width = size = preprocessing.input_size
     if bands is not None and source.is_tensor and source.size == tuple(size):
@@ -265,7 +265,7 @@ def prepare_source(
 def _seen(
     image: Image.Image, view: View, preprocessing: Preprocessing, fill: Sequence[float]
 ) -> Image.Image:
-    """The part of an image, of any mode, that the model sees; ``fill`` is around it."""
+    """The part of an image, of any mode, that the model sees, surrounded by ``fill``."""
     top, left, height, width = view.box
     y0, y1 = max(top, 0), min(top + height, view.resized[0])
     x0, x1 = max(left, 0), min(left + width, view.resized[1])

@@ -3,7 +3,7 @@
     xattn explain scan.nii.gz -b FOLDER --explainers gates      # every slice, bottom to top
 
 A slice is drawn as seen from above: the front at the top, the left side at the left, pixels square, grey
-values in shares of the volume's maximum. Needs nibabel, the extra ``xattn[volumes]``.
+values as fractions of the volume's maximum. Needs nibabel, the extra ``xattn[volumes]``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from xattn.photos.images import MAX_PIXELS, load_image
 
 
 class Volume(NamedTuple):
-    """``values`` (left to right, back to front, bottom to top), and the ``affine`` (4, 4) of their places
-    in millimetres."""
+    """``values`` (left to right, back to front, bottom to top), and the ``affine`` (4, 4) from indices to
+    positions in millimetres."""
 
     values: NDArray[np.float32]
     affine: NDArray[np.float64]
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Millimetres of a voxel, an axis."""
+        """Size of a voxel in millimetres, per axis."""
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
 
 def read_volume(path: str | Path) -> Volume:
-    """A NIfTI file's volume, its axes turned to right, front and top.
+    """A NIfTI file's volume, with its axes oriented to right, front and top.
 
     Raises:
         ValueError: not 3-D, without orientation, empty, with NaN, damaged, or nibabel is not installed.
@@ -89,7 +89,7 @@ def _nibabel() -> Any:
 
 
 class AxialSlices(Photos):
-    """The slices of a volume that show something, from bottom to top; by default of the file ``path``."""
+    """The slices of a volume that are not constant, from bottom to top; by default of the file ``path``."""
 
     def __init__(self, path: str | Path, volume: Volume | None = None) -> None:
         self.path = Path(path)
@@ -101,7 +101,7 @@ class AxialSlices(Photos):
         low = min(float(values.min()), 0.0)
         self._range = low, max(float(values.max()) - low, 1e-30)
         if low == 0 and values.max() <= 1:
-            self._range = 0.0, 1.0  # shares already
+            self._range = 0.0, 1.0  # already fractions
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -1,7 +1,7 @@
 """Maps over photos: in perceptually uniform colours, as an outline or as a spotlight.
 
-The outline runs around the smallest region that holds half of the map's mass: of all regions {w >= t} of
-the weights w the first with sum(w >= t) w >= 1/2 sum w. The spotlight keeps the photo's brightness where
+The outline surrounds the smallest region that holds half of the map's mass: of all regions {w >= t} of the
+weights w, the first with sum(w >= t) w >= 1/2 sum w. The spotlight keeps the photo's brightness where
 w is 1 and dims it towards w = 0. Outside the model's view the photo is dimmed and grey.
 """
 
@@ -21,9 +21,9 @@ from xattn.runtime.names import did_you_mean
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 SEQUENTIAL, DIVERGING = "inferno", "diverging"
 STYLES = ("overlay", "outline", "spotlight")
-FINER = 3  # times the photo's raster: lines are drawn there, then shrunk, so that they are smooth
-GAMMA = 2.2  # of sRGB: a pixel's light is its value to this power
-DARK, LIGHT = 16, 255  # of the two lines of an outline, one inside the other: seen on any photo
+FINER = 3  # lines are drawn at this multiple of the photo's size, then shrunk, to be smooth
+GAMMA = 2.2  # of sRGB: light is proportional to the pixel value to this power
+DARK, LIGHT = 16, 255  # the two lines of an outline, one inside the other: visible on any photo
 
 
 @functools.lru_cache(maxsize=8)
@@ -42,7 +42,7 @@ def _lut(cmap: str) -> NDArray[np.uint8]:
 def _diverging() -> NDArray[np.uint8]:
     """Blue below the centre, orange above, dark at it: CIELAB lightness rises linearly to both sides.
 
-    Dark stands for no relevance, as in inferno, and equal amounts of both signs are equally light.
+    As in inferno, dark means no relevance, and equal amounts of both signs are equally light.
     """
     from skimage.color import lab2rgb
 
@@ -80,12 +80,12 @@ def overlay(
     Args:
         photo: RGB, H x W pixels.
         values: (H, W) in [0, 1]; NaN outside the model's view, shown dimmed and without colour.
-        opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning; of a
-            spotlight how dark it is outside.
+        opacity: 0 (photo) to 1 (map), the same everywhere so that a colour has one meaning; for a
+            spotlight, how dark the outside is.
         threshold: in [0, 1]; values below it get no colour, or no light. On the diverging scale this is
             the distance to the centre, as a share of half the scale.
         style: "overlay" in colour; "outline" of the smallest region that holds half of the map's mass;
-            "spotlight", the photo dimmed where the map is low. The last two are of the positive half
+            "spotlight", the photo dimmed where the map is low. The last two use the positive half
             of the diverging scale.
     """
     if values.shape != (photo.height, photo.width):
@@ -102,7 +102,7 @@ def overlay(
     out = pixels.astype(np.float32)
     grey = (out @ LUMA)[..., None]
     signed = 2 * values - 1 if cmap == DIVERGING else values
-    # In float32, like the values: one that equals the threshold is not below it.
+    # In float32, like the values: a value equal to the threshold is not below it.
     low = np.abs(signed) < np.float32(threshold)
     dark = 0.35
     if style == "overlay":
@@ -110,7 +110,7 @@ def overlay(
         out *= (1 - opacity) ** 2
         out += opacity * (1 - opacity) * grey
         colours = (np.float32(opacity) * _lut(cmap)).astype(np.float32)
-        out += colours.take(_index(values), axis=0)  # several times as fast as an index
+        out += colours.take(_index(values), axis=0)  # several times as fast as indexing
         if low.any():
             out[low] = pixels[low]
     elif style == "outline":
@@ -167,8 +167,8 @@ def gradient(cmap: str = SEQUENTIAL) -> str:
 def half_mass_level(weights: NDArray[Any]) -> float | None:
     """The level t of the smallest region {w >= t} that holds half of the mass of ``weights`` (H, W).
 
-    Equal values stay together: of a binary mask the region is the whole mask. NaN and negative values have
-    no mass; None where there is none at all.
+    Equal values stay together: for a binary mask the region is the whole mask. NaN and negative values have
+    no mass; None if there is no mass at all.
     """
     falling = np.sort(weights[weights > 0], axis=None)[::-1]
     if not falling.size:
@@ -180,7 +180,7 @@ def half_mass_level(weights: NDArray[Any]) -> float | None:
 def outlines(weights: NDArray[Any], level: float) -> list[NDArray[np.float64]]:
     """Closed lines, each (n, 2) as (x, y) in pixels, around the region {w >= level} of ``weights`` (H, W).
 
-    Along the border of the photo and where ``weights`` is NaN, the region ends.
+    The region ends along the border of the photo and where ``weights`` is NaN.
     """
     from skimage.measure import find_contours
 
@@ -220,9 +220,9 @@ def line_sample(width: int, height: int) -> Image.Image:
 def _covered(
     lines: list[NDArray[np.float64]], shape: tuple[int, ...], width: float, margin: float
 ) -> NDArray[np.float32]:
-    """How much of each pixel (H, W) lies below lines of this width, in [0, 1].
+    """How much of each pixel (H, W) is covered by lines of this width, in [0, 1].
 
-    Lines stay ``margin`` pixels away from the photo's border, so that they are seen along it.
+    Lines stay ``margin`` pixels away from the photo's border, so that they are visible along it.
     """
     height, wide = shape
     far = np.maximum([wide - margin, height - margin], margin)
@@ -235,9 +235,9 @@ def _covered(
 
 
 def _spotlight(pixels: NDArray[np.float32], weights: NDArray[Any], dim: float) -> None:
-    """Light ``pixels`` (H, W, 3) of sRGB in proportion to ``weights`` (H, W) in [0, 1], in place.
+    """Light ``pixels`` (H, W, 3) in sRGB in proportion to ``weights`` (H, W) in [0, 1], in place.
 
-    Where a weight is 1 a pixel stays as it is; where it is 0 the share ``dim`` of its light is left.
+    Where a weight is 1 a pixel is unchanged; where it is 0, the share ``dim`` of its light remains.
     """
     light = dim + (1 - dim) * np.nan_to_num(weights, nan=0.0)
     pixels *= light.astype(np.float32)[..., None] ** np.float32(1 / GAMMA)

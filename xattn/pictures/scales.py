@@ -1,7 +1,7 @@
 """Colour scales over the values of a map, and their legends.
 
 A :class:`Scale` says what a colour means: by default the min-maxed map in [0, 1]; for a map with
-negative values its own values on a diverging scale centred on 0.
+negative values, its own values on a diverging scale centred on 0.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from xattn.pictures.overlay import DIVERGING, SEQUENTIAL, overlay
 
 RELEVANCE = "relevance for the named class, min-max per map"
 DIMMED = "; dimmed: outside the model's view"
-OUTLINE = "outline"  # of a legend that shows a line and no colours
+OUTLINE = "outline"  # for a legend that shows a line and no colours
 
 
 @dataclass(frozen=True)
 class Legend:
     """A colour scale in words: its two ends and what the colours mean.
 
-    ``cmap`` names its colours; ``OUTLINE`` stands for a line, which has no ends.
+    ``cmap`` names its colours; ``OUTLINE`` means a line, which has no ends.
     """
 
     low: str
@@ -52,14 +52,14 @@ class Scale:
 
     @property
     def ends(self) -> tuple[str, str]:
-        """Both ends as short text."""
+        """Both ends as short texts."""
         return f"{self.low:.3g}", f"{self.high:.3g}"
 
 
 def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -> Scale:
-    """One scale for maps with these (least, greatest) values.
+    """One scale for maps with these (smallest, largest) values.
 
-    ``cmap=None`` is inferno from the least to the greatest value or, if one is negative, the diverging
+    ``cmap=None`` is inferno from the smallest to the largest value or, if one is negative, the diverging
     scale, which always reaches equally far on both sides of 0.
     """
     pairs = list(limits)
@@ -74,7 +74,7 @@ def make_scale(limits: Iterable[tuple[float, float]], cmap: str | None = None) -
 
 
 def own_scale(explanation: Explained, cmap: str | None = None) -> Scale:
-    """The scale of one map alone: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
+    """The scale of a single map: min-max; a mask's is always [0, 1]; see :func:`make_scale`."""
     if explanation.is_mask and cmap != DIVERGING:
         return Scale(0.0, 1.0, cmap or SEQUENTIAL)
     return make_scale([(float(explanation.map.min()), float(explanation.map.max()))], cmap)
@@ -101,11 +101,11 @@ def overlay_of(
 def legend_of(
     scale: Scale, shared: bool = False, style: str = "overlay", whole: bool = True
 ) -> Legend:
-    """The legend of a scale: for each map by itself, or one scale shared by several maps.
+    """The legend of a scale: separate for each map, or one scale shared by several maps.
 
     Args:
-        style: that of :func:`xattn.pictures.overlay.overlay`.
-        whole: the photo is shown beyond the model's view, where it is dimmed.
+        style: as in :func:`xattn.pictures.overlay.overlay`.
+        whole: whether the photo is shown beyond the model's view, where it is dimmed.
     """
     signed = scale.cmap == DIVERGING
     if shared:

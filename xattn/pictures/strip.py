@@ -1,6 +1,6 @@
 """A clip and its map as one picture, frames side by side, and as a GIF.
 
-The colours of all frames are on one scale; below each stands the share of the map that lies in it.
+The colours of all frames use one scale; below each frame is its share of the map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xattn.pictures.design import LIGHT
 from xattn.pictures.lettering import load_font, shorten
 from xattn.pictures.overlay import overlay
 
-GAP, LINE, BAR = 6, 16, 6  # pixels between pictures, of a line of text, of the bar of a share
+GAP, LINE, BAR = 6, 16, 6  # pixels between pictures, for a line of text, for the bar of a share
 
 
 def strip(
@@ -30,7 +30,7 @@ def strip(
     """Frames above their overlays, from left to right, at their own size.
 
     Args:
-        maps: (T, H, W) in [0, 1], of the pixels of ``photos``.
+        maps: (T, H, W) in [0, 1], on the pixels of ``photos``.
         labels, shares: a text and a number in [0, 1] for each frame.
     """
     below = [overlay(photo, values) for photo, values in zip(photos, maps, strict=True)]
@@ -56,8 +56,8 @@ def strip(
 def write_gif(
     path: str | Path, photos: Sequence[Image.Image], maps: NDArray[Any], seconds: float
 ) -> Path:
-    """The overlays as a GIF that runs for ``seconds``, but of 0.04 to 1 s a frame, and begins again;
-    arguments as of :func:`strip`."""
+    """The overlays as a looping GIF that runs for ``seconds``, with 0.04 to 1 s per frame; arguments as in
+    :func:`strip`."""
     first, *others = [overlay(photo, values) for photo, values in zip(photos, maps, strict=True)]
     each = int(np.clip(1000 * seconds / len(photos), 40, 1000))
     first.save(path, save_all=True, append_images=others, duration=each, loop=0)

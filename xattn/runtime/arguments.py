@@ -1,4 +1,4 @@
-"""A dataclass as the options of a command: its fields are options, their docstrings the help.
+"""A dataclass as the options of a command: its fields are the options, their docstrings the help.
 
     @dataclass(frozen=True)
     class Explain:
@@ -9,8 +9,9 @@
 
     parse(Explain, ["a.jpg", "--top", "2", "b.jpg"], "xattn explain")
 
-argparse reads the words, once, with photos and options in any order. Fields of nested dataclasses are
-options like others. What is refused is a ``ValueError`` of one line that names the argument and the remedy.
+argparse parses the words once, with photos and options in any order. Fields of nested dataclasses are
+options like any others. Anything refused is a one-line ``ValueError`` that names the argument and the
+remedy.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ NUMBERS = {int: "a whole number", float: "a number"}
 
 @dataclass(frozen=True)
 class Argument:
-    """Annotation of a field: whether it stands without an option, further spellings, and its place holder
-    in the help."""
+    """Annotation of a field: whether it is positional, additional spellings, and its placeholder in the
+    help."""
 
     positional: bool = False
     also: tuple[str, ...] = ()
@@ -48,25 +49,25 @@ class Argument:
 
 @dataclass(frozen=True)
 class Option:
-    """What a command's dataclass says of one of its fields."""
+    """A field of a command's dataclass, seen as an option."""
 
     flag: str
-    """As typed, such as ``--batch-size``; of a positional argument, its name."""
+    """As typed, such as ``--batch-size``; for a positional argument, its name."""
     kind: Any
     """The type of one value: str, int, float, Path, bool or a Literal."""
     values: Literal["none", "one", "many"] | int
-    """How many values it takes: none of a bool, any number, or so many."""
+    """How many values it takes: none for a bool, any number, or a fixed number."""
     required: bool
     argument: Argument
     path: tuple[str, ...]
-    """Names of the nested dataclasses that hold its field, then the field's own."""
+    """Names of the nested dataclasses that contain its field, then the field's own."""
     default: Any
     belongs: Rules
-    """The rules that speak of it, each with the path of the dataclass that has it."""
+    """The rules that mention it, each with the path of the dataclass that declares it."""
 
     @property
     def name(self) -> str:
-        """What errors begin with."""
+        """The start of error messages."""
         return self.flag.removeprefix("--").replace("-", "_")
 
     @property
@@ -80,7 +81,7 @@ class Option:
 
 @functools.cache
 def options_of(command: type[Any]) -> tuple[Option, ...]:
-    """All options of a command, in the order of its fields, with those of nested dataclasses."""
+    """All options of a command, in field order, including those of nested dataclasses."""
     return tuple(_options(command))
 
 
@@ -123,16 +124,16 @@ def _kind_and_values(hint: Any) -> tuple[Any, Literal["none", "one", "many"] | i
     return hint, "none" if hint is bool else "one"
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- parsing
 
 
 def choose(
     commands: Mapping[str, type[Any]], words: Sequence[str], prog: str, description: str
 ) -> Any:
-    """The command that ``words`` give: the name of one of ``commands``, then what :func:`parse` reads.
+    """The command given by ``words``: the name of one of ``commands``, then what :func:`parse` reads.
 
     Raises:
-        ValueError: what it refuses.
+        ValueError: unknown command, or as in :func:`parse`.
         SystemExit: after ``--help``.
     """
     if not words or words[0] in ("-h", "--help"):
@@ -150,11 +151,11 @@ def choose(
 
 
 def parse(command: type[Any], words: Sequence[str], prog: str) -> Any:
-    """``command`` with the fields that ``words`` give.
+    """An instance of ``command`` with the fields given by ``words``.
 
     Raises:
-        ValueError: an option that the command does not have, a value that an option cannot have, a
-            required one that is missing, or one that is not read beside the others.
+        ValueError: an unknown option, an invalid value, a missing required option, or an option that is
+            not read in combination with the others.
         SystemExit: after ``--help``.
     """
     options = options_of(command)  # type: ignore[arg-type]
@@ -167,7 +168,7 @@ def parse(command: type[Any], words: Sequence[str], prog: str) -> Any:
         raise ValueError(str(error)) from None
     for option in options:
         if option.positional and given.get(option.dest) in (None, []):
-            given.pop(option.dest, None)  # argparse gives a positional that is missing a value
+            given.pop(option.dest, None)  # argparse gives a missing positional a value
         if option.required and option.dest not in given:
             usage = option.flag if not option.positional else option.name.upper()
             raise ValueError(f"{option.name}: got none; give {prog} {usage} ...")
@@ -193,7 +194,7 @@ def _made(command: type[Any], given: Mapping[str, Any], prefix: str = "") -> Any
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with refusals that are a ``ValueError`` of one line."""
+    """argparse, with one-line ``ValueError`` s instead of exits."""
 
     def __init__(self, prog: str, command: type[Any], options: Sequence[Option]) -> None:
         places = [f"[{_metavar(option)}]" for option in options if option.positional]
@@ -216,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
         spellings = [option.dest] if option.positional else [*option.argument.also, option.flag]
         details: dict[str, Any] = {} if option.positional else {"dest": option.dest}
         if option.values == "none":
-            # Of a name with --no- in front BooleanOptionalAction would take the option for its opposite.
+            # If a name starts with --no-, BooleanOptionalAction would take the option for its opposite.
             no = option.flag.startswith("--no-")
             details["action"] = "store_true" if no else argparse.BooleanOptionalAction
             return group.add_argument(*spellings, **details)
@@ -229,7 +230,7 @@ class _Parser(argparse.ArgumentParser):
         return group.add_argument(*spellings, **details)
 
     def read(self, words: list[str]) -> argparse.Namespace:
-        if "--" in words:  # what follows are no options, whatever they begin with
+        if "--" in words:  # what follows are not options, whatever they begin with
             end = words.index("--")
             free = [f"./{word}" if word.startswith("-") else word for word in words[end + 1 :]]
             words = [*free, *words[:end]]
@@ -261,7 +262,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
     def describe(self, command: type[Any]) -> None:
-        """Give each option its help: the text below its field, and its default."""
+        """Give each option its help: the docstring of its field, and its default."""
         for option, action in self.actions.items():
             owner: Any = _owner(command, option.path[:-1])
             text = _field_docs(owner).get(option.path[-1], "")
@@ -271,7 +272,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Refused(Exception):
-    """A value that is refused; a ``ValueError`` argparse would put into words of its own."""
+    """A value that is refused; argparse would reword a ``ValueError``."""
 
 
 def _value(option: Option, text: str) -> Any:
@@ -308,7 +309,7 @@ def _owner(command: type[Any], path: Sequence[str]) -> type[Any]:
 
 @functools.cache
 def _field_docs(command: type[Any]) -> dict[str, str]:
-    """The docstrings of a dataclass's fields, in one line each."""
+    """The docstrings of a dataclass's fields, each on one line."""
     found: dict[str, str] = {}
     for cls in reversed(command.__mro__):
         if not dataclasses.is_dataclass(cls):
@@ -324,8 +325,8 @@ def _field_docs(command: type[Any]) -> dict[str, str]:
 
 
 def check_read(command: Any, given: Collection[str]) -> None:
-    """Raise a ``ValueError`` for the first of the fields ``given`` that ``command`` does not read, since
-    other settings have values that it does not belong to."""
+    """Raise a ``ValueError`` for the first of the fields ``given`` that ``command`` does not read because
+    of the values of other settings."""
     kind: Any = type(command)
     options = options_of(kind)
     flags = {option.path[-1]: option.flag for option in options}
@@ -340,7 +341,8 @@ def check_read(command: Any, given: Collection[str]) -> None:
 
 
 def _unread(option: Option, setting: str, wanted: Any, got: Any) -> str:
-    """Why ``option`` is refused; ``setting`` is another option, "" for a property, whose value tells."""
+    """Why ``option`` is refused; ``setting`` is another option, or "" for a property with a telling
+    value."""
     named, left = f"{setting} " if setting else "", f"leave out {option.flag}"
     if isinstance(wanted, Not) and any(wanted.values[0] is value for value in ABSENT):
         return f"{option.name}: needs {setting}; give it, or {left}"
@@ -359,7 +361,7 @@ def _allowed(wanted: Any, got: Any) -> bool:
 
 
 def _setting(owner: Any, name: str) -> Any:
-    """The field or property ``name`` of a dataclass, or of one that is nested in it."""
+    """The field or property ``name`` of a dataclass, or of one nested in it."""
     if hasattr(owner, name):
         return getattr(owner, name)
     nested = [getattr(owner, field.name) for field in dataclasses.fields(owner)]

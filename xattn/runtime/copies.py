@@ -1,4 +1,4 @@
-"""Copies of a network over the same weights, so that what is done to one leaves the other as it is."""
+"""Copies of a network over the same weights, so that changes to one do not affect the other."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _ADDING = threading.Lock()
 
 
 def shared_copy(model: Model) -> Model:
-    """A copy of the modules over the same parameters and buffers; nobody else uses ``model`` meanwhile."""
+    """A copy of the modules over the same parameters and buffers; ``model`` must not be in use
+    meanwhile."""
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     with alone(model):
         return copy.deepcopy(model, shared)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters need no gradient, in the memory of those of ``model``.
+    """A copy in eval mode whose parameters need no gradient, sharing the memory of those of ``model``.
 
-    ``model`` stays as it is, and what its training does to the weights in place is seen by the copy.
+    ``model`` is not changed, and in-place updates of its weights in training are visible in the copy.
     A model that cannot be copied is frozen itself, with a warning.
     """
     views = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
@@ -50,7 +51,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Buffers, and tensors that are attributes; those that were computed cannot be copied."""
+    """Buffers, and tensors that are attributes; computed tensors cannot be copied."""
     values = [*module._buffers.values(), *vars(module).values()]
     return (value for value in values if isinstance(value, Tensor))
 
@@ -68,7 +69,7 @@ def frozen(model: nn.Module, reason: str) -> nn.Module:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The network inside DataParallel, DistributedDataParallel and what ``torch.compile`` returns."""
+    """The network inside DataParallel, DistributedDataParallel and the result of ``torch.compile``."""
     while True:
         compiled = model._modules.get("_orig_mod")
         if isinstance(model, _WRAPPERS):
@@ -80,7 +81,7 @@ def without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def remember_copies(memo: dict[int, Any]) -> None:
-    """Let :func:`copies_of` know the modules that ``copy.deepcopy(..., memo)`` has copied."""
+    """Tell :func:`copies_of` about the modules that ``copy.deepcopy(..., memo)`` has copied."""
     originals = [m for m in memo.get(id(memo), ()) if isinstance(m, nn.Module)]
     with _ADDING:
         for original in originals:
@@ -89,7 +90,7 @@ def remember_copies(memo: dict[int, Any]) -> None:
 
 
 def copies_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The copies of a module, and theirs."""
+    """The copies of a module, and copies of these."""
     for ref in _COPIES.get(module, ()):
         copied = ref()
         if copied is not None:
@@ -99,8 +100,8 @@ def copies_of(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def calls_of(model: nn.Module) -> Iterator[list[str]]:
-    """The kinds of those modules of ``model`` itself that this thread calls inside: each call fails, so
-    that no statistics change."""
+    """Context that lists the types of those modules of ``model`` itself that this thread calls: each call
+    fails, so that no statistics change."""
     me, parts = threading.get_ident(), set(model.modules())
     called: list[str] = []
 

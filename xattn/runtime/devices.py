@@ -1,4 +1,4 @@
-"""Devices that are not there are refused in one line."""
+"""Refuses unavailable devices with a one-line error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def check_available(device: str | torch.device) -> None:
-    """Raise a ``ValueError`` unless this PyTorch can make tensors on ``device``."""
+    """Raise a ``ValueError`` unless this PyTorch can create tensors on ``device``."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -21,7 +21,7 @@ def check_available(device: str | torch.device) -> None:
 
 
 class Movable(nn.Module):
-    """A module whose ``.to(device)`` refuses a device that is not there, see :func:`check_available`."""
+    """A module whose ``.to(device)`` refuses an unavailable device, see :func:`check_available`."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         for given in (*args[:1], kwargs.get("device")):

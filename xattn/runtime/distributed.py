@@ -16,8 +16,8 @@ T = TypeVar("T")
 def processes(device: torch.device) -> tuple[int, int]:
     """(count, rank) in the process group, which is joined first if several processes were launched.
 
-    The group uses gloo for a CPU ``device`` and nccl for a GPU. (1, 0) if there is no group, or this
-    process has left it; :func:`gather` collects from the same processes.
+    The group uses gloo for a CPU ``device`` and nccl for a GPU. Returns (1, 0) if there is no group, or
+    this process has left it; :func:`gather` collects from the same processes.
     """
     if not _joined() and launched()[0] > 1:
         from accelerate import PartialState
@@ -38,10 +38,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def together(function: Callable[[], T]) -> T:
-    """``function()``, which all processes call: if one of them fails, all raise its error.
+    """The result of ``function()``, which all processes call: if one of them fails, all raise its error.
 
     Raises:
-        ValueError, OSError, MemoryError: as ``function``; other errors end their own process alone.
+        ValueError, OSError, MemoryError: as in ``function``; other errors end only their own process.
     """
     failure: Exception | None = None
     try:
@@ -56,7 +56,7 @@ def together(function: Callable[[], T]) -> T:
 
 @contextmanager
 def peers(remedy: str = "start all of them again") -> Iterator[None]:
-    """Turn an error of the process group into one line: another process died.
+    """Context that turns an error of the process group into one line: another process died.
 
     Raises:
         ConnectionError: such an error, with the ``remedy``.
@@ -64,7 +64,7 @@ def peers(remedy: str = "start all of them again") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's is a plain RuntimeError that names its source file, that of joining a DistError.
+        # gloo raises a plain RuntimeError that names its source file; joining raises a DistError.
         joining = isinstance(error, getattr(torch.distributed, "DistError", ()))
         if not joining and not (_joined() and "gloo" in str(error).lower()):
             raise

@@ -1,7 +1,7 @@
 """Writing files and folders so that a reader sees the old or the new state, never a part of it.
 
-Whether a folder is free for a training run, or holds one to go on with; torch is imported where tensors are
-written or read.
+The module also checks whether a folder is free for a training run, or holds one to continue; torch is
+imported only where tensors are written or read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from xattn.runtime.stores import StoreError, is_remote
 
-MANY = 64  # files
+MANY = 64  # files; above this, all are synchronised at once
 NEW, OLD = ".tmp", ".old"  # suffixes of hidden folders beside an output
 
 
@@ -40,13 +40,13 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
     """The folder to write to: a symbolic link is kept, and its target is written.
 
     Raises:
-        ValueError: ``path`` is, or lies behind, a link that leads nowhere.
+        ValueError: ``path`` is, or is behind, a link whose target does not exist.
     """
     path = Path(path)
     for part in (path, *path.parents):
         if not os.path.islink(part) or os.path.exists(part):
             continue
-        with suppress(OSError):  # no folder that could hold a backup
+        with suppress(OSError):  # not a folder that could hold a backup
             _restore(Path(os.path.realpath(part)))
         if not os.path.exists(part):
             raise ValueError(
@@ -60,7 +60,7 @@ def follow_link(path: str | Path, argument: str = "output") -> Path:
 def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; it takes the name of ``path`` when the block ends.
 
-    From the start its permissions are ``mode`` less the umask.
+    From the start its permissions are ``mode`` restricted by the umask.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -82,13 +82,13 @@ def atomic_file(path: str | Path, argument: str = "output", mode: int = 0o666) -
 def check_output(
     folder: str | Path, argument: str = "output", is_ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Refuse an output folder now rather than after the work; one of a store is checked when it is written.
+    """Refuse an output folder before the work instead of after it; one in a store is checked when written.
 
     Args:
         is_ours: tells whether a folder that is not empty may be replaced; None trusts the caller.
 
     Raises:
-        ValueError: it is a file, a link that leads nowhere, or a folder with other things in it.
+        ValueError: it is a file, a link without a target, or a folder with other content.
     """
     if is_remote(folder, argument):
         return
@@ -114,7 +114,7 @@ def atomic_folder(
     First, whatever killed writers of ``path`` have left behind is restored or deleted.
 
     Args:
-        path: a folder, or a link to one, which stays; see :func:`follow_link`.
+        path: a folder, or a link to one, which is kept; see :func:`follow_link`.
         owned: names of the files and folders that the caller writes; anything else in an existing
             ``path`` (a README, notes) is carried over.
         is_ours: tells whether a folder that is not empty may be replaced; if not, a ``ValueError``.
@@ -138,7 +138,7 @@ def atomic_folder(
                 _swap(temporary, path)
             else:
                 os.replace(temporary, path)
-    except StoreError:  # of photos that the block reads
+    except StoreError:  # about photos that the block reads
         raise
     except OSError as error:
         raise output_error(argument, path, error) from error
@@ -147,7 +147,7 @@ def atomic_folder(
 def _swap(new: Path, path: Path) -> None:
     """Exchange the names of the folders ``new`` and ``path``."""
     old = new.with_suffix(OLD)
-    with folder_lock(path):  # so that no other writer takes the backup for one of a killed writer
+    with folder_lock(path):  # so that no other writer mistakes the backup for a killed writer's
         os.replace(path, old)
         try:
             os.replace(new, path)
@@ -170,7 +170,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         folder = path.parent / f".{path.name}.{secrets.token_hex(4)}{NEW}"
         folder.mkdir()
         with folder_lock(folder, wait=True):
-            if not folder.exists():  # swept by another process before it was held
+            if not folder.exists():  # swept by another process before it was locked
                 continue
             try:
                 yield folder
@@ -191,7 +191,7 @@ def _restore(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what killed writers of ``path`` have left: unfinished folders and replaced ones."""
+    """Delete what killed writers of ``path`` have left: unfinished and replaced folders."""
     for leftover in _siblings(path, rf"[0-9a-f]{{8}}\.({NEW[1:]}|{OLD[1:]})"):
         with folder_lock(leftover) as held:
             if held and (leftover.suffix == NEW or path.exists()):
@@ -202,7 +202,7 @@ def _siblings(path: Path, ending: str) -> list[Path]:
     """Hidden folders beside ``path`` named ``.<its name>.<ending>``."""
     pattern = re.compile(re.escape(f".{path.name}.") + ending)
     found: list[Path] = []
-    with suppress(PermissionError):  # a folder that may be written but not listed
+    with suppress(PermissionError):  # a folder that is writable but not listable
         found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
     return [entry for entry in found if entry.is_dir() and not entry.is_symlink()]
 
@@ -210,7 +210,7 @@ def _siblings(path: Path, ending: str) -> list[Path]:
 @contextmanager
 def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool | None]:
     """Lock a folder until the block, or the process, ends. Yields True, False if another process or
-    thread holds it, or None if that cannot be known."""
+    thread holds the lock, or None if this cannot be determined."""
     with ExitStack() as stack:
         held: bool | None = None
         try:
@@ -228,7 +228,7 @@ def folder_lock(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 
 def check_folder(path: str | Path, argument: str = "output") -> None:
-    """Fail before a long job instead of after it unless ``path`` is, or can become, a writable folder."""
+    """Fail before a long job rather than after it unless ``path`` is, or can become, a writable folder."""
     path = follow_link(path, argument)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{argument}: {path} is a file; name a folder")
@@ -253,15 +253,15 @@ def write_json(path: str | Path, value: Any, argument: str = "output", mode: int
 
 
 def put_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON into a folder that becomes whole later."""
+    """Write ``value`` as indented JSON into a folder that is completed later."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    # Lone surrogates are escaped, which JSON reads back from \udc80.
+    # Lone surrogates are escaped; JSON reads them back from \udc80.
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def put_tensors(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state dict as a safetensors file into a folder that becomes whole later. It is made in
-    memory first: a full disk is then an ``OSError`` of the write."""
+    """Write a state dict as a safetensors file into a folder that is completed later. It is built in
+    memory first, so that a full disk is an ``OSError`` of the write."""
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
@@ -270,8 +270,8 @@ def put_tensors(path: Path, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """The open safetensors file, whose tensors are read as they are asked for. Its library takes no path
-    that is not UTF-8, so such a file is opened by its number."""
+    """The open safetensors file, whose tensors are read on demand. The library accepts only UTF-8 paths, so
+    other files are opened by file descriptor."""
     from safetensors import safe_open
 
     with path.open("rb") as plain:
@@ -281,7 +281,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
-    """``is_ours`` of :func:`atomic_folder` for folders that ``read`` takes without an error."""
+    """``is_ours`` of :func:`atomic_folder` for folders that ``read`` accepts without an error."""
 
     def is_ours(folder: Path) -> bool:
         try:
@@ -296,8 +296,8 @@ def read_by(read: Callable[[Path], object]) -> Callable[[Path], bool]:
 def write_rows(
     path: str | Path, rows: Sequence[Mapping[str, Any]], argument: str = "output"
 ) -> Path:
-    """Write ``rows`` as CSV, atomically: a column for each key in the order of their first use, numbers to
-    six digits, None and NaN as empty cells.
+    """Write ``rows`` as CSV, atomically: a column for each key in order of first use, numbers to six
+    digits, None and NaN as empty cells.
 
     Raises:
         ValueError: no rows.
@@ -307,7 +307,7 @@ def write_rows(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (
         atomic_file(path, argument) as temporary,
-        # File names may have bytes that are no UTF-8.
+        # File names may contain bytes that are not UTF-8.
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
     ):
         writer = csv.writer(stream, lineterminator="\n")
@@ -341,7 +341,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _sync_all(paths: Sequence[Path]) -> None:
-    if len(paths) > MANY and hasattr(os, "sync"):  # quicker than one file after the other
+    if len(paths) > MANY and hasattr(os, "sync"):  # faster than one file after the other
         os.sync()
         return
     for path in paths:
@@ -354,7 +354,7 @@ def _sync(path: Path) -> None:
 
 
 class Signature(NamedTuple):
-    """The stat signature of a file: it differs once the file was changed or replaced."""
+    """The stat signature of a file, which differs once the file was changed or replaced."""
 
     mtime_ns: int
     size: int
@@ -371,7 +371,7 @@ RUN_FILE, LOCK_FILE = "run.json", "run.lock"
 
 def check_run_folder(folder: Path, resume: bool) -> None:
     """Raise a ``ValueError`` unless ``folder`` is free for a new run, or holds one to resume."""
-    follow_link(folder)  # refuses one that leads nowhere
+    follow_link(folder)  # refuses a link without a target
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; name a folder")
     if (folder / RUN_FILE).is_file():

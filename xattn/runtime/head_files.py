@@ -1,4 +1,4 @@
-"""Where the folder of a trained head lies on disk; nothing of torch is needed to find it."""
+"""Where the folder of a trained head is on disk; finding it does not need torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 
 def shipped_heads() -> dict[str, Path]:
-    """Heads that the package ships: name -> folder."""
+    """Heads that ship with the package: name -> folder."""
     spec = find_spec("xattn.models")
     roots = [Path(p, "heads") for p in (spec.submodule_search_locations or ())] if spec else []
     found = [path.parent for root in roots for path in sorted(root.glob(f"*/{CONFIG_FILE}"))]
@@ -20,13 +20,13 @@ def shipped_heads() -> dict[str, Path]:
 
 
 def local_head(source: str | Path, argument: str = "head") -> Path | None:
-    """The folder with the head's files that ``source`` stands for; None if it may be a hub repository.
+    """The folder with the files of the head given by ``source``; None if it may be a hub repository.
 
-    ``source`` is a shipped head's name, a head's folder, or the folder of a run that holds one: ``head``
-    in it, or in one folder below it.
+    ``source`` is a shipped head's name, a head's folder, or the folder of a run that contains one, as
+    ``head`` inside it or in a folder one level below.
 
     Raises:
-        ValueError: a file, a folder that holds several heads, or one that holds none; a URL.
+        ValueError: a file, a folder that contains several heads or none; a URL.
         FileNotFoundError: no such folder, and not of the form ``owner/name`` without a folder ``owner``.
     """
     path, shipped = place_of(source, argument), shipped_heads()

@@ -1,8 +1,8 @@
-"""Which thread may use a network: passes run side by side, a thread that changes it has it alone.
+"""Which thread may use a network: passes run side by side, but a thread that changes it runs alone.
 
 Explainers put hooks on layers and change flags while they run. A lock belongs to the weights, so all
 backbones over one model share it; it is stored outside the network, so copies and pickles have none.
-Waiting threads take turns in the order of their arrival.
+Waiting threads take turns in order of arrival.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class ModelLock:
-    """A lock that many threads share for passes, or one thread holds alone to change the network.
+    """A lock that many threads share for passes, or that one thread holds exclusively to change the
+    network.
 
-    A thread that holds it in either way may take it again in either way.
+    A thread that holds it in either way may acquire it again in either way.
     """
 
     _numbers = itertools.count()
@@ -35,7 +36,7 @@ class ModelLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, no other thread changes the network."""
+        """Context in which no other thread changes the network."""
         me = threading.get_ident()
         with self._changed:
             if self._owner != me and me not in self._passes:
@@ -52,10 +53,10 @@ class ModelLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other thread uses the network."""
+        """Context in which no other thread uses the network."""
         me = threading.get_ident()
         with self._changed:
-            # Called from a hook: this thread's own pass is halted and does not count.
+            # Called from a hook: this thread's own pass is suspended and does not count.
             halted = self._passes.pop(me, 0)
             try:
                 if self._owner != me:
@@ -106,7 +107,7 @@ def lock_of(module: nn.Module) -> ModelLock:
 
 @contextmanager
 def alone(*modules: nn.Module) -> Iterator[None]:
-    """Hold several modules alone; locks are always taken in one order, so threads cannot deadlock."""
+    """Hold several modules exclusively; locks are always taken in one order, so threads cannot deadlock."""
     locks = {lock.number: lock for lock in map(lock_of, modules)}
     with ExitStack() as stack:
         for _, lock in sorted(locks.items()):
@@ -115,7 +116,7 @@ def alone(*modules: nn.Module) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked child: threads that held locks do not exist there."""
+    """Reset the locks in a forked child, where the threads that held them do not exist."""
     global _FINDING, _LOCKS
     _FINDING, _LOCKS = threading.Lock(), WeakIdKeyDictionary()
 

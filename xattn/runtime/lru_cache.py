@@ -1,4 +1,4 @@
-"""A cache that keeps what was used last, up to a sum of sizes."""
+"""A cache that keeps the most recently used values, up to a total size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Made = TypeVar("Made")
 
 
 class LRUCache:
-    """Values up to a sum of sizes of ``limit``; the least recently used go first. Threads may share it."""
+    """Values up to a total size of ``limit``; the least recently used are dropped first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._total = limit, 0
@@ -19,7 +19,7 @@ class LRUCache:
         self._lock = threading.Lock()
 
     def get(self, key: Any) -> Any:
-        """The value of ``key``, None if it is not kept."""
+        """The value of ``key``, None if it is not in the cache."""
         with self._lock:
             if key not in self._kept:
                 return None
@@ -27,7 +27,7 @@ class LRUCache:
             return self._kept[key][0]
 
     def put(self, key: Any, value: Any, size: int) -> None:
-        """Keep ``value``, which takes ``size``, for as long as there is room."""
+        """Store ``value``, which has the given ``size``, as long as there is room."""
         with self._lock:
             self._total += size - self._kept.pop(key, (None, 0))[1]
             self._kept[key] = (value, size)
@@ -37,7 +37,7 @@ class LRUCache:
     def kept(
         self, key: Any, make: Callable[[], Made], size: Callable[[Made], int] | None = None
     ) -> Made:
-        """The value of ``key``, made if it is missing; ``size`` tells what it takes, by default 1."""
+        """The value of ``key``, computed if it is missing; ``size`` returns its size, by default 1."""
         value: Made | None = self.get(key)
         if value is None:
             value = make()

@@ -1,7 +1,7 @@
-"""Time, memory and operations of jobs, and the raw values of what is measured.
+"""Time, memory and operations of jobs, and the raw values of measurements.
 
-Each round times every job once, in turn, so that a slow moment of the machine hits all of them; a ratio
-is taken within the round and its median over rounds is reported.
+Each round times every job once, in turn, so that a slow moment of the machine affects all of them; a ratio
+is taken within the round, and its median over rounds is reported.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def times(
     clock: Clock = time.perf_counter,
     of: str = "",
 ) -> dict[str, list[float]]:
-    """Seconds of every job in each of ``rounds``, in which all run once, in turn; kept as rounds ``of`` a
+    """Seconds of every job in each of ``rounds``, in which all run once, in turn; stored as rounds ``of`` a
     row of the table."""
     took: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
@@ -60,8 +60,8 @@ def times(
 
 
 def processor_clock() -> Clock:
-    """The time of all threads on a CPU, which other programs do not lengthen as they do a wall clock's;
-    with a GPU the wall clock."""
+    """A clock of the CPU time of all threads, which, unlike wall-clock time, other programs do not
+    lengthen; with a GPU, a wall clock."""
     return time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
@@ -73,7 +73,7 @@ def median_ratio(of: list[float], to: list[float]) -> float:
 def forward_and_both(
     run: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor
 ) -> tuple[Job, Job]:
-    """``run`` of the leaves without a graph, and with its backward pass, from ``grad`` to those leaves that
+    """``run`` on the leaves without a graph, and with its backward pass from ``grad`` to the leaves that
     it reads."""
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ def forward_and_both(
 
 
 def seconds_of(job: Job, clock: Clock = time.perf_counter) -> float:
-    """Seconds of one call, work on a GPU included."""
+    """Seconds of one call, including work on a GPU."""
     _synchronize()
     start = clock()
     job()
@@ -104,9 +104,9 @@ def _synchronize() -> None:
 
 
 def peak_memory(job: Callable[[], Any]) -> int:
-    """Bytes that tensors take at most, beyond those that live before ``job``.
+    """Peak memory of tensors in bytes, beyond those that exist before ``job``.
 
-    Counted in the allocator, so that what custom operators and the backward pass allocate is in.
+    It is counted in the allocator, so that custom operators and the backward pass are included.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -115,7 +115,7 @@ def peak_memory(job: Callable[[], Any]) -> int:
         job()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints lines of its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints its own lines
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as probe:
         job()
     live = peak = 0
@@ -131,7 +131,7 @@ def peak_memory(job: Callable[[], Any]) -> int:
 
 
 def _pooling(q: Any, k: Any, v: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    """Of the scores, if they are products, and of the weighted sum."""
+    """Operations for the scores, if they are products, and for the weighted sum."""
     (batch, queries, width), tokens = out_shape[0], v[2]
     return 2 * batch * queries * tokens * (width + (0 if q is None else q[2]))
 
@@ -151,10 +151,10 @@ def operations(job: Job) -> int:
 
 @contextmanager
 def raw_rounds(path: Path | None) -> Iterator[None]:
-    """What :func:`keep_rounds` is given in the block is written to ``path`` at its end; None keeps nothing.
+    """Context that writes to ``path``, at its end, what :func:`keep_rounds` was given; None writes nothing.
 
     Raises:
-        ValueError: nothing was kept.
+        ValueError: nothing was recorded.
     """
     rows: list[dict[str, Any]] = []
     token = _ROWS.set(rows if path is not None else None)
@@ -167,7 +167,7 @@ def raw_rounds(path: Path | None) -> Iterator[None]:
 
 
 def keep_rounds(of: str, job: str, values: Sequence[float], unit: str = "s") -> None:
-    """Keep what was measured of ``job``, a value a round; ``of`` names the row of the printed table."""
+    """Record measurements of ``job``, one value per round; ``of`` names the row of the printed table."""
     rows = _ROWS.get()
     if rows is not None:
         rows += [
@@ -177,7 +177,7 @@ def keep_rounds(of: str, job: str, values: Sequence[float], unit: str = "s") -> 
 
 
 def keep_table(lines: Iterable[str]) -> None:
-    """Keep the rows of a printed Markdown table whose cells are the raw values."""
+    """Record the rows of a printed Markdown table whose cells are the raw values."""
     rows = _ROWS.get()
     if rows is not None:
         cells = [[cell.strip() for cell in x.strip("|").split("|")] for x in lines if x[:1] == "|"]

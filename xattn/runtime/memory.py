@@ -1,4 +1,4 @@
-"""Out of memory: continue with half the batch, and warn once."""
+"""Handling exhausted memory: continue with half the batch, and warn once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TEXTS = ("out of memory", "can't allocate memory", "could not allocate", "alloc
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that device or host memory did not suffice."""
+    """Whether ``error`` says that device or host memory was exhausted."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_is(refusal: Exception) -> Iterator[None]:
-    """Raise ``refusal`` where memory does not suffice inside."""
+    """Context that raises ``refusal`` if memory is exhausted."""
     try:
         yield
     except Exception as error:
@@ -34,7 +34,7 @@ def out_of_memory_is(refusal: Exception) -> Iterator[None]:
 
 
 class _Exhausted(MemoryError):
-    """A single image does not fit: halving again is of no use."""
+    """A single image does not fit, so that halving again is useless."""
 
 
 class ForwardBatches:
@@ -50,7 +50,7 @@ class ForwardBatches:
         self.halved = False
 
     def run(self, function: Callable[..., Any], *inputs: Tensor) -> list[Any]:
-        """``function`` on equal slices of ``inputs`` (B, ...), results in order.
+        """The results of ``function`` on equal slices of ``inputs`` (B, ...), in order.
 
         Raises:
             MemoryError: a single image does not fit.
@@ -66,7 +66,7 @@ class ForwardBatches:
                 if not is_out_of_memory(error) or isinstance(error, _Exhausted):
                     raise
                 reason = str(error).strip().splitlines()[0][:120]
-            if reason:  # outside of except: the traceback keeps the failed pass's tensors alive
+            if reason:  # outside except: the traceback keeps the failed pass's tensors alive
                 self._halve(count, reason)
         return results
 

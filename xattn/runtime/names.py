@@ -1,6 +1,6 @@
-"""Names as people type them: "Grad-CAM++" is ``gradcam_plusplus``, and "gradcm" may be ``gradcam``.
+"""Names as people type them: "Grad-CAM++" is ``gradcam_plusplus``, and "gradcm" may mean ``gradcam``.
 
-File names, class names and error messages in the form that a person should see.
+The module also makes file names, class names and error messages safe to display.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _HIDDEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\
 
 
 def visible(text: str) -> str:
-    """``text`` with a replacement mark for every character that only acts on other characters.
+    """``text`` with a replacement mark for every character that only affects other characters.
 
-    Right-to-left letters, emoji and white space stay.
+    Right-to-left letters, emoji and white space are kept.
 
     >>> visible("\\u202egpj.exe")
     '\ufffdgpj.exe'
@@ -41,7 +41,7 @@ def why(error: BaseException) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The message of an error; of an ``OSError`` only the words after its number.
+    """The message of an error; for an ``OSError`` only the words after its number.
 
     >>> reason(OSError(28, "No space left on device"))
     'No space left on device'
@@ -52,12 +52,12 @@ def reason(error: Exception) -> str:
 LEAST_LIKE, SPREAD = (
     0.6,
     0.15,
-)  # difflib's ratio of a near name, and how far it is behind the nearest
-SHORTEST_PART = 3  # letters of a name that stand for the whole of it
+)  # difflib's smallest ratio for a near name, and how far it may be behind the nearest
+SHORTEST_PART = 3  # smallest number of letters that may abbreviate a name
 
 
 def plain(name: object) -> str:
-    """``name`` in small letters, without hyphens, underscores, dots and spaces; "+" is "plus".
+    """``name`` in lower case, without hyphens, underscores, dots and spaces; "+" becomes "plus".
 
     >>> plain("Grad-CAM++")
     'gradcamplusplus'
@@ -66,8 +66,8 @@ def plain(name: object) -> str:
 
 
 def same_name(name: object, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that is ``name``, or alike once both are :func:`plain`; None if none or
-    several are.
+    """The one of ``names`` that equals ``name``, or does so after :func:`plain`; None if there is none or
+    more than one.
 
     >>> same_name("Grad-CAM", ["gradcam", "layercam"])
     'gradcam'
@@ -80,7 +80,7 @@ def same_name(name: object, names: Iterable[str]) -> str | None:
 
 
 def near_names(name: object, names: Collection[str], most: int = 3) -> list[str]:
-    """Up to ``most`` of ``names`` that ``name`` may have meant, the nearest first.
+    """Up to ``most`` of ``names`` that ``name`` may have meant, nearest first.
 
     >>> near_names("shap", ["kernel_shap", "lime"])
     ['kernel_shap']
@@ -99,7 +99,7 @@ def near_names(name: object, names: Collection[str], most: int = 3) -> list[str]
 def did_you_mean(
     name: object, names: Collection[str], otherwise: str | None = None, most: int = 3
 ) -> str:
-    """A question that names :func:`near_names`; if none is near, ``otherwise``, or all names.
+    """A question with :func:`near_names`; if none is near, ``otherwise``, or a list of all names.
 
     >>> did_you_mean("gradcm", ["gradcam", "lime"]), did_you_mean("zzz", ["gradcam", "lime"])
     ('did you mean gradcam?', 'choose one of gradcam, lime')

@@ -3,7 +3,7 @@
     @checked
     def __init__(self, queries: Count = 32, gamma: Positive | None = None, norm: bool = True)
 
-refuses ``queries=2.0``, ``gamma=nan`` and ``norm="false"``; a bool is no number.
+refuses ``queries=2.0``, ``gamma=nan`` and ``norm="false"``; a bool does not count as a number.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from typing_extensions import get_type_hints
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, as weights have them
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # normal float32 numbers, like weights
 
 
 class Where(NamedTuple):
-    """A condition on a value beside its type, as a test and in words."""
+    """A condition on a value in addition to its type, as a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
 class Not:
-    """Any value but these, for :class:`Belongs`."""
+    """Any value except these, for :class:`Belongs`."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
 
 
 class Belongs:
-    """Options that are read only where other settings have these values, else refused on a command line.
+    """Options that are read only if other settings have these values, else refused on a command line.
 
         belongs: ClassVar = (
             Belongs("masks", objective="outcomes"),
             Belongs("epsilon", attention=Not("none")),
         )
 
-    in a dataclass speaks of its fields and of those of nested dataclasses; the name of a nested one stands
-    for all its fields. A setting is a field or a property, also of a nested dataclass; its value is one,
-    a list of several, or :class:`Not` one.
+    in a dataclass refers to its fields and to those of nested dataclasses; the name of a nested dataclass
+    stands for all its fields. A setting is a field or a property, also of a nested dataclass; its value is
+    a single value, a list of several, or :class:`Not` a value.
     """
 
     def __init__(self, *options: str, **settings: Any) -> None:
@@ -78,9 +78,9 @@ Share: TypeAlias = Annotated[float, Where(lambda x: 0 <= x < 1, "a number from 0
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` with a check: an argument that its annotation does not allow is a ``ValueError``.
+    """``function`` with a check: an argument that its annotation does not allow raises a ``ValueError``.
 
-    Annotations that are checked: bool, int, float (finite; an int will do), str, None, Literal,
+    Checked annotations are bool, int, float (finite; an int is accepted), str, None, Literal,
     Sequence, Mapping, unions of these, and these with a :class:`Where`. Others allow anything.
     """
 
@@ -100,7 +100,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(name: str, value: Any, hint: Any) -> Any:
-    """``value``, a NumPy integer as an int; a ``ValueError`` with ``name`` unless ``hint`` allows it."""
+    """``value``, with a NumPy integer as an int; a ``ValueError`` with ``name`` unless ``hint`` allows
+    it."""
     if isinstance(value, Integral) and not isinstance(value, int):
         value = int(value)
     if not _allows(hint, value):
@@ -113,9 +114,9 @@ def check(name: str, value: Any, hint: Any) -> Any:
 
 
 def check_fields(made: Any, but: Collection[str] = ()) -> None:
-    """Raise a ``ValueError`` for the first field of a dataclass that its annotation does not allow.
+    """Raise a ``ValueError`` for the first field of a dataclass whose value its annotation does not allow.
 
-    Defaults, and fields that are in ``but`` or that the constructor does not take, are not looked at.
+    Defaults, fields listed in ``but``, and fields that the constructor does not take are not checked.
     """
     hints = hints_of(type(made))  # type: ignore[arg-type]
     for field in dataclasses.fields(made):
@@ -123,7 +124,7 @@ def check_fields(made: Any, but: Collection[str] = ()) -> None:
             value = getattr(made, field.name, None)
             plain = value if value is field.default else check(field.name, value, hints[field.name])
             if plain is not value:
-                object.__setattr__(made, field.name, plain)  # of a frozen one, too
+                object.__setattr__(made, field.name, plain)  # also for a frozen dataclass
 
 
 @functools.cache

@@ -1,14 +1,14 @@
-"""The process that does the work: threads sleep while they wait, freed memory is kept, Ctrl-C can wait.
+"""The process that does the work: threads sleep while waiting, freed memory is kept, Ctrl-C can wait.
 
-By default threads that wait for each other spin. torch shares an operation out to the threads of OpenMP,
-and each that is done first waits in a loop for the others, ready for the next operation. Where another
-program holds the core of a thread that is awaited, the others burn its whole time slice: a job beside three
-busy programs on two cores takes about five times the processor time, and keeps the other programs waiting
-as long. Asleep, it takes that of one thread.
+By default, threads that wait for each other spin. torch divides an operation among the threads of OpenMP,
+and each that finishes early waits in a loop for the others, ready for the next operation. If another
+program occupies the core of a thread, the others waste its whole time slice: beside three busy programs on
+two cores, a job takes about five times the processor time, and delays the other programs as much. With
+sleeping threads, it takes only its own time.
 
-Entry points of programs call :func:`sleep_while_waiting` first, since OpenMP reads its settings when torch
-is imported. ``import xattn`` does not: the process belongs to the program that imports a library. The
-number of threads stays torch's own: sixteen that sleep on two cores take little more than two.
+Entry points of programs call :func:`sleep_while_waiting` first, because OpenMP reads its settings when
+torch is imported. ``import xattn`` does not: the process belongs to the program that imports a library. The
+number of threads remains torch's own: sixteen sleeping threads on two cores take little more time than two.
 
 By default glibc returns large tensors to the kernel each time they are freed. On a CPU, convolutional
 networks then spend most of their time in page faults. The CLI, the benchmarks and the data workers call
@@ -30,7 +30,7 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
     """Hold back the first Ctrl-C (or SIGTERM) until the caller asks; a second one acts at once.
 
     A checkpoint taken in the middle of a step would not be a state of an uninterrupted run. The caller
-    gets the number of the signal, or 0. A program's own handler of SIGTERM is left in place.
+    gets the number of the signal, or 0. A program's own SIGTERM handler is left in place.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -54,8 +54,8 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
 
 
 def launched() -> tuple[int, int]:
-    """(count, rank) of the processes that ``torchrun`` or ``accelerate launch`` has started; torch is not
-    needed to tell."""
+    """(count, rank) of the processes started by ``torchrun`` or ``accelerate launch``; this does not need
+    torch."""
     return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
@@ -63,7 +63,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_memory(threshold: int = 1 << 30) -> bool:
-    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False where it has no effect."""
+    """Raise glibc's mmap and trim thresholds to ``threshold`` bytes; False if it has no effect."""
     import ctypes
     import platform
 
@@ -80,8 +80,8 @@ def keep_memory(threshold: int = 1 << 30) -> bool:
 
 
 def sleep_while_waiting() -> None:
-    """Set ``OMP_WAIT_POLICY`` to ``passive`` for this process and those it starts, unless it is set.
+    """Set ``OMP_WAIT_POLICY`` to ``passive`` for this process and its children, unless it is already set.
 
-    GNU's, LLVM's and Intel's OpenMP heed it. ``GOMP_SPINCOUNT`` and ``KMP_BLOCKTIME`` go before it.
+    OpenMP of GNU, LLVM and Intel supports it. ``GOMP_SPINCOUNT`` and ``KMP_BLOCKTIME`` take precedence.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,8 +1,8 @@
 """Files and folders of object stores by URL (``s3://``, ``gs://``, ``hf://``, ...), through fsspec.
 
-A :class:`StorePath` reads by range, lists what is below it, and takes files. Every request is repeated a
-few times with growing pauses; a store that still does not answer is a :class:`StoreError`. File systems
-are asked for anew by each call, which costs nothing and keeps forked processes apart: fsspec keeps one
+A :class:`StorePath` reads by range, lists what is below it, and accepts files. Every request is repeated a
+few times with growing pauses; if a store still does not answer, this is a :class:`StoreError`. Each call
+requests its file system again, which costs nothing and separates forked processes: fsspec keeps one
 for each process.
 """
 
@@ -18,35 +18,35 @@ from typing import Any, TypeVar
 
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds after the first attempt, doubled after each
-PATIENCE = 15.0  # seconds that a store may be silent
-SLOWEST = 200_000  # bytes a second; slower is taken for silent
-BLOCK = 8 << 20  # bytes of one request
+PATIENCE = 15.0  # seconds without an answer before a request counts as failed
+SLOWEST = 200_000  # bytes per second; anything slower counts as no answer
+BLOCK = 8 << 20  # bytes per request
 LIBRARIES = {"s3": '"xattn[remote]"', "s3a": '"xattn[remote]"', "gs": "gcsfs", "gcs": "gcsfs"}
 LIBRARIES |= {"hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # a Path has one slash left
 _LOCAL = ("file", "local")
-# How errors of the libraries begin where a permission is missing.
+# How the libraries' errors begin if a permission is missing.
 _REFUSED = re.compile("Forbidden|Unauthorized|Access ?Denied|Anonymous caller|40[13] Client Error")
 _FINAL = (ValueError, TypeError, NotImplementedError, NotADirectoryError, IsADirectoryError)
-# What the file systems call a file's version and its date.
+# Names that the file systems use for a file's version and date.
 _MARKS = "ETag etag md5Hash blob_id mtime LastModified updated created".split()
 _DATES = ("LastModified", "created", "mtime")
 Result = TypeVar("Result")
 
 
 class StoreError(OSError):
-    """An object store that does not answer, or does not let one in: work on it ends here."""
+    """An object store that does not answer, or denies access: work on it ends here."""
 
 
 @dataclass(frozen=True)
 class StorePath:
-    """A file or folder of an object store, asked as a :class:`~pathlib.Path` is.
+    """A file or folder of an object store, with an interface like :class:`~pathlib.Path`.
 
     Attributes:
-        url: as fsspec reads it, without a slash at the end.
-        size: bytes of a file, where a listing has told them.
-        mark: what shows that a file was replaced, where a listing has told it.
-        modified: when it was written, in Unix seconds, where a listing has told it.
+        url: in fsspec's form, without a slash at the end.
+        size: size of a file in bytes, if a listing has reported it.
+        mark: a value that changes when the file is replaced, if a listing has reported it.
+        modified: when it was written, in Unix seconds, if a listing has reported it.
     """
 
     url: str
@@ -66,7 +66,7 @@ class StorePath:
 
     @property
     def store(self) -> str:
-        """The store by its scheme and bucket (of ``hf://`` the repository), for errors."""
+        """The store by its scheme and bucket (for ``hf://`` the repository), for errors."""
         return "/".join(self.url.split("/")[: 5 if self.scheme == "hf" else 3])
 
     @property
@@ -82,7 +82,7 @@ class StorePath:
         return StorePath(self.url.rpartition("/")[0])
 
     def below(self, folder: StorePath) -> str | None:
-        """The name of this file relative to ``folder``; None if it lies elsewhere."""
+        """The name of this file relative to ``folder``; None if it is elsewhere."""
         start = f"{folder.url}/"
         return self.url[len(start) :] if self.url.startswith(start) else None
 
@@ -92,7 +92,7 @@ class StorePath:
         """This file with its size; None if there is no file of this name.
 
         Raises:
-            StoreError: as all that follow.
+            StoreError: as in all methods below.
         """
         found = self._info()
         return self._described(found) if found is not None and found["type"] == "file" else None
@@ -106,7 +106,7 @@ class StorePath:
         return self._info() is not None
 
     def is_dir(self) -> bool:
-        """Whether anything lies below."""
+        """Whether there is anything below this path."""
         found = self._info()
         return found is not None and found["type"] == "directory"
 
@@ -131,7 +131,8 @@ class StorePath:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def known_size(self) -> int:
-        """Bytes of this file, asked for unless a listing has told them; FileNotFoundError without one."""
+        """Size of this file in bytes, requested unless a listing has reported it; FileNotFoundError if
+        there is no file."""
         found = self if self.size is not None else self.info()
         if found is None or found.size is None:
             raise FileNotFoundError(f"no file {self}")
@@ -143,7 +144,7 @@ class StorePath:
                 data: bytes = fs.cat_file(path, start=start, end=end, **wait)
                 return data
             except OSError as error:
-                if "not satisfiable" in str(error):  # the file ends before
+                if "not satisfiable" in str(error):  # the file ends earlier
                     return b""
                 raise
 
@@ -152,10 +153,10 @@ class StorePath:
     # ------------------------------------------------------------------ listing
 
     def files(self, depth: int | None = None) -> list[StorePath]:
-        """All files below, sorted as the paths of a local folder are; hidden ones are left out.
+        """All files below, sorted like the paths of a local folder, without hidden ones.
 
         Args:
-            depth: how many levels of folders are looked into, 1 for this one alone; all by default.
+            depth: how many levels of folders are listed, 1 for this one only; all by default.
         """
         found = self._ask(
             lambda fs, path, wait: (
@@ -173,7 +174,8 @@ class StorePath:
         return [file for _, file in sorted(files, key=lambda pair: pair[0])]
 
     def entries(self) -> tuple[dict[str, StorePath], list[str]]:
-        """The files of this folder itself by name, and the names of its folders; hidden ones left out."""
+        """The files directly in this folder by name, and the names of its subfolders, without hidden
+        ones."""
         try:
             found = self._ask(
                 lambda fs, path, wait: _fresh(fs).ls(path, detail=True, **wait), 1 << 27
@@ -210,10 +212,10 @@ class StorePath:
             pass
 
     def _ask(self, call: Callable[[Any, str, dict[str, Any]], Result], size: int = 0) -> Result:
-        """``call(file system, path, options of waiting)``, repeated until the store answers.
+        """The result of ``call(file system, path, options of waiting)``, repeated until the store answers.
 
         Args:
-            size: bytes that are moved, which may take a while.
+            size: number of bytes that are transferred, which extends the waiting time.
         """
         fs = file_system(self.scheme)
         path: str = fs._strip_protocol(self.url)
@@ -228,7 +230,7 @@ class StorePath:
                 raise FileNotFoundError(f"no file or folder {self}") from None
             except _FINAL as final:
                 raise StoreError(f"{self} cannot be used ({_reason(final)})") from final
-            except Exception as other:  # each library has errors of its own
+            except Exception as other:  # each library has its own errors
                 if _is_refusal(other):
                     raise StoreError(
                         f"{self.store} refuses access ({_reason(other)}); check the name and the "
@@ -243,10 +245,10 @@ class StorePath:
 
 
 def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | StorePath:
-    """What a path or URL stands for: a local path, also of a ``file://`` URL, or one of a store.
+    """The place given by a path or URL: a local path, also for a ``file://`` URL, or one in a store.
 
     Raises:
-        ValueError: a URL of another form, or whose library is not installed.
+        ValueError: a URL of another form, or one whose library is not installed.
     """
     if isinstance(given, StorePath):
         return given
@@ -255,14 +257,14 @@ def place_of(given: str | Path | StorePath, argument: str = "path") -> Path | St
         return Path(given)
     scheme, rest = match[1].lower(), match[2]
     if scheme in _LOCAL:
-        from urllib.request import url2pathname  # which imports http, ssl and email
+        from urllib.request import url2pathname  # imports http, ssl and email
 
         return Path(url2pathname(f"/{rest}"))
     import fsspec
 
     if scheme == "data" or scheme not in fsspec.available_protocols():
         kept = isinstance(given, str) and "://" not in given
-        if kept or Path(f"{match[1]}:").exists():  # a local folder whose name has a colon
+        if kept or Path(f"{match[1]}:").exists():  # a local folder whose name contains a colon
             return Path(given)
         raise ValueError(
             f"{argument}: got {scheme}://{rest}, whose store {scheme}:// is not known; give s3://, gs://, "
@@ -290,7 +292,7 @@ def is_remote(given: Any, argument: str = "path") -> bool:
 
 
 def file_system(scheme: str) -> Any:
-    """The fsspec file system of a store; ours ask once, because :class:`StorePath` repeats."""
+    """The fsspec file system of a store; it asks only once, because :class:`StorePath` repeats requests."""
     import fsspec
     from fsspec.config import conf
 
@@ -305,7 +307,7 @@ def file_system(scheme: str) -> Any:
 
 
 def _fresh(fs: Any) -> Any:
-    """The file system without its memory of what folders hold."""
+    """The file system without its cached listings."""
     fs.invalidate_cache()
     return fs
 

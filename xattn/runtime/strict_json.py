@@ -1,6 +1,6 @@
-"""JSON from files that may be damaged or hostile: any fault of the text is a ``ValueError``.
+"""JSON from files that may be damaged or hostile: any error in the text is a ``ValueError``.
 
-JSON from files of others is read with this module; the state of an evaluation is trusted.
+JSON written by others is read with this module; the state of an evaluation is trusted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DEEPEST = 64  # levels; recursive functions show, compare and copy the values
+DEEPEST = 64  # levels; recursive functions display, compare and copy the values
 
 
 def parse(
@@ -19,11 +19,11 @@ def parse(
     nan: bool = False,
     table: Callable[[Sequence[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """The value of JSON, as text or as UTF-8 with or without a byte order mark.
+    """The value of JSON given as text, or as UTF-8 with or without a byte order mark.
 
     Args:
-        nan: whether NaN and Infinity are numbers, as in a log of losses.
-        table: makes an object from its (key, value) pairs; by default the last of equal keys wins.
+        nan: whether NaN and Infinity are accepted as numbers, as in a log of losses.
+        table: builds an object from its (key, value) pairs; by default the last of equal keys wins.
 
     Raises:
         ValueError: not UTF-8, not JSON, nested too deep, NaN or Infinity, or too many digits.

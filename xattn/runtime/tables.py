@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 def markdown(
     titles: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
 ) -> Iterator[str]:
-    """Lines of a table, of whose columns the first ``left`` are aligned left and the others right.
+    """Lines of a table whose first ``left`` columns are aligned left and the others right.
 
     >>> print(*markdown(["head", "accuracy"], [("gap", 91.5)]), sep="\\n")
     | head | accuracy |
