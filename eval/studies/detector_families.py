@@ -119,12 +119,12 @@ def page_of(
     every = [f"`{name}`" for name in names if runs[name] == len(by)]
     never = [f"`{name}`" for name in names if not runs[name]]
     shown = [name for name in names if 0 < runs[name] < len(by)]
-    yield f"# Explainers by family of {networks}\n\nWhat runs on a tiny network of each of"
-    yield f"{len(by)} {about}. {RUNS}: by its defaults;"
-    yield f"{OTHERS}: with options. {more}. Made by\n\n```sh"
+    yield f"# Explainers by family of {networks}\n\nThis table says what runs on a tiny network of each of"
+    yield f"{len(by)} {about}. {RUNS}: with defaults;"
+    yield f"{OTHERS}: with options. {more}. It was made by\n\n```sh"
     yield f"python -m xattn.eval.studies {page} --page docs/{page}.md\n```\n"
     yield f"[Raw values]({page}.csv): options, and why the others do not run.\n"
-    yield f"On all: {', '.join(every)}.\n\nOn none: {', '.join(never)}.\n"
+    yield f"These run on all: {', '.join(every)}.\n\nThese run on none: {', '.join(never)}.\n"
     yield f"| family | {' | '.join(f'`{name}`' for name in shown)} |"
     yield f"| :-- |{' :-: |' * len(shown)}"
     for family, found in by.items():
