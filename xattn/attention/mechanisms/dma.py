@@ -1,6 +1,7 @@
 """Dynamic mask attention: each head keeps the w keys whose values score highest, for all queries.
 
     b_j = a softplus(w . V_j),   A = softmax over the kept keys of (q k^T / sqrt(D) + b)
+    block_smooth = s: a block of s keys is kept whole if more than half of it is among the w, else not
 
 V_j is the value of token j over all heads; a and w are learned per head through b, and the choice of keys
 has no gradient. Without a causal mask b does not depend on the query, so one list of keys serves all:
@@ -25,6 +26,7 @@ from xattn.attention.operators.lowering import needs_grad
 from xattn.attention.operators.patterns import Pattern, chosen_keys_operator, pattern_operator
 from xattn.attention.recall import Choice
 from xattn.attention.selection import Blocks, causal_blocks
+from xattn.kernels.block_sparse.block_lists import listed_blocks
 
 BLOCK = 64  # queries that share a list in a causal call
 
@@ -51,6 +53,12 @@ class DMA(Mechanism):
         window: w, the number of keys that are kept in addition to the prefix tokens, whose b is 0.
         causal: whether a token always sees only itself and earlier tokens; otherwise only if a call asks
             for it.
+        block_smooth: s, the number of neighbouring keys in a block. A block is kept whole if more than half of
+            its keys are among the w best, and left out if not; if no block is, the one with the most of
+            them stays, which is our choice. Not in causal calls.
+
+    Raises:
+        ValueError: ``causal`` with ``block_smooth``, here or in a call.
 
     ``a`` starts at zero: with ``window`` at least N the layer is softmax attention until it has learned.
     """
@@ -63,11 +71,14 @@ class DMA(Mechanism):
         num_heads: int,
         window: int = 128,
         causal: bool = False,
+        block_smooth: int | None = None,
         *,
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, num_heads, backend=backend)
         self.window, self.causal = whole("window", window), causal
+        self.block_smooth = None if block_smooth is None else whole("block_smooth", block_smooth)
+        self._looks_ahead(causal)
         self.a = nn.Parameter(torch.zeros(num_heads))
         self.score = nn.Linear(dim, num_heads, bias=False)
 
@@ -84,26 +95,71 @@ class DMA(Mechanism):
         """The patches with the largest b, LongTensor (B, H, w), in ascending order."""
         return b.detach().topk(self.window, sorted=False).indices.sort(-1).values
 
+    def kept_blocks(self, b: Tensor) -> Tensor:
+        """The blocks of ``block_smooth`` keys that are kept, int32 (B, H, 1, most), rising; -1 = none."""
+        assert self.block_smooth is not None
+        size, n = self.block_smooth, b.shape[2]
+        among = torch.zeros_like(b, dtype=torch.int64).scatter_(-1, self.kept(b), 1)
+        count = -(-n // size)
+        held = F.pad(among, (0, count * size - n)).unflatten(2, (count, size)).sum(-1)
+        sizes = (n - size * torch.arange(count, device=b.device)).clamp_max(size)
+        most = self._most(n)
+        rank = torch.where(2 * held > sizes, held + n, held)  # a kept one before all others
+        found, index = rank.sort(dim=-1, descending=True, stable=True)
+        found, index = found[..., :most], index[..., :most]
+        left_out = found <= n
+        left_out[..., 0] = False
+        index = index.masked_fill(left_out, count).sort(-1).values
+        return index.masked_fill(index == count, -1)[:, :, None].int()
+
+    def _most(self, n: int) -> int:
+        """How many blocks can be kept: each holds more than half, the last may be smaller."""
+        assert self.block_smooth is not None
+        size = self.block_smooth
+        return min(-(-n // size), self.window // (size // 2 + 1) + 1)
+
+    def _looks_ahead(self, causal: bool) -> None:
+        if causal and self.block_smooth is not None:
+            raise ValueError(
+                f"block_smooth: got {self.block_smooth} with causal attention, in which a kept block would "
+                "look ahead; give None"
+            )
+
     def choice(self, inputs: Inputs) -> Choice | None:
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
         n = b.shape[2]
+        self._looks_ahead(inputs.causal)
+        if self.block_smooth is not None and self.window < n:
+            return Choice(Blocks(self.kept_blocks(b), n, self.block_smooth))
         if self.causal or inputs.causal:
             return Choice(Blocks(causal_choice(b, self.window).by_query(self.window), 1, 1))
         return None if self.window >= n else Choice(Blocks(self.kept(b)[:, :, None].int(), n, 1))
 
     def operator(self, inputs: Inputs) -> Operator:
         b = self.key_bias(inputs.v[:, :, inputs.prefix :])
+        self._looks_ahead(inputs.causal)
         if self.causal or inputs.causal:
             lists, rank, limit = causal_choice(b, self.window)
             rule = causal_blocks(b.shape[2], device=b.device)[1]._replace(rank=rank, limit=limit)
             pattern = Pattern(Blocks(lists, BLOCK, 1), rule=rule, bias=b)
             return pattern_operator(inputs.replace(causal=True), pattern, backend=self.backend)
-        bias, keep = F.pad(b, (inputs.prefix, 0)), None
+        n, bias, keep = b.shape[2], F.pad(b, (inputs.prefix, 0)), None
         operator: Operator
         if self.window >= b.shape[2]:
             operator = SoftmaxOperator(
                 inputs.q, inputs.k, inputs.scale, bias[:, :, None], None, self.backend, True
             )
+        elif self.block_smooth is not None:
+            among = listed_blocks(self.kept_blocks(b), -(-n // self.block_smooth))[:, :, 0]
+            among = among.repeat_interleave(self.block_smooth, 2)[..., :n]
+            most = min(n, self._most(n) * self.block_smooth)
+            # Lists of one length: those that are kept, then others, whose bias leaves them out.
+            order = among.int().sort(dim=-1, descending=True, stable=True).indices[..., :most]
+            bias = F.pad(b.masked_fill(~among, -torch.inf), (inputs.prefix, 0))
+            operator = chosen_keys_operator(
+                inputs, order + inputs.prefix, bias, backend=self.backend
+            )
+            keep = among
         else:
             keep = self.kept(b)
             operator = chosen_keys_operator(
@@ -120,7 +176,9 @@ class DMA(Mechanism):
         b, keep = operator.context
         if keep is None:
             return {"importance": b.unflatten(-1, inputs.grid)}
-        kept = torch.zeros_like(b).scatter_(-1, keep, 1.0)
+        kept = keep.to(b.dtype)
+        if keep.dtype != torch.bool:
+            kept = torch.zeros_like(b).scatter_(-1, keep, 1.0)
         return {
             "importance": (b * kept).unflatten(-1, inputs.grid),
             "kept": kept.unflatten(-1, inputs.grid),
