@@ -247,3 +247,37 @@ def test_its_maps_are_the_row_of_the_class_token_and_what_softmax_lacks(prefix):
 def test_what_does_not_fit_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         made(**options)
+
+
+def mesa(q, k, v, ridge):
+    """Mesa layer (arXiv 2309.05858): the ridge regression of the values on the keys so far, without an
+    intercept, read at each query."""
+    rows = []
+    for i in range(q.shape[2]):
+        seen, values = k[:, :, : i + 1], v[:, :, : i + 1]
+        gram = seen.mT @ seen + ridge * (i + 1) * torch.eye(WIDTH, dtype=q.dtype)
+        weights = torch.linalg.solve(gram, seen.mT @ values)  # (B, H, D, D)
+        rows.append(q[:, :, i, None] @ weights)
+    return torch.cat(rows, 2)
+
+
+def test_with_even_weights_it_is_one_ridge_regression_for_all_queries():
+    asked, ridge = inputs(30, scale=1e-9), 0.3
+    centred = asked.k - asked.k.mean(2, keepdim=True)
+    gram = centred.mT @ centred / 30 + ridge * torch.eye(WIDTH, dtype=torch.float64)
+    weights = torch.linalg.solve(gram, centred.mT @ asked.v / 30)
+    expected = asked.v.mean(2, keepdim=True) + (asked.q - asked.k.mean(2, keepdim=True)) @ weights
+    y = made(ridge="relative", ridge_lambda=ridge, **EXACT).attend(asked)
+    assert torch.allclose(y, expected, rtol=0, atol=1e-7)
+
+
+def test_with_even_weights_and_means_of_zero_it_is_the_mesa_layer():
+    """Every key and value is followed by its negative, so that the intercept, a mean, is 0."""
+    given, ridge = inputs(9, scale=1e-9, causal=True), 0.3
+    q, k, v = (
+        torch.stack([x, sign * x], 3).flatten(2, 3)
+        for x, sign in ((given.q, 1), (given.k, -1), (given.v, -1))
+    )
+    y = made(ridge="relative", ridge_lambda=ridge, **EXACT).attend(given.replace(q=q, k=k, v=v))
+    expected = mesa(q, k, v, ridge)
+    assert torch.allclose(y[:, :, 1::2], expected[:, :, 1::2], rtol=0, atol=1e-7)

@@ -53,8 +53,8 @@ class DMA(Mechanism):
         window: w, the number of keys that are kept in addition to the prefix tokens, whose b is 0.
         causal: whether a token always sees only itself and earlier tokens; otherwise only if a call asks
             for it.
-        block_smooth: s, the number of neighbouring keys in a block. A block is kept whole if more than half of
-            its keys are among the w best, and left out if not; if no block is, the one with the most of
+        block_smooth: s, the number of neighbouring keys in a block. A block is kept whole if more than half
+            of its keys are among the w best, and left out if not; if no block is, the one with the most of
             them stays, which is our choice. Not in causal calls.
 
     Raises:
