@@ -31,6 +31,12 @@ def minmax(maps: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1, h, w) raw maps -> ((B, 1, h, w) float32 in [0, 1], valid (B,) bool).
 
     A constant or non-finite map is invalid and comes back as zeros.
+
+    Example:
+        >>> import torch
+        >>> minmax(torch.tensor([[[[1.0, 3.0], [2.0, 5.0]]]]))
+        (tensor([[[[0.0000, 0.5000],
+                  [0.2500, 1.0000]]]]), tensor([True]))
     """
     check_maps(maps)
     x = maps.detach().double()
@@ -54,7 +60,13 @@ def _range(maps: Tensor) -> tuple[Tensor, Tensor]:
 def upsample(maps: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
     """(B, 1, h, w) -> (B, 1, H, W), align_corners=False; the result stays in the range of the input.
 
-    Maps of clips, (B, 1, t, h, w) -> (B, 1, T, H, W), are also interpolated linearly in time."""
+    Maps of clips, (B, 1, t, h, w) -> (B, 1, T, H, W), are also interpolated linearly in time.
+
+    Example:
+        >>> import torch
+        >>> upsample(torch.rand(2, 1, 7, 7), (56, 56)).shape
+        torch.Size([2, 1, 56, 56])
+    """
     check_maps(maps)
     corners = None if mode == "nearest" else False
     mode = "trilinear" if mode == "bilinear" and maps.ndim == 5 else mode
@@ -77,6 +89,12 @@ def saliency(
     ``"minmax"`` scales each map at its own resolution and then resizes it; ``"minmax_upsampled"`` resizes
     first. With ``is_mask`` the values are used as they are and must lie in [0, 1]: the all-ones mask is
     a valid mask, but a constant map from an explainer is not.
+
+    Example:
+        >>> import torch
+        >>> values, valid = saliency(torch.rand(2, 1, 7, 7), (56, 56))
+        >>> values.shape, valid
+        (torch.Size([2, 1, 56, 56]), tensor([True, True]))
     """
     if is_mask:
         check_maps(maps)
@@ -95,7 +113,13 @@ def saliency(
 
 
 def quantile(flat: Tensor, q: float) -> Tensor:
-    """(B, N) -> (B,): the linearly interpolated quantile, found by selection instead of a full sort."""
+    """(B, N) -> (B,): the linearly interpolated quantile, found by selection instead of a full sort.
+
+    Example:
+        >>> import torch
+        >>> quantile(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 0.5)
+        tensor([1.5000])
+    """
     position = q * (flat.shape[1] - 1)
     rank = min(int(position), flat.shape[1] - 1)
     low = flat.kthvalue(rank + 1, dim=1).values
@@ -113,6 +137,12 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
     Pixels that are kept keep their grey level. ``"quantile"`` keeps every value >= the (1 - level)
     quantile, so a constant mask keeps everything. ``"kth"`` keeps exactly ceil(level * HW) pixels; among
     equal values the first in row-major order win.
+
+    Example:
+        >>> import torch
+        >>> threshold_mask(torch.tensor([[[[0.1, 0.9], [0.4, 0.6]]]]), level=0.5)
+        tensor([[[[0.0000, 0.9000],
+                  [0.0000, 0.6000]]]])
     """
     check_maps(masks)
     if not 0 < level <= 1:
@@ -133,7 +163,12 @@ def threshold_mask(masks: Tensor, level: float, method: str = "quantile") -> Ten
 
 
 def check_maps(maps: Tensor) -> None:
-    """Raise a ValueError unless ``maps`` have shape (B, 1, h, w), or (B, 1, t, h, w) for clips."""
+    """Raise a ValueError unless ``maps`` have shape (B, 1, h, w), or (B, 1, t, h, w) for clips.
+
+    Example:
+        >>> import torch
+        >>> check_maps(torch.rand(2, 1, 7, 7))
+    """
     if maps.ndim not in (4, 5) or maps.shape[1] != 1 or 0 in maps.shape[2:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}; give (B, 1, h, w)")
 
@@ -142,7 +177,13 @@ def check_maps(maps: Tensor) -> None:
 
 
 def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop."""
+    """100 max(0, p - q) / p, (B,) float64; 0 where p = 0: nothing is left to drop.
+
+    Example:
+        >>> import torch
+        >>> average_drop_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor([50.,  0.], dtype=torch.float64)
+    """
     p, q = _scores(p, q, bounded)
     return 100 * ((p - q).clamp_min(0) / torch.where(p == 0, 1.0, p))
 
@@ -150,26 +191,50 @@ def average_drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor
 def increase_in_confidence_values(
     p: Tensor, q: Tensor, margin: float = IC_MARGIN, *, bounded: bool = True
 ) -> Tensor:
-    """100 where q > p + margin max(p, q), else 0, (B,) float64."""
+    """100 where q > p + margin max(p, q), else 0, (B,) float64.
+
+    Example:
+        >>> import torch
+        >>> increase_in_confidence_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor([  0., 100.], dtype=torch.float64)
+    """
     p, q = _scores(p, q, bounded)
     higher = (q > p + margin * torch.maximum(p.abs(), q.abs())).double() * 100
     return torch.where((p + q).isnan(), torch.nan, higher)
 
 
 def average_drop_in_deletion_values(p: Tensor, d: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 (p - d) / p, signed, (B,) float64; 0 where p = 0."""
+    """100 (p - d) / p, signed, (B,) float64; 0 where p = 0.
+
+    Example:
+        >>> import torch
+        >>> average_drop_in_deletion_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5]))
+        tensor([50.,  0.], dtype=torch.float64)
+    """
     p, d = _scores(p, d, bounded)
     return torch.where(p == 0, 0.0 * d, 100 * (p - d) / torch.where(p == 0, 1.0, p))
 
 
 def average_gain_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain."""
+    """100 max(0, q - p) / (1 - p), (B,) float64; 0 where p = 1: nothing is left to gain.
+
+    Example:
+        >>> import torch
+        >>> average_gain_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
+        tensor([ 0., 50.], dtype=torch.float64)
+    """
     p, q = _scores(p, q, bounded)
     return 100 * ((q - p).clamp_min(0) / torch.where(p == 1, 1.0, 1 - p))
 
 
 def drop_values(p: Tensor, q: Tensor, *, bounded: bool = True) -> Tensor:
-    """100 max(0, p - q), (B,) float64: the drop that pytorch-grad-cam does not divide by p."""
+    """100 max(0, p - q), (B,) float64: the drop that pytorch-grad-cam does not divide by p.
+
+    Example:
+        >>> import torch
+        >>> drop_values(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor([40.0000,  0.0000], dtype=torch.float64)
+    """
     p, q = _scores(p, q, bounded)
     return 100 * (p - q).clamp_min(0)
 
@@ -184,7 +249,12 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers as a tensor. A tensor keeps its device; others go to the CPU, whatever torch's default is."""
+    """Numbers as a tensor. A tensor keeps its device; others go to the CPU, whatever torch's default is.
+
+    Example:
+        >>> as_tensor([0.5, 1.0])
+        tensor([0.5000, 1.0000])
+    """
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
@@ -215,7 +285,13 @@ def _scores(p: Tensor, q: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
 
 
 def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-image values (B,) -> (float64 sum of the valid values, n, n_invalid)."""
+    """Per-image values (B,) -> (float64 sum of the valid values, n, n_invalid).
+
+    Example:
+        >>> import torch
+        >>> mean_update(torch.tensor([1.0, 2.0, 9.0]), valid=torch.tensor([True, True, False]))
+        (tensor(3.), tensor(2), tensor(1))
+    """
     good = ~values.isnan()
     if valid is not None:
         if valid.shape != values.shape or valid.dtype != torch.bool:
@@ -228,7 +304,13 @@ def mean_update(values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def mean_compute(total: Tensor, n: Tensor) -> Tensor:
-    """Sum and count -> mean; NaN where nothing was valid."""
+    """Sum and count -> mean; NaN where nothing was valid.
+
+    Example:
+        >>> import torch
+        >>> mean_compute(torch.tensor(6.0), torch.tensor(4))
+        tensor(1.5000)
+    """
     return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
 
 
@@ -248,15 +330,34 @@ def average_drop(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
 def increase_in_confidence(
     p: Tensor, q: Tensor, valid: Tensor | None = None, margin: float = IC_MARGIN
 ) -> Tensor:
-    """Percentage of images that score higher when masked; higher is better."""
+    """Percentage of images that score higher when masked; higher is better.
+
+    Example:
+        >>> import torch
+        >>> increase_in_confidence(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        tensor(50., dtype=torch.float64)
+    """
     return _mean(increase_in_confidence_values(p, q, margin), valid)
 
 
 def average_drop_in_deletion(p: Tensor, d: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1]."""
+    """Signed drop on x o (1 - m) in percent, higher is better; d (B,) in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> p, d = torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5])  # clean, masked
+        >>> average_drop_in_deletion(p, d)
+        tensor(25., dtype=torch.float64)
+    """
     return _mean(average_drop_in_deletion_values(p, d), valid)
 
 
 def average_gain(p: Tensor, q: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Average gain in percent, higher is better."""
+    """Average gain in percent, higher is better.
+
+    Example:
+        >>> import torch
+        >>> average_gain(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
+        tensor(25., dtype=torch.float64)
+    """
     return _mean(average_gain_values(p, q), valid)

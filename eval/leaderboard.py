@@ -73,6 +73,12 @@ class Comparison:
     ``card_photos`` is the number of photos for the report card (:mod:`xattn.eval.report.report_card`); with
     None it is 60 if the metrics are those of ``"board"``, else there is no card. ``target`` is a number of
     the network's answer to explain in place of the predicted class, see :mod:`xattn.backbone.targets`.
+
+    Example:
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> Comparison(backbone=net, explainers=["gradcam", "random"]).explainers
+        ['gradcam', 'random']
     """
 
     backbone: Backbone
@@ -120,6 +126,14 @@ def compare(
     Raises:
         ValueError: a name or option is unknown, there is no image, or the state is from another run.
         OSError: a file cannot be read or written.
+
+    Example:
+        >>> import tempfile, torch, xattn
+        >>> from pathlib import Path
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> job = Comparison(backbone=net, explainers=["gradcam"], metrics=["masking"])
+        >>> run = Path(tempfile.mkdtemp()) / "run"
+        >>> _ = compare(job, torch.rand(3, 3, 64, 64), run, progress=False)
     """
     output.mkdir(parents=True, exist_ok=True)
     images, limit = limited(images, limit, job.seed)

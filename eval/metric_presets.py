@@ -70,6 +70,11 @@ def preset(
 
     Raises:
         ValueError: the name is unknown (the message lists near matches), or the preset needs ``mean``.
+
+    Example:
+        >>> protocol, metrics = preset("ttame")
+        >>> protocol.levels
+        (1.0, 0.5, 0.15)
     """
     if name not in PRESETS:
         raise ValueError(f"preset: unknown preset {name!r}; {did_you_mean(name, PRESETS)}")

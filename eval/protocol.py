@@ -71,6 +71,10 @@ class Protocol:
         target: what was explained if it is not a class: a name and a hash, see
             :mod:`xattn.backbone.targets`; ``score`` then says what is used as its probability.
         seed, n, n_invalid: facts of one run; not part of the id.
+
+    Example:
+        >>> Protocol(levels=(1.0, 0.5)).masked_value
+        'black'
     """
 
     score: str = "probability"

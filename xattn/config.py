@@ -84,6 +84,10 @@ class TrainConfig:
 
     "published" is T-TAME's, for ImageNet; "small" is for a few hundred photos; "outcomes" trains on the
     network's answers for masked photos.
+
+    Example:
+        >>> TrainConfig(recipe="small", epochs=3).epochs
+        3
     """
 
     belongs: ClassVar = (
@@ -158,7 +162,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How a head is trained as a classifier on cached features; settings not given come from the recipe."""
+    """How a head is trained as a classifier on cached features; settings not given come from the recipe.
+
+    Example:
+        >>> ProbeConfig(recipe="small", epochs=5).epochs
+        5
+    """
 
     belongs: ClassVar = (Belongs("epsilon", "attention_weight", attention=Not("none")),)
 
@@ -209,7 +218,12 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a mechanism is trained to attend like the softmax that it replaces; no labels are read."""
+    """How a mechanism is trained to attend like the softmax that it replaces; no labels are read.
+
+    Example:
+        >>> DistillConfig(epochs=2, lr=1e-3).epochs
+        2
+    """
 
     belongs: ClassVar = (
         Belongs("finetune_epochs", "finetune_lr", finetune=Not("none")),
@@ -287,7 +301,12 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How heads of a ViT are pruned and the rest is trained; no labels are read."""
+    """How heads of a ViT are pruned and the rest is trained; no labels are read.
+
+    Example:
+        >>> PruneConfig(method="heads", keep=2).keep
+        2
+    """
 
     belongs: ClassVar = (
         Belongs("scored", method="heads"),

@@ -123,6 +123,14 @@ def export(backbone: Backbone, head: Head, path: str | Path, normalize: bool = T
         ValueError: another suffix; a head of another backbone or with other logits; a missing extra; or a
             model that cannot be traced, is too large for ONNX, or whose graph computes other values.
         OSError: ``path`` cannot be written. An existing file is left as it was.
+
+    Example:
+        >>> import tempfile, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("ttame", net)
+        >>> path = export(net, head, f"{tempfile.mkdtemp()}/head.pt2")
+        >>> path.name
+        'head.pt2'
     """
     path = Path(path)
     if path.suffix not in SUFFIXES or path.is_dir():

@@ -38,7 +38,14 @@ _BEYOND = 0.5  # pixels by which a box may leave the photo, due to rounding
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """One photo's objects: ``masks`` are (1, H, W) bool over the model's input, by model class."""
+    """One photo's objects: ``masks`` are (1, H, W) bool over the model's input, by model class.
+
+    Example:
+        >>> import torch
+        >>> one = Annotation({3: torch.ones(4, 4, dtype=torch.bool)})  # where class 3 is
+        >>> one.masks[3].sum()
+        tensor(16)
+    """
 
     masks: Mapping[int, Tensor]
 
@@ -54,6 +61,15 @@ class Annotations(ABC):
         path: the file or folder with the annotations.
         names: the category of each class number in the files.
         classes: the category of each class of the model; several classes may share one.
+
+    Example:
+        >>> import json, tempfile, xattn
+        >>> file = Path(tempfile.mkdtemp(), "boxes.json")
+        >>> _ = file.write_text(json.dumps({"a.jpg": [{"box": [8, 8, 24, 24], "class": 15}]}))
+        >>> classes = {"num_classes": 2, "class_names": ["cat", "dog"]}
+        >>> net = xattn.load_backbone("test_resnet", weights=None, **classes)
+        >>> load_annotations(file, net).classes
+        {0: 'cat', 1: 'dog'}
     """
 
     def __init__(self, path: str | Path, names: Mapping[int, str], classes: Mapping[int, str]):
@@ -219,6 +235,15 @@ def load_annotations(path: str | Path, backbone: Classifier) -> Annotations:
 
     Raises:
         ValueError: there are no such annotations, or the model has none of their categories.
+
+    Example:
+        >>> import json, tempfile, xattn
+        >>> file = Path(tempfile.mkdtemp(), "boxes.json")
+        >>> _ = file.write_text(json.dumps({"a.jpg": [{"box": [8, 8, 24, 24], "class": 15}]}))
+        >>> classes = {"num_classes": 2, "class_names": ["cat", "dog"]}
+        >>> net = xattn.load_backbone("test_resnet", weights=None, **classes)
+        >>> type(load_annotations(file, net)).__name__
+        'Boxes'
     """
     return annotations_of_classes(path, backbone.class_names, backbone.name)
 

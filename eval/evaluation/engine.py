@@ -100,6 +100,15 @@ def evaluate(
         ValueError: no image could be read, an explainer returns a wrong shape or fails on all of
             the first images, a class or metric is unknown, or ``state`` belongs to another run.
         OSError: the path ``images`` does not exist, or ``state`` cannot be written.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> methods = {"gradcam": "gradcam", "random": "random"}
+        >>> results = evaluate(net, methods, images, progress=False)
+        >>> sorted(results.methods), results.rows()[0].metric
+        (['gradcam', 'random'], 'AD')
     """
     if not explainers:
         raise ValueError("explainers: got none; give {name: explainer}")

@@ -53,7 +53,12 @@ RANDOMIZED = Column("randomization-Spearman")
 
 
 class ImageRecord(NamedTuple):
-    """One scored image: the explained class and its probability p without a mask."""
+    """One scored image: the explained class and its probability p without a mask.
+
+    Example:
+        >>> ImageRecord("a.jpg", target=3, target_name="cat", p=0.9).target_name
+        'cat'
+    """
 
     id: str
     target: int
@@ -65,6 +70,15 @@ class Row(NamedTuple):
     """One cell of the table: the mean over ``n`` images with its 95 % bootstrap interval.
 
     ``trained_on``: whether the metric is close to the training objective of the row's head.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> row = results.rows()[0]
+        >>> row.method, row.n, row.lo <= row.mean <= row.hi
+        ('gradcam', 3, True)
     """
 
     method: str
@@ -85,6 +99,16 @@ class Difference(NamedTuple):
 
     ``better`` / ``worse``: the whole interval lies on the better / worse side of zero, and there
     are at least ``MIN_IMAGES`` images.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> methods = {"gradcam": "gradcam", "random": "random"}
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, methods, images, progress=False)
+        >>> one = results.compare("gradcam", "random")[0]
+        >>> one.metric, one.n, one.lo <= one.diff <= one.hi
+        ('AD', 3, True)
     """
 
     metric: str
@@ -128,6 +152,15 @@ class MethodResult:
         seconds: time spent explaining all images, in the run that measured them.
         objective: what the method's head was trained on, see :mod:`xattn.eval.metrics.objectives`;
             None for methods without a trained head.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> one = results.methods["gradcam"]
+        >>> one.valid.shape, one.values[("AD", 0.5)].shape
+        ((3,), (3,))
     """
 
     forwards: int | None
@@ -158,6 +191,14 @@ class Results:
     the options of the metrics by column key. ``infos`` describe the metrics from outside the package by
     name. ``notes`` say, by image id, why an image's annotation cannot be used. ``admitted`` are the keys of
     the columns that may count for ranks according to the run's report card, if it has one.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> len(results.images), [row.metric for row in results.rows()[:2]]
+        (3, ['AD', 'IC'])
     """
 
     protocol: Protocol
@@ -528,7 +569,12 @@ class Results:
 
 
 def is_baseline(name: str) -> bool:
-    """Whether a row is a sanity row rather than a method under test."""
+    """Whether a row is a sanity row rather than a method under test.
+
+    Example:
+        >>> is_baseline("random"), is_baseline("gradcam")
+        (True, False)
+    """
     return name in BASELINES or name.startswith(("randomized", *WITHOUT_CONTENT))
 
 

@@ -26,7 +26,12 @@ Finish = Callable[[Mapping[str, Tensor]], Mapping["Column", float]]
 
 
 class Column(NamedTuple):
-    """One column of a results table: a metric, with its retained fraction if it has several."""
+    """One column of a results table: a metric, with its retained fraction if it has several.
+
+    Example:
+        >>> Column("AD", 0.5)
+        Column(metric='AD', level=0.5)
+    """
 
     metric: str
     level: float | None = None
@@ -44,6 +49,10 @@ class Reads(NamedTuple):
     of the photo the map covers). ``masks`` says what hides the parts: ``"the map"``, ``"thresholds of the
     map"``, ``"squares"`` or ``"superpixels"``. ``fill`` is what replaces them, unless an option of the
     metric sets it.
+
+    Example:
+        >>> Reads(score="probability", masks="the map's largest values", fill="black").fill
+        'black'
     """
 
     score: str
@@ -57,6 +66,10 @@ class MetricInfo(NamedTuple):
     ``reads``: see :mod:`xattn.eval.metrics.objectives`; None if no training objective is close to it.
     ``chance``: the mean value of uninformative maps, None if unknown. With the protocol's
     ``invalid="chance"`` an invalid map gets this value.
+
+    Example:
+        >>> MetricInfo("mean max(0, p - q) / p", higher_is_better=False).kind
+        'faithfulness'
     """
 
     formula: str
@@ -80,6 +93,11 @@ class Request(NamedTuple):
     place afterwards. ``shared`` says whether another request may want the very same image; the
     engine then looks it up by a hash of the pixels, which costs about a quarter of a millisecond. With
     ``hit`` the score is 1 if the explained class has the highest score of all classes, else 0.
+
+    Example:
+        >>> import torch
+        >>> Request("clean", torch.rand(3, 8, 8)).shared
+        True
     """
 
     key: str
@@ -110,6 +128,13 @@ class Sample:
         table: the network's answers to the photo under masks that do not depend on any map.
         beside: for metrics that compare maps, the method's maps of other classes, photos and networks, and
             the index of this photo among them.
+
+    Example:
+        >>> import torch
+        >>> image, map = torch.rand(3, 8, 8), torch.rand(8, 8)
+        >>> one = Sample(image, map, map, target=3, score=0.7)
+        >>> one.target, one.score
+        (3, 0.7)
     """
 
     image: Tensor
@@ -182,6 +207,11 @@ class PerturbationMetric(ABC):
 
     ``info`` describes each metric. A registered metric takes it from its group; your own metric has to set
     it if it is not registered.
+
+    Example:
+        >>> from xattn.eval import create_metric
+        >>> isinstance(create_metric("insertion-deletion"), PerturbationMetric)
+        True
     """
 
     info: ClassVar[Mapping[str, MetricInfo]] = {}

@@ -46,6 +46,10 @@ class MaskingMetric(PerturbationMetric):
         mean: (3,) the colour for ``masked_value="mean"`` and ``"rise"``, raw pixels in [0, 1].
         metrics: some of AD, IC, ADD, AG and drop.
         bounded: whether scores are probabilities; for logits only AD, IC and drop are defined.
+
+    Example:
+        >>> MaskingMetric(levels=(1.0, 0.5)).levels
+        (1.0, 0.5)
     """
 
     clips = True
@@ -151,7 +155,15 @@ class _MaskingMetric(MeanMetric):
 
 
 class AverageDrop(_MaskingMetric):
-    """AD, see :func:`xattn.eval.functional.average_drop`."""
+    """AD, see :func:`xattn.eval.functional.average_drop`.
+
+    Example:
+        >>> import torch
+        >>> metric = AverageDrop()
+        >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        >>> metric.compute()
+        tensor(25., dtype=torch.float64)
+    """
 
     metric = "AD"
     higher_is_better = False
@@ -159,7 +171,15 @@ class AverageDrop(_MaskingMetric):
 
 
 class IncreaseInConfidence(_MaskingMetric):
-    """IC, see :func:`xattn.eval.functional.increase_in_confidence`."""
+    """IC, see :func:`xattn.eval.functional.increase_in_confidence`.
+
+    Example:
+        >>> import torch
+        >>> metric = IncreaseInConfidence()
+        >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.6]))
+        >>> metric.compute()
+        tensor(50., dtype=torch.float64)
+    """
 
     metric = "IC"
     higher_is_better = True
@@ -182,7 +202,15 @@ class IncreaseInConfidence(_MaskingMetric):
 
 
 class AverageDropInDeletion(_MaskingMetric):
-    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d."""
+    """ADD, see :func:`xattn.eval.functional.average_drop_in_deletion`; ``q`` is d.
+
+    Example:
+        >>> import torch
+        >>> metric = AverageDropInDeletion()
+        >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.5]))
+        >>> metric.compute()
+        tensor(25., dtype=torch.float64)
+    """
 
     metric = "ADD"
     higher_is_better = True
@@ -190,7 +218,15 @@ class AverageDropInDeletion(_MaskingMetric):
 
 
 class AverageGain(_MaskingMetric):
-    """AG, see :func:`xattn.eval.functional.average_gain`."""
+    """AG, see :func:`xattn.eval.functional.average_gain`.
+
+    Example:
+        >>> import torch
+        >>> metric = AverageGain()
+        >>> metric.update(torch.tensor([0.8, 0.5]), torch.tensor([0.4, 0.75]))
+        >>> metric.compute()
+        tensor(25., dtype=torch.float64)
+    """
 
     metric = "AG"
     higher_is_better = True

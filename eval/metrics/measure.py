@@ -49,6 +49,15 @@ def measure(
         seed: perturbations depend on it and on the position of the image, counted from ``first``.
         explain, explain_randomized: for metrics that explain again, (images, targets) or (stage, images,
             targets) -> raw maps (b, 1, h, w) of the method, on the network or a randomised one.
+
+    Example:
+        >>> import torch, xattn
+        >>> from xattn.eval import create_metric
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images, maps = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
+        >>> values = measure(create_metric("insertion-deletion"), net, images, maps, 3)
+        >>> sorted(values)
+        [Column(metric='deletion', level=None), Column(metric='insertion', level=None)]
     """
     batch, size, compared = len(images), images.shape[2:], False
     classes = _classes(targets, len(maps), batch)

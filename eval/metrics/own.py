@@ -61,6 +61,14 @@ def register_metric(
 
     Raises:
         ValueError: the name is taken, or a function has a parameter of another name.
+
+    Example:
+        >>> @register_metric("map_brightness", MetricInfo("map x image", higher_is_better=True))
+        ... def brightness(image, map):
+        ...     return float((image.mean(0) * map).mean())
+        >>> from xattn.eval import create_metric
+        >>> create_metric("map_brightness").info["map_brightness"].higher_is_better
+        True
     """
 
     def add(metric: Metric) -> Metric:

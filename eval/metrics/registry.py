@@ -177,6 +177,10 @@ def create_metric(
 
     Raises:
         ValueError: the name (the message lists near matches) or an option is unknown.
+
+    Example:
+        >>> create_metric("masking", levels=(0.5,)).levels
+        (0.5,)
     """
     cls = REGISTRY.get(name)
     if "mean" in (REGISTRY.options(name) or ()):

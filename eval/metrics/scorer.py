@@ -71,6 +71,13 @@ class MaskedScorer:
         requested: number of scores requested.
         scored: number of images that went through the backbone, including clean images but not padding.
         batches: number of forward passes of ``max_forward_batch`` images.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> scorer = MaskedScorer(net, max_forward_batch=8)
+        >>> scorer.max_forward_batch
+        8
     """
 
     def __init__(

@@ -74,6 +74,15 @@ def aggregate_ranks(results: Results) -> Ranking | None:
 
     Returns:
         The ranking, or None if there is nothing to rank: one method, or fewer than three judged metrics.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> methods = {"gradcam": "gradcam", "saliency": "saliency"}
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, methods, images, progress=False)
+        >>> aggregate_ranks(results) is not None
+        True
     """
     names = [
         name

@@ -108,6 +108,13 @@ def write_json(results: Results, path: str | Path) -> None:
 
     Raises:
         OSError: the file cannot be written; an existing file is left intact.
+
+    Example:
+        >>> import tempfile, torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> write_json(results, f"{tempfile.mkdtemp()}/leaderboard.json")
     """
     text = json.dumps(to_dict(results), allow_nan=False, ensure_ascii=False, indent=1)
     write_text(path, text + "\n")
@@ -118,6 +125,16 @@ def read_json(path: str | Path) -> Results:
 
     Raises:
         OSError: there is no such file. ValueError: it is not a results file.
+
+    Example:
+        >>> import tempfile, torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> path = f"{tempfile.mkdtemp()}/leaderboard.json"
+        >>> write_json(results, path)
+        >>> read_json(path).methods.keys() == results.methods.keys()
+        True
     """
     try:
         return from_dict(strict_json.parse(Path(path).read_bytes()))
@@ -189,6 +206,15 @@ def write_csv(results: Results, path: str | Path) -> Path:
 
     Raises:
         OSError: a file cannot be written; existing files are left intact.
+
+    Example:
+        >>> import tempfile, torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> path = write_csv(results, f"{tempfile.mkdtemp()}/leaderboard.csv")
+        >>> path.read_text().split(",")[:4]
+        ['image', 'class', 'class_name', 'method']
     """
     path = Path(path)
     sibling = path.with_name(f"{path.stem}.images{path.suffix or '.csv'}")

@@ -63,6 +63,14 @@ def format_table(results: Results, style: str = "text") -> str:
 
     Args:
         style: ``"text"`` (aligned columns) or ``"markdown"``.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> images = torch.rand(3, 3, 64, 64)
+        >>> results = xattn.evaluate(net, {"gradcam": "gradcam"}, images, progress=False)
+        >>> "Grad-CAM" in format_table(results) or "gradcam" in format_table(results)
+        True
     """
     if style not in ("text", "markdown"):
         raise ValueError(f"style: got {style!r}; choose 'text' or 'markdown'")

@@ -46,6 +46,13 @@ def randomized_backbone(backbone: Backbone, seed: int = 0) -> Backbone:
     keep their scale; with PyTorch's default bounds the maps of a 50-layer CNN would underflow to a
     constant. Norms become the identity (statistics 0 and 1), biases 0, tokens and position
     embeddings N(0, 0.02^2). The global random generator is not touched.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> other = randomized_backbone(net, seed=1)
+        >>> other.fingerprint == net.fingerprint
+        False
     """
     twin = copy.deepcopy(backbone)
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +89,12 @@ def randomized_explainer(
     """The explainer ``name`` (see ``xattn.list_explainers``) on :func:`randomized_backbone`.
 
     A trained ``head`` keeps its weights and uses the random network's features and classifier.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> randomized_explainer("gradcam", net).attribute(torch.rand(1, 3, 64, 64), 3).shape
+        torch.Size([1, 1, 2, 2])
     """
     return _explainer_on(randomized_backbone(backbone, seed), name, head, seed, options)
 
@@ -116,6 +129,12 @@ def sanity_rows(
 
     Args:
         photos: (B, 3, H, W) in [0, 1], from which mean attention maps are made.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> sorted(sanity_rows(net, "gradcam"))
+        ['centre', 'ones', 'random', 'randomized_gradcam']
     """
     rows = {
         name: create_explainer(name, backbone, seed=seed) for name in ("random", "centre", "ones")

@@ -32,7 +32,13 @@ from xattn.registry import Registry, options_of, with_entry
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry knows about a mechanism."""
+    """What the registry knows about a mechanism.
+
+    Example:
+        >>> entry = mechanism_class("gna").entry
+        >>> entry.complexity, entry.grid
+        ('N k^n D', (1, 2, 3))
+    """
 
     name: str
     paper: str
@@ -92,6 +98,15 @@ class Mechanism(nn.Module, ABC):
         layer: a mechanism with this option receives the number of its layer in the network, from 0, from
             :func:`~xattn.attention.convert` and the mixers of heads.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Inputs
+        >>> mechanism = create_mechanism("softmax", dim=32, num_heads=4)
+        >>> q, k, v = torch.rand(3, 1, 4, 9, 8)  # (B, H, N, D) each
+        >>> operator = mechanism.operator(Inputs(q, k, v))
+        >>> operator.matvec(v).shape, operator.rows(torch.tensor([0])).shape
+        (torch.Size([1, 4, 9, 8]), torch.Size([1, 4, 1, 9]))
     """
 
     entry: ClassVar[Entry]
@@ -377,6 +392,14 @@ def register_attention(
 
     Raises:
         ValueError: another mechanism has this name.
+
+    Example:
+        >>> from xattn.attention.mechanisms.softmax import Softmax
+        >>> @register_attention("softmax_again", complexity="N^2 D")
+        ... class MySoftmax(Softmax):
+        ...     pass
+        >>> "softmax_again" in list_attention()
+        True
     """
     return MECHANISMS.register(Entry(name, paper, complexity, **properties))
 
@@ -386,7 +409,12 @@ list_attention = MECHANISMS.names
 
 def mechanism_class(name: str | type[Mechanism]) -> type[Mechanism]:
     """The class registered under a name, or the given class; a ``ValueError`` with near matches if the name
-    is unknown."""
+    is unknown.
+
+    Example:
+        >>> mechanism_class("softmax").entry.name
+        'softmax'
+    """
     return MECHANISMS.get(name) if isinstance(name, str) else name
 
 
@@ -416,6 +444,10 @@ def create_mechanism(
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+
+    Example:
+        >>> create_mechanism("agent", dim=32, num_heads=4).entry.name
+        'agent'
     """
     if not isinstance(name, str):
         made = name(dim, num_heads, **options)

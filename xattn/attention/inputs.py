@@ -16,6 +16,12 @@ class Inputs:
     N queries attend to S keys; S = N in self-attention. With fewer key heads than query heads (Hk divides
     H), query head h reads key head h // (H // Hk). Tokens are ``prefix`` class or register tokens, then
     the ``grid`` in raster order.
+
+    Example:
+        >>> q, k, v = torch.rand(3, 2, 4, 10, 8)
+        >>> inputs = Inputs(q, k, v, grid=(3, 3), prefix=1)  # a class token, 3 x 3 patches
+        >>> inputs.replace(causal=True).causal
+        True
     """
 
     q: Tensor

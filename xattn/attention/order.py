@@ -40,6 +40,12 @@ class Order:
 
     Attributes: ``index``, LongTensor (M,), the token of each place, -1 for padding; ``inverse``,
     LongTensor (N,), the place of each token.
+
+    Example:
+        >>> order = Order(torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
+        >>> x = torch.tensor([10.0, 20.0, 30.0])[:, None]
+        >>> order.apply(x).flatten(), torch.equal(order.undo(order.apply(x)), x)
+        (tensor([30., 10., 20.]), True)
     """
 
     index: Tensor
@@ -141,6 +147,10 @@ def tile_order(grid: Sequence[int], tile: Sequence[int] | int, levels: int = 1) 
 
     Raises:
         ValueError: lengths that are not positive, or a ``tile`` with a wrong number of dimensions.
+
+    Example:
+        >>> tile_order((4, 4), (2, 2)).index[:4]  # the first tile of 2 x 2 tokens
+        tensor([0, 1, 4, 5])
     """
     grid = _lengths("grid", grid)
     tile = _lengths("tile", (tile,) * len(grid) if isinstance(tile, int) else tile, len(grid))
@@ -160,6 +170,10 @@ def z_order(grid: Sequence[int]) -> Order:
 
     Raises:
         ValueError: lengths that are not positive.
+
+    Example:
+        >>> z_order((4, 4)).index[:8]
+        tensor([0, 1, 4, 5, 2, 3, 6, 7])
     """
     grid = _lengths("grid", grid)
     bits = [(n - 1).bit_length() for n in grid]

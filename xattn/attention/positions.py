@@ -63,7 +63,16 @@ def check_grid(
 
 class Rotation(nn.Module, ABC):
     """The type of ``rotate`` in :class:`~xattn.attention.Attention`; its parameters are trained with
-    the layer. A token at position 0, such as a prefix token, is left unchanged."""
+    the layer. A token at position 0, such as a prefix token, is left unchanged.
+
+    Example:
+        >>> import torch
+        >>> rotate = create_rotation("axial", width=8)
+        >>> q, k = torch.rand(2, 1, 2, 9, 8)
+        >>> turned, _ = rotate(q, k, rotate.places((3, 3), 0, q))
+        >>> torch.allclose(turned.norm(dim=-1), q.norm(dim=-1))  # lengths stay
+        True
+    """
 
     def places(self, grid: Sequence[int], prefix: int, like: Tensor) -> Tensor:
         """The positions (N, n) to pass to :meth:`forward` for the tokens of a grid."""
@@ -91,6 +100,11 @@ class GridRotation(Rotation):
             tokens at 0 in its middle; None counts tokens from 0, where the prefix tokens are as well.
         jitter: in training, tokens are moved by a normal distribution with this standard deviation in half
             tokens, at most by half a token; the same for all images of a call.
+
+    Example:
+        >>> import torch
+        >>> isinstance(create_rotation("axial", width=8), GridRotation)
+        True
     """
 
     entry: ClassVar[RotationEntry]
@@ -213,6 +227,13 @@ def register_rotation(
 
     Raises:
         ValueError: another rotation has this name.
+
+    Example:
+        >>> @register_rotation("axial_again", paper="none")
+        ... class MyRotation(AxialRotation):
+        ...     pass
+        >>> "axial_again" in list_rotations()
+        True
     """
     return ROTATIONS.register(RotationEntry(name, paper, **properties))
 
@@ -226,6 +247,10 @@ def create_rotation(text: str, width: int, num_heads: int = 1, **options: Any) -
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+
+    Example:
+        >>> create_rotation("axial", width=8).axes
+        2
     """
     name, own = parse_named(text, "rotate")
     options = {**own, **options}
@@ -301,6 +326,12 @@ class AxialRotation(GridRotation):
         span, jitter: see :class:`GridRotation`; with ``span`` 14 a grid of any size rotates like one with
             14 tokens per side.
         num_heads: as in :class:`GridRotation`; all heads rotate alike.
+
+    Example:
+        >>> import torch
+        >>> rotate = AxialRotation(width=8)
+        >>> rotate.places((3, 3), 1, torch.rand(1)).shape  # a class token, then 3 x 3 patches
+        torch.Size([10, 2])
     """
 
     def __init__(

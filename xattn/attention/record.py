@@ -31,7 +31,17 @@ from xattn.kernels.softmax import softmax_attention
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of attention: ``output = operator.matvec(value)``."""
+    """One call of attention: ``output = operator.matvec(value)``.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_attention, record
+        >>> layer = create_attention("softmax", 32, 4)
+        >>> with record(layer) as calls:
+        ...     _ = layer(torch.rand(1, 9, 32))
+        >>> calls[0].operator.shape, calls[0].value.shape
+        ((1, 4, 9, 9), torch.Size([1, 4, 9, 8]))
+    """
 
     operator: Operator
     """A, detached from the model's graph."""
@@ -94,6 +104,15 @@ def record(model: nn.Module | None = None, alone: bool = False) -> Iterator[list
             layers to ``attn_implementation="sdpa"``, and back afterwards; otherwise layers that compute
             their softmax explicitly could not be recorded.
         alone: whether to hide these calls from an enclosing :func:`record`.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_attention
+        >>> layer = create_attention("softmax", 32, 4)
+        >>> with record(layer) as calls:
+        ...     _ = layer(torch.rand(1, 9, 32))
+        >>> calls[0].operator.rows(torch.tensor([0])).sum().round()  # 1 per head
+        tensor(4.)
     """
     calls: list[Call] = []
     before = _STATE.open

@@ -28,6 +28,10 @@ class Blocks:
 
     Attributes: ``index``, int32 (B or 1, H or 1, ceil(N / q_block), s), each row without duplicates,
     -1 = nothing; ``q_block`` and ``k_block``, tokens per block.
+
+    Example:
+        >>> Blocks(torch.tensor([[0], [1]]).view(1, 1, 2, 1), q_block=4, k_block=4).shares(2)
+        tensor([[[0.5000, 0.5000]]])
     """
 
     index: Tensor
@@ -69,6 +73,11 @@ class Segment:
     ``marks``, (B, H or Hk, blocks, D), landmarks that represent whole key blocks, within which keys
     have their own softmax (needs ``blocks`` and no ``rule``), and ``weight``, (blocks,), the weight of
     each of these, see :mod:`xattn.kernels.grouped`.
+
+    Example:
+        >>> k, v = torch.rand(2, 1, 2, 8, 4)
+        >>> Segment(k, v).k.shape
+        torch.Size([1, 2, 8, 4])
     """
 
     k: Tensor
@@ -87,6 +96,11 @@ def visible_blocks(rule: Rule, q_block: int, k_block: int) -> Blocks:
 
     With a dilation, single keys (``k_block=1``) are also left out if all queries of the block have one
     residue and the key has another.
+
+    Example:
+        >>> blocks, rule = causal_blocks(256)
+        >>> visible_blocks(rule, 64, 64).index.shape
+        torch.Size([1, 1, 4, 4])
     """
     low, high = _per_block(rule.low, q_block, 0), _per_block(rule.high, q_block, 1)
     real = (low <= high).all(-1)  # (blocks, q_block): padding queries have empty boxes
@@ -147,6 +161,13 @@ def select(
 
     Returns:
         the blocks, and their scores (B, Hk, ceil(N / q_block), s).
+
+    Example:
+        >>> import torch
+        >>> q, pooled = torch.rand(1, 2, 8, 4), torch.rand(1, 2, 4, 4)  # 4 blocks of keys
+        >>> blocks, scores = select(q, pooled, 2, q_block=4, k_block=2)
+        >>> blocks.index.shape
+        torch.Size([1, 2, 2, 2])
     """
     index, scores = block_topk(q, k_pooled, s, q_block=q_block, **options)
     return Blocks(index, q_block, k_block), scores

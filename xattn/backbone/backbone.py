@@ -68,6 +68,13 @@ class Backbone(Movable):
 
     Threads may share a backbone: passes run side by side, and an explanation runs exclusively. Code that
     calls the model directly is not synchronised: see :meth:`alone`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> taps = net(torch.rand(2, 3, 64, 64))
+        >>> taps.logits.shape, [tuple(m.shape) for m in taps.maps]
+        (torch.Size([2, 1000]), [(2, 48, 8, 8), (2, 192, 4, 4), (2, 96, 2, 2)])
     """
 
     mean: Tensor

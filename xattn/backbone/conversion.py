@@ -46,6 +46,12 @@ def converted(
 
     Raises:
         ValueError: as in ``convert``, or a backbone whose classifier is a head of ``xattn probe``.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> converted(net, "agent", layers="5").conversion[0].name
+        'agent'
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -128,6 +134,21 @@ def load_conversion(
     Raises:
         ValueError: the conversion belongs to another backbone (the message gives both hashes), or its files
             are damaged or were changed. FileNotFoundError: there is no conversion.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> config = xattn.DistillConfig(epochs=1, batch_size=2)
+        >>> run = f"{tempfile.mkdtemp()}/run"
+        >>> _ = xattn.distill(net, "hedgehog", "5", data=photos, validation=photos,
+        ...     config=config, output=run, progress=False)
+        >>> load_conversion(f"{run}/conversion", net).conversion[0].layers
+        (5,)
     """
     from xattn.backbone.weights import load_weight_file
 

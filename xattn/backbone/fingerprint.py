@@ -17,12 +17,26 @@ from xattn.photos.preprocessing import Preprocessing, preprocessing_record
 
 
 def sha256(module: nn.Module) -> str:
-    """:func:`state_sha256` of all saved tensors of ``module``."""
+    """:func:`state_sha256` of all saved tensors of ``module``.
+
+    Example:
+        >>> from torch import nn
+        >>> one, same = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> _ = same.load_state_dict(one.state_dict())
+        >>> sha256(one) == sha256(same)
+        True
+    """
     return state_sha256(module.state_dict())
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, dtypes, shapes and values of a state dict."""
+    """SHA-256 (hex) of names, dtypes, shapes and values of a state dict.
+
+    Example:
+        >>> import torch
+        >>> state_sha256({"weight": torch.zeros(2)})[:8]
+        'abb399a2'
+    """
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()

@@ -192,6 +192,16 @@ def load_backbone(
         ValueError: unknown name, unusable module or weights, unknown tap, wrong class list or
             preprocessing.
         OSError: weights that cannot be read or downloaded.
+
+    Example:
+        >>> import torch
+        >>> net = load_backbone("test_resnet", weights=None, input_size=64)  # random
+        >>> net.logits(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+        >>> mine = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 5))
+        >>> load_backbone(mine, input_size=64, class_names=list("abcde")).num_classes
+        5
     """
     size = size_of(input_size)
     if tile_positions and (size is None or isinstance(name_or_module, nn.Module)):

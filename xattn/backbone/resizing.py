@@ -58,6 +58,12 @@ def resized(backbone: Backbone, size: int | tuple[int, int], positions: str = "r
 
     Raises:
         ValueError: a size that is not a multiple of the patches, not a timm ViT, or no positions to tile.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> resized(net, 64).logits(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
     """
     if positions not in POSITIONS:
         raise ValueError(f"positions: got {positions!r}; choose 'resize' or 'tile'")

@@ -59,6 +59,14 @@ def similarity_to(photo_or_embedding: Any, name: str | None = None) -> Similarit
 
     Raises:
         ValueError: a tensor of another shape, or an embedding that is zero or not finite.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> method = xattn.create_explainer("gradcam", net)
+        >>> method.attribute(image, target=similarity_to(image[0])).shape
+        torch.Size([1, 1, 2, 2])
     """
     given = photo_or_embedding
     if isinstance(given, str | Path):

@@ -35,7 +35,15 @@ class Taps(NamedTuple):
     """The result of one pass: ``logits`` (B, K) and ``maps``, a tuple of (B, C_i, h_i, w_i); for a ViT
     also ``prefix`` (B, P, C), the class and register tokens that reach the classifier, and ``prefixes``,
     these tokens (B, P, C) for each ``norm1`` tap, as the block's attention reads them, and for each
-    ``block`` tap."""
+    ``block`` tap.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> taps.logits.shape, taps.maps[-1].shape, taps.prefix.shape
+        (torch.Size([2, 1000]), torch.Size([2, 64, 2, 2]), torch.Size([2, 1, 64]))
+    """
 
     logits: Tensor
     maps: tuple[Tensor, ...]
@@ -63,6 +71,20 @@ class TapModule(Protocol):
     ``classifier_weight`` (K, C), ``classifier_bias`` (K,) and ``gradcam_layer`` (the module whose
     output Grad-CAM reads) are used if present.
     :func:`xattn.backbone.families.traced.from_torchvision` creates one.
+
+    Example:
+        >>> import torch, xattn
+        >>> from torch import nn
+        >>> class Mine(nn.Module):
+        ...     tap_names, preprocessing = ["grid"], xattn.Preprocessing((32, 32))
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv, self.fc = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 5)
+        ...     def forward_taps(self, x):
+        ...         maps = self.conv(x).relu()
+        ...         return self.fc(maps.mean((2, 3))), [maps]
+        >>> isinstance(Mine(), TapModule)
+        True
     """
 
     def forward_taps(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]: ...

@@ -51,6 +51,14 @@ class Target:
 
     Raises:
         ValueError: ``function`` cannot be called, an empty name, an unknown ``p`` or ``reads``.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> margin = Target(lambda logits: logits[:, 3] - logits[:, 7], name="3 rather than 7")
+        >>> method = xattn.create_explainer("gradcam", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=margin).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     function: Callable[[Tensor], Tensor]
@@ -185,6 +193,11 @@ def at_mask(class_index: int | str, mask: Any, name: str | None = None, p: P = "
 
     Raises:
         ValueError: a mask of another shape, without a pixel, or with negative or non-finite weights.
+
+    Example:
+        >>> import torch
+        >>> at_mask(3, torch.ones(64, 64)).reads
+        'pixels'
     """
     weights = torch.as_tensor(mask, device="cpu").detach()
     if weights.ndim != 2 or 0 in weights.shape:
@@ -216,6 +229,10 @@ def at_point(
 
     Raises:
         ValueError: the point is outside.
+
+    Example:
+        >>> at_point("cat", row=0.3, column=0.5).reads
+        'pixels'
     """
     if not (0 <= row <= 1 and 0 <= column <= 1):
         raise ValueError(
@@ -239,6 +256,10 @@ def at_query(
 
     Raises:
         ValueError: a number below 0.
+
+    Example:
+        >>> at_query(5, class_index=3).reads
+        'masks'
     """
     if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
         raise ValueError(f"number: got {number!r}; give the number of a mask, from 0")

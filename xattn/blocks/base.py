@@ -27,7 +27,13 @@ from xattn.registry import Registry, with_entry
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """What the registry knows about a block."""
+    """What the registry knows about a block.
+
+    Example:
+        >>> from xattn.blocks import list_blocks
+        >>> create_block("ninformer", 32, grid=(3, 3)).entry.name
+        'ninformer'
+    """
 
     name: str
     paper: str
@@ -53,6 +59,12 @@ class Block(nn.Module, ABC):
 
     Args:
         dim: C, width of the tokens.
+
+    Example:
+        >>> import torch
+        >>> block = create_block("attention", 32, mechanism="softmax", num_heads=4)
+        >>> block(torch.rand(2, 9, 32), grid=(3, 3)).shape
+        torch.Size([2, 9, 32])
     """
 
     entry: ClassVar[BlockEntry]
@@ -151,6 +163,15 @@ def register_block(
 
     Raises:
         ValueError: another block has this name.
+
+    Example:
+        >>> import torch
+        >>> @register_block("identity_again", complexity="N C")
+        ... class Identity(Block):
+        ...     def run(self, x, grid, prefix):
+        ...         return x
+        >>> create_block("identity_again", 32)(torch.ones(1, 9, 32), (3, 3)).shape
+        torch.Size([1, 9, 32])
     """
     return BLOCKS.register(BlockEntry(name, paper, complexity, **properties))
 
@@ -164,5 +185,11 @@ def create_block(name: str, dim: int, **options: Any) -> Block:
 
     Raises:
         ValueError: unknown name (with near matches), unknown option, or values that do not fit.
+
+    Example:
+        >>> import torch
+        >>> block = create_block("attention", 32, mechanism="agent", num_heads=4)
+        >>> block(torch.rand(1, 9, 32), (3, 3)).shape
+        torch.Size([1, 9, 32])
     """
     return BLOCKS.create(name, dim, **options)

@@ -20,7 +20,15 @@ LEAST, MOST = 1e-12, 1 - 1e-7  # limits of scores before taking log-odds
 class Candidates(NamedTuple):
     """N candidates for each of B images: ``boxes`` (B, N, K or 1, 4), x0 y0 x1 y1 in pixels of the input,
     one per class or one for all; ``objectness`` (B, N) and ``classes`` (B, N, K) in [0, 1]. Unused entries
-    have scores of 0."""
+    have scores of 0.
+
+    Example:
+        >>> import torch
+        >>> boxes, classes = torch.tensor([[[[0.0, 0, 8, 8]]]]), torch.tensor([[[0.9, 0.1]]])
+        >>> one = Candidates(boxes, torch.ones(1, 1), classes)
+        >>> one.boxes.shape, one.classes.shape  # one image, one candidate, two classes
+        (torch.Size([1, 1, 1, 4]), torch.Size([1, 1, 2]))
+    """
 
     boxes: Tensor
     objectness: Tensor
@@ -75,6 +83,10 @@ class Suppression:
         one_class: each candidate counts only for its most probable class, as in DETR; else for each class.
         smallest: smallest side of a box in pixels.
         strongest: how many candidates per class enter the comparison of boxes; None means all.
+
+    Example:
+        >>> Suppression(threshold=0.3, overlap=0.6).most
+        100
     """
 
     threshold: float = 0.05

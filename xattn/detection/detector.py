@@ -53,6 +53,16 @@ class Detection:
             object that was asked for, or ``"candidate"`` before suppression.
         view: how the photo became the detector's input.
         classes: (K,) scores of all classes, which D-RISE compares.
+
+    Example:
+        >>> import torch, xattn
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> one = detector.detect(torch.rand(3, 32, 32))[0]
+        >>> one.name, one.place
+        ('dog', (8.0, 8.0, 24.0, 24.0))
     """
 
     place: Box
@@ -92,6 +102,15 @@ class Detector(Backbone):
 
     By itself it is a multilabel classifier: its logits (B, K) are the log-odds of the best candidate for
     each class.
+
+    Example:
+        >>> import torch, xattn
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> [(d.name, round(d.score, 2)) for d in detector.detect(torch.rand(3, 32, 32))]
+        [('dog', 0.9)]
     """
 
     model: DetectionNetwork
@@ -245,6 +264,17 @@ class Detections(BackboneView):
         base: the detector.
         detections: may come from several photos; methods explain the requested classes on each photo.
         score: ``"similarity"`` or ``"class"``.
+
+    Example:
+        >>> import torch, xattn
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> photo = torch.rand(3, 32, 32)
+        >>> view = Detections(detector, detector.detect(photo))
+        >>> view.logits(photo[None]).shape  # one class per detection
+        torch.Size([1, 1])
     """
 
     base: Detector

@@ -31,6 +31,12 @@ class DetectionNetwork(nn.Module):
 
     Attributes:
         points: an identity for each feature map, which it passes through: CAM methods read them.
+
+    Example:
+        >>> import torch, xattn
+        >>> detector = xattn.load_detector("torchvision/ssdlite320_mobilenet_v3_large", None)
+        >>> isinstance(detector.model, DetectionNetwork), detector.model.default_task
+        (True, 'multilabel')
     """
 
     default_task = "multilabel"
@@ -97,6 +103,17 @@ class CallableDetector(DetectionNetwork):
         function: receives images (B, 3, H, W) in [0, 1] and returns for each of them a dict with ``boxes``
             (n, 4), x0 y0 x1 y1 in pixels of the input, ``labels`` (n,) and ``scores`` (n,) in [0, 1], or a
             tuple of these three. The dict may also contain ``probabilities`` (n, K).
+
+    Example:
+        >>> import torch
+        >>> from xattn import Preprocessing
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> net = CallableDetector(squares, 2, Preprocessing((32, 32)))
+        >>> candidates, maps = net.parts(torch.rand(1, 3, 32, 32))
+        >>> candidates[0].classes.shape
+        torch.Size([1, 1, 2])
     """
 
     def __init__(

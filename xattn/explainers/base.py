@@ -177,6 +177,14 @@ class Explainer(CaptumMethod, ABC):
     ``needs_head``; ``per_class``, whether it explains only classes and no other targets; ``is_mask``,
     whether the map is already a mask, to be shown without min-max; ``clips``, whether it also explains
     clips and volumes (B, C, T, H, W), with maps (B, 1, t, h, w).
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("gradcam", net)
+        >>> targets = torch.tensor([0, 3])
+        >>> method.attribute(torch.rand(2, 3, 64, 64), target=targets).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     name: ClassVar[str]
@@ -483,6 +491,13 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
     Python, NumPy and torch (CPU, and CUDA once it is in use). No other thread may change the modules
     meanwhile, see :meth:`xattn.Backbone.alone`. The generators belong to the process: numbers that
     another thread draws from them meanwhile will be drawn again.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 2).train()
+        >>> with preserve_state(net):
+        ...     _ = net.eval()
+        >>> net.training
+        True
     """
     every = list(dict.fromkeys(m for module in modules for m in module.modules()))
     own = [(m, vars(m)) for m in every]
@@ -540,7 +555,14 @@ def preserve_state(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ExplainerEntry:
-    """What the registry knows about an explainer."""
+    """What the registry knows about an explainer.
+
+    Example:
+        >>> from xattn.explainers.base import EXPLAINERS
+        >>> entry = EXPLAINERS.entry("gradcam")
+        >>> entry.title, entry.networks
+        ('Grad-CAM', ('cnn', 'vit'))
+    """
 
     name: str
     title: str = ""
@@ -622,6 +644,13 @@ def create_explainer(
     Raises:
         ValueError: unknown name (with near matches), unknown option, a missing or foreign head, or
             a backbone that the explainer cannot read.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("integrated_gradients", net, steps=8)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=7).shape
+        torch.Size([1, 1, 64, 64])
     """
     cls = explainer_class(name)
     EXPLAINERS.check_options(name, options)

@@ -20,7 +20,16 @@ from xattn.runtime.option_checks import Positive
 
 @register_explainer("random", title="Random")
 class Random(Explainer):
-    """Baseline: uniform noise on the grid of the last tap, determined by the seed and the pixels."""
+    """Baseline: uniform noise on the grid of the last tap, determined by the seed and the pixels.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> one, same = (xattn.create_explainer("random", net, seed=5) for _ in range(2))
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> bool((one.attribute(image, 0) == same.attribute(image, 0)).all())
+        True
+    """
 
     clips = True
     forwards = 0
@@ -44,6 +53,14 @@ class Centre(Explainer):
 
     Args:
         sigma: standard deviation, as a fraction of the image's height and width and of a clip's length.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("centre", net)
+        >>> maps = method.attribute(torch.rand(1, 3, 64, 64), target=0)
+        >>> divmod(int(maps.flatten().argmax()), maps.shape[-1])  # the middle
+        (31, 31)
     """
 
     sigma: Positive = 0.25
@@ -62,7 +79,15 @@ class Centre(Explainer):
 
 @register_explainer("ones", title="All ones")
 class Ones(Explainer):
-    """Baseline: a mask of ones, which keeps the whole image."""
+    """Baseline: a mask of ones, which keeps the whole image.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("ones", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=0).unique()
+        tensor([1.])
+    """
 
     forwards = 0
     is_mask = True

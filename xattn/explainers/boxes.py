@@ -14,7 +14,20 @@ from xattn.runtime.option_checks import Positive
 
 @register_explainer("box", title="The box itself", networks=("detector",))
 class Box(Explainer):
-    """Baseline: 1 inside the box of the detection, 0 outside; a map (B, 1, H, W)."""
+    """Baseline: 1 inside the box of the detection, 0 outside; a map (B, 1, H, W).
+
+    Example:
+        >>> import torch, xattn
+        >>> from xattn.detection import Detections
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> photo = torch.rand(3, 32, 32)
+        >>> view = Detections(detector, detector.detect(photo))
+        >>> xattn.create_explainer("box", view).attribute(photo[None], target=0).sum()
+        tensor(256.)
+    """
 
     forwards = 0
     per_class = True
@@ -40,6 +53,18 @@ class BoxCentre(Box):
 
     Args:
         sigma: standard deviation, as a fraction of the box's height and width.
+
+    Example:
+        >>> import torch, xattn
+        >>> from xattn.detection import Detections
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> photo = torch.rand(3, 32, 32)
+        >>> view = Detections(detector, detector.detect(photo))
+        >>> xattn.create_explainer("box_centre", view).attribute(photo[None], target=0).shape
+        torch.Size([1, 1, 32, 32])
     """
 
     sigma: Positive = 0.25

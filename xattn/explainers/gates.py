@@ -38,6 +38,15 @@ class Gates(Explainer):
 
     Raises:
         ValueError: a network without gates, or an unknown form or level.
+
+    Example:
+        >>> import torch, xattn
+        >>> from xattn.models.agunet import AGUNet
+        >>> from xattn.models.masks import MaskClassifier
+        >>> net = xattn.load_backbone(MaskClassifier(AGUNet(), size=(32, 32)))
+        >>> method = xattn.create_explainer("gates", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=0).shape
+        torch.Size([1, 1, 32, 32])
     """
 
     per_class = True

@@ -19,7 +19,16 @@ from xattn.explainers.base import Explainer, register_explainer
 
 @register_explainer("saliency", title="Saliency")
 class Saliency(Explainer):
-    """max over the three channels of ``|g|``, (B, 1, H, W), never negative."""
+    """max over the three channels of ``|g|``, (B, 1, H, W), never negative.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("saliency", net)
+        >>> maps = method.attribute(torch.rand(1, 3, 64, 64), target=3)
+        >>> bool((maps >= 0).all())  # the magnitude of the gradient
+        True
+    """
 
     clips = True
 
@@ -29,7 +38,15 @@ class Saliency(Explainer):
 
 @register_explainer("input_x_gradient", title="Input × gradient")
 class InputXGradient(Explainer):
-    """Sum over the three channels of x * g, (B, 1, H, W), signed. Black pixels get 0."""
+    """Sum over the three channels of x * g, (B, 1, H, W), signed. Black pixels get 0.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("input_x_gradient", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
+    """
 
     clips = True
 

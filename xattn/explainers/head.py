@@ -126,6 +126,14 @@ class HeadExplainer(Explainer):
             a cell is not a whole number of the map's cells, the map is up-sampled until it is.
         caption: for the head ``words``: use only the words of this text; the maps of all others are 0.
             None uses all words.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("ttame", net)  # untrained; see xattn.fit
+        >>> method = xattn.create_explainer("head", net, head)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 8, 8])
     """
 
     maps: str | None = None

@@ -71,6 +71,13 @@ class IntegratedGradients(_GradientSum):
         steps: nodes a_k of the Gauss-Legendre rule; each takes a forward and a backward pass.
         baseline: "black", pixels of 0 as in the paper, so that black pixels get no relevance; or "mean",
             the mean colour in the backbone's normalisation (zeros for its first layer).
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("integrated_gradients", net, steps=8)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     steps: Count = 32
@@ -106,6 +113,13 @@ class GradientShap(_GradientSum):
         baselines: images (n, 3, H, W) or colours (n, 3, 1, 1) in [0, 1], drawn uniformly; photos of the
             data set give expected gradients. By default black, white and the backbone's mean colour.
         noise: standard deviation of the Gaussian noise, as a fraction of the image's range of values.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("gradient_shap", net, samples=4, seed=0)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     samples: Count = 32
@@ -157,6 +171,13 @@ class SmoothGrad(_GradientSum):
         samples: random draws per image; each takes a forward and a backward pass.
         noise: standard deviation of the Gaussian e_k, as a fraction of the image's range of values;
             the paper finds 0.1 to 0.2 best. Noisy pixels are not clipped to [0, 1].
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("smoothgrad", net, samples=4, noise=0.1)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     samples: Count = 32

@@ -194,6 +194,14 @@ def register_explainer(name: str, **about: Any) -> Callable[[Method], Method]:
 
     Raises:
         ValueError: the name is taken, or the decorated object is neither.
+
+    Example:
+        >>> import xattn
+        >>> @register_explainer("map_of_brightness")
+        ... def brightness(backbone, images, targets):
+        ...     return images.sum(1)
+        >>> "map_of_brightness" in xattn.list_explainers()
+        True
     """
 
     def add(method: Method) -> Method:
@@ -239,6 +247,15 @@ def as_explainer(
 
     Raises:
         ValueError: it is none of these, or the head belongs to another backbone.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> def brightness(images, targets):
+        ...     return images.sum(1)
+        >>> method = xattn.as_explainer(brightness, net, name="brightness")
+        >>> method.attribute(torch.rand(2, 3, 64, 64), target=torch.tensor([0, 3])).shape
+        torch.Size([2, 1, 64, 64])
     """
     explainer: Explainer
     shared: dict[str, Any] = {"seed": seed, "max_forward_batch": max_forward_batch}

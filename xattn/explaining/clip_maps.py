@@ -197,6 +197,14 @@ def explain_clip(
     Raises:
         ValueError: a network for photos, a clip that cannot be read, or an invalid argument.
         OSError: a missing file, or an ``output`` that cannot be written.
+
+    Example:
+        >>> import torch, xattn
+        >>> from torchvision.models.video import r3d_18
+        >>> net = xattn.load_backbone(r3d_18(), input_size=32)
+        >>> [explanation, *_] = explain_clip(torch.rand(3, 8, 32, 32), net, "gradcam")
+        >>> explanation.map.ndim
+        3
     """
     if not 0 < fps < np.inf:
         raise ValueError(f"fps: got {fps!r}; give frames a second, above 0")

@@ -74,6 +74,17 @@ def explain_detections(
     Raises:
         ValueError: as in :func:`xattn.explain`; a threshold outside [0, 1], an unknown class, a box outside
             the photo, or a single photo without a detection.
+
+    Example:
+        >>> import numpy as np, torch, xattn
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> photo = np.zeros((32, 32, 3), np.uint8)
+        >>> [explanation] = explain_detections(photo, detector, "occlusion")
+        >>> explanation.target_name, explanation.map.shape
+        ('dog 0.90', (32, 32))
     """
     if not isinstance(detector, Detector):
         raise ValueError(

@@ -263,6 +263,16 @@ def explain_inputs(
 
     Raises:
         ValueError: as in :func:`input_view`; an unknown class or method, or a baseline of another shape.
+
+    Example:
+        >>> import torch
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, photo, age):
+        ...         return torch.cat([photo.mean((1, 2, 3))[:, None], age], 1)
+        >>> inputs = {"photo": torch.rand(1, 3, 32, 32), "age": torch.tensor([[0.4]])}
+        >>> found = explain_inputs(Net(), inputs, "saliency", target=1)
+        >>> sorted(found)
+        ['age', 'photo']
     """
     sample = _Sample(net, inputs, mean, std)
     if not sample.images:

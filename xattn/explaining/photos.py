@@ -144,6 +144,14 @@ def explain(
         ValueError: unknown explainer, class or view; no readable image; a tensor or an array of another
             layout or range; an invalid ``output``.
         OSError: a missing path, or an ``output`` that cannot be written.
+
+    Example:
+        >>> import numpy as np, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> photo = np.zeros((80, 64, 3), np.uint8)  # or a path, a folder, a PIL image
+        >>> explanation = explain(photo, net, explainer="gradcam", classes=3)[0]
+        >>> explanation.target, explanation.method, explanation.map.shape
+        (3, 'gradcam', (2, 2))
     """
     count, rank = (1, 0) if output is None else processes(backbone.device)
     with ExitStack() as stack:

@@ -56,6 +56,15 @@ def segment_targets(
     Raises:
         ValueError: a place outside the photo or outside what the network sees, an unknown class, or a
             network without pixel logits or without masks.
+
+    Example:
+        >>> import numpy as np, torch, xattn
+        >>> mine = torch.nn.Conv2d(3, 4, 3, padding=1)  # logits of 4 classes at every pixel
+        >>> segmenter = xattn.load_segmenter(mine, input_size=32, class_names=list("abcd"))
+        >>> photo = np.zeros((32, 32, 3), np.uint8)
+        >>> [target] = segment_targets(photo, segmenter, [("b", (10, 12))])
+        >>> target.name
+        'b at (10, 12)'
     """
     if by not in get_args(By):
         raise ValueError(f"by: got {by!r}; choose one of {', '.join(get_args(By))}")

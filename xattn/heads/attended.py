@@ -23,7 +23,16 @@ FEW = 2**22  # with fewer value entries, calling the op costs more on a CPU than
 
 class Tokens(NamedTuple):
     """What an attentive head reads: for every tap in use a (B, N, C_i), in row-major order of ``grid``
-    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens; P may be 0."""
+    (h, w), and the last layer's ``prefix`` (B, P, C): class and register tokens; P may be 0.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("gap", net, classes=5)
+        >>> tokens = head.tokens(net(torch.rand(2, 3, 32, 32)))
+        >>> tokens.patches[-1].shape, tokens.prefix.shape, tokens.grid
+        (torch.Size([2, 4, 64]), torch.Size([2, 1, 64]), (2, 2))
+    """
 
     patches: tuple[Tensor, ...]
     prefix: Tensor

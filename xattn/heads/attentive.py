@@ -66,7 +66,13 @@ class Shared(TypedDict, total=False):
 
 
 class ClassMaps(NamedTuple):
-    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part from no patch."""
+    """``maps`` (B, M, h, w): each patch's share of a logit; ``rest`` (B, M): the part from no patch.
+
+    Example:
+        >>> maps = ClassMaps(maps=torch.ones(1, 2, 4), rest=torch.tensor([[0.5, -0.5]]))
+        >>> maps.maps.sum(-1) + maps.rest  # the logits
+        tensor([[4.5000, 3.5000]])
+    """
 
     maps: Tensor
     rest: Tensor
@@ -114,6 +120,14 @@ class AttentiveHead(Head):
 
     Raises:
         ValueError: the last tap is a single token, or an option or the mixer does not fit.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("efficient_probe", net, class_names=["cat", "dog"])
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head.logits(head.tokens(taps)).shape, head(taps).shape  # one map per class
+        (torch.Size([2, 2]), torch.Size([2, 2, 2, 2]))
     """
 
     is_classifier: ClassVar[bool] = True
@@ -379,7 +393,14 @@ def prefixed(tokens: Tokens) -> Tensor:
 
 def overlap(query_maps: Tensor) -> Tensor:
     """(B,): mean cosine similarity over pairs of maps (B, Q, h, w): 1 if all are the same, low if the
-    queries look at different places. NaN for a single query."""
+    queries look at different places. NaN for a single query.
+
+    Example:
+        >>> one = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> same, other = torch.stack([one, one])[None], torch.stack([one, one.roll(1)])[None]
+        >>> overlap(same), overlap(other)
+        (tensor([1.]), tensor([0.]))
+    """
     unit = F.normalize(query_maps.flatten(2), dim=-1)
     count = unit.shape[1]
     if count == 1:

@@ -144,6 +144,14 @@ class Head(
 
     Returns:
         Raw (pre-sigmoid) scores (B, K or 1 or M, r, r'); :meth:`mask` turns them into (0, 1).
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("ttame", net)
+        >>> taps = net(torch.rand(2, 3, 64, 64))
+        >>> head(taps).shape, head(taps, torch.tensor([3, 7])).shape
+        (torch.Size([2, 1000, 8, 8]), torch.Size([2, 1, 8, 8]))
     """
 
     name: ClassVar[str]
@@ -312,7 +320,12 @@ def keeping_statistics(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeadEntry:
-    """What the registry knows about a head."""
+    """What the registry knows about a head.
+
+    Example:
+        >>> HEADS.entry("ttame").recipe
+        'small'
+    """
 
     name: str
     cases: tuple[Mapping[str, Any], ...] = ({},)
@@ -330,6 +343,14 @@ def register_head(name: str, **about: Any) -> Callable[[type[Head]], type[Head]]
 
     Args:
         about: further fields of :class:`HeadEntry`.
+
+    Example:
+        >>> from xattn.heads.maps.ttame import TTame
+        >>> @register_head("ttame_again")
+        ... class MyTTame(TTame):
+        ...     pass
+        >>> "ttame_again" in HEADS.names()
+        True
     """
     return HEADS.register(HeadEntry(name, **about))
 
@@ -352,7 +373,12 @@ head_entry = HEADS.entry
 
 
 def head_options(name: str) -> tuple[str, ...]:
-    """The options of a head; raises as :func:`head_class` does."""
+    """The options of a head; raises as :func:`head_class` does.
+
+    Example:
+        >>> head_options("efficient_probe")[:3]
+        ('queries', 'reduction', 'prefix')
+    """
     return HEADS.options(name) or ()
 
 
@@ -362,6 +388,13 @@ def create_head(name: str, backbone: Backbone, /, **options: Any) -> Head:
     Raises:
         ValueError: unknown name (with near matches), an option that the head does not have, or a network
             for clips.
+
+    Example:
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = create_head("efficient_probe", net, queries=8, class_names=["cat", "dog"])
+        >>> head.num_classes
+        2
     """
     own = HEADS.entry(name).taps
     if getattr(backbone, "reads_clips", False):
@@ -391,7 +424,12 @@ _OWN_ARGUMENTS = ("self", "name", "backbone", "head", "seed", "max_forward_batch
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Parse options written as ``name=value`` with JSON values. Values that are not JSON become strings, so
-    ``read=mean`` needs no quotes (and the head refuses ``norm=no``)."""
+    ``read=mean`` needs no quotes (and the head refuses ``norm=no``).
+
+    Example:
+        >>> parse_options(["queries=8", "norm=false", "form=linear"])
+        {'queries': 8, 'norm': False, 'form': 'linear'}
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         key, found, value = pair.partition("=")
@@ -419,6 +457,14 @@ def save_head(
 
     Raises:
         ValueError: ``folder`` exists and does not hold a head. OSError: it cannot be written.
+
+    Example:
+        >>> import tempfile, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = create_head("gap", net)
+        >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['config.json', 'model.safetensors']
     """
     if summary is not None:
         head.summary = summary
@@ -435,6 +481,14 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
     Raises:
         ValueError: the head belongs to another backbone (the message gives both hashes), or its files are
             damaged. FileNotFoundError: there is no head.
+
+    Example:
+        >>> import tempfile, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = create_head("gap", net, classes=5)
+        >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
+        >>> load_head(folder, net).num_classes
+        5
     """
     return _read_head(head_folder(source, **hub_options), backbone)
 
@@ -442,7 +496,16 @@ def load_head(source: str | Path, backbone: Backbone, **hub_options: Any) -> Hea
 def head_folder(source: str | Path, **hub_options: Any) -> Path:
     """The folder with the head's files: ``source`` itself or a head inside it, that of a shipped head, or
     of a hub repository in the cache, downloaded if necessary. Arguments and errors as in
-    :func:`load_head`."""
+    :func:`load_head`.
+
+    Example:
+        >>> import tempfile, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = create_head("gap", net)
+        >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
+        >>> head_folder(folder) == folder
+        True
+    """
     folder = local_head(source)
     if folder is not None:
         return folder
@@ -458,7 +521,17 @@ def head_folder(source: str | Path, **hub_options: Any) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked ``config.json`` of a head's folder."""
+    """The checked ``config.json`` of a head's folder.
+
+    Example:
+        >>> import tempfile, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = create_head("gap", net)
+        >>> folder = save_head(head, Path(tempfile.mkdtemp()) / "head")
+        >>> config = read_config(folder)
+        >>> config["head"], config["backbone"]["name"]
+        ('gap', 'test_resnet')
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(

@@ -28,6 +28,14 @@ class Linear(AttentiveHead):
         read: ``"class"``, ``"mean"`` or ``"both"``; None reads the class token if the backbone has
             one, else the mean.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("linear", net, classes=5, read="class")
+        >>> tokens = head.tokens(net(torch.rand(2, 3, 32, 32)))
+        >>> head.logits(tokens).shape
+        torch.Size([2, 5])
     """
 
     learns_scores = False

@@ -85,6 +85,13 @@ class Pointer(Head):
 
     Raises:
         ValueError: the backbone's classifier has no class reading of its taps.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("pointer", net, cells=2)
+        >>> head(net(torch.rand(2, 3, 64, 64)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(

@@ -286,6 +286,13 @@ class RandomFeature(AttentiveHead):
     Raises:
         ValueError: more components than channels, a class token that the backbone does not have, or
             ``biased`` with a constant query.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("random_feature", net, heads=16, classes=5)
+        >>> head(net(torch.rand(2, 3, 32, 32))).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     learns_scores: ClassVar[bool] = False

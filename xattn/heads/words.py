@@ -62,6 +62,13 @@ class WordHead(AttentiveHead):
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`; ``class_names`` are the words. To train
             on captions, leave ``norm`` off: words outside the caption have the value 0, which is no
             statistic.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("words", net, class_names=["cat", "dog"], norm=False)
+        >>> head(head.tapped(net)(torch.rand(1, 3, 32, 32))).shape  # a map for each word
+        torch.Size([1, 2, 2, 2])
     """
 
     asked: Tensor | None = None  # (K,) bool: words of the caption, see of_caption

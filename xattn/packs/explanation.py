@@ -61,6 +61,14 @@ class Explanation:
     such as "AD@50", ``curves``, by name such as "deletion", and ``sanity``, whether this is a row
     that every method has to beat, come from comparisons. ``method_title`` is the method's name in
     running text, by default its name; use different titles for different methods.
+
+    Example:
+        >>> import numpy as np, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> photo = np.zeros((64, 64, 3), np.uint8)
+        >>> [explanation] = xattn.explain(photo, net, explainer="gradcam", classes=3)
+        >>> explanation.overlay().size
+        (64, 64)
     """
 
     map: NDArray[np.float32]

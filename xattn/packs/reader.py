@@ -282,6 +282,16 @@ def load_pack(folder: str | Path) -> list[Explanation]:
     Raises:
         FileNotFoundError: no such folder. ValueError: not a pack, a damaged one, or a store that does
             not answer; :class:`~xattn.packs.format.LaterVersion` for one that a later xattn wrote.
+
+    Example:
+        >>> import tempfile, numpy as np, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> folder = f"{tempfile.mkdtemp()}/pack"
+        >>> photo = np.zeros((64, 64, 3), np.uint8)
+        >>> _ = xattn.explain(photo, net, explainer="gradcam", output=folder)
+        >>> [explanation] = load_pack(folder)
+        >>> explanation.method
+        'gradcam'
     """
     place = place_of(folder, "pack")
     if isinstance(place, Path) and not place.is_dir():

@@ -134,6 +134,15 @@ def save_pack(
     Raises:
         ValueError: no explanations, two with the same id, or a folder that is not a pack.
         OSError: the folder cannot be written or the disk is full; earlier results are intact.
+
+    Example:
+        >>> import tempfile, numpy as np, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> photo = np.zeros((64, 64, 3), np.uint8)
+        >>> explanations = xattn.explain(photo, net, explainer="gradcam")
+        >>> folder = save_pack(f"{tempfile.mkdtemp()}/pack", explanations)
+        >>> len(xattn.load_pack(folder))
+        1
     """
     groups: dict[str, list[Explanation]] = {}
     for explanation in explanations:

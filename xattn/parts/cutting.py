@@ -54,7 +54,13 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class Crop:
-    """``box`` (x0, y0, x1, y1) in whole pixels, ends excluded, and the ``fraction`` p it was cut for."""
+    """``box`` (x0, y0, x1, y1) in whole pixels, ends excluded, and the ``fraction`` p it was cut for.
+
+    Example:
+        >>> from PIL import Image
+        >>> Crop((10, 0, 50, 30), fraction=0.5).cut(Image.new("RGB", (64, 64))).size
+        (40, 30)
+    """
 
     box: tuple[int, int, int, int]
     fraction: float
@@ -99,6 +105,13 @@ def largest_crop(
 
     Raises:
         ValueError: ``evidence`` is not a bool map with pixels, or ``seed`` or ``index`` is negative.
+
+    Example:
+        >>> import numpy as np
+        >>> evidence = np.zeros((64, 64), bool)
+        >>> evidence[:16] = True  # text along the top
+        >>> largest_crop(evidence)
+        Crop(box=(0, 16, 64, 64), fraction=0.75)
     """
     if evidence.ndim != 2 or evidence.dtype != np.bool_ or 0 in evidence.shape:
         raise ValueError(f"evidence: got {evidence.dtype} of {evidence.shape}; give bool (H, W)")
@@ -125,7 +138,12 @@ def largest_crop(
 
 @dataclass(frozen=True)
 class Parts:
-    """``records``: one per photo, in order, as in ``parts.json``; ``output``: the folder."""
+    """``records``: one per photo, in order, as in ``parts.json``; ``output``: the folder.
+
+    Example:
+        >>> Parts(Path("parts"), []).crops
+        []
+    """
 
     output: Path
     records: list[dict[str, Any]]
@@ -168,6 +186,17 @@ def cut_parts(
         ValueError: ``output`` contains crops of a run with other arguments, every photo was skipped, or
             two photos have the same box entry or mask.
         OSError: a missing file of evidence, or an ``output`` that cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (64, 64)).save(folder / "a.jpg")
+        >>> def text(name, photo):
+        ...     return [[0, 0, 64, 16]]  # text along the top
+        >>> parts = cut_parts(folder, text, folder / "parts", progress=False)
+        >>> parts.counts
+        {'cut': 1, 'covered': 0, 'bare': 0, 'skipped': 0}
     """
     output = Path(output)
     source = open_evidence(evidence, numbers) if isinstance(evidence, str | Path) else evidence

@@ -44,6 +44,13 @@ def evidence_mask(found: Found, size: tuple[int, int]) -> NDArray[np.bool_]:
 
     Raises:
         ValueError: a region is outside the image or has no area, or a mask has another size.
+
+    Example:
+        >>> evidence_mask([[0, 0, 4, 2]], size=(4, 4)).astype(int)
+        array([[1, 1, 1, 1],
+               [1, 1, 1, 1],
+               [0, 0, 0, 0],
+               [0, 0, 0, 0]])
     """
     width, height = size
     if isinstance(found, np.ndarray) and found.dtype == np.bool_:
@@ -114,6 +121,10 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
 
     Raises:
         ValueError: an unknown form, or a damaged file. FileNotFoundError: no such file or folder.
+
+    Example:
+        >>> type(open_evidence("mser")).__name__
+        'MserText'
     """
     text = str(source)
     if numbers and not Path(text).is_dir():
@@ -134,7 +145,16 @@ def open_evidence(source: str | Path, numbers: Sequence[int] = ()) -> Source:
 
 
 class BoxFile:
-    """Boxes and polygons from a JSON file, by the photo's file name or a longer end of its path."""
+    """Boxes and polygons from a JSON file, by the photo's file name or a longer end of its path.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp(), "boxes.json")
+        >>> _ = path.write_text('{"a.jpg": [[0, 0, 64, 16]]}')
+        >>> BoxFile(path)("a.jpg", Image.new("RGB", (64, 64)))
+        [[0, 0, 64, 16]]
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -198,7 +218,15 @@ def _region(entry: Any) -> Region:
 
 class Masks:
     """A folder of masks, ``7.png`` for ``7.jpg``: evidence is where the value is one of ``numbers``, or
-    not 0 if none are given."""
+    not 0 if none are given.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("L", (4, 4), 255).save(folder / "a.png")
+        >>> Masks(folder)("a.jpg", Image.new("RGB", (4, 4))).all()
+        np.True_
+    """
 
     def __init__(self, folder: str | Path, numbers: Sequence[int] = ()) -> None:
         self.folder, self.numbers = Path(folder), tuple(numbers)
@@ -245,6 +273,10 @@ class MserText:
 
     This fallback does not recognise letters: it finds bold lettering, but also some rows of other
     small objects, and misses faint, slanted or very small text.
+
+    Example:
+        >>> MserText()("a.jpg", Image.new("RGB", (64, 64)))  # a black photo holds no text
+        []
     """
 
     description = "mser"

@@ -36,7 +36,14 @@ _NAMES = "photo desk|jan novak|stock image|holiday 2019|city archive|sample|pres
 
 class Lettered(NamedTuple):
     """An image, and for each line of text the tight box (x0, y0, x1, y1) of the pixels that may
-    have changed, in whole pixels, ends excluded."""
+    have changed, in whole pixels, ends excluded.
+
+    Example:
+        >>> from PIL import Image
+        >>> lettered = draw_macro(Image.new("RGB", (128, 96)), seed=0, index=0)
+        >>> lettered.image.size, len(lettered.boxes) > 0
+        ((128, 96), True)
+    """
 
     image: Image.Image
     boxes: list[Box]
@@ -103,7 +110,13 @@ def _fitted(text: str, name: str, size: float, width: float, lines: int) -> tupl
 
 
 def draw_macro(photo: Image.Image, seed: int, index: int) -> Lettered:
-    """White capitals with a black outline at the top, the bottom or both of ``photo``."""
+    """White capitals with a black outline at the top, the bottom or both of ``photo``.
+
+    Example:
+        >>> from PIL import Image
+        >>> draw_macro(Image.new("RGB", (128, 96)), seed=0, index=0).image.size
+        (128, 96)
+    """
     rng = np.random.default_rng([seed, index, 0])
     pen = _Pen(photo)
     width, height = photo.size
@@ -127,7 +140,13 @@ def draw_macro(photo: Image.Image, seed: int, index: int) -> Lettered:
 
 
 def draw_text(photo: Image.Image, seed: int, index: int) -> Lettered:
-    """Text on ``photo`` that does not make it a macro: a caption bar, a watermark, a date or a sign."""
+    """Text on ``photo`` that does not make it a macro: a caption bar, a watermark, a date or a sign.
+
+    Example:
+        >>> from PIL import Image
+        >>> draw_text(Image.new("RGB", (128, 96)), seed=0, index=0).image.size
+        (128, 96)
+    """
     rng = np.random.default_rng([seed, index, 1])
     pen = _Pen(photo)
     STYLES[rng.integers(len(STYLES))](pen, rng)
@@ -224,6 +243,14 @@ def write_lettered(
 
     Raises:
         ValueError: a photo cannot be read or is too small, or ``output`` contains other files.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (128, 96)).save(folder / "a.jpg")
+        >>> [path, *_] = write_lettered(folder, folder / "macros")
+        >>> path.name
+        '000000-a.jpg'
     """
     photos = open_photos(data)
     names = [f"{i:06d}-{PurePath(photos.name(i)).stem}.jpg" for i in range(len(photos))]

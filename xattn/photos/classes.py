@@ -42,7 +42,12 @@ def p_of(logits: Tensor, task: Task) -> Tensor:
 
 
 def read_classes(class_names: str | Path | Sequence[str] | None) -> list[str] | None:
-    """Class names from a list, or from a text file with one name per line."""
+    """Class names from a list, or from a text file with one name per line.
+
+    Example:
+        >>> read_classes(["cat", "dog"])
+        ['cat', 'dog']
+    """
     if class_names is None:
         return None
     if isinstance(class_names, str | Path):

@@ -18,7 +18,12 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images."""
+    """How a photo becomes the model's input; sizes in pixels, mean and std for [0, 1] images.
+
+    Example:
+        >>> Preprocessing(input_size=(64, 64), crop_pct=1.0).input_size
+        (64, 64)
+    """
 
     input_size: tuple[int, int] = (224, 224)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

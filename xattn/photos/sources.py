@@ -59,6 +59,15 @@ def open_photos(data: Data) -> Photos:
         ValueError: no photo, an unknown split, a dataset that cannot be opened, or the extra
             ``xattn[data]`` is not installed.
         FileNotFoundError: a missing folder, list file or shard.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(3):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> len(open_photos(photos))
+        3
     """
     if isinstance(data, Photos):
         return data

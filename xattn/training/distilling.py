@@ -102,6 +102,20 @@ def distill(
         ValueError: a model that is already converted or cannot be, nothing to train, no photos, a loss that
             is not finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> config = xattn.DistillConfig(epochs=1, batch_size=2)
+        >>> result = distill(net, "hedgehog", "5", data=photos, validation=photos,
+        ...     config=config, progress=False)
+        >>> result.backbone.conversion[0].layers
+        (5,)
     """
     config = config or DistillConfig()
     teacher = model if isinstance(model, Backbone) else load_backbone(model)

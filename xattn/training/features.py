@@ -161,6 +161,19 @@ def cache_features(
         ValueError: ``folder`` contains features with another key (the message gives both), or is in use; no
             photo can be read; ``dtype`` cannot represent the features.
         OSError: ``folder`` cannot be written, or the disk has no room.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> folder = f"{tempfile.mkdtemp()}/features"
+        >>> features = cache_features(net, photos, folder, progress=False)
+        >>> len(features)
+        4
     """
     check("batch_size", batch_size, Count)
     check("views", views, Count)

@@ -35,6 +35,19 @@ class FitResult:
 
     ``skipped`` lists (name, reason) of every image that could not be read. ``main`` is False in the
     other processes of a distributed run, which write nothing.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> config = xattn.TrainConfig(recipe="small", epochs=1, batch_size=2)
+        >>> result = fit(xattn.create_head("ttame", net), net, photos, config, progress=False)
+        >>> result.steps, sorted(result.losses)[:1]
+        (2, ['area'])
     """
 
     head: Head
@@ -86,6 +99,19 @@ def fit(
         OSError: ``output`` cannot be written, or a file of ``data`` is missing. After a checkpoint:
             loader processes die repeatedly (``ChildProcessError``), or a batch has no readable image
             although its images could be read before, for example because a disk or server has gone.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("ttame", net)
+        >>> config = xattn.TrainConfig(recipe="small", epochs=1, batch_size=2)
+        >>> fit(head, net, photos, config, progress=False).steps
+        2
     """
     config = config or TrainConfig()
     if head.backbone_fingerprint != backbone.fingerprint:

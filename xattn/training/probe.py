@@ -113,6 +113,24 @@ def probe(
             training or validation, attention training of a head whose scores are fixed, a loss that is not
             finite, or ``output`` contains another run.
         OSError: ``output`` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(8):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> folder = f"{tempfile.mkdtemp()}/features"
+        >>> features = xattn.cache_features(net, photos, folder, progress=False)
+        >>> head = xattn.create_head("gap", net, classes=2)
+        >>> labels = torch.tensor([0, 1] * 4)
+        >>> config = xattn.ProbeConfig(recipe="small", epochs=1)
+        >>> parts = {"train": range(6), "validation": [6, 7]}
+        >>> result = probe(head, features, labels, config, **parts, progress=False)
+        >>> result.head is head
+        True
     """
     config = config or ProbeConfig()
     if (name := METHODS.name(config.attention)) != config.attention:  # "AT" is at

@@ -405,6 +405,19 @@ def prune(
         ValueError: a model that cannot be pruned, heads or blocks that do not exist, too few photos, or
             ``output`` contains another run.
         OSError: ``output`` cannot be written, or a file of ``data`` is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> photos = tempfile.mkdtemp()
+        >>> for i in range(4):
+        ...     Image.new("RGB", (64, 64), (25 * i, 90, 10)).save(f"{photos}/{i}.png")
+        >>> import xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> config = xattn.PruneConfig(keep=1, scored=2, epochs=0)
+        >>> result = prune(net, "5", data=photos, config=config, progress=False)
+        >>> result.backbone.logits(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 1000])
     """
     config = config or PruneConfig()
     teacher = model if isinstance(model, Backbone) else load_backbone(model)

@@ -433,6 +433,14 @@ def fit_static(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Raises:
         ValueError: no such layer was reached, inputs of different sizes, or too many tokens.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_attention
+        >>> layer = create_attention("static", 32, 4)
+        >>> fit_static(layer, [torch.rand(2, 9, 32) for _ in range(3)])
+        >>> layer(torch.rand(1, 9, 32)).shape
+        torch.Size([1, 9, 32])
     """
     layers = [m for m in model.modules() if isinstance(m, Static)]
     found = mean_maps(model, layers, batches)

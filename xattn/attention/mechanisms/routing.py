@@ -303,6 +303,14 @@ def fit_centroids(
 
     Raises:
         ValueError: no routing layer was reached, or there are fewer tokens than clusters.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_attention
+        >>> layer = create_attention("routing", 32, 4)
+        >>> fit_centroids(layer, [torch.rand(2, 16, 32)], rounds=2)
+        >>> layer(torch.rand(1, 16, 32)).shape
+        torch.Size([1, 16, 32])
     """
     forward = getattr(model, "logits", model)
     collects = _Collects(most)

@@ -225,6 +225,13 @@ def convert(
     Raises:
         ValueError: unknown name or option, a missing block, or a layer that cannot be converted (the
             message names it); the model is left untouched.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("test_vit", img_size=32)
+        >>> model = convert(model, "agent", layers="5")
+        >>> model(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 1000])
     """
     _convert(model, name, layers, options)
     return model
@@ -236,7 +243,15 @@ def converted_copy(
     layers: Iterable[int] | str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """:func:`convert` on a copy that shares every weight and buffer; ``model`` is not changed."""
+    """:func:`convert` on a copy that shares every weight and buffer; ``model`` is not changed.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit", img_size=32)
+        >>> other = converted_copy(model, "hedgehog")
+        >>> other is model, conversion(model)
+        (False, None)
+    """
     copied = shared_copy(model)
     _convert(copied, name, layers, options)
     return copied
@@ -246,6 +261,12 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
     """What :func:`convert` has put into ``model``, as (name, layers, options); None if nothing.
 
     Layers with the same mechanism and equal options form one entry.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("test_vit", img_size=32)
+        >>> conversion(model), conversion(converted_copy(model, "hedgehog", layers="5"))
+        (None, [Conversion(name='hedgehog', layers=(5,), options={})])
     """
     found: dict[str, Conversion] = {}
     blocks = getattr(_network(model), "blocks", None)
@@ -260,7 +281,13 @@ def conversion(model: nn.Module) -> list[Conversion] | None:
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert` in place; the mechanisms' own weights are dropped. Returns the model."""
+    """Undo :func:`convert` in place; the mechanisms' own weights are dropped. Returns the model.
+
+    Example:
+        >>> import timm
+        >>> model = convert(timm.create_model("test_vit", img_size=32), "agent")
+        >>> conversion(revert(model))
+    """
     network = _network(model)
     _check_unfolded(network)
     with alone(network):

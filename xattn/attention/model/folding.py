@@ -32,6 +32,14 @@ def folded(model: Model) -> Model:
     Raises:
         ValueError: there is no rotation that can be folded, or a layer changes queries or keys between the
             projection and the rotation, as a norm does (the message names it).
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_attention
+        >>> layer = create_attention("softmax", 32, 4, rotate="comrope")
+        >>> x = torch.rand(1, 9, 32)
+        >>> torch.allclose(folded(layer)(x, grid=(3, 3)), layer(x, grid=(3, 3)), atol=1e-5)
+        True
     """
     copied = shared_copy(model)
     found = {path: holder for path, layer in copied.named_modules() if (holder := _holder(layer))}

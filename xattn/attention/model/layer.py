@@ -32,6 +32,13 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: values that do not fit, or ``rotate`` for a mechanism that has a rotation.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import create_mechanism
+        >>> layer = Attention(create_mechanism("softmax", 32, 4))
+        >>> layer(torch.rand(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
     """
 
     def __init__(
@@ -105,6 +112,12 @@ def create_attention(
 
     Raises:
         ValueError: as in :func:`create_mechanism`.
+
+    Example:
+        >>> import torch
+        >>> layer = create_attention("gna", dim=32, num_heads=4, kernel=3)
+        >>> layer(torch.rand(2, 26, 32), grid=(5, 5), prefix=1).shape
+        torch.Size([2, 26, 32])
     """
     mechanism = create_mechanism(name, dim, num_heads, **options)
     return Attention(mechanism, qkv_bias, proj_bias, qk_norm, kv_heads, rotate)

@@ -35,6 +35,13 @@ class ParallelCrossAttention(nn.Module):
         bias: bias of the queries, and b. Keys and values have none: a bias of the keys would cancel, and a
             bias of the values would let a stream without content contribute.
         backend: of the kernels, see :func:`xattn.kernels.backend.choose`.
+
+    Example:
+        >>> import torch
+        >>> layer = ParallelCrossAttention(32, 4, widths=[16, 24])
+        >>> x, text, photo = torch.rand(2, 9, 32), torch.rand(2, 5, 16), torch.rand(2, 7, 24)
+        >>> layer(x, [text, photo]).shape
+        torch.Size([2, 9, 32])
     """
 
     def __init__(
@@ -156,7 +163,15 @@ class ParallelCrossAttention(nn.Module):
 @torch.no_grad()
 def token_maps(operator: Operator, grid: Sequence[int], prefix: int = 0) -> Tensor:
     """A map for each token of a stream, (B, S, h, w): where it is read, mean over heads. The maps of all
-    tokens sum to 1 at every position."""
+    tokens sum to 1 at every position.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import SoftmaxOperator
+        >>> operator = SoftmaxOperator(torch.rand(1, 4, 9, 8), torch.rand(1, 4, 5, 8))
+        >>> token_maps(operator, grid=(3, 3)).shape
+        torch.Size([1, 5, 3, 3])
+    """
     parts = [operator.tile(rows, slice(None)).mean(1) for rows in operator.row_chunks()]
     return torch.cat(parts, 1)[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))
 
@@ -166,7 +181,16 @@ def stream_shares(operators: Sequence[Operator]) -> Tensor:
 
         softmax over [c_1; c_2; ...] = [pi_1 A_1, pi_2 A_2, ...],    pi_s = Z_s / sum Z,   Z_s = exp lse_s
 
-    0 for an empty stream. Parallel attention omits pi."""
+    0 for an empty stream. Parallel attention omits pi.
+
+    Example:
+        >>> import torch
+        >>> layer = ParallelCrossAttention(32, 4, widths=[16, 24])
+        >>> text, photo = torch.rand(2, 5, 16), torch.rand(2, 7, 24)
+        >>> operators = layer.operators(torch.rand(2, 9, 32), [text, photo])
+        >>> stream_shares(operators).shape
+        torch.Size([2, 4, 9, 2])
+    """
     nothing = operators[0].row_sums() - torch.inf
     lse = [a.lse if isinstance(a, SoftmaxOperator) else nothing for a in operators]
     scores = torch.stack(lse, -1)

@@ -14,7 +14,12 @@ LAYERS_FORM = 'numbers and ranges, such as "4-11" or "0,3,8-11"'
 
 
 class Conversion(NamedTuple):
-    """One mechanism in some layers of a model; ``str()`` gives ``gna:kernel=7 in layers 0-7``."""
+    """One mechanism in some layers of a model; ``str()`` gives ``gna:kernel=7 in layers 0-7``.
+
+    Example:
+        >>> Conversion("gna", (10, 11), {"kernel": 7}).name
+        'gna'
+    """
 
     name: str
     layers: tuple[int, ...]

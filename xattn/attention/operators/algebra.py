@@ -23,6 +23,12 @@ class LowRankOperator(Operator):
 
     ``stochastic`` and ``signed`` state known properties of A. Products with values are computed in
     the wider dtype of the two.
+
+    Example:
+        >>> left, right = torch.rand(1, 1, 5, 2), torch.rand(1, 1, 2, 5)
+        >>> A = LowRankOperator(left, right)
+        >>> torch.allclose(A.rows(torch.arange(5)), left @ right)
+        True
     """
 
     def __init__(
@@ -57,6 +63,14 @@ class ProductOperator(Operator):
     """A = A_1 A_2 ...: attention in stages, as with agents, landmarks or pooled keys.
 
     ``causal`` states a known property of A.
+
+    Example:
+        >>> from xattn.attention import SoftmaxOperator
+        >>> A, B = (SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8)) for _ in range(2))
+        >>> AB = ProductOperator([A, B])
+        >>> every = torch.arange(3)
+        >>> torch.allclose(AB.rows(every), A.rows(every) @ B.rows(every))
+        True
     """
 
     def __init__(self, factors: Sequence[Operator], *, causal: bool = False) -> None:
@@ -100,6 +114,12 @@ class SumOperator(Operator):
     """A = A_1 + A_2 + ..., all of one shape: attention in branches.
 
     ``stochastic``, ``signed`` and ``hides`` state properties of A beyond those of its terms.
+
+    Example:
+        >>> from xattn.attention import SoftmaxOperator
+        >>> A, B = (SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8)) for _ in range(2))
+        >>> SumOperator([A, B]).row_sums()
+        tensor([[[2., 2., 2.]]])
     """
 
     def __init__(
@@ -161,6 +181,12 @@ class GatedOperator(Operator):
         factor: g, (B, H, N).
         signed: whether g may be negative; set False for gates that cannot be.
         sparse: whether many g are 0, so that their rows need not be computed.
+
+    Example:
+        >>> from xattn.attention import SoftmaxOperator
+        >>> A = SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8))
+        >>> GatedOperator(A, torch.tensor([1.0, 0.5, 0.0]).view(1, 1, 3)).row_sums()
+        tensor([[[1.0000, 0.5000, 0.0000]]])
     """
 
     def __init__(
@@ -219,6 +245,14 @@ class ColumnsOperator(Operator):
     Args:
         operator: A; it must accept values in the wider dtype of its own and c's.
         factor: c, (B, H, S), nonnegative.
+
+    Example:
+        >>> from xattn.attention import SoftmaxOperator
+        >>> A = SoftmaxOperator(*torch.rand(2, 1, 1, 3, 8))
+        >>> factor = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3)  # ignores the last key
+        >>> half = ColumnsOperator(A, factor)
+        >>> half.rows(torch.arange(3))[..., 2].abs().max()
+        tensor(0.)
     """
 
     def __init__(self, operator: Operator, factor: Tensor) -> None:
@@ -267,6 +301,13 @@ class PoolOperator(Operator):
 
     Raises:
         ValueError: a block longer than the tokens, or lengths that are not positive.
+
+    Example:
+        >>> A = PoolOperator(torch.rand(1, 1, 6, 8), block=2)
+        >>> A.rows(torch.arange(3))[0, 0]
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.5000, 0.5000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.0000, 0.0000, 0.5000, 0.5000]])
     """
 
     def __init__(
@@ -361,5 +402,9 @@ def pool(x: Tensor, block: int, stride: int | None = None) -> Tensor:
 
     Raises:
         ValueError: a block longer than N, or lengths that are not positive.
+
+    Example:
+        >>> pool(torch.arange(6.0).view(1, 1, 6, 1), block=2).flatten()
+        tensor([0.5000, 2.5000, 4.5000])
     """
     return PoolOperator(x, block, stride).matvec(x)

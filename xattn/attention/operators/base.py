@@ -38,6 +38,11 @@ class Operator(ABC):
 
     A subclass must define :meth:`matvec`, linear and differentiable in its argument, and
     :meth:`rows`; everything else follows from these.
+
+    Example:
+        >>> A = SoftmaxOperator(torch.rand(1, 2, 5, 8), torch.rand(1, 2, 7, 8))
+        >>> A.shape, A.matvec(torch.rand(1, 2, 7, 8)).shape, A.rows(torch.tensor([0, 3])).shape
+        ((1, 2, 5, 7), torch.Size([1, 2, 5, 8]), torch.Size([1, 2, 2, 7]))
     """
 
     shape: tuple[int, int, int, int]
@@ -235,6 +240,13 @@ class SoftmaxOperator(AnsweringOperator):
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
             attention may compute A X; without a bias this is always the case.
         causal: whether query i sees only keys 0 to i; needs N = S.
+
+    Example:
+        >>> q, k, v = torch.rand(3, 1, 2, 5, 8)
+        >>> A = SoftmaxOperator(q, k)
+        >>> expected = F.scaled_dot_product_attention(q, k, v)
+        >>> torch.allclose(A.matvec(v), expected, atol=1e-6)
+        True
     """
 
     stochastic = True

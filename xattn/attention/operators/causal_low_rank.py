@@ -21,6 +21,12 @@ class CausalLowRankOperator(Operator):
 
     Raises:
         ValueError: shapes that do not fit.
+
+    Example:
+        >>> left, right = torch.rand(1, 1, 5, 2), torch.rand(1, 1, 2, 5)
+        >>> A = CausalLowRankOperator(left, right)
+        >>> torch.allclose(A.rows(torch.arange(5)), (left @ right).tril())
+        True
     """
 
     causal = True

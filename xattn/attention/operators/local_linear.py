@@ -22,6 +22,15 @@ class LocalLinearOperator(Operator):
         causal: whether query i sees only keys 0 to i; needs N = S.
 
     Products with values in half precision are summed in float32.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Inputs, create_mechanism
+        >>> mechanism = create_mechanism("lla", 16, 2)
+        >>> q, k, v = torch.rand(3, 1, 2, 6, 8)
+        >>> A = mechanism.operator(Inputs(q, k, v))
+        >>> type(A).__name__, A.row_sums().allclose(torch.ones(1, 2, 6), atol=1e-4)
+        ('LocalLinearOperator', True)
     """
 
     stochastic = signed = True

@@ -151,6 +151,14 @@ def attend(
 
     Raises:
         ValueError: no segment, or shapes, dtypes and indices that do not match.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Segment
+        >>> q, k, v = torch.rand(3, 1, 2, 5, 8)
+        >>> output, lse = attend(q, [Segment(k, v)])
+        >>> output.shape, lse.shape
+        (torch.Size([1, 2, 5, 8]), torch.Size([1, 2, 5]))
     """
     if not segments:
         raise ValueError("segments: got none; give at least one Segment(k, v)")

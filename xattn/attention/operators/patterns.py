@@ -113,7 +113,18 @@ def _near(x: Tensor, keys: tuple[int, int], prefix: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Block lists over the tokens after the prefix, on M places."""
+    """Block lists over the tokens after the prefix, on M places.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Blocks, Inputs
+        >>> q, k, v = torch.rand(3, 1, 2, 8, 8)
+        >>> index = torch.tensor([0, 1], dtype=torch.int32).view(1, 1, 2, 1)
+        >>> blocks = Blocks(index, q_block=4, k_block=4)
+        >>> A = pattern_operator(Inputs(q, k, v), Pattern(blocks))
+        >>> A.rows(torch.tensor([0]))[0, 0, 0, 4:]
+        tensor([0., 0., 0., 0.])
+    """
 
     blocks: Blocks
     order: Order | None = None
@@ -160,6 +171,15 @@ def pattern_operator(
     Args:
         ordered: queries and keys after the prefix in the pattern's order, if they are available.
         every_row: whether every query is known to see a key; with a prefix each does.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Blocks, Inputs
+        >>> q, k, v = torch.rand(3, 1, 2, 8, 8)
+        >>> index = torch.tensor([0, 1], dtype=torch.int32).view(1, 1, 2, 1)
+        >>> blocks = Blocks(index, q_block=4, k_block=4)
+        >>> pattern_operator(Inputs(q, k, v), Pattern(blocks)).matvec(v).shape
+        torch.Size([1, 2, 8, 8])
     """
     q, k, prefix = inputs.q, inputs.k, inputs.prefix
     n = q.shape[2]

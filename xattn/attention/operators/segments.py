@@ -49,6 +49,15 @@ class SegmentsOperator(AnsweringOperator):
         every_row: whether every row is known to see a key, so that under "auto" PyTorch's own
             attention may compute a single dense segment with a bias.
         causal: whether the pieces are known to hide later keys.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import Segment
+        >>> q, k = torch.rand(2, 1, 2, 6, 8)
+        >>> halves = (Segment(k[:, :, :3]), Segment(k[:, :, 3:]))  # one softmax over both
+        >>> A = SegmentsOperator([Piece(q, halves, (range(3), range(3, 6)))], None, keys=6)
+        >>> A.row_sums().allclose(torch.ones(1, 2, 6))
+        True
     """
 
     stochastic = True

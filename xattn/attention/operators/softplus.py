@@ -20,6 +20,12 @@ class SoftplusOperator(Operator):
         q: (B, H, N, D); ``k``: (B, H, S, D), both float32 or float64.
         scale: scale of the products, in addition to ln(N_i).
         power, offset, eps, causal, backend: as in :func:`xattn.kernels.softplus.softplus_attention`.
+
+    Example:
+        >>> import torch
+        >>> A = SoftplusOperator(torch.rand(1, 2, 5, 8), torch.rand(1, 2, 5, 8), scale=0.35)
+        >>> A.matvec(torch.rand(1, 2, 5, 8)).shape
+        torch.Size([1, 2, 5, 8])
     """
 
     def __init__(

@@ -27,6 +27,15 @@ class SubsetsOperator(Operator):
         first: (B, H, R, N), rows of the first R tokens, which are queries of no subset.
         once: whether a token is known to be a query of at most one subset.
         stochastic, causal: known properties of A.
+
+    Example:
+        >>> import torch
+        >>> from xattn.attention import SoftmaxOperator
+        >>> inner = SoftmaxOperator(*torch.rand(2, 1, 2, 3, 8))
+        >>> chosen = torch.tensor([[[0, 2, 4], [1, 3, 5]]])  # the tokens of each head
+        >>> A = SubsetsOperator(inner, chosen, chosen, tokens=6)
+        >>> A.matvec(torch.rand(1, 2, 6, 8)).shape
+        torch.Size([1, 2, 6, 8])
     """
 
     hides = True

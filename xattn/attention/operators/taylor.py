@@ -18,6 +18,12 @@ class TaylorOperator(Operator):
     Args:
         q: (B, H, N, f); ``k``: (B, H, S, f), both float32 or float64.
         causal: whether a query reads no later key; then N = S.
+
+    Example:
+        >>> import torch
+        >>> A = TaylorOperator(torch.rand(1, 2, 5, 4), torch.rand(1, 2, 5, 4))
+        >>> A.row_sums().allclose(torch.ones(1, 2, 5))
+        True
     """
 
     stochastic = True

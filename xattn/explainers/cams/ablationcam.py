@@ -29,6 +29,13 @@ class AblationCam(LayerExplainer, ImageByImage):
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("ablationcam", net, layer="layer3")
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 4, 4])
     """
 
     def __post_init__(self) -> None:

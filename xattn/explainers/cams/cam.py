@@ -47,7 +47,15 @@ class TapsExplainer(Explainer):
 
 @register_explainer("cam", title="CAM")
 class Cam(TapsExplainer):
-    """Unrectified CAM: for networks with one linear classifier on pooled maps or on a class token."""
+    """Unrectified CAM: for networks with one linear classifier on pooled maps or on a class token.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("cam", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
+    """
 
     clips = True
 

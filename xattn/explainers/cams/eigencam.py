@@ -24,6 +24,14 @@ class EigenCam(LayerExplainer):
 
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("eigencam", net)
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> torch.equal(method.attribute(image, 0), method.attribute(image, 9))  # any class
+        True
     """
 
     @torch.no_grad()
@@ -40,6 +48,13 @@ class EigenGradCam(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`~xattn.explainers.cams.gradcam.GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("eigengradcam", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     def _map(self, images: Tensor, target: Tensor) -> Tensor:

@@ -33,6 +33,13 @@ class FullGrad(Explainer):
     other networks they do not. Parts without a position in the image, such as the classifier's bias or
     those inside the windows of a Swin, are left out of the map. All layers count equally, so the map
     depends on how a network is divided into layers.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("fullgrad", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     clips = True

@@ -53,6 +53,14 @@ class GradCam(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("gradcam", net, layer="layer3")
+        >>> maps = method.attribute(torch.rand(2, 3, 64, 64), target=torch.tensor([0, 3]))
+        >>> maps.shape, bool((maps >= 0).all())
+        (torch.Size([2, 1, 4, 4]), True)
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -65,6 +73,13 @@ class GradCamPlusPlus(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("gradcam_plusplus", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -80,6 +95,13 @@ class LayerCam(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("layercam", net, layer="layer1")
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 16, 16])
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -95,6 +117,13 @@ class HiResCam(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("hirescam", net, relu=False)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -112,6 +141,13 @@ class XGradCam(GradientCam):
 
     Args:
         layer, layers, reshape, relu: see :class:`GradientCam`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("xgradcam", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     def _weights(self, activations: Tensor, gradients: Tensor) -> Tensor:

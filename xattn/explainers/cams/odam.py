@@ -38,6 +38,18 @@ class Odam(Explainer):
 
     Raises:
         ValueError: a backbone without detections, or a detector without feature maps.
+
+    Example:
+        >>> import numpy as np, torch, xattn
+        >>> from torchvision.models.detection import fcos_resnet50_fpn
+        >>> size = {"min_size": 64, "max_size": 64}
+        >>> net = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, **size)
+        >>> _ = net.head.classification_head.cls_logits.bias.data.fill_(2.0)  # it detects
+        >>> detector = xattn.load_detector(net, class_names=["none", "cat", "dog"])
+        >>> photo = np.zeros((64, 64, 3), np.uint8)
+        >>> [one] = xattn.explain_detections(photo, detector, "odam", most=1)
+        >>> one.map.ndim
+        2
     """
 
     per_class = True

@@ -29,6 +29,13 @@ class ScoreCam(LayerExplainer, PerturbationExplainer):
     Args:
         layer, layers, reshape: see :class:`~xattn.explainers.cams.layers.LayerExplainer`.
         fill: ``"black"`` or ``"mean"`` behind a mask; the paper masks normalised images, ``"mean"``.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("scorecam", net, fill="black")
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     fill: Literal["black", "mean"] = "mean"

@@ -29,6 +29,19 @@ class DRise(Rise):
 
     Raises:
         ValueError: a backbone without detections.
+
+    Example:
+        >>> import torch, xattn
+        >>> from xattn.detection import Detections
+        >>> def squares(images):
+        ...     one = {"boxes": torch.tensor([[8.0, 8, 24, 24]]), "labels": torch.tensor([1])}
+        ...     return [{**one, "scores": torch.tensor([0.9])} for _ in images]
+        >>> detector = xattn.load_detector(squares, class_names=["cat", "dog"], input_size=32)
+        >>> photo = torch.rand(3, 32, 32)
+        >>> view = Detections(detector, detector.detect(photo))
+        >>> method = xattn.create_explainer("d_rise", view, masks=20)
+        >>> method.attribute(photo[None], target=0).shape
+        torch.Size([1, 1, 32, 32])
     """
 
     per_class = True

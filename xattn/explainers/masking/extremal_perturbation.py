@@ -53,6 +53,13 @@ class ExtremalPerturbation(MaskSearch):
         penalty: weight of the area, reached after rising through the first half of the steps: at the start
             all pixels are alike, and their order means nothing.
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("extremal_perturbation", net, steps=2)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     areas: Areas = (0.05, 0.1, 0.2, 0.4, 0.6)

@@ -47,6 +47,13 @@ class IgosPP(MaskSearch):
         sigma: brightness difference, in [0, 1], across which the mask may change at a lower price.
         noise: standard deviation of Gaussian noise added to the images on the paths, in pixels of [0, 1].
         fill: see :class:`~xattn.explainers.masking.mask_search.MaskSearch`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("igos_pp", net, steps=2, fill="black")
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 28, 28])
     """
 
     steps: Count = 15

@@ -34,6 +34,13 @@ class KernelShap(SuperpixelExplainer):
 
     Raises:
         ValueError: an image has more than ``samples / 2`` superpixels.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("kernel_shap", net, samples=40)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     def _coalitions(self, segments: int) -> Tensor:

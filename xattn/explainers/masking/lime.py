@@ -32,6 +32,13 @@ class Lime(SuperpixelExplainer):
         width: width of the weighting kernel, in units of the cosine distance.
         ridge: penalty on the squared coefficients, above 0; the intercept is not penalised. It shrinks the
             coefficients by about ridge / (ridge + sum of weights / 4).
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("lime", net, samples=40)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     width: Positive = 0.25

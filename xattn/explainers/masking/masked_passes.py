@@ -32,6 +32,13 @@ class PerturbationExplainer(ImageByImage):
     Args:
         fill: what a removed pixel shows: ``"black"``, 0 in [0, 1] pixels, or ``"mean"``, the mean
             colour of the backbone's preprocessing, 0 after normalisation.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("occlusion", net)
+        >>> isinstance(method, PerturbationExplainer)
+        True
     """
 
     fill: Literal["black", "mean"] = "black"

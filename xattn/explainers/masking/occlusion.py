@@ -33,6 +33,13 @@ class Occlusion(PerturbationExplainer):
         frames: number of frames of a clip that a window hides; by default a quarter of them. Windows start
             every half of that.
         fill: see :class:`~xattn.explainers.masking.masked_passes.PerturbationExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("occlusion", net, size=8, stride=8, fill="mean")
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     size: Count | None = None

@@ -33,6 +33,13 @@ class Rise(PerturbationExplainer):
         cells: s, the number of cells along a side.
         keep: p, the probability that a cell is 1.
         fill: ``"mean"`` matches the paper, which fills normalised images with zeros.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("rise", net, masks=50)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     masks: Count = 1000

@@ -60,6 +60,12 @@ class AttentionExplainer(Explainer):
     Raises:
         ValueError: a model without such attention (the message says what it does instead), or one that
             does not pool its tokens by a weighted average, unless ``start`` is given.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> isinstance(xattn.create_explainer("rollout", net), AttentionExplainer)
+        True
     """
 
     gradients: ClassVar[bool] = False

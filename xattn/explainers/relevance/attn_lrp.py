@@ -42,6 +42,13 @@ class AttnLrp(RelevanceExplainer):
             none.
         linear_gamma: the same for other linear layers.
         residual: as in :class:`~xattn.explainers.relevance.lrp.Lrp`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("attn_lrp", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     at: str = TOKENS

@@ -26,6 +26,13 @@ class GenericRelevance(AttentionExplainer):
 
     Args:
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("generic_relevance", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     gradients = True

@@ -49,6 +49,13 @@ class GradEclip(AttentionExplainer):
 
     Raises:
         ValueError: as in the base class; too many ``layers``, or several with attention pooling.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("grad_eclip", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     gradients = True

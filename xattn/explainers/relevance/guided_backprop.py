@@ -71,6 +71,13 @@ class GuidedBackprop(Explainer):
 
     Raises:
         ValueError: a network that calls no ReLU; the message names the activations that it calls.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("guided_backprop", net)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     clips = True

@@ -54,6 +54,13 @@ class LeGrad(AttentionExplainer):
 
     Raises:
         ValueError: a model without self-attention over all tokens in every layer; an unknown option.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("legrad", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     gradients = True

@@ -55,6 +55,13 @@ class LibraGrad(RelevanceExplainer):
     Raises:
         ValueError: an unknown base, a network without blocks of tokens (unless at="pixels"), or one that
             calls a function without a rule.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("libragrad", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     at: str = TOKENS

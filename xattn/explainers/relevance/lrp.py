@@ -277,6 +277,13 @@ class Lrp(RelevanceExplainer):
         residual: how strongly sums of two activations prefer the one with the sum's sign (ResLRP); 0 uses
             the sum's own gradient.
         composite: a name in :data:`xattn.explainers.relevance.rules.COMPOSITES`, instead of the six above.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> method = xattn.create_explainer("lrp", net, gamma=0.25)
+        >>> method.attribute(torch.rand(1, 3, 64, 64), target=3).shape
+        torch.Size([1, 1, 64, 64])
     """
 
     clips = True

@@ -40,6 +40,13 @@ class RawAttention(AttentionExplainer):
             last layer; earlier layers then start from its row.
         fusion: how heads are combined, after rows are averaged: "mean", "max", "min", or a head's number.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("raw_attention", net, layer=-1, fusion="mean")
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     clips = True
@@ -88,6 +95,13 @@ class ColumnMass(AttentionExplainer):
 
     Raises:
         ValueError: a layer whose attention may be negative.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("column_mass", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     clips = True

@@ -50,6 +50,13 @@ class Rollout(AttentionExplainer):
         keep_class: never discard attention to the class token, column 0, in models that have one.
         start_layer: earlier layers are ignored.
         start: see :class:`~xattn.explainers.relevance.attention.AttentionExplainer`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("rollout", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     clips = True

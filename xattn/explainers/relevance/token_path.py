@@ -32,6 +32,13 @@ class TokenPathExplainer(TapsExplainer):
 
     Raises:
         ValueError: any other network.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> method = xattn.create_explainer("token_path", net)
+        >>> method.attribute(torch.rand(1, 3, 32, 32), target=3).shape
+        torch.Size([1, 1, 2, 2])
     """
 
     cam: bool = True

@@ -29,6 +29,13 @@ class Decoder(Head):
         width: number of channels.
         fusion: ``"classifier"`` (ours) or ``"per_class"``, as published.
         explain_with: show raw ``"scores"`` or the ``"mask"`` sigmoid(scores). Both rank cells alike.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("decoder", net, width=16)
+        >>> head(net(torch.rand(2, 3, 32, 32)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(

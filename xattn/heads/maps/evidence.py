@@ -106,6 +106,14 @@ class Evidence(Head):
         hidden: width of the network.
         explain_with: show raw ``"scores"``, or the ``"mask"`` sigmoid(2 z + 1) of the scores z,
             standardised over the photo. Both rank pixels alike.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("evidence", net)
+        >>> scores = head(net(torch.rand(2, 3, 64, 64)), torch.tensor([3, 7]))
+        >>> scores.shape, head.mask(scores).amax() <= 1
+        (torch.Size([2, 1, 8, 8]), tensor(True))
     """
 
     reads_statistics = True

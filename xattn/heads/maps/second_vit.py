@@ -36,6 +36,13 @@ class CopyHead(Head):
 
     Raises:
         ValueError: any other network, or ``"classifier"`` without a single linear classifier.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("copy", net)
+        >>> head(head.tapped(net)(torch.rand(2, 3, 32, 32)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     own_passes = 1

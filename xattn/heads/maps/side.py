@@ -55,6 +55,13 @@ class Side(Head):
 
     Raises:
         ValueError: not a ViT, or ``"classifier"`` without a single linear classifier.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("side", net)
+        >>> head(head.tapped(net)(torch.rand(2, 3, 32, 32)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(

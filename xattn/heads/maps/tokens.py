@@ -277,6 +277,13 @@ class TokenHead(Head):
 
     Raises:
         ValueError: any other network.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("tokens", net)
+        >>> head(head.tapped(net)(torch.rand(2, 3, 32, 32)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     start: Tensor

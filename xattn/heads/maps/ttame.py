@@ -79,6 +79,14 @@ class TTame(Head):
             alike. The default is scores, as published, with ``fusion="per_class"``, otherwise the mask.
         mixer, mixer_depth, mixer_options: attention layers that mix the tokens of the last tap before
             the head reads it, see :mod:`xattn.heads.mixer`; by default none.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("ttame", net)
+        >>> scores = head(net(torch.rand(2, 3, 64, 64)))  # all classes in one pass
+        >>> scores.shape, head.mask(scores).shape
+        (torch.Size([2, 1000, 8, 8]), torch.Size([2, 1000, 8, 8]))
     """
 
     def __init__(
@@ -145,6 +153,13 @@ class LCam(Head):
         mask_policy: ``"raw_normalize"`` masks the image (L-CAM-Img), ``"feature"`` multiplies the
             pooled feature map and continues with the classifier (L-CAM-Fm).
         fusion, fusion_rank, explain_with, mixer, mixer_depth, mixer_options: as in :class:`TTame`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_resnet", weights=None, input_size=64)
+        >>> head = xattn.create_head("lcam", net)
+        >>> head(net(torch.rand(2, 3, 64, 64)), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(

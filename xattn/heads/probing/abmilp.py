@@ -36,6 +36,14 @@ class AbMilp(AttentiveHead):
         self_attention: ``"both"`` (the default of the probing benchmarks), ``"map"`` or ``"none"``.
         projection_bias: add b_o, as in "abmilp" of the probing benchmark (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("abmilp", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     inert = ("score.2.bias",)

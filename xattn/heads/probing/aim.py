@@ -26,6 +26,14 @@ class Aim(AttentiveHead):
         heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
         queries: Q, whose outputs are averaged.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("aim", net, classes=5, heads=4)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

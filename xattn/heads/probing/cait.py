@@ -93,6 +93,14 @@ class Cait(ClassAttention):
         mlp_ratio: hidden width divided by D.
         layer_scale: initial value of both gains g.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("cait", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     registers = False

@@ -31,6 +31,14 @@ class ClipPool(AttentiveHead):
         heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
         query: ``"learned"`` or ``"mean"``.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("clip_pool", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

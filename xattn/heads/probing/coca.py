@@ -26,6 +26,14 @@ class Coca(AttentiveHead):
         queries: Q; every query uses all heads, which makes Q x heads maps.
         heads: number of attention heads; None: see :func:`~xattn.heads.cross_attention.head_count`.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("coca", net, classes=5, queries=2)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

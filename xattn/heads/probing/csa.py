@@ -112,6 +112,14 @@ class Csa(AttentiveHead):
 
     Raises:
         ValueError: the backbone does not end in one linear classifier of the last tap's channels.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("csa", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     permutes = False

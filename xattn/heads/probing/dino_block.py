@@ -40,6 +40,14 @@ class DinoBlock(ClassAttention):
             ``"class_token"`` also reads prefix tokens and ends in the class token (a learned one if
             the backbone has none), with those biases and an eps of 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("dino_block", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     registers = True

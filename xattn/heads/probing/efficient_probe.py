@@ -28,6 +28,14 @@ class EfficientProbe(AttentiveHead):
         reduction: the pooled vector is D / reduction wide.
         prefix: attend to class and register tokens, too.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("efficient_probe", net, classes=5, queries=8)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

@@ -26,6 +26,14 @@ class Gem(AttentiveHead):
         p: initial value of the exponent.
         eps: lower bound of the values.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("gem", net, classes=5, p=2.0)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     learns_scores = False

@@ -33,6 +33,14 @@ class HyperZZW(AttentiveHead):
         planes: m.
         hidden, layers: size of the kernel over positions; the kernel over channels is half as wide.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("hyperzzw", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     learns_scores = False

@@ -28,6 +28,14 @@ class Lama(AttentiveHead):
         act: ``"tanh"`` bounds the scores to (-1, 1) before the softmax, ``"none"`` does not.
         context: c, the ``"mean"`` token or a ``"learned"`` vector (D more parameters).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("lama", net, classes=5, heads=4)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

@@ -41,6 +41,14 @@ class MemeTector(AttentiveHead):
         dropout: dropout probability after each of them.
         num_taps: how many of the backbone's last taps are read; None takes all, at most four.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("memetector", net, classes=5, hidden=(32, 16))
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     gated = True

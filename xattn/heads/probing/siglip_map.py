@@ -31,6 +31,14 @@ class SiglipMap(AttentiveHead):
         form: ``"benchmark"`` is the "siglip" of the probing benchmark (arXiv 2506.10178), without a
             norm before the MLP; ``"siglip"`` has SigLIP's own norm, with eps 1e-6.
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("siglip_map", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     gated = True

@@ -45,6 +45,14 @@ class SimPool(AttentiveHead):
 
     Raises:
         ValueError: ``heads`` does not divide the width.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("simpool", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     def __init__(

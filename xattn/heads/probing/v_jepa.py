@@ -28,6 +28,14 @@ class VJepa(AttentiveHead):
         eps: epsilon of both layer norms; 1e-5 as in the authors' code and the probing benchmark's "jepa"
             (arXiv 2506.10178).
         shared: see :class:`~xattn.heads.attentive.AttentiveHead`.
+
+    Example:
+        >>> import torch, xattn
+        >>> net = xattn.load_backbone("test_vit", weights=None, input_size=32)
+        >>> head = xattn.create_head("v_jepa", net, classes=5)
+        >>> taps = net(torch.rand(2, 3, 32, 32))
+        >>> head(taps).shape
+        torch.Size([2, 5, 2, 2])
     """
 
     gated = True

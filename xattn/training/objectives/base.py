@@ -101,6 +101,11 @@ class Objective:
 
     ``players`` says that it needs masks of the cells of a fixed grid, the players of a game, with a single
     fill, and the network's answer for the empty photo; ``sizes`` is the default distribution of mask sizes.
+
+    Example:
+        >>> from xattn.training.objectives.base import create_objective
+        >>> create_objective("outcomes").reads
+        'table'
     """
 
     name: ClassVar[str]
@@ -128,6 +133,14 @@ def register_objective(name: str, **about: Any) -> Callable[[type[Objective]], t
 
     Args:
         about: further fields of :class:`ObjectiveEntry`.
+
+    Example:
+        >>> @register_objective("nothing_again", title="no loss at all")
+        ... class Nothing(Objective):
+        ...     def on_table(self, scores, outcomes, index):
+        ...         return {"loss": scores.sum() * 0}
+        >>> "nothing_again" in OBJECTIVES.names()
+        True
     """
     return OBJECTIVES.register(ObjectiveEntry(name, **about))
 

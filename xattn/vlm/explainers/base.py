@@ -380,6 +380,13 @@ def register_token_explainer(
 
     Args:
         about: further fields of :class:`TokenExplainerEntry`.
+
+    Example:
+        >>> @register_token_explainer("attention_again")
+        ... class MyAttention(type(create_token_explainer("attention"))):
+        ...     pass
+        >>> "attention_again" in list_token_explainers()
+        True
     """
     return TOKEN_EXPLAINERS.register(TokenExplainerEntry(name, **about))
 
@@ -401,5 +408,9 @@ def create_token_explainer(name: str, seed: int = 0, **options: Any) -> TokenExp
 
     Raises:
         ValueError: an unknown name (with near matches) or option.
+
+    Example:
+        >>> create_token_explainer("attention").name
+        'attention'
     """
     return TOKEN_EXPLAINERS.create(name, seed=seed, **options)
