@@ -154,6 +154,10 @@ STUDIES = {
         "outcome_trials",
         "Variants of the evidence head, scored on photos of classes that no head saw.",
     ),
+    "passkey": (
+        "passkey",
+        "Landmark attention, trained on 512 tokens: does it find a passkey in 32,768?",
+    ),
     "pointer": ("pointers", "Pointer networks on hulls, tours and triangles."),
     "pointer-photos": (
         "cell_orders",

@@ -30,6 +30,7 @@ from xattn.eval.studies.length.network import LengthStudyConfig, Regression
 from xattn.eval.studies.lesions import LesionConfig
 from xattn.eval.studies.models.lesions import Samples
 from xattn.eval.studies.part_utilization import PartStudyConfig
+from xattn.eval.studies.passkey import PasskeyConfig
 from xattn.eval.studies.pointers import PointStudyConfig
 from xattn.eval.studies.position_transfer import PositionStudyConfig
 from xattn.eval.studies.random_features import RandomFeatureConfig
@@ -268,6 +269,11 @@ def icl(m, given):
     list(m.study(given.output, config, progress=False))
 
 
+def passkey(m, given):
+    m.minimize = nothing
+    m.measure("recurrent", PasskeyConfig().quick(), Split("passkey"), 0)
+
+
 class Leak(NamedTuple):
     """A study's code, what is written in place of a part of it, and how it is run."""
 
@@ -309,6 +315,7 @@ LEAKS = [
     Leak("length.network", '"test": 2', '"test": 0', length),
     Leak("length.network", '"test": 2', '"test": 1', length),
     Leak("in_context_regression", "-1 - config.seed", "1_000_010 - config.seed", icl),
+    Leak("passkey", "TEST_SEED * (1 + seed) + length", "seed", passkey),
 ]  # fmt: skip
 
 
