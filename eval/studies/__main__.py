@@ -130,6 +130,10 @@ STUDIES = {
         "fold_rows",
         "Rows of one table, each trained and scored alone on photos of classes that its head never saw.",
     ),
+    "gallery": (
+        "gallery",
+        "A picture of every explainer on six photos, and what explainers, heads and metrics cost on one.",
+    ),
     "head-sanity": (
         "head_sanity",
         "Do maps of trained heads depend on weights, photo and class, and follow the object?",

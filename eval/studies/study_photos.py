@@ -64,3 +64,18 @@ def photos_record(
         "config": dict(settings),
         "photos": {photo.name: [photo.sha256, photo.label] for photo in photos},
     }
+
+
+PHOTOS = {
+    "skimage": "data/chelsea.png data/coffee.png data/motorcycle_left.png data/rocket.jpg",
+    "sklearn": "datasets/images/flower.jpg datasets/images/china.jpg",
+}
+
+
+def packaged_photos() -> list[Path]:
+    """Six photos that scikit-image and scikit-learn ship."""
+    found = []
+    for package, names in PHOTOS.items():
+        place = Path(str(__import__(package).__file__)).parent
+        found += [place / name for name in names.split()]
+    return found
