@@ -187,6 +187,10 @@ STUDIES = {
         "relevance",
         "Which relevance method is the most faithful on a network, and what each of its rules adds.",
     ),
+    "rules": (
+        "rule_blocks",
+        "Training with the localist dial: a language model on rules whose blocks are known or recruited.",
+    ),
     "segment-cues": (
         "segment_cues",
         "A class at a point that a mark elsewhere decides: which method points at the mark.",
