@@ -211,6 +211,10 @@ STUDIES = {
         "swapped_attention",
         "What swapping a trained ViT's attention costs: accuracy, maps, time and memory, row by row.",
     ),
+    "terminator": (
+        "terminator",
+        "The Terminator of hyper-kernels on digits, beside small ResNets and ViTs of the same epochs.",
+    ),
     "vlm": (
         "vlm_evidence",
         "Vision-language models whose evidence is known, trained here: what each method says of them.",
