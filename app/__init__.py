@@ -1,1 +1,1 @@
-"""The Streamlit viewer of xattn, ``xattn app``: views only, no maths."""
+"""The Streamlit viewer of xattn, ``xattn app``; it shows results and computes none itself."""

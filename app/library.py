@@ -1,6 +1,6 @@
-"""The packs, comparisons and heads below a folder, each by an id that is not a path.
+"""The packs, comparisons and heads below a folder, each with an id that is not a path.
 
-The folders are searched anew for every question, which is cheap; a pack is read again only when its stat
+The folders are searched again for every query, which is cheap; a pack is read again only if its stat
 signature (time, size, inode) has changed. Links that lead out of the folder are not followed.
 """
 
@@ -27,8 +27,8 @@ from xattn.runtime.names import visible
 
 LEADERBOARD = "leaderboard.json"
 JOBS = "jobs"  # the folder of all jobs, below the root
-NAME = r"[^\W_][\w .+-]{0,79}"  # of a folder that a person names
-DEPTH = 3  # folders below the root
+NAME = r"[^\W_][\w .+-]{0,79}"  # a folder name that a person may give
+DEPTH = 3  # levels of folders that are searched below the root
 MAX_FOLDERS = 20_000
 OPEN_PACKS = 8
 PASSING_PACKS = 4
@@ -38,7 +38,7 @@ Signatures = tuple[Signature, Signature | None]
 
 @dataclass(frozen=True)
 class PackInfo:
-    """A line of the list of packs; ``problem`` says why it cannot be opened, or None."""
+    """A line of the list of packs; ``problem`` says why the pack cannot be opened, or is None."""
 
     id: str
     name: str
@@ -55,7 +55,7 @@ class PackInfo:
 
 @dataclass(frozen=True)
 class ComparisonInfo:
-    """A folder of ``xattn compare``; ``pack_id`` is the pack inside it, or None."""
+    """A folder written by ``xattn compare``; ``pack_id`` is the pack inside it, or None."""
 
     id: str
     name: str
@@ -65,7 +65,7 @@ class ComparisonInfo:
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """A folder that ``save_head`` wrote."""
+    """A folder written by ``save_head``."""
 
     id: str
     name: str
@@ -74,7 +74,7 @@ class HeadInfo:
 
 @dataclass
 class Found:
-    """One look through the folders: where they are and their names by id, each inside the root."""
+    """The result of one search: the paths and names of folders by id, all inside the root."""
 
     packs: dict[str, tuple[Any, str]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
@@ -83,11 +83,11 @@ class Found:
 
 
 class Library:
-    """The packs, comparisons and heads of ``root``; one a process, shared by its threads.
+    """The packs, comparisons and heads below ``root``; there is one per process, shared by all threads.
 
     Attributes:
-        root: the folder; :class:`~xattn.app.remote_library.RemoteLibrary` has one of a store.
-        keeps: whether results can be kept below the root.
+        root: the folder; for :class:`~xattn.app.remote_library.RemoteLibrary`, a folder of a store.
+        keeps: whether results can be saved below the root.
     """
 
     root: Any
@@ -104,7 +104,7 @@ class Library:
         self._scratch = LRUCache(SCRATCH_PACKS)
 
     def packs(self) -> list[PackInfo]:
-        """All packs by name, those that cannot be opened among them."""
+        """All packs by name, including those that cannot be opened."""
         found = self._look()
         infos = [
             PackInfo(pack_id, name, problem=self._leads_out(name))
@@ -119,7 +119,7 @@ class Library:
         return sorted(infos, key=_order)
 
     def newest(self) -> list[str]:
-        """Ids of all packs, the newest first; none of them is read."""
+        """The ids of all packs, newest first, without reading any."""
         found = []
         for pack_id, (folder, _) in self._look().packs.items():
             with contextlib.suppress(OSError):  # just deleted
@@ -130,11 +130,11 @@ class Library:
         """A pack by its id, read again if its manifest has changed.
 
         Args:
-            passing: do not keep it in place of packs that somebody has opened, as for a picture in the
+            passing: do not cache it in place of packs that somebody has opened; used for pictures in the
                 list of packs.
 
         Raises:
-            PackError: no such pack, or one that cannot be shown.
+            PackError: there is no such pack, or it cannot be shown.
         """
         folder, name = self._place(pack_id)
         try:
@@ -143,7 +143,7 @@ class Library:
             raise PackError(f"The pack {name} cannot be shown. {error}") from None
 
     def add_scratch(self, folder: str | Path) -> str:
-        """The id of a pack outside the root: nobody can guess it, and no list has it."""
+        """An id for a pack outside the root, which cannot be guessed and is not in any list."""
         pack_id = f"scratch-{secrets.token_urlsafe(24)}"
         self._scratch.put(pack_id, Path(folder).resolve(), 1)
         return pack_id
@@ -168,15 +168,15 @@ class Library:
         """A file of a comparison, by the comparison's id.
 
         Raises:
-            PackError: no such comparison or file, or one that leads out of it.
+            PackError: there is no such comparison or file, or it leads out of the comparison.
         """
         return LocalFolder(self._comparison(comparison_id)).read(name, limit)
 
     def signature(self, comparison_id: str, name: str) -> Signature:
-        """The stat signature of the file that :meth:`read` reads, which shows whether it has changed.
+        """The stat signature of the file that :meth:`read` reads; it shows whether the file has changed.
 
         Raises:
-            PackError: as :meth:`read`.
+            PackError: as for :meth:`read`.
         """
         with open_inside(self._comparison(comparison_id), name) as stream:
             return Signature.of(os.fstat(stream.fileno()))
@@ -188,10 +188,10 @@ class Library:
         return found[comparison_id][0]
 
     def new_folder(self, name: str) -> Path:
-        """The folder ``name`` below the root, for results that a person keeps.
+        """The new folder ``name`` below the root, for results that a person saves.
 
         Raises:
-            ValueError: no name for a folder, one that is taken, or a root that is only read.
+            ValueError: the name is invalid or taken, or the root is read-only.
         """
         name = name.strip()
         if not re.fullmatch(NAME, name) or name.endswith("."):
@@ -211,7 +211,7 @@ class Library:
             )
         return Path(self.root / name)
 
-    # ------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------ searching
 
     def _place(self, pack_id: str) -> tuple[Path, str]:
         unknown = PackError("There is no such pack; choose one from the list")
@@ -238,7 +238,7 @@ class Library:
     def _opened(self, pack_id: str, folder: Any, name: str, passing: bool = False) -> Pack:
         with self._lock:
             opening = self._opening.setdefault(pack_id, threading.Lock())
-        with opening:  # whoever comes second waits for the first, and need not read it
+        with opening:  # a second caller waits for the first and need not read the pack
             try:
                 signature = self._signature(folder)
             except OSError:
@@ -253,7 +253,7 @@ class Library:
         return pack
 
     def _signature(self, folder: Any) -> Signatures:
-        """Of the manifest and the maps, None for maps that are missing; OSError without a manifest."""
+        """The signatures of the manifest and the maps (None if missing); OSError without a manifest."""
         manifest = Signature.of((folder / MANIFEST).stat())
         try:
             return manifest, Signature.of((folder / MAPS).stat())
@@ -261,7 +261,7 @@ class Library:
             return manifest, None
 
     def _info(self, pack_id: str, folder: Any, name: str) -> PackInfo | None:
-        """What the list says of a pack; None for a folder whose manifest is of something else."""
+        """The list's line for a pack; None if the folder's manifest belongs to something else."""
         try:
             signature = self._signature(folder)
         except OSError:
@@ -282,7 +282,7 @@ class Library:
                 version=pack.version,
                 photo=pack.key(pack.first_entry)[0],
             )
-        except NotAPack as error:  # a manifest.json alone is likely to be of something else
+        except NotAPack as error:  # a lone manifest.json probably belongs to something else
             damaged = (folder / MAPS).exists()
             info = PackInfo(pack_id, name, problem=str(error)) if damaged else None
         except PackError as error:
@@ -292,7 +292,7 @@ class Library:
         return info
 
     def _is_head(self, folder: Path, names: set[str]) -> bool:
-        """Whether the folder has weights, and no file of the head is a link out of the root."""
+        """Whether the folder has weights and no file of the head is a link that leads out of the root."""
         files = [n for n in names if n.endswith(".safetensors") or n == CONFIG_FILE]
         inside = all((folder / n).resolve().is_relative_to(self.root) for n in files)
         return len(files) > 1 and inside
@@ -325,8 +325,9 @@ def _order(info: PackInfo | ComparisonInfo | HeadInfo) -> tuple[str, str]:
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
-    """Folders of ``root``, their real paths and the names in them; not those inside packs, hidden
-    ones, or what lies behind a link that leads out, which comes with no names."""
+    """The folders below ``root``, their real paths and the names in them.
+
+    Folders inside packs and hidden folders are left out; a link that leads out comes without names."""
     waiting = [(root, 0)]
     seen: set[Path] = set()
     while waiting and len(seen) < MAX_FOLDERS:
@@ -351,6 +352,6 @@ def _walk(root: Path) -> Iterator[tuple[Path, Path, set[str]]]:
 
 
 def id_of(relative: str) -> str:
-    """An id that is no path and the same after a restart: a few letters for people, and a hash."""
+    """An id that is not a path and survives a restart: a few readable letters and a hash."""
     letters = re.sub(r"[^A-Za-z0-9]+", "-", relative).strip("-")[:40] or "root"
     return f"{letters}-{hashlib.sha256(os.fsencode(relative)).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""One run of the viewer: choose the pack, then run the page; errors of input become messages."""
+"""One run of the viewer: chooses the pack and runs the page; input errors become messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xattn.app.library import Library
     from xattn.packs.reader import Pack
 
-LISTED = 20  # packs under a message
+LISTED = 20  # packs listed below a message
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def warm() -> None:
-    """Read the pack of the first view in advance; ``xattn app`` does so in a thread of its own."""
+    """Read the pack of the first view in advance; ``xattn app`` does this in a separate thread."""
     library = state.library()
     for pack_id in library.newest():
         with contextlib.suppress(PackError):
@@ -57,23 +57,23 @@ def warm() -> None:
             for name in (state.DEFAULT_PAGE, "image"):
                 _module(name)
             break
-    library.packs()  # what the list of packs says of each
+    library.packs()  # what the list shows about each pack
     _freeze()
 
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    """The page ``name``, imported when it is first shown: some imports take seconds."""
+    """The page ``name``, imported when it is first shown, since some imports take seconds."""
     found = importlib.import_module(PAGES[name].module)
     _freeze()
     return found
 
 
 def _freeze() -> None:
-    """Exclude all objects that exist now from garbage collection: almost all of them stay.
+    """Exclude all objects that exist now from garbage collection, since almost all of them stay alive.
 
-    Streamlit collects after every run, which would delay the page's pictures by a fifth of a second with
-    torch and pandas imported.
+    Streamlit collects garbage after every run. With torch and pandas imported, this would delay a page's
+    pictures by a fifth of a second.
     """
     gc.collect()
     gc.freeze()
@@ -100,13 +100,13 @@ def _run(name: str) -> None:
 
 
 def failed(error: Exception) -> bool:
-    """Say in one sentence that a page or a click failed, with a way on; the traceback is in the log.
+    """Tell in one sentence that a page or a click failed, and offer a way on; the traceback is in the log.
 
     For ``streamlit.starlette.App(on_script_error=...)``, which logs ``error`` itself; True keeps
     Streamlit from showing it.
     """
-    last_view.forget()  # the gallery must open, whatever it was that failed
-    own = f"{state.current_page()}."  # what the page keeps of itself; the address has it, too
+    last_view.forget()  # the gallery must open, whatever failed
+    own = f"{state.current_page()}."  # what the page keeps; it is also in the address
     for key in [key for key in st.session_state if str(key).startswith(own)]:
         del st.session_state[key]
     st.error(
@@ -127,7 +127,7 @@ def failed(error: Exception) -> bool:
 
 
 def _context() -> Context:
-    """The packs, and the one that the URL names, else the last one, else the newest that opens.
+    """The packs, and the open one: the pack in the URL, else the last one, else the newest that opens.
 
     Raises:
         PackError: the URL names a pack that cannot be opened.
@@ -137,7 +137,7 @@ def _context() -> Context:
     if picked is not None and picked != st.query_params.get("pack"):
         st.session_state["_pack"] = picked
         state.go(state.current_page(), pack=picked)
-    frame.taken()  # not before: a click may end the run that was to go there
+    frame.taken()  # not earlier, since a click may end the run that was to go there
     pack, problem = _wanted(library)
     if pack is not None:
         st.session_state["_pack"] = pack.id
@@ -160,13 +160,13 @@ def _wanted(library: Library) -> tuple[Pack | None, PackError | None]:
             return None, error
     last = st.session_state.get("_pack")
     for pack_id in itertools.chain(filter(None, [last]), library.newest()):
-        with contextlib.suppress(PackError):  # gone, changed or no pack; the list says so
+        with contextlib.suppress(PackError):  # missing, changed or no pack; the list says so
             return library.open(pack_id), None
     return None, None
 
 
 def _packs(library: Library) -> None:
-    """Ways on from a page whose pack or image is not there."""
+    """Links to other packs, for a page whose pack or image is missing."""
     good = [info for info in library.packs() if info.problem is None]
     if good:
         st.markdown("Packs that can be shown:")

@@ -1,8 +1,8 @@
-"""The models of the viewer: loaded once, shared by all sessions, used by one at a time.
+"""The models of the viewer, which are loaded once, shared by all sessions and used by one at a time.
 
-A model is asked for by name, never by path: a timm model with weights of an installed package or of
-the hub, the model that ``xattn app`` was started with, or a ``.safetensors`` file below the root, by
-the id that :func:`weight_files` gives it.
+A model is requested by name, never by path: a timm model with weights from an installed package or the hub,
+the model that ``xattn app`` was started with, or a ``.safetensors`` file below the root, by the id that
+:func:`weight_files` assigns to it.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.heads import Head
 
-KEPT = 3  # models in memory; the one that was not used for longest goes
+KEPT = 3  # most models in memory; the least recently used one is dropped
 _TURN = threading.RLock()
 
 
 class ModelError(ValueError):
-    """A model is not available, or not the one that made a pack; the text is for a person."""
+    """A model is unavailable, or not the one that made a pack; the text is meant for people."""
 
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Hold this around each use of a model.
+    """Hold this lock around each use of a model.
 
-    Two passes side by side are slower than in turn, whatever their models; and hooks of the viewer's
-    own must not be there while another thread explains.
+    Two passes at once are slower than one after the other, whatever their models, and the viewer's hooks
+    must not be in place while another thread explains.
     """
     with _TURN:
         yield
@@ -50,7 +50,7 @@ def turn() -> Iterator[None]:
 
 @contextmanager
 def one_pass(what: str) -> Iterator[None]:
-    """:func:`turn`; too little memory ``what`` is for becomes a ``ValueError`` of one sentence."""
+    """Like :func:`turn`; running out of memory becomes a one-sentence ``ValueError`` naming ``what``."""
     full = ValueError(
         f"There is not enough memory {what}; close other models, or start the viewer with a smaller "
         f"--input-size."
@@ -63,8 +63,8 @@ def one_pass(what: str) -> Iterator[None]:
 
 
 def backbones() -> list[str]:
-    """Names to choose from: the model that the viewer was started with, then those of installed
-    packages. Every other timm model can be named, too; its weights come from the hub."""
+    """The names to choose from: the model that the viewer was started with, then those in installed
+    packages. Any other timm model can also be named; its weights come from the hub."""
     from xattn.backbone.weights import list_package_weights
 
     own = _own()
@@ -79,15 +79,15 @@ def backbone(
     taps: str | tuple[str, ...] | list[str] | None = None,
     input_size: int | tuple[int, int] | None = None,
 ) -> Backbone:
-    """A frozen classifier, loaded once; arguments as in :func:`xattn.backbone.load_backbone`.
+    """A frozen classifier, loaded once; for the arguments see :func:`xattn.backbone.load_backbone`.
 
     Args:
         name: one of :func:`backbones`, or a timm model.
-        weights: "auto" (the model the viewer was started with, a package, or the hub), "package",
-            "timm", or an id of :func:`weight_files`.
+        weights: "auto" (the model that the viewer was started with, a package, or the hub), "package",
+            "timm", or an id from :func:`weight_files`.
 
     Raises:
-        ModelError: no such model or weights, no connection, or no memory for it.
+        ModelError: there is no such model or weights, no connection, or not enough memory.
     """
     return _load(_arguments(name, weights, taps, input_size))
 
@@ -96,7 +96,7 @@ def backbone_of(pack: Any) -> Backbone:
     """The network whose predictions the maps of ``pack`` (:class:`xattn.packs.reader.Pack`) explain.
 
     Raises:
-        ModelError: the pack does not say, the model is gone, or its weights are others now.
+        ModelError: the pack does not name it, the model is missing, or its weights have changed.
     """
     record = _record(pack)
     name, wanted = record["name"], record["sha256"]
@@ -163,10 +163,10 @@ def _started_with(name: str | None, load: Callable[[str], Any]) -> Any:
 
 
 def check_made(pack: Any, loaded: Any) -> None:
-    """Refuse a model that did not make ``pack``.
+    """Check that a model made ``pack``.
 
     Raises:
-        ModelError: its weights are others.
+        ModelError: the model has other weights.
     """
     record = _record(pack)
     if loaded.fingerprint != record["sha256"]:
@@ -178,8 +178,9 @@ def check_made(pack: Any, loaded: Any) -> None:
 
 
 def weight_files() -> dict[str, Path]:
-    """The ``.safetensors`` files of whole networks below the root, by id, of a pruned network its folder;
-    heads, maps and cached rows are not."""
+    """The ``.safetensors`` files of whole networks below the root by id; for a pruned network, its folder.
+
+    Heads, maps and cached rows are not included."""
     from xattn.app import state
     from xattn.backbone.pruning import pruned_folder
     from xattn.packs.format import is_pack_file
@@ -233,7 +234,7 @@ def _device() -> str:
 
 
 def _load(arguments: BackboneArgs) -> Backbone:
-    """The model of ``arguments``; other taps of a model share its weights."""
+    """The model for ``arguments``; a model with other taps shares its weights."""
     name, taps = arguments.backbone, arguments.taps
     full = ModelError(f"There is not enough memory for {name}; choose a smaller model.")
     with out_of_memory_is(full):
@@ -253,7 +254,7 @@ def _load(arguments: BackboneArgs) -> Backbone:
 @st.cache_resource(max_entries=KEPT, show_spinner=False)
 def _loaded(arguments: BackboneArgs, *stamps: Any) -> Any:
     loaded = arguments.load()
-    loaded.fingerprint  # noqa: B018 - hashed once, while nobody else can use the model
+    loaded.fingerprint  # noqa: B018 - computes the hash once, while nobody else can use the model
     return loaded
 
 
@@ -272,20 +273,21 @@ def _loaded_vlm(name: str, device: str) -> Any:
 
 
 def _stamps(arguments: BackboneArgs) -> Iterator[tuple[Signature, ...]]:
-    """:func:`_stamp` of all files that a model is made of."""
+    """:func:`_stamp` of every file that belongs to a model."""
     return map(_stamp, (arguments.weights, arguments.probe, arguments.mechanism))
 
 
 def _stamp(path: str | Path | None) -> tuple[Signature, ...]:
-    """Stat signatures of a weight file, or of the files of a head or a trained conversion; if they
-    change, the model has. A name has none."""
+    """The stat signatures of a weight file, or of the files of a head or a trained conversion.
+
+    If they change, the model has changed. A name has no signatures."""
     if path is None:
         return ()
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
     return tuple(Signature.of(f.stat()) for f in files if f.is_file())
 
 
-# ---------------------------------------------------------------------- what made a pack
+# ---------------------------------------------------------------------- the model of a pack
 
 
 def _record(pack: Any) -> dict[str, Any]:
@@ -305,7 +307,7 @@ def _record(pack: Any) -> dict[str, Any]:
 
 
 def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
-    """Models that may be the one of ``record``, the likeliest first."""
+    """Models that may match ``record``, the most likely one first."""
     from xattn.app import state
     from xattn.heads import read_config
 
@@ -313,7 +315,7 @@ def _candidates(record: dict[str, Any]) -> Iterator[BackboneArgs]:
     name, _, head = record["name"].partition(" + ")
     taps = tuple(record.get("taps") or ())
     attention = _attention(record)
-    if attention:  # the name says so, too
+    if attention:  # the name also mentions it
         name = name.partition(" (")[0]
     prepared = _preprocessing(record)
     own = None if own is None else replace(own, **prepared)
@@ -358,7 +360,7 @@ _NOT_CONVERTED: dict[str, Any] = {"mechanism": None, "layers": None}
 
 
 def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command for what ``record`` changes of the model's own preprocessing."""
+    """The command-line options for the parts of ``record`` that differ from the model's preprocessing."""
     changed = record.get("preprocessing")
     changed = changed if isinstance(changed, dict) else {}
 
@@ -376,9 +378,9 @@ def _preprocessing(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attention(record: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command for the mechanism of ``record``; none where nothing was converted.
+    """The command-line options for the mechanism of ``record``; empty if nothing was converted.
 
-    Only one mechanism can be given so; a network with several is not found.
+    Only one mechanism can be given this way, so a network with several is not found.
     """
     from xattn.attention.model.spec import Conversion, format_layers, format_mechanism
 
@@ -396,10 +398,10 @@ def _attention(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def heads(name: str) -> dict[str, str]:
-    """Trained heads of the backbone ``name``, shipped or below the root: id -> what to call it.
+    """The trained heads of the backbone ``name``, shipped or below the root: id -> title.
 
-    They are found by the backbone's name in their config, so nothing is loaded; :func:`with_head`
-    compares the weights.
+    They are found by the backbone's name in their config, so nothing is loaded; :func:`with_head` checks
+    the weights.
     """
     from xattn.heads import read_config
 
@@ -415,7 +417,7 @@ def heads(name: str) -> dict[str, str]:
 
 
 def _head_folders() -> dict[str, tuple[str, Path]]:
-    """Title and folder of every head, shipped or below the root, by id."""
+    """The title and folder of every head, shipped or below the root, by id."""
     from xattn.app import state
     from xattn.runtime.head_files import shipped_heads
 
@@ -424,11 +426,11 @@ def _head_folders() -> dict[str, tuple[str, Path]]:
 
 
 def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | None]:
-    """Backbone ``name`` with its head ``key``; without a key, with the head that classifies for it, if
+    """The backbone ``name`` with its head ``key``; without a key, with the head that is its classifier, if
     there is one.
 
     Raises:
-        ModelError: as :func:`backbone` and :func:`with_head`.
+        ModelError: as for :func:`backbone` and :func:`with_head`.
     """
     if key is not None:
         return with_head(name, key, weights)
@@ -437,11 +439,13 @@ def network(name: str, weights: str, key: str | None) -> tuple[Backbone, Head | 
 
 
 def with_head(name: str, key: str, weights: str = "auto") -> tuple[Backbone, Head]:
-    """Backbone ``name`` and its head ``key`` of :func:`heads`; a head of ``xattn probe`` becomes the
-    classifier of the backbone, too. Both are loaded once, and again when the head's files change.
+    """The backbone ``name`` and its head ``key`` from :func:`heads`.
+
+    A head from ``xattn probe`` also becomes the backbone's classifier. Both are loaded once, and again if
+    the head's files change.
 
     Raises:
-        ModelError: no such head, or one of other weights.
+        ModelError: there is no such head, or it belongs to other weights.
     """
     from xattn.heads import AttentiveHead, head_class, read_config
 
@@ -471,8 +475,8 @@ def _loaded_head(folder: Path, stamp: Any, made_for: str, _backbone: Backbone) -
 
 
 def explainers(loaded: Backbone, head: Head | None = None) -> tuple[dict[str, int], dict[str, str]]:
-    """Explainers that this backbone allows, with the forward passes that each takes an image, and why
-    it does not allow the others."""
+    """The explainers that this backbone allows, with the forward passes of each per image, and the reasons
+    why it does not allow the others."""
     key = "" if head is None else f"{head.name}/{sha256(head)}"
     return _explainers(f"{loaded.fingerprint}/{loaded.taps}/{key}", loaded, head)
 

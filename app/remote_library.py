@@ -1,7 +1,7 @@
 """The packs and comparisons below a folder of an object store, which is only read.
 
-The store is asked what there is at most every :data:`FRESH` seconds; a pack is read again when its
-manifest is another one by then. Heads and jobs need files on disk and are not shown.
+The store is listed at most every :data:`FRESH` seconds; a pack is read again if its manifest has changed
+by then. Heads and jobs need files on disk and are not shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xattn.runtime.stores import StoreError, StorePath
 
 FRESH = 20.0  # seconds
 MAX_FOLDERS = 2000
-AT_ONCE = 8  # folders or manifests that are asked for at the same time
+AT_ONCE = 8  # folders or manifests requested at the same time
 
 
 class RemoteLibrary(Library):
@@ -49,7 +49,7 @@ class RemoteLibrary(Library):
         self._problem: str | None = None
 
     def packs(self) -> list[PackInfo]:
-        """All packs by name, and the store itself if it does not answer."""
+        """All packs by name; if the store does not answer, an entry for the store itself."""
         found = self._look()
         with ThreadPoolExecutor(AT_ONCE) as pool:  # the manifests; the rest is quick then
             list(pool.map(lambda item: self._info(item[0], *item[1]), found.packs.items()))
@@ -59,7 +59,7 @@ class RemoteLibrary(Library):
         return infos
 
     def newest(self) -> list[str]:
-        """Ids of all packs, the newest first; none of them is read."""
+        """The ids of all packs, newest first, without reading any."""
         packs = self._look().packs.items()
         found = [
             (-self._files[folder][MANIFEST].modified, pack_id) for pack_id, (folder, _) in packs
@@ -98,7 +98,7 @@ class RemoteLibrary(Library):
                     self._last, self._files = _found(self.root)
                     self._problem = None
                 except (StoreError, FileNotFoundError) as error:
-                    self._problem = str(error)  # what was found before stays
+                    self._problem = str(error)  # keep what was found before
                 wait = FRESH if self._problem is None else 3 * FRESH  # asking may take a minute
                 self._until = time.monotonic() + wait
             return self._last
@@ -120,7 +120,7 @@ def _found(root: StorePath) -> tuple[Found, dict[StorePath, dict[str, StorePath]
 
 
 def _walk(root: StorePath) -> Iterator[tuple[StorePath, dict[str, StorePath]]]:
-    """Folders of ``root``, above those below them, with their files; not those inside packs."""
+    """The folders below ``root`` with their files, parents first, without those inside packs."""
     level, seen = [root], 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in range(DEPTH + 1):

@@ -1,7 +1,7 @@
-"""The folder of live results, or of packs' databases, which goes with the viewer.
+"""A temporary folder for live results or for databases of packs, deleted with the viewer.
 
-It is deleted when the viewer ends, or by the next viewer if it was killed. A viewer holds a lock on its
-folder, which the system releases however the process ends.
+It is deleted when the viewer ends, or by the next viewer if this one was killed. A viewer holds a lock on
+its folder, which the system releases however the process ends.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 PREFIX, LOCK = "xattn-live-", ".lock"
-YOUNG = 60  # seconds in which a folder may not be locked yet
+YOUNG = 60  # seconds during which a new folder may not be locked yet
 _MINE: list[Scratch] = []
 
 
 class Scratch:
-    """A new folder below the system's one for temporary files, readable by its owner alone."""
+    """A new folder in the system's temporary folder, readable only by its owner."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
@@ -30,13 +30,13 @@ class Scratch:
 
 
 def clean() -> None:
-    """Delete the folders of this process: after SIGTERM Python does not."""
+    """Delete the folders of this process, which Python does not do after SIGTERM."""
     while _MINE:
         _MINE.pop()._folder.cleanup()
 
 
 def sweep() -> None:
-    """Delete what viewers of this user have left that were killed."""
+    """Delete the folders that this user's killed viewers left behind."""
     if not hasattr(os, "getuid"):
         return
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
@@ -53,7 +53,7 @@ def sweep() -> None:
 
 
 def _locked(path: Path, create: bool = False) -> Any:
-    """An open file that nobody else holds; None if somebody does, or where there are no locks."""
+    """A locked open file; None if somebody else holds the lock, or the system has no locks."""
     try:
         import fcntl
     except ImportError:  # not POSIX

@@ -1,7 +1,7 @@
 """What all pages share: the process's settings, the open pack, and views as URLs.
 
-A view is a page and its query parameters; pages read ``Context.params`` and move on by ``go``. Names
-from files and models are text: ``plain`` makes them safe inside Markdown.
+A view is a page and its query parameters; pages read ``Context.params`` and go to other views with ``go``.
+Names from files and models are untrusted text; ``plain`` makes them safe inside Markdown.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PAGES = "xattn.app.pages"
 
 
 class Page(NamedTuple):
-    """A page: its title, whether it shows a pack (without one it is not called), its module, and its
-    icon, a name of Material Symbols."""
+    """A page: its title, whether it needs an open pack, its module, and its icon (a name of Material
+    Symbols)."""
 
     title: str
     shows_pack: bool
@@ -69,7 +69,7 @@ class ModelArgs(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process was started."""
+    """The settings that this process was started with."""
 
     root: Path | StorePath
     model: ModelArgs | None = None
@@ -83,7 +83,7 @@ class Settings:
 
     @property
     def local_root(self) -> Path:
-        """The root, or where new results go if that is in a store."""
+        """The root, or the folder for new results if the root is in a store."""
         return self.root if isinstance(self.root, Path) else Path("runs")
 
 
@@ -91,18 +91,18 @@ _settings: Settings | None = None
 
 
 def configure(settings: Settings) -> None:
-    """Set the process's settings; ``xattn app`` does so before it serves."""
+    """Set the process's settings; ``xattn app`` does this before it serves."""
     global _settings
     _settings = settings
 
 
 def settings() -> Settings:
-    """The process's settings; the root is ``runs`` where nothing else is set."""
+    """The process's settings; the root is ``runs`` by default."""
     return _settings or Settings(root=Path("runs"))
 
 
 def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
-    """A decorator that keeps what a function of a pack returns, until the pack is another version."""
+    """A decorator that caches what a function of a pack returns until the pack's version changes."""
     version: dict[str | type[Any], Callable[[Any], Any]]
     version = {"xattn.packs.reader.Pack": lambda pack: (pack.id, pack.version)}
     cached = st.cache_resource(max_entries=entries, show_spinner=spinner, hash_funcs=version)
@@ -110,7 +110,7 @@ def kept(entries: int, spinner: str | bool = False) -> Callable[[Made], Made]:
 
 
 def library() -> Library:
-    """The packs below the root, one library for all sessions of the process."""
+    """The packs below the root; all sessions of the process share this library."""
     return _library(settings().root)
 
 
@@ -124,7 +124,7 @@ def _library(root: Path | StorePath) -> Library:
 
 @dataclass(frozen=True)
 class Context:
-    """What a page gets: the packs, the open one, and the URL's parameters (last value of each)."""
+    """What a page gets: the packs, the open pack, and the URL's parameters (the last value of each)."""
 
     library: Library
     pack: Pack | None = None
@@ -135,7 +135,7 @@ Value = str | int | float | bool | None | Iterable[str | int | float]
 
 
 def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
-    """Parameters as a URL has them; None and empty lists are left out."""
+    """Parameters in the form of a URL; None and empty lists are left out."""
     found: dict[str, str | list[str]] = {}
     for name, value in params.items():
         if value is None:
@@ -148,7 +148,7 @@ def _query(params: Mapping[str, Value]) -> dict[str, str | list[str]]:
 
 
 def link(page: str, /, **params: Value) -> str:
-    """The address, path and query, of a view: for ``href`` and for sharing."""
+    """The address of a view (path and query), for ``href`` and for sharing."""
     base = str(st.get_option("server.baseUrlPath") or "").strip("/")
     path = "/".join(["", *([base] if base else []), "" if page == DEFAULT_PAGE else page])
     query = urlencode(_query(params), doseq=True)
@@ -156,22 +156,22 @@ def link(page: str, /, **params: Value) -> str:
 
 
 def current_page() -> str:
-    """The name of the page that runs."""
+    """The name of the current page."""
     return st.session_state.get("_page", DEFAULT_PAGE)
 
 
 def go(page: str, /, **params: Value) -> NoReturn:
     """Show another view; this run of the script ends.
 
-    ``pack`` stays the open one if it is not given. On the same page, widgets bound to the URL keep
-    their values and their parameters.
+    Without ``pack``, the open pack stays open. On the same page, widgets bound to the URL keep their values
+    and parameters.
     """
     if "pack" not in params:
         params = {"pack": st.session_state.get("_pack"), **params}
     query = _query(params)
     context = get_script_run_ctx()
     if context is not None:
-        # A parameter cannot be set while a widget is bound to it, so the widgets let go first.
+        # A parameter cannot be set while a widget is bound to it, so widgets are unbound first.
         with context.session_state.query_params() as current:
             for name in {*current, *query}:
                 binding = current.get_binding_for_param(name)
@@ -193,10 +193,10 @@ def page_object(name: str) -> Any:
 
 
 def tell_again(*keys: str) -> None:
-    """Set the values of widgets once more, before they are made.
+    """Set the values of widgets again, before they are created.
 
-    The browser is told a value only in the run that sets it. It may not see that run, if another follows at
-    once; and a widget that is not shown in a run would lose its value.
+    The browser learns a value only in the run that sets it, and may miss that run if another follows at
+    once. Also, a widget that is not shown in a run would lose its value.
     """
     for key in keys:
         if key in st.session_state:
@@ -209,10 +209,10 @@ def current_key(what: str) -> str:
 
 
 def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operator.eq) -> str:
-    """The key of a widget that is to show ``value``; a new one where the widget of before holds another.
+    """The key of a widget that shows ``value``; a new key if the previous widget holds another value.
 
-    With each click a browser sends the values of all widgets, even stale ones. What was changed by other
-    ways than the widget itself would be taken for a choice.
+    With each click a browser sends the values of all widgets, even stale ones. If a value was changed other
+    than by its widget, the stale value would be taken for a choice.
     """
     key = current_key(what)
     if key in st.session_state and not same(st.session_state[key], value):
@@ -222,21 +222,21 @@ def widget_key(what: str, value: Any, same: Callable[[Any, Any], bool] = operato
 
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:&@/^=\"'])")
-# Where Streamlit makes a link of an address even if its marks are escaped.
+# Streamlit turns these addresses into links even if their punctuation is escaped.
 _ADDRESS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@[-\w.]*[^\W\d_])", re.IGNORECASE)
 _JOINER = "\u2060"  # of no width, and no break
 
 
 def plain(text: object) -> str:
-    """Text for Markdown (labels, captions, help): shown as it is, on one line.
+    """Text for Markdown (labels, captions, help) that is shown literally, on one line.
 
-    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped,
-    addresses are no links, and control characters are made visible.
+    Every character with a meaning in Markdown, HTML, LaTeX or Streamlit's directives is escaped, addresses
+    do not become links, and control characters are made visible.
     """
     shown = _ADDRESS.sub(_JOINER, visible(" ".join(str(text).split())))
     return _MARKDOWN.sub(r"\\\1", shown)
 
 
 def short(name: str) -> str:
-    """The first of the names of a class: "tabby" of "tabby, tabby cat"."""
+    """The first name of a class: "tabby" for "tabby, tabby cat"."""
     return name.split(",")[0].strip() or name

@@ -1,1 +1,1 @@
-"""The attention of one image: how it is read, pictured and charted."""
+"""The attention of one image: reading it, and showing it in pictures and charts."""

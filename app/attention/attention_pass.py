@@ -1,7 +1,7 @@
-"""The attention of one image of a pack, read in one forward pass and kept for the session.
+"""Reads the attention of one image of a pack in one forward pass and caches it for the session.
 
-Rows and rollouts come from the layers' operators on demand: O(N d) per row and layer, never N x N. A
-session keeps the ``KEPT`` images that it looked at last.
+Rows and rollouts are computed from the layers' operators on demand: O(N d) per row and layer, never N x N.
+A session caches the last ``KEPT`` images that it looked at.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from xattn.backbone import Backbone
     from xattn.packs.reader import Pack
 
-KEPT = 2  # readings of a session: queries, keys and values of all layers, 15 MB for a ViT-S
-MOST_QUERIES = 512  # rows that statistics read in a layer
+KEPT = 2  # cached readings per session: queries, keys and values of all layers, 15 MB for a ViT-S
+MOST_QUERIES = 512  # most rows per layer for statistics
 TRAINED = "trained"
-_MADE = 72  # queries, rollouts and charts kept of a reading
+_MADE = 72  # cached queries, rollouts and charts per reading
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What stands in place of the trained attention: a mechanism, and its ``size`` and ``target``, see
+    """What replaces the trained attention: a mechanism with its ``size`` and ``target``, see
     :class:`~xattn.attention.base.Size`."""
 
     mechanism: str = TRAINED
@@ -50,9 +50,9 @@ AS_TRAINED = Choice()
 
 @dataclass(eq=False)
 class Reading:
-    """One image: ``pixels`` that the model saw, and each layer's attention over N tokens.
+    """One image: the ``pixels`` that the model saw, and each layer's attention over N tokens.
 
-    ``maps`` are a converted mechanism's own, (K, h, w) by name; ``logits`` (K,).
+    ``maps`` are a converted mechanism's own maps, (K, h, w) by name; ``logits`` has shape (K,).
     """
 
     pixels: Image.Image
@@ -61,7 +61,7 @@ class Reading:
     logits: Tensor
     grid: tuple[int, int]
     prefix: tuple[str, ...]
-    """What the prefix tokens are, the first tokens of the sequence."""
+    """Names of the prefix tokens, which come first in the sequence."""
     _made: LRUCache = field(default_factory=lambda: LRUCache(_MADE))
 
     @property
@@ -70,12 +70,12 @@ class Reading:
 
     @property
     def hides(self) -> bool:
-        """Whether the mechanism keeps some keys from its queries: windows, or a choice of keys."""
+        """Whether the mechanism hides some keys from its queries, by windows or by selecting keys."""
         return any(operator.hides or operator.causal for operator in self.operators)
 
     @property
     def scaled(self) -> list[int]:
-        """Layers whose rows are no shares by themselves; rows of |A|, scaled to 1, are shown."""
+        """Layers whose rows are not shares; rows of |A|, scaled to sum to 1, are shown instead."""
         return [i for i, o in enumerate(self.operators) if o.signed or not o.stochastic]
 
     def heads(self, layer: int) -> int:
@@ -102,12 +102,12 @@ class Reading:
         return self._made.kept(("rollout", token, layer), make)
 
     def chart(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A chart of this reading: altair takes its time to make one."""
+        """A cached chart of this reading, since Altair is slow to make one."""
         return self._made.kept(("chart", key), make)
 
     @cached_property
     def statistics(self) -> list[Statistics]:
-        """Of each layer, over all patches as queries or a sample of ``MOST_QUERIES``."""
+        """The statistics of each layer, over all patches as queries or a sample of ``MOST_QUERIES``."""
         queries = sample_queries(self.operators[0].shape[2], len(self.prefix), MOST_QUERIES)
         return [
             statistics(o, self.grid, len(self.prefix), queries, absolute=o.signed)
@@ -115,7 +115,7 @@ class Reading:
         ]
 
     def agent_shares(self, layer: int, token: int) -> Tensor | None:
-        """How ``token`` spreads over the agents of a layer, (H, n); None without such a stage."""
+        """How ``token`` attends to the agents of a layer, (H, n); None if the layer has no agents."""
         factors = self.operators[layer].factors
         return _row(factors[0], token) if factors else None
 
@@ -127,7 +127,7 @@ def _row(operator: Operator, token: int) -> Tensor:
 
 
 def offered() -> dict[str, Size]:
-    """The mechanisms that can be tried without training, with the option that the page shows."""
+    """The mechanisms that can be tried without training, with the option that the page offers."""
     entries = (mechanism_class(name).entry for name in list_attention())
     return {entry.name: entry.size for entry in entries if entry.size is not None}
 
@@ -144,13 +144,13 @@ def sizes(mechanism: str, grid: tuple[int, int]) -> list[int]:
 
 
 def usual_size(mechanism: str, grid: tuple[int, int]) -> int | None:
-    """The value to begin with, or the nearest that fits."""
+    """The default value, or the nearest one that fits."""
     usual = offered()[mechanism].usual
     return min(sizes(mechanism, grid), key=lambda n: abs(n - usual), default=None)
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int] | None:
-    """The patches' grid at the model's own input size, where its patch embedding tells."""
+    """The grid of patches at the model's own input size, if its patch embedding defines one."""
     if not hasattr(getattr(backbone.model, "patch_embed", None), "dynamic_feat_size"):
         return None
     rows, columns = backbone.grid(*backbone.preprocessing.input_size)
@@ -164,13 +164,14 @@ def read(
     choice: Choice,
     kept: LRUCache,
 ) -> Reading:
-    """The reading of an image, from ``kept`` or by a pass.
+    """The reading of an image, from the cache ``kept`` or by a forward pass.
 
-    The photo is the pack's stored one, prepared as the model wants it.
+    The photo is the one stored in the pack, preprocessed for the model.
 
     Raises:
-        NoAttention: the model's attention is not from all tokens to all tokens, or there is none.
-        ValueError: the mechanism does not run in it. PackError: the photo is gone or damaged.
+        NoAttention: the model has no attention, or not from all tokens to all tokens.
+        ValueError: the mechanism does not run in this model.
+        PackError: the photo is missing or damaged.
     """
     key = (pack.id, pack.version, image_id, backbone.fingerprint, choice)
     return kept.kept(key, lambda: _read(pack, image_id, backbone, choice))
@@ -200,7 +201,7 @@ def _read(pack: Pack, image_id: str, backbone: Backbone, choice: Choice) -> Read
 
 
 def prefix_names(backbone: Backbone, count: int) -> tuple[str, ...]:
-    """What each of the ``count`` prefix tokens is, as timm's models order them."""
+    """The names of the ``count`` prefix tokens, in the order of timm's models."""
     model = backbone.model
     names = []
     if getattr(model, "cls_token", None) is not None:

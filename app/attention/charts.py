@@ -1,4 +1,4 @@
-"""Charts of a model's attention on one image: sinks, distance and entropy, by layer and head."""
+"""Shows charts of a model's attention on one image: sinks, distance and entropy, by layer and head."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
     from xattn.app.attention.attention_pass import Reading
 
 
-SIDE = 160  # pixels of a small picture, at least
-SMALL = 96  # pixels of its place on the page, at least
+SIDE = 160  # smallest side of a small picture in pixels
+SMALL = 96  # smallest side of its area on the page in pixels
 
 
 def heads(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
-    """The heads of the view's layer; ``rows`` are the query's, (H, N) a layer."""
+    """Show the heads of the view's layer; ``rows`` are the query's rows, (H, N) per layer."""
     label = f"Heads of layer {view.layer}"
     unit = "share of a head's attention that a patch gets"
     _rows("head", dict(enumerate(rows[view.layer])), label, unit, seen, view)
 
 
 def layers(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
-    """The view's head, or the mean of all, in each layer."""
+    """Show the view's head, or the mean of all heads, in each layer."""
     what = "Mean of all heads" if view.head == MEAN else f"Head {view.head}"
     there = [i for i in range(seen.layers) if view.head == MEAN or int(view.head) < seen.heads(i)]
     shown = {i: fused(rows[i], view.head) for i in there}
@@ -60,7 +60,7 @@ def layers(seen: Reading, view: View, rows: Sequence[Tensor]) -> None:
 def _rows(
     name: str, rows: Mapping[int, Tensor], label: str, unit: str, seen: Reading, view: View
 ) -> None:
-    """The query's rows (N,), one a ``name`` of the view, on one scale; a click shows that one."""
+    """Show the query's rows (N,) on one scale, one per value of the view's ``name``; clicks select one."""
     st.header(label, anchor=False)
     token = token_of(view.patch, seen)
     maps = {i: row[len(seen.prefix) :].unflatten(0, seen.grid) for i, row in rows.items()}
@@ -84,7 +84,7 @@ def _rows(
 def _grid(
     cells: list[dict[str, Any]], key: str, label: str, seen: Reading, on_open: Any = None
 ) -> None:
-    # Rows without a rest where that can be.
+    # Rows without a remainder if possible.
     columns = next((n for n in (6, 8, 7) if len(cells) % n == 0), 6)
     grid(
         cells,
@@ -112,7 +112,7 @@ def _lines(row: Tensor, seen: Reading) -> list[str]:
 
 
 def own_maps(seen: Reading, view: View) -> None:
-    """What a mechanism has beside rows of attention."""
+    """Show the maps that a mechanism has besides rows of attention."""
     if not any(seen.maps):
         return
     st.header("The mechanism's own maps", anchor=False)
@@ -169,7 +169,7 @@ def _strip(
     unit: str,
     number: str = NUMBER,
 ) -> None:
-    """Maps of one kind, numbered, on one scale."""
+    """Show numbered maps of one kind on one scale."""
     st.caption(plain(text))
     ends = [(min(0.0, float(m.min())), float(m.max())) for m in maps.values()]
     scale = Colours(make_scale(ends), view.scale)
@@ -194,7 +194,7 @@ _ACCENT, _GREY = "#c9602f", "#8a857e"  # on light and dark ground alike
 
 
 def heads_table(reading: Reading) -> pd.DataFrame:
-    """One row a head: layer, head, entropy (nats), bits, tokens, distance (patches), prefix share."""
+    """One row per head: layer, head, entropy (nats), bits, tokens, distance (patches), prefix share."""
     rows = []
     for layer, found in enumerate(reading.statistics):
         for head in range(reading.heads(layer)):
@@ -216,7 +216,7 @@ def heads_table(reading: Reading) -> pd.DataFrame:
 
 
 def sinks_table(reading: Reading) -> pd.DataFrame:
-    """One row a layer and kind of sink: its share of the attention, mean over heads."""
+    """One row per layer and kind of sink: its share of the attention, averaged over heads."""
     rows = []
     for layer, found in enumerate(reading.statistics):
         prefix = float(found.prefix_mass[0].mean())
@@ -228,7 +228,7 @@ def sinks_table(reading: Reading) -> pd.DataFrame:
 
 
 def sinks_chart(table: pd.DataFrame, layer: int) -> alt.Chart:
-    """Stacked shares by layer; the layer that is shown is the full-coloured one."""
+    """Stacked shares by layer; the layer that is shown has full colour."""
     parts = [part for part in PARTS if part in set(table["part"])]
     return (
         alt.Chart(table, height=260, description="Share of attention on sinks, layer by layer")
@@ -255,7 +255,7 @@ def _by_head(table: pd.DataFrame, layer: int, head: str) -> pd.DataFrame:
 
 
 def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head: str) -> Any:
-    """A point a head, a line for the mean of a layer, a rule for uniform attention."""
+    """One point per head, a line for the mean of each layer, and a rule for uniform attention."""
     points = _by_head(table, layer, head)
     uniform = pd.DataFrame({"distance": [uniform_distance(grid)], "text": ["uniform attention"]})
     x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0))
@@ -289,7 +289,7 @@ def distance_chart(table: pd.DataFrame, grid: tuple[int, int], layer: int, head:
 
 
 def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> alt.Chart:
-    """Heads from the narrowest to the broadest; ``most`` is the entropy of uniform attention."""
+    """Heads from the most focused to the broadest; ``most`` is the entropy of uniform attention."""
     ranked = _by_head(table, layer, head).sort_values("entropy")
     return (
         alt.Chart(
@@ -322,7 +322,7 @@ def entropy_chart(table: pd.DataFrame, most: float, layer: int, head: str) -> al
 
 
 def show(seen: Reading, view: View) -> None:
-    """Write the charts of the view and what they say; a click on a head shows it."""
+    """Show the charts of the view with explanations; a click on a head selects it."""
     st.header("All layers and heads on this photo", anchor=False)
     found = seen.statistics[0]
     count = seen.grid[0] * seen.grid[1]

@@ -1,7 +1,7 @@
 """The view of the attention page, read from a URL and written to one.
 
-Layers and heads count from 0, as in the model's code; rows and columns of patches from 1, as a person
-counts. Bad parameters become defaults and a message.
+Layers and heads are counted from 0, as in the model's code, and rows and columns of patches from 1, as
+people count. Bad parameters are replaced by defaults, with a message.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SCALES = {"root": "Shared, square root", "linear": "Shared, linear", "own": "Eac
 
 
 def shares(maps: Sequence[Tensor], kind: str) -> Colours:
-    """The colours of shares of attention, from 0 to the greatest; ``kind`` is one of ``SCALES``."""
+    """The colour scale of shares of attention, from 0 to the largest; ``kind`` is one of ``SCALES``."""
     return Colours(Scale(0.0, max(float(m.max()) for m in maps)), kind)
 
 
 class Colours:
-    """A scale that several pictures share, or each picture's own from 0 to its greatest value.
+    """A scale that several pictures share, or a separate one per picture from 0 to its largest value.
 
-    The root of a share in place of the share; not for a scale with values below 0.
+    It may show the square root of a share, but not for scales with negative values.
     """
 
     def __init__(self, scale: Scale, kind: str) -> None:
@@ -62,7 +62,7 @@ class Colours:
 
 
 def png(values: Tensor, scale: Colours, kept: Tensor | None, side: int = 0) -> str:
-    """A map (h, w) as a picture of one pixel a patch, or of whole pixels a patch up to ``side``.
+    """A map (h, w) as a picture with one pixel per patch, or enlarged by a whole factor up to ``side``.
 
     Patches that are not ``kept`` are transparent.
     """
@@ -82,14 +82,14 @@ def photo(seen: Reading) -> str:
 
 
 def alt_text(what: str, map_: Tensor, seen: Reading, number: str = SHARE) -> str:
-    """A map in words: where it is greatest."""
+    """A map in words: where its maximum is."""
     row, column = divmod(int(map_.argmax()), seen.grid[1])
     most = number.format(float(map_.max()))
     return f"{what}: strongest at row {row + 1}, column {column + 1} ({most})"
 
 
 def legend(scale: Colours, unit: str, number: str = SHARE) -> None:
-    """Write what the colours mean below the pictures."""
+    """Write the meaning of the colours below the pictures."""
     low, high = scale.scale.low, scale.scale.high
     if scale.own:
         words = Legend("0", "own greatest", unit, scale.cmap)
@@ -101,14 +101,15 @@ def legend(scale: Colours, unit: str, number: str = SHARE) -> None:
 
 
 MEAN = "mean"
-KEY = "attention."  # before the names of the page's widgets
+KEY = "attention."  # prefix of the page's widget names
 NAMES = ("mechanism", "size", "target", "layer", "head", "patch", "depth", "scale")
 
 
 @dataclass(frozen=True)
 class View:
-    """``head`` is a number or "mean"; ``patch`` "row,column" or a prefix token's slug; ``depth`` the
-    layer up to which rollout goes; ``size`` and ``target`` are options of a converted mechanism."""
+    """What the page shows: ``head`` is a number or "mean"; ``patch`` is "row,column" or a prefix token's
+    slug; ``depth`` is the last layer of the rollout; ``size`` and ``target`` are options of a converted
+    mechanism."""
 
     mechanism: str = TRAINED
     size: int | None = None
@@ -120,13 +121,13 @@ class View:
     scale: str = "root"
 
     def params(self, usual: View) -> dict[str, str]:
-        """What differs from the usual view, for a URL."""
+        """The URL parameters that differ from the default view."""
         pairs = ((name, getattr(self, name), getattr(usual, name)) for name in NAMES)
         return {name: str(value) for name, value, own in pairs if value != own}
 
 
 def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[Choice, list[str]]:
-    """What a URL puts in place of the trained attention, and messages; before there is anything to show."""
+    """The replacement of the trained attention that a URL asks for, and messages."""
     wanted = params.get("mechanism", TRAINED)
     if wanted == TRAINED:
         return AS_TRAINED, []
@@ -146,14 +147,14 @@ def choice_of(params: Mapping[str, str], grid: tuple[int, int] | None) -> tuple[
 
 
 def usual(reading: Reading, choice: Choice) -> View:
-    """What is shown where the URL says nothing: the last layer, from the patch in the middle."""
+    """The default view: the last layer, from the patch in the middle."""
     last = reading.layers - 1
     middle = f"{(reading.grid[0] + 1) // 2},{(reading.grid[1] + 1) // 2}"
     return View(**asdict(choice), layer=last, patch=middle, depth=last)
 
 
 def view_of(params: Mapping[str, str], start: View, reading: Reading) -> tuple[View, list[str]]:
-    """The view of a URL over ``start``, and what was wrong with it."""
+    """The view of a URL, with ``start`` for missing parameters, and messages about bad ones."""
     view, messages = start, []
     for name in ("layer", "depth"):
         number = _whole(params.get(name, ""), reading.layers)
@@ -244,7 +245,7 @@ def _short(text: str) -> str:
 
 
 def current() -> dict[str, str]:
-    """What is shown, or was just chosen, as a URL would say it."""
+    """What is shown or was just chosen, as URL parameters."""
     return {name: str(value) for name, value in _values().items() if value is not None}
 
 
@@ -253,7 +254,7 @@ def _values() -> dict[str, Any]:
 
 
 def settle(pack_id: str, image_id: str, view: View, url: Mapping[str, str] | None) -> None:
-    """Record the view that is shown now; ``url`` is where it came from, None for the widgets."""
+    """Record the view that is shown now; ``url`` is its source, None if it came from the widgets."""
     st.session_state[f"{KEY}of"] = (pack_id, image_id)
     _values().update({name: getattr(view, name) for name in NAMES})
     if url is not None:
@@ -273,10 +274,10 @@ def shown(name: str, value: Any) -> str:
 
 
 def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None = None) -> None:
-    """The widget ``name`` was used; its value is that of the view's ``name``, or means ``changes``.
+    """Process the use of widget ``name``; its value sets the view's ``name``, or what ``changes`` says.
 
-    A browser may send a widget that the last run replaced; Streamlit has forgotten that one and takes its
-    old value for a choice.
+    A browser may still send a widget that the last run replaced. Streamlit has forgotten that widget and
+    would take its old value for a choice.
     """
     value = st.session_state[key]
     if key == state.current_key(KEY + name):
@@ -284,13 +285,13 @@ def chosen(name: str, key: str, changes: Callable[[Any], dict[str, Any]] | None 
 
 
 def arrived(pack_id: str, image_id: str, url: Mapping[str, str]) -> bool:
-    """Whether the URL counts (a link, a reload, Back) and not the widgets."""
+    """Whether to follow the URL (a link, a reload, Back) and not the widgets."""
     known = st.session_state.get(f"{KEY}of") == (pack_id, image_id)
     return address.is_new("attention", dict(url), known)
 
 
 def remember(image_id: str, view: View, start: View) -> None:
-    """Write the view into the URL, unless it is there."""
+    """Write the view to the URL, unless it is already there."""
     wanted = view.params(start)
     address.wrote("attention", wanted)
     whole = {n: st.query_params.get_all(n) for n in st.query_params if n not in NAMES}

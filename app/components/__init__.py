@@ -1,7 +1,7 @@
 """Components that Streamlit lacks, such as the grid of pictures.
 
-A component is a ``.js`` and a ``.css`` file of its name in this folder. What it shows comes in as
-data and becomes text by ``textContent``, never HTML.
+A component is a ``.js`` file and a ``.css`` file in this folder. It receives what it shows as data and
+inserts it as ``textContent``, never as HTML.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TAKEN = "_acts"  # the session's key of its :class:`_Taken`
 def component(name: str, *parts: str) -> Any:
     """The component ``name`` of this folder, registered once; its root is ``<div class=name>``.
 
-    ``parts`` are files of functions and rules that it uses, of the same folder; every component has
-    those of ``element.js``.
+    ``parts`` are files in the same folder with functions and rules that it uses; every component includes
+    ``element.js``.
     """
     folder = resources.files(__name__)
     css, js = (
@@ -42,13 +42,13 @@ def component(name: str, *parts: str) -> Any:
 def _show(
     name: str, key: str, on: Mapping[str, Callable[[], None] | None], *parts: str, **data: Any
 ) -> Any:
-    """Show the component ``name``; ``on`` are its callbacks by what the browser sends."""
+    """Show the component ``name``; ``on`` maps the names of what the browser sends to callbacks."""
     callbacks = {f"on_{what}_change": act or (lambda: None) for what, act in on.items()}
     return component(name, *parts)(data=data, key=key, **callbacks)
 
 
 def sent(key: str, name: str) -> Any:
-    """What the component of ``key`` sent as ``name``, for its callback.
+    """What the component ``key`` sent as ``name``, for use in its callback.
 
     None if Streamlit has already forgotten the component, because a click interrupted the run that would
     have shown it.
@@ -57,7 +57,7 @@ def sent(key: str, name: str) -> Any:
 
 
 class _Taken:
-    """The last act that was taken up, by component; two runs of a session may be under way."""
+    """The last action processed for each component; two runs of a session may be under way at once."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -70,12 +70,11 @@ def _taken() -> _Taken:
 
 
 def acts(key: str) -> Iterator[dict[str, Any]]:
-    """What a person did by keys in the component of ``key``, for its ``on_act``: each act once, in their
-    order.
+    """A person's key actions in the component ``key``, for its ``on_act``: each action once, in order.
 
-    An act counts as done when it is given out. Whoever asks must neither read the session meanwhile nor
-    call what Streamlit caches: there it ends a callback when the next act is there, and this one would be
-    lost.
+    An action counts as processed when it is yielded. In the loop, neither read the session nor call
+    functions that Streamlit caches: at these points Streamlit ends a callback if the next action has
+    arrived, and the current action would be lost.
     """
     taken, found = _taken(), sent(key, "act") or ()
     with taken.lock:
@@ -87,10 +86,10 @@ def acts(key: str) -> Iterator[dict[str, Any]]:
 
 
 def keys(names: Sequence[str], key: str, on_act: Any) -> None:
-    """Keys of a page that has no grid for them; :func:`acts` has them as ``{"key": name}``.
+    """Keys of a page without a grid; :func:`acts` yields them as ``{"key": name}``.
 
     Args:
-        names: of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
+        names: some of "1" to "9", "j", "k", "x", "undo" (Z), "redo" (Shift+Z) and "escape".
         on_act: called before the script runs again, without arguments.
     """
     taken = _taken().last.get(key, 0)
@@ -112,34 +111,35 @@ def grid(
     on_turn: Any = None,
     on_act: Any = None,
 ) -> str | None:
-    """Pictures with captions; returns the id of the cell that was just opened.
+    """Show pictures with captions; returns the id of the cell that was just opened.
 
-    The arrow keys, Home and End move the focus, Enter and a click open. Pictures load when they
-    come into sight.
+    The arrow keys, Home and End move the focus; Enter or a click opens a cell. Pictures load when they
+    become visible.
 
     Args:
         cells: each ``{"id", "src", "bare", "alt", "title", "value", "lines": [str], "badge": {"text",
             "kind"} | None, "selected": bool, "href": str}``, where kinds are ``good``, ``bad`` and
-            ``plain``; everything but ``id``, ``src`` and ``title`` may be left out. ``bare`` is the
-            photo without its map, which stands in the picture's place while somebody points at it;
-            ``value`` stands beside the title. ``href`` is where the cell leads in another tab. With
-            ``on_act`` also ``{"photo", "chosen": bool, "marks": [str]}``: whose cells are chosen
-            together, and what stands on the picture.
-        label: what the whole is called by a screen reader.
-        columns: how many side by side, at most where ``width`` is given; by default as many as fit.
-        width: of a cell in pixels, at least; by default 168, or 132 on a narrow screen.
-        aspect: width over height of a picture's place.
-        cover: pictures fill their place, and what is beyond it is cut off; else they fit into it.
-        scroll: when this changes, the grid's top comes into sight.
-        linked: of pictures of one photo: all zoom and move together, and a cell's ``map``
-            (:func:`xattn.app.pictures.rendering.map_cells`) tells its value under the pointer. ``{"aspect",
-            "subject", "outlines"}``: width over height of the pictures, what they show, so that another
-            photo begins unzoomed, and outlines ``{"points": [[x, y]], "own": bool}`` in shares of them.
+            ``plain``; everything but ``id``, ``src`` and ``title`` is optional. ``bare`` is the photo
+            without its map, shown while the pointer is over the picture; ``value`` is shown beside the
+            title. ``href`` is where the cell leads in another tab. With ``on_act`` also ``{"photo",
+            "chosen": bool, "marks": [str]}``: the photo whose cells are chosen together, and what is
+            written on the picture.
+        label: the grid's name for screen readers.
+        columns: number of columns, or the largest number if ``width`` is given; by default all that fit.
+        width: smallest width of a cell in pixels; by default 168, or 132 on a narrow screen.
+        aspect: width over height of the area for a picture.
+        cover: whether pictures fill this area and are cropped; otherwise they fit into it.
+        scroll: when this changes, the grid scrolls to its top.
+        linked: for pictures of one photo, which zoom and pan together; the value of a cell's ``map``
+            (:func:`xattn.app.pictures.rendering.map_cells`) under the pointer is shown. ``{"aspect",
+            "subject", "outlines"}``: width over height of the pictures; what they show, so that another
+            photo starts unzoomed; and outlines ``{"points": [[x, y]], "own": bool}`` as fractions.
         on_open: called before the script runs again, without arguments.
-        on_turn: as ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
-        on_act: as ``on_open``, and photos can be chosen: by x, by the box on a cell, by Ctrl, Cmd or Shift
-            and a click. :func:`acts` has ``{"of": photos of this page, "chosen": those of them}``, and for
-            the keys of :func:`keys` ``{"key", "photo": the one in focus or None}``; J and K move.
+        on_turn: like ``on_open``, for page keys inside the grid; ``sent(key, "turn")`` is -1 or 1.
+        on_act: like ``on_open``; also lets photos be chosen, by X, by the box on a cell, or by Ctrl, Cmd
+            or Shift and a click. :func:`acts` yields
+            ``{"of": photos on this page, "chosen": chosen ones}``, and for the keys of :func:`keys`
+            ``{"key", "photo": the focused one or None}``; J and K move.
     """
     result = _show(
         "grid",
@@ -162,7 +162,7 @@ def grid(
 
 
 def verdict(right: bool | None) -> dict[str, str] | None:
-    """The badge of a cell: whether the prediction is right; None where that is not known."""
+    """The badge of a cell: whether the prediction is right; None if that is unknown."""
     if right is None:
         return None
     return {"text": "Right", "kind": "good"} if right else {"text": "Wrong", "kind": "bad"}
@@ -183,21 +183,21 @@ def brush(
     said: str = "",
     on_paint: Any = None,
 ) -> None:
-    """Show a picture that can be painted on; each stroke's end sends the whole mask.
+    """Show a picture that can be painted on; the whole mask is sent at the end of each stroke.
 
-    The arrow keys move a cursor, Enter or Space uses the tool there, [ and ] change the brush's size, E
-    erases, Ctrl+Z takes the last stroke back.
+    The arrow keys move a cursor, Enter or Space uses the tool there, [ and ] change the size of the brush,
+    E erases, and Ctrl+Z undoes the last stroke.
 
     Args:
-        photo: URL of the picture that lies below the paint, changed or not.
+        photo: URL of the picture below the paint, changed or not.
         raster: rows and columns of the mask; ``aspect``: width over height of the picture.
-        subject: what the mask belongs to; with another one, earlier strokes are forgotten.
-        mask: the bits of the mask that ``photo`` answers, row by row, in base64.
-        stamp: has grown where the page itself changed the mask, and the picture is to follow.
+        subject: what the mask belongs to; if it changes, earlier strokes are forgotten.
+        mask: the bits of the mask that ``photo`` was made for, row by row, in base64.
+        stamp: increases when the page itself changes the mask, and the picture has to follow.
         regions: label, count, label, count, ...: the raster's regions, row by row.
-        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
-        said: read out when it changes.
-        on_paint: called before the script runs again; ``sent(key, "paint")`` is the mask then.
+        label: the name for screen readers; ``alt``: what the picture shows.
+        said: read out by screen readers when it changes.
+        on_paint: called before the script runs again; ``sent(key, "paint")`` is then the mask.
     """
     _show(
         "brush",
@@ -227,16 +227,16 @@ def film(
     label: str = "Frame",
     on_rest: Any = None,
 ) -> None:
-    """Show frame after frame; the arrow keys, Home and End move, Space plays and pauses.
+    """Show a film frame by frame; the arrow keys, Home and End move, Space plays and pauses.
 
     Args:
-        source: URL of a frame up to its number, which is put behind it.
-        titles: what each frame shows, in words; their number is the number of frames.
-        rate: frames a second while playing.
-        start: the frame to begin with.
-        label: what the slider is called by a screen reader.
-        on_rest: called before the script runs again, when the slider has come to rest;
-            :func:`resting` of ``key`` is the frame then.
+        source: URL of a frame without its number, which is appended.
+        titles: what each frame shows, in words, one per frame.
+        rate: frames per second while playing.
+        start: the frame to start with.
+        label: the slider's name for screen readers.
+        on_rest: called before the script runs again, when the slider stops;
+            :func:`resting` of ``key`` is then the frame.
     """
     _show(
         "film",
@@ -251,7 +251,7 @@ def film(
 
 
 def resting(key: str, count: int) -> int | None:
-    """The frame that the slider of ``key`` has come to rest at, inside its ``on_rest``."""
+    """The frame at which the slider ``key`` stopped, for use in its ``on_rest``."""
     found = sent(key, "rest")
     return found if type(found) is int and 0 <= found < count else None
 
@@ -265,16 +265,16 @@ def matrix(
     corner: str = "",
     on_open: Any = None,
 ) -> None:
-    """Show counts; ``sent(key, "open")`` is the id of the cell that was just opened.
+    """Show a matrix of counts; ``sent(key, "open")`` is the id of the cell that was just opened.
 
-    The arrow keys move between cells that hold something, Enter and a click open.
+    The arrow keys move between cells that are not empty; Enter or a click opens one.
 
     Args:
-        columns: their headings.
+        columns: the column headings.
         rows: each ``{"title", "cells"}``; a cell is None, or ``{"id", "text", "hint", "share", "kind",
-            "selected": bool, "href": str}``: ``share`` in [0, 1] is how strong its ground is, ``kind`` is
-            ``right``, ``wrong`` or ``plain``, and ``href`` is where it leads in another tab.
-        label: what the whole is called by a screen reader; ``corner``: what stands in the corner.
+            "selected": bool, "href": str}``: ``share`` in [0, 1] sets the strength of its background,
+            ``kind`` is ``right``, ``wrong`` or ``plain``, and ``href`` is where it leads in another tab.
+        label: the name for screen readers; ``corner``: the text in the corner.
         on_open: called before the script runs again, without arguments.
     """
     _show(
@@ -300,18 +300,18 @@ def patches(
     alt: str,
     on_pick: Any = None,
 ) -> None:
-    """Show a photo under its patch grid, to pick a patch from.
+    """Show a photo under its patch grid, from which a patch can be picked.
 
-    The arrow keys, Home and End (with Ctrl: of the whole grid) move a cursor, which is picked when it
-    rests, or at once by Enter; the row and column are read out. A slider fades the map.
+    The arrow keys, Home and End (with Ctrl: of the whole grid) move a cursor. The patch is picked when the
+    cursor rests, or at once by Enter; its row and column are read out. A slider fades the map.
 
     Args:
         photo: URL of the picture, which the grid divides evenly.
-        grid: rows and columns; ``aspect``: width over height of the photo, known before it is there.
-        map: URL of a picture with one pixel a patch, to lay over the photo.
+        grid: rows and columns; ``aspect``: width over height of the photo, needed before it has loaded.
+        map: URL of a picture with one pixel per patch, laid over the photo.
         picked: the patch that is outlined, (row, column) from 0.
-        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
-        on_pick: called before the script runs again; :func:`picked_patch` of ``key`` is the patch then.
+        label: the name for screen readers; ``alt``: what the picture shows.
+        on_pick: called before the script runs again; :func:`picked_patch` of ``key`` is then the patch.
     """
     _show(
         "patches",
@@ -341,16 +341,16 @@ def boxes(
     on_open: Any = None,
     on_draw: Any = None,
 ) -> None:
-    """Show a photo under boxes, each a button; a click, or Enter on one, opens it.
+    """Show a photo under boxes, which are buttons; a click or Enter opens one.
 
     Args:
         photo: URL of the picture; ``aspect``: its width over its height.
         found: each ``{"id", "at", "text", "kind", "selected": bool}``, ``at`` as left, top, right and
-            bottom in shares of the photo; kinds ``missed`` and ``candidate`` are dashed.
-        label: what the whole is called by a screen reader; ``alt``: what the picture shows.
-        draws: whether a drag draws another box, ``drawn``, of which there is one at a time.
+            bottom in fractions of the photo; the kinds ``missed`` and ``candidate`` are dashed.
+        label: the name for screen readers; ``alt``: what the picture shows.
+        draws: whether dragging draws another box, ``drawn``; there is only one at a time.
         on_open, on_draw: called before the script runs again; ``sent(key, "open")`` is an id, and
-            ``sent(key, "draw")`` the box in shares of the photo.
+            ``sent(key, "draw")`` the box in fractions of the photo.
     """
     _show(
         "boxes",
@@ -391,19 +391,19 @@ def answer(
     label: str,
     on_pick: Any = None,
 ) -> None:
-    """Show an answer beside its photos; the map of the word under the pointer is on them.
+    """Show an answer beside its photos, which show the map of the word under the pointer.
 
-    The arrow keys, Home and End go from word to word, Enter keeps one, 1 to 9 choose the method.
+    The arrow keys, Home and End go from word to word, Enter selects one, 1 to 9 choose the method.
 
     Args:
-        subject: what is shown; with another one, the ``word`` and the ``method`` are chosen, by number.
-        photos: each ``{"title", "own", "src", "aspect", "maps"}``: ``own`` is True of the photo that the
-            page is of, if there are several; ``maps[method][word]`` is None, or has ``src``, the address of
-            the photo under the map, and its values (:func:`xattn.app.pictures.rendering.map_cells`), with
-            ``most``, the greatest on all photos.
-        clip: whether photos are the frames of a clip, in a strip.
+        subject: what is shown; if it changes, ``word`` and ``method`` are selected, by number.
+        photos: each ``{"title", "own", "src", "aspect", "maps"}``: ``own`` is True for the page's own photo
+            if there are several; ``maps[method][word]`` is None, or has ``src``, the URL of the photo under
+            the map, and the map's values (:func:`xattn.app.pictures.rendering.map_cells`) with ``most``,
+            the largest value on all photos.
+        clip: whether the photos are frames of a clip, shown in a strip.
         words: each ``{"number", "text", "before", "p", "lost", "shares", "sources"}``: ``before`` is the
-            text between it and the word before; for each method ``shares`` has a sentence and
+            text between the previous word and this one; for each method, ``shares`` has a sentence and
             ``sources`` a number for each token of ``prompt``.
         after: the text after the last word.
         on_pick: called before the script runs again; ``sent(key, "pick")`` is ``{"word", "method"}``.
@@ -425,7 +425,7 @@ def answer(
     )
 
 
-LEVELS = 65_535  # of a coordinate, and of a value of a scale
+LEVELS = 65_535  # levels of a coordinate and of a scale's value
 
 
 def scatter(
@@ -444,21 +444,21 @@ def scatter(
     on_choose: Any = None,
     on_open: Any = None,
 ) -> None:
-    """Show points; ``sent(key, "choose")`` are the numbers of those that were chosen, a list.
+    """Show points; ``sent(key, "choose")`` is a list of the numbers of chosen points.
 
-    In the map the arrow keys go from point to point, with Shift they draw a rectangle, the space bar
-    chooses a point, Enter opens it (``sent(key, "open")`` is its number), and Escape chooses none.
+    In the map, the arrow keys go from point to point and with Shift draw a rectangle. The space bar chooses
+    a point, Enter opens it (``sent(key, "open")`` is its number), and Escape clears the choice.
 
     Args:
-        points: (n, 2), any range; both axes are drawn to one scale.
-        ids: of the photos; ``picture`` and an id, quoted, make the address of a photo's picture.
-        label: what the whole is called by a screen reader.
-        words: up to three columns of n texts each, what is said of a point beside its picture.
-        legend: the groups: each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
-        groups: (n,) the group of each point; the eighth and those after it share a colour.
-        scale: instead of groups ``{"name", "low", "high"}``; ``values``: (n,) of the points in [0, 1], NaN
-            where there is none.
-        chosen: the points that are chosen when the map is first shown; later ones are the person's.
+        points: (n, 2), in any range; both axes are drawn to the same scale.
+        ids: the photos' ids; ``picture`` followed by a quoted id is the URL of a photo's picture.
+        label: the name for screen readers.
+        words: up to three columns of n texts each, shown beside a point's picture.
+        legend: the groups, each ``{"name", "kind"}``; kinds are ``class``, ``rest``, ``good`` and ``bad``.
+        groups: (n,) the group of each point; all from the eighth on share a colour.
+        scale: ``{"name", "low", "high"}`` instead of groups; ``values``: (n,) in [0, 1], NaN if a point has
+            none.
+        chosen: the points that are chosen when the map is first shown; afterwards the person chooses.
         on_choose, on_open: called before the script runs again, without arguments.
     """
     x, y = _levels(points).T
@@ -482,7 +482,7 @@ def scatter(
 
 
 def _levels(points: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """Both coordinates on one scale, the shorter axis in the middle; y upwards becomes y downwards."""
+    """Both coordinates on one scale, with the shorter axis centred; y is flipped to point downwards."""
     low, high = points.min(0), points.max(0)
     span = float((high - low).max()) or 1.0
     placed = (points - (low + high) / 2) / span * [1, -1] + 0.5
@@ -490,12 +490,12 @@ def _levels(points: NDArray[np.floating]) -> NDArray[np.uint16]:
 
 
 def _packed(values: NDArray[np.uint16]) -> str:
-    """Two bytes a value, little-endian, in base64."""
+    """Two bytes per value, little-endian, in base64."""
     return base64.b64encode(np.ascontiguousarray(values, "<u2").tobytes()).decode("ascii")
 
 
 def _coded(column: Sequence[str]) -> list[str] | dict[str, Any]:
-    """A column of texts, or where few texts come often, these and which of them each point has."""
+    """A column of texts; if few texts repeat often, these texts and the index of each point's text."""
     known = list(dict.fromkeys(column))
     if len(known) > min(len(column) // 2, LEVELS):
         return list(column)
@@ -506,12 +506,12 @@ def _coded(column: Sequence[str]) -> list[str] | dict[str, Any]:
 def slide(
     before: tuple[str, str], after: tuple[str, str], *, label: str, alt: str, key: str
 ) -> None:
-    """Show two pictures over each other; the edge moves with the pointer and with the arrow keys.
+    """Show two pictures over each other; the pointer and the arrow keys move the edge between them.
 
     Args:
-        before: URL and name of the picture on the right of the edge.
-        after: of the one on the left.
-        label: what the slider is called by a screen reader.
+        before: URL and name of the picture to the right of the edge.
+        after: URL and name of the picture to the left of the edge.
+        label: the slider's name for screen readers.
         alt: what the pictures show.
     """
     _show(
@@ -525,17 +525,17 @@ def slide(
     )
 
 
-# ---------------------------------------------------------------------- Streamlit's own, our way
+# ---------------------------------------------------------------------- Streamlit's widgets, adapted
 
 
 def download(place: Any, label: str, make: Callable[[], str | bytes], file: str, key: str) -> None:
-    """A button for a file, which is made at the click."""
+    """A download button; the file is made when it is clicked."""
     kind = mimetypes.guess_type(file)[0]
     place.download_button(label, make, file, kind, key=key, on_click="ignore")
 
 
 def command(line: str) -> None:
-    """A command line to be copied."""
+    """Show a command line that can be copied."""
     st.code(line, language="sh", wrap_lines=True)
 
 

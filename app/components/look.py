@@ -1,4 +1,4 @@
-"""One control for how maps are drawn: style, the model's crop or the whole photo, scale and colours."""
+"""The control for how maps are drawn: style, the model's crop or the whole photo, scale and colours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import streamlit as st
 from xattn.app import state
 from xattn.app.pictures.rendering import Look
 
-# Streamlit writes what a bound choice is called into the URL, so these names are part of links.
+# Streamlit writes the label of a bound choice to the URL, so these names are part of links.
 STYLES = {"overlay": "Overlay", "outline": "Outline", "spotlight": "Spotlight"}
 PARTS = {"crop": "Model's crop", "whole": "Whole photo"}
 SCALES = {"map": "Each map", "shared": "Shared"}
@@ -22,7 +22,7 @@ COLOURS = {
     "cividis": "Cividis",
     "gray": "Grey",
 }
-WIDTH = 300  # pixels of the control
+WIDTH = 300  # width of the control in pixels
 _ABOUT = {
     "overlay": "Colours over the photo. Point at a picture to see the photo without them.",
     "outline": "A line around the smallest region that holds half of the map.",
@@ -40,19 +40,19 @@ def look_control(
     style: str = "style",
     first: Mapping[str, str] | None = None,
 ) -> Look:
-    """A popover "Look"; returns what was chosen in it. A style that is none of a map's is an overlay.
+    """Show the popover "Look" and return what was chosen. A style that maps do not have becomes overlay.
 
     Args:
-        bar: where it stands.
-        prefix: of the widgets' keys, which are ``style``, ``part``, ``scale`` and ``colours``, and where
-            ``bound`` also ``opacity`` and ``threshold``.
-        bound: whether the widgets' values are in the URL; else they are in the session already.
-        styles: what there is to choose from, by value with its name.
+        bar: the container for the popover.
+        prefix: prefix of the widgets' keys, which are ``style``, ``part``, ``scale`` and ``colours``, and
+            if ``bound`` also ``opacity`` and ``threshold``.
+        bound: whether the widgets' values are in the URL; otherwise they are already in the session.
+        styles: the available styles: values with their names.
         style: the key of the style.
-        first: by key, values that hold before anybody chooses, where they are not the first ones.
+        first: default values by key, if they are not the first options.
     """
     first = first or {}
-    if not bound:  # the popover may be opened at any time
+    if not bound:  # the popover can be opened at any time
         state.tell_again(*(prefix + key for key in (style, "part", "scale", "colours")))
 
     def choose(label: str, names: Mapping[str, str], key: str, **rest: Any) -> str:

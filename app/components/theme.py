@@ -1,4 +1,4 @@
-"""The viewer's design as options of Streamlit, and its own CSS."""
+"""The viewer's design: Streamlit's theme options, and our own CSS."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ padding:0!important;font-size:.875rem}
 [data-testid=stMain] .facts dd{margin-bottom:.4rem}}
 </style>"""
 )
-"""For all pages; ``name`` of :func:`name_html`, ``facts`` of :func:`facts_html`."""
+"""CSS for all pages; ``name`` is used by :func:`name_html`, ``facts`` by :func:`facts_html`."""
 
 
 # As in components/grid.js.
@@ -122,13 +122,13 @@ _MARKS = re.compile(r"\S(?!(?<=\d[eE])[-+]\d)[-_/+](?=[^-_./,+\s])|\S[.,](?=[^-_
 
 
 def name_html(name: object) -> str:
-    """A file's name as a page's title; a long one breaks behind its marks, not within a word."""
+    """A file name as a page's title; a long one breaks after punctuation, not within a word."""
     parts = _MARKS.sub("\\g<0>\0", visible(" ".join(str(name).split()))).split("\0")
     return f'<h1 class="name">{"<wbr>".join(map(html.escape, parts))}</h1>'
 
 
 def facts_html(facts: Mapping[str, object]) -> str:
-    """Terms and what is said of them; None is left out."""
+    """A list of terms with their values; None is left out."""
     terms = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
         for name, value in facts.items()

@@ -1,1 +1,1 @@
-"""The demo: ``python -m xattn.app.demo``, and the demo pack that the viewer offers."""
+"""The demo of ``python -m xattn.app.demo``, and the demo pack that the viewer offers."""

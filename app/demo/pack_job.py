@@ -1,4 +1,4 @@
-"""What the demo works on: photos that installed packages ship, and the network of a package."""
+"""The demo's inputs: photos that ship with installed packages, and a network from a package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LIMIT = 8  # photos
 
 
 def missing() -> str | None:
-    """What has to be installed first, as the line to run; None if nothing."""
+    """The command that installs what is missing; None if nothing is missing."""
     from xattn.backbone.weights import list_package_weights
 
     weights = {record.name for record in list_package_weights() if record.installed}

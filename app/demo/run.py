@@ -43,13 +43,13 @@ SHOWN = (
 )
 MASKING = (("AD", 1.0), ("IC", 1.0), ("AD", 0.5), ("AD", 0.15), ("ADD", 1.0))
 CURVES = ("deletion", "insertion")
-# An epoch of T-TAME's training, and all else, take as long as so many forward passes of a photo.
-TIMED = 3  # batches that are timed for that
+# An epoch of T-TAME's training, and everything else, takes as long as this many forward passes of a photo.
+TIMED = 3  # batches timed for the estimate
 EPOCH_PASSES, OTHER_PASSES = 56, 4800
 
 
 def main(output: Path, epochs: int) -> None:
-    """Run the demo; its results go to the folder ``output``. ``epochs`` are those of T-TAME's objective."""
+    """Run the demo and write its results to ``output``; ``epochs`` is the number of epochs for T-TAME."""
     started = time.perf_counter()
     keep_memory()
     check_folder(output)
@@ -103,10 +103,10 @@ def main(output: Path, epochs: int) -> None:
 
 
 def _pass_seconds(backbone: Backbone, count: int) -> float:
-    """Seconds of a forward pass of a photo, in a batch of ``count``."""
+    """Seconds per photo of a forward pass on a batch of ``count``."""
     batch = torch.zeros(count, 3, *backbone.preprocessing.input_size)
     with torch.inference_mode():
-        backbone.logits(batch)  # the first one is slower
+        backbone.logits(batch)  # the first pass is slower
         start = time.perf_counter()
         for _ in range(TIMED):
             backbone.logits(batch)
@@ -114,7 +114,7 @@ def _pass_seconds(backbone: Backbone, count: int) -> float:
 
 
 def print_table(results: Results, output: Path) -> None:
-    """The tables, with one line in place of a warning for each method and sanity row."""
+    """Print the tables, with a single line in place of the warnings for each method and sanity row."""
     lines = format_table(results).splitlines()
     print("\n".join(line for line in lines if not line.startswith("warning: ")))
     if count := len(results.warnings()):
@@ -164,7 +164,7 @@ def write_sheet(
 
 
 def _number(value: float, digits: int) -> str:
-    """A number of the table; a map of ones has no order of pixels, and so no value of some metrics."""
+    """A number in the table; a map of ones has no order of pixels, so some metrics have no value."""
     return "–" if value != value else f"{value:.{digits}f}"
 
 

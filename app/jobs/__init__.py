@@ -1,1 +1,1 @@
-"""Training jobs: processes that outlive the server, recorded in folders."""
+"""Training jobs: processes that outlive the server and are recorded in folders."""

@@ -15,19 +15,19 @@ from xattn.runtime.files import write_json
 
 
 def main(folder: Path) -> int:
-    """Run the command in this process, and record how it ended."""
+    """Run the command in this process and record how it ended."""
     stops: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         stops.append(number)
         signal.default_int_handler(number, frame)
 
-    # A process that a server in the background has started would ignore Ctrl-C.
+    # A process started by a server in the background would ignore Ctrl-C.
     signal.signal(signal.SIGINT, stop)
     arguments = strict_json.read(folder / ARGUMENTS, "job", "start another job")
     code = 1
     try:
-        if (folder / STOP).exists():  # asked for while such a process still ignored it
+        if (folder / STOP).exists():  # requested while the process still ignored signals
             raise KeyboardInterrupt
         code = cli.main(arguments)
     except SystemExit as error:
@@ -36,7 +36,7 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         code = 130
     finally:
-        if stops and code == 1:  # an import that is cut short may fail with any error
+        if stops and code == 1:  # an interrupted import may fail with any error
             code = 130
         write_json(folder / EXIT, {"code": code, "time": time.time()}, "job")
     return code

@@ -1,4 +1,4 @@
-"""The files of jobs, which somebody else may have put there: opened inside the root, or missing."""
+"""Reads the files of jobs, which may come from somebody else: they are only opened inside the root."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Kind = Literal["train", "probe", "demo"]
 
 
 class JobError(ValueError):
-    """Why a job cannot be started, stopped or shown; the text is for a person."""
+    """Why a job cannot be started, stopped or shown; the text is meant for people."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a job does, in names: nothing here is a path of the machine."""
+    """What a job does, by names; nothing here is a path on the machine."""
 
     kind: Kind
     data: str = ""
-    """Folder of photos below the data folder, "." for that one itself."""
+    """The folder of photos below the data folder; "." is the data folder itself."""
     model: str = ""
-    """A timm model; "" is the model that the viewer was started with."""
+    """The name of a timm model; "" is the model that the viewer was started with."""
     heads: tuple[str, ...] = ()
     labels: str = ""
-    """Of "probe", a file of labels in the folder of photos; "" takes folders as classes."""
+    """For "probe", a file of labels in the folder of photos; with "", folders are classes."""
     epochs: int | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -41,7 +41,7 @@ def spec_of(record: dict[str, Any]) -> Spec:
     """The spec in a job's record.
 
     Raises:
-        ValueError, TypeError: it is damaged.
+        ValueError, TypeError: the record is damaged.
     """
     known = {field.name for field in dataclasses.fields(Spec)}
     values: dict[str, Any] = {k: v for k, v in record.items() if k in known}
@@ -58,8 +58,8 @@ def spec_of(record: dict[str, Any]) -> Spec:
 JOB, PROCESS, EXIT, STOP = "job.json", "process.json", "exit.json", "stop.json"
 ARGUMENTS = "arguments.json"
 STDOUT, STDERR = "stdout.log", "stderr.log"
-TAIL = 64 << 10  # bytes of a log that are looked at
-MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # bytes of a JSON file, and of the log of losses
+TAIL = 64 << 10  # bytes read from the end of a log
+MAX_RECORD, MAX_LOG = 1 << 20, 256 << 20  # largest JSON file and largest log of losses, in bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class JobFiles:
         return LocalFolder(self.root), str(path.relative_to(self.root))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """A JSON table; {} where there is none that can be read."""
+        """A JSON object; {} if there is none that can be read."""
         folder, name = self._inside(path)
         try:
             found = strict_json.parse(folder.read(name, MAX_RECORD), nan=True)
@@ -81,12 +81,12 @@ class JobFiles:
         return found if isinstance(found, dict) else {}
 
     def records(self, path: Path) -> list[dict[str, float]]:
-        """The lines of a log that are tables of numbers."""
+        """The lines of a log that are JSON objects of numbers."""
         found = []
         folder, name = self._inside(path)
         with contextlib.suppress(PackError):
             for line in folder.read(name, MAX_LOG).splitlines():
-                with contextlib.suppress(ValueError):  # one that is being written
+                with contextlib.suppress(ValueError):  # a line that is being written
                     record = strict_json.parse(line, nan=True)
                     if isinstance(record, dict) and _is_count(record.get("step")):
                         if not _is_count(record.get("epoch", 0)):
@@ -109,7 +109,7 @@ class JobFiles:
         return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
 
     def message(self, folder: Path) -> str:
-        """Why a job ended: its error line, or the last lines it printed."""
+        """Why a job ended: its error line, or the last lines of its output."""
         lines = self.lines(folder / STDERR)
         for line in reversed(lines):
             if line.startswith("xattn: error: "):
@@ -122,5 +122,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Also NaN, which a loss may be."""
+    """Whether a value is a number; NaN counts, since a loss may be NaN."""
     return type(value) in (int, float) and not abs(value) > 1e300

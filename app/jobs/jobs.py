@@ -1,13 +1,13 @@
-"""Jobs of the viewer: ``xattn train``, ``xattn probe`` or the demo in a process of their own.
+"""Jobs of the viewer: ``xattn train``, ``xattn probe`` or the demo, each in a separate process.
 
-A job is a folder ``ROOT/jobs/NAME`` with what was asked for (``job.json``), its process (``process.json``),
-what it printed and, once it has ended, its exit code (``exit.json``); its results lie in ``ROOT/NAME``,
-where the command line would put them. Nothing of it is kept in memory, so jobs survive a reload and the
-end of the server, and another server on the same root finds them again. A process is told apart from a
-later one with the same number by its start time.
+A job is a folder ``ROOT/jobs/NAME`` with its settings (``job.json``), its process (``process.json``), its
+output and, once it has ended, its exit code (``exit.json``). Its results are in ``ROOT/NAME``, where the
+command line would put them. Nothing is kept in memory, so jobs survive a reload and the end of the server,
+and another server on the same root finds them again. The start time distinguishes a process from a later
+one with the same number.
 
-What a page asks for is a :class:`Spec` of names; command lines are made from it here, each time anew, so
-that a changed ``job.json`` cannot run anything else.
+A page requests a job by a :class:`Spec` of names. Command lines are always built from it here, so that a
+changed ``job.json`` cannot run anything else.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from xattn.config import PROBE_RECIPES, RECIPES
 from xattn.runtime.files import output_error, write_json
 
 HEAD = re.compile(r"[a-z0-9_]{1,64}")
-SAMPLE = 4  # photos whose maps are made before training and at each checkpoint
+SAMPLE = 4  # photos to explain before training and at each checkpoint
 
 
 @dataclass(frozen=True)
 class CommandLines:
-    """Command lines of jobs below ``root``, on photos below ``data``, with ``model`` by default; they
-    import what ``imports`` names."""
+    """Builds the command lines of jobs below ``root`` on photos below ``data``, with ``model`` by default
+    and ``--import`` for everything in ``imports``."""
 
     root: Path
     data: Path
@@ -68,7 +68,7 @@ class CommandLines:
         return self.data / spec.data
 
     def check_data(self, spec: Spec) -> None:
-        """Raise a :class:`JobError` for photos or labels that are not there, or lie elsewhere."""
+        """Raise a :class:`JobError` if photos or labels are missing or lie outside the data folder."""
         if spec.kind == "demo":
             return
         folder = self._data(spec)
@@ -121,7 +121,7 @@ class CommandLines:
         return [*line, "--resume"] if resume else line
 
     def import_options(self) -> list[str]:
-        """The options that bring in what the viewer was started with."""
+        """The ``--import`` options that the viewer was started with."""
         return [word for source in self.imports for word in ("--import", source)]
 
     def model_options(self, spec: Spec) -> list[str]:
@@ -135,7 +135,7 @@ class CommandLines:
 
 
 def model_arguments(model: Any) -> list[str]:
-    """The command line's options of ``model``, a ``BackboneArgs``, as far as they are not the defaults."""
+    """The command-line options for ``model``, a ``BackboneArgs``, without those that are defaults."""
     line: list[str] = []
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
@@ -145,7 +145,7 @@ def model_arguments(model: Any) -> list[str]:
     return line
 
 
-RUNNER = (sys.executable, "-m", "xattn.app.jobs.child")  # before the folder of a job
+RUNNER = (sys.executable, "-m", "xattn.app.jobs.child")  # followed by the folder of a job
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -160,7 +160,7 @@ def start_process(folder: Path, arguments: list[str]) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                start_new_session=True,  # Ctrl-C of the server is not the job's
+                start_new_session=True,  # Ctrl-C in the server does not stop the job
                 env=environment,
             )
     except OSError as error:
@@ -186,7 +186,7 @@ def _born(pid: int) -> float | None:
 
 
 def is_alive(process: dict[str, Any], folder: Path) -> bool:
-    """Whether the process of a record runs, and is that of the job's folder."""
+    """Whether the process of a record is running and belongs to the job's folder."""
     pid, born = process.get("pid"), process.get("born")
     if type(pid) is not int or not isinstance(born, int | float) or not 1 < pid < 1 << 31:
         return False
@@ -198,7 +198,7 @@ def is_alive(process: dict[str, Any], folder: Path) -> bool:
 
 
 def _runs(pid: int, folder: Path) -> bool:
-    """Whether a process was started for this job: a record may name any process there is."""
+    """Whether a process was started for this job, since a record could name any process."""
     import psutil
 
     try:
@@ -211,14 +211,14 @@ def _runs(pid: int, folder: Path) -> bool:
 
 
 def _new(path: Path) -> IO[bytes]:
-    """An empty file in place of what was there; where a link led stays as it is."""
+    """An empty file that replaces what was there; the target of a link is left unchanged."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 RESERVED = {JOBS, "pack", "packs", "live"}
-MAX_TIME = 1e11  # Unix seconds; a calendar has them, too
+MAX_TIME = 1e11  # largest Unix seconds that still have a calendar date
 
 State = Literal["running", "stopping", "finished", "stopped", "failed", "killed"]
 
@@ -251,10 +251,10 @@ class Jobs:
     """The jobs of a root.
 
     Args:
-        root: folder of packs and jobs; made with the first job.
-        data: folder that folders of photos are below; the root by default.
-        model: ``BackboneArgs`` of the command line, for jobs with the viewer's own model.
-        imports: what jobs import by ``--import``.
+        root: the folder of packs and jobs; created with the first job.
+        data: the folder that contains the folders of photos; the root by default.
+        model: the command line's ``BackboneArgs``, for jobs with the viewer's own model.
+        imports: what jobs import with ``--import``.
     """
 
     def __init__(
@@ -270,11 +270,11 @@ class Jobs:
 
     @classmethod
     def of(cls, settings: Any) -> Jobs:
-        """The jobs of a viewer by its ``state.Settings``."""
+        """The jobs of a viewer with these ``state.Settings``."""
         return cls(settings.local_root, settings.data, settings.model, settings.imports)
 
     def all(self) -> list[Job]:
-        """All jobs, the latest first; folders that are no jobs are left out."""
+        """All jobs, the latest first; folders that are not jobs are left out."""
         found = []
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.root / JOBS):
@@ -319,7 +319,7 @@ class Jobs:
         )
 
     def preview(self, spec: Spec, name: str) -> str:
-        """The command line of a job, which need not exist yet, to be copied."""
+        """The command line of a job, for copying; the job need not exist yet."""
         return shlex.join(["xattn", *self._commands.arguments(spec, name, False)])
 
     def explain_line(self, spec: Spec, head: Path) -> str:
@@ -336,7 +336,7 @@ class Jobs:
         return shlex.join(line)
 
     def mistakes_line(self, job: Job, head: Path) -> str:
-        """The command line that explains photos of known classes with a head, into the job's results."""
+        """The command line that explains labelled photos with a head and adds them to the job's results."""
         labels = f"PHOTOS/{job.spec.labels}" if job.spec.labels else "folders"
         more = ["--labels", labels, "--classes", "predicted,label"]
         return f"{self.explain_line(job.spec, head)} {shlex.join(more)} --output " + shlex.quote(
@@ -344,7 +344,7 @@ class Jobs:
         )
 
     def free_name(self, wanted: str) -> str:
-        """``wanted`` as a name that no job or folder of the root has."""
+        """A name based on ``wanted`` that no job or folder below the root has."""
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wanted).strip("-")[:56] or "head"
         name, count = slug, 1
         while not self._is_free(name):
@@ -353,10 +353,10 @@ class Jobs:
         return name
 
     def start(self, spec: Spec, name: str) -> Job:
-        """Start a job; one at a time, and each name once, however many pages ask at once.
+        """Start a job. Only one job runs at a time and names are unique, even if many pages ask at once.
 
         Raises:
-            JobError: a taken or malformed name, another job that runs, a folder that is not there.
+            JobError: the name is taken or malformed, another job is running, or a folder is missing.
             OSError: the root cannot be written.
         """
         _check_name(name)
@@ -386,7 +386,7 @@ class Jobs:
         return self.get(name)
 
     def resume(self, job_id: str) -> Job:
-        """Go on with a job that was stopped, failed or was killed, from its last checkpoint."""
+        """Continue a job that was stopped, failed or was killed, from its last checkpoint."""
         with self._turn():
             job = self.get(job_id)
             if not job.resumable:
@@ -403,7 +403,7 @@ class Jobs:
         return self.get(job_id)
 
     def stop(self, job_id: str, at_once: bool = False) -> Job:
-        """Ask a job to stop after its step, with a checkpoint; ``at_once`` ends it as it is."""
+        """Ask a job to stop after the current step, with a checkpoint; ``at_once`` kills it."""
         job = self.get(job_id)
         if not job.alive:
             return job
@@ -418,11 +418,11 @@ class Jobs:
         return self.get(job_id)
 
     def rename(self, job_id: str, name: str) -> Job:
-        """Give a job that does not run, and the folder of its results, another name.
+        """Rename a job that is not running, and the folder of its results.
 
         Raises:
-            JobError: a taken or malformed name, a job that runs, results behind a link.
-            OSError: a folder cannot be moved; then nothing is.
+            JobError: the name is taken or malformed, the job is running, or its results are behind a link.
+            OSError: a folder cannot be moved; in that case nothing is moved.
         """
         _check_name(name)
         with self._turn():
@@ -441,12 +441,12 @@ class Jobs:
         return self.get(name)
 
     def delete(self, job_id: str) -> None:
-        """Delete the record and the results of a job that does not run.
+        """Delete the record and the results of a job that is not running.
 
-        Both are first moved aside, so that nobody finds half of them.
+        Both are first moved aside, so that nobody finds only half of them.
 
         Raises:
-            JobError: it runs, or its results lie behind a link.
+            JobError: the job is running, or its results are behind a link.
             OSError: a folder cannot be moved.
         """
         with self._turn():
@@ -463,7 +463,7 @@ class Jobs:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _idle(self, job_id: str, done: str) -> Job:
-        """A job that may be moved."""
+        """The job, if it may be moved; else raise a JobError."""
         job = self.get(job_id)
         if job.alive:
             raise JobError(f"{job_id} is {job.state}; stop it first, then it can be {done}")
@@ -472,22 +472,22 @@ class Jobs:
         return job
 
     def losses(self, job_id: str) -> dict[str, list[dict[str, float]]]:
-        """The log of each head that is trained, a record a step: ``step``, ``epoch`` and the losses."""
+        """The log of each trained head, with one record per step: ``step``, ``epoch`` and the losses."""
         job = self.get(job_id)
         heads = ("",) if job.spec.kind == "train" else job.spec.heads
         places = {head: job.output / head for head in heads}
         return {name: self._files.records(folder / "log.jsonl") for name, folder in places.items()}
 
     def settings(self, job_id: str) -> dict[str, Any]:
-        """What the run has written of itself (``run.json``); empty before it begins."""
+        """The settings that the run has recorded (``run.json``); empty before it starts."""
         return self._files.read(self.get(job_id).output / "run.json")
 
     def tail(self, job_id: str, lines: int = 20) -> str:
-        """The last lines on standard error, without progress bars."""
+        """The last lines of standard error, without progress bars."""
         return "\n".join(self._files.lines(self._folder(job_id) / STDERR)[-lines:])
 
     def progress(self, job_id: str) -> tuple[int, int, str] | None:
-        """(done, all, rest of the line) of the last progress bar on standard error."""
+        """(done, total, rest of the line) of the last progress bar on standard error."""
         for line in reversed(re.split(r"[\r\n]+", self._files.tail(self._folder(job_id) / STDERR))):
             match = re.search(r"(\d+)/(\d+) \[([^\]]*)", line)
             if match and int(match[2]):
@@ -513,7 +513,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """One page, and one server on this root, at a time."""
+        """A lock: only one page, and one server on this root, at a time."""
         folder = self.root / JOBS
         with _starting:
             if folder.is_symlink():
@@ -534,7 +534,7 @@ class Jobs:
 
 
 def time_left(progress: tuple[int, int, str]) -> str:
-    """How long a progress bar says that it will take, in words, "" where it does not."""
+    """The remaining time that a progress bar shows, in words; "" if it shows none."""
     left = re.search(r"<([0-9:]+)", progress[2])
     return f", about {left[1]} left" if left else ""
 
@@ -550,7 +550,7 @@ def _check_name(name: str) -> None:
 
 
 def _time(value: Any) -> float:
-    """Unix seconds of a record."""
+    """The Unix seconds in a record."""
     if type(value) not in (int, float) or not 0 <= value <= MAX_TIME:
         raise ValueError("time")
     return float(value)

@@ -1,1 +1,1 @@
-"""Photos and clips that somebody uploads, explained while the page waits."""
+"""Explains uploaded photos and clips while the page waits."""

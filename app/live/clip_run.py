@@ -1,4 +1,4 @@
-"""Explain the clip of a run, frame by frame."""
+"""Explains the clip of a run, frame by frame."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
     request = run.request
     assert request.clip is not None
     loaded, head = models.network(request.backbone, request.weights, request.head)
-    path = folder.with_name("clip") / request.clip.name  # what errors and frames are to say
+    path = folder.with_name("clip") / request.clip.name  # the name that errors and frames show
     try:
         path.parent.mkdir()
         path.write_bytes(request.clip.data)
@@ -62,7 +62,7 @@ def explain_clip(run: LiveRun, folder: Path) -> None:
 
 
 def _watch(run: LiveRun, loaded: Backbone, method: Explainer) -> None:
-    """Let ``method`` take its turn, tell its run how far it is, and stop with it."""
+    """Make ``method`` wait for its turn, report progress to its run, and stop when the run stops."""
     work = PassCounter(run, run.total * (method.total_forwards or 1))
     attribute = method.attribute_classes
 
@@ -81,6 +81,6 @@ def _check_length(run: LiveRun) -> None:
         count, every = max(run.total, run.done), run.request.every
         enough = -(-count * every // MAX_FRAMES)
         raise ValueError(
-            f"The clip has {count} frames to explain, {MAX_FRAMES} is the limit; set the n of 'each "
-            f"n-th frame' to {enough} or more, or give a shorter clip."
+            f"The clip has {count} frames to explain, and the limit is {MAX_FRAMES}; set 'every n-th "
+            f"frame' to {enough} or more, or give a shorter clip."
         )

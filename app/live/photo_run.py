@@ -1,4 +1,4 @@
-"""Explain the photos of a run."""
+"""Explains the photos of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def explain_photos(run: LiveRun, folder: Path) -> None:
-    """Explain all photos of a run by each of its methods, and write the pack ``folder``."""
+    """Explain all photos of a run by each of its methods and write the pack ``folder``."""
     request = run.request
     loaded, head = models.network(request.backbone, request.weights, request.head)
     run.total = len(request.photos)
@@ -37,7 +37,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
                     0,
                 )
             )
-    # Methods of many passes have all a pass can hold from one photo.
+    # Methods with many passes fill a pass from a single photo.
     size = BATCH if all(method.total_forwards == 1 for method, *_ in methods) else 1
     work = PassCounter(run, sum(method.total_forwards or 1 for method, *_ in methods) * run.total)
     taken: set[str] = set()
@@ -53,7 +53,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
                 try:
                     with work.watched(loaded):
                         found = list(explain_batch(batch, loaded, method, choose, protocol))
-                except ValueError as error:  # this method cannot; the others can
+                except ValueError as error:  # this method cannot explain; the others may
                     failed.add(method.name)
                     run.problems.append((method.name, str(error)))
                 else:
@@ -67,7 +67,7 @@ def explain_photos(run: LiveRun, folder: Path) -> None:
 def _prepared(
     run: LiveRun, loaded: Backbone, ids: list[str], start: int, size: int
 ) -> list[Prepared]:
-    """The photos from ``start`` on that can be decoded; no others are in memory."""
+    """The photos from ``start`` on that can be decoded; only these are in memory."""
     run.step = "reading photos"
     batch = []
     for image_id, upload in list(zip(ids, run.request.photos, strict=True))[start : start + size]:

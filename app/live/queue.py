@@ -1,8 +1,8 @@
-"""The queue of the live page: uploads in, a pack outside the root out, in a thread that no page owns.
+"""The queue of the live page, which turns uploads into packs outside the root in a background thread.
 
-A run is known by a token that nobody can guess. The page has it in its URL, so a reload finds the run
-again, and nobody else does. Two runs go on at once, the others wait in their order; the oldest finished
-ones are forgotten, and their packs deleted.
+A run is identified by a token that cannot be guessed. The page has it in its URL, so a reload finds the run
+again but nobody else can. Two runs go on at once while the others wait in order. The oldest finished runs
+are forgotten and their packs deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from xattn.app.library import Library
 
 
-RUNNING, WAITING, KEPT = 2, 6, 24  # runs
+RUNNING, WAITING, KEPT = 2, 6, 24  # most runs in each state
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,10 +40,10 @@ class LiveQueue:
         self._scratch = Scratch()
 
     def start(self, request: Request, library: Library) -> LiveRun:
-        """Run ``request`` now, or after those that came before it.
+        """Run ``request`` now, or after earlier requests.
 
         Raises:
-            ValueError: too many are waiting.
+            ValueError: too many runs are waiting.
         """
         run = LiveRun(request, library)
         with self._lock:
@@ -57,18 +57,18 @@ class LiveQueue:
         return run
 
     def get(self, run_id: str | None) -> LiveRun | None:
-        """The run of a token; None if there is none, or it was long ago."""
+        """The run with this token; None if it does not exist or was forgotten."""
         with self._lock:
             return None if run_id is None else self._runs.get(run_id)
 
     def ahead(self, run: LiveRun) -> int:
-        """How many runs wait before this one."""
+        """The number of runs that wait before this one."""
         with self._lock:
             waiting = self._waiting()
             return waiting.index(run) if run in waiting else 0
 
     def stop(self, run: LiveRun) -> None:
-        """End a run; what it explained until then is kept."""
+        """Stop a run; what it has explained so far is kept."""
         run.stopping.set()
         with self._lock:
             if run.status == "waiting":
@@ -76,15 +76,15 @@ class LiveQueue:
                 run.finished.set()
 
     def new_folder(self) -> Path:
-        """Where the pack of a run goes, in a new folder of the scratch space."""
+        """The path for a run's pack, in a new folder of the scratch space."""
         return Path(tempfile.mkdtemp(dir=self._scratch.path)) / "pack"
 
     def _waiting(self) -> list[LiveRun]:
-        """In their order; the lock is held."""
+        """The waiting runs in order; the caller holds the lock."""
         return [run for run in self._runs.values() if run.status == "waiting"]
 
     def _next(self) -> None:
-        """Start what may start, forget what is old; the lock is held."""
+        """Start runs that may start and forget old ones; the caller holds the lock."""
         running = sum(j.status == "running" for j in self._runs.values())
         for run in self._waiting():
             if running >= RUNNING:
@@ -117,7 +117,7 @@ class LiveQueue:
         run.seconds = time.perf_counter() - started
         with self._lock:
             run.status, run.message, run.share = status, message, 1.0  # type: ignore[assignment]
-            run.request = run.given  # the bytes are not needed any more
+            run.request = run.given  # the bytes are no longer needed
             run.finished.set()
             self._next()
 
@@ -138,7 +138,7 @@ def save_again(run: LiveRun) -> None:
     """Write the results of a run whose disk was full.
 
     Raises:
-        ValueError, OSError: it still cannot be written; the results stay in memory.
+        ValueError, OSError: they still cannot be written; the results stay in memory.
     """
     if run.unsaved and run.finished.is_set():
         save_results(run, live_queue().new_folder())

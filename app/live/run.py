@@ -1,4 +1,4 @@
-"""A run of the live page: what was asked for, how far it is, what came out."""
+"""A run of the live page: its request, its progress and its results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from xattn.explainers import Explainer
 
 
-BATCH = 8  # photos or frames a pass
-MAX_FRAMES = 1000  # of a clip
+BATCH = 8  # photos or frames per pass
+MAX_FRAMES = 1000  # most frames of a clip
 SIDE = 360  # pixels of a result's longer side on the page
 
 
 class Stopped(Exception):
-    """Somebody pressed Stop."""
+    """Raised when somebody pressed Stop."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Request:
 
 @dataclass(eq=False)
 class LiveRun:
-    """One request on its way. Threads write, pages read; ``finished`` is set at the very end.
+    """One request being processed. Threads write it, pages read it; ``finished`` is set at the very end.
 
-    ``done`` of ``total`` photos or frames (0: not known) are explained; ``share`` is the progress in
-    [0, 1]; ``problems`` are photos or methods that were left out, ``notes`` what else to know.
+    ``done`` of ``total`` photos or frames (0: unknown) have been explained; ``share`` is the progress in
+    [0, 1]; ``problems`` lists photos or methods that were left out, and ``notes`` other remarks.
     """
 
     request: Request
@@ -90,22 +90,22 @@ class LiveRun:
         self.given = self.request.light()
 
     def wait(self, seconds: float) -> bool:
-        """Wait at most so many seconds; whether the run has finished."""
+        """Wait at most this many seconds; returns whether the run has finished."""
         return self.finished.wait(seconds)
 
 
 class PassCounter:
-    """Counts forward passes while a model works, and ends the work when its run is to stop."""
+    """Counts forward passes while a model works, and ends the work if its run is to stop."""
 
     def __init__(self, run: LiveRun, total: int) -> None:
         self.run, self.total, self.passes = run, max(total, 1), 0
 
     @contextmanager
     def watched(self, loaded: Backbone) -> Iterator[None]:
-        """Around each use of the model: its turn, and a look at the run before every pass.
+        """Wait for the model's turn, and check the run before every pass.
 
-        ``head_point`` lies on the way of each pass of a timm model. Other models are asked between
-        two batches only.
+        Each pass of a timm model goes through ``head_point``. For other models the run is only checked
+        between two batches.
         """
 
         def look(module: Any, inputs: tuple[Any, ...]) -> None:
@@ -127,7 +127,7 @@ class PassCounter:
 
 
 def note_memory(run: LiveRun, method: Explainer) -> None:
-    """Note once that memory ran out and fewer images go through a pass."""
+    """Note once that memory ran out and passes have fewer images."""
     if method.max_forward_batch < BATCH:
         note = (
             f"Memory ran out: {method.name} went on with {method.max_forward_batch} images a pass."
@@ -136,11 +136,11 @@ def note_memory(run: LiveRun, method: Explainer) -> None:
             run.notes.append(note)
 
 
-FIRST = 3  # maps that are drawn before a browser asks for them, and while nobody else computes
+FIRST = 3  # maps drawn in advance, before a browser requests them
 
 
 def save_results(run: LiveRun, folder: Path) -> None:
-    """Write what was explained, so that the pages can show it."""
+    """Write the results so that pages can show them."""
     if not run.unsaved:
         return
     run.step = "saving"
@@ -165,17 +165,17 @@ def keep(run: LiveRun, name: str) -> Path:
     """Write the results of ``run`` as the pack ``name`` below the root.
 
     Raises:
-        ValueError: a name that is taken or no name, or results that are gone.
-        OSError: the disk is full or may not be written; the results stay where they are.
+        ValueError: the name is missing or taken, or the results no longer exist.
+        OSError: the disk is full or not writable; the results stay where they are.
     """
     if run.folder is None:
         raise ValueError("There are no results to keep.")
     target = run.library.new_folder(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.mkdir()  # claims the name: two pages may ask at once
+        target.mkdir()  # claims the name, since two pages may ask at once
     except FileExistsError:
-        run.library.new_folder(name)  # says that another page has taken it meanwhile
+        run.library.new_folder(name)  # raises if another page has taken it meanwhile
         raise
     except OSError as error:
         raise OSError(
@@ -190,7 +190,7 @@ def keep(run: LiveRun, name: str) -> Path:
         return save_pack(target, load_pack(run.folder), True, skipped, film)
     except (ValueError, OSError) as error:
         with suppress(OSError):
-            target.rmdir()  # empty still
+            target.rmdir()  # still empty
         raise named_error(error, target, target.name) from None
     finally:
         if film is not None:
@@ -198,6 +198,6 @@ def keep(run: LiveRun, name: str) -> Path:
 
 
 def named_error(error: ValueError | OSError, path: Path, name: str) -> ValueError | OSError:
-    """The error with a name that people know in place of a path that they do not."""
+    """The error with a familiar name in place of an internal path."""
     kind = OSError if isinstance(error, OSError) else ValueError
     return kind(reason(error).replace(str(path), name))

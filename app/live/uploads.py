@@ -1,8 +1,8 @@
-"""Files that a browser sends: what is accepted, and how it is opened.
+"""Accepts and opens files that a browser sends.
 
-An upload is data from anywhere. Number, bytes and pixels are capped before anything is decoded; only
-the formats of :data:`xattn.photos.images.FORMATS` are opened; nothing but a photo's pixels and its
-name is kept, so positions, cameras and comments stay behind.
+An upload is untrusted data. The number of files, bytes and pixels is capped before anything is decoded;
+only the formats of :data:`xattn.photos.images.FORMATS` are opened; only a photo's pixels and its name are
+kept, so that locations, camera data and comments are dropped.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from xattn.photos.images import MAX_PIXELS, decode_image, readable_formats
 PHOTO_TYPES = sorted(s.removeprefix(".") for s in SUFFIXES)
 CLIP_TYPES = sorted(s.removeprefix(".") for s in CLIPS)
 MAX_PHOTOS = 32
-MAX_BYTES = 32 << 20  # of a photo
-MAX_TOTAL = 256 << 20  # bytes of all photos
+MAX_BYTES = 32 << 20  # most bytes of a photo
+MAX_TOTAL = 256 << 20  # most bytes of all photos
 MAX_CLIP_BYTES = 200 << 20
 NAME_LENGTH = 100  # characters
-NAME_BYTES = 200  # UTF-8; a file's name may have 255
+NAME_BYTES = 200  # most bytes of a name in UTF-8; file systems allow 255
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file as it came: its cleaned name and its bytes; without them, their digest."""
+    """One uploaded file: its cleaned name, and its bytes or their digest."""
 
     name: str
     data: bytes = field(repr=False)
     digest: str = ""
 
     def light(self) -> Upload:
-        """The upload without its bytes; two of these are equal where name and bytes were."""
+        """The upload without its bytes; two of these are equal if their names and bytes were equal."""
         if self.digest:
             return self
         return Upload(self.name, b"", hashlib.sha256(self.data).hexdigest())
@@ -49,8 +49,9 @@ Problem = tuple[str, str]  # (file name, what is wrong with it, in a sentence fo
 
 
 def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
-    """The photos among ``files`` (Streamlit's ``UploadedFile``, or anything with ``name``, ``size``
-    and ``getvalue()``), by what their headers say, and what is wrong with the others."""
+    """The photos among ``files``, judged by their headers, and what is wrong with the others.
+
+    ``files`` are Streamlit's ``UploadedFile`` objects, or have ``name``, ``size`` and ``getvalue()``."""
     good: list[Upload] = []
     problems: list[Problem] = []
     total = 0
@@ -74,10 +75,10 @@ def accept(files: Sequence[Any] | None) -> tuple[list[Upload], list[Problem]]:
 
 
 def accept_clip(file: Any) -> Upload:
-    """A clip; whether it can be decoded shows when it is opened.
+    """Accept a clip; whether it can be decoded is only known when it is opened.
 
     Raises:
-        ValueError: empty, too large, or not named like a video.
+        ValueError: the file is empty, too large, or not named like a video.
     """
     name = clean_name(file.name)
     if PurePosixPath(name).suffix.lower() not in CLIPS:
@@ -90,7 +91,7 @@ def photo(upload: Upload) -> Image.Image:
     """The photo, decoded: 8-bit RGB, upright, its ``filename`` the upload's name, without metadata.
 
     Raises:
-        ValueError: it is not an image, too large, truncated or damaged.
+        ValueError: the file is not an image, or is too large, truncated or damaged.
     """
     try:
         decoded = decode_image(io.BytesIO(upload.data), upload.name, MAX_PIXELS)
@@ -103,7 +104,7 @@ def photo(upload: Upload) -> Image.Image:
 
 
 def clean_name(name: str) -> str:
-    """The last part of a file name, without control characters, and not endless."""
+    """The last part of a file name, shortened and without control characters."""
     last = PureWindowsPath(PurePosixPath(str(name)).name).name
     shown = "".join(c if c.isprintable() else "_" for c in last).strip() or "photo"
     stem, dot, suffix = shown.rpartition(".")
@@ -122,7 +123,7 @@ def _check_bytes(size: int, limit: int) -> None:
 
 
 def _check_header(upload: Upload) -> None:
-    """Format and size as the header gives them; no pixel is decoded."""
+    """Check the format and size in the header, without decoding pixels."""
     limit = f"{MAX_PIXELS / 1e6:.0f} million pixels is the limit; make it smaller"
     try:
         with Image.open(io.BytesIO(upload.data), formats=readable_formats()) as image:

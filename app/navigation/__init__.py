@@ -1,1 +1,1 @@
-"""Views as addresses: the URL, the widgets it holds, and what the gallery selects."""
+"""Views as URLs: the address, the widgets bound to it, and the gallery's selection."""

@@ -1,12 +1,12 @@
-"""Widgets whose value is in the URL, too, and whether a run follows its URL or what the page holds.
+"""Widgets whose value is also in the URL, and the decision whether a run follows its URL or the widgets.
 
 A click may be sent before the browser knows the URL that the last run wrote. Such a URL is not new, and
 following it would undo what was chosen since.
 
-The URL has the value itself, where Streamlit's ``bind`` writes the label. A choice that equals its default
-is not in the URL. A new value in the URL (a link, a reload, Back) overrides the widget; a value that is no
-option is ignored. Every run sets the value, not only the one that changes it: of two runs in quick
-succession the browser may see but the last.
+The URL holds the value itself, whereas Streamlit's ``bind`` writes the label. A choice that equals its
+default is not in the URL. A new value in the URL (a link, a reload, Back) overrides the widget; a value
+that is not an option is ignored. Every run sets the value, not only the one that changes it, because of two
+runs in quick succession the browser may see only the last.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from xattn.app import state
 
-Options = Sequence[str] | Mapping[str, str]  # values, or values with what they are called
-ADDRESSES = "_addresses"  # the session's key of what pages wrote
-WRITTEN = 50  # addresses that are remembered as a page's own
+Options = Sequence[str] | Mapping[str, str]  # values, or values with their names
+ADDRESSES = "_addresses"  # the session's key of the addresses that pages wrote
+WRITTEN = 50  # addresses remembered per page
 
 
 def is_new(key: str, address: Any, known: bool = True) -> bool:
-    """Whether ``address`` is to be shown: the first of a page, after a link, a reload or Back.
+    """Whether to show ``address``: it is a page's first address, or follows a link, a reload or Back.
 
-    It stays new until it is ``wrote``, so that a run that ends early takes nothing from the next one.
+    It stays new until :func:`wrote` is called, so that a run that ends early does not affect the next one.
 
     Args:
         key: what the address, or this part of it, belongs to.
-        known: False where the page holds nothing yet, or something of another subject.
+        known: False if the page holds nothing yet, or something of another subject.
     """
     written = _written(key)
     if not known:
@@ -41,7 +41,7 @@ def is_new(key: str, address: Any, known: bool = True) -> bool:
 
 
 def wrote(key: str, address: Any) -> None:
-    """Record that the page shows ``address``, or has asked for it."""
+    """Record that the page shows ``address``, or has requested it."""
     written = _written(key)
     if not written or written[-1] != address:
         written.append(address)
@@ -58,13 +58,13 @@ def _written(key: str) -> deque[Any]:
 
 
 def back() -> bool:
-    """Whether the person went back or forward."""
+    """Whether the person used Back or Forward."""
     run = get_script_run_ctx()
     return run is not None and run.is_history_navigation
 
 
 def _named(options: Options, rest: dict[str, Any]) -> list[str]:
-    """The values; what they are called becomes an argument of their widget."""
+    """The values; their names are added to the arguments of the widget."""
     if isinstance(options, Mapping):
         rest["format_func"] = lambda value: options.get(value, value)
     return list(options)
@@ -73,9 +73,9 @@ def _named(options: Options, rest: dict[str, Any]) -> list[str]:
 def selectbox(
     label: str, choices: Options, key: str, *, default: str | None = None, **rest: Any
 ) -> str:
-    """``st.selectbox`` under ``key``, in the URL, too; ``rest`` goes to the widget.
+    """``st.selectbox`` under ``key``, also in the URL; ``rest`` is passed to the widget.
 
-    With ``accept_new_options=True`` any value of at most 200 characters is taken from the URL.
+    With ``accept_new_options=True``, any value of at most 200 characters is accepted from the URL.
     """
     options = _named(choices, rest)
     first = options[0] if default is None else default
@@ -103,14 +103,14 @@ def maps_by(
     label: str = "Maps by",
     default: str | None = None,
 ) -> str:
-    """Whose maps a page shows: of several methods the person's choice."""
+    """The method whose maps a page shows; with several methods the person chooses."""
     if len(methods) == 1:
         return methods[0]
     return selectbox(label, methods, key, default=default, format_func=pack.title_of, width=width)
 
 
 def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
-    """``st.segmented_control`` under ``key``, the first option by default, in the URL, too."""
+    """``st.segmented_control`` under ``key``, also in the URL; the first option is the default."""
     options = _named(choices, rest)
     url = st.query_params.get(key)
     if _changed(key, url) or st.session_state[key] not in options:
@@ -125,7 +125,7 @@ def segmented(label: str, choices: Options, key: str, **rest: Any) -> str:
 def multiselect(
     label: str, options: Sequence[str], key: str, *, default: Sequence[str] = (), **rest: Any
 ) -> list[str]:
-    """``st.multiselect`` under ``key``, in the URL, too; ``rest`` goes to the widget."""
+    """``st.multiselect`` under ``key``, also in the URL; ``rest`` is passed to the widget."""
     url = st.query_params.get_all(key)
     if _changed(key, url):
         _follow(key, url, [v for v in dict.fromkeys(url) if v in options] or list(default))
@@ -142,13 +142,13 @@ def _changed(key: str, url: Any) -> bool:
 
 
 def _follow(key: str, url: Any, value: Any) -> None:
-    """Choose what the URL says."""
+    """Set the widget to the URL's value."""
     st.session_state[key] = value
     wrote(key, url)
 
 
 def _write(key: str, wanted: str | list[str] | None) -> None:
-    """Put a choice into the URL, unless it is there."""
+    """Write a choice to the URL, unless it is already there."""
     wrote(key, wanted)
     now: Any = (
         st.query_params.get_all(key) if isinstance(wanted, list) else st.query_params.get(key)

@@ -1,4 +1,4 @@
-"""Whether the page stands on a narrow screen, and where its controls go there."""
+"""Detects narrow screens and places controls on them; shows the pack list and the bar of pages."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ if TYPE_CHECKING:
 
 
 LIST, OPEN = "packs-list", "packs-open"  # keys of the list, and of whether it is shown
-SEARCHED = 8  # packs from which on there is a search field
+SEARCHED = 8  # fewest packs for which there is a search field
 SIDE = 128  # pixels of a thumbnail's longer side
 
 
 def chosen() -> str | None:
-    """The pack that was just chosen in the list, until :func:`taken`."""
+    """The pack that was just chosen in the list, until :func:`taken` is called."""
     return st.session_state.get("_picked")
 
 
 def taken() -> None:
-    """The chosen pack is open."""
+    """Record that the chosen pack is open."""
     st.session_state["_picked"] = None
 
 
 @st.fragment
 def chip(library: Library, pack: Pack | None) -> None:
-    """Show the chip. The list is made when it is opened, without a run of the page."""
+    """Show the chip with the open pack's name; its list is made when it is opened, without running the
+    page."""
     if chosen() is not None:
         st.rerun()
     name = plain(pack.name) if pack is not None else "No pack is open"
@@ -65,7 +66,7 @@ def _choose(infos: list[PackInfo], here: str | None) -> None:
 
 
 def facts(pack: Pack) -> str:
-    """What is in the pack, in a few words."""
+    """The contents of the pack, in a few words."""
     network = (pack.provenance(pack.first_entry)["backbone"] or {}).get("name")
     maps, photos = pack.counts
     parts = [counted(photos, "photo"), counted(maps, "map"), counted(len(pack.methods), "method")]
@@ -75,7 +76,7 @@ def facts(pack: Pack) -> str:
 
 
 def listed(infos: list[PackInfo], selected: str | None) -> dict[str, Any]:
-    """What the list shows: packs, the newest first, and those that cannot be opened with the reason."""
+    """What the list shows: the packs, newest first; a pack that cannot be opened comes with the reason."""
     good = sorted((i for i in infos if i.problem is None), key=lambda i: (-i.modified, i.name))
     page = state.current_page()
     return {
@@ -116,7 +117,7 @@ FIRST = ("gallery", "image", "mistakes", "live", "compare")
 
 
 def bottom_bar(pack_id: str | None) -> None:
-    """Show the bar; wide screens hide it (``components/theme.py``), since their header has the pages."""
+    """Show the bar of pages; wide screens hide it (``components/theme.py``), since they have a header."""
     here = state.current_page()
     others = [name for name in PAGES if name not in FIRST]
     with st.container(horizontal=True, key="bottom-bar", gap=None):
@@ -141,14 +142,14 @@ def _link(name: str, pack_id: str | None) -> None:
     )
 
 
-NARROW = 640  # pixels: the widest screen whose toolbars are folded
+NARROW = 640  # widest screen, in pixels, on which toolbars are folded
 _KEY, _SAID = "screen", "_narrow"
 
 
 def watch() -> None:
-    """Ask the browser, for :mod:`xattn.app.main`; a narrow one runs its first page once more.
+    """Ask the browser for its width, for :mod:`xattn.app.main`; a narrow one runs its first page again.
 
-    It also makes links to other pages work while a popover is open.
+    This also makes links to other pages work while a popover is open.
     """
     component(_KEY)(
         data={"most": NARROW, "narrow": narrow()}, key=_KEY, on_narrow_change=lambda: None
@@ -156,7 +157,7 @@ def watch() -> None:
 
 
 def narrow() -> bool:
-    """Whether the screen was narrow when the browser last said so, on this page or an earlier one."""
+    """Whether the screen was narrow when the browser last reported it, on this page or an earlier one."""
     said = getattr(st.session_state.get(_KEY), "narrow", None)
     if said is not None:
         st.session_state[_SAID] = bool(said)
@@ -164,11 +165,11 @@ def narrow() -> bool:
 
 
 def place(bar: Any, name: str, **popover: Any) -> Any:
-    """Where controls of a toolbar go: ``bar`` itself, or on a narrow screen its popover ``name``.
+    """The container for a toolbar's controls: ``bar``, or on a narrow screen its popover ``name``.
 
     Args:
         bar: the container of the toolbar.
-        name: what the popover is called: "Look" for how pictures are drawn, "Filters" for what is shown.
+        name: the popover's label: "Look" for how pictures are drawn, "Filters" for what is shown.
         popover: further arguments of ``st.popover``.
     """
     return bar.popover(name, **popover) if narrow() else bar

@@ -1,4 +1,4 @@
-"""The last gallery view of a session, to which the menu and the button return."""
+"""Remembers a session's last gallery view, to which the menu and the back button return."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _KEY = "_last_view"
 
 
 def remember(pack: Pack, text: str) -> None:
-    """Keep a view of this pack, as :func:`selection.to_text` wrote it; that of another is forgotten."""
+    """Remember a view of this pack, as :func:`selection.to_text` wrote it, and forget other packs'."""
     st.session_state[_KEY] = (pack.id, text)
 
 
 def remembered(pack: Pack) -> str:
-    """The text of the view of this pack that was used last, "" if there is none."""
+    """The text of this pack's last view, "" if there is none."""
     of, text = st.session_state.get(_KEY, ("", ""))
     return text if of == pack.id else ""
 
@@ -44,8 +44,8 @@ def forget() -> None:
 
 
 def image_of_url(pack: Pack) -> str:
-    """The image that the URL names; without one, as the menu leads here, the gallery's first."""
-    if "view" in st.query_params:  # other pages than the gallery lead to an image without one
+    """The image in the URL; without one, as when coming from the menu, the gallery's first image."""
+    if "view" in st.query_params:  # pages other than the gallery link to an image without a view
         remember(pack, st.query_params["view"])
     image_id = st.query_params.get("image")
     if image_id:
@@ -67,7 +67,7 @@ def steps(
     go: Callable[[Any], None],
     shortcuts: tuple[str | None, str | None] = ("Shift+Left", "Shift+Right"),
 ) -> None:
-    """The buttons Previous and Next, which call ``go`` with what lies there; None: nothing does."""
+    """The buttons Previous and Next, which call ``go`` with their target; None disables a button."""
     for label, to, keys in zip(("Previous", "Next"), (before, after), shortcuts, strict=True):
         bar.button(
             label,
@@ -82,18 +82,18 @@ def steps(
 def photo_bar(
     pack: Pack, page: str, key: str, carried: Callable[[], Mapping[str, str | None]]
 ) -> str:
-    """The ways to the photos before and after that of the URL, and to its maps; below them its title.
+    """Show links to the previous and next photo and to this photo's maps, and below them its title.
 
     Args:
-        page: the page's own name.
-        key: before the keys of the widgets.
-        carried: parameters of the URL that the other photos get, asked for at the click.
+        page: the name of the page.
+        key: prefix of the widgets' keys.
+        carried: returns URL parameters to carry over to other photos; called on the click.
 
     Returns:
         The photo's id.
 
     Raises:
-        PackError: the URL names a photo that the pack does not have.
+        PackError: the photo in the URL is not in the pack.
     """
     image_id = image_of_url(pack)
     row = selection.table(pack).image(image_id)

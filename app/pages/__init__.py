@@ -1,1 +1,1 @@
-"""The pages of the viewer: for each a module with a function ``page(context)``; see ``state.PAGES``."""
+"""The pages of the viewer; each is a module with a function ``page(context)``, see ``state.PAGES``."""

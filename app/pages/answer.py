@@ -1,4 +1,4 @@
-"""What a vision-language model said of a photo: a map of every word, and whether it needs the image."""
+"""The Answer page: what a vision-language model said about a photo, with a map of every word."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from xattn.vlm.model import VLM
 
 KEY = "answer"  # of the component
-MOST_PHOTOS = 32  # that are shown together
+MOST_PHOTOS = 32  # most photos shown together
 FRAME_SIDE = 256  # pixels of a frame's longer side
-MOST_FALL = 4  # nats that a word falls, from which on it is coloured most
+MOST_FALL = 4  # a word that falls by this many nats or more has the strongest colour
 
 
 class Shown(NamedTuple):
-    """What stands together: photos by their ids with the maps of their words, or a clip's frames with the
-    seconds at which they are and the number of frames that share a map."""
+    """What is shown together: photos by id with the maps of their words, or a clip's frames with their
+    times in seconds and the number of frames per map."""
 
     ids: list[str]
     entries: list[pd.DataFrame]
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Pixels of the longer side of each."""
+        """The longer side of each picture in pixels."""
         return SIDE if self.seconds is None else FRAME_SIDE
 
 
@@ -76,7 +76,7 @@ def page(context: Context) -> None:
 
 
 def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
-    """Of the photos of one conversation, or of a clip's frames, those whose words have maps."""
+    """The photos of one conversation, or the frames of a clip, whose words have maps."""
     table, words = selection.table(pack), _texts(answer)
     stem, mark, number = image_id.rpartition("#")
     names, clip = [image_id], None
@@ -96,12 +96,12 @@ def _together(pack: Pack, image_id: str, answer: AnswerFacts) -> Shown:
 
 
 def _numbered(stem: str, count: int) -> list[str]:
-    """Ids of photos that were shown together."""
+    """The ids of photos that were shown together."""
     return [f"{stem}#{i + 1}" for i in range(count)]
 
 
 def _all_there(pack: Pack, ids: list[str], image_id: str) -> bool:
-    """Whether ``ids`` are all photos that were shown, as far as their numbers tell."""
+    """Whether ``ids`` are all photos that were shown, judging by their numbers."""
     stem, mark, number = image_id.rpartition("#")
     if not mark or not number.isdigit():
         return ids == [image_id]
@@ -112,8 +112,8 @@ def _all_there(pack: Pack, ids: list[str], image_id: str) -> bool:
 def _clip(
     record: Any, own: Callable[[int], bool] = lambda number: False
 ) -> tuple[list[int], float, int] | None:
-    """Of a clip's record the numbers of at most ``MOST_PHOTOS`` frames at even steps, and of the page's
-    ``own``; frames a second, and frames a map; None of what is no such record."""
+    """From a clip's record, the numbers of at most ``MOST_PHOTOS`` evenly spaced frames and the page's
+    ``own``, the frames per second, and the frames per map; None if it is not such a record."""
     if not isinstance(record, Mapping):
         return None
     frames, fps, each = (record.get(name) for name in ("frames", "fps", "frames_a_map"))
@@ -166,13 +166,13 @@ def _texts(answer: AnswerFacts) -> tuple[str, ...]:
 
 
 def _of_words(pack: Pack, image_id: str, words: tuple[str, ...]) -> pd.DataFrame:
-    """The maps of words; a merged pack may have maps of a classifier's classes, too."""
+    """The maps of words; a merged pack may also have maps of a classifier's classes."""
     entries = selection.table(pack).entries_of(image_id)
     return entries[entries["target"].map(dict(enumerate(words))) == entries["target_name"]]
 
 
 def _asked(answer: AnswerFacts, methods: Sequence[str]) -> tuple[int, str]:
-    """The word and the method of the URL, else the word that needs the image most and the first method."""
+    """The word and the method in the URL, else the word that needs the image most and the first method."""
     words = answer.words
     most = max(range(len(words)), key=lambda i: words[i].lost)
     number, method = st.query_params.get("word", ""), st.query_params.get("method", "")
@@ -199,7 +199,7 @@ def _aspect(pack: Pack, entry_id: str) -> float:
 def _maps(
     pack: Pack, ids: tuple[str, ...], methods: tuple[str, ...], side: int, words: tuple[str, ...]
 ) -> list[list[dict[int, dict[str, Any]]]]:
-    """By photo and method the map of each word that was explained; all photos on one scale."""
+    """For each photo and method, the map of each explained word; all photos share one scale."""
     tables = [_of_words(pack, name, words) for name in ids]
     every = pd.concat(tables).groupby(["method", "target"])
     low, high = every["min"].min(), every["max"].max()
@@ -249,7 +249,7 @@ def _shares(word: AnswerWord, method: str) -> str:
 
 
 def _numbers(pack: Pack, answer: AnswerFacts) -> None:
-    """The same as a table."""
+    """Show the numbers as a table."""
     columns: dict[str, list[Any]] = {
         "word": [word.text for word in answer.words],
         "p": [word.probability for word in answer.words],
@@ -274,7 +274,7 @@ def _numbers(pack: Pack, answer: AnswerFacts) -> None:
 
 
 def _what_if(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> None:
-    """Paint over a part of the photo, and ask the model again, where the viewer was given one."""
+    """Let the person paint over a part of the photo and ask the model again, if the viewer has one."""
     if shown.seconds is not None:
         return
     if state.settings().vlm is None:
@@ -294,15 +294,15 @@ def _what_if(pack: Pack, shown: Shown, image_id: str, answer: AnswerFacts) -> No
 
 @st.fragment
 def _tried(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts, vlm: VLM) -> None:
-    """All that changes with a stroke; nothing else of the page runs again."""
+    """The part of the page that changes with a stroke; the rest does not run again."""
     try:
         _asked_again(pack, ids, image_id, answer, vlm)
-    except ValueError as error:  # main.py hears of none after the page's first run
+    except ValueError as error:  # main.py catches errors only in the page's first run
         st.error(plain(error))
 
 
 def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts, vlm: VLM) -> None:
-    """The photo to paint on, and the words with their probabilities."""
+    """Show the photo to paint on, and the words with their probabilities."""
     import torch
 
     from xattn.app.pages.whatif import page as whatif
@@ -325,7 +325,7 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
     if painting.mask.any():
         pixels = filled(pixels, painting.mask, kind, pixels.mean((1, 2)).tolist())
         changed = kind, painting.mask.tobytes()
-        if changed not in painting.answered:  # another click runs the page again, too
+        if changed not in painting.answered:  # any other click also runs the page again
             painting.answered = {changed: ask(pixels)}
         after = painting.answered[changed]
     st.html(_spoken(answer, painting.seen.answer, after))
@@ -346,10 +346,10 @@ def _asked_again(pack: Pack, ids: list[str], image_id: str, answer: AnswerFacts,
 
 
 def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) -> Tensor:
-    """(W,): of each word, exp of the mean log p of its tokens, where the model is shown ``photos``.
+    """For each word, exp of the mean log p of its tokens when the model sees ``photos``, (W,).
 
     Raises:
-        ValueError: another number of photos, or question, or other words.
+        ValueError: the number of photos, the question or the words differ.
     """
     import torch
 
@@ -381,12 +381,12 @@ def probabilities(vlm: VLM, photos: Sequence[Image.Image], answer: AnswerFacts) 
 
 
 def _question(tokens: Iterable[str], added: Container[str]) -> str:
-    """Tokens of a prompt without what depends on the photos' sizes: marks of their parts, white space."""
+    """A prompt's text without what depends on the photos' sizes: marks of their parts and white space."""
     return "".join("".join(t for t in tokens if t.strip() not in added).split())
 
 
 def _spoken(answer: AnswerFacts, before: Tensor, after: Tensor | None) -> str:
-    """The answer in HTML, a probability below each word; what has fallen is coloured."""
+    """The answer as HTML with a probability below each word; words whose probability fell are coloured."""
     parts, end = [], 0
     for i, word in enumerate(answer.words):
         p, falls = _percent(before[i]), 0.0

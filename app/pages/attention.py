@@ -56,7 +56,7 @@ OWN = "Each query's own region"
 
 
 def page(context: Context) -> None:
-    """Show the attention of one image of the open pack."""
+    """Show the attention of one image in the open pack."""
     pack = context.pack
     assert pack is not None, "main.py calls this page with a pack"
     image_id = photo_bar(pack, "attention", KEY, _carried)
@@ -98,8 +98,8 @@ def page(context: Context) -> None:
 def _fitting(
     read: Callable[..., Reading], choice: Choice, kept: LRUCache
 ) -> tuple[Reading, Choice, str]:
-    """The reading of ``choice``; where its mechanism does not run on this photo, that of the network as
-    trained, and why."""
+    """The reading for ``choice``; if its mechanism does not run on this photo, the reading of the network
+    as trained, with the reason."""
     try:
         return read(choice, kept), choice, ""
     except NoAttention:
@@ -114,7 +114,7 @@ def _fitting(
 
 
 def _carried() -> dict[str, str | None]:
-    """The view and the gallery's selection, for another photo."""
+    """The view and the gallery's selection, to carry over to another photo."""
     return {**current(), "view": st.query_params.get("view")}
 
 
@@ -136,7 +136,7 @@ def _nothing(name: str, error: NoAttention, image_id: str) -> None:
 
 
 def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict[str, str]:
-    """What a conversion does to the network's outputs, in words."""
+    """The effect of a conversion on the network's outputs, in words."""
     if trained is None:
         return {}
     before, after = (backbone.probabilities(r.logits[None])[0] for r in (trained, seen))
@@ -154,7 +154,7 @@ def _outputs(backbone: Backbone, seen: Reading, trained: Reading | None) -> dict
 def _picker(
     seen: Reading, view: View, size_grid: tuple[int, int] | None, outputs: dict[str, str]
 ) -> None:
-    """The large picture and the controls."""
+    """Show the large picture and the controls."""
     picture, controls = st.columns([5, 6], gap="large")
     with controls:
         _controls(seen, view, size_grid)
@@ -175,7 +175,7 @@ def _picker(
 
 
 def _picture(name: str, seen: Reading, token: int, map_: str, alt: str) -> None:
-    """The photo as the model saw it, under a map, to pick a patch from."""
+    """Show the photo as the model saw it under a map, for picking a patch."""
     st.session_state[f"{KEY}grid"] = seen.grid
     patches(
         photo(seen),
@@ -206,7 +206,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             options,
             format_func=lambda o: names[o],
             required=True,
-            help="Whose attention is shown. Click a patch in the photo, or move with the arrow keys.",
+            help="The token whose attention is shown. Click a patch, or move with the arrow keys.",
             **_widget("from", looks, partial(_from, seen.grid)),
         )
     else:
@@ -236,8 +236,8 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
             "Mechanism",
             [TRAINED, *fitting],
             format_func=lambda m: titles[m],
-            help="Another mechanism in place of the trained one, without training: in all layers, or in "
-            "those that it is made for.",
+            help="Replaces the trained attention by another mechanism without training, in all layers "
+            "or in those that it is made for.",
             **_widget("mechanism", view.mechanism, partial(_mechanism, size_grid)),
         )
     if view.mechanism != TRAINED and size_grid is not None:
@@ -265,7 +265,7 @@ def _controls(seen: Reading, view: View, size_grid: tuple[int, int] | None) -> N
 def _widget(
     name: str, value: Any, changes: Callable[[Any], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The arguments of a widget that shows, and changes, one value of the view."""
+    """The arguments of a widget that shows and changes one value of the view."""
     key = shown(name, value)
     return {"key": key, "on_change": chosen, "args": (name, key, changes)}
 
@@ -283,7 +283,7 @@ def _mechanism(size_grid: tuple[int, int], wanted: str) -> dict[str, Any]:
 def _facts(
     seen: Reading, view: View, token: int, row: Tensor, kept: Tensor | None
 ) -> dict[str, str | None]:
-    """The row in words."""
+    """Show facts about the attention row."""
     prefix, n = len(seen.prefix), len(row)
     head = "mean of all heads" if view.head == MEAN else f"head {view.head}"
     facts: dict[str, str | None] = {
@@ -312,7 +312,7 @@ def _facts(
 
 
 def _leading(seen: Reading, view: View, token: int) -> str | None:
-    """Where a dial's regions are: which one gets most of the row."""
+    """For mechanisms with regions, which region gets the largest share of the row."""
     regions = seen.maps[view.layer].get("region")
     if regions is None:
         return None
@@ -330,13 +330,13 @@ def _leading(seen: Reading, view: View, token: int) -> str | None:
 
 def _notes(seen: Reading, trained: Reading | None) -> None:
     note = (
-        "Read from the photo that is stored in the pack (at most 512 pixels a side), cut as the network "
-        "sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
+        "Read from the photo that is stored in the pack (at most 512 pixels a side), cropped as the "
+        "network sees it; a larger original may differ slightly. Layers and heads count from 0, as in the "
         "code, rows and columns of patches from 1."
     )
     if seen.scaled:
         note += (
-            f" In {layers_text(seen.scaled)} the rows of attention are no shares: entries may be "
+            f" In {layers_text(seen.scaled)} the rows of attention are not shares: entries may be "
             f"negative, or do not sum to 1. Rows of |A|, scaled to sum to 1, are shown."
         )
     if trained is not None:
@@ -361,7 +361,7 @@ def _rollout(seen: Reading, view: View) -> None:
                 "Up to layer",
                 0,
                 seen.layers - 1,
-                help="Layers 0 to this one are multiplied, heads averaged, half of each the skip path.",
+                help="Multiplies layers 0 to this one, with heads averaged and half of each the skip path.",
                 **_widget("depth", view.depth),
             )
     row = seen.rollout(token, view.depth)

@@ -1,4 +1,4 @@
-"""The demo pack that a viewer without packs offers to make, and its progress."""
+"""Offers to make the demo pack in a viewer without packs, and shows its progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITH = "with photos and a network that installed packages bring along. It takes 
 
 
 def offer(text: str = f"Or look around first, {WITH}") -> None:
-    """A button that makes the demo pack below ``text``, or its progress; nothing where jobs are off."""
+    """Show a button that makes the demo pack, or its progress; nothing if jobs are off."""
     settings = state.settings()
     if not settings.training:
         return
@@ -49,7 +49,7 @@ def demo(jobs: Jobs) -> Job | None:
 
 
 def start(jobs: Jobs) -> Job:
-    """Make the demo pack, or go on with one that was interrupted; one that is there stays."""
+    """Make the demo pack or resume an interrupted one; a finished one is left as it is."""
     job = demo(jobs)
     if job is None:
         return jobs.start(Spec("demo"), jobs.free_name(pack_job.NAME))
@@ -60,7 +60,7 @@ def make() -> None:
     """Start the demo's job for ``xattn app --demo``.
 
     Raises:
-        ValueError: a package is missing, or another job runs.
+        ValueError: a package is missing, or another job is running.
     """
     settings = state.settings()
     if (line := pack_job.missing()) is not None:

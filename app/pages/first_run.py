@@ -1,6 +1,6 @@
-"""What a viewer without a pack shows: what xattn is for, an example, and three ways to begin.
+"""The first page of a viewer without packs: what xattn is for, an example, and three ways to start.
 
-The example is a photo that scikit-image ships, and where a network looks on it, drawn by
+The example is a photo from scikit-image and where a network looks on it, drawn by
 ``tests/draw_example.py``.
 """
 
@@ -26,7 +26,7 @@ TEXT = (
 
 
 def html() -> str:
-    """The picture with what it shows, as a part of a page."""
+    """The example picture with its caption, as HTML."""
     data = base64.b64encode(
         (resources.files("xattn.app.demo") / "example.jpg").read_bytes()
     ).decode("ascii")
@@ -41,11 +41,11 @@ AIM = "See what an image classifier looks at, and measure which explanation to t
 
 
 def page(context: Context) -> None:
-    """The first run: no pack that opens."""
+    """Show the first page, because there is no pack that opens."""
     st.title(AIM, anchor=False)
     st.html(html())
     doors = st.columns(3, gap="medium")
-    # What is installed takes a moment to find out, so the demo comes last.
+    # Finding out what is installed takes a moment, so the demo comes last.
     for i, part in ((0, _photo), (2, _own), (1, _demo)):
         with doors[i], st.container(border=True, height="stretch"):
             part()

@@ -1,4 +1,4 @@
-"""Mistakes: the confusion of a pack's classes, a row a class, and the maps of a cell's photos."""
+"""The Mistakes page: the confusion of a pack's classes, one row per class, and maps of a cell's photos."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-MOST_TAGS = 50  # that are compared, those with most photos
+MOST_TAGS = 50  # most tags compared, those with the most photos first
 
 
 def slice_table(pack: Pack, method: str) -> None:
-    """A row a slice; a row leads to its photos in the gallery."""
+    """Show one row per slice; a row leads to its photos in the gallery."""
     try:
         revision = tag_files.store_of(pack).revision()
         views = _views(pack, method)
@@ -49,7 +49,7 @@ def slice_table(pack: Pack, method: str) -> None:
         return
     if not views:
         st.info(
-            "No slice is saved yet. Filter the gallery and save its view under Slices, or tag some photos."
+            "There is no slice yet. Filter the gallery and save its view under Slices, or tag some photos."
         )
         return
     rows = _rows(pack, revision, method, views)
@@ -79,7 +79,7 @@ def slice_table(pack: Pack, method: str) -> None:
 
 
 def _views(pack: Pack, method: str) -> dict[str, View]:
-    """The gallery's views of the saved slices, and of the tags, by name."""
+    """The gallery views of the saved slices and of the tags, by name."""
     store, choices = tag_files.store_of(pack), selection.table(pack).choices
     found = {name: selection.from_text(text, choices) for name, text in store.slices().items()}
     tags = sorted(store.counts().items(), key=lambda item: -item[1])[:MOST_TAGS]
@@ -89,7 +89,7 @@ def _views(pack: Pack, method: str) -> dict[str, View]:
 
 @kept(4)
 def _rows(pack: Pack, revision: str, method: str, _views: dict[str, View]) -> dict[str, SliceRow]:
-    """What is known of each slice that has photos, of the first 100,000 of them."""
+    """The row of each slice that has photos, computed from at most the first 100,000."""
     rows = {}
     for name, view in _views.items():
         if photos := selection.selected(pack, view).photos(MOST_AT_ONCE):
@@ -98,7 +98,7 @@ def _rows(pack: Pack, revision: str, method: str, _views: dict[str, View]) -> di
 
 
 def _slice_line(name: str, row: SliceRow | None, keys: list[str]) -> dict[str, Any]:
-    """A slice in the table; without photos it has no figures."""
+    """The table line of a slice; without photos it has no figures."""
     line: dict[str, Any] = {"slice": visible(name), "photos": 0}
     if row is None:
         return line | dict.fromkeys(("right, 95 %", *keys), "")
@@ -113,8 +113,8 @@ def _slice_line(name: str, row: SliceRow | None, keys: list[str]) -> dict[str, A
 
 
 SIDE = 240  # pixels of a picture's longer side
-FEW = 11  # photos of a cell that the page shows beside their mean map
-CELL = "cell"  # parameter of the URL: TRUE.PREDICTED, by number, "other" for other classes
+FEW = 11  # photos of a cell shown beside their mean map
+CELL = "cell"  # the URL parameter TRUE.PREDICTED, by number, with "other" for other classes
 MATRIX, CELLS = "mistakes.matrix", "mistakes.cells"
 
 
@@ -155,7 +155,7 @@ def _whole(pack: Pack) -> SliceRow:
 
 @kept(32)
 def _mean_map(pack: Pack, entry_ids: tuple[str, ...]) -> str:
-    """The mean of these maps as the address of a picture."""
+    """The mean of these maps as a picture's URL."""
     values = mean_map(pack, entry_ids)
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
@@ -166,21 +166,24 @@ def _mean_map(pack: Pack, entry_ids: tuple[str, ...]) -> str:
 def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**No photo of this pack has a true class.**")
-        st.markdown("Explain the photos with their classes, and this page shows what is confused:")
+        st.markdown(
+            "Explain the photos with their classes, and this page shows which ones are confused:"
+        )
         output = shlex.quote(str(state.settings().root / "labelled"))
         command(
             f"xattn explain PHOTOS --labels folders --classes predicted,label --output {output}"
         )
         st.caption(
-            "--labels also takes a .csv or .json file. Classes have to be ones that the network tells."
+            "--labels also takes a .csv or .json file. The classes have to be classes of the network."
         )
 
 
 def _headline(pack: Pack, found: Confusion) -> None:
-    """How often the network is right, and how sure it is."""
+    """Show how often the network is right, and how confident it is."""
     whole = _whole(pack)
     mean, lo, hi, n = whole.accuracy
-    parts = [f"**{mean:.1%}** of {n:,} photos are told right (95 % interval {lo:.1%} to {hi:.1%})"]
+    interval = f"95 % interval {lo:.1%} to {hi:.1%}"
+    parts = [f"**{mean:.1%}** of {n:,} photos are classified correctly ({interval})"]
     parts.append(f"expected calibration error {whole.ece:.3f}")
     if found.unknown:
         parts.append(f"{found.unknown:,} photos without a true class or a prediction are left out")
@@ -228,19 +231,19 @@ def _matrix(pack: Pack, found: Confusion, chosen: tuple[int, int]) -> None:
 
 
 def _name(found: Confusion, cell: tuple[int, int]) -> str:
-    """A cell in the URL."""
+    """A cell's name in the URL."""
     numbers = (found.classes[i][0] for i in cell)
     return ".".join("other" if number is None else str(number) for number in numbers)
 
 
 def _chosen(found: Confusion) -> tuple[int, int]:
-    """The cell of the URL; without one the commonest mistake, or the commonest cell."""
+    """The cell in the URL; without one, the most common mistake, or else the most common cell."""
     by_name = {_name(found, cell): cell for cell in found.photos}
     wanted = st.query_params.get(CELL, "")
     if wanted in by_name:
         return by_name[wanted]
     if wanted:
-        st.warning("This pack has no such cell; the commonest mistake is shown.")
+        st.warning("This pack has no such cell; the most common mistake is shown.")
     wrong = [cell for cell in found.photos if cell[0] != cell[1]]
     return max(wrong or found.photos, key=lambda cell: (found.counts[cell], -cell[0], -cell[1]))
 
@@ -255,12 +258,13 @@ def _opened() -> None:
 
 
 def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> None:
-    """The mean map of a cell's photos, and its first photos."""
+    """Show the mean map of a cell's photos, and its first photos."""
     photos = found.photos[cell]
     true, predicted = (short(found.classes[i][1]) for i in cell)
     right = cell[0] == cell[1] and found.classes[cell[0]][0] is not None
     st.subheader(
-        plain(f"{true}, told right" if right else f"{true} predicted as {predicted}"), anchor=False
+        plain(f"{true}, predicted correctly" if right else f"{true} predicted as {predicted}"),
+        anchor=False,
     )
     entries = selection.table(pack).first_maps(method, photos)
     title = pack.title_of(method)
@@ -311,7 +315,7 @@ def _cell(pack: Pack, found: Confusion, cell: tuple[int, int], method: str) -> N
 
 
 def _gallery_view(found: Confusion, cell: tuple[int, int], method: str) -> selection.View | None:
-    """The gallery's view of the cell's photos; None for a cell of many classes, which it cannot filter."""
+    """The gallery view of the cell's photos; None for a cell of many classes, which has no filter."""
     true, predicted = (found.classes[i][0] for i in cell)
     if true is None or predicted is None:
         return None
@@ -328,7 +332,7 @@ def _open_photo(view: str | None) -> None:
 
 
 def _classes(pack: Pack, method: str) -> None:
-    """A row a class; a row leads to its photos in the gallery."""
+    """Show one row per class; a row leads to its photos in the gallery."""
     rows = _class_rows(pack, method)
     keys = [key for key in (m.key for m in pack.metrics) if any(key in r.metrics for r in rows)]
     table = pd.DataFrame(
@@ -338,7 +342,7 @@ def _classes(pack: Pack, method: str) -> None:
             "right": 100 * row.accuracy.mean,
             "right, 95 %": f"{row.accuracy.lo:.0%} to {row.accuracy.hi:.0%}",
             "confidence": 100 * row.confidence.mean,
-            "surer than right by": 100 * row.overconfidence.mean,
+            "overconfidence": 100 * row.overconfidence.mean,
             **{key: row.metrics[key].text(3) if key in row.metrics else "" for key in keys},
         }
         for row in rows
@@ -347,7 +351,7 @@ def _classes(pack: Pack, method: str) -> None:
         "class": st.column_config.TextColumn(pinned=True),
         **{
             name: st.column_config.NumberColumn(format="%.1f %%")
-            for name in ("right", "confidence", "surer than right by")
+            for name in ("right", "confidence", "overconfidence")
         },
         **{
             m.key: st.column_config.TextColumn(
@@ -365,7 +369,7 @@ def _classes(pack: Pack, method: str) -> None:
     )
     st.caption(
         plain(
-            f"Choose a row to see its photos. A network that is surer than right by 10 points gives 10 "
-            f"points more confidence than it earns.{measured}"
+            f"Choose a row to see its photos. Overconfidence is the mean confidence minus the accuracy, in "
+            f"percentage points.{measured}"
         )
     )

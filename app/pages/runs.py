@@ -54,7 +54,7 @@ PAIR_SIDE = 480  # pixels of a picture's longer side
 def pair_of_maps(
     before: Pack, after: Pack, methods: tuple[str, str], photo: Photo, listed: Sequence[str]
 ) -> None:
-    """Show the photo's maps side by side; ``listed``: the photos that Previous and Next lead through."""
+    """Show the photo's maps side by side; ``listed`` are the photos that Previous and Next step through."""
     _bar(photo.image_id, listed)
     st.html(name_html(photo.title))
     st.markdown(_pair_verdict(photo))
@@ -65,7 +65,7 @@ def pair_of_maps(
     if not rows:
         st.caption(
             "The two runs explain different classes of this photo, so their maps cannot be compared "
-            "cell by cell. With --classes predicted,label both have the map of the true class."
+            "cell by cell. With --classes predicted,label both runs explain the true class."
         )
         rows = [[next(iter(found.values()), None) for found in (ones, others)]]
     for number, entry_ids in enumerate(rows):
@@ -92,7 +92,7 @@ def _show(image_id: str) -> None:
 
 
 def _pair_verdict(photo: Photo) -> str:
-    """Both predictions as a sentence."""
+    """A line with both predictions."""
     said = [
         f"{short(name)} {p:.1%}" if p == p else short(name)
         for name, p in zip(photo.predicted, photo.confidence, strict=True)
@@ -122,7 +122,7 @@ def _row(
     entry_ids: Sequence[str | None],
     number: int,
 ) -> None:
-    """The photo, its two maps, and their difference where they are of one class."""
+    """Show the photo, its two maps, and their difference if they are of one class."""
     look = Look(side=PAIR_SIDE)
     before = packs[0][0]
     cells: list[dict[str, Any]] = [
@@ -186,7 +186,7 @@ def _row(
 def _open(
     packs: Sequence[tuple[Pack, str, str]], entry_ids: Sequence[str | None], number: int
 ) -> None:
-    """A map leads to its photo on the image page of its pack."""
+    """Open the image page of a map's photo in its pack."""
     opened = sent(f"runs.maps.{number}", "open")
     for (pack, _, image_id), entry_id, when in zip(
         packs, entry_ids, ("before", "after"), strict=True
@@ -196,9 +196,9 @@ def _open(
 
 
 def _difference(pack: Pack, one: Explanation, other: Explanation) -> tuple[str, Legend]:
-    """The min-maxed map of ``other`` less that of ``one`` over the photo, where both networks look.
+    """The min-maxed map of ``other`` minus that of ``one`` over the photo, where both networks look.
 
-    It is drawn on the photo's own pixels, so that the two may have other grids and crops.
+    It is drawn on the photo's own pixels, so that the maps may differ in grid and crop.
     """
     photo = pack.photo(one.image_id, PAIR_SIDE)
     ones, others = (
@@ -213,14 +213,14 @@ def _difference(pack: Pack, one: Explanation, other: Explanation) -> tuple[str, 
 
 
 SIDE = 240  # pixels of a picture's longer side
-MOST = 20_000  # photos that are compared; of more, an even sample
-SHOWN = 24  # photos of a list
-TRIED = 8  # packs that are opened to find one with the same photos
+MOST = 20_000  # most photos compared; of more, an evenly spaced sample
+SHOWN = 24  # photos shown of a list
+TRIED = 8  # most packs opened to find one with the same photos
 PAIRS, DEFAULT = "runs.pairs", "runs.default"
 LISTS = {
     "wrong": "Now wrong",
     "right": "Now right",
-    "changed": "Other prediction",
+    "changed": "Prediction changed",
     "moved": "Maps that moved most",
 }
 
@@ -239,7 +239,7 @@ class Runs(NamedTuple):
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two are called: by their packs, or by their methods where these differ."""
+        """The names of the two runs: their packs, with the methods if these differ."""
         by, by2 = self.before.title_of(self.methods[0]), self.after.title_of(self.methods[1])
         if self.same_pack:
             return by, by2
@@ -280,11 +280,11 @@ def page(context: Context) -> None:
 _compared = kept(8)(compare_packs)
 
 
-# ---------------------------------------------------------------------- which two
+# ---------------------------------------------------------------------- choosing the runs
 
 
 def _choose(library: Library, pack: Pack) -> Runs | None:
-    """The open pack and the one that the person or the address chose; None where there is no choice."""
+    """The open pack and the one chosen by the person or the address; None if there is no other."""
     names = {info.id: info.name for info in library.packs() if info.problem is None}
     names.setdefault(pack.id, pack.name)
     several = len(_methods(pack)) > 1
@@ -295,7 +295,7 @@ def _choose(library: Library, pack: Pack) -> Runs | None:
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     wanted = st.query_params.get("other")
     if wanted is not None and wanted not in others:
-        st.warning("The second pack of this address is not here any more; this is another one.")
+        st.warning("The second pack of this address no longer exists; another one is shown.")
     if st.session_state.get(DEFAULT, (None, None))[0] != pack.id:
         st.session_state[DEFAULT] = (pack.id, _default(library, pack, others))
     usual = st.session_state[DEFAULT][1]
@@ -332,14 +332,14 @@ def _swap(before: str, after: str, one: str, two: str) -> None:
 
 
 def _default(library: Library, pack: Pack, others: Sequence[str]) -> str:
-    """The first of a few packs that shares an id with the open one; else the first."""
+    """The first of a few packs that shares a photo's id with the open one; else the first pack."""
     own = set(pack.image_ids)  # reading the hashes of all pictures would take longer
     for other_id in [i for i in others if i != pack.id][:TRIED]:
         try:
             if not own.isdisjoint(library.open(other_id).image_ids):
                 return other_id
         except PackError:
-            continue  # gone or changed since it was listed
+            continue  # deleted or changed since it was listed
     return pack.id if pack.id in others else others[0]
 
 
@@ -359,7 +359,7 @@ def _nothing() -> None:
 
 
 def _headline(runs: Runs, found: PackDifference) -> None:
-    """What changed, in a sentence or two."""
+    """Show what changed in a sentence or two."""
     count = len(found.common)
     photos = counted(count, "photo")
     if found.shared > count:
@@ -376,12 +376,12 @@ def _headline(runs: Runs, found: PackDifference) -> None:
             f"by {change}. {len(found.now_right):,} became right, {len(found.now_wrong):,} became wrong."
         )
     else:
-        st.markdown(f"**{len(found.changed):,} of {photos}** have another prediction.")
-        st.caption("No true classes are known; explain with --labels, and mistakes are compared.")
+        st.markdown(f"**{len(found.changed):,} of {photos}** have a different prediction.")
+        st.caption("No true classes are known; explain with --labels to compare mistakes as well.")
     if found.renamed:
         st.caption(renamed_note(found.renamed))
     alone = [
-        f"{n:,} photos are in {name} alone"
+        f"{n:,} photos are only in {name}"
         for n, name in zip(found.alone, found.names, strict=True)
         if n
     ]
@@ -392,13 +392,13 @@ def _headline(runs: Runs, found: PackDifference) -> None:
 
 
 def _figures(runs: Runs, found: PackDifference) -> None:
-    """Each measure before and after, with the interval of the paired difference."""
+    """Show each measure before and after, with the interval of the paired difference."""
     rows: list[tuple[str, Change]] = []
     if found.accuracy is not None and not runs.same_pack:
         rows.append(("accuracy", found.accuracy))
     rows += [(key, change) for (_, key), change in found.metrics.items()]
     if found.left_out:
-        st.caption(plain(f"Left out, by different protocols: {', '.join(found.left_out)}."))
+        st.caption(plain(f"Left out because protocols differ: {', '.join(found.left_out)}."))
     if not rows:
         return
     better = {m.key: m.higher_is_better for m in runs.after.metrics}
@@ -424,12 +424,12 @@ def _figures(runs: Runs, found: PackDifference) -> None:
 
 
 def _verdict(change: Change, higher_is_better: bool) -> str:
-    """Whether the change can be told from none."""
+    """Whether there is a clear change."""
     _, lo, hi, n = change.difference
     if n < MIN_IMAGES:
         return "too few photos"
     if lo <= 0 <= hi:
-        return "not told apart"
+        return "no clear difference"
     return "better" if (lo > 0) == higher_is_better else "worse"
 
 
@@ -437,7 +437,7 @@ def _verdict(change: Change, higher_is_better: bool) -> str:
 
 
 def _photos(found: PackDifference, name: str) -> list[Photo]:
-    """The photos of a list, in its order."""
+    """The photos of a list, in order."""
     if name == "moved":
         by_id = {photo.image_id: photo for photo in found.common}
         return [by_id[i] for i in dict.fromkeys(m.image_id for m in found.moved)]
@@ -446,18 +446,18 @@ def _photos(found: PackDifference, name: str) -> list[Photo]:
 
 
 def _names(runs: Runs, found: PackDifference) -> list[str]:
-    """The lists that hold a photo; of two methods of one pack the predictions are the same."""
+    """The lists that are not empty; with two methods of one pack the predictions are the same."""
     return ["moved"] if runs.same_pack else [name for name in LISTS if _photos(found, name)]
 
 
 def _list_name(runs: Runs, found: PackDifference) -> str:
-    """The list of the address, else the first."""
+    """The list in the address, else the first."""
     names, wanted = _names(runs, found), st.query_params.get("list")
     return wanted if wanted in names else next(iter(names), "moved")
 
 
 def _list(runs: Runs, found: PackDifference) -> None:
-    """The photos of one list, each with its map in both packs."""
+    """Show the photos of one list, each with its map in both packs."""
     name = _list_name(runs, found)
     if len(names := _names(runs, found)) > 1:
         titles = {key: f"{LISTS[key]} ({len(_photos(found, key)):,})" for key in names}
@@ -465,7 +465,7 @@ def _list(runs: Runs, found: PackDifference) -> None:
     photos = _photos(found, name)
     if not photos:
         st.info(
-            "All predictions are the same, and no photo has maps of one class in both packs; explain "
+            "All predictions are the same, and no photo has maps of the same class in both packs; explain "
             "the same classes by name."
         )
         return
@@ -502,7 +502,7 @@ def _ids(photo: Photo) -> tuple[str, str]:
 def _two_cells(
     runs: Runs, photo: Photo, maps: list[dict[str, str]], moved: float | None, name: str
 ) -> list[dict[str, Any]]:
-    """The cells of a photo: its map in the one run, and in the other."""
+    """The cells of a photo: its map in each of the two runs."""
     href = state.link("runs", **_address(runs), list=name, image=photo.image_id)
     cells = []
     for side, pack in enumerate((runs.before, runs.after)):
@@ -527,7 +527,7 @@ def _two_cells(
 
 
 def _predicted(photo: Photo, side: int) -> str:
-    """What one of the two networks says of a photo."""
+    """The prediction of one of the two networks for a photo."""
     predicted, p = photo.predicted[side], photo.confidence[side]
     if predicted is None:
         return photo.title
@@ -535,7 +535,7 @@ def _predicted(photo: Photo, side: int) -> str:
 
 
 def _address(runs: Runs) -> dict[str, str]:
-    """The two packs and methods in the URL."""
+    """The two packs and methods as URL parameters."""
     by, by2 = runs.methods
     return {"pack": runs.before.id, "other": runs.after.id, "by": by, "by2": by2}
 
@@ -548,7 +548,7 @@ def _opened(name: str) -> None:
 
 
 def _export(found: PackDifference) -> None:
-    """What ``xattn diff`` prints and writes, as files."""
+    """Offer the output of ``xattn diff`` as files."""
     bar = st.container(horizontal=True, gap="small")
 
     def report() -> str:

@@ -1,1 +1,1 @@
-"""What leaves a pack as pixels or files: overlays, films, exports."""
+"""Pictures and files made from a pack: overlays, films and exports."""

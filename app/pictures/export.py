@@ -1,4 +1,4 @@
-"""What leaves the viewer as a picture: a figure with caption and provenance, a static HTML report."""
+"""Exports from the viewer: a figure with caption and provenance, and a static HTML report."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 MOST_MAPS = {"html": 200, "png": 60, "svg": 60}  # in one file
-SIDE = 320  # of a picture in a figure, in pixels
-COLUMNS = 5  # of a figure of one photo
+SIDE = 320  # side of a picture in a figure, in pixels
+COLUMNS = 5  # columns in a figure of one photo
 
 
 def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None = None) -> bytes:
-    """The photos of these maps and the maps beside them, as a PNG or SVG file with its provenance.
+    """A PNG or SVG file of photos with these maps beside them, including their provenance.
 
     A map that cannot be read is left out, and a note says so.
 
     Raises:
-        ValueError: another format, no maps, or too many.
-        PackError: an unknown map, or none that can be read.
+        ValueError: the format is unknown, or there are no maps or too many.
+        PackError: a map is unknown, or none can be read.
     """
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; give one of {', '.join(FORMATS)}")
@@ -69,13 +69,13 @@ def figure(pack: Pack, entry_ids: Sequence[str], format: str, look: Look | None 
 
 
 def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
-    """A report of these maps as one HTML page that needs no server: maps, metrics, provenance.
+    """A report of these maps as one HTML page that needs no server: maps, metrics and provenance.
 
     A map that cannot be read is left out, and a note says so.
 
     Raises:
-        ValueError: no maps, or too many.
-        PackError: an unknown map, or none that can be read.
+        ValueError: there are no maps or too many.
+        PackError: a map is unknown, or none can be read.
     """
     look = look or Look()
     rows, entry_ids, left_out = _rows(pack, entry_ids, "html", look)
@@ -95,7 +95,7 @@ def html(pack: Pack, entry_ids: Sequence[str], look: Look | None = None) -> str:
 
 
 def _note(metric: MetricInfo) -> str:
-    """What a column says, in plain words and as a formula."""
+    """What a column measures, in plain words and as a formula."""
     name, about = named(metric.key, metric.title), directed(metric.about, metric.higher_is_better)
     return f"{name}. {about} {metric.formula}; protocol {metric.protocol_id}"
 
@@ -121,8 +121,8 @@ def _rows(
     """The rows of a sheet, the maps that they show, and a note for each map that cannot be read.
 
     Raises:
-        ValueError: no maps, or too many.
-        PackError: an unknown map, or none that can be read.
+        ValueError: there are no maps or too many.
+        PackError: a map is unknown, or none can be read.
     """
     if not 0 < len(entry_ids) <= MOST_MAPS[kind]:
         raise ValueError(
@@ -172,7 +172,7 @@ def _title(pack: Pack, entry_ids: Sequence[str]) -> str:
 
 
 def provenance(pack: Pack, entry_ids: Sequence[str], look: Look) -> list[str]:
-    """Where these maps come from and how they are drawn, in sentences, each once."""
+    """Sentences on where these maps come from and how they are drawn, without repetition."""
     methods: dict[str, dict[str, None]] = {}
     for entry_id in entry_ids:
         found = pack.provenance(entry_id)

@@ -1,6 +1,6 @@
-"""Frames of a pack's film, one by one: a clip's overlays, to scrub through without a video player.
+"""Serves single frames of a pack's film, the overlays of a clip, so that no video player is needed.
 
-MPEG-4 Part 2, which OpenCV writes everywhere, plays in no browser; JPEG frames do.
+No browser plays MPEG-4 Part 2, which OpenCV writes everywhere; JPEG frames work everywhere.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 FRAME = "/xattn/frame"
 CACHE_BYTES = 32 << 20
 MAX_PIXELS = 40_000_000
-_CHECKED = LRUCache(8)  # films whose hash was compared, each of size 1
+_CHECKED = LRUCache(8)  # films whose hash was checked, each of size 1
 _CACHE = LRUCache(CACHE_BYTES)
 
 
 def frames(pack: Pack) -> list[str]:
-    """The image ids of the film's frames, in their order; [] for a pack without a film."""
+    """The image ids of the film's frames, in order; [] for a pack without a film."""
     return [] if _film(pack) is None else list(pack.images.index)
 
 
 def rate(pack: Pack) -> float:
-    """Frames of the film a second."""
+    """Frames per second of the film."""
     with closing(_Reader(pack)) as reader:
         return reader.rate
 
 
 def frame_url(pack: Pack, side: int = 960) -> str:
-    """Where the browser gets a frame; its number, from 0, is still to be put behind."""
+    """The URL of a frame without its number, which counts from 0 and has to be appended."""
     query = {"pack": pack.id, "side": side, "v": pack.version}
     return f"{FRAME}?{urlencode(query)}&frame="
 
@@ -48,7 +48,7 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
     """Frame ``index``, from 0, as JPEG, its longer side at most ``side`` pixels.
 
     Raises:
-        PackError: no film, no such frame, or a damaged film.
+        PackError: there is no film or no such frame, or the film is damaged.
     """
     key = (pack.id, pack.version, index, side)
 
@@ -62,7 +62,7 @@ def frame_bytes(pack: Pack, index: int, side: int = 960) -> bytes:
 
 
 def _film(pack: Pack) -> Path | None:
-    """The film; its hash is compared once, and again when the file is another one."""
+    """The film's file; its hash is checked once, and again if the file changes."""
     key: tuple[object, ...] = (pack.files.address, pack.version)
     if pack.folder is not None:
         try:
@@ -70,7 +70,7 @@ def _film(pack: Pack) -> Path | None:
         except OSError:
             return pack.video  # None, or the error that says what is missing
     film: Path | None = _CHECKED.get(key)
-    if film is None or not film.exists():  # a copy of a film elsewhere goes with its pack
+    if film is None or not film.exists():  # a copy of a remote film is deleted with its pack
         film = pack.video
         if film is not None:
             _CHECKED.put(key, film, 1)

@@ -1,7 +1,7 @@
-"""Pictures of the viewer: how a map is drawn over its photo, the URL of it, and its JPEG bytes.
+"""Pictures of the viewer: how a map is drawn over its photo, its URL, and its JPEG bytes.
 
-A picture is a pure function of a pack's version, an entry and a :class:`Look`; all drawing is
-:mod:`xattn.pictures.overlay`'s. Encoded pictures are kept in memory up to a number of bytes.
+A picture depends only on a pack's version, an entry and a :class:`Look`; :mod:`xattn.pictures.overlay` does
+all drawing. Encoded pictures are cached in memory up to a number of bytes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-MOST_CELLS = 40  # a side of what is sent; larger maps are averaged
+MOST_CELLS = 40  # most cells per side that are sent; larger maps are averaged
 
 
 def map_cells(explanation: Explanation, crop: bool) -> dict[str, Any]:
-    """A map for a cell of a linked grid, with ``crop`` over what the model saw, else over the whole photo.
+    """A map for a cell of a linked grid, over the whole photo, or with ``crop`` over what the model saw.
 
-    ``cells`` are 16 bits each, from ``low`` to ``high``, by rows, in base64; ``of`` is the map's own shape,
-    ``most`` its greatest value, and ``box`` where it lies on the picture, see :func:`map_box`.
+    ``cells`` are 16 bits each, from ``low`` to ``high``, row by row, in base64. ``of`` is the map's own
+    shape, ``most`` its largest value, and ``box`` its position on the picture, see :func:`map_box`.
     """
     values = np.array(explanation.map, np.float64)
     rows, columns = (min(side, MOST_CELLS) for side in values.shape)
@@ -65,8 +65,8 @@ def _averaged(values: np.ndarray, rows: int) -> np.ndarray:
 
 
 def map_box(view: View, crop: bool) -> list[float]:
-    """Top, left, bottom and right of the model's input, in shares of the photo, or of the part of it that
-    the model saw; padding lies outside 0 to 1."""
+    """Top, left, bottom and right of the model's input, as fractions of the photo or of the part that the
+    model saw; padding lies outside 0 to 1."""
     (rows, columns), (top, left, height, width) = view.resized, view.box
     corners = np.array(
         [[left / columns, top / rows], [(left + width) / columns, (top + height) / rows]]
@@ -76,7 +76,7 @@ def map_box(view: View, crop: bool) -> list[float]:
 
 
 def on_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
-    """Points (n, 2), x and y in shares of the photo, in shares of what is shown of it."""
+    """Points (n, 2), x and y as fractions of the photo -> fractions of the part that is shown."""
     if not crop:
         return points
     (height, width), (top, left, bottom, right) = view.photo_size, view.photo_box
@@ -85,24 +85,24 @@ def on_picture(points: np.ndarray, view: View, crop: bool) -> np.ndarray:
 
 
 PICTURE, OVERLAY = "/xattn/picture", "/xattn/overlay"
-SIDES = (16, 2048)  # least and greatest longer side, in pixels
+SIDES = (16, 2048)  # smallest and largest longer side, in pixels
 SCALES = ("map", "shared")
 COLOURS = ("auto", SEQUENTIAL, DIVERGING, "viridis", "cividis", "gray")
 CACHE_BYTES = 16 << 20
 QUALITY = 85
-LARGEST = 1e30  # of limits: their difference is finite in any float
+LARGEST = 1e30  # largest limit, so that differences are finite in any float
 
 
 @dataclass(frozen=True)
 class Look:
     """How a map is drawn.
 
-    ``style`` is that of :func:`xattn.pictures.overlay.overlay`; an outline is of the map alone, whatever
-    the scale. ``crop`` shows what the model saw, and not the whole photo. ``scale="map"`` min-maxes each
-    map; ``"shared"`` puts raw scores between ``limits``, by default the least and greatest value of all
-    maps of the photo in the pack. ``cmap="auto"`` is inferno, and the diverging scale for maps with
-    negative values. ``minus`` names the entry whose map is taken away: the difference of the min-maxed
-    maps under ``"map"``, of raw scores under ``"shared"``.
+    ``style`` is that of :func:`xattn.pictures.overlay.overlay`; an outline depends only on the map, not on
+    the scale. ``crop`` shows what the model saw instead of the whole photo. ``scale="map"`` min-maxes each
+    map; ``"shared"`` scales raw scores between ``limits``, by default the smallest and largest value of all
+    maps of the photo in the pack. ``cmap="auto"`` is inferno, or the diverging colours for maps with
+    negative values. ``minus`` names an entry whose map is subtracted: min-maxed maps are subtracted with
+    ``"map"``, and raw scores with ``"shared"``.
     """
 
     opacity: float = 0.55
@@ -133,7 +133,7 @@ class Look:
                 raise ValueError(f"limits: got {low} to {high}; give two numbers, the lower first")
 
     def query(self) -> dict[str, str]:
-        """What differs from the defaults, for a URL."""
+        """The URL parameters that differ from the defaults."""
         found = {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -148,10 +148,10 @@ class Look:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Look:
-        """The look that :meth:`query` wrote; names that are not of a look are passed over.
+        """The look that :meth:`query` wrote; unknown parameters are ignored.
 
         Raises:
-            ValueError: a value that is no number, not finite or out of its range.
+            ValueError: a value is not a number, not finite or out of range.
         """
         texts = ("scale", "cmap", "minus", "style")
         found: dict[str, Any] = {n: query[n] for n in texts if n in query}
@@ -188,7 +188,7 @@ def whole(text: str, name: str) -> int:
 
 
 def check_side(side: int) -> int:
-    """``side`` if it is a longer side that the viewer draws."""
+    """Return ``side`` if the viewer draws pictures of that size; else raise a ValueError."""
     if not SIDES[0] <= side <= SIDES[1]:
         raise ValueError(f"side: got {side}; give {SIDES[0]} to {SIDES[1]} pixels")
     return side
@@ -198,9 +198,9 @@ def check_side(side: int) -> int:
 
 
 def photo_url(pack: Pack, image_id: str, side: int = 240, crop: str | None = None) -> str:
-    """Where the browser gets a photo, its longer side at most ``side`` pixels.
+    """The URL of a photo with a longer side of at most ``side`` pixels.
 
-    ``crop`` is the entry whose view of the photo is shown; by default the whole photo is.
+    ``crop`` is the entry whose view of the photo is shown; by default the whole photo is shown.
     """
     query = {"pack": pack.id, "image": image_id, "side": side, "v": pack.version}
     if crop is not None:
@@ -209,13 +209,13 @@ def photo_url(pack: Pack, image_id: str, side: int = 240, crop: str | None = Non
 
 
 def overlay_url(pack: Pack, entry_id: str, look: Look) -> str:
-    """Where the browser gets a map over its photo."""
+    """The URL of a map over its photo."""
     query = {"pack": pack.id, "entry": entry_id, **look.query(), "v": pack.version}
     return f"{OVERLAY}?{urlencode(query)}"
 
 
 def map_url(pack: Pack, image_id: str, entry_id: str | None, look: Look) -> str:
-    """:func:`overlay_url`, or :func:`photo_url` of a photo without such a map."""
+    """:func:`overlay_url`, or :func:`photo_url` if the photo has no such map."""
     return overlay_url(pack, entry_id, look) if entry_id else photo_url(pack, image_id, look.side)
 
 
@@ -223,7 +223,7 @@ def map_url(pack: Pack, image_id: str, entry_id: str | None, look: Look) -> str:
 
 
 def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
-    """What the colours of these maps mean, each meaning once; a map that cannot be read has none."""
+    """The legends of these maps without repetition; maps that cannot be read have none."""
     found: dict[Legend, None] = {}
     for entry_id in entry_ids:
         with contextlib.suppress(PackError):  # its picture says so
@@ -232,9 +232,9 @@ def legends(pack: Pack, entry_ids: Iterable[str], look: Look) -> list[Legend]:
 
 
 def blank_maps(pack: Pack, entry_ids: Iterable[str], title: Callable[[str], str]) -> str:
-    """A sentence about those of these maps that are constant; "" where none is.
+    """A sentence about the constant ones among these maps; "" if there are none.
 
-    ``title`` says what a photo is called, by its id.
+    ``title`` returns a photo's name for its id.
     """
     names = []
     for entry_id in entry_ids:
@@ -262,10 +262,10 @@ def _legend(pack: Pack, entry_id: str, look: Look) -> Legend:
 
 
 def overlay_image(pack: Pack, entry_id: str, look: Look) -> Image.Image:
-    """A map over its photo as the look wants it.
+    """A map over its photo, drawn with a look.
 
     Raises:
-        PackError: no such entry, or its files are gone or changed.
+        PackError: there is no such entry, or its files are missing or have changed.
         ValueError: ``minus`` is on another grid.
     """
     explanation = pack.explanation(entry_id)
@@ -305,7 +305,7 @@ def seen_box(view: View, photo: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _whole_range(low: float, high: float, count: int) -> tuple[int, int]:
-    """The pixels whose centres lie in [low, high], or the one that holds its middle."""
+    """The pixels whose centres lie in [low, high], or else the pixel that contains its midpoint."""
     first, end = math.ceil(low - 0.5), math.floor(high + 0.5)
     if end <= first:
         first = min(max(int((low + high) / 2), 0), count - 1)
@@ -330,21 +330,21 @@ def _scaled(pack: Pack, explanation: Explanation, look: Look) -> tuple[np.ndarra
 
 
 def _limits(pack: Pack, image_id: str) -> list[tuple[float, float]]:
-    """(least, greatest) value of every map of a photo in the pack."""
+    """The (smallest, largest) value of every map of a photo in the pack."""
     entries = pack.entries
     own = entries[entries["image_id"] == image_id]
     return list(zip(own["min"].astype(float), own["max"].astype(float), strict=True))
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """A picture for a page; full colour resolution, since colour is what a map says."""
+    """A picture for a page as JPEG, with full colour resolution, since colours carry the map."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=QUALITY, subsampling=0)
     return stream.getvalue()
 
 
 def data_uri(data: bytes) -> str:
-    """A JPEG as an address that needs no request: for a picture that has to be there at once."""
+    """A JPEG as a data URI, which needs no request, for pictures that must appear at once."""
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode('ascii')}"
 
 
@@ -355,7 +355,7 @@ def photo_bytes(pack: Pack, image_id: str, side: int = 240, crop: str | None = N
     """The photo as JPEG; with ``crop``, the part of it that the model saw for that entry.
 
     Raises:
-        PackError: no such photo or entry.
+        PackError: there is no such photo or entry.
     """
     view = None
     if crop is not None:

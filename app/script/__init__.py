@@ -1,2 +1,2 @@
-"""Where Streamlit's script lies: beside it there must be no folder ``pages``, which Streamlit takes
-for pages of its own and runs as scripts."""
+"""The folder of Streamlit's script. There must be no folder ``pages`` beside it, because Streamlit would
+run that folder's files as pages."""

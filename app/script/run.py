@@ -1,4 +1,4 @@
-"""What Streamlit runs for every view and every click."""
+"""The script that Streamlit runs for every view and every click."""
 
 from xattn.app.main import main
 

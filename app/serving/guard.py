@@ -1,13 +1,13 @@
-"""The middleware before every request of the viewer: host names, origins, the token, headers, uploads.
+"""Middleware that checks every request of the viewer: host names, origins, the token, headers and uploads.
 
-Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without looking at a
-session, so this ASGI middleware decides before any of its routes is reached, websockets included:
+Streamlit serves ``/media``, ``/component``, ``/_stcore/upload_file`` and more without checking for a
+session. This ASGI middleware therefore decides before any route is reached, including websockets:
 
-* ``Host`` has to be a name of this server, or another site could reach it under a name of its own (DNS
-  rebinding); ``Origin`` has to be the same, or another site's page could open the websocket.
-* With a token every path needs the cookie, which an address with ``?token=...`` is exchanged for once: the
-  answer leads to the same address without it. All else is answered 401.
-* Every answer gets the headers that keep it out of frames, caches of others and sniffed types.
+* ``Host`` has to be a name of this server; otherwise another site could reach it under its own name (DNS
+  rebinding). ``Origin`` has to match; otherwise another site's page could open the websocket.
+* With a token, every path needs a cookie. An address with ``?token=...`` sets the cookie and redirects to
+  the same address without the token. Everything else gets a 401.
+* Every response gets headers that forbid framing, shared caching and type sniffing.
 
 The start page is Streamlit's own, with our title, colours and address.
 """
@@ -42,7 +42,7 @@ _ADDRESS = (
     'window.__streamlit = {BACKEND_BASE_URL: location.origin + "/", '
     'MAIN_PAGE_BASE_URL: location.origin + "/"}'
 )
-# One action of a person is one entry of the history. For one click Streamlit may push two: another page's
+# Each action of a person should be one history entry. For one click Streamlit may push two: another page's
 # parameters and then its address, or a menu's address and then the page's own parameters.
 _HISTORY = """(() => {
   let acted = false;
@@ -76,15 +76,15 @@ def _streamlit() -> str:
 
 @functools.cache
 def page() -> str:
-    """The HTML; where another version of Streamlit has other marks, they are left as they are."""
+    """The start page's HTML; parts that differ in another version of Streamlit are left unchanged."""
     html = re.sub(r"\s*<link rel=\"service-desc\"[^>]*>", "", _streamlit())
-    # Or a phone leaves room beside its rounded corners, and tells the bar of pages of none below.
+    # Otherwise a phone leaves room beside its rounded corners and reports no inset below for the page bar.
     html = html.replace("shrink-to-fit=no", "shrink-to-fit=no, viewport-fit=cover")
     return html.replace("<title>Streamlit</title>", _HEAD)
 
 
 def source(text: str) -> str:
-    """What a content security policy calls an inline script or style, by its hash."""
+    """The source expression of an inline script or style for a content security policy, by its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -92,8 +92,8 @@ def source(text: str) -> str:
 def policy() -> str:
     """The content security policy of pages: nothing is loaded from or sent to another server.
 
-    Scripts are Streamlit's files, the inline ones of the page by their hashes, and components, which come
-    as blobs. Streamlit's styles are inline ones.
+    Allowed scripts are Streamlit's files, the page's inline scripts by their hashes, and components, which
+    are loaded as blobs. Streamlit uses inline styles.
     """
     scripts = re.findall(r"<script>(.*?)</script>", _streamlit() + page(), flags=re.DOTALL)
     hashes = " ".join(map(source, dict.fromkeys(scripts)))
@@ -107,7 +107,7 @@ def policy() -> str:
 
 
 def routes() -> list[Route]:
-    """The start page and the pages of ``app/pages``, by their names."""
+    """Routes for the start page and for the pages of ``app/pages``, by name."""
     from xattn.app.state import DEFAULT_PAGE
 
     names = sorted(name for name in PAGES if name != DEFAULT_PAGE)
@@ -120,7 +120,7 @@ def _serve(request: Request) -> HTMLResponse:
 
 
 def _default(request: Request) -> RedirectResponse:
-    """Streamlit knows its first page by the address ``/`` alone."""
+    """Redirect to ``/``, the only address under which Streamlit knows its first page."""
     query = request.url.query
     return RedirectResponse(f"/?{query}" if query else "/")
 
@@ -145,11 +145,11 @@ class Guard:
     """The middleware.
 
     Args:
-        token: None lets everybody in who passes the checks of names and origins.
-        loopback: the server listens on this machine's own address alone.
-        names: further host names, of a proxy.
-        frames: origins whose pages may show the viewer in a frame; without any, no page may.
-        cookie: name of the cookie; cookies are shared by all ports of a host, so it holds the port.
+        token: the access token; None admits everybody who passes the checks of names and origins.
+        loopback: whether the server listens only on this machine's own address.
+        names: further host names, those of a proxy.
+        frames: origins whose pages may show the viewer in a frame; by default none.
+        cookie: the cookie's name; it contains the port, since all ports of a host share cookies.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Guard:
             await _answer(closed, scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> str | None:
-        """Why a request that names another host, or comes from another site, is not answered."""
+        """Why a request is refused because it names another host or comes from another site, else None."""
         hosts = headers.getlist("host")
         name = _host_name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self.names or (not self.loopback and _is_address(name))):
@@ -205,7 +205,7 @@ class Guard:
         return None
 
     def _entry(self, scope: Scope) -> Response | None:
-        """The cookie for an address with the token, and the way to the same address without it."""
+        """For an address with the token, a redirect to the same address without it that sets the cookie."""
         assert self.token is not None
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
             return None
@@ -222,7 +222,7 @@ class Guard:
             max_age=LIFETIME,
             httponly=True,
             secure=scope["scheme"] == "https",
-            samesite="lax",  # a strict one would be left out behind a link of another site
+            samesite="lax",  # a strict cookie would not be sent after a link from another site
         )
         response.headers["Cache-Control"] = "no-store"
         return response
@@ -238,7 +238,7 @@ def _same(given: str, wanted: str) -> bool:
 
 
 def _with_headers(send: Send, frames: Collection[str]) -> Send:
-    """``send`` that adds the headers; a policy that a route has set itself stays."""
+    """Wrap ``send`` to add the headers; a policy that a route has set itself is kept."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -257,7 +257,8 @@ def _with_headers(send: Send, frames: Collection[str]) -> Send:
 
 
 async def _answer(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    """An answer instead of the page; a websocket is refused before it opens, which a client sees as 403."""
+    """Send a response instead of the page; a websocket is refused before it opens, which clients see as
+    403."""
     if scope["type"] == "http":
         await response(scope, receive, send)
     else:
@@ -297,19 +298,19 @@ def _is_address(name: str) -> bool:
 
 
 PATH = "/_stcore/upload_file/"
-OF_ONE = MAX_TOTAL + MAX_CLIP_BYTES  # bytes of a session: what the live page takes
+OF_ONE = MAX_TOTAL + MAX_CLIP_BYTES  # most bytes per session, which is what the live page accepts
 OF_ALL = 4 * OF_ONE
-FILES = 200  # of a session; empty ones take room, too
+FILES = 200  # most files per session, since even empty files take room
 
 
 class UploadRoom:
-    """ASGI middleware that refuses an upload (413) for which there is no room.
+    """ASGI middleware that refuses an upload (413) if there is no room for it.
 
-    Streamlit limits the size of a file but not the number of files, and a page sees them only once all of
-    them have arrived.
+    Streamlit limits the size of a file but not the number of files, and a page sees them only when all
+    have arrived.
 
     Args:
-        largest: bytes of a file, which one without a length counts as.
+        largest: most bytes of a file; an upload without a length counts as this size.
     """
 
     def __init__(
@@ -336,7 +337,7 @@ class UploadRoom:
 
     @contextmanager
     def _taken(self, session: str, size: int) -> Iterator[bool]:
-        """Hold room while a file comes; False if there is none."""
+        """Reserve room while a file is uploaded; False if there is none."""
         with self._lock:
             held = _held()
             sizes = {
@@ -360,7 +361,7 @@ class UploadRoom:
 
 
 def _held() -> dict[str, list[int]]:
-    """Bytes of the files that are there, by session."""
+    """The sizes of the stored files in bytes, by session."""
     from streamlit.runtime import Runtime, exists
 
     if not exists():

@@ -1,7 +1,7 @@
-"""The viewer's own HTTP routes: photos and overlays as JPEG, a selection as CSV, addressed by ids alone.
+"""The viewer's own HTTP routes: photos and overlays as JPEG, and a selection as CSV, all addressed by id.
 
 ``GET /xattn/picture?pack&image[&side][&crop]``, ``GET /xattn/overlay?pack&entry[&look]``,
-``GET /xattn/frame?pack&frame[&side]`` and ``GET /xattn/csv?pack[&view]``. A bad parameter is a 400 and
+``GET /xattn/frame?pack&frame[&side]`` and ``GET /xattn/csv?pack[&view]``. A bad parameter gives a 400 and
 an unknown id a 404, both with one line of text.
 """
 
@@ -29,7 +29,7 @@ from xattn.packs.contained_files import PackError
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-THREADS = 2  # drawing holds numpy and the decoder, not the event loop; more only wait for cores
+THREADS = 2  # drawing keeps NumPy and the decoder busy, not the event loop; more would only wait for cores
 LONGEST_ID = 1000  # characters
 SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -41,7 +41,7 @@ _DRAWING = ThreadPoolExecutor(THREADS, "xattn-drawing")
 
 
 def routes() -> list[Route]:
-    """For ``streamlit.starlette.App(routes=...)``."""
+    """The routes, for ``streamlit.starlette.App(routes=...)``."""
     return [
         Route(rendering.PICTURE, _answer(photo_request), methods=["GET"]),
         Route(rendering.OVERLAY, _answer(overlay_request), methods=["GET"]),
@@ -54,10 +54,10 @@ Draw = Callable[["Pack"], bytes]
 
 
 def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """What ``/xattn/picture`` is asked for: the pack's id, a key of the picture, and its drawing.
+    """A request to ``/xattn/picture``: the pack's id, the picture's key, and a function that draws it.
 
     Raises:
-        ValueError: a parameter is missing or bad.
+        ValueError: a parameter is missing or invalid.
     """
     image_id = _id(query, "image")
     side = rendering.check_side(rendering.whole(query.get("side", "240"), "side"))
@@ -70,7 +70,7 @@ def photo_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Dr
 
 
 def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """What ``/xattn/overlay`` is asked for, as :func:`photo_request`."""
+    """A request to ``/xattn/overlay``, in the form of :func:`photo_request`."""
     entry_id, look = _id(query, "entry"), Look.from_query(query)
     if look.minus is not None:
         _id(query, "minus")
@@ -82,7 +82,7 @@ def overlay_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], 
 
 
 def frame_request(query: Mapping[str, str]) -> tuple[str, tuple[object, ...], Draw]:
-    """What ``/xattn/frame`` is asked for, as :func:`photo_request`."""
+    """A request to ``/xattn/frame``, in the form of :func:`photo_request`."""
     index = rendering.whole(query.get("frame", "0"), "frame")
     side = rendering.check_side(rendering.whole(query.get("side", "960"), "side"))
     key = ("frame", index, side)
@@ -111,7 +111,7 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
             headers = {
                 **SAFE,
                 "ETag": f'"{digest[:32]}"',
-                # The URL of another version is asked for again each time.
+                # For another version of the pack, the URL is requested again each time.
                 "Cache-Control": f"private, {'max-age=3600' if fresh else 'no-cache'}",
             }
             if headers["ETag"] in request.headers.get("if-none-match", ""):
@@ -130,7 +130,7 @@ def _answer(parse: Callable[[Mapping[str, str]], tuple[str, tuple[object, ...], 
 
 
 async def csv_endpoint(request: Request) -> Response:
-    """The maps of a gallery's view as a CSV file that is sent while it is made."""
+    """The maps of a gallery view as a CSV file, which is sent while it is being made."""
     try:
         pack_id = _id(request.query_params, "pack")
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The server of ``xattn app``: Streamlit's own ASGI application, our routes before it, one process."""
+"""The server of ``xattn app``: one process with our routes in front of Streamlit's ASGI application."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STOP_SECONDS = 3  # how long open pages may hold up the end of the server
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen: ``port`` 0 takes any free one."""
+    """Where to listen; ``port`` 0 takes any free port."""
 
     host: str = "127.0.0.1"
     port: int = 8501
@@ -44,7 +44,7 @@ class Address:
 
 
 def check_installed() -> None:
-    """Say in one line what is missing; nothing of Streamlit is imported."""
+    """Raise a one-line ValueError if something is missing, without importing Streamlit."""
     if sys.version_info < (3, 11):
         version = ".".join(map(str, sys.version_info[:2]))
         raise ValueError(f"app: Streamlit's server needs Python 3.11 or newer; this is {version}")
@@ -57,7 +57,7 @@ def check_installed() -> None:
 
 
 def token_of(address: Address, no_token: bool) -> str | None:
-    """What opens the viewer: the environment's token, a random one on a network, else None."""
+    """The access token: that of the environment, a random one on a network, else None."""
     given = os.environ.get(VARIABLE)
     if given is not None and no_token:
         raise ValueError(f"no_token: got with {VARIABLE}; give one of the two")
@@ -76,7 +76,7 @@ def token_of(address: Address, no_token: bool) -> str | None:
 
 
 def bind(address: Address) -> socket.socket:
-    """A listening socket; a taken port or a foreign address is a ``ValueError`` of one line."""
+    """A listening socket; a taken port or an address of another machine is a one-line ``ValueError``."""
     if not 0 <= address.port <= 65535:
         raise ValueError(f"port: got {address.port}; give 1 to 65535, or 0 for any free one")
     try:
@@ -98,14 +98,14 @@ def bind(address: Address) -> socket.socket:
 
 
 def url(host: str, port: int) -> str:
-    """What a browser on this machine opens."""
+    """The URL that a browser on this machine opens."""
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def streamlit_options(address: Address, upload_mb: int, framed: bool = False) -> dict[str, Any]:
-    """Streamlit's configuration; what a user's own ``config.toml`` says of these is overridden."""
+    """Streamlit's configuration, which overrides a user's own ``config.toml``."""
     from xattn.app.components.theme import CONFIG
 
     return {
@@ -141,8 +141,8 @@ def application(
     """The ASGI application; ``state.configure`` has to come first.
 
     Args:
-        ready: called once the application runs, when Ctrl-C already is the server's.
-        options: of ``guard.Guard``: ``token``, ``names``, ``frames``.
+        ready: called once the application runs and the server handles Ctrl-C.
+        options: options of ``guard.Guard``: ``token``, ``names``, ``frames``.
     """
     from starlette.middleware import Middleware
     from streamlit.starlette import App
@@ -189,12 +189,12 @@ def serve(
     names: tuple[str, ...] = (),
     frames: tuple[str, ...] = (),
 ) -> None:
-    """Run until Ctrl-C or SIGTERM; prints the address once it is answered.
+    """Run until Ctrl-C or SIGTERM; prints the address once the server responds.
 
     Args:
-        settings: ``state.Settings``, what pages get to know.
-        token: what opens the viewer; one of the environment is not printed.
-        names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers then count.
+        settings: ``state.Settings`` for the pages.
+        token: the access token; one from the environment is not printed.
+        names: host names of a proxy before this server, whose ``X-Forwarded-*`` headers are then trusted.
         frames: origins whose pages may show the viewer in a frame.
     """
     import uvicorn
@@ -219,7 +219,7 @@ def serve(
 
         guarding = {"token": token, "names": names, "frames": frames}
         app = application(Address(address.host, port), upload_mb, ready, **guarding)
-        # Not before all is imported: modules cannot be imported from two sides at once.
+        # Only when everything is imported, since modules cannot be imported from two threads at once.
         threading.Thread(target=main.warm, name="xattn-warm", daemon=True).start()
         server = uvicorn.Server(
             uvicorn.Config(

@@ -1,1 +1,1 @@
-"""Triage: tags, notes and ratings of photos, named slices, and what leaves a selection as files."""
+"""Triage: tags, notes and ratings of photos, named slices, and files made from a selection."""

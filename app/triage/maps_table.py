@@ -1,8 +1,8 @@
-"""A pack's maps as tables of duckdb, and what there is to choose from.
+"""A pack's maps as DuckDB tables, and the choices for filters.
 
-A pack's rows are copied shard by shard, as they were checked, into a database of their own. It sees no file
-but its own, which lies in a private folder. Values reach SQL as parameters alone, and columns have names of
-this module's own.
+The pack's rows are checked and copied shard by shard into a separate database. The database can access only
+its own file, which lies in a private folder. Values reach SQL only as parameters, and this module names all
+columns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MEASURES = {
     "probability": "Probability of the explained class",
     "disagreement": "Disagreement of methods",
 }
-ENTRY: dict[str, str] = {  # columns of an entry beside its metrics, with their types
+ENTRY: dict[str, str] = {  # columns of an entry besides its metrics, with their types
     "entry_id": "VARCHAR",
     "image_id": "VARCHAR",
     "method": "VARCHAR",
@@ -73,9 +73,12 @@ IMAGE: dict[str, str] = {
     "disagreement": "DOUBLE",
     "methods": "BIGINT",
 }
-FILLING, MEMORY = "256MB", "128MB"  # while it is filled, and then; beyond that it sorts on disk
+FILLING, MEMORY = (
+    "256MB",
+    "128MB",
+)  # memory while filling and afterwards; beyond that it sorts on disk
 THREADS = 4
-RECENT = 64  # answers about single photos that are kept: a page asks for the same many times
+RECENT = 64  # cached answers about single photos, since a page asks for the same many times
 _ROW = (  # columns of `maps` that the gallery shows
     *("image_id", "file_name", "title", "method", "target_name", "probability", "is_value"),
     *("label_id", "label_name", "predicted_id", "predicted_name", "right", "confidence"),
@@ -94,7 +97,7 @@ _PLACES = """CREATE TABLE places AS SELECT n, m, turn = 1 AS is_first FROM (
     FROM entries JOIN images USING (image_id)) ORDER BY n"""
 _MAPS = """CREATE VIEW maps AS SELECT places.*, entries.* EXCLUDE (image_id), images.*
     FROM places JOIN entries ON entries.rowid = n JOIN images ON images.rowid = m"""
-# Of `maps`: what it is sorted by beside its numbers, and what is searched.
+# Columns of `maps` to sort by besides its numbers, and the text that is searched.
 KEYS = {
     "pack": "n",
     "name": "fold(coalesce(nullif(file_name, ''), image_id))",
@@ -107,10 +110,10 @@ TEXT = """concat_ws(chr(10), fold(title), fold(image_id), fold(label_name), fold
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range here.
+    """A number that maps are sorted and filtered by; ``low`` and ``high`` are its range in this pack.
 
-    ``title`` is the name with what it means in plain words, for lists; ``about`` what it says and which
-    direction is better.
+    ``title`` is the name with its meaning in plain words, for lists; ``about`` says what it measures and
+    which direction is better.
     """
 
     key: str
@@ -124,26 +127,26 @@ class Measure:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a pack has to choose from; classes are ``{key: name}``."""
+    """The choices that a pack offers; classes are ``{key: name}``."""
 
     methods: tuple[str, ...]
     measures: Mapping[str, Measure]
     labels: Mapping[str, str]
     predicted: Mapping[str, str]
-    judged: bool  # of some photo it is known whether the prediction is right
+    judged: bool  # for some photo it is known whether the prediction is right
     several: bool  # some photo has maps of several classes by one method
     controls: frozenset[str] = frozenset()  # methods that are sanity controls, not explanations
-    # For "label" and "predicted" the number of photos by class.
+    # For "label" and "predicted", the number of photos of each class.
     photos: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def under_test(self) -> tuple[str, ...]:
-        """The methods that are no controls; all of them where there is nothing else."""
+        """The methods that are not controls; all methods if there are only controls."""
         return tuple(m for m in self.methods if m not in self.controls) or self.methods
 
     @property
     def sorts(self) -> dict[str, str]:
-        """Orders by key, with their names."""
+        """The sort orders: keys with their names."""
         found = dict(SORTS)
         if not self.labels:
             del found["label"]
@@ -153,16 +156,16 @@ class Choices:
 
 
 class MapsTable:
-    """A pack's maps in a database of their own; safe to share between threads.
+    """A pack's maps in a separate database; safe to share between threads.
 
-    ``maps`` has a row a map: its place ``n`` in the pack and that of its image, ``m``; ``is_first``
-    (whether it is the image's first of the most probable by its method); the columns of ``ENTRY`` and
+    ``maps`` has one row per map: its index ``n`` in the pack and the index ``m`` of its image; ``is_first``
+    (whether it is its method's map of the image's most probable class); the columns of ``ENTRY`` and
     ``IMAGE``; ``label_id`` and ``predicted_id``, keys of the choices or NULL; and the measures, each in
-    the column that :meth:`column` says, NULL where a value is missing or infinite.
+    the column given by :meth:`column`, NULL if a value is missing or infinite.
 
     Attributes:
-        image_of: (maps,) int32, the place of each map's image.
-        know_rows: told at which places the rows are that were read, see :meth:`Pack.know_rows`.
+        image_of: (maps,) int32, the index of each map's image.
+        know_rows: called with the indices of the rows that were read, see :meth:`Pack.know_rows`.
 
     Raises:
         PackError: the pack's tables cannot be read or do not match, or there is no room for the copy.
@@ -185,24 +188,24 @@ class MapsTable:
             raise PackError(f"The pack's tables of maps and photos do not match; {AGAIN}")
 
     def column(self, measure: str) -> str:
-        """The column of a measure of the choices, as SQL writes it."""
+        """The SQL column of a measure."""
         return measure if measure in MEASURES else self._metrics[measure]
 
     def numbers(self, query: str, parameters: Sequence[Any] = ()) -> np.ndarray:
-        """The first column of an answer, int32."""
+        """The first column of a query's result, int32."""
         with self._lock, told():
             columns = self._database.execute(query, parameters).fetchnumpy()
         return np.asarray(next(iter(columns.values())), dtype=np.int32)
 
     def answer(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of an answer."""
+        """All rows of a query's result."""
         with self._lock, told():
             return self._database.execute(query, parameters).fetchall()
 
     # ------------------------------------------------------------------ rows
 
     def rows(self, places: np.ndarray) -> pd.DataFrame:
-        """The maps at these places of the pack, in this order, as the gallery shows them.
+        """The maps at these indices of the pack, in this order, for the gallery.
 
         Index ``entry_id``; columns ``image_id, file_name, title, method, target_name, probability,
         is_value, label, label_name, predicted, predicted_name, right, confidence, disagreement`` and
@@ -225,12 +228,12 @@ class MapsTable:
         )
 
     def lines(self, places: np.ndarray) -> list[tuple[Any, ...]]:
-        """All that is known of the maps at these places and of their images; see :attr:`header`."""
+        """All values of the maps at these indices and of their images; see :attr:`header`."""
         return self._at(places, [column for _, column in self._line])
 
     @property
     def header(self) -> list[str]:
-        """The names of the values of :meth:`lines`."""
+        """The names of the values in :meth:`lines`."""
         return [name for name, _ in self._line]
 
     @property
@@ -241,22 +244,22 @@ class MapsTable:
         return [*((name, name) for name in fixed), *self._metrics.items()]
 
     def _at(self, places: np.ndarray, columns: Iterable[str]) -> list[tuple[Any, ...]]:
-        """These columns of ``maps`` at these places, in their order."""
+        """These columns of ``maps`` at these indices, in this order."""
         names = list(columns)
         query = f"SELECT n, {listed(names)} FROM maps WHERE n IN (SELECT unnest($1::INTEGER[]))"
         found = {row[0]: row[1:] for row in self.answer(query, [places.tolist()])}
         return [_shown(names, found[place]) for place in places.tolist()]
 
     def ids(self, places: np.ndarray) -> list[str]:
-        """The ids of the maps at these places, in their order."""
+        """The ids of the maps at these indices, in this order."""
         return [id for (id,) in self._at(places, ["entry_id"])]
 
     def image_id(self, place: int) -> str:
-        """The id of the image at a place."""
+        """The id of the image at an index."""
         return self.image_ids(np.array([place]))[0]
 
     def image_ids(self, places: np.ndarray) -> list[str]:
-        """The ids of the images at these places, in their order."""
+        """The ids of the images at these indices, in this order."""
         query = "SELECT rowid, image_id FROM images WHERE rowid IN (SELECT unnest($1::BIGINT[]))"
         found = dict(self.answer(query, [places.tolist()]))
         return [str(found[place]) for place in places.tolist()]
@@ -267,13 +270,14 @@ class MapsTable:
             yield image_id
 
     def known_images(self, image_ids: Sequence[str]) -> set[str]:
-        """Those of these ids that are of images."""
+        """The given ids that belong to images of the pack."""
         query = "SELECT image_id FROM images WHERE image_id IN (SELECT unnest($1::VARCHAR[]))"
         return {id for (id,) in self.answer(query, [list(image_ids)])}
 
     def entries_of(self, image_id: str) -> pd.DataFrame:
-        """The maps of one image, as :attr:`Pack.entries` has them, kept: not to be changed; none of an
-        unknown one."""
+        """The maps of one image in the form of :attr:`Pack.entries`; empty for an unknown image.
+
+        The table is cached, so do not change it."""
         return self._recent.kept(("entries", image_id), lambda: self._entries_of(image_id))
 
     def _entries_of(self, image_id: str) -> pd.DataFrame:
@@ -291,8 +295,8 @@ class MapsTable:
         return table.astype(dict.fromkeys(self._metrics, float))
 
     def first_maps(self, method: str, image_ids: Sequence[str]) -> dict[str, str]:
-        """The method's map of the most probable class of each of these images, by image, the most probable
-        first."""
+        """For each of these images, the method's map of its most probable class, by image id, the most
+        probable first."""
         query = """SELECT image_id, entry_id, n, m FROM maps WHERE method = $1 AND is_first
             AND image_id IN (SELECT unnest($2::VARCHAR[])) ORDER BY probability DESC, n"""
         found = self.answer(query, [method, list(image_ids)])
@@ -300,7 +304,7 @@ class MapsTable:
         return {row[0]: row[1] for row in found}
 
     def image(self, image_id: str) -> Mapping[str, Any] | None:
-        """What is known of one image, by the columns of :attr:`Pack.images`; None of an unknown one."""
+        """The row of one image with the columns of :attr:`Pack.images`; None for an unknown image."""
         return self._recent.kept(("image", image_id), lambda: self._image(image_id))
 
     def _image(self, image_id: str) -> dict[str, Any] | None:
@@ -313,18 +317,18 @@ class MapsTable:
         return None
 
     def title(self, image_id: str) -> str:
-        """What an image is called; its id where the pack has no such image."""
+        """The title of an image; its id if the pack has no such image."""
         return str((self.image(image_id) or {"title": image_id})["title"])
 
     def image_of_map(self, entry_id: str) -> str | None:
-        """The image of a map; None of an unknown one."""
+        """The image of a map; None for an unknown map."""
         found = self.answer("SELECT image_id FROM entries WHERE entry_id = $1", [entry_id])
         return str(found[0][0]) if found else None
 
     # ------------------------------------------------------------------ filling
 
     def _fill(self, pack: Pack) -> None:
-        """Copy the pack, then close the database to every other file."""
+        """Copy the pack, then block the database's access to other files."""
         metrics = {METRIC + key: column for key, column in self._metrics.items()}
         for kind, types, own in (("entries", ENTRY, metrics), ("images", IMAGE, {})):
             renamed = {name: name for name in types} | own
@@ -362,7 +366,7 @@ class MapsTable:
                 described[m.key] = (m.key, m.formula, named(m.key, m.title), about)
         ends: dict[str, tuple[Any, Any]] = {}
         for source in ("images", "entries"):
-            own = source == "images"  # a metric may have the name of an image's column
+            own = source == "images"  # a metric may be named like a column of images
             keys = [key for key in described if (key in MEASURES and key in IMAGE) == own]
             query = ", ".join(f"min({c}), max({c})" for c in map(self.column, keys))
             if keys:
@@ -392,7 +396,7 @@ class MapsTable:
         )
 
     def _classes(self, name: str) -> tuple[dict[str, str], dict[str, int]]:
-        """Names and numbers of photos by key, the classes of ``label`` or ``predicted``."""
+        """The classes of ``label`` or ``predicted``: their names and numbers of photos by key."""
         found = self.answer(
             f"SELECT {name}_id, arg_min_null({name}_name, rowid), count(*) FROM images "
             f"WHERE {name}_id IS NOT NULL GROUP BY 1"
@@ -403,7 +407,7 @@ class MapsTable:
 
 
 def table(pack: Pack) -> MapsTable:
-    """The pack's maps as a table; kept for the packs that were used last."""
+    """The pack's maps as a table, cached for the packs that were used last."""
     found: MapsTable = _table(pack)
     found.know_rows = pack.know_rows  # it may have been opened again since
     return found
@@ -415,14 +419,14 @@ def _table(pack: Pack) -> MapsTable:
 
 
 def class_names(found: Mapping[str, str]) -> dict[str, str]:
-    """Classes by name; two of one name are told apart by their keys."""
+    """The names of classes; if two classes share a name, their keys are added."""
     times = Counter(found.values())
     shown = {key: f"{name} ({key})" if times[name] > 1 else name for key, name in found.items()}
     return dict(sorted(shown.items(), key=lambda item: fold(item[1])))
 
 
 def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row whose names are made visible: those of Parquet files are as somebody wrote them."""
+    """A row with control characters made visible, since names in Parquet files are untrusted."""
     each = zip(columns, row, strict=True)
     return tuple(visible(v) if c in _NAMES and v is not None else v for c, v in each)
 
@@ -431,7 +435,7 @@ def _shown(columns: Sequence[str], row: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def fold(text: object) -> str:
-    """Text as it is compared: composed, without case."""
+    """Text normalised for comparison: composed and case-folded."""
     return unicodedata.normalize("NFC", str(text)).casefold()
 
 
@@ -439,14 +443,14 @@ _SCRATCH: list[Scratch] = []
 
 
 def scratch() -> Scratch:
-    """The folder of all databases of this process, deleted when the viewer ends."""
+    """The folder for this process's databases, deleted when the viewer ends."""
     if not (_SCRATCH and _SCRATCH[-1].path.is_dir()):
         _SCRATCH.append(Scratch())
     return _SCRATCH[-1]
 
 
 def connect(folder: Path) -> duckdb.DuckDBPyConnection:
-    """An empty database in a folder, with the room that filling it takes; it loads no extensions."""
+    """An empty database in a folder, with enough memory for filling it; it loads no extensions."""
     database = duckdb.connect(
         str(folder / "maps.duckdb"),
         config={
@@ -458,7 +462,7 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
             "allow_community_extensions": False,
         },
     )
-    database.execute("PRAGMA force_compression = 'uncompressed'")  # quicker, on more disk
+    database.execute("PRAGMA force_compression = 'uncompressed'")  # faster, but needs more disk
     # ASCII needs no Python.
     database.create_function("fold_any", fold, ["VARCHAR"], "VARCHAR")
     database.execute(
@@ -468,7 +472,7 @@ def connect(folder: Path) -> duckdb.DuckDBPyConnection:
 
 
 def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchReader:
-    """Tables one after the other, with their columns renamed."""
+    """Tables one after another, with their columns renamed."""
     renamed = (table.rename_columns(list(names)) for table in tables)
     first = next(renamed)
     return pa.RecordBatchReader.from_batches(
@@ -477,13 +481,13 @@ def batches(tables: Iterable[pa.Table], names: Sequence[str]) -> pa.RecordBatchR
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Columns as SQL lists them; their names are the viewer's own, never a pack's."""
+    """Column names as an SQL list; they are the viewer's own names, never a pack's."""
     return ", ".join(f'"{column}"' for column in columns)
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What duckdb finds wrong as a :class:`PackError`."""
+    """Turn an error of DuckDB into a :class:`PackError`."""
     try:
         yield
     except (duckdb.Error, pa.ArrowException) as error:

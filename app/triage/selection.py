@@ -1,7 +1,7 @@
 """A selection of a pack's maps: filters, order and page, read from a URL and written to one.
 
-Everything here is a pure function of the pack and the parameters; bad parameters become defaults
-and a message. The pack's own database answers, see :mod:`xattn.app.triage.maps_table`.
+Everything here depends only on the pack and the parameters; bad parameters are replaced by defaults, with a
+message. Queries go to the pack's database, see :mod:`xattn.app.triage.maps_table`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 ALL = "all"  # every method
 SIZES = (24, 36, 60)
 SHOWS = ("overlay", "outline", "spotlight", "photo")
-PARTS = ("crop", "whole")  # of a photo: what the model saw, or all of it
+PARTS = ("crop", "whole")  # the part of a photo that the model saw, or all of it
 MAPS = {"first": "Most probable class", "every": "Every explained class"}
 RIGHT = {"any": "Right and wrong", "right": "Right", "wrong": "Wrong"}
 NOTES = {"any": "With or without a note", "with": "With a note"}
 RATINGS = (
     {0: "Any rating"} | {n: f"{n} stars or more" for n in range(1, BEST)} | {BEST: f"{BEST} stars"}
 )
-MOST_TAGS = 50  # that a view asks for
+MOST_TAGS = 50  # most tags in a view's filter
 ORDERS = ("asc", "desc")
-BINS = 32  # of a histogram
-LARGEST = 1e15  # a number in an address, so that it can be shown and counted with
+BINS = 32  # bins of a histogram
+LARGEST = 1e15  # largest number in an address, so that it can be shown and computed with
 SEARCH_LENGTH = 200  # characters
-LONGEST_TEXT = 8000  # of a view in another page's URL, in characters
+LONGEST_TEXT = 8000  # most characters of a view in another page's URL
 
 
 @dataclass(frozen=True)
 class View:
-    """What the gallery shows; names and values are those of the URL."""
+    """What the gallery shows; field names and values are the same as in the URL."""
 
     method: str = ALL
     maps: str = "first"
@@ -70,7 +70,7 @@ class View:
     note: str = "any"
 
     def params(self, choices: Choices) -> dict[str, list[str]]:
-        """The URL's parameters: what differs from the pack's defaults."""
+        """The URL parameters that differ from the pack's defaults."""
         usual = defaults(choices)
         found = {}
         for name in NAMES:
@@ -89,7 +89,7 @@ class View:
         return sum(map(bool, (*own, self.tag, self.rating, self.note != "any")))
 
     def unfiltered(self) -> View:
-        """The same view of everything."""
+        """The same view without filters."""
         return replace(self, **UNFILTERED)
 
 
@@ -99,12 +99,12 @@ UNFILTERED: dict[str, Any] = {
     for name in ("q", "label", "predicted", "right", "low", "high", "tag", "rating", "note", "page")
 }
 NAMES = tuple(View.__dataclass_fields__)
-# What is no part of what is selected.
+# The fields that do not affect which maps are selected.
 LOOK: dict[str, Any] = dict.fromkeys(("show", "part", "scale", "colours"), "")
 
 
 def defaults(choices: Choices) -> View:
-    """What a URL without parameters shows: the first method that is no control."""
+    """What a URL without parameters shows: the first method that is not a control."""
     return View(
         method=next(iter(choices.under_test), ALL),
         measure=next(iter(choices.measures), ""),
@@ -118,11 +118,11 @@ class Selection:
     """The maps that pass a view's filters, in its order; missing values come last.
 
     Attributes:
-        count: how many maps.
-        places: (count,) int32, their places in the pack.
+        count: number of maps.
+        places: (count,) int32, their indices in the pack.
 
     Args:
-        marked: the photos that pass the view's filters of tags, rating and note; None without such.
+        marked: the photos that pass the view's filters of tags, rating and note; None without such filters.
     """
 
     def __init__(self, table: MapsTable, view: View, marked: Collection[str] | None = None) -> None:
@@ -134,11 +134,11 @@ class Selection:
         self.count = len(self.places)
 
     def rows(self, start: int = 0, n: int | None = None) -> pd.DataFrame:
-        """The maps from number ``start`` on, ``n`` at most; see :meth:`MapsTable.rows`."""
+        """At most ``n`` maps from number ``start`` on; see :meth:`MapsTable.rows`."""
         return self._table.rows(self.places[start : None if n is None else start + n])
 
     def ids(self, limit: int | None = None) -> list[str]:
-        """The ids of the maps, the first ``limit``."""
+        """The ids of the first ``limit`` maps."""
         return self._table.ids(self.places[:limit])
 
     @property
@@ -147,20 +147,20 @@ class Selection:
         return self._table.header
 
     def lines(self, start: int, n: int) -> list[tuple[Any, ...]]:
-        """All that is known of ``n`` maps from number ``start`` on; see :meth:`MapsTable.lines`."""
+        """All values of ``n`` maps from number ``start`` on; see :meth:`MapsTable.lines`."""
         return self._table.lines(self.places[start : start + n])
 
     def photos(self, limit: int | None = None) -> list[str]:
-        """The ids of the images, the first ``limit``."""
+        """The ids of the first ``limit`` images."""
         return self._table.image_ids(self.images[:limit])
 
     @cached_property
     def images(self) -> np.ndarray:
-        """The places of the images, each once, in the order of their first maps."""
+        """The indices of the images without repetition, in the order of their first maps."""
         return pd.unique(self._table.image_of[self.places])
 
     def neighbours(self, image_id: str) -> tuple[str | None, str | None, int, int]:
-        """The photos before and after one, its number (from 1; 0: not in it) and their count."""
+        """The previous and next photo, this photo's number (from 1; 0: not selected) and their count."""
         found = self._table.numbers("SELECT rowid FROM images WHERE image_id = $1", [image_id])
         at = np.flatnonzero(np.isin(self.images, found))
         if not len(at):
@@ -172,7 +172,7 @@ class Selection:
 
 
 def selected(pack: Pack, view: View) -> Selection:
-    """The selection of a view; kept for the views that were used last."""
+    """The selection of a view, cached for the views that were used last."""
     revision, marked = tag_files.filtered(pack, view) or ("", None)
     return _selected(pack, revision, replace(view, page=1, size=0, **LOOK), marked)
 
@@ -183,8 +183,9 @@ def _selected(pack: Pack, revision: str, view: View, _marked: Collection[str] | 
 
 
 def histogram(pack: Pack, view: View) -> list[int]:
-    """Numbers of the maps that a view without its range selects, over ``BINS`` equal parts of its
-    measure's range; none where all values are equal, or too far apart for a typed limit."""
+    """The numbers of maps in ``BINS`` equal parts of the measure's range, ignoring the view's own range.
+
+    [] if all values are equal, or too large to be typed as a limit."""
     no_order: dict[str, Any] = {"sort": "pack", "order": "asc", "page": 1, "size": 0}
     everywhere = replace(view, low=None, high=None, **no_order, **LOOK)
     revision, marked = tag_files.filtered(pack, view) or ("", None)
@@ -210,7 +211,7 @@ def _histogram(pack: Pack, revision: str, view: View, _marked: Collection[str] |
 
 
 def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tuple[str, list[Any]]:
-    """The filters as a condition of SQL, and its parameters."""
+    """The filters as an SQL condition with its parameters."""
     conditions: list[str] = ["true"]
     parameters: list[Any] = []
 
@@ -238,7 +239,7 @@ def _where(table: MapsTable, view: View, marked: Collection[str] | None) -> tupl
 
 
 def _order(table: MapsTable, view: View) -> str:
-    """The order as SQL has it; equal maps stay in the pack's order."""
+    """The sort order in SQL; equal maps stay in the pack's order."""
     direction = "ASC" if view.order == "asc" else "DESC"
     key = KEYS.get(view.sort) or table.column(view.sort)
     return f"{key} {direction} NULLS LAST, n"
@@ -253,19 +254,19 @@ def pages(count: int, size: int) -> int:
 
 
 def to_text(view: View, choices: Choices) -> str:
-    """A view as one value of another page's URL, so that its way back leads to the same place."""
+    """A view as a single value in another page's URL, so that Back leads to the same place."""
     return urlencode(view.params(choices), doseq=True)
 
 
 def from_text(text: str, choices: Choices) -> View:
-    """The view that :func:`to_text` wrote; what cannot be used leaves the defaults."""
+    """The view that :func:`to_text` wrote; unusable values are replaced by defaults."""
     return parse(parse_qs(text[:LONGEST_TEXT]), choices)[0]
 
 
 def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, list[str]]:
-    """The view of a URL's parameters ``{name: values}``, and what was wrong with them.
+    """The view of a URL's parameters ``{name: values}``, and messages about what was wrong with them.
 
-    Names that are not of a view are passed over; a value that cannot be used leaves the default.
+    Unknown names are ignored, and unusable values are replaced by defaults.
     """
     usual = defaults(choices)
     messages: list[str] = []
@@ -290,7 +291,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
         return list(params.get(name) or ())[-1:]
 
     def known(name: str, values: Iterable[str], options: Collection[str]) -> tuple[str, ...]:
-        """Those of the values that there are; the others are told."""
+        """The values that exist; there is a message for each of the others."""
         each = list(dict.fromkeys(values))
         gone = [value for value in each if value not in options]
         messages.extend(f"{name}: there is no {_short(v)}; it is left out." for v in gone)
@@ -328,7 +329,7 @@ def parse(params: Mapping[str, Sequence[str]], choices: Choices) -> tuple[View, 
 
 
 def _number(text: str) -> float | None:
-    """A finite number, at most ``LARGEST``; None if it is none."""
+    """A finite number of at most ``LARGEST``; None if the text is not one."""
     try:
         value = float(text) if len(text) <= 40 else math.nan
     except ValueError:

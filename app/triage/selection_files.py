@@ -1,7 +1,7 @@
-"""What leaves a selection of photos: a list of their files, a CSV with tags, a pack, a FiftyOne data set.
+"""Files made from a selection of photos: a list of files, a CSV with tags, a pack, a FiftyOne data set.
 
-A selection may have a hundred thousand photos: files are made some thousand photos at a time, packs photo
-by photo.
+A selection may have a hundred thousand photos, so files are written a few thousand photos at a time and
+packs photo by photo.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from xattn.packs.explanation import Explanation
     from xattn.packs.reader import Pack
 
-MOST_LISTED = 100_000  # photos of a list
-MOST_WRITTEN = 20_000  # maps of a pack or a data set
+MOST_LISTED = 100_000  # most photos in a list
+MOST_WRITTEN = 20_000  # most maps in a pack or data set
 CHUNK = 2000
 MARKS = ("tags", "rating", "note")  # columns of a CSV
 CSV = "/xattn/csv"
 
 
 def image_list(found: Selection) -> str:
-    """The photos' paths in the folder that was explained, one a line, as ``xattn explain LIST.txt`` takes
-    them from that folder. A path that cannot stand on a line is left out.
+    """The photos' paths relative to the folder that was explained, one per line, for ``xattn explain
+    LIST.txt`` in that folder. A path that does not fit on a line is left out.
     """
     lines = [
         "# Photos of a folder; put this list into the folder that was explained, and give it to xattn."
@@ -58,10 +58,10 @@ def image_list(found: Selection) -> str:
 
 
 def selection_csv(found: Selection, store: Store | None, count: int = CHUNK) -> Iterator[str]:
-    """A selection as CSV, some thousand lines at a time: a line a map, with its classes, probabilities and
-    metrics, and the tags, rating and note of its photo.
+    """A selection as CSV, a few thousand lines at a time.
 
-    Text that a spreadsheet would run as a formula is put behind an apostrophe.
+    Each map has a line with its classes, probabilities and metrics, and the tags, rating and note of its
+    photo. Text that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     at = found.header.index("image_id")
     yield _lines([(*found.header, *MARKS)])
@@ -79,17 +79,17 @@ def _lines(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def cell(value: Any) -> Any:
-    """A value as a cell of a CSV: missing is empty, and text never starts a formula."""
+    """A value as a CSV cell: missing values are empty, and text never starts a formula."""
     if isinstance(value, str):
         return f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value
     return "" if value is None or value != value else value
 
 
 def write_pack(pack: Pack, found: Selection, folder: Path) -> int:
-    """Write the selection's maps as a pack of their own, with thumbnails; how many maps.
+    """Write the selection's maps as a new pack with thumbnails; returns the number of maps.
 
     Raises:
-        ValueError: no map, or more than ``MOST_WRITTEN``. PackError: a map that cannot be read.
+        ValueError: there is no map, or more than ``MOST_WRITTEN``. PackError: a map cannot be read.
         OSError: the folder cannot be written.
     """
     from xattn.packs.writer import pack_writer  # imports torch
@@ -124,7 +124,7 @@ def _check_count(found: Selection) -> None:
 
 
 def fiftyone() -> ModuleType | None:
-    """The library, None where it is not installed."""
+    """The library FiftyOne, or None if it is not installed."""
     try:
         return importlib.import_module("fiftyone")
     except ImportError:
@@ -132,14 +132,14 @@ def fiftyone() -> ModuleType | None:
 
 
 def write_fiftyone(pack: Pack, found: Selection, folder: Path, store: Store | None = None) -> int:
-    """Write the selection as a FiftyOne data set (``fo.types.FiftyOneDataset``); how many photos.
+    """Write the selection as a FiftyOne data set (``fo.types.FiftyOneDataset``); returns how many photos.
 
-    A photo is a sample: its thumbnail, tags, ``note``, ``rating``, ``ground_truth`` and ``prediction``, and
-    a ``Heatmap`` a map, in [0, 255] on the photo's pixels, whose field is the method's name.
+    Each photo is a sample with its thumbnail, tags, ``note``, ``rating``, ``ground_truth``, ``prediction``,
+    and a ``Heatmap`` for each map in a field named after the method, in [0, 255] on the photo's pixels.
 
     Raises:
-        ValueError: fiftyone is not installed, no map, or more than ``MOST_WRITTEN``.
-        PackError: a map or a photo that cannot be read. OSError: the folder cannot be written.
+        ValueError: fiftyone is not installed, or there is no map or more than ``MOST_WRITTEN``.
+        PackError: a map or a photo cannot be read. OSError: the folder cannot be written.
     """
     fo = fiftyone()
     if fo is None:

@@ -1,11 +1,12 @@
 """Tags, notes, ratings and named slices of a pack's photos, in one SQLite file beside the pack.
 
-Every change of a tag, note or rating is a row of a journal, so that a person can undo and redo their own
-changes while others work on the same file. A transaction lasts as long as one change; whoever finds the
-file locked waits. The file appears with the first change. It may come from anybody: another layout is
-refused, values are read as what their column is to hold, and values are bound. A step is what a person did
-at once, perhaps to many photos: a row of the journal for each field that it changed, with the value before
-and after. Undoing a step leaves alone what somebody else has changed since.
+Every change of a tag, note or rating is recorded in a journal, so that people can undo and redo their own
+changes while others work on the same file. Each change is one transaction; if the file is locked, others
+wait. The file is created with the first change. It may come from anybody, so another layout is refused,
+values are cast to their column's type when they are read, and SQL parameters are bound. A step is
+everything
+that a person did at once, perhaps to many photos: one journal row for each field that it changed, with the
+value before and after. Undoing a step does not touch what somebody else has changed since.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from typing import Any, NamedTuple
 
 from xattn.runtime.names import encodable, visible
 
-JOURNAL_ROWS = 500_000  # that are kept; older steps can no longer be undone
-MOST_AT_ONCE = 100_000  # photos that one step changes
-DONE, UNDONE, LEFT = 0, 1, 2  # states of a step; one that is left can no longer be redone
-# The file's schema is checked, but not that its columns hold what they say.
+JOURNAL_ROWS = 500_000  # most rows kept; older steps can no longer be undone
+MOST_AT_ONCE = 100_000  # most photos that one step can change
+DONE, UNDONE, LEFT = 0, 1, 2  # states of a step; a step that is LEFT can no longer be redone
+# The file's schema is checked, but the contents of its columns are not.
 _RATING = "max(0, min(CAST(rating AS INTEGER), 5))"
 _COUNTS = "SELECT CAST(tag AS TEXT) AS name, count(*) FROM tags GROUP BY name ORDER BY name"
 _KEYS = "SELECT key, CAST(tag AS TEXT) FROM keys WHERE key BETWEEN 1 AND 9 ORDER BY key"
 _SLICES = "SELECT CAST(name AS TEXT), CAST(view AS TEXT) FROM slices ORDER BY name"
-_FEW = 500  # photos that are asked for by their ids
+_FEW = 500  # most photos in one query by id
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What people said of a photo; ``rating`` is 0 for none, or 1 to 5."""
+    """A photo's tags, note and rating; ``rating`` is 1 to 5, or 0 for none."""
 
     tags: tuple[str, ...] = ()
     note: str = ""
@@ -48,8 +49,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Undone:
-    """What :func:`turn` did: the photos that it changed, and how many stayed as they are because somebody
-    else has changed them since."""
+    """The result of :func:`turn`: the photos that it changed, and how many it left unchanged because
+    somebody else has changed them since."""
 
     photos: tuple[str, ...]
     stayed: int
@@ -69,13 +70,13 @@ class Change(NamedTuple):
 
 
 def revision(base: sqlite3.Connection) -> str:
-    """The file's own name and a number that every change raises."""
+    """The file's name and a number that every change increases."""
     query = "SELECT CAST(value AS TEXT) FROM about WHERE name IN ('file', 'revision') ORDER BY name"
     return "-".join(value for (value,) in base.execute(query))
 
 
 def raise_revision(base: sqlite3.Connection) -> None:
-    """Say that something has changed."""
+    """Record that something has changed."""
     base.execute("UPDATE about SET value = CAST(value AS INTEGER) + 1 WHERE name = 'revision'")
 
 
@@ -94,7 +95,7 @@ def marks_of(base: sqlite3.Connection, image_ids: Sequence[str]) -> dict[str, Ma
 
 
 def having(base: sqlite3.Connection, image_ids: Sequence[str], tag: str) -> set[str]:
-    """Those of these photos that have a tag."""
+    """The given photos that have a tag."""
     query = "SELECT image_id FROM tags WHERE tag = ?"
     return {i for (i,) in base.execute(query, [tag])}.intersection(image_ids)
 
@@ -102,7 +103,7 @@ def having(base: sqlite3.Connection, image_ids: Sequence[str], tag: str) -> set[
 def _rows_of(
     base: sqlite3.Connection, select: str, image_ids: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The rows of these photos, a few hundred photos a question."""
+    """The rows of these photos, with a few hundred photos per query."""
     ids = list(dict.fromkeys(image_ids))
     for start in range(0, len(ids), _FEW):
         part = ids[start : start + _FEW]
@@ -113,7 +114,7 @@ def _rows_of(
 
 
 def step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> None:
-    """Make changes, as one step that can be undone; earlier steps that were undone are left behind."""
+    """Make changes as one step that can be undone; steps undone earlier can no longer be redone."""
     if not changes:
         return
     left = "UPDATE journal SET state = ? WHERE person = ? AND state = ?"
@@ -135,8 +136,9 @@ def step(base: sqlite3.Connection, person: str, changes: Sequence[Change]) -> No
 
 
 def turn(base: sqlite3.Connection, person: str, undo: bool) -> Undone | None:
-    """Undo a person's last step, or redo the one that they undid last, where photos are as it left them;
-    None if there is none."""
+    """Undo a person's last step, or redo the step that they undid last; None if there is none.
+
+    Only photos that nobody has changed since are changed."""
     which, state = ("max", DONE) if undo else ("min", UNDONE)
     query = f"SELECT {which}(step) FROM journal WHERE person = ? AND state = ?"
     (number,) = base.execute(query, [person, state]).fetchone()
@@ -163,14 +165,14 @@ def turn(base: sqlite3.Connection, person: str, undo: bool) -> Undone | None:
 
 
 def _value(mark: Mark, change: Change) -> str:
-    """What a photo has now in the field of a change."""
+    """The current value of a photo in the field of a change."""
     if change.field == "tag":
         return "1" if change.name in mark.tags else ""
     return mark.note if change.field == "note" else str(mark.rating or "")
 
 
 def _write(base: sqlite3.Connection, changes: Iterable[Change]) -> None:
-    """Put the values after these changes into the tables; an empty one deletes the row."""
+    """Write the values after these changes to the tables; an empty value deletes the row."""
     rows: dict[tuple[str, bool], list[tuple[str, ...]]] = {}
     for change in changes:
         row = (change.image_id, change.name if change.field == "tag" else change.after)
@@ -186,12 +188,16 @@ def _write(base: sqlite3.Connection, changes: Iterable[Change]) -> None:
 
 
 TAG_LENGTH, NOTE_LENGTH, SLICE_LENGTH, VIEW_LENGTH = 60, 4000, 80, 8000  # characters
-MOST_TAGS, MOST_SLICES = 500, 200  # different ones, in a file
+MOST_TAGS, MOST_SLICES = 500, 200  # most different tags and slices in a file
 BEST = 5  # stars
 KEYS = tuple(range(1, 10))
-DEFAULT_KEYS = {1: "look again", 2: "wrong label", 3: "looks elsewhere"}  # of a pack without a file
+DEFAULT_KEYS = {
+    1: "look again",
+    2: "wrong label",
+    3: "looks elsewhere",
+}  # for a pack without a file
 APPLICATION, LAYOUT = 0x78415447, 1  # application_id and user_version of the file
-PATIENCE = 5.0  # seconds to wait for another writer
+PATIENCE = 5.0  # seconds to wait while somebody else writes
 _TABLES = {
     "about": "(name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID, STRICT",
     "tags": "(image_id TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (image_id, tag)) "
@@ -212,11 +218,11 @@ _SCHEMA = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()
 
 
 class TagsError(ValueError):
-    """What is wrong with a tag file or a change, and what to do about it, for the person at the page."""
+    """A message for people: what is wrong with a tag file or a change, and what to do about it."""
 
 
 def identity(image_ids: Iterable[str]) -> str:
-    """What tells packs apart: the SHA-256 of their sorted image ids, in any order."""
+    """A pack's identity: the SHA-256 hash of its sorted image ids, so their order does not matter."""
     digest = hashlib.sha256()
     for image_id in sorted(image_ids):
         data = image_id.encode("utf-8", "surrogatepass")
@@ -225,7 +231,7 @@ def identity(image_ids: Iterable[str]) -> str:
 
 
 class Store:
-    """The tag file of one pack; every method opens it anew, so that threads and processes may share it.
+    """The tag file of one pack; every method opens it again, so that threads and processes can share it.
 
     Args:
         path: ``NAME.tags.sqlite``; it need not exist.
@@ -233,7 +239,7 @@ class Store:
             written.
 
     Raises (every method):
-        TagsError: the file is of another pack or damaged, cannot be written, or stays locked.
+        TagsError: the file belongs to another pack, is damaged or not writable, or stays locked.
     """
 
     def __init__(self, path: Path, pack: str | Callable[[], str]) -> None:
@@ -242,17 +248,17 @@ class Store:
     # ------------------------------------------------------------------ reading
 
     def revision(self) -> str:
-        """A text that every change changes, "" without a file: a key for caches."""
+        """A text for cache keys that differs after every change; "" without a file."""
         with self._reading() as base:
             return "" if base is None else revision(base)
 
     def marks(self, image_ids: Sequence[str]) -> dict[str, Mark]:
-        """The marks of these photos, those that have any."""
+        """The marks of these photos, without photos that have none."""
         with self._reading() as base:
             return {} if base is None else marks_of(base, image_ids)
 
     def counts(self) -> dict[str, int]:
-        """How many photos each tag has, by name."""
+        """The number of photos of each tag, by name."""
         return self._pairs(_COUNTS, MOST_TAGS)
 
     def photos(
@@ -280,19 +286,20 @@ class Store:
         return self._pairs(_KEYS, len(KEYS))
 
     def slices(self) -> dict[str, str]:
-        """The saved slices, by name: the text of each one's view."""
+        """The saved slices: the text of each view, by name."""
         return self._pairs(_SLICES, MOST_SLICES)
 
     def _pairs(self, query: str, most: int) -> dict[Any, Any]:
-        """The first rows of an answer with two columns."""
+        """The first rows of a query's result with two columns."""
         with self._reading() as base:
             return {} if base is None else dict(base.execute(f"{query} LIMIT ?", [most]))
 
     # ------------------------------------------------------------------ changing photos
 
     def toggle(self, person: str, image_ids: Sequence[str], tag: str) -> bool:
-        """Give all of these photos a tag, or take it away where all of them have it; whether they have it
-        now."""
+        """Add a tag to all these photos, or remove it if all of them have it.
+
+        Returns whether they have it now."""
         tag = tag_name(tag)
         with self._writing() as base:
             on = not set(image_ids) <= having(base, image_ids, tag)
@@ -306,17 +313,17 @@ class Store:
         add: Sequence[str] = (),
         drop: Sequence[str] = (),
     ) -> None:
-        """Give these photos tags and take others from them."""
+        """Add tags to these photos and remove others."""
         add, drop = list(map(tag_name, add)), list(map(tag_name, drop))
         with self._writing() as base:
             _change_tags(base, person, image_ids, add, drop)
 
     def set_note(self, person: str, image_id: str, note: str, was: str | None = None) -> bool:
-        """Write a photo's note; an empty one takes it away.
+        """Write a photo's note; an empty text removes it.
 
         Args:
-            was: the note that the person saw. If somebody else has written another one since, both are
-                kept, one below the other, and the answer is False.
+            was: the note that the person saw. If somebody else has written another note since, both are
+                kept, one below the other, and the method returns False.
         """
         note = encodable(note).strip()
         with self._writing() as base:
@@ -333,7 +340,7 @@ class Store:
             return alone
 
     def set_rating(self, person: str, image_ids: Sequence[str], rating: int) -> None:
-        """Rate photos with 1 to 5 stars; 0 takes the rating away."""
+        """Rate photos with 1 to 5 stars; 0 removes the rating."""
         if rating not in range(BEST + 1):
             raise TagsError(f"A rating is a number from 0 to {BEST}; got {rating}.")
         _check_count(image_ids)
@@ -347,19 +354,19 @@ class Store:
             step(base, person, changes)
 
     def undo(self, person: str) -> Undone | None:
-        """Take back this person's last step; None if there is none."""
+        """Undo this person's last step; None if there is none."""
         with self._writing() as base:
             return turn(base, person, undo=True)
 
     def redo(self, person: str) -> Undone | None:
-        """Do again what this person took back last; None if there is nothing, or they went on since."""
+        """Redo the step that this person undid last; None if there is none, or they made changes since."""
         with self._writing() as base:
             return turn(base, person, undo=False)
 
     # ------------------------------------------------------------------ keys and slices
 
     def set_keys(self, keys: dict[int, str]) -> None:
-        """Put tags on the keys 1 to 9; an empty name frees a key."""
+        """Assign tags to the keys 1 to 9; an empty name clears a key."""
         named = {key: tag_name(tag) for key, tag in keys.items() if key in KEYS and tag.strip()}
         double = [t for t in named.values() if list(named.values()).count(t) > 1]
         if double:
@@ -372,10 +379,10 @@ class Store:
             raise_revision(base)
 
     def save_slice(self, name: str, view: str, replace: bool = False) -> None:
-        """Keep a view of the gallery under a name.
+        """Save a view of the gallery under a name.
 
         Raises:
-            TagsError: also a name that is taken, without ``replace``, or one slice too many.
+            TagsError: also if the name is taken, unless ``replace`` is set, or there are too many slices.
         """
         name = slice_name(name)
         if len(view) > VIEW_LENGTH:
@@ -393,7 +400,7 @@ class Store:
             raise_revision(base)
 
     def rename_slice(self, name: str, new: str) -> None:
-        """Give a slice another name."""
+        """Rename a slice."""
         new = slice_name(new)
         with self._writing() as base:
             known = dict(base.execute("SELECT name, view FROM slices"))
@@ -407,7 +414,7 @@ class Store:
             raise_revision(base)
 
     def delete_slice(self, name: str) -> None:
-        """Delete a slice, if it is still there."""
+        """Delete a slice if it still exists."""
         with self._writing() as base:
             base.execute("DELETE FROM slices WHERE name = ?", [name])
             raise_revision(base)
@@ -416,7 +423,7 @@ class Store:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection, None without a file."""
+        """A connection for reading; None without a file."""
         if not self._there():
             yield None
             return
@@ -427,9 +434,9 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection in a transaction of its own; nothing is changed where the block fails."""
+        """A connection in its own transaction; if the block fails, nothing is changed."""
         self._there()
-        pack = self._identity()  # before the lock, so that nobody waits for it
+        pack = self._identity()  # before taking the lock, so that nobody has to wait for it
         with self._opened("rwc") as base:
             base.execute("BEGIN IMMEDIATE")
             try:
@@ -446,10 +453,10 @@ class Store:
         return self._pack if isinstance(self._pack, str) else self._pack()
 
     def _there(self) -> bool:
-        """Whether the file holds something; SQLite leaves an empty one where a first change failed.
+        """Whether the file is not empty; SQLite leaves an empty one if the first change fails.
 
         Raises:
-            TagsError: it is a link or no regular file.
+            TagsError: it is a link or not a regular file.
         """
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
             raise TagsError(
@@ -518,16 +525,16 @@ class Store:
 
 
 def tag_name(text: str) -> str:
-    """A tag as it is kept: on one line, without space around it.
+    """A tag in its stored form: on one line, without surrounding space.
 
     Raises:
-        TagsError: empty or too long.
+        TagsError: the tag is empty or too long.
     """
     return _named(text, TAG_LENGTH, "tag")
 
 
 def slice_name(text: str) -> str:
-    """A slice's name, as :func:`tag_name`."""
+    """A slice's name in its stored form, like :func:`tag_name`."""
     return _named(text, SLICE_LENGTH, "slice")
 
 

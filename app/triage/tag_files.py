@@ -1,9 +1,9 @@
-"""Where the tags of a pack are kept, and who is changing them.
+"""Where the tags of a pack are stored, and who is changing them.
 
-What keys and buttons do to photos, told in a few words at the next run.
+What keys and buttons do to photos is reported in a few words at the next run.
 
-Streamlit may end a callback wherever it reads the session, because the next key is there. So a
-:class:`Person` is made of the session first; what it does then reads the session no more. See
+If the next key has arrived, Streamlit may end a callback wherever it reads the session. A :class:`Person`
+is therefore created from the session first, and its actions do not read the session again. See
 :func:`xattn.app.components.acts`.
 """
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 
 SUFFIX = ".tags.sqlite"
-PERSON = "_person"  # the session's key of a name that nobody else has
+PERSON = "_person"  # the session's key of its unique name
 
 
 def store_of(pack: Pack) -> Store:
-    """The tag file of a pack: beside its folder; where nothing can be written, in a folder of the viewer's
-    own, by what photos the pack has."""
+    """The tag file of a pack: beside its folder, or if that is not writable, in the viewer's own folder
+    under a name that depends on the pack's photos."""
     known = partial(_identity, pack, ref(maps_table.table(pack)))
     beside = _beside(pack)
     if beside is not None and os.access(beside.parent, os.W_OK):
         return Store(beside, known)
     own = own_folder() / f"{known()[:32]}{SUFFIX}"
-    with suppress(OSError):  # what cannot be made here is told when it is written to
+    with suppress(OSError):  # if this fails, the error is reported when the file is written
         own.parent.mkdir(parents=True, exist_ok=True)
         if beside is not None and beside.is_file() and not beside.is_symlink() and not own.exists():
             shutil.copyfile(beside, own)
@@ -52,7 +52,7 @@ def store_of(pack: Pack) -> Store:
 
 
 def usable_store(pack: Pack) -> Store | None:
-    """:func:`store_of`, None where the file cannot be used."""
+    """:func:`store_of`, or None if the file cannot be used."""
     store = store_of(pack)
     try:
         store.revision()
@@ -62,7 +62,7 @@ def usable_store(pack: Pack) -> Store | None:
 
 
 def place(pack: Pack) -> str:
-    """Where a pack's tags are kept, in a sentence for the page."""
+    """A sentence for the page that says where a pack's tags are kept."""
     path = store_of(pack).path
     if pack.id.startswith("scratch-"):
         return "This pack is a live result: its tags end with it, when the viewer stops."
@@ -72,19 +72,20 @@ def place(pack: Pack) -> str:
 
 
 def own_folder() -> Path:
-    """The viewer's own folder for tags: ``xattn/tags`` below XDG_DATA_HOME, by default ~/.local/share."""
+    """The viewer's folder for tags: ``xattn/tags`` in XDG_DATA_HOME, by default in ~/.local/share."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "xattn" / "tags"
 
 
 def person() -> str:
-    """Whose steps this session can undo."""
+    """The name of the person whose steps this session can undo."""
     return str(st.session_state.setdefault(PERSON, secrets.token_hex(8)))
 
 
 def filtered(pack: Pack, view: Any) -> tuple[str, Collection[str]] | None:
-    """The photos that pass a view's filters of tags, rating and note, with the revision of the tag file;
-    None if it has no such filter. Of a file that cannot be used no photo passes."""
+    """The revision of the tag file and the photos that pass a view's filters of tags, rating and note.
+
+    None if the view has no such filter. If the file cannot be used, no photo passes."""
     if not (view.tag or view.rating or view.note != "any"):
         return None
     store = store_of(pack)
@@ -102,7 +103,7 @@ _IDENTITIES: WeakKeyDictionary[Pack, str] = WeakKeyDictionary()
 
 
 def _identity(pack: Pack, table: ref[MapsTable]) -> str:
-    """What tells the pack from others. Callbacks ask for it, so it must not use a cache of Streamlit; and a
+    """A key that identifies the pack. Callbacks use it, so it must not use Streamlit's caches, and a
     session must not keep the table alive."""
     if (found := _IDENTITIES.get(pack)) is None:
         kept = table()
@@ -111,12 +112,12 @@ def _identity(pack: Pack, table: ref[MapsTable]) -> str:
     return found
 
 
-SAID = "_triage_said"  # the session's key of (what to tell, whether it went wrong)
+SAID = "_triage_said"  # the session's key of (message, whether something went wrong)
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody at a page of a pack: whose steps can be undone, and what is to be told."""
+    """The person using a page of a pack, with the messages to show; steps are undone per person."""
 
     name: str
     store: Store
@@ -129,12 +130,13 @@ class Person:
         return cls(person(), store_of(pack), said)
 
     def press(self, key: str, image_ids: Sequence[str]) -> None:
-        """Do what a key says: "1" to "9" toggle a tag, "undo" and "redo" are of the person's steps."""
+        """Process a key: "1" to "9" toggle a tag, "undo" and "redo" apply to the person's own steps."""
         self.change(lambda store, name: _press(store, name, key, image_ids))
 
     def change(self, act: Callable[[Store, str], object], text: str = "") -> bool:
-        """Call ``act(store, name)``, and keep ``text``, or the text that it returns, to be told; whether it
-        succeeded."""
+        """Call ``act(store, name)`` and store ``text``, or the text that it returns, as a message.
+
+        Returns whether it succeeded."""
         try:
             told = act(self.store, self.name)
         except TagsError as error:
@@ -146,9 +148,9 @@ class Person:
 
 
 def say() -> None:
-    """Tell what was kept: what went wrong stays on the page, the rest is gone in a moment."""
+    """Show the stored messages: errors stay on the page, the rest disappears after a moment."""
     said = st.session_state.get(SAID, [])
-    while said:  # callbacks of earlier runs write into this very list
+    while said:  # callbacks of earlier runs append to this same list
         text, wrong = said.pop(0)
         (st.warning if wrong else st.toast)(plain(text))
 
@@ -168,7 +170,7 @@ def _press(store: Store, person: str, key: str, image_ids: Sequence[str]) -> str
 def _turned(done: Undone | None, key: str) -> str:
     if done is None:
         return f"There is nothing to {key}."
-    text = f"{'Undone' if key == 'undo' else 'Done again'}: {counted(len(done.photos), 'photo')}"
+    text = f"{'Undone' if key == 'undo' else 'Redone'}: {counted(len(done.photos), 'photo')}"
     if done.stayed:
-        text += f"; {counted(done.stayed, 'photo')} stay as somebody else has changed them since"
+        text += f"; {counted(done.stayed, 'photo')} unchanged, because somebody else has changed them since"
     return text

@@ -95,7 +95,7 @@ def markdown(results: Results, table: Sequence[Standing], more: Sequence[Section
             rows.append((column.key, _marked(winner), _level_with(cells)))
         elif any(not s.judged for s in cells):
             rows.append((column.key, TOO_FEW, TOO_FEW))
-    titles = "metric", "best", "not told apart from the best (paired 95 % interval holds 0)"
+    titles = "metric", "best", "no clear difference from the best (paired 95 % interval contains 0)"
     lines = [*verdicts, *([""] if verdicts else []), *markdown_table(titles, rows, 3)]
     parts = ["# Leaderboard", format_table(results, "markdown").rstrip("\n"), "\n".join(lines)]
     parts += [format_section(section, "markdown") for section in more]

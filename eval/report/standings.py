@@ -80,7 +80,7 @@ class Standing(NamedTuple):
             return "a mask, not ranked"
         sign = self.sign(results)
         if sign == "level with best":
-            return f"not told apart from the best{trained}"
+            return f"no clear difference from the best{trained}"
         return sign or ("worse than the best" if math.isfinite(self.diff) else "not compared")
 
 

@@ -138,7 +138,7 @@ def test_from_the_gallery_to_a_photo_that_is_painted_on_and_back(address, open_p
     hidden.wait_for()
     page.keyboard.press("Control+z")
     page.get_by_text("Paint over a part of the photo").wait_for()
-    page.get_by_role("button", name="Hide all but it").click()
+    page.get_by_role("button", name="Keep only the top 20%").click()
     page.get_by_text("80.0% of the picture is hidden, the rest is kept.").wait_for()
     page.wait_for_url(re.compile("paint=kept"))
     page.get_by_role("button", name="Image", exact=True).click()

@@ -16,18 +16,18 @@ from xattn.eval.report.aggregate_ranks import Ranking
 from xattn.eval.report.standings import Board, case_columns
 from xattn.pictures.design import SERIES_DARK, SERIES_LIGHT
 
-LINES = 4  # methods in a chart before anybody chooses
+LINES = 4  # methods in a chart by default
 
 
 def metric_box(board: Board, key: str, label: str = "Metric", first: str | None = None) -> str:
-    """A select box of the columns, with their direction and what they mean."""
+    """A select box of the columns with their directions and meanings."""
     first = first or case_columns(board.results)[0].key
     titles = {k: board.titled(k) + named_metric(k).removeprefix(k) for k in board.columns}
     return address.selectbox(label, titles, key, default=first, width=380)
 
 
 def methods_box(board: Board, key: str, names: list[str], count: int = LINES) -> list[str]:
-    """Which methods a chart shows; the best ones and a sanity row by default."""
+    """A box to choose a chart's methods; by default the best ones and a sanity row."""
     tested = [name for name in names if board.kind(name) == "method"]
     sane = [name for name in names if name == "random"][:1]
     first = [*tested[: count - len(sane)], *sane]
@@ -39,12 +39,12 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 
 
 def palette() -> list[str]:
-    """The colours of methods on the ground of the current theme."""
+    """The colours of methods for the current theme."""
     return list(SERIES_DARK if st.context.theme.type == "dark" else SERIES_LIGHT)
 
 
 def method_colour(names: list[str], legend: alt.Legend) -> alt.Color:
-    """The colour of each method; ``names`` in the order of the palette."""
+    """The colour of each method; ``names`` are in the order of the palette."""
     colours_of_theme = palette()
     colours = [colours_of_theme[i % len(colours_of_theme)] for i in range(len(names))]
     return alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
@@ -58,7 +58,7 @@ def method_legend(**symbol: Any) -> alt.Legend:
 
 
 def leaderboard_tab(board: Board) -> None:
-    """Show the methods by one metric, who is best in which, and in folded parts ranks and all metrics."""
+    """Show the methods by one metric and each metric's best; ranks and all metrics are in expanders."""
     key = metric_box(board, "metric")
     about = board.info(key)
     said = metric_about(key, about.higher_is_better)
@@ -96,7 +96,7 @@ def leaderboard_tab(board: Board) -> None:
 
 
 def _ranks(ranking: Ranking) -> None:
-    """One place for each method, how far it moves when photos are resampled, and what it stands for."""
+    """Show one rank per method, how much it varies when photos are resampled, and what it means."""
     if ranking.ranks:
         rows = [
             {
@@ -124,7 +124,7 @@ def _ranks(ranking: Ranking) -> None:
 
 
 def _standings(board: Board, key: str) -> pd.DataFrame:
-    """The methods in a column, the best first."""
+    """A table of the methods in a column, best first."""
     up = board.info(key).higher_is_better
     cells = [board.shown(name, key) for name in board.results.methods]
     measured = sorted((c for c in cells if c.standing.n), key=lambda c: c.standing.mean, reverse=up)
@@ -153,7 +153,7 @@ def _standings(board: Board, key: str) -> pd.DataFrame:
 
 
 def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
-    """A dot and its interval for every method, in the table's order."""
+    """Show a dot with its interval for every method, in the table's order."""
     shown = table[table["photos"] > 0]
     if shown.empty:
         st.info("No method has a value of this metric.")
@@ -197,20 +197,20 @@ def _intervals(board: Board, key: str, table: pd.DataFrame) -> None:
         ),
     )
     about = f"Mean and 95 % interval of {key} by method; the table below has the figures"
-    # Room for the axis and the legend, and 26 pixels a method.
+    # Room for the axis and the legend, and 26 pixels per method.
     chart = (rules + points).properties(height=26 * len(shown) + 110, description=about)
     st.altair_chart(chart, width="stretch")
 
 
 def _everything(board: Board) -> None:
-    """Every column side by side, with intervals and who is best, in words."""
+    """Show all columns side by side, with intervals and verdicts in words."""
     rows: list[dict[str, str]] = []
     for name in board.ranked:
         row = {"method": name, "row": board.kind(name)}
         for key in board.columns:
             s, mean, (lo, hi), _, sign = board.shown(name, key)
             dagger = f" {MARK}" if s.trained_on else ""
-            sign = sign.replace("level with best", "not told apart from the best")
+            sign = sign.replace("level with best", "no clear difference from the best")
             text = f"{mean} [{lo} to {hi}]{dagger}" + (f", {sign}" if sign else "")
             row[board.titled(key)] = text if s.n else "-"
         rows.append(row)
@@ -226,7 +226,7 @@ def _everything(board: Board) -> None:
 
 
 def curves_tab(board: Board) -> None:
-    """Show a chart for every kind of curve that was measured."""
+    """Show a chart for each kind of curve that was measured."""
     with st.spinner("Drawing intervals", show_time=True):
         charts = board.curves
     if not charts:
@@ -263,7 +263,7 @@ def _lines(table: pd.DataFrame, names: list[str], axis: str, board: Board) -> al
     legend = method_legend(symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
     colour = method_colour(names, legend)
     dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
-    share = axis.partition(",")[0]  # which go first stands below the chart
+    share = axis.partition(",")[0]  # the order is explained below the chart
     x = alt.X(
         "x:Q",
         title=share,

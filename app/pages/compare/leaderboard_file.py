@@ -1,7 +1,7 @@
-"""The ``leaderboard.json`` of ``xattn compare``, read with caution and turned into results again.
+"""Reads the ``leaderboard.json`` of ``xattn compare`` with care and turns it back into results.
 
-The file may come from anywhere: its size is capped before it is read, its JSON is strict, and anything
-inconsistent is a :class:`~xattn.packs.contained_files.PackError` for the person at the page.
+The file may come from anywhere. Its size is capped before it is read, its JSON must be strict, and any
+inconsistency raises a :class:`~xattn.packs.contained_files.PackError`, which the page shows.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from xattn.app.library import Library
 
 MAX_BYTES = 200 << 20
-MAX_RESAMPLES = 100_000  # the charts draw them again
+MAX_RESAMPLES = 100_000  # the charts repeat the resampling
 MAX_CELLS = 100_000  # methods times columns
-KEPT = 4  # comparisons
+KEPT = 4  # cached comparisons
 _NUMBERS = ("mean", "lo", "hi", "diff", "diff_lo", "diff_hi")
 _BOARDS = LRUCache(KEPT)  # each of size 1
 
 
 def read(library: Library, comparison_id: str) -> Board:
-    """The comparison of that id, kept until the stat signature of its file changes.
+    """The comparison with this id, cached until the stat signature of its file changes.
 
     Raises:
-        PackError: no such comparison, or a file that is too large, damaged or of another version.
+        PackError: there is no such comparison, or its file is too large, damaged or of another version.
     """
     key = (comparison_id, library.signature(comparison_id, LEADERBOARD))
     return _BOARDS.kept(key, lambda: parse(library.read(comparison_id, LEADERBOARD, MAX_BYTES)))
 
 
 def parse(data: bytes) -> Board:
-    """The bytes of a ``leaderboard.json``.
+    """Parse the bytes of a ``leaderboard.json``.
 
     Raises:
-        PackError: damaged, or of another version.
+        PackError: the file is damaged or of another version.
     """
     try:
         record = strict_json.parse(data)
@@ -61,7 +61,7 @@ def parse(data: bytes) -> Board:
         warnings = tuple(str(line)[:1000] for line in record.get("warnings", ()))[:1000]
     except PackError:
         raise
-    except Exception as error:  # of any kind: nothing in the file can be relied on
+    except Exception as error:  # any kind, since nothing in the file can be relied on
         raise PackError(
             f"{LEADERBOARD} cannot be shown ({type(error).__name__}: {why(error)}); "
             f"run xattn compare again with the same arguments"
@@ -70,7 +70,7 @@ def parse(data: bytes) -> Board:
 
 
 def _check(results: Results) -> None:
-    """Shapes and names that the charts rely on."""
+    """Check the shapes and names that the charts rely on."""
     n = len(results.images)
     if not n or not results.methods:
         raise ValueError("it compares nothing")
@@ -100,7 +100,7 @@ def _check(results: Results) -> None:
 
 
 def _standing(item: dict[str, Any], columns: dict[str, Column]) -> Standing:
-    """A line of the file; None there is NaN here."""
+    """A line of the file; None in the file becomes NaN."""
     values: dict[str, Any] = {name: item[name] for name in Standing._fields}
     for name in _NUMBERS:
         values[name] = math.nan if values[name] is None else float(values[name])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAPS = "maps"  # compare two methods by the order of their maps
 PAIR_SIDE = 320  # pixels of a picture's longer side
 SHOWN = 12  # images on which two methods differ most
-MAX_PAIRS = 1000  # of maps whose order is compared
+MAX_PAIRS = 1000  # most pairs of maps whose order is compared
 
 
 def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
@@ -68,7 +68,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
         with st.spinner("Comparing maps", show_time=True):
             found, damaged = _by_maps(pack, a, b)
         if damaged:
-            _by_maps.clear(pack, a, b)  # they may be repaired
+            _by_maps.clear(pack, a, b)  # the maps may be repaired later
             count = "One photo has" if damaged == 1 else f"{damaged:,} photos have"
             st.warning(f"{count} a map that cannot be read, and is left out.")
         if len(pairs) > MAX_PAIRS:
@@ -107,7 +107,7 @@ def pairs_tab(board: Board, pack: Pack | None, problem: str) -> None:
 
 
 def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
-    """One row a photo and class that both explain: entry_a, entry_b and their metrics."""
+    """One row per photo and class that both explain: entry_a, entry_b and their metrics."""
     keys = ["image_id", "target"]
     metrics = [metric.key for metric in pack.metrics]
     sides = [
@@ -121,7 +121,7 @@ def _pairs(pack: Pack, a: str, b: str) -> pd.DataFrame:
 
 @kept(16)
 def _by_maps(pack: Pack, a: str, b: str) -> tuple[list[Apart], int]:
-    """The pairs by their maps, and how many are left out because a map of theirs cannot be read."""
+    """The pairs sorted by their maps' difference, and how many are left out because a map is unreadable."""
     pairs = _pairs(pack, a, b).head(MAX_PAIRS)
     readable: list[int] = []
 
@@ -147,7 +147,7 @@ def _pair(
     form: str,
     number: int,
 ) -> None:
-    """The two maps of one photo, side by side."""
+    """Show the two maps of one photo side by side."""
     image_id = row["image_id"]
     file_name = pack.images.at[image_id, "title"]
     target = str(row["target_name_a"]).split(",")[0]
@@ -180,7 +180,7 @@ def _pair(
 
 
 def _without_pictures(board: Board, a: str, b: str, by: str) -> None:
-    """The photos by name, where there is no pack to show them from."""
+    """Show the photos by name if there is no pack with their pictures."""
     values = [board.results.methods[name].values[board.columns[by]] for name in (a, b)]
     found = by_metric(*values)
     if not found:
@@ -205,7 +205,7 @@ FIRST = 2  # warnings above the chart
 
 
 def page(context: Context) -> None:
-    """Show the comparison that the URL names, or the first."""
+    """Show the comparison in the URL, or the first one."""
     st.title("Compare methods", anchor=False)
     found = context.library.comparisons()
     if not found:
@@ -245,12 +245,12 @@ def _nothing() -> None:
 
 
 def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
-    """The comparison of the URL, or that of the open pack, or the first."""
+    """The comparison in the URL, else that of the open pack, else the first."""
     by_id = {info.id: info for info in found}
     own = [info.id for info in found if pack is not None and info.pack_id == pack.id]
     wanted = st.query_params.get("board")
     if wanted is not None and wanted not in by_id:
-        st.warning("The comparison of this address is not here any more; this is another one.")
+        st.warning("The comparison of this address no longer exists; another one is shown.")
     chosen = address.selectbox(
         "Comparison",
         {key: info.name for key, info in by_id.items()},
@@ -262,7 +262,7 @@ def _choose(found: list[ComparisonInfo], pack: Pack | None) -> ComparisonInfo:
 
 
 def _about(board: Board) -> None:
-    """What was measured, and the first of what the run warns about."""
+    """Show what was measured, and the run's first warnings."""
     results = board.results
     protocol = results.protocol
     left_out = f", {len(results.skipped)} unreadable left out" if results.skipped else ""
@@ -278,7 +278,7 @@ def _about(board: Board) -> None:
 
 
 def _notes(board: Board) -> None:
-    """The warnings that do not stand above the chart."""
+    """Show the warnings that are not shown above the chart."""
     rest = board.warnings[FIRST:]
     if rest:
         with st.expander(f"{len(rest)} more note{'s' * (len(rest) > 1)} about these results"):
@@ -286,11 +286,11 @@ def _notes(board: Board) -> None:
 
 
 def _pack(context: Context, info: ComparisonInfo) -> tuple[Pack | None, str]:
-    """The comparison's pictures, or why there are none."""
+    """The pack with the comparison's pictures, or why there is none."""
     if info.pack_id is None:
         return None, (
             "This comparison has no pictures: it was made without a pack. Run xattn compare again "
-            "with the same arguments to add one; what was measured is not measured again."
+            "with the same arguments to add one; nothing is measured a second time."
         )
     try:
         return context.library.open(info.pack_id), ""

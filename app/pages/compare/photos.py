@@ -1,4 +1,4 @@
-"""Single photos: two metrics against each other, a dot for each photo and method."""
+"""Plots single photos by two metrics, with a dot for each photo and method."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-PER_PHOTO = MAX_VALUES // 2000  # at most 2,000 dots a method
+PER_PHOTO = MAX_VALUES // 2000  # at most 2,000 dots per method
 
 
 def photos_tab(board: Board, pack: Pack | None) -> None:
-    """Show photos by two metrics; a click opens one where there is a pack."""
+    """Show photos by two metrics; if there is a pack, a click opens a photo."""
     keys = list(board.columns)
     good = [column.key for column in case_columns(board.results)]
     good = list(dict.fromkeys([*good, *keys]))[:2]
@@ -93,7 +93,7 @@ def photos_tab(board: Board, pack: Pack | None) -> None:
 
 
 def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str, y: str) -> None:
-    """The chart as a table, for use without a pointer; a row opens its photo, as a dot does."""
+    """The chart as a table, for use without a pointer; a row opens its photo, like a dot."""
     shown = table[["photo", "method", "x", "y", "class"]]
     config = {
         name: st.column_config.NumberColumn(title, format="%.4g")
@@ -108,7 +108,7 @@ def _dots_table(table: pd.DataFrame, pack: Pack | None, names: list[str], x: str
 
 
 def open_photo(pack: Pack, entry_id: Any, names: list[str]) -> None:
-    """The photo of a map on its own page, with the methods of the chart."""
+    """Open the page of a map's photo with the methods of the chart."""
     image_id = pack.entries.at[entry_id, "image_id"]
     state.go("image", pack=pack.id, image=image_id, methods=names, entry=entry_id)
 
@@ -116,7 +116,7 @@ def open_photo(pack: Pack, entry_id: Any, names: list[str]) -> None:
 def _dots(
     board: Board, pack: Pack | None, names: list[str], x: str, y: str
 ) -> tuple[pd.DataFrame, str]:
-    """A row a photo and method, and what to say of them; with the entry's id where a click opens it."""
+    """One row per photo and method, with a note on them; with the entry's id if a click opens it."""
     results = board.results
     points = spread(len(results.images), PER_PHOTO)
     keys = [metric.key for metric in pack.metrics] if pack is not None else []

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-LONGEST = 40  # characters of a chip's text
+LONGEST = 40  # most characters of a chip's text
 
 
 def chips(view: View, choices: Choices) -> None:
-    """Show them in a row, nothing where no filter is set."""
+    """Show a row of chips, one for each filter that is set."""
     found = _set(view, choices)
     if not found:
         return
@@ -61,7 +61,7 @@ def chips(view: View, choices: Choices) -> None:
 
 
 def _set(view: View, choices: Choices) -> list[tuple[str, str, str]]:
-    """(what a chip says, the view's name of the filter, its value) of each filter."""
+    """(the chip's text, the filter's name in the view, its value) for each filter that is set."""
     found = [(f"“{view.q}”", "q", "")] if view.q else []
     for name, word, names in (
         ("label", "true", choices.labels),
@@ -90,7 +90,7 @@ HEIGHT = 96  # pixels
 
 
 def histogram(pack: Pack, view: View, measure: Measure) -> None:
-    """Show the bars, if there are some; those in the view's range are coloured."""
+    """Show the histogram, if there is one; bars in the view's range are coloured."""
     counts = selection.histogram(pack, view)
     if not counts:
         return
@@ -117,7 +117,7 @@ def histogram(pack: Pack, view: View, measure: Measure) -> None:
 
 
 def _bars(table: pd.DataFrame, measure: Measure) -> alt.Chart:
-    import altair as alt  # takes its time, and few open the filters
+    import altair as alt  # a slow import, and few people open the filters
 
     colours = DARK if st.context.theme.type == "dark" else LIGHT
     return (
@@ -150,7 +150,7 @@ def _bars(table: pd.DataFrame, measure: Measure) -> alt.Chart:
 
 
 def _brushed(key: str, measure: Measure) -> None:
-    """Set the range to what the brush covers; a brush over all, or none, is no range."""
+    """Set the range to what the brush covers; a brush over everything or nothing clears the range."""
     state: Any = st.session_state.get(key)
     ends = state["selection"].get("brush", {}).get("start") if state else None
     low = high = None
@@ -172,7 +172,7 @@ CLASS_ORDERS = {"photos": "Most photos first", "name": "By name"}
 
 
 def toolbar(pack: Pack, view: View, choices: Choices) -> View:
-    """The widgets; returns the view that they say. Their values are in the session already."""
+    """Show the widgets and return the view that they define. Their values are already in the session."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     bar.text_input(
         "Search",
@@ -197,7 +197,7 @@ def toolbar(pack: Pack, view: View, choices: Choices) -> View:
 
 
 def _order(place: Any, choices: Choices, pack: Pack) -> None:
-    """Whose maps are shown, in which order; on a narrow screen in the popover of filters."""
+    """Choose the method and the order of maps; on a narrow screen in the filters' popover."""
     if len(choices.methods) > 1:
         methods = {m: _method_name(m, choices, pack) for m in (*choices.methods, ALL)}
         _choice(place.selectbox, "Method", methods, "method", width=160)
@@ -209,14 +209,14 @@ def _order(place: Any, choices: Choices, pack: Pack) -> None:
 def _choice(
     widget: Callable[..., Any], label: str, names: Mapping[str, str], key: str, **rest: Any
 ) -> None:
-    """A widget to choose from ``{value: name}``; another choice starts at the first page."""
+    """A widget to choose from ``{value: name}``; a new choice goes back to the first page."""
     options, name = list(names), names.__getitem__
     rest = {"on_change": restart, **rest}
     widget(label, options, key=KEY + key, format_func=name, **rest)
 
 
 def _counted(classes: Mapping[str, str], photos: Mapping[str, int]) -> dict[str, str]:
-    """Classes with their numbers of photos, in the order that was chosen."""
+    """Classes with their numbers of photos, in the chosen order."""
     keys = list(classes)
     if st.session_state.get(f"{KEY}classes") != "name":
         keys.sort(key=lambda key: -photos[key])
@@ -280,4 +280,4 @@ def _filters(pack: Pack, choices: Choices) -> None:
             )
         if measure.about:
             st.caption(plain(measure.about), help=plain(f"Formula: {measure.formula}"))
-    st.selectbox("Maps a page", list(SIZES), key=f"{KEY}size", on_change=restart)
+    st.selectbox("Maps per page", list(SIZES), key=f"{KEY}size", on_change=restart)

@@ -1,4 +1,4 @@
-"""Choosing photos in the gallery, and tagging and rating them."""
+"""Chooses photos in the gallery, and tags and rates them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-# Before every key of this page in the session: the names of a view are keys of other pages' widgets, and
-# a value whose widget this page does not show would stay in their place.
+# Prefix of this page's session keys: the names of a view are also keys of other pages' widgets, and a value
+# whose widget this page does not show would remain there.
 KEY = "gallery."
 
 
 def to_widgets(view: View, names: Iterable[str]) -> None:
-    """Put these of the view's values where the next widgets read them."""
+    """Store these values of the view where the next widgets read them."""
     for name in names:
         value = getattr(view, name)
         st.session_state[KEY + name] = list(value) if isinstance(value, tuple) else value
@@ -51,13 +51,13 @@ def restart() -> None:
 
 
 def clear() -> None:
-    """No filter; the next run reads the widgets from these values."""
+    """Clear all filters; the next run reads the widgets from these values."""
     to_widgets(View(), selection.UNFILTERED)
     new_range()
 
 
 def drop(name: str, value: str) -> None:
-    """Take one filter away: a class by its key, else the whole filter."""
+    """Remove one filter: a class by its key, else the whole filter."""
     if name in ("label", "predicted", "tag"):
         kept = [key for key in st.session_state[KEY + name] if key != value]
         st.session_state[KEY + name] = kept
@@ -70,31 +70,31 @@ def drop(name: str, value: str) -> None:
 
 
 def new_range() -> None:
-    """No range, and no brush."""
+    """Clear the range and the brush."""
     to_widgets(View(), ("low", "high"))
     typed_range()
 
 
 def typed_range() -> None:
-    """A range that no brush shows any more."""
+    """Clear the brush, because a range was typed."""
     turn = f"{KEY}brush"
     st.session_state[turn] = st.session_state.get(turn, 0) + 1
     restart()
 
 
 def brush_key(measure: str) -> str:
-    """The key of a measure's histogram; another one after each range that was typed."""
+    """The key of a measure's histogram; it changes after each range that was typed."""
     return f"{KEY}brush {measure} {st.session_state.get(f'{KEY}brush', 0)}"
 
 
 STARS = "_stars"  # the session's key of the :class:`_Stars` of the page
 CHOSEN = "_chosen"  # the session's key of (pack, ids of the photos that are chosen in it)
-SHOWN = 3  # tags on a cell
+SHOWN = 3  # most tags on a cell
 
 
 def chosen(pack: Pack) -> list[str]:
-    """The photos of this pack that are chosen, in the order in which they were; a list of the session's,
-    to be changed in place."""
+    """The chosen photos of this pack, in the order of choosing; this is the session's own list, which may
+    be changed in place."""
     of, ids = st.session_state.get(CHOSEN, ("", []))
     if of != pack.id:
         ids = []
@@ -103,11 +103,11 @@ def chosen(pack: Pack) -> list[str]:
 
 
 def acted(pack: Pack, cells: str) -> None:
-    """Take up what was done by keys and clicks in the grid of the key ``cells``."""
+    """Process keys and clicks in the grid with the key ``cells``."""
     person, ids, table = Person.of(pack), chosen(pack), selection.table(pack)
 
     def known(value: Any) -> list[str]:
-        """Those of the values that are ids of photos of the pack."""
+        """The values that are ids of photos in the pack."""
         found = [i for i in value if isinstance(i, str)] if isinstance(value, list) else []
         own = table.known_images(found)
         return [i for i in dict.fromkeys(found) if i in own]
@@ -123,7 +123,7 @@ def acted(pack: Pack, cells: str) -> None:
 
 
 def _choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 0) -> None:
-    """Choose these photos, which are ``count``, if that is more."""
+    """Choose these photos; ``count`` is their number if ``wanted`` lists only some of them."""
     if len(wanted) > MOST_AT_ONCE:
         text = (
             f"{max(len(wanted), count):,} photos are in this selection; at most {MOST_AT_ONCE:,} can be "
@@ -135,7 +135,7 @@ def _choose(person: Person, ids: list[str], wanted: Sequence[str], count: int = 
 
 
 def badges(mark: Mark | None) -> list[str]:
-    """What stands on the picture of a photo."""
+    """The texts on the picture of a photo."""
     if mark is None:
         return []
     more = len(mark.tags) - SHOWN
@@ -148,7 +148,7 @@ def badges(mark: Mark | None) -> list[str]:
 
 
 def marks(pack: Pack, image_ids: Iterable[str]) -> Mapping[str, Mark]:
-    """The marks of photos; of a tag file that cannot be used none, see :func:`check`."""
+    """The marks of photos; empty if the tag file cannot be used, see :func:`check`."""
     try:
         return tag_files.store_of(pack).marks(list(image_ids))
     except TagsError:
@@ -156,7 +156,7 @@ def marks(pack: Pack, image_ids: Iterable[str]) -> Mapping[str, Mark]:
 
 
 def check(pack: Pack) -> None:
-    """Say why the pack's tag file cannot be used, if so; the page goes on without tags."""
+    """If the pack's tag file cannot be used, show why; the page goes on without tags."""
     try:
         tag_files.store_of(pack).revision()
     except TagsError as error:
@@ -167,7 +167,7 @@ def check(pack: Pack) -> None:
 
 
 def filters(pack: Pack, asked: Sequence[str]) -> None:
-    """Widgets of the filters by tag, rating and note; ``asked`` are the tags that the view has."""
+    """Show filters by tag, rating and note; ``asked`` are the tags in the view."""
     try:
         counts = tag_files.store_of(pack).counts()
     except TagsError:
@@ -191,7 +191,7 @@ def filters(pack: Pack, asked: Sequence[str]) -> None:
 
 
 def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
-    """Choosing and tagging, in a popover and beside it; ``shown`` are the photos of this page."""
+    """Show tools for choosing and tagging, in a popover and beside it; ``shown`` are this page's photos."""
     now, person = chosen(pack), Person.of(pack)
     with bar.popover(f"{counted(len(now), 'photo')} chosen" if now else "Tags", key=f"{KEY}tags"):
         row = st.container(horizontal=True, gap="small")
@@ -223,10 +223,10 @@ def tools(bar: Any, pack: Pack, shown: Sequence[str], found: Selection) -> None:
 
 
 def _tagging(person: Person, now: Sequence[str]) -> None:
-    """Tags and stars for the chosen photos."""
+    """Show widgets for tags and stars of the chosen photos."""
     known = dict.fromkeys((*person.store.keys().values(), *person.store.counts()))
     st.selectbox(
-        "Tag of the chosen photos",
+        "Tag for the chosen photos",
         list(known),
         key=f"{KEY}tag_name",
         index=None,
@@ -235,7 +235,7 @@ def _tagging(person: Person, now: Sequence[str]) -> None:
         disabled=not now,
     )
     row = st.container(horizontal=True, gap="small", vertical_alignment="center")
-    for text, on in (("Give it", True), ("Take it away", False)):
+    for text, on in (("Add tag", True), ("Remove tag", False)):
         row.button(
             text, key=f"{KEY}tag_{on}", disabled=not now, on_click=_tag, args=(person, now, on)
         )
@@ -247,10 +247,10 @@ def _tagging(person: Person, now: Sequence[str]) -> None:
 
 @dataclass
 class _Stars:
-    """Stars for some photos, to be given once; then there are new ones.
+    """A stars widget for some photos that is used once and then replaced by a new one.
 
-    The browser sends a widget's value with every request: the stars of before would go to the photos
-    that are chosen by then.
+    The browser sends a widget's value with every request, so old stars would be given to whichever photos
+    are chosen by then.
     """
 
     number: int
@@ -263,7 +263,7 @@ class _Stars:
 
 
 def _rating(person: Person, now: Sequence[str]) -> None:
-    """Stars for the chosen photos, or none."""
+    """Show stars for the chosen photos, and a button that removes them."""
     last: _Stars | None = st.session_state.get(STARS)
     if last is None:
         held = _Stars(0, list(now))
@@ -302,11 +302,11 @@ def _tag(person: Person, ids: Sequence[str], on: bool) -> None:
 
 
 def _keys(pack: Pack, store: Store) -> None:
-    """Which tags the keys 1 to 9 toggle."""
+    """Show and change which tags the keys 1 to 9 toggle."""
     now = store.keys()
     st.caption(
-        "Choose photos by the box on a picture, by Ctrl or Shift and a click, or by X. The keys toggle "
-        "tags on the chosen photos, or on the one in focus. J and K move, Z undoes, Shift+Z redoes."
+        "To choose photos, tick the box on a picture, click with Ctrl or Shift, or press X. The keys "
+        "toggle tags on the chosen photos, or on the one in focus. J and K move, Z undoes, Shift+Z redoes."
     )
     with st.expander("Tags of the keys 1 to 9"), st.form(f"{KEY}keys", border=False):
         columns = st.columns(3)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def tools(bar: Any, pack: Pack, view: View) -> None:
-    """A popover that saves this view, and opens, renames and deletes saved ones."""
+    """Show a popover that saves this view, and opens, renames and deletes saved views."""
     choices = selection.table(pack).choices
     try:
         saved = tag_files.store_of(pack).slices()
@@ -90,7 +90,7 @@ SIDE = 240  # pixels of a picture's longer side
 
 
 def look_of(pack: Pack, view: View, entry_ids: Sequence[str]) -> Look:
-    """How the view draws these maps; a shared scale is theirs."""
+    """How the view draws these maps; a shared scale spans all of them."""
     shared = view.scale == "shared" and view.show != "photo"
     return Look(
         scale=view.scale,
@@ -103,7 +103,7 @@ def look_of(pack: Pack, view: View, entry_ids: Sequence[str]) -> Look:
 
 
 def _limits(pack: Pack, entry_ids: Sequence[str]) -> tuple[float, float] | None:
-    """The least and the greatest value of these maps; a map that cannot be read has none."""
+    """The smallest and the largest value of these maps; maps that cannot be read are skipped."""
     ends = []
     for entry_id in entry_ids:
         with contextlib.suppress(PackError):  # its picture says so
@@ -132,7 +132,7 @@ def cell(
         (view.sort, view.measure if view.low is not None or view.high is not None else "")
     ):
         if key == "confidence" and row["measure:confidence"] == row["probability"]:
-            continue  # it stands there already
+            continue  # already shown
         if key in choices.measures and key != "probability":
             lines.append(f"{choices.measures[key].name}: {_figure(key, row[f'measure:{key}'])}")
     photo = photo_url(pack, row["image_id"], SIDE, entry_id if look.crop else None)
@@ -228,11 +228,11 @@ def page(context: Context) -> None:
 
 
 def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
-    """The view, what was wrong with the URL, and whether it is the URL's and not the widgets'.
+    """The view, messages about the URL, and whether the view comes from the URL instead of the widgets.
 
-    It is where the URL is a new one. The address of an image that was opened here, on this page, is
-    what Back may lead to; its ``view`` is this page's own. The menu's address has no parameters: it
-    leads to the view that was left.
+    It comes from the URL if that is new. Back may lead to the address of an image that was opened on this
+    page; its ``view`` is this page's own. The menu's address has no parameters and leads to the view that
+    was left.
     """
     url = _url()
     subject = (pack.id, pack.version)
@@ -252,12 +252,12 @@ def _from_url(pack: Pack, choices: Choices) -> tuple[View, list[str], bool]:
 
 
 def _url() -> dict[str, list[str]]:
-    """The URL's parameters but the pack."""
+    """The URL's parameters without the pack."""
     return {name: st.query_params.get_all(name) for name in st.query_params if name != "pack"}
 
 
 def _to_url(pack: Pack, view: View, choices: Choices) -> None:
-    """Write the view into the URL, unless it is there."""
+    """Write the view to the URL, unless it is already there."""
     wanted = view.params(choices)
     address.wrote("gallery", wanted)
     if _url() != wanted:
@@ -265,12 +265,12 @@ def _to_url(pack: Pack, view: View, choices: Choices) -> None:
 
 
 def _last(pack: Pack) -> str | None:
-    """The image that was opened last, to be marked when the person comes back."""
+    """The image that was opened last, which is marked when the person comes back."""
     of, image_id = st.session_state.get("_opened", (None, None))
     return st.query_params.get("image", image_id if of == pack.id else None)
 
 
-# ---------------------------------------------------------------------- what a person does
+# ---------------------------------------------------------------------- actions
 
 
 def _opened(pack: Pack, choices: Choices) -> None:
@@ -296,7 +296,7 @@ def _turned() -> None:
 def _line(
     pack: Pack, view: View, choices: Choices, found: Selection, start: int, shown: list[str]
 ) -> View:
-    """How many maps there are, which photos are chosen, and how maps are drawn; returns the view.
+    """Show the number of maps, the chosen photos, and how maps are drawn; returns the view.
     ``shown`` are the photos of the page's maps."""
     text = _count(found.count, start, len(shown))
     if view.filters:
@@ -311,7 +311,7 @@ def _line(
 
 
 def _count(count: int, start: int, shown: int) -> str:
-    """How many maps there are, and which of them the page shows if not all."""
+    """The number of maps as text, and which of them the page shows if not all."""
     if count == 0:
         return "No maps"
     maps = counted(count, "map")
@@ -326,14 +326,14 @@ def _nothing() -> None:
     with st.container(border=True):
         st.markdown("**No map passes these filters.**")
         st.caption(
-            "Search for less, or widen the range. A map without a value of the chosen measure is "
+            "Shorten the search, or widen the range. A map without a value of the chosen measure is "
             "never in its range."
         )
         st.button("Show all maps", key=f"{KEY}all_maps", on_click=clear)
 
 
 def _below(pack: Pack, view: View, found: Selection, count: int) -> None:
-    """The way to other pages, and files of the selection."""
+    """Show links to other pages, and files of the selection."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     if count > 1:
         _pager(bar, view, count)
@@ -361,7 +361,7 @@ def _pager(bar: Any, view: View, count: int) -> None:
 
 
 def files(pack: Pack, view: View, found: Selection) -> None:
-    """Files are made when they are asked for."""
+    """Offer files, which are made when they are requested."""
     chosen = marking.chosen(pack)
     which = "the selection"
     if chosen:
@@ -385,15 +385,14 @@ def files(pack: Pack, view: View, found: Selection) -> None:
     photos = partial(selection_files.image_list, found)
     download(st, label, photos, f"{pack.id}.txt", f"{KEY}export_list")
     st.caption(
-        "The CSV has a line for each map, with its figures, tags, stars and note. The HTML opens without "
-        "a server. The list has the names of the photos' files: put it into their folder, and give it to "
-        "xattn."
+        "The CSV has a line for each map with its figures, tags, stars and note. The HTML works without a "
+        "server. The list has the file names of the photos: put it into their folder and pass it to xattn."
     )
     _folders(pack, found)
 
 
 def _csv(pack: Pack, view: View, found: Selection, which: str) -> None:
-    """All of a view is sent while it is made; chosen photos are in this session alone."""
+    """Offer a CSV. A whole view is sent while it is made; chosen photos exist only in this session."""
     if which == "the selection":
         query = {"pack": pack.id, "view": selection.to_text(view, selection.table(pack).choices)}
         st.link_button(f"CSV of {which}", f"{selection_files.CSV}?{urlencode(query)}")
@@ -408,7 +407,7 @@ def _csv(pack: Pack, view: View, found: Selection, which: str) -> None:
 
 
 def _folders(pack: Pack, found: Selection) -> None:
-    """What becomes a folder below the root."""
+    """Offer exports that become a folder below the root."""
     library = state.library()
     if not library.keeps:
         return

@@ -1,4 +1,4 @@
-"""The boxes of a photo in a pack of detections: over the photo, and as outlines over the maps."""
+"""Shows the boxes of a photo in a pack of detections, over the photo and as outlines over the maps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ KINDS = ("found", "false", "missed", "candidate")
 
 
 class Boxed(NamedTuple):
-    """A detection: ``at`` is left, top, right and bottom in shares of the photo, ``target`` its number in
-    the pack, ``text`` its class and score."""
+    """A detection: ``at`` is left, top, right and bottom in fractions of the photo, ``target`` its number
+    in the pack, and ``text`` its class and score."""
 
     target: int
     at: tuple[float, ...]
@@ -32,7 +32,7 @@ class Boxed(NamedTuple):
 
 
 def boxes_of(pack: Pack, image_id: str) -> list[Boxed]:
-    """The detections of a photo that have a map; [] in a pack of something else."""
+    """The detections of a photo that have a map; [] if the pack is not of detections."""
     first = selection.table(pack).entries_of(image_id).drop_duplicates("target")
     found = []
     for entry_id, target, name in zip(
@@ -47,7 +47,7 @@ def boxes_of(pack: Pack, image_id: str) -> list[Boxed]:
 
 
 def _shares(record: Any, size: tuple[int, int]) -> tuple[float, ...] | None:
-    """The box of a detection's record; None of what is no such record."""
+    """The box in a detection's record; None if it is not such a record."""
     box = record.get("box") if isinstance(record, Mapping) else None
     if not isinstance(box, list) or len(box) != 4:
         return None
@@ -65,7 +65,7 @@ def photo_boxes(
     on_open: Callable[[int], None],
     **drawing: Any,
 ) -> None:
-    """The photo under its boxes; ``on_open`` is called with the number of the one that was clicked."""
+    """Show the photo with its boxes; ``on_open`` is called with the number of the box that was clicked."""
 
     def opened() -> None:
         number = str(sent(key, "open"))
@@ -94,7 +94,7 @@ def photo_boxes(
 
 
 def outlines(found: Sequence[Boxed], target: int, view: View, crop: bool) -> list[dict[str, Any]]:
-    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; that of ``target`` is thick."""
+    """The boxes for a linked grid, see :func:`xattn.app.components.grid`; ``target`` has a thick box."""
     drawn = []
     for box in found:
         x0, y0, x1, y1 = box.at

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 RASTER = 512  # pixels of the longer side on which outlines are found
-MOST = 200  # objects, and rings, that are outlined
+MOST = 200  # most objects, and most outlines
 Outline = dict[str, Any]
 
 
@@ -36,9 +36,9 @@ Outline = dict[str, Any]
 class Objects:
     """A photo's annotation.
 
-    ``outlines`` are ``{"points": [[x, y]], "own": bool}`` in shares of the picture, ``own`` where the
-    object is of the class that is shown; ``names`` are their categories. ``numbers`` say of each map how
-    much of it lies on the objects of its class. ``problem`` is why there is nothing, or "".
+    ``outlines`` are ``{"points": [[x, y]], "own": bool}`` in fractions of the picture; ``own`` is True for
+    objects of the class that is shown. ``names`` are their categories. ``numbers`` say how much of each map
+    lies on the objects of its class. ``problem`` says why there is no annotation, or is "".
     """
 
     outlines: tuple[Outline, ...] = ()
@@ -48,7 +48,7 @@ class Objects:
 
 
 def objects_of(pack: Pack, shown: Shown, entry_ids: list[str]) -> Objects | None:
-    """The annotated objects of the photo that is shown; None where there are none."""
+    """The annotated objects of the photo that is shown; None if there are none."""
     path = state.settings().annotations
     if path is None:
         return None
@@ -72,7 +72,7 @@ def objects_of(pack: Pack, shown: Shown, entry_ids: list[str]) -> Objects | None
 def _read(
     path: Path, stamp: Signature | None, model: str, classes: tuple[tuple[int, str], ...]
 ) -> Annotations:
-    """The annotations for the classes of a pack, read again when a file of them changes."""
+    """The annotations for the classes of a pack, read again if one of their files changes."""
     return annotations_of_classes(path, dict(classes), model)
 
 
@@ -89,7 +89,7 @@ def _classes(table: MapsTable) -> tuple[tuple[int, str], ...]:
 def _outlines(
     annotations: Annotations, photo: Path, view: View, own: str | None, crop: bool
 ) -> tuple[list[Outline], list[str]]:
-    """Outlines of the whole photo's objects, the longest first, and the categories that there are."""
+    """The outlines of objects on the whole photo, longest first, and the categories found."""
     scale = min(1.0, RASTER / max(view.photo_size))
     rows, columns = (max(1, round(side * scale)) for side in view.photo_size)
     whole = View("whole", view.photo_size, (rows, columns), (0, 0, rows, columns), (rows, columns))
@@ -105,11 +105,11 @@ def _outlines(
 
 
 def rings(pixels: np.ndarray) -> list[np.ndarray]:
-    """The outlines of a mask (H, W), each as (n, 2) points x, y in shares of its width and height."""
+    """The outlines of a mask (H, W), each as (n, 2) points x, y in fractions of its width and height."""
     import cv2
 
     height, width = pixels.shape
-    # Twice as large, with a border: OpenCV's outlines run through the centres of the outermost pixels.
+    # Doubled and with a border, since OpenCV's outlines run through the centres of the outermost pixels.
     large = np.pad(pixels.repeat(2, 0).repeat(2, 1).astype(np.uint8), 1)
     contours, _ = cv2.findContours(large, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     smooth = (cv2.approxPolyDP(contour, 0.7, True)[:, 0] for contour in contours)
@@ -117,7 +117,7 @@ def rings(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def _numbers(pack: Pack, entry_ids: list[str], annotation: Annotation) -> dict[str, str]:
-    """For each map of a class that has objects: its energy on them, and whether its maximum is."""
+    """For each map of a class with objects, the share of its energy on them, and whether its maximum is."""
     said = {}
     for entry_id in entry_ids:
         try:

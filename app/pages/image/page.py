@@ -52,8 +52,8 @@ PLACE = (
 
 
 def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str | None, int, int]:
-    """:meth:`Selection.neighbours`; of a photo that has just left the selection, because its tags were
-    changed, those that it had."""
+    """:meth:`Selection.neighbours`; if the photo has just left the selection because its tags changed, its
+    previous neighbours."""
     before, after, number, count = selection.selected(pack, view).neighbours(image_id)
     kept: dict[str, tuple[str | None, str | None]] = st.session_state.setdefault(BESIDE, {})
     if number:
@@ -63,8 +63,8 @@ def neighbours(pack: Pack, view: View, image_id: str) -> tuple[str | None, str |
 
 
 def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
-    """The photo to show: that of the URL, unless keys have led on from there. The next key may be pressed
-    before the browser knows the URL of the photo to which the ones before led."""
+    """The photo to show: that in the URL, unless keys have led on from there. The next key may be pressed
+    before the browser knows the URL of the photo that earlier keys led to."""
     place = _place()
     with place.lock:
         if st.query_params.get("image") in place.passed and not address.back():
@@ -76,14 +76,14 @@ def image_of_page(pack: Pack, show: Callable[[str], None]) -> str:
 
 
 def leave() -> None:
-    """Forget where keys have led: somebody goes on by other ways."""
+    """Forget where keys have led, because the person went on by other means."""
     _place().passed.clear()
 
 
 @dataclass
 class _Place:
-    """Where keys are: at a photo, having passed others whose URL the browser may still have. While a run
-    takes up keys, the one before may be under way."""
+    """Where keys have led: the current photo, and the photos passed, whose URLs the browser may still have.
+    While a run processes keys, the previous run may still be under way."""
 
     at: str = ""
     passed: set[str] = field(default_factory=set)
@@ -97,7 +97,7 @@ def _place() -> _Place:
 
 @dataclass
 class _Held:
-    """What a widget of a photo was given, or what was taken up from it since."""
+    """The value that a photo's widget was given, or that was read from it since."""
 
     image_id: str
     key: str
@@ -105,7 +105,7 @@ class _Held:
 
 
 def marks(pack: Pack, view: View, image_id: str) -> None:
-    """What people say of this photo, and the keys for it."""
+    """Show this photo's tags, note and rating, and the keys for them."""
     tag_files.say()
     person = Person.of(pack)
     _late_note(person)
@@ -156,7 +156,7 @@ def marks(pack: Pack, view: View, image_id: str) -> None:
 
 
 def _same(held: Any, value: Any) -> bool:
-    """Whether a widget holds what the tag file has, which keeps tags sorted and texts trimmed."""
+    """Whether a widget holds the same value as the tag file, which sorts tags and trims texts."""
     if isinstance(held, list) and isinstance(value, list):
         return {" ".join(tag.split()) for tag in held} == set(value)
     return (held.strip() if isinstance(held, str) else held) == value
@@ -183,7 +183,7 @@ def _note(person: Person, held: _Held) -> None:
 
 
 def _late_note(person: Person) -> None:
-    """Take up a note whose callback ended where it read the session, because a key was pressed next."""
+    """Save a note whose callback was cut off at reading the session because a key was pressed."""
     held: _Held | None = st.session_state.get(HELD)
     if held is not None and held.key in st.session_state:
         _note(person, held)
@@ -198,7 +198,7 @@ def _rate(person: Person, held: _Held) -> None:
 
 
 def _pressed(pack: Pack, view: View) -> None:
-    """Take up keys: each is of the photo to which the keys before it led."""
+    """Process keys; each applies to the photo that the keys before it led to."""
     person, place = Person.of(pack), _place()
     kept, found = st.session_state.get(BESIDE, {}), selection.selected(pack, view)
     with place.lock:
@@ -220,11 +220,11 @@ def _pressed(pack: Pack, view: View) -> None:
                 person.press(key, [place.at])
 
 
-FIRST_METHODS = 6  # that are shown before anybody chooses
+FIRST_METHODS = 6  # methods shown by default
 
 
 def _similar_tab(pack: Pack, shown: Shown) -> None:
-    from xattn.app.pages.image.similar import similar_tab  # and with it torch, which takes seconds
+    from xattn.app.pages.image.similar import similar_tab  # also imports torch, which takes seconds
 
     similar_tab(pack, shown)
 
@@ -271,7 +271,7 @@ def page(context: Context) -> None:
                 part(pack, shown)
 
 
-# ---------------------------------------------------------------------- where we are
+# ---------------------------------------------------------------------- heading
 
 
 def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> None:
@@ -328,12 +328,12 @@ def _heading(pack: Pack, image_id: str, row: Mapping[str, Any], boxes: int) -> N
 
 
 def _view(pack: Pack) -> selection.View:
-    """The gallery's view that led here."""
+    """The gallery view that led here."""
     return selection.from_text(last_view.remembered(pack), selection.table(pack).choices)
 
 
 def _verdict(pack: Pack, image_id: str, row: Mapping[str, Any]) -> None:
-    """What the network says, and the true class: of a mistake as a headline."""
+    """Show the prediction and the true class; a mistake is shown as a headline."""
     disagreement = ""
     if row["disagreement"] == row["disagreement"]:
         disagreement = f"disagreement of methods {row['disagreement']:.2f}"
@@ -363,14 +363,14 @@ def _step(image_id: str) -> None:
 
 
 def _show(image_id: str) -> None:
-    """Go to another photo and drop the choices made for this one."""
+    """Go to another photo and discard the choices made for this one."""
     for name in ("entry", "class", "minus", "against"):
         st.query_params.pop(name, None)
     st.query_params["image"] = image_id
 
 
 def _go_whatif(pack: Pack, image_id: str) -> None:
-    """Paint on this photo, beside the map that is in focus."""
+    """Go to the What if page for this photo and the map in focus."""
     entry_id, target = (st.query_params.get(name) for name in ("entry", "class"))
     entries = selection.table(pack).entries_of(image_id)
     method = entries.at[entry_id, "method"] if entry_id in entries.index else None
@@ -385,7 +385,7 @@ def _address() -> str:
 
 
 def _has_attention(pack: Pack, image_id: str) -> bool:
-    """Whether the network has attention: taps before a block's attention are named norm1.N."""
+    """Whether the network has attention; its taps before a block's attention are named norm1.N."""
     entry_id = selection.table(pack).entries_of(image_id).index[0]
     taps = (pack.provenance(entry_id)["backbone"] or {}).get("taps")
     return isinstance(taps, list) and any(str(tap).startswith("norm1.") for tap in taps)
@@ -437,7 +437,7 @@ def _choose(pack: Pack, image_id: str, label: str) -> Shown | None:
 
 
 def _explained(entries: pd.DataFrame) -> dict[int, str]:
-    """Names of the classes that have a map, the most probable first."""
+    """The names of classes that have a map, the most probable first."""
     columns = ("target", "target_name", "probability", "is_value")
     rows = zip(*(entries[column] for column in columns), strict=True)
     names: dict[int, str] = {}
@@ -448,7 +448,7 @@ def _explained(entries: pd.DataFrame) -> dict[int, str]:
 
 
 def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
-    """The class of the URL, else that of the map it names, else the most probable one."""
+    """The class in the URL, else the class of the map in the URL, else the most probable one."""
     wanted, entry_id = st.query_params.get("class", ""), st.query_params.get("entry", "")
     known = {str(target): target for target in classes}
     if wanted not in known and entry_id in entries.index:
@@ -457,7 +457,7 @@ def _target(entries: pd.DataFrame, classes: dict[int, str]) -> int:
 
 
 def _first_look(pack: Pack) -> dict[str, str]:
-    """The whole photo, in the style that the gallery had."""
+    """The default look: the whole photo, in the gallery's style."""
     show = _view(pack).show
     return {"part": "whole"} | ({"style": show} if show in STYLES else {})
 
@@ -481,7 +481,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
     ids = [*shown.ids, *_of_true_class(pack, shown)]
     found = _objects(pack, shown, ids)
     cells = [_cell(pack, shown, entry_id, found) for entry_id in ids]
-    if not boxes:  # with boxes it stands beside them
+    if not boxes:  # with boxes, the photo is shown beside the maps
         cells.insert(0, photo)
     drawn = outlines(boxes, shown.target, pack.view(shown.focus), shown.look.crop)
     grid(
@@ -492,7 +492,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
         if boxes
         else 4
         if len(cells) == 4 or len(cells) > 6
-        else 3,  # no lone one in a row
+        else 3,  # avoids a single picture in a row
         width=WIDTH,
         aspect=aspect(pack, shown),
         linked={
@@ -511,7 +511,7 @@ def _maps(pack: Pack, shown: Shown, boxes: Sequence[Boxed] = ()) -> None:
 
 
 def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
-    """Of a mistake, the same methods' maps of the true class, to stand beside those of the prediction."""
+    """For a mistake, the same methods' maps of the true class, shown beside those of the prediction."""
     row = selection.table(pack).image(shown.image_id)
     if row is None or row["right"] is not False or shown.target != row["predicted"]:
         return []
@@ -522,16 +522,16 @@ def _of_true_class(pack: Pack, shown: Shown) -> list[str]:
 
 
 def _objects(pack: Pack, shown: Shown, ids: list[str]) -> Objects | None:
-    """What is annotated in this photo; None where the viewer was given no annotations, or none of it."""
+    """The annotated objects of this photo; None if the viewer has no annotations for it."""
     if state.settings().annotations is None:
         return None
-    from xattn.app.pages.image.objects import objects_of  # and with it torch
+    from xattn.app.pages.image.objects import objects_of  # also imports torch
 
     return objects_of(pack, shown, ids)
 
 
 def _outlined(found: Objects | None) -> list[dict[str, Any]]:
-    """The outlines to draw, by a switch; what is wrong with the annotations is said."""
+    """The outlines to draw if the switch is on; shows what is wrong with the annotations."""
     if found is None:
         return []
     if found.problem:
@@ -570,7 +570,7 @@ def _cell(pack: Pack, shown: Shown, entry_id: str, found: Objects | None) -> dic
 
 
 def _values(pack: Pack, entry_id: str, crop: bool) -> dict[str, Any] | None:
-    """The map's values for the pointer; None where it cannot be read, which its picture says."""
+    """The map's values to show at the pointer; None if the map cannot be read, which its picture says."""
     try:
         return map_cells(pack.explanation(entry_id), crop)
     except PackError:

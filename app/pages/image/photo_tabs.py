@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 CARD = "README.md"
-LONGEST = 20_000  # characters that are shown
+LONGEST = 20_000  # most characters shown
 
 
 def head_card(library: Library, head: Mapping[str, Any]) -> str | None:
-    """The model card of the head recorded in a pack (name, sha256): the README.md in its folder, else its
-    training record; None if it is neither a shipped head nor one below the root."""
+    """The model card of the head recorded in a pack (name, sha256): its folder's README.md, or else its
+    training record. None if the head is neither shipped nor below the root."""
     from xattn.runtime.head_files import shipped_heads
 
     folders = [*shipped_heads().values(), *(info.folder for info in library.heads())]
@@ -64,7 +64,7 @@ def _matches(folder: Path, head: Mapping[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(weights: Path, changed: int) -> str:
-    """The hash of the head as loaded: in single precision, whatever the file holds."""
+    """The hash of the head as it is loaded, in single precision, whatever precision the file has."""
     from xattn.backbone import state_sha256
     from xattn.backbone.weights import load_weight_file
 
@@ -82,8 +82,8 @@ def _card(folder: Path) -> str:
     return json.dumps(read_config(folder).get("training", {}), indent=2)[:LONGEST]
 
 
-SMALL = 320  # of a class's map
-TOP = 5  # classes with a picture each
+SMALL = 320  # longer side of a class's map, in pixels
+TOP = 5  # classes with a picture
 LINES = ["#d55e00", "#2a86c8", "#009e73", "#c773a8", "#b58900", "#8a7fd6", "#7f7f7f", "#a0522d"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [3, 5], [12, 3, 3, 3], [1, 3]]
 CURVES = {
@@ -96,7 +96,7 @@ DIFFERENCES = {"Min-maxed maps": "map", "Raw scores": "shared"}
 
 
 def classes_tab(pack: Pack, shown: Shown) -> None:
-    """The classifier's first classes with their maps by the method in focus, and a contrast."""
+    """Show the top classes with their maps by the method in focus, and a contrast of two classes."""
     method = shown.entries.loc[shown.focus, "method"]
     title = pack.title_of(method)
     own = shown.entries[shown.entries["method"] == method]
@@ -130,7 +130,7 @@ def classes_tab(pack: Pack, shown: Shown) -> None:
         )
     st.caption(
         plain(
-            f"The classifier's first classes, explained by {title}. Open one to see it by all methods."
+            f"The classifier's top classes, explained by {title}. Open one to see it by all methods."
         )
     )
     if any(target not in by_class for target, _, _ in top):
@@ -191,7 +191,7 @@ def _contrast(pack: Pack, shown: Shown, by_class: dict[int, str]) -> None:
 
 
 def slider_tab(pack: Pack, shown: Shown) -> None:
-    """The map in focus against the photo or another map."""
+    """Compare the map in focus with the photo or another map, by a slider."""
     own = shown.entries.loc[shown.ids, "method"].map(pack.title_of)
     others = {"": "Photo"} | {i: m for i, m in own.items() if i != shown.focus}
     other = st.query_params.get("against", "")
@@ -210,7 +210,7 @@ def slider_tab(pack: Pack, shown: Shown) -> None:
 
 
 def fidelity_tab(pack: Pack, shown: Shown) -> None:
-    """This photo's figures by method, and its curves."""
+    """Show this photo's figures by method, and its curves."""
     rows = shown.entries.loc[shown.ids]
     metrics = [m for m in pack.metrics if rows[m.key].notna().any()]
     curves = {
@@ -232,8 +232,8 @@ def fidelity_tab(pack: Pack, shown: Shown) -> None:
         }
         st.dataframe(table, column_config=config, alt="Fidelity figures by method")
         st.caption(
-            "↑ higher is better, ↓ lower is better. Of this photo alone: one photo says little about "
-            "a method. What a column says, its formula and protocol stand in its help."
+            "↑ higher is better, ↓ lower is better. These figures are for this photo only, which says "
+            "little about a method. Each column's help shows its meaning, formula and protocol."
         )
         with st.expander("Formulas and protocols"):
             for m in metrics:
@@ -255,7 +255,7 @@ def _about(metric: MetricInfo) -> str:
 
 
 def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None) -> Any:
-    """One curve of every method: the score of the class against the share of changed pixels."""
+    """A chart of one curve for every method: the score of the class over the share of changed pixels."""
     import altair as alt
 
     points = []
@@ -265,7 +265,7 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
             {"method": method, "share": float(share), "score": score}
             for share, score in zip(at, values, strict=True)
         ]
-    # By colour and by dashes; colours of one lightness for both grounds, apart for colour-blind eyes.
+    # Colours and dashes; the colours suit light and dark themes and colour-blind readers.
     colour = alt.Scale(domain=list(curves), range=LINES)
     dashes = alt.Scale(domain=list(curves), range=DASHES)
     words = alt.Legend(
@@ -293,7 +293,7 @@ def _chart(name: str, curves: dict[str, list[float]], shares: list[float] | None
 
 
 def provenance_tab(pack: Pack, shown: Shown) -> None:
-    """Where the map in focus comes from."""
+    """Show where the map in focus comes from."""
     found = pack.provenance(shown.focus)
     backbone, head = found["backbone"] or {}, found["head"] or {}
     facts = {
@@ -318,17 +318,17 @@ def provenance_tab(pack: Pack, shown: Shown) -> None:
 
 
 def _titled(pack: Pack, method: str) -> str:
-    """A method's title, with the name by which it is asked for."""
+    """A method's title, followed by its name."""
     title = pack.title_of(method)
     return title if title == method else f"{title} ({method})"
 
 
 def export_tab(pack: Pack, shown: Shown) -> None:
-    """Files of what is shown; those of a whole selection are the gallery's."""
+    """Offer files of what is shown; the gallery offers files of a whole selection."""
     name = file_stem(shown.image_id, set())
     st.caption(
-        "The maps above with caption and provenance, as a figure or as a page that needs no server. "
-        "The gallery exports its whole selection."
+        "The maps above with caption and provenance, as a figure or as a page that works without a server. "
+        "To export a whole selection, use the gallery."
     )
     bar = st.container(horizontal=True, gap="small")
     for kind in export.FORMATS:

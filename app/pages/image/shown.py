@@ -1,4 +1,4 @@
-"""What the image page shows of a photo, and the choices and pictures that its parts share."""
+"""What the image page shows of a photo, with the choices and pictures that its parts share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from xattn.pictures.contact_sheet import legends_html
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-SIDE = THUMBNAIL_SIDE  # pixels of a map's longer side: a photo is shown as it is stored
-WIDTH = 150  # of a map on the page, at least
+SIDE = THUMBNAIL_SIDE  # pixels of a map's longer side, which is that of the stored photo
+WIDTH = 150  # smallest width of a map on the page, in pixels
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows of a photo: the entries in their order, one of them in focus."""
+    """What the page shows of a photo: entries in order, one of which is in focus."""
 
     image_id: str
     entries: pd.DataFrame  # all of the photo
@@ -36,17 +36,17 @@ class Shown:
 
     @property
     def name(self) -> str:
-        """The class that is shown."""
+        """The name of the class that is shown."""
         return str(self.entries.loc[self.focus, "target_name"])
 
 
 def legend(pack: Pack, entry_ids: Sequence[str], look: Look) -> None:
-    """Show what the colours of these maps mean."""
+    """Show the meaning of these maps' colours."""
     st.html(legends_html(rendering.legends(pack, entry_ids, look)))
 
 
 def photo_of(pack: Pack, shown: Shown, side: int = SIDE) -> str:
-    """The address of the photo, or of the part of it that the look shows."""
+    """The URL of the photo, or of the part of it that the look shows."""
     crop = shown.focus if shown.look.crop else None
     return rendering.photo_url(pack, shown.image_id, side, crop)
 
@@ -57,12 +57,12 @@ def file_name(pack: Pack, shown: Shown) -> str:
 
 
 def aspect(pack: Pack, shown: Shown) -> float:
-    """Width over height of the photo's place; of a strip or a tower only what the page can show."""
+    """Width over height of the area for the photo; limited for very wide or very tall photos."""
     return min(max(aspect_of(pack, shown), 0.6), 2.0)
 
 
 def aspect_of(pack: Pack, shown: Shown) -> float:
-    """Width over height of what is shown of the photo."""
+    """Width over height of the part of the photo that is shown."""
     view = pack.view(shown.focus)
     if shown.look.crop:
         top, left, bottom, right = view.photo_box
@@ -86,7 +86,7 @@ def select(
     subject: str,
     forget: str | None = None,
 ) -> None:
-    """A choice that depends on the photo, so that Streamlit cannot bind it: the URL has its value."""
+    """A select box that depends on the photo, so Streamlit cannot bind it; its value is kept in the URL."""
     key = f"{parameter} of {subject}"
     st.session_state[key] = chosen
     bar.selectbox(

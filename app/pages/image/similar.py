@@ -1,4 +1,4 @@
-"""The tab "Similar": the photos nearest to one, by what the network reads of them or by where it looks."""
+"""The tab "Similar": the photos nearest to one photo, by the network's features or by where it looks."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from xattn.eval.report.photo_map.pooled_maps import directions, nearest, pooled,
 if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
-NEAREST = 24  # photos
+NEAREST = 24  # photos shown
 GRID = "similar"
 
 
 def similar_tab(pack: Pack, shown: Shown) -> None:
-    """The nearest photos, each with its distance."""
+    """Show the nearest photos with their distances."""
     method = str(shown.entries.loc[shown.focus, "method"])
     offered = list(data.OF) if pack.has_features else ["maps"]
     of = "maps"
     if len(offered) > 1:
-        of = address.segmented("Near by", offered, "near", format_func=data.OF.__getitem__)
+        of = address.segmented("Similar by", offered, "near", format_func=data.OF.__getitem__)
     query = "SELECT rowid FROM images WHERE image_id = $1"
     (row,) = selection.table(pack).numbers(query, [shown.image_id])
     rows, values = data.vectors(pack, of, method)
     others = rows != row
     found, distance = nearest(values[others], _own(pack, shown, of, method, int(row)), NEAREST)
     if not len(found):
-        what = (
-            "its map has one value everywhere" if of == "maps" and others.any() else "it is alone"
-        )
-        st.info(plain(f"No photo is near to this one: {what}."))
+        what = "its map is constant" if of == "maps" and others.any() else "there is no other photo"
+        st.info(plain(f"No photo is similar to this one: {what}."))
     else:
         near = [int(i) for i in rows[others][found]]
         photos_grid(
             pack, near, method, GRID, "Similar photos", lambda i: f"distance {distance[i]:.3f}"
         )
     notes = [
-        "Distance is 1 - cosine, from 0, the same, to 2: of what the network reads of the photos."
+        "The distance is 1 - cosine of the network's features, from 0 (the same) to 2."
         if of == "features"
-        else f"Distance is 1 - cosine, from 0, the same, to 2: of the maps by {method} on 8 x 8 cells."
+        else f"The distance is 1 - cosine of the maps by {method} on 8 x 8 cells, from 0 (same) to 2."
     ]
     if len(data.rows_of(pack)) < pack.counts[1]:
         notes.append(f"Compared with a random sample of {len(rows):,} photos.")
     if not pack.has_features:
-        notes.append("By features, too, in a pack of: xattn explain PHOTOS --features.")
+        notes.append(
+            "To compare by features as well, explain with: xattn explain PHOTOS --features."
+        )
     st.caption(plain(" ".join(notes)))
 
 
 def _own(pack: Pack, shown: Shown, of: str, method: str, row: int) -> np.ndarray:
-    """The photo's own row, which a sample need not hold."""
+    """The photo's own row, which may not be in the sample."""
     rows, values = data.vectors(pack, of, method)
     at = np.flatnonzero(rows == row)
     if len(at):

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 NO_HEAD = "none"
 SANITY = ("random", "centre", "ones")  # explainers that explain nothing, to compare with
-FIRST = ("head", "gradcam", "rollout")  # what is chosen by default, the first that is allowed
+FIRST = ("head", "gradcam", "rollout")  # the first of these that is allowed is the default
 VIEWS = {"crop": "Centre crop", "whole": "Whole picture"}
-_WANTED: set[str] = set()  # networks that somebody chose, or pressed "Load it" for, since the start
+_WANTED: set[str] = set()  # networks that somebody has chosen, or has clicked "Load it" for
 
 
 def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None:
-    """The widgets; returns what they ask for, None without a network."""
+    """Show the widgets and return their request; None without a network."""
     sent = photos() if kind == "photos" else _clip()
     name, weights = _backbone()
     if not _wanted(name, weights):
@@ -49,7 +49,7 @@ def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None
         more = _view(kind) if kind == "photos" else {**_view(kind), **_frames()}
         if refused:
             with st.popover(f"{len(refused)} methods do not fit", type="tertiary"):
-                st.caption("What this network, or the lack of a head, does not allow:")
+                st.caption("Not possible with this network, or without a head:")
                 for method, why in refused.items():
                     st.markdown(f"**{plain(method)}**: {plain(why)}")
     busy = run is not None and not run.finished.is_set()
@@ -84,7 +84,7 @@ def controls(context: Context, kind: str, run: LiveRun | None) -> Request | None
 
 
 def begin(library: Library, request: Request) -> None:
-    """Start before the script runs again."""
+    """Start a run, before the script runs again."""
     try:
         st.session_state["_begun"] = queue.live_queue().start(request, library)
     except ValueError as error:
@@ -94,7 +94,7 @@ def begin(library: Library, request: Request) -> None:
 def _hint(
     sent: bool, chosen: bool, busy: bool, kind: str, allowed: dict[str, int], names: list[str]
 ) -> str:
-    """One line on what is missing, or what the run costs."""
+    """One line about what is missing, or about what the run costs."""
     if busy:
         return "A run is under way. It goes on if you leave or reload this page."
     if not sent:
@@ -136,7 +136,7 @@ def _backbone() -> tuple[str, str]:
         accept_new_options=True,
         on_change=_want,
         placeholder="Name of a timm model",
-        help="One of the list, or the name of any timm model; its weights then come from the hub.",
+        help="Choose one, or type the name of any timm model, whose weights then come from the hub.",
     )
     weights = "auto"
     if files:
@@ -149,17 +149,17 @@ def _backbone() -> tuple[str, str]:
 
 
 def _name_of(weights: Path) -> str:
-    """A weight file's name; of a folder, whose name may be that of others, with the one above it."""
+    """A weight file's name; for a folder, whose name may not be unique, with its parent folder."""
     return f"{weights.parent.name}/{weights.name}" if weights.is_dir() else weights.name
 
 
 def _want() -> None:
-    """The network was chosen here, by a person."""
+    """Record that a person chose the network here."""
     _WANTED.add(st.session_state["model"])
 
 
 def _wanted(name: str, weights: str) -> bool:
-    """Whether the network may be loaded: opening an address alone downloads nothing."""
+    """Whether the network may be loaded, since merely opening an address must not download anything."""
     if not name or weights != "auto" or name in _WANTED or name in models.backbones():
         return True
     st.info(f"This address asks for {plain(name)}, whose weights come from the hub.")
@@ -176,7 +176,7 @@ def _head(name: str) -> str:
         {NO_HEAD: "None"} | heads,
         "head",
         default=next(iter(heads)),
-        help="A trained head explains in one pass. One of xattn probe also brings its own classes.",
+        help="A trained head explains in one pass. A head from xattn probe also has its own classes.",
     )
     return "" if chosen == NO_HEAD else chosen
 
@@ -210,16 +210,16 @@ def _classes(loaded: Backbone, several: bool) -> tuple[tuple[int, ...], int]:
     classes = st.multiselect(
         "Classes",
         range(len(names)),
-        key=f"classes of {loaded.fingerprint}",  # or a browser goes on showing those of another one
+        key=f"classes of {loaded.fingerprint}",  # otherwise browsers keep the old network's
         format_func=lambda c: names[c],
         placeholder="The most probable",
         max_selections=5,
-        help="Explain these classes in every picture; by default the most probable ones.",
+        help="Explain these classes in every picture. By default, the most probable ones are explained.",
     )
     top = 1
     if several and not classes and len(names) > 1:
         top = st.number_input(
-            "How many of the most probable",
+            "Number of most probable classes",
             1,
             min(5, len(names)),
             1,
@@ -242,7 +242,9 @@ def _view(kind: str) -> dict[str, Any]:
 
 
 def _frames() -> dict[str, Any]:
-    every = st.number_input("Explain each n-th frame", 1, 1000, 5, key="every", bind="query-params")
+    every = st.number_input(
+        "Explain every n-th frame", 1, 1000, 5, key="every", bind="query-params"
+    )
     smoothing = st.slider(
         "Smoothing over frames", 0.0, 0.95, 0.0, 0.05, key="smoothing", bind="query-params"
     )

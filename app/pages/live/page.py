@@ -1,4 +1,4 @@
-"""The live page: photos or a clip of one's own, explained while one waits; and a pack's film."""
+"""The live page: explains a person's own photos or clip while they wait, and shows a pack's film."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ POLL = 0.5  # seconds
 
 
 def outcome(context: Context, run: LiveRun) -> None:
-    """Progress while the run runs, and then its results."""
+    """Show the run's progress, and then its results."""
     if not run.finished.is_set():
         _follow(run.id)
         return
@@ -68,7 +68,7 @@ def outcome(context: Context, run: LiveRun) -> None:
 
 @st.fragment(run_every=POLL)
 def _follow(run_id: str) -> None:
-    """The progress of a run, asked for again and again; the whole page runs when it is done."""
+    """Show and refresh the progress of a run; the whole page runs again when it is done."""
     run = queue.live_queue().get(run_id)
     if run is None or run.finished.is_set():
         st.rerun()
@@ -96,7 +96,7 @@ def _progress_text(run: LiveRun) -> str:
 
 
 def _unsaved(run: LiveRun) -> None:
-    """The disk was full: the results are in memory."""
+    """Offer to write results that are only in memory because the disk was full."""
     if st.button("Try to write the results again", key="again"):
         try:
             queue.save_again(run)
@@ -108,7 +108,7 @@ def _unsaved(run: LiveRun) -> None:
 
 
 def _summary(run: LiveRun, pack: Pack) -> None:
-    """One line on the run, and what to do with its results."""
+    """Show one line about the run, and actions for its results."""
     images, maps = len(pack.images), len(pack.entries)
     unit = "frame" if films.frames(pack) else "photo"
     clip = "" if run.given.clip is None else f"{plain(run.given.clip.name)}: "
@@ -138,8 +138,8 @@ def _keep(run: LiveRun, name: str) -> None:
 
 
 def _pictures(pack: Pack) -> None:
-    """Photo by photo: the photo, then its maps; those of the first, which the run has drawn, come with
-    the page."""
+    """Show each photo followed by its maps; those of the first photo, which the run has drawn, are
+    embedded in the page."""
     st.html(legends_html(legends(pack, list(pack.entries.index), Look(side=SIDE))))
     groups = dict(list(pack.entries.groupby("image_id", sort=False)))
     for number, image_id in enumerate(pack.images.index):
@@ -190,14 +190,14 @@ def _pictures(pack: Pack) -> None:
 
 
 def film_of_pack(pack: Pack) -> None:
-    """The film of the open pack, told apart from results."""
+    """Show the film of the open pack, separately from results."""
     with st.container(border=True):
         st.markdown(f"**An earlier film, of the pack {plain(pack.name)}**")
         _film_of(pack)
 
 
 def _film_of(pack: Pack) -> None:
-    """The film of a clip's pack, frame by frame."""
+    """Show the film of a clip's pack, frame by frame."""
     ids = films.frames(pack)
     best = pack.entries.sort_values("probability", ascending=False).groupby("image_id").first()
     titles = [
@@ -227,7 +227,7 @@ def _film_of(pack: Pack) -> None:
     st.caption("Space plays and pauses; the arrow keys go from frame to frame.")
 
 
-QUICK = 0.8  # seconds in which a short run may finish before its progress is shown
+QUICK = 0.8  # seconds to wait for a short run before showing progress
 INPUTS = {"photos": "Photos", "clip": "Video"}
 STYLE = """
 <style>[class*="st-key-few-"]{max-width:960px}</style>
@@ -235,7 +235,7 @@ STYLE = """
 
 
 def page(context: Context) -> None:
-    """Controls on the left, what came out of them on the right."""
+    """Show the controls on the left and the results on the right."""
     st.html(STYLE)
     st.title("Explain your own photos", anchor=False)
     _body(context)
@@ -243,7 +243,7 @@ def page(context: Context) -> None:
 
 @st.fragment
 def _body(context: Context) -> None:
-    """All of the page, which runs without the rest of the script when something on it is used."""
+    """The whole page as a fragment, which runs again without the rest of the script."""
     try:
         _both_sides(context)
     except ValueError as error:
@@ -251,7 +251,7 @@ def _body(context: Context) -> None:
 
 
 def _both_sides(context: Context) -> None:
-    """The results first, since they are what somebody waits for."""
+    """Run the results before the controls, since people wait for the results."""
     left, right = st.columns([1, 2], gap="large")
     with left:
         kind = address.segmented(
@@ -264,7 +264,7 @@ def _both_sides(context: Context) -> None:
     begun: LiveRun | None = st.session_state.pop("_begun", None)
     run = begun or queue.live_queue().get(given or st.session_state.get("_job"))
     if begun is not None:
-        st.query_params.pop("frame", None)  # of the film that was shown before
+        st.query_params.pop("frame", None)  # belongs to the previous film
         begun.wait(QUICK)
     if run is not None:
         st.session_state["_job"] = run.id
@@ -299,7 +299,7 @@ def _both_sides(context: Context) -> None:
 
 
 def _other_clip(run: LiveRun) -> str | None:
-    """The name of the clip that is chosen now, if a run is finished and was about another one."""
+    """The name of the clip that is chosen now, if the finished run explained another one."""
     file = st.session_state.get("clip")
     if file is None or not run.finished.is_set():
         return None
@@ -311,7 +311,7 @@ def _other_clip(run: LiveRun) -> str | None:
 
 
 def _subject(run: LiveRun) -> str:
-    """What a run explains."""
+    """The name of what a run explains."""
     if run.given.clip is not None:
         return run.given.clip.name
     count = len(run.given.photos)

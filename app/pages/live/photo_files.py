@@ -1,4 +1,4 @@
-"""Photos that a person sends, here or on the first page, which hands them over."""
+"""Photos that a person uploads here, or on the first page, which hands them over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REASONS, NAMED = 4, 2  # lines, and names in a line, about what was left out
 
 
 def left_out(problems: list[uploads.Problem], what: str) -> None:
-    """One line per reason, as plain text, and a folded list of names that do not fit on a line."""
+    """Show one line per reason, and an expander with the names that do not fit on a line."""
     names: dict[str, list[str]] = {}
     for name, why in problems:
         names.setdefault(why, []).append(name)
@@ -31,16 +31,16 @@ def left_out(problems: list[uploads.Problem], what: str) -> None:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many more."""
+    """The first names, and the number of others."""
     more = len(names) - NAMED
     return ", ".join(map(plain, names[:NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
-_HANDED = "_handed_over"  # the session's key of photos that another page took in
+_HANDED = "_handed_over"  # the session's key of photos uploaded on another page
 
 
 def photos() -> list[Upload]:
-    """The photos that are chosen here, else those that were handed over."""
+    """The photos chosen here, else those handed over by another page."""
     sent = photo_uploader(f"Photos, up to {uploads.MAX_PHOTOS}", key="photos")[0]
     if sent:
         st.session_state.pop(_HANDED, None)
@@ -52,12 +52,12 @@ def photos() -> list[Upload]:
 
 
 def hand_over(sent: Sequence[Upload]) -> None:
-    """Give photos to the page Live."""
+    """Hand photos over to the Live page."""
     st.session_state[_HANDED] = list(sent)
 
 
 def photo_uploader(label: str, key: str, **rest: Any) -> tuple[list[Upload], bool]:
-    """A place for photos; returns those that can be read, and whether that is all of them."""
+    """An upload field for photos; returns the readable ones, and whether all are readable."""
     files = st.file_uploader(
         label,
         type=uploads.PHOTO_TYPES,
@@ -73,5 +73,5 @@ def photo_uploader(label: str, key: str, **rest: Any) -> tuple[list[Upload], boo
 
 
 def megabytes(limit: int) -> int:
-    """A limit of bytes, or the server's where that is lower."""
+    """A limit in megabytes: ``limit`` bytes, or the server's limit if that is lower."""
     return min(limit >> 20, int(st.get_option("server.maxUploadSize")))

@@ -1,1 +1,1 @@
-"""The page Map: the photos of a pack as points, and groups on which the network looks at the same place."""
+"""The Map page: the photos of a pack as points, and groups on which the network looks at the same place."""

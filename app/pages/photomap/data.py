@@ -1,4 +1,4 @@
-"""What the map, the groups and "more like this" are made of, computed once for a version of a pack."""
+"""The data for the map, the groups and "more like this", computed once per version of a pack."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-OF = {"features": "Features", "maps": "Explanation maps"}  # what photos are near by
+OF = {"features": "Features", "maps": "Explanation maps"}  # what photos are compared by
 
-# Columns of :func:`photos`, and what the pack's table calls them.
+# Columns of :func:`photos`, and their names in the pack's table.
 PHOTO = {
     name: name
     for name in (
@@ -44,15 +44,15 @@ Rows = NDArray[np.int64]
 
 
 def rows_of(pack: Pack) -> Rows:
-    """The photos of the map, by their place in the pack: all, or a sample of many."""
+    """The indices of the photos on the map: all photos of the pack, or a sample if there are many."""
     return sample(pack.counts[1])
 
 
 @kept(8)
 def photos(pack: Pack, method: str) -> pd.DataFrame:
-    """What is known of the photos of the map, by their place in the pack: the columns of ``PHOTO``,
-    ``entry_id`` (of the map by ``method`` of the most probable class, None without one) and that map's
-    metrics as ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
+    """The photos on the map by their index in the pack, with the columns of ``PHOTO``, the ``entry_id`` of
+    the map by ``method`` of the most probable class (None without one), and that map's metrics as
+    ``measure:KEY``. ``predicted`` is a key of the gallery's choices."""
     table, rows = selection.table(pack), rows_of(pack)
     metrics = [m.key for m in pack.metrics if m.key in table.choices.measures]
     columns = [*PHOTO, "entry_id", *(f"measure:{key}" for key in metrics)]
@@ -70,7 +70,7 @@ def photos(pack: Pack, method: str) -> pd.DataFrame:
 
 @kept(8, "The maps are being read")
 def looks(pack: Pack, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    """The photos of the map that have a map by ``method``, and these maps, pooled, (n, 64)."""
+    """The photos with a map by ``method``, and these maps, pooled, (n, 64)."""
     own = photos(pack, method)["entry_id"].dropna()
     stored = on_disk(
         pack.version,
@@ -93,10 +93,11 @@ def _toward(pack: Pack, method: str) -> NDArray[np.float32]:
 
 
 def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]]:
-    """Photos, and a row of length 1 for each, or of length 0 where its map is constant.
+    """Photos, with a row of length 1 for each, or of length 0 if its map is constant.
 
     Args:
-        of: "features" or "maps"; ``method``: of the maps.
+        of: "features" or "maps".
+        method: the method of the maps.
     """
     if of == "features":
         return rows_of(pack), _features(pack)
@@ -105,7 +106,7 @@ def vectors(pack: Pack, of: str, method: str) -> tuple[Rows, NDArray[np.float32]
 
 @kept(16, "The photos are being placed")
 def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDArray[np.float32]]:
-    """Photos and their points (n, 2); those whose map is constant are left out."""
+    """Photos and their points (n, 2); photos with a constant map are left out."""
     rows, values = vectors(pack, of, method)
     known = np.any(values != 0, axis=1)
     rows, values = rows[known], values[known]
@@ -118,7 +119,7 @@ def placed(pack: Pack, of: str, method: str, projection: str) -> tuple[Rows, NDA
 
 @kept(8, "The maps are being grouped")
 def groups(pack: Pack, method: str) -> list[Cluster]:
-    """Groups of photos on which the network looks at the same place; ``rows`` count the photos of
+    """Groups of photos on which the network looks at the same place; their ``rows`` index the photos of
     :func:`looks`."""
     rows, values = looks(pack, method)
     own = photos(pack, method).loc[rows]
@@ -126,17 +127,17 @@ def groups(pack: Pack, method: str) -> list[Cluster]:
 
 
 def texts(column: pd.Series) -> list[str | None]:
-    """Names, None where there is none."""
+    """A column's names; None where a name is missing."""
     return [value if isinstance(value, str) and value else None for value in column]
 
 
 def verdicts(column: pd.Series) -> list[bool | None]:
-    """True, False, or None where it is not known."""
+    """True, False, or None where it is unknown."""
     return [None if pd.isna(value) else bool(value) for value in column]
 
 
 SIDE = 240  # pixels of a picture's longer side
-SHOWN = 24  # photos of a page
+SHOWN = 24  # photos per page
 
 
 def photos_grid(
@@ -147,10 +148,11 @@ def photos_grid(
     label: str,
     note: Callable[[int], str] | None = None,
 ) -> None:
-    """A page of these photos, with the maps by ``method``; a press opens the photo.
+    """Show a page of these photos with their maps by ``method``; a click opens a photo.
 
     Args:
-        rows: places of photos of the map; ``note``: a line for the n-th of them.
+        rows: indices of photos on the map.
+        note: returns a line of text for the n-th of them.
     """
     of = f"{key}.page"
     pages = -(-len(rows) // SHOWN)
@@ -196,7 +198,7 @@ def _open(pack: Pack, key: str) -> None:
 
 
 def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
-    """What these photos have in common, as Markdown."""
+    """A Markdown sentence on what these photos have in common."""
     images = photos(pack, method).loc[list(rows)]
     parts = [counted(len(rows), "photo")]
     predicted = sorted(name for name in texts(images["predicted_name"]) if name)
@@ -207,12 +209,12 @@ def summary(pack: Pack, rows: Sequence[int], method: str) -> str:
     if len(known):
         right = accuracy(known)
         sure = f" (95 % interval {right.lo:.0%} to {right.hi:.0%})" if len(known) > 1 else ""
-        parts.append(f"{right.mean:.0%} told right{sure}")
+        parts.append(f"{right.mean:.0%} classified correctly{sure}")
     return ", ".join(parts) + "."
 
 
 def class_button(pack: Pack, rows: Sequence[int], method: str, key: str) -> None:
-    """The way to the gallery: all photos of the class that most of these are predicted as."""
+    """A button that shows the gallery with all photos of the class that most of these are predicted as."""
     choices = selection.table(pack).choices
     found = Counter(texts(photos(pack, method).loc[list(rows), "predicted"]))
     found.pop(None, None)

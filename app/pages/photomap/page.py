@@ -1,4 +1,4 @@
-"""Map: the photos of a pack as points, and groups on which the network looks at the same place."""
+"""The Map page: a pack's photos as points, and groups on which the network looks at the same place."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 
 GROUP = "group"  # parameter of the URL: the number of a card, from 1
 CARDS, GROUP_PHOTOS = "photomap.groups", "photomap.group"
-SHOWN = 12  # cards
+SHOWN = 12  # most cards
 SIDE = 240  # pixels of a card's picture
-APART = 0.5  # above which a group is marked: the rest of its class looks elsewhere
+APART = 0.5  # a group above this is marked, since the rest of its class looks elsewhere
 
 
 def groups_tab(pack: Pack, method: str) -> None:
-    """Cards of the groups, and the photos of one of them."""
+    """Show cards of the groups, and the photos of one group."""
     found = data.groups(pack, method)[:SHOWN]
     if not found:
         st.info(
             plain(
-                f"There are no groups: at least three photos need maps by {method} that are not the same "
-                f"value everywhere."
+                f"There are no groups: at least three photos need maps by {method} that are not constant."
             )
         )
         return
     st.caption(
-        "Photos on which the network looks at the same place. First come groups of one class that look "
-        "where the other photos of that class do not: there may be a shortcut, such as a watermark."
+        "Photos on which the network looks at the same place. Groups of one class come first if the "
+        "network looks elsewhere on other photos of that class, since that may be a shortcut, such as a "
+        "watermark."
     )
     chosen = _chosen_group(len(found))
     cells = [_card(pack, one, i, method, i == chosen) for i, one in enumerate(found)]
@@ -62,8 +62,9 @@ def groups_tab(pack: Pack, method: str) -> None:
     st.markdown(summary(pack, rows, method))
     st.caption(
         plain(
-            f"The group's maps are alike to {one.tightness:.2f} (1: all the same). They look, with up to "
-            f"{one.apart:.0%} of a map's scale, where other photos of the class do not."
+            f"Similarity of the group's maps: {one.tightness:.2f} (1 means that all are the same). At "
+            f"their most unusual place they differ from the class's other maps by {one.apart:.0%} of the "
+            f"scale."
         )
     )
     class_button(pack, rows, method, "photomap.group.class")
@@ -71,7 +72,7 @@ def groups_tab(pack: Pack, method: str) -> None:
 
 
 def _chosen_group(count: int) -> int:
-    """The card of the URL, the first without one."""
+    """The number of the card in the URL, by default the first."""
     wanted = st.query_params.get(GROUP, "1")
     known = [str(number + 1) for number in range(count)]
     if wanted not in known:
@@ -88,10 +89,10 @@ def _opened() -> None:
 
 
 def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) -> dict[str, Any]:
-    share = f"{one.share:.0%} {short(one.class_name)}" if one.class_name else "class not known"
+    share = f"{one.share:.0%} {short(one.class_name)}" if one.class_name else "class unknown"
     lines = [share, f"{len(one.rows):,} photos"]
     if one.accuracy.n:
-        lines.append(f"{one.accuracy.mean:.0%} told right")
+        lines.append(f"{one.accuracy.mean:.0%} classified correctly")
     return {
         "id": str(number + 1),
         "src": picture(one.mean),
@@ -107,7 +108,7 @@ def _card(pack: Pack, one: Cluster, number: int, method: str, selected: bool) ->
 
 
 def picture(mean: np.ndarray) -> str:
-    """The mean of pooled maps (64,) over grey, as the address of a picture."""
+    """The mean of pooled maps (64,) on grey, as a picture's URL."""
     low, high = float(mean.min()), float(mean.max())
     cells = ((mean - low) / (high - low) if high > low else mean * 0).astype(np.float32)
     grown = Image.fromarray(cells.reshape(CELLS_A_SIDE, CELLS_A_SIDE)).resize(
@@ -118,8 +119,8 @@ def picture(mean: np.ndarray) -> str:
 
 
 MAP, CHOSEN, PHOTOS = "photomap.points", "photomap.chosen", "photomap.photos"
-START = "photomap.start"  # what was chosen when the map was shown first
-CLASSES = 7  # that have a colour of their own
+START = "photomap.start"  # what was chosen when the map was first shown
+CLASSES = 7  # most classes with their own colour
 THUMBNAIL = 160  # pixels
 WIDTH = 170  # of a widget
 GROUPED = {"predicted": "Predicted class", "label": "True class", "right": "Right or wrong"}
@@ -127,8 +128,8 @@ MEASURED = {"confidence": "Confidence", "disagreement": "Disagreement of methods
 
 
 def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
-    """The map of the photos by their features or their maps, and what was chosen on it; its widgets go
-    into ``bar``."""
+    """Show the map of the photos by their features or their maps, and the photos chosen on it; its widgets
+    go into ``bar``."""
     with bar:
         choices = offered(len(data.rows_of(pack)))
         projection = address.selectbox(
@@ -140,15 +141,15 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
     if not len(rows):
         st.info(
             plain(
-                f"Every map by {method} has one value everywhere, so the maps do not say where the network "
-                f"looks. Choose another method, or features."
+                f"All maps by {method} are constant, so they do not show where the network looks. Choose "
+                f"another method, or features."
             )
         )
         return
     images = data.photos(pack, method).loc[rows]
     names = images["image_id"].tolist()
     chosen = _chosen(pack, of, method, len(rows))
-    if MAP not in st.session_state:  # the map is shown anew, and knows nothing of what was chosen
+    if MAP not in st.session_state:  # the map is new and does not know what was chosen
         st.session_state[START] = chosen
     scatter(
         points,
@@ -169,11 +170,13 @@ def points_tab(pack: Pack, of: str, method: str, bar: Any) -> None:
 
 def _captions(pack: Pack, method: str, shown: int) -> None:
     every, drawn = pack.counts[1], len(data.rows_of(pack))
-    notes = ["Draw around some photos to see them below; a press on the legend chooses a colour."]
+    notes = [
+        "Draw around some photos to see them below, or click a colour in the legend to choose it."
+    ]
     if drawn < every:
-        notes.append(f"Of {every:,} photos a random sample of {drawn:,} is shown.")
+        notes.append(f"The map shows a random sample of {drawn:,} of {every:,} photos.")
     if shown < drawn:
-        what = f"no map by {method}, or one with one value everywhere"
+        what = f"no map by {method}, or a constant one,"
         notes.append(f"{drawn - shown:,} photos with {what} are left out.")
     if len(offered(drawn)) == 1 and drawn >= 16:
         notes.append('For UMAP, run: pip install "xattn[umap]"')
@@ -184,7 +187,7 @@ def _captions(pack: Pack, method: str, shown: int) -> None:
 
 
 def _colours(pack: Pack, method: str) -> dict[str, str]:
-    """What points can be coloured by: what some photo has."""
+    """What points can be coloured by: properties that at least one photo has."""
     images = data.photos(pack, method)
     found = {
         key: name
@@ -201,12 +204,12 @@ def _colours(pack: Pack, method: str) -> dict[str, str]:
 
 
 def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
-    """The scatter's arguments for a colour."""
+    """The arguments of the scatter plot for a colour."""
     if colour == "right":
         known = data.verdicts(images["right"])
         legend = [{"name": "right", "kind": "good"}, {"name": "wrong", "kind": "bad"}]
         if None in known:
-            legend.append({"name": "true class not known", "kind": "rest"})
+            legend.append({"name": "true class unknown", "kind": "rest"})
         groups = np.array([2 if v is None else 0 if v else 1 for v in known])
         return {"legend": legend, "groups": groups}
     if colour == "one":
@@ -225,7 +228,7 @@ def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
         if (groups == len(most)).any():
             others = len(count) - len(most)
             rest = f"{others:,} other classes" if others > 1 else "other classes"
-            legend.append({"name": rest if others else "not known", "kind": "rest"})
+            legend.append({"name": rest if others else "unknown", "kind": "rest"})
         return {"legend": legend, "groups": groups}
     values = images[colour].to_numpy(float)
     values = np.where(np.isfinite(values), values, np.nan)
@@ -241,7 +244,7 @@ def _colouring(images: pd.DataFrame, colour: str, name: str) -> dict[str, Any]:
 
 
 def _words(images: pd.DataFrame) -> list[list[str]]:
-    """What is said of each point: the verdict, the true class, the file."""
+    """The texts of each point: the prediction, the true class and the file."""
     predicted, labels = data.texts(images["predicted_name"]), data.texts(images["label_name"])
     right, sure = data.verdicts(images["right"]), images["confidence"].to_numpy(float)
     first = [
@@ -260,7 +263,7 @@ def _words(images: pd.DataFrame) -> list[list[str]]:
 
 
 def _pictures(pack: Pack) -> str:
-    """The beginning of a picture's address, to which the photo's id is added."""
+    """The URL of a picture without the photo's id, which is appended."""
     query = {"pack": pack.id, "side": THUMBNAIL, "v": pack.version}
     return f"{PICTURE}?{urlencode(query)}&image="
 
@@ -273,7 +276,7 @@ def _subject(pack: Pack, of: str, method: str, count: int) -> tuple[str, ...]:
 
 
 def _chosen(pack: Pack, of: str, method: str, count: int) -> list[int]:
-    """The numbers of the points that were chosen on this map."""
+    """The numbers of the points chosen on this map."""
     subject, chosen = st.session_state.get(CHOSEN, (None, []))
     return chosen if subject == _subject(pack, of, method, count) else []
 
@@ -310,7 +313,7 @@ def _photos(pack: Pack, rows: list[int], method: str) -> None:
         st.caption(plain(f"These photos have no map by {method}."))
 
 
-FEWEST = 3  # photos for a map
+FEWEST = 3  # fewest photos for a map
 
 
 def page(context: Context) -> None:
@@ -341,14 +344,14 @@ def _points(pack: Pack) -> None:
     offered = list(data.OF) if pack.has_features else ["maps"]
     with bar:
         of = address.selectbox(
-            "Near by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
+            "Similar by", offered, "near", format_func=data.OF.__getitem__, width=WIDTH
         )
         method = address.maps_by(pack, selection.table(pack).choices.under_test, WIDTH)
     points_tab(pack, of, method, bar)
 
 
 def _without_features() -> None:
-    with st.expander("This pack has no features, so photos are near by their maps alone."):
-        st.markdown("Explain the photos again with what the network reads of each:")
+    with st.expander("This pack has no features, so photos can only be compared by their maps."):
+        st.markdown("Explain the photos again and store the network's features:")
         output = shlex.quote(str(state.settings().root / "with-features"))
         command(f"xattn explain PHOTOS --features --output {output}")

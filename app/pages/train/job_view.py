@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-MOST, NAMED = 20_000, 6  # files that are counted; heads and packs that are named
+MOST, NAMED = 20_000, 6  # most files counted; most heads and packs named
 
 
 def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
-    """Popovers to rename and to delete ``job``."""
+    """Show popovers to rename and to delete ``job``."""
     with bar.popover("Rename"):
         name = st.text_input("New name", job.id, key=f"new name of {job.id}", max_chars=64).strip()
         pressed = st.button("Rename", key="rename", disabled=name in ("", job.id))
-        st.caption("The folder of its results gets the name, too.")
+        st.caption("The folder of its results is renamed as well.")
         if pressed and _done(lambda: jobs.rename(job.id, name)):
             st.query_params["job"] = name
             st.rerun()
@@ -54,7 +54,7 @@ def tidying(jobs: Jobs, job: Job, bar: Any) -> None:
 
 
 def _done(action: Any) -> bool:
-    """Whether the job was changed, and with it perhaps the open pack; what went wrong is said here."""
+    """Whether the job was changed, and with it perhaps the open pack; shows what went wrong."""
     try:
         action()
     except (JobError, OSError) as error:
@@ -62,14 +62,14 @@ def _done(action: Any) -> bool:
         return False
     try:
         state.library().open(st.session_state.get("_pack", ""))
-    except PackError:  # it was among the results
+    except PackError:  # the open pack was among the results
         st.session_state.pop("_pack", None)
         st.query_params.pop("pack", None)
     return True
 
 
 def _lost(job: Job) -> str:
-    """What deleting a job takes away."""
+    """A sentence on what deleting a job removes."""
     if not job.output.is_dir() or job.output.is_symlink():
         return f"This deletes the record of {job.id}. It has no results."
     files, size = _count(job.output)
@@ -86,7 +86,7 @@ def _lost(job: Job) -> str:
 
 
 def _count(folder: Path) -> tuple[int, int]:
-    """Files below a folder and their bytes; links are not followed."""
+    """The number of files below a folder and their bytes; links are not followed."""
     files = size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -102,8 +102,9 @@ SIDE = 320
 
 
 def sample_maps(job: Job, context: Context, best: str | None) -> str | None:
-    """The maps of the fixed photos: before training, and at the last checkpoint; of one head at a time,
-    ``best`` at first, or the one that is trained now. Returns that head, None without maps."""
+    """Show the maps of the fixed photos before training and at the last checkpoint, for one head at a time.
+
+    The first head shown is ``best``, or the one being trained. Returns that head, or None without maps."""
     head = None
     try:
         packs = {p.name: p.id for p in context.library.packs() if p.problem is None}
@@ -113,7 +114,7 @@ def sample_maps(job: Job, context: Context, best: str | None) -> str | None:
         if not there:
             return None
         head = best if best in there else there[-1]
-        if len(there) > 1:  # a new one, and then the best, is shown as soon as it is there
+        if len(there) > 1:  # a new head, and later the best one, is shown as soon as it exists
             key = f"sample of {len(there)} heads, best {best}"
             head = st.segmented_control("Head", there, default=head, key=key, required=True)
         _maps(context.library.open(packs[names[head]]))
@@ -125,7 +126,7 @@ def sample_maps(job: Job, context: Context, best: str | None) -> str | None:
 def _maps(pack: Pack) -> None:
     methods = pack.entries["method"]
     if not methods.str.fullmatch(r"step [0-9]{1,15}").all():
-        return  # a pack of something else that was put there
+        return  # somebody put another pack there
     steps = methods.str.removeprefix("step ").astype(int)
     now, before = int(steps.max()), bool((steps == 0).any())
     when = {
@@ -191,14 +192,14 @@ RESULTS = {
 
 
 def results_table(job: Job) -> pd.DataFrame | None:
-    """What ``xattn probe`` has measured of its heads; None before that."""
+    """The results that ``xattn probe`` has measured for its heads; None if there are none yet."""
     if job.spec.kind != "probe":
         return None
     folder = job.output.parent.resolve()
     try:
         data = LocalFolder(folder).read(f"{job.output.name}/results.csv", MAX_RESULTS)
     except PackError:
-        return None  # not there yet
+        return None  # not written yet
     try:
         table = pd.read_csv(io.BytesIO(data))[list(RESULTS)].astype(RESULTS)
     except (ValueError, KeyError):
@@ -209,7 +210,7 @@ def results_table(job: Job) -> pd.DataFrame | None:
 
 
 def results_view(table: pd.DataFrame) -> None:
-    """The accuracies, head by head."""
+    """Show the accuracy of each head."""
     low, high = table["accuracy_lo"], table["accuracy_hi"]
     shown = pd.DataFrame(
         {
@@ -225,7 +226,7 @@ def results_view(table: pd.DataFrame) -> None:
 
 
 def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None:
-    """What to do with the results: ``head`` of several is the one that is looked at."""
+    """Show what can be done with the results; ``head`` is the head being viewed if there are several."""
     if job.spec.kind == "demo":
         if st.button("Open the demo", type="primary", key="open"):
             state.go("gallery", pack=None)
@@ -241,13 +242,13 @@ def next_steps(jobs: Jobs, job: Job, head: str | None, best: str | None) -> None
 
 
 def head_folder(job: Job, head: str | None) -> Path:
-    """Where the trained head lies; of several, the one named ``head`` or the first."""
+    """The folder of the trained head; of several, the one named ``head``, or the first."""
     if job.spec.kind == "probe":
         return job.output / (head or job.spec.heads[0]) / "head"
     return job.output / "head"
 
 
-POINTS = 1000  # of a curve
+POINTS = 1000  # most points of a curve
 ACCENT = "#d4622f"  # between the accents of the light and the dark theme
 COLOURS = [
     ACCENT,
@@ -256,7 +257,7 @@ COLOURS = [
     "#a35fa8",
     "#3f9a82",
     "#b08440",
-]  # told apart by dashes, too
+]  # also distinguished by dashes
 TERMS = {
     "loss": "Loss",
     "cross_entropy": "Cross-entropy of the masked photo",
@@ -268,14 +269,14 @@ TERMS = {
 
 
 def losses_view(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
-    """Show the loss, and in a folded part its terms."""
+    """Show the loss, and its terms in an expander."""
     tables = _tables(logs)
     steps = max(int(t["step"].iloc[-1]) for t in tables.values())
     epochs = [t["epoch"].max() for t in tables.values() if "epoch" in t]
     epoch = f", epoch {int(max(epochs)) + 1:,}" if epochs else ""
     st.markdown(f"**Loss**, step {steps:,}{epoch}")
     st.altair_chart(_curve(tables, "loss"), width="stretch")
-    st.caption("A dot is a step, the line the mean over an epoch.")
+    st.caption("Each dot is a step; the line is the mean over an epoch.")
     others = [c for c in TERMS if c != "loss" and any(c in t for t in tables.values())]
     if others:
         with st.expander("Terms of the loss" if job.spec.kind == "train" else "More of the log"):
@@ -285,7 +286,7 @@ def losses_view(job: Job, logs: dict[str, list[dict[str, float]]]) -> None:
 
 
 def overlay_view(logs: dict[str, list[dict[str, float]]]) -> None:
-    """The losses of several jobs in one chart; ``logs`` by what the legend calls them."""
+    """Show the losses of several jobs in one chart; ``logs`` are keyed by their names in the legend."""
     tables = {name: table for name, table in _tables(logs).items() if "loss" in table}
     if not tables:
         st.info("None of these jobs has written a loss yet.")
@@ -293,13 +294,13 @@ def overlay_view(logs: dict[str, list[dict[str, float]]]) -> None:
     st.markdown(f"**Losses of {len(tables)} runs**")
     st.altair_chart(_curve(tables, "loss"), width="stretch")
     st.caption(
-        "A dot is a step, the line the mean over an epoch. Losses of one kind of head can be compared; "
-        "different kinds measure different things."
+        "Each dot is a step; the line is the mean over an epoch. Losses can be compared between heads "
+        "of the same kind; different kinds measure different things."
     )
 
 
 def _tables(logs: dict[str, list[dict[str, float]]]) -> dict[str, pd.DataFrame]:
-    """The logs that have begun; of a step that was done again after a kill the last record."""
+    """The logs that are not empty; if a step was repeated after a kill, its last record counts."""
     return {
         name: pd.DataFrame(records).drop_duplicates("step", keep="last")
         for name, records in logs.items()
@@ -308,7 +309,7 @@ def _tables(logs: dict[str, list[dict[str, float]]]) -> dict[str, pd.DataFrame]:
 
 
 def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> alt.Chart:
-    """Each step as a dot, and their mean over an epoch as a line."""
+    """A chart with each step as a dot and the mean over each epoch as a line."""
     parts = []
     for name, table in tables.items():
         if column not in table:
@@ -345,19 +346,19 @@ def _curve(tables: dict[str, pd.DataFrame], column: str, height: int = 240) -> a
 
 
 KINDS = {"train": "explanation head", "probe": "classifier heads", "demo": "demo pack"}
-EVERY = 2.0  # seconds between two looks at a running job
+EVERY = 2.0  # seconds between two updates of a running job
 STATES = {
     "running": "running",
     "stopping": "stops after this step",
     "finished": "finished",
     "stopped": "stopped",
     "failed": "failed",
-    "killed": "ended without a word",
+    "killed": "ended without a message",
 }
 
 
 def job_view(jobs: Jobs, job: Job, context: Context) -> None:
-    """Show a job, again and again while it runs."""
+    """Show a job and refresh it while it runs."""
     every = EVERY if job.alive else None
     st.fragment(_follow, run_every=every)(jobs, job.id, context, job.alive)
 
@@ -365,13 +366,13 @@ def job_view(jobs: Jobs, job: Job, context: Context) -> None:
 def _follow(jobs: Jobs, job_id: str, context: Context, was_alive: bool) -> None:
     try:
         job = jobs.get(job_id)
-    except JobError:  # its folder was deleted; the page says so
+    except JobError:  # its folder was deleted, and the page says so
         st.rerun()
     if job.alive is not was_alive:
         st.rerun()
     try:
         _show(jobs, job, context)
-    except (ValueError, OSError) as error:  # a fragment's own runs are not in the page's hands
+    except (ValueError, OSError) as error:  # the page cannot catch errors of a fragment's own runs
         st.error(plain(reason(error)))
 
 
@@ -450,7 +451,7 @@ def _buttons(jobs: Jobs, job: Job, bar: Any) -> None:
             args=(jobs.stop,),
             kwargs={"at_once": True},
             key="kill",
-            help="What was done since the last checkpoint is lost.",
+            help="Everything since the last checkpoint is lost.",
         )
     elif job.resumable:
         bar.button("Resume", type="primary", on_click=act, args=(jobs.resume,), key="resume")
@@ -478,17 +479,17 @@ def _problem(job: Job) -> None:
         st.error(plain(job.message or f"The job ended with exit code {job.code}."))
     elif job.state == "killed":
         st.error(
-            "The job was ended from outside, as by a full memory or a restart of the machine. Resume goes "
-            "on from its last checkpoint."
+            "The job was ended from outside, for example because memory ran out or the machine was "
+            "restarted. Resume continues from its last checkpoint."
         )
         if job.message:
             st.code(job.message, language=None, wrap_lines=True)
     elif job.state == "stopped":
-        st.info("Stopped, with a checkpoint. Resume goes on from there.")
+        st.info("Stopped, with a checkpoint. Resume continues from there.")
 
 
 def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
-    """Buttons that lead on from a finished job; of several heads, from ``head``."""
+    """Show buttons for the next steps after a finished job; with several heads, for ``head``."""
     if job.spec.kind == "demo":
         return
     folder = head_folder(job, head)
@@ -515,15 +516,15 @@ def uses(jobs: Jobs, job: Job, context: Context, head: str | None) -> None:
             st.session_state["_mistakes_of"] = job.id
     if st.session_state.get("_mistakes_of") == job.id:
         st.markdown(
-            "**No pack of this job has true classes yet.** Make one of photos that it was not trained on, "
-            "and press the button again:"
+            "**No pack of this job has true classes yet.** Make one from photos that the job was not "
+            "trained on, and press the button again:"
         )
         command(jobs.mistakes_line(job, folder))
-        st.caption("--labels also takes a .csv or .json with the class of each photo.")
+        st.caption("--labels also takes a .csv or .json file with the class of each photo.")
 
 
 def _labelled(job: Job, context: Context) -> str | None:
-    """The pack with most photos of those below the job's results whose photos have true classes."""
+    """Among the packs in the job's results whose photos have true classes, the one with the most photos."""
     found = [
         info
         for info in context.library.packs()

@@ -1,4 +1,4 @@
-"""The train page: start a job on a folder of photos, follow its losses and maps, stop it, go on with it."""
+"""The train page: start a job on a folder of photos, follow its losses and maps, stop it and resume it."""
 
 from __future__ import annotations
 
@@ -36,34 +36,33 @@ from xattn.runtime.files import Signature
 from xattn.runtime.names import reason, visible
 from xattn.runtime.stores import StorePath
 
-DEPTH = 4  # folders below the data folder
-MAX_ENTRIES = 200_000  # files that are looked at, so that a page on a huge disk still comes up
-FEWEST = 4  # photos; folders of classes with a photo or two would hide the others
+DEPTH = 4  # levels of folders below the data folder
+MAX_ENTRIES = 200_000  # most files searched, so that the page still opens on a huge disk
+FEWEST = 4  # fewest photos; folders of classes with one or two photos would hide the others
 LABELS = (".csv", ".json")
 
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """A folder with photos in it or below it; ``name`` is relative to the data folder, "." itself."""
+    """A folder with photos in it or below it; ``name`` is relative to the data folder, which is "."."""
 
     name: str
     photos: int
     classes: tuple[str, ...]
-    """Names of its own folders that hold photos."""
+    """Names of its subfolders that contain photos."""
     labels: tuple[str, ...]
-    """Files beside its photos that may hold their labels."""
+    """Files beside its photos that may contain their labels."""
 
     @property
     def id(self) -> str:
-        """What stands for the folder in a URL."""
+        """The folder's id in a URL."""
         return hashlib.sha256(os.fsencode(self.name)).hexdigest()[:12]
 
 
 def photo_folders(root: Path) -> tuple[list[PhotoFolder], bool]:
-    """Folders by name, and whether all of ``root`` was looked at.
+    """Folders by name, and whether all of ``root`` was searched.
 
-    Packs, jobs, hidden folders, links to folders and folders of fewer than ``FEWEST`` photos are passed
-    over.
+    Packs, jobs, hidden folders, links to folders and folders with fewer than ``FEWEST`` photos are skipped.
     """
     counts: dict[str, int] = {}
     inside: dict[str, list[str]] = {}
@@ -104,7 +103,7 @@ def photo_folders(root: Path) -> tuple[list[PhotoFolder], bool]:
 NEW = ""
 TRAINED = {"train": "Explanation head", "probe": "Classifier heads"}
 ABOUT = {
-    "train": "Learns from photos alone, without labels, to show what a network looks at: then one pass "
+    "train": "Learns from photos without labels to show what a network looks at. Afterwards one pass "
     "explains a photo.",
     "probe": "Learns your own classes on a frozen network, and shows for each class what it looks at. "
     "The photos need labels.",
@@ -113,7 +112,7 @@ PROBES = ("gap", "efficient_probe", "abmilp")
 
 
 def form(jobs: Jobs, running: Job | None) -> None:
-    """Show the form; ``running`` is the job that has to end first."""
+    """Show the form; ``running`` is a job that has to end first."""
     from xattn.heads import head_entry
 
     found, whole = photo_folders(jobs.data)
@@ -135,7 +134,7 @@ def form(jobs: Jobs, running: Job | None) -> None:
         titles = {key: _title(f) for key, f in by_id.items()}
         folder = by_id[address.selectbox("Photos", titles, "data")]
         if not whole:
-            st.caption("There are more folders than could be looked at; start with --data FOLDER.")
+            st.caption("There are too many folders to search them all; start with --data FOLDER.")
         model = _model()
         heads, labels, problem = _heads(kind, folder)
         recipe = head_entry(heads[0]).recipe if kind == "train" else "small"
@@ -183,7 +182,7 @@ def _no_photos(jobs: Jobs) -> None:
 
 
 def _model() -> str:
-    """The network's name for the job: "" is the one that the viewer was started with."""
+    """The job's network; "" is the one that the viewer was started with."""
     names = models.backbones()
     own = names[0] if state.settings().model is not None else None
     name = address.selectbox("Network", names, "model")
@@ -191,7 +190,7 @@ def _model() -> str:
 
 
 def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | None]:
-    """Heads, the file of labels, and what is missing."""
+    """The chosen heads, the file of labels, and a message about what is missing."""
     from xattn.heads import AttentiveHead, head_class, list_heads
 
     attentive = {name: issubclass(head_class(name), AttentiveHead) for name in list_heads()}
@@ -201,8 +200,8 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
             "Head",
             names,
             "head",
-            help="evidence learns what the network answers for masked photos, which takes minutes to ask "
-            "before it trains; ttame learns masks that keep the prediction.",
+            help="evidence learns from the network's answers for masked photos, which take minutes to "
+            "compute before training; ttame learns masks that keep the prediction.",
         )
         return (head,), "", None
     sources = [*([NEW] if len(folder.classes) > 1 else []), *folder.labels]
@@ -210,12 +209,12 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
         return (
             (),
             "",
-            "These photos have no labels: neither folders of classes nor a .csv or .json.",
+            "These photos have no labels: neither folders for classes nor a .csv or .json file.",
         )
     labels = st.selectbox(
         "Labels",
         sources,
-        key=f"labels of {folder.id}",  # or a browser goes on showing those of the folder before
+        key=f"labels of {folder.id}",  # otherwise a browser keeps showing those of the previous folder
         format_func=lambda s: (
             s or f"The {len(folder.classes):,} folders: {_first_of(folder.classes)}"
         ),
@@ -225,7 +224,7 @@ def _heads(kind: str, folder: PhotoFolder) -> tuple[tuple[str, ...], str, str | 
         [name for name, is_attentive in attentive.items() if is_attentive],
         "heads",
         default=PROBES,
-        help="Each is trained on the same features; their accuracies end in one table.",
+        help="All heads are trained on the same features; one table shows their accuracies.",
     )
     return tuple(heads), labels, None if heads else "Choose at least one head."
 
@@ -237,11 +236,11 @@ def _first_of(classes: tuple[str, ...], most: int = 4) -> str:
 
 def _more(kind: str, name: str) -> tuple[int | None, int | None, int]:
     recipe = (RECIPES if kind == "train" else PROBE_RECIPES)[name]
-    kind = f"{kind}-{name}"  # each recipe has numbers of its own
+    kind = f"{kind}-{name}"  # each recipe has its own numbers
     with st.expander("More choices"):
         epochs = st.number_input("Epochs", 1, 10_000, recipe["epochs"], key=f"epochs-{kind}")
         size = st.number_input(
-            "Photos a step",
+            "Photos per step",
             1,
             4096,
             recipe["batch_size"],
@@ -270,13 +269,13 @@ CHOSEN = "with"  # parameter of the URL: the jobs whose losses are compared
 
 
 def jobs_table(jobs: Jobs, found: Sequence[Job], open_job: str) -> None:
-    """Show the jobs, again and again while one runs; ``open_job`` is the one below, or ""."""
+    """Show the jobs and refresh them while one runs; ``open_job`` is the job shown below, or ""."""
     alive = any(job.alive for job in found)
     st.fragment(_table, run_every=EVERY if alive else None)(jobs, open_job)
 
 
 def chosen(found: Sequence[Job]) -> list[str]:
-    """The jobs of the URL that are there."""
+    """The jobs in the URL that exist."""
     known = {job.id for job in found}
     return [name for name in dict.fromkeys(st.query_params.get_all(CHOSEN)) if name in known]
 
@@ -300,7 +299,7 @@ def _table(jobs: Jobs, open_job: str) -> None:
                 logs[f"{name} · {head}" if head else name] = records
         overlay_view(logs)
     elif len(found) > 1:
-        st.caption("Choose several by their boxes, and their losses stand in one chart.")
+        st.caption("Tick several jobs to see their losses in one chart.")
 
 
 def _choose() -> None:
@@ -338,7 +337,7 @@ def what(job: Job) -> str:
 
 
 def _stamps(job: Job) -> tuple[Signature | None, ...]:
-    """What changes with the figures of a job."""
+    """Signatures that change when a job's figures change."""
     folders = [job.output] if job.spec.kind != "probe" else [job.output / h for h in job.spec.heads]
     files = [*(folder / "log.jsonl" for folder in folders), job.output / "results.csv"]
     return tuple(_stamp(path) for path in files)
@@ -353,7 +352,7 @@ def _stamp(path: Any) -> Signature | None:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _best(_jobs: Jobs, _job: Job, name: str, stamps: tuple[Signature | None, ...]) -> str:
-    """The best figure of a job so far: an accuracy where there is one, else the least loss of an epoch."""
+    """A job's best figure so far: an accuracy if there is one, else the smallest loss of an epoch."""
     try:
         results = results_table(_job)
     except ValueError:
@@ -375,7 +374,7 @@ def _best(_jobs: Jobs, _job: Job, name: str, stamps: tuple[Signature | None, ...
 
 
 def page(context: Context) -> None:
-    """The table of jobs, and below it the one that the URL names, or the form for a new one."""
+    """Show the table of jobs, and below it the job in the URL, or the form for a new one."""
     st.title("Train a head", anchor=False)
     settings = state.settings()
     if isinstance(settings.root, StorePath):
@@ -411,5 +410,5 @@ def page(context: Context) -> None:
 
 
 def _close() -> None:
-    """No job is open; the page takes it from the URL."""
+    """Close the open job, which the page takes from the URL."""
     st.query_params.pop("job", None)

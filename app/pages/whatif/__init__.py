@@ -1,1 +1,1 @@
-"""The page What if: hide a part of a photo, and see what the network says then."""
+"""The What if page: hide a part of a photo and see how the network's answer changes."""

@@ -1,8 +1,8 @@
-"""What the network says of a photo and of its changed copy, in numbers, words and bars.
+"""The network's answer to a photo and to its changed copy, in numbers, words and bars.
 
-Masks lie over the model's input: as the browser sends them, of superpixels, and of the top of a map. A mask
-is (rows, columns) bool on a raster of the input's shape with at most ``MOST_SIDE`` cells a side. What a
-browser sends is not believed: it has to have exactly the size of the raster.
+Masks cover the model's input. They come from the browser, from superpixels, or from the top of a map. A
+mask is (rows, columns) bool on a raster with the input's shape and at most ``MOST_SIDE`` cells per side.
+Masks from the browser are not trusted and must have exactly the size of the raster.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 
 MOST_SIDE = 384  # cells of a raster's longer side
-SEGMENTS = 60  # superpixels asked for
+SEGMENTS = 60  # number of superpixels requested
 Mask = NDArray[np.bool_]
 
 
 def raster_of(input_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the masks over an input of (height, width) pixels."""
+    """The rows and columns of masks for an input of (height, width) pixels."""
     scale = min(1.0, MOST_SIDE / max(input_size))
     rows, columns = (max(1, round(side * scale)) for side in input_size)
     return rows, columns
 
 
 def encoded(mask: Mask) -> str:
-    """The bits row by row, the first one highest in its byte, in base64."""
+    """The bits row by row, most significant bit first, in base64."""
     return base64.b64encode(np.packbits(mask).tobytes()).decode("ascii")
 
 
@@ -54,7 +54,7 @@ def decoded(sent: Any, raster: tuple[int, int]) -> Mask:
     """The mask of ``{"rows", "columns", "bits"}``, ``bits`` as :func:`encoded` writes them.
 
     Raises:
-        ValueError: another form, size or encoding; nothing is decoded before its length is known.
+        ValueError: the form, size or encoding is wrong; nothing is decoded before its length is checked.
     """
     rows, columns = raster
     want = f"give {rows} x {columns} bits in base64"
@@ -77,7 +77,7 @@ def decoded(sent: Any, raster: tuple[int, int]) -> Mask:
 
 
 def on_input(mask: Mask, size: tuple[int, int]) -> Tensor:
-    """A mask on the pixels of the input, (1, H, W) bool: each pixel has the cell that it lies in."""
+    """A mask on the pixels of the input, (1, H, W) bool; each pixel gets the value of its cell."""
     rows, columns = (
         ((np.arange(side) + 0.5) * cells / side).astype(int)
         for side, cells in zip(size, mask.shape, strict=True)
@@ -86,7 +86,7 @@ def on_input(mask: Mask, size: tuple[int, int]) -> Tensor:
 
 
 def strongest(map: NDArray[Any], share: float, raster: tuple[int, int]) -> Mask:
-    """The ``share`` of the raster's cells where a map (h, w) is greatest; of equal ones the first."""
+    """The ``share`` of the raster's cells where a map (h, w) is largest; ties go to the first cells."""
     values = upsample(torch.from_numpy(np.array(map, np.float32))[None, None], raster)[0, 0]
     count = round(share * values.numel())
     order = values.flatten().argsort(descending=True, stable=True)[:count]
@@ -106,13 +106,13 @@ def region_runs(pixels: Tensor, raster: tuple[int, int]) -> list[int]:
     return np.stack([labels[starts], counts], axis=1).flatten().tolist()
 
 
-TOP = 5  # classes with most before, and as many with most after
+TOP = 5  # top classes before, and as many after
 FILLS = {"mean": "Mean colour", "blur": "Blur", "black": "Black"}
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A photo as the network sees it: ``pixels`` (3, H, W) in [0, 1], and its answer (K,), float64."""
+    """A photo as the network sees it: ``pixels`` (3, H, W) in [0, 1], and the answer (K,), float64."""
 
     pixels: Tensor
     answer: Tensor
@@ -122,7 +122,7 @@ def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
     """A photo of the pack as its network sees it.
 
     Raises:
-        PackError: the picture is gone or damaged. ValueError: there is not enough memory.
+        PackError: the picture is missing or damaged. ValueError: there is not enough memory.
     """
     first = selection.table(pack).entries_of(image_id).index[0]
     mode = pack.view(first).mode
@@ -131,7 +131,7 @@ def seen(pack: Pack, image_id: str, backbone: Backbone) -> Seen:
 
 
 def predict(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """The network's answer to (3, H, W) in [0, 1]: a probability a class, (K,) float64."""
+    """The network's answer to (3, H, W) in [0, 1]: a probability for each class, (K,) float64."""
     with models.one_pass(f"for a pass of {backbone.name}"), torch.no_grad():
         images = pixels[None].to(backbone.device, backbone.mean.dtype)
         return backbone.probabilities(backbone.logits(images))[0].cpu()
@@ -143,7 +143,7 @@ def changed(pixels: Tensor, hidden: Mask, kind: str, backbone: Backbone) -> Tens
 
 
 def filled(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Tensor:
-    """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour of that kind."""
+    """Pixels (3, H, W) with the cells of ``hidden`` filled; ``mean`` is the colour for that kind."""
     removed = on_input(hidden, (pixels.shape[1], pixels.shape[2]))
     return torch.where(removed, fill(pixels, removed, kind, mean=mean), pixels)
 
@@ -152,7 +152,7 @@ def filled(pixels: Tensor, hidden: Mask, kind: str, mean: Sequence[float]) -> Te
 
 
 def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
-    """The first class before and what became of it, in a sentence.
+    """The top class before and its probability afterwards, in a sentence.
 
     >>> from types import SimpleNamespace
     >>> names = SimpleNamespace(class_names=["tench, Tinca tinca", "hand"], task="multiclass")
@@ -171,7 +171,7 @@ def verdict(before: Tensor, after: Tensor | None, backbone: Backbone) -> str:
 
 
 def ranked(before: Tensor, after: Tensor | None) -> list[int]:
-    """The classes to show: those with most before, then those with most after."""
+    """The classes to show: the top classes before, then the top classes after."""
     count = min(TOP, len(before))
     answers = [before] if after is None else [before, after]
     return list(dict.fromkeys(k for p in answers for k in p.topk(count).indices.tolist()))
@@ -210,7 +210,7 @@ def _amount(value: Tensor | float, backbone: Backbone) -> str:
 
 
 def _difference(before: float, after: float, backbone: Backbone) -> str:
-    """A change in percentage points, or of a number of any size by itself."""
+    """A change in percentage points; for numbers of any size, the plain difference."""
     if backbone.task == "regression":
         return f"{after - before:+.3g}".replace("-", "−")
     points = 100 * (after - before)

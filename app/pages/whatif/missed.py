@@ -1,4 +1,4 @@
-"""Why is there no dog here? Draw a box, choose a class, and the best candidate there is explained."""
+"""Explains missed objects: draw a box, choose a class, and the best candidate there is explained."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 KEY = "whatif.missed"
-MASKS = 200  # of d_rise, while somebody waits
-SLOW = 500  # passes of a method, from which on nobody waits for it
+MASKS = 200  # masks for d_rise while somebody waits
+SLOW = 500  # most passes of a method while somebody waits
 
 
 def page(pack: Pack, image_id: str, found: list[Boxed]) -> None:
-    """The photo to draw on, and at a press the map of the candidate that fits the box best."""
+    """Show the photo to draw on, and after a click the map of the candidate that fits the box best."""
     if state.settings().detector is None:
         st.info(
             "To ask for an object that the detector misses, start the viewer with it: "
@@ -81,7 +81,7 @@ def _asked(pack: Pack, image_id: str, found: list[Boxed], detector: Any) -> None
 
 
 def _numbers(text: str) -> list[float] | None:
-    """The box that was drawn or typed; None of what is no box."""
+    """The box that was drawn or typed; None if it is not a box."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
@@ -93,7 +93,7 @@ def explained(detector: Any, photo: Image.Image, label: str, box: Any, method: s
     """The map of the best candidate for ``label`` at ``box``, in pixels of ``photo``.
 
     Raises:
-        ValueError: no candidate is there, or the method takes too many passes.
+        ValueError: there is no candidate, or the method takes too many passes.
     """
     from xattn.explainers import create_explainer
     from xattn.explaining.detections import explain_detections

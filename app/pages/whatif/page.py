@@ -1,4 +1,4 @@
-"""What if: paint away a part of a photo, and the network that made the pack predicts again."""
+"""The What if page: hide a part of a photo and let the network that made the pack predict again."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ if TYPE_CHECKING:
     from xattn.packs.reader import Pack
 
 
-KEY = "whatif."  # before the names of what the page keeps
-KEPT = 32 << 20  # bytes of the photos that a session looked at last
+KEY = "whatif."  # prefix of the page's session keys
+KEPT = 32 << 20  # bytes of cached photos per session
 
 
 @dataclass(eq=False)
 class Painting:
-    """One photo: as the network sees it, what is painted, and what came of it.
+    """One photo as the network sees it, with what is painted and the results.
 
-    ``stamp`` counts the masks that the page set by itself; ``problem`` says why the last one that came
-    from the browser was refused; ``drawn`` are URLs of the pack's maps, by entry; ``fresh`` is a map of the
-    changed photo, ``answered`` what a model of words said of it, by what they belong to.
+    ``stamp`` counts the masks that the page itself has set; ``problem`` says why the last mask from the
+    browser was refused; ``drawn`` are URLs of the pack's maps by entry; ``fresh`` holds maps of the changed
+    photo and ``answered`` a language model's answers to it, by what they belong to.
     """
 
     seen: Seen
@@ -82,12 +82,12 @@ class Painting:
         return self.mask.shape[0], self.mask.shape[1]
 
     def paint(self, mask: Mask) -> None:
-        """Take a mask that the page makes in place of the painted one."""
+        """Replace the painted mask by one that the page makes."""
         self.mask, self.stamp, self.problem = mask, self.stamp + 1, ""
 
 
 def painting_of(key: tuple[str, ...], see: Callable[[], Seen]) -> Painting:
-    """The session's painting of a photo under ``key``, begun with what ``see`` gives if there is none."""
+    """The session's painting of a photo under ``key``; a new one starts with the result of ``see``."""
     kept: LRUCache = st.session_state.setdefault(f"{KEY}kept", LRUCache(KEPT))
 
     def begin() -> Painting:
@@ -98,7 +98,7 @@ def painting_of(key: tuple[str, ...], see: Callable[[], Seen]) -> Painting:
     return kept.kept(key, begin, lambda found: min(2 * found.seen.pixels.nbytes, KEPT))
 
 
-MOST_PASSES = 200  # of a method that explains while somebody waits
+MOST_PASSES = 200  # most passes of a method while somebody waits
 
 
 def picture(pixels: Tensor) -> Image.Image:
@@ -123,7 +123,7 @@ def explained(pack: Pack, entry_id: str, pixels: Tensor, backbone: Backbone) -> 
     """The map of changed pixels (3, H, W) for the class and by the method of an entry.
 
     Raises:
-        ModelError: the head is gone. ValueError: the method cannot be run again, or not while one waits.
+        ModelError: the head is missing. ValueError: the method cannot be run again, or is too slow.
     """
     entry = pack.explanation(entry_id)
     with models.one_pass(f"to explain by {entry.method}"):
@@ -153,7 +153,7 @@ def _method(made: dict[str, Any], backbone: Backbone) -> Explainer:
 
 
 def _head(record: dict[str, Any], backbone: Backbone) -> tuple[Backbone, Head]:
-    """The head of a record, which its weights tell, and the network with the taps that it reads."""
+    """The head of a record, identified by its weights, and the network with the taps that it reads."""
     own = getattr(backbone, "probe", None)
     if own is not None and sha256(own) == record.get("sha256"):
         return backbone, own
@@ -161,7 +161,7 @@ def _head(record: dict[str, Any], backbone: Backbone) -> tuple[Backbone, Head]:
         try:
             network, head = models.with_head(backbone.name, key)
         except ModelError:
-            continue  # of other weights
+            continue  # it has other weights
         if sha256(head) == record.get("sha256") and network.fingerprint == backbone.fingerprint:
             return network, head
     raise ModelError(
@@ -170,8 +170,8 @@ def _head(record: dict[str, Any], backbone: Backbone) -> tuple[Backbone, Head]:
     )
 
 
-SHARE = 0.2  # of the picture, that a suggestion hides or keeps
-PAINTED = {"hidden": "Hidden", "kept": "Only this is kept"}
+SHARE = 0.2  # share of the picture that a suggestion hides or keeps
+PAINTED = {"hidden": "Hidden", "kept": "Kept, all else hidden"}
 
 
 def page(context: Context) -> None:
@@ -186,28 +186,28 @@ def page(context: Context) -> None:
     backbone.require_classes()
     _tried(pack, image_id, backbone)
     st.caption(
-        "The photo is the one that is stored in the pack (at most 512 pixels a side), cut as the network "
-        "sees it; figures of a larger original may differ slightly. A filled part is itself something "
-        "that the network sees: where two fills agree, the answer is more likely to be about what is gone."
+        "The photo is the one stored in the pack (at most 512 pixels per side), cropped as the network "
+        "sees it; figures for a larger original may differ slightly. The network also sees the fill "
+        "itself: if two fills agree, the change is more likely due to what is hidden."
     )
 
 
 def _carried() -> dict[str, str | None]:
-    """What another photo is shown with."""
+    """The URL parameters to carry over to another photo."""
     return {name: st.query_params.get(name) for name in ("view", "method", "fill", "paint")}
 
 
 @st.fragment
 def _tried(pack: Pack, image_id: str, backbone: Backbone) -> None:
-    """All that changes with a stroke; nothing else of the page runs again."""
+    """The part of the page that changes with a stroke; the rest does not run again."""
     try:
         _answered(pack, image_id, backbone)
-    except ValueError as error:  # main.py hears of none after the page's first run
+    except ValueError as error:  # main.py catches errors only in the page's first run
         st.error(plain(error))
 
 
 def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
-    """The picture to paint on, and the network's answer to it."""
+    """Show the picture to paint on, and the network's answer to it."""
     with st.spinner("Reading the photo …", show_time=False):
         key = (pack.id, pack.version, image_id, backbone.fingerprint)
         painting = painting_of(key, lambda: seen(pack, image_id, backbone))
@@ -233,11 +233,11 @@ def _answered(pack: Pack, image_id: str, backbone: Backbone) -> None:
         _maps(pack, entry_id, painting, shown, (kind, keeps), pressed, backbone)
 
 
-# ---------------------------------------------------------------------- what is chosen
+# ---------------------------------------------------------------------- choices
 
 
 def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
-    """The entry whose map is shown, the fill, and whether what is painted is kept, not hidden."""
+    """The entry whose map is shown, the fill, and whether the painted part is kept instead of hidden."""
     bar = st.container(horizontal=True, vertical_alignment="bottom", gap="small")
     entries = selection.table(pack).entries_of(image_id)
     with bar:
@@ -245,7 +245,7 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
             "Fill",
             FILLS,
             "fill",
-            help="What stands where a part of the photo is hidden.",
+            help="What replaces the hidden part of the photo.",
         )
         paint = address.segmented("What is painted", PAINTED, "paint")
         methods = list(dict.fromkeys(entries["method"]))
@@ -254,7 +254,7 @@ def _choices(pack: Pack, image_id: str) -> tuple[str, str, bool]:
 
 
 def _entry(entries: pd.DataFrame) -> str:
-    """Of a method's maps that of the URL's class, else that of the most probable class."""
+    """Among a method's maps, that of the class in the URL, else that of the most probable class."""
     wanted = entries[entries["target"].astype(str) == st.query_params.get("class", "")]
     rest = entries if wanted.empty else wanted
     return str(rest.sort_values("probability", ascending=False, kind="stable").index[0])
@@ -263,7 +263,7 @@ def _entry(entries: pd.DataFrame) -> str:
 def canvas(
     painting: Painting, key: str, subject: str, pixels: Tensor, label: str, words: str
 ) -> None:
-    """The picture to paint on, ``pixels`` (3, H, W); ``words`` are read out when they change."""
+    """Show the picture to paint on, ``pixels`` (3, H, W); ``words`` are read out when they change."""
     brush(
         photo_url(pixels),
         painting.raster,
@@ -304,15 +304,15 @@ def _told(mask: Mask, hidden: Mask, keeps: bool) -> str:
 
 
 def _presses(pack: Pack, entry_id: str, painting: Painting, is_changed: bool) -> bool:
-    """Buttons that paint the top of the map, and one that explains; whether that was pressed."""
+    """Show buttons that paint the top of the map, and one that explains; returns whether it was pressed."""
     bar = st.container(horizontal=True, gap="small")
-    for label, paint in (("Hide the top {}", "hidden"), ("Hide all but it", "kept")):
+    for label, paint in (("Hide the top {}", "hidden"), ("Keep only the top {}", "kept")):
         bar.button(
             label.format(f"{SHARE:.0%}"),
             key=f"{KEY}top {paint}",
             on_click=_suggested,
             args=(pack, entry_id, painting, paint),
-            help="Of the map below: what it marks should change the answer, the rest should not.",
+            help="Uses the map below: what it marks should change the answer, and the rest should not.",
         )
     pressed = bar.button("Explain the changed photo", key=f"{KEY}explain", disabled=not is_changed)
     return pressed and is_changed
@@ -336,7 +336,7 @@ def _maps(
     pressed: bool,
     backbone: Backbone,
 ) -> None:
-    """The pack's map, and at a press that of the changed photo, if there is one."""
+    """Show the pack's map, and after a click also the map of the changed photo."""
     try:
         own = pack.explanation(entry_id)
     except PackError as error:
@@ -359,7 +359,7 @@ def _maps(
 
 
 def _figures(pictures: list[tuple[str, str]]) -> str:
-    """Pictures side by side, each with what it is below it."""
+    """Pictures side by side, each with a caption, as HTML."""
     figures = "".join(
         f'<figure style="margin:0;flex:1 1 9rem;max-width:15rem"><img src="{url}" alt="Map by '
         f'{html.escape(title)}" style="width:100%;border-radius:6px;display:block"><figcaption '

@@ -121,7 +121,7 @@ def test_a_running_job_stops_and_resumes_by_buttons(jobs: Jobs) -> None:
     button(page, "Stop").click().run()
     ended(jobs, "mine")
     page.run()
-    assert "Resume goes on from there" in texts(page)
+    assert "Resume continues from there" in texts(page)
     button(page, "Resume").click().run()
     assert jobs.get("mine").alive and not page.exception
 
@@ -254,7 +254,7 @@ def test_a_training_survives_reload_and_restart_in_the_browser(
         assert "job=photos-ttame" in page.url
         page.reload()
         page.locator(".st-key-stop button").first.click()
-        page.get_by_text("Resume goes on from there").wait_for()
+        page.get_by_text("Resume continues from there").wait_for()
         page.close()
     with served(root, *arguments, log=tmp_path / "log2") as address:
         page = open_page(f"{address}/train?job=photos-ttame", replaced=True)

@@ -116,11 +116,11 @@ def test_the_address_restores_the_view_and_what_it_cannot_use_leaves_the_default
     monkeypatch.setattr(page, "offered", lambda count: ["pca", "umap"])
     app = show("whole", near="maps", projection="umap", colour="label")
     chosen = {box.label: box.value for box in app.selectbox}
-    found = chosen["Near by"], chosen["Projection"], chosen["Colour"]
+    found = chosen["Similar by"], chosen["Projection"], chosen["Colour"]
     assert found == ("maps", "umap", "label") and asked == ["umap"]
     app = show("whole", near="<b>", projection="tsne", colour="x" * 300)
     chosen = {box.label: box.value for box in app.selectbox}
-    assert (chosen["Near by"], chosen["Projection"], chosen["Colour"]) == (
+    assert (chosen["Similar by"], chosen["Projection"], chosen["Colour"]) == (
         "features",
         "pca",
         "predicted",
@@ -141,7 +141,7 @@ def test_chosen_photos_are_told_and_shown_page_by_page(show):
     key = (pack.id, pack.version, "features", "", str(COUNT))
     chosen = {"photomap.chosen": (key, list(range(30)))}
     app = show("whole", session=chosen)
-    assert "30 photos" in text_of(app) and "told right (95 % interval" in text_of(app)
+    assert "30 photos" in text_of(app) and "classified correctly (95 % interval" in text_of(app)
     cells = component(app, "photomap.photos")["cells"]
     assert [c["id"] for c in cells] == list(pack.images.index[:24])
     assert "image?" in cells[0]["href"] and {c["badge"]["text"] for c in cells} == {
@@ -182,12 +182,12 @@ def test_a_pack_without_features_says_the_command_that_adds_them(show):
 
 def test_one_photo_and_blank_maps_are_said(show):
     assert "This pack has one photo; a map needs at least 3" in text_of(show("one"))
-    assert "Every map by gradcam has one value everywhere" in text_of(show("blank"))
+    assert "All maps by gradcam are constant" in text_of(show("blank"))
     assert "There are no groups" in text_of(show("blank", part="Groups"))
     app = show("one", page="image", image="photo-00000", tab="Similar")
-    assert "No photo is near to this one: it is alone." in text_of(app)
+    assert "No photo is similar to this one: there is no other photo." in text_of(app)
     app = show("blank", page="image", image="photo-00000", tab="Similar")
-    assert "its map has one value everywhere" in text_of(app)
+    assert "its map is constant" in text_of(app)
 
 
 def test_photos_without_a_true_class_and_maps_of_many_sizes_have_their_points(show):
@@ -217,7 +217,7 @@ def test_of_many_photos_a_sample_is_shown_and_said_and_others_have_neighbours_to
     for cached in CACHES:
         cached.clear()
     app = show("whole")
-    assert f"Of {COUNT} photos a random sample of 20 is shown." in text_of(app)
+    assert f"The map shows a random sample of 20 of {COUNT} photos." in text_of(app)
     inside = component(app, "photomap.points")["ids"]
     outside = next(f"photo-{i:05}" for i in range(COUNT) if f"photo-{i:05}" not in inside)
     for near in ("features", "maps"):

@@ -71,7 +71,9 @@ def test_the_matrix_counts_every_photo_once_and_wrong_cells_are_marked(show):
 
 def test_the_headline_is_the_accuracy_with_its_interval(show):
     text = show("labelled").markdown[0].value
-    assert text.startswith("**75.0%** of 40 photos are told right (95 % interval 59.8% to 85.8%)")
+    assert text.startswith(
+        "**75.0%** of 40 photos are classified correctly (95 % interval 59.8% to 85.8%)"
+    )
 
 
 def test_without_a_choice_the_commonest_mistake_is_shown(show):

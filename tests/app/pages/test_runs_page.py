@@ -91,7 +91,7 @@ def test_each_list_holds_its_photos_as_pairs(show):
 def test_figures_are_paired_and_say_when_nothing_is_told_apart(show):
     table = show().dataframe[0].value
     assert list(table["measure"]) == ["accuracy", "AD@50", "insertion", "ROAD"]
-    assert set(table["verdict"]) == {"not told apart"} and set(table["photos"]) == {COUNT}
+    assert set(table["verdict"]) == {"no clear difference"} and set(table["photos"]) == {COUNT}
 
 
 def test_a_photo_has_its_two_maps_and_their_difference(show):
@@ -130,7 +130,7 @@ def test_the_first_pack_with_the_same_photos_is_offered(show):
 @pytest.mark.parametrize("query", [{"after": "gone-123"}, {"image": "nobody"}])
 def test_what_an_address_names_and_is_not_there_is_said(show, query):
     app = show(**query)
-    assert "not here any more" in app.warning[0].value or "do not both have" in app.warning[0].value
+    assert "no longer exists" in app.warning[0].value or "do not both have" in app.warning[0].value
     assert cells(app, "runs.pairs")
 
 

@@ -349,7 +349,7 @@ def mistakes():
 
 def test_slices_and_tags_are_compared(pack, store):
     app = mistakes()
-    assert "No slice is saved yet" in app.info[0].value
+    assert "There is no slice yet" in app.info[0].value
     store.save_slice("wrong ones", "right=wrong")
     store.save_slice("none", "q=nothing+has+this+name")
     store.change_tags("ann", [photo(1), photo(4)], [HOSTILE])
